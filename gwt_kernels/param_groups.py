@@ -101,7 +101,7 @@ def gwt_param_groups(
     if level > 0 and all(decision.level == 0 for _, decision in decided):
         warnings.warn(
             f"gwt_param_groups found nothing to transform in {type(model).__name__}: every tensor stays at "
-            "level 0, which is plain AdamW. Name the matrices with include=[...]; verbose=True shows the reasons.",
+            "level 0, which is plain AdamW. Name the matrices with include=[...]; verbose=True says why.",
             UserWarning,
             stacklevel=2,
         )
