@@ -1,0 +1,106 @@
+"""The optimizers a comparison may name, built on equal terms, and the state each will hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gwt_kernels import GWTAdamW, gwt_param_groups
+
+
+def check_name(name: str) -> str:
+    """Return `name`, or raise a `ValueError` that says which there are."""
+    if not re.fullmatch(r"adamw|(gwt|foam)\d", name):
+        raise ValueError(
+            f"unknown optimizer {name!r}: choose adamw, or gwtL or foamL with a level L, such as gwt2"
+        )
+    return name
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Optimizer:
+    """The optimizer called `name` over the parameters of `model`.
+
+    Args:
+        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2; `foam2` for its folded variant.
+        model: Its attention and MLP matrices are what GWT transforms.
+        lr: Learning rate of embeddings, output head, norms and biases.
+        scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
+            knob as a learning rate of `lr * scale` for the same matrices, so that neither has one more.
+        weight_decay: Decoupled weight decay, scaled like `torch.optim.AdamW`'s by each group's own rate.
+        betas: Decay rates of the two moments.
+
+    Raises:
+        ValueError: `name` is none of the known ones.
+    """
+    if check_name(name) == "adamw":
+        groups = gwt_param_groups(model, level=1, weight_decay=weight_decay)
+        fused = all(p.is_cuda for p in model.parameters())
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": group["params"],
+                    "lr": lr * scale if group["level"] else lr,
+                    "weight_decay": group["weight_decay"],
+                }
+                for group in groups
+            ],
+            lr=lr,
+            betas=betas,
+            fused=fused or None,
+        )
+    groups = gwt_param_groups(model, level=int(name[-1]), scale=scale, weight_decay=weight_decay)
+    return GWTAdamW(groups, lr=lr, betas=betas, rule=name[:-1])
+
+
+def moment_bytes(shape: Iterable[int], level: int, itemsize: int) -> int:
+    """Bytes of both moments of a tensor of `N` columns: `2 * ceil(N / 2**level) * rows * itemsize`."""
+    *leading, width = tuple(shape) or (1,)
+    return 2 * math.ceil(width / 2**level) * math.prod(leading) * itemsize
+
+
+def predicted_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of state `optimizer` will hold after its first step, from shapes and options alone."""
+    return sum(
+        moment_bytes(p.shape, group.get("level", 0), _moment_itemsize(group, p)) + 4 * _scalars(group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    )
+
+
+def _moment_itemsize(group: dict[str, Any], p: torch.Tensor) -> int:
+    if "level" not in group:  # torch.optim.AdamW keeps its moments in the weights' dtype
+        return p.element_size()
+    at_least_single = torch.float64 if p.dtype == torch.float64 else torch.float32
+    dtype: torch.dtype = group["state_dtype"] or at_least_single
+    return dtype.itemsize
+
+
+def _scalars(group: dict[str, Any]) -> int:
+    """float32 scalars per tensor: `step`, and `limiter_norm` where the limiter is on."""
+    limited = group.get("level", 0) > 0 and group["rule"] == "gwt" and group["norm_growth_limit"] is not None
+    return 2 if limited else 1
+
+
+def measured_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the tensors `optimizer` really holds: their own elements, whoever owns the storage."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )

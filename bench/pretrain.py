@@ -1,0 +1,209 @@
+"""Pre-trains a LLaMA model on real text with one optimizer, or with several on the same batches.
+
+python -m bench.pretrain                                          # one run of the demo preset with gwt2
+python -m bench.pretrain --compare adamw gwt2 gwt3 --out runs/demo
+python -m bench.pretrain --preset c4_60m --optimizer gwt2 --compile
+python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the demo's settings come from
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.compare import compare
+from bench.contenders import check_name
+from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.models import CONFIGS
+from bench.sweep import best_settings, read_runs, sweep
+from bench.training import RunConfig, train
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: give a share between 0 and 1")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every option; those that a preset sets have no default here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
+    add("--preset", default="demo", choices=presets, help="where the other options' defaults come from")
+    add("--optimizer", default="gwt2", help="adamw, or gwtL or foamL with a level L")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="OPTIMIZER",
+        help="run each on the same batches, then a table and a figure",
+    )
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="OPTIMIZER",
+        help="run the preset's grid of settings and record every run",
+    )
+    add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
+    add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
+    add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
+
+    group = parser.add_argument_group("model and text")
+    add = group.add_argument
+    add("--model", help="a name such as llama_60m, or a JSON file of LlamaConfig fields")
+    add(
+        "--text", type=Path, help="a file or folder of text; by default the Python standard library's sources"
+    )
+    add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
+    add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
+    add("--dataset-config", help="its configuration, such as en")
+    add("--heldout-split", default="validation", help="its split to evaluate on")
+    add("--tokenizer", help="a transformers tokenizer; by default each byte is a token")
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--lr", type=float, help="peak rate of embeddings, head and norms")
+    add("--scale", type=float, help="rate of attention and MLP matrices over --lr")
+    add("--steps", type=_positive, help="optimizer steps")
+    add("--batch", type=_positive, help="windows per forward pass")
+    add("--accumulate", type=_positive, help="forward passes per optimizer step")
+    add("--context", type=_positive, help="tokens predicted per window")
+    add("--warmup", type=_share, help="share of the steps over which the rate rises")
+    add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
+    add("--weight-decay", type=float)
+    add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
+    add("--evals", type=_positive, help="evaluations, evenly spaced")
+    add("--eval-windows", type=_positive, help="held-out windows per evaluation")
+    add("--seed", type=int, default=0, help="decides initial weights and order of the text")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--precision", choices=("float32", "bfloat16", "mixed"), help="bfloat16 on CUDA, float32 on a CPU")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out where there is one")
+    add("--stop-at", type=_positive, help="end early after this step, to be resumed")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for one at the end only")
+    add("--log-every", type=_positive, default=10, help="steps between lines of training loss in the log")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options, with the preset's values where none were given, and the preset's sweep grids."""
+    parser = make_parser()
+    preset = parser.parse_known_args(argv)[0].preset
+    values = json.loads((CONFIGS / f"preset_{preset}.json").read_text())
+    del values["about"]
+    grids = values.pop("grids", {})
+    if "sweep_record" in values:
+        values["sweep_record"] = RESULTS / values["sweep_record"]
+    defaults = {key: value for key, value in values.items() if key not in ("lr", "scale")}
+    parser.set_defaults(heldout_fraction=0.05)
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(argv)
+    if options.precision is None:
+        options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    options.preset_rates = {"lr": values["lr"], "scale": values["scale"]}
+    return options, grids
+
+
+def run_config(options: argparse.Namespace, optimizer: str) -> RunConfig:
+    """The settings of one run; `lr` and `scale` as given, else the sweep's best, else the preset's."""
+    record = read_runs(options.sweep_record) if options.sweep_record else []
+    tuned = best_settings(record, optimizer) or options.preset_rates
+    return RunConfig(
+        model=options.model,
+        optimizer=check_name(optimizer),
+        lr=tuned["lr"] if options.lr is None else options.lr,
+        scale=tuned["scale"] if options.scale is None else options.scale,
+        steps=options.steps,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        context=options.context,
+        warmup=options.warmup,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        grad_clip=options.grad_clip,
+        evals=options.evals,
+        seed=options.seed,
+        precision=options.precision,
+    )
+
+
+def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
+    """The text that the options ask for, at its beginning."""
+    tokenizer = PretrainedTokenizer(options.tokenizer) if options.tokenizer else ByteTokenizer()
+    sizes = {"context": options.context, "eval_windows": options.eval_windows}
+    if options.dataset:
+        split = options.heldout_split
+        return load_stream(options.dataset, options.dataset_config, tokenizer, heldout_split=split, **sizes)
+    return load_text(options.text, tokenizer, heldout_fraction=options.heldout_fraction, seed=seed, **sizes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    options, grids = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+
+    def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
+        corpus = load_corpus(options, config.seed)
+        return train(config, corpus, out, device=device, compiled=options.compile, **how)
+
+    if options.sweep:
+        if options.sweep_record is None:
+            raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
+
+        def once(config: RunConfig) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                return run(replace(config, evals=1), Path(folder), progress=False)
+
+        base = run_config(options, options.sweep[0])
+        sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds)
+        return
+
+    how = {
+        "resume": options.resume,
+        "stop_at": options.stop_at,
+        "save_every": options.save_every,
+        "log_every": options.log_every,
+        "progress": not options.quiet,
+    }
+    names = options.compare or [options.optimizer]
+    configs = [run_config(options, name) for name in names]
+    folders = [options.out / name for name in names] if options.compare else [options.out]
+    for config, folder in zip(configs, folders, strict=True):
+        run(config, folder, **how)
+    compare(folders, options.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
