@@ -1,0 +1,7 @@
+"""Adam with moments on the wavelet approximation of each gradient (GWT), fused into one pass per step."""
+
+from gwt_kernels.haar import haar_dwt, haar_idwt
+from gwt_kernels.optimizer import GWTAdamW
+from gwt_kernels.param_groups import gwt_param_groups
+
+__all__ = ["GWTAdamW", "gwt_param_groups", "haar_dwt", "haar_idwt"]

@@ -1,0 +1,70 @@
+"""Which backend runs on which tensors, and why another one cannot."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+
+__all__ = ["MAX_TRITON_LEVEL", "Backend", "check_name", "resolve", "triton_obstacle"]
+
+Backend = Literal["triton", "torch"]
+
+MAX_TRITON_LEVEL = 10
+"""Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
+
+
+def check_name(backend: str | None) -> None:
+    """Raise unless ``backend`` is None or the name of a backend."""
+    if backend is not None and backend not in get_args(Backend):
+        raise ValueError(
+            f"unknown backend {backend!r}: use one of {', '.join(map(repr, get_args(Backend)))}, or None to choose"
+        )
+
+
+def resolve(
+    backend: str | None, device: torch.device, dtype: torch.dtype, level: int, wavelet: str = "haar"
+) -> Backend:
+    """The backend for tensors of ``dtype`` on ``device``.
+
+    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: ``"triton"`` was asked for and cannot run on these tensors; the message says why.
+    """
+    check_name(backend)
+    if backend == "torch" or (backend is None and device.type != "cuda"):
+        return "torch"
+    obstacle = triton_obstacle(device, dtype, level, wavelet)
+    if obstacle is None:
+        return "triton"
+    if backend is None:
+        return "torch"
+    raise RuntimeError(f"backend='triton' cannot run here: {obstacle}; use backend='torch', or None to choose")
+
+
+@functools.lru_cache(maxsize=256)
+def triton_obstacle(
+    device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar"
+) -> str | None:
+    """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
+    if wavelet != "haar":
+        return f"its kernels know the Haar wavelet only, not {wavelet!r}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its arithmetic is float32, so tensors of {dtype} would lose precision"
+    if level > MAX_TRITON_LEVEL:
+        return f"level {level} is above {MAX_TRITON_LEVEL}, the deepest its kernels hold in registers"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda" and not interpreted():
+        return f"the tensors are on {device}, and Triton runs on CUDA devices (or under TRITON_INTERPRET=1)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter; the variable has to be set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

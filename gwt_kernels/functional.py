@@ -1,0 +1,76 @@
+"""The optimizer step as one stateless function over lists of tensors; picks a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.hyper import Hyper
+
+__all__ = ["Hyper", "gwt_adamw_"]
+
+
+@torch.no_grad()
+def gwt_adamw_(
+    *,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    limiter_norms: Sequence[Tensor | None],
+    steps: Sequence[int],
+    hypers: Sequence[Hyper],
+    level: int,
+    wavelet: str = "haar",
+    backend: backends.Backend | None = None,
+    workspace: dict[str, Any] | None = None,
+) -> None:
+    """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
+
+    The tensors are one bucket: one device, one dtype of parameters, of gradients and of moments, one level.
+    On the Triton backend the bucket is one launch per pass, whatever the number of tensors, and nothing waits
+    for the device. Mathematics: docs/algorithm.md; source: arXiv 2501.07237, algorithm 1, with Fira's limiter.
+
+    Args:
+        params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
+        grads: Dense gradients of the parameters' shapes, any strides.
+        exp_avgs: First moments of the approximation, contiguous ``[..., nb]`` with ``nb = ceil(N / 2**level)``
+            for Haar and the approximation's width otherwise.
+        exp_avg_sqs: Second moments, like ``exp_avgs``.
+        limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
+            (0: none yet); None for a parameter without limiter. Either all are None or none is.
+        steps: Number of this step per parameter, 1 for the first.
+        hypers: Options per parameter.
+        level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter.
+        wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
+        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
+        workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
+            None makes them anew.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on these tensors.
+        ValueError: lists of different lengths, or an unknown backend or wavelet.
+    """
+    if not params:
+        return
+    lists = (grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
+    if any(len(x) != len(params) for x in lists):
+        raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
+    run_on = backends.resolve(backend, params[0].device, params[0].dtype, level, wavelet)
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
+    if level and wavelet != "haar":
+        from gwt_kernels.torch_backend import literal
+
+        literal.gwt_adamw_(*tensors, level=level, wavelet=wavelet)
+    elif run_on == "torch":
+        from gwt_kernels.torch_backend import step as torch_step
+
+        torch_step.gwt_adamw_(*tensors, level=level)
+    else:
+        from gwt_kernels.triton_backend import launch
+
+        launch.gwt_adamw_(*tensors, level=level, workspace={} if workspace is None else workspace)

@@ -1,0 +1,42 @@
+"""The numbers that govern one parameter's update, as every backend takes them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+__all__ = ["Hyper"]
+
+
+class Hyper(NamedTuple):
+    """Options of one parameter, plain numbers all.
+
+    Attributes:
+        lr: Learning rate, at least 0.
+        beta1: Decay of ``exp_avg``, in [0, 1).
+        beta2: Decay of ``exp_avg_sq``, in [0, 1).
+        eps: Added to the root of ``exp_avg_sq``, at least 0; there is no bias correction inside the root.
+        weight_decay: Decoupled weight decay, at least 0.
+        scale: Factor on the update of a transformed tensor; level 0 ignores it.
+        norm_growth_limit: The limiter's ``gamma``, at least 1; None for no limiter. Level 0 ignores it.
+        maximize: Ascend the gradient instead.
+    """
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    scale: float = 0.25
+    norm_growth_limit: float | None = 1.01
+    maximize: bool = False
+
+    def step_size(self, step: int, level: int) -> float:
+        """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
+
+        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root.
+        """
+        # 1 - b**t through expm1 keeps its digits where b**t is close to 1.
+        correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
+        correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0
+        return self.lr * math.sqrt(correction2) / correction1 * (self.scale if level else 1.0)

@@ -1,0 +1,401 @@
+"""GWTAdamW, a torch.optim optimizer: checks arguments, owns state, hands lists of tensors to functional.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from gwt_kernels import backends
+from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.haar import check_level
+from gwt_kernels.options import STRUCTURAL, check_group, hyper_of, state_dtype_name, state_dtype_of
+from gwt_kernels.torch_backend.literal import approximation_width
+
+__all__ = ["GWTAdamW"]
+
+_PARAM_KIND = attrgetter("device", "dtype")
+_GRAD_KIND = attrgetter("device", "dtype", "layout")
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class GWTAdamW(Optimizer):
+    """AdamW whose moments live on the wavelet approximation of each gradient.
+
+    Implements GWT-Adam (arXiv 2501.07237, algorithm 1) with decoupled weight decay in
+    ``torch.optim.AdamW``'s order and Fira's norm-growth limiter. A group's ``level`` applies to every tensor
+    in it; use :func:`gwt_kernels.gwt_param_groups` to transform the matrices that the paper transforms and to
+    leave the rest at level 0, which is AdamW without bias correction inside the root. The update of a block
+    of ``2**level`` neighbours and its derivation are in docs/algorithm.md.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes: tensors, named tensors, or group dicts. Every option below
+            may be overridden per group.
+        lr: Learning rate, a float or a one-element CPU tensor.
+        betas: Decay of the first and of the second moment, each in [0, 1).
+        eps: Added to the root of the second moment. Since the root is not bias-corrected, ``eps`` here is
+            ``torch.optim.AdamW``'s times ``sqrt(1 - b2**t)``.
+        weight_decay: Decoupled weight decay.
+        level: Levels of the transform; moments shrink by ``2**level``. ``2**level`` must be below twice the
+            last dimension of every tensor in the group.
+        scale: Factor on the update of transformed tensors; level 0 ignores it.
+        rule: ``"gwt"``, the published rule.
+        norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. Level 0 has none.
+        wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
+        state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters.
+        maximize: Ascend instead of descend.
+        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
+
+    State per parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
+    (``[..., ceil(N / 2**level)]`` for Haar, on the parameter's device) and, where the limiter is on,
+    ``limiter_norm`` (scalar on the parameter's device: float32, float64 for float64 parameters).
+
+    Raises:
+        TypeError: an option or a parameter has the wrong type.
+        ValueError: an option is out of range or unknown, or a level does not fit a parameter's width.
+        RuntimeError: the backend asked for cannot run on a parameter.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        level: int = 2,
+        scale: float = 0.25,
+        rule: str = "gwt",
+        norm_growth_limit: float | None = 1.01,
+        wavelet: str = "haar",
+        state_dtype: torch.dtype | str | None = None,
+        maximize: bool = False,
+        backend: backends.Backend | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "rule": rule,
+            "norm_growth_limit": norm_growth_limit,
+            "wavelet": wavelet,
+            "state_dtype": state_dtype_name(state_dtype),
+            "maximize": maximize,
+            "backend": backend,
+        }
+        check_group(defaults)
+        self._forget_buckets()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the constructor.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_new_group(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._forget_buckets()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one optimization step; parameters without gradient are left alone.
+
+        Never waits for a CUDA device. Everything is checked before anything is changed.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or the backend asked for cannot run on a parameter.
+            TypeError, ValueError: a group's options were changed to something that cannot be honoured.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        hypers = [hyper_of(group) for group in self.param_groups]
+        for bucket in self._current_buckets():
+            bucket.step(self.state, hypers)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
+
+        Differs from ``torch.optim.Optimizer`` where that would lose something: moments keep their dtype
+        instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
+        rule, wavelet, dtype or shapes do not belong to these parameters is refused before anything changes.
+
+        Raises:
+            ValueError: the state does not fit; the message names the group or the parameter.
+        """
+        # Registered last, so that it sees what the user's own hooks have made of the state.
+        handle = self.register_load_state_dict_pre_hook(_check_and_set_aside)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_set_aside", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("defaults", "state", "param_groups")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for key, value in self.__dict__.pop("_set_aside", {}).items():
+            self.state[key] = value
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        self._forget_buckets()
+
+    def _forget_buckets(self) -> None:
+        self._buckets: list[_Bucket] = []
+        self._signature: tuple[Any, ...] | None = None
+
+    def _check_new_group(self, group: dict[str, Any]) -> None:
+        group["state_dtype"] = state_dtype_name(group["state_dtype"])
+        check_group(group)
+        for i, p in enumerate(group["params"]):
+            _check_param(p, group, _name_of(group, i, len(self.param_groups) - 1))
+
+    def _current_buckets(self) -> list[_Bucket]:
+        """The buckets of all parameters that have a gradient now; made anew only when something changed."""
+        params, grads, owners = [], [], []
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if (g := p.grad) is not None:
+                    params.append(p)
+                    grads.append(g)
+                    owners.append(i)
+        signature = (
+            [_bucket_options(group) for group in self.param_groups],
+            owners,
+            list(map(id, params)),
+            list(map(_PARAM_KIND, params)),
+            list(map(_GRAD_KIND, grads)),
+        )
+        if signature != self._signature:
+            self._check_before_step(params, grads, owners)
+            self._buckets = self._make_buckets(params, grads, owners)
+            self._signature = signature
+        return self._buckets
+
+    def _check_before_step(self, params: list[Tensor], grads: list[Tensor], owners: list[int]) -> None:
+        for group in self.param_groups:
+            check_group(group)
+        for p, g, i in zip(params, grads, owners, strict=True):
+            group = self.param_groups[i]
+            name = _name_of(group, next(k for k, q in enumerate(group["params"]) if q is p), i)
+            _check_param(p, group, name)
+            if g.layout != torch.strided:
+                raise RuntimeError(
+                    f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in "
+                    f"its embedding, or give it to torch.optim.SparseAdam"
+                )
+            if g.is_complex():
+                raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real gradient")
+            backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
+            if self.state.get(p):
+                _check_state(self.state[p], p, group, name)
+
+    def _make_buckets(self, params: list[Tensor], grads: list[Tensor], owners: list[int]) -> list[_Bucket]:
+        buckets: dict[Any, _Bucket] = {}
+        seen = set()
+        for p, g, i in zip(params, grads, owners, strict=True):
+            if id(p) in seen:  # listed twice in one group: torch warns, and once is what is meant
+                continue
+            seen.add(id(p))
+            options = _bucket_options(self.param_groups[i])
+            state = self.state[p]
+            if not state:
+                _initialise(state, p, self.param_groups[i])
+            key = (options, p.device, p.dtype, g.dtype, state["exp_avg"].dtype)
+            bucket = buckets.setdefault(key, _Bucket(self.param_groups[i]))
+            bucket.params.append(p)
+            bucket.owners.append(i)
+        return list(buckets.values())
+
+
+class _Bucket:
+    """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self.params: list[Tensor] = []
+        self.owners: list[int] = []
+        self.level: int = group["level"]
+        self.wavelet: str = group["wavelet"]
+        self.backend: backends.Backend | None = group["backend"]
+        self.limited = _is_limited(group)
+        self.workspace: dict[str, Any] = {}
+        self.steps: Tensor | None = None  # all the step counts in one tensor, so that one addition counts them
+        self.step_ids: list[int] = []
+
+    def step(self, states: Mapping[Tensor, dict[str, Any]], hypers: list[Hyper]) -> None:
+        own = [states[p] for p in self.params]
+        counts = self._counts(own)
+        steps = [int(t) + 1 for t in counts.tolist()]
+        gwt_adamw_(
+            params=self.params,
+            grads=[p.grad for p in self.params],  # type: ignore[misc]  # _current_buckets took those with one
+            exp_avgs=[s["exp_avg"] for s in own],
+            exp_avg_sqs=[s["exp_avg_sq"] for s in own],
+            limiter_norms=[s["limiter_norm"] if self.limited else None for s in own],
+            steps=steps,
+            hypers=[hypers[i] for i in self.owners],
+            level=self.level,
+            wavelet=self.wavelet,
+            backend=self.backend,
+            workspace=self.workspace,
+        )
+        counts.add_(1)
+
+    def _counts(self, states: list[dict[str, Any]]) -> Tensor:
+        """The step counts as one tensor, of which every ``state["step"]`` is a view."""
+        ids = [id(s["step"]) for s in states]
+        if self.steps is None or ids != self.step_ids:
+            self.steps = torch.stack([torch.as_tensor(s["step"], dtype=torch.float32).cpu() for s in states])
+            for s, count in zip(states, self.steps.unbind(), strict=True):
+                s["step"] = count
+            self.step_ids = [id(s["step"]) for s in states]
+        return self.steps
+
+
+def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a group's options decides with which other tensors its tensors can share a launch."""
+    return (
+        group["level"],
+        group["rule"],
+        group["wavelet"],
+        group["state_dtype"],
+        group["backend"],
+        _is_limited(group),
+    )
+
+
+def _is_limited(group: Mapping[str, Any]) -> bool:
+    return bool(group["level"]) and group["norm_growth_limit"] is not None
+
+
+def _name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
+    """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
+    p = group["params"][index]
+    names = group.get("param_names")
+    label = repr(names[index]) if names else f"{index} of group {group_index}"
+    return f"parameter {label} of shape {tuple(p.shape)}"
+
+
+def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    if not p.is_floating_point():
+        raise TypeError(
+            f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
+    if p.numel():
+        check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    if p.device.type != "meta":
+        backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
+
+
+def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    if group["level"] == 0:
+        return tuple(p.shape)
+    return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
+
+
+def _initialise(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
+    dtype = state_dtype_of(p, group["state_dtype"])
+    moments = {
+        key: torch.zeros(_state_shape(p, group), dtype=dtype, device=p.device)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    state["step"] = torch.zeros((), dtype=torch.float32)
+    state.update(moments)
+    if _is_limited(group):
+        state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
+
+
+def _norm_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _check_state(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless ``state`` is what a step of ``p`` under the group's options needs."""
+    keys: Iterable[str] = (*_STATE_KEYS, "limiter_norm") if _is_limited(group) else _STATE_KEYS
+    missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
+    if missing:
+        raise ValueError(
+            f"the state of {name} lacks {', '.join(missing)}: it was not made by GWTAdamW with these options "
+            f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']})"
+        )
+    shape, dtype = _state_shape(p, group), state_dtype_of(p, group["state_dtype"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        if tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} needs {shape}: "
+                f"use the level and the model that the state was made with"
+            )
+        if state[key].dtype != dtype:
+            raise ValueError(
+                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: "
+                f"give it state_dtype={state[key].dtype}, or convert the state"
+            )
+    for key in ("step", "limiter_norm"):
+        if key in keys and state[key].numel() != 1:
+            raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}, but must be a scalar")
+
+
+def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
+            f"{[len(g['params']) for g in groups]}: build the optimizer from the same model and groups"
+        )
+    set_aside: dict[Any, Any] = {}
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for option in STRUCTURAL:
+            if option not in saved:
+                raise ValueError(f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW")
+            if saved[option] != group[option]:
+                raise ValueError(
+                    f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
+                    f"{option}={group[option]!r}: build the optimizer with the state's value"
+                )
+        check_group({**optimizer.defaults, **saved})
+        for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            if key in state_dict["state"]:
+                state = state_dict["state"][key]
+                _check_state(state, p, {**optimizer.defaults, **saved}, _name_of(group, k, i))
+                set_aside[p] = {name: _exact_copy(name, value, p) for name, value in state.items()}
+    unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
+    set_aside.update({key: state_dict["state"][key] for key in unknown})
+    optimizer.__dict__["_set_aside"] = set_aside
+    return {**state_dict, "state": {}}
+
+
+def _exact_copy(name: str, value: Any, p: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    device = torch.device("cpu") if name == "step" else p.device
+    return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)

@@ -1,0 +1,124 @@
+"""Checks of a parameter group's options: each error names the option, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.torch_backend.literal import filter_bank
+
+__all__ = ["STRUCTURAL", "check_group", "hyper_of", "state_dtype_name", "state_dtype_of"]
+
+STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
+"""Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
+
+RULES = ("gwt",)
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise unless every option of the group is one that the optimizer can honour.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option has a value that is out of range or unknown.
+        ModuleNotFoundError: the wavelet needs PyWavelets, which is not installed.
+    """
+    hyper_of(group)
+    level = group["level"]
+    if isinstance(level, bool) or not isinstance(level, int):
+        raise TypeError(f"level must be an integer, got {level!r}")
+    if level < 0:
+        raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
+    if group["rule"] not in RULES:
+        raise ValueError(f"unknown rule {group['rule']!r}: use one of {', '.join(map(repr, RULES))}")
+    if group["wavelet"] != "haar":
+        filter_bank(group["wavelet"])
+    state_dtype_name(group["state_dtype"])
+    backends.check_name(group["backend"])
+
+
+def hyper_of(group: Mapping[str, Any]) -> Hyper:
+    """The group's numbers as floats, checked.
+
+    Raises:
+        TypeError: a number is not a real number, or a tensor that only the device could read.
+        ValueError: a number is out of range.
+    """
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    gamma = group["norm_growth_limit"]
+    hyper = Hyper(
+        lr=_number("lr", group["lr"]),
+        beta1=_number("betas[0]", betas[0]),
+        beta2=_number("betas[1]", betas[1]),
+        eps=_number("eps", group["eps"]),
+        weight_decay=_number("weight_decay", group["weight_decay"]),
+        scale=_number("scale", group["scale"]),
+        norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
+        maximize=bool(group["maximize"]),
+    )
+    for name in ("lr", "eps", "weight_decay"):
+        value = getattr(hyper, name)
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    for i, beta in enumerate((hyper.beta1, hyper.beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
+    if not 0.0 < hyper.scale < math.inf:
+        raise ValueError(f"scale must be finite and above 0, got {hyper.scale}: the published value is 0.25")
+    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit < math.inf:
+        raise ValueError(
+            f"norm_growth_limit must be finite and at least 1, got {hyper.norm_growth_limit}: "
+            f"the published value is 1.01, and None turns the limiter off"
+        )
+    return hyper
+
+
+def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
+    """The option as a checkpoint holds it: a plain name, or None for the default.
+
+    Raises:
+        ValueError: moments of this dtype are not offered.
+    """
+    if state_dtype is None:
+        return None
+    name = str(state_dtype).removeprefix("torch.")
+    if name not in STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype must be None, torch.float32 or torch.float64, got {state_dtype!r}: rounding to nearest "
+            f"in fewer bits would freeze exp_avg_sq, whose relative change per step is below half an ulp"
+        )
+    return name
+
+
+def state_dtype_of(param: Tensor, state_dtype: str | None) -> torch.dtype:
+    """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
+    if state_dtype is None:
+        return torch.promote_types(param.dtype, torch.float32)
+    return STATE_DTYPES[state_dtype]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name} must be a number, got a {value.dtype} tensor of shape {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, which step() would have to wait for: "
+                f"pass a float or a tensor on the CPU"
+            )
+        return float(value)
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None

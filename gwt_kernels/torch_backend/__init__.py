@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations: the CPU path and the readable statement of the mathematics."""

@@ -1,0 +1,135 @@
+"""The published algorithm literally, for any discrete wavelet: transform, divide, limit, invert, update.
+
+Slow, and the only path for wavelets other than Haar. With ``wavelet="haar"`` it is a second, independent
+statement of what the folded step computes. Notation of docs/algorithm.md; boundary mode "zero" throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.torch_backend.haar import compute_dtype
+from gwt_kernels.torch_backend.step import limit_
+
+__all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "wavedec", "waverec"]
+
+FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+
+
+def gwt_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    limiter_norms: Sequence[Tensor | None],
+    steps: Sequence[int],
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+    wavelet: str,
+) -> None:
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked and level is above 0."""
+    bank = filter_bank(wavelet)
+    for p, g, m, v, norm, step, hyper in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, strict=True
+    ):
+        if p.numel() == 0:
+            continue
+        dtype = compute_dtype(p.dtype)
+        approximation, *details = wavedec(-g.to(dtype) if hyper.maximize else g.to(dtype), bank, level)
+        m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+        v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+        denominator = v32.sqrt() + hyper.eps
+        coeffs = [m32 / denominator]
+        for i, detail in enumerate(details):
+            if i:
+                denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
+            coeffs.append(detail / denominator)
+        limit: Tensor | float = 1.0
+        if norm is not None and hyper.norm_growth_limit is not None:
+            limit = limit_(norm, torch.linalg.vector_norm(coeffs[0]), hyper.norm_growth_limit)
+        update = waverec(coeffs, bank)[..., : p.shape[-1]] * (hyper.step_size(step, level) / limit)
+        p.copy_(p.to(dtype) * (1 - hyper.lr * hyper.weight_decay) - update)
+        m.copy_(m32)
+        v.copy_(v32)
+
+
+@functools.lru_cache(maxsize=32)
+def filter_bank(wavelet: str) -> FilterBank:
+    """Decomposition and reconstruction filters (low, high, low, high) of an orthogonal wavelet.
+
+    Raises:
+        ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
+        ValueError: the name is unknown, or the wavelet is not an orthogonal discrete one.
+    """
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"wavelet={wavelet!r} takes its filters from PyWavelets, which is not installed: "
+            f"pip install 'gwt-kernels[wavelets]', or use wavelet='haar'"
+        ) from error
+    if wavelet not in pywt.wavelist(kind="discrete"):
+        raise ValueError(
+            f"unknown wavelet {wavelet!r}: use 'haar', or a name of pywt.wavelist(kind='discrete') such as 'db2'"
+        )
+    chosen = pywt.Wavelet(wavelet)
+    if not chosen.orthogonal:
+        raise ValueError(f"wavelet {wavelet!r} is not orthogonal: use 'haar', 'dbN', 'symN' or 'coifN'")
+    low, high, low_inverse, high_inverse = (tuple(map(float, f)) for f in chosen.filter_bank)
+    return low, high, low_inverse, high_inverse
+
+
+def approximation_width(width: int, level: int, wavelet: str) -> int:
+    """Width of the approximation of a row of ``width`` elements; for Haar ``ceil(width / 2**level)``."""
+    if wavelet == "haar":
+        return -(-width // 2**level)
+    taps = len(filter_bank(wavelet)[0])
+    for _ in range(level):
+        width = (width + taps - 1) // 2
+    return width
+
+
+def wavedec(x: Tensor, bank: FilterBank, level: int) -> list[Tensor]:
+    """``pywt.wavedec(x, wavelet, mode="zero", level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
+    details = []
+    for _ in range(level):
+        x, detail = _analyse(x, bank)
+        details.append(detail)
+    return [x, *reversed(details)]
+
+
+def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
+    """``pywt.waverec(coeffs, wavelet, mode="zero", axis=-1)``; may be one element longer than the original."""
+    x = coeffs[0]
+    for detail in coeffs[1:]:
+        x = _synthesise(x[..., : detail.shape[-1]], detail, bank)
+    return x
+
+
+def _analyse(x: Tensor, bank: FilterBank) -> tuple[Tensor, Tensor]:
+    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, zeros outside."""
+    low, high = bank[:2]
+    taps, n = len(low), x.shape[-1]
+    out = (n + taps - 1) // 2
+    # conv1d correlates, so the filters are reversed; the padding makes index 2k + 1 - j start at 2 - taps.
+    padded = F.pad(x.reshape(-1, 1, n), (taps - 2, 2 * out - n))
+    kernel = torch.tensor([low[::-1], high[::-1]], dtype=x.dtype, device=x.device).unsqueeze(1)
+    both = F.conv1d(padded, kernel, stride=2).view(*x.shape[:-1], 2, out)
+    return both[..., 0, :], both[..., 1, :]
+
+
+def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
+    """One level up: upsample by two, filter with both reconstruction filters, drop ``taps - 2`` at each end."""
+    low, high = bank[2:]
+    taps, n = len(low), detail.shape[-1]
+    both = torch.stack((approximation, detail), dim=-2).reshape(-1, 2, n)
+    kernel = torch.tensor([low, high], dtype=both.dtype, device=both.device).unsqueeze(1)
+    x = F.conv_transpose1d(both, kernel, stride=2, padding=taps - 2)
+    return x.view(*detail.shape[:-1], 2 * n - taps + 2)

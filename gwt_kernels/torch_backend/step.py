@@ -1,0 +1,162 @@
+"""The folded GWT-Adam step in plain PyTorch, one tensor at a time.
+
+For a block of ``W = 2**level`` neighbours with mean ``mean``, first moment ``m`` and second moment ``v``::
+
+    A = sqrt(W) * mean
+    m = b1*m + (1-b1)*A          v = b2*v + (1-b2)*A*A
+    u_i = (g_i - mean + m / sqrt(W)) / (sqrt(v) + eps) / limit
+    p_i = p_i - lr*weight_decay*p_i - step_size*u_i
+
+which equals the multi-level transform, Adam on its approximation and the inverse transform (docs/algorithm.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.torch_backend.haar import compute_dtype
+
+__all__ = ["gwt_adamw_", "limit_"]
+
+CHUNK = 1 << 19  # elements; one chunk of p and g stays in a core's caches between the passes over it
+STRIDED_UP_TO = 4  # widest block for which strided columns beat broadcasting over the short block axis on a CPU
+
+
+def gwt_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    limiter_norms: Sequence[Tensor | None],
+    steps: Sequence[int],
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+) -> None:
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
+    for p, g, m, v, norm, step, hyper in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, strict=True
+    ):
+        if p.numel() == 0:
+            continue
+        if level == 0:
+            _adamw(p, g, m, v, step, hyper)
+        else:
+            _gwt(p, g, m, v, norm, step, hyper, level)
+
+
+def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper) -> None:
+    """Level 0: Adam with decoupled weight decay, without bias correction inside the root."""
+    dtype = compute_dtype(p.dtype)
+    step_size = hyper.step_size(step, level=0)
+    for p_, g_, m_, v_ in _chunks(p, g, m, v):
+        p32, g32, m32, v32 = (x.to(dtype) for x in (p_, g_, m_, v_))
+        if hyper.maximize:
+            g32 = -g32
+        m32.mul_(hyper.beta1).add_(g32, alpha=1 - hyper.beta1)
+        v32.mul_(hyper.beta2).addcmul_(g32, g32, value=1 - hyper.beta2)
+        denominator = v32.sqrt().add_(hyper.eps)
+        if hyper.weight_decay:
+            p32.mul_(1 - hyper.lr * hyper.weight_decay)
+        p32.addcdiv_(m32, denominator, value=-step_size)
+        _write_back((p_, m_, v_), (p32, m32, v32))
+
+
+def _gwt(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, norm: Tensor | None, step: int, hyper: Hyper, level: int
+) -> None:
+    """Levels above 0: moments first, then the limiter over the whole tensor, then the weights."""
+    dtype = compute_dtype(p.dtype)
+    width = 2**level
+    means = torch.empty(m.shape, dtype=dtype, device=m.device)
+    for g_, means_, m_, v_ in _chunks(g, means, m, v):
+        torch.mul(_block_sums(g_.to(dtype), width), (-1 if hyper.maximize else 1) / width, out=means_)
+        m32, v32 = m_.to(dtype), v_.to(dtype)
+        m32.mul_(hyper.beta1).add_(means_, alpha=(1 - hyper.beta1) * math.sqrt(width))
+        v32.mul_(hyper.beta2).addcmul_(means_, means_, value=(1 - hyper.beta2) * width)
+        _write_back((m_, v_), (m32, v32))
+    m, v = m.to(dtype), v.to(dtype)
+    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of one element's update per element of its gradient
+    if norm is not None and hyper.norm_growth_limit is not None:
+        limit = limit_(norm, torch.linalg.vector_norm(m * gain), hyper.norm_growth_limit)
+        gain.div_(limit)
+    gain.mul_(-hyper.step_size(step, level))
+    offset = torch.sub(m, means, alpha=math.sqrt(width)).mul_(gain).div_(math.sqrt(width))  # [..., nb]
+    if hyper.maximize:
+        gain.neg_()
+    for p_, g_, gain_, offset_ in _chunks(p, g, gain, offset):
+        p32, g32 = p_.to(dtype), g_.to(dtype)
+        if hyper.weight_decay:
+            p32.mul_(1 - hyper.lr * hyper.weight_decay)
+        _add_update_(p32, g32, gain_, offset_, width)
+        _write_back((p_,), (p32,))
+
+
+def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
+    """Fira's norm-growth limiter: the divisor of the update, with ``previous`` replaced, all on the device."""
+    growth = norm / (previous + 1e-8)
+    limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
+    previous.copy_(norm / limit)
+    return limit
+
+
+def _block_sums(g: Tensor, width: int) -> Tensor:
+    """Sums of ``width`` neighbours along the last dimension, the last block cut short: ``[..., nb]``."""
+    if _strided(g, width):
+        sums = g[..., 0::width].clone()
+        for i in range(1, width):
+            column = g[..., i::width]
+            sums[..., : column.shape[-1]] += column
+        return sums
+    return _blocks(g, width).sum(-1)
+
+
+def _add_update_(p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, width: int) -> None:
+    """``p_i += g_i * gain_k + offset_k`` for element ``i`` of block ``k``."""
+    if _strided(g, width):
+        for i in range(width):
+            column = p[..., i::width]
+            n = column.shape[-1]
+            column.addcmul_(g[..., i::width], gain[..., :n]).add_(offset[..., :n])
+    else:
+        u = torch.addcmul(offset.unsqueeze(-1), _blocks(g, width), gain.unsqueeze(-1)).flatten(-2)
+        p.add_(u[..., : p.shape[-1]])
+
+
+def _blocks(g: Tensor, width: int) -> Tensor:
+    """``g [..., N]`` as ``[..., nb, width]``, padded with zeros on the right."""
+    missing = -g.shape[-1] % width
+    return (F.pad(g, (0, missing)) if missing else g).unflatten(-1, (-1, width))
+
+
+def _strided(g: Tensor, width: int) -> bool:
+    return g.device.type == "cpu" and width <= STRIDED_UP_TO
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views that cover the tensors row by row, small enough for the caches on a CPU."""
+    first = tensors[0]
+    contiguous = all(x.is_contiguous() for x in tensors)
+    if first.device.type != "cpu" or first.numel() <= CHUNK or (first.dim() == 1 and not contiguous):
+        yield tensors
+    elif contiguous and all(x.shape == first.shape for x in tensors):
+        yield from zip(*(x.view(-1).split(CHUNK) for x in tensors), strict=True)
+    elif contiguous:
+        rows = max(1, CHUNK // first.shape[-1])
+        yield from zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
+    else:
+        rows = max(1, CHUNK * first.shape[0] // first.numel())
+        yield from zip(*(x.split(rows) for x in tensors), strict=True)
+
+
+def _write_back(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Store what was computed in another dtype; tensors that were updated in place already hold it."""
+    for target, value in zip(targets, values, strict=True):
+        if value is not target:
+            target.copy_(value)
