@@ -16,10 +16,8 @@ from gwt_kernels import GWTAdamW, gwt_param_groups
 
 def check_name(name: str) -> str:
     """Return `name`, or raise a `ValueError` that says which there are."""
-    if not re.fullmatch(r"adamw|(gwt|foam)\d", name):
-        raise ValueError(
-            f"unknown optimizer {name!r}: choose adamw, or gwtL or foamL with a level L, such as gwt2"
-        )
+    if not re.fullmatch(r"adamw|gwt\d", name):
+        raise ValueError(f"unknown optimizer {name!r}: choose adamw, or gwtL with a level L, such as gwt2")
     return name
 
 
@@ -35,7 +33,7 @@ def build_optimizer(
     """The optimizer called `name` over the parameters of `model`.
 
     Args:
-        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2; `foam2` for its folded variant.
+        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, and so on.
         model: Its attention and MLP matrices are what GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
@@ -62,8 +60,10 @@ def build_optimizer(
             betas=betas,
             fused=fused or None,
         )
-    groups = gwt_param_groups(model, level=int(name[-1]), scale=scale, weight_decay=weight_decay)
-    return GWTAdamW(groups, lr=lr, betas=betas, rule=name[:-1])
+    groups = gwt_param_groups(
+        model, level=int(name.removeprefix("gwt")), scale=scale, weight_decay=weight_decay
+    )
+    return GWTAdamW(groups, lr=lr, betas=betas)
 
 
 def moment_bytes(shape: Iterable[int], level: int, itemsize: int) -> int:

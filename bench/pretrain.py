@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
     add("--preset", default="demo", choices=presets, help="where the other options' defaults come from")
-    add("--optimizer", default="gwt2", help="adamw, or gwtL or foamL with a level L")
+    add("--optimizer", default="gwt2", help="adamw, or gwtL with a level L")
     add(
         "--compare",
         nargs="+",

@@ -1,0 +1,512 @@
+"""Pre-training: text, models, schedule, exact resume, fair comparison, and errors that say what to do."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import checkpoint, pretrain
+from bench.compare import check_same_batches
+from bench.contenders import build_optimizer, measured_state_bytes, moment_bytes, predicted_state_bytes
+from bench.data import (
+    ByteTokenizer,
+    ShuffledWindows,
+    StreamedWindows,
+    load_stream,
+    load_text,
+    read_documents,
+    split_documents,
+)
+from bench.models import build_model, load_config
+from bench.sweep import best_settings, read_runs
+from bench.training import Run, RunConfig, lr_factor, read_log
+
+TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
+CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A model of one layer; its odd MLP width leaves a block half filled."""
+    fields = {
+        "vocab_size": 256,
+        "hidden_size": 16,
+        "intermediate_size": 27,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": False,
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+@pytest.fixture
+def options(tiny: Path) -> list[str]:
+    """A command line of ten small steps on the CPU."""
+    line = f"--model {tiny} --text {TEXT} --device cpu --steps 10 --batch 2 --context 16 --evals 5"
+    return [*line.split(), "--eval-windows", "4", "--log-every", "4", "--quiet"]
+
+
+def config_of(options: list[str], optimizer: str = "gwt2", *more: str) -> RunConfig:
+    return pretrain.run_config(pretrain.parse([*options, *more])[0], optimizer)
+
+
+def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
+    parsed = pretrain.parse([*options, *more])[0]
+    config = pretrain.run_config(parsed, optimizer)
+    return Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"))
+
+
+def tensors(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a nested structure by their path."""
+    if isinstance(tree, dict):
+        pairs = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        pairs = [(str(i), value) for i, value in enumerate(tree)]
+    else:
+        return {path: tree}
+    return {key: leaf for name, value in pairs for key, leaf in tensors(value, f"{path}/{name}").items()}
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == theirs[name].dtype, name
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert value == theirs[name], name
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "intermediate", "layers", "parameters"),
+    [  # counts worked out by hand: 2*32000*h + layers*(4*h*h + 3*h*i + 2*h) + h
+        ("llama_60m", 512, 1376, 8, 58_073_600),
+        ("llama_130m", 768, 2048, 12, 134_105_856),
+        ("llama_350m", 1024, 2736, 24, 367_969_280),
+        ("llama_1b", 2048, 5461, 24, 1_339_082_752),
+        ("llama_7b", 4096, 11008, 32, 6_738_415_616),
+    ],
+)
+def test_published_sizes(name: str, hidden: int, intermediate: int, layers: int, parameters: int) -> None:
+    model = build_model(load_config(name), seed=0, device=torch.device("meta"), dtype=torch.bfloat16)
+    shapes = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (32000, hidden)
+    last = f"model.layers.{layers - 1}."
+    assert shapes[last + "self_attn.q_proj.weight"] == (hidden, hidden)
+    assert shapes[last + "mlp.down_proj.weight"] == (hidden, intermediate)
+    assert f"model.layers.{layers}.self_attn.q_proj.weight" not in shapes
+    heads = {"llama_60m": 8, "llama_130m": 12, "llama_350m": 16, "llama_1b": 32, "llama_7b": 32}
+    assert load_config(name).num_attention_heads == heads[name]
+
+
+def test_seed_decides_initial_weights() -> None:
+    config, cpu = load_config("llama_demo"), torch.device("cpu")
+    one, same, other = (
+        build_model(config, seed=seed, device=cpu, dtype=torch.float32).state_dict() for seed in (1, 1, 2)
+    )
+    assert_same_bits(one, same)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+# Text
+
+
+@pytest.mark.parametrize("files", [1, 7])
+def test_heldout_text_is_not_trained_on(tmp_path: Path, files: int) -> None:
+    for file in range(files):
+        lines = [f"file {file} line {line:05d}\n" for line in range(400)]
+        (tmp_path / f"{file}.txt").write_text("".join(lines))
+        (tmp_path / f"copy of {file}.txt").write_text(
+            "".join(lines)
+        )  # a copy must not leak across the border
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0\0")
+    documents = read_documents(tmp_path)
+    assert len(documents) == files
+    training, heldout = split_documents(documents, 0.2)
+    assert "".join(training + heldout) == "".join(documents)
+    seen, held = "".join(training).splitlines(), "".join(heldout).splitlines()
+    assert len(held) == pytest.approx(0.2 * 400 * files, abs=2)
+    assert not set(seen) & set(held[1:])  # the border may cut one line
+
+    corpus = load_text(tmp_path, ByteTokenizer(), context=64, eval_windows=5, heldout_fraction=0.2, seed=0)
+    window_text = bytes(corpus.heldout[:, :-1].flatten().tolist()).decode()
+    assert window_text in "\0".join(heldout)
+    training_text = bytes(corpus.train.take(64 * files).unique(dim=0).flatten().tolist()).decode()
+    assert not set(window_text.splitlines()[1:-1]) & set(training_text.splitlines())
+
+
+def test_default_text_is_the_standard_library() -> None:
+    documents = read_documents(None)
+    assert TEXT.read_text() in documents
+    assert sum(map(len, documents)) > 5_000_000
+    assert not any("site-packages" in document[:200] for document in documents[:50])
+
+
+def test_shuffled_windows_repeat_no_token_in_a_pass() -> None:
+    tokens = torch.arange(1000, dtype=torch.int32)
+    windows = ShuffledWindows(tokens, context=10, seed=3)
+    first, second = windows.take(98), windows.take(98)
+    for one_pass in (first, second):
+        predicted = one_pass[:, 1:].flatten()
+        assert len(predicted.unique()) == 980
+    assert not torch.equal(first, second)
+    assert torch.equal(first[:, :1] + torch.arange(11), first)
+    assert torch.equal(ShuffledWindows(tokens, context=10, seed=3).take(98), first)
+    assert not torch.equal(ShuffledWindows(tokens, context=10, seed=4).take(98), first)
+
+
+class FakeStream(list[dict[str, str]]):
+    """What `datasets` returns with `streaming=True`, as far as it is used."""
+
+    def skip(self, count: int) -> FakeStream:
+        return FakeStream(self[count:])
+
+
+def test_streamed_windows_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        "train": FakeStream({"text": f"document {i}, " * (i + 1)} for i in range(12)),
+        "validation": FakeStream({"text": f"held out {i}. "} for i in range(40)),
+    }
+    fake = types.ModuleType("datasets")
+    calls = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> FakeStream:
+        calls.append((name, config, streaming))
+        return rows[split]
+
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+    def fresh() -> Any:
+        settings = {"context": 16, "eval_windows": 8, "heldout_split": "validation"}
+        return load_stream("some/text", "en", ByteTokenizer(), **settings)
+
+    corpus = fresh()
+    expected = "".join(row["text"] + "\0" for row in rows["train"])
+    passes = (expected * 3).encode()
+    dealt = torch.cat([corpus.train.take(n) for n in (3, 1, 7, 100)])  # 1,776 tokens: more than one pass
+    assert len(dealt) * 16 > len(expected)
+    assert bytes(dealt[:, :-1].flatten().tolist()) == passes[: len(dealt) * 16]
+    assert bytes(dealt[:, 1:].flatten().tolist()) == passes[1 : len(dealt) * 16 + 1]
+    assert bytes(corpus.heldout[0].tolist()) == b"held out 0. \0held out 1"[:17]
+    assert ("some/text", "en", True) in calls
+
+    for taken in (1, 40, 90):
+        before, after = fresh().train, fresh().train
+        before.take(taken)
+        after.load_state_dict(before.state_dict())
+        assert torch.equal(after.take(30), before.take(30))
+
+    with pytest.raises(ValueError, match="no documents"):
+        StreamedWindows(lambda skip: [], ByteTokenizer(), 16).take(1)
+
+
+# Training
+
+
+def test_schedule_values() -> None:
+    at = {step: lr_factor(step, steps=100, warmup=0.1, min_lr=0.1) for step in range(1, 101)}
+    assert [at[1], at[5], at[10], at[100]] == pytest.approx([0.1, 0.5, 1.0, 0.1], rel=1e-12)
+    assert at[55] == pytest.approx(0.55, rel=1e-12)  # half-way down the cosine
+    assert all(one > other for one, other in itertools.pairwise(at[step] for step in range(10, 101)))
+    assert lr_factor(1, steps=1, warmup=0.0, min_lr=0.0) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", CONTENDERS)
+def test_resume_is_exact(tmp_path: Path, options: list[str], optimizer: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain.main([*options, "--optimizer", optimizer, "--out", str(whole)])
+    # Step 5 lies between two lines of the log, and off the warm-up's end.
+    pretrain.main([*options, "--optimizer", optimizer, "--out", str(parts), "--stop-at", "5"])
+    half = checkpoint.read(parts / "checkpoint.pt")
+    assert half["step"] == 5
+    pretrain.main([*options, "--optimizer", optimizer, "--out", str(parts), "--resume"])
+
+    end, expected = checkpoint.read(parts / "checkpoint.pt"), checkpoint.read(whole / "checkpoint.pt")
+    assert_same_bits(end, expected)
+    assert not torch.equal(half["model"]["lm_head.weight"], end["model"]["lm_head.weight"])
+    for kind in ("run", "train", "eval"):
+        ours, theirs = read_log(parts / "log.jsonl", kind), read_log(whole / "log.jsonl", kind)
+        for line in ours + theirs:
+            line.pop("seconds", None)
+        assert ours == theirs
+    kinds = {type(leaf) for leaf in tensors(expected).values()}
+    assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
+
+
+def test_resume_after_a_crash(tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
+    pretrain.main([*options, "--out", str(whole)])
+    honest_step = Run.train_step
+
+    def crash_at_eight(run: Run) -> None:
+        if run.step == 8:
+            raise KeyboardInterrupt
+        honest_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_step", crash_at_eight)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main([*options, "--out", str(crashed), "--save-every", "3"])
+    assert read_log(crashed / "log.jsonl", "eval")[-1]["step"] == 8  # past the checkpoint of step 6
+    pretrain.main([*options, "--out", str(crashed), "--resume"])
+    end, expected = (checkpoint.read(out / "checkpoint.pt") for out in (crashed, whole))
+    assert_same_bits(end, expected)
+    assert [e["step"] for e in read_log(crashed / "log.jsonl", "eval")] == [2, 4, 6, 8, 10]
+
+
+def test_checkpoint_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.write_atomically(path, {"step": 1})
+
+    def fail(payload: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write_atomically(path, {"step": 2})
+    assert checkpoint.read(path) == {"step": 1}
+
+
+def test_accumulation_equals_the_bigger_batch(options: list[str]) -> None:
+    # After one step without clipping AdamW's first moment is a tenth of the gradient.
+    def gradient(batch: int, accumulate: int) -> torch.Tensor:
+        sizes = ("--batch", str(batch), "--accumulate", str(accumulate), "--grad-clip", "0")
+        run = run_of(options, "adamw", *sizes)
+        run.train_step()
+        return torch.cat([run.optimizer.state[p]["exp_avg"].flatten() for p in run.model.parameters()])
+
+    big, accumulated, small = gradient(6, 1), gradient(2, 3), gradient(2, 1)
+    assert (accumulated - big).norm() < 1e-6 * big.norm()
+    assert (small - big).norm() > 1e-2 * big.norm()
+
+
+def test_log_holds_the_schedule(tmp_path: Path, options: list[str]) -> None:
+    pretrain.main(
+        [*options, "--optimizer", "adamw", "--lr", "0.01", "--scale", "0.5", "--out", str(tmp_path)]
+    )
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(e["kind"], e["step"]) for e in entries if e["kind"] != "eval"] == [
+        ("run", 0),
+        ("train", 4),
+        ("train", 8),
+        ("train", 10),
+    ]
+    assert entries[0]["optimizer"] == "adamw"
+    for entry in read_log(tmp_path / "log.jsonl", "train"):
+        factor = lr_factor(entry["step"], steps=10, warmup=0.1, min_lr=0.1)
+        assert set(entry["lr"]) == {0.01 * factor, 0.005 * factor}
+        assert 1.0 < entry["loss"] < 8.0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("optimizer", CONTENDERS)
+def test_state_bytes_predicted_are_those_held(options: list[str], optimizer: str, precision: str) -> None:
+    run = run_of(options, optimizer, "--precision", precision)
+    predicted = predicted_state_bytes(run.optimizer)
+    assert measured_state_bytes(run.optimizer) == 0
+    run.train_step()
+    run.train_step()
+    assert measured_state_bytes(run.optimizer) == predicted
+
+
+def test_moment_bytes_by_hand() -> None:
+    assert moment_bytes((3, 27), 2, 4) == 2 * 7 * 3 * 4
+    assert moment_bytes((5,), 0, 2) == 20
+    assert moment_bytes((), 0, 4) == 8
+
+
+def test_scale_sets_the_matrices_apart_for_every_contender(tiny: Path) -> None:
+    model = build_model(load_config(str(tiny)), seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    matrices = {id(p) for name, p in model.named_parameters() if "proj" in name}
+    for name in CONTENDERS:
+        optimizer = build_optimizer(name, model, lr=0.01, scale=0.5)
+        for group in optimizer.param_groups:
+            inside = {id(p) for p in group["params"]} <= matrices
+            rate = group["lr"] * (1.0 if name == "adamw" else group["scale"])
+            assert rate == (0.005 if inside else 0.01)
+
+
+# Comparison and sweep
+
+
+def test_compare_end_to_end(tmp_path: Path, options: list[str]) -> None:
+    from matplotlib.image import imread
+
+    names = ["adamw", "gwt2", "gwt3"]
+    pretrain.main([*options, "--compare", *names, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert [result["optimizer"] for result in results] == names
+    assert len({result["data_digest"] for result in results}) == 1
+    assert len({result["heldout_loss"] for result in results}) == 3
+    state = [result["state_bytes_measured"] for result in results]
+    assert state == [result["state_bytes_predicted"] for result in results]
+    assert state[0] > state[1] > state[2]
+    table = (tmp_path / "table.txt").read_text()
+    for result in results:
+        assert f"{result['heldout_loss']:.4f}" in table
+        assert f"{result['state_bytes_measured']:,}" in table
+        assert f"{result['optimizer_ms']['median']:.1f}" in table
+    image = imread(tmp_path / "losses.png")
+    assert image.shape[0] > 500
+    assert image[..., :3].std() > 0.05  # something is drawn
+
+    assert run_of(options, "gwt2", "--seed", "1").data_digest == 0
+    other = {**results[1], "data_digest": "00000000"}
+    with pytest.raises(ValueError, match="gwt2 and adamw cannot be compared: data_digest"):
+        check_same_batches([results[0], other])
+
+
+def test_batches_depend_on_the_seed_alone(options: list[str]) -> None:
+    def digest(optimizer: str, seed: str) -> int:
+        run = run_of(options, optimizer, "--seed", seed)
+        run.train_step()
+        return run.data_digest
+
+    assert digest("adamw", "0") == digest("gwt2", "0") != digest("gwt2", "1")
+
+
+def test_sweep_records_every_run_once(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "sweep.json"
+    grid = {"lr": [0.003, 1e30], "scale": [0.25]}
+    parse = pretrain.parse
+    monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], {"adamw": grid, "gwt2": grid}))
+    line = [*options, "--sweep", "adamw", "gwt2", "--sweep-record", str(record), "--sweep-seeds", "2"]
+    pretrain.main(line)
+    runs = read_runs(record)
+    assert [(r["optimizer"], r["lr"], r["seed"]) for r in runs] == [
+        (name, lr, seed) for name in ("adamw", "gwt2") for lr, seed in ((0.003, 0), (1e30, 0), (0.003, 1))
+    ]
+    for run in runs:
+        assert run["commit"]
+        assert run["command"].startswith("python -m bench.pretrain")
+    diverged = [run for run in runs if run["lr"] == 1e30]
+    assert all(run["heldout_loss"] is None and "lower --lr" in run["diverged"] for run in diverged)
+    pretrain.main(line)
+    assert read_runs(record) == runs
+
+    tuned = config_of(options, "gwt2", "--sweep-record", str(record))
+    assert (tuned.lr, tuned.scale) == (0.003, 0.25)
+    assert config_of(options, "gwt2", "--sweep-record", str(record), "--lr", "0.5").lr == 0.5
+
+
+def test_recorded_sweep_is_fair() -> None:
+    runs = read_runs(pretrain.RESULTS / "sweep_demo.json")
+    names = {"adamw", "gwt2", "gwt3"}
+    assert {run["optimizer"] for run in runs} == names
+    settings = {
+        name: {(r["lr"], r["scale"]) for r in runs if r["optimizer"] == name and r["seed"] == 0}
+        for name in names
+    }
+    assert len({len(tried) for tried in settings.values()}) == 1  # as many settings for each
+    shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
+    assert len({tuple(run[key] for key in shared) for run in runs if run["heldout_loss"]}) == 1
+    for name in names:
+        best = best_settings(runs, name)
+        assert best is not None
+        config = config_of([], name)
+        assert (config.lr, config.scale, config.steps) == (best["lr"], best["scale"], best["steps"])
+        again = [r for r in runs if all(r[k] == best[k] for k in ("optimizer", "lr", "scale"))]
+        assert len({r["seed"] for r in again}) == 3
+
+
+# Errors
+
+
+def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str], tiny: Path) -> None:
+    def fails(kind: type[Exception], match: str, *more: str) -> None:
+        with pytest.raises(kind, match=match):
+            pretrain.main([*options, "--out", str(tmp_path / "out"), *more])
+
+    fails(
+        FileNotFoundError, r"no-such: no such file or folder; give one", "--text", str(tmp_path / "no-such")
+    )
+    (tmp_path / "empty").mkdir()
+    fails(ValueError, r"empty: holds no UTF-8 text files; give", "--text", str(tmp_path / "empty"))
+    (tmp_path / "short.txt").write_text("too short")
+    fails(
+        ValueError,
+        r"short.txt: \d+ training tokens are too few .* give more",
+        "--text",
+        str(tmp_path / "short.txt"),
+    )
+    fails(
+        ValueError, r"held-out tokens are too few for 9999 windows.*--eval-windows", "--eval-windows", "9999"
+    )
+    fails(ValueError, r"unknown optimizer 'sgd': choose adamw", "--optimizer", "sgd")
+    fails(ValueError, r"unknown optimizer 'gwt': choose adamw", "--compare", "adamw", "gwt")
+    fails(FileNotFoundError, r"--model llama_9b: .*llama_60m", "--model", "llama_9b")
+    narrow = tmp_path / "narrow.json"
+    narrow.write_text(tiny.read_text().replace("256", "64"))
+    fails(
+        ValueError, r"token id 1\d\d is outside .* 64 ids; choose another --tokenizer", "--model", str(narrow)
+    )
+    fails(ValueError, r"no sweep grid for 'gwt7'.*add one", "--sweep", "gwt7")
+    fails(
+        ValueError, r"--heldout-split 'train'.*another", "--dataset", "some/text", "--heldout-split", "train"
+    )
+
+
+def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        pretrain.main([*options, "--dataset", "some/text"])
+
+
+def test_resuming_another_run_is_refused(tmp_path: Path, options: list[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    pretrain.main([*options, *out, "--lr", "0.01", "--stop-at", "2"])
+    before = (tmp_path / "out" / "log.jsonl").read_bytes()
+    for more, message in (
+        (["--lr", "0.02"], r"lr=0.01 there, 0.02 here.*same settings, or start a new run"),
+        (["--lr", "0.01", "--optimizer", "adamw"], r"optimizer='gwt2' there, 'adamw' here"),
+        (["--lr", "0.01", "--text", str(Path(types.__file__))], r"text_digest="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain.main([*options, *out, *more, "--resume"])
+    assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+
+# What only a GPU shows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("extra", [[], ["--compile"]])
+def test_bfloat16_on_cuda(tmp_path: Path, options: list[str], extra: list[str]) -> None:
+    line = [
+        *options,
+        "--device",
+        "cuda",
+        "--steps",
+        "30",
+        "--compare",
+        "adamw",
+        "gwt2",
+        "--out",
+        str(tmp_path),
+    ]
+    pretrain.main([*line, *extra])
+    for result in json.loads((tmp_path / "compare.json").read_text()):
+        assert result["precision"] == "bfloat16"
+        assert result["state_bytes_measured"] == result["state_bytes_predicted"]
+        assert result["heldout_loss"] < 5.0  # below the 5.55 of a model that knows nothing
+        assert result["optimizer_ms"]["median"] > 0
