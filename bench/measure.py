@@ -1,0 +1,163 @@
+"""How every benchmark times, what it records of the machine, and the file its rows go to."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+# A CUDA step is queued behind this much idling, so that the device never waits for the host and the events
+# around the step enclose device work alone. About 10 ms: longer than any step takes to launch.
+_LEAD_CYCLES = 20_000_000
+
+
+class Spread(NamedTuple):
+    """Median and 20th and 80th percentile of repeated measurements."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        p20, median, p80 = np.percentile(values, [20, 50, 80])
+        return cls(float(median), float(p20), float(p80), len(values))
+
+
+def clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Run `work` once and return its seconds on the device and on the host.
+
+    On CUDA the first is the time between two events around the work, without launch latency, and the second
+    how long the call kept the host; on a CPU both are the time of the call.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        elapsed = time.perf_counter() - start
+        return elapsed, elapsed
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(_LEAD_CYCLES)  # type: ignore[no-untyped-call]
+    begin.record()
+    start = time.perf_counter()
+    work()
+    host = time.perf_counter() - start
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3, host
+
+
+def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions: int = 20) -> Spread:
+    """Measure bytes moved per second (read plus written) by a copy within the device's memory.
+
+    Args:
+        device: Where to copy.
+        size: Bytes of the buffer; None for 4 GiB on CUDA (less where less is free) and 256 MiB on a CPU, both
+            far above any cache.
+        repetitions: Timed copies, after three for warming up.
+    """
+    if size is None:
+        size = min(4 * 2**30, available_bytes(device) // 4) if device.type == "cuda" else 256 * 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [clock(lambda: target.copy_(source), device)[0] for _ in range(3 + repetitions)][3:]
+    return Spread.of([2 * size / second for second in seconds])
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("/proc/meminfo has no MemAvailable line; this benchmark knows Linux only")
+    return int(found[1]) * 1024
+
+
+def facts(
+    device: torch.device, module: str, arguments: Iterable[str], commit: str | None = None
+) -> dict[str, Any]:
+    """Return what every row of results says of its origin.
+
+    Args:
+        device: Where the benchmark runs.
+        module: The module that was run, for the exact command.
+        arguments: Its command line.
+        commit: The commit measured, where the tree is no git checkout; None asks git.
+    """
+    return {
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(("python -m", module, *arguments)),
+        "device": device_name(device),
+        "driver": _driver(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def write_rows(rows: Sequence[dict[str, Any]], name: str, folder: Path = RESULTS) -> Path:
+    """Write a JSON array, a row a line, into a file named by benchmark, device and date; return its path."""
+    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
+    stamp = re.sub(r"[^0-9T]", "", rows[0]["date"].partition("+")[0])
+    path = folder / f"{name}_{slug}_{stamp}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
+    return path
+
+
+def _commit() -> str:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+
+        def git(*words: str) -> str:
+            return subprocess.run(
+                ("git", *words), cwd=here, check=True, capture_output=True, text=True
+            ).stdout.strip()
+
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    return "unknown"
+
+
+def _driver(device: torch.device) -> str:
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return (
+                subprocess.run(query, check=True, capture_output=True, text=True)
+                .stdout.split("\n")[0]
+                .strip()
+            )
+    return "none" if device.type == "cpu" else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
