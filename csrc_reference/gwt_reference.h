@@ -1,0 +1,107 @@
+/* The public face of the C oracle: the Haar transform and GWT-Adam written out literally, for tests to
+ * compare every fast implementation against.
+ *
+ * GWT-Adam is the algorithm of arXiv 2501.07237 with the norm-growth limiter of Fira (arXiv 2410.01623).
+ *
+ * Layout. A tensor is `rows` rows of `width` contiguous elements, row-major; an N-D tensor is its last
+ * dimension as `width` and the product of the others as `rows`. Its coefficients at level L are packed one
+ * band after the other, coarse to fine, in PyWavelets' order and sign:
+ *
+ *     [ A | D_L | D_(L-1) | ... | D_1 ]      A is [rows, n_L], D_l is [rows, n_l], each contiguous,
+ *
+ * where n_0 = width and n_l = ceil(n_(l-1) / 2): an odd length is padded with one zero on its right
+ * (PyWavelets' mode="zero"). With level 0 the coefficients are the tensor itself.
+ *
+ * Precision. A function that ends in _d computes in double. One that ends in _f holds its data in float and
+ * does all arithmetic on it in float; only scalars (bias correction, the norm of the limiter) are worked out
+ * in double and rounded once where they meet the data.
+ *
+ * Buffers must not overlap. A tensor without elements (rows or width 0) is valid: nothing is read or written,
+ * its pointers may be NULL, and, if its width is 0, every level from 0 to 62 is accepted.
+ * There is no global state; calls on different buffers may run at the same time. */
+#ifndef GWT_REFERENCE_H
+#define GWT_REFERENCE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What the functions below return. After anything but GWT_OK no buffer has been changed. Where several
+ * things are wrong, the code of one of them is returned. */
+enum {
+    GWT_OK = 0,
+    GWT_BAD_SHAPE = 1,     /* a negative size, or more bytes than the address space holds */
+    GWT_BAD_LEVEL = 2,     /* negative, or deeper than the width allows: 2**level >= 2 * width */
+    GWT_BAD_OPTION = 3,    /* an option outside the range stated at gwt_adamw_options */
+    GWT_NULL_POINTER = 4,  /* a NULL pointer where there are elements to read or write */
+    GWT_OUT_OF_MEMORY = 5  /* the working memory could not be had */
+};
+
+/* The settings of one GWT-Adam step on one tensor. Only their ranges are limited; nothing has a default. */
+typedef struct {
+    int64_t step;              /* t: 1 for the first step; at least 1 */
+    double lr;                 /* learning rate; finite, at least 0 */
+    double beta1;              /* decay of the first moment; in [0, 1) */
+    double beta2;              /* decay of the second moment; in [0, 1) */
+    double eps;                /* added to sqrt(v), which is not bias-corrected; finite, at least 0 */
+    double weight_decay;       /* decoupled: p shrinks by lr * weight_decay first; finite, at least 0 */
+    double scale;              /* factor on the update; finite, at least 0; ignored at level 0 */
+    double norm_growth_limit;  /* gamma; finite, at least 1; NaN, 0 or less: no limiter; ignored at level 0 */
+    int32_t level;             /* L: 0 is plain AdamW (no transform, no scale, no limiter) */
+    int32_t maximize;          /* not 0: ascend, that is, take -g for g */
+} gwt_adamw_options;
+
+/* n_level, the columns of the approximation of a row of `width` elements: `width` halved `level` times, each
+ * time rounded up. -1 where `width` is negative or `level` is outside 0 to 62. */
+int64_t gwt_haar_length(int64_t width, int level);
+
+/* How many elements the packed coefficients of a [rows, width] tensor hold: rows * (n_L + n_L + ... + n_1).
+ * -1 where gwt_haar_dwt_d would return GWT_BAD_SHAPE or GWT_BAD_LEVEL. */
+int64_t gwt_haar_coefficient_count(int64_t rows, int64_t width, int level);
+
+/* The forward transform of every row, one level after the other: a = (left + right) / sqrt(2) and
+ * d = (left - right) / sqrt(2) of each pair of neighbours, the next level taking a.
+ *
+ *   x       [rows, width], read
+ *   coeffs  gwt_haar_coefficient_count(rows, width, level) elements, written: packed as above
+ *
+ * Returns GWT_OK, GWT_BAD_SHAPE, GWT_BAD_LEVEL, GWT_NULL_POINTER or GWT_OUT_OF_MEMORY (for one row). */
+int gwt_haar_dwt_f(const float *x, float *coeffs, int64_t rows, int64_t width, int level);
+int gwt_haar_dwt_d(const double *x, double *coeffs, int64_t rows, int64_t width, int level);
+
+/* The inverse transform of every row: left = (a + d) / sqrt(2) and right = (a - d) / sqrt(2), each level cut
+ * to the length it had on the way down.
+ *
+ *   coeffs  packed as gwt_haar_dwt writes it, read
+ *   x       [rows, width], written
+ *
+ * Returns GWT_OK, GWT_BAD_SHAPE, GWT_BAD_LEVEL or GWT_NULL_POINTER. */
+int gwt_haar_idwt_f(const float *coeffs, float *x, int64_t rows, int64_t width, int level);
+int gwt_haar_idwt_d(const double *coeffs, double *x, int64_t rows, int64_t width, int level);
+
+/* One step of GWT-Adam on one tensor, in place.
+ *
+ *   p             [rows, width], the weights, updated
+ *   g             [rows, width], the gradient, read
+ *   exp_avg       [rows, n_L], the first moment m of the approximation, updated; zeros before the first step
+ *   exp_avg_sq    [rows, n_L], its second moment v, updated; zeros before the first step
+ *   limiter_norm  one number, updated: the norm of the limited update of the approximation at the previous
+ *                 step; 0 stands for "none yet", and so does a previous norm that really was 0. Double in
+ *                 both builds, where the norm is accumulated. NULL is allowed where there is no limiter.
+ *                 A negative one is GWT_BAD_OPTION; NaN spreads to the whole tensor, as it does in torch.
+ *
+ * With eps 0 a coefficient whose v is 0 gives 0/0 = NaN, by the definition of the update.
+ *
+ * Returns GWT_OK or any of the codes above. Works in about twice the memory of the tensor itself. */
+int gwt_adamw_step_f(float *p, const float *g, float *exp_avg, float *exp_avg_sq, double *limiter_norm,
+                     int64_t rows, int64_t width, const gwt_adamw_options *options);
+int gwt_adamw_step_d(double *p, const double *g, double *exp_avg, double *exp_avg_sq, double *limiter_norm,
+                     int64_t rows, int64_t width, const gwt_adamw_options *options);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,95 @@
+"""Loads the golden vectors: what the authors' published optimizers computed in float64.
+
+Each case is a run of a few steps on one tensor, of GWT-Adam or plain AdamW, in `data/official_adamw.npz`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@dataclass(frozen=True)
+class AdamWCase:
+    """One run: its settings, what went in, and what came out. Every array is float64 and read-only.
+
+    Attributes:
+        name: unique in the file; fit for a test id.
+        level: 0 for plain AdamW.
+        wavelet: PyWavelets' name; the boundary mode is "zero" throughout.
+        lr: the learning rate of each of the `T` steps.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment, which is not bias-corrected.
+        scale: factor on the update.
+        weight_decay: 0 throughout (the published code decays after the update, this package before).
+        norm_growth_limit: the limiter's gamma.
+        p0: the weights at the start, `[...]`.
+        grads: the gradients, `[T, ...]`.
+        params: the weights after each step, `[T, ...]`.
+        exp_avg: the first moment after the last step, `[..., blocks]`.
+        exp_avg_sq: the second moment after the last step, `[..., blocks]`.
+        limiter_norm: the limiter's norm after each step, `[T]`; NaN at level 0, which has none.
+    """
+
+    name: str
+    level: int
+    wavelet: str
+    lr: tuple[float, ...]
+    betas: tuple[float, float]
+    eps: float
+    scale: float
+    weight_decay: float
+    norm_growth_limit: float
+    p0: np.ndarray
+    grads: np.ndarray
+    params: np.ndarray
+    exp_avg: np.ndarray
+    exp_avg_sq: np.ndarray
+    limiter_norm: np.ndarray
+
+    @property
+    def limiter_active(self) -> np.ndarray:
+        """`[T]` bool: at which steps the limiter divided the update by more than 1.
+
+        Then, and only then, the new norm is exactly gamma times the old one (plus the limiter's 1e-8).
+        """
+        if self.level == 0:
+            return np.zeros(len(self.lr), bool)
+        bound = self.norm_growth_limit * (self.limiter_norm[:-1] + 1e-8)
+        return np.concatenate([[False], np.isclose(self.limiter_norm[1:], bound, rtol=1e-12, atol=0)])
+
+
+@functools.cache
+def adamw_cases(wavelet: str | None = None) -> tuple[AdamWCase, ...]:
+    """The cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
+    with np.load(DATA / "official_adamw.npz", allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for array in arrays.values():
+        array.setflags(write=False)
+    configurations = json.loads(str(arrays["cases"]))
+    return tuple(_case(c, arrays) for c in configurations if wavelet in (None, c["wavelet"]))
+
+
+def _case(configuration: dict, arrays: dict[str, np.ndarray]) -> AdamWCase:
+    name = configuration["name"]
+    if configuration["mode"] != "zero":
+        raise ValueError(f'golden case {name!r} has boundary mode {configuration["mode"]!r}, expected "zero"')
+    keys = ("p0", "grads", "params", "exp_avg", "exp_avg_sq", "limiter_norm")
+    return AdamWCase(
+        name=name,
+        level=configuration["level"],
+        wavelet=configuration["wavelet"],
+        lr=tuple(configuration["lr"]),
+        betas=tuple(configuration["betas"]),
+        eps=configuration["eps"],
+        scale=configuration["scale"],
+        weight_decay=configuration["weight_decay"],
+        norm_growth_limit=configuration["limiter_gamma"],
+        **{key: arrays[f"{name}/{key}"] for key in keys},
+    )
