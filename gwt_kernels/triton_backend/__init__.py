@@ -1,0 +1,1 @@
+"""Fused Triton kernels and their launch; imported only where a tensor is to be updated by Triton."""

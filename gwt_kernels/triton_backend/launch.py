@@ -1,0 +1,218 @@
+"""Launches of the fused step: tables of pointers and numbers, made on the host and sent in one copy."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.triton_backend.step import N_SCALARS, limiter_kernel, norm_kernel, step_kernel
+
+__all__ = ["TRITON_DTYPES", "Launch", "gwt_adamw_", "variant"]
+
+FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
+ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets, masks and a division
+MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
+LIMITER_BLOCK = 1024
+MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
+
+
+def gwt_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    limiter_norms: Sequence[Tensor | None],
+    steps: Sequence[int],
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+    workspace: dict[str, Any],
+) -> None:
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked.
+
+    Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
+    not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
+    """
+    if not all(map(Tensor.is_contiguous, grads)):
+        grads = [g.contiguous() for g in grads]
+    packed = params if all(map(Tensor.is_contiguous, params)) else [p.contiguous() for p in params]
+    arrays = [packed, grads, exp_avgs, exp_avg_sqs]
+    limited = limiter_norms[0] is not None
+    if limited:
+        arrays.append(limiter_norms)  # type: ignore[arg-type]  # all of them are tensors where one is
+    pointers = [list(map(Tensor.data_ptr, x)) for x in arrays]
+    sizes = [list(map(Tensor.numel, x)) for x in (packed, grads)]
+    if pointers != workspace.get("pointers") or sizes != workspace["sizes"]:
+        paths = [_path(p, addresses, level) for p, *addresses in zip(packed, *pointers[:4], strict=True)]
+        if paths != workspace.get("paths") or sizes != workspace["sizes"]:
+            workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, paths, level)
+        workspace.update(pointers=pointers, sizes=sizes, paths=paths)
+    scalars = _scalars(hypers, steps, level)
+    dtypes = [TRITON_DTYPES[x[0].dtype] for x in arrays[:3]]
+    with _device_guard(params[0].device):
+        for launch in workspace["launches"]:
+            launch.run(pointers, scalars, dtypes, limited)
+    if packed is not params:
+        for p, x in zip(params, packed, strict=True):
+            if x is not p:
+                p.copy_(x)
+
+
+class Launch:
+    """Tensors of one bucket and one path: what stays the same from step to step."""
+
+    def __init__(self, params: Sequence[Tensor], chosen: list[int], level: int, flat: bool) -> None:
+        self.chosen = chosen if len(chosen) < len(params) else None  # None: all of them, in order
+        self.n = len(chosen)
+        self.level = level
+        self.flat = flat
+        self.tile_blocks = variant(level, flat)["NB"]
+        device = params[0].device
+        layout = [_layout(params[i], 2**level) for i in chosen]
+        tiles = [-(-n_blocks // self.tile_blocks) for n_blocks, _, _ in layout]
+        first_tiles = [0, *accumulate(tiles)]
+        self.n_tiles = first_tiles[-1]
+        self.layout = torch.tensor([first_tiles[:-1], *zip(*layout, strict=True)], device=device)
+        # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
+        self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
+        first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
+        self.n_chunks = first_chunks[-1]
+        self.first_chunks = torch.tensor(first_chunks, device=device)
+
+    def run(
+        self, pointers: list[list[int]], scalars: list[bytes], dtypes: list[tl.dtype], limited: bool
+    ) -> None:
+        """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
+        if self.chosen is not None:
+            pointers = [[column[i] for i in self.chosen] for column in pointers]
+            scalars = [scalars[i] for i in self.chosen]
+        device = self.layout.device
+        table = array("q", [x for column in pointers for x in column]).tobytes()
+        table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
+        sent = _to_device(table + b"".join(scalars), device)
+        pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
+        p, g, m = dtypes
+        options = variant(self.level, self.flat)
+        factors = scalar_table  # a pointer that is not read
+        if limited:
+            partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
+            factors = torch.empty(self.n, dtype=torch.float32, device=device)
+            norm_kernel[(self.n_chunks,)](
+                self.layout, pointer_table, scalar_table, self.first_chunks, partials,
+                self.n, self.tiles_per_chunk, G=g, M=m, **options, **alignment(g, m, self.level, self.flat),
+            )  # fmt: skip
+            limiter_kernel[(self.n,)](
+                pointer_table, scalar_table, self.first_chunks, partials, factors, self.n, BLOCK=LIMITER_BLOCK
+            )
+        step_kernel[(self.n_tiles,)](
+            self.layout, pointer_table, scalar_table, factors,
+            self.n, P=p, G=g, M=m, LIMITED=limited, **options, **alignment(p, m, self.level, self.flat),
+        )  # fmt: skip
+
+
+def variant(level: int, flat: bool) -> dict[str, Any]:
+    """The compile-time constants of a path at a level, and the number of warps."""
+    tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
+    return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
+
+
+def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict[str, int]:
+    """Bytes of weights or gradients, and of their moments, that one thread accesses at once."""
+    size = moments.primitive_bitwidth // 8
+    if not flat:
+        return {"ALIGN": data.primitive_bitwidth // 8, "MOMENT_ALIGN": size}
+    blocks = max(1, 128 // data.primitive_bitwidth >> level)
+    return {"ALIGN": 16, "MOMENT_ALIGN": min(16, blocks * size)}
+
+
+def _plan(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    paths: list[str],
+    level: int,
+) -> list[Launch]:
+    """Check the sizes that the kernels will trust, then group the tensors by path."""
+    width = 2**level
+    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        expected = (*p.shape[:-1], -(-p.shape[-1] // width)) if p.dim() else ()
+        if g.shape != p.shape or m.shape != expected or v.shape != expected:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
+                f"of shape {expected}, got {tuple(g.shape)}, {tuple(m.shape)} and {tuple(v.shape)}"
+            )
+        if not (m.is_contiguous() and v.is_contiguous()):
+            raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
+        if p.dim() and p.shape[-1] % width and p.shape[-1] > MAX_ROW:
+            raise RuntimeError(
+                f"the Triton backend takes rows of up to {MAX_ROW} elements where 2**level does not divide them, "
+                f"got {p.shape[-1]}: use backend='torch' for this parameter"
+            )
+    chosen = {path: [i for i, x in enumerate(paths) if x == path] for path in ("flat", "row")}
+    return [Launch(params, indices, level, path == "flat") for path, indices in chosen.items() if indices]
+
+
+def _path(p: Tensor, addresses: Sequence[int], level: int) -> str:
+    """Which path a tensor takes; both read the same arrays, so this may change from step to step."""
+    if p.numel() == 0:
+        return "none"
+    whole_blocks = p.dim() == 0 or p.shape[-1] % 2**level == 0
+    aligned = not any(address & 15 for address in addresses)
+    return "flat" if whole_blocks and aligned and p.numel() % 8 == 0 else "row"
+
+
+def _layout(p: Tensor, width: int) -> tuple[int, int, int]:
+    """Number of blocks, elements per row and blocks per row. Whole blocks lie end to end: any row will do."""
+    n = p.shape[-1] if p.dim() else 1
+    if n % width == 0:
+        return p.numel() // width, width, 1
+    row_blocks = -(-n // width)
+    return p.numel() // n * row_blocks, n, row_blocks
+
+
+def _scalars(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[bytes]:
+    """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
+    rows = []
+    last: tuple[Hyper, int] | None = None
+    row = b""
+    for hyper, step in zip(hypers, steps, strict=True):
+        if last is None or hyper is not last[0] or step != last[1]:
+            last = (hyper, step)
+            row = _pack_scalars(
+                hyper.beta1,
+                1 - hyper.beta1,
+                hyper.beta2,
+                1 - hyper.beta2,
+                hyper.eps,
+                hyper.lr * hyper.weight_decay,
+                hyper.step_size(step, level),
+                hyper.norm_growth_limit or 0.0,
+                -1.0 if hyper.maximize else 1.0,
+            )
+        rows.append(row)
+    return rows
+
+
+def _to_device(data: bytes, device: torch.device) -> Tensor:
+    """The bytes on the device, without waiting: the pinned copy is kept by the allocator until it is read."""
+    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,245 @@
+"""Kernels of the fused GWT-Adam step: one launch per pass for a whole bucket of tensors.
+
+A bucket is described by tables in device memory with one entry per tensor:
+
+``layout``    int64 ``[4, n]``: first tile, number of blocks, width of a row, blocks per row
+``pointers``  int64 ``[5, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm
+``scalars``   float32 ``[n, 9]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, sign
+
+A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
+updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
+whose rows are whole blocks, whose size is a multiple of 8 and whose addresses are multiples of 16 bytes: there
+blocks lie end to end, and a tile is one contiguous, aligned run. The *row* path takes any tensor: the last
+block of a row may be cut short, and what lies beyond the row counts as zero.
+
+``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
+that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
+blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["N_SCALARS", "limiter_kernel", "norm_kernel", "step_kernel"]
+
+N_SCALARS = tl.constexpr(9)
+
+_P = tl.constexpr(0)
+_G = tl.constexpr(1)
+_M = tl.constexpr(2)
+_V = tl.constexpr(3)
+_NORM = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def step_kernel(
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    factors_ptr,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """Transform, moments, inverse transform and weights of one tile, everything read and written once.
+
+    With ``mean`` the mean of a block of ``W`` gradients::
+
+        A = sqrt(W) * mean
+        m = b1*m + (1-b1)*A
+        v = b2*v + (1-b2)*A*A
+        u_i = (g_i - mean + m / sqrt(W)) / (sqrt(v) + eps)         at W = 1: m / (sqrt(v) + eps)
+        p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
+
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
+    """
+    tile = tl.program_id(0)
+    i = _owner(layout_ptr, tile, n_tensors)
+    first_block = (tile - tl.load(layout_ptr + i)) * NB
+    start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, first_block, W, NB, FLAT)
+    p_ptrs = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN) + start + elements
+    g_ptrs = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN) + start + elements
+    m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+    v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+
+    p = tl.load(p_ptrs, mask=inside, other=0.0).to(tl.float32)
+    residual, m, v, denominator = _moments(
+        g_ptrs, m_ptrs, v_ptrs, inside, block_inside, scalars_ptr + i * N_SCALARS, W, NB
+    )
+    tl.store(m_ptrs, m.to(M), mask=block_inside)
+    tl.store(v_ptrs, v.to(M), mask=block_inside)
+
+    decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
+    step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
+    if LIMITED:
+        step_size *= tl.load(factors_ptr + i)
+    gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
+    if W == 1:
+        update = m * gain
+    else:
+        update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
+    p = p - decay * p - tl.reshape(update, p.shape)
+    tl.store(p_ptrs, p.to(P), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk"])
+def norm_kernel(
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    first_chunk_ptr,
+    partials_ptr,
+    n_tensors,
+    tiles_per_chunk,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+):
+    """One partial sum of ``(m / (sqrt(v) + eps))**2`` over a chunk of tiles, with the moments of this step.
+
+    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them.
+    """
+    chunk = tl.program_id(0)
+    i = _owner(first_chunk_ptr, chunk, n_tensors)
+    first_block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
+    end_block = tl.minimum(first_block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
+    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+    m_ptr = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN)
+    v_ptr = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN)
+    total = tl.zeros((NB,), tl.float32)
+    for block in range(first_block, end_block, NB):
+        start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
+        _, m, _, denominator = _moments(
+            g_ptr + start + elements,
+            m_ptr + block + blocks,
+            v_ptr + block + blocks,
+            inside,
+            block_inside,
+            scalars_ptr + i * N_SCALARS,
+            W,
+            NB,
+        )
+        a = tl.where(block_inside, m / denominator, 0.0)
+        total += a * a
+    tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def limiter_kernel(
+    pointers_ptr,
+    scalars_ptr,
+    first_chunk_ptr,
+    partials_ptr,
+    factors_ptr,
+    n_tensors,
+    BLOCK: tl.constexpr,
+):
+    """Fira's norm-growth limiter for one tensor, from its partial sums in a fixed order::
+
+        n = sqrt(sum of partials)
+        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
+        n_prev = n / limit                                     factors[i] = 1 / limit
+    """
+    i = tl.program_id(0)
+    end = tl.load(first_chunk_ptr + i + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(tl.load(first_chunk_ptr + i), end, BLOCK):
+        chunks = first + tl.arange(0, BLOCK)
+        total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(total, axis=0))
+    gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
+    previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
+    previous = tl.load(previous_ptr)
+    limit = tl.maximum(norm / (previous + 1e-8), gamma) / gamma
+    limit = tl.where(previous == 0.0, 1.0, limit)
+    tl.store(previous_ptr, norm / limit)
+    tl.store(factors_ptr + i, 1.0 / limit)
+
+
+@triton.jit
+def _moments(
+    g_ptrs,
+    m_ptrs,
+    v_ptrs,
+    inside,
+    block_inside,
+    scalars_ptr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+):
+    """``g - mean`` ``[NB, W]`` and the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]`` of a tile, in float32."""
+    g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
+    m = tl.load(m_ptrs, mask=block_inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptrs, mask=block_inside, other=0.0).to(tl.float32)
+    if W == 1:
+        a = tl.reshape(g, (NB,))
+        residual = g
+    else:
+        g = tl.reshape(g, (NB, W))
+        mean = tl.sum(g, axis=1) * (1.0 / W)
+        a = mean * W**0.5
+        residual = g - mean[:, None]
+    m = tl.load(scalars_ptr) * m + tl.load(scalars_ptr + 1) * a
+    v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * a * a
+    return residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
+
+
+@triton.jit
+def _owner(first_ptr, index, n_tensors):
+    """The tensor that tile (or chunk) ``index`` belongs to: the last whose first one is not above it."""
+    low = 0
+    high = n_tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(first_ptr + middle) > index
+        low = tl.where(after, low, middle)
+        high = tl.where(after, middle, high)
+    return low
+
+
+@triton.jit
+def _array(pointers_ptr, which, i, n_tensors, dtype: tl.constexpr, ALIGN: tl.constexpr):
+    """Address of one of tensor ``i``'s arrays, a multiple of ``ALIGN`` bytes."""
+    return tl.multiple_of(tl.load(pointers_ptr + which * n_tensors + i).to(tl.pointer_type(dtype)), ALIGN)
+
+
+@triton.jit
+def _tile(layout_ptr, i, n_tensors, first_block, W: tl.constexpr, NB: tl.constexpr, FLAT: tl.constexpr):
+    """Where the tile that starts with ``first_block`` lies in tensor ``i``.
+
+    Returns the offset of its origin (64 bits), then relative to that origin (32 bits; the host has checked
+    that they suffice) the elements and which of them are inside, ``[NB * W]`` on the flat path and
+    ``[NB, W]`` on the row path, then its blocks and which of them are inside, ``[NB]``.
+    """
+    n_blocks = tl.minimum(tl.load(layout_ptr + n_tensors + i) - first_block, NB).to(tl.int32)
+    blocks = tl.arange(0, NB)
+    if FLAT:
+        start = first_block * W
+        elements = tl.arange(0, NB * W)
+        # Sizes are multiples of 8, so a run of 8 elements is inside or outside as a whole.
+        n_blocks = tl.multiple_of(n_blocks, 8 // W if W < 8 else 1)
+        inside = elements < tl.multiple_of(n_blocks * W, 8)
+    else:
+        width = tl.load(layout_ptr + 2 * n_tensors + i)
+        row_blocks = tl.load(layout_ptr + 3 * n_tensors + i)
+        first_row = first_block // row_blocks
+        start = first_row * width
+        block = (first_block - first_row * row_blocks).to(tl.int32) + blocks
+        row = block // row_blocks.to(tl.int32)
+        column = (block - row * row_blocks.to(tl.int32))[:, None] * W + tl.arange(0, W)[None, :]
+        elements = row[:, None] * width.to(tl.int32) + column
+        inside = (blocks < n_blocks)[:, None] & (column < width.to(tl.int32))
+    return start, elements, inside, blocks, blocks < n_blocks
