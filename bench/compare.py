@@ -32,9 +32,9 @@ def check_same_batches(results: list[dict[str, Any]]) -> None:
 def make_table(results: list[dict[str, Any]]) -> Table:
     """Losses, state and time of each run; shares are of the first run."""
     first = results[0]
-    title = f"{first['model']}, {first['parameters']:,} parameters, {first['step']} steps, {first['device']}"
+    size = f"{Path(first['model']).stem}, {first['parameters']:,} parameters"
     caption = "scale: rate of attention and MLP matrices over lr; step: median, 20th to 80th percentile"
-    table = Table(title=title, caption=caption)
+    table = Table(title=f"{size}, {first['step']} steps, {first['device']}", caption=caption)
     table.add_column("optimizer")
     for heading in ("lr", "scale", "held-out\nloss", "state bytes\npredicted", "state bytes\nmeasured"):
         table.add_column(heading, justify="right")
@@ -79,9 +79,8 @@ def plot(runs: list[Path], results: list[dict[str, Any]], path: Path) -> None:
         f"{results[0]['context']} tokens each)"
     )
     axes.set_ylabel("held-out loss (nats per token)")
-    axes.set_title(
-        f"{results[0]['model']}, {results[0]['parameters'] / 1e6:.2f} M parameters: same text, same batches"
-    )
+    size = f"{Path(results[0]['model']).stem}, {results[0]['parameters'] / 1e6:.2f} M parameters"
+    axes.set_title(f"{size}: same text, same batches")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(title="final loss, optimizer state")

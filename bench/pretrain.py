@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="run the preset's grid of settings and record every run",
     )
     add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
+    add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
     add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
 
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 return run(replace(config, evals=1), Path(folder), progress=False)
 
-        base = run_config(options, options.sweep[0])
+        base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
         sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds)
         return
 
