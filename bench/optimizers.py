@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.measure import RESULTS, Spread, available_bytes, copy_bandwidth, facts, write_rows
+from bench.models import load_config
 from bench.trial import (
     Candidate,
     Shape,
@@ -287,8 +288,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cpu = options.device.type == "cpu"
-    if not on_cpu and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: PyTorch finds no CUDA device here; use --device cpu")
+    if not on_cpu and (options.device.type != "cuda" or not torch.cuda.is_available()):
+        parser.error(f"--device {options.device}: PyTorch finds no such CUDA device here; use --device cpu")
     defaults = {
         "models": ["llama_350m"] if on_cpu else ["llama_60m", "llama_1b", "llama_7b"],
         "levels": [2] if on_cpu else [0, 1, 2, 3],
@@ -303,6 +304,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
+    for model in options.models:
+        try:
+            load_config(model)
+        except FileNotFoundError as error:
+            parser.error(str(error))
     return options
 
 
@@ -330,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     device = options.device
-    if options.threads:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif options.threads:
         torch.set_num_threads(options.threads)
     about = facts(device, "bench.optimizers", arguments, options.commit)
     bandwidth = copy_bandwidth(device)
@@ -347,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elements = sum(torch.Size(shape.size).numel() for shape in shapes)
         print(f"{model}: {len(shapes)} tensors, {elements:,} parameters", flush=True)
         for batch in batches:
+            print("  " + ", ".join(candidate.name for candidate in batch), file=sys.stderr, flush=True)
             results += measure(
                 model, batch, shapes, device, repetitions=options.repetitions, bandwidth=bandwidth.median
             )

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ptwt
 import pywt
 import torch
+from ptwt.conv_transform import wavedec, waverec
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -57,7 +57,7 @@ class LiteralGWTAdamW(Optimizer):
 
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         level, (b1, b2) = group["level"], group["betas"]
-        coarse, *details = ptwt.wavedec(g, HAAR, mode="zero", level=level) if level else [g]
+        coarse, *details = wavedec(g, HAAR, mode="zero", level=level) if level else [g]
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -76,7 +76,7 @@ class LiteralGWTAdamW(Optimizer):
             for detail in details:
                 normed.append(detail / denominator[..., : detail.shape[-1]])
                 denominator = denominator.repeat_interleave(2, dim=-1)
-            update = ptwt.waverec(normed, HAAR)[..., : p.shape[-1]]
+            update = waverec(normed, HAAR)[..., : p.shape[-1]]
         else:
             update = coarse
 
@@ -91,5 +91,5 @@ class LiteralGWTAdamW(Optimizer):
         norm = coarse.norm().item()
         previous = state["limiter_norm"].item() if "limiter_norm" in state else 0.0
         limit = max(norm / (previous + 1e-8), gamma) / gamma if previous > 0 else 1.0
-        state["limiter_norm"] = torch.tensor(norm / limit)
+        state["limiter_norm"] = torch.tensor(norm / limit, dtype=coarse.dtype)
         return limit

@@ -1,0 +1,296 @@
+"""The optimizer benchmark on tiny shapes: what it counts, what it refuses to time, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench import optimizers
+from bench.measure import Spread, facts, write_rows
+from bench.ptwt_step import LiteralGWTAdamW
+from bench.trial import (
+    WEIGHT_DECAY,
+    Candidate,
+    Shape,
+    adamw,
+    build,
+    bytes_moved,
+    check,
+    gwt,
+    ptwt,
+    shapes_of,
+    state_bytes,
+)
+from gwt_kernels import GWTAdamW
+
+CPU = torch.device("cpu")
+SINGLE, HALF = torch.float32, torch.bfloat16
+SHAPES = [
+    Shape("wide", (6, 16), True, True),
+    Shape("odd", (5, 37), True, True),
+    Shape("embedding", (8, 16), False, True),
+    Shape("norm", (16,), False, False),
+]
+
+
+def measured(candidates: list[Candidate], repetitions: int = 2) -> list[optimizers.Result]:
+    return optimizers.measure("tiny", candidates, SHAPES, CPU, repetitions=repetitions, bandwidth=1e9)
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> str:
+    """A configuration file of a model with two layers and odd MLP widths."""
+    config = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": False,
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def test_from_command_line_to_rows(
+    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "2", "--commit", "abc"]
+    assert optimizers.main([*arguments, "--out", str(out)]) == 0
+
+    printed = capsys.readouterr().out
+    assert "times as fast as the ptwt step" in printed
+    assert "aim: at least 10" in printed
+    assert "times as long as AdamW(foreach=False)" in printed
+    assert "aim: at most 1.2" in printed
+
+    (path,) = out.iterdir()
+    rows = json.loads(path.read_text())
+    fields = set(rows[0])
+    origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads"}
+    place = {"model", "optimizer", "weights", "level", "limiter", "layers", "embeddings"}
+    assert origin | place | {"metric", "unit", "median", "p20", "p80", "samples", "note"} == fields
+    assert all(set(row) == fields for row in rows)
+    assert all(row[key] not in (None, "") for row in rows for key in origin)
+    assert {row["commit"] for row in rows} == {"abc"}
+
+    names = ["GWTAdamW level 2, limiter", "GWTAdamW level 2", "ptwt level 2, limiter"]
+    names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
+    metrics = {"step_time", "host_time", "bytes_moved", "roofline_time", "copy_bandwidth_fraction"}
+    metrics |= {"state_bytes", "check_error"}
+    assert {(row["optimizer"], row["metric"]) for row in rows if row["optimizer"]} == {
+        (name, metric) for name in names for metric in metrics
+    }
+    assert [row["metric"] for row in rows if not row["optimizer"]] == ["ratio", "ratio", "copy_bandwidth"]
+    assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows if row["metric"] == "step_time")
+    assert all(row["samples"] == 2 for row in rows if row["metric"] == "step_time")
+
+
+class ScaledWrong(GWTAdamW):
+    """GWTAdamW with an update one per cent too large."""
+
+    def __init__(self, params: list[dict]) -> None:
+        super().__init__(params, scale=0.2525)
+
+
+class NotANumber(GWTAdamW):
+    """GWTAdamW that spoils one weight of each tensor."""
+
+    def step(self, closure: None = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.view(-1)[-1] = float("nan")
+
+
+class ForgetsToStoreMoments(GWTAdamW):
+    """GWTAdamW whose second moment never changes."""
+
+    def step(self, closure: None = None) -> None:
+        kept = {p: state["exp_avg_sq"].clone() for p, state in self.state.items()}
+        super().step()
+        for p, value in kept.items():
+            self.state[p]["exp_avg_sq"].copy_(value)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize(
+    "broken",
+    [ScaledWrong, NotANumber, ForgetsToStoreMoments, lambda groups: GWTAdamW(groups, norm_growth_limit=None)],
+    ids=["scale", "nan", "moments", "no limiter"],
+)
+def test_a_wrong_result_gets_no_time(broken: type[GWTAdamW], dtype: torch.dtype) -> None:
+    good = gwt(2, dtype, limiter=True)
+    right, wrong = measured([good, good._replace(name="broken", build=broken)])
+    assert right.seconds is not None
+    assert wrong.metrics == {}
+    assert wrong.seconds is None
+    assert wrong.note.startswith("not timed: differs from float64 by ")
+    assert wrong.note in optimizers.table([right, wrong])
+    (row,) = optimizers.rows([wrong], [], {})
+    assert (row["metric"], row["median"], row["note"]) == ("step_time", None, wrong.note)
+
+
+def test_a_failed_check_fails_the_run(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = gwt(2, SINGLE, limiter=True)._replace(build=ScaledWrong)
+    monkeypatch.setattr(optimizers, "candidates_for", lambda options: [broken, adamw(SINGLE, foreach=False)])
+    arguments = [
+        "--device",
+        "cpu",
+        "--models",
+        tiny_model,
+        "--repetitions",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert optimizers.main(arguments) == 1
+    assert "times as long as" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        *(gwt(level, dtype, limiter=level == 2) for level in range(4) for dtype in (SINGLE, HALF)),
+        adamw(SINGLE, foreach=True),
+        adamw(HALF, fused=True),
+        ptwt(3, SINGLE),
+    ],
+    ids=lambda candidate: f"{candidate.name} {candidate.dtype}",
+)
+def test_right_results_pass_the_check(candidate: Candidate) -> None:
+    error = check(build(candidate, SHAPES, CPU))
+    assert 0 < error <= 1
+
+
+def test_what_does_not_fit_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "available_bytes", lambda device: 1000)
+    (result,) = measured([gwt(2, SINGLE, limiter=True)])
+    assert result.metrics == {}
+    assert result.note.startswith("does not fit: needs about 0.0 GiB")
+    assert optimizers.rows([result], [], {})[0]["note"] == result.note
+
+
+def test_running_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(optimizers, "build", exhausted)
+    (result,) = measured([gwt(2, SINGLE, limiter=True)])
+    assert result.note.startswith("does not fit: out of memory")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "per_parameter"),
+    [
+        (adamw(HALF, fused=True), 14),  # g 2, p 4, m and v 8
+        (adamw(SINGLE, fused=True), 28),
+        (
+            gwt(2, HALF, limiter=False),
+            10,
+        ),  # g 2, p 4, float32 m and v read and written for each four elements 4
+        (gwt(2, HALF, limiter=True), 14),  # g, m and v once more
+        (gwt(0, HALF, limiter=False), 22),
+        (gwt(3, SINGLE, limiter=False), 14),
+    ],
+    ids=lambda value: value.name if isinstance(value, Candidate) else str(value),
+)
+def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
+    trial = build(candidate, SHAPES[:1], CPU)
+    assert bytes_moved(trial) == per_parameter * 6 * 16
+
+
+def test_state_bytes() -> None:
+    trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
+    assert (
+        state_bytes(trial) == 2 * 5 * 10 * 4 + 2 * 4
+    )  # moments of ceil(37/4) columns; step and limiter norm
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("width", [16, 37, 41])
+@pytest.mark.parametrize("gamma", [1.01, None])
+def test_the_ptwt_step_is_the_folded_step(level: int, width: int, gamma: float | None) -> None:
+    torch.manual_seed(level * width)
+    start = torch.randn(4, width, dtype=torch.float64)
+    literal, folded = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    options = {"lr": 0.1, "weight_decay": WEIGHT_DECAY, "level": level, "norm_growth_limit": gamma}
+    steps = [LiteralGWTAdamW([literal], **options), GWTAdamW([folded], **options)]
+    for growth in (1.0, 3.0, 0.2, 5.0):  # the limiter acts on a growing gradient
+        grad = growth * torch.randn_like(start)
+        for p, optimizer in zip((literal, folded), steps, strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+        torch.testing.assert_close(literal, folded, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(literal, start, rtol=0.01)
+
+
+def test_shapes_of_a_published_model() -> None:
+    shapes = shapes_of("llama_60m")
+    assert sum(torch.Size(shape.size).numel() for shape in shapes) == 58_073_600
+    assert sum(shape.transformed for shape in shapes) == 7 * 8
+    layer = shapes_of("llama_1b", layers=1, embeddings=False)
+    assert sorted(shape.size for shape in layer if shape.transformed) == sorted(
+        [(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]
+    )
+    assert [shape.decayed for shape in layer if not shape.transformed] == [False, False]
+
+
+def test_spread() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0, 6)
+
+
+def test_facts_and_file_name(tmp_path: Path) -> None:
+    about = facts(CPU, "bench.optimizers", ["--device", "cpu"])
+    assert about["command"] == "python -m bench.optimizers --device cpu"
+    assert about["torch"] == torch.__version__
+    path = write_rows(
+        [about | {"device": "A Chip (R) 9", "date": "2026-01-02T03:04:05+00:00"}], "name", tmp_path
+    )
+    assert path.name == "name_a-chip-r-9_20260102T030405.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "0"], "--layers 0: must be at least 1"),
+        (["--repetitions", "-1"], "--repetitions -1: must be at least 1"),
+        (["--models", "llama_9t"], "llama_9t: no such configuration"),
+        (["--device", "meta"], "--device meta: PyTorch finds no such CUDA device here"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        optimizers.parse(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+def test_the_cuda_suite(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--device",
+        "cuda",
+        "--models",
+        tiny_model,
+        "--repetitions",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert optimizers.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name in ("AdamW(fused=True)", "GWTAdamW level 0", "GWTAdamW level 3, limiter", "aim: at least 1.6"):
+        assert name in printed
+    (path,) = (tmp_path / "out").iterdir()
+    rows = json.loads(path.read_text())
+    assert {row["metric"] for row in rows} >= {"peak_extra_bytes", "host_time", "copy_bandwidth"}
