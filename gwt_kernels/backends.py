@@ -48,9 +48,7 @@ def resolve(
 
 
 @functools.lru_cache(maxsize=256)
-def triton_obstacle(
-    device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar"
-) -> str | None:
+def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar") -> str | None:
     """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
     if wavelet != "haar":
         return f"its kernels know the Haar wavelet only, not {wavelet!r}"

@@ -82,7 +82,7 @@ class _TritonDWT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
-        from gwt_kernels.triton_backend import haar as implementation
+        from gwt_kernels.triton_backend import launch as implementation
 
         ctx.length = x.shape[-1]
         return tuple(implementation.haar_dwt(x, level))
@@ -97,13 +97,13 @@ class _TritonIDWT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, length: int, *coeffs: Tensor) -> Tensor:
-        from gwt_kernels.triton_backend import haar as implementation
+        from gwt_kernels.triton_backend import launch as implementation
 
         ctx.level = len(coeffs) - 1
         return implementation.haar_idwt(list(coeffs), length)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None | Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_TritonDWT.apply(grads[0], ctx.level)  # type: ignore[no-untyped-call]
 
 

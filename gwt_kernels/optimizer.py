@@ -246,7 +246,8 @@ class _Bucket:
         self.backend: backends.Backend | None = group["backend"]
         self.limited = _is_limited(group)
         self.workspace: dict[str, Any] = {}
-        self.steps: Tensor | None = None  # all the step counts in one tensor, so that one addition counts them
+        # All the step counts in one tensor, so that one addition counts them.
+        self.steps: Tensor | None = None
         self.step_ids: list[int] = []
 
     def step(self, states: Mapping[Tensor, dict[str, Any]], hypers: list[Hyper]) -> None:
@@ -325,8 +326,7 @@ def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
 def _initialise(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
     dtype = state_dtype_of(p, group["state_dtype"])
     moments = {
-        key: torch.zeros(_state_shape(p, group), dtype=dtype, device=p.device)
-        for key in ("exp_avg", "exp_avg_sq")
+        key: torch.zeros(_state_shape(p, group), dtype=dtype, device=p.device) for key in ("exp_avg", "exp_avg_sq")
     }
     state["step"] = torch.zeros((), dtype=torch.float32)
     state.update(moments)

@@ -169,8 +169,7 @@ def describe(decisions: Iterable[Decision]) -> str:
     table += [(name, str(count), *rest) for (name, *rest), count in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
     ]
     elements = max(totals[True][1] + totals[False][1], 1)
     for transformed, label in ((True, "transformed"), (False, "at level 0")):
@@ -217,9 +216,7 @@ def _role(parameter: nn.Parameter, use: _Use) -> tuple[bool, bool, str]:
     *path, leaf = use.name.split(".")
     module = path[-1] if path else ""
     kinds = [cls.__name__ for cls in type(use.owner).__mro__]
-    linear = any(
-        kind.endswith("Linear") or kind == "Conv1D" for kind in kinds
-    )  # Conv1D: the Linear of HF's GPT-2
+    linear = any(kind.endswith("Linear") or kind == "Conv1D" for kind in kinds)  # Conv1D: the Linear of HF's GPT-2
 
     if not _is_matrix(parameter, use.name):
         return False, False, "bias" if _BIAS.search(leaf) else "norm or other 1-D tensor"
@@ -234,9 +231,7 @@ def _role(parameter: nn.Parameter, use: _Use) -> tuple[bool, bool, str]:
         return False, True, "output head"
     if isinstance(use.owner, nn.MultiheadAttention):
         return True, True, "attention matrix"
-    if any(
-        _EXPERT.search(part) for part in path
-    ):  # fused experts are bare parameters, not the weight of a Linear
+    if any(_EXPERT.search(part) for part in path):  # fused experts are bare parameters, not the weight of a Linear
         return True, True, "expert matrix"
     if linear and any(_ATTENTION.search(part) for part in path):
         return True, True, "attention matrix"
@@ -299,13 +294,9 @@ def _matches(pattern: re.Pattern[str], places: Iterable[_Use]) -> bool:
     return any(pattern.search(use.name) for use in places)
 
 
-def _check_matches(
-    option: str, patterns: list[re.Pattern[str]], uses: dict[nn.Parameter, list[_Use]]
-) -> None:
+def _check_matches(option: str, patterns: list[re.Pattern[str]], uses: dict[nn.Parameter, list[_Use]]) -> None:
     for pattern in patterns:
-        hits = [
-            (parameter, places[0].name) for parameter, places in uses.items() if _matches(pattern, places)
-        ]
+        hits = [(parameter, places[0].name) for parameter, places in uses.items() if _matches(pattern, places)]
         if not hits:
             example = f"; names look like {next(iter(uses.values()))[0].name!r}" if uses else ""
             raise ValueError(f"{option}: the pattern {pattern.pattern!r} matches no parameter{example}")

@@ -89,7 +89,7 @@ def filter_bank(wavelet: str) -> FilterBank:
 def approximation_width(width: int, level: int, wavelet: str) -> int:
     """Width of the approximation of a row of ``width`` elements; for Haar ``ceil(width / 2**level)``."""
     if wavelet == "haar":
-        return -(-width // 2**level)
+        return -(-width // (1 << level))
     taps = len(filter_bank(wavelet)[0])
     for _ in range(level):
         width = (width + taps - 1) // 2

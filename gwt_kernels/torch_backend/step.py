@@ -25,7 +25,7 @@ from gwt_kernels.torch_backend.haar import compute_dtype
 __all__ = ["gwt_adamw_", "limit_"]
 
 CHUNK = 1 << 19  # elements; one chunk of p and g stays in a core's caches between the passes over it
-STRIDED_UP_TO = 4  # widest block for which strided columns beat broadcasting over the short block axis on a CPU
+STRIDED_UP_TO = 4  # widest block whose strided columns beat broadcasting over the short block axis on a CPU
 
 
 def gwt_adamw_(
@@ -132,7 +132,8 @@ def _add_update_(p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, width: int)
 def _blocks(g: Tensor, width: int) -> Tensor:
     """``g [..., N]`` as ``[..., nb, width]``, padded with zeros on the right."""
     missing = -g.shape[-1] % width
-    return (F.pad(g, (0, missing)) if missing else g).unflatten(-1, (-1, width))
+    padded = F.pad(g, (0, missing)) if missing else g
+    return padded.reshape(*g.shape[:-1], -1, width)
 
 
 def _strided(g: Tensor, width: int) -> bool:
@@ -146,13 +147,13 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type != "cpu" or first.numel() <= CHUNK or (first.dim() == 1 and not contiguous):
         yield tensors
     elif contiguous and all(x.shape == first.shape for x in tensors):
-        yield from zip(*(x.view(-1).split(CHUNK) for x in tensors), strict=True)
+        yield from zip(*(torch.split(x.view(-1), CHUNK) for x in tensors), strict=True)
     elif contiguous:
         rows = max(1, CHUNK // first.shape[-1])
-        yield from zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
+        yield from zip(*(torch.split(x.view(-1, x.shape[-1]), rows) for x in tensors), strict=True)
     else:
         rows = max(1, CHUNK * first.shape[0] // first.numel())
-        yield from zip(*(x.split(rows) for x in tensors), strict=True)
+        yield from zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
 def _write_back(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:

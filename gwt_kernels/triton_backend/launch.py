@@ -1,4 +1,4 @@
-"""Launches of the fused step: tables of pointers and numbers, made on the host and sent in one copy."""
+"""Launches of the kernels; for the step, tables of pointers and numbers, made on the host and sent in one copy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels.hyper import Hyper
+from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.triton_backend.step import N_SCALARS, limiter_kernel, norm_kernel, step_kernel
 
-__all__ = ["TRITON_DTYPES", "Launch", "gwt_adamw_", "variant"]
+__all__ = ["TRITON_DTYPES", "Launch", "alignment", "gwt_adamw_", "haar_dwt", "haar_idwt", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets, masks and a division
@@ -91,9 +92,7 @@ class Launch:
         self.n_chunks = first_chunks[-1]
         self.first_chunks = torch.tensor(first_chunks, device=device)
 
-    def run(
-        self, pointers: list[list[int]], scalars: list[bytes], dtypes: list[tl.dtype], limited: bool
-    ) -> None:
+    def run(self, pointers: list[list[int]], scalars: list[bytes], dtypes: list[tl.dtype], limited: bool) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
         if self.chosen is not None:
             pointers = [[column[i] for i in self.chosen] for column in pointers]
@@ -137,6 +136,43 @@ def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict
     return {"ALIGN": 16, "MOMENT_ALIGN": min(16, blocks * size)}
 
 
+def haar_dwt(x: Tensor, level: int) -> list[Tensor]:
+    """See :func:`gwt_kernels.haar_dwt`; arguments are already checked."""
+    if level == 0:
+        return [x.clone(memory_format=torch.contiguous_format)]
+    x = x.contiguous()
+    widths = [-(-x.shape[-1] // 2**i) for i in (level, *range(level, 0, -1))]
+    coeffs = [x.new_empty(*x.shape[:-1], width) for width in widths]
+    _launch_haar(dwt_kernel, x, coeffs)
+    return coeffs
+
+
+def haar_idwt(coeffs: list[Tensor], length: int) -> Tensor:
+    """See :func:`gwt_kernels.haar_idwt`; arguments are already checked."""
+    if len(coeffs) == 1:
+        return coeffs[0].clone(memory_format=torch.contiguous_format)
+    coeffs = [c.contiguous() for c in coeffs]
+    x = coeffs[0].new_empty(*coeffs[0].shape[:-1], length)
+    _launch_haar(idwt_kernel, x, coeffs)
+    return x
+
+
+def _launch_haar(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
+    if x.numel() == 0:
+        return
+    level = len(coeffs) - 1
+    _check_row(x.shape[-1], level)
+    flat = _path(x, [c.data_ptr() for c in (x, *coeffs)], level) == "flat"
+    options = variant(level, flat)
+    n_blocks, row_blocks = coeffs[0].numel(), coeffs[0].shape[-1]
+    width = options.pop("W")
+    multiple = max(1, 8 // width) if flat else 1
+    with _device_guard(x.device):
+        kernel[(-(-n_blocks // options["NB"]),)](
+            x, tuple(coeffs), n_blocks, x.shape[-1], row_blocks, LEVEL=level, MULTIPLE=multiple, **options
+        )
+
+
 def _plan(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -156,13 +192,17 @@ def _plan(
             )
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
-        if p.dim() and p.shape[-1] % width and p.shape[-1] > MAX_ROW:
-            raise RuntimeError(
-                f"the Triton backend takes rows of up to {MAX_ROW} elements where 2**level does not divide them, "
-                f"got {p.shape[-1]}: use backend='torch' for this parameter"
-            )
+        _check_row(p.shape[-1] if p.dim() else 1, level)
     chosen = {path: [i for i, x in enumerate(paths) if x == path] for path in ("flat", "row")}
     return [Launch(params, indices, level, path == "flat") for path, indices in chosen.items() if indices]
+
+
+def _check_row(width: int, level: int) -> None:
+    if width % 2**level and width > MAX_ROW:
+        raise RuntimeError(
+            f"the Triton backend takes rows of up to {MAX_ROW} elements where 2**level does not divide them, "
+            f"got {width}: use backend='torch'"
+        )
 
 
 def _path(p: Tensor, addresses: Sequence[int], level: int) -> str:

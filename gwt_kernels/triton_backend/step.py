@@ -22,6 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.triton_backend.tiles import tile_offsets
+
 __all__ = ["N_SCALARS", "limiter_kernel", "norm_kernel", "step_kernel"]
 
 N_SCALARS = tl.constexpr(9)
@@ -114,13 +116,13 @@ def norm_kernel(
     """
     chunk = tl.program_id(0)
     i = _owner(first_chunk_ptr, chunk, n_tensors)
-    first_block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
-    end_block = tl.minimum(first_block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
+    block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
+    end = tl.minimum(block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
     g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
     m_ptr = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN)
     v_ptr = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN)
     total = tl.zeros((NB,), tl.float32)
-    for block in range(first_block, end_block, NB):
+    while block < end:
         start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
         _, m, _, denominator = _moments(
             g_ptr + start + elements,
@@ -134,6 +136,7 @@ def norm_kernel(
         )
         a = tl.where(block_inside, m / denominator, 0.0)
         total += a * a
+        block += NB
     tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
 
 
@@ -151,14 +154,18 @@ def limiter_kernel(
 
         n = sqrt(sum of partials)
         limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
-        n_prev = n / limit                                     factors[i] = 1 / limit
+        n_prev = n / limit
+
+    ``factors [n]`` receives ``1 / limit``.
     """
     i = tl.program_id(0)
+    chunk = tl.load(first_chunk_ptr + i)
     end = tl.load(first_chunk_ptr + i + 1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(tl.load(first_chunk_ptr + i), end, BLOCK):
-        chunks = first + tl.arange(0, BLOCK)
+    while chunk < end:
+        chunks = chunk + tl.arange(0, BLOCK)
         total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
+        chunk += BLOCK
     norm = tl.sqrt_rn(tl.sum(total, axis=0))
     gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
     previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
@@ -218,28 +225,9 @@ def _array(pointers_ptr, which, i, n_tensors, dtype: tl.constexpr, ALIGN: tl.con
 
 @triton.jit
 def _tile(layout_ptr, i, n_tensors, first_block, W: tl.constexpr, NB: tl.constexpr, FLAT: tl.constexpr):
-    """Where the tile that starts with ``first_block`` lies in tensor ``i``.
-
-    Returns the offset of its origin (64 bits), then relative to that origin (32 bits; the host has checked
-    that they suffice) the elements and which of them are inside, ``[NB * W]`` on the flat path and
-    ``[NB, W]`` on the row path, then its blocks and which of them are inside, ``[NB]``.
-    """
-    n_blocks = tl.minimum(tl.load(layout_ptr + n_tensors + i) - first_block, NB).to(tl.int32)
-    blocks = tl.arange(0, NB)
-    if FLAT:
-        start = first_block * W
-        elements = tl.arange(0, NB * W)
-        # Sizes are multiples of 8, so a run of 8 elements is inside or outside as a whole.
-        n_blocks = tl.multiple_of(n_blocks, 8 // W if W < 8 else 1)
-        inside = elements < tl.multiple_of(n_blocks * W, 8)
-    else:
-        width = tl.load(layout_ptr + 2 * n_tensors + i)
-        row_blocks = tl.load(layout_ptr + 3 * n_tensors + i)
-        first_row = first_block // row_blocks
-        start = first_row * width
-        block = (first_block - first_row * row_blocks).to(tl.int32) + blocks
-        row = block // row_blocks.to(tl.int32)
-        column = (block - row * row_blocks.to(tl.int32))[:, None] * W + tl.arange(0, W)[None, :]
-        elements = row[:, None] * width.to(tl.int32) + column
-        inside = (blocks < n_blocks)[:, None] & (column < width.to(tl.int32))
-    return start, elements, inside, blocks, blocks < n_blocks
+    """Where the tile that starts with ``first_block`` lies in tensor ``i``: see ``tile_offsets``."""
+    n_blocks = tl.load(layout_ptr + n_tensors + i)
+    width = tl.load(layout_ptr + 2 * n_tensors + i)
+    row_blocks = tl.load(layout_ptr + 3 * n_tensors + i)
+    MULTIPLE: tl.constexpr = 8 // W if FLAT and W < 8 else 1
+    return tile_offsets(n_blocks, width, row_blocks, first_block, W, NB, FLAT, MULTIPLE)
