@@ -74,9 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and text")
     add = group.add_argument
     add("--model", help="a name such as llama_60m, or a JSON file of LlamaConfig fields")
-    add(
-        "--text", type=Path, help="a file or folder of text; by default the Python standard library's sources"
-    )
+    add("--text", type=Path, help="a file or folder of text; by default the Python standard library's sources")
     add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
     add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
     add("--dataset-config", help="its configuration, such as en")
@@ -171,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {options.device}: PyTorch sees no CUDA device here; use --device cpu")
 
     def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
         corpus = load_corpus(options, config.seed)

@@ -153,9 +153,7 @@ def test_heldout_text_is_not_trained_on(tmp_path: Path, files: int) -> None:
     for file in range(files):
         lines = [f"file {file} line {line:05d}\n" for line in range(400)]
         (tmp_path / f"{file}.txt").write_text("".join(lines))
-        (tmp_path / f"copy of {file}.txt").write_text(
-            "".join(lines)
-        )  # a copy must not leak across the border
+        (tmp_path / f"copy of {file}.txt").write_text("".join(lines))  # a copy must not leak across the border
     (tmp_path / "binary").write_bytes(b"\xff\xfe\0\0")
     documents = read_documents(tmp_path)
     assert len(documents) == files
@@ -236,6 +234,31 @@ def test_streamed_windows_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(ValueError, match="no documents"):
         StreamedWindows(lambda skip: [], ByteTokenizer(), 16).take(1)
+
+
+def test_a_pretrained_tokenizer_by_folder(tmp_path: Path, options: list[str]) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train([str(TEXT)], trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], initial_alphabet=alphabet))
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder)
+
+    parsed = pretrain.parse([*options, "--tokenizer", str(folder)])[0]
+    corpus = pretrain.load_corpus(parsed, seed=0)
+    assert 255 < int(corpus.train.take(50).max()) < 400
+    held = bpe.decode(corpus.heldout[:, :-1].flatten().tolist())
+    assert held in TEXT.read_text()
+    assert len(held) > corpus.heldout[:, :-1].numel()  # more than one byte a token
+    assert corpus.facts["train_tokens"] < load_corpus_tokens(options)
+
+
+def load_corpus_tokens(options: list[str]) -> int:
+    return int(pretrain.load_corpus(pretrain.parse(options)[0], seed=0).facts["train_tokens"])
 
 
 # Training
@@ -320,9 +343,7 @@ def test_accumulation_equals_the_bigger_batch(options: list[str]) -> None:
 
 
 def test_log_holds_the_schedule(tmp_path: Path, options: list[str]) -> None:
-    pretrain.main(
-        [*options, "--optimizer", "adamw", "--lr", "0.01", "--scale", "0.5", "--out", str(tmp_path)]
-    )
+    pretrain.main([*options, "--optimizer", "adamw", "--lr", "0.01", "--scale", "0.5", "--out", str(tmp_path)])
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(e["kind"], e["step"]) for e in entries if e["kind"] != "eval"] == [
         ("run", 0),
@@ -404,9 +425,7 @@ def test_batches_depend_on_the_seed_alone(options: list[str]) -> None:
     assert digest("adamw", "0") == digest("gwt2", "0") != digest("gwt2", "1")
 
 
-def test_sweep_records_every_run_once(
-    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     record = tmp_path / "sweep.json"
     grid = {"lr": [0.003, 1e30], "scale": [0.25]}
     parse = pretrain.parse
@@ -436,8 +455,7 @@ def test_recorded_sweep_is_fair() -> None:
     names = {"adamw", "gwt2", "gwt3"}
     assert {run["optimizer"] for run in runs} == names
     settings = {
-        name: {(r["lr"], r["scale"]) for r in runs if r["optimizer"] == name and r["seed"] == 0}
-        for name in names
+        name: {(r["lr"], r["scale"]) for r in runs if r["optimizer"] == name and r["seed"] == 0} for name in names
     }
     assert len({len(tried) for tried in settings.values()}) == 1  # as many settings for each
     shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
@@ -459,9 +477,7 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
         with pytest.raises(kind, match=match):
             pretrain.main([*options, "--out", str(tmp_path / "out"), *more])
 
-    fails(
-        FileNotFoundError, r"no-such: no such file or folder; give one", "--text", str(tmp_path / "no-such")
-    )
+    fails(FileNotFoundError, r"no-such: no such file or folder; give one", "--text", str(tmp_path / "no-such"))
     (tmp_path / "empty").mkdir()
     fails(ValueError, r"empty: holds no UTF-8 text files; give", "--text", str(tmp_path / "empty"))
     (tmp_path / "short.txt").write_text("too short")
@@ -471,21 +487,26 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
         "--text",
         str(tmp_path / "short.txt"),
     )
-    fails(
-        ValueError, r"held-out tokens are too few for 9999 windows.*--eval-windows", "--eval-windows", "9999"
-    )
+    fails(ValueError, r"held-out tokens are too few for 9999 windows.*--eval-windows", "--eval-windows", "9999")
     fails(ValueError, r"unknown optimizer 'sgd': choose adamw", "--optimizer", "sgd")
     fails(ValueError, r"unknown optimizer 'gwt': choose adamw", "--compare", "adamw", "gwt")
     fails(FileNotFoundError, r"--model llama_9b: .*llama_60m", "--model", "llama_9b")
     narrow = tmp_path / "narrow.json"
     narrow.write_text(tiny.read_text().replace("256", "64"))
-    fails(
-        ValueError, r"token id 1\d\d is outside .* 64 ids; choose another --tokenizer", "--model", str(narrow)
-    )
+    fails(ValueError, r"token id 1\d\d is outside .* 64 ids; choose another --tokenizer", "--model", str(narrow))
     fails(ValueError, r"no sweep grid for 'gwt7'.*add one", "--sweep", "gwt7")
-    fails(
-        ValueError, r"--heldout-split 'train'.*another", "--dataset", "some/text", "--heldout-split", "train"
-    )
+    fails(ValueError, r"--heldout-split 'train'.*another", "--dataset", "some/text", "--heldout-split", "train")
+
+
+def test_presets_set_known_options_only() -> None:
+    known = {action.dest for action in pretrain.make_parser()._actions} | {"about", "grids"}
+    presets = sorted(pretrain.CONFIGS.glob("preset_*.json"))
+    assert {"preset_demo", "preset_c4_60m"} <= {path.stem for path in presets}
+    for path in presets:
+        assert json.loads(path.read_text()).keys() <= known
+        parsed = pretrain.parse(["--preset", path.stem.removeprefix("preset_"), "--steps", "7"])[0]
+        assert parsed.steps == 7
+        assert load_config(pretrain.run_config(parsed, "gwt2").model).vocab_size > 0
 
 
 def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
