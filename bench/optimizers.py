@@ -79,9 +79,7 @@ class Aim(NamedTuple):
 
     def __str__(self) -> str:
         met = self.ratio >= self.bound if self.at_least else self.ratio <= self.bound
-        aim = (
-            f"aim: {'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
-        )
+        aim = f"aim: {'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
         return f"{self.model}: {self.label}: {self.ratio:.2f} ({aim})"
 
 
@@ -176,7 +174,9 @@ def aims(results: Sequence[Result], device: torch.device) -> list[Aim]:
             if above is not None and below is not None:
                 found.append(Aim(model, label, above / below, bound, at_least))
     for r in results:
-        if device.type == "cuda" and r.candidate.name == FREE and r.metrics:
+        # Of the bandwidth nothing is promised for the 60M shapes, most of which is embedding at level 0.
+        large = r.model in ("llama_1b", "llama_7b")
+        if device.type == "cuda" and large and r.candidate.name == FREE and r.metrics:
             fraction = r.metrics["copy_bandwidth_fraction"].spread.median
             found.append(Aim(r.model, "level 2, fraction of the copy bandwidth", fraction, 0.9, True))
     return found
@@ -274,9 +274,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__)
     add = parser.add_argument
     add("--device", help="cpu or cuda; by default CUDA where there is one")
-    add(
-        "--models", nargs="+", help="configurations in bench/configs (CPU: llama_350m; CUDA: llama_60m 1b 7b)"
-    )
+    add("--models", nargs="+", help="configurations in bench/configs (CPU: llama_350m; CUDA: llama_60m 1b 7b)")
     add("--levels", nargs="+", type=int, help="levels of GWT (CPU: 2; CUDA: 0 1 2 3)")
     add("--layers", type=int, help="number of layers (CPU: 1, they are all alike; CUDA: all)")
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
@@ -318,16 +316,11 @@ def candidates_for(options: argparse.Namespace) -> list[Candidate]:
         single = torch.float32
         peers = [adamw(single, foreach=False), adamw(single, foreach=True), adamw(single, fused=True)]
         own = [
-            gwt(level, single, limiter=on)
-            for level in options.levels
-            for on in (True, False)
-            if level or not on
+            gwt(level, single, limiter=on) for level in options.levels for on in (True, False) if level or not on
         ]
         return own + peers + [ptwt(level, single) for level in options.levels if level]
     half = torch.bfloat16
-    own = [
-        gwt(level, half, limiter=on) for level in options.levels for on in (False, True) if level or not on
-    ]
+    own = [gwt(level, half, limiter=on) for level in options.levels for on in (False, True) if level or not on]
     return [adamw(half, fused=True), adamw(torch.float32, fused=True), *own]
 
 
@@ -357,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for batch in batches:
             print("  " + ", ".join(candidate.name for candidate in batch), file=sys.stderr, flush=True)
             results += measure(
-                model, batch, shapes, device, repetitions=options.repetitions, bandwidth=bandwidth.median
+                Path(model).stem, batch, shapes, device, repetitions=options.repetitions, bandwidth=bandwidth.median
             )
             release(device)
     promised = aims(results, device)

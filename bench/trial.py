@@ -63,10 +63,14 @@ def gwt(level: int, dtype: torch.dtype, *, limiter: bool) -> Candidate:
 
 def ptwt(level: int, dtype: torch.dtype) -> Candidate:
     """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
-    from bench.ptwt_step import LiteralGWTAdamW
+
+    def build_literal(groups: list[Group]) -> Optimizer:
+        from bench.ptwt_step import LiteralGWTAdamW  # ptwt is needed by nothing else, the CUDA suite included
+
+        return LiteralGWTAdamW(groups)
 
     name = f"ptwt level {level}, limiter"
-    return gwt(level, dtype, limiter=True)._replace(name=name, build=LiteralGWTAdamW)
+    return gwt(level, dtype, limiter=True)._replace(name=name, build=build_literal)
 
 
 def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from torch import nn
 
 from bench import optimizers
 from bench.measure import Spread, facts, write_rows
-from bench.ptwt_step import LiteralGWTAdamW
 from bench.trial import (
     WEIGHT_DECAY,
     Candidate,
@@ -26,6 +26,10 @@ from bench.trial import (
     state_bytes,
 )
 from gwt_kernels import GWTAdamW
+
+needs_ptwt = pytest.mark.skipif(
+    importlib.util.find_spec("ptwt") is None, reason="ptwt, which only the CPU benchmark needs, is not installed"
+)
 
 CPU = torch.device("cpu")
 SINGLE, HALF = torch.float32, torch.bfloat16
@@ -57,9 +61,8 @@ def tiny_model(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_from_command_line_to_rows(
-    tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@needs_ptwt
+def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "2", "--commit", "abc"]
     assert optimizers.main([*arguments, "--out", str(out)]) == 0
@@ -162,7 +165,7 @@ def test_a_failed_check_fails_the_run(
         *(gwt(level, dtype, limiter=level == 2) for level in range(4) for dtype in (SINGLE, HALF)),
         adamw(SINGLE, foreach=True),
         adamw(HALF, fused=True),
-        ptwt(3, SINGLE),
+        pytest.param(ptwt(3, SINGLE), marks=needs_ptwt),
     ],
     ids=lambda candidate: f"{candidate.name} {candidate.dtype}",
 )
@@ -210,15 +213,16 @@ def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
 
 def test_state_bytes() -> None:
     trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
-    assert (
-        state_bytes(trial) == 2 * 5 * 10 * 4 + 2 * 4
-    )  # moments of ceil(37/4) columns; step and limiter norm
+    assert state_bytes(trial) == 2 * 5 * 10 * 4 + 2 * 4  # moments of ceil(37/4) columns; step and limiter norm
 
 
+@needs_ptwt
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 @pytest.mark.parametrize("width", [16, 37, 41])
 @pytest.mark.parametrize("gamma", [1.01, None])
 def test_the_ptwt_step_is_the_folded_step(level: int, width: int, gamma: float | None) -> None:
+    from bench.ptwt_step import LiteralGWTAdamW
+
     torch.manual_seed(level * width)
     start = torch.randn(4, width, dtype=torch.float64)
     literal, folded = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -252,9 +256,7 @@ def test_facts_and_file_name(tmp_path: Path) -> None:
     about = facts(CPU, "bench.optimizers", ["--device", "cpu"])
     assert about["command"] == "python -m bench.optimizers --device cpu"
     assert about["torch"] == torch.__version__
-    path = write_rows(
-        [about | {"device": "A Chip (R) 9", "date": "2026-01-02T03:04:05+00:00"}], "name", tmp_path
-    )
+    path = write_rows([about | {"device": "A Chip (R) 9", "date": "2026-01-02T03:04:05+00:00"}], "name", tmp_path)
     assert path.name == "name_a-chip-r-9_20260102T030405.json"
 
 
