@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from operator import attrgetter
 from typing import Any, overload
 
@@ -19,7 +20,6 @@ from gwt_kernels.torch_backend.literal import approximation_width
 __all__ = ["GWTAdamW"]
 
 _PARAM_KIND = attrgetter("device", "dtype")
-_GRAD_KIND = attrgetter("device", "dtype", "layout")
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -179,30 +179,27 @@ class GWTAdamW(Optimizer):
 
     def _current_buckets(self) -> list[_Bucket]:
         """The buckets of all parameters that have a gradient now; made anew only when something changed."""
-        params, grads, owners = [], [], []
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if (g := p.grad) is not None:
-                    params.append(p)
-                    grads.append(g)
-                    owners.append(i)
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        grads = [p.grad for p in params]
         signature = (
             [_bucket_options(group) for group in self.param_groups],
-            owners,
+            [len(group["params"]) for group in self.param_groups],
             list(map(id, params)),
             list(map(_PARAM_KIND, params)),
-            list(map(_GRAD_KIND, grads)),
+            [g if g is None else (g.dtype, g.layout) for g in grads],
         )
         if signature != self._signature:
-            self._check_before_step(params, grads, owners)
-            self._buckets = self._make_buckets(params, grads, owners)
+            owners = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+            used = [(p, g, i) for p, g, i in zip(params, grads, owners, strict=True) if g is not None]
+            self._check_before_step(used)
+            self._buckets = self._make_buckets(used)
             self._signature = signature
         return self._buckets
 
-    def _check_before_step(self, params: list[Tensor], grads: list[Tensor], owners: list[int]) -> None:
+    def _check_before_step(self, used: list[tuple[Tensor, Tensor, int]]) -> None:
         for group in self.param_groups:
             check_group(group)
-        for p, g, i in zip(params, grads, owners, strict=True):
+        for p, g, i in used:
             group = self.param_groups[i]
             name = _name_of(group, next(k for k, q in enumerate(group["params"]) if q is p), i)
             _check_param(p, group, name)
@@ -217,10 +214,10 @@ class GWTAdamW(Optimizer):
             if self.state.get(p):
                 _check_state(self.state[p], p, group, name)
 
-    def _make_buckets(self, params: list[Tensor], grads: list[Tensor], owners: list[int]) -> list[_Bucket]:
+    def _make_buckets(self, used: list[tuple[Tensor, Tensor, int]]) -> list[_Bucket]:
         buckets: dict[Any, _Bucket] = {}
         seen = set()
-        for p, g, i in zip(params, grads, owners, strict=True):
+        for p, g, i in used:
             if id(p) in seen:  # listed twice in one group: torch warns, and once is what is meant
                 continue
             seen.add(id(p))

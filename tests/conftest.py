@@ -1,15 +1,14 @@
-"""Set-up of the test run: Triton's interpreter where there is no CUDA device, one thread a worker, no silent GPU skips."""
+"""Set-up of the test run: Triton's interpreter where there is no CUDA device, and no silent skips of GPU tests."""
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so set before any test imports it
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which no test module does before this
 
-import pytest
-
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # the tests run in several processes
 
 
 @pytest.fixture(scope="session")

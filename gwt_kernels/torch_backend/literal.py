@@ -7,6 +7,7 @@ statement of what the folded step computes. Notation of docs/algorithm.md; bound
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,7 @@ def gwt_adamw_(
     level: int,
     wavelet: str,
 ) -> None:
-    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked and level is above 0."""
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
     for p, g, m, v, norm, step, hyper in zip(
         params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, strict=True
@@ -68,6 +69,9 @@ def filter_bank(wavelet: str) -> FilterBank:
         ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
         ValueError: the name is unknown, or the wavelet is not an orthogonal discrete one.
     """
+    if wavelet == "haar":
+        root = math.sqrt(0.5)
+        return (root, root), (-root, root), (root, root), (root, -root)
     try:
         import pywt
     except ModuleNotFoundError as error:

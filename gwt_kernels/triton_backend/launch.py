@@ -6,7 +6,7 @@ import contextlib
 import struct
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ def gwt_adamw_(
     if limited:
         arrays.append(limiter_norms)  # type: ignore[arg-type]  # all of them are tensors where one is
     pointers = [list(map(Tensor.data_ptr, x)) for x in arrays]
-    sizes = [list(map(Tensor.numel, x)) for x in (packed, grads)]
-    if pointers != workspace.get("pointers") or sizes != workspace["sizes"]:
-        paths = [_path(p, addresses, level) for p, *addresses in zip(packed, *pointers[:4], strict=True)]
-        if paths != workspace.get("paths") or sizes != workspace["sizes"]:
-            workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, paths, level)
-        workspace.update(pointers=pointers, sizes=sizes, paths=paths)
+    # What the launches depend on besides the addresses themselves: sizes, and which tensors are aligned.
+    key = (
+        list(map(Tensor.numel, packed)),
+        list(map(Tensor.numel, grads)),
+        [bool((p | g | m | v) & 15) for p, g, m, v in zip(*pointers[:4], strict=True)],
+    )
+    if key != workspace.get("key"):
+        workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, key[2], level)
+        workspace["key"] = key
     scalars = _scalars(hypers, steps, level)
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in arrays[:3]]
     with _device_guard(params[0].device):
@@ -98,7 +101,7 @@ class Launch:
             pointers = [[column[i] for i in self.chosen] for column in pointers]
             scalars = [scalars[i] for i in self.chosen]
         device = self.layout.device
-        table = array("q", [x for column in pointers for x in column]).tobytes()
+        table = array("q", chain.from_iterable(pointers)).tobytes()
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         sent = _to_device(table + b"".join(scalars), device)
         pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
@@ -162,7 +165,7 @@ def _launch_haar(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
         return
     level = len(coeffs) - 1
     _check_row(x.shape[-1], level)
-    flat = _path(x, [c.data_ptr() for c in (x, *coeffs)], level) == "flat"
+    flat = _is_flat(x, any(c.data_ptr() & 15 for c in (x, *coeffs)), level)
     options = variant(level, flat)
     n_blocks, row_blocks = coeffs[0].numel(), coeffs[0].shape[-1]
     width = options.pop("W")
@@ -178,7 +181,7 @@ def _plan(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    paths: list[str],
+    misaligned: list[bool],
     level: int,
 ) -> list[Launch]:
     """Check the sizes that the kernels will trust, then group the tensors by path."""
@@ -193,8 +196,11 @@ def _plan(
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
         _check_row(p.shape[-1] if p.dim() else 1, level)
-    chosen = {path: [i for i, x in enumerate(paths) if x == path] for path in ("flat", "row")}
-    return [Launch(params, indices, level, path == "flat") for path, indices in chosen.items() if indices]
+    chosen: dict[bool, list[int]] = {True: [], False: []}
+    for i, p in enumerate(params):
+        if p.numel():
+            chosen[_is_flat(p, misaligned[i], level)].append(i)
+    return [Launch(params, indices, level, flat) for flat, indices in chosen.items() if indices]
 
 
 def _check_row(width: int, level: int) -> None:
@@ -205,13 +211,10 @@ def _check_row(width: int, level: int) -> None:
         )
 
 
-def _path(p: Tensor, addresses: Sequence[int], level: int) -> str:
-    """Which path a tensor takes; both read the same arrays, so this may change from step to step."""
-    if p.numel() == 0:
-        return "none"
+def _is_flat(p: Tensor, misaligned: bool, level: int) -> bool:
+    """Whether the flat path can take a tensor. Both paths update the same arrays, so this may change."""
     whole_blocks = p.dim() == 0 or p.shape[-1] % 2**level == 0
-    aligned = not any(address & 15 for address in addresses)
-    return "flat" if whole_blocks and aligned and p.numel() % 8 == 0 else "row"
+    return whole_blocks and not misaligned and p.numel() % 8 == 0
 
 
 def _layout(p: Tensor, width: int) -> tuple[int, int, int]:
