@@ -122,18 +122,22 @@ def _analyse(x: Tensor, bank: FilterBank) -> tuple[Tensor, Tensor]:
     low, high = bank[:2]
     taps, n = len(low), x.shape[-1]
     out = (n + taps - 1) // 2
-    # conv1d correlates, so the filters are reversed; the padding makes index 2k + 1 - j start at 2 - taps.
-    padded = F.pad(x.reshape(-1, 1, n), (taps - 2, 2 * out - n))
-    kernel = torch.tensor([low[::-1], high[::-1]], dtype=x.dtype, device=x.device).unsqueeze(1)
-    both = F.conv1d(padded, kernel, stride=2).view(*x.shape[:-1], 2, out)
-    return both[..., 0, :], both[..., 1, :]
+    # The padding makes index 2k + 1 - j start at 2 - taps. No convolution: CUDA's may round to TF32.
+    padded = F.pad(x, (taps - 2, 2 * out - n))
+    shifted = [padded[..., taps - 1 - j :: 2][..., :out] for j in range(taps)]
+    approximation, detail = torch.zeros_like(shifted[0]), torch.zeros_like(shifted[0])
+    for j, column in enumerate(shifted):
+        approximation.add_(column, alpha=low[j])
+        detail.add_(column, alpha=high[j])
+    return approximation, detail
 
 
 def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
-    """One level up: upsample by two, filter with both reconstruction filters, drop ``taps - 2`` at each end."""
+    """One level up: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
     low, high = bank[2:]
     taps, n = len(low), detail.shape[-1]
-    both = torch.stack((approximation, detail), dim=-2).reshape(-1, 2, n)
-    kernel = torch.tensor([low, high], dtype=both.dtype, device=both.device).unsqueeze(1)
-    x = F.conv_transpose1d(both, kernel, stride=2, padding=taps - 2)
-    return x.view(*detail.shape[:-1], 2 * n - taps + 2)
+    x = detail.new_zeros(*detail.shape[:-1], 2 * n + taps - 2)
+    for j in range(taps):
+        column = x[..., j::2][..., :n]
+        column.add_(approximation, alpha=low[j]).add_(detail, alpha=high[j])
+    return x[..., taps - 2 : x.shape[-1] - (taps - 2)]

@@ -50,18 +50,15 @@ def gwt_adamw_(
         grads = [g.contiguous() for g in grads]
     packed = params if all(map(Tensor.is_contiguous, params)) else [p.contiguous() for p in params]
     arrays = [packed, grads, exp_avgs, exp_avg_sqs]
-    limited = limiter_norms[0] is not None
+    limited = level > 0 and limiter_norms[0] is not None
     if limited:
         arrays.append(limiter_norms)  # type: ignore[arg-type]  # all of them are tensors where one is
     pointers = [list(map(Tensor.data_ptr, x)) for x in arrays]
-    # What the launches depend on besides the addresses themselves: sizes, and which tensors are aligned.
-    key = (
-        list(map(Tensor.numel, packed)),
-        list(map(Tensor.numel, grads)),
-        [bool((p | g | m | v) & 15) for p, g, m, v in zip(*pointers[:4], strict=True)],
-    )
+    # What the launches depend on besides the addresses themselves.
+    misaligned = [bool((p | g | m | v) & 15) for p, g, m, v in zip(*pointers[:4], strict=True)]
+    key = (level, params[0].device, list(map(Tensor.size, packed)), list(map(Tensor.numel, grads)), misaligned)
     if key != workspace.get("key"):
-        workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, key[2], level)
+        workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, misaligned, level)
         workspace["key"] = key
     scalars = _scalars(hypers, steps, level)
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in arrays[:3]]
@@ -88,12 +85,13 @@ class Launch:
         tiles = [-(-n_blocks // self.tile_blocks) for n_blocks, _, _ in layout]
         first_tiles = [0, *accumulate(tiles)]
         self.n_tiles = first_tiles[-1]
-        self.layout = torch.tensor([first_tiles[:-1], *zip(*layout, strict=True)], device=device)
+        columns = chain(first_tiles[:-1], *zip(*layout, strict=True))
+        self.layout = _to_device(array("q", columns).tobytes(), device).view(torch.int64)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
         self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
-        self.first_chunks = torch.tensor(first_chunks, device=device)
+        self.first_chunks = _to_device(array("q", first_chunks).tobytes(), device).view(torch.int64)
 
     def run(self, pointers: list[list[int]], scalars: list[bytes], dtypes: list[tl.dtype], limited: bool) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""

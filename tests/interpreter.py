@@ -1,0 +1,36 @@
+"""Makes Triton's interpreter round to bfloat16 as GPUs do: to nearest even, where it truncates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from gwt_kernels import backends
+
+
+@contextlib.contextmanager
+def rounding_to_nearest() -> Iterator[None]:
+    """Within it, a conversion from float32 to bfloat16 rounds; compiled kernels do so anyway."""
+    if not backends.interpreted():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return original(data, source, target, mode)
+        values = torch.from_numpy(np.array(data).view(np.float32))
+        return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = convert
+    try:
+        yield
+    finally:
+        interpreter._convert_float = original
