@@ -1,0 +1,235 @@
+"""Compile every kernel variant without a GPU, show its machine code's costs, and gate the flat path."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.machine_code import LIMITS, Accesses, find_tools, read
+from bench.measure import facts
+from bench.variants import DTYPES, KERNELS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
+
+# Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
+ARRAYS = ("p", "g", "m", "v")
+LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
+STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
+WIDE = "128"
+WIDTH = 220  # columns of the table where no terminal sets them
+
+
+class CompileError(Exception):
+    """A variant does not compile; names it, and says why."""
+
+
+def gated(row: dict[str, Any]) -> bool:
+    """Tell whether the project promises that :func:`violations` finds nothing in a row."""
+    return (
+        row["target"] == "sm_90"
+        and row["kernel"] in LOADED
+        and row["path"] == "flat"
+        and row["weights"] in ("bf16", "fp32")
+        and 1 <= row["level"] <= 5
+    )
+
+
+def violations(row: dict[str, Any]) -> list[str]:
+    """Return what keeps a row of ``step_kernel`` or ``norm_kernel`` from being one optimal pass.
+
+    Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words;
+    nothing spills; in the intermediate code, each array is loaded once and what changes is stored once.
+    """
+    found = []
+    if row["stack"] or row["spills"]:
+        found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+    for what, expected in (("loads", LOADED[row["kernel"]]), ("stores", STORED[row["kernel"]])):
+        accesses, in_code = row[what], row[f"tensor_{what}"]
+        if in_code != dict.fromkeys(expected, 1):
+            found.append(f"{what} in the intermediate code: {in_code} instead of each of {sorted(expected)} once")
+        strange = [name for name in accesses if not name.isidentifier()]
+        if strange:
+            found.append(f"{what} of arrays that are not told apart: {_text(accesses, strange)}")
+        touched = set(accesses) & set(ARRAYS)
+        if touched != expected:
+            found.append(f"machine code {what} {sorted(touched)} instead of {sorted(expected)}")
+        for name in sorted(expected & {"p", "g"}):
+            # The tile's bytes over those of one instruction of all lanes.
+            needed = row["constants"]["W"] * row["constants"]["NB"] * DTYPES[row["weights"]].itemsize
+            needed //= 16 * row["lanes"]
+            if accesses.get(name) != {WIDE: needed}:
+                found.append(f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of {needed}x{WIDE}")
+    return found
+
+
+def measure(variant: Variant, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Compile a variant and return its row: its options, its constants and what :func:`read` finds.
+
+    Raises:
+        CompileError: it does not compile.
+    """
+    try:
+        kernel, constants = compile_variant(variant, overrides)
+    except Exception as error:  # a compiler raises anything
+        raise CompileError(f"{variant}\n  {error}") from error
+    row = {**variant._asdict(), "constants": constants, **read(kernel, variant.target)}
+    return {**row, "lanes": row["warps"] * TARGETS[variant.target].warp_size}
+
+
+def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
+    """Lay out the rows of one target."""
+    result = Table(title=f"{target}: {LIMITS[target]}", title_justify="left", caption_justify="left")
+    for head in ("kernel", "weights", "moments", "path", "limited", "level"):
+        result.add_column(head)
+    for head in ("warps", "regs", "stack", "spills", "shared", "barriers", "instr", "resident"):
+        result.add_column(head, justify="right")
+    for head in ("loads", "stores", "look-ups"):
+        result.add_column(head, no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous is not None and row["kernel"] != previous:
+            result.add_section()
+        previous = row["kernel"]
+        tensors = {**row["tensor_loads"], **row["tensor_stores"]}
+        look_ups = [widths for name, widths in row["loads"].items() if name not in tensors]
+        options = ("kernel", "weights", "moments", "path", "limited", "level")
+        result.add_row(
+            *("" if row[k] is None else str(row[k]).removesuffix("_kernel") for k in options),
+            *(str(row[k]) for k in ("warps", "registers", "stack", "spills", "shared", "barriers", "instructions")),
+            f"{row['resident_warps']} ({row['resident_warps'] / LIMITS[target].warps:.0%})",
+            _text(row["loads"], row["tensor_loads"]),
+            _text(row["stores"], row["stores"]),
+            _widths(look_ups),
+        )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 where a variant fails the gate or to compile, 2 where nothing can be measured."""
+    options = _parse(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return _refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
+    chosen = list(
+        variants(options.target, options.kernel, options.weights, options.moments, options.levels, options.path)
+    )
+    if not chosen:
+        return _refuse("no kernel has such a variant: level 0 has neither a limiter nor a transform kernel")
+    overrides = {} if options.align is None else {"ALIGN": options.align}
+    try:
+        if any(TARGETS[v.target].backend == "cuda" for v in chosen):
+            find_tools()
+    except RuntimeError as error:
+        return _refuse(str(error))
+    rows, failures = _measure_all(chosen, overrides, options.jobs)
+
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=WIDTH)
+    for target in options.target:
+        if of_target := [row for row in rows if row["target"] == target]:
+            console.print(table(target, of_target))
+    console.print(
+        "loads, stores: instructions x bits a lane, by array; look-ups: the same for tables and single numbers; "
+        "spills: instructions\nresident: warps on a multiprocessor at once, by registers, shared memory and warps"
+    )
+    origin = facts(torch.device("cpu"), "bench.codegen", sys.argv[1:] if arguments is None else arguments)
+    for row in rows:
+        row["violations"] = violations(row) if row["kernel"] in LOADED else None
+        row |= {k: origin[k] for k in ("commit", "date", "command", "triton")}
+    if options.json:
+        options.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    for failure in failures:
+        console.print(f"does not compile: {failure}", style="red", markup=False, highlight=False)
+    return max(_report_gate(rows, console), int(bool(failures)))
+
+
+def _measure_all(
+    chosen: list[Variant], overrides: dict[str, Any], jobs: int
+) -> tuple[list[dict[str, Any]], list[CompileError]]:
+    """Return the rows of all variants that compile, in order, and why the others do not."""
+    rows, failures = [], []
+    # Forked workers, for they need no second import of torch; nothing here has started a thread.
+    pool = ProcessPoolExecutor(min(jobs, len(chosen)), multiprocessing.get_context("fork"))
+    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
+        futures = [pool.submit(measure, variant, overrides) for variant in chosen]
+        try:
+            for future in progress.track(futures, description=f"triton {triton.__version__}"):
+                try:
+                    rows.append(future.result())
+                except CompileError as error:
+                    failures.append(error)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return rows, failures
+
+
+def _report_gate(rows: list[dict[str, Any]], console: Console) -> int:
+    promised = [row for row in rows if gated(row)]
+    broken = [row for row in promised if row["violations"]]
+    for row in broken:
+        name = Variant(*(row[field] for field in Variant._fields))
+        console.print(f"[bold red]violated[/] {name}\n  " + "\n  ".join(row["violations"]), highlight=False)
+    if not promised:
+        console.print("gate: none of these variants is promised anything")
+    elif not broken:
+        console.print(f"gate: passed by all {len(promised)} variants of the flat path on sm_90")
+    return 1 if broken else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__)
+    for name, values, description in (
+        ("target", TARGETS, "architectures"),
+        ("kernel", KERNELS, "kernels"),
+        ("weights", DTYPES, "dtypes of weights and gradients"),
+        ("moments", DTYPES, "dtypes of exp_avg and exp_avg_sq"),
+        ("path", PATHS, "where a block's elements lie"),
+    ):
+        default = ["fp32", "bf16"] if name == "moments" else list(values)
+        text = f"{description} (default: {' '.join(default)})"
+        parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
+    parser.add_argument("--levels", type=_levels, default="0-6", help="levels, such as 2 or 0,1,4-6 (default: 0-6)")
+    parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write one row a variant, as a JSON array")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at once")
+    return parser.parse_args(arguments)
+
+
+def _levels(text: str) -> list[int]:
+    levels: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        levels.update(range(int(first), int(last or first) + 1))
+    return sorted(levels)
+
+
+def _text(accesses: Accesses, names: Iterable[str]) -> str:
+    return "  ".join(f"{name} {_widths([accesses[name]])}" for name in names if name in accesses)
+
+
+def _widths(counts: Iterable[dict[str, int]]) -> str:
+    total: dict[int, int] = {}
+    for widths in counts:
+        for bits, n in widths.items():
+            total[int(bits)] = total.get(int(bits), 0) + n
+    return " ".join(f"{n}x{bits}" for bits, n in sorted(total.items()))
+
+
+def _refuse(message: str) -> int:
+    print(f"bench.codegen: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
