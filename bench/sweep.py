@@ -99,9 +99,7 @@ def sweep(
 
     for optimizer in optimizers:
         if optimizer not in grids:
-            raise ValueError(
-                f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one"
-            )
+            raise ValueError(f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one")
         for lr, scale in product(grids[optimizer]["lr"], grids[optimizer]["scale"]):
             once(replace(base, optimizer=optimizer, lr=lr, scale=scale))
         best = best_settings(read_runs(path), optimizer)
@@ -130,9 +128,7 @@ def report(path: Path) -> None:
             and run["heldout_loss"] is not None
         ]
         spread = (
-            f"{mean(losses):.4f} ± {stdev(losses):.4f} ({len(losses)} seeds)"
-            if losses[1:]
-            else f"{losses[0]:.4f}"
+            f"{mean(losses):.4f} ± {stdev(losses):.4f} ({len(losses)} seeds)" if losses[1:] else f"{losses[0]:.4f}"
         )
         table.add_row(optimizer, str(tried), f"{best['lr']:g}", f"{best['scale']:g}", spread)
-    Console().print(table)
+    Console(width=100).print(table)

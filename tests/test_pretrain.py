@@ -416,6 +416,22 @@ def test_compare_end_to_end(tmp_path: Path, options: list[str]) -> None:
         check_same_batches([results[0], other])
 
 
+def test_heldout_loss_does_not_depend_on_the_batch(options: list[str]) -> None:
+    even, uneven = (run_of(options, "adamw", "--batch", batch).heldout_loss() for batch in ("2", "3"))
+    assert even == pytest.approx(uneven, rel=1e-6)
+
+
+def test_best_setting_is_chosen_on_one_seed() -> None:
+    runs = [
+        {"optimizer": "gwt2", "lr": lr, "seed": seed, "heldout_loss": loss}
+        for lr, seed, loss in ((0.1, 0, 2.0), (0.2, 0, 1.5), (0.3, 0, None), (0.1, 1, 1.0))
+    ]
+    best = best_settings(runs, "gwt2")
+    assert best is not None
+    assert best["lr"] == 0.2
+    assert best_settings(runs, "adamw") is None
+
+
 def test_batches_depend_on_the_seed_alone(options: list[str]) -> None:
     def digest(optimizer: str, seed: str) -> int:
         run = run_of(options, optimizer, "--seed", seed)
