@@ -25,7 +25,6 @@ from gwt_kernels.torch_backend.haar import compute_dtype
 __all__ = ["gwt_adamw_", "limit_"]
 
 CHUNK = 1 << 19  # elements; one chunk of p and g stays in a core's caches between the passes over it
-STRIDED_UP_TO = 4  # widest block whose strided columns beat broadcasting over the short block axis on a CPU
 
 
 def gwt_adamw_(
@@ -75,26 +74,23 @@ def _gwt(
     dtype = compute_dtype(p.dtype)
     width = 2**level
     means = torch.empty(m.shape, dtype=dtype, device=m.device)
+    stored, (m, v) = (m, v), (m.to(dtype), v.to(dtype))
     for g_, means_, m_, v_ in _chunks(g, means, m, v):
-        torch.mul(_block_sums(g_.to(dtype), width), (-1 if hyper.maximize else 1) / width, out=means_)
-        m32, v32 = m_.to(dtype), v_.to(dtype)
-        m32.mul_(hyper.beta1).add_(means_, alpha=(1 - hyper.beta1) * math.sqrt(width))
-        v32.mul_(hyper.beta2).addcmul_(means_, means_, value=(1 - hyper.beta2) * width)
-        _write_back((m_, v_), (m32, v32))
-    m, v = m.to(dtype), v.to(dtype)
-    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of one element's update per element of its gradient
+        torch.mul(_block_sums(g_.to(dtype), level), (-1 if hyper.maximize else 1) / width, out=means_)
+        m_.mul_(hyper.beta1).add_(means_, alpha=(1 - hyper.beta1) * math.sqrt(width))
+        v_.mul_(hyper.beta2).addcmul_(means_, means_, value=(1 - hyper.beta2) * width)
+    _write_back(stored, (m, v))
+    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # [..., nb]; of an element's update per element of its gradient
+    step_size: Tensor | float = hyper.step_size(step, level)
     if norm is not None and hyper.norm_growth_limit is not None:
-        limit = limit_(norm, torch.linalg.vector_norm(m * gain), hyper.norm_growth_limit)
-        gain.div_(limit)
-    gain.mul_(-hyper.step_size(step, level))
-    offset = torch.sub(m, means, alpha=math.sqrt(width)).mul_(gain).div_(math.sqrt(width))  # [..., nb]
-    if hyper.maximize:
-        gain.neg_()
+        step_size = step_size / limit_(norm, torch.linalg.vector_norm(m * gain), hyper.norm_growth_limit)
+    gain.mul_(step_size)
+    offset = means.sub_(m, alpha=1 / math.sqrt(width)).mul_(gain)
     for p_, g_, gain_, offset_ in _chunks(p, g, gain, offset):
         p32, g32 = p_.to(dtype), g_.to(dtype)
         if hyper.weight_decay:
             p32.mul_(1 - hyper.lr * hyper.weight_decay)
-        _add_update_(p32, g32, gain_, offset_, width)
+        _add_update_(p32, g32, gain_, offset_, width, sign=1 if hyper.maximize else -1)
         _write_back((p_,), (p32,))
 
 
@@ -106,38 +102,29 @@ def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
     return limit
 
 
-def _block_sums(g: Tensor, width: int) -> Tensor:
-    """Sums of ``width`` neighbours along the last dimension, the last block cut short: ``[..., nb]``."""
-    if _strided(g, width):
-        sums = g[..., 0::width].clone()
-        for i in range(1, width):
-            column = g[..., i::width]
-            sums[..., : column.shape[-1]] += column
-        return sums
-    return _blocks(g, width).sum(-1)
+def _block_sums(g: Tensor, level: int) -> Tensor:
+    """Sums of ``2**level`` neighbours along the last dimension, zeros beyond its end: ``[..., nb]``.
+
+    Pairwise additions of strided halves: on a CPU several times as fast as a sum over a short last axis.
+    """
+    for _ in range(level):
+        g = _pad_to_multiple(g, 2)
+        g = g[..., 0::2] + g[..., 1::2]
+    return g
 
 
-def _add_update_(p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, width: int) -> None:
-    """``p_i += g_i * gain_k + offset_k`` for element ``i`` of block ``k``."""
-    if _strided(g, width):
-        for i in range(width):
-            column = p[..., i::width]
-            n = column.shape[-1]
-            column.addcmul_(g[..., i::width], gain[..., :n]).add_(offset[..., :n])
-    else:
-        u = torch.addcmul(offset.unsqueeze(-1), _blocks(g, width), gain.unsqueeze(-1)).flatten(-2)
-        p.add_(u[..., : p.shape[-1]])
+def _add_update_(p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, width: int, sign: int) -> None:
+    """``p_i += offset_k + sign * gain_k * g_i`` for element ``i`` of block ``k``."""
+    g = _pad_to_multiple(g, width)
+    blocks = g.reshape(*gain.shape, width)
+    update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=sign).view(g.shape)
+    p.add_(update[..., : p.shape[-1]])
 
 
-def _blocks(g: Tensor, width: int) -> Tensor:
-    """``g [..., N]`` as ``[..., nb, width]``, padded with zeros on the right."""
-    missing = -g.shape[-1] % width
-    padded = F.pad(g, (0, missing)) if missing else g
-    return padded.reshape(*g.shape[:-1], -1, width)
-
-
-def _strided(g: Tensor, width: int) -> bool:
-    return g.device.type == "cpu" and width <= STRIDED_UP_TO
+def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
+    """``x`` with zeros on the right up to a whole number of blocks."""
+    missing = -x.shape[-1] % width
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
