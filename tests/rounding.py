@@ -78,7 +78,7 @@ def step_bounds(
     level: int,
     u: float,
 ) -> StepBounds:
-    """Bounds for the folded step with unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` float64."""
+    """Bounds for the folded step at unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` float64."""
     width = 2**level
     root = np.sqrt(width)
     n = p.shape[-1]

@@ -17,7 +17,7 @@ def haar_dwt(x: Tensor, level: int) -> list[Tensor]:
     """See :func:`gwt_kernels.haar_dwt`; arguments are already checked."""
     if level == 0:
         return [x.clone(memory_format=torch.contiguous_format)]
-    approximation = x.to(compute_dtype(x.dtype))
+    approximation = x.contiguous().to(compute_dtype(x.dtype))
     details = []
     for _ in range(level):
         if approximation.shape[-1] % 2:
