@@ -36,8 +36,7 @@ def dwt_kernel(
     )
     a = tl.load(x_ptr + start + elements, mask=inside, other=0.0).to(tl.float32)
     for level in tl.static_range(1, LEVEL + 1):
-        SIZE: tl.constexpr = 2 ** (LEVEL - level)  # coefficients of a block at this level
-        even, odd = tl.split(tl.reshape(a, (NB * SIZE, 2)))
+        even, odd = tl.split(tl.reshape(a, (NB * 2 ** (LEVEL - level), 2)))
         a = (even + odd) * _SQRT_HALF
         _store(
             coeffs[LEVEL + 1 - level],
@@ -46,7 +45,7 @@ def dwt_kernel(
             (width + (2**level - 1)) >> level,
             row_blocks,
             first_block,
-            SIZE,
+            2 ** (LEVEL - level),
             NB,
             FLAT,
             MULTIPLE,
