@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
@@ -19,8 +20,8 @@ from gwt_kernels.torch_backend.literal import approximation_width
 
 __all__ = ["GWTAdamW"]
 
-_PARAM_KIND = attrgetter("device", "dtype")
-_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+_PARAM_KIND = attrgetter("device", "dtype", "shape")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GWTAdamW(Optimizer):
@@ -134,7 +135,7 @@ class GWTAdamW(Optimizer):
                 loss = closure()
         hypers = [hyper_of(group) for group in self.param_groups]
         for bucket in self._current_buckets():
-            bucket.step(self.state, hypers)
+            bucket.step(hypers)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -143,9 +144,11 @@ class GWTAdamW(Optimizer):
         Differs from ``torch.optim.Optimizer`` where that would lose something: moments keep their dtype
         instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
         rule, wavelet, dtype or shapes do not belong to these parameters is refused before anything changes.
+        A group's options are taken from the state, but for ``backend``, which belongs to the machine.
 
         Raises:
             ValueError: the state does not fit; the message names the group or the parameter.
+            TypeError: an option in the state has the wrong type.
         """
         # Registered last, so that it sees what the user's own hooks have made of the state.
         handle = self.register_load_state_dict_pre_hook(_check_and_set_aside)
@@ -162,6 +165,7 @@ class GWTAdamW(Optimizer):
         super().__setstate__(state)
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
+        self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -170,6 +174,7 @@ class GWTAdamW(Optimizer):
     def _forget_buckets(self) -> None:
         self._buckets: list[_Bucket] = []
         self._signature: tuple[Any, ...] | None = None
+        self._signed: list[Any] = []
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
@@ -179,102 +184,94 @@ class GWTAdamW(Optimizer):
 
     def _current_buckets(self) -> list[_Bucket]:
         """The buckets of all parameters that have a gradient now; made anew only when something changed."""
+        if self._sign()[0] != self._signature:
+            self._check_before_step()
+            self._buckets = self._make_buckets()
+            self._signature, self._signed = self._sign()
+        return self._buckets
+
+    def _sign(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """What the checks and the buckets depend on, and what it knows by id: to be held as long as the ids are."""
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [p.grad for p in params]
+        state = [x for s in map(self.state.get, params) if s for x in s.values()]
         signature = (
             [_bucket_options(group) for group in self.param_groups],
             [len(group["params"]) for group in self.param_groups],
             list(map(id, params)),
             list(map(_PARAM_KIND, params)),
             [g if g is None else (g.dtype, g.layout) for g in grads],
+            list(map(id, state)),
         )
-        if signature != self._signature:
-            owners = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-            used = [(p, g, i) for p, g, i in zip(params, grads, owners, strict=True) if g is not None]
-            self._check_before_step(used)
-            self._buckets = self._make_buckets(used)
-            self._signature = signature
-        return self._buckets
+        return signature, [params, state]
 
-    def _check_before_step(self, used: list[tuple[Tensor, Tensor, int]]) -> None:
-        for group in self.param_groups:
+    def _check_before_step(self) -> None:
+        for i, group in enumerate(self.param_groups):
             check_group(group)
-        for p, g, i in used:
-            group = self.param_groups[i]
-            name = _name_of(group, next(k for k, q in enumerate(group["params"]) if q is p), i)
-            _check_param(p, group, name)
-            if g.layout != torch.strided:
-                raise RuntimeError(
-                    f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in "
-                    f"its embedding, or give it to torch.optim.SparseAdam"
-                )
-            if g.is_complex():
-                raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real gradient")
-            backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
-            if self.state.get(p):
-                _check_state(self.state[p], p, group, name)
+            for k, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    name = _name_of(group, k, i)
+                    _check_param(p, group, name)
+                    _check_grad(p.grad, p, name)
+                    backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
+                    if state := self.state.get(p):
+                        _check_state(state, p, group, name, ("step", *_MOMENTS))
+                        _check_place(state, p, name)
 
-    def _make_buckets(self, used: list[tuple[Tensor, Tensor, int]]) -> list[_Bucket]:
-        buckets: dict[Any, _Bucket] = {}
+    def _make_buckets(self) -> list[_Bucket]:
+        chosen: dict[Any, list[tuple[Tensor, int]]] = {}
         seen = set()
-        for p, g, i in used:
-            if id(p) in seen:  # listed twice in one group: torch warns, and once is what is meant
-                continue
-            seen.add(id(p))
-            options = _bucket_options(self.param_groups[i])
-            state = self.state[p]
-            if not state:
-                _initialise(state, p, self.param_groups[i])
-            key = (options, p.device, p.dtype, g.dtype, state["exp_avg"].dtype)
-            bucket = buckets.setdefault(key, _Bucket(self.param_groups[i]))
-            bucket.params.append(p)
-            bucket.owners.append(i)
-        return list(buckets.values())
+        for i, group in enumerate(self.param_groups):
+            options = _bucket_options(group)
+            for p in group["params"]:
+                if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+                    continue
+                seen.add(id(p))
+                _complete(self.state[p], p, group)
+                key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
+                chosen.setdefault(key, []).append((p, i))
+        return [_Bucket(members, self.state, self.param_groups) for members in chosen.values()]
 
 
 class _Bucket:
     """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend."""
 
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self.params: list[Tensor] = []
-        self.owners: list[int] = []
+    def __init__(
+        self,
+        members: list[tuple[Tensor, int]],
+        states: Mapping[Tensor, dict[str, Any]],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        self.params, self.owners = map(list, zip(*members, strict=True))
+        own = [states[p] for p in self.params]
+        group = groups[self.owners[0]]
         self.level: int = group["level"]
         self.wavelet: str = group["wavelet"]
         self.backend: backends.Backend | None = group["backend"]
-        self.limited = _is_limited(group)
+        self.exp_avgs: list[Tensor] = [s["exp_avg"] for s in own]
+        self.exp_avg_sqs: list[Tensor] = [s["exp_avg_sq"] for s in own]
+        self.limiter_norms = [s["limiter_norm"] if _is_limited(group) else None for s in own]
         self.workspace: dict[str, Any] = {}
-        # All the step counts in one tensor, so that one addition counts them.
-        self.steps: Tensor | None = None
-        self.step_ids: list[int] = []
+        # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
+        self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float32)
+        for s, count in zip(own, self.steps.unbind(), strict=True):
+            s["step"] = count
 
-    def step(self, states: Mapping[Tensor, dict[str, Any]], hypers: list[Hyper]) -> None:
-        own = [states[p] for p in self.params]
-        counts = self._counts(own)
-        steps = [int(t) + 1 for t in counts.tolist()]
+    def step(self, hypers: list[Hyper]) -> None:
         gwt_adamw_(
             params=self.params,
-            grads=[p.grad for p in self.params],  # type: ignore[misc]  # _current_buckets took those with one
-            exp_avgs=[s["exp_avg"] for s in own],
-            exp_avg_sqs=[s["exp_avg_sq"] for s in own],
-            limiter_norms=[s["limiter_norm"] if self.limited else None for s in own],
-            steps=steps,
+            grads=[p.grad for p in self.params],
+            exp_avgs=self.exp_avgs,
+            exp_avg_sqs=self.exp_avg_sqs,
+            limiter_norms=self.limiter_norms,
+            steps=[int(t) + 1 for t in self.steps.tolist()],
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
         )
-        counts.add_(1)
-
-    def _counts(self, states: list[dict[str, Any]]) -> Tensor:
-        """The step counts as one tensor, of which every ``state["step"]`` is a view."""
-        ids = [id(s["step"]) for s in states]
-        if self.steps is None or ids != self.step_ids:
-            self.steps = torch.stack([torch.as_tensor(s["step"], dtype=torch.float32).cpu() for s in states])
-            for s, count in zip(states, self.steps.unbind(), strict=True):
-                s["step"] = count
-            self.step_ids = [id(s["step"]) for s in states]
-        return self.steps
+        self.steps.add_(1)
 
 
 def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -314,20 +311,35 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
 
 
+def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
+            f"embedding, or give it to torch.optim.SparseAdam"
+        )
+    if not g.is_floating_point():
+        raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real floating-point gradient")
+    if g.shape != p.shape or g.device != p.device:
+        raise RuntimeError(
+            f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
+            f"since backward, which has to run again"
+        )
+
+
 def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["level"] == 0:
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
 
 
-def _initialise(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
-    dtype = state_dtype_of(p, group["state_dtype"])
-    moments = {
-        key: torch.zeros(_state_shape(p, group), dtype=dtype, device=p.device) for key in ("exp_avg", "exp_avg_sq")
-    }
-    state["step"] = torch.zeros((), dtype=torch.float32)
-    state.update(moments)
-    if _is_limited(group):
+def _complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
+    """Make the state of a first step; of a later one, what an option turned on since then needs."""
+    if not state:
+        dtype = state_dtype_of(p, group["state_dtype"])
+        shape = _state_shape(p, group)
+        moments = {key: torch.zeros(shape, dtype=dtype, device=p.device) for key in _MOMENTS}
+        state.update(step=torch.zeros((), dtype=torch.float32), **moments)
+    if _is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
 
 
@@ -335,17 +347,19 @@ def _norm_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _check_state(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless ``state`` is what a step of ``p`` under the group's options needs."""
-    keys: Iterable[str] = (*_STATE_KEYS, "limiter_norm") if _is_limited(group) else _STATE_KEYS
+def _check_state(
+    state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str, keys: Iterable[str]
+) -> None:
+    """Raise unless ``state`` has the ``keys`` and is what a step of ``p`` under the group's options takes."""
     missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
     if missing:
         raise ValueError(
             f"the state of {name} lacks {', '.join(missing)}: it was not made by GWTAdamW with these options "
-            f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']})"
+            f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
+            f"clear it to begin anew"
         )
     shape, dtype = _state_shape(p, group), state_dtype_of(p, group["state_dtype"])
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in _MOMENTS:
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} needs {shape}: "
@@ -356,13 +370,35 @@ def _check_state(state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], 
                 f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: "
                 f"give it state_dtype={state[key].dtype}, or convert the state"
             )
-    for key in ("step", "limiter_norm"):
-        if key in keys and state[key].numel() != 1:
-            raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}, but must be a scalar")
+    for key in {"step", "limiter_norm"} & state.keys():
+        if state[key].numel() != 1:
+            raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
+    if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
+        raise ValueError(
+            f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
+            f"convert it"
+        )
+    if not 0 <= float(state["step"]) < math.inf:
+        raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
+
+
+def _check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
+    for key in {*_MOMENTS, "limiter_norm"} & state.keys():
+        if state[key].device != p.device or not state[key].is_contiguous():
+            raise ValueError(
+                f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
+                f"{p.device} and make it contiguous"
+            )
 
 
 def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
+            f"pass what GWTAdamW.state_dict() returned"
+        )
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
@@ -379,16 +415,18 @@ def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> di
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
                     f"{option}={group[option]!r}: build the optimizer with the state's value"
                 )
-        check_group({**optimizer.defaults, **saved})
+        options = {**optimizer.defaults, **saved, "backend": group["backend"]}
+        check_group(options)
+        keys = ("step", *_MOMENTS, "limiter_norm") if _is_limited(options) else ("step", *_MOMENTS)
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-            if key in state_dict["state"]:
-                state = state_dict["state"][key]
-                _check_state(state, p, {**optimizer.defaults, **saved}, _name_of(group, k, i))
+            if state := state_dict["state"].get(key):
+                _check_state(state, p, options, _name_of(group, k, i), keys)
                 set_aside[p] = {name: _exact_copy(name, value, p) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
     optimizer.__dict__["_set_aside"] = set_aside
-    return {**state_dict, "state": {}}
+    own = [{**saved, "backend": group["backend"]} for saved, group in zip(saved_groups, groups, strict=True)]
+    return {**state_dict, "state": {}, "param_groups": own}
 
 
 def _exact_copy(name: str, value: Any, p: Tensor) -> Any:

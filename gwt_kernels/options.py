@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -99,11 +100,10 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
     return name
 
 
-def state_dtype_of(param: Tensor, state_dtype: str | None) -> torch.dtype:
+def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
-    if state_dtype is None:
-        return torch.promote_types(param.dtype, torch.float32)
-    return STATE_DTYPES[state_dtype]
+    name = state_dtype_name(state_dtype)
+    return torch.promote_types(param.dtype, torch.float32) if name is None else STATE_DTYPES[name]
 
 
 def _number(name: str, value: Any) -> float:
@@ -116,9 +116,6 @@ def _number(name: str, value: Any) -> float:
                 f"pass a float or a tensor on the CPU"
             )
         return float(value)
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    return float(value)
