@@ -22,7 +22,7 @@ test: $(VENV)/.installed reference
 	$(BIN)/python -m pytest --numprocesses 2
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m bench.pretrain --preset demo --compare adamw gwt2 gwt3 --out runs/demo
+	$(BIN)/python -m bench.pretrain --preset demo --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

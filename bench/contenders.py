@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gwt_kernels import GWTAdamW, gwt_param_groups
+from gwt_kernels.options import state_dtype_of
 
 
 def check_name(name: str) -> str:
@@ -85,9 +86,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 def _moment_itemsize(group: dict[str, Any], p: torch.Tensor) -> int:
     if "level" not in group:  # torch.optim.AdamW keeps its moments in the weights' dtype
         return p.element_size()
-    at_least_single = torch.float64 if p.dtype == torch.float64 else torch.float32
-    dtype: torch.dtype = group["state_dtype"] or at_least_single
-    return dtype.itemsize
+    return state_dtype_of(p, group["state_dtype"]).itemsize
 
 
 def _scalars(group: dict[str, Any]) -> int:
