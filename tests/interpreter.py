@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter round to bfloat16 as GPUs do: to nearest even, where it truncates."""
+"""Makes Triton's interpreter behave as a GPU does where it would not by itself: bfloat16, and division by zero."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gwt_kernels import backends
 
 
 @contextlib.contextmanager
-def rounding_to_nearest() -> Iterator[None]:
-    """Within it, a conversion from float32 to bfloat16 rounds; compiled kernels do so anyway."""
+def like_a_gpu() -> Iterator[None]:
+    """Within it, float32 is rounded to bfloat16 (the interpreter truncates), and nothing warns of masked lanes."""
     if not backends.interpreted():
         yield
         return
@@ -31,6 +31,7 @@ def rounding_to_nearest() -> Iterator[None]:
 
     interpreter._convert_float = convert
     try:
-        yield
+        with np.errstate(all="ignore"):
+            yield
     finally:
         interpreter._convert_float = original

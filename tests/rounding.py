@@ -22,19 +22,19 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def half_ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Half the distance between the values of ``dtype`` around ``x``; 0 where the arithmetic's own dtype is stored.
-
-    (Rounding to that one is part of the arithmetic's error.)
-    """
-    if dtype in (torch.float32, torch.float64):
-        return np.zeros_like(x)
+    """Half the distance between the values of ``dtype`` around ``x``."""
     info = torch.finfo(dtype)
     exponents = np.floor(np.log2(np.maximum(np.abs(x), info.smallest_normal)))
     return 0.5 * info.eps * 2.0**exponents
 
 
-def widen(bound: np.ndarray, exact: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The bound on what is stored: the arithmetic's error, then half an ulp of ``dtype``."""
+def widen(bound: np.ndarray, exact: np.ndarray, dtype: torch.dtype, data: torch.dtype | None = None) -> np.ndarray:
+    """The bound on what is stored as ``dtype``: the arithmetic's error, and half an ulp where that is narrower.
+
+    The arithmetic is that for tensors of dtype ``data``, by default of ``dtype`` itself.
+    """
+    if unit(data or dtype) >= torch.finfo(dtype).eps / 2:
+        return bound
     return bound + half_ulp(np.abs(exact) + bound, dtype)
 
 

@@ -95,27 +95,27 @@ class Bucket:
         names = ("params", "exp_avgs", "exp_avg_sqs", *(["norms"] if self.norms else []))
         return [x.clone() for name in names for x in self.tensors(name)]
 
-    def step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, **options: Any) -> None:
-        """``gwt_adamw_`` on the bucket, and a look at the memory around every tensor."""
+    def step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, /, **options: Any) -> None:
+        """``gwt_adamw_`` on the bucket, and a look at the memory around every tensor.
+
+        ``options`` are passed on, and take the place of what the bucket would pass.
+        """
         n = len(self.params)
         before = [x.clone() for x in self.tensors("grads")]
-        with interpreter.rounding_to_nearest():
-            gwt_adamw_(
-                params=self.tensors("params"),
-                grads=self.tensors("grads"),
-                exp_avgs=self.tensors("exp_avgs"),
-                exp_avg_sqs=self.tensors("exp_avg_sqs"),
-                limiter_norms=self.tensors("norms") if self.norms else [None] * n,
-                steps=[step] * n if isinstance(step, int) else step,
-                hypers=[hypers] * n if isinstance(hypers, Hyper) else hypers,
-                **{"level": self.level, **options},
-            )
+        with interpreter.like_a_gpu():
+            arguments = {name: self.tensors(name) for name in ARRAYS} | {
+                "limiter_norms": self.tensors("norms") if self.norms else [None] * n,
+                "steps": [step] * n if isinstance(step, int) else step,
+                "hypers": [hypers] * n if isinstance(hypers, Hyper) else hypers,
+                "level": self.level,
+            }
+            gwt_adamw_(**(arguments | options))
         for name in (*ARRAYS, *(["norms"] if self.norms else [])):
             for x in getattr(self, name):
                 x.check()
         assert all(map(torch.equal, before, self.tensors("grads"))), "a gradient was changed"
 
-    def check_step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, **options: Any) -> None:
+    def check_step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, /, **options: Any) -> None:
         """A step, and a comparison of all that it stored with the C oracle."""
         n = len(self.params)
         before = [list(map(_numpy, self.tensors(name))) for name in ARRAYS]
@@ -168,7 +168,9 @@ class Bucket:
             ("exp_avg_sqs", v, bounds.exp_avg_sq),
         ):
             stored = getattr(self, name)[i].tensor
-            assert_within(_numpy(stored), exact, rounding.widen(bound, exact, stored.dtype), f"{name} {what}")
+            assert_within(
+                _numpy(stored), exact, rounding.widen(bound, exact, stored.dtype, self.dtype), f"{name} {what}"
+            )
         if norm is not None:
             got = float(self.norms[i].tensor)
             assert_within(np.array(got), np.array(new_norm), np.array(bounds.norm), f"limiter norm {what}")
