@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.torch_backend.haar import compute_dtype
 
-__all__ = ["gwt_adamw_", "limit_"]
+__all__ = ["gwt_adamw_", "limit_", "norm_"]
 
 CHUNK = 1 << 19  # elements; one chunk of p and g stays in a core's caches between the passes over it
 
@@ -83,7 +83,7 @@ def _gwt(
     gain = v.sqrt().add_(hyper.eps).reciprocal_()  # [..., nb]; of an element's update per element of its gradient
     step_size: Tensor | float = hyper.step_size(step, level)
     if norm is not None and hyper.norm_growth_limit is not None:
-        step_size = step_size / limit_(norm, torch.linalg.vector_norm(m * gain), hyper.norm_growth_limit)
+        step_size = step_size / limit_(norm, norm_(m * gain), hyper.norm_growth_limit)
     gain.mul_(step_size)
     offset = means.sub_(m, alpha=1 / math.sqrt(width)).mul_(gain)
     for p_, g_, gain_, offset_ in _chunks(p, g, gain, offset):
@@ -100,6 +100,11 @@ def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
     limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
     previous.copy_(norm / limit)
     return limit
+
+
+def norm_(x: Tensor) -> Tensor:
+    """2-norm of ``x``, overwritten. On a CPU ``sum`` adds in a tree, and ``vector_norm`` one by one: less exactly."""
+    return x.square_().sum().sqrt_()
 
 
 def _block_sums(g: Tensor, level: int) -> Tensor:

@@ -1,0 +1,56 @@
+"""Tests what is peculiar to the folded step in plain PyTorch: its chunks, and the memory it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gwt_kernels.functional import Hyper
+from gwt_kernels.torch_backend import step as torch_step
+from tests.poisoned import LAYOUTS
+from tests.steps import Bucket
+
+HYPER = Hyper(lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_chunks_cover_every_tensor(monkeypatch, chunk, level, layout):
+    """Chunks of less than a row, of some rows and of everything; both with and without a copy in float32."""
+    monkeypatch.setattr(torch_step, "CHUNK", chunk)
+    for dtype in (torch.float64, torch.bfloat16):
+        bucket = Bucket(
+            [(6, 40), (5, 37), (3, 4, 16), (90,)], level, dtype=dtype, layouts=[layout], limited=level > 0
+        )
+        bucket.check_step(HYPER, 3, backend="torch")
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_tensor_of_several_real_chunks(level):
+    shapes = [(1100, 1000), (3, torch_step.CHUNK), (2 * torch_step.CHUNK + 3,)]
+    bucket = Bucket(shapes, level, limited=level > 0)
+    bucket.check_step(HYPER, 3, backend="torch")
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_gradients_of_either_sign(maximize):
+    """Ascending a gradient is descending its negative, bit for bit."""
+    one, other = (Bucket([(4, 32), (3, 37)], 2, limited=True) for _ in range(2))
+    for g in other.grads:
+        g.tensor.neg_()
+    one.step(HYPER._replace(maximize=maximize), 2, backend="torch")
+    other.step(HYPER._replace(maximize=not maximize), 2, backend="torch")
+    assert all(map(torch.equal, one.results(), other.results()))
+
+
+def test_limit_by_hand():
+    """Grown from 2 to 6: three times, 2 allowed, so divided by 1.5, and 4 is remembered."""
+    previous = torch.tensor(2.0, dtype=torch.float64)
+    limit = torch_step.limit_(previous, torch.tensor(6.0, dtype=torch.float64), 2.0)
+    assert limit.item() == pytest.approx(1.5, rel=1e-8)  # the limiter's own 1e-8
+    assert previous.item() == pytest.approx(4.0, rel=1e-8)
+    for before, norm in ((0.0, 6.0), (3.0, 3.3), (5.0, 0.0)):
+        previous = torch.tensor(before)
+        assert torch_step.limit_(previous, torch.tensor(norm), 1.5).item() == 1
+        assert previous.item() == pytest.approx(norm)
