@@ -1,0 +1,43 @@
+"""``gwt-kernels doctor``: says what is there, and notices a kernel that is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gwt_kernels import __main__, doctor
+from gwt_kernels.torch_backend import step
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_command_reports_and_passes() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-m", "gwt_kernels", "doctor"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for expected in (f"torch         {torch.__version__}", "cpu:", "float64   -> torch", "All checks passed"):
+        assert expected in result.stdout
+    assert "triton, float32, level 2" in result.stdout  # through the interpreter where there is no device
+
+
+def test_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    block_sums = step._block_sums
+    monkeypatch.setattr(step, "_block_sums", lambda g, level: block_sums(g, level) * (1 + 1e-4))
+    assert not doctor.report()
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        __main__.main(["cure"])
+    assert error.value.code == 2
+    assert "cure" in capsys.readouterr().err
