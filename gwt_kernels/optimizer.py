@@ -200,7 +200,7 @@ class GWTAdamW(Optimizer):
             [len(group["params"]) for group in self.param_groups],
             list(map(id, params)),
             list(map(_PARAM_KIND, params)),
-            [g if g is None else (g.dtype, g.layout) for g in grads],
+            [g if g is None else (g.dtype, g.layout, g.shape) for g in grads],
             list(map(id, state)),
         )
         return signature, [params, state]
@@ -362,8 +362,8 @@ def _check_state(
     for key in _MOMENTS:
         if tuple(state[key].shape) != shape:
             raise ValueError(
-                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} needs {shape}: "
-                f"use the level and the model that the state was made with"
+                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
+                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with"
             )
         if state[key].dtype != dtype:
             raise ValueError(
