@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from torch import Tensor
 LAYOUTS = ("contiguous", "misaligned", "transposed", "strided", "gaps")
 GUARD = 64  # elements of NaN before and after; a multiple of 16 bytes in every dtype
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def uninitialized() -> Iterator[None]:
+    """Within it, memory that torch allocates without a value is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Poisoned:

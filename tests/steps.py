@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from tests import interpreter, reference, rounding
+from tests import interpreter, poisoned, reference, rounding
 from tests.poisoned import Poisoned
 
 ARRAYS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
@@ -102,7 +102,7 @@ class Bucket:
         """
         n = len(self.params)
         before = [x.clone() for x in self.tensors("grads")]
-        with interpreter.like_a_gpu():
+        with interpreter.like_a_gpu(), poisoned.uninitialized():
             arguments = {name: self.tensors(name) for name in ARRAYS} | {
                 "limiter_norms": self.tensors("norms") if self.norms else [None] * n,
                 "steps": [step] * n if isinstance(step, int) else step,

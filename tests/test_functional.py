@@ -212,7 +212,7 @@ def test_no_previous_norm_does_not_limit(backend):
     free = Bucket([(4, 32), (3, 37)], 2, device=on(backend))
     free.check_step(HYPER, 9, backend=backend)
     for p, none, tiny in zip(free.tensors("params"), results["none"], results["tiny"], strict=True):
-        assert torch.equal(p, none)
+        torch.testing.assert_close(p, none, rtol=2e-7, atol=1e-8)
         assert (p - tiny).abs().max() > 1e-4
 
 

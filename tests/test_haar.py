@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gwt_kernels import haar_dwt, haar_idwt
 from tests import interpreter, reference, rounding
-from tests.poisoned import LAYOUTS, Poisoned
+from tests.poisoned import LAYOUTS, Poisoned, uninitialized
 from tests.steps import assert_within
 
 BACKENDS = ("torch", "triton")
@@ -45,7 +45,7 @@ def on(backend: str, device: torch.device) -> torch.device:
 
 def check_forward(x: torch.Tensor, level: int, backend: str) -> list[torch.Tensor]:
     """Compares ``haar_dwt`` with the C oracle in float64, band by band."""
-    with interpreter.like_a_gpu():
+    with interpreter.like_a_gpu(), uninitialized():
         got = haar_dwt(x, level, backend=backend)
     exact = as_float64(x)
     bands, bounds = reference.haar_dwt(exact, level), rounding.dwt_bounds(exact, level, x.dtype)
@@ -60,7 +60,7 @@ def check_forward(x: torch.Tensor, level: int, backend: str) -> list[torch.Tenso
 
 def check_inverse(coeffs: list[torch.Tensor], length: int, backend: str) -> torch.Tensor:
     """Compares ``haar_idwt`` with the C oracle in float64."""
-    with interpreter.like_a_gpu():
+    with interpreter.like_a_gpu(), uninitialized():
         got = haar_idwt(coeffs, length, backend=backend)
     exact = list(map(as_float64, coeffs))
     bound = rounding.idwt_bound(exact, length, got.dtype)
@@ -180,8 +180,8 @@ def test_layouts_and_the_memory_around(backend, dtype, layout, device):
     if layout == "expanded":
         x, guarded = values[:1].expand(6, 16), []
     else:
-        poisoned = Poisoned(values, layout)
-        x, guarded = poisoned.tensor, [poisoned]
+        place = Poisoned(values, layout)
+        x, guarded = place.tensor, [place]
     kept = x.clone()
     coeffs = check_forward(x, 2, backend)
     if layout != "expanded":

@@ -103,7 +103,7 @@ def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
 
 
 def norm_(x: Tensor) -> Tensor:
-    """2-norm of ``x``, overwritten. On a CPU ``sum`` adds in a tree, and ``vector_norm`` one by one: less exactly."""
+    """2-norm of ``x``, overwritten. On a CPU ``sum`` adds in a tree, ``vector_norm`` one by one: less exactly."""
     return x.square_().sum().sqrt_()
 
 
