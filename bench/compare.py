@@ -75,8 +75,7 @@ def plot(runs: list[Path], results: list[dict[str, Any]], path: Path) -> None:
             label=f"{result['optimizer']}: {result['heldout_loss']:.3f}, {state:.2f} MB of state",
         )
     axes.set_xlabel(
-        f"optimizer step ({results[0]['batch'] * results[0]['accumulate']} x "
-        f"{results[0]['context']} tokens each)"
+        f"optimizer step ({results[0]['batch'] * results[0]['accumulate']} x {results[0]['context']} tokens each)"
     )
     axes.set_ylabel("held-out loss (nats per token)")
     size = f"{Path(results[0]['model']).stem}, {results[0]['parameters'] / 1e6:.2f} M parameters"

@@ -61,9 +61,7 @@ def build_optimizer(
             betas=betas,
             fused=fused or None,
         )
-    groups = gwt_param_groups(
-        model, level=int(name.removeprefix("gwt")), scale=scale, weight_decay=weight_decay
-    )
+    groups = gwt_param_groups(model, level=int(name.removeprefix("gwt")), scale=scale, weight_decay=weight_decay)
     return GWTAdamW(groups, lr=lr, betas=betas)
 
 

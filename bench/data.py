@@ -35,9 +35,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Tensor:
         raw = text.encode("utf-8")
-        return (
-            torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
-        )
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
 
 
 class PretrainedTokenizer:
@@ -114,9 +112,7 @@ class StreamedWindows:
         context: Tokens predicted per window.
     """
 
-    def __init__(
-        self, open_documents: Callable[[int], Iterable[str]], tokenizer: Tokenizer, context: int
-    ) -> None:
+    def __init__(self, open_documents: Callable[[int], Iterable[str]], tokenizer: Tokenizer, context: int) -> None:
         self._open, self._tokenizer, self._context = open_documents, tokenizer, context
         self._documents = 0
         self._buffer = torch.empty(0, dtype=tokenizer.dtype)
@@ -177,9 +173,7 @@ def read_documents(path: Path | None) -> list[str]:
     """
     root = standard_library() if path is None else path
     if not root.exists():
-        raise FileNotFoundError(
-            f"--text {root}: no such file or folder; give one that holds text, or leave it out"
-        )
+        raise FileNotFoundError(f"--text {root}: no such file or folder; give one that holds text, or leave it out")
     skipped = _SKIPPED_FOLDERS | (_STDLIB_TESTS if path is None else set())
     pattern = "*.py" if path is None else "*"
     documents: dict[str, str] = {}

@@ -21,17 +21,13 @@ def load_config(model: str) -> LlamaConfig:
     path = named if named.exists() else Path(model)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("llama_*.json")))
-        raise FileNotFoundError(
-            f"--model {model}: no such configuration; choose from {known}, or give a JSON file"
-        )
+        raise FileNotFoundError(f"--model {model}: no such configuration; choose from {known}, or give a JSON file")
     fields = json.loads(path.read_text())
     fields.pop("about", None)
     return LlamaConfig(**fields)
 
 
-def build_model(
-    config: LlamaConfig, *, seed: int, device: torch.device, dtype: torch.dtype
-) -> LlamaForCausalLM:
+def build_model(config: LlamaConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """A freshly initialised model; the same seed gives the same weights on one kind of device."""
     torch.manual_seed(seed)
     with device:

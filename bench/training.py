@@ -104,9 +104,7 @@ class OptimizerTimer:
 class Run:
     """A run in memory: model, optimizer, text and the step it has reached."""
 
-    def __init__(
-        self, config: RunConfig, corpus: Corpus, device: torch.device, *, compiled: bool = False
-    ) -> None:
+    def __init__(self, config: RunConfig, corpus: Corpus, device: torch.device, *, compiled: bool = False) -> None:
         self.config, self.corpus, self.device = config, corpus, device
         model_config = load_config(config.model)
         self.vocabulary: int = model_config.vocab_size
