@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "misaligned", "transposed", "strided", "gaps")
-GUARD = 64  # elements of NaN before and after; a multiple of 16 bytes in every dtype
+GUARD = 4096  # elements of NaN before and after: a whole tile, and a multiple of 16 bytes in every dtype
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
