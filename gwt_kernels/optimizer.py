@@ -305,6 +305,8 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         )
     if p.layout != torch.strided:
         raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
+    if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
     if p.numel():
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
     if p.device.type != "meta":

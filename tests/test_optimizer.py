@@ -13,6 +13,7 @@ from gwt_kernels import GWTAdamW
 from tests import golden
 from tests.runs import (
     BACKENDS,
+    CPU,
     assert_differ,
     assert_same_bits,
     checked_step,
@@ -176,6 +177,30 @@ def test_strides_of_parameters_and_gradients(backend, device, dtype):
         checked_step(optimizer)
         assert all(torch.equal(a, b) for a, b in kept), "a gradient was changed"
     assert [p.stride() for p in params] == strides
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch ties a gradient's dtype to its tensor's"
+)
+@backends
+def test_gradients_of_another_dtype_than_their_parameters(backend, device):
+    params = [p for d in LOW for p in parameters([(4, 16), (3, 5)], place(backend, device), d)]
+    optimizer = GWTAdamW(params, lr=0.1, level=2, backend=backend)
+    for p in params:
+        p.grad_dtype = None
+    for t, grad_dtype in enumerate((torch.float32, torch.bfloat16, torch.float32)):
+        give_gradients(params, seed=t)
+        for p in params:
+            p.grad = p.grad.to(grad_dtype)
+        assert checked_step(optimizer) == len(params)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24])
+def test_tensors_that_the_torch_backend_takes_in_chunks(monkeypatch, chunk):
+    monkeypatch.setattr("gwt_kernels.torch_backend.step.CHUNK", chunk)
+    test_strides_of_parameters_and_gradients("torch", CPU, torch.float32)
+    test_strides_of_parameters_and_gradients("torch", CPU, torch.bfloat16)
+    test_mixed_dtypes_levels_shapes_and_options_in_one_optimizer("torch", CPU)
 
 
 @backends

@@ -207,6 +207,16 @@ def test_a_state_changed_between_steps_is_used(backend, device):
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
 
 
+def test_new_tensors_at_the_address_of_old_ones_are_noticed():
+    (p,) = parameters([(4, 8)])
+    optimizer = GWTAdamW([p], lr=0.1)
+    for t in range(20):
+        give_gradients([p], seed=t)
+        checked_step(optimizer)
+        del optimizer.state[p]["step"]
+        optimizer.state[p]["step"] = torch.tensor(3.0 * t)
+
+
 def test_parameters_exchanged_in_a_group_are_used():
     params = parameters([(4, 8), (3, 6)])
     optimizer = GWTAdamW(params, lr=0.1, level=1)
