@@ -89,9 +89,7 @@ def available_bytes(device: torch.device) -> int:
     return int(found[1]) * 1024
 
 
-def facts(
-    device: torch.device, module: str, arguments: Iterable[str], commit: str | None = None
-) -> dict[str, Any]:
+def facts(device: torch.device, module: str, arguments: Iterable[str], commit: str | None = None) -> dict[str, Any]:
     """Return what every row of results says of its origin.
 
     Args:
@@ -148,11 +146,7 @@ def _driver(device: torch.device) -> str:
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return (
-                subprocess.run(query, check=True, capture_output=True, text=True)
-                .stdout.split("\n")[0]
-                .strip()
-            )
+            return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0].strip()
     return "none" if device.type == "cpu" else "unknown"
 
 

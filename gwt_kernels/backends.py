@@ -50,7 +50,7 @@ def resolve(
 @functools.lru_cache(maxsize=256)
 def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar") -> str | None:
     """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
-    if wavelet != "haar":
+    if level and wavelet != "haar":
         return f"its kernels know the Haar wavelet only, not {wavelet!r}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its arithmetic is float32, so tensors of {dtype} would lose precision"

@@ -53,20 +53,23 @@ def gwt_adamw_(
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
-        ValueError: lists of different lengths, or an unknown backend or wavelet.
+        ValueError: lists of different lengths, an unknown backend or wavelet, or a limiter for some tensors only.
     """
     if not params:
         return
     lists = (grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
     if any(len(x) != len(params) for x in lists):
         raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
-    run_on = backends.resolve(backend, params[0].device, params[0].dtype, level, wavelet)
+    _check_limiter(limiter_norms, hypers)
+    # Every array has to suit the backend, not the parameters alone.
+    kinds = {x[0].dtype for x in (params, grads, exp_avgs)}
+    choices = {backends.resolve(backend, params[0].device, dtype, level, wavelet) for dtype in kinds}
     tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
     if level and wavelet != "haar":
         from gwt_kernels.torch_backend import literal
 
         literal.gwt_adamw_(*tensors, level=level, wavelet=wavelet)
-    elif run_on == "torch":
+    elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
         torch_step.gwt_adamw_(*tensors, level=level)
@@ -74,3 +77,16 @@ def gwt_adamw_(
         from gwt_kernels.triton_backend import launch
 
         launch.gwt_adamw_(*tensors, level=level, workspace={} if workspace is None else workspace)
+
+
+def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper]) -> None:
+    if all(norm is None for norm in limiter_norms):
+        return
+    if any(norm is None for norm in limiter_norms):
+        raise ValueError(
+            "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
+        )
+    if any(hyper.norm_growth_limit is None for hyper in hypers):
+        raise ValueError(
+            "norm_growth_limit is None for a parameter that has a limiter norm: pass None in limiter_norms as well"
+        )

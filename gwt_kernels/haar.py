@@ -62,7 +62,8 @@ def haar_idwt(
         Tensor ``[..., length]`` of the coefficients' dtype and device, contiguous.
 
     Raises:
-        TypeError: a coefficient is not a real floating-point tensor, or they differ in dtype or device.
+        TypeError: a coefficient is not a real floating-point tensor, they differ in dtype or device, or length
+                is not an integer.
         ValueError: there are no coefficients, or their widths do not follow from one length.
         RuntimeError: the backend asked for cannot run on the coefficients.
     """
@@ -107,14 +108,19 @@ class _TritonIDWT(torch.autograd.Function):
         return None, *_TritonDWT.apply(grads[0], ctx.level)  # type: ignore[no-untyped-call]
 
 
+def deepest_level(width: int) -> int:
+    """The largest level with ``2**level < 2 * width``: the deepest that a row of ``width`` elements allows."""
+    return max(width - 1, 0).bit_length()
+
+
 def check_level(level: int, width: int, what: str) -> None:
     """Raise unless ``level`` is an integer with ``0 <= level`` and ``2**level < 2 * width``."""
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"level must be an integer, got {level!r} for {what}")
     if level < 0:
         raise ValueError(f"level must not be negative, got {level} for {what}")
-    if level and 2**level >= 2 * width:
-        deepest = max(width - 1, 0).bit_length()
+    deepest = deepest_level(width)
+    if level > deepest:
         raise ValueError(
             f"level {level} is too deep for {what}, whose last dimension is {width}: 2**level must be below "
             f"twice the width, so use level {deepest} or less"
@@ -141,12 +147,14 @@ def _check_coefficients(coeffs: list[Tensor], length: int | None) -> int:
             )
         if c.shape[:-1] != coeffs[0].shape[:-1]:
             raise ValueError(f"coeffs[{i}] has shape {tuple(c.shape)}, but coeffs[0] {tuple(coeffs[0].shape)}")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise TypeError(f"length must be an integer or None, got {length!r}")
     widths = [c.shape[-1] for c in coeffs]
     if length is None:
         length = widths[-1] if len(coeffs) == 1 else 2 * widths[-1]
     level = len(coeffs) - 1
     expected = [-(-length // 2**i) for i in (level, *range(level, 0, -1))]
-    if isinstance(length, bool) or widths != expected:
+    if widths != expected:
         raise ValueError(
             f"coefficients of widths {widths} do not belong to length {length}, which has {expected}: "
             f"pass the width of the tensor that was transformed"

@@ -213,7 +213,7 @@ class GWTAdamW(Optimizer):
                     name = _name_of(group, k, i)
                     _check_param(p, group, name)
                     _check_grad(p.grad, p, name)
-                    backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
+                    _check_backend(p, name, p.grad.dtype, group)
                     if state := self.state.get(p):
                         _check_state(state, p, group, name, ("step", *_MOMENTS))
                         _check_place(state, p, name)
@@ -310,7 +310,7 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.numel():
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
     if p.device.type != "meta":
-        backends.resolve(group["backend"], p.device, p.dtype, group["level"], group["wavelet"])
+        _check_backend(p, name, p.dtype, group)
 
 
 def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
@@ -326,6 +326,16 @@ def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
             f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
             f"since backward, which has to run again"
         )
+
+
+def _check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
+    """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
+    moments = state_dtype_of(p, group["state_dtype"])
+    for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
+        try:
+            backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
+        except RuntimeError as error:
+            raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
 
 
 def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

@@ -39,6 +39,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
     if group["rule"] not in RULES:
         raise ValueError(f"unknown rule {group['rule']!r}: use one of {', '.join(map(repr, RULES))}")
+    if not isinstance(group["wavelet"], str):
+        raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
     state_dtype_name(group["state_dtype"])
@@ -118,4 +120,7 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer of {len(str(value))} digits") from None

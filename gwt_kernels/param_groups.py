@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gwt_kernels.haar import deepest_level
+
 # Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
 # SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention,
 # feed_forward, moe), torch.nn.Transformer (self_attn, linear1).
@@ -46,11 +48,6 @@ class _Use(NamedTuple):
     name: str
     owner: nn.Module
     siblings: frozenset[str]
-
-
-def deepest_level(width: int) -> int:
-    """Return the largest level with 2**level < 2*width: the deepest that `width` columns allow."""
-    return max(width - 1, 0).bit_length()
 
 
 def gwt_param_groups(

@@ -150,12 +150,12 @@ def test_after_a_refused_step_the_run_goes_on(backend, device):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     assert checked_step(optimizer) == 3
-    wavelet_error = ValueError if backend == "torch" else RuntimeError
+    unfit = ValueError if backend == "torch" else RuntimeError  # of the state, or of the backend before that
     for option, value, error in (
         ("lr", NAN, ValueError),
         ("level", 2, ValueError),
-        ("wavelet", "db2", wavelet_error),
-        ("state_dtype", torch.float64, ValueError),
+        ("wavelet", "db2", unfit),
+        ("state_dtype", torch.float64, unfit),
         ("backend", "gpu", ValueError),
     ):
         good = optimizer.param_groups[0][option]
@@ -298,3 +298,22 @@ def test_a_parameter_that_changed_shape_or_kind_is_refused(backend, device):
         optimizer.step()
     give_gradients(params, seed=2)
     assert checked_step(optimizer) == 2
+
+
+def test_wavelet_that_is_no_name_and_a_number_beyond_floats_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown wavelet"):
+        GWTAdamW([torch.zeros(4, 8, requires_grad=True)], wavelet=["haar"])
+    with pytest.raises(ValueError, match="lr must be finite"):
+        GWTAdamW([torch.zeros(4, 8, requires_grad=True)], lr=10**400)
+
+
+def test_huge_level_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="use level 3 or less"):
+        GWTAdamW([torch.zeros(4, 8, requires_grad=True)], level=10**18)
+
+
+def test_float64_moments_are_refused_by_triton_and_a_wavelet_at_level_0_is_not(device: torch.device) -> None:
+    p = torch.zeros(4, 8, requires_grad=True, device=device)
+    with pytest.raises(RuntimeError, match="float64"):
+        GWTAdamW([p], state_dtype=torch.float64, backend="triton")
+    GWTAdamW([p], level=0, wavelet="db2", backend="triton")

@@ -152,18 +152,14 @@ def nanogpt(head_first: bool = False) -> Tree:
         for _ in EVERY_LAYER
     ]
     head = nn.Linear(32, 64, bias=False)
-    trunk = Tree(
-        wte=nn.Embedding(64, 32), wpe=nn.Embedding(16, 32), h=nn.ModuleList(block), ln_f=nn.LayerNorm(32)
-    )
+    trunk = Tree(wte=nn.Embedding(64, 32), wpe=nn.Embedding(16, 32), h=nn.ModuleList(block), ln_f=nn.LayerNorm(32))
     trunk.wte.weight = head.weight
     return Tree(lm_head=head, transformer=trunk) if head_first else Tree(transformer=trunk, lm_head=head)
 
 
 def torchtitan(moe: bool = False) -> Tree:
     def layer() -> Tree:
-        attention = Tree(
-            attention=linears("wq wk wv wo"), attention_norm=nn.RMSNorm(32), ffn_norm=nn.RMSNorm(32)
-        )
+        attention = Tree(attention=linears("wq wk wv wo"), attention_norm=nn.RMSNorm(32), ffn_norm=nn.RMSNorm(32))
         if moe:
             attention.moe = Tree(
                 router=linears("gate"),
@@ -321,9 +317,7 @@ def test_patterns_see_every_name_of_a_tied_weight() -> None:
     assert "transformer.wte.weight" in transformed
 
 
-@pytest.mark.parametrize(
-    ("width", "deepest"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)]
-)
+@pytest.mark.parametrize(("width", "deepest"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)])
 def test_deepest_level(width: int, deepest: int) -> None:
     assert deepest_level(width) == deepest
     if width:

@@ -104,6 +104,7 @@ class Launch:
         sent = _to_device(table + b"".join(scalars), device)
         pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
         p, g, m = dtypes
+        narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
         options = variant(self.level, self.flat)
         factors = scalar_table  # a pointer that is not read
         if limited:
@@ -118,7 +119,7 @@ class Launch:
             )
         step_kernel[(self.n_tiles,)](
             self.layout, pointer_table, scalar_table, factors,
-            self.n, P=p, G=g, M=m, LIMITED=limited, **options, **alignment(p, m, self.level, self.flat),
+            self.n, P=p, G=g, M=m, LIMITED=limited, **options, **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
 
 
@@ -129,7 +130,7 @@ def variant(level: int, flat: bool) -> dict[str, Any]:
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict[str, int]:
-    """Bytes of weights or gradients, and of their moments, that one thread accesses at once."""
+    """Bytes that a thread accesses at once, of ``data`` (weights or gradients, the narrower) and of moments."""
     size = moments.primitive_bitwidth // 8
     if not flat:
         return {"ALIGN": data.primitive_bitwidth // 8, "MOMENT_ALIGN": size}

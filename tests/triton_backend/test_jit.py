@@ -1,4 +1,4 @@
-"""What a user's launches compile: kernels through Triton's JIT binder, without a device, in a process of its own."""
+"""What a user's launches compile: kernels through Triton's JIT binder, without a device, in their own process."""
 
 import json
 import os
