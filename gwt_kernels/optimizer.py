@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import Any, overload
@@ -16,12 +15,11 @@ from gwt_kernels import backends
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import STRUCTURAL, check_group, hyper_of, state_dtype_name, state_dtype_of
-from gwt_kernels.torch_backend.literal import approximation_width
+from gwt_kernels.state import MOMENTS, check_place, check_state, complete, exact_copy, is_limited, state_keys
 
 __all__ = ["GWTAdamW"]
 
 _PARAM_KIND = attrgetter("device", "dtype", "shape")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GWTAdamW(Optimizer):
@@ -215,8 +213,8 @@ class GWTAdamW(Optimizer):
                     _check_grad(p.grad, p, name)
                     _check_backend(p, name, p.grad.dtype, group)
                     if state := self.state.get(p):
-                        _check_state(state, p, group, name, ("step", *_MOMENTS))
-                        _check_place(state, p, name)
+                        check_state(state, p, group, name, ("step", *MOMENTS))
+                        check_place(state, p, name)
 
     def _make_buckets(self) -> list[_Bucket]:
         chosen: dict[Any, list[tuple[Tensor, int]]] = {}
@@ -227,7 +225,7 @@ class GWTAdamW(Optimizer):
                 if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
                     continue
                 seen.add(id(p))
-                _complete(self.state[p], p, group)
+                complete(self.state[p], p, group)
                 key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
                 chosen.setdefault(key, []).append((p, i))
         return [_Bucket(members, self.state, self.param_groups) for members in chosen.values()]
@@ -250,7 +248,7 @@ class _Bucket:
         self.backend: backends.Backend | None = group["backend"]
         self.exp_avgs: list[Tensor] = [s["exp_avg"] for s in own]
         self.exp_avg_sqs: list[Tensor] = [s["exp_avg_sq"] for s in own]
-        self.limiter_norms = [s["limiter_norm"] if _is_limited(group) else None for s in own]
+        self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
         self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float32)
@@ -282,12 +280,8 @@ def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
         group["wavelet"],
         group["state_dtype"],
         group["backend"],
-        _is_limited(group),
+        is_limited(group),
     )
-
-
-def _is_limited(group: Mapping[str, Any]) -> bool:
-    return bool(group["level"]) and group["norm_growth_limit"] is not None
 
 
 def _name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
@@ -338,72 +332,6 @@ def _check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping
             raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
 
 
-def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-    if group["level"] == 0:
-        return tuple(p.shape)
-    return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
-
-
-def _complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
-    """Make the state of a first step; of a later one, what an option turned on since then needs."""
-    if not state:
-        dtype = state_dtype_of(p, group["state_dtype"])
-        shape = _state_shape(p, group)
-        moments = {key: torch.zeros(shape, dtype=dtype, device=p.device) for key in _MOMENTS}
-        state.update(step=torch.zeros((), dtype=torch.float32), **moments)
-    if _is_limited(group) and "limiter_norm" not in state:
-        state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
-
-
-def _norm_dtype(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def _check_state(
-    state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str, keys: Iterable[str]
-) -> None:
-    """Raise unless ``state`` has the ``keys`` and is what a step of ``p`` under the group's options takes."""
-    missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
-    if missing:
-        raise ValueError(
-            f"the state of {name} lacks {', '.join(missing)}: it was not made by GWTAdamW with these options "
-            f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
-            f"clear it to begin anew"
-        )
-    shape, dtype = _state_shape(p, group), state_dtype_of(p, group["state_dtype"])
-    for key in _MOMENTS:
-        if tuple(state[key].shape) != shape:
-            raise ValueError(
-                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
-                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with"
-            )
-        if state[key].dtype != dtype:
-            raise ValueError(
-                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: "
-                f"give it state_dtype={state[key].dtype}, or convert the state"
-            )
-    for key in {"step", "limiter_norm"} & state.keys():
-        if state[key].numel() != 1:
-            raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
-    if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
-        raise ValueError(
-            f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
-            f"convert it"
-        )
-    if not 0 <= float(state["step"]) < math.inf:
-        raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
-
-
-def _check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
-    """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
-    for key in {*_MOMENTS, "limiter_norm"} & state.keys():
-        if state[key].device != p.device or not state[key].is_contiguous():
-            raise ValueError(
-                f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
-                f"{p.device} and make it contiguous"
-            )
-
-
 def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
     if not {"state", "param_groups"} <= state_dict.keys():
@@ -429,20 +357,12 @@ def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> di
                 )
         options = {**optimizer.defaults, **saved, "backend": group["backend"]}
         check_group(options)
-        keys = ("step", *_MOMENTS, "limiter_norm") if _is_limited(options) else ("step", *_MOMENTS)
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             if state := state_dict["state"].get(key):
-                _check_state(state, p, options, _name_of(group, k, i), keys)
-                set_aside[p] = {name: _exact_copy(name, value, p) for name, value in state.items()}
+                check_state(state, p, options, _name_of(group, k, i), state_keys(options))
+                set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
     optimizer.__dict__["_set_aside"] = set_aside
     own = [{**saved, "backend": group["backend"]} for saved, group in zip(saved_groups, groups, strict=True)]
     return {**state_dict, "state": {}, "param_groups": own}
-
-
-def _exact_copy(name: str, value: Any, p: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    device = torch.device("cpu") if name == "step" else p.device
-    return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
