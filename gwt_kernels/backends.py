@@ -58,6 +58,8 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wa
         return f"level {level} is above {MAX_TRITON_LEVEL}, the deepest its kernels hold in registers"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if device.type == "cuda" and interpreted():
+        return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a CUDA device's memory"
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device}, and Triton runs on CUDA devices (or under TRITON_INTERPRET=1)"
     return None

@@ -42,7 +42,7 @@ def report() -> bool:
             chosen = backends.resolve(None, device, dtype, level=2)
             reason = f": {obstacle}" if obstacle else ""
             if chosen == "torch" and not obstacle:
-                reason = ": the interpreter has to be asked for with backend='triton'"
+                reason = ": Triton runs on CUDA devices; here its interpreter serves the self-check below"
             print(f"    {str(dtype).removeprefix('torch.'):<9} -> {chosen}{reason}")
 
     print("Self-check: the fused step against the literal multi-level algorithm in float64")

@@ -124,13 +124,19 @@ class GWTAdamW(Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, or the backend asked for cannot run on a parameter.
+            RuntimeError: a gradient is sparse, the backend asked for cannot run on a parameter, or a CUDA graph is
+                being captured.
             TypeError, ValueError: a group's options were changed to something that cannot be honoured.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                "GWTAdamW.step() cannot be captured in a CUDA graph: step counts and learning rates are the "
+                "host's, and a replay would repeat those of the capture; call step() outside the graph"
+            )
         hypers = [hyper_of(group) for group in self.param_groups]
         for bucket in self._current_buckets():
             bucket.step(hypers)

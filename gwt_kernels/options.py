@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -15,6 +14,8 @@ from gwt_kernels.hyper import Hyper
 from gwt_kernels.torch_backend.literal import filter_bank
 
 __all__ = ["STRUCTURAL", "check_group", "hyper_of", "state_dtype_name", "state_dtype_of"]
+
+_LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
 STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 """Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
@@ -57,6 +58,8 @@ def hyper_of(group: Mapping[str, Any]) -> Hyper:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
     gamma = group["norm_growth_limit"]
     hyper = Hyper(
         lr=_number("lr", group["lr"]),
@@ -66,18 +69,18 @@ def hyper_of(group: Mapping[str, Any]) -> Hyper:
         weight_decay=_number("weight_decay", group["weight_decay"]),
         scale=_number("scale", group["scale"]),
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
-        maximize=bool(group["maximize"]),
+        maximize=group["maximize"],
     )
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(hyper, name)
-        if not 0.0 <= value < math.inf:
+        if not 0.0 <= value <= _LARGEST:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
-    if not 0.0 < hyper.scale < math.inf:
+    if not 0.0 < hyper.scale <= _LARGEST:
         raise ValueError(f"scale must be finite and above 0, got {hyper.scale}: the published value is 0.25")
-    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit < math.inf:
+    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit <= _LARGEST:
         raise ValueError(
             f"norm_growth_limit must be finite and at least 1, got {hyper.norm_growth_limit}: "
             f"the published value is 1.01, and None turns the limiter off"

@@ -89,9 +89,10 @@ def gwt_param_groups(
 
     Source: the recipe of GWT (arXiv 2501.07237): the tensors that GaLore (arXiv 2403.03507) projects.
     """
-    for name, value in (("scale", scale), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
     decided = decide(model, level=level, include=include, exclude=exclude)
     if verbose:
         print(describe(decision for _, decision in decided))

@@ -42,7 +42,7 @@ def gwt_adamw_(
     ):
         if p.numel() == 0:
             continue
-        dtype = compute_dtype(p.dtype)
+        dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
         approximation, *details = wavedec(-g.to(dtype) if hyper.maximize else g.to(dtype), bank, level)
         m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
         v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()

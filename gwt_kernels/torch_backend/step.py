@@ -52,7 +52,7 @@ def gwt_adamw_(
 
 def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper) -> None:
     """Level 0: Adam with decoupled weight decay, without bias correction inside the root."""
-    dtype = compute_dtype(p.dtype)
+    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
     step_size = hyper.step_size(step, level=0)
     for p_, g_, m_, v_ in _chunks(p, g, m, v):
         p32, g32, m32, v32 = (x.to(dtype) for x in (p_, g_, m_, v_))
@@ -71,7 +71,7 @@ def _gwt(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, norm: Tensor | None, step: int, hyper: Hyper, level: int
 ) -> None:
     """Levels above 0: moments first, then the limiter over the whole tensor, then the weights."""
-    dtype = compute_dtype(p.dtype)
+    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
     width = 2**level
     means = torch.empty(m.shape, dtype=dtype, device=m.device)
     stored, (m, v) = (m, v), (m.to(dtype), v.to(dtype))

@@ -7,6 +7,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ LIMITER_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+_DTYPE = attrgetter("dtype")
 _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
 
 
@@ -46,8 +48,8 @@ def gwt_adamw_(
     Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
     """
-    if not all(map(Tensor.is_contiguous, grads)):
-        grads = [g.contiguous() for g in grads]
+    if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+        grads = [g.resolve_neg().contiguous() for g in grads]
     packed = params if all(map(Tensor.is_contiguous, params)) else [p.contiguous() for p in params]
     arrays = [packed, grads, exp_avgs, exp_avg_sqs]
     limited = level > 0 and limiter_norms[0] is not None
@@ -56,10 +58,14 @@ def gwt_adamw_(
     pointers = [list(map(Tensor.data_ptr, x)) for x in arrays]
     # What the launches depend on besides the addresses themselves.
     misaligned = [bool((p | g | m | v) & 15) for p, g, m, v in zip(*pointers[:4], strict=True)]
-    key = (level, params[0].device, list(map(Tensor.size, packed)), list(map(Tensor.numel, grads)), misaligned)
-    if key != workspace.get("key"):
-        workspace["launches"] = _plan(packed, grads, exp_avgs, exp_avg_sqs, misaligned, level)
-        workspace["key"] = key
+    sizes = [list(map(Tensor.size, x)) for x in (packed, grads)]
+    key = (level, sizes, set(map(_DTYPE, grads)), misaligned)
+    owned = (pointers[0], *pointers[2:])
+    if key != workspace.get("key") or owned != workspace.get("owned"):
+        _check_bucket(arrays, level)
+        if key != workspace.get("key"):
+            workspace["launches"] = _plan(packed, misaligned, level)
+        workspace.update(key=key, owned=owned)
     scalars = _scalars(hypers, steps, level)
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in arrays[:3]]
     with _device_guard(params[0].device):
@@ -166,27 +172,29 @@ def _launch_haar(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
     _check_row(x.shape[-1], level)
     flat = _is_flat(x, any(c.data_ptr() & 15 for c in (x, *coeffs)), level)
     options = variant(level, flat)
-    n_blocks, row_blocks = coeffs[0].numel(), coeffs[0].shape[-1]
+    n_blocks, row_width, row_blocks = _layout(x, 2**level)
     width = options.pop("W")
     multiple = max(1, 8 // width) if flat else 1
     with _device_guard(x.device):
         kernel[(-(-n_blocks // options["NB"]),)](
-            x, tuple(coeffs), n_blocks, x.shape[-1], row_blocks, LEVEL=level, MULTIPLE=multiple, **options
+            x, tuple(coeffs), n_blocks, row_width, row_blocks, LEVEL=level, MULTIPLE=multiple, **options
         )
 
 
-def _plan(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    misaligned: list[bool],
-    level: int,
-) -> list[Launch]:
-    """Check the sizes that the kernels will trust, then group the tensors by path."""
-    width = 2**level
+def _check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
+    """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step."""
+    params, grads, exp_avgs, exp_avg_sqs, *norms = arrays
+    for name, tensors in zip(("params", "grads", "exp_avgs", "exp_avg_sqs", "limiter_norms"), arrays, strict=False):
+        kinds = {(x.dtype, x.device) for x in tensors}
+        if len(kinds) > 1 or tensors[0].device != params[0].device:
+            raise ValueError(
+                f"{name} are of {sorted(map(str, kinds))}, params on {params[0].device}: a bucket has one device, "
+                f"and one dtype each of parameters, gradients and moments"
+            )
+    if exp_avgs[0].dtype != exp_avg_sqs[0].dtype or (norms and norms[0][0].dtype != torch.float32):
+        raise ValueError("exp_avgs and exp_avg_sqs must have one dtype, and limiter_norms must be float32")
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        expected = (*p.shape[:-1], -(-p.shape[-1] // width)) if p.dim() else ()
+        expected = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
         if g.shape != p.shape or m.shape != expected or v.shape != expected:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
@@ -195,6 +203,10 @@ def _plan(
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
         _check_row(p.shape[-1] if p.dim() else 1, level)
+
+
+def _plan(params: Sequence[Tensor], misaligned: list[bool], level: int) -> list[Launch]:
+    """Group the tensors that are not empty by path."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for i, p in enumerate(params):
         if p.numel():

@@ -170,7 +170,7 @@ def limiter_kernel(
     gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
     previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_ptr)
-    limit = tl.maximum(norm / (previous + 1e-8), gamma) / gamma
+    limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
     limit = tl.where(previous == 0.0, 1.0, limit)
     tl.store(previous_ptr, norm / limit)
     tl.store(factors_ptr + i, 1.0 / limit)
