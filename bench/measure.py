@@ -99,7 +99,7 @@ def facts(device: torch.device, module: str, arguments: Iterable[str], commit: s
         commit: The commit measured, where the tree is no git checkout; None asks git.
     """
     return {
-        "commit": commit or _commit(),
+        "commit": commit or commit_of_checkout(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(("python -m", module, *arguments)),
         "device": device_name(device),
@@ -129,7 +129,8 @@ def write_rows(rows: Sequence[dict[str, Any]], name: str, folder: Path = RESULTS
     return path
 
 
-def _commit() -> str:
+def commit_of_checkout() -> str:
+    """The commit that the code is at, with "-dirty" where Python files differ from it; "unknown" without git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         here = Path(__file__).parent
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.contenders import measured_state_bytes
 from bench.measure import RESULTS, Spread, available_bytes, copy_bandwidth, facts, write_rows
 from bench.models import load_config
 from bench.trial import (
@@ -26,7 +27,6 @@ from bench.trial import (
     peak_extra_bytes,
     ptwt,
     shapes_of,
-    state_bytes,
     timed_step,
 )
 
@@ -150,7 +150,7 @@ def _metrics(
         exact("bytes_moved", "B", moved),
         exact("roofline_time", "s", moved / bandwidth),
         Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s for s, _ in samples])),
-        exact("state_bytes", "B", state_bytes(trial)),
+        exact("state_bytes", "B", measured_state_bytes(trial.optimizer)),
         exact("check_error", "rounding bounds", error),
     ]
     extra = peak_extra_bytes(trial, device)

@@ -22,11 +22,10 @@ import torch
 from bench.compare import compare
 from bench.contenders import check_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.measure import RESULTS
 from bench.models import CONFIGS
 from bench.sweep import best_settings, read_runs, sweep
 from bench.training import RunConfig, train
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def _positive(text: str) -> int:
@@ -131,9 +130,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
 
 
 def run_config(options: argparse.Namespace, optimizer: str) -> RunConfig:
-    """The settings of one run; `lr` and `scale` as given, else the sweep's best, else the preset's."""
+    """The settings of one run; `lr` and `scale` as given, else the best of the model's sweep, else the preset's."""
     record = read_runs(options.sweep_record) if options.sweep_record else []
-    tuned = best_settings(record, optimizer) or options.preset_rates
+    of_this_model = [run for run in record if run["model"] == options.model]
+    tuned = best_settings(of_this_model, optimizer) or options.preset_rates
     return RunConfig(
         model=options.model,
         optimizer=check_name(optimizer),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from bench.measure import commit_of_checkout
 from bench.training import RunConfig
-
-ROOT = Path(__file__).parents[1]
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -35,14 +33,6 @@ def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] 
         return None
     first_seed = min(run["seed"] for run in own)
     return min((run for run in own if run["seed"] == first_seed), key=lambda run: run["heldout_loss"])
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _append(path: Path, run: dict[str, Any]) -> None:
@@ -90,7 +80,7 @@ def sweep(
             result = run(config)
         except FloatingPointError as error:
             result = {**key, "heldout_loss": None, "diverged": str(error)}
-        _append(path, {**result, "commit": _commit(), "command": command})
+        _append(path, {**result, "commit": commit_of_checkout(), "command": command})
         loss = result["heldout_loss"]
         print(
             f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",

@@ -235,16 +235,6 @@ def timed_step(trial: Trial, device: torch.device) -> tuple[float, float]:
     return clock(trial.optimizer.step, device)
 
 
-def state_bytes(trial: Trial) -> int:
-    """Return the bytes of all tensors in the optimizer's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in trial.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
-
-
 def bytes_moved(trial: Trial) -> int:
     """Return the bytes a step must move: gradients read, weights and moments read and written, all once.
 

@@ -42,7 +42,9 @@ def test_none_chooses_torch_on_a_cpu_even_under_the_interpreter():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton installed")
-def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors():
+def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monkeypatch):
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_obstacle", backends.triton_obstacle.__wrapped__)  # without its memory
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for level in (0, 2, backends.MAX_TRITON_LEVEL):
             assert backends.resolve(None, CUDA, dtype, level) == "triton"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bench import optimizers
+from bench.contenders import measured_state_bytes
 from bench.measure import Spread, facts, write_rows
 from bench.trial import (
     WEIGHT_DECAY,
@@ -23,7 +24,6 @@ from bench.trial import (
     gwt,
     ptwt,
     shapes_of,
-    state_bytes,
 )
 from gwt_kernels import GWTAdamW
 
@@ -213,7 +213,9 @@ def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
 
 def test_state_bytes() -> None:
     trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
-    assert state_bytes(trial) == 2 * 5 * 10 * 4 + 2 * 4  # moments of ceil(37/4) columns; step and limiter norm
+    assert (
+        measured_state_bytes(trial.optimizer) == 2 * 5 * 10 * 4 + 2 * 4
+    )  # moments of ceil(37/4) columns; step and limiter norm
 
 
 @needs_ptwt

@@ -362,7 +362,8 @@ def test_including_a_narrow_tensor_is_an_error() -> None:
         ({"level": -1}, ValueError, r"level must be an integer of at least 0, got -1"),
         ({"level": 2.0}, ValueError, r"level must be an integer of at least 0, got 2\.0"),
         ({"level": True}, ValueError, r"level must be an integer of at least 0, got True"),
-        ({"scale": float("nan")}, ValueError, r"scale must be a finite number of at least 0, got nan"),
+        ({"scale": 0.0}, ValueError, r"scale must be a finite number above 0, got 0.0"),
+        ({"scale": float("nan")}, ValueError, r"scale must be a finite number above 0, got nan"),
         (
             {"weight_decay": -0.1},
             ValueError,
