@@ -145,6 +145,8 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 
 def _version(name: str) -> str:
+    if name == "torch":
+        return torch.__version__  # says which build, which the package's metadata may not
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
