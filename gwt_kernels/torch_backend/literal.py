@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.torch_backend.haar import compute_dtype
-from gwt_kernels.torch_backend.step import limit_, norm_
+from gwt_kernels.torch_backend.step import limit_
 
 __all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "wavedec", "waverec"]
 
@@ -54,7 +54,7 @@ def gwt_adamw_(
             coeffs.append(detail / denominator)
         limit: Tensor | float = 1.0
         if norm is not None and hyper.norm_growth_limit is not None:
-            limit = limit_(norm, norm_(coeffs[0].clone()), hyper.norm_growth_limit)
+            limit = limit_(norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
         update = waverec(coeffs, bank)[..., : p.shape[-1]] * (hyper.step_size(step, level) / limit)
         p.copy_(p.to(dtype) * (1 - hyper.lr * hyper.weight_decay) - update)
         m.copy_(m32)

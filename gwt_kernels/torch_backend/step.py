@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.torch_backend.haar import compute_dtype
 
-__all__ = ["gwt_adamw_", "limit_", "norm_"]
+__all__ = ["gwt_adamw_", "limit_"]
 
-CHUNK = 1 << 19  # elements; one chunk of p and g stays in a core's caches between the passes over it
+CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
 
 def gwt_adamw_(
@@ -70,28 +70,31 @@ def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper) 
 def _gwt(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, norm: Tensor | None, step: int, hyper: Hyper, level: int
 ) -> None:
-    """Levels above 0: moments first, then the limiter over the whole tensor, then the weights."""
+    """Levels above 0: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
     dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
     width = 2**level
-    means = torch.empty(m.shape, dtype=dtype, device=m.device)
-    stored, (m, v) = (m, v), (m.to(dtype), v.to(dtype))
-    for g_, means_, m_, v_ in _chunks(g, means, m, v):
-        torch.mul(_block_sums(g_.to(dtype), level), (-1 if hyper.maximize else 1) / width, out=means_)
-        m_.mul_(hyper.beta1).add_(means_, alpha=(1 - hyper.beta1) * math.sqrt(width))
-        v_.mul_(hyper.beta2).addcmul_(means_, means_, value=(1 - hyper.beta2) * width)
-    _write_back(stored, (m, v))
-    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # [..., nb]; of an element's update per element of its gradient
+    gamma = None if norm is None else hyper.norm_growth_limit
     step_size: Tensor | float = hyper.step_size(step, level)
-    if norm is not None and hyper.norm_growth_limit is not None:
-        step_size = step_size / limit_(norm, norm_(m * gain), hyper.norm_growth_limit)
-    gain.mul_(step_size)
-    offset = means.sub_(m, alpha=1 / math.sqrt(width)).mul_(gain)
-    for p_, g_, gain_, offset_ in _chunks(p, g, gain, offset):
-        p32, g32 = p_.to(dtype), g_.to(dtype)
-        if hyper.weight_decay:
-            p32.mul_(1 - hyper.lr * hyper.weight_decay)
-        _add_update_(p32, g32, gain_, offset_, width, sign=1 if hyper.maximize else -1)
-        _write_back((p_,), (p32,))
+    total = torch.zeros((), dtype=dtype, device=p.device)  # squared norm of m / (sqrt(v) + eps)
+    pending = []
+    for p_, g_, m_, v_ in _chunks(p, g, m, v):
+        mean = _block_sums(g_.to(dtype), level).mul_((-1 if hyper.maximize else 1) / width)
+        m32, v32 = m_.to(dtype), v_.to(dtype)
+        m32.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
+        v32.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
+        gain = v32.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+        offset = mean.sub_(m32, alpha=1 / math.sqrt(width))
+        if gamma is None:
+            _update_(p_, g_, gain, offset, step_size, width, hyper)
+        else:
+            # On a CPU sum adds in a tree, vector_norm one by one and so less exactly.
+            total += (m32 * gain).square_().sum()
+            pending.append((p_, g_, gain, offset))
+        _write_back((m_, v_), (m32, v32))
+    if norm is not None and gamma is not None:
+        step_size = step_size / limit_(norm, total.sqrt_(), gamma)
+    for p_, g_, gain, offset in pending:
+        _update_(p_, g_, gain, offset, step_size, width, hyper)
 
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
@@ -100,11 +103,6 @@ def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
     limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
     previous.copy_(norm / limit)
     return limit
-
-
-def norm_(x: Tensor) -> Tensor:
-    """2-norm of ``x``, overwritten. On a CPU ``sum`` adds in a tree, ``vector_norm`` one by one: less exactly."""
-    return x.square_().sum().sqrt_()
 
 
 def _block_sums(g: Tensor, level: int) -> Tensor:
@@ -118,12 +116,23 @@ def _block_sums(g: Tensor, level: int) -> Tensor:
     return g
 
 
-def _add_update_(p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, width: int, sign: int) -> None:
-    """``p_i += offset_k + sign * gain_k * g_i`` for element ``i`` of block ``k``."""
-    g = _pad_to_multiple(g, width)
+def _update_(
+    p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, step_size: Tensor | float, width: int, hyper: Hyper
+) -> None:
+    """``p_i -= lr*weight_decay*p_i + step_size * gain_k * (+-g_i - offset_k)`` for element ``i`` of block ``k``.
+
+    ``gain`` and ``offset`` (``mean - m / sqrt(W)``) are overwritten.
+    """
+    p32, g = p.to(gain.dtype), _pad_to_multiple(g.to(gain.dtype), width)
+    if hyper.weight_decay:
+        p32.mul_(1 - hyper.lr * hyper.weight_decay)
+    gain.mul_(step_size)
+    offset.mul_(gain)
     blocks = g.reshape(*gain.shape, width)
+    sign = 1 if hyper.maximize else -1
     update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=sign).view(g.shape)
-    p.add_(update[..., : p.shape[-1]])
+    p32.add_(update[..., : p.shape[-1]])
+    _write_back((p,), (p32,))
 
 
 def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
