@@ -353,7 +353,7 @@ def test_log_holds_the_schedule(tmp_path: Path, options: list[str]) -> None:
     ]
     assert entries[0]["optimizer"] == "adamw"
     for entry in read_log(tmp_path / "log.jsonl", "train"):
-        factor = lr_factor(entry["step"], steps=10, warmup=0.1, min_lr=0.1)
+        factor = lr_factor(entry["step"], steps=10, warmup=0.3, min_lr=0.1)
         assert set(entry["lr"]) == {0.01 * factor, 0.005 * factor}
         assert 1.0 < entry["loss"] < 8.0
 
