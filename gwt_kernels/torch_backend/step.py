@@ -24,7 +24,7 @@ from gwt_kernels.torch_backend.haar import compute_dtype
 
 __all__ = ["gwt_adamw_", "limit_"]
 
-CHUNK = 1 << 19  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
+CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
 
 def gwt_adamw_(
