@@ -49,6 +49,32 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(name: str, change: Any
     gwt_adamw_(**bucket(device), level=2, backend="triton")  # the control
 
 
+@pytest.mark.parametrize("names", [["grads"], ["exp_avgs", "exp_avg_sqs"]])
+def test_float64_gradients_or_moments_are_refused_by_name_and_taken_by_choice(names, device: torch.device) -> None:
+    arrays = bucket(device)
+    arrays |= {name: [x.double() for x in arrays[name]] for name in names}
+    with pytest.raises(RuntimeError, match=r"float64.*backend='torch'"):
+        gwt_adamw_(**arrays, level=2, backend="triton")
+    assert all(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
+    gwt_adamw_(**arrays, level=2)  # left to choose, it takes the torch backend
+    assert not any(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("limiter_norms", lambda norm: None, "limiter_norms"),
+        ("hypers", lambda hyper: hyper._replace(norm_growth_limit=None), "norm_growth_limit"),
+    ],
+)
+def test_a_limiter_for_some_tensors_only_is_refused(backend, name, change, words, device: torch.device) -> None:
+    arrays = bucket(device, **{name: change})
+    with pytest.raises(ValueError, match=words):
+        gwt_adamw_(**arrays, level=2, backend=backend)
+    assert all(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
+
+
 @pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda x: x[:1].clone()])
 def test_moments_swapped_under_the_optimizer_are_noticed(change: Any, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(64, 32, device=device))
