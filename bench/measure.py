@@ -1,11 +1,10 @@
-"""How every benchmark times, what it records of the machine, and the file its rows go to."""
+"""How every benchmark times, and what it records of the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import importlib.metadata
-import json
 import platform
 import re
 import subprocess
@@ -16,8 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
-RESULTS = Path(__file__).parent / "results"
 
 # A CUDA step is queued behind this much idling, so that the device never waits for the host and the events
 # around the step enclose device work alone. About 10 ms: longer than any step takes to launch.
@@ -117,16 +114,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1].strip() if found else platform.machine()
-
-
-def write_rows(rows: Sequence[dict[str, Any]], name: str, folder: Path = RESULTS) -> Path:
-    """Write a JSON array, a row a line, into a file named by benchmark, device and date; return its path."""
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["device"].lower()).strip("-")
-    stamp = re.sub(r"[^0-9T]", "", rows[0]["date"].partition("+")[0])
-    path = folder / f"{name}_{slug}_{stamp}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
-    return path
 
 
 def commit_of_checkout() -> str:

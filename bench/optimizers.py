@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import records
 from bench.contenders import measured_state_bytes
-from bench.measure import RESULTS, Spread, available_bytes, copy_bandwidth, facts, write_rows
+from bench.measure import Spread, available_bytes, copy_bandwidth, facts
 from bench.models import load_config
 from bench.trial import (
     Candidate,
@@ -280,7 +281,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
     add("--repetitions", type=int, help="timed steps (CPU: 15; CUDA: 50)")
     add("--threads", type=int, help="threads of PyTorch on a CPU (default: PyTorch's own)")
-    add("--out", type=Path, default=RESULTS, help="folder for the raw JSON (default: bench/results)")
+    add("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON (default: bench/results)")
     add("--commit", help="the commit measured, where the tree is no git checkout")
     options = parser.parse_args(arguments)
 
@@ -360,7 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     copied = {"metric": "copy_bandwidth", "unit": "B/s"} | bandwidth._asdict()
     found = rows(results, promised, about)
     found.append(dict.fromkeys(found[0]) | {"note": ""} | copied | about)
-    print(f"raw measurements: {write_rows(found, 'optimizers', options.out).name}")
+    path = records.new_path("optimizers", about, options.out)
+    records.append(path, "optimizers", found)
+    print(f"raw measurements: {path.name}")
     return int(any(r.note.startswith("not timed") for r in results))
 
 

@@ -22,8 +22,8 @@ import torch
 from bench.compare import compare
 from bench.contenders import check_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
-from bench.measure import RESULTS
 from bench.models import CONFIGS
+from bench.records import RESULTS
 from bench.sweep import best_settings, read_runs, sweep
 from bench.training import RunConfig, train
 

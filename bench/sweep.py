@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
@@ -13,17 +11,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from bench import records
 from bench.measure import commit_of_checkout
 from bench.training import RunConfig
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
     """Every recorded run; none where there is no record."""
-    return json.loads(path.read_text())["runs"] if path.exists() else []
+    return records.rows_of(path, "sweep")
 
 
 def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] | None:
@@ -33,17 +31,6 @@ def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] 
         return None
     first_seed = min(run["seed"] for run in own)
     return min((run for run in own if run["seed"] == first_seed), key=lambda run: run["heldout_loss"])
-
-
-def _append(path: Path, run: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Sweeps of several optimizers may share one record and run side by side.
-    with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
-        runs = [*read_runs(path), run]
-        lines = ",\n".join(json.dumps(entry) for entry in runs)  # one run a line, so that a diff shows runs
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text('{"runs": [\n' + lines + "\n]}\n")
-        partial.replace(path)
 
 
 def sweep(
@@ -80,7 +67,7 @@ def sweep(
             result = run(config)
         except FloatingPointError as error:
             result = {**key, "heldout_loss": None, "diverged": str(error)}
-        _append(path, {**result, "commit": commit_of_checkout(), "command": command})
+        records.append(path, "sweep", [{**result, "commit": commit_of_checkout(), "command": command}])
         loss = result["heldout_loss"]
         print(
             f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",
