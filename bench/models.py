@@ -1,4 +1,4 @@
-"""LLaMA models from the configuration files beside this module."""
+"""LLaMA models from configuration files: the package's presets, the small ones beside this module, or a path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import gwt_kernels
+
 CONFIGS = Path(__file__).parent / "configs"
+FOLDERS = (Path(gwt_kernels.__file__).parent / "configs", CONFIGS)
 
 
 def load_config(model: str) -> LlamaConfig:
@@ -17,13 +20,14 @@ def load_config(model: str) -> LlamaConfig:
     Raises:
         FileNotFoundError: There is no such configuration; the message lists those there are.
     """
-    named = CONFIGS / f"{model}.json"
-    path = named if named.exists() else Path(model)
+    named = {file.stem: file for folder in FOLDERS for file in folder.glob("llama_*.json")}
+    path = named.get(model, Path(model))
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("llama_*.json")))
+        known = ", ".join(sorted(named))
         raise FileNotFoundError(f"--model {model}: no such configuration; choose from {known}, or give a JSON file")
     fields = json.loads(path.read_text())
-    fields.pop("about", None)
+    for label in ("about", "model_type"):
+        fields.pop(label, None)
     return LlamaConfig(**fields)
 
 
