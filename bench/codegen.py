@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import records
 from bench.machine_code import LIMITS, Accesses, find_tools, read
 from bench.measure import facts
 from bench.variants import DTYPES, KERNELS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
@@ -145,9 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     origin = facts(torch.device("cpu"), "bench.codegen", sys.argv[1:] if arguments is None else arguments)
     for row in rows:
         row["violations"] = violations(row) if row["kernel"] in LOADED else None
-        row |= {k: origin[k] for k in ("commit", "date", "command", "triton")}
-    if options.json:
-        options.json.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        row |= origin
+    if options.record:
+        # The machine code is of the compiler's making, wherever it ran, so that is what the file is named by.
+        path = records.new_path("codegen", origin | {"device": f"triton {triton.__version__}"}, options.record)
+        records.append(path, "codegen", rows)
+        console.print(f"raw measurements: {path.name}", highlight=False)
     for failure in failures:
         console.print(f"does not compile: {failure}", style="red", markup=False, highlight=False)
     return max(_report_gate(rows, console), int(bool(failures)))
@@ -201,7 +204,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
     parser.add_argument("--levels", type=_levels, default="0-6", help="levels, such as 2 or 0,1,4-6 (default: 0-6)")
     parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write one row a variant, as a JSON array")
+    text = "also write a record of one row a variant into FOLDER (default: bench/results)"
+    parser.add_argument("--record", nargs="?", type=Path, const=records.RESULTS, metavar="FOLDER", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at once")
     return parser.parse_args(arguments)
 

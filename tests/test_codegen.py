@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
-from bench import codegen, machine_code
+from bench import codegen, machine_code, records
 from bench.access_names import Frame, array_name, parse_comment, parse_locations
 from bench.machine_code import LIMITS, resident_warps
 from bench.variants import KERNELS, LIMITER, NORM, STEP, TARGETS, Variant, variants
@@ -41,20 +41,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
         name = hashlib.sha256(" ".join(arguments).encode()).hexdigest()
-        path, rows = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}_rows.json"
+        path, out = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}"
         with open(folder / "codegen_lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 done = subprocess.run(
-                    [sys.executable, "-m", "bench.codegen", "--json", str(rows), "--jobs", "2", *arguments],
+                    [sys.executable, "-m", "bench.codegen", "--record", str(out), "--jobs", "2", *arguments],
                     capture_output=True,
                     text=True,
                     cwd=Path(__file__).parents[1],
                     env=environment,
                     timeout=500,
                 )
-                assert rows.exists(), done.stderr
-                path.write_text(json.dumps([done.returncode, json.loads(rows.read_text()), done.stdout]))
+                files = list(out.glob("codegen_triton-*.json"))
+                assert len(files) == 1, done.stderr
+                path.write_text(json.dumps([done.returncode, records.rows_of(files[0], "codegen"), done.stdout]))
         status, measured, text = json.loads(path.read_text())
         return status, measured, text
 
