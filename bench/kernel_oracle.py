@@ -1,0 +1,229 @@
+"""A kernel's buffers, and the comparison of what it leaves there with the literal algorithm in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernel_cases import Case, bytes_held
+from gwt_kernels import backends, haar_dwt, haar_idwt
+from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.torch_backend import literal
+
+# Rate and step at which an update stands far above the rounding of bfloat16 weights.
+HYPER = Hyper(lr=1.0, weight_decay=0.1)
+STEP = 1000
+
+CHUNK = 1 << 22  # elements compared at a time: float64 copies of 2**31 elements would not fit
+TEMPORARIES = 40  # float64 arrays of a chunk's size that a comparison holds at most
+EPS = torch.finfo(torch.float32).eps
+NORM_ROUNDING = 32 * EPS  # of a float32 sum of squares, added up in trees
+
+_HAAR = literal.filter_bank("haar")
+
+
+class Buffers:
+    """All that one call of a kernel reads and writes.
+
+    Args:
+        case: What is to run.
+        device: Where.
+        backend: As for :func:`gwt_kernels.functional.gwt_adamw_`.
+    """
+
+    def __init__(self, case: Case, device: torch.device, backend: backends.Backend | None) -> None:
+        self.case, self.backend = case, backend
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: float) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(mean, deviation, generator=generator)
+
+        def band(level: int) -> tuple[int, ...]:
+            return (*case.shape[:-1], -(-case.shape[-1] // 2**level))
+
+        self.inputs: list[Tensor]
+        """What the kernel may not change."""
+        self.outputs: list[Tensor] = []
+        """What it changes or makes: weights and moments and the limiter's norm, or the transform's result."""
+        self.workspace: dict[str, Any] = {}
+        if case.moments is not None:
+            # Gradients with an offset, so that the mean of a block is as large as the differences within it;
+            # moments as in mid-training, since a denominator of nearly nothing would leave no tolerance a meaning.
+            self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
+            m, v = (normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2))
+            self.outputs = [normal(case.shape, case.data, 0.0, 1.0), m, v.uniform_(0.5, 1.5, generator=generator)]
+            if case.limited:  # a previous norm far enough below the next one for the limiter to act
+                norm = 0.1 * math.sqrt(case.band(case.level))
+                self.outputs.append(torch.tensor(norm, dtype=torch.float32, device=device))
+        elif case.kernel == "haar_dwt":
+            self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
+        else:
+            levels = (case.level, *range(case.level, 0, -1))
+            self.inputs = [normal(band(level), case.data, 0.5, 1.0) for level in levels]
+
+    def clone(self) -> Buffers:
+        """Buffers of their own with the same values."""
+        other = copy.copy(self)
+        other.inputs, other.outputs = ([x.clone() for x in tensors] for tensors in (self.inputs, self.outputs))
+        other.workspace = {}
+        return other
+
+    def run(self) -> None:
+        """Call the kernel; a transform's result is kept until the next call, so that results take turns too."""
+        case = self.case
+        if case.kernel == "haar_dwt":
+            self.outputs = haar_dwt(self.inputs[0], case.level, backend=self.backend)
+        elif case.kernel == "haar_idwt":
+            self.outputs = [haar_idwt(self.inputs, case.shape[-1], backend=self.backend)]
+        else:
+            p, m, v, *norm = self.outputs
+            gwt_adamw_(
+                params=[p],
+                grads=self.inputs,
+                exp_avgs=[m],
+                exp_avg_sqs=[v],
+                limiter_norms=norm or [None],
+                steps=[STEP],
+                hypers=[HYPER],
+                level=case.level,
+                backend=self.backend,
+                workspace=self.workspace,
+            )
+
+
+def bytes_needed(case: Case, sets: int) -> int:
+    """Estimate the most that a check and timed calls hold, with `sets` sets of buffers."""
+    chunk = min(case.elements, max(CHUNK, case.shape[-1])) * 8 * TEMPORARIES
+    compared = case.elements  # torch.equal makes a byte of each element
+    return (sets if case.is_step else sets + 1) * bytes_held(case) + max(chunk, compared)
+
+
+def check(after: Buffers, before: Buffers) -> float:
+    """Run `after` once, and compare every element with what the literal algorithm makes of `before` in float64.
+
+    Args:
+        after: What the kernel runs on.
+        before: Buffers of the same values; they are left as they are.
+
+    Returns:
+        The largest error over its bound, which is what rounding explains: above 1, or infinite, is wrong.
+    """
+    with _poisoned_memory():
+        after.run()
+    if not all(map(torch.equal, after.inputs, before.inputs)):
+        return math.inf
+    ratio = float(_step_error(after, before) if after.case.is_step else _transform_error(after))
+    return math.inf if math.isnan(ratio) else ratio
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Within it, what is allocated without a value is full of NaN."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
+def _step_error(after: Buffers, before: Buffers) -> Tensor:
+    level = after.case.level
+    hyper, rounding, worst = HYPER, 0.0, torch.zeros((), dtype=torch.float64, device=after.outputs[0].device)
+    if after.case.limited:
+        squares = torch.zeros_like(worst)
+        for chunk in _chunks(*before.inputs, *before.outputs[:3]):
+            _, m, v = _expected(*map(Tensor.double, chunk), level, HYPER)
+            squares += (m / (v.sqrt() + HYPER.eps)).square().sum()
+        assert HYPER.norm_growth_limit is not None
+        norm, gamma = float(squares.sqrt()), HYPER.norm_growth_limit
+        limit = max(norm / (float(before.outputs[3]) + 1e-8), gamma) / gamma
+        hyper, rounding = HYPER._replace(scale=HYPER.scale / limit), NORM_ROUNDING
+        worst = (after.outputs[3].double() - norm / limit).abs() / (2 * NORM_ROUNDING * norm / limit)
+    pairs = zip(
+        _chunks(*before.inputs, *before.outputs[:3]), _chunks(*before.inputs, *after.outputs[:3]), strict=True
+    )
+    for old, (_, *found) in pairs:
+        g, *start = map(Tensor.double, old)
+        exact = _expected(g, *start, level, hyper)
+        bounds = _step_bounds(g, *start, exact[2], level, hyper, rounding)
+        for stored, value, bound in zip(found, exact, bounds, strict=True):
+            worst = torch.maximum(worst, _ratio(stored, value, bound))
+    return worst
+
+
+def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyper) -> tuple[Tensor, ...]:
+    """Weights and moments after a step without limiter: transform, divide, invert, level by level."""
+    p, m, v = (x.clone() for x in (p, m, v))
+    literal.gwt_adamw_([p], [g], [m], [v], [None], [STEP], [hyper], level=level, wavelet="haar")
+    return p, m, v
+
+
+def _step_bounds(
+    g: Tensor, p: Tensor, m: Tensor, v: Tensor, new_v: Tensor, level: int, hyper: Hyper, rounding: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far float32 arithmetic may end from the exact weights and moments, all operands taken by magnitude.
+
+    `rounding` is the relative error of a factor on the whole update, which is that of the limiter's norm.
+    """
+    width = 2**level
+    once = (level + 4) * EPS  # a sum of W terms in a tree, and a few products
+    a = literal.wavedec(g.abs(), _HAAR, level)[0]
+    m_size = hyper.beta1 * m.abs() + (1 - hyper.beta1) * a
+    v_size = hyper.beta2 * v + (1 - hyper.beta2) * a * a
+    gain = hyper.step_size(STEP, level) / (new_v.sqrt() + hyper.eps)
+    gain_error = once * v_size / new_v + 2 * EPS + rounding
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(width, dim=-1)[..., : p.shape[-1]]
+
+    size = g.abs() + spread((a + m_size) / math.sqrt(width)) if level else m_size
+    return spread(gain) * size * (once + spread(gain_error)) + 2 * EPS * p.abs(), once * m_size, 2 * once * v_size
+
+
+def _transform_error(after: Buffers) -> Tensor:
+    """Compare a transform; each level is an addition, a product and a rounded constant."""
+    case = after.case
+    once = 1.5 * EPS
+    worst = torch.zeros((), dtype=torch.float64, device=after.inputs[0].device)
+    n = len(after.inputs)
+    for chunk in _chunks(*after.inputs, *after.outputs):
+        given, found = [x.double() for x in chunk[:n]], chunk[n:]
+        if case.kernel == "haar_dwt":
+            exact = literal.wavedec(given[0], _HAAR, case.level)
+            sizes = [literal.wavedec(given[0].abs(), _HAAR, level)[0] for level in range(case.level + 1)]
+            levels = (case.level, *range(case.level, 0, -1))
+            bounds = [once * level * sizes[level] for level in levels]
+        else:
+            exact = [literal.waverec(given, _HAAR)[..., : case.shape[-1]]]
+            bounds = [once * case.level * _magnitude(given)[..., : case.shape[-1]]]
+        for stored, value, bound in zip(found, exact, bounds, strict=True):
+            worst = torch.maximum(worst, _ratio(stored, value, bound))
+    return worst
+
+
+def _magnitude(coeffs: Sequence[Tensor]) -> Tensor:
+    """The inverse transform with every operand taken by magnitude."""
+    x = coeffs[0].abs()
+    for detail in coeffs[1:]:
+        x = ((x[..., : detail.shape[-1]] + detail.abs()) * math.sqrt(0.5)).repeat_interleave(2, dim=-1)
+    return x
+
+
+def _ratio(found: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
+    """The largest error over its bound, storing in `found`'s dtype included; NaN where anything is NaN."""
+    info = torch.finfo(found.dtype)
+    stored = (exact.abs() + bound).clamp(min=info.smallest_normal) * (info.eps / 2)
+    return ((found.double() - exact).abs() / (bound + stored)).max()
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Runs of rows of all tensors, about `CHUNK` elements of the widest; the tensors have the same rows."""
+    rows = max(1, CHUNK // max(x.shape[-1] for x in tensors))
+    yield from zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
