@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bench import low_rank
 from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.options import state_dtype_of
 
 
 def check_name(name: str) -> str:
     """Return `name`, or raise a `ValueError` that says which there are."""
-    if not re.fullmatch(r"adamw|gwt\d", name):
-        raise ValueError(f"unknown optimizer {name!r}: choose adamw, or gwtL with a level L, such as gwt2")
+    if name not in low_rank.NAMES and not re.fullmatch(r"adamw|gwt\d", name):
+        known = ", ".join(("adamw", *low_rank.NAMES))
+        raise ValueError(f"unknown optimizer {name!r}: choose {known}, or gwtL with a level L, such as gwt2")
     return name
 
 
@@ -30,21 +32,35 @@ def build_optimizer(
     scale: float,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    projection_gap: int | None = None,
 ) -> Optimizer:
     """The optimizer called `name` over the parameters of `model`.
 
     Args:
-        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, and so on.
+        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, and so on; `galore`, `apollo` and
+            `apollo_mini` from their packages.
         model: Its attention and MLP matrices are what GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
             knob as a learning rate of `lr * scale` for the same matrices, so that neither has one more.
         weight_decay: Decoupled weight decay, scaled like `torch.optim.AdamW`'s by each group's own rate.
         betas: Decay rates of the two moments.
+        projection_gap: Steps between new projections of GaLore and APOLLO; None for their packages' 200.
 
     Raises:
+        ModuleNotFoundError: The optimizer's package is not installed.
         ValueError: `name` is none of the known ones.
     """
+    if name in low_rank.NAMES:
+        return low_rank.build(
+            name,
+            model,
+            lr=lr,
+            scale=scale,
+            weight_decay=weight_decay,
+            betas=betas,
+            projection_gap=projection_gap,
+        )
     if check_name(name) == "adamw":
         groups = gwt_param_groups(model, level=1, weight_decay=weight_decay)
         fused = all(p.is_cuda for p in model.parameters())
@@ -73,12 +89,13 @@ def moment_bytes(shape: Iterable[int], level: int, itemsize: int) -> int:
 
 def predicted_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of state `optimizer` will hold after its first step, from shapes and options alone."""
-    return sum(
-        moment_bytes(p.shape, group.get("level", 0), _moment_itemsize(group, p)) + 4 * _scalars(group)
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.requires_grad
-    )
+
+    def of(group: dict[str, Any], p: torch.Tensor) -> int:
+        if low_rank.is_low_rank(optimizer):
+            return low_rank.predicted_bytes(group, p)
+        return moment_bytes(p.shape, group.get("level", 0), _moment_itemsize(group, p)) + 4 * _scalars(group)
+
+    return sum(of(group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
 def _moment_itemsize(group: dict[str, Any], p: torch.Tensor) -> int:
@@ -95,9 +112,16 @@ def _scalars(group: dict[str, Any]) -> int:
 
 def measured_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the tensors `optimizer` really holds: their own elements, whoever owns the storage."""
+
+    def held(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif hasattr(value, "__dict__"):  # GaLore's and APOLLO's projectors
+                yield from held(vars(value).values())
+
     return sum(
-        value.numel() * value.element_size()
+        tensor.numel() * tensor.element_size()
         for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
+        for tensor in held(state.values())
     )

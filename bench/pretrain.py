@@ -1,9 +1,9 @@
 """Pre-trains a LLaMA model on real text with one optimizer, or with several on the same batches.
 
-python -m bench.pretrain                                          # one run of the demo preset with gwt2
-python -m bench.pretrain --compare adamw gwt2 gwt3 --out runs/demo
-python -m bench.pretrain --preset c4_60m --optimizer gwt2 --compile
-python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the demo's settings come from
+python -m bench.pretrain                                          # one run of the cpu preset with gwt2
+python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
+python -m bench.pretrain --preset llama_60m --optimizer gwt2 --steps 1000
+python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the cpu preset's settings come from
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import low_rank, quality
 from bench.compare import compare
 from bench.contenders import check_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.measure import facts
 from bench.models import CONFIGS
 from bench.records import RESULTS
 from bench.sweep import best_settings, read_runs, sweep
 from bench.training import RunConfig, train
+
+_DEFAULT_RECORD = Path()  # stands for the preset's own, which the parser does not know yet
 
 
 def _positive(text: str) -> int:
@@ -51,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
-    add("--preset", default="demo", choices=presets, help="where the other options' defaults come from")
-    add("--optimizer", default="gwt2", help="adamw, or gwtL with a level L")
+    add("--preset", default="cpu", choices=presets, help="where the other options' defaults come from")
+    add("--optimizer", default="gwt2", help="adamw, gwtL with a level L, galore, apollo or apollo_mini")
     add(
         "--compare",
         nargs="+",
@@ -68,6 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
     add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
     add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
+    add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
+    add(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=_DEFAULT_RECORD,
+        metavar="FILE",
+        help="add every finished run to this record of raw results; quality_PRESET.json without FILE",
+    )
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
 
     group = parser.add_argument_group("model and text")
@@ -91,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=_share, help="share of the steps over which the rate rises")
     add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
     add("--weight-decay", type=float)
+    add("--projection-gap", type=_positive, help="steps between new projections of GaLore and APOLLO")
     add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
     add("--evals", type=_positive, help="evaluations, evenly spaced")
     add("--eval-windows", type=_positive, help="held-out windows per evaluation")
@@ -125,12 +139,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     options = parser.parse_args(argv)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    if options.record == _DEFAULT_RECORD:
+        options.record = quality.default_path(options.preset)
     options.preset_rates = {"lr": values["lr"], "scale": values["scale"]}
     return options, grids
 
 
-def run_config(options: argparse.Namespace, optimizer: str) -> RunConfig:
-    """The settings of one run; `lr` and `scale` as given, else the best of the model's sweep, else the preset's."""
+def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = None) -> RunConfig:
+    """The settings of one run, under `--seed` where no other is given.
+
+    `lr` and `scale` are those given, else the best of the model's sweep, else the preset's.
+    """
     record = read_runs(options.sweep_record) if options.sweep_record else []
     of_this_model = [run for run in record if run["model"] == options.model]
     tuned = best_settings(of_this_model, optimizer) or options.preset_rates
@@ -148,8 +167,9 @@ def run_config(options: argparse.Namespace, optimizer: str) -> RunConfig:
         weight_decay=options.weight_decay,
         grad_clip=options.grad_clip,
         evals=options.evals,
-        seed=options.seed,
+        seed=options.seed if seed is None else seed,
         precision=options.precision,
+        projection_gap=options.projection_gap if optimizer in low_rank.NAMES else None,
     )
 
 
@@ -163,6 +183,59 @@ def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
     return load_text(options.text, tokenizer, heldout_fraction=options.heldout_fraction, seed=seed, **sizes)
 
 
+def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
+    """Sweep the optimizers that `--sweep` names.
+
+    Raises:
+        ValueError: There is no record to write to.
+    """
+    if options.sweep_record is None:
+        raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
+
+    def once(config: RunConfig) -> dict[str, Any]:
+        corpus = load_corpus(options, config.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            where = {"device": device, "compiled": options.compile}
+            return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
+
+    base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
+    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device)
+
+
+def run_one(options: argparse.Namespace, config: RunConfig, out: Path, device: torch.device) -> dict[str, Any]:
+    """Train under one configuration.
+
+    Returns:
+        What `train` does. In a comparison, which goes on without it, a run that diverges, or needs a package that
+        is not installed or more memory than there is, comes back as its settings with `failed` and `note`.
+    """
+    corpus = load_corpus(options, config.seed)
+    try:
+        result = train(
+            config,
+            corpus,
+            out,
+            device=device,
+            compiled=options.compile,
+            resume=options.resume,
+            stop_at=options.stop_at,
+            save_every=options.save_every,
+            log_every=options.log_every,
+            progress=not options.quiet,
+        )
+    except (FloatingPointError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
+        if not options.compare:
+            raise
+        kinds = {FloatingPointError: "diverged", ModuleNotFoundError: "package missing"}
+        about = facts(device, "bench.pretrain", sys.argv[1:])
+        failure = {"failed": kinds.get(type(error), "out of memory"), "note": str(error)}
+        result = {**asdict(config), **corpus.facts, **about, "heldout_loss": None, **failure}
+        print(f"{config.optimizer}, seed {config.seed}: {failure['failed']}; going on", file=sys.stderr)
+    if options.record and result.get("step", result["steps"]) == result["steps"]:
+        quality.record(options.record, options.preset, result)
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
     options, grids = parse(argv)
@@ -171,36 +244,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device}: PyTorch sees no CUDA device here; use --device cpu")
-
-    def run(config: RunConfig, out: Path, **how: Any) -> dict[str, Any]:
-        corpus = load_corpus(options, config.seed)
-        return train(config, corpus, out, device=device, compiled=options.compile, **how)
-
     if options.sweep:
-        if options.sweep_record is None:
-            raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
-
-        def once(config: RunConfig) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                return run(replace(config, evals=1), Path(folder), progress=False)
-
-        base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
-        sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds)
-        return
-
-    how = {
-        "resume": options.resume,
-        "stop_at": options.stop_at,
-        "save_every": options.save_every,
-        "log_every": options.log_every,
-        "progress": not options.quiet,
-    }
-    names = options.compare or [options.optimizer]
-    configs = [run_config(options, name) for name in names]
-    folders = [options.out / name for name in names] if options.compare else [options.out]
-    for config, folder in zip(configs, folders, strict=True):
-        run(config, folder, **how)
-    compare(folders, options.out)
+        run_sweep(options, grids, device)
+    elif options.compare:
+        seeds = range(options.seed, options.seed + options.seeds)
+        configs = [run_config(options, name, seed) for seed in seeds for name in options.compare]
+        folders = [options.out / config.optimizer / f"seed{config.seed}" for config in configs]
+        pairs = zip(configs, folders, strict=True)
+        compare([run_one(options, config, folder, device) for config, folder in pairs], options.out)
+    else:
+        compare([run_one(options, run_config(options, options.optimizer), options.out, device)], options.out)
 
 
 if __name__ == "__main__":

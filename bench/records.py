@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,30 @@ def rows_of(path: Path, benchmark: str) -> list[dict[str, Any]]:
     return rows
 
 
-def append(path: Path, benchmark: str, rows: Sequence[dict[str, Any]]) -> None:
+def append(
+    path: Path,
+    benchmark: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    keep: Callable[[dict[str, Any]], bool] | None = None,
+) -> None:
     """Add rows to a record, or begin one; an interruption leaves the old file or the new one.
 
     Several processes may add to one record.
+
+    Args:
+        path: The record.
+        benchmark: What it is a record of.
+        rows: What to add.
+        keep: Says of an old row whether it stays; None keeps them all.
 
     Raises:
         ValueError: the file is no record of this benchmark, or a row holds what JSON cannot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
-        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in [*rows_of(path, benchmark), *rows])
+        old = [row for row in rows_of(path, benchmark) if keep is None or keep(row)]
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in [*old, *rows])
         head = json.dumps({"format": FORMAT, "benchmark": benchmark})[:-1]
         partial = path.with_name(path.name + ".partial")
         partial.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')  # a row a line, so that a diff shows rows

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.measure import commit_of_checkout
+from bench.measure import facts
 from bench.training import RunConfig
 
 
@@ -33,6 +34,13 @@ def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] 
     return min((run for run in own if run["seed"] == first_seed), key=lambda run: run["heldout_loss"])
 
 
+def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
+    """How many settings each optimizer was given on the first seed, diverged ones included."""
+    first_seed = min((run["seed"] for run in runs), default=0)
+    tried = {(run["optimizer"], run["lr"], run["scale"]) for run in runs if run["seed"] == first_seed}
+    return dict(Counter(optimizer for optimizer, _, _ in tried))
+
+
 def sweep(
     optimizers: list[str],
     grids: dict[str, dict[str, list[float]]],
@@ -41,6 +49,7 @@ def sweep(
     run: Callable[[RunConfig], dict[str, Any]],
     *,
     seeds: int,
+    device: torch.device,
 ) -> None:
     """Run every setting of each optimizer's grid, then the best of each under further seeds.
 
@@ -53,11 +62,11 @@ def sweep(
         path: The record; runs are added to it one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
         seeds: Seeds for the best setting of each, the sweep's own included.
+        device: Where the runs are made, for the record.
 
     Raises:
         ValueError: There is no grid for an optimizer.
     """
-    command = shlex.join(["python", "-m", "bench.pretrain", *sys.argv[1:]])
 
     def once(config: RunConfig) -> None:
         key = {name: value for name, value in asdict(config).items() if name != "evals"}
@@ -66,8 +75,10 @@ def sweep(
         try:
             result = run(config)
         except FloatingPointError as error:
-            result = {**key, "heldout_loss": None, "diverged": str(error)}
-        records.append(path, "sweep", [{**result, "commit": commit_of_checkout(), "command": command}])
+            about = facts(device, "bench.pretrain", sys.argv[1:])
+            result = {**key, "heldout_loss": None, "diverged": str(error), **about}
+        result.pop("evaluations", None)
+        records.append(path, "sweep", [result])
         loss = result["heldout_loss"]
         print(
             f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",
@@ -89,6 +100,7 @@ def sweep(
 def report(path: Path) -> None:
     """Print, for each optimizer recorded in `path`, its best setting and the loss over seeds."""
     runs = read_runs(path)
+    tried = settings_tried(runs)
     table = Table(
         "optimizer", "settings tried", "best lr", "best scale", "held-out loss over seeds", title=str(path)
     )
@@ -97,7 +109,6 @@ def report(path: Path) -> None:
         if best is None:
             table.add_row(optimizer, "all diverged")
             continue
-        tried = sum(run["optimizer"] == optimizer and run["seed"] == best["seed"] for run in runs)
         losses = [
             run["heldout_loss"]
             for run in runs
@@ -107,5 +118,5 @@ def report(path: Path) -> None:
         spread = (
             f"{mean(losses):.4f} ± {stdev(losses):.4f} ({len(losses)} seeds)" if losses[1:] else f"{losses[0]:.4f}"
         )
-        table.add_row(optimizer, str(tried), f"{best['lr']:g}", f"{best['scale']:g}", spread)
+        table.add_row(optimizer, str(tried[optimizer]), f"{best['lr']:g}", f"{best['scale']:g}", spread)
     Console(width=100).print(table)

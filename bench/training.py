@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 import zlib
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from bench import checkpoint
 from bench.contenders import build_optimizer, measured_state_bytes, predicted_state_bytes
 from bench.data import Corpus
+from bench.measure import facts
 from bench.models import build_model, load_config
 
 
@@ -49,6 +51,8 @@ class RunConfig:
     seed: int
     precision: str
     """`float32`, `bfloat16` (weights too), or `mixed` (float32 weights, bfloat16 activations)."""
+    projection_gap: int | None = None
+    """Steps between new projections, for the optimizers that have them."""
 
 
 def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
@@ -88,7 +92,7 @@ class OptimizerTimer:
         self._marks.append((self._begin, self._mark()))
 
     def milliseconds(self) -> dict[str, float] | None:
-        """Median and 20th and 80th percentile, the first few steps left out; None without enough steps."""
+        """Median, 20th and 80th percentile and number of steps, the first few left out; None without enough."""
         marks = self._marks[3:]
         if len(marks) < 2:
             return None
@@ -98,7 +102,28 @@ class OptimizerTimer:
         else:
             times = [1e3 * (end - begin) for begin, end in marks]
         fifths = statistics.quantiles(times, n=5, method="inclusive")
-        return {"p20": fifths[0], "median": statistics.median(times), "p80": fifths[3]}
+        return {"p20": fifths[0], "median": statistics.median(times), "p80": fifths[3], "samples": len(times)}
+
+
+class Stopwatch:
+    """Seconds of training; evaluations and checkpoints are no training, and it stands still while they last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.seconds = 0.0
+        self._began: float | None = None
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Stop once the device has finished what it was given, and return the seconds so far."""
+        if self._began is not None:
+            if self._cuda:
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self._began
+            self._began = None
+        return self.seconds
 
 
 class Run:
@@ -112,7 +137,12 @@ class Run:
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         self.model = build_model(model_config, seed=config.seed, device=device, dtype=dtype)
         self.optimizer = build_optimizer(
-            config.optimizer, self.model, lr=config.lr, scale=config.scale, weight_decay=config.weight_decay
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            scale=config.scale,
+            weight_decay=config.weight_decay,
+            projection_gap=config.projection_gap,
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -123,6 +153,7 @@ class Run:
         self.loss_count = 0
         self.data_digest = 0
         self.timer = OptimizerTimer(device)
+        self.stopwatch = Stopwatch(device)
 
     def _check_ids(self, windows: Tensor) -> None:
         largest = int(windows.max())
@@ -156,8 +187,11 @@ class Run:
         factor = lr_factor(self.step, steps=config.steps, warmup=config.warmup, min_lr=config.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        with self.timer:
-            self.optimizer.step()
+        try:
+            with self.timer:
+                self.optimizer.step()
+        except torch.linalg.LinAlgError as error:  # GaLore's decomposition of a gradient that is not finite
+            raise FloatingPointError(self._diverged(f"{error}")) from error
         self.optimizer.zero_grad()
 
     def train_loss(self) -> float:
@@ -166,11 +200,13 @@ class Run:
         self.loss_sum.zero_()
         self.loss_count = 0
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.config.optimizer}: the loss is {loss} at step {self.step}; "
-                f"lower --lr ({self.config.lr:g}) or --scale ({self.config.scale:g})"
-            )
+            raise FloatingPointError(self._diverged(f"the loss is {loss}"))
         return loss
+
+    def _diverged(self, what: str) -> str:
+        config = self.config
+        rates = f"lower --lr ({config.lr:g}) or --scale ({config.scale:g})"
+        return f"{config.optimizer}: {what} at step {self.step}; {rates}"
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
@@ -197,6 +233,7 @@ class Run:
             "loss_sum": self.loss_sum,
             "loss_count": self.loss_count,
             "data_digest": self.data_digest,
+            "seconds": self.stopwatch.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "data": self.corpus.train.state_dict(),
@@ -217,6 +254,7 @@ class Run:
             saved["loss_count"],
             saved["data_digest"],
         )
+        self.stopwatch.seconds = saved["seconds"]
         self.loss_sum.copy_(saved["loss_sum"])
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -285,7 +323,7 @@ def train(
 
     Returns:
         What `result.json` holds: the settings, the losses, the bytes of optimizer state predicted and held,
-        the time per optimizer step.
+        the time per optimizer step, the seconds of training, and the facts about machine and versions.
 
     Raises:
         FloatingPointError: The loss is no longer finite.
@@ -306,8 +344,9 @@ def train(
     last = config.steps if stop_at is None else min(stop_at, config.steps)
     every = max(1, math.ceil(config.steps / config.evals))
     heldout = math.nan
-    began = time.perf_counter()
+    tokens_a_step = config.batch * config.accumulate * config.context
     with tqdm(total=config.steps, initial=run.step, desc=config.optimizer, disable=not progress) as bar:
+        run.stopwatch.start()
         while run.step < last:
             run.train_step()
             bar.update()
@@ -317,10 +356,16 @@ def train(
                 log.write(kind="train", step=run.step, loss=loss, lr=rates)
                 bar.set_postfix(loss=f"{loss:.3f}", heldout=f"{heldout:.3f}", refresh=False)
             if run.step % every == 0 or run.step == config.steps:
+                seconds = run.stopwatch.stop()
                 heldout = run.heldout_loss()
-                log.write(kind="eval", step=run.step, loss=heldout, seconds=time.perf_counter() - began)
+                tokens = run.step * tokens_a_step
+                log.write(kind="eval", step=run.step, loss=heldout, tokens=tokens, seconds=seconds)
+                run.stopwatch.start()
             if run.step == last or (save_every and run.step % save_every == 0):
+                run.stopwatch.stop()
                 run.save(path)
+                run.stopwatch.start()
+        run.stopwatch.stop()
     log.close()
     evaluations = read_log(out / "log.jsonl", "eval")
     result = {
@@ -328,15 +373,14 @@ def train(
         **corpus.facts,
         "step": run.step,
         "heldout_loss": evaluations[-1]["loss"] if evaluations else None,
+        "evaluations": evaluations,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "state_bytes_predicted": predicted,
         "state_bytes_measured": measured_state_bytes(run.optimizer),
         "optimizer_ms": run.timer.milliseconds(),
-        "seconds": time.perf_counter() - began,
+        "seconds": run.stopwatch.seconds,
         "data_digest": f"{run.data_digest:08x}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **facts(device, "bench.pretrain", sys.argv[1:]),
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

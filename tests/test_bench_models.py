@@ -32,7 +32,7 @@ def test_published_sizes(name: str, hidden: int, intermediate: int, layers: int,
 
 
 def test_seed_decides_initial_weights() -> None:
-    config, cpu = load_config("llama_demo"), torch.device("cpu")
+    config, cpu = load_config("llama_cpu"), torch.device("cpu")
     one, same, other = (
         build_model(config, seed=seed, device=cpu, dtype=torch.float32).state_dict() for seed in (1, 1, 2)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -15,13 +14,13 @@ import pytest
 import torch
 
 from bench import checkpoint, pretrain
-from bench.compare import check_same_batches
 from bench.contenders import build_optimizer, measured_state_bytes, moment_bytes, predicted_state_bytes
 from bench.models import build_model, load_config
-from bench.sweep import best_settings, read_runs
-from bench.training import Run, RunConfig, lr_factor, read_log, train
+from bench.sweep import best_settings, read_runs, settings_tried
+from bench.training import Run, lr_factor, read_log
+from tests.pretraining import TEXT, assert_same_run, config_of, run_of, tensors, tiny_model, tiny_options, trained
 
-TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
+PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
 CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
 
 
@@ -36,69 +35,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A model of one layer; its odd MLP width leaves a block half filled."""
-    fields = {
-        "vocab_size": 256,
-        "hidden_size": 16,
-        "intermediate_size": 27,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "tie_word_embeddings": False,
-    }
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(fields))
-    return path
+    return tiny_model(tmp_path)
 
 
 @pytest.fixture
-def options(tiny: Path) -> list[str]:
-    """A command line of ten small steps on the CPU."""
-    line = f"--model {tiny} --text {TEXT} --device cpu --steps 10 --batch 2 --context 16 --evals 5"
-    return [*line.split(), "--eval-windows", "4", "--log-every", "4", "--quiet"]
-
-
-def config_of(options: list[str], optimizer: str = "gwt2", *more: str) -> RunConfig:
-    return pretrain.run_config(pretrain.parse([*options, *more])[0], optimizer)
-
-
-def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
-    parsed = pretrain.parse([*options, *more])[0]
-    config = pretrain.run_config(parsed, optimizer)
-    return Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"))
-
-
-def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
-    """One run without the table and the figure."""
-    parsed = pretrain.parse(options)[0]
-    config = pretrain.run_config(parsed, parsed.optimizer)
-    corpus = pretrain.load_corpus(parsed, config.seed)
-    return train(config, corpus, out, device=torch.device("cpu"), log_every=4, progress=False, **how)
-
-
-def tensors(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a nested structure by their path."""
-    if isinstance(tree, dict):
-        pairs = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list | tuple):
-        pairs = [(str(i), value) for i, value in enumerate(tree)]
-    else:
-        return {path: tree}
-    return {key: leaf for name, value in pairs for key, leaf in tensors(value, f"{path}/{name}").items()}
-
-
-def assert_same_bits(one: Any, other: Any) -> None:
-    # torch.optim.Optimizer may add its own default `differentiable` to the groups it loads.
-    ours, theirs = (
-        {name: leaf for name, leaf in tensors(tree).items() if not name.endswith("/differentiable")}
-        for tree in (one, other)
-    )
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        if isinstance(value, torch.Tensor):
-            assert value.dtype == theirs[name].dtype, name
-            assert torch.equal(value, theirs[name]), name
-        else:
-            assert value == theirs[name], name
+def options(tmp_path: Path) -> list[str]:
+    return tiny_options(tmp_path)
 
 
 # Tokenizer
@@ -151,7 +93,7 @@ def test_resume_is_exact(tmp_path: Path, options: list[str], optimizer: str) -> 
     trained([*options, "--optimizer", optimizer], parts, resume=True)
 
     end, expected = checkpoint.read(parts / "checkpoint.pt"), checkpoint.read(whole / "checkpoint.pt")
-    assert_same_bits(end, expected)
+    assert_same_run(end, expected)
     assert not torch.equal(half["model"]["lm_head.weight"], end["model"]["lm_head.weight"])
     for kind in ("run", "train", "eval"):
         ours, theirs = read_log(parts / "log.jsonl", kind), read_log(whole / "log.jsonl", kind)
@@ -179,7 +121,7 @@ def test_resume_after_a_crash(tmp_path: Path, options: list[str], monkeypatch: p
     assert read_log(crashed / "log.jsonl", "eval")[-1]["step"] == 8  # past the checkpoint of step 6
     trained(options, crashed, resume=True)
     end, expected = (checkpoint.read(out / "checkpoint.pt") for out in (crashed, whole))
-    assert_same_bits(end, expected)
+    assert_same_run(end, expected)
     assert [e["step"] for e in read_log(crashed / "log.jsonl", "eval")] == [2, 4, 6, 8, 10]
 
 
@@ -257,33 +199,6 @@ def test_scale_sets_the_matrices_apart_for_every_contender(tiny: Path) -> None:
 # Comparison and sweep
 
 
-def test_compare_end_to_end(tmp_path: Path, options: list[str]) -> None:
-    from matplotlib.image import imread
-
-    names = ["adamw", "gwt2", "gwt3"]
-    pretrain.main([*options, "--compare", *names, "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "compare.json").read_text())
-    assert [result["optimizer"] for result in results] == names
-    assert len({result["data_digest"] for result in results}) == 1
-    assert len({result["heldout_loss"] for result in results}) == 3
-    state = [result["state_bytes_measured"] for result in results]
-    assert state == [result["state_bytes_predicted"] for result in results]
-    assert state[0] > state[1] > state[2]
-    table = (tmp_path / "table.txt").read_text()
-    for result in results:
-        assert f"{result['heldout_loss']:.4f}" in table
-        assert f"{result['state_bytes_measured']:,}" in table
-        assert f"{result['optimizer_ms']['median']:.1f}" in table
-    image = imread(tmp_path / "losses.png")
-    assert image.shape[0] > 500
-    assert image[..., :3].std() > 0.05  # something is drawn
-
-    assert run_of(options, "gwt2", "--seed", "1").data_digest == 0
-    other = {**results[1], "data_digest": "00000000"}
-    with pytest.raises(ValueError, match="gwt2 and adamw cannot be compared: data_digest"):
-        check_same_batches([results[0], other])
-
-
 def test_heldout_loss_does_not_depend_on_the_batch(options: list[str]) -> None:
     even, uneven = (run_of(options, "adamw", "--batch", batch).heldout_loss() for batch in ("2", "3"))
     assert even == pytest.approx(uneven, rel=1e-6)
@@ -334,23 +249,38 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
     assert config_of(options, "gwt2", "--sweep-record", str(record), "--lr", "0.5").lr == 0.5
 
 
-def test_recorded_sweep_is_fair() -> None:
-    runs = read_runs(pretrain.RESULTS / "sweep_demo.json")
-    names = {"adamw", "gwt2", "gwt3"}
-    assert {run["optimizer"] for run in runs} == names
-    settings = {
-        name: {(r["lr"], r["scale"]) for r in runs if r["optimizer"] == name and r["seed"] == 0} for name in names
-    }
-    assert len({len(tried) for tried in settings.values()}) == 1  # as many settings for each
+SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
+UNFINISHED = {"sweep_demo_warmup10.json": {"gwt3"}, "sweep_demo_warmup10_clipped.json": {"gwt3"}}
+"""Optimizers that a regime's sweep was given up on; docs/traps.md quotes no loss of theirs."""
+
+
+@pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)
+def test_recorded_sweep_is_fair(record: Path) -> None:
+    runs = read_runs(record)
+    tried = settings_tried(runs)
+    unfinished = UNFINISHED.get(record.name, set()) & tried.keys()
+    compared = tried.keys() - unfinished
+    assert {"adamw", "gwt2"} <= compared
+    assert len({tried[name] for name in compared}) == 1  # as many settings for each
+    assert all(tried[name] < tried["adamw"] for name in unfinished)
     shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
     assert len({tuple(run[key] for key in shared) for run in runs if run["heldout_loss"]}) == 1
-    for name in names:
+    for name in compared:
         best = best_settings(runs, name)
         assert best is not None
-        config = config_of([], name)
-        assert (config.lr, config.scale) == (best["lr"], best["scale"])
         again = [r for r in runs if all(r[k] == best[k] for k in ("optimizer", "lr", "scale"))]
         assert len({r["seed"] for r in again}) == 3
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_preset_runs_the_best_of_its_sweep(path: Path) -> None:
+    parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
+    assert len({len(grid["lr"]) * len(grid["scale"]) for grid in grids.values()}) <= 1  # as many settings for each
+    runs = read_runs(parsed.sweep_record) if parsed.sweep_record else []
+    for name in {*grids, "adamw", "gwt2"}:
+        expected = best_settings(runs, name) or json.loads(path.read_text())
+        config = pretrain.run_config(parsed, name)
+        assert (config.lr, config.scale) == (expected["lr"], expected["scale"])
 
 
 # Errors
@@ -384,9 +314,8 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
 
 def test_presets_set_known_options_only() -> None:
     known = {action.dest for action in pretrain.make_parser()._actions} | {"about", "grids"}
-    presets = sorted(pretrain.CONFIGS.glob("preset_*.json"))
-    assert {"preset_demo", "preset_c4_60m"} <= {path.stem for path in presets}
-    for path in presets:
+    assert {"preset_cpu", "preset_small", "preset_llama_60m"} == {path.stem for path in PRESETS}
+    for path in PRESETS:
         assert json.loads(path.read_text()).keys() <= known
         parsed = pretrain.parse(["--preset", path.stem.removeprefix("preset_"), "--steps", "7"])[0]
         assert parsed.steps == 7

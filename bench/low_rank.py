@@ -1,0 +1,111 @@
+"""GaLore and APOLLO from their own packages, on the terms of every other contender."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from gwt_kernels import gwt_param_groups
+
+NAMES = ("galore", "apollo", "apollo_mini")
+
+PACKAGES_GAP = 200
+"""Steps between new projections in both papers' recipes, whose shortest run has 10,000."""
+
+
+def _package(name: str) -> Any:
+    module = "galore_torch" if name == "galore" else "apollo_torch"
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        wanted = f"{module.replace('_', '-')} bitsandbytes"  # both packages import bitsandbytes, whatever is used
+        raise ModuleNotFoundError(f"{name} needs other packages ({error}): pip install {wanted}") from error
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    projection_gap: int | None,
+) -> Optimizer:
+    """The package's optimizer with its published recipe over the matrices that GWT would transform.
+
+    The recipe: rank a quarter of the hidden size (1 for `apollo_mini`), singular vectors of the gradient for
+    GaLore, random projections for APOLLO. `scale` multiplies the matrices' update in all three; APOLLO takes the
+    root of its own argument, so it is handed the square.
+
+    Args:
+        name: One of `NAMES`.
+        model: A transformers model; the rank comes from its hidden size.
+        lr: Learning rate of embeddings, output head, norms and biases.
+        scale: Rate of the matrices over `lr`.
+        weight_decay: Decoupled weight decay.
+        betas: Decay rates of the two moments.
+        projection_gap: Steps between new projections; None for the packages' 200.
+
+    Raises:
+        ModuleNotFoundError: The package, or one that it imports, is not installed.
+    """
+    package = _package(name)
+    projected: dict[str, Any] = {
+        "rank": 1 if name == "apollo_mini" else model.config.hidden_size // 4,
+        "update_proj_gap": PACKAGES_GAP if projection_gap is None else projection_gap,
+        "scale": scale if name == "galore" else scale**2,
+        "proj_type": "std",
+    }
+    if name != "galore":
+        projected |= {"proj": "random", "scale_type": "tensor" if name == "apollo_mini" else "channel"}
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"], **(projected if group["level"] else {})}
+        for group in gwt_param_groups(model, level=1, weight_decay=weight_decay)
+    ]
+    kind = package.GaLoreAdamW if name == "galore" else package.APOLLOAdamW
+    optimizer: Optimizer = kind(groups, lr=lr, betas=betas, no_deprecation_warning=True)
+    optimizer.register_state_dict_post_hook(_pack)
+    optimizer.register_load_state_dict_post_hook(_unpack)
+    return optimizer
+
+
+def is_low_rank(optimizer: Optimizer) -> bool:
+    """Whether `build` made it."""
+    return type(optimizer).__module__.startswith(("galore_torch.", "apollo_torch."))
+
+
+def predicted_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
+    """Bytes of state for one tensor: moments and projection in its own dtype, and APOLLO's limiter norm."""
+    if "rank" not in group:
+        return 2 * p.numel() * p.element_size()
+    short, long = sorted(p.shape)
+    rank = group["rank"] if "proj" in group else min(group["rank"], short)  # a random projection may be wider
+    return (2 * long * rank + short * rank + ("proj" in group)) * p.element_size()
+
+
+def _pack(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """The projector objects as plain dictionaries, which a checkpoint may hold."""
+    state = {
+        index: {key: dict(vars(value)) if key == "projector" else value for key, value in entries.items()}
+        for index, entries in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def _unpack(optimizer: Optimizer) -> None:
+    """The projector objects again."""
+    package = type(optimizer).__module__.partition(".")[0]
+    kind = {
+        "galore_torch": ("galore_torch.galore_projector", "GaLoreProjector"),
+        "apollo_torch": ("apollo_torch.random_projector", "GradientProjector"),
+    }[package]
+    for state in optimizer.state.values():
+        if isinstance(state.get("projector"), dict):
+            projector = getattr(importlib.import_module(kind[0]), kind[1])(rank=0)
+            vars(projector).update(state["projector"])
+            state["projector"] = projector
