@@ -1,41 +1,64 @@
-"""The README's memory table: bytes of weights and optimizer state of the LLaMA sizes, from shapes alone."""
+"""The memory tables of README and docs: bytes of weights and optimizer state of the LLaMA sizes."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from transformers import LlamaForCausalLM
 
-from bench.contenders import build_optimizer, predicted_state_bytes
-from bench.models import load_config
+from gwt_kernels.model_files import presets
+from gwt_kernels.plan import Plan, plan
 
-MODELS = {"60M": "llama_60m", "130M": "llama_130m", "350M": "llama_350m", "1B": "llama_1b", "7B": "llama_7b"}
-COLUMNS = (
-    ("AdamW, bf16 moments", "adamw", torch.bfloat16),
-    ("AdamW, fp32 moments", "adamw", torch.float32),
-    ("GWT level 1", "gwt1", torch.bfloat16),
-    ("GWT level 2", "gwt2", torch.bfloat16),
-    ("GWT level 3", "gwt3", torch.bfloat16),
-)
+MODELS = {name.removeprefix("llama_").upper(): name for name in presets()}
+IN_README = ("60M", "130M", "350M", "1B", "7B")
+LEVELS = (1, 2, 3, 4)
+DTYPES = ("float32", "bfloat16")
 
 
 def memory_table() -> str:
-    """A Markdown table: GiB of bf16 weights, and of the state that each optimizer keeps beside them.
+    """The README's Markdown table: GiB of bf16 weights, and of the state that each optimizer keeps beside them.
 
     AdamW keeps its moments in the dtype of the weights that it is given; GWT keeps them in float32.
     """
-    headings = ["LLaMA", "parameters", "weights, bf16", *(heading for heading, _, _ in COLUMNS)]
-    rows = [headings, ["---"] * len(headings)]
-    for label, name in MODELS.items():
-        with torch.device("meta"):
-            model = LlamaForCausalLM(load_config(name))
-        count = sum(p.numel() for p in model.parameters())
-        states = [
-            predicted_state_bytes(build_optimizer(optimizer, model.to(dtype), lr=0.01, scale=0.25))
-            for _, optimizer, dtype in COLUMNS
-        ]
-        rows.append([label, f"{count / 1e6:,.0f}M", *(f"{size / 2**30:.2f}" for size in (2 * count, *states))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    headings = ["AdamW, bf16 moments", "AdamW, fp32 moments", *(f"GWT level {level}" for level in LEVELS[:3])]
+    rows = []
+    for label in IN_README:
+        planned = _planned(label)
+        states = [_state(planned, level, "float32") for level in LEVELS[:3]]
+        rows.append((label, planned, [*(cost.state_bytes for cost in planned.adamw), *states]))
+    return _table(headings, rows)
+
+
+def level_table() -> str:
+    """The Markdown table of docs/memory.md: every size of the package, by level and dtype of the moments."""
+    headings = ["AdamW, bf16", "AdamW, fp32"]
+    headings += [f"level {level}, {'fp32' if d == 'float32' else 'bf16'}" for level in LEVELS for d in DTYPES]
+    rows = []
+    for label in MODELS:
+        planned = _planned(label)
+        states = [_state(planned, level, dtype) for level in LEVELS for dtype in DTYPES]
+        rows.append((label, planned, [*(cost.state_bytes for cost in planned.adamw), *states]))
+    return _table(headings, rows)
+
+
+@functools.cache
+def _planned(label: str) -> Plan:
+    return plan(MODELS[label], dtype=torch.bfloat16)
+
+
+def _state(planned: Plan, level: int, moments: str) -> int:
+    return next(c.state_bytes for c in planned.options if (c.level, c.moments) == (level, moments))
+
+
+def _table(headings: list[str], rows: list[tuple[str, Plan, list[int]]]) -> str:
+    first = ["LLaMA", "parameters", "weights, bf16", *headings]
+    table = [first, ["---"] * len(first)]
+    for label, planned, states in rows:
+        count = planned.weight_bytes / torch.bfloat16.itemsize
+        sizes = (planned.weight_bytes, *states)
+        table.append([label, f"{count / 1e6:,.0f}M", *(f"{size / 2**30:.2f}" for size in sizes)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
 
 
 if __name__ == "__main__":
-    print(memory_table())
+    print(memory_table(), level_table(), sep="\n\n")

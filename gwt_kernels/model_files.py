@@ -1,0 +1,121 @@
+"""A model from a configuration file or a preset's name, on the meta device: every shape, and not one weight."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["build_on_meta", "presets"]
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# What a configuration says of code and of storage, which decides nothing here and might run code or need a package.
+_IGNORED = ("auto_map", "quantization_config")
+
+
+def presets() -> dict[str, Path]:
+    """The configuration files that come with the package, by name, the smallest model first."""
+
+    def size(name: str) -> float:
+        number = name.rpartition("_")[2]
+        return float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
+
+    return {name: CONFIGS / f"{name}.json" for name in sorted((p.stem for p in CONFIGS.glob("*.json")), key=size)}
+
+
+def build_on_meta(model: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Build the model of a Hugging Face configuration on the meta device: no memory, no network, no remote code.
+
+    The class is the one that the configuration's ``architectures`` names; where it names none, the causal language
+    model of its ``model_type``, or else the bare model.
+
+    Args:
+        model: A preset's name, the path of a ``config.json``, or a folder that holds one.
+        dtype: dtype of the weights; None for the configuration's, and bfloat16 where it has none.
+
+    Raises:
+        FileNotFoundError: there is no such preset, file or folder.
+        ValueError: the file is no model configuration, or transformers cannot build its model.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    path = _find(model)
+    fields = {key: value for key, value in _read(path).items() if key not in _IGNORED}
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a model is built from its configuration by transformers, which is not installed: "
+            "pip install transformers (a live module needs none)"
+        ) from error
+    kind = fields.pop("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}: "
+            f"use a newer one, or pass the live module to gwt_kernels.plan.plan"
+        )
+    try:
+        with torch.device("meta"), _quiet(transformers):
+            config = transformers.AutoConfig.for_model(kind, **fields)
+            built: nn.Module = _model_class(transformers, config)._from_config(
+                config, dtype=dtype or config.dtype or torch.bfloat16, attn_implementation="eager"
+            )
+    except Exception as error:  # transformers raises whatever the family's code runs into
+        raise ValueError(
+            f"{path}: transformers cannot build a {kind!r} model: {' '.join(str(error).split())}"
+        ) from error
+    return built
+
+
+def _find(model: str | Path) -> Path:
+    known = presets()
+    if str(model) in known:
+        return known[str(model)]
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file or preset {str(model)!r}: give the path of a Hugging Face config.json, or one of "
+            f"{', '.join(known)}"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ValueError(f"{path} is no model configuration: a Hugging Face config.json has a 'model_type'")
+    return fields
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError("it has neither a causal language model nor a bare one of this type")
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep advice on how to use the model away from who only asks what it costs."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
