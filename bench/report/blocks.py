@@ -1,0 +1,85 @@
+"""The generated parts of hand-written pages: what stands between `<!-- name -->` and `<!-- /name -->`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.memory import memory_table
+from bench.report import performance, quality
+from bench.report.markdown import figure, model_name, slug
+from bench.report.rows import Run, by_device, of
+
+BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
+
+
+def fill(page: str, runs: Sequence[Run], root: str) -> str:
+    """Return a page with every block made anew.
+
+    Args:
+        page: Its text.
+        runs: All results.
+        root: What leads from the page to `docs/`, such as "docs/" or "".
+
+    Raises:
+        ValueError: there is no block of a name that the page has.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"there is no block {name!r} to generate: use one of {', '.join(BLOCKS)}")
+        return f"<!-- {name} -->\n{BLOCKS[name](runs, root)}\n<!-- /{name} -->"
+
+    return BLOCK.sub(made, page)
+
+
+def pages(root: Path) -> list[Path]:
+    """Return the hand-written pages, which may hold blocks."""
+    generated = ("performance.md", "quality.md")
+    return [root / "README.md", *(p for p in sorted((root / "docs").glob("*.md")) if p.name not in generated)]
+
+
+def _quality(runs: Sequence[Run], root: str) -> str:
+    found = quality.comparisons(runs)
+    chosen = next((c for c in found if c.preset == "cpu"), found[0] if found else None)
+    if chosen is None:
+        return quality.NOTHING
+    size = next(
+        (row["parameters"] for s in chosen.runs.values() for r in s.values() for row in r if "parameters" in row),
+        None,
+    )
+    model = model_name(chosen.model) + (f" ({size / 1e6:.2f}M parameters)" if size else "")
+    steps = max(rows[-1].get("step") or 0 for seeds in chosen.runs.values() for rows in seeds.values())
+    text = f"{model}, {steps} steps, preset `{chosen.preset}` of `bench.pretrain`, on {chosen.device}:"
+    picture = figure("Held-out loss against tokens and against wall time, by optimizer", chosen.name, root)
+    return "\n\n".join([text, quality.final_table(chosen), picture])
+
+
+def _performance(runs: Sequence[Run], root: str) -> str:
+    timed = by_device(of(runs, "optimizers"))
+    if not timed:
+        return "Nothing is timed yet: `python -m bench.optimizers` does it."
+    device, own = next(iter(timed.items()))
+    models = performance.steps_by_model(own[0])
+    model = max(models, key=performance._size)
+    parts = [f"Newest run on {device}, {model_name(model)}" + _parts_of(own[0]) + ":"]
+    parts.append(performance.steps_table(performance._plain(models[model])))
+    parts.append(figure(f"Time of a step by optimizer on {device}", f"steps_{slug(device)}", root))
+    if not own[0].cuda:
+        parts.append("No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine.")
+    return "\n\n".join(parts)
+
+
+def _parts_of(run: Run) -> str:
+    layers = run.rows[-1].get("layers")
+    return f" ({layers} layer{'s' if layers > 1 else ''} of it)" if layers else ""
+
+
+BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
+    "memory": lambda runs, root: memory_table(),
+    "quality": _quality,
+    "performance": _performance,
+    "regimes": lambda runs, root: quality.regimes(runs),
+}

@@ -1,0 +1,64 @@
+"""The table of what each kernel's machine code loads, stores and occupies, on every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.report.markdown import details, origin, table
+from bench.report.rows import Row, Run
+
+ABOUT = """\
+What the compiler made of each kernel, read from the machine code; no GPU is needed for it. Loads and stores are
+instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
+another is best moved 128 bits at a time. *flat*: blocks lie end to end; *row*: the last block of each row is cut
+short. Resident are the warps that registers and shared memory leave room for on one multiprocessor, of those that
+it can hold."""
+
+NAMES = {"step_kernel": "step", "norm_kernel": "norm", "dwt_kernel": "Haar", "idwt_kernel": "inverse Haar"}
+
+
+def section(runs: Sequence[Run]) -> list[str]:
+    """Return the section from the newest record."""
+    parts = ["## Machine code", ABOUT]
+    if not runs:
+        return [*parts, "Nothing is recorded yet: `python -m bench.codegen --record` compiles every variant."]
+    run = runs[0]
+    for target in dict.fromkeys(row["target"] for row in run.rows):
+        rows = [row for row in run.rows if row["target"] == target and row["kernel"] in NAMES]
+        dtypes = len({(row["weights"], row["moments"]) for row in rows if row["moments"]}) > 1
+        headings = ["kernel", *(["dtypes"] if dtypes else []), "path", "level", "loads", "stores"]
+        headings += ["registers", "spills", "resident warps"]
+        lines = [_line(row, target, dtypes) for row in rows]
+        parts.append(details(f"{target}: {len(lines)} kernels", table(headings, lines, left=5 + dtypes)))
+    weights = sorted({row["weights"] for row in run.rows if row["weights"]})
+    moments = sorted({row["moments"] for row in run.rows if row["moments"]})
+    parts.append(f"Weights and gradients: {', '.join(weights)}; moments: {', '.join(moments)}.")
+    return [*parts, origin(run)]
+
+
+def _line(row: Row, target: str, dtypes: bool) -> list[str]:
+    from bench.machine_code import LIMITS  # needs Triton, as this table's rows did
+
+    kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
+    resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
+    return [
+        kernel,
+        *([f"{row['weights']}/{row['moments'] or '-'}"] if dtypes else []),
+        str(row["path"]),
+        str(row["level"]),
+        _accesses(row, "loads"),
+        _accesses(row, "stores"),
+        str(row["registers"]),
+        str(row["spills"]) + (f", {row['stack']} bytes of stack" if row["stack"] else ""),
+        resident,
+    ]
+
+
+def _accesses(row: Row, what: str) -> str:
+    """The accesses of tensors: those that the intermediate code makes on more than one element."""
+    texts = []
+    for array, widths in row[what].items():
+        if array in row[f"tensor_{what}"]:
+            counts = " ".join(f"{n}×{bits}" for bits, n in sorted(widths.items(), key=lambda item: int(item[0])))
+            texts.append(f"{array} {counts}")
+    return ", ".join(texts) or "-"

@@ -1,0 +1,102 @@
+"""Tables, numbers and names as the pages write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.report.rows import Row, Run
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """Return a Markdown table whose columns are aligned to the right after the first `left` ones."""
+    marks = ["---" if i < left else "--:" for i in range(len(headings))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows))
+
+
+def details(summary: str, body: str) -> str:
+    """Return a part that a reader has to open, on the site and on GitHub alike."""
+    return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>'
+
+
+def figure(text: str, name: str, root: str = "") -> str:
+    """Return the link to a plot; `root` leads from the page to `docs/`."""
+    return f"![{text}]({root}images/{name}.svg)"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with so many significant digits, and never with an exponent."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:,.{max(0, decimals)}f}"
+
+
+def spread(row: Row | None, factor: float = 1.0) -> str:
+    """Write a median, and behind it the 20th and 80th percentile where there are several samples."""
+    if row is None:
+        return "-"
+    text = number(factor * row["median"])
+    if (row.get("samples") or 1) > 1 and row.get("p20") is not None:
+        text += f" ({number(factor * row['p20'])}–{number(factor * row['p80'])})"
+    return text
+
+
+def percent(value: float | None) -> str:
+    """Write a share."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def cell(value: Any) -> str:
+    """Write the value of one of a benchmark's own columns."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return " × ".join(map(str, value))
+    return str(value).replace("|", "\\|")
+
+
+def model_name(model: str | None) -> str:
+    """Write a model as people call it: llama_1b is LLaMA-1B."""
+    found = re.fullmatch(r"llama_(\d+)([mb])", model or "")
+    return f"LLaMA-{found[1]}{found[2].upper()}" if found else str(model)
+
+
+def optimizer_name(optimizer: str) -> str:
+    """Write an optimizer of `bench.pretrain` as people call it: gwt2 is GWT level 2."""
+    if found := re.fullmatch(r"gwt(\d+)", optimizer):
+        return f"GWT level {found[1]}"
+    return {"adamw": "AdamW", "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}.get(
+        optimizer, optimizer
+    )
+
+
+def slug(text: str) -> str:
+    """Return what of a name may stand in a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def origin(run: Run) -> str:
+    """Say in one line where a run's numbers come from."""
+    row = run.rows[-1]
+    words = [f"`{row['command']}`"] if row.get("command") else []
+    # The parts of a model, where a benchmark takes parts.
+    words += [f"{key}: {cell(row[key])}" for key in ("layers", "embeddings") if row.get(key) is not None]
+    if row.get("threads") and not run.cuda:
+        words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
+    if run.cuda:
+        words.append(f"driver {row['driver']}")
+    words += [f"{key} {row[key]}" for key in ("torch", "triton") if row.get(key) not in (None, "none")]
+    if row.get("commit"):
+        commit, _, dirty = row["commit"].partition("-")
+        words.append(f"commit {commit[:12]}" + (" and uncommitted changes" if dirty else ""))
+    if run.date:
+        words.append(run.date[:16].replace("T", " ") + " UTC")
+    return f"{', '.join(words)} (`bench/results/{run.file}`)"

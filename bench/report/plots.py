@@ -1,0 +1,229 @@
+"""Every plot of the pages, each drawn from nothing but the data that it is handed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that vanishes on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
+OWN, PEER = COLOURS[0], "#777777"
+STYLE = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "gwt_kernels",  # else the identifiers within a file differ from run to run
+}
+
+
+class Plot(NamedTuple):
+    """What a plot shows: its file name without ending, its kind, and plain data."""
+
+    name: str
+    kind: str
+    data: Any
+
+    @property
+    def digest(self) -> str:
+        """A digest of the data and of this file.
+
+        It stands in the picture, which is stale where it differs. The picture's own bytes would not do: they
+        differ between versions of matplotlib.
+        """
+        content = json.dumps([self.kind, self.data], sort_keys=True) + Path(__file__).read_text()
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str | None:
+    """Return the digest that a picture carries; None where there is no such picture."""
+    found = re.search(r"drawn from ([0-9a-f]{64})", path.read_text()) if path.exists() else None
+    return found[1] if found else None
+
+
+def draw(plot: Plot, path: Path) -> None:
+    """Draw a plot into an SVG file."""
+    matplotlib.use("Agg")
+    with rc_context(STYLE):
+        figure = KINDS[plot.kind](plot.data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"Date": None, "Creator": None, "Description": f"drawn from {plot.digest}"}
+        figure.savefig(path, format=path.suffix[1:], metadata=about if path.suffix == ".svg" else None, dpi=110)
+
+
+def _steps(data: Any) -> Figure:
+    """Time of a step by optimizer, a panel a model; `data`: panels of title and entries."""
+    labels = list(dict.fromkeys(entry["label"] for panel in data for entry in panel["entries"]))
+    figure = Figure(figsize=(2.6 + 2.4 * max(2, len(data)), 1.3 + 0.24 * len(labels)), layout="constrained")
+    panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(panels, data, strict=True):
+        for entry in panel["entries"]:
+            y, colour = labels.index(entry["label"]), OWN if entry["own"] else PEER
+            axes.plot(1e3 * entry["median"], y, "o", markersize=5, color=colour)
+            axes.plot([1e3 * entry["p20"], 1e3 * entry["p80"]], [y, y], color=colour, linewidth=1.5)
+            if entry["roofline"] is not None:
+                axes.plot(1e3 * entry["roofline"], y, "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)
+        axes.set_title(panel["title"])
+        axes.set_xlabel("ms per step")
+        _decades(axes)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].set_ylim(len(labels) - 0.4, -0.6)
+    own, peer = (panels[0].plot([], [], "o", color=colour, markersize=5)[0] for colour in (OWN, PEER))
+    roofline = panels[0].plot([], [], "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)[0]
+    text = ["gwt_kernels", "others", "roofline: bytes that must move over copy bandwidth"]
+    figure.legend([own, peer, roofline], text, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _states(data: Any) -> Figure:
+    """Bytes of state per parameter by optimizer, a mark a model; `data`: models of title and entries."""
+    labels = list(dict.fromkeys(label for model in data for label in model["entries"]))
+    figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    for i, model in enumerate(data):
+        places = [labels.index(label) for label in model["entries"]]
+        style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        axes.plot(list(model["entries"].values()), places, linestyle="none", label=model["title"], **style)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("bytes of optimizer state per parameter, measured")
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def _roofline(data: Any) -> Figure:
+    """Share of the copy bandwidth by size, a panel a kernel; `data`: panels of title and series."""
+    figure, panels, columns = _grid(len(data), width=3.4)
+    # A series has one look in every panel: a colour a level, a marker a path.
+    levels = sorted({series["level"] for panel in data for series in panel["series"]})
+    paths = list(dict.fromkeys(series["path"] for panel in data for series in panel["series"]))
+    colours = matplotlib.colormaps["viridis"].resampled(max(2, len(levels)))
+    for axes, panel in zip(panels, data, strict=False):
+        for series in panel["series"]:
+            sizes, shares = zip(*sorted(series["points"]), strict=True)
+            shares = tuple(100 * share for share in shares)
+            place = paths.index(series["path"])
+            look = {"color": colours(levels.index(series["level"])), "marker": MARKERS[place], "markersize": 4}
+            axes.plot(sizes, shares, linestyle=LINES[place % len(LINES)], linewidth=1, **look)
+        axes.axhline(100, color="#999999", linewidth=0.8)
+        axes.set_title(panel["title"])
+        axes.set_xscale("log", base=2)
+    _label_lowest(panels, columns, len(data), "elements of the tensor")
+    panels[0].set_ylim(bottom=0)
+    figure.supylabel("per cent of copy bandwidth", fontsize=9)
+    looks = [{"color": colours(i)} for i in range(len(levels))]
+    text = [f"level {level}" for level in levels]
+    for i, path in enumerate(paths if len(paths) > 1 else ()):
+        looks.append({"color": "black", "marker": MARKERS[i], "markersize": 4, "linestyle": LINES[i % len(LINES)]})
+        text.append(path)
+    handles = [panels[0].plot([], [], linewidth=1.2, **look)[0] for look in looks]
+    figure.legend(handles, text, loc="outside right upper")
+    return figure
+
+
+def _losses(data: Any) -> Figure:
+    """Held-out loss against tokens and against time; `data`: series of label, tokens, seconds, mean, low, high."""
+    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    lowest = min(min(series["low"]) for series in data)
+    ends = sorted(series["mean"][-1] for series in data)
+    for i, series in enumerate(data):
+        colour = COLOURS[i % len(COLOURS)]
+        look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
+        for axes, x in ((by_tokens, [t / 1e6 for t in series["tokens"]]), (by_time, series["seconds"])):
+            axes.plot(x, series["mean"], label=series["label"], **look)
+            axes.fill_between(x, series["low"], series["high"], color=colour, alpha=0.15, linewidth=0)
+    by_tokens.set_xlabel("million tokens of training")
+    by_time.set_xlabel("seconds of wall time, evaluations included")
+    by_tokens.set_ylabel("held-out loss, nats per token")
+    # The first evaluations lie far above all else; what is to be compared is the end.
+    top = max(min(max(series["mean"]) for series in data), ends[-1] + 0.05)
+    by_tokens.set_ylim(lowest - 0.05 * (top - lowest), top)
+    handles, labels = by_tokens.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    return figure
+
+
+def _sweeps(data: Any) -> Figure:
+    """Held-out loss by learning rate, a line a scale, a panel an optimizer; `data`: panels of title and lines."""
+    figure, panels, columns = _grid(len(data), width=2.6)
+    scales = sorted({line["scale"] for panel in data for line in panel["lines"]})
+    shown: dict[float, Any] = {}
+    losses = [loss for panel in data for line in panel["lines"] for loss in line["loss"]]
+    top = min(max(losses), min(losses) + 0.5)  # what diverges would flatten the rest
+    for axes, panel in zip(panels, data, strict=False):
+        for line in panel["lines"]:
+            i = scales.index(line["scale"])
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            shown[line["scale"]] = axes.plot(line["lr"], line["loss"], linewidth=1.2, **look)[0]
+        axes.set_title(panel["title"])
+        axes.set_xscale("log")
+        rates = sorted({rate for line in panel["lines"] for rate in line["lr"]})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.xaxis.set_minor_locator(NullLocator())
+    _label_lowest(panels, columns, len(data), "learning rate")
+    panels[0].set_ylim(min(losses) - 0.03 * (top - min(losses)), top + 0.03 * (top - min(losses)))
+    figure.supylabel("held-out loss, nats per token", fontsize=9)
+    text = [f"scale {scale:g}" for scale in scales]
+    figure.legend([shown[scale] for scale in scales], text, loc="outside lower center", ncols=6)
+    return figure
+
+
+def _grid(n: int, width: float) -> tuple[Figure, Sequence[Axes], int]:
+    """Return a figure of `n` panels or more that share their axes, its panels, and how many stand side by side."""
+    columns = n if n <= 3 else math.ceil(math.sqrt(n))
+    rows = -(-n // columns)
+    figure = Figure(figsize=(max(6.4, 1.2 + width * columns), 0.9 + 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    return figure, list(panels.flatten()), columns
+
+
+def _label_lowest(panels: Sequence[Axes], columns: int, filled: int, text: str) -> None:
+    """Label the lowest panel of each column, and take away those that hold nothing."""
+    for i, axes in enumerate(panels):
+        if i >= filled:
+            axes.set_axis_off()
+        elif i + columns >= filled:
+            axes.set_xlabel(text)
+            axes.tick_params(labelbottom=True)
+
+
+def _decades(axes: Axes) -> None:
+    """Give a time axis a logarithmic scale with plain numbers, few enough to be read."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high / low < 1.6:
+        low, high = low / 1.3, high * 1.3
+        axes.set_xlim(low, high)
+    ticks = (1.0, 2.0, 5.0) if high / low < 30 else (1.0, 3.0) if high / low < 300 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks) if high / low > 4 else MaxNLocator(4))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+KINDS: dict[str, Callable[[Any], Figure]] = {
+    "steps": _steps,
+    "states": _states,
+    "roofline": _roofline,
+    "losses": _losses,
+    "sweeps": _sweeps,
+}

@@ -1,0 +1,298 @@
+"""The page on quality: loss curves over seeds, and the sweeps that chose the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from bench.report.markdown import cell, figure, model_name, optimizer_name, origin, slug, spread, table
+from bench.report.plots import Plot
+from bench.report.rows import Row, Run, of
+
+INTRODUCTION = """\
+Does the model come out as good? Each preset of `python -m bench.pretrain` pre-trains one LLaMA model on the same
+batches with every optimizer, each at the best of its own sweep. *scale* is the rate of attention and MLP matrices
+over the learning rate; AdamW has that knob too, so that no optimizer has one more. Losses are on held-out text, in
+nats per token."""
+
+NOTHING = (
+    "Nothing is recorded yet: `python -m bench.pretrain --preset cpu --compare adamw gwt1 gwt2 gwt3` measures it."
+)
+
+
+class Setting(NamedTuple):
+    """An optimizer with its numbers."""
+
+    optimizer: str
+    lr: float | None
+    scale: float | None
+
+
+class Comparison(NamedTuple):
+    """All recorded runs of one preset, model, length and device, by setting and seed."""
+
+    preset: str
+    model: str
+    device: str
+    runs: dict[Setting, dict[int, list[Row]]]
+    """Evaluations in the order of steps; what else was measured of a run is in `others`."""
+    others: dict[tuple[Setting, str], Row]
+    last: Run
+
+    @property
+    def name(self) -> str:
+        """A name for its plot's file."""
+        return f"losses_{slug(self.preset)}"
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """Bring together what was measured of each preset, newest first; a repeated run replaces the older one."""
+    found: dict[tuple[Any, ...], Comparison] = {}
+    for run in reversed(of(runs, "quality")):
+        fresh: set[tuple[Any, ...]] = set()
+        for row in run.rows:
+            place = (row.get("preset") or row.get("model"), row.get("model"), row.get("device"), row.get("steps"))
+            preset, model, device, _ = (str(word) for word in place)
+            old = found.pop(place, None) or Comparison(preset, model, device, {}, {}, run)
+            comparison = found[place] = old._replace(last=run)
+            setting = Setting(str(row.get("optimizer")), row.get("lr"), row.get("scale"))
+            seeds = comparison.runs.setdefault(setting, {})
+            if row.get("metric") != "heldout_loss":
+                comparison.others[setting, str(row.get("metric"))] = row
+                continue
+            key = (*place, setting, row.get("seed"))
+            if key not in fresh:
+                fresh.add(key)
+                seeds[row.get("seed") or 0] = []
+            seeds[row.get("seed") or 0].append(row)
+    for comparison in found.values():
+        for seeds in comparison.runs.values():
+            for rows in seeds.values():
+                rows.sort(key=lambda row: row.get("step") or 0)
+    return list(reversed(found.values()))
+
+
+def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
+    """Return the page and its plots."""
+    plots: list[Plot] = []
+    parts = ["# Quality", INTRODUCTION]
+    compared = comparisons(runs)
+    if not compared:
+        parts.append(NOTHING)
+    taken: set[str] = set()
+    for comparison in compared:
+        title = f"{model_name(comparison.model)}, preset `{comparison.preset}`, on {comparison.device}"
+        parts.append(f"## {title}")
+        name = comparison.name
+        while name in taken:  # the same preset on another device, or of another length
+            name += "_older"
+        taken.add(name)
+        if data := curves(comparison):
+            plots.append(Plot(name, "losses", data))
+            parts.append(figure("Held-out loss against tokens and against wall time", name))
+            parts.append("Lines are means over seeds; bands reach from the lowest to the highest seed.")
+        parts += [final_table(comparison), origin(comparison.last)]
+    parts += ["## Sweeps", SWEEPS]
+    sweeps = of(runs, "sweep")
+    if not sweeps:
+        parts.append("Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2` records one.")
+    else:
+        parts.append(regimes(runs))
+    for run in sweeps:
+        parts.append(f"### {_sweep_title(run)}")
+        if data := sweep_panels(run):
+            plots.append(Plot(slug(run.file.removesuffix(".json")), "sweeps", data))
+            parts.append(figure("Held-out loss by learning rate and scale", plots[-1].name))
+        parts += [scales_table(run), origin(run)]
+    return "\n\n".join(parts) + "\n", plots
+
+
+SWEEPS = """\
+Every optimizer is tried at as many settings of learning rate and scale as AdamW; the best of each is then repeated
+under further seeds."""
+
+
+# Comparisons.
+
+
+def curves(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the data of the loss plot: at each step that all seeds reached, the mean and the range."""
+    series = []
+    for setting, seeds in comparison.runs.items():
+        whole = [rows for rows in seeds.values() if rows and all(row["median"] is not None for row in rows)]
+        points = list(zip(*whole, strict=False)) if whole else []
+        if points:
+            losses = [[row["median"] for row in point] for point in points]
+            series.append(
+                {
+                    "label": _name(setting, comparison.runs),
+                    "tokens": [
+                        mean(row.get("tokens") or row.get("step") or 0 for row in point) for point in points
+                    ],
+                    "seconds": [mean(row.get("seconds") or 0.0 for row in point) for point in points],
+                    "mean": [mean(point) for point in losses],
+                    "low": [min(point) for point in losses],
+                    "high": [max(point) for point in losses],
+                }
+            )
+    return series
+
+
+def _name(setting: Setting, settings: Iterable[Setting]) -> str:
+    several = sum(other.optimizer == setting.optimizer for other in settings) > 1
+    return optimizer_name(setting.optimizer) + (f", lr {setting.lr:g}, scale {setting.scale:g}" if several else "")
+
+
+def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
+    """Return the loss after the last step by seed, of those seeds that reached it."""
+    last = max((rows[-1].get("step") or 0 for s in comparison.runs.values() for rows in s.values()), default=0)
+    return {
+        setting: [
+            rows[-1]["median"]
+            for rows in seeds.values()
+            if (rows[-1].get("step") or 0) == last and rows[-1]["median"] is not None
+        ]
+        for setting, seeds in comparison.runs.items()
+    }
+
+
+def final_table(comparison: Comparison) -> str:
+    """Return losses with their spread, state and time by optimizer; differences are from AdamW's mean."""
+    final = final_losses(comparison)
+    adamw = [losses for setting, losses in final.items() if setting.optimizer == "adamw" and losses]
+    reference = min(map(mean, adamw), default=None)
+    reference_state = next(
+        (
+            row["median"]
+            for (s, metric), row in comparison.others.items()
+            if metric in STATE and s.optimizer == "adamw"
+        ),
+        None,
+    )
+    lines = []
+    for setting, losses in final.items():
+        rows = {metric: row for (s, metric), row in comparison.others.items() if s == setting}
+        state = next((rows[metric]["median"] for metric in STATE if metric in rows), None)
+        step = next(
+            (rows[metric] for metric in STEP if metric in rows and rows[metric]["median"] is not None), None
+        )
+        unfinished = len(comparison.runs[setting]) - len(losses)
+        lines.append(
+            [
+                optimizer_name(setting.optimizer),
+                *("-" if value is None else f"{value:g}" for value in (setting.lr, setting.scale)),
+                f"{len(losses)}" + (f", {unfinished} not finished" if unfinished else ""),
+                with_spread(losses),
+                "-" if reference is None or not losses else f"{mean(losses) - reference:+.3f}",
+                "-" if state is None else f"{state:,.0f}",
+                "-" if not (state and reference_state) else f"{100 * state / reference_state:.0f} %",
+                spread(step, 1e3 if step and step.get("unit") == "s" else 1.0),
+            ]
+        )
+    headings = ["optimizer", "lr", "scale", "seeds", "held-out loss", "minus AdamW's", "state bytes", "of AdamW's"]
+    notes = {
+        f"- {optimizer_name(setting.optimizer)}: {cell(row['note'])}": None
+        for (setting, metric), row in comparison.others.items()
+        if row["median"] is None and metric == "final_loss" and row.get("note")
+    }
+    made = table([*headings, "optimizer step, ms"], lines)
+    return made + ("\n\nNot finished:\n\n" + "\n".join(notes) if notes else "")
+
+
+STATE = ("state_bytes", "state_bytes_measured")
+STEP = ("optimizer_step", "step_time", "optimizer_time")
+
+
+def with_spread(losses: Sequence[float]) -> str:
+    """Write mean and standard deviation over seeds."""
+    if not losses:
+        return "-"
+    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
+
+
+# Sweeps.
+
+
+def _loss(row: Row) -> float | None:
+    return row.get("heldout_loss", row.get("median"))
+
+
+def _optimizers(run: Run) -> dict[str, list[Row]]:
+    names = dict.fromkeys(row["optimizer"] for row in run.rows if row.get("optimizer"))
+    return {name: [row for row in run.rows if row.get("optimizer") == name] for name in names}
+
+
+def _first_seed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
+
+
+def _sweep_title(run: Run) -> str:
+    row = run.rows[0]
+    words = [model_name(row.get("model")), f"{row.get('steps')} steps"]
+    if row.get("warmup") is not None:
+        words.append(f"warm-up {round(row['warmup'] * (row.get('steps') or 0))} steps")
+    if row.get("grad_clip") is not None:
+        words.append(f"gradients clipped to norm {row['grad_clip']:g}" if row["grad_clip"] else "no clipping")
+    return ", ".join(words)
+
+
+def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
+    """Return the best run among those of the first seed, and the losses of its setting over seeds."""
+    tried = [row for row in _first_seed(rows) if _loss(row) is not None]
+    if not tried:
+        return None
+    chosen = min(tried, key=lambda row: _loss(row) or 0.0)
+    own = [row for row in rows if (row["lr"], row["scale"]) == (chosen["lr"], chosen["scale"])]
+    return chosen, [loss for row in own if (loss := _loss(row)) is not None]
+
+
+def regimes(runs: Sequence[Run]) -> str:
+    """Return a table of all sweeps: the best of each optimizer, mean and standard deviation over seeds."""
+    lines = []
+    for run in of(runs, "sweep"):
+        for optimizer, rows in _optimizers(run).items():
+            settings = str(len({(row["lr"], row["scale"]) for row in _first_seed(rows)}))
+            head = [_sweep_title(run), optimizer_name(optimizer), settings]
+            if (found := best(rows)) is None:
+                lines.append([*head, "-", "-", "all diverged", "-"])
+            else:
+                chosen, losses = found
+                lines.append(
+                    [*head, f"{chosen['lr']:g}", f"{chosen['scale']:g}", with_spread(losses), str(len(losses))]
+                )
+    return table(
+        ["sweep", "optimizer", "settings", "best lr", "best scale", "held-out loss", "seeds"], lines, left=2
+    )
+
+
+def scales_table(run: Run) -> str:
+    """Return for each optimizer and scale the lowest loss over learning rates, and the rate that reached it."""
+    scales = sorted({row["scale"] for row in run.rows})
+    lines = []
+    for optimizer, rows in _optimizers(run).items():
+        cells = []
+        for scale in scales:
+            tried = [row for row in _first_seed(rows) if row["scale"] == scale]
+            reached = [row for row in tried if _loss(row) is not None]
+            lowest = min(reached, key=lambda row: _loss(row) or 0.0, default=None)
+            diverged = "diverged" if tried else "-"
+            cells.append(f"{_loss(lowest):.3f} (lr {lowest['lr']:g})" if lowest else diverged)
+        lines.append([optimizer_name(optimizer), *cells])
+    return table(["optimizer", *(f"scale {cell(scale)}" for scale in scales)], lines)
+
+
+def sweep_panels(run: Run) -> list[dict[str, Any]]:
+    """Return the data of a sweep's plot; runs that diverged have no point."""
+    panels = []
+    for optimizer, rows in _optimizers(run).items():
+        lines = []
+        for scale in sorted({row["scale"] for row in rows}):
+            points = sorted(
+                (row["lr"], loss) for row in _first_seed(rows) if row["scale"] == scale and (loss := _loss(row))
+            )
+            if points:
+                lines.append({"scale": scale, "lr": [lr for lr, _ in points], "loss": [loss for _, loss in points]})
+        if lines:
+            panels.append({"title": optimizer_name(optimizer), "lines": lines})
+    return panels

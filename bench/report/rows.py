@@ -1,0 +1,101 @@
+"""What a folder of raw results holds, in the order in which the pages show it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import records
+
+Row = dict[str, Any]
+
+MEASURED = ("metric", "unit", "median", "p20", "p80", "samples", "note")
+ORIGIN = ("commit", "date", "command", "device", "driver", "threads", "python", "torch", "triton")
+
+
+class Run(NamedTuple):
+    """The rows of one file that come from one device."""
+
+    file: str
+    benchmark: str
+    device: str
+    rows: list[Row]
+
+    @property
+    def date(self) -> str:
+        """When its last row was measured; empty where no row says."""
+        return max(row.get("date") or "" for row in self.rows)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the device is no CPU: `bench.measure.facts` names a driver for every other one."""
+        return any(row.get("driver") not in (None, "none") for row in self.rows)
+
+
+class Case(NamedTuple):
+    """What was timed, by the benchmark's own columns, and what was found: rows by metric."""
+
+    what: dict[str, Any]
+    metrics: dict[str, Row]
+    note: str
+
+    def median(self, metric: str) -> float | None:
+        """The median of a metric, or None where it was not measured."""
+        row = self.metrics.get(metric)
+        return None if row is None else row["median"]
+
+
+def load(folder: Path) -> list[Run]:
+    """Return every run in a folder, newest first.
+
+    Raises:
+        ValueError: a file is no record, or of a format that this version does not know; the message names it.
+    """
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        benchmark, rows = records.read(path)
+        split: dict[str, list[Row]] = {}
+        for row in rows:
+            split.setdefault(str(row.get("device")), []).append(row)
+        runs += [Run(path.name, benchmark, device, own) for device, own in split.items()]
+    return sorted(runs, key=lambda run: (run.date, run.file), reverse=True)
+
+
+def of(runs: Iterable[Run], benchmark: str) -> list[Run]:
+    """Return the runs of one benchmark."""
+    return [run for run in runs if run.benchmark == benchmark]
+
+
+def by_device(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Sort runs by device, GPUs first; within a device the order stays."""
+    devices = dict.fromkeys(run.device for run in sorted(runs, key=lambda run: not run.cuda))
+    return {device: [run for run in runs if run.device == device] for device in devices}
+
+
+def cases(rows: Iterable[Row]) -> list[Case]:
+    """Bring the rows of each thing that was timed together; of two rows for one metric the later one counts."""
+    found: dict[str, Case] = {}
+    for row in rows:
+        what = {k: v for k, v in row.items() if k not in MEASURED and k not in ORIGIN and not isinstance(v, float)}
+        case = found.setdefault(repr(what), Case(what, {}, row.get("note") or ""))
+        if row.get("median") is not None:
+            case.metrics[row["metric"]] = row
+    return list(found.values())
+
+
+def telling_columns(found: Sequence[Case], always: Sequence[str], never: Sequence[str] = ()) -> list[str]:
+    """Return the columns to show: those in `always`, and what else it takes to tell the cases apart.
+
+    A benchmark may thus grow a column without two of its cases becoming one.
+    """
+    shown = list(always)
+    others = dict.fromkeys(key for case in found for key in case.what if key not in (*always, *never))
+    for key in others:
+        if _distinct(found, [*shown, key]) > _distinct(found, shown):
+            shown.append(key)
+    return shown
+
+
+def _distinct(found: Sequence[Case], columns: Sequence[str]) -> int:
+    return len({repr([case.what.get(column) for column in columns]) for case in found})

@@ -1,0 +1,417 @@
+"""The report: its pages say what the rows say, stale ones are found, and what cannot be read is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import records
+from bench.report import blocks, markdown, performance, plots, quality, rows
+from bench.report.__main__ import main
+
+Row = dict[str, Any]
+
+CPU = {
+    "commit": "0123456789abcdef",
+    "date": "2026-01-02T03:04:05+00:00",
+    "command": "python -m bench.made_up",
+    "device": "Abacus 3000",
+    "driver": "none",
+    "threads": 2,
+    "python": "3.11.7",
+    "torch": "2.13.0+cpu",
+    "triton": "3.7.1",
+}
+GPU = CPU | {"device": "NVIDIA H100 80GB HBM3", "driver": "570.1", "date": "2026-02-03T04:05:06+00:00"}
+
+
+def measured(metric: str, unit: str, median: float | None, samples: int = 1, note: str = "") -> Row:
+    low, high = (None, None) if median is None else (0.9 * median, 1.1 * median)
+    return {
+        "metric": metric,
+        "unit": unit,
+        "median": median,
+        "p20": low,
+        "p80": high,
+        "samples": samples,
+        "note": note,
+    }
+
+
+def optimizer_rows(about: Row, models: tuple[str, ...] = ("llama_60m", "llama_1b", "llama_7b")) -> list[Row]:
+    """Times as a run of many peers would record them, clipped and not, with one that is not installed."""
+    found: list[Row] = []
+    contenders = [(f"GWTAdamW level {level}", "bfloat16", 2.0 + 16 / 2**level) for level in range(4)]
+    contenders += [(f"GWTAdamW level {level}, limiter", "bfloat16", 2.5 + 16 / 2**level) for level in range(1, 4)]
+    contenders += [("AdamW(fused=True)", "bfloat16", 7.0), ("AdamW(fused=True)", "float32", 14.0)]
+    contenders += [(name, "bfloat16", 9.0) for name in ("bitsandbytes 8-bit", "torchao 4-bit", "optimi", "GaLore")]
+    contenders += [("ptwt level 2, limiter", "bfloat16", 300.0)]
+    for i, model in enumerate(models):
+        for name, weights, cost in contenders:
+            for clipped in (False, True):
+                what = {"model": model, "optimizer": name, "weights": weights, "level": 2, "limiter": True}
+                what |= {"clipped": clipped, "parameters": 1000 * 10**i}
+                step = cost * 10.0**i / 1e3 * (1.2 if clipped else 1.0)
+                values = [
+                    measured("step_time", "s", step, 50),
+                    measured("wall_time", "s", 1.1 * step, 50),
+                    measured("host_time", "s", 1e-4, 50),
+                    measured("roofline_time", "s", 0.8 * step),
+                    measured("copy_bandwidth_fraction", "1", 0.8, 50),
+                    measured("launches", "1", 3.0),
+                    measured("state_bytes", "B", cost * 1000 * 10**i),
+                    measured("peak_extra_bytes", "B", 2.0**19),
+                ]
+                found += [what | value | about for value in values]
+        missing = {"model": model, "optimizer": "APOLLO", "weights": "bfloat16", "level": None, "limiter": False}
+        found.append(missing | measured("step_time", "s", None, 0, "apollo_torch is not installed") | about)
+    aim = {"model": models[-1], "optimizer": None, "weights": None}
+    found.append(aim | measured("ratio", "1", 1.75, note="llama_7b: 1.75 (aim: at least 1.7, met)") | about)
+    return [*found, aim | measured("copy_bandwidth", "B/s", 3.0e12, 20) | about]
+
+
+def kernel_rows(about: Row) -> list[Row]:
+    found = []
+    for kernel in ("step", "step_limiter", "haar_dwt", "haar_idwt"):
+        for shape in ("512x512", "2048x2048", "2048x5461", "8192x28672", "64x1408x2048"):
+            for level in range(7):
+                for weights in ("bfloat16", "float32"):
+                    moments = "float32" if kernel.startswith("step") else None
+                    width = "odd" if shape == "2048x5461" and level else "flat"
+                    what = {"kernel": kernel, "shape": shape, "level": level, "width": width, "source": "llama"}
+                    what |= {"weights": weights, "moments": moments}
+                    share = 0.95 - 0.05 * level - (0.2 if width == "odd" else 0) - 10 / len(shape) ** 2
+                    found.append(what | measured("time", "s", 1e-4 * (level + 1), 40) | about)
+                    found.append(what | measured("copy_bandwidth_fraction", "1", share, 40) | about)
+    refused = {"kernel": "step", "shape": "65536x32768", "level": 2, "weights": "bfloat16", "moments": "float32"}
+    return [*found, refused | measured("time", "s", None, 0, "does not fit: needs 20 GiB") | about]
+
+
+def quality_rows(about: Row) -> list[Row]:
+    found = []
+    for optimizer, end in (("adamw", 1.50), ("gwt1", 1.48), ("gwt2", 1.46), ("gwt3", 1.53), ("galore", 1.6)):
+        for seed in range(3):
+            what = {"preset": "cpu", "model": "llama_cpu", "optimizer": optimizer, "steps": 400, "seed": seed}
+            what |= {"lr": 0.03, "scale": 0.1, "parameters": 860_000}
+            for step in range(40, 401, 40):
+                loss = end + 0.01 * seed + 40 / step
+                progress = {"step": step, "tokens": 1024 * step, "seconds": 0.1 * step}
+                found.append(what | progress | measured("heldout_loss", "nats", loss) | about)
+            found.append(
+                what | measured("state_bytes", "B", 5_000_000 if optimizer == "adamw" else 1_500_000) | about
+            )
+            found.append(what | measured("optimizer_step", "ms", 3.3, 400) | about)
+        failed = what | {"optimizer": "apollo", "step": None, "tokens": None, "seconds": None}
+        found.append(failed | measured("final_loss", "nats", None, 0, "package missing: apollo_torch") | about)
+    return found
+
+
+def sweep_rows(about: Row) -> list[Row]:
+    found = []
+    for optimizer in ("adamw", "gwt1", "gwt2", "gwt3", "galore"):
+        for lr in (0.01, 0.03, 0.1):
+            for scale in (0.05, 0.1, 0.25):
+                for seed in range(3) if (lr, scale) == (0.03, 0.1) else (0,):
+                    loss = 1.5 + (lr - 0.03) ** 2 * 200 + (scale - 0.1) ** 2 * 10 + 0.01 * seed
+                    what = {"model": "llama_cpu", "optimizer": optimizer, "lr": lr, "scale": scale, "seed": seed}
+                    what |= {"steps": 400, "warmup": 0.3, "grad_clip": 0.0}
+                    found.append(what | {"heldout_loss": None if lr * scale > 0.02 else loss} | about)
+    return found
+
+
+def host_rows(about: Row) -> list[Row]:
+    names = ("GWTAdamW, no limiter, same gradients", "GWTAdamW, limiter, re-allocated")
+    return [{"scenario": s, "tensors": 300} | measured("host_time", "s", 2.5e-4, 200) | about for s in names]
+
+
+def codegen_rows(about: Row) -> list[Row]:
+    wide = {"loads": {"p": {"128": 2}, "layout": {"64": 3}}, "stores": {"p": {"64": 1, "128": 2}}}
+    what = {"kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "path": "flat", "limited": False, **wide}
+    what |= {"tensor_loads": {"p": 1}, "tensor_stores": {"p": 1}, "registers": 77, "spills": 0, "stack": 0}
+    return [
+        what | {"target": target, "level": level, "resident_warps": 24} | about
+        for target in ("sm_90", "gfx942")
+        for level in range(3)
+    ]
+
+
+MAKERS = {
+    "optimizers": optimizer_rows,
+    "kernels": kernel_rows,
+    "quality": quality_rows,
+    "sweep": sweep_rows,
+    "host": host_rows,
+    "codegen": codegen_rows,
+}
+
+README = """# Made up
+
+<!-- performance -->
+<!-- /performance -->
+
+Words between the blocks.
+
+<!-- quality -->
+old
+<!-- /quality -->
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_memory_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table from shapes takes seconds, and is tested where it is made."""
+    monkeypatch.setitem(blocks.BLOCKS, "memory", lambda runs, root: "| memory |")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A checkout without results."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs" / "traps.md").write_text(
+        "<!-- regimes -->\n<!-- /regimes -->\n\n<!-- quality -->\n<!-- /quality -->"
+    )
+    return tmp_path
+
+
+def record(place: Path, benchmark: str, about: Row, name: str = "") -> Path:
+    path = place / "results" / f"{benchmark}_{name or markdown.slug(about['device'])}.json"
+    records.append(path, benchmark, MAKERS[benchmark](about))
+    return path
+
+
+def report(place: Path, *arguments: str) -> int:
+    return main([*arguments, "--results", str(place / "results"), "--root", str(place)])
+
+
+def page(place: Path, name: str) -> str:
+    return (place / "docs" / name).read_text()
+
+
+def images(place: Path) -> set[str]:
+    return {path.stem for path in (place / "docs" / "images").glob("*.svg")}
+
+
+def test_everything_is_shown(place: Path) -> None:
+    for benchmark in MAKERS:
+        record(place, benchmark, CPU)
+        if benchmark in ("optimizers", "kernels"):
+            record(place, benchmark, GPU)
+    assert report(place) == 0
+    speed, models = page(place, "performance.md"), page(place, "quality.md")
+    assert "No GPU was at hand" not in speed
+    assert speed.index("### NVIDIA H100") < speed.index("### Abacus 3000")
+    assert "| AdamW(fused=True) | fp32 | no | 14.0 (12.6–15.4) |" in speed
+    assert "| AdamW(fused=True) | fp32 | yes | 16.8 (15.1–18.5) |" in speed
+    assert "APOLLO, bf16, -: apollo_torch is not installed" in speed
+    assert "1.75 (aim: at least 1.7, met)" in speed
+    assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
+    assert "| 2048x5461 | bf16 | fp32 |" in speed
+    assert "- 1 cases: does not fit: needs 20 GiB" in speed
+    assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
+    assert "| step | flat | 2 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
+    assert "24 of 32" in speed  # a compute unit's own limit
+    assert (
+        "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 | -0.040 | 1,500,000 | 30 % | 3.30 (2.97–3.63) |" in models
+    )
+    assert "- APOLLO: package missing: apollo_torch" in models
+    assert re.search(r"\| AdamW \| 9 \| 0\.03 \| 0\.1 \| 1\.510 ± 0\.010 \| 3 \|", models)
+    drawn = {"steps_abacus-3000", "steps_nvidia-h100-80gb-hbm3", "state_abacus-3000", "state_nvidia-h100-80gb-hbm3"}
+    drawn |= {"roofline_abacus-3000", "roofline_nvidia-h100-80gb-hbm3", "losses_cpu", "sweep-abacus-3000"}
+    assert images(place) == drawn
+    for name in re.findall(r"\]\(images/(.*?)\.svg\)", speed + models):
+        assert name in drawn
+
+
+def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
+    record(place, "quality", CPU)
+    record(place, "optimizers", GPU)
+    assert report(place) == 0
+    readme = (place / "README.md").read_text()
+    assert readme.startswith("# Made up\n\n<!-- performance -->\nNewest run on NVIDIA H100 80GB HBM3, LLaMA-7B:\n")
+    assert "\n\nWords between the blocks.\n\n" in readme
+    assert "old" not in readme
+    assert "](docs/images/losses_cpu.svg)" in readme
+    assert "](images/losses_cpu.svg)" in page(place, "traps.md")
+    assert "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 |" in readme
+    assert "0.86M parameters" in readme
+    assert "| yes |" not in readme  # clipped steps are for the page
+
+
+def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(place) == 0
+    speed, models = page(place, "performance.md"), page(place, "quality.md")
+    assert "No GPU was at hand" in speed
+    assert "make bench-gpu" in speed
+    assert speed.count("Nothing is recorded yet") == 4
+    assert models.count("Nothing is recorded yet") == 2
+    assert images(place) == set()
+    assert report(place, "--check") == 0
+
+
+def test_results_of_a_cpu_alone_are_not_taken_for_a_gpu_s(place: Path) -> None:
+    record(place, "optimizers", CPU)
+    record(place, "host", GPU)  # host time is no time of the device
+    report(place)
+    assert "No GPU was at hand" in page(place, "performance.md")
+    assert "No time on a GPU is known yet" in (place / "README.md").read_text()
+
+
+def tamper_row(place: Path) -> None:
+    path = place / "results" / "optimizers_abacus-3000.json"
+    content = json.loads(path.read_text())
+    row = next(r for r in content["rows"] if r["metric"] == "step_time" and not r["clipped"])
+    row["median"] *= 3
+    path.write_text(json.dumps(content))
+
+
+def tamper_page(place: Path) -> None:
+    path = place / "docs" / "quality.md"
+    path.write_text(path.read_text().replace("1.570 ± 0.010", "1.470 ± 0.010"))
+
+
+def tamper_block(place: Path) -> None:
+    path = place / "README.md"
+    path.write_text(path.read_text().replace("1.570 ± 0.010", "1.470 ± 0.010"))
+
+
+def tamper_picture(place: Path) -> None:
+    path = place / "docs" / "images" / "losses_cpu.svg"
+    path.write_text(re.sub("drawn from .{8}", "drawn from 00000000", path.read_text()))
+
+
+TAMPERED = {
+    "steps_abacus-3000.svg: drawn from other rows": tamper_row,
+    r"quality.md:\d+: not what the results say": tamper_page,
+    r"README.md:\d+: not what the results say": tamper_block,
+    "losses_cpu.svg: drawn from other rows": tamper_picture,
+    "losses_cpu.svg: missing": lambda place: (place / "docs" / "images" / "losses_cpu.svg").unlink(),
+    "performance.md: missing": lambda place: (place / "docs" / "performance.md").unlink(),
+    "losses_cpu.svg: shown nowhere": lambda place: (place / "results" / "quality_abacus-3000.json").unlink(),
+    r"performance.md:\d+: not what": lambda place: record(place, "optimizers", GPU),
+}
+
+
+@pytest.mark.parametrize("message", TAMPERED)
+def test_check_finds_what_is_stale(place: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record(place, "quality", CPU)
+    record(place, "optimizers", CPU)
+    assert report(place, "--check") == 1  # nothing is written yet
+    assert report(place) == 0
+    assert report(place, "--check") == 0
+    before = {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()}
+    assert report(place) == 0
+    assert {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()} == before
+    capsys.readouterr()
+    TAMPERED[message](place)
+    assert report(place, "--check") == 1
+    errors = capsys.readouterr().err
+    assert re.search(message, errors)
+    assert "run `python -m bench.report`" in errors
+    assert report(place) == 0
+    assert report(place, "--check") == 0
+
+
+def test_the_same_rows_make_the_same_picture(tmp_path: Path) -> None:
+    plot = plots.Plot(
+        "a", "steps", performance.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))])
+    )
+    for name in ("one.svg", "two.svg"):
+        plots.draw(plot, tmp_path / name)
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.svg", "two.svg"))
+    assert one == two
+    assert plots.digest_in(tmp_path / "one.svg") == plot.digest
+    assert plot._replace(data=plot.data[:1]).digest != plot.digest
+
+
+def test_a_picture_of_someone_else_is_left_alone(place: Path) -> None:
+    other = place / "docs" / "images" / "logo.svg"
+    other.parent.mkdir()
+    other.write_text("<svg/>")
+    report(place)
+    assert other.exists()
+    assert report(place, "--check") == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)])
+def test_unknown_format_is_refused_by_name(
+    place: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "results" / "odd.json").write_text(
+        '{"format": "gwt_kernels results 99", "benchmark": "x", "rows": []}'
+    )
+    assert report(place, *arguments) == 1
+    errors = capsys.readouterr().err
+    assert "odd.json" in errors
+    assert "gwt_kernels results 99" in errors
+    assert not (place / "docs" / "performance.md").exists()
+
+
+def test_unknown_block_is_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "docs" / "traps.md").write_text("<!-- mistyped -->\n<!-- /mistyped -->\n")
+    assert report(place) == 1
+    assert "mistyped" in capsys.readouterr().err
+
+
+def test_newest_run_comes_first_and_older_ones_fold(place: Path) -> None:
+    record(place, "optimizers", GPU, "a")
+    record(place, "optimizers", GPU | {"date": "2026-03-04T05:06:07+00:00"}, "b")
+    report(place)
+    speed = page(place, "performance.md")
+    assert speed.index("optimizers_b.json") < speed.index("<details") < speed.index("optimizers_a.json")
+
+
+def test_panels_are_each_of_one_run() -> None:
+    """A model that the newest run left out is shown from the run before."""
+    old = rows.Run("old", "optimizers", "d", optimizer_rows(GPU))
+    new = rows.Run("new", "optimizers", "d", optimizer_rows(GPU, ("llama_1b",)))
+    for row in new.rows:
+        if row["metric"] == "step_time" and row["median"]:
+            row["median"] *= 2
+    panels = {panel["title"]: panel["entries"] for panel in performance.step_panels([new, old])}
+    assert list(panels) == ["LLaMA-60M", "LLaMA-1B", "LLaMA-7B"]
+    assert panels["LLaMA-60M"][0]["median"] == pytest.approx(0.018)
+    assert panels["LLaMA-1B"][0]["median"] == pytest.approx(2 * 0.018)  # its rows come first in both runs
+    assert not any("clipped" in entry["label"] for entries in panels.values() for entry in entries)
+
+
+def test_unfinished_runs_count_in_no_final_loss() -> None:
+    found = quality_rows(CPU)
+    cut = [r for r in found if not (r["optimizer"] == "gwt2" and r["seed"] == 2 and r.get("step", 0) > 200)]
+    (comparison,) = quality.comparisons([rows.Run("f", "quality", "d", cut)])
+    losses = {setting.optimizer: values for setting, values in quality.final_losses(comparison).items()}
+    assert losses["gwt2"] == pytest.approx([1.56, 1.57])
+    assert len(losses["adamw"]) == 3
+    assert "| 2, 1 not finished |" in quality.final_table(comparison)
+    curve = next(series for series in quality.curves(comparison) if series["label"] == "GWT level 2")
+    assert curve["tokens"] == [1024 * step for step in range(40, 201, 40)]  # as far as all seeds went
+
+
+def test_a_repeated_run_replaces_the_older_one() -> None:
+    old, new = (rows.Run(name, "quality", "d", quality_rows(CPU)) for name in ("old", "new"))
+    for row in new.rows:
+        if row["metric"] == "heldout_loss":
+            row["median"] += 1
+    (comparison,) = quality.comparisons([new, old])
+    losses = next(iter(quality.final_losses(comparison).values()))
+    assert losses == pytest.approx([2.6, 2.61, 2.62])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1,230"), (99.96, "100"), (12.345, "12.3"), (0.012345, "0.0123"), (0, "0"), (None, "-"), (1, "1.00")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert markdown.number(value) == text
+
+
+def test_a_new_column_keeps_cases_apart() -> None:
+    what = {"optimizer": "a", "weights": "float32", "level": 2}
+    found = rows.cases([what | {"graph": on} | measured("step_time", "s", 1.0 + on) for on in (False, True)])
+    assert len(found) == 2
+    assert rows.telling_columns(found, ["optimizer"]) == ["optimizer", "graph"]
