@@ -126,6 +126,8 @@ def _notes(plan: Plan) -> list[str]:
             f"Too narrow for level {plan.chosen.level}, so at level 0: {', '.join(names)} "
             f"({len(plan.too_narrow)} tensors)."
         )
+    if plan.chosen.level and not any(entry.level for entry in plan.entries):
+        notes.append("Nothing is transformed, so every level is AdamW: name the matrices with --include.")
     return notes
 
 

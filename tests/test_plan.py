@@ -256,7 +256,15 @@ def test_tensors_too_narrow_are_named() -> None:
     planned = plan(Small(), level=3)
     assert planned.too_narrow == ("mlp.1.weight",)
     assert "Too narrow for level 3, so at level 0: mlp.*.weight (1 tensors)" in str(planned)
+    assert "Nothing is transformed" not in str(planned)
     assert plan(Small(), level=2).too_narrow == plan(Small(), level=0).too_narrow == ()
+
+
+def test_model_without_anything_to_transform_says_so() -> None:
+    planned = plan(nn.Linear(8, 4))
+    assert "Nothing is transformed" in str(planned)
+    assert len({cost.moved_bytes for cost in planned.options if cost.moments == "float32"}) == 1
+    assert "Nothing is transformed" not in str(plan(nn.Linear(8, 4), level=0))
 
 
 @pytest.mark.parametrize(
