@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 110
+WIDTH = 120
 
 
 def check_same_batches(results: list[dict[str, Any]]) -> None:

@@ -89,9 +89,14 @@ def predicted_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
 
 
 def _pack(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """The projector objects as plain dictionaries, which a checkpoint may hold."""
+    """The projector objects as dictionaries of what changes in them, which a checkpoint may hold."""
+
+    def plain(value: Any) -> Any:
+        # `load_state_dict` takes a string in a dictionary to pieces; those of a projector are in the group too.
+        return {key: item for key, item in vars(value).items() if not isinstance(item, str)}
+
     state = {
-        index: {key: dict(vars(value)) if key == "projector" else value for key, value in entries.items()}
+        index: {key: plain(value) if key == "projector" else value for key, value in entries.items()}
         for index, entries in saved["state"].items()
     }
     return {**saved, "state": state}
@@ -99,13 +104,13 @@ def _pack(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 def _unpack(optimizer: Optimizer) -> None:
     """The projector objects again."""
-    package = type(optimizer).__module__.partition(".")[0]
-    kind = {
-        "galore_torch": ("galore_torch.galore_projector", "GaLoreProjector"),
-        "apollo_torch": ("apollo_torch.random_projector", "GradientProjector"),
-    }[package]
-    for state in optimizer.state.values():
-        if isinstance(state.get("projector"), dict):
-            projector = getattr(importlib.import_module(kind[0]), kind[1])(rank=0)
-            vars(projector).update(state["projector"])
-            state["projector"] = projector
+    if type(optimizer).__module__.startswith("galore_torch."):
+        kind = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
+    else:
+        kind = importlib.import_module("apollo_torch.random_projector").GradientProjector
+    for group in optimizer.param_groups:
+        for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+            if isinstance(state.get("projector"), dict):
+                projector = kind(rank=group["rank"], proj_type=group["proj_type"])
+                vars(projector).update(state["projector"])
+                state["projector"] = projector
