@@ -53,12 +53,12 @@ def measure(
     missing = Result(case, source)
     if why := obstacle(case, device, backend):
         return missing._replace(note=why)
-    sets = set_count(case, cache_bytes(device))
-    needed, available = bytes_needed(case, sets), available_bytes(device)
-    if needed > available:
-        note = f"does not fit: needs about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB free"
-        return missing._replace(note=note)
+    free = "an unknown part of it free"
     try:
+        sets, available = set_count(case, cache_bytes(device)), available_bytes(device)
+        needed, free = bytes_needed(case, sets), f"{available / 2**30:.1f} GiB free"
+        if needed > available:
+            return missing._replace(note=f"does not fit: needs about {needed / 2**30:.1f} GiB, {free}")
         first = Buffers(case, device, backend)
         buffers = [first, *(first.clone() for _ in range(sets - 1))]
         error = check(first, buffers[1])
@@ -67,7 +67,7 @@ def measure(
             return missing._replace(error=error, note=note, failed=True)
         return Result(case, source, Spread.of(times(buffers, device, repetitions)), error, sets)
     except torch.OutOfMemoryError:
-        return missing._replace(note=f"does not fit: out of memory with {available / 2**30:.1f} GiB free")
+        return missing._replace(note=f"does not fit: out of memory with {free}")
     except Exception as wrong:  # whatever a compiler or a driver throws, the cases that follow may still run
         reason = " ".join(str(wrong).split())[:300]
         return missing._replace(note=f"failed: {type(wrong).__name__}: {reason}", failed=True)
