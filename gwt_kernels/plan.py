@@ -154,7 +154,9 @@ def plan(
     Args:
         model: A preset's name (``"llama_1b"``), the path of a Hugging Face ``config.json`` or of its folder, or a
             module on any device.
-        level, include, exclude: As for `gwt_param_groups`.
+        level: As for `gwt_param_groups`.
+        include: As for `gwt_param_groups`.
+        exclude: As for `gwt_param_groups`.
         state_dtype: dtype of the moments; None for `GWTAdamW`'s default. A dtype that the optimizer does not take
             is computed all the same, and marked as not offered.
         norm_growth_limit: As for `GWTAdamW`; None for no limiter.

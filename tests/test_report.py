@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import records
-from bench.report import blocks, markdown, performance, plots, quality, rows
+from bench.report import markdown, performance, plots, quality, rows
 from bench.report.__main__ import main
 
 Row = dict[str, Any]
@@ -161,12 +161,6 @@ old
 """
 
 
-@pytest.fixture(autouse=True)
-def no_memory_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table from shapes takes seconds, and is tested where it is made."""
-    monkeypatch.setitem(blocks.BLOCKS, "memory", lambda runs, root: "| memory |")
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A checkout without results."""
@@ -222,7 +216,7 @@ def test_everything_is_shown(place: Path) -> None:
     assert "- APOLLO: package missing: apollo_torch" in models
     assert re.search(r"\| AdamW \| 9 \| 0\.03 \| 0\.1 \| 1\.510 ± 0\.010 \| 3 \|", models)
     drawn = {"steps_abacus-3000", "steps_nvidia-h100-80gb-hbm3", "state_abacus-3000", "state_nvidia-h100-80gb-hbm3"}
-    drawn |= {"roofline_abacus-3000", "roofline_nvidia-h100-80gb-hbm3", "losses_cpu", "sweep-abacus-3000"}
+    drawn |= {"state", "roofline_abacus-3000", "roofline_nvidia-h100-80gb-hbm3", "losses_cpu", "sweep-abacus-3000"}
     assert images(place) == drawn
     for name in re.findall(r"\]\(images/(.*?)\.svg\)", speed + models):
         assert name in drawn
@@ -250,7 +244,7 @@ def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFi
     assert "make bench-gpu" in speed
     assert speed.count("Nothing is recorded yet") == 4
     assert models.count("Nothing is recorded yet") == 2
-    assert images(place) == set()
+    assert images(place) == {"state"}
     assert report(place, "--check") == 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import records
-from bench.report import blocks, performance, plots, quality, rows
+from bench.report import blocks, performance, plots, quality, rows, state
 
 ROOT = Path(__file__).parents[2]
 MEND = "run `python -m bench.report` and commit what it writes"
@@ -26,7 +26,7 @@ def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
     """
     runs = rows.load(results)
     pages = {page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root)}
-    drawn = []
+    drawn = [state.plot()]
     for name, part in (("performance.md", performance), ("quality.md", quality)):
         text, own = part.page(runs)
         pages[root / "docs" / name] = f"<!-- Written by python -m bench.report; edit nothing here. -->\n\n{text}"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.memory import memory_table
+from bench.memory import level_table, memory_table
 from bench.report import performance, quality
 from bench.report.markdown import figure, model_name, slug
 from bench.report.rows import Run, by_device, of
@@ -79,6 +79,7 @@ def _parts_of(run: Run) -> str:
 
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "memory": lambda runs, root: memory_table(),
+    "levels": lambda runs, root: level_table(),
     "quality": _quality,
     "performance": _performance,
     "regimes": lambda runs, root: quality.regimes(runs),

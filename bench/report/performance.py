@@ -125,6 +125,8 @@ def steps_table(found: Sequence[Case]) -> str:
     lines = [[*_head(case, keys), *(write(case) for write in columns.values())] for case in timed]
     notes = [f"- {', '.join(_head(case, keys))}: {cell(case.note)}" for case in found if not case.metrics]
     parts = [table([*map(_heading, keys), *columns], lines, left=len(keys))] if timed else []
+    if any((case.median("copy_bandwidth_fraction") or 0) > 1 for case in timed):
+        parts.append("Above 100 %: faster than the copy that was measured, as caches allow.")
     return "\n\n".join(parts + (["Not timed:\n\n" + "\n".join(notes)] if notes else []))
 
 
@@ -158,7 +160,8 @@ def _optimizers(device: str, runs: Sequence[Run], parts: list[str], plots: list[
         plots.append(Plot(name, "steps", panels))
         parts += [figure(f"Time of a step by optimizer and model on {device}", name)]
     if states := state_models(runs):
-        plots.append(Plot(f"state_{slug(device)}", "states", states))
+        what = "bytes of optimizer state per parameter, measured"
+        plots.append(Plot(f"state_{slug(device)}", "states", {"what": what, "models": states}))
         parts += [figure(f"Bytes of optimizer state per parameter, measured on {device}", f"state_{slug(device)}")]
     _newest_open(runs, _optimizer_run, parts)
 

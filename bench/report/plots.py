@@ -93,18 +93,19 @@ def _steps(data: Any) -> Figure:
 
 
 def _states(data: Any) -> Figure:
-    """Bytes of state per parameter by optimizer, a mark a model; `data`: models of title and entries."""
-    labels = list(dict.fromkeys(label for model in data for label in model["entries"]))
+    """Bytes of state by optimizer, a mark a model; `data`: what is shown, and models of title and entries."""
+    models = data["models"]
+    labels = list(dict.fromkeys(label for model in models for label in model["entries"]))
     figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(labels)), layout="constrained")
     axes = figure.subplots()
-    for i, model in enumerate(data):
+    for i, model in enumerate(models):
         places = [labels.index(label) for label in model["entries"]]
         style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
         axes.plot(list(model["entries"].values()), places, linestyle="none", label=model["title"], **style)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    axes.set_xlabel("bytes of optimizer state per parameter, measured")
+    axes.set_xlabel(data["what"])
     figure.legend(loc="outside lower center", ncols=5)
     return figure
 

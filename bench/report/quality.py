@@ -110,7 +110,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 SWEEPS = """\
 Every optimizer is tried at as many settings of learning rate and scale as AdamW; the best of each is then repeated
-under further seeds."""
+under further seeds. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
 # Comparisons.
