@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,8 +214,10 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
         seconds = (end - started) * SHARES[part] / sum(SHARES[later] for later in left[i:])
         print(f"{part}: at most {seconds / 60:.1f} minutes", flush=True)
         log_of(part).unlink(missing_ok=True)
-        note = ""
-        for command in commands(part, options, ROOT / "runs" / f"gpu_{sources}", seconds / 60):
+        note, folder = "", ROOT / "runs" / f"gpu_{sources}_{part}"
+        if part in done:  # whoever names a finished part wants it from the beginning, not its checkpoints
+            shutil.rmtree(folder, ignore_errors=True)
+        for command in commands(part, options, folder, seconds / 60):
             remaining = started + seconds - time.monotonic()
             status, late = run([sys.executable, *command], log_of(part), remaining, environment)
             if status or late:

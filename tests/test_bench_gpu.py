@@ -39,11 +39,19 @@ class Driver:
         self.out = folder / "results"
         self.scripts = {part: [FINE] for part in PARTS}
         self.minutes: dict[str, float] = {}
+        self.begun: dict[str, bool] = {}
+        """Whether a part found a checkpoint."""
+        monkeypatch.setattr(gpu, "ROOT", folder)
+        monkeypatch.setattr(gpu, "fingerprint", lambda: "these")
         monkeypatch.setattr(gpu, "commands", self._commands)
         monkeypatch.setattr(gpu, "PEERS", folder / "peers")
 
     def _commands(self, part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
         self.minutes[part] = minutes
+        assert folder.is_relative_to(gpu.ROOT / "runs")
+        self.begun[part] = (folder / "checkpoint").exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoint").touch()
         return [["-c", script] for script in self.scripts[part]]
 
     def __call__(self, *arguments: str) -> int:
@@ -103,6 +111,17 @@ def test_a_finished_part_is_run_again_only_if_named(driver: Driver, capsys: pyte
     assert list(driver.minutes) == []
     assert driver("--parts", "quality", "kernels") == 0
     assert list(driver.minutes) == ["kernels", "quality"]
+
+
+def test_a_part_goes_on_where_it_stopped_until_it_has_finished(driver: Driver) -> None:
+    driver.scripts["quality"] = ["raise SystemExit(3)"]
+    driver("--parts", "quality")
+    assert not driver.begun["quality"]
+    driver.scripts["quality"] = [FINE]
+    driver("--parts", "quality")
+    assert driver.begun["quality"]
+    driver("--parts", "quality")
+    assert not driver.begun["quality"]
 
 
 def test_other_sources_are_not_finished(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
