@@ -62,7 +62,7 @@ def optimizer_rows(about: Row, models: tuple[str, ...] = ("llama_60m", "llama_1b
                     measured("host_time", "s", 1e-4, 50),
                     measured("roofline_time", "s", 0.8 * step),
                     measured("copy_bandwidth_fraction", "1", 0.8, 50),
-                    measured("launches", "1", 3.0),
+                    measured("kernel_launches", "1", 3.0),
                     measured("state_bytes", "B", cost * 1000 * 10**i),
                     measured("peak_extra_bytes", "B", 2.0**19),
                 ]
@@ -70,7 +70,7 @@ def optimizer_rows(about: Row, models: tuple[str, ...] = ("llama_60m", "llama_1b
         missing = {"model": model, "optimizer": "APOLLO", "weights": "bfloat16", "level": None, "limiter": False}
         found.append(missing | measured("step_time", "s", None, 0, "apollo_torch is not installed") | about)
     aim = {"model": models[-1], "optimizer": None, "weights": None}
-    found.append(aim | measured("ratio", "1", 1.75, note="llama_7b: 1.75 (aim: at least 1.7, met)") | about)
+    found.append(aim | measured("aim", "1", 1.75, note="llama_7b: 1.75 (aim: at least 1.7, met)") | about)
     return [*found, aim | measured("copy_bandwidth", "B/s", 3.0e12, 20) | about]
 
 
@@ -128,6 +128,11 @@ def host_rows(about: Row) -> list[Row]:
     return [{"scenario": s, "tensors": 300} | measured("host_time", "s", 2.5e-4, 200) | about for s in names]
 
 
+def gpu_rows(about: Row) -> list[Row]:
+    parts = [("correctness", True, ""), ("kernels", False, "stopped after 120 s")]
+    return [{"part": p, "finished": f} | measured("time", "s", 90.0, note=n) | about for p, f, n in parts]
+
+
 def codegen_rows(about: Row) -> list[Row]:
     wide = {"loads": {"p": {"128": 2}, "layout": {"64": 3}}, "stores": {"p": {"64": 1, "128": 2}}}
     what = {"kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "path": "flat", "limited": False, **wide}
@@ -146,6 +151,7 @@ MAKERS = {
     "sweep": sweep_rows,
     "host": host_rows,
     "codegen": codegen_rows,
+    "gpu": gpu_rows,
 }
 
 README = """# Made up
@@ -200,15 +206,19 @@ def test_everything_is_shown(place: Path) -> None:
     speed, models = page(place, "performance.md"), page(place, "quality.md")
     assert "No GPU was at hand" not in speed
     assert speed.index("### NVIDIA H100") < speed.index("### Abacus 3000")
-    assert "| AdamW(fused=True) | fp32 | no | 14.0 (12.6–15.4) |" in speed
-    assert "| AdamW(fused=True) | fp32 | yes | 16.8 (15.1–18.5) |" in speed
-    assert "APOLLO, bf16, -: apollo_torch is not installed" in speed
+    assert "| optimizer | weights | step, ms | with clipping, ms | wall, ms |" in speed
+    assert (
+        "| AdamW(fused=True) | fp32 | 14.0 (12.6–15.4) | 16.8 (15.1–18.5) | 15.4 (13.9–16.9) | 11.2 | 80 % |"
+        in speed
+    )
+    assert "- APOLLO, bf16: apollo_torch is not installed" in speed
     assert "1.75 (aim: at least 1.7, met)" in speed
     assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
     assert "| step | flat | 2 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
+    assert "| kernels | stopped after 120 s | 90.0 |" in speed
     assert "24 of 32" in speed  # a compute unit's own limit
     assert (
         "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 | -0.040 | 1,500,000 | 30 % | 3.30 (2.97–3.63) |" in models
@@ -234,7 +244,7 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert "](images/losses_cpu.svg)" in page(place, "traps.md")
     assert "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 |" in readme
     assert "0.86M parameters" in readme
-    assert "| yes |" not in readme  # clipped steps are for the page
+    assert "with clipping" not in readme  # for the page
 
 
 def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def section(runs: Sequence[Run]) -> list[str]:
         headings = ["kernel", *(["dtypes"] if dtypes else []), "path", "level", "loads", "stores"]
         headings += ["registers", "spills", "resident warps"]
         lines = [_line(row, target, dtypes) for row in rows]
-        parts.append(details(f"{target}: {len(lines)} kernels", table(headings, lines, left=5 + dtypes)))
+        parts.append(details(f"{target} ({len(lines)} kernels)", table(headings, lines, left=5 + dtypes)))
     weights = sorted({row["weights"] for row in run.rows if row["weights"]})
     moments = sorted({row["moments"] for row in run.rows if row["moments"]})
     parts.append(f"Weights and gradients: {', '.join(weights)}; moments: {', '.join(moments)}.")

@@ -53,6 +53,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         for device, own in by_device(of(runs, benchmark)).items():
             parts.append(f"### {device}" if benchmark == "optimizers" else f"### {title} on {device}")
             write(device, own, parts, plots)
+    parts += _checks(of(runs, "gpu"))
     parts += machine_code_section(of(runs, "codegen"))
     return "\n\n".join(parts) + "\n", plots
 
@@ -93,7 +94,7 @@ COLUMNS: dict[str, Write] = {
     "roofline, ms": lambda case: number(_scaled(case.median("roofline_time"), 1e3)),
     "of copy bandwidth": lambda case: percent(case.median("copy_bandwidth_fraction")),
     "host, ms": _metric("host_time", 1e3),
-    "launches": lambda case: "-" if (n := case.median("launches")) is None else f"{n:g}",
+    "launches": lambda case: "-" if (n := case.median("kernel_launches")) is None else f"{n:g}",
     "state, bytes a parameter": lambda case: number(state_per_parameter(case)),
     "state, MiB": lambda case: number(_scaled(case.median("state_bytes"), 2**-20)),
     "extra, MiB": lambda case: number(_scaled(case.median("peak_extra_bytes"), 2**-20)),
@@ -114,10 +115,18 @@ def state_per_parameter(case: Case) -> float | None:
 
 def steps_table(found: Sequence[Case]) -> str:
     """Return a table of optimizers, a column a metric that any of them has, and the notes of the others."""
+    clipped = {_unclipped(case): case for case in found if case.what.get("clipped")}
+    found = [case for case in found if not case.what.get("clipped")]
     never = ("model", "level", "limiter", "parameters", "layers", "embeddings")
     keys = telling_columns(found, ["optimizer", "weights"], never)
     timed = [case for case in found if case.metrics]
-    columns = {head: write for head, write in COLUMNS.items() if any(write(case) != "-" for case in timed)}
+
+    def with_clipping(case: Case) -> str:
+        other = clipped.get(_unclipped(case))
+        return "-" if other is None else spread(other.metrics.get("step_time"), 1e3)
+
+    known = {"step, ms": COLUMNS["step, ms"], "with clipping, ms": with_clipping} | COLUMNS
+    columns = {head: write for head, write in known.items() if any(write(case) != "-" for case in timed)}
     if timed and not any(_host_differs(case) for case in timed):  # on a CPU both are the time of the call
         columns.pop("host, ms", None)
     if "state, bytes a parameter" in columns:
@@ -128,6 +137,10 @@ def steps_table(found: Sequence[Case]) -> str:
     if any((case.median("copy_bandwidth_fraction") or 0) > 1 for case in timed):
         parts.append("Above 100 %: faster than the copy that was measured, as caches allow.")
     return "\n\n".join(parts + (["Not timed:\n\n" + "\n".join(notes)] if notes else []))
+
+
+def _unclipped(case: Case) -> str:
+    return repr({key: value for key, value in case.what.items() if key != "clipped"})
 
 
 def _host_differs(case: Case) -> bool:
@@ -149,9 +162,9 @@ def steps_by_model(run: Run) -> dict[str, list[Case]]:
     return {model: [case for case in found if case.what["model"] == model] for model in models}
 
 
-def ratios(run: Run) -> list[str]:
-    """Return the ratios that the project set itself, as the run states them."""
-    return [f"- {row['note']}" for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
+def aims(run: Run) -> list[str]:
+    """Return the aims that the project set itself, as the run states them; "ratio" is what older runs say."""
+    return [f"- {row['note']}" for row in run.rows if row.get("metric") in ("aim", "ratio") and row.get("note")]
 
 
 def _optimizers(device: str, runs: Sequence[Run], parts: list[str], plots: list[Plot]) -> None:
@@ -178,8 +191,8 @@ def _optimizer_run(run: Run) -> str:
     copied = next((row for row in run.rows if row.get("metric") == "copy_bandwidth"), None)
     if copied:
         parts.append(f"Copy bandwidth: {spread(copied, 1e-9)} GB/s.")
-    if aims := ratios(run):
-        parts.append("Ratios within this run:\n\n" + "\n".join(aims))
+    if stated := aims(run):
+        parts.append("Aims, within this run:\n\n" + "\n".join(stated))
     return "\n\n".join([*parts, origin(run)])
 
 
@@ -193,7 +206,7 @@ def _label(case: Case, found: Sequence[Case]) -> str:
 
 def _plain(found: Sequence[Case]) -> list[Case]:
     """Leave out what was timed together with clipping."""
-    return [case for case in found if not any(case.what.get(key) for key in ("clipped", "clip", "clipping"))]
+    return [case for case in found if not case.what.get("clipped")]
 
 
 def _newest_of_each_model(runs: Sequence[Run]) -> dict[str, list[Case]]:
@@ -325,7 +338,7 @@ def _kernel_run(run: Run) -> str:
             lines.setdefault(tuple(_head(case, keys)), {}).setdefault(case.what.get("level") or 0, text)
         headings = [*map(_heading, keys), *(f"level {level}" for level in levels)]
         rows = [[*head, *(texts.get(level, "-") for level in levels)] for head, texts in lines.items()]
-        parts.append(details(f"{kernel}: {len(rows)} rows", table(headings, rows, left=len(keys))))
+        parts.append(details(f"{kernel} ({len(rows)} rows)", table(headings, rows, left=len(keys))))
     if parts:
         parts.insert(0, "Share of the copy bandwidth, and microseconds:")
     if untimed:
@@ -357,3 +370,19 @@ def _host_run(run: Run) -> str:
         if row.get("metric") == "host_time"
     ]
     return "\n\n".join([table(["scenario", "tensors", "µs per step"], lines), origin(run)])
+
+
+# What `make bench-gpu` went through.
+
+
+def _checks(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return []
+    parts = ["## Runs of `make bench-gpu`", "Correctness comes first: where a test fails, nothing is timed."]
+    for run in runs:
+        lines = [
+            [cell(row["part"]), "finished" if row["finished"] else cell(row["note"]), number(row["median"])]
+            for row in run.rows
+        ]
+        parts += [f"**{run.device}**", table(["part", "outcome", "seconds"], lines, left=2), origin(run)]
+    return parts

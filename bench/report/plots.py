@@ -153,7 +153,7 @@ def _losses(data: Any) -> Figure:
             axes.plot(x, series["mean"], label=series["label"], **look)
             axes.fill_between(x, series["low"], series["high"], color=colour, alpha=0.15, linewidth=0)
     by_tokens.set_xlabel("million tokens of training")
-    by_time.set_xlabel("seconds of wall time, evaluations included")
+    by_time.set_xlabel("seconds of wall time, evaluations left out")
     by_tokens.set_ylabel("held-out loss, nats per token")
     # The first evaluations lie far above all else; what is to be compared is the end.
     top = max(min(max(series["mean"]) for series in data), ends[-1] + 0.05)
