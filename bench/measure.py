@@ -9,16 +9,17 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-# A CUDA step is queued behind this much idling, so that the device never waits for the host and the events
-# around the step enclose device work alone. About 10 ms: longer than any step takes to launch.
-_LEAD_CYCLES = 20_000_000
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
 
 
 class Spread(NamedTuple):
@@ -35,11 +36,18 @@ class Spread(NamedTuple):
         return cls(float(median), float(p20), float(p80), len(values))
 
 
-def clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def clock(work: Callable[[], object], device: torch.device, *, lead: float = 0.01) -> tuple[float, float]:
     """Run `work` once and return its seconds on the device and on the host.
 
-    On CUDA the first is the time between two events around the work, without launch latency, and the second
-    how long the call kept the host; on a CPU both are the time of the call.
+    On CUDA the first is the time between two events around the work, and the second how long the call kept the
+    host; on a CPU both are the time of the call. The CUDA work is queued behind some idling, so that the device
+    does not wait for the host and the events enclose device work alone; where the work itself waits for the
+    device, or launches more than the queue takes (about a thousand kernels), launch latency remains in it.
+
+    Args:
+        work: What to time.
+        device: Where it runs.
+        lead: Seconds of idling, which should be longer than the work takes to launch.
     """
     if device.type != "cuda":
         start = time.perf_counter()
@@ -48,7 +56,7 @@ def clock(work: Callable[[], object], device: torch.device) -> tuple[float, floa
         return elapsed, elapsed
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(_LEAD_CYCLES)  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(int(lead * _CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
     begin.record()
     start = time.perf_counter()
     work()
@@ -56,6 +64,74 @@ def clock(work: Callable[[], object], device: torch.device) -> tuple[float, floa
     end.record()
     torch.cuda.synchronize(device)
     return begin.elapsed_time(end) / 1e3, host
+
+
+def wall_clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Run `work` once on an idle device; return how long the call kept the host, and when the device was done.
+
+    Both in seconds from the start of the call; on a CPU they are the same.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    host = wall = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        wall = time.perf_counter() - start
+    return host, wall
+
+
+def kernel_launches(work: Callable[[], object], device: torch.device) -> int | None:
+    """Run `work` once and count its CUDA kernels; None on a CPU, or where the profiler sees none.
+
+    Copies and fills by the driver are no kernels.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize(device)
+    kernels = [
+        event
+        for event in profiler.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset", "Optimizer."))  # torch.optim annotates its steps
+    ]
+    return len(kernels) or None
+
+
+def plain_tensors(holder: object) -> Iterator[Tensor]:
+    """Every tensor that an object holds, once each: in containers and attributes, subclasses taken apart."""
+    seen: dict[int, object] = {}
+    pending = [holder]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # kept, as the id of an object that is gone may come back
+        if isinstance(item, Tensor):
+            if hasattr(item, "__tensor_flatten__"):  # quantised states wrap their codes and scales this way
+                names, _ = item.__tensor_flatten__()
+                pending += [getattr(item, name) for name in names]
+            else:
+                yield item
+        elif isinstance(item, Mapping):
+            pending += item.values()
+        elif isinstance(item, list | tuple | set | frozenset):
+            pending += item
+        elif not isinstance(item, type | types.ModuleType | types.FunctionType | types.MethodType):
+            pending += getattr(item, "__dict__", {}).values()
+
+
+def held_bytes(holder: object, apart: Iterable[Tensor] = ()) -> int:
+    """Bytes of the memory that the tensors of an object keep, shared memory once, without that of `apart`."""
+    sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in plain_tensors(holder))}
+    for tensor in apart:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions: int = 20) -> Spread:

@@ -18,8 +18,9 @@ HAAR = pywt.Wavelet("haar")
 class LiteralGWTAdamW(Optimizer):
     """GWT-Adam with `ptwt.wavedec` and `ptwt.waverec`, level by level; no folding identity, no backend.
 
-    Arguments and state as for `gwt_kernels.GWTAdamW`, so that one harness runs both. Tensors at level 0 take
-    a plain AdamW step. Source: GWT (arXiv 2501.07237), with the limiter of Fira (arXiv 2410.01623).
+    Arguments and state as for `gwt_kernels.GWTAdamW`, so that one harness runs both; narrow weights and
+    gradients are widened to float32. Tensors at level 0 take a plain AdamW step. Source: GWT
+    (arXiv 2501.07237), with the limiter of Fira (arXiv 2410.01623).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LiteralGWTAdamW(Optimizer):
 
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         level, (b1, b2) = group["level"], group["betas"]
+        g = g.to(torch.promote_types(g.dtype, torch.float32))  # ptwt takes no narrower dtype
         coarse, *details = wavedec(g, HAAR, mode="zero", level=level) if level else [g]
         state = self.state[p]
         if not state:
@@ -82,7 +84,10 @@ class LiteralGWTAdamW(Optimizer):
 
         t = state["step"].item()
         rate = group["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)
-        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * (rate * factor))
+        weights = p.to(update.dtype)  # p itself, unless it is narrower and would be rounded twice
+        weights.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * (rate * factor))
+        if weights is not p:
+            p.copy_(weights)
 
     @staticmethod
     def _limit(state: dict[str, Any], coarse: Tensor, gamma: float | None) -> float:

@@ -1,4 +1,4 @@
-"""One optimizer on one model's shapes: built on random data, checked in float64, timed, its bytes counted."""
+"""One optimizer on one model's shapes: built on random data, given fresh gradients, its bytes counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from bench.measure import clock
+from bench.measure import plain_tensors
 from bench.models import load_config
 from gwt_kernels import GWTAdamW, gwt_param_groups
 
@@ -27,8 +27,18 @@ class Shape(NamedTuple):
     decayed: bool
 
 
+class Likeness(NamedTuple):
+    """How near an optimizer's update must come to AdamW's, where there is no oracle of its own."""
+
+    cosine: float
+    """Least cosine of the angle between the two updates of a tensor."""
+    shortest: float
+    longest: float
+    """Bounds of the update's length over AdamW's."""
+
+
 class Candidate(NamedTuple):
-    """An optimizer to be timed, and the same computation in plain PyTorch that float64 checks run."""
+    """An optimizer to be timed, and what its step is checked against."""
 
     name: str
     dtype: torch.dtype
@@ -36,7 +46,22 @@ class Candidate(NamedTuple):
     """Levels of the transform; None for optimizers that know none."""
     limiter: bool
     build: Callable[[list[Group]], Optimizer]
-    oracle: Callable[[list[Group]], Optimizer]
+    """Takes parameter groups with a key "transformed": whether these are attention and MLP matrices."""
+    oracle: Callable[[list[Group]], Optimizer] | None
+    """The same computation in plain PyTorch, for a float64 check; None where there is only a likeness."""
+    peer: str = "gwt"
+    """The package it comes from, as `--peers` names it."""
+    likeness: Likeness | None = None
+    state_bytes: float | None = None
+    """Bytes of state for each element at most; None: two moments as GWT or torch keep them."""
+
+    @property
+    def check(self) -> str:
+        return "sanity" if self.oracle is None else "oracle"
+
+    @property
+    def weights(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 class Trial(NamedTuple):
@@ -46,6 +71,13 @@ class Trial(NamedTuple):
     shapes: Sequence[Shape]
     tensors: list[nn.Parameter]
     optimizer: Optimizer
+    gradients: dict[tuple[int, ...], Tensor]
+    """One gradient for each size, as first given; some optimizers overwrite those they are handed."""
+
+    def clipped_step(self) -> None:
+        """What a training loop that clips does: the framework's own function, then the step."""
+        nn.utils.clip_grad_norm_(self.tensors, 1.0)
+        self.optimizer.step()
 
 
 def gwt(level: int, dtype: torch.dtype, *, limiter: bool) -> Candidate:
@@ -65,12 +97,12 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
     """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
 
     def build_literal(groups: list[Group]) -> Optimizer:
-        from bench.ptwt_step import LiteralGWTAdamW  # ptwt is needed by nothing else, the CUDA suite included
+        from bench.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be there
 
         return LiteralGWTAdamW(groups)
 
     name = f"ptwt level {level}, limiter"
-    return gwt(level, dtype, limiter=True)._replace(name=name, build=build_literal)
+    return gwt(level, dtype, limiter=True)._replace(name=name, build=build_literal, peer="ptwt")
 
 
 def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
@@ -83,6 +115,7 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
         False,
         lambda groups: AdamW(groups, **implementation),  # type: ignore[arg-type]
         lambda groups: AdamW(groups, foreach=False),
+        peer="torch",
     )
 
 
@@ -110,153 +143,93 @@ def shapes_of(model: str, *, layers: int | None = None, embeddings: bool = True)
 
 def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
     """Estimate what a trial holds at its peak: weights, gradients, moments, its largest check."""
-    total = largest = 0
+    total = 0.0
+    largest = 0
     moment = candidate.dtype.itemsize if candidate.level is None else max(candidate.dtype.itemsize, 4)
     for shape in shapes:
         elements = torch.Size(shape.size).numel()
         width = 2 ** (candidate.level or 0) if shape.transformed else 1
-        total += elements * 2 * candidate.dtype.itemsize + 2 * elements * moment // width
+        state = 2 * moment / width if candidate.state_bytes is None else candidate.state_bytes
+        total += elements * (2 * candidate.dtype.itemsize + state)
         largest = max(largest, elements)
-    return total + 12 * 8 * largest
+    return int(total) + 12 * 8 * largest
 
 
 def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> Trial:
     """Allocate the weights and gradients with random values, and the optimizer with its state."""
     generator = torch.Generator(device).manual_seed(0)
+    gradients: dict[tuple[int, ...], Tensor] = {}
     tensors = []
     for shape in shapes:
         p = nn.Parameter(torch.empty(shape.size, dtype=candidate.dtype, device=device))
         p.data.normal_(std=0.02, generator=generator)
-        p.grad = torch.empty_like(p.data).normal_(generator=generator)
+        if shape.size not in gradients:
+            gradients[shape.size] = torch.empty_like(p.data).normal_(generator=generator)
         tensors.append(p)
-    optimizer = candidate.build(_groups(shapes, tensors, candidate.level))
-    optimizer.step()
-    return Trial(candidate, shapes, tensors, optimizer)
+    trial = Trial(
+        candidate, shapes, tensors, candidate.build(groups_of(shapes, tensors, candidate.level)), gradients
+    )
+    renew_gradients(trial)
+    trial.optimizer.step()
+    return trial
 
 
-def check(trial: Trial) -> float:
-    """Take one step of the whole model and compare it with the oracle's in float64.
-
-    The state is first set to random values in the proportions of mid-training, with the limiter active: from
-    a state of zeros, a block with hardly any approximation divides by nearly nothing, and no tolerance would
-    mean much. The first and the last tensor of every kind are compared, weights and moments.
-
-    Returns:
-        The largest error, over what rounding explains: a result above 1 is wrong.
-    """
-    candidate, shapes, tensors, optimizer = trial
-    kinds: dict[tuple[Any, ...], list[int]] = {}
-    for index, shape in enumerate(shapes):
-        kinds.setdefault(shape[1:], []).append(index)
-    watched = sorted({index for kind in kinds.values() for index in (kind[0], kind[-1])})
-
-    for p in tensors:
-        state = optimizer.state[p]
-        state["exp_avg"].normal_()
-        state["exp_avg_sq"].uniform_(0.5, 1.5)
-        if "limiter_norm" in state:
-            state["limiter_norm"].mul_(0.1)
-    before = {index: _values(tensors[index], optimizer) for index in watched}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 1.0  # the update has to stand far above the rounding of bf16 weights
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-    worst = 0.0
-    for index in watched:
-        old = before.pop(index)
-        expected = _oracle_step(candidate, shapes[index], old, tensors[index].grad)
-        found = _values(tensors[index], optimizer)
-        if found.keys() != expected.keys():
-            return float("inf")
-        for key, value in found.items():
-            worst = max(worst, _error(value, expected[key], old[key]))
-    return worst
-
-
-def _groups(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
+def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
+    """Parameter groups by whether tensors are transformed and whether they decay."""
     groups: dict[tuple[bool, bool], Group] = {}
     for shape, tensor in zip(shapes, tensors, strict=True):
-        fresh: Group = {"params": [], "weight_decay": WEIGHT_DECAY if shape.decayed else 0.0}
+        fresh: Group = {
+            "params": [],
+            "weight_decay": WEIGHT_DECAY if shape.decayed else 0.0,
+            "transformed": shape.transformed,
+        }
         if level is not None:
             fresh["level"] = level if shape.transformed else 0
         groups.setdefault((shape.transformed, shape.decayed), fresh)["params"].append(tensor)
     return list(groups.values())
 
 
-def _values(p: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of what a step changes, the step's number apart."""
-    state = optimizer.state[p]
-    values = {key: value.clone() for key, value in state.items() if key != "step"}
-    return {"weights": p.detach().clone(), **values}
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group a learning rate; torchao keeps it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
-def _oracle_step(
-    candidate: Candidate, shape: Shape, start: dict[str, Tensor], grad: Tensor | None
-) -> dict[str, Tensor]:
-    assert grad is not None
-    p = nn.Parameter(start["weights"].double())
-    p.grad = grad.double()
-    oracle = candidate.oracle(_groups([shape], [p], candidate.level))
-    for group in oracle.param_groups:
-        group["lr"] = 1.0
-    oracle.step()  # allocates the state and brings its step to the candidate's
-    p.data.copy_(start["weights"])
-    for key, value in start.items():
-        if key in oracle.state[p]:
-            oracle.state[p][key].copy_(value)
-    oracle.step()
-    return _values(p, oracle)
-
-
-def _error(found: Tensor, expected: Tensor, old: Tensor) -> float:
-    """Largest error over its bound, which is what rounding explains; NaN counts as infinite.
-
-    The bound is half a unit in the last place of the stored dtype, plus the float32 arithmetic before it: 2
-    units of the value, which is decayed before it is changed, and 16 of the tensor's largest change (not the
-    element's own change, since `g - mean + m` cancels).
-    """
-    if found.numel() == 0:
-        return 0.0
-    change = (expected - old).abs().max()
-    bound = torch.finfo(found.dtype).eps / 2 * expected.abs() * 1.001
-    bound = bound + torch.finfo(torch.float32).eps * (2 * old.double().abs() + 16 * change)
-    ratio = float(((found.double() - expected).abs() / bound).max())
-    return ratio if ratio == ratio else float("inf")
-
-
-def timed_step(trial: Trial, device: torch.device) -> tuple[float, float]:
-    """Give every tensor a new gradient buffer, then time one step: seconds on the device and on the host."""
+def renew_gradients(trial: Trial) -> None:
+    """Give every tensor a new gradient buffer, as a backward pass does."""
     for p in trial.tensors:
-        assert p.grad is not None
-        p.grad = p.grad.clone()
-    return clock(trial.optimizer.step, device)
+        p.grad = trial.gradients[tuple(p.shape)].clone()
 
 
 def bytes_moved(trial: Trial) -> int:
-    """Return the bytes a step must move: gradients read, weights and moments read and written, all once.
+    """Return the bytes a step must move: gradients read, weights and state read and written, all once.
 
-    The limiter needs the norm of the whole normalised approximation before any weight is written, so it reads
-    gradients and moments a second time.
+    Projections are only read. The limiter needs the norm of the whole normalised approximation before any
+    weight is written, so it reads gradients and moments a second time.
     """
     total = 0
     for p in trial.tensors:
         state = trial.optimizer.state[p]
-        moments = sum(state[key].numel() * state[key].element_size() for key in ("exp_avg", "exp_avg_sq"))
-        weights = p.numel() * p.element_size()
-        gradients = p.grad.numel() * p.grad.element_size() if p.grad is not None else 0
-        total += gradients + 2 * weights + 2 * moments
+        moments = _bytes_of([value for key, value in state.items() if key != "projector"])
+        gradient = p.numel() * p.element_size()
+        total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
-            total += gradients + moments
+            total += gradient + moments
     return total
+
+
+def _bytes_of(holder: object) -> int:
+    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are no traffic
 
 
 def peak_extra_bytes(trial: Trial, device: torch.device) -> int | None:
     """Return the bytes a step allocates beyond what it finds; None where the allocator does not tell."""
     if device.type != "cuda":
         return None
+    renew_gradients(trial)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

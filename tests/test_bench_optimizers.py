@@ -10,26 +10,26 @@ import pytest
 import torch
 from torch import nn
 
-from bench import optimizers, records
-from bench.contenders import measured_state_bytes
-from bench.measure import Spread, facts
+from bench import optimizers, records, timing
+from bench.aims import aims
+from bench.checks import check
+from bench.measure import Spread, facts, held_bytes, plain_tensors
+from bench.timing import Result
 from bench.trial import (
     WEIGHT_DECAY,
     Candidate,
+    Likeness,
     Shape,
     adamw,
     build,
     bytes_moved,
-    check,
     gwt,
     ptwt,
     shapes_of,
 )
 from gwt_kernels import GWTAdamW
 
-needs_ptwt = pytest.mark.skipif(
-    importlib.util.find_spec("ptwt") is None, reason="ptwt, which only the CPU benchmark needs, is not installed"
-)
+needs_ptwt = pytest.mark.skipif(importlib.util.find_spec("ptwt") is None, reason="ptwt is not installed")
 
 CPU = torch.device("cpu")
 SINGLE, HALF = torch.float32, torch.bfloat16
@@ -41,8 +41,8 @@ SHAPES = [
 ]
 
 
-def measured(candidates: list[Candidate], repetitions: int = 2) -> list[optimizers.Result]:
-    return optimizers.measure("tiny", candidates, SHAPES, CPU, repetitions=repetitions, bandwidth=1e9)
+def measured(candidates: list[Candidate], repetitions: int = 2) -> list[Result]:
+    return timing.measure("tiny", candidates, SHAPES, CPU, repetitions=repetitions, bandwidth=1e9)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def tiny_model(tmp_path: Path) -> str:
 def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "2", "--commit", "abc"]
-    assert optimizers.main([*arguments, "--out", str(out)]) == 0
+    assert optimizers.main([*arguments, "--peers", "gwt", "torch", "ptwt", "--out", str(out)]) == 0
 
     printed = capsys.readouterr().out
     assert "times as fast as the ptwt step" in printed
@@ -77,7 +77,8 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     _, rows = records.read(path)
     fields = set(rows[0])
     origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads"}
-    place = {"model", "optimizer", "weights", "level", "limiter", "layers", "embeddings"}
+    place = {"model", "optimizer", "peer", "weights", "level", "limiter", "clipped", "check"}
+    place |= {"layers", "embeddings", "parameters"}
     assert origin | place | {"metric", "unit", "median", "p20", "p80", "samples", "note"} == fields
     assert all(set(row) == fields for row in rows)
     assert all(row[key] not in (None, "") for row in rows for key in origin)
@@ -85,14 +86,17 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
     names = ["GWTAdamW level 2, limiter", "GWTAdamW level 2", "ptwt level 2, limiter"]
     names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
-    metrics = {"step_time", "host_time", "bytes_moved", "roofline_time", "copy_bandwidth_fraction"}
-    metrics |= {"state_bytes", "check_error"}
-    assert {(row["optimizer"], row["metric"]) for row in rows if row["optimizer"]} == {
-        (name, metric) for name in names for metric in metrics
+    times = {"step_time", "host_time", "wall_time"}
+    metrics = times | {"bytes_moved", "roofline_time", "copy_bandwidth_fraction"}
+    metrics |= {"state_bytes", "state_bytes_per_parameter", "check_error"}
+    found = {(row["optimizer"], row["metric"], row["clipped"]) for row in rows if row["optimizer"]}
+    assert found == {(name, metric, False) for name in names for metric in metrics} | {
+        (name, metric, True) for name in names for metric in times
     }
-    assert [row["metric"] for row in rows if not row["optimizer"]] == ["ratio", "ratio", "copy_bandwidth"]
+    assert [row["metric"] for row in rows if not row["optimizer"]] == ["copy_bandwidth", "ratio", "ratio"]
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows if row["metric"] == "step_time")
     assert all(row["samples"] == 2 for row in rows if row["metric"] == "step_time")
+    assert {row["check"] for row in rows if row["optimizer"]} == {"oracle"}
 
 
 class ScaledWrong(GWTAdamW):
@@ -132,11 +136,12 @@ def test_a_wrong_result_gets_no_time(broken: type[GWTAdamW], dtype: torch.dtype)
     good = gwt(2, dtype, limiter=True)
     right, wrong = measured([good, good._replace(name="broken", build=broken)])
     assert right.seconds is not None
-    assert wrong.metrics == {}
+    assert not wrong.metrics
     assert wrong.seconds is None
     assert wrong.note.startswith("not timed: differs from float64 by ")
     assert wrong.note in optimizers.table([right, wrong])
-    (row,) = optimizers.rows([wrong], [], {})
+    assert wrong.failed
+    (row,) = optimizers.rows(wrong, {})
     assert (row["metric"], row["median"], row["note"]) == ("step_time", None, wrong.note)
 
 
@@ -144,7 +149,7 @@ def test_a_failed_check_fails_the_run(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = gwt(2, SINGLE, limiter=True)._replace(build=ScaledWrong)
-    monkeypatch.setattr(optimizers, "candidates_for", lambda options: [broken, adamw(SINGLE, foreach=False)])
+    monkeypatch.setattr(optimizers, "suite", lambda *_: [broken, adamw(SINGLE, foreach=False)])
     arguments = [
         "--device",
         "cpu",
@@ -174,21 +179,101 @@ def test_right_results_pass_the_check(candidate: Candidate) -> None:
     assert 0 < error <= 1
 
 
+def test_clipping_is_part_of_the_timed_step() -> None:
+    trial = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
+    steps = []
+    trial.optimizer.register_step_pre_hook(
+        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in trial.tensors))
+    )
+    trial.optimizer.step()
+    trial.clipped_step()
+    assert steps[0] > 100
+    assert steps[1] == pytest.approx(1, rel=1e-4)
+
+
+def test_every_step_gets_the_same_gradients() -> None:
+    """As some optimizers overwrite theirs, and a step on zeros or infinities takes another time."""
+
+    class Spoiling(GWTAdamW):
+        def step(self, closure: None = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad.fill_(float("inf"))
+
+    candidate = gwt(2, SINGLE, limiter=False)._replace(build=lambda groups: Spoiling(groups))
+    (result,) = measured([candidate._replace(oracle=None, likeness=Likeness(-2.0, 0.0, 1e9))])
+    assert result.seconds is not None, result.note
+
+
+def test_an_exception_becomes_a_row_and_the_others_go_on() -> None:
+    def absent(groups: list[dict]) -> None:
+        import a_package_that_nobody_has  # noqa: F401
+
+    class StopsLater(GWTAdamW):
+        def step(self, closure: None = None) -> None:
+            super().step()
+            if self.state[self.param_groups[0]["params"][0]]["step"] > 4:
+                raise ValueError("no\nmore")
+
+    good = gwt(2, SINGLE, limiter=True)
+    missing = good._replace(name="missing", build=absent, peer="other")
+    stopping = good._replace(name="stopping", build=StopsLater)
+    results = measured([missing, stopping, good])
+    assert [bool(result.metrics) for result in results] == [False, False, True]
+    assert results[0].note == ("cannot run here: ModuleNotFoundError: No module named 'a_package_that_nobody_has'")
+    assert results[1].note == "cannot run here: ValueError: no more"
+    assert [result.failed for result in results] == [False, True, False]  # only this package has to run
+
+
+def test_an_interrupted_run_keeps_what_it_had(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(groups: list[dict]) -> None:
+        raise KeyboardInterrupt
+
+    good = gwt(2, SINGLE, limiter=True)
+    last = good._replace(name="last", peer="other", build=interrupt)
+    monkeypatch.setattr(optimizers, "suite", lambda *_: [good, last])
+    arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
+    with pytest.raises(KeyboardInterrupt):
+        optimizers.main(arguments)
+    (path,) = (tmp_path / "out").iterdir()
+    _, rows = records.read(path)
+    assert {row["optimizer"] for row in rows} == {None, good.name}
+    assert sum(row["metric"] == "step_time" for row in rows) == 2
+
+
+def test_what_the_minutes_do_not_reach_becomes_rows(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
+    arguments = ["--device", "cpu", "--models", tiny_model, "--minutes", "1e-9", "--out", str(tmp_path / "out")]
+    assert optimizers.main(arguments) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    _, rows = records.read(path)
+    assert [row["note"] for row in rows if row["optimizer"]] == ["left out: --minutes 1e-09 were over"]
+    assert "left out" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(timing, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(timing, "build", lambda *_: pytest.fail("allocated"))
     (result,) = measured([gwt(2, SINGLE, limiter=True)])
-    assert result.metrics == {}
+    assert not result.metrics
     assert result.note.startswith("does not fit: needs about 0.0 GiB")
-    assert optimizers.rows([result], [], {})[0]["note"] == result.note
+    assert optimizers.rows(result, {})[0]["note"] == result.note
+    assert not result.failed
 
 
 def test_running_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(optimizers, "build", exhausted)
+    monkeypatch.setattr(timing, "build", exhausted)
     (result,) = measured([gwt(2, SINGLE, limiter=True)])
     assert result.note.startswith("does not fit: out of memory")
+    assert not result.failed
 
 
 @pytest.mark.parametrize(
@@ -211,11 +296,44 @@ def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
     assert bytes_moved(trial) == per_parameter * 6 * 16
 
 
-def test_state_bytes() -> None:
+def test_held_bytes() -> None:
     trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
-    assert (
-        measured_state_bytes(trial.optimizer) == 2 * 5 * 10 * 4 + 2 * 4
-    )  # moments of ceil(37/4) columns; step and limiter norm
+    (p,) = trial.tensors
+    moments_and_scalars = 2 * 5 * 10 * 4 + 2 * 4  # moments of ceil(37/4) columns; step and limiter norm
+    assert held_bytes(trial.optimizer, [p, p.grad]) == moments_and_scalars
+    assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
+
+
+def test_held_bytes_are_those_of_wrappers_too() -> None:
+    class Wrapped(torch.Tensor):
+        """A tensor that claims 4 bytes an element and holds one, as quantised states do."""
+
+        @staticmethod
+        def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=SINGLE)
+
+        def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+            self.codes, self.scale = codes, scale
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["codes", "scale"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: object) -> None:
+            pytest.fail("its bytes are counted without an operation")
+
+    class Object:
+        def __init__(self, *parts: object) -> None:
+            self.parts = parts
+
+    shared = torch.zeros(50, dtype=torch.uint8)
+    wrapped = Wrapped(torch.zeros(100, dtype=torch.uint8), torch.zeros(2))
+    cyclic: list[object] = [shared[10:]]
+    cyclic.append(cyclic)
+    holder = {"a": Object(wrapped, [shared]), "b": cyclic, "c": torch.nn.Linear, "d": None}
+    assert held_bytes(holder) == 100 + 8 + 50
+    assert len(list(plain_tensors(holder))) == 4
+    assert held_bytes(holder, [shared]) == 108
 
 
 @needs_ptwt
@@ -265,6 +383,8 @@ def test_facts() -> None:
     [
         (["--layers", "0"], "--layers 0: must be at least 1"),
         (["--repetitions", "-1"], "--repetitions -1: must be at least 1"),
+        (["--minutes", "0"], "--minutes 0.0: must be above 0"),
+        (["--peers", "gwt", "sophia"], "invalid choice: 'sophia'"),
         (["--models", "llama_9t"], "llama_9t: no such configuration"),
         (["--device", "meta"], "--device meta: PyTorch finds no such CUDA device here"),
     ],
@@ -274,6 +394,57 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         optimizers.parse(["--device", "cpu", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def found(**times: float) -> dict[str, float]:
+    return {"copy_bandwidth_fraction": 0.9, "peak_extra_bytes": 2.0**20, **times}
+
+
+def test_the_aims_of_cuda() -> None:
+    half, single = "bfloat16", "float32"
+    results = {
+        ("GWTAdamW level 2", half): found(step_time=1.0, wall_time=1.0),
+        ("GWTAdamW level 2, limiter", half): found(step_time=1.5, wall_time=1.5, peak_extra_bytes=2.0**21),
+        ("AdamW(fused=True)", half): found(step_time=1.7, wall_time=1.6),
+        ("AdamW(fused=True)", single): found(step_time=2.9),
+        ("bitsandbytes AdamW8bit", half): found(step_time=1.3),
+        ("torchao AdamW8bit", half): found(step_time=2.0),
+        ("torchao AdamW4bit", half): found(step_time=0.5),
+        ("flashoptim FlashAdamW()", half): found(step_time=1.0),
+        ("ptwt level 2, limiter", half): found(step_time=75.0),
+    }
+    assert [str(aim) for aim in aims("llama_7b", results, "cuda", 0.5)] == [
+        "llama_7b: level 2, times as fast as fused AdamW in bfloat16: 1.70 (aim: at least 1.7, met)",
+        "llama_7b: level 2, times as fast as fused AdamW in float32: 2.90 (aim: at least 3, NOT met)",
+        "llama_7b: level 2, times as fast as bitsandbytes: 1.30 (aim: at least 1.25, met)",
+        "llama_7b: level 2, time with over without limiter: 1.50 (aim: at most 1.4, NOT met)",
+        "llama_7b: times as fast as the ptwt step: 50.00 (aim: at least 50, met)",
+        "llama_7b: level 2, peak extra MiB: 1.00 (aim: at most 1, met)",
+        "llama_7b: level 2, limiter, peak extra MiB: 2.00 (aim: at most 1, NOT met)",
+        "llama_7b: level 2, fraction of the copy bandwidth: 0.90 (aim: at least 0.9, met)",
+        "llama_7b: level 2, times as fast as the fastest setting of torchao (torchao AdamW4bit, bfloat16): "
+        "0.50 (aim: at least 1, NOT met)",
+        "llama_7b: level 2, times as fast as the fastest setting of flashoptim (flashoptim FlashAdamW(), "
+        "bfloat16): 1.00 (aim: at least 1, met)",
+    ]
+    easier = "llama_60m: level 2, wall time over one kernel's launch latency: 1.25 (aim: at most 1.3, met)"
+    never = "llama_60m: level 2, never slower than fused AdamW, times as fast: 1.60 (aim: at least 1, met)"
+    assert [str(aim) for aim in aims("llama_60m", results, "cuda", 0.8)][-2:] == [easier, never]
+    harder = "llama_60m: level 2, times as fast as fused AdamW: 1.60 (aim: at least 2, NOT met)"
+    assert [str(aim) for aim in aims("llama_60m", results, "cuda", 0.1)][-2:] == [harder, never]
+    del results["GWTAdamW level 2", half], results["GWTAdamW level 2, limiter", half]
+    assert aims("llama_7b", results, "cuda", 0.5) == []
+
+
+def test_a_time_budget_on_cuda_begins_with_the_aims() -> None:
+    candidates = [adamw(HALF, foreach=False), adamw(HALF, fused=True), gwt(2, HALF, limiter=False)]
+    order = optimizers.batches(["llama_1b", "llama_7b"], candidates, torch.device("cuda"))
+    assert [(model, candidate.name) for model, (candidate,) in order] == [
+        ("llama_7b", "AdamW(fused=True)"),
+        ("llama_7b", "GWTAdamW level 2"),
+        *(("llama_1b", candidate.name) for candidate in candidates),
+        ("llama_7b", "AdamW(foreach=False)"),
+    ]
 
 
 @pytest.mark.gpu
@@ -291,8 +462,10 @@ def test_the_cuda_suite(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert optimizers.main(arguments) == 0
     printed = capsys.readouterr().out
-    for name in ("AdamW(fused=True)", "GWTAdamW level 0", "GWTAdamW level 3, limiter", "aim: at least 1.6"):
+    for name in ("AdamW(fused=True)", "GWTAdamW level 0", "GWTAdamW level 3, limiter", "AdamW(foreach=False)"):
         assert name in printed
     (path,) = (tmp_path / "out").iterdir()
     _, rows = records.read(path)
-    assert {row["metric"] for row in rows} >= {"peak_extra_bytes", "host_time", "copy_bandwidth"}
+    assert {row["metric"] for row in rows} >= {
+        *("peak_extra_bytes", "host_time", "wall_time", "kernel_launches", "copy_bandwidth", "launch_latency")
+    }

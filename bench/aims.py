@@ -1,0 +1,144 @@
+"""The ratios that the project set itself, computed from what one run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+Key = tuple[str, str]
+"""Name of an optimizer, dtype of its weights."""
+
+Found = Mapping[str, float]
+"""Medians by metric."""
+
+FREE, LIMITED = "GWTAdamW level 2", "GWTAdamW level 2, limiter"
+
+
+class Aim(NamedTuple):
+    """A figure that has a bound."""
+
+    model: str
+    label: str
+    value: float
+    bound: float
+    at_least: bool
+    unit: str = "1"
+
+    def __str__(self) -> str:
+        met = self.value >= self.bound if self.at_least else self.value <= self.bound
+        aim = f"aim: {'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
+        return f"{self.model}: {self.label}: {self.value:.2f} ({aim})"
+
+
+class _Promise(NamedTuple):
+    """A ratio of the step times of two optimizers; on the models named, or on all."""
+
+    label: str
+    over: Key
+    under: Key
+    bound: float
+    at_least: bool
+    models: tuple[str, ...] = ()
+
+
+def _half(name: str) -> Key:
+    return name, "bfloat16"
+
+
+def _single(name: str) -> Key:
+    return name, "float32"
+
+
+_PROMISES = {
+    "cpu": [
+        _Promise("times as fast as the ptwt step", _single("ptwt level 2, limiter"), _single(LIMITED), 10.0, True),
+        _Promise(
+            *("times as long as AdamW(foreach=False)", _single(LIMITED), _single("AdamW(foreach=False)")),
+            *(1.2, False),
+        ),
+    ],
+    "cuda": [
+        _Promise(
+            *("level 2, times as fast as fused AdamW in bfloat16", _half("AdamW(fused=True)"), _half(FREE)),
+            *(1.7, True, ("llama_7b",)),
+        ),
+        _Promise(
+            *("level 2, times as fast as fused AdamW in float32", _single("AdamW(fused=True)"), _half(FREE)),
+            *(3.0, True, ("llama_7b",)),
+        ),
+        _Promise(
+            *("level 2, times as fast as bitsandbytes", _half("bitsandbytes AdamW8bit"), _half(FREE)),
+            *(1.25, True, ("llama_7b",)),
+        ),
+        _Promise(
+            *("level 2, time with over without limiter", _half(LIMITED), _half(FREE)),
+            *(1.4, False, ("llama_1b", "llama_7b")),
+        ),
+        _Promise("times as fast as the ptwt step", _half("ptwt level 2, limiter"), _half(LIMITED), 50.0, True),
+    ],
+}
+
+
+def compared(device_type: str) -> set[Key]:
+    """Return the optimizers whose step times the aims set against each other."""
+    return {key for promise in _PROMISES[device_type] for key in (promise.over, promise.under)}
+
+
+def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Aim]:
+    """Return the ratios promised for a model, of what was measured without clipping.
+
+    Args:
+        model: A name of `bench/configs`.
+        found: What was measured; an optimizer that has no time is missing.
+        device_type: "cpu" or "cuda".
+        launch_latency: Wall time of one small kernel in seconds; None on a CPU.
+    """
+    return [
+        *_ratios(model, found, _PROMISES[device_type]),
+        *(_of_cuda(model, found, launch_latency) if device_type == "cuda" else ()),
+    ]
+
+
+def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Aim]:
+    for label, over, under, bound, at_least, models in promises:
+        if over in found and under in found and (not models or model in models):
+            ratio = found[over]["step_time"] / found[under]["step_time"]
+            yield Aim(model, label, ratio, bound, at_least)
+
+
+def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | None) -> Iterator[Aim]:
+    for name in (FREE, LIMITED):
+        own = found.get(_half(name), {})
+        if "peak_extra_bytes" in own:
+            label = f"{name.removeprefix('GWTAdamW ')}, peak extra MiB"
+            yield Aim(model, label, own["peak_extra_bytes"] / 2**20, 1.0, False, "MiB")
+    own = found.get(_half(FREE), {})
+    if not own:
+        return
+    if model in ("llama_1b", "llama_7b"):
+        # Of the bandwidth nothing is promised for the 60M shapes, most of which is embedding at level 0.
+        yield Aim(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
+    if model == "llama_7b":
+        for package in ("torchao", "flashoptim"):
+            times = {key: each["step_time"] for key, each in found.items() if key[0].startswith(package + " ")}
+            if times:
+                name, weights = fastest = min(times, key=times.__getitem__)
+                label = f"level 2, times as fast as the fastest setting of {package} ({name}, {weights})"
+                yield Aim(model, label, times[fastest] / own["step_time"], 1.0, True)
+    fused = found.get(_half("AdamW(fused=True)"))
+    if model == "llama_60m" and fused:
+        # A small model's step is a matter of latency, so here it is wall time that counts.
+        speed = Aim(
+            model, "level 2, times as fast as fused AdamW", fused["wall_time"] / own["wall_time"], 2.0, True
+        )
+        easier = speed
+        if launch_latency is not None:
+            label = "level 2, wall time over one kernel's launch latency"
+            latency = Aim(model, label, own["wall_time"] / launch_latency, 1.3, False)
+            easier = max(speed, latency, key=_margin)
+        yield easier
+        yield speed._replace(label="level 2, never slower than fused AdamW, times as fast", bound=1.0)
+
+
+def _margin(aim: Aim) -> float:
+    return aim.value / aim.bound if aim.at_least else aim.bound / aim.value
