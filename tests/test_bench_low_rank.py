@@ -39,7 +39,7 @@ def test_a_missing_package_is_named(name: str, tmp_path: Path, monkeypatch: pyte
 
 def test_only_they_have_a_projection_gap(options: list[str]) -> None:
     assert config_of(options, "adamw").projection_gap is config_of(options, "gwt2").projection_gap is None
-    assert config_of(options, "galore").projection_gap == 50
+    assert config_of(options, "galore").projection_gap == 200
     assert config_of(options, "apollo", "--projection-gap", "7").projection_gap == 7
 
 
