@@ -5,11 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CC ?= cc
 
-.PHONY: test demo lint reference reference-sanitize codegen bench clean
+.PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,peers,docs,lint]"
 	touch $@
 
 reference: ## the C oracle, as a shared library
@@ -22,7 +22,7 @@ test: $(VENV)/.installed reference
 	$(BIN)/python -m pytest --numprocesses 2
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m bench.pretrain --preset demo --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
+	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -33,7 +33,19 @@ codegen: $(VENV)/.installed ## machine code of every kernel variant, without a G
 	$(BIN)/python -m bench.codegen
 
 bench: $(VENV)/.installed
+	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.optimizers
+	$(BIN)/python -m bench.host
+
+bench-gpu: ## on a CUDA machine, with its own Python; PART=kernels runs one part, WHEELS=folder installs the peers
+	$(PYTHON) -m bench.gpu $(if $(PART),--parts $(PART)) $(if $(WHEELS),--wheels $(WHEELS)) $(BENCH_GPU_ARGS)
+
+report: $(VENV)/.installed ## the tables and pictures of README and docs, from the raw results
+	$(BIN)/python -m bench.report
+
+docs: $(VENV)/.installed ## the documentation site, in site/
+	$(BIN)/python -m bench.report --check
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist runs site

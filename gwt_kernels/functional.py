@@ -28,6 +28,7 @@ def gwt_adamw_(
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
+    same_grads: bool = False,
 ) -> None:
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
 
@@ -50,6 +51,8 @@ def gwt_adamw_(
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
+        same_grads: Promise that ``grads`` are the objects of the last call with this ``workspace``, with other
+            values at most: their checks are then not repeated.
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
@@ -76,17 +79,19 @@ def gwt_adamw_(
     else:
         from gwt_kernels.triton_backend import launch
 
-        launch.gwt_adamw_(*tensors, level=level, workspace={} if workspace is None else workspace)
+        workspace = {} if workspace is None else workspace
+        launch.gwt_adamw_(*tensors, level=level, workspace=workspace, same_grads=same_grads)
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper]) -> None:
-    if all(norm is None for norm in limiter_norms):
+    absent = [norm is None for norm in limiter_norms].count(True)
+    if absent == len(limiter_norms):
         return
-    if any(norm is None for norm in limiter_norms):
+    if absent:
         raise ValueError(
             "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
         )
-    if any(hyper.norm_growth_limit is None for hyper in hypers):
+    if None in [hyper.norm_growth_limit for hyper in hypers]:
         raise ValueError(
             "norm_growth_limit is None for a parameter that has a limiter norm: pass None in limiter_norms as well"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -15,11 +14,10 @@ from gwt_kernels import backends
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import STRUCTURAL, check_group, hyper_of, state_dtype_name, state_dtype_of
+from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import MOMENTS, check_place, check_state, complete, exact_copy, is_limited, state_keys
 
 __all__ = ["GWTAdamW"]
-
-_PARAM_KIND = attrgetter("device", "dtype", "shape")
 
 
 class GWTAdamW(Optimizer):
@@ -138,8 +136,9 @@ class GWTAdamW(Optimizer):
                 "host's, and a replay would repeat those of the capture; call step() outside the graph"
             )
         hypers = [hyper_of(group) for group in self.param_groups]
-        for bucket in self._current_buckets():
-            bucket.step(hypers)
+        buckets, same_grads = self._current_buckets()
+        for bucket in buckets:
+            bucket.step(hypers, same_grads)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,8 +176,7 @@ class GWTAdamW(Optimizer):
 
     def _forget_buckets(self) -> None:
         self._buckets: list[_Bucket] = []
-        self._signature: tuple[Any, ...] | None = None
-        self._signed: list[Any] = []
+        self._snapshot: Snapshot | None = None
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
@@ -186,28 +184,18 @@ class GWTAdamW(Optimizer):
         for i, p in enumerate(group["params"]):
             _check_param(p, group, _name_of(group, i, len(self.param_groups) - 1))
 
-    def _current_buckets(self) -> list[_Bucket]:
-        """The buckets of all parameters that have a gradient now; made anew only when something changed."""
-        if self._sign()[0] != self._signature:
+    def _current_buckets(self) -> tuple[list[_Bucket], bool]:
+        """The buckets of all parameters that have a gradient now, and whether those are the last step's gradients.
+
+        They are checked and made anew only when something changed.
+        """
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        options = [(*_bucket_options(group), len(group["params"])) for group in self.param_groups]
+        if self._snapshot is None or not self._snapshot.holds(params, options, self.state):
             self._check_before_step()
             self._buckets = self._make_buckets()
-            self._signature, self._signed = self._sign()
-        return self._buckets
-
-    def _sign(self) -> tuple[tuple[Any, ...], list[Any]]:
-        """What the checks and the buckets depend on, and what it knows by id: to be held as long as the ids are."""
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        grads = [p.grad for p in params]
-        state = [x for s in map(self.state.get, params) if s for x in s.values()]
-        signature = (
-            [_bucket_options(group) for group in self.param_groups],
-            [len(group["params"]) for group in self.param_groups],
-            list(map(id, params)),
-            list(map(_PARAM_KIND, params)),
-            [g if g is None else (g.dtype, g.layout, g.shape) for g in grads],
-            list(map(id, state)),
-        )
-        return signature, [params, state]
+            self._snapshot = Snapshot(params, options, self.state)
+        return self._buckets, self._snapshot.same_grads
 
     def _check_before_step(self) -> None:
         for i, group in enumerate(self.param_groups):
@@ -261,19 +249,20 @@ class _Bucket:
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 
-    def step(self, hypers: list[Hyper]) -> None:
+    def step(self, hypers: list[Hyper], same_grads: bool) -> None:
         gwt_adamw_(
             params=self.params,
             grads=[p.grad for p in self.params],
             exp_avgs=self.exp_avgs,
             exp_avg_sqs=self.exp_avg_sqs,
             limiter_norms=self.limiter_norms,
-            steps=[int(t) + 1 for t in self.steps.tolist()],
+            steps=list(map(int, (self.steps + 1).tolist())),
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
+            same_grads=same_grads,
         )
         self.steps.add_(1)
 

@@ -7,7 +7,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ LIMITER_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-_DTYPE = attrgetter("dtype")
+_NBYTES = attrgetter("nbytes")
+_OFF = (15).__and__  # bytes that an address is off a multiple of 16
 _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
 
 
@@ -42,35 +43,49 @@ def gwt_adamw_(
     *,
     level: int,
     workspace: dict[str, Any],
+    same_grads: bool = False,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked.
 
     Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
+
+    What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
+    gradients' stay; of those, sizes, dtype and alignment must.
     """
-    if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
-        grads = [g.resolve_neg().contiguous() for g in grads]
-    packed = params if all(map(Tensor.is_contiguous, params)) else [p.contiguous() for p in params]
-    arrays = [packed, grads, exp_avgs, exp_avg_sqs]
     limited = level > 0 and limiter_norms[0] is not None
-    if limited:
-        arrays.append(limiter_norms)  # type: ignore[arg-type]  # all of them are tensors where one is
-    pointers = [list(map(Tensor.data_ptr, x)) for x in arrays]
-    # What the launches depend on besides the addresses themselves.
-    misaligned = [bool((p | g | m | v) & 15) for p, g, m, v in zip(*pointers[:4], strict=True)]
-    sizes = [list(map(Tensor.size, x)) for x in (packed, grads)]
-    key = (level, sizes, set(map(_DTYPE, grads)), misaligned)
-    owned = (pointers[0], *pointers[2:])
-    if key != workspace.get("key") or owned != workspace.get("owned"):
-        _check_bucket(arrays, level)
-        if key != workspace.get("key"):
+    owned: list[Sequence[Any]] = [params, exp_avgs, exp_avg_sqs, *([limiter_norms] if limited else [])]
+    places = [list(map(Tensor.data_ptr, x)) for x in owned]
+    kept = places == workspace.get("places") and _same(params, workspace["params"])
+    contiguous = (kept and workspace["contiguous"]) or all(map(Tensor.is_contiguous, params))
+    packed = params if contiguous else [p.contiguous() for p in params]
+
+    given = list(map(Tensor.data_ptr, grads))
+    addresses = given
+    if same_grads and given == workspace.get("given"):
+        kinds = workspace["kinds"]
+    else:
+        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+            grads = [g.resolve_neg().contiguous() for g in grads]
+            addresses, given = list(map(Tensor.data_ptr, grads)), []  # the next call has to copy again
+        kinds = grads[0].dtype, list(map(_NBYTES, grads)), list(map(_OFF, addresses))
+
+    if not (kept and contiguous and workspace["kinds"] == kinds and workspace["level"] == level):
+        _check_bucket([packed, grads, *owned[1:]], level)
+        fixed = places if contiguous else [list(map(Tensor.data_ptr, packed)), *places[1:]]
+        misaligned = [_OFF(p | g | m | v) for p, m, v, g in zip(*fixed[:3], addresses, strict=True)]
+        plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
+        if plan != workspace.get("plan"):
             workspace["launches"] = _plan(packed, misaligned, level)
-        workspace.update(key=key, owned=owned)
-    scalars = _scalars(hypers, steps, level)
-    dtypes = [TRITON_DTYPES[x[0].dtype] for x in arrays[:3]]
+        for launch in workspace["launches"]:
+            launch.aim(fixed)
+        workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, level=level)
+    workspace.update(given=given, kinds=kinds)
+    rows = _scalars(hypers, steps, level)
+    dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     with _device_guard(params[0].device):
         for launch in workspace["launches"]:
-            launch.run(pointers, scalars, dtypes, limited)
+            launch.run(addresses, rows, dtypes, limited)
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
@@ -99,15 +114,17 @@ class Launch:
         self.n_chunks = first_chunks[-1]
         self.first_chunks = _to_device(array("q", first_chunks).tobytes(), device).view(torch.int64)
 
-    def run(self, pointers: list[list[int]], scalars: list[bytes], dtypes: list[tl.dtype], limited: bool) -> None:
+    def aim(self, addresses: list[list[int]]) -> None:
+        """Take the addresses of parameters, moments and limiter norms, which stay from step to step."""
+        p, *others = (array("q", self._own(column)).tobytes() for column in addresses)
+        self.before_grads, self.after_grads = p, b"".join(others)
+
+    def run(self, grad_addresses: list[int], rows: list[bytes], dtypes: list[tl.dtype], limited: bool) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
-        if self.chosen is not None:
-            pointers = [[column[i] for i in self.chosen] for column in pointers]
-            scalars = [scalars[i] for i in self.chosen]
         device = self.layout.device
-        table = array("q", chain.from_iterable(pointers)).tobytes()
+        table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
-        sent = _to_device(table + b"".join(scalars), device)
+        sent = _to_device(table + b"".join(self._own(rows)), device)
         pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
@@ -127,6 +144,9 @@ class Launch:
             self.layout, pointer_table, scalar_table, factors,
             self.n, P=p, G=g, M=m, LIMITED=limited, **options, **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
+
+    def _own(self, column: list[Any]) -> list[Any]:
+        return column if self.chosen is None else [column[i] for i in self.chosen]
 
 
 def variant(level: int, flat: bool) -> dict[str, Any]:
@@ -170,7 +190,7 @@ def _launch_haar(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
         return
     level = len(coeffs) - 1
     _check_row(x.shape[-1], level)
-    flat = _is_flat(x, any(c.data_ptr() & 15 for c in (x, *coeffs)), level)
+    flat = _is_flat(x, any(_OFF(c.data_ptr()) for c in (x, *coeffs)), level)
     options = variant(level, flat)
     n_blocks, row_width, row_blocks = _layout(x, 2**level)
     width = options.pop("W")
@@ -205,7 +225,7 @@ def _check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
         _check_row(p.shape[-1] if p.dim() else 1, level)
 
 
-def _plan(params: Sequence[Tensor], misaligned: list[bool], level: int) -> list[Launch]:
+def _plan(params: Sequence[Tensor], misaligned: list[int], level: int) -> list[Launch]:
     """Group the tensors that are not empty by path."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for i, p in enumerate(params):
@@ -222,7 +242,7 @@ def _check_row(width: int, level: int) -> None:
         )
 
 
-def _is_flat(p: Tensor, misaligned: bool, level: int) -> bool:
+def _is_flat(p: Tensor, misaligned: int, level: int) -> bool:
     """Whether the flat path can take a tensor. Both paths update the same arrays, so this may change."""
     whole_blocks = p.dim() == 0 or p.shape[-1] % 2**level == 0
     return whole_blocks and not misaligned and p.numel() % 8 == 0
@@ -237,27 +257,37 @@ def _layout(p: Tensor, width: int) -> tuple[int, int, int]:
     return p.numel() // n * row_blocks, n, row_blocks
 
 
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
+
+
 def _scalars(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[bytes]:
     """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
-    rows = []
+    if list(steps).count(steps[0]) == list(hypers).count(hypers[0]) == len(steps):
+        return [_row(hypers[0], steps[0], level)] * len(steps)
+    rows: list[bytes] = []
     last: tuple[Hyper, int] | None = None
-    row = b""
     for hyper, step in zip(hypers, steps, strict=True):
-        if last is None or hyper is not last[0] or step != last[1]:
+        if last is not None and hyper is last[0] and step == last[1]:
+            rows.append(rows[-1])
+        else:
+            rows.append(_row(hyper, step, level))
             last = (hyper, step)
-            row = _pack_scalars(
-                hyper.beta1,
-                1 - hyper.beta1,
-                hyper.beta2,
-                1 - hyper.beta2,
-                hyper.eps,
-                hyper.lr * hyper.weight_decay,
-                hyper.step_size(step, level),
-                hyper.norm_growth_limit or 0.0,
-                -1.0 if hyper.maximize else 1.0,
-            )
-        rows.append(row)
     return rows
+
+
+def _row(hyper: Hyper, step: int, level: int) -> bytes:
+    return _pack_scalars(
+        hyper.beta1,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.eps,
+        hyper.lr * hyper.weight_decay,
+        hyper.step_size(step, level),
+        hyper.norm_growth_limit or 0.0,
+        -1.0 if hyper.maximize else 1.0,
+    )
 
 
 def _to_device(data: bytes, device: torch.device) -> Tensor:

@@ -65,6 +65,8 @@ def step_kernel(
     ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
     """
     tile = tl.program_id(0)
+    if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
+        tile = tl.num_programs(0) - 1 - tile
     i = _owner(layout_ptr, tile, n_tensors)
     first_block = (tile - tl.load(layout_ptr + i)) * NB
     start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, first_block, W, NB, FLAT)
