@@ -110,8 +110,8 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 SWEEPS = """\
 Each optimizer is tried at a grid of learning rate and scale, under one seed; the best setting of each is then
-repeated under further ones. Where the column *settings* differs, a sweep was not finished, and the comparison is not
-even. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+repeated under further ones. Where the column *settings* differs, a sweep was not finished, and the comparison is
+not even. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
 # Comparisons.
