@@ -115,7 +115,7 @@ def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | Non
     own = found.get(_half(FREE), {})
     if not own:
         return
-    if model in ("llama_1b", "llama_7b"):
+    if model in ("llama_1b", "llama_7b") and "copy_bandwidth_fraction" in own:
         # Of the bandwidth nothing is promised for the 60M shapes, most of which is embedding at level 0.
         yield Aim(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
     if model == "llama_7b":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
 
@@ -87,7 +87,7 @@ def kernel_launches(work: Callable[[], object], device: torch.device) -> int | N
 
     Copies and fills by the driver are no kernels.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or ProfilerActivity.CUDA not in supported_activities():
         return None
     torch.cuda.synchronize(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

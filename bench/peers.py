@@ -120,7 +120,8 @@ def _galore(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
     """Rank a quarter of the hidden size, scale 0.25, as published.
 
     The projections are random ones and the count of steps begins at 1, so that building the optimizer takes no
-    singular value decomposition of every matrix; a step takes as long with any projection.
+    singular value decomposition of every matrix; a step takes as long with any projection. The 8-bit optimizer
+    hands bitsandbytes arguments by position that mean other things in later versions: the check decides on it.
     """
 
     def builder(name: str) -> Callable[[list[Group]], Optimizer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,9 +63,11 @@ class Result(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    device: float
-    host: float
-    wall: float
+    """Seconds of one step, named as the metrics are."""
+
+    step_time: float
+    host_time: float
+    wall_time: float
 
 
 def measure(
@@ -125,10 +127,11 @@ def measure(
         if round_ + 1 >= WARM_UP + FEWEST and time.monotonic() - begin > patience:
             break
 
-    metrics: dict[str, list[Metric]] = {}
+    metrics: dict[str, list[Metric]] = {name: [] for name in trials}
     for name, trial in trials.items():
         try:
-            metrics[name] = _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth)
+            for metric in _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth):
+                metrics[name].append(metric)  # one by one, so that the times stay where something later fails
         except Exception as error:
             notes[name] = _excuse(error, device)
     return [Result(model, c, metrics.get(c.name, ()), notes.get(c.name, "")) for c in candidates]
@@ -144,7 +147,7 @@ def _sample(
         seconds, _ = clock(work, device)
         return _Sample(seconds, seconds, seconds)
     host, wall = wall_clock(work, device)
-    usual = min(sample[clipped].host for sample in before) if before else host
+    usual = min(sample[clipped].host_time for sample in before) if before else host
     renew_gradients(trial)
     on_device, _ = clock(work, device, lead=min(max(0.01, 2 * usual), 0.5))
     return _Sample(on_device, host, wall)
@@ -156,39 +159,39 @@ def _metrics(
     samples: Sequence[tuple[_Sample, _Sample]],
     error: float,
     bandwidth: float,
-) -> list[Metric]:
+) -> Iterator[Metric]:
     def exact(name: str, unit: str, value: float, clipped: bool = False) -> Metric:
         return Metric(name, unit, Spread(value, value, value, 1), clipped)
 
-    found = []
     for clipped in (False, True):
-        for index, name in enumerate(("step_time", "host_time", "wall_time")):
-            found.append(Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped))
-        renew_gradients(trial)
-        launches = kernel_launches(trial.clipped_step if clipped else trial.optimizer.step, device)
-        if launches is not None:
-            found.append(exact("kernel_launches", "1", launches, clipped))
+        for index, name in enumerate(_Sample._fields):
+            yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
 
     moved = bytes_moved(trial)
+    yield exact("bytes_moved", "B", moved)
+    yield exact("roofline_time", "s", moved / bandwidth)
+    yield Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.step_time for s, _ in samples]))
+
     weights_and_gradients = [t for p in trial.tensors for t in (p, p.grad) if t is not None]
     state = held_bytes(trial.optimizer, weights_and_gradients)
-    found += [
-        exact("bytes_moved", "B", moved),
-        exact("roofline_time", "s", moved / bandwidth),
-        Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.device for s, _ in samples])),
-        exact("state_bytes", "B", state),
-        exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in trial.tensors)),
-        exact("check_error", "bounds", error),
-    ]
+    yield exact("state_bytes", "B", state)
+    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in trial.tensors))
+    yield exact("check_error", "bounds", error)
+
     extra = peak_extra_bytes(trial, device)
     if extra is not None:
-        found.append(exact("peak_extra_bytes", "B", extra))
+        yield exact("peak_extra_bytes", "B", extra)
     projection = projection_time(trial, device)
     if projection is not None:
         each = projection / REFRESH_GAP
-        found.append(exact("projection_time", "s", projection))
-        found.append(exact("projection_share", "1", each / (each + found[0].spread.median)))
-    return found
+        step = Spread.of([sample.step_time for sample, _ in samples]).median
+        yield exact("projection_time", "s", projection)
+        yield exact("projection_share", "1", each / (each + step))
+    for clipped in (False, True):
+        renew_gradients(trial)
+        launches = kernel_launches(trial.clipped_step if clipped else trial.optimizer.step, device)
+        if launches is not None:
+            yield exact("kernel_launches", "1", launches, clipped)
 
 
 def _refusal(candidate: Candidate, error: float) -> str:
