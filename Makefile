@@ -45,7 +45,7 @@ report: $(VENV)/.installed ## the tables and pictures of README and docs, from t
 
 docs: $(VENV)/.installed ## the documentation site, in site/
 	$(BIN)/python -m bench.report --check
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist runs site

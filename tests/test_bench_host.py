@@ -1,0 +1,50 @@
+"""The host-time benchmark: it launches through Triton without a device, and says what it saw."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import host, records
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_scenario_is_a_row(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repetitions", "3", "--profile", "40"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "snapshot.py" in result.stdout
+    (path,) = tmp_path.iterdir()
+    rows = records.rows_of(path, "host")
+    assert [row["scenario"] for row in rows] == [f"GWTAdamW, {scenario.name}" for scenario in host.SCENARIOS]
+    assert all(row["samples"] == 3 and row["median"] > 0 and row["tensors"] == 20 for row in rows)
+
+
+@pytest.mark.parametrize("reallocated", [False, True])
+def test_gradients_are_others_when_they_are_to_be(reallocated):
+    params = [torch.nn.Parameter(torch.zeros(2, 4)) for _ in range(2)]
+    seen: list[tuple[torch.Tensor | None, ...]] = []
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[override]
+            seen.append(tuple(p.grad for p in params))
+
+    host.time_steps(Watching(params), params, reallocated=reallocated, repetitions=4)
+    pairs = list(pairwise(seen))
+    assert len(pairs) == 4 + host.WARM_UP - 1
+    for before, after in pairs:
+        for one, other in zip(before, after, strict=True):
+            assert one is not None
+            assert other is not None
+            assert (one is other) == (not reallocated)
+            assert (one.data_ptr() == other.data_ptr()) == (not reallocated)

@@ -1,0 +1,148 @@
+"""What a step may take for granted: every change but other gradients of the same kind has to be noticed."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gwt_kernels.snapshot import Snapshot
+
+
+class Held:
+    """Parameters with gradients and states, and a snapshot of them."""
+
+    def __init__(self) -> None:
+        self.params: list[Tensor] = [torch.nn.Parameter(torch.randn(4, 8)) for _ in range(3)]
+        self.state: Any = defaultdict(dict)
+        self.options: Any = [(2, "gwt", 3)]
+        for p in self.params:
+            p.grad = torch.randn(4, 8)
+            self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 2)}
+        self.params[2].grad = None
+        self.snapshot = Snapshot(list(self.params), list(self.options), self.state)
+
+    def holds(self) -> bool:
+        return self.snapshot.holds(list(self.params), list(self.options), self.state)
+
+
+def test_the_same_gradients_are_known_from_the_second_time_on():
+    held = Held()
+    seen = [(held.holds(), held.snapshot.same_grads) for _ in range(4)]
+    assert seen == [(True, False), (True, True), (True, True), (True, True)]
+
+
+def test_values_may_change():
+    held = Held()
+    held.holds()
+    with torch.no_grad():
+        held.params[0].add_(1)
+        held.params[0].grad.mul_(2)
+        held.state[held.params[0]]["exp_avg"].add_(1)
+    assert held.holds()
+    assert held.snapshot.same_grads
+
+
+def test_other_gradients_of_the_same_kind_will_do():
+    held = Held()
+    for _ in range(3):
+        for p in held.params[:2]:
+            p.grad = torch.randn(4, 8)
+        assert held.holds()
+        assert not held.snapshot.same_grads
+    held.holds()
+    held.holds()
+    assert held.snapshot.same_grads
+    held.params[1].grad = torch.randn(4, 8)
+    assert held.holds()
+    assert not held.snapshot.same_grads
+
+
+def test_a_gradient_in_the_place_of_one_that_is_gone_is_another():
+    """Python gives a new object the address, and so the id, of an old one."""
+    held = Held()
+    held.holds()
+    held.holds()
+    met = False
+    for _ in range(200):
+        old = id(held.params[0].grad)
+        held.params[0].grad = None
+        held.params[0].grad = torch.randn(4, 8)
+        if id(held.params[0].grad) == old:
+            met = True
+            assert held.holds()
+            assert not held.snapshot.same_grads
+            break
+        held.holds()
+        held.holds()
+    assert met, "no id was used again, so nothing was tested"
+
+
+def test_gradients_are_not_kept_alive():
+    held = Held()
+    held.holds()
+    held.holds()
+    assert held.snapshot.same_grads
+    ref = weakref.ref(held.params[0].grad)
+    held.params[0].grad = None
+    gc.collect()
+    assert ref() is None
+
+
+def _set(index: int, make: Callable[[Tensor], Tensor | None]) -> Callable[[Held], None]:
+    def change(held: Held) -> None:
+        held.params[index].grad = make(held.params[index])
+
+    return change
+
+
+def _swap(make: Callable[[Tensor], Tensor]) -> Callable[[Held], None]:
+    def change(held: Held) -> None:
+        held.params[1].data = make(held.params[1].data)
+
+    return change
+
+
+def _half(held: Held) -> None:
+    held.params[0].data = held.params[0].data.half()
+    held.params[0].grad = torch.randn(4, 8).half()
+
+
+def _narrow(held: Held) -> None:
+    held.params[0].data = held.params[0].data[:2]  # the same address
+    held.params[0].grad = torch.randn(2, 8)
+
+
+CHANGES: dict[str, Callable[[Held], object]] = {
+    "gradient gone": _set(0, lambda p: None),
+    "gradient come": _set(2, torch.randn_like),
+    "gradient sparse": _set(0, lambda p: torch.randn(4, 8).to_sparse()),
+    "parameter moved": _swap(torch.clone),
+    "parameter of another dtype": _half,
+    "parameter cut short": _narrow,
+    "moment replaced": lambda held: held.state[held.params[0]].update(exp_avg=torch.zeros(4, 2)),
+    "state entry added": lambda held: held.state[held.params[0]].update(limiter_norm=torch.zeros(())),
+    "state entry removed": lambda held: held.state[held.params[0]].pop("exp_avg"),
+    "state gone": lambda held: held.state.pop(held.params[1]),
+    "option": lambda held: held.options.__setitem__(0, (3, "gwt", 3)),
+    "parameter replaced": lambda held: held.params.__setitem__(2, torch.nn.Parameter(torch.randn(4, 8))),
+    "parameter added": lambda held: held.params.append(torch.nn.Parameter(torch.randn(4, 8))),
+    "order": lambda held: held.params.reverse(),
+}
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_other_change_is_noticed(change, same):
+    held = Held()
+    if same:
+        held.holds()
+        held.holds()
+    CHANGES[change](held)
+    assert not held.holds()
