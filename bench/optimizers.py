@@ -69,6 +69,20 @@ def aim_rows(promised: Sequence[Aim], about: dict[str, Any]) -> list[dict[str, A
     ]
 
 
+def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Aim]:
+    """Return the aims for all models, of what was measured."""
+    measured: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    for result in results:
+        if result.seconds is not None:
+            key = result.candidate.name, result.candidate.weights
+            measured.setdefault(result.model, {})[key] = result.medians
+    return [
+        aim
+        for model, found in measured.items()
+        for aim in aims(model, found, device.type, None if latency is None else latency.median)
+    ]
+
+
 def table(results: Sequence[Result]) -> str:
     """Return the results as an aligned table; times in milliseconds, sizes in MiB."""
     columns = {
@@ -228,25 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records.append(path, "optimizers", machine)
 
     results: list[Result] = []
-    for shapes, found in run(options, suite(options.peers, options.levels, device), bandwidth.median):
-        elements = sum(torch.Size(shape.size).numel() for shape in shapes)
-        results += found
-        fresh = [each for result in found for each in rows(result, about | {"parameters": elements})]
-        records.append(path, "optimizers", fresh)
-
-    promised = [
-        aim
-        for model in dict.fromkeys(result.model for result in results)
-        for aim in aims(
-            model,
-            {(r.candidate.name, r.candidate.weights): r.medians for r in results if r.model == model and r.metrics},
-            device.type,
-            latency and latency.median,
-        )
-    ]
-    records.append(path, "optimizers", aim_rows(promised, about))
-    print(table(results), *promised, sep="\n")
-    print(f"raw measurements: {path.name}")
+    try:
+        for shapes, found in run(options, suite(options.peers, options.levels, device), bandwidth.median):
+            elements = sum(torch.Size(shape.size).numel() for shape in shapes)
+            results += found
+            fresh = [each for result in found for each in rows(result, about | {"parameters": elements})]
+            records.append(path, "optimizers", fresh)
+    finally:  # an interrupted run, too, says how what it measured compares
+        promised = promises(results, device, latency)
+        records.append(path, "optimizers", aim_rows(promised, about))
+        print(table(results), *promised, sep="\n")
+        print(f"raw measurements: {path.name}", flush=True)
     return int(any(result.failed for result in results))
 
 

@@ -243,16 +243,17 @@ def test_an_interrupted_run_keeps_what_it_had(
     def interrupt(groups: list[dict]) -> None:
         raise KeyboardInterrupt
 
-    good = gwt(2, SINGLE, limiter=True)
+    good, loop = gwt(2, SINGLE, limiter=True), adamw(SINGLE, foreach=False)
     last = good._replace(name="last", peer="other", build=interrupt)
-    monkeypatch.setattr(optimizers, "suite", lambda *_: [good, last])
+    monkeypatch.setattr(optimizers, "suite", lambda *_: [good, loop, last])
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(KeyboardInterrupt):
         optimizers.main(arguments)
     (path,) = (tmp_path / "out").iterdir()
     _, rows = records.read(path)
-    assert {row["optimizer"] for row in rows} == {None, good.name}
-    assert sum(row["metric"] == "step_time" for row in rows) == 2
+    assert {row["optimizer"] for row in rows} == {None, good.name, loop.name}
+    assert sum(row["metric"] == "step_time" for row in rows) == 4
+    assert [row["metric"] for row in rows if row["optimizer"] is None] == ["copy_bandwidth", "ratio"]
 
 
 def test_what_the_minutes_do_not_reach_becomes_rows(
