@@ -49,6 +49,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
         "(default: the configuration's, or bf16)")  # fmt: skip
     add("--state-dtype", choices=DTYPES, metavar="DTYPE", help="of the moments (default: the optimizer's)")
+    add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
     add("--no-limiter", action="store_true", help="plan for norm_growth_limit=None")
     add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
     add(
@@ -80,7 +81,8 @@ def _plan(options: argparse.Namespace) -> int:
             options.model,
             level=options.level,
             state_dtype=dtype(options.state_dtype),
-            norm_growth_limit=None if options.no_limiter else 1.01,
+            rule=options.rule,
+            norm_growth_limit=None if options.no_limiter else "published",
             include=options.include,
             exclude=options.exclude,
             dtype=dtype(options.dtype),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.hyper import Hyper, Rule, check_rule
 
-__all__ = ["Hyper", "gwt_adamw_"]
+__all__ = ["Hyper", "Rule", "gwt_adamw_"]
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def gwt_adamw_(
     steps: Sequence[int],
     hypers: Sequence[Hyper],
     level: int,
+    rule: Rule = "gwt",
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -47,6 +48,7 @@ def gwt_adamw_(
         steps: Number of this step per parameter, 1 for the first.
         hypers: Options per parameter.
         level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter.
+        rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), which has no limiter.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -56,14 +58,16 @@ def gwt_adamw_(
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
-        ValueError: lists of different lengths, an unknown backend or wavelet, or a limiter for some tensors only.
+        ValueError: lists of different lengths, an unknown backend, rule or wavelet, a limiter for some tensors
+            only or under the folded rule, or that rule with another wavelet than Haar.
     """
     if not params:
         return
     lists = (grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
     if any(len(x) != len(params) for x in lists):
         raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
-    _check_limiter(limiter_norms, hypers)
+    check_rule(rule, wavelet)
+    _check_limiter(limiter_norms, hypers, rule)
     # Every array has to suit the backend, not the parameters alone.
     kinds = {x[0].dtype for x in (params, grads, exp_avgs)}
     choices = {backends.resolve(backend, params[0].device, dtype, level, wavelet) for dtype in kinds}
@@ -75,15 +79,15 @@ def gwt_adamw_(
     elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
-        torch_step.gwt_adamw_(*tensors, level=level)
+        torch_step.gwt_adamw_(*tensors, level=level, rule=rule)
     else:
         from gwt_kernels.triton_backend import launch
 
         workspace = {} if workspace is None else workspace
-        launch.gwt_adamw_(*tensors, level=level, workspace=workspace, same_grads=same_grads)
+        launch.gwt_adamw_(*tensors, level=level, rule=rule, workspace=workspace, same_grads=same_grads)
 
 
-def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper]) -> None:
+def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:
     absent = [norm is None for norm in limiter_norms].count(True)
     if absent == len(limiter_norms):
         return
@@ -91,6 +95,8 @@ def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hype
         raise ValueError(
             "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
         )
+    if rule == "foam":
+        raise ValueError("rule='foam' has no limiter: pass None in limiter_norms for every parameter")
     if None in [hyper.norm_growth_limit for hyper in hypers]:
         raise ValueError(
             "norm_growth_limit is None for a parameter that has a limiter norm: pass None in limiter_norms as well"

@@ -1,11 +1,22 @@
-"""The numbers that govern one parameter's update, as every backend takes them."""
+"""The rules of an update, and the numbers that govern one parameter's, as every backend takes them."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-__all__ = ["Hyper"]
+__all__ = ["Hyper", "Rule", "check_rule"]
+
+Rule = Literal["gwt", "foam"]
+"""``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
+
+
+def check_rule(rule: object, wavelet: str) -> None:
+    """Raise a ValueError unless there is such a rule, and for this wavelet."""
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, get_args(Rule)))}")
+    if rule == "foam" and wavelet != "haar":
+        raise ValueError(f"rule='foam' folds blocks of neighbours and knows no wavelet {wavelet!r}: use 'haar'")
 
 
 class Hyper(NamedTuple):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
-from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.functional import Hyper, Rule, gwt_adamw_
 from gwt_kernels.haar import check_level
-from gwt_kernels.options import STRUCTURAL, check_group, hyper_of, state_dtype_name, state_dtype_of
+from gwt_kernels.options import (
+    STRUCTURAL,
+    check_group,
+    hyper_of,
+    published_limit,
+    state_dtype_name,
+    state_dtype_of,
+)
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import MOMENTS, check_place, check_state, complete, exact_copy, is_limited, state_keys
 
@@ -40,8 +47,9 @@ class GWTAdamW(Optimizer):
         level: Levels of the transform; moments shrink by ``2**level``. ``2**level`` must be below twice the
             last dimension of every tensor in the group.
         scale: Factor on the update of transformed tensors; level 0 ignores it.
-        rule: ``"gwt"``, the published rule.
-        norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. Level 0 has none.
+        rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one, whose updates are bounded.
+        norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. By default the published 1.01
+            where ``rule="gwt"``; the folded rule and level 0 have none.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters.
         maximize: Ascend instead of descend.
@@ -67,13 +75,16 @@ class GWTAdamW(Optimizer):
         *,
         level: int = 2,
         scale: float = 0.25,
-        rule: str = "gwt",
-        norm_growth_limit: float | None = 1.01,
+        rule: Rule = "gwt",
+        norm_growth_limit: float | Literal["published"] | None = "published",
         wavelet: str = "haar",
         state_dtype: torch.dtype | str | None = None,
         maximize: bool = False,
         backend: backends.Backend | None = None,
     ) -> None:
+        self._limiter_is_published = norm_growth_limit == "published"
+        if self._limiter_is_published:
+            norm_growth_limit = published_limit(rule)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -98,6 +109,9 @@ class GWTAdamW(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
         """
+        rule = param_group.get("rule", self.defaults["rule"])
+        if rule != self.defaults["rule"] and (rule == "foam" or self._limiter_is_published):
+            param_group.setdefault("norm_growth_limit", published_limit(rule))
         super().add_param_group(param_group)
         try:
             self._check_new_group(self.param_groups[-1])
@@ -162,7 +176,7 @@ class GWTAdamW(Optimizer):
             self.__dict__.pop("_set_aside", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("defaults", "state", "param_groups")}
+        return {key: self.__dict__[key] for key in ("defaults", "state", "param_groups", "_limiter_is_published")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -238,6 +252,7 @@ class _Bucket:
         own = [states[p] for p in self.params]
         group = groups[self.owners[0]]
         self.level: int = group["level"]
+        self.rule: Rule = group["rule"]
         self.wavelet: str = group["wavelet"]
         self.backend: backends.Backend | None = group["backend"]
         self.exp_avgs: list[Tensor] = [s["exp_avg"] for s in own]
@@ -259,6 +274,7 @@ class _Bucket:
             steps=list(map(int, (self.steps + 1).tolist())),
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
+            rule=self.rule,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.hyper import Hyper, check_rule
 from gwt_kernels.torch_backend.literal import filter_bank
 
-__all__ = ["STRUCTURAL", "check_group", "hyper_of", "state_dtype_name", "state_dtype_of"]
+__all__ = ["STRUCTURAL", "check_group", "hyper_of", "published_limit", "state_dtype_name", "state_dtype_of"]
 
 _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
 STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 """Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
 
-RULES = ("gwt",)
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -38,14 +37,24 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise TypeError(f"level must be an integer, got {level!r}")
     if level < 0:
         raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
-    if group["rule"] not in RULES:
-        raise ValueError(f"unknown rule {group['rule']!r}: use one of {', '.join(map(repr, RULES))}")
+    check_rule(group["rule"], "haar")
+    if group["rule"] == "foam" and group["norm_growth_limit"] is not None:
+        raise ValueError(
+            f"norm_growth_limit is {group['norm_growth_limit']}, but rule='foam' has no limiter: leave it out, or "
+            f"pass None"
+        )
     if not isinstance(group["wavelet"], str):
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
+        check_rule(group["rule"], group["wavelet"])
     state_dtype_name(group["state_dtype"])
     backends.check_name(group["backend"])
+
+
+def published_limit(rule: str) -> float | None:
+    """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
+    return None if rule == "foam" else 1.01
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyper:

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gwt_kernels.hyper import Rule
 from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import state_dtype_name, state_dtype_of
@@ -138,7 +139,8 @@ def plan(
     *,
     level: int = 2,
     state_dtype: torch.dtype | None = None,
-    norm_growth_limit: float | None = 1.01,
+    rule: Rule = "gwt",
+    norm_growth_limit: float | Literal["published"] | None = "published",
     include: Sequence[str | re.Pattern[str]] | None = None,
     exclude: Sequence[str | re.Pattern[str]] | None = None,
     dtype: torch.dtype | None = None,
@@ -159,6 +161,7 @@ def plan(
         exclude: As for `gwt_param_groups`.
         state_dtype: dtype of the moments; None for `GWTAdamW`'s default. A dtype that the optimizer does not take
             is computed all the same, and marked as not offered.
+        rule: As for `GWTAdamW`.
         norm_growth_limit: As for `GWTAdamW`; None for no limiter.
         dtype: dtype of weights and gradients. None: a module's own; a configuration's, and bfloat16 where it
             names none.
@@ -181,7 +184,8 @@ def plan(
 
     def options_at(level: int) -> _Setting:
         decided = decide(module, level=level, include=include, exclude=exclude)
-        return _Setting([(_stand_in(p, dtype), decision) for p, decision in decided], level, norm_growth_limit)
+        stand_ins = [(_stand_in(p, dtype), decision) for p, decision in decided]
+        return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
 
     asked = options_at(level)
     settings = {level: asked}
@@ -270,7 +274,7 @@ def parse_bandwidth(text: str) -> float:
 class _Setting:
     """A model's tensors as the optimizer gets them at one level, on the meta device."""
 
-    def __init__(self, members: list[tuple[Tensor, Decision]], level: int, norm_growth_limit: float | None) -> None:
+    def __init__(self, members: list[tuple[Tensor, Decision]], level: int, **options: Any) -> None:
         self.members = members
         self.level = level
         groups = [
@@ -278,7 +282,7 @@ class _Setting:
             for each in sorted({d.level for _, d in members})
         ]
         # The optimizer itself: it refuses what it would refuse later, and its groups hold its own defaults.
-        self.optimizer = GWTAdamW(groups, norm_growth_limit=norm_growth_limit)
+        self.optimizer = GWTAdamW(groups, **options)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
 
     def states(self, state_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Decision, dict[str, Tensor]]]:

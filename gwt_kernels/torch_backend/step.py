@@ -8,6 +8,10 @@ For a block of ``W = 2**level`` neighbours with mean ``mean``, first moment ``m`
     p_i = p_i - lr*weight_decay*p_i - step_size*u_i
 
 which equals the multi-level transform, Adam on its approximation and the inverse transform (docs/algorithm.md).
+The folded rule (``rule="foam"``) has instead, with ``r_i = g_i - mean`` and no limiter::
+
+    m = b1*m + (1-b1)*mean       v = b2*v + (1-b2)*mean(g*g)
+    u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ def gwt_adamw_(
     hypers: Sequence[Hyper],
     *,
     level: int,
+    rule: str = "gwt",
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     for p, g, m, v, norm, step, hyper in zip(
@@ -46,6 +51,8 @@ def gwt_adamw_(
             continue
         if level == 0:
             _adamw(p, g, m, v, step, hyper)
+        elif rule == "foam":
+            _foam(p, g, m, v, step, hyper, level)
         else:
             _gwt(p, g, m, v, norm, step, hyper, level)
 
@@ -95,6 +102,27 @@ def _gwt(
         step_size = step_size / limit_(norm, total.sqrt_(), gamma)
     for p_, g_, gain, offset in pending:
         _update_(p_, g_, gain, offset, step_size, width, hyper)
+
+
+def _foam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper, level: int) -> None:
+    """The folded rule: a denominator per element, which bounds every element's update."""
+    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
+    width = 2**level
+    step_size = hyper.step_size(step, level)
+    for p_, g_, m_, v_ in _chunks(p, g, m, v):
+        g32 = _pad_to_multiple(g_.to(dtype), width)
+        g32 = -g32 if hyper.maximize else g32
+        mean = _block_sums(g32, level).div_(width)
+        p32, m32, v32 = (x.to(dtype) for x in (p_, m_, v_))
+        m32.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
+        v32.mul_(hyper.beta2).add_(_block_sums(g32.square(), level), alpha=(1 - hyper.beta2) / width)
+        residual = g32.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+        denominator = torch.addcmul(v32.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
+        update = residual.add_(m32.unsqueeze(-1)).div_(denominator).view(g32.shape)
+        if hyper.weight_decay:
+            p32.mul_(1 - hyper.lr * hyper.weight_decay)
+        p32.sub_(update[..., : p_.shape[-1]], alpha=step_size)
+        _write_back((p_, m_, v_), (p32, m32, v32))
 
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:

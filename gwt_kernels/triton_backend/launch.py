@@ -42,6 +42,7 @@ def gwt_adamw_(
     hypers: Sequence[Hyper],
     *,
     level: int,
+    rule: str,
     workspace: dict[str, Any],
     same_grads: bool = False,
 ) -> None:
@@ -85,7 +86,7 @@ def gwt_adamw_(
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     with _device_guard(params[0].device):
         for launch in workspace["launches"]:
-            launch.run(addresses, rows, dtypes, limited)
+            launch.run(addresses, rows, dtypes, limited, rule == "foam")
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
@@ -119,7 +120,9 @@ class Launch:
         p, *others = (array("q", self._own(column)).tobytes() for column in addresses)
         self.before_grads, self.after_grads = p, b"".join(others)
 
-    def run(self, grad_addresses: list[int], rows: list[bytes], dtypes: list[tl.dtype], limited: bool) -> None:
+    def run(
+        self, grad_addresses: list[int], rows: list[bytes], dtypes: list[tl.dtype], limited: bool, folded: bool
+    ) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
         device = self.layout.device
         table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
@@ -142,7 +145,8 @@ class Launch:
             )
         step_kernel[(self.n_tiles,)](
             self.layout, pointer_table, scalar_table, factors,
-            self.n, P=p, G=g, M=m, LIMITED=limited, **options, **alignment(narrower, m, self.level, self.flat),
+            self.n, P=p, G=g, M=m, LIMITED=limited, FOLDED=folded,
+            **options, **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
 
     def _own(self, column: list[Any]) -> list[Any]:

@@ -51,6 +51,7 @@ def step_kernel(
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     LIMITED: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
@@ -62,7 +63,12 @@ def step_kernel(
         u_i = (g_i - mean + m / sqrt(W)) / (sqrt(v) + eps)         at W = 1: m / (sqrt(v) + eps)
         p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
 
-    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. The folded rule
+    (``FOLDED``, with ``W`` above 1) has, with ``r_i = g_i - mean``::
+
+        m = b1*m + (1-b1)*mean
+        v = b2*v + (1-b2)*mean(g*g)
+        u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
     """
     tile = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -77,7 +83,7 @@ def step_kernel(
 
     p = tl.load(p_ptrs, mask=inside, other=0.0).to(tl.float32)
     residual, m, v, denominator = _moments(
-        g_ptrs, m_ptrs, v_ptrs, inside, block_inside, scalars_ptr + i * N_SCALARS, W, NB
+        g_ptrs, m_ptrs, v_ptrs, inside, block_inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED
     )
     tl.store(m_ptrs, m.to(M), mask=block_inside)
     tl.store(v_ptrs, v.to(M), mask=block_inside)
@@ -86,11 +92,16 @@ def step_kernel(
     step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
-    gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
-    if W == 1:
-        update = m * gain
+    if FOLDED and W > 1:
+        eps = tl.load(scalars_ptr + i * N_SCALARS + 4)
+        denominators = tl.sqrt_rn(v[:, None] + residual * residual) + eps  # [NB, W]
+        update = tl.div_rn(step_size * (residual + m[:, None]), denominators)
     else:
-        update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
+        gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
+        if W == 1:
+            update = m * gain
+        else:
+            update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
     p = p - decay * p - tl.reshape(update, p.shape)
     tl.store(p_ptrs, p.to(P), mask=inside)
 
@@ -135,6 +146,7 @@ def norm_kernel(
             scalars_ptr + i * N_SCALARS,
             W,
             NB,
+            False,  # the folded rule has no limiter
         )
         a = tl.where(block_inside, m / denominator, 0.0)
         total += a * a
@@ -188,6 +200,7 @@ def _moments(
     scalars_ptr,
     W: tl.constexpr,
     NB: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
     """``g - mean`` ``[NB, W]`` and the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]`` of a tile, in float32."""
     g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
@@ -195,14 +208,20 @@ def _moments(
     v = tl.load(v_ptrs, mask=block_inside, other=0.0).to(tl.float32)
     if W == 1:
         a = tl.reshape(g, (NB,))
+        square = a * a
         residual = g
     else:
         g = tl.reshape(g, (NB, W))
         mean = tl.sum(g, axis=1) * (1.0 / W)
-        a = mean * W**0.5
+        if FOLDED:
+            a = mean
+            square = tl.sum(g * g, axis=1) * (1.0 / W)
+        else:
+            a = mean * W**0.5
+            square = a * a
         residual = g - mean[:, None]
     m = tl.load(scalars_ptr) * m + tl.load(scalars_ptr + 1) * a
-    v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * a * a
+    v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * square
     return residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
 
 
