@@ -62,6 +62,13 @@ int64_t gwt_haar_coefficient_count(int64_t rows, int64_t width, int level)
     return rows * columns_down_to(1, width, level);
 }
 
+/* Level 0 has one rule: plain AdamW. */
+static int is_folded(const gwt_adamw_options *o)
+{
+    return o->level > 0 && o->rule == GWT_RULE_FOAM;
+}
+
+/* GWT_RULE_FOAM never has one: check_options refuses it. */
 static int has_limiter(const gwt_adamw_options *o)
 {
     return o->level > 0 && o->norm_growth_limit > 0;
@@ -80,7 +87,9 @@ static int check_options(const gwt_adamw_options *o, const double *limiter_norm)
                      && finite_from(0, o->scale)
                      && (isnan(o->norm_growth_limit) || o->norm_growth_limit <= 0
                          || finite_from(1, o->norm_growth_limit));
-    if (!good)
+    if (!good || (o->rule != GWT_RULE_GWT && o->rule != GWT_RULE_FOAM))
+        return GWT_BAD_OPTION;
+    if (o->rule == GWT_RULE_FOAM && o->norm_growth_limit > 0)
         return GWT_BAD_OPTION;
     if (has_limiter(o) && limiter_norm && *limiter_norm < 0)
         return GWT_BAD_OPTION;

@@ -1,7 +1,8 @@
-/* The public face of the C oracle: the Haar transform and GWT-Adam written out literally, for tests to
+/* The public face of the C oracle: the Haar transform, GWT-Adam and FOAM written out literally, for tests to
  * compare every fast implementation against.
  *
- * GWT-Adam is the algorithm of arXiv 2501.07237 with the norm-growth limiter of Fira (arXiv 2410.01623).
+ * GWT-Adam is the algorithm of arXiv 2501.07237 with the norm-growth limiter of Fira (arXiv 2410.01623); FOAM
+ * is the folded rule of arXiv 2512.07112.
  *
  * Layout. A tensor is `rows` rows of `width` contiguous elements, row-major; an N-D tensor is its last
  * dimension as `width` and the product of the others as `rows`. Its coefficients at level L are packed one
@@ -39,7 +40,18 @@ enum {
     GWT_OUT_OF_MEMORY = 5  /* the working memory could not be had */
 };
 
-/* The settings of one GWT-Adam step on one tensor. Only their ranges are limited; nothing has a default. */
+/* How a gradient becomes an update, at every level but 0. With W = 2**L, blocks of W neighbours (a row is
+ * padded with zeros on its right), and mean_k the mean over block k, padding included, so always a W-th of the
+ * sum, GWT_RULE_FOAM is, for every element i of block k,
+ *
+ *     m_k = beta1 * m_k + (1 - beta1) * mean_k(g)        v_k = beta2 * v_k + (1 - beta2) * mean_k(g * g)
+ *     r_i = g_i - mean_k(g)                              u_i = (m_k + r_i) / (sqrt(v_k + r_i * r_i) + eps) */
+enum {
+    GWT_RULE_GWT = 0, /* moments of the Haar approximation, which scale the details too; may be limited */
+    GWT_RULE_FOAM = 1 /* moments of block means, a denominator per element; no limiter */
+};
+
+/* The settings of one step on one tensor. Only their ranges are limited; nothing has a default. */
 typedef struct {
     int64_t step;              /* t: 1 for the first step; at least 1 */
     double lr;                 /* learning rate; finite, at least 0 */
@@ -48,9 +60,11 @@ typedef struct {
     double eps;                /* added to sqrt(v), which is not bias-corrected; finite, at least 0 */
     double weight_decay;       /* decoupled: p shrinks by lr * weight_decay first; finite, at least 0 */
     double scale;              /* factor on the update; finite, at least 0; ignored at level 0 */
-    double norm_growth_limit;  /* gamma; finite, at least 1; NaN, 0 or less: no limiter; ignored at level 0 */
+    double norm_growth_limit;  /* gamma; finite, at least 1; NaN, 0 or less: no limiter, as GWT_RULE_FOAM wants
+                                * it; ignored at level 0 of GWT_RULE_GWT */
     int32_t level;             /* L: 0 is plain AdamW (no transform, no scale, no limiter) */
     int32_t maximize;          /* not 0: ascend, that is, take -g for g */
+    int32_t rule;              /* GWT_RULE_GWT or GWT_RULE_FOAM; level 0 is the same for both */
 } gwt_adamw_options;
 
 /* n_level, the columns of the approximation of a row of `width` elements: `width` halved `level` times, each
@@ -81,11 +95,16 @@ int gwt_haar_dwt_d(const double *x, double *coeffs, int64_t rows, int64_t width,
 int gwt_haar_idwt_f(const float *coeffs, float *x, int64_t rows, int64_t width, int level);
 int gwt_haar_idwt_d(const double *coeffs, double *x, int64_t rows, int64_t width, int level);
 
-/* One step of GWT-Adam on one tensor, in place.
+/* One step on one tensor, in place: the weights become
+ *
+ *     p * (1 - lr * weight_decay) - lr * sqrt(1 - beta2**t) / (1 - beta1**t) * scale / limit * u,
+ *
+ * where `limit` is 1 unless there is a limiter, and u is the update of the rule.
  *
  *   p             [rows, width], the weights, updated
  *   g             [rows, width], the gradient, read
- *   exp_avg       [rows, n_L], the first moment m of the approximation, updated; zeros before the first step
+ *   exp_avg       [rows, n_L], the first moment m of the approximation (GWT_RULE_GWT) or of the block means
+ *                 (GWT_RULE_FOAM), updated; zeros before the first step
  *   exp_avg_sq    [rows, n_L], its second moment v, updated; zeros before the first step
  *   limiter_norm  one number, updated: the norm of the limited update of the approximation at the previous
  *                 step; 0 stands for "none yet", and so does a previous norm that really was 0. Double in
@@ -94,7 +113,8 @@ int gwt_haar_idwt_d(const double *coeffs, double *x, int64_t rows, int64_t width
  *
  * With eps 0 a coefficient whose v is 0 gives 0/0 = NaN, by the definition of the update.
  *
- * Returns GWT_OK or any of the codes above. Works in about twice the memory of the tensor itself. */
+ * Returns GWT_OK or any of the codes above. Works in about twice the memory of the tensor itself; GWT_RULE_FOAM
+ * in once that. */
 int gwt_adamw_step_f(float *p, const float *g, float *exp_avg, float *exp_avg_sq, double *limiter_norm,
                      int64_t rows, int64_t width, const gwt_adamw_options *options);
 int gwt_adamw_step_d(double *p, const double *g, double *exp_avg, double *exp_avg_sq, double *limiter_norm,

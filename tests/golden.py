@@ -1,6 +1,7 @@
 """Loads the golden vectors: what the authors' published optimizers computed in float64.
 
-Each case is a run of a few steps on one tensor, of GWT-Adam or plain AdamW, in `data/official_adamw.npz`.
+Each case is a run of a few steps on one tensor: of GWT-Adam or plain AdamW in `data/official_adamw.npz`, of FOAM in
+`data/official_foam.npz`.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 @dataclass(frozen=True)
-class AdamWCase:
+class Case:
     """One run: its settings, what went in, and what came out. Every array is float64 and read-only.
 
     Attributes:
         name: unique in the file; fit for a test id.
+        rule: "gwt" or "foam".
         level: 0 for plain AdamW.
-        wavelet: PyWavelets' name; the boundary mode is "zero" throughout.
+        wavelet: PyWavelets' name; the boundary mode is "zero" throughout. "haar" for "foam" (the same blocks).
         lr: the learning rate of each of the `T` steps.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment, which is not bias-corrected.
         scale: factor on the update.
         weight_decay: 0 throughout (the published code decays after the update, this package before).
-        norm_growth_limit: the limiter's gamma.
+        norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
         p0: the weights at the start, `[...]`.
         grads: the gradients, `[T, ...]`.
         params: the weights after each step, `[T, ...]`.
         exp_avg: the first moment after the last step, `[..., blocks]`.
         exp_avg_sq: the second moment after the last step, `[..., blocks]`.
-        limiter_norm: the limiter's norm after each step, `[T]`; NaN at level 0, which has none.
+        limiter_norm: the limiter's norm after each step, `[T]`; NaN where there is none, at level 0 and for "foam".
     """
 
     name: str
+    rule: str
     level: int
     wavelet: str
     lr: tuple[float, ...]
@@ -45,7 +48,7 @@ class AdamWCase:
     eps: float
     scale: float
     weight_decay: float
-    norm_growth_limit: float
+    norm_growth_limit: float | None
     p0: np.ndarray
     grads: np.ndarray
     params: np.ndarray
@@ -59,37 +62,74 @@ class AdamWCase:
 
         Then, and only then, the new norm is exactly gamma times the old one (plus the limiter's 1e-8).
         """
-        if self.level == 0:
+        if self.level == 0 or self.norm_growth_limit is None:
             return np.zeros(len(self.lr), bool)
         bound = self.norm_growth_limit * (self.limiter_norm[:-1] + 1e-8)
         return np.concatenate([[False], np.isclose(self.limiter_norm[1:], bound, rtol=1e-12, atol=0)])
 
 
 @functools.cache
-def adamw_cases(wavelet: str | None = None) -> tuple[AdamWCase, ...]:
+def adamw_cases(wavelet: str | None = None) -> tuple[Case, ...]:
     """The cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
-    with np.load(DATA / "official_adamw.npz", allow_pickle=False) as archive:
+    configurations, arrays = _load("official_adamw.npz")
+    return tuple(
+        _case(
+            configuration,
+            arrays,
+            rule="gwt",
+            wavelet=configuration["wavelet"],
+            norm_growth_limit=configuration["limiter_gamma"],
+            limiter_norm=arrays[f"{configuration['name']}/limiter_norm"],
+        )
+        for configuration in configurations
+        if _is(configuration, "mode", "zero") and wavelet in (None, configuration["wavelet"])
+    )
+
+
+@functools.cache
+def foam_cases() -> tuple[Case, ...]:
+    """The cases of `official_foam.npz`."""
+    configurations, arrays = _load("official_foam.npz")
+    return tuple(
+        _case(
+            configuration,
+            arrays,
+            rule="foam",
+            wavelet="haar",
+            norm_growth_limit=None,
+            limiter_norm=np.full(len(configuration["lr"]), np.nan),
+        )
+        for configuration in configurations
+        if _is(configuration, "variant", "foam")
+    )
+
+
+def _load(file: str) -> tuple[list[dict], dict[str, np.ndarray]]:
+    with np.load(DATA / file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     for array in arrays.values():
         array.setflags(write=False)
-    configurations = json.loads(str(arrays["cases"]))
-    return tuple(_case(c, arrays) for c in configurations if wavelet in (None, c["wavelet"]))
+    return json.loads(str(arrays["cases"])), arrays
 
 
-def _case(configuration: dict, arrays: dict[str, np.ndarray]) -> AdamWCase:
+def _is(configuration: dict, key: str, expected: str) -> bool:
+    """True; raises where the file holds what its loader was not written for."""
+    if configuration[key] != expected:
+        name, found = configuration["name"], configuration[key]
+        raise ValueError(f"golden case {name!r} has {key} {found!r}, expected {expected!r}")
+    return True
+
+
+def _case(configuration: dict, arrays: dict[str, np.ndarray], **rest: object) -> Case:
     name = configuration["name"]
-    if configuration["mode"] != "zero":
-        raise ValueError(f'golden case {name!r} has boundary mode {configuration["mode"]!r}, expected "zero"')
-    keys = ("p0", "grads", "params", "exp_avg", "exp_avg_sq", "limiter_norm")
-    return AdamWCase(
+    return Case(
         name=name,
         level=configuration["level"],
-        wavelet=configuration["wavelet"],
         lr=tuple(configuration["lr"]),
         betas=tuple(configuration["betas"]),
         eps=configuration["eps"],
         scale=configuration["scale"],
         weight_decay=configuration["weight_decay"],
-        norm_growth_limit=configuration["limiter_gamma"],
-        **{key: arrays[f"{name}/{key}"] for key in keys},
+        **{key: arrays[f"{name}/{key}"] for key in ("p0", "grads", "params", "exp_avg", "exp_avg_sq")},
+        **rest,
     )

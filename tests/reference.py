@@ -19,6 +19,7 @@ import numpy as np
 SOURCES = Path(__file__).resolve().parent.parent / "csrc_reference"
 LIBRARY = SOURCES / "build" / "libgwt_reference.so"
 
+RULES = ("gwt", "foam")  # in the order of GWT_RULE_GWT and GWT_RULE_FOAM
 OK, BAD_SHAPE, BAD_LEVEL, BAD_OPTION, NULL_POINTER, OUT_OF_MEMORY = range(6)
 _NAMES = ("OK", "BAD_SHAPE", "BAD_LEVEL", "BAD_OPTION", "NULL_POINTER", "OUT_OF_MEMORY")
 _SUFFIX = {np.dtype(np.float32): "f", np.dtype(np.float64): "d"}
@@ -46,6 +47,7 @@ class Options(ctypes.Structure):
         ("norm_growth_limit", ctypes.c_double),
         ("level", ctypes.c_int32),
         ("maximize", ctypes.c_int32),
+        ("rule", ctypes.c_int32),
     )
 
 
@@ -160,8 +162,9 @@ def adamw_step(
     scale: float = 0.25,
     norm_growth_limit: float | None = 1.01,
     maximize: bool = False,
+    rule: str = "gwt",
 ) -> float:
-    """One step of GWT-Adam; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
+    """One step of GWT-Adam or FOAM; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
 
     Args:
         p: weights `[..., N]`, float64 or float32, C-contiguous like all arrays here.
@@ -169,22 +172,23 @@ def adamw_step(
         exp_avg: first moment, of shape `moment_shape(p.shape, level)`; zeros before the first step.
         exp_avg_sq: second moment, of the same shape; zeros before the first step.
         limiter_norm: what the previous step returned; 0 before the first step.
-        level: 0 is plain AdamW: no transform, no scale, no limiter.
+        level: 0 is plain AdamW, whatever the rule: no transform, no scale, no limiter.
         step: 1 for the first step.
         lr: learning rate.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment, which is not bias-corrected.
         weight_decay: decoupled, applied before the update.
         scale: factor on the update.
-        norm_growth_limit: the limiter's gamma; None for no limiter.
+        norm_growth_limit: the limiter's gamma; None for no limiter, as "foam" wants it at every level.
         maximize: follow the gradient up.
+        rule: one of `RULES`: "gwt", or "foam", the folded rule.
 
     Returns:
         The new `limiter_norm`; the old one where the limiter is off.
 
     Raises:
         OracleError: the oracle refused the arguments; nothing was changed.
-        ValueError: the arrays do not fit together; nothing was changed.
+        ValueError: the arrays do not fit together, or the rule has no such name; nothing was changed.
     """
     arrays = (p, g, exp_avg, exp_avg_sq)
     if any(a.dtype != p.dtype or not a.flags.c_contiguous for a in arrays):
@@ -193,6 +197,8 @@ def adamw_step(
     moments = moment_shape(p.shape, level) if valid_level else exp_avg.shape
     if g.shape != p.shape or exp_avg.shape != moments or exp_avg_sq.shape != moments:
         raise ValueError(f"shapes {[a.shape for a in arrays]} do not fit together at level {level}")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}: use one of {RULES}")
     options = Options(
         step=step,
         lr=lr,
@@ -204,6 +210,7 @@ def adamw_step(
         norm_growth_limit=math.nan if norm_growth_limit is None else norm_growth_limit,
         level=level,
         maximize=maximize,
+        rule=RULES.index(rule),
     )
     norm = ctypes.c_double(limiter_norm)
     pointers = [a.ctypes.data for a in arrays]

@@ -18,6 +18,7 @@ import torch
 from tests import golden, reference
 
 GOLDEN = golden.adamw_cases("haar")
+FOAM = golden.foam_cases()
 DTYPES = (np.float64, np.float32)
 WIDTHS = (*range(1, 34), 61, 64, 100, 127, 128, 129, 255, 1000)
 ROOT2, ROOT8 = math.sqrt(2), math.sqrt(8)
@@ -33,9 +34,10 @@ def band_tolerance(x: np.ndarray, level: int) -> float:
     return 4 * (level + 1) * np.finfo(x.dtype).eps * math.sqrt(2**level) * np.abs(x).max()
 
 
-def run_golden(case: golden.AdamWCase, **changed: object) -> dict[str, np.ndarray]:
+def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
     """All steps of a case, with some settings changed."""
     settings = {
+        "rule": case.rule,
         "level": case.level,
         "betas": case.betas,
         "eps": case.eps,
@@ -56,12 +58,12 @@ def run_golden(case: golden.AdamWCase, **changed: object) -> dict[str, np.ndarra
 # The published optimizers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GOLDEN + FOAM, ids=lambda case: case.name)
 def test_golden_vectors(case):
     got = run_golden(case)
     for name in ("params", "exp_avg", "exp_avg_sq"):
         np.testing.assert_allclose(got[name], getattr(case, name), rtol=1e-12, atol=0, err_msg=name)
-    if case.level == 0:
+    if case.level == 0 or case.rule == "foam":
         assert not got["limiter_norm"].any()
     else:
         np.testing.assert_allclose(got["limiter_norm"], case.limiter_norm, rtol=1e-12, atol=0)
@@ -72,7 +74,11 @@ def test_golden_vectors_hold_what_the_tests_rely_on():
     assert {case.level for case in GOLDEN} == {0, 1, 2, 3, 4, 5}
     assert any(case.p0.shape[-1] % 2 for case in GOLDEN)
     assert sum(case.limiter_active.sum() for case in GOLDEN) >= 20
-    assert all((case.params[-1] != case.p0).all() for case in GOLDEN)
+    assert len(FOAM) == 6
+    assert {case.level for case in FOAM} == {1, 2, 3, 5}
+    assert {case.p0.ndim for case in FOAM} == {1, 2}
+    assert sum(case.p0.shape[-1] % 2**case.level > 0 for case in FOAM) == 2  # a last block that is padded
+    assert all((case.params[-1] != case.p0).all() for case in GOLDEN + FOAM)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +300,9 @@ def test_level_0_is_torch_adamw(weight_decay, maximize):
     np.testing.assert_allclose(v, theirs.state[tensor]["exp_avg_sq"].numpy(), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("rule", reference.RULES)
 @pytest.mark.parametrize("width", [1, 2, 5, 13, 64, 127])
-def test_float_build_is_the_double_build_rounded(width):
+def test_float_build_is_the_double_build_rounded(width, rule):
     """From a state in mid-run, where v is not near 0 and nothing magnifies a rounding error."""
     for level in levels(width):
         rng = np.random.default_rng(width)
@@ -309,7 +316,8 @@ def test_float_build_is_the_double_build_rounded(width):
         results = []
         for dtype in DTYPES:
             arrays = {name: a.astype(np.float32).astype(dtype) for name, a in start.items()}
-            settings = {"level": level, "step": 7, "lr": 16.0, "weight_decay": 0.03, "scale": 1.0}
+            settings = {"level": level, "step": 7, "lr": 16.0, "weight_decay": 0.03, "scale": 1.0, "rule": rule}
+            settings["norm_growth_limit"] = None if rule == "foam" else 1.01
             norm = reference.adamw_step(**arrays, limiter_norm=1.0, **settings)
             results.append((arrays, norm))
         (double, double_norm), (single, single_norm) = results
@@ -320,13 +328,14 @@ def test_float_build_is_the_double_build_rounded(width):
         np.testing.assert_allclose(single_norm, double_norm, rtol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"rule": "foam", "norm_growth_limit": None}], ids=reference.RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 8), (2, 0, 8)])
-def test_empty_tensors_are_accepted_and_change_nothing(shape, dtype):
+def test_empty_tensors_are_accepted_and_change_nothing(shape, dtype, options):
     p = np.zeros(shape, dtype)
     moments = reference.moment_shape(shape, 2)
     m, v = np.zeros(moments, dtype), np.zeros(moments, dtype)
-    assert reference.adamw_step(p, p.copy(), m, v, 0.5, level=2, step=1, lr=0.1) == 0.5
+    assert reference.adamw_step(p, p.copy(), m, v, 0.5, level=2, step=1, lr=0.1, **options) == 0.5
     bands = reference.haar_dwt(p, 2)
     assert [band.size for band in bands] == [0, 0, 0]
     assert reference.haar_idwt(bands, shape[-1]).shape == shape
@@ -353,6 +362,10 @@ def test_empty_tensors_are_accepted_and_change_nothing(shape, dtype):
         ],
         *[({"norm_growth_limit": gamma}, reference.BAD_OPTION) for gamma in (1e-300, 0.999, math.inf)],
         ({"limiter_norm": -1.0}, reference.BAD_OPTION),
+        *[({"rule": "foam", "level": level}, reference.BAD_OPTION) for level in (0, 1, 2)],  # with a limiter
+        *[({"rule": "foam", "norm_growth_limit": bad}, reference.BAD_OPTION) for bad in (1e-300, 1.0, math.inf)],
+        ({"rule": "foam", "norm_growth_limit": None, "eps": -1.0}, reference.BAD_OPTION),
+        ({"rule": "foam", "norm_growth_limit": None, "level": 4}, reference.BAD_LEVEL),
     ],
     ids=str,
 )
@@ -382,7 +395,8 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
     arrays = [np.full(8, 2, dtype) for _ in range(4)]
     p, g, m, v = (a.ctypes.data for a in arrays)
     norm = ctypes.c_double(3)
-    options = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, 1.01, 1, 0)
+    options = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, 1.01, 1, 0, 0)
+    folded = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, 0.0, 1, 0, 1)
 
     def refused(code: int, name: str, *arguments: object) -> None:
         with pytest.raises(reference.OracleError) as refusal:
@@ -396,6 +410,10 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
     refused(reference.OUT_OF_MEMORY, "gwt_haar_dwt", g, p, 1, 2**57, 1)
     refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 2**54, 8, options)
     refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 1, 2**57, options)
+    refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 1, 2**57, folded)
+    for rule in (-1, 2, 2**31 - 1):
+        unknown = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, 0.0, 1, 0, rule)
+        refused(reference.BAD_OPTION, "gwt_adamw_step", p, g, m, v, norm, 1, 8, unknown)
     for pair in ((None, p), (g, None)):
         refused(reference.NULL_POINTER, "gwt_haar_dwt", *pair, 1, 8, 1)
         refused(reference.NULL_POINTER, "gwt_haar_idwt", *pair, 1, 8, 1)
@@ -403,6 +421,9 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
     for missing in (0, 1, 2, 3, 4, 7):
         arguments = [None if i == missing else a for i, a in enumerate(whole)]
         refused(reference.NULL_POINTER, "gwt_adamw_step", *arguments)
+        if missing < 4:
+            arguments[4], arguments[7] = None, folded
+            refused(reference.NULL_POINTER, "gwt_adamw_step", *arguments)
     assert all((a == 2).all() for a in arrays)
     assert norm.value == 3
     reference.call("gwt_adamw_step", dtype, *whole)  # with nothing wrong it does run
