@@ -23,7 +23,7 @@ from rich.table import Table
 from bench import records
 from bench.kernel_cases import KERNELS, MODELS, PARTS, Case, bytes_moved, obstacle, plan, set_count, short
 from bench.kernel_oracle import Buffers, bytes_needed, check
-from bench.measure import Spread, available_bytes, clock, copy_bandwidth, facts
+from bench.measure import Spread, available_bytes, chosen_device, clock, copy_bandwidth, facts, is_present
 from bench.models import load_config
 
 BENCHMARK = "kernels"
@@ -197,11 +197,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--commit", help="the commit measured, where the tree is no git checkout")
     options = parser.parse_args(arguments)
 
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options.device = chosen_device(options.device)
     if options.device.type not in ("cpu", "cuda"):
         parser.error(f"--device {options.device}: must be cpu or cuda")
-    if options.device.type == "cuda" and options.device.index is None:
-        options.device = torch.device("cuda", 0)  # PyTorch makes no device current that has no number
     options.repetitions = options.repetitions or (5 if options.device.type == "cpu" else 20)
     for name, least in (("repetitions", 1), ("threads", 1), ("minutes", 0)):
         value = getattr(options, name)
@@ -243,7 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     device = options.device
-    present = device.type == "cpu" or device.index < torch.cuda.device_count()
+    present = is_present(device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     about = facts(device if present else torch.device("cpu"), f"bench.{BENCHMARK}", arguments, options.commit)
     path = records.new_path(BENCHMARK, about, options.out)
     if not present:
@@ -253,8 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif options.threads:
-        torch.set_num_threads(options.threads)
 
     copied = copy_bandwidth(device)
     records.append(path, BENCHMARK, [bare_row(about, "copy_bandwidth", "B/s", copied, "")])

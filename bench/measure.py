@@ -151,6 +151,20 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions
     return Spread.of([2 * size / second for second in seconds])
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name, by default CUDA where there is one; a CUDA device always with its number.
+
+    PyTorch makes no device the current one that has no number, and events and streams are the current device's.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cuda", 0) if device == torch.device("cuda") else device
+
+
+def is_present(device: torch.device) -> bool:
+    """Whether PyTorch finds a device; the CPU always is."""
+    return device.type == "cpu" or (device.type == "cuda" and device.index < torch.cuda.device_count())
+
+
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device."""
     if device.type == "cuda":

@@ -13,7 +13,7 @@ import torch
 
 from bench import records
 from bench.aims import Aim, aims, compared
-from bench.measure import Spread, copy_bandwidth, facts, wall_clock
+from bench.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.models import load_config
 from bench.peers import PEERS, suite
 from bench.timing import SECONDS, Result, measure, release
@@ -138,10 +138,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--commit", help="the commit measured, where the tree is no git checkout")
     options = parser.parse_args(arguments)
 
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options.device = chosen_device(options.device)
     on_cpu = options.device.type == "cpu"
-    if not on_cpu and (options.device.type != "cuda" or not torch.cuda.is_available()):
-        parser.error(f"--device {options.device}: PyTorch finds no such CUDA device here; use --device cpu")
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {options.device}: must be cpu or cuda")
     defaults = {
         "models": ["llama_350m"] if on_cpu else MODELS[: 2 if options.quick else None],
         "peers": list(PEERS),
@@ -218,22 +218,27 @@ def launch_latency(device: torch.device) -> Spread:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite of a device; return 1 where this package failed its check or did not run."""
+    """Run the suite of a device; return 1 where this package failed its check or did not run, or without device."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    device = options.device
+    device, present = options.device, is_present(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    about = facts(device if present else torch.device("cpu"), "bench.optimizers", arguments, options.commit)
+    path = records.new_path("optimizers", about, options.out)
+    if not present:
+        note = f"no device: PyTorch finds no {device} here, so nothing was measured"
+        records.append(path, "optimizers", [EMPTY | {"metric": "step_time", "unit": "s", "note": note} | about])
+        print(note)
+        return 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif options.threads:
-        torch.set_num_threads(options.threads)
-    about = facts(device, "bench.optimizers", arguments, options.commit)
     bandwidth = copy_bandwidth(device)
     release(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     low, high = bandwidth.p20 / 1e9, bandwidth.p80 / 1e9
     print(f"copy bandwidth {bandwidth.median / 1e9:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
 
-    path = records.new_path("optimizers", about, options.out)
     about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}
     machine = [row("copy_bandwidth", "B/s", bandwidth, about)]
     latency = launch_latency(device) if device.type == "cuda" else None

@@ -23,7 +23,7 @@ from bench import low_rank, quality
 from bench.compare import compare
 from bench.contenders import check_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
-from bench.measure import facts
+from bench.measure import chosen_device, facts, is_present
 from bench.models import CONFIGS
 from bench.records import RESULTS
 from bench.sweep import best_settings, read_runs, sweep
@@ -241,9 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, grids = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: PyTorch sees no CUDA device here; use --device cpu")
+    device = chosen_device(options.device)
+    if device.type == "cuda" and not is_present(device):
+        raise ValueError(f"--device {options.device}: PyTorch sees no such CUDA device here; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if options.sweep:
         run_sweep(options, grids, device)
     elif options.compare:

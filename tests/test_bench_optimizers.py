@@ -398,7 +398,7 @@ def test_facts() -> None:
         (["--minutes", "0"], "--minutes 0.0: must be above 0"),
         (["--peers", "gwt", "sophia"], "invalid choice: 'sophia'"),
         (["--models", "llama_9t"], "llama_9t: no such configuration"),
-        (["--device", "meta"], "--device meta: PyTorch finds no such CUDA device here"),
+        (["--device", "meta"], "--device meta: must be cpu or cuda"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,6 +406,33 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         optimizers.parse(["--device", "cpu", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(optimizers, "copy_bandwidth", lambda *_: pytest.fail("measured"))
+    assert optimizers.main(["--device", "cuda:1", "--out", str(tmp_path), "--commit", "abc"]) == 1
+    (path,) = tmp_path.iterdir()
+    (row,) = records.rows_of(path, "optimizers")
+    assert (row["metric"], row["median"]) == ("step_time", None)
+    assert row["note"] == "no device: PyTorch finds no cuda:1 here, so nothing was measured"
+
+
+@pytest.mark.parametrize("given", ["cuda", "cuda:0"])
+def test_a_cuda_device_is_made_current_by_its_number(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device` refuses a device without one."""
+    made: list[torch.device] = []
+
+    def first_step(device: torch.device) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    monkeypatch.setattr(optimizers, "facts", lambda *_: {"device": "made up", "date": "2026"})
+    monkeypatch.setattr(optimizers, "copy_bandwidth", first_step)
+    with pytest.raises(InterruptedError):
+        optimizers.main(["--device", given])
+    assert made == [torch.device("cuda", 0)]
 
 
 def test_a_time_budget_on_cuda_begins_with_the_aims() -> None:
