@@ -72,7 +72,7 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         return [["-m", "bench.kernels", *device, *budget, *out, *some]]
     if part == "optimizers":
         some = ["--models", "llama_60m", "--layers", "1", "--repetitions", "2"] if small else []
-        return [["-m", "bench.optimizers", *device, *budget, *out, *some]]
+        return [["-m", "bench.optimizers", "--quick", *device, *budget, *out, *some]]
     preset = "cpu" if small else "small"
     some = ["--steps", "4", "--evals", "1", "--eval-windows", "8"] if small else ["--save-every", "250"]
     record = options.out / f"quality_{preset}{'_tried' if small else ''}.json"

@@ -271,8 +271,10 @@ def test_the_programs_know_the_options_that_they_are_given(device: str, tmp_path
     asked = kernels.parse(arguments("kernels", "bench.kernels"))
     assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
     given = arguments("optimizers", "bench.optimizers")
-    asked = optimizers.parse([word.replace("cuda", "cpu") for word in given])
-    assert (asked.minutes, asked.out, asked.commit) == (1.6, tmp_path, "abc")
+    asked = optimizers.parse(given)
+    assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
+    assert asked.quick
+    assert asked.models == (["llama_60m", "llama_7b"] if device == "cuda" else ["llama_60m"])
     asked, _ = pretrain.parse(arguments("quality", "bench.pretrain"))
     assert (asked.compare, asked.out, asked.device) == (["adamw", "gwt2"], tmp_path / "run", device)
     assert asked.preset == ("small" if device == "cuda" else "cpu")
