@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from bench import low_rank
 from gwt_kernels import GWTAdamW, gwt_param_groups
-from gwt_kernels.options import state_dtype_of
+from gwt_kernels.plan import predicted_state_bytes as planned_state_bytes
 
 
 def check_name(name: str) -> str:
@@ -81,33 +80,12 @@ def build_optimizer(
     return GWTAdamW(groups, lr=lr, betas=betas)
 
 
-def moment_bytes(shape: Iterable[int], level: int, itemsize: int) -> int:
-    """Bytes of both moments of a tensor of `N` columns: `2 * ceil(N / 2**level) * rows * itemsize`."""
-    *leading, width = tuple(shape) or (1,)
-    return 2 * math.ceil(width / 2**level) * math.prod(leading) * itemsize
-
-
 def predicted_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of state `optimizer` will hold after its first step, from shapes and options alone."""
-
-    def of(group: dict[str, Any], p: torch.Tensor) -> int:
-        if low_rank.is_low_rank(optimizer):
-            return low_rank.predicted_bytes(group, p)
-        return moment_bytes(p.shape, group.get("level", 0), _moment_itemsize(group, p)) + 4 * _scalars(group)
-
-    return sum(of(group, p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-
-
-def _moment_itemsize(group: dict[str, Any], p: torch.Tensor) -> int:
-    if "level" not in group:  # torch.optim.AdamW keeps its moments in the weights' dtype
-        return p.element_size()
-    return state_dtype_of(p, group["state_dtype"]).itemsize
-
-
-def _scalars(group: dict[str, Any]) -> int:
-    """float32 scalars per tensor: `step`, and `limiter_norm` where the limiter is on."""
-    limited = group.get("level", 0) > 0 and group["rule"] == "gwt" and group["norm_growth_limit"] is not None
-    return 2 if limited else 1
+    if not low_rank.is_low_rank(optimizer):
+        return planned_state_bytes(optimizer)
+    groups = optimizer.param_groups
+    return sum(low_rank.predicted_bytes(g, p) for g in groups for p in g["params"] if p.requires_grad)
 
 
 def measured_state_bytes(optimizer: Optimizer) -> int:

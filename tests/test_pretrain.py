@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import checkpoint, pretrain
-from bench.contenders import build_optimizer, measured_state_bytes, moment_bytes, predicted_state_bytes
+from bench.contenders import build_optimizer, measured_state_bytes, predicted_state_bytes
 from bench.models import build_model, load_config
 from bench.sweep import best_settings, read_runs, settings_tried
 from bench.training import Run, lr_factor, read_log
@@ -177,12 +177,6 @@ def test_state_bytes_predicted_are_those_held(options: list[str], optimizer: str
     run.train_step()
     run.train_step()
     assert measured_state_bytes(run.optimizer) == predicted
-
-
-def test_moment_bytes_by_hand() -> None:
-    assert moment_bytes((3, 27), 2, 4) == 2 * 7 * 3 * 4
-    assert moment_bytes((5,), 0, 2) == 20
-    assert moment_bytes((), 0, 4) == 8
 
 
 def test_scale_sets_the_matrices_apart_for_every_contender(tiny: Path) -> None:
