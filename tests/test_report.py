@@ -247,6 +247,28 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert "with clipping" not in readme  # for the page
 
 
+def test_a_run_that_timed_nothing_is_shown_and_hides_no_other(place: Path) -> None:
+    note = measured("step_time", "s", None, 0, "no device: PyTorch finds no cuda:0 here")
+    newer = CPU | {"date": "2026-05-05T05:05:05+00:00", "command": "python -m bench.optimizers --device cuda:0"}
+    records.append(place / "results" / "optimizers_none.json", "optimizers", [{"optimizer": None} | note | newer])
+    assert report(place) == 0
+    assert "Nothing is timed yet" in (place / "README.md").read_text()
+    assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(place, "performance.md")
+    record(place, "optimizers", CPU)
+    assert report(place) == 0
+    assert "Newest run on Abacus 3000, LLaMA-7B:\n\n| optimizer |" in (place / "README.md").read_text()
+
+
+def test_settings_from_no_sweep_are_named(place: Path) -> None:
+    record(place, "quality", CPU)
+    said = "Not the best of a sweep below, so the comparison is not even: "
+    report(place)
+    assert f"{said}AdamW, APOLLO, GWT level 1, GWT level 2, GWT level 3, GaLore.\n" in page(place, "quality.md")
+    record(place, "sweep", CPU)
+    report(place)
+    assert f"{said}APOLLO.\n" in page(place, "quality.md")
+
+
 def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(place) == 0
     speed, models = page(place, "performance.md"), page(place, "quality.md")

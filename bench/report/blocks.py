@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
 from bench.report import performance, quality
 from bench.report.markdown import figure, model_name, slug
-from bench.report.rows import Run, by_device, of
+from bench.report.rows import Case, Run, by_device, of
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -58,18 +58,27 @@ def _quality(runs: Sequence[Run], root: str) -> str:
 
 
 def _performance(runs: Sequence[Run], root: str) -> str:
-    timed = by_device(of(runs, "optimizers"))
-    if not timed:
+    shown = next(_timed(runs), None)
+    if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
-    device, own = next(iter(timed.items()))
-    models = performance.steps_by_model(own[0])
-    model = max(models, key=performance._size)
-    parts = [f"Newest run on {device}, {model_name(model)}" + _parts_of(own[0]) + ":"]
-    parts.append(performance.steps_table(performance._plain(models[model])))
-    parts.append(figure(f"Time of a step by optimizer on {device}", f"steps_{slug(device)}", root))
-    if not own[0].cuda:
+    run, model, found = shown
+    parts = [f"Newest run on {run.device}, {model_name(model)}" + _parts_of(run) + ":"]
+    parts.append(performance.steps_table(performance._plain(found)))
+    parts.append(figure(f"Time of a step by optimizer on {run.device}", f"steps_{slug(run.device)}", root))
+    if not run.cuda:
         parts.append("No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine.")
     return "\n\n".join(parts)
+
+
+def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
+    """Each run that timed a step, GPUs first and the newest first, with the largest model that it timed."""
+    for own in by_device(of(runs, "optimizers")).values():
+        for run in own:
+            models = performance.steps_by_model(run)
+            timed = [model for model, found in models.items() if any(case.metrics for case in found)]
+            if timed:
+                model = max(timed, key=performance._size)
+                yield run, model, models[model]
 
 
 def _parts_of(run: Run) -> str:

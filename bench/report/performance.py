@@ -28,9 +28,10 @@ DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "
 INTRODUCTION = """\
 Every time is a median over repeated runs after a warm-up, with the 20th and 80th percentile in brackets, and stands
 beside its *roofline*: the bytes that must move over the copy bandwidth measured in the same run. Before anything is
-timed its result is compared with a float64 oracle; what differs by more than rounding is not timed. The raw rows
-are in `bench/results/`, one file a run, with commit, device, versions and the exact command; newest runs come
-first."""
+timed its result is compared with a float64 oracle; what differs by more than rounding is not timed. Optimizers of
+other packages have rules and roundings of their own: their update must resemble AdamW's, within what their method
+explains, and the rows say `sanity` where the others say `oracle`. The raw rows are in `bench/results/`, one file a
+run, with commit, device, versions and the exact command; newest runs come first."""
 
 NO_GPU = """\
 **No GPU was at hand, so no time on a GPU is known yet.** On a CUDA machine `make bench-gpu` checks and measures
@@ -188,12 +189,18 @@ def _optimizer_run(run: Run) -> str:
     parts = []
     for model, found in steps_by_model(run).items():
         parts += [f"**{model_name(model)}**", steps_table(found)]
-    copied = next((row for row in run.rows if row.get("metric") == "copy_bandwidth"), None)
-    if copied:
-        parts.append(f"Copy bandwidth: {spread(copied, 1e-9)} GB/s.")
+    parts += _about_machine(run)
     if stated := aims(run):
         parts.append("Aims, within this run:\n\n" + "\n".join(stated))
     return "\n\n".join([*parts, origin(run)])
+
+
+def _about_machine(run: Run) -> list[str]:
+    """The copy bandwidth, and why a run measured nothing."""
+    of_machine = [row for row in run.rows if not row.get("optimizer") and not row.get("kernel")]
+    copied = [f"{spread(row, 1e-9)} GB/s" for row in of_machine if row.get("metric") == "copy_bandwidth"]
+    notes = [f"Not measured: {cell(row['note'])}." for row in of_machine if row["median"] is None and row["note"]]
+    return [*(f"Copy bandwidth: {found}." for found in copied), *notes]
 
 
 def _label(case: Case, found: Sequence[Case]) -> str:
@@ -346,10 +353,7 @@ def _kernel_run(run: Run) -> str:
         for case in untimed:
             reasons[case.note] = reasons.get(case.note, 0) + 1
         parts.append("Not timed:\n\n" + "\n".join(f"- {n} cases: {cell(note)}" for note, n in reasons.items()))
-    copied = next((row for row in run.rows if row.get("metric") == "copy_bandwidth"), None)
-    if copied:
-        parts.append(f"Copy bandwidth: {spread(copied, 1e-9)} GB/s.")
-    return "\n\n".join([*parts, origin(run)])
+    return "\n\n".join([*parts, *_about_machine(run), origin(run)])
 
 
 # Host time.

@@ -12,9 +12,9 @@ from bench.report.rows import Row, Run, of
 
 INTRODUCTION = """\
 Does the model come out as good? Each preset of `python -m bench.pretrain` pre-trains one LLaMA model on the same
-batches with every optimizer, each at the best of its own sweep. *scale* is the rate of attention and MLP matrices
-over the learning rate; AdamW has that knob too, so that no optimizer has one more. Losses are on held-out text, in
-nats per token."""
+batches with every optimizer, each at the best of its own sweep unless it says otherwise. *scale* is the rate of
+attention and MLP matrices over the learning rate; AdamW has that knob too, so that no optimizer has one more.
+Losses are on held-out text, in nats per token."""
 
 NOTHING = (
     "Nothing is recorded yet: `python -m bench.pretrain --preset cpu --compare adamw gwt1 gwt2 gwt3` measures it."
@@ -92,7 +92,10 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             plots.append(Plot(name, "losses", data))
             parts.append(figure("Held-out loss against tokens and against wall time", name))
             parts.append("Lines are means over seeds; bands reach from the lowest to the highest seed.")
-        parts += [final_table(comparison), origin(comparison.last)]
+        parts.append(final_table(comparison))
+        if names := [_name(setting, comparison.runs) for setting in unswept(comparison, runs)]:
+            parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
+        parts.append(origin(comparison.last))
     parts += ["## Sweeps", SWEEPS]
     sweeps = of(runs, "sweep")
     if not sweeps:
@@ -143,6 +146,17 @@ def curves(comparison: Comparison) -> list[dict[str, Any]]:
 def _name(setting: Setting, settings: Iterable[Setting]) -> str:
     several = sum(other.optimizer == setting.optimizer for other in settings) > 1
     return optimizer_name(setting.optimizer) + (f", lr {setting.lr:g}, scale {setting.scale:g}" if several else "")
+
+
+def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
+    """Return the settings that are the best of no recorded sweep on the comparison's model."""
+    swept = {
+        Setting(optimizer, found[0]["lr"], found[0]["scale"])
+        for run in of(runs, "sweep")
+        for optimizer, rows in _optimizers(run).items()
+        if (found := best([row for row in rows if row.get("model") == comparison.model]))
+    }
+    return [setting for setting in comparison.runs if setting not in swept]
 
 
 def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
@@ -225,7 +239,8 @@ def _optimizers(run: Run) -> dict[str, list[Row]]:
 
 
 def _first_seed(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
+    first = min((row["seed"] for row in rows), default=None)
+    return [row for row in rows if row["seed"] == first]
 
 
 def _sweep_title(run: Run) -> str:
