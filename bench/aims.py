@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+import torch
+
+from bench.kernel_cases import Case, bytes_moved, bytes_read_twice
+
 Key = tuple[str, str]
 """Name of an optimizer, dtype of its weights."""
 
@@ -18,6 +22,7 @@ class Aim(NamedTuple):
     """A figure that has a bound."""
 
     model: str
+    """What it is about: a model, or the tensor of a kernel."""
     label: str
     value: float
     bound: float
@@ -97,6 +102,35 @@ def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latenc
         *_ratios(model, found, _PROMISES[device_type]),
         *(_of_cuda(model, found, launch_latency) if device_type == "cuda" else ()),
     ]
+
+
+def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Aim]:
+    """Return the figures promised for the step's kernels at level 2 in bf16, each of the tensor that is worst off.
+
+    Args:
+        seconds: Median time by case.
+        bandwidth: Bytes per second of a copy, in the same run.
+        cache: Bytes of the L2 cache.
+    """
+    steps = [c for c in seconds if c.kernel == "step" and c.level == 2 and c.data == torch.bfloat16]
+    limited = {case: case._replace(kernel="step_limiter") for case in steps}
+    shares = {case: bytes_moved(case) / seconds[case] / bandwidth for case in steps}
+    ratios = {case: seconds[other] / seconds[case] for case, other in limited.items() if other in seconds}
+    large = {case for case in steps if case.elements >= 2**24}
+    cached = {case for case in steps if bytes_read_twice(limited[case]) <= cache / 2}
+    promises = [
+        ("16M elements or more, share of the copy bandwidth", shares, large, 0.92, True),
+        ("row path, share of the copy bandwidth", shares, {c for c in steps if c.shape == (2048, 5461)}, 0.7, True),
+        ("16M elements or more, time with over without limiter", ratios, large, 1.4, False),
+        ("in half of the L2 cache, time with over without limiter", ratios, cached, 1.15, False),
+    ]
+    found = []
+    for label, values, cases, bound, at_least in promises:
+        own = {case: values[case] for case in cases if case in values}
+        if own:
+            worst = min(own, key=lambda case: own[case] if at_least else -own[case])
+            found.append(Aim(str(worst), label, own[worst], bound, at_least))
+    return found
 
 
 def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Aim]:

@@ -89,7 +89,14 @@ def bytes_moved(case: Case) -> int:
         return bytes_held(case)
     gradients = case.elements * case.data.itemsize
     moments = 2 * case.band(case.level) * case.moments.itemsize
-    return 3 * gradients + 2 * moments + (gradients + moments if case.limited else 0)
+    return 3 * gradients + 2 * moments + bytes_read_twice(case)
+
+
+def bytes_read_twice(case: Case) -> int:
+    """Bytes of gradients and moments, which a step with limiter reads a second time."""
+    if case.moments is None or not case.limited:
+        return 0
+    return case.elements * case.data.itemsize + 2 * case.band(case.level) * case.moments.itemsize
 
 
 def set_count(case: Case, cache: int) -> int:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
+from bench.aims import kernel_aims
 from bench.kernel_cases import KERNELS, MODELS, PARTS, Case, bytes_moved, obstacle, plan, set_count, short
 from bench.kernel_oracle import Buffers, bytes_needed, check
 from bench.measure import Spread, available_bytes, chosen_device, clock, copy_bandwidth, facts, is_present
@@ -276,9 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{i}/{len(options.cases)} {case}: {found}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         interrupted = True
+    medians = {r.case: r.seconds.median for r in results if r.seconds is not None}
+    on_gpu = device.type == "cuda"
+    promised = kernel_aims(medians, copied.median, cache_bytes(device)) if on_gpu else []
+    exact = [(_exact(aim.value), str(aim)) for aim in promised]
+    records.append(path, BENCHMARK, [bare_row(about, "ratio", "1", *each) for each in exact])
     console = Console()
     console.width = console.width if console.is_terminal else WIDTH
     console.print(table(results, copied.median))
+    print(*promised, sep="\n", end="\n" if promised else "")
     timed, failed = sum(r.seconds is not None for r in results), sum(r.failed for r in results)
     print(
         f"{timed} of {len(options.cases)} cases timed, {failed} failed, {len(left_out)} left out for lack of time"

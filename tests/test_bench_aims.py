@@ -1,8 +1,12 @@
-"""The aims of the optimizer benchmark, from made-up medians."""
+"""The aims of the benchmarks, from made-up medians."""
 
 from __future__ import annotations
 
-from bench.aims import aims
+import pytest
+import torch
+
+from bench.aims import aims, kernel_aims
+from bench.kernel_cases import Case, bytes_moved, bytes_read_twice
 
 
 def found(**times: float) -> dict[str, float]:
@@ -43,3 +47,39 @@ def test_the_aims_of_cuda() -> None:
     assert [str(aim) for aim in aims("llama_60m", results, "cuda", 0.1)][-2:] == [harder, never]
     del results["GWTAdamW level 2", half], results["GWTAdamW level 2, limiter", half]
     assert aims("llama_7b", results, "cuda", 0.5) == []
+
+
+def step(shape: tuple[int, ...], **other: object) -> Case:
+    return Case("step", shape, 2, torch.bfloat16, torch.float32)._replace(**other)
+
+
+def test_what_the_limiter_reads_twice() -> None:
+    limited = step((8, 10), kernel="step_limiter")  # 80 gradients of 2 bytes, 24 blocks with two moments of 4
+    assert bytes_read_twice(limited) == 80 * 2 + 24 * 8
+    assert bytes_moved(limited) - bytes_moved(step((8, 10))) == bytes_read_twice(limited)
+    assert bytes_read_twice(step((8, 10))) == 0
+
+
+def test_the_aims_of_the_kernels() -> None:
+    large, larger, row, small = step((4096, 4096)), step((8192, 8192)), step((2048, 5461)), step((512, 512))
+    shares = {large: 0.95, larger: 0.9, row: 0.71, small: 0.1}
+    seconds = {case: bytes_moved(case) / 1e12 / share for case, share in shares.items()}
+    for case, ratio in ((large, 1.5), (larger, 1.3), (row, 9.0), (small, 1.14)):
+        seconds[case._replace(kernel="step_limiter")] = ratio * seconds[case]
+    others = [step((8192, 4096), level=3), step((8192, 4096), data=torch.float32)]
+    others.append(Case("haar_dwt", (8192, 4096), 2, torch.bfloat16, None))
+    found = kernel_aims(seconds | dict.fromkeys(others, 1.0), 1e12, 2 * 2**20)  # half of it is what `small` takes
+    assert [str(aim) for aim in found] == [
+        f"{larger}: 16M elements or more, share of the copy bandwidth: 0.90 (aim: at least 0.92, NOT met)",
+        f"{row}: row path, share of the copy bandwidth: 0.71 (aim: at least 0.7, met)",
+        f"{large}: 16M elements or more, time with over without limiter: 1.50 (aim: at most 1.4, NOT met)",
+        f"{small}: in half of the L2 cache, time with over without limiter: 1.14 (aim: at most 1.15, met)",
+    ]
+    assert [aim.bound for aim in kernel_aims(seconds, 1e12, 2 * 2**20 - 1)] == [0.92, 0.7, 1.4]
+    assert kernel_aims({}, 1e12, 2**20) == []
+
+
+def test_an_aim_says_what_it_is_of() -> None:
+    (aim,) = kernel_aims({step((4096, 4096)): 1.0}, 1e12, 0)
+    assert aim.model == "step 4096x4096 level 2 bfloat16/float32"
+    assert aim.value == pytest.approx(bytes_moved(step((4096, 4096))) / 1e12)

@@ -164,8 +164,9 @@ def steps_by_model(run: Run) -> dict[str, list[Case]]:
 
 
 def aims(run: Run) -> list[str]:
-    """Return the aims that the project set itself, as the run states them; "ratio" is what older runs say."""
-    return [f"- {row['note']}" for row in run.rows if row.get("metric") in ("aim", "ratio") and row.get("note")]
+    """Return a paragraph on the aims that the project set itself, as the run states them, or none."""
+    stated = [f"- {row['note']}" for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
+    return ["Aims, within this run:\n\n" + "\n".join(stated)] if stated else []
 
 
 def _optimizers(device: str, runs: Sequence[Run], parts: list[str], plots: list[Plot]) -> None:
@@ -190,9 +191,7 @@ def _optimizer_run(run: Run) -> str:
     for model, found in steps_by_model(run).items():
         parts += [f"**{model_name(model)}**", steps_table(found)]
     parts += _about_machine(run)
-    if stated := aims(run):
-        parts.append("Aims, within this run:\n\n" + "\n".join(stated))
-    return "\n\n".join([*parts, origin(run)])
+    return "\n\n".join([*parts, *aims(run), origin(run)])
 
 
 def _about_machine(run: Run) -> list[str]:
@@ -353,7 +352,7 @@ def _kernel_run(run: Run) -> str:
         for case in untimed:
             reasons[case.note] = reasons.get(case.note, 0) + 1
         parts.append("Not timed:\n\n" + "\n".join(f"- {n} cases: {cell(note)}" for note, n in reasons.items()))
-    return "\n\n".join([*parts, *_about_machine(run), origin(run)])
+    return "\n\n".join([*parts, *_about_machine(run), *aims(run), origin(run)])
 
 
 # Host time.
