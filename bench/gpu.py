@@ -58,7 +58,8 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
     """
     small = options.device.type == "cpu"
     device, out = ["--device", str(options.device)], ["--out", str(options.out)]
-    budget = ["--minutes", f"{EARLIER * minutes:.2f}", *(["--commit", options.commit] if options.commit else [])]
+    commit = ["--commit", options.commit] if options.commit else []
+    budget = ["--minutes", f"{EARLIER * minutes:.2f}", *commit]
     if part == "correctness":
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
         parallel = ["--numprocesses", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
@@ -69,7 +70,8 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         return [[*pytest, "-m", "gpu"], [*pytest, "-m", "not gpu", *kernels]]
     if part == "kernels":
         some = ["--parts", "sizes", "--sizes", "16"] if small else []
-        return [["-m", "bench.kernels", *device, *budget, *out, *some]]
+        few = ["--tensors", "20", "--repetitions", "2"] if small else []  # takes seconds in any case
+        return [["-m", "bench.kernels", *device, *budget, *out, *some], ["-m", "bench.host", *commit, *out, *few]]
     if part == "optimizers":
         some = ["--models", "llama_60m", "--layers", "1", "--repetitions", "2"] if small else []
         return [["-m", "bench.optimizers", "--quick", *device, *budget, *out, *some]]

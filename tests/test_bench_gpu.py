@@ -264,8 +264,8 @@ def test_the_programs_know_the_options_that_they_are_given(device: str, tmp_path
         return gpu.commands(part, options, tmp_path / "run", 2.0)
 
     def arguments(part: str, module: str) -> list[str]:
-        (command,) = of(part)
-        assert command[:2] == ["-m", module]
+        (command,) = (command for command in of(part) if command[1] == module)
+        assert command[0] == "-m"
         return command[2:]
 
     asked = kernels.parse(arguments("kernels", "bench.kernels"))
@@ -287,8 +287,8 @@ def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., list[list[str]]] = gpu.commands
 
     def fewer(*arguments: Any) -> list[list[str]]:
-        (command,) = original(*arguments)
-        return [[*command, "--kernels", "step", "--threads", "1"]]
+        timed, host = original(*arguments)
+        return [[*timed, "--kernels", "step", "--threads", "1"], host]
 
     monkeypatch.setattr(gpu, "commands", fewer)
     arguments = ["--device", "cpu", "--parts", "kernels", "--out", str(tmp_path), "--commit", "abc"]
@@ -297,3 +297,5 @@ def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = records.rows_of(path, "kernels")
     assert [row["median"] is None for row in rows if row["metric"] == "time"] == [False]
     assert {row["commit"] for row in rows} == {"abc"}
+    (path,) = tmp_path.glob("host_*.json")
+    assert {(row["commit"], row["tensors"]) for row in records.rows_of(path, "host")} == {("abc", 20)}
