@@ -3,13 +3,18 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := build/peers
 CC ?= cc
 
 .PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,peers,docs,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,bench,docs,lint]"
+	touch $@
+
+$(PEERS)/.made: bench/peers.txt $(VENV)/.installed ## optimizers to compare with, apart, since other libraries load what they find
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) --requirement bench/peers.txt
 	touch $@
 
 reference: ## the C oracle, as a shared library
@@ -18,8 +23,9 @@ reference: ## the C oracle, as a shared library
 reference-sanitize: ## the C oracle's self-test under the address and undefined-behaviour sanitizers
 	$(MAKE) -C csrc_reference CC=$(CC) sanitize
 
-test: $(VENV)/.installed reference
+test: $(VENV)/.installed $(PEERS)/.made reference
 	$(BIN)/python -m pytest --numprocesses 2
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/test_bench_peers.py tests/test_bench_low_rank.py
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
@@ -32,9 +38,9 @@ lint: $(VENV)/.installed
 codegen: $(VENV)/.installed ## machine code of every kernel variant, without a GPU
 	$(BIN)/python -m bench.codegen
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed $(PEERS)/.made
 	$(BIN)/python -m bench.kernels
-	$(BIN)/python -m bench.optimizers
+	PYTHONPATH=$(PEERS) $(BIN)/python -m bench.optimizers
 	$(BIN)/python -m bench.host
 
 bench-gpu: ## on a CUDA machine, with its own Python; PART=kernels runs one part, WHEELS=folder installs the peers
