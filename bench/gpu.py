@@ -2,7 +2,9 @@
 
 Each part runs in a process of its own, with its output in a log beside the results, and ends in time for the next.
 A part that has finished with these sources on this device is not run again unless it is named. Nothing is timed
-where the tests fail. Peers' packages come from a folder of wheels, where there is no registry.
+where a test fails. Tests that only ran out of time go on in the next call, when their kernels are compiled, and
+keep nothing from being timed, since every benchmark checks its own results. Peers' packages come from a folder of
+wheels, where there is no registry.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Outcome(NamedTuple):
     finished: bool
     note: str
     seconds: float
+    late: bool
+    """Whether it was stopped for lack of time, nothing having failed until then."""
 
 
 def commands(part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
@@ -63,7 +67,7 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
     if part == "correctness":
         workers = min(8, max(1, (os.cpu_count() or 1) // 2))
         parallel = ["--numprocesses", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
-        pytest = ["-m", "pytest", "-q", "--maxfail", "10", *parallel]
+        pytest = ["-m", "pytest", "-q", "--exitfirst", *parallel]
         if small:
             return [[*pytest, "tests/torch_backend/test_step.py"]]
         kernels = ["tests/triton_backend", "tests/test_haar.py", "tests/test_functional.py"]
@@ -216,7 +220,7 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
         seconds = (end - started) * SHARES[part] / sum(SHARES[later] for later in left[i:])
         print(f"{part}: at most {seconds / 60:.1f} minutes", flush=True)
         log_of(part).unlink(missing_ok=True)
-        note, folder = "", ROOT / "runs" / f"gpu_{sources}_{part}"
+        note, late, folder = "", False, ROOT / "runs" / f"gpu_{sources}_{part}"
         if part in done:  # whoever names a finished part wants it from the beginning, not its checkpoints
             shutil.rmtree(folder, ignore_errors=True)
         for command in commands(part, options, folder, seconds / 60):
@@ -226,8 +230,8 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
                 why = f"stopped after {seconds / 60:.1f} minutes" if late else f"ended with status {status}"
                 note = f"{why}: python {' '.join(command)}"
                 break
-        yield Outcome(part, not note, note, time.monotonic() - started)
-        if part == "correctness" and note:
+        yield Outcome(part, not note, note, time.monotonic() - started, late)
+        if part == "correctness" and note and not late:
             return
 
 
@@ -264,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for outcome in ended:
         print(f"{outcome.part}: {outcome.note or 'finished'} ({outcome.seconds:.0f} s)")
-    if any(outcome.part == "correctness" and not outcome.finished for outcome in ended):
+    if any(outcome.part == "correctness" and not (outcome.finished or outcome.late) for outcome in ended):
         print("nothing was timed, since the tests did not pass")
     return int(not all(outcome.finished for outcome in ended))
 

@@ -156,6 +156,20 @@ def test_nothing_is_timed_where_the_tests_fail(driver: Driver, capsys: pytest.Ca
     assert list(driver.minutes) == ["correctness"]
 
 
+def test_tests_that_run_out_of_time_keep_nothing_from_being_timed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 5.0)
+    driver.scripts["correctness"] = [SLEEPER]
+    assert driver("--minutes", "0.2") == 1
+    assert list(driver.minutes) == PARTS
+    assert [row["finished"] for row in driver.rows] == [False, True, True, True]
+    assert "nothing was timed" not in capsys.readouterr().out
+    driver.scripts["correctness"] = [FINE]
+    assert driver() == 0
+    assert list(driver.minutes) == ["correctness"]
+
+
 def test_what_takes_too_long_may_say_what_it_knows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 5.0)
     driver.scripts["quality"] = [SLEEPER]
