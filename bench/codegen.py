@@ -23,7 +23,7 @@ from bench.measure import facts
 from bench.variants import DTYPES, KERNELS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
 
 # Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
-ARRAYS = ("p", "g", "m", "v")
+ARRAYS = ("p", "g", "m", "v", "low")
 LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
 STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
 WIDE = "128"
@@ -54,7 +54,9 @@ def violations(row: dict[str, Any]) -> list[str]:
     found = []
     if row["stack"] or row["spills"]:
         found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
-    for what, expected in (("loads", LOADED[row["kernel"]]), ("stores", STORED[row["kernel"]])):
+    halves = {"low"} if row["rounding"] == "split" else set()
+    for what, arrays in (("loads", LOADED), ("stores", STORED)):
+        expected = arrays[row["kernel"]] | halves
         accesses, in_code = row[what], row[f"tensor_{what}"]
         if in_code != dict.fromkeys(expected, 1):
             found.append(f"{what} in the intermediate code: {in_code} instead of each of {sorted(expected)} once")
@@ -64,7 +66,7 @@ def violations(row: dict[str, Any]) -> list[str]:
         touched = set(accesses) & set(ARRAYS)
         if touched != expected:
             found.append(f"machine code {what} {sorted(touched)} instead of {sorted(expected)}")
-        for name in sorted(expected & {"p", "g"}):
+        for name in sorted(expected & {"p", "g", "low"}):
             # The tile's bytes over those of one instruction of all lanes.
             needed = row["constants"]["W"] * row["constants"]["NB"] * DTYPES[row["weights"]].itemsize
             needed //= 16 * row["lanes"]
@@ -90,7 +92,7 @@ def measure(variant: Variant, overrides: dict[str, Any] | None = None) -> dict[s
 def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
     """Lay out the rows of one target."""
     result = Table(title=f"{target}: {LIMITS[target]}", title_justify="left", caption_justify="left")
-    for head in ("kernel", "weights", "moments", "path", "limited", "level"):
+    for head in ("kernel", "weights", "moments", "path", "limited", "rule", "rounding", "level"):
         result.add_column(head)
     for head in ("warps", "regs", "stack", "spills", "shared", "barriers", "instr", "resident"):
         result.add_column(head, justify="right")
@@ -103,7 +105,7 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
         previous = row["kernel"]
         tensors = {**row["tensor_loads"], **row["tensor_stores"]}
         look_ups = [widths for name, widths in row["loads"].items() if name not in tensors]
-        options = ("kernel", "weights", "moments", "path", "limited", "level")
+        options = ("kernel", "weights", "moments", "path", "limited", "rule", "rounding", "level")
         result.add_row(
             *("" if row[k] is None else str(row[k]).removesuffix("_kernel") for k in options),
             *(str(row[k]) for k in ("warps", "registers", "stack", "spills", "shared", "barriers", "instructions")),

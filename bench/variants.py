@@ -37,6 +37,8 @@ class Variant(NamedTuple):
     level: int | None = None
     path: str | None = None
     limited: bool | None = None
+    rule: str | None = None
+    rounding: str | None = None
 
     def __str__(self) -> str:
         words = [self.kernel, self.target]
@@ -64,7 +66,19 @@ def variants(
             for limited in (False, True) if kernel == STEP else (None,):
                 for w, m, path, level in itertools.product(weights, moments, paths, levels):
                     if level or not (limited or kernel == NORM):  # AdamW has no limiter
-                        yield Variant(target, kernel, w, m, level, path, limited)
+                        for rule, rounding in _storings(kernel, w, level, limited):
+                            yield Variant(target, kernel, w, m, level, path, limited, rule, rounding)
+
+
+def _storings(kernel: str, weights: str, level: int, limited: bool | None) -> list[tuple[str | None, str | None]]:
+    """Rules and roundings of a step: each rule with the nearest, each rounding with the rule of one pass."""
+    if kernel == NORM:
+        return [(None, None)]
+    if limited:
+        return [("gwt", "nearest")]
+    other = {"bf16": ["stochastic", "split"], "fp16": ["stochastic"]}.get(weights, [])
+    foam = [("foam", "nearest")] if level else []
+    return [("gwt", "nearest"), *foam, *(("foam" if level else "gwt", rounding) for rounding in other)]
 
 
 def compile_variant(
@@ -141,7 +155,18 @@ def _launch_step(variant: Variant) -> None:
     p, g = (torch.empty(shape, dtype=weights, device="meta") for _ in range(2))
     m, v = (torch.empty(shape[0], n_blocks, dtype=moments, device="meta") for _ in range(2))
     norm = torch.empty((), device="meta") if limited else None
-    launch.gwt_adamw_([p], [g], [m], [v], [norm], [1], [Hyper()], level=level, workspace={})
+    rule: Any = variant.rule or "gwt"
+    rounding: Any = variant.rounding or "nearest"
+    low = torch.empty(shape, dtype=torch.int16, device="meta") if rounding == "split" else None
+    launch.gwt_adamw_(
+        *([p], [g], [m], [v], [norm], [1], [Hyper()]),
+        level=level,
+        rule=rule,
+        rounding=rounding,
+        keys=[0],
+        lows=[low],
+        workspace={},
+    )
 
 
 def _launch_haar(variant: Variant) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper, Rule, check_rule
+from gwt_kernels.hyper import Hyper, Rounding, Rule, check_rounding, check_rule
 
-__all__ = ["Hyper", "Rule", "gwt_adamw_"]
+__all__ = ["Hyper", "Rounding", "Rule", "gwt_adamw_"]
 
 
 @torch.no_grad()
@@ -26,6 +26,9 @@ def gwt_adamw_(
     hypers: Sequence[Hyper],
     level: int,
     rule: Rule = "gwt",
+    rounding: Rounding = "nearest",
+    keys: Sequence[int] | None = None,
+    lows: Sequence[Tensor | None] | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -49,6 +52,12 @@ def gwt_adamw_(
         hypers: Options per parameter.
         level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter.
         rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), which has no limiter.
+        rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or float16; or
+            ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
+            rounded stochastically.
+        keys: Of the random bits, per parameter (:func:`gwt_kernels.hyper.key_of`); None for 0.
+        lows: The low halves of the weights, contiguous int16 tensors of the parameters' shapes, which are updated
+            too; only where ``rounding="split"``.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -66,7 +75,14 @@ def gwt_adamw_(
     lists = (grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
     if any(len(x) != len(params) for x in lists):
         raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
+    keys = [0] * len(params) if keys is None else keys
+    lows = [None] * len(params) if lows is None else lows
+    if not len(keys) == len(lows) == len(params):
+        raise ValueError(f"{len(params)} params need as many keys and lows, got {len(keys)} and {len(lows)}")
     check_rule(rule, wavelet)
+    check_rounding(rounding, params[0].dtype, wavelet)
+    if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
+        raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
     _check_limiter(limiter_norms, hypers, rule)
     # Every array has to suit the backend, not the parameters alone.
     kinds = {x[0].dtype for x in (params, grads, exp_avgs)}
@@ -79,12 +95,21 @@ def gwt_adamw_(
     elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
-        torch_step.gwt_adamw_(*tensors, level=level, rule=rule)
+        torch_step.gwt_adamw_(*tensors, level=level, rule=rule, rounding=rounding, keys=keys, lows=lows)
     else:
         from gwt_kernels.triton_backend import launch
 
         workspace = {} if workspace is None else workspace
-        launch.gwt_adamw_(*tensors, level=level, rule=rule, workspace=workspace, same_grads=same_grads)
+        launch.gwt_adamw_(
+            *tensors,
+            level=level,
+            rule=rule,
+            rounding=rounding,
+            keys=keys,
+            lows=lows,
+            workspace=workspace,
+            same_grads=same_grads,
+        )
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:

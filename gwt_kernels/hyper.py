@@ -5,10 +5,39 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
-__all__ = ["Hyper", "Rule", "check_rule"]
+import torch
+
+__all__ = ["Hyper", "Rounding", "Rule", "check_rounding", "check_rule", "key_of"]
 
 Rule = Literal["gwt", "foam"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
+
+
+Rounding = Literal["nearest", "stochastic", "split"]
+"""How updated weights are stored in 16 bits; ``"split"`` keeps the other 16 of a float32 beside them."""
+
+
+def key_of(seed: int, stream: int) -> int:
+    """The key of a parameter's random bits: 32 bits of the seed, 31 of what tells parameters apart."""
+    return (stream & 0x7FFFFFFF) << 32 | seed & 0xFFFFFFFF
+
+
+def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str) -> None:
+    """Raise a ValueError unless weights of ``dtype`` can be rounded so."""
+    if rounding not in get_args(Rounding):
+        raise ValueError(
+            f"unknown weight_rounding {rounding!r}: use one of {', '.join(map(repr, get_args(Rounding)))}, or None"
+        )
+    if rounding == "nearest":
+        return
+    takes = (torch.bfloat16,) if rounding == "split" else (torch.bfloat16, torch.float16)
+    if dtype not in takes:
+        raise ValueError(
+            f"weight_rounding={rounding!r} is for {' or '.join(map(str, takes))} weights, not {dtype}: "
+            f"use 'nearest'"
+        )
+    if wavelet != "haar":
+        raise ValueError(f"weight_rounding={rounding!r} knows no wavelet {wavelet!r}: use 'nearest', or 'haar'")
 
 
 def check_rule(rule: object, wavelet: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, Literal, overload
@@ -11,13 +12,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
-from gwt_kernels.functional import Hyper, Rule, gwt_adamw_
+from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_
 from gwt_kernels.haar import check_level
+from gwt_kernels.hyper import key_of
 from gwt_kernels.options import (
     STRUCTURAL,
     check_group,
     hyper_of,
     published_limit,
+    rounding_of,
     state_dtype_name,
     state_dtype_of,
 )
@@ -51,7 +54,12 @@ class GWTAdamW(Optimizer):
         norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. By default the published 1.01
             where ``rule="gwt"``; the folded rule and level 0 have none.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
-        state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters.
+        state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters. In bfloat16
+            they are rounded stochastically.
+        weight_rounding: How bfloat16 and float16 weights are stored: ``"nearest"`` (None), ``"stochastic"``, or,
+            for bfloat16, ``"split"``: with the lower half of a float32 weight beside each, in the state.
+        seed: Of the random bits, which depend on it, the parameter (its name where the groups have names, its
+            place otherwise), the step and the element's index alone; at least 0 and below ``2**32``.
         maximize: Ascend instead of descend.
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
 
@@ -79,6 +87,8 @@ class GWTAdamW(Optimizer):
         norm_growth_limit: float | Literal["published"] | None = "published",
         wavelet: str = "haar",
         state_dtype: torch.dtype | str | None = None,
+        weight_rounding: Rounding | None = None,
+        seed: int = 0,
         maximize: bool = False,
         backend: backends.Backend | None = None,
     ) -> None:
@@ -96,6 +106,8 @@ class GWTAdamW(Optimizer):
             "norm_growth_limit": norm_growth_limit,
             "wavelet": wavelet,
             "state_dtype": state_dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "seed": seed,
             "maximize": maximize,
             "backend": backend,
         }
@@ -204,7 +216,7 @@ class GWTAdamW(Optimizer):
         They are checked and made anew only when something changed.
         """
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        options = [(*_bucket_options(group), len(group["params"])) for group in self.param_groups]
+        options = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
         if self._snapshot is None or not self._snapshot.holds(params, options, self.state):
             self._check_before_step()
             self._buckets = self._make_buckets()
@@ -225,17 +237,19 @@ class GWTAdamW(Optimizer):
                         check_place(state, p, name)
 
     def _make_buckets(self) -> list[_Bucket]:
-        chosen: dict[Any, list[tuple[Tensor, int]]] = {}
+        chosen: dict[Any, list[tuple[Tensor, int, int]]] = {}
+        place = -1
         seen = set()
         for i, group in enumerate(self.param_groups):
             options = _bucket_options(group)
-            for p in group["params"]:
+            for k, p in enumerate(group["params"]):
+                place += 1
                 if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
                     continue
                 seen.add(id(p))
                 complete(self.state[p], p, group)
                 key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
-                chosen.setdefault(key, []).append((p, i))
+                chosen.setdefault(key, []).append((p, i, _stream(group, k, place)))
         return [_Bucket(members, self.state, self.param_groups) for members in chosen.values()]
 
 
@@ -244,11 +258,11 @@ class _Bucket:
 
     def __init__(
         self,
-        members: list[tuple[Tensor, int]],
+        members: list[tuple[Tensor, int, int]],
         states: Mapping[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
     ) -> None:
-        self.params, self.owners = map(list, zip(*members, strict=True))
+        self.params, self.owners, streams = map(list, zip(*members, strict=True))
         own = [states[p] for p in self.params]
         group = groups[self.owners[0]]
         self.level: int = group["level"]
@@ -258,6 +272,9 @@ class _Bucket:
         self.exp_avgs: list[Tensor] = [s["exp_avg"] for s in own]
         self.exp_avg_sqs: list[Tensor] = [s["exp_avg_sq"] for s in own]
         self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
+        self.rounding = rounding_of(self.params[0], group["weight_rounding"])
+        self.lows: list[Tensor | None] = [s["weight_low"] if self.rounding == "split" else None for s in own]
+        self.keys = [key_of(groups[i]["seed"], stream) for i, stream in zip(self.owners, streams, strict=True)]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
         self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float32)
@@ -275,6 +292,9 @@ class _Bucket:
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
             rule=self.rule,
+            rounding=self.rounding,
+            keys=self.keys,
+            lows=self.lows,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
@@ -292,7 +312,14 @@ def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
         group["state_dtype"],
         group["backend"],
         is_limited(group),
+        group["weight_rounding"],
     )
+
+
+def _stream(group: Mapping[str, Any], index: int, place: int) -> int:
+    """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
+    names = group.get("param_names")
+    return zlib.crc32(names[index].encode()) if names else place
 
 
 def _name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
@@ -314,6 +341,10 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
     if p.numel():
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    try:
+        rounding_of(p, group["weight_rounding"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if p.device.type != "meta":
         _check_backend(p, name, p.dtype, group)
 

@@ -10,17 +10,25 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper, check_rule
+from gwt_kernels.hyper import Hyper, Rounding, check_rounding, check_rule
 from gwt_kernels.torch_backend.literal import filter_bank
 
-__all__ = ["STRUCTURAL", "check_group", "hyper_of", "published_limit", "state_dtype_name", "state_dtype_of"]
+__all__ = [
+    "STRUCTURAL",
+    "check_group",
+    "hyper_of",
+    "published_limit",
+    "rounding_of",
+    "state_dtype_name",
+    "state_dtype_of",
+]
 
 _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
 STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 """Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
 
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -48,13 +56,30 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
         check_rule(group["rule"], group["wavelet"])
-    state_dtype_name(group["state_dtype"])
+    if state_dtype_name(group["state_dtype"]) == "bfloat16" and group["wavelet"] != "haar":
+        raise ValueError(f"state_dtype=torch.bfloat16 knows no wavelet {group['wavelet']!r}: use None, or 'haar'")
+    if group["weight_rounding"] is not None:
+        check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"])
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
     backends.check_name(group["backend"])
 
 
 def published_limit(rule: str) -> float | None:
     """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
     return None if rule == "foam" else 1.01
+
+
+def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
+    """How a parameter's updated weights are stored: to the nearest by default.
+
+    Raises:
+        ValueError: weights of this dtype cannot be rounded so.
+    """
+    rounding = "nearest" if weight_rounding is None else weight_rounding
+    check_rounding(rounding, param.dtype, "haar")
+    return rounding
 
 
 def hyper_of(group: Mapping[str, Any]) -> Hyper:
@@ -108,8 +133,7 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
     name = str(state_dtype).removeprefix("torch.")
     if name not in STATE_DTYPES:
         raise ValueError(
-            f"state_dtype must be None, torch.float32 or torch.float64, got {state_dtype!r}: rounding to nearest "
-            f"in fewer bits would freeze exp_avg_sq, whose relative change per step is below half an ulp"
+            f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float64, got {state_dtype!r}"
         )
     return name
 

@@ -70,9 +70,9 @@ def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def _places(params: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Addresses and sizes in bytes: an assignment to ``p.data`` changes them."""
-    return list(map(Tensor.data_ptr, params)), list(map(_nbytes, params))
+def _places(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Addresses, sizes in bytes and strides: an assignment to ``p.data`` changes one of them."""
+    return list(map(Tensor.data_ptr, params)), list(map(_nbytes, params)), list(map(Tensor.stride, params))
 
 
 def _kinds_of(grads: Sequence[Tensor | None]) -> list[Any]:

@@ -24,7 +24,10 @@ def is_limited(group: Mapping[str, Any]) -> bool:
 
 def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a state under the group's options holds."""
-    return ("step", *MOMENTS, "limiter_norm") if is_limited(group) else ("step", *MOMENTS)
+    keys = ["step", *MOMENTS]
+    keys += ["limiter_norm"] if is_limited(group) else []
+    keys += ["weight_low"] if group["weight_rounding"] == "split" else []
+    return tuple(keys)
 
 
 def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
@@ -36,6 +39,8 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
         state.update(step=torch.zeros((), dtype=torch.float32), **moments)
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
+    if group["weight_rounding"] == "split" and "weight_low" not in state:
+        state["weight_low"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
 
 
 def check_state(
@@ -64,6 +69,17 @@ def check_state(
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
             raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
+    if "weight_low" in state:
+        if group["weight_rounding"] != "split":
+            raise ValueError(
+                f"the state of {name} has weight_low, half of each float32 weight, which the optimizer would drop: "
+                f"give it weight_rounding='split', or remove weight_low from the state"
+            )
+        if state["weight_low"].shape != p.shape or state["weight_low"].dtype != torch.int16:
+            raise ValueError(
+                f"weight_low of {name} is {state['weight_low'].dtype} of shape {tuple(state['weight_low'].shape)}, "
+                f"but needs to be int16 of shape {tuple(p.shape)}: use the model that the state was made with"
+            )
     if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
         raise ValueError(
             f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
@@ -75,7 +91,7 @@ def check_state(
 
 def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
-    for key in {*MOMENTS, "limiter_norm"} & state.keys():
+    for key in {*MOMENTS, "limiter_norm", "weight_low"} & state.keys():
         if state[key].device != p.device or not state[key].is_contiguous():
             raise ValueError(
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "

@@ -126,6 +126,8 @@ CHANGES: dict[str, Callable[[Held], object]] = {
     "parameter moved": _swap(torch.clone),
     "parameter of another dtype": _half,
     "parameter cut short": _narrow,
+    "parameter transposed": _swap(lambda data: data.t()),
+    "parameter of another shape": _swap(lambda data: data.view(8, 4)),
     "moment replaced": lambda held: held.state[held.params[0]].update(exp_avg=torch.zeros(4, 2)),
     "state entry added": lambda held: held.state[held.params[0]].update(limiter_norm=torch.zeros(())),
     "state entry removed": lambda held: held.state[held.params[0]].pop("exp_avg"),

@@ -17,14 +17,15 @@ The folded rule (``rule="foam"``) has instead, with ``r_i = g_i - mean`` and no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.hyper import Hyper, Rounding, Rule
 from gwt_kernels.torch_backend.haar import compute_dtype
+from gwt_kernels.torch_backend.storage import Chunk, Storage
 
 __all__ = ["gwt_adamw_", "limit_"]
 
@@ -41,88 +42,95 @@ def gwt_adamw_(
     hypers: Sequence[Hyper],
     *,
     level: int,
-    rule: str = "gwt",
+    rule: Rule,
+    rounding: Rounding,
+    keys: Sequence[int],
+    lows: Sequence[Tensor | None],
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for p, g, m, v, norm, step, hyper in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, strict=True
+    for p, g, m, v, norm, step, hyper, key, low in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, strict=True
     ):
         if p.numel() == 0:
             continue
+        storage = Storage(rounding, step, key)
+        chunks = _chunks(p, g, m, v, low)
+        dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
         if level == 0:
-            _adamw(p, g, m, v, step, hyper)
+            _adamw(chunks, dtype, hyper, storage)
         elif rule == "foam":
-            _foam(p, g, m, v, step, hyper, level)
+            _foam(chunks, dtype, hyper, level, storage)
         else:
-            _gwt(p, g, m, v, norm, step, hyper, level)
+            _gwt(chunks, dtype, norm, hyper, level, storage)
 
 
-def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper) -> None:
+def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: Storage) -> None:
     """Level 0: Adam with decoupled weight decay, without bias correction inside the root."""
-    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
-    step_size = hyper.step_size(step, level=0)
-    for p_, g_, m_, v_ in _chunks(p, g, m, v):
-        p32, g32, m32, v32 = (x.to(dtype) for x in (p_, g_, m_, v_))
+    step_size = hyper.step_size(storage.step, level=0)
+    for chunk in chunks:
+        p, m, v = storage.load(chunk, dtype)
+        g = chunk.g.to(dtype)
         if hyper.maximize:
-            g32 = -g32
-        m32.mul_(hyper.beta1).add_(g32, alpha=1 - hyper.beta1)
-        v32.mul_(hyper.beta2).addcmul_(g32, g32, value=1 - hyper.beta2)
-        denominator = v32.sqrt().add_(hyper.eps)
+            g = -g
+        m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        denominator = v.sqrt().add_(hyper.eps)
         if hyper.weight_decay:
-            p32.mul_(1 - hyper.lr * hyper.weight_decay)
-        p32.addcdiv_(m32, denominator, value=-step_size)
-        _write_back((p_, m_, v_), (p32, m32, v32))
+            p.mul_(1 - hyper.lr * hyper.weight_decay)
+        p.addcdiv_(m, denominator, value=-step_size)
+        storage.store_moments(chunk, m, v)
+        storage.store_weights(chunk, p)
 
 
 def _gwt(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, norm: Tensor | None, step: int, hyper: Hyper, level: int
+    chunks: Iterable[Chunk], dtype: torch.dtype, norm: Tensor | None, hyper: Hyper, level: int, storage: Storage
 ) -> None:
     """Levels above 0: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
-    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
     width = 2**level
     gamma = None if norm is None else hyper.norm_growth_limit
-    step_size: Tensor | float = hyper.step_size(step, level)
-    total = torch.zeros((), dtype=dtype, device=p.device)  # squared norm of m / (sqrt(v) + eps)
+    step_size: Tensor | float = hyper.step_size(storage.step, level)
+    total: Tensor | None = None  # squared norm of m / (sqrt(v) + eps)
     pending = []
-    for p_, g_, m_, v_ in _chunks(p, g, m, v):
-        mean = _block_sums(g_.to(dtype), level).mul_((-1 if hyper.maximize else 1) / width)
-        m32, v32 = m_.to(dtype), v_.to(dtype)
-        m32.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
-        v32.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
-        gain = v32.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
-        offset = mean.sub_(m32, alpha=1 / math.sqrt(width))
+    for chunk in chunks:
+        mean = _block_sums(chunk.g.to(dtype), level).mul_((-1 if hyper.maximize else 1) / width)
+        m, v = (x.to(dtype) for x in (chunk.m, chunk.v))
+        m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
+        v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
+        gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+        offset = mean.sub_(m, alpha=1 / math.sqrt(width))
         if gamma is None:
-            _update_(p_, g_, gain, offset, step_size, width, hyper)
+            _update(chunk, gain, offset, step_size, width, hyper, storage)
         else:
             # On a CPU sum adds in a tree, vector_norm one by one and so less exactly.
-            total += (m32 * gain).square_().sum()
-            pending.append((p_, g_, gain, offset))
-        _write_back((m_, v_), (m32, v32))
-    if norm is not None and gamma is not None:
+            part = (m * gain).square_().sum()
+            total = part if total is None else total + part
+            pending.append((chunk, gain, offset))
+        storage.store_moments(chunk, m, v)
+    if norm is not None and gamma is not None and total is not None:
         step_size = step_size / limit_(norm, total.sqrt_(), gamma)
-    for p_, g_, gain, offset in pending:
-        _update_(p_, g_, gain, offset, step_size, width, hyper)
+    for chunk, gain, offset in pending:
+        _update(chunk, gain, offset, step_size, width, hyper, storage)
 
 
-def _foam(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, hyper: Hyper, level: int) -> None:
+def _foam(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, level: int, storage: Storage) -> None:
     """The folded rule: a denominator per element, which bounds every element's update."""
-    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
     width = 2**level
-    step_size = hyper.step_size(step, level)
-    for p_, g_, m_, v_ in _chunks(p, g, m, v):
-        g32 = _pad_to_multiple(g_.to(dtype), width)
-        g32 = -g32 if hyper.maximize else g32
-        mean = _block_sums(g32, level).div_(width)
-        p32, m32, v32 = (x.to(dtype) for x in (p_, m_, v_))
-        m32.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-        v32.mul_(hyper.beta2).add_(_block_sums(g32.square(), level), alpha=(1 - hyper.beta2) / width)
-        residual = g32.reshape(*mean.shape, width) - mean.unsqueeze(-1)
-        denominator = torch.addcmul(v32.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
-        update = residual.add_(m32.unsqueeze(-1)).div_(denominator).view(g32.shape)
+    step_size = hyper.step_size(storage.step, level)
+    for chunk in chunks:
+        g = _pad_to_multiple(chunk.g.to(dtype), width)
+        g = -g if hyper.maximize else g
+        mean = _block_sums(g, level).div_(width)
+        p, m, v = storage.load(chunk, dtype)
+        m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
+        v.mul_(hyper.beta2).add_(_block_sums(g.square(), level), alpha=(1 - hyper.beta2) / width)
+        residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+        denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
+        update = residual.add_(m.unsqueeze(-1)).div_(denominator).view(g.shape)
         if hyper.weight_decay:
-            p32.mul_(1 - hyper.lr * hyper.weight_decay)
-        p32.sub_(update[..., : p_.shape[-1]], alpha=step_size)
-        _write_back((p_, m_, v_), (p32, m32, v32))
+            p.mul_(1 - hyper.lr * hyper.weight_decay)
+        p.sub_(update[..., : chunk.p.shape[-1]], alpha=step_size)
+        storage.store_moments(chunk, m, v)
+        storage.store_weights(chunk, p)
 
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
@@ -144,23 +152,29 @@ def _block_sums(g: Tensor, level: int) -> Tensor:
     return g
 
 
-def _update_(
-    p: Tensor, g: Tensor, gain: Tensor, offset: Tensor, step_size: Tensor | float, width: int, hyper: Hyper
+def _update(
+    chunk: Chunk,
+    gain: Tensor,
+    offset: Tensor,
+    step_size: Tensor | float,
+    width: int,
+    hyper: Hyper,
+    storage: Storage,
 ) -> None:
     """``p_i -= lr*weight_decay*p_i + step_size * gain_k * (+-g_i - offset_k)`` for element ``i`` of block ``k``.
 
     ``gain`` and ``offset`` (``mean - m / sqrt(W)``) are overwritten.
     """
-    p32, g = p.to(gain.dtype), _pad_to_multiple(g.to(gain.dtype), width)
+    p, g = storage.load_weights(chunk, gain.dtype), _pad_to_multiple(chunk.g.to(gain.dtype), width)
     if hyper.weight_decay:
-        p32.mul_(1 - hyper.lr * hyper.weight_decay)
+        p.mul_(1 - hyper.lr * hyper.weight_decay)
     gain.mul_(step_size)
     offset.mul_(gain)
     blocks = g.reshape(*gain.shape, width)
     sign = 1 if hyper.maximize else -1
     update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=sign).view(g.shape)
-    p32.add_(update[..., : p.shape[-1]])
-    _write_back((p,), (p32,))
+    p.add_(update[..., : p.shape[-1]])
+    storage.store_weights(chunk, p)
 
 
 def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
@@ -169,24 +183,22 @@ def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU."""
-    first = tensors[0]
+    tensors = [x for x in (p, g, m, v, low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
-    if first.device.type != "cpu" or first.numel() <= CHUNK or (first.dim() == 1 and not contiguous):
-        yield tensors
-    elif contiguous and all(x.shape == first.shape for x in tensors):
-        yield from zip(*(torch.split(x.view(-1), CHUNK) for x in tensors), strict=True)
+    if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
+        parts = [[x] for x in tensors]
+    elif contiguous and m.shape == p.shape:
+        parts = [list(torch.split(x.view(-1), CHUNK)) for x in tensors]
     elif contiguous:
-        rows = max(1, CHUNK // first.shape[-1])
-        yield from zip(*(torch.split(x.view(-1, x.shape[-1]), rows) for x in tensors), strict=True)
+        rows = max(1, CHUNK // p.shape[-1])
+        parts = [list(torch.split(x.view(-1, x.shape[-1]), rows)) for x in tensors]
     else:
-        rows = max(1, CHUNK * first.shape[0] // first.numel())
-        yield from zip(*(torch.split(x, rows) for x in tensors), strict=True)
-
-
-def _write_back(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Store what was computed in another dtype; tensors that were updated in place already hold it."""
-    for target, value in zip(targets, values, strict=True):
-        if value is not target:
-            target.copy_(value)
+        rows = max(1, CHUNK * p.shape[0] // p.numel())
+        parts = [list(torch.split(x, rows)) for x in tensors]
+    first = first_coefficient = 0
+    for p_, g_, m_, v_, *low_ in zip(*parts, strict=True):
+        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, first, first_coefficient)
+        first += p_.numel()
+        first_coefficient += m_.numel()

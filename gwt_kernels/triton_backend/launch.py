@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.hyper import Hyper, Rounding, Rule
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.triton_backend.step import N_SCALARS, limiter_kernel, norm_kernel, step_kernel
 
@@ -27,7 +27,7 @@ LIMITER_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-_NBYTES = attrgetter("nbytes")
+_DTYPE = attrgetter("dtype")
 _OFF = (15).__and__  # bytes that an address is off a multiple of 16
 _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
 
@@ -42,7 +42,10 @@ def gwt_adamw_(
     hypers: Sequence[Hyper],
     *,
     level: int,
-    rule: str,
+    rule: Rule,
+    rounding: Rounding,
+    keys: Sequence[int],
+    lows: Sequence[Tensor | None],
     workspace: dict[str, Any],
     same_grads: bool = False,
 ) -> None:
@@ -55,38 +58,51 @@ def gwt_adamw_(
     gradients' stay; of those, sizes, dtype and alignment must.
     """
     limited = level > 0 and limiter_norms[0] is not None
-    owned: list[Sequence[Any]] = [params, exp_avgs, exp_avg_sqs, *([limiter_norms] if limited else [])]
+    random = rounding == "stochastic" or exp_avgs[0].dtype == torch.bfloat16
+    owned: list[Sequence[Any]] = [params, exp_avgs, exp_avg_sqs]
+    owned += [limiter_norms] if limited else []
+    owned += [lows] if rounding == "split" else []
     places = [list(map(Tensor.data_ptr, x)) for x in owned]
     kept = places == workspace.get("places") and _same(params, workspace["params"])
-    contiguous = (kept and workspace["contiguous"]) or all(map(Tensor.is_contiguous, params))
+    contiguous = all(map(Tensor.is_contiguous, params))  # not a matter of addresses: p.data may be transposed
     packed = params if contiguous else [p.contiguous() for p in params]
 
     given = list(map(Tensor.data_ptr, grads))
     addresses = given
-    if same_grads and given == workspace.get("given"):
+    if same_grads and given == workspace.get("given") and all(map(Tensor.is_contiguous, grads)):
         kinds = workspace["kinds"]
     else:
         if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
             grads = [g.resolve_neg().contiguous() for g in grads]
             addresses, given = list(map(Tensor.data_ptr, grads)), []  # the next call has to copy again
-        kinds = grads[0].dtype, list(map(_NBYTES, grads)), list(map(_OFF, addresses))
+        kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(_OFF, addresses))
 
-    if not (kept and contiguous and workspace["kinds"] == kinds and workspace["level"] == level):
-        _check_bucket([packed, grads, *owned[1:]], level)
+    options = (level, limited, rounding, keys if random else ())
+    if not (kept and contiguous and workspace["kinds"] == kinds and workspace["options"] == options):
+        _check_bucket([packed, grads, *owned[1:4]] if limited else [packed, grads, *owned[1:3]], level)
+        if rounding == "split":
+            _check_lows(packed, owned[-1])
         fixed = places if contiguous else [list(map(Tensor.data_ptr, packed)), *places[1:]]
-        misaligned = [_OFF(p | g | m | v) for p, m, v, g in zip(*fixed[:3], addresses, strict=True)]
+        none = [0] * len(params)
+        low_addresses = fixed[-1] if rounding == "split" else none
+        misaligned = [
+            _OFF(p | g | m | v | low) for p, m, v, g, low in zip(*fixed[:3], addresses, low_addresses, strict=True)
+        ]
+        if random or rounding == "split":
+            fixed = [*fixed[:3], fixed[3] if limited else none, list(keys), low_addresses]
         plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
             workspace["launches"] = _plan(packed, misaligned, level)
         for launch in workspace["launches"]:
             launch.aim(fixed)
-        workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, level=level)
+        workspace.update(plan=plan, places=places, params=list(params), options=options)
     workspace.update(given=given, kinds=kinds)
     rows = _scalars(hypers, steps, level)
+    counts = list(steps) if random else []
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     with _device_guard(params[0].device):
         for launch in workspace["launches"]:
-            launch.run(addresses, rows, dtypes, limited, rule == "foam")
+            launch.run(addresses, counts, rows, dtypes, LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding)
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
@@ -116,37 +132,42 @@ class Launch:
         self.first_chunks = _to_device(array("q", first_chunks).tobytes(), device).view(torch.int64)
 
     def aim(self, addresses: list[list[int]]) -> None:
-        """Take the addresses of parameters, moments and limiter norms, which stay from step to step."""
+        """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""
         p, *others = (array("q", self._own(column)).tobytes() for column in addresses)
         self.before_grads, self.after_grads = p, b"".join(others)
 
     def run(
-        self, grad_addresses: list[int], rows: list[bytes], dtypes: list[tl.dtype], limited: bool, folded: bool
+        self,
+        grad_addresses: list[int],
+        counts: list[int],
+        rows: list[bytes],
+        dtypes: list[tl.dtype],
+        **options: bool | str,
     ) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
         device = self.layout.device
         table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
+        table += array("q", self._own(counts)).tobytes() if counts else b""
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         sent = _to_device(table + b"".join(self._own(rows)), device)
         pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
-        options = variant(self.level, self.flat)
+        path = variant(self.level, self.flat)
         factors = scalar_table  # a pointer that is not read
-        if limited:
+        if options["LIMITED"]:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
             norm_kernel[(self.n_chunks,)](
                 self.layout, pointer_table, scalar_table, self.first_chunks, partials,
-                self.n, self.tiles_per_chunk, G=g, M=m, **options, **alignment(g, m, self.level, self.flat),
+                self.n, self.tiles_per_chunk, G=g, M=m, **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
             limiter_kernel[(self.n,)](
                 pointer_table, scalar_table, self.first_chunks, partials, factors, self.n, BLOCK=LIMITER_BLOCK
             )
         step_kernel[(self.n_tiles,)](
             self.layout, pointer_table, scalar_table, factors,
-            self.n, P=p, G=g, M=m, LIMITED=limited, FOLDED=folded,
-            **options, **alignment(narrower, m, self.level, self.flat),
+            self.n, P=p, G=g, M=m, **options, **path, **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
 
     def _own(self, column: list[Any]) -> list[Any]:
@@ -227,6 +248,17 @@ def _check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
         _check_row(p.shape[-1] if p.dim() else 1, level)
+
+
+def _check_lows(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
+    for p, low in zip(params, lows, strict=True):
+        if (p.dtype, low.dtype, low.shape, low.device) != (torch.bfloat16, torch.int16, p.shape, p.device):
+            raise ValueError(
+                f"rounding='split' needs bfloat16 parameters, and an int16 low half of each one's shape beside it, "
+                f"got {p.dtype} and {low.dtype}, shapes {tuple(p.shape)} and {tuple(low.shape)}, on {low.device}"
+            )
+        if not low.is_contiguous():
+            raise ValueError(f"the low half of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
 def _plan(params: Sequence[Tensor], misaligned: list[int], level: int) -> list[Launch]:

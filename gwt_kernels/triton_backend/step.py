@@ -3,7 +3,8 @@
 A bucket is described by tables in device memory with one entry per tensor:
 
 ``layout``    int64 ``[4, n]``: first tile, number of blocks, width of a row, blocks per row
-``pointers``  int64 ``[5, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm
+``pointers``  int64 ``[4 to 8, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then the
+              key of the random bits, the address of the weights' low halves, and the step; as many as are read
 ``scalars``   float32 ``[n, 9]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, sign
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
@@ -22,6 +23,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.triton_backend.rounding import (
+    join_low,
+    random_halves,
+    random_halves_at,
+    random_words,
+    round_at_random,
+    split_low,
+)
 from gwt_kernels.triton_backend.tiles import tile_offsets
 
 __all__ = ["N_SCALARS", "limiter_kernel", "norm_kernel", "step_kernel"]
@@ -33,6 +42,9 @@ _G = tl.constexpr(1)
 _M = tl.constexpr(2)
 _V = tl.constexpr(3)
 _NORM = tl.constexpr(4)
+_KEY = tl.constexpr(5)
+_LOW = tl.constexpr(6)
+_STEP = tl.constexpr(7)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -52,6 +64,7 @@ def step_kernel(
     MOMENT_ALIGN: tl.constexpr,
     LIMITED: tl.constexpr,
     FOLDED: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
@@ -69,6 +82,9 @@ def step_kernel(
         m = b1*m + (1-b1)*mean
         v = b2*v + (1-b2)*mean(g*g)
         u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
+
+    ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
+    weights lie in an array of their own. Moments in bfloat16 round stochastically.
     """
     tile = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -81,12 +97,25 @@ def step_kernel(
     m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
     v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
 
-    p = tl.load(p_ptrs, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(p_ptrs, mask=inside, other=0.0)
+    if ROUNDING == "split":
+        low_ptrs = _array(pointers_ptr, _LOW, i, n_tensors, tl.int16, ALIGN) + start + elements
+        p = join_low(p, tl.load(low_ptrs, mask=inside, other=0))
+    else:
+        p = p.to(tl.float32)
+    if ROUNDING == "stochastic" or M == tl.bfloat16:
+        key = tl.load(pointers_ptr + _KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + _STEP * n_tensors + i)
     residual, m, v, denominator = _moments(
         g_ptrs, m_ptrs, v_ptrs, inside, block_inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED
     )
-    tl.store(m_ptrs, m.to(M), mask=block_inside)
-    tl.store(v_ptrs, v.to(M), mask=block_inside)
+    if M == tl.bfloat16:
+        bits = random_words(first_block, NB, step, key)
+        tl.store(m_ptrs, round_at_random(m, bits & 0xFFFF, M), mask=block_inside)
+        tl.store(v_ptrs, round_at_random(v, bits >> 16, M), mask=block_inside)
+    else:
+        tl.store(m_ptrs, m.to(M), mask=block_inside)
+        tl.store(v_ptrs, v.to(M), mask=block_inside)
 
     decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
     step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
@@ -103,7 +132,18 @@ def step_kernel(
         else:
             update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
     p = p - decay * p - tl.reshape(update, p.shape)
-    tl.store(p_ptrs, p.to(P), mask=inside)
+    if ROUNDING == "split":
+        weight, low = split_low(p)
+        tl.store(low_ptrs, low, mask=inside)
+        tl.store(p_ptrs, weight, mask=inside)
+    elif ROUNDING == "stochastic":
+        if FLAT:
+            bits = random_halves(start, NB * W, step, key)
+        else:
+            bits = random_halves_at(start + elements, step, key)
+        tl.store(p_ptrs, round_at_random(p, bits, P), mask=inside)
+    else:
+        tl.store(p_ptrs, p.to(P), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk"])
