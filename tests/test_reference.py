@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pywt
 import torch
 
 from tests import golden, reference
+
+pywt = pytest.importorskip("pywt")
 
 GOLDEN = golden.adamw_cases("haar")
 FOAM = golden.foam_cases()

@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-import pywt
 import torch
 
 from gwt_kernels.functional import Hyper
@@ -15,6 +14,8 @@ from gwt_kernels.torch_backend import literal
 from tests import steps
 from tests.poisoned import LAYOUTS
 from tests.steps import Bucket
+
+pywt = pytest.importorskip("pywt")
 
 WAVELETS = ("haar", "db2", "db5", "sym4", "coif2")
 

@@ -82,6 +82,8 @@ def test_the_torch_backend_on_cuda(level):
 
 
 def test_other_wavelets_are_not_rounded_to_tf32():
+    pytest.importorskip("pywt")
+
     def run(device: str) -> torch.Tensor:
         bucket = Bucket([(64, 128)], 0, device=device)
         p, g = bucket.tensors("params")[0], bucket.tensors("grads")[0]
