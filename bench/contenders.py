@@ -15,12 +15,26 @@ from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.plan import predicted_state_bytes as planned_state_bytes
 
 
+# Rule and level; then, each only where it is not the default, dtype of the moments and rounding of the weights.
+_OWN = re.compile(r"(gwt|foam)(\d)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?")
+_STATE_DTYPES = {None: None, "bf16": "bfloat16", "int8": "int8"}
+
+
 def check_name(name: str) -> str:
     """Return `name`, or raise a `ValueError` that says which there are."""
-    if name not in low_rank.NAMES and not re.fullmatch(r"adamw|gwt\d", name):
+    if name not in ("adamw", *low_rank.NAMES) and not _OWN.fullmatch(name):
         known = ", ".join(("adamw", *low_rank.NAMES))
-        raise ValueError(f"unknown optimizer {name!r}: choose {known}, or gwtL with a level L, such as gwt2")
+        raise ValueError(
+            f"unknown optimizer {name!r}: choose {known}, or gwtL or foamL with a level L, such as gwt2, and then "
+            f"-bf16 or -int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
+        )
     return name
+
+
+def swept_name(name: str) -> str:
+    """Whose sweep serves an optimizer: how numbers are stored is not tuned for."""
+    found = _OWN.fullmatch(name)
+    return name if found is None else f"{found[1]}{found[2]}"
 
 
 def build_optimizer(
@@ -36,8 +50,9 @@ def build_optimizer(
     """The optimizer called `name` over the parameters of `model`.
 
     Args:
-        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, and so on; `galore`, `apollo` and
-            `apollo_mini` from their packages.
+        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, `foam2` for the folded rule, with
+            `-bf16` or `-int8` for moments so kept and `-stochastic` or `-split` for weights so rounded; `galore`,
+            `apollo` and `apollo_mini` from their packages.
         model: Its attention and MLP matrices are what GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
@@ -76,8 +91,13 @@ def build_optimizer(
             betas=betas,
             fused=fused or None,
         )
-    groups = gwt_param_groups(model, level=int(name.removeprefix("gwt")), scale=scale, weight_decay=weight_decay)
-    return GWTAdamW(groups, lr=lr, betas=betas)
+    own = _OWN.fullmatch(name)
+    assert own is not None
+    rule, level, state, rounding = own.groups()
+    groups = gwt_param_groups(model, level=int(level), scale=scale, weight_decay=weight_decay)
+    return GWTAdamW(
+        groups, lr=lr, betas=betas, rule=rule, state_dtype=_STATE_DTYPES[state], weight_rounding=rounding
+    )
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from bench import low_rank, quality
 from bench.compare import compare
-from bench.contenders import check_name
+from bench.contenders import check_name, swept_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
 from bench.measure import chosen_device, facts, is_present
 from bench.models import CONFIGS
@@ -152,7 +152,7 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
     """
     record = read_runs(options.sweep_record) if options.sweep_record else []
     of_this_model = [run for run in record if run["model"] == options.model]
-    tuned = best_settings(of_this_model, optimizer) or options.preset_rates
+    tuned = best_settings(of_this_model, swept_name(optimizer)) or options.preset_rates
     return RunConfig(
         model=options.model,
         optimizer=check_name(optimizer),
