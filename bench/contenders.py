@@ -14,7 +14,6 @@ from bench import low_rank
 from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.plan import predicted_state_bytes as planned_state_bytes
 
-
 # Rule and level; then, each only where it is not the default, dtype of the moments and rounding of the weights.
 _OWN = re.compile(r"(gwt|foam)(\d)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?")
 _STATE_DTYPES = {None: None, "bf16": "bfloat16", "int8": "int8"}
