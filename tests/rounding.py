@@ -2,7 +2,8 @@
 
 Every bound follows the arithmetic operation by operation with the operands of the case at hand (Higham,
 Accuracy and Stability of Numerical Algorithms, chapter 3), so it is as narrow as the case is well conditioned.
-What is stored in a narrower dtype may be off by half a unit in the last place of that dtype more.
+What is stored in a narrower dtype may be off by half a unit in the last place of that dtype more, or by a whole
+one where it is rounded at random.
 """
 
 from __future__ import annotations
@@ -28,14 +29,21 @@ def half_ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return 0.5 * info.eps * 2.0**exponents
 
 
-def widen(bound: np.ndarray, exact: np.ndarray, dtype: torch.dtype, data: torch.dtype | None = None) -> np.ndarray:
+def widen(
+    bound: np.ndarray,
+    exact: np.ndarray,
+    dtype: torch.dtype,
+    data: torch.dtype | None = None,
+    at_random: bool = False,
+) -> np.ndarray:
     """The bound on what is stored as ``dtype``: the arithmetic's error, and half an ulp where that is narrower.
 
-    The arithmetic is that for tensors of dtype ``data``, by default of ``dtype`` itself.
+    The arithmetic is that for tensors of dtype ``data``, by default of ``dtype`` itself. What is rounded
+    ``at_random`` may be either of the two neighbours, a whole ulp off.
     """
     if unit(data or dtype) >= torch.finfo(dtype).eps / 2:
         return bound
-    return bound + half_ulp(np.abs(exact) + bound, dtype)
+    return bound + (2 if at_random else 1) * half_ulp(np.abs(exact) + bound, dtype)
 
 
 def dwt_bounds(x: np.ndarray, level: int, dtype: torch.dtype) -> list[np.ndarray]:
@@ -77,8 +85,11 @@ def step_bounds(
     step: int,
     level: int,
     u: float,
+    rule: str = "gwt",
 ) -> StepBounds:
     """Bounds for the folded step at unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` float64."""
+    if rule == "foam" and level:
+        return _foam_bounds(p, g, m, v, hyper, step, level, u)
     width = 2**level
     root = np.sqrt(width)
     n = p.shape[-1]
@@ -117,3 +128,34 @@ def step_bounds(
     e_update = factor / spread(d) * e_numerator + np.abs(update) * (spread(rel_d) + rel_limit + 6 * u)
     e_p = 3 * u * np.abs(p) * (1 + hyper.lr * hyper.weight_decay) + 2 * u * np.abs(update) + e_update
     return StepBounds(e_p, e_m, e_v, total / limit * (rel_norm + rel_limit + 8 * u))
+
+
+def _foam_bounds(
+    p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, hyper: Hyper, step: int, level: int, u: float
+) -> StepBounds:
+    """As :func:`step_bounds`, for the rule with a denominator per element."""
+    width, n = 2**level, p.shape[-1]
+    spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value a block to one an element
+    g = -g if hyper.maximize else g
+    blocks = np.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, -n % width)]).reshape(*m.shape, width)
+    additions = min(width - 1, level + 8)  # as in step_bounds
+    mean, square = blocks.mean(-1), (blocks**2).mean(-1)
+    e_mean, e_square = (additions + 1) * u * np.abs(blocks).mean(-1), (additions + 3) * u * square
+    b1, b2 = hyper.beta1, hyper.beta2
+    new_m = b1 * m + (1 - b1) * mean
+    e_m = 3 * u * (np.abs(b1 * m) + np.abs((1 - b1) * mean)) + (1 - b1) * e_mean
+    new_v = b2 * v + (1 - b2) * square
+    e_v = 4 * u * new_v + (1 - b2) * e_square
+    r = g - spread(mean)
+    e_r = u * np.abs(r) + (1 + u) * spread(e_mean)
+    under = spread(new_v) + r**2
+    e_under = spread(e_v) + (2 * np.abs(r) + e_r) * e_r + 3 * u * under
+    d = np.sqrt(under) + hyper.eps
+    e_d = 2 * u * d + np.sqrt(under) - np.sqrt(np.maximum(under - e_under, 0))
+    numerator = spread(new_m) + r
+    e_numerator = spread(e_m) + e_r + u * np.abs(numerator)
+    factor = abs(hyper.step_size(step, level))
+    update = factor * numerator / d
+    e_update = (factor * e_numerator + np.abs(update) * e_d) / (d - e_d) + 6 * u * np.abs(update)
+    e_p = 3 * u * np.abs(p) * (1 + hyper.lr * hyper.weight_decay) + 2 * u * np.abs(update) + e_update
+    return StepBounds(e_p, e_m, e_v, np.nan)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.options import hyper_of
+from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter, reference, rounding
 from tests.steps import assert_within
 
@@ -119,6 +120,8 @@ def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: st
 def checked_step(optimizer: GWTAdamW) -> int:
     """A step of Haar groups, every parameter and state of which is compared with the C oracle in float64.
 
+    Weights of two halves are compared as the float32 numbers that they are.
+
     Returns:
         How many parameters were compared; those without gradient are compared with themselves.
     """
@@ -126,13 +129,14 @@ def checked_step(optimizer: GWTAdamW) -> int:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = {k: v.clone() for k, v in optimizer.state.get(p, {}).items()}
-            before.append((group, p, p.detach().clone(), None if p.grad is None else _numpy(p.grad), state))
+            before.append((group, p, _whole(p, state), None if p.grad is None else _numpy(p.grad), state))
     with interpreter.like_a_gpu():
         optimizer.step()
     compared = 0
     for i, (group, p, p_old, g, state) in enumerate(before):
         if g is None:
-            assert_same_bits([p.detach(), dict(optimizer.state.get(p, {}))], [p_old, state], f"parameter {i}")
+            new = dict(optimizer.state.get(p, {}))
+            assert_same_bits([_whole(p, new), new], [p_old, state], f"parameter {i}")
         else:
             _compare(f"parameter {i}", group, p, _numpy(p_old), g, state, optimizer.state[p])
             compared += 1
@@ -164,22 +168,29 @@ def _compare(
     u = rounding.unit(p.dtype) * (16 if p.dtype == torch.float64 else 1)  # the oracle rounds too
     rows = [np.atleast_1d(x) for x in (p_exact, g, m, v)]
     with np.errstate(invalid="ignore"):  # 0 / 0 in the relative error of a norm that is 0
-        bounds = rounding.step_bounds(*rows, None if gamma is None else norm, hyper, step, level, u)
-    options = {k: group[k] for k in ("betas", "eps", "weight_decay", "scale", "maximize")}
+        bounds = rounding.step_bounds(*rows, None if gamma is None else norm, hyper, step, level, u, group["rule"])
+    options = {k: group[k] for k in ("betas", "eps", "weight_decay", "scale", "maximize", "rule")}
     new_norm = reference.adamw_step(
         p_exact, g, m, v, norm, level=level, step=step, lr=hyper.lr, norm_growth_limit=gamma, **options
     )
-    for what, got, exact, bound in (
-        ("weights", p, p_exact, bounds.p),
-        ("exp_avg", new["exp_avg"], m, bounds.exp_avg),
-        ("exp_avg_sq", new["exp_avg_sq"], v, bounds.exp_avg_sq),
+    random_weights = group["weight_rounding"] == "stochastic"
+    random_moments = new["exp_avg"].dtype == torch.bfloat16
+    for what, got, exact, bound, at_random in (
+        ("weights", _whole(p, new), p_exact, bounds.p, random_weights),
+        ("exp_avg", new["exp_avg"], m, bounds.exp_avg, random_moments),
+        ("exp_avg_sq", new["exp_avg_sq"], v, bounds.exp_avg_sq, random_moments),
     ):
-        bound = rounding.widen(bound.reshape(exact.shape), exact, got.dtype, p.dtype)
+        bound = rounding.widen(bound.reshape(exact.shape), exact, got.dtype, p.dtype, at_random)
         assert_within(_numpy(got), exact, bound, f"{what} of {name} at step {step}")
     if gamma is not None and new_norm == 0:
         assert new["limiter_norm"].item() == 0, name
     elif gamma is not None:
         assert_within(_numpy(new["limiter_norm"]), np.array(new_norm), np.array(bounds.norm), f"norm of {name}")
+
+
+def _whole(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """A copy of the weights; float32 where the other half of each lies in the state."""
+    return join_low(p.detach(), state["weight_low"]) if "weight_low" in state else p.detach().clone()
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW
-from gwt_kernels.options import check_group, hyper_of, state_dtype_name, state_dtype_of
+from gwt_kernels.options import check_group, hyper_of, rounding_of, state_dtype_name, state_dtype_of
 from tests.runs import (
     BACKENDS,
     assert_same_bits,
@@ -73,9 +73,18 @@ BAD = [
     ("wavelet", None, ValueError, "None", "'haar'"),
     ("wavelet", "bior2.2", ValueError, "'bior2.2'", "orthogonal", "'haar'"),
     ("wavelet", "morl", ValueError, "'morl'", "'haar'"),
-    ("state_dtype", torch.bfloat16, ValueError, "bfloat16", "torch.float32"),
+    ("state_dtype", torch.float16, ValueError, "float16", "torch.float32"),
     ("state_dtype", "half", ValueError, "'half'", "torch.float32"),
     ("state_dtype", torch.int32, ValueError, "int32", "torch.float32"),
+    ("weight_rounding", "up", ValueError, "'up'", "'nearest'", "'stochastic'", "'split'"),
+    ("weight_rounding", 1, ValueError, "1", "'split'"),
+    ("weight_rounding", "split", ValueError, "parameter 0", "torch.bfloat16", "not torch.float32", "'nearest'"),
+    ("weight_rounding", "stochastic", ValueError, "parameter 0", "torch.float16", "not torch.float32", "'nearest'"),
+    ("seed", -1, ValueError, "-1", "at least 0"),
+    ("seed", 2**32, ValueError, "4294967296", "below 2**32"),
+    ("seed", 1.5, ValueError, "1.5", "integer"),
+    ("seed", None, ValueError, "None", "integer"),
+    ("seed", True, ValueError, "True", "integer"),
     ("backend", "cuda", ValueError, "'cuda'", "'triton'", "'torch'"),
     ("backend", True, ValueError, "True", "'torch'"),
 ]
@@ -199,6 +208,111 @@ def test_hyper_of_reads_tensors_and_numbers():
     assert hyper_of(group) == (0.5, 0.1, 0.2, 1e-6, 1.0, 0.25, 1.01, False)
     assert all(type(x) in (float, bool) for x in hyper_of(group))
     check_group(group)
+
+
+def test_bfloat16_moments_and_no_rounding_of_wide_weights_are_taken():
+    p16, p32 = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 8)
+    assert state_dtype_name(torch.bfloat16) == "bfloat16"
+    assert [state_dtype_of(p, "bfloat16") for p in (p16, p32)] == [torch.bfloat16] * 2
+    assert [rounding_of(p, None) for p in (p16, p32)] == ["nearest"] * 2
+    assert [rounding_of(p16, x) for x in ("nearest", "stochastic", "split")] == ["nearest", "stochastic", "split"]
+    assert rounding_of(p32, "nearest") == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "takes"),
+    [
+        (torch.float16, "split", "torch.bfloat16 weights"),
+        (torch.float32, "split", "torch.bfloat16 weights"),
+        (torch.float64, "split", "torch.bfloat16 weights"),
+        (torch.float32, "stochastic", "torch.bfloat16 or torch.float16 weights"),
+        (torch.float64, "stochastic", "torch.bfloat16 or torch.float16 weights"),
+    ],
+)
+def test_a_rounding_that_does_not_fit_the_weights_is_refused_by_name(dtype, rounding, takes):
+    good, wide = parameters([(3, 8)], dtype=torch.bfloat16)[0], parameters([(4, 8)], dtype=dtype)[0]
+    words = ("'norm'", f"weight_rounding={rounding!r}", takes, f"not {dtype}", "use 'nearest'")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        GWTAdamW([("good", good), ("norm", wide)], weight_rounding=rounding)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    optimizer = GWTAdamW([("good", good), ("norm", wide)], lr=0.1)
+    train(optimizer, range(1))
+    give_gradients(parameters_of(optimizer), seed=1)
+    optimizer.param_groups[0]["weight_rounding"] = rounding
+    with refused(optimizer, ValueError, *words):
+        optimizer.step()
+    optimizer.param_groups[0]["weight_rounding"] = None
+    assert checked_step(optimizer) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": torch.bfloat16}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}]
+)
+def test_other_wavelets_round_to_the_nearest_alone(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name}=.*'db2'.*'haar'"):
+        GWTAdamW(parameters([(3, 8)], dtype=torch.bfloat16), wavelet="db2", **options)
+    optimizer = GWTAdamW(parameters([(3, 8)], dtype=torch.bfloat16), lr=0.1, level=1, **options)
+    give_gradients(parameters_of(optimizer), seed=1)
+    checked_step(optimizer)
+    optimizer.param_groups[0]["wavelet"] = "db2"
+    with refused(optimizer, ValueError, name, "'db2'", "'haar'"):
+        optimizer.step()
+    optimizer.param_groups[0]["wavelet"] = "haar"
+    assert checked_step(optimizer) == 1
+
+
+# The limiter of a rule ------------------------------------------------------------------------------------
+
+
+def limits(groups, **options):
+    return [g["norm_growth_limit"] for g in GWTAdamW(groups, **options).param_groups]
+
+
+def test_each_rule_brings_its_limiter():
+    def groups(*options):
+        return [{"params": parameters([(3, 8)]), **o} for o in options]
+
+    assert limits(groups({})) == [1.01]
+    assert limits(groups({}), norm_growth_limit=None) == [None]
+    assert limits(groups({}), rule="foam") == limits(groups({}), rule="foam", norm_growth_limit=None) == [None]
+    assert limits(groups({}, {"rule": "foam"}, {"norm_growth_limit": 1.5})) == [1.01, None, 1.5]
+    assert limits(groups({}, {"rule": "gwt"}), rule="foam") == [None, 1.01]
+    assert limits(groups({}, {"rule": "foam"}, {"rule": "gwt"}), norm_growth_limit=1.2) == [1.2, None, 1.2]
+    assert limits(groups({}, {"rule": "gwt", "norm_growth_limit": 1.1}), rule="foam") == [None, 1.1]
+    assert limits(groups({"rule": "gwt"}), rule="foam", norm_growth_limit=None) == [None]
+    optimizer = GWTAdamW(groups({}), lr=0.1)
+    optimizer.add_param_group({"params": parameters([(3, 8)]), "rule": "foam"})
+    assert optimizer.param_groups[1]["norm_growth_limit"] is None
+    give_gradients(parameters_of(optimizer), seed=1)
+    assert checked_step(optimizer) == 2
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_a_limiter_with_the_folded_rule_is_refused(level):
+    words = r"norm_growth_limit is 1.01, but rule='foam' has no limiter: leave it out, or pass None"
+    params = parameters([(3, 8)])
+    both = {"rule": "foam", "norm_growth_limit": 1.01}
+    with pytest.raises(ValueError, match=words):
+        GWTAdamW(params, level=level, **both)
+    with pytest.raises(ValueError, match=words):
+        GWTAdamW([{"params": params, **both}], level=level)
+    with pytest.raises(ValueError, match=words):
+        GWTAdamW([{"params": params, "norm_growth_limit": 1.01}], rule="foam", level=level)
+    optimizer = GWTAdamW(params, lr=0.1, level=level)
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": parameters([(4, 8)]), **both})
+    assert len(optimizer.param_groups) == 1
+    give_gradients(params, seed=1)
+    assert checked_step(optimizer) == 1
+    optimizer.param_groups[0]["rule"] = "foam"
+    with refused(optimizer, ValueError, "norm_growth_limit is 1.01", "rule='foam'"):
+        optimizer.step()
+
+
+def test_the_folded_rule_knows_one_wavelet():
+    with pytest.raises(ValueError, match=r"rule='foam' .*'db2'.*'haar'"):
+        GWTAdamW(parameters([(3, 8)]), rule="foam", wavelet="db2")
 
 
 # Parameters -----------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def copy_weights(source, target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64, torch.bfloat16])
 def test_saving_and_loading_changes_no_dtype_and_no_bit(dtype, state_dtype):
     saved = model(dtypes=[dtype], state_dtype=state_dtype)
     train(saved, range(3), params=used(saved))
@@ -350,6 +350,20 @@ MISFITS = {
     ),
     "torch.optim.AdamW's": (torch_adamw, ("level", "not saved by GWTAdamW")),
     "a model's": (lambda: nn.Linear(2, 2).state_dict(), ("weight", "param_groups", "GWTAdamW.state_dict()")),
+    "the folded rule's": (
+        lambda: trained(rule="foam").state_dict(),
+        ("rule='foam'", "rule='gwt'", "state's value"),
+    ),
+    "bfloat16 moments asked for": (
+        lambda: trained(state_dtype=torch.bfloat16).state_dict(),
+        ("state_dtype='bfloat16'", "None", "state's value"),
+    ),
+    "halves of weights": (
+        lambda: changed(with_value("weight_low", torch.zeros(3, 6, dtype=torch.int16))),
+        ("weight_low", "parameter 1 of group 0", "weight_rounding='split'"),
+    ),
+    "an unknown rounding": (lambda: changed(with_option("weight_rounding", "up")), ("weight_rounding", "'up'")),
+    "a bad seed": (lambda: changed(with_option("seed", -5)), ("seed", "-5")),
     "no step": (lambda: changed(without("step")), ("step", "parameter 1 of group 0")),
     "no exp_avg": (lambda: changed(without("exp_avg")), ("exp_avg", "parameter 1 of group 0")),
     "no limiter_norm": (lambda: changed(without("limiter_norm")), ("limiter_norm", "parameter 1 of group 0")),
@@ -406,6 +420,10 @@ SPOILT = {
     "limiter_norm elsewhere": ("limiter_norm", lambda x: x.to("meta"), "meta"),
     "limiter_norm in float16": ("limiter_norm", lambda x: x.half(), "float16"),
     "exp_avg transposed": ("exp_avg", lambda x: x.t().contiguous().t(), "contiguous"),
+    "weight_low in int32": ("weight_low", lambda x: x.int(), "int32"),
+    "weight_low of another shape": ("weight_low", lambda x: x[:1], "(1, 8)"),
+    "weight_low elsewhere": ("weight_low", lambda x: x.to("meta"), "meta"),
+    "weight_low transposed": ("weight_low", lambda x: x.t().contiguous().t(), "contiguous"),
     "step a list": ("step", lambda x: [1.0], "step"),
     "no exp_avg_sq": ("exp_avg_sq", lambda x: None, "exp_avg_sq"),
 }
@@ -415,12 +433,16 @@ SPOILT = {
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_state_spoilt_between_steps_is_refused_before_any_parameter_changes(kind, backend, device):
     on = place(backend, device)
+    key, spoil, word = SPOILT[kind]
+    split = {"dtype": torch.bfloat16} if key == "weight_low" else {}
     optimizer = GWTAdamW(
-        [{"params": parameters([(4, 8)], on), "level": level} for level in (1, 0, 2)], lr=0.1, backend=backend
+        [{"params": parameters([(4, 8)], on, **split), "level": level} for level in (1, 0, 2)],
+        lr=0.1,
+        weight_rounding="split" if split else None,
+        backend=backend,
     )
     train(optimizer, range(1))
     last = parameters_of(optimizer)[-1]
-    key, spoil, word = SPOILT[kind]
     good = optimizer.state[last][key]
     give_gradients(parameters_of(optimizer), seed=2)
     optimizer.state[last][key] = spoil(good)

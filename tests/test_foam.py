@@ -1,0 +1,115 @@
+"""Tests the folded rule's step on both backends: against the C oracle, the golden vectors, and its own bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gwt_kernels.functional import Hyper, gwt_adamw_
+from tests import golden, interpreter
+from tests.poisoned import LAYOUTS
+from tests.steps import Bucket
+from tests.test_functional import HYPER, OPTIONS, SHAPES, backends, combinations, on
+from tests.test_reference_foam import largest_update, worst_gradients
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5, 6])
+@combinations
+def test_steps_of_the_folded_rule_follow_the_oracle(backend, dtype, level):
+    shapes = [s for s in SHAPES if 2**level < 2 * s[-1]]
+    bucket = Bucket(shapes, level, dtype=dtype, rule="foam", first=True, device=on(backend), seed=level)
+    workspace = {}
+    for t, size in enumerate((1.0, 0.5, 30.0), start=1):
+        bucket.renew_gradients(size)
+        bucket.check_step(HYPER, t, backend=backend, workspace=workspace)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@combinations
+def test_layouts_under_the_folded_rule(backend, dtype, layout):
+    bucket = Bucket(
+        [(4, 32), (3, 37), (5, 2, 16)], 2, dtype=dtype, layouts=[layout], rule="foam", device=on(backend)
+    )
+    bucket.check_step(HYPER, 7, backend=backend)
+
+
+@pytest.mark.parametrize("option", [x for x in OPTIONS if "growth" not in x])
+@backends
+def test_options_of_the_folded_rule(backend, option):
+    bucket = Bucket([(3, 40), (3, 37)], 2, rule="foam", device=on(backend))
+    for t, size in enumerate((1.0, 8.0), start=5):
+        bucket.renew_gradients(size)
+        bucket.check_step(OPTIONS[option], t, backend=backend)
+
+
+@pytest.mark.parametrize("moment_dtype", [torch.bfloat16, torch.float16])
+@backends
+def test_narrow_moments_of_the_folded_rule(backend, moment_dtype):
+    bucket = Bucket([(4, 32), (3, 37)], 2, rule="foam", moment_dtype=moment_dtype, device=on(backend))
+    for t in (1, 2):
+        bucket.check_step(HYPER, t, backend=backend)
+
+
+@pytest.mark.parametrize("level", [7, 8, 9, 10])
+@backends
+def test_deep_levels_of_the_folded_rule(backend, level):
+    shapes = [(2, 2048), (3, 1000), (2**level,), (2 ** (level - 1) + 1,)]
+    shapes = [s for s in shapes if 2**level < 2 * s[-1]]
+    Bucket(shapes, level, rule="foam", device=on(backend)).check_step(HYPER, 2, backend=backend)
+
+
+@backends
+def test_the_comparison_notices_the_other_rule(backend):
+    """Control, above level 0, where the rules are one."""
+    for level in (1, 2):
+        bucket = Bucket([(4, 32)], level, rule="foam", device=on(backend))
+        with pytest.raises(AssertionError, match=r"params of tensor 0, .*: [0-9]+ of 128 elements are wrong"):
+            bucket.check_step(HYPER, 3, backend=backend, rule="gwt")
+    Bucket([(4, 32)], 0, rule="foam", device=on(backend)).check_step(HYPER, 3, backend=backend, rule="gwt")
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e9])
+@pytest.mark.parametrize("t", [1, 2, 7])
+@backends
+def test_the_bound_of_the_folded_update_is_reached_and_not_passed(backend, t, size):
+    """Gradients for which no element of bias-corrected ``u`` may be larger; the other rule knows no bound."""
+    betas, width, last = (0.9, 0.999), 4, {}
+    bound = largest_update(t, betas, width)
+    hyper = Hyper(1.0, *betas, eps=1e-30, scale=1.0)
+    for rule in ("foam", "gwt"):
+        bucket = Bucket([(2, 32), (3, 37)], 2, rule=rule, first=True, device=on(backend))
+        for step, row in enumerate(size * worst_gradients(t, betas, width), start=1):
+            for p, g in zip(bucket.tensors("params"), bucket.tensors("grads"), strict=True):
+                p.zero_()  # the last update is then read off exactly
+                g.copy_(torch.from_numpy(np.resize(row, g.shape[-1])))
+                g[1:] *= torch.tensor((-1.0) ** np.arange(g.shape[-1]))  # blocks of mean 0, nearly
+            bucket.step(hyper, step, backend=backend)
+        last[rule] = max(float(p.abs().max()) for p in bucket.tensors("params"))
+    assert last["foam"] == pytest.approx(bound, rel=1e-5)
+    assert last["gwt"] > 1.3 * bound
+
+
+@pytest.mark.parametrize("case", golden.foam_cases(), ids=lambda case: case.name)
+@backends
+def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
+    """A whole run again, where nothing is float64: the bound keeps errors from growing."""
+    p = torch.tensor(case.p0, dtype=torch.float32, device=on(backend))
+    m, v = torch.zeros(2, *case.exp_avg.shape, device=p.device)
+    for t, (lr, grad) in enumerate(zip(case.lr, case.grads, strict=True), start=1):
+        with interpreter.like_a_gpu():
+            gwt_adamw_(
+                params=[p],
+                grads=[torch.tensor(grad, dtype=torch.float32, device=p.device)],
+                exp_avgs=[m],
+                exp_avg_sqs=[v],
+                limiter_norms=[None],
+                steps=[t],
+                hypers=[Hyper(lr, *case.betas, case.eps, case.weight_decay, case.scale, None)],
+                level=case.level,
+                rule="foam",
+                backend=backend,
+            )
+    for got, expected in ((p, case.params[-1]), (m, case.exp_avg), (v, case.exp_avg_sq)):
+        error = np.abs(got.cpu().numpy() - expected)
+        assert error.max() < 2**-21 * np.abs(expected).max()
