@@ -50,6 +50,7 @@ def test_the_step_follows_the_oracle(monkeypatch, dtype, layout):
     """With Haar filters, from float64 down, within the error bounds of the folded step."""
 
     def literally(*, level, **arguments):
+        assert arguments.pop("rule") == "gwt"
         literal.gwt_adamw_(*arguments.values(), level=level, wavelet="haar")
 
     monkeypatch.setattr(steps, "gwt_adamw_", literally)
