@@ -20,10 +20,10 @@ from rich.table import Table
 from bench import records
 from bench.machine_code import LIMITS, Accesses, find_tools, read
 from bench.measure import facts
-from bench.variants import DTYPES, KERNELS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
+from bench.variants import DTYPES, KERNELS, MOMENTS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
 
 # Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
-ARRAYS = ("p", "g", "m", "v", "low")
+ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
 LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
 STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
 WIDE = "128"
@@ -41,6 +41,7 @@ def gated(row: dict[str, Any]) -> bool:
         and row["kernel"] in LOADED
         and row["path"] == "flat"
         and row["weights"] in ("bf16", "fp32")
+        and row["moments"] != "int8"
         and 1 <= row["level"] <= 5
     )
 
@@ -54,9 +55,10 @@ def violations(row: dict[str, Any]) -> list[str]:
     found = []
     if row["stack"] or row["spills"]:
         found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
-    halves = {"low"} if row["rounding"] == "split" else set()
+    others = {"low"} if row["rounding"] == "split" else set()
+    others |= {"m_scale", "v_scale"} if row["moments"] == "int8" else set()
     for what, arrays in (("loads", LOADED), ("stores", STORED)):
-        expected = arrays[row["kernel"]] | halves
+        expected = arrays[row["kernel"]] | (others if arrays[row["kernel"]] else set())
         accesses, in_code = row[what], row[f"tensor_{what}"]
         if in_code != dict.fromkeys(expected, 1):
             found.append(f"{what} in the intermediate code: {in_code} instead of each of {sorted(expected)} once")
@@ -198,7 +200,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("target", TARGETS, "architectures"),
         ("kernel", KERNELS, "kernels"),
         ("weights", DTYPES, "dtypes of weights and gradients"),
-        ("moments", DTYPES, "dtypes of exp_avg and exp_avg_sq"),
+        ("moments", MOMENTS, "dtypes of exp_avg and exp_avg_sq"),
         ("path", PATHS, "where a block's elements lie"),
     ):
         default = ["fp32", "bf16"] if name == "moments" else list(values)

@@ -12,10 +12,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.hyper import Hyper, quantum
 from gwt_kernels.triton_backend import launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+MOMENTS = {**DTYPES, "int8": torch.int8}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -148,12 +149,15 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
 
 def _launch_step(variant: Variant) -> None:
     level = 2 if variant.level is None else variant.level
-    weights, moments = DTYPES[variant.weights or "bf16"], DTYPES[variant.moments or "fp32"]
+    weights, moments = DTYPES[variant.weights or "bf16"], MOMENTS[variant.moments or "fp32"]
     limited = variant.limited or variant.kernel in (NORM, LIMITER)
     shape = _shape(level, variant.path)
     n_blocks = -(-shape[-1] // 2**level)
     p, g = (torch.empty(shape, dtype=weights, device="meta") for _ in range(2))
-    m, v = (torch.empty(shape[0], n_blocks, dtype=moments, device="meta") for _ in range(2))
+    second = torch.uint8 if moments == torch.int8 else moments
+    m, v = (torch.empty(shape[0], n_blocks, dtype=dtype, device="meta") for dtype in (moments, second))
+    quanta = -(-m.numel() // quantum(level))
+    scales = (torch.empty(quanta, device="meta"), torch.empty(quanta, device="meta"))
     norm = torch.empty((), device="meta") if limited else None
     rule: Any = variant.rule or "gwt"
     rounding: Any = variant.rounding or "nearest"
@@ -165,6 +169,7 @@ def _launch_step(variant: Variant) -> None:
         rounding=rounding,
         keys=[0],
         lows=[low],
+        scales=[scales if moments == torch.int8 else None],
         workspace={},
     )
 

@@ -48,7 +48,12 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--level", type=int, default=2, help="levels of the transform (default: 2)")
     add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
         "(default: the configuration's, or bf16)")  # fmt: skip
-    add("--state-dtype", choices=DTYPES, metavar="DTYPE", help="of the moments (default: the optimizer's)")
+    add(
+        "--state-dtype",
+        choices=[*DTYPES, "int8"],
+        metavar="DTYPE",
+        help="of the moments, int8 too (default: the optimizer's)",
+    )
     add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
     add("--no-limiter", action="store_true", help="plan for norm_growth_limit=None")
     add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
@@ -73,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
     from gwt_kernels.plan_text import render
 
     def dtype(name: str | None) -> torch.dtype | None:
-        return None if name is None else getattr(torch, DTYPES[name])
+        return None if name is None else getattr(torch, DTYPES.get(name, name))
 
     try:
         bandwidth = parse_bandwidth(options.bandwidth) if options.bandwidth else None

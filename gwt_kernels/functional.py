@@ -29,6 +29,7 @@ def gwt_adamw_(
     rounding: Rounding = "nearest",
     keys: Sequence[int] | None = None,
     lows: Sequence[Tensor | None] | None = None,
+    scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -58,6 +59,9 @@ def gwt_adamw_(
         keys: Of the random bits, per parameter (:func:`gwt_kernels.hyper.key_of`); None for 0.
         lows: The low halves of the weights, contiguous int16 tensors of the parameters' shapes, which are updated
             too; only where ``rounding="split"``.
+        scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a pair of float32 tensors
+            ``[ceil(coefficients / quantum(level))]`` (:func:`gwt_kernels.hyper.quantum`), which are updated too;
+            None for moments in floating point.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -77,15 +81,19 @@ def gwt_adamw_(
         raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
     keys = [0] * len(params) if keys is None else keys
     lows = [None] * len(params) if lows is None else lows
-    if not len(keys) == len(lows) == len(params):
-        raise ValueError(f"{len(params)} params need as many keys and lows, got {len(keys)} and {len(lows)}")
+    scales = [None] * len(params) if scales is None else scales
+    if not len(keys) == len(lows) == len(scales) == len(params):
+        lengths = [len(keys), len(lows), len(scales)]
+        raise ValueError(f"{len(params)} params need as many keys, lows and scales, got {lengths}")
     check_rule(rule, wavelet)
     check_rounding(rounding, params[0].dtype, wavelet)
     if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
         raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
+    if any((scale is None) == (m.dtype == torch.int8) for scale, m in zip(scales, exp_avgs, strict=True)):
+        raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
     _check_limiter(limiter_norms, hypers, rule)
     # Every array has to suit the backend, not the parameters alone.
-    kinds = {x[0].dtype for x in (params, grads, exp_avgs)}
+    kinds = {x[0].dtype for x in (params, grads, exp_avgs)} - {torch.int8}
     choices = {backends.resolve(backend, params[0].device, dtype, level, wavelet) for dtype in kinds}
     tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
     if level and wavelet != "haar":
@@ -95,7 +103,9 @@ def gwt_adamw_(
     elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
-        torch_step.gwt_adamw_(*tensors, level=level, rule=rule, rounding=rounding, keys=keys, lows=lows)
+        torch_step.gwt_adamw_(
+            *tensors, level=level, rule=rule, rounding=rounding, keys=keys, lows=lows, scales=scales
+        )
     else:
         from gwt_kernels.triton_backend import launch
 
@@ -107,6 +117,7 @@ def gwt_adamw_(
             rounding=rounding,
             keys=keys,
             lows=lows,
+            scales=scales,
             workspace=workspace,
             same_grads=same_grads,
         )

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-__all__ = ["Hyper", "Rounding", "Rule", "check_rounding", "check_rule", "key_of"]
+__all__ = ["Hyper", "Rounding", "Rule", "check_rounding", "check_rule", "key_of", "quantum"]
 
 Rule = Literal["gwt", "foam"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
@@ -20,6 +20,11 @@ Rounding = Literal["nearest", "stochastic", "split"]
 def key_of(seed: int, stream: int) -> int:
     """The key of a parameter's random bits: 32 bits of the seed, 31 of what tells parameters apart."""
     return (stream & 0x7FFFFFFF) << 32 | seed & 0xFFFFFFFF
+
+
+def quantum(level: int) -> int:
+    """Coefficients that share a scale in int8 moments: a kernel's tile on either path holds whole quanta."""
+    return min(128, 1024 >> level)
 
 
 def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str) -> None:

@@ -22,12 +22,23 @@ from gwt_kernels.options import (
     published_limit,
     rounding_of,
     state_dtype_name,
-    state_dtype_of,
 )
 from gwt_kernels.snapshot import Snapshot
-from gwt_kernels.state import MOMENTS, check_place, check_state, complete, exact_copy, is_limited, state_keys
+from gwt_kernels.state import (
+    SCALES,
+    check_place,
+    check_state,
+    complete,
+    exact_copy,
+    is_limited,
+    is_quantized,
+    moment_dtypes,
+    state_keys,
+)
 
 __all__ = ["GWTAdamW"]
+
+_ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
 
 class GWTAdamW(Optimizer):
@@ -55,7 +66,8 @@ class GWTAdamW(Optimizer):
             where ``rule="gwt"``; the folded rule and level 0 have none.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters. In bfloat16
-            they are rounded stochastically.
+            they are rounded stochastically; in int8 they are codes with a float32 scale per 128 of them, but for
+            tensors of fewer than 4096 coefficients and levels above 6, which stay float32.
         weight_rounding: How bfloat16 and float16 weights are stored: ``"nearest"`` (None), ``"stochastic"``, or,
             for bfloat16, ``"split"``: with the lower half of a float32 weight beside each, in the state.
         seed: Of the random bits, which depend on it, the parameter (its name where the groups have names, its
@@ -233,7 +245,7 @@ class GWTAdamW(Optimizer):
                     _check_grad(p.grad, p, name)
                     _check_backend(p, name, p.grad.dtype, group)
                     if state := self.state.get(p):
-                        check_state(state, p, group, name, ("step", *MOMENTS))
+                        check_state(state, p, group, name, [k for k in state_keys(p, group) if k not in _ADDED])
                         check_place(state, p, name)
 
     def _make_buckets(self) -> list[_Bucket]:
@@ -274,6 +286,10 @@ class _Bucket:
         self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
         self.lows: list[Tensor | None] = [s["weight_low"] if self.rounding == "split" else None for s in own]
+        self.scales = [
+            (s[SCALES[0]], s[SCALES[1]]) if is_quantized(p, group) else None
+            for p, s in zip(self.params, own, strict=True)
+        ]
         self.keys = [key_of(groups[i]["seed"], stream) for i, stream in zip(self.owners, streams, strict=True)]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
@@ -295,6 +311,7 @@ class _Bucket:
             rounding=self.rounding,
             keys=self.keys,
             lows=self.lows,
+            scales=self.scales,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
@@ -366,7 +383,8 @@ def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
 
 def _check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
     """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
-    moments = state_dtype_of(p, group["state_dtype"])
+    moments = moment_dtypes(p, group)[0]
+    moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
             backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
@@ -401,7 +419,7 @@ def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> di
         check_group(options)
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             if state := state_dict["state"].get(key):
-                check_state(state, p, options, _name_of(group, k, i), state_keys(options))
+                check_state(state, p, options, _name_of(group, k, i), state_keys(p, options))
                 set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})

@@ -28,7 +28,7 @@ _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 """Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
 
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -56,8 +56,9 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
         check_rule(group["rule"], group["wavelet"])
-    if state_dtype_name(group["state_dtype"]) == "bfloat16" and group["wavelet"] != "haar":
-        raise ValueError(f"state_dtype=torch.bfloat16 knows no wavelet {group['wavelet']!r}: use None, or 'haar'")
+    name = state_dtype_name(group["state_dtype"])
+    if name in ("bfloat16", "int8") and group["wavelet"] != "haar":
+        raise ValueError(f"state_dtype=torch.{name} knows no wavelet {group['wavelet']!r}: use None, or 'haar'")
     if group["weight_rounding"] is not None:
         check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"])
     seed = group["seed"]
@@ -133,7 +134,8 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
     name = str(state_dtype).removeprefix("torch.")
     if name not in STATE_DTYPES:
         raise ValueError(
-            f"state_dtype must be None, torch.float32, torch.bfloat16 or torch.float64, got {state_dtype!r}"
+            f"state_dtype must be None, torch.float32, torch.bfloat16, torch.int8 or torch.float64, "
+            f"got {state_dtype!r}"
         )
     return name
 

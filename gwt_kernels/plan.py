@@ -19,12 +19,13 @@ from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import state_dtype_name, state_dtype_of
 from gwt_kernels.param_groups import Decision, decide
-from gwt_kernels.state import MOMENTS, complete
+from gwt_kernels.state import MOMENTS, SCALES, complete
 
 __all__ = ["Cost", "Entry", "Plan", "measure_bandwidth", "parse_bandwidth", "plan", "predicted_state_bytes"]
 
 LEVELS = (0, 1, 2, 3, 4)
-MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+INT8_MOMENTS = ("state_dtype", torch.int8)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 class Entry(NamedTuple):
@@ -82,6 +83,8 @@ class Plan:
     """`GWTAdamW` by level and dtype of the moments, without levels that an included tensor is too narrow for."""
     too_narrow: tuple[str, ...]
     """Tensors that the recipe transforms, but which stay at level 0 since their rows are too short."""
+    float32_moments: tuple[str, ...]
+    """With int8 moments: tensors too small, or at too deep a level, whose moments stay float32."""
     bandwidth: float | None
     """Bytes per second."""
 
@@ -122,6 +125,7 @@ class Plan:
             "adamw": [cost(c) for c in self.adamw],
             "options": [cost(c) for c in self.options],
             "too_narrow": list(self.too_narrow),
+            "float32_moments": list(self.float32_moments),
             "parameters": [
                 {**entry._asdict(), "shape": list(entry.shape), "dtype": _name(entry.dtype)}
                 for entry in self.entries
@@ -173,7 +177,8 @@ def plan(
         ValueError: the file is no model's, or an option is out of range.
     """
     for option, value in (("dtype", dtype), ("state_dtype", state_dtype)):
-        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        fits = isinstance(value, torch.dtype) and (value.is_floating_point or (option, value) == INT8_MOMENTS)
+        if value is not None and not fits:
             raise TypeError(f"{option} must be a floating-point torch.dtype or None, got {value!r}")
     if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
         raise ValueError(f"bandwidth must be a finite number of bytes per second above 0, got {bandwidth}")
@@ -208,6 +213,11 @@ def plan(
         options=tuple(settings[each].cost(d) for each in sorted(settings) for d in dtypes.values()),
         too_narrow=tuple(d.name for _, d in settings[1].members if d.level and d.name not in deep)
         if level and 1 in settings
+        else (),
+        float32_moments=tuple(
+            d.name for _, d, state in asked.states(state_dtype) if state["exp_avg"].dtype == torch.float32
+        )
+        if state_dtype == torch.int8
         else (),
         bandwidth=bandwidth,
     )
@@ -335,8 +345,8 @@ def _first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype |
         return _adamw_state(p, p.dtype) | extra
     state: dict[str, Tensor] = {}
     offered = _offered(state_dtype)
-    own = group["state_dtype"] if state_dtype is None else state_dtype
-    complete(state, _stand_in(p), {**group, "state_dtype": own if offered else None})
+    own = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
+    complete(state, _stand_in(p), {**group, "state_dtype": own})
     if not offered:
         state |= {key: state[key].to(state_dtype) for key in MOMENTS}
     return state
@@ -364,7 +374,7 @@ def _limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
 
 
 def _moment_bytes(state: Mapping[str, Tensor]) -> int:
-    return _bytes(*(state[key] for key in MOMENTS))
+    return _bytes(*(state[key] for key in (*MOMENTS, *SCALES) if key in state))
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gwt_kernels.options import state_dtype_name
 from gwt_kernels.param_groups import Decision, describe
 from gwt_kernels.plan import Cost, Plan
+from gwt_kernels.state import DEEPEST_QUANTIZED, SMALLEST_QUANTIZED
 
 __all__ = ["parameter_table", "render"]
 
@@ -125,6 +126,12 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             f"Too narrow for level {plan.chosen.level}, so at level 0: {', '.join(names)} "
             f"({len(plan.too_narrow)} tensors)."
+        )
+    if plan.float32_moments:
+        names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in plan.float32_moments)
+        notes.append(
+            f"Moments stay float32, for int8 pays from {SMALLEST_QUANTIZED} coefficients and up to level "
+            f"{DEEPEST_QUANTIZED}: {', '.join(names)} ({len(plan.float32_moments)} tensors)."
         )
     if plan.chosen.level and not any(entry.level for entry in plan.entries):
         notes.append("Nothing is transformed, so every level is AdamW: name the matrices with --include.")

@@ -9,12 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.hyper import quantum
 from gwt_kernels.options import state_dtype_of
 from gwt_kernels.torch_backend.literal import approximation_width
 
-__all__ = ["MOMENTS", "check_place", "check_state", "complete", "exact_copy", "is_limited", "state_keys"]
+__all__ = [
+    "DEEPEST_QUANTIZED",
+    "MOMENTS",
+    "SCALES",
+    "SMALLEST_QUANTIZED",
+    "check_place",
+    "check_state",
+    "complete",
+    "exact_copy",
+    "is_limited",
+    "is_quantized",
+    "moment_dtypes",
+    "state_keys",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+
+SMALLEST_QUANTIZED = 4096
+"""Coefficients below which int8 moments stay float32: they cost little, and norms and biases are among them."""
+DEEPEST_QUANTIZED = 6
+"""Level beyond which they stay float32: a scale would serve so few codes that it costs more than they save."""
 
 
 def is_limited(group: Mapping[str, Any]) -> bool:
@@ -22,9 +42,27 @@ def is_limited(group: Mapping[str, Any]) -> bool:
     return bool(group["level"]) and group["norm_growth_limit"] is not None
 
 
-def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a state under the group's options holds."""
+def is_quantized(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter's moments are codes of one byte: small tensors and deep levels stay float32."""
+    return (
+        group["state_dtype"] == "int8"
+        and group["level"] <= DEEPEST_QUANTIZED
+        and math.prod(_state_shape(p, group)) >= SMALLEST_QUANTIZED
+    )
+
+
+def moment_dtypes(p: Tensor, group: Mapping[str, Any]) -> tuple[torch.dtype, torch.dtype]:
+    """dtypes of ``exp_avg`` and ``exp_avg_sq``."""
+    if is_quantized(p, group):
+        return torch.int8, torch.uint8
+    dtype = torch.float32 if group["state_dtype"] == "int8" else state_dtype_of(p, group["state_dtype"])
+    return dtype, dtype
+
+
+def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a parameter's state under the group's options holds."""
     keys = ["step", *MOMENTS]
+    keys += SCALES if is_quantized(p, group) else []
     keys += ["limiter_norm"] if is_limited(group) else []
     keys += ["weight_low"] if group["weight_rounding"] == "split" else []
     return tuple(keys)
@@ -33,10 +71,15 @@ def state_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
 def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
     """Make the state of a first step; of a later one, what an option turned on since then needs."""
     if not state:
-        dtype = state_dtype_of(p, group["state_dtype"])
         shape = _state_shape(p, group)
-        moments = {key: torch.zeros(shape, dtype=dtype, device=p.device) for key in MOMENTS}
+        moments = {
+            key: torch.zeros(shape, dtype=dtype, device=p.device)
+            for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
+        }
         state.update(step=torch.zeros((), dtype=torch.float32), **moments)
+        if is_quantized(p, group):
+            n = _quanta(p, group)
+            state.update({key: torch.zeros(n, dtype=torch.float32, device=p.device) for key in SCALES})
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
     if group["weight_rounding"] == "split" and "weight_low" not in state:
@@ -54,8 +97,8 @@ def check_state(
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
-    shape, dtype = _state_shape(p, group), state_dtype_of(p, group["state_dtype"])
-    for key in MOMENTS:
+    shape = _state_shape(p, group)
+    for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True):
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
@@ -65,6 +108,16 @@ def check_state(
             raise ValueError(
                 f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: "
                 f"give it state_dtype={state[key].dtype}, or convert the state"
+            )
+    for key in [key for key in SCALES if key in state]:
+        if not is_quantized(p, group):
+            raise ValueError(
+                f"the state of {name} has {key}, but no int8 moments: load the state that it belongs to"
+            )
+        if tuple(state[key].shape) != (_quanta(p, group),) or state[key].dtype != torch.float32:
+            raise ValueError(
+                f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
+                f"float32 of shape {(_quanta(p, group),)}, a number per {quantum(group['level'])} codes"
             )
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
@@ -91,7 +144,7 @@ def check_state(
 
 def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
-    for key in {*MOMENTS, "limiter_norm", "weight_low"} & state.keys():
+    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
         if state[key].device != p.device or not state[key].is_contiguous():
             raise ValueError(
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
@@ -111,6 +164,10 @@ def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["level"] == 0:
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
+
+
+def _quanta(p: Tensor, group: Mapping[str, Any]) -> int:
+    return -(-math.prod(_state_shape(p, group)) // quantum(group["level"]))
 
 
 def _norm_dtype(p: Tensor) -> torch.dtype:

@@ -1,10 +1,10 @@
 """Moments in one byte: codes with a float32 scale, the largest magnitude, per quantum of coefficients.
 
 ``exp_avg`` is ``sign * (c / 127)**2 * scale`` with a code ``sign * c`` of int8, ``exp_avg_sq`` is
-``(c / 255)**4 * scale`` with a code ``c`` of uint8. The powers make codes dense near zero, where a relative error of
-``exp_avg_sq`` matters most; both were chosen by the measured error of the update (docs/precision.md). A value between
-two codes becomes one of them at random, so that its expectation is the value; of ``exp_avg_sq`` only an exact zero
-becomes zero. The decision is made in integers, so that both backends make the same one.
+``(c / 255)**4 * scale`` with a code ``c`` of uint8. The powers make codes dense near zero, where a relative error
+of ``exp_avg_sq`` matters most; both were chosen by the measured error of the update (docs/precision.md). A value
+between two codes becomes one of them at random, so that its expectation is the value; of ``exp_avg_sq`` only an
+exact zero becomes zero. The decision is made in integers, so that both backends make the same one.
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LARGEST_LEVEL", "QUANTUM", "decode_first", "decode_second", "encode_first", "encode_second", "quantum"]
+from gwt_kernels.hyper import quantum
 
-QUANTUM = 128
-LARGEST_LEVEL = 6  # deeper, the scales would cost more than the codes save
+__all__ = ["decode_first", "decode_second", "encode_first", "encode_second"]
 
 _FIRST = 127 * 127  # largest code to its power
 _SECOND = 255**4
-
-
-def quantum(level: int) -> int:
-    """Coefficients that share a scale: a kernel's tile of any shape holds whole quanta."""
-    return min(QUANTUM, 1024 >> level)
 
 
 def scales_of(x: Tensor, level: int) -> Tensor:

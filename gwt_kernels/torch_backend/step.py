@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule
+from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.storage import Chunk, Storage
 
@@ -46,16 +46,17 @@ def gwt_adamw_(
     rounding: Rounding,
     keys: Sequence[int],
     lows: Sequence[Tensor | None],
+    scales: Sequence[tuple[Tensor, Tensor] | None],
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for p, g, m, v, norm, step, hyper, key, low in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, strict=True
+    for p, g, m, v, norm, step, hyper, key, low, scale in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, strict=True
     ):
         if p.numel() == 0:
             continue
-        storage = Storage(rounding, step, key)
-        chunks = _chunks(p, g, m, v, low)
-        dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
+        storage = Storage(level, rounding, step, key)
+        chunks = _chunks(p, g, m, v, low, scale, quantum(level))
+        dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
         if level == 0:
             _adamw(chunks, dtype, hyper, storage)
         elif rule == "foam":
@@ -93,7 +94,7 @@ def _gwt(
     pending = []
     for chunk in chunks:
         mean = _block_sums(chunk.g.to(dtype), level).mul_((-1 if hyper.maximize else 1) / width)
-        m, v = (x.to(dtype) for x in (chunk.m, chunk.v))
+        m, v = storage.load_moments(chunk, dtype)
         m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
         v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
         gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
@@ -183,22 +184,31 @@ def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _chunks(p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None) -> Iterator[Chunk]:
-    """Views that cover the tensors row by row, small enough for the caches on a CPU."""
+def _chunks(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None, scales: tuple[Tensor, Tensor] | None, q: int
+) -> Iterator[Chunk]:
+    """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
     tensors = [x for x in (p, g, m, v, low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
+    whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
     if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
         parts = [[x] for x in tensors]
     elif contiguous and m.shape == p.shape:
         parts = [list(torch.split(x.view(-1), CHUNK)) for x in tensors]
     elif contiguous:
-        rows = max(1, CHUNK // p.shape[-1])
+        rows = _multiple(CHUNK // p.shape[-1], q // math.gcd(q, m.shape[-1]) if scales else 1)
         parts = [list(torch.split(x.view(-1, x.shape[-1]), rows)) for x in tensors]
     else:
-        rows = max(1, CHUNK * p.shape[0] // p.numel())
-        parts = [list(torch.split(x, rows)) for x in tensors]
-    first = first_coefficient = 0
+        parts = [list(torch.split(x, _multiple(CHUNK * p.shape[0] // p.numel(), whole))) for x in tensors]
+    first = coefficient = 0
     for p_, g_, m_, v_, *low_ in zip(*parts, strict=True):
-        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, first, first_coefficient)
+        quanta = slice(coefficient // q, -(-(coefficient + m_.numel()) // q))
+        own = None if scales is None else (scales[0][quanta], scales[1][quanta])
+        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, own, first, coefficient)
         first += p_.numel()
-        first_coefficient += m_.numel()
+        coefficient += m_.numel()
+
+
+def _multiple(n: int, of: int) -> int:
+    """The largest multiple that is not above ``n``, and at least one."""
+    return max(of, n // of * of)

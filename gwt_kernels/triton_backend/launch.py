@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule
+from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.triton_backend.step import N_SCALARS, limiter_kernel, norm_kernel, step_kernel
 
@@ -25,7 +25,12 @@ ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets
 MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
 LIMITER_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,  # codes of exp_avg; those of exp_avg_sq are uint8
+}
 
 _DTYPE = attrgetter("dtype")
 _OFF = (15).__and__  # bytes that an address is off a multiple of 16
@@ -46,6 +51,7 @@ def gwt_adamw_(
     rounding: Rounding,
     keys: Sequence[int],
     lows: Sequence[Tensor | None],
+    scales: Sequence[tuple[Tensor, Tensor] | None],
     workspace: dict[str, Any],
     same_grads: bool = False,
 ) -> None:
@@ -58,10 +64,16 @@ def gwt_adamw_(
     gradients' stay; of those, sizes, dtype and alignment must.
     """
     limited = level > 0 and limiter_norms[0] is not None
-    random = rounding == "stochastic" or exp_avgs[0].dtype == torch.bfloat16
-    owned: list[Sequence[Any]] = [params, exp_avgs, exp_avg_sqs]
-    owned += [limiter_norms] if limited else []
-    owned += [lows] if rounding == "split" else []
+    split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
+    random = rounding == "stochastic" or quantized or exp_avgs[0].dtype == torch.bfloat16
+    owned: list[Sequence[Any]] = [
+        params,
+        exp_avgs,
+        exp_avg_sqs,
+        limiter_norms if limited else (),
+        lows if split else (),
+    ]
+    owned += zip(*scales, strict=True) if quantized else [(), ()]
     places = [list(map(Tensor.data_ptr, x)) for x in owned]
     kept = places == workspace.get("places") and _same(params, workspace["params"])
     contiguous = all(map(Tensor.is_contiguous, params))  # not a matter of addresses: p.data may be transposed
@@ -80,16 +92,18 @@ def gwt_adamw_(
     options = (level, limited, rounding, keys if random else ())
     if not (kept and contiguous and workspace["kinds"] == kinds and workspace["options"] == options):
         _check_bucket([packed, grads, *owned[1:4]] if limited else [packed, grads, *owned[1:3]], level)
-        if rounding == "split":
-            _check_lows(packed, owned[-1])
-        fixed = places if contiguous else [list(map(Tensor.data_ptr, packed)), *places[1:]]
-        none = [0] * len(params)
-        low_addresses = fixed[-1] if rounding == "split" else none
-        misaligned = [
-            _OFF(p | g | m | v | low) for p, m, v, g, low in zip(*fixed[:3], addresses, low_addresses, strict=True)
-        ]
-        if random or rounding == "split":
-            fixed = [*fixed[:3], fixed[3] if limited else none, list(keys), low_addresses]
+        if split:
+            _check_lows(packed, owned[4])
+        if quantized:
+            _check_scales(exp_avgs, owned[5:], level)
+        absent = [0] * len(params)
+        columns = [column or absent for column in places]
+        columns[0] = places[0] if contiguous else list(map(Tensor.data_ptr, packed))
+        first, m, v, norm, low, *scale = columns
+        misaligned = [_OFF(a | b | c | d | e) for a, b, c, d, e in zip(first, addresses, m, v, low, strict=True)]
+        fixed = [first, m, v, *([norm] if limited else [])]
+        if random or split:
+            fixed = [first, m, v, norm, list(keys), low, *scale]
         plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
             workspace["launches"] = _plan(packed, misaligned, level)
@@ -99,10 +113,13 @@ def gwt_adamw_(
     workspace.update(given=given, kinds=kinds)
     rows = _scalars(hypers, steps, level)
     counts = list(steps) if random else []
+    q = quantum(level) if quantized else 0
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     with _device_guard(params[0].device):
         for launch in workspace["launches"]:
-            launch.run(addresses, counts, rows, dtypes, LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding)
+            launch.run(
+                addresses, counts, rows, dtypes, LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding, Q=q
+            )
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
@@ -142,7 +159,7 @@ class Launch:
         counts: list[int],
         rows: list[bytes],
         dtypes: list[tl.dtype],
-        **options: bool | str,
+        **options: bool | str | int,
     ) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
         device = self.layout.device
@@ -160,7 +177,8 @@ class Launch:
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
             norm_kernel[(self.n_chunks,)](
                 self.layout, pointer_table, scalar_table, self.first_chunks, partials,
-                self.n, self.tiles_per_chunk, G=g, M=m, **path, **alignment(g, m, self.level, self.flat),
+                self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"],
+                **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
             limiter_kernel[(self.n,)](
                 pointer_table, scalar_table, self.first_chunks, partials, factors, self.n, BLOCK=LIMITER_BLOCK
@@ -236,8 +254,11 @@ def _check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
                 f"{name} are of {sorted(map(str, kinds))}, params on {params[0].device}: a bucket has one device, "
                 f"and one dtype each of parameters, gradients and moments"
             )
-    if exp_avgs[0].dtype != exp_avg_sqs[0].dtype or (norms and norms[0][0].dtype != torch.float32):
-        raise ValueError("exp_avgs and exp_avg_sqs must have one dtype, and limiter_norms must be float32")
+    second = torch.uint8 if exp_avgs[0].dtype == torch.int8 else exp_avgs[0].dtype
+    if exp_avg_sqs[0].dtype != second or (norms and norms[0][0].dtype != torch.float32):
+        raise ValueError(
+            "exp_avgs and exp_avg_sqs must have one dtype, or int8 and uint8, and limiter_norms must be float32"
+        )
     for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         expected = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
         if g.shape != p.shape or m.shape != expected or v.shape != expected:
@@ -248,6 +269,17 @@ def _check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
         _check_row(p.shape[-1] if p.dim() else 1, level)
+
+
+def _check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: int) -> None:
+    for m, *both in zip(exp_avgs, *scales, strict=True):
+        expected = (-(-m.numel() // quantum(level)),)
+        for x in both:
+            if (x.dtype, tuple(x.shape), x.device, x.is_contiguous()) != (torch.float32, expected, m.device, True):
+                raise ValueError(
+                    f"int8 moments of shape {tuple(m.shape)} at level {level} need contiguous float32 scales of "
+                    f"shape {expected} on {m.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+                )
 
 
 def _check_lows(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:

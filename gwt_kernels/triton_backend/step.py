@@ -3,8 +3,9 @@
 A bucket is described by tables in device memory with one entry per tensor:
 
 ``layout``    int64 ``[4, n]``: first tile, number of blocks, width of a row, blocks per row
-``pointers``  int64 ``[4 to 8, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then the
-              key of the random bits, the address of the weights' low halves, and the step; as many as are read
+``pointers``  int64 ``[4, 5 or 10, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
+              the key of the random bits, the addresses of the weights' low halves and of the scales of m and v,
+              and the step; as many as are read
 ``scalars``   float32 ``[n, 9]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, sign
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
@@ -23,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.triton_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.triton_backend.rounding import (
     join_low,
     random_halves,
@@ -44,7 +46,9 @@ _V = tl.constexpr(3)
 _NORM = tl.constexpr(4)
 _KEY = tl.constexpr(5)
 _LOW = tl.constexpr(6)
-_STEP = tl.constexpr(7)
+_M_SCALES = tl.constexpr(7)
+_V_SCALES = tl.constexpr(8)
+_STEP = tl.constexpr(9)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -65,6 +69,7 @@ def step_kernel(
     LIMITED: tl.constexpr,
     FOLDED: tl.constexpr,
     ROUNDING: tl.constexpr,
+    Q: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
@@ -84,7 +89,8 @@ def step_kernel(
         u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
-    weights lie in an array of their own. Moments in bfloat16 round stochastically.
+    weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
+    scale per ``Q`` of them (``quantized.py``), and round stochastically too.
     """
     tile = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -94,8 +100,6 @@ def step_kernel(
     start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, first_block, W, NB, FLAT)
     p_ptrs = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN) + start + elements
     g_ptrs = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN) + start + elements
-    m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
-    v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
 
     p = tl.load(p_ptrs, mask=inside, other=0.0)
     if ROUNDING == "split":
@@ -103,19 +107,18 @@ def step_kernel(
         p = join_low(p, tl.load(low_ptrs, mask=inside, other=0))
     else:
         p = p.to(tl.float32)
-    if ROUNDING == "stochastic" or M == tl.bfloat16:
+    if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
         key = tl.load(pointers_ptr + _KEY * n_tensors + i)
         step = tl.load(pointers_ptr + _STEP * n_tensors + i)
-    residual, m, v, denominator = _moments(
-        g_ptrs, m_ptrs, v_ptrs, inside, block_inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED
-    )
-    if M == tl.bfloat16:
+    m, v = _load_moments(pointers_ptr, i, n_tensors, first_block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q)
+    residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
+    if M == tl.bfloat16 or Q:
         bits = random_words(first_block, NB, step, key)
-        tl.store(m_ptrs, round_at_random(m, bits & 0xFFFF, M), mask=block_inside)
-        tl.store(v_ptrs, round_at_random(v, bits >> 16, M), mask=block_inside)
     else:
-        tl.store(m_ptrs, m.to(M), mask=block_inside)
-        tl.store(v_ptrs, v.to(M), mask=block_inside)
+        bits = 0
+    _store_moments(
+        m, v, bits, pointers_ptr, i, n_tensors, first_block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q
+    )
 
     decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
     step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
@@ -162,6 +165,7 @@ def norm_kernel(
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
+    Q: tl.constexpr,
 ):
     """One partial sum of ``(m / (sqrt(v) + eps))**2`` over a chunk of tiles, with the moments of this step.
 
@@ -172,21 +176,13 @@ def norm_kernel(
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
     end = tl.minimum(block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
     g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
-    m_ptr = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN)
-    v_ptr = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN)
     total = tl.zeros((NB,), tl.float32)
     while block < end:
         start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
+        m, v = _load_moments(pointers_ptr, i, n_tensors, block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q)
+        # The folded rule has no limiter.
         _, m, _, denominator = _moments(
-            g_ptr + start + elements,
-            m_ptr + block + blocks,
-            v_ptr + block + blocks,
-            inside,
-            block_inside,
-            scalars_ptr + i * N_SCALARS,
-            W,
-            NB,
-            False,  # the folded rule has no limiter
+            g_ptr + start + elements, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, False
         )
         a = tl.where(block_inside, m / denominator, 0.0)
         total += a * a
@@ -233,19 +229,16 @@ def limiter_kernel(
 @triton.jit
 def _moments(
     g_ptrs,
-    m_ptrs,
-    v_ptrs,
+    m,
+    v,
     inside,
-    block_inside,
     scalars_ptr,
     W: tl.constexpr,
     NB: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
-    """``g - mean`` ``[NB, W]`` and the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]`` of a tile, in float32."""
+    """``g - mean`` ``[NB, W]`` and, of old ones, the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]``, in float32."""
     g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
-    m = tl.load(m_ptrs, mask=block_inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptrs, mask=block_inside, other=0.0).to(tl.float32)
     if W == 1:
         a = tl.reshape(g, (NB,))
         square = a * a
@@ -263,6 +256,91 @@ def _moments(
     m = tl.load(scalars_ptr) * m + tl.load(scalars_ptr + 1) * a
     v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * square
     return residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
+
+
+@triton.jit
+def _load_moments(
+    pointers_ptr,
+    i,
+    n_tensors,
+    first_block,
+    blocks,
+    inside,
+    M: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    NB: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """``m`` and ``v`` of a tile's blocks, in float32; zeros beyond the last."""
+    if Q:
+        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, tl.int8, MOMENT_ALIGN) + first_block + blocks
+        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN) + first_block + blocks
+        m_scale_ptrs, v_scale_ptrs = _scales(pointers_ptr, i, n_tensors, first_block, NB, Q)
+        known = _quanta_inside(inside, NB, Q)
+        m = decode_first(tl.load(m_ptrs, mask=inside, other=0), tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
+        v = decode_second(
+            tl.load(v_ptrs, mask=inside, other=0), tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB
+        )
+    else:
+        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+        m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptrs, mask=inside, other=0.0).to(tl.float32)
+    return m, v
+
+
+@triton.jit
+def _store_moments(
+    m,
+    v,
+    bits,
+    pointers_ptr,
+    i,
+    n_tensors,
+    first_block,
+    blocks,
+    inside,
+    M: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    NB: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
+    if Q:
+        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, tl.int8, MOMENT_ALIGN) + first_block + blocks
+        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN) + first_block + blocks
+        m_scale_ptrs, v_scale_ptrs = _scales(pointers_ptr, i, n_tensors, first_block, NB, Q)
+        known = _quanta_inside(inside, NB, Q)
+        codes, scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
+        tl.store(m_ptrs, codes, mask=inside)
+        tl.store(m_scale_ptrs, scales, mask=known)
+        codes, scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
+        tl.store(v_ptrs, codes, mask=inside)
+        tl.store(v_scale_ptrs, scales, mask=known)
+    else:
+        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+        if M == tl.bfloat16:
+            tl.store(m_ptrs, round_at_random(m, bits & 0xFFFF, M), mask=inside)
+            tl.store(v_ptrs, round_at_random(v, bits >> 16, M), mask=inside)
+        else:
+            tl.store(m_ptrs, m.to(M), mask=inside)
+            tl.store(v_ptrs, v.to(M), mask=inside)
+
+
+@triton.jit
+def _scales(pointers_ptr, i, n_tensors, first_block, NB: tl.constexpr, Q: tl.constexpr):
+    """Where the scales of a tile's quanta lie: ``[NB // Q]`` pointers for ``m`` and for ``v``."""
+    quanta = first_block // Q + tl.arange(0, NB // Q)
+    m_scales = _array(pointers_ptr, _M_SCALES, i, n_tensors, tl.float32, 4)
+    v_scales = _array(pointers_ptr, _V_SCALES, i, n_tensors, tl.float32, 4)
+    return m_scales + quanta, v_scales + quanta
+
+
+@triton.jit
+def _quanta_inside(inside, NB: tl.constexpr, Q: tl.constexpr):
+    """Which quanta have a coefficient that is inside."""
+    return tl.max(tl.reshape(inside, (NB // Q, Q)).to(tl.int32), axis=1) > 0
 
 
 @triton.jit
