@@ -26,6 +26,24 @@ def test_chunks_cover_every_tensor(monkeypatch, chunk, level, layout):
         bucket.check_step(HYPER, 3, backend="torch")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_chunks_draw_the_bits_of_the_whole(monkeypatch, level, layout):
+    """What a chunk rounds at random depends on where it lies in the tensor alone."""
+
+    def run(chunk: int, key: int = 5) -> list[torch.Tensor]:
+        monkeypatch.setattr(torch_step, "CHUNK", chunk)
+        kinds = {"dtype": torch.bfloat16, "moment_dtype": torch.bfloat16, "layouts": [layout]}
+        bucket = Bucket([(6, 40), (5, 37), (3, 4, 16), (90,)], level, **kinds)
+        bucket.step(HYPER, 3, backend="torch", rounding="stochastic", keys=[key] * 4)
+        return bucket.results()
+
+    whole = run(1 << 20)
+    for chunk in (1, 7, 64, 100):
+        assert all(map(torch.equal, run(chunk), whole))
+    assert not any(map(torch.equal, run(64, key=6), whole))
+
+
 @pytest.mark.parametrize("level", [0, 2])
 def test_a_tensor_of_several_real_chunks(level):
     shapes = [(1100, 1000), (3, torch_step.CHUNK), (2 * torch_step.CHUNK + 3,)]

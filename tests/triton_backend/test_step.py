@@ -108,6 +108,25 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
             torch.testing.assert_close(norm, other, rtol=16 * 2**-24, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level, dtype):
+    """Of one block a tile, where words are drawn one by one, to more than the tensor holds."""
+
+    def run(flat_tile: int, row_tile: int, layout: str = "contiguous", key: int = 5) -> list[torch.Tensor]:
+        monkeypatch.setattr(launch, "FLAT_TILE", flat_tile)
+        monkeypatch.setattr(launch, "ROW_TILE", row_tile)
+        kinds = {"dtype": dtype, "moment_dtype": torch.bfloat16, "layouts": [layout]}
+        bucket = Bucket([(6, 64), (5, 37)], level, device=device, **kinds)
+        bucket.step(HYPER, 2, backend="triton", rounding="stochastic", keys=[key] * 2)
+        return bucket.results()
+
+    large = run(4096, 1024)
+    for tiles in ((64, 8), (256, 64), (64, 64, "misaligned")):
+        assert_same(run(*tiles), large)
+    assert not any(map(torch.equal, run(4096, 1024, key=6), large))
+
+
 def test_both_paths_give_the_same_bits(device):
     """The same numbers in aligned and in misaligned memory."""
     flat, row = (Bucket([(6, 64), (8, 16)], 2, layouts=[x], device=device) for x in ("contiguous", "misaligned"))
