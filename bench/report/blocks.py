@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.memory import level_table, memory_table
 from bench.report import performance, quality
-from bench.report.markdown import figure, model_name, slug
+from bench.report.markdown import figure, model_name, optimizer_name, slug, table
 from bench.report.rows import Case, Run, by_device, of
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
@@ -86,10 +86,43 @@ def _parts_of(run: Run) -> str:
     return f" ({layers} layer{'s' if layers > 1 else ''} of it)" if layers else ""
 
 
+def _codes(runs: Sequence[Run], root: str) -> str:
+    found = of(runs, "codes")
+    if not found:
+        return "Nothing is recorded yet: `python -m bench.codes` measures it."
+    errors = {(row["moment"], row["power"], row["quantum"]): row["median"] for row in found[0].rows}
+    moments, powers, quanta = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
+    headings = ["power", *(f"`{moment}`, {quantum}" for moment in moments for quantum in quanta)]
+    rows = [
+        [str(power), *(f"{100 * errors[moment, power, quantum]:.1f} %" for moment in moments for quantum in quanta)]
+        for power in powers
+    ]
+    return table(headings, rows)
+
+
+def _precision(runs: Sequence[Run], root: str) -> str:
+    """The `cpu` preset in float32 and in bfloat16: optimizers that differ in how numbers are stored."""
+    shown = [c for c in quality.comparisons(runs) if c.preset.partition(",")[0] == "cpu"]
+    rows = []
+    for comparison in sorted(shown, key=lambda c: c.preset):
+        weights = comparison.preset.partition(", ")[2] or "float32"
+        for setting, losses in quality.final_losses(comparison).items():
+            if losses and re.match(r"adamw|gwt2|foam2", setting.optimizer):
+                state = comparison.others.get((setting, "state_bytes"))
+                size = "-" if state is None else f"{state['median']:,.0f}"
+                name = optimizer_name(setting.optimizer)
+                rows.append([weights, name, quality.with_spread(losses), str(len(losses)), size])
+    if not rows:
+        return quality.NOTHING
+    return table(["weights", "optimizer", "held-out loss", "seeds", "state bytes"], rows, left=2)
+
+
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "memory": lambda runs, root: memory_table(),
     "levels": lambda runs, root: level_table(),
     "quality": _quality,
     "performance": _performance,
+    "codes": _codes,
+    "precision": _precision,
     "regimes": lambda runs, root: quality.regimes(runs),
 }

@@ -71,8 +71,12 @@ def model_name(model: str | None) -> str:
 
 def optimizer_name(optimizer: str) -> str:
     """Write an optimizer of `bench.pretrain` as people call it: gwt2 is GWT level 2."""
-    if found := re.fullmatch(r"gwt(\d+)", optimizer):
-        return f"GWT level {found[1]}"
+    if found := re.fullmatch(r"(gwt|foam)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer):
+        rule, level, moments, rounding = found.groups()
+        words = [f"{'GWT' if rule == 'gwt' else 'FOAM'} level {level}"]
+        words += [f"{moments} moments"] if moments else []
+        words += [f"{rounding} weights"] if rounding else []
+        return ", ".join(words)
     return {"adamw": "AdamW", "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}.get(
         optimizer, optimizer
     )

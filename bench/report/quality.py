@@ -52,8 +52,11 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     for run in reversed(of(runs, "quality")):
         fresh: set[tuple[Any, ...]] = set()
         for row in run.rows:
-            place = (row.get("preset") or row.get("model"), row.get("model"), row.get("device"), row.get("steps"))
-            preset, model, device, _ = (str(word) for word in place)
+            preset = str(row.get("preset") or row.get("model"))
+            if row.get("precision") not in (None, "float32"):
+                preset += f", {row['precision']}"
+            place = (preset, row.get("model"), row.get("device"), row.get("steps"))
+            model, device = str(row.get("model")), str(row.get("device"))
             old = found.pop(place, None) or Comparison(preset, model, device, {}, {}, run)
             comparison = found[place] = old._replace(last=run)
             setting = Setting(str(row.get("optimizer")), row.get("lr"), row.get("scale"))

@@ -11,7 +11,7 @@ from bench.report.plots import Plot
 from gwt_kernels.plan import Cost, plan
 
 MODELS = ("llama_60m", "llama_350m", "llama_1b", "llama_7b", "llama_70b")
-SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+SHORT = {"bfloat16": "bf16", "float32": "fp32", "int8": "int8"}
 
 
 @functools.cache
