@@ -26,6 +26,9 @@ from bench.variants import DTYPES, KERNELS, MOMENTS, NORM, PATHS, STEP, TARGETS,
 ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
 LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
 STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
+GATED = ("sm_80", "sm_90", "sm_100")
+# Spills 8 bytes, with 39 registers in use, while its neighbours in level, dtype and target spill none.
+SPILLING = {"target": "sm_100", "kernel": NORM, "weights": "fp32", "moments": "bf16", "level": 3}
 WIDE = "128"
 WIDTH = 220  # columns of the table where no terminal sets them
 
@@ -35,14 +38,18 @@ class CompileError(Exception):
 
 
 def gated(row: dict[str, Any]) -> bool:
-    """Tell whether the project promises that :func:`violations` finds nothing in a row."""
+    """Tell whether the project promises that :func:`violations` finds nothing in a row.
+
+    Moments in int8 are promised nothing: at level 1 after the limiter they spill 8 bytes.
+    """
     return (
-        row["target"] == "sm_90"
+        row["target"] in GATED
         and row["kernel"] in LOADED
         and row["path"] == "flat"
         and row["weights"] in ("bf16", "fp32")
         and row["moments"] != "int8"
         and 1 <= row["level"] <= 5
+        and any(row[option] != value for option, value in SPILLING.items())
     )
 
 
@@ -190,7 +197,7 @@ def _report_gate(rows: list[dict[str, Any]], console: Console) -> int:
     if not promised:
         console.print("gate: none of these variants is promised anything")
     elif not broken:
-        console.print(f"gate: passed by all {len(promised)} variants of the flat path on sm_90")
+        console.print(f"gate: passed by all {len(promised)} variants of the flat path on {', '.join(GATED)}")
     return 1 if broken else 0
 
 

@@ -145,18 +145,21 @@ def _name_by_ptx(machine: Counter[tuple[int, int, str]], ptx: str) -> tuple[Acce
     """Name the arrays of machine instructions, whose places have no column, by those of PTX, whose places do.
 
     Where instructions of one line, kind and width belong to different arrays in PTX, the machine code must hold
-    exactly as many; otherwise they are booked under all names together.
+    exactly as many; otherwise they are booked under all names together. Where PTX has none of the width, as of a
+    64-bit number whose lower half alone is used, the names are those of the line's other widths.
     """
     named: dict[tuple[int, int, str], Counter[str]] = defaultdict(Counter)
+    of_line: dict[tuple[int, str], set[str]] = defaultdict(set)
     pattern = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
     for place, found in _scan(ptx, pattern):
-        bits = int(found[2] or 1) * int(found[3])
-        named[place[0].line if place else 0, bits, found[1]][array_name(place)] += 1
+        line, bits, name = place[0].line if place else 0, int(found[2] or 1) * int(found[3]), array_name(place)
+        named[line, bits, found[1]][name] += 1
+        of_line[line, found[1]].add(name)
     counts: dict[str, Counter[tuple[str, int]]] = {"ld": Counter(), "st": Counter()}
     for (line, bits, kind), n in machine.items():
         names = named[line, bits, kind]
         if names.total() != n:  # unrolled, say
-            names = Counter({"|".join(sorted(names)) or "?": n})
+            names = Counter({"|".join(sorted(names or of_line[line, kind])) or "?": n})
         for name, share in names.items():
             counts[kind][name, bits] += share
     return _nested(counts["ld"]), _nested(counts["st"])

@@ -74,12 +74,16 @@ def promised(run: Run) -> list[Row]:
 
 
 def test_flat_path_passes_the_gate(promised: list[Row]) -> None:
-    found = {(r["kernel"], r["weights"], r["level"], r["limited"]): codegen.violations(r) for r in promised}
-    kernels = [(STEP, False), (STEP, True), (NORM, None)]
+    options = ("kernel", "weights", "limited", "rule", "rounding", "level")
+    found = {tuple(row[option] for option in options): codegen.violations(row) for row in promised}
+    either = [(STEP, False, "gwt", "nearest"), (STEP, False, "foam", "nearest"), (STEP, True, "gwt", "nearest")]
+    either.append((NORM, None, None, None))
+    kernels = {"fp32": either}
+    kernels["bf16"] = [*either, (STEP, False, "foam", "stochastic"), (STEP, False, "foam", "split")]
     assert found == {
-        (kernel, weights, level, limited): []
-        for kernel, limited in kernels
-        for weights in ("bf16", "fp32")
+        (kernel, weights, *rest, level): []
+        for weights in kernels
+        for kernel, *rest in kernels[weights]
         for level in range(1, 6)
     }
     assert all(codegen.gated(row) for row in promised)
@@ -89,10 +93,13 @@ def test_every_access_is_attributed(promised: list[Row]) -> None:
     for row in promised:
         if row["kernel"] == STEP:
             factors = {"factors"} if row["limited"] else set()
-            assert set(row["loads"]) == {*"pgmv", "layout", "pointers", "scalars"} | factors
-            assert set(row["stores"]) == set("pmv")
-            # The look-ups: four addresses, and all numbers but gamma.
-            assert row["loads"]["pointers"] == {"64": 4}
+            low = {"low"} if row["rounding"] == "split" else set()
+            assert set(row["loads"]) == {*"pgmv", "layout", "pointers", "scalars"} | factors | low
+            assert set(row["stores"]) == set("pmv") | low
+            # The look-ups: four addresses, and all numbers but gamma; the low halves' address; of random bits the
+            # key, and the step, of which the compiler loads the lower half alone.
+            addresses = {"split": {"64": 5}, "stochastic": {"32": 1, "64": 5}}
+            assert row["loads"]["pointers"] == addresses.get(row["rounding"], {"64": 4})
             assert row["loads"]["scalars"] == {"32": 8}
 
 
@@ -109,14 +116,16 @@ def test_worked_example(promised: list[Row]) -> None:
 def test_row_path_is_rejected(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
-        *("--weights", "bf16", "fp32", "--moments", "fp32"),
+        *("--weights", "bf16", "--moments", "fp32"),
     )
     assert status == 0  # nothing is promised of it
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         assert not codegen.gated(row)
         wrong = [text.split(":")[0] for text in codegen.violations(row)]
-        assert wrong == ["loads of g", "loads of p", "stores of p"]
+        low = row["rounding"] == "split"
+        loads, stores = (["g", "low", "p"], ["low", "p"]) if low else (["g", "p"], ["p"])
+        assert wrong == [f"loads of {name}" for name in loads] + [f"stores of {name}" for name in stores]
 
 
 def test_a_broken_hint_is_rejected(run: Run) -> None:
@@ -125,7 +134,7 @@ def test_a_broken_hint_is_rejected(run: Run) -> None:
         *("--weights", "bf16", "--moments", "fp32"),
     )
     assert status == 1
-    assert len(rows) == 2
+    assert len(rows) == 5
     for row in rows:
         assert row["constants"]["ALIGN"] == 2
         assert row["loads"]["p"] == row["loads"]["g"] == {"16": 16}
@@ -158,9 +167,9 @@ def test_each_promise_can_be_broken(promised: list[Row], message: str) -> None:
 
 
 def test_every_kernel_compiles_for_every_target(run: Run) -> None:
-    status, rows, text = run("--levels", "3", "--path", "flat", "--weights", "bf16", "--moments", "fp32")
+    status, rows, text = run("--levels", "3", "--path", "flat", "--weights", "bf16", "--moments", "bf16")
     assert status == 0, text
-    chosen = list(variants(list(TARGETS), KERNELS, ["bf16"], ["fp32"], [3], ["flat"]))
+    chosen = list(variants(list(TARGETS), KERNELS, ["bf16"], ["bf16"], [3], ["flat"]))
     assert [Variant(*(row[field] for field in Variant._fields)) for row in rows] == chosen
     assert {(row["target"], row["kernel"]) for row in rows} == {(t, k) for t in TARGETS for k in KERNELS}
     for row in rows:

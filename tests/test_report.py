@@ -137,10 +137,11 @@ def codegen_rows(about: Row) -> list[Row]:
     wide = {"loads": {"p": {"128": 2}, "layout": {"64": 3}}, "stores": {"p": {"64": 1, "128": 2}}}
     what = {"kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "path": "flat", "limited": False, **wide}
     what |= {"tensor_loads": {"p": 1}, "tensor_stores": {"p": 1}, "registers": 77, "spills": 0, "stack": 0}
+    storings = [{}, {"rule": "gwt", "rounding": "nearest"}, {"rule": "foam", "rounding": "split"}]
     return [
-        what | {"target": target, "level": level, "resident_warps": 24} | about
+        what | {"target": target, "level": level, "resident_warps": 24} | storing | about
         for target in ("sm_90", "gfx942")
-        for level in range(3)
+        for level, storing in enumerate(storings)
     ]
 
 
@@ -217,7 +218,8 @@ def test_everything_is_shown(place: Path) -> None:
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
-    assert "| step | flat | 2 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
+    assert "| step | flat | 1 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
+    assert "| step, foam, split | flat | 2 | p 2×128 |" in speed
     assert "| kernels | stopped after 120 s | 90.0 |" in speed
     assert "24 of 32" in speed  # a compute unit's own limit
     assert (

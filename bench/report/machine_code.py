@@ -11,8 +11,8 @@ ABOUT = """\
 What the compiler made of each kernel, read from the machine code; no GPU is needed for it. Loads and stores are
 instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
 another is best moved 128 bits at a time. *flat*: blocks lie end to end; *row*: the last block of each row is cut
-short. Resident are the warps that registers and shared memory leave room for on one multiprocessor, of those that
-it can hold."""
+short. *foam*: the folded rule; *stochastic*, *split*: how the weights round, where not to the nearest. Resident are
+the warps that registers and shared memory leave room for on one multiprocessor, of those that it can hold."""
 
 NAMES = {"step_kernel": "step", "norm_kernel": "norm", "dwt_kernel": "Haar", "idwt_kernel": "inverse Haar"}
 
@@ -40,6 +40,8 @@ def _line(row: Row, target: str, dtypes: bool) -> list[str]:
     from bench.machine_code import LIMITS  # needs Triton, as this table's rows did
 
     kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
+    usual = ("gwt", "nearest", None)
+    kernel = ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
     resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
     return [
         kernel,
