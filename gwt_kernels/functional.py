@@ -89,6 +89,8 @@ def gwt_adamw_(
     check_rounding(rounding, params[0].dtype, wavelet)
     if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
         raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
+    if wavelet != "haar" and exp_avgs[0].dtype in (torch.bfloat16, torch.int8):
+        raise ValueError(f"moments in {exp_avgs[0].dtype} know no wavelet {wavelet!r}: keep them in float32")
     if any((scale is None) == (m.dtype == torch.int8) for scale, m in zip(scales, exp_avgs, strict=True)):
         raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
     _check_limiter(limiter_norms, hypers, rule)

@@ -75,7 +75,7 @@ class GWTAdamW(Optimizer):
         maximize: Ascend instead of descend.
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
 
-    State per parameter: ``step`` (float32 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
+    State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
     (``[..., ceil(N / 2**level)]`` for Haar, on the parameter's device) and, where the limiter is on,
     ``limiter_norm`` (scalar on the parameter's device: float32, float64 for float64 parameters).
 
@@ -133,9 +133,12 @@ class GWTAdamW(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
         """
-        rule = param_group.get("rule", self.defaults["rule"])
-        if rule != self.defaults["rule"] and (rule == "foam" or self._limiter_is_published):
-            param_group.setdefault("norm_growth_limit", published_limit(rule))
+        if isinstance(param_group, dict):  # the base class refuses anything else
+            rule = param_group.get("rule", self.defaults["rule"])
+            if rule != self.defaults["rule"] and (rule == "foam" or self._limiter_is_published):
+                param_group.setdefault("norm_growth_limit", "published")
+            if param_group.get("norm_growth_limit") == "published":
+                param_group["norm_growth_limit"] = published_limit(rule)
         super().add_param_group(param_group)
         try:
             self._check_new_group(self.param_groups[-1])
@@ -293,7 +296,7 @@ class _Bucket:
         self.keys = [key_of(groups[i]["seed"], stream) for i, stream in zip(self.owners, streams, strict=True)]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
-        self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float32)
+        self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float64)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 
@@ -358,12 +361,16 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
     if p.numel():
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    _check_rounding(p, group, name)
+    if p.device.type != "meta":
+        _check_backend(p, name, p.dtype, group)
+
+
+def _check_rounding(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     try:
         rounding_of(p, group["weight_rounding"])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if p.device.type != "meta":
-        _check_backend(p, name, p.dtype, group)
 
 
 def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
@@ -415,9 +422,16 @@ def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> di
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
                     f"{option}={group[option]!r}: build the optimizer with the state's value"
                 )
+        if (saved.get("weight_rounding") == "split") != (group["weight_rounding"] == "split"):
+            raise ValueError(
+                f"group {i} of the state has weight_rounding={saved.get('weight_rounding')!r}, the optimizer "
+                f"weight_rounding={group['weight_rounding']!r}: with 'split' half of each weight is in the state, "
+                f"so build the optimizer with the state's value"
+            )
         options = {**optimizer.defaults, **saved, "backend": group["backend"]}
         check_group(options)
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            _check_rounding(p, options, _name_of(group, k, i))
             if state := state_dict["state"].get(key):
                 check_state(state, p, options, _name_of(group, k, i), state_keys(p, options))
                 set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}

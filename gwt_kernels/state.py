@@ -76,7 +76,7 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
             key: torch.zeros(shape, dtype=dtype, device=p.device)
             for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
         }
-        state.update(step=torch.zeros((), dtype=torch.float32), **moments)
+        state.update(step=torch.zeros((), dtype=torch.float64), **moments)
         if is_quantized(p, group):
             n = _quanta(p, group)
             state.update({key: torch.zeros(n, dtype=torch.float32, device=p.device) for key in SCALES})

@@ -154,7 +154,7 @@ def _compare(
 ) -> None:
     level, gamma = group["level"], group["norm_growth_limit"] if group["level"] else None
     step = int(state["step"]) + 1 if state else 1
-    assert new["step"].dtype == torch.float32
+    assert new["step"].dtype == torch.float64
     assert new["step"].shape == ()
     assert new["step"].item() == step, name
     zeros = np.zeros(reference.moment_shape(g.shape, level))

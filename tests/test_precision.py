@@ -454,3 +454,18 @@ def test_groups_of_both_rules_and_of_every_rounding(backend, device):
         [*moments, "limiter_norm"],
         moments,
     ]
+
+
+def test_steps_are_counted_past_the_integers_of_float32():
+    """float32 has no 2**24 + 1: a count in it would stand still there, and with it the random bits."""
+    p = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16))
+    optimizer = GWTAdamW([p], state_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(2.0**24)
+    for count in (1, 2, 3):
+        optimizer.step()
+        assert int(optimizer.state[p]["step"]) == 2**24 + count
+    other = GWTAdamW([p], state_dtype=torch.bfloat16)
+    other.load_state_dict(optimizer.state_dict())
+    assert int(other.state[p]["step"]) == 2**24 + 3
