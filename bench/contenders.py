@@ -30,6 +30,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def level_of(name: str) -> int | None:
+    """Levels of the transform: 0 for AdamW, None for optimizers that know none."""
+    found = _OWN.fullmatch(name)
+    return int(found[2]) if found else (0 if name == "adamw" else None)
+
+
 def swept_name(name: str) -> str:
     """Whose sweep serves an optimizer: how numbers are stored is not tuned for."""
     found = _OWN.fullmatch(name)

@@ -32,7 +32,7 @@ def rows_of(preset: str, result: dict[str, Any]) -> list[dict[str, Any]]:
     shared = {
         "preset": preset,
         **{key: result[key] for key in _SETTINGS},
-        "level": 0 if name == "adamw" else int(name[3:]) if name.startswith("gwt") else None,
+        "level": level_of(name),
         "parameters": result.get("parameters"),
         "text": result["text"],
         "text_digest": result.get("text_digest"),
