@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import records
+from bench.contenders import level_of
 from bench.training import RunConfig
 
 BENCHMARK = "quality"
