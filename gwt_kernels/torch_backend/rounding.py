@@ -24,6 +24,7 @@ __all__ = [
 
 WEIGHTS, MOMENTS = 0, 1  # purposes
 ROUNDS = 7
+BLOCK = 1 << 14  # calls
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -38,31 +39,38 @@ def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Te
     c2, c3 = torch.full_like(calls, step & _MASK), torch.full_like(calls, purpose)
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(ROUNDS):
-        low = c0.mul_(_MULTIPLIERS[0])  # 64 bits; the sign does not matter
+        low = c0.mul_(_MULTIPLIERS[0])  # 64 bits, of which the sign does not matter
         high = c2.mul_(_MULTIPLIERS[1])
-        c0, c2 = (high >> 32).bitwise_and_(_MASK), (low >> 32).bitwise_and_(_MASK)
-        c0.bitwise_xor_(c1).bitwise_xor_(k0)
-        c2.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = high.bitwise_and_(_MASK), low.bitwise_and_(_MASK)
+        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = high, low  # their upper halves go at the next mask
         k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
+    """The words of the calls from ``first`` to before ``stop``: int32 ``[calls, 4]``, block by block."""
+    words = torch.empty(stop - first, 4, dtype=torch.int32, device=device)
+    block = BLOCK if device.type == "cpu" else max(1, stop - first)
+    for start in range(first, stop, block):
+        end = min(start + block, stop)
+        calls = torch.arange(start, end, device=device)
+        for i, word in enumerate(philox(calls, step, purpose, key)):
+            words[start - first : end - first, i] = word
+    return words
 
 
 def random_words(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
     """32 random bits for each of the moment coefficients ``first`` to ``first + n - 1``: int64 ``[n]``."""
-    calls = torch.arange(first // 4, -(-(first + n) // 4), device=device)
-    words = torch.stack(philox(calls, step, MOMENTS, key), dim=-1).view(-1)
-    return words[first % 4 : first % 4 + n]
+    words = _draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device).view(-1)
+    return words[first % 4 : first % 4 + n].to(torch.int64).bitwise_and_(_MASK)
 
 
 def random_halves(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
     """16 random bits for each of the weights ``first`` to ``first + n - 1``: int32 ``[n]``."""
-    calls = torch.arange(first // 8, -(-(first + n) // 8), device=device)
-    halves = torch.empty(len(calls), 8, dtype=torch.int32, device=device)
-    for i, word in enumerate(philox(calls, step, WEIGHTS, key)):
-        halves[:, 2 * i] = word & 0xFFFF
-        halves[:, 2 * i + 1] = word >> 16
-    return halves.view(-1)[first % 8 : first % 8 + n]
+    words = _draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device)
+    halves = torch.stack((words, words >> 16), dim=-1).bitwise_and_(0xFFFF).view(-1)
+    return halves[first % 8 : first % 8 + n]
 
 
 def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
