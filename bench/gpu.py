@@ -99,6 +99,8 @@ def run(command: Sequence[str], log: Path, seconds: float, environment: dict[str
         KeyboardInterrupt: after the command has ended.
     """
     late, interrupted = threading.Event(), False
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as nohup and shells in the background leave it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the command would inherit that, and be deaf
     with (
         log.open("a") as file,
         subprocess.Popen(

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from bench.measure import plain_tensors
 from bench.models import load_config
 from gwt_kernels import GWTAdamW, gwt_param_groups
+from gwt_kernels.functional import Rule
 
 WEIGHT_DECAY = 0.1
 
@@ -80,15 +81,26 @@ class Trial(NamedTuple):
         self.optimizer.step()
 
 
-def gwt(level: int, dtype: torch.dtype, *, limiter: bool) -> Candidate:
-    """GWTAdamW on the device's own backend; its oracle is the torch backend."""
-    options: Group = {"norm_growth_limit": 1.01 if limiter else None}
+def gwt(
+    level: int,
+    dtype: torch.dtype,
+    *,
+    limiter: bool,
+    rule: Rule = "gwt",
+    moments: torch.dtype | None = None,
+) -> Candidate:
+    """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
+    options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
+    words = [f"GWTAdamW level {level}"]
+    words += ["foam"] if rule == "foam" else []
+    words += ["limiter"] if limiter else []
+    words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
     return Candidate(
-        f"GWTAdamW level {level}" + (", limiter" if limiter else ""),
+        ", ".join(words),
         dtype,
         level,
         limiter,
-        lambda groups: GWTAdamW(groups, **options),
+        lambda groups: GWTAdamW(groups, state_dtype=moments, **options),
         lambda groups: GWTAdamW(groups, backend="torch", **options),
     )
 

@@ -167,6 +167,8 @@ def test_a_failed_check_fails_the_run(
     "candidate",
     [
         *(gwt(level, dtype, limiter=level == 2) for level in range(4) for dtype in (SINGLE, HALF)),
+        *(gwt(2, dtype, limiter=False, rule="foam") for dtype in (SINGLE, HALF)),
+        *(gwt(2, HALF, limiter=on, moments=moments) for on in (False, True) for moments in (HALF, torch.int8)),
         adamw(SINGLE, foreach=True),
         *(adamw(HALF, **how) for how in ({"fused": True}, {"foreach": True}, {"foreach": False})),
         *(pytest.param(ptwt(3, dtype), marks=needs_ptwt) for dtype in (SINGLE, HALF)),
@@ -311,7 +313,7 @@ def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
 def test_held_bytes() -> None:
     trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
     (p,) = trial.tensors
-    moments_and_scalars = 2 * 5 * 10 * 4 + 2 * 4  # moments of ceil(37/4) columns; step and limiter norm
+    moments_and_scalars = 2 * 5 * 10 * 4 + 8 + 4  # moments of ceil(37/4) columns; step and limiter norm
     assert held_bytes(trial.optimizer, [p, p.grad]) == moments_and_scalars
     assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
 
