@@ -37,7 +37,12 @@ def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> 
 
 def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
     ordered = sorted(levels, key=lambda level: (level != 2, level))  # level 2 is what the aims are about
-    return [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
+    found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
+    if dtype == torch.bfloat16 and 2 in levels:  # what 16-bit training would use of it
+        kept = (None, torch.bfloat16, torch.int8)
+        found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]
+        found += [gwt(2, dtype, limiter=False, rule="foam", moments=moments) for moments in kept]
+    return found
 
 
 def _torch(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
