@@ -110,15 +110,16 @@ def step_kernel(
     if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
         key = tl.load(pointers_ptr + _KEY * n_tensors + i)
         step = tl.load(pointers_ptr + _STEP * n_tensors + i)
-    m, v = _load_moments(pointers_ptr, i, n_tensors, first_block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q)
+    m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs = _moment_ptrs(
+        pointers_ptr, i, n_tensors, first_block, blocks, M, MOMENT_ALIGN, NB, Q
+    )
+    m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
     residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
     if M == tl.bfloat16 or Q:
         bits = random_words(first_block, NB, step, key)
     else:
         bits = 0
-    _store_moments(
-        m, v, bits, pointers_ptr, i, n_tensors, first_block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q
-    )
+    _store_moments(m, v, bits, m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, M, NB, Q)
 
     decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
     step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
@@ -179,7 +180,10 @@ def norm_kernel(
     total = tl.zeros((NB,), tl.float32)
     while block < end:
         start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
-        m, v = _load_moments(pointers_ptr, i, n_tensors, block, blocks, block_inside, M, MOMENT_ALIGN, NB, Q)
+        m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs = _moment_ptrs(
+            pointers_ptr, i, n_tensors, block, blocks, M, MOMENT_ALIGN, NB, Q
+        )
+        m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
         # The folded rule has no limiter.
         _, m, _, denominator = _moments(
             g_ptr + start + elements, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, False
@@ -259,33 +263,39 @@ def _moments(
 
 
 @triton.jit
-def _load_moments(
+def _moment_ptrs(
     pointers_ptr,
     i,
     n_tensors,
     first_block,
     blocks,
-    inside,
     M: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     NB: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32; zeros beyond the last."""
+    """Where ``m`` and ``v`` of a tile's blocks lie ``[NB]``, and the scales of codes ``[NB // Q]``."""
+    m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
     if Q:
-        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, tl.int8, MOMENT_ALIGN) + first_block + blocks
+        quanta = first_block // Q + tl.arange(0, NB // Q)
         v_ptrs = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN) + first_block + blocks
-        m_scale_ptrs, v_scale_ptrs = _scales(pointers_ptr, i, n_tensors, first_block, NB, Q)
-        known = _quanta_inside(inside, NB, Q)
-        m = decode_first(tl.load(m_ptrs, mask=inside, other=0), tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
-        v = decode_second(
-            tl.load(v_ptrs, mask=inside, other=0), tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB
-        )
+        m_scale_ptrs = _array(pointers_ptr, _M_SCALES, i, n_tensors, tl.float32, 4) + quanta
+        v_scale_ptrs = _array(pointers_ptr, _V_SCALES, i, n_tensors, tl.float32, 4) + quanta
     else:
-        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
         v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
-        m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(v_ptrs, mask=inside, other=0.0).to(tl.float32)
+        m_scale_ptrs, v_scale_ptrs = m_ptrs, v_ptrs  # not read
+    return m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs
+
+
+@triton.jit
+def _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, inside, NB: tl.constexpr, Q: tl.constexpr):
+    """``m`` and ``v`` of a tile's blocks, in float32; zeros beyond the last."""
+    m = tl.load(m_ptrs, mask=inside, other=0).to(tl.float32)
+    v = tl.load(v_ptrs, mask=inside, other=0).to(tl.float32)
+    if Q:
+        known = _quanta_inside(inside, NB, Q)
+        m = decode_first(m, tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
+        v = decode_second(v, tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB)
     return m, v
 
 
@@ -294,47 +304,28 @@ def _store_moments(
     m,
     v,
     bits,
-    pointers_ptr,
-    i,
-    n_tensors,
-    first_block,
-    blocks,
+    m_ptrs,
+    v_ptrs,
+    m_scale_ptrs,
+    v_scale_ptrs,
     inside,
     M: tl.constexpr,
-    MOMENT_ALIGN: tl.constexpr,
     NB: tl.constexpr,
     Q: tl.constexpr,
 ):
     """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
     if Q:
-        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, tl.int8, MOMENT_ALIGN) + first_block + blocks
-        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN) + first_block + blocks
-        m_scale_ptrs, v_scale_ptrs = _scales(pointers_ptr, i, n_tensors, first_block, NB, Q)
         known = _quanta_inside(inside, NB, Q)
-        codes, scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
-        tl.store(m_ptrs, codes, mask=inside)
-        tl.store(m_scale_ptrs, scales, mask=known)
-        codes, scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
-        tl.store(v_ptrs, codes, mask=inside)
-        tl.store(v_scale_ptrs, scales, mask=known)
+        m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
+        v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
+        tl.store(m_scale_ptrs, m_scales, mask=known)
+        tl.store(v_scale_ptrs, v_scales, mask=known)
+    elif M == tl.bfloat16:
+        m, v = round_at_random(m, bits & 0xFFFF, M), round_at_random(v, bits >> 16, M)
     else:
-        m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
-        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
-        if M == tl.bfloat16:
-            tl.store(m_ptrs, round_at_random(m, bits & 0xFFFF, M), mask=inside)
-            tl.store(v_ptrs, round_at_random(v, bits >> 16, M), mask=inside)
-        else:
-            tl.store(m_ptrs, m.to(M), mask=inside)
-            tl.store(v_ptrs, v.to(M), mask=inside)
-
-
-@triton.jit
-def _scales(pointers_ptr, i, n_tensors, first_block, NB: tl.constexpr, Q: tl.constexpr):
-    """Where the scales of a tile's quanta lie: ``[NB // Q]`` pointers for ``m`` and for ``v``."""
-    quanta = first_block // Q + tl.arange(0, NB // Q)
-    m_scales = _array(pointers_ptr, _M_SCALES, i, n_tensors, tl.float32, 4)
-    v_scales = _array(pointers_ptr, _V_SCALES, i, n_tensors, tl.float32, 4)
-    return m_scales + quanta, v_scales + quanta
+        m, v = m.to(M), v.to(M)
+    tl.store(m_ptrs, m, mask=inside)
+    tl.store(v_ptrs, v, mask=inside)
 
 
 @triton.jit
