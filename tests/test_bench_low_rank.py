@@ -15,11 +15,16 @@ from bench.training import Run
 from tests.pretraining import assert_same_run, config_of, run_of, tiny_model, tiny_options, trained
 
 CPU = torch.device("cpu")
+NO_GALORE = "galore_torch is not on the path: `make test` installs it into build/peers and runs this file with it"
+NO_APOLLO = "apollo_torch is not on the path: it is the user's to install, for its licence (CC BY-NC)"
 
 
 @pytest.fixture(params=low_rank.NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip("galore_torch" if request.param == "galore" else "apollo_torch")
+    if request.param == "galore":
+        pytest.importorskip("galore_torch", reason=NO_GALORE)
+    else:
+        pytest.importorskip("apollo_torch", reason=NO_APOLLO)
     return str(request.param)
 
 
@@ -98,7 +103,7 @@ def test_resume_is_exact(name: str, tmp_path: Path, options: list[str]) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_divergence(options: list[str]) -> None:
-    pytest.importorskip("galore_torch")
+    pytest.importorskip("galore_torch", reason=NO_GALORE)
     run: Run = run_of(options, "galore")
     with torch.no_grad():
         run.model.lm_head.weight[0, 0] = torch.inf
