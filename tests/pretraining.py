@@ -15,7 +15,7 @@ from bench.training import Run, RunConfig, train
 TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, **changed: Any) -> Path:
     """The configuration of a model of one layer; its odd MLP width leaves a block half filled."""
     fields = {
         "vocab_size": 256,
@@ -24,6 +24,7 @@ def tiny_model(folder: Path) -> Path:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "tie_word_embeddings": False,
+        **changed,
     }
     path = folder / "tiny.json"
     path.write_text(json.dumps(fields))
