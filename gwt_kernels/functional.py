@@ -33,6 +33,7 @@ def gwt_adamw_(
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
+    same_tensors: bool = False,
     same_grads: bool = False,
 ) -> None:
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
@@ -66,6 +67,8 @@ def gwt_adamw_(
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
+        same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
+            parameter's ``data`` replaced: the checks of parameters are then not repeated.
         same_grads: Promise that ``grads`` are the objects of the last call with this ``workspace``, with other
             values at most: their checks are then not repeated.
 
@@ -91,7 +94,7 @@ def gwt_adamw_(
         raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
     if wavelet != "haar" and exp_avgs[0].dtype in (torch.bfloat16, torch.int8):
         raise ValueError(f"moments in {exp_avgs[0].dtype} know no wavelet {wavelet!r}: keep them in float32")
-    if any((scale is None) == (m.dtype == torch.int8) for scale, m in zip(scales, exp_avgs, strict=True)):
+    if [scale is None for scale in scales].count(True) != (0 if exp_avgs[0].dtype == torch.int8 else len(scales)):
         raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
     _check_limiter(limiter_norms, hypers, rule)
     # Every array has to suit the backend, not the parameters alone.
@@ -121,6 +124,7 @@ def gwt_adamw_(
             lows=lows,
             scales=scales,
             workspace=workspace,
+            same_tensors=same_tensors,
             same_grads=same_grads,
         )
 

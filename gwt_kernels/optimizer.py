@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -177,9 +177,12 @@ class GWTAdamW(Optimizer):
                 "host's, and a replay would repeat those of the capture; call step() outside the graph"
             )
         hypers = [hyper_of(group) for group in self.param_groups]
-        buckets, same_grads = self._current_buckets()
-        for bucket in buckets:
-            bucket.step(hypers, same_grads)
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        grads = [p.grad for p in params]
+        same = self._renew_buckets(params, grads)
+        same_grads = same and self._snapshot is not None and self._snapshot.same_grads
+        for bucket in self._buckets:
+            bucket.step(grads, hypers, same_tensors=same, same_grads=same_grads)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -225,18 +228,18 @@ class GWTAdamW(Optimizer):
         for i, p in enumerate(group["params"]):
             _check_param(p, group, _name_of(group, i, len(self.param_groups) - 1))
 
-    def _current_buckets(self) -> tuple[list[_Bucket], bool]:
-        """The buckets of all parameters that have a gradient now, and whether those are the last step's gradients.
+    def _renew_buckets(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Check everything and bring the parameters that have a gradient into buckets, if anything has changed.
 
-        They are checked and made anew only when something changed.
+        Returns whether the buckets are those of the last step.
         """
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         options = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        if self._snapshot is None or not self._snapshot.holds(params, options, self.state):
-            self._check_before_step()
-            self._buckets = self._make_buckets()
-            self._snapshot = Snapshot(params, options, self.state)
-        return self._buckets, self._snapshot.same_grads
+        if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state):
+            return True
+        self._check_before_step()
+        self._buckets = self._make_buckets()
+        self._snapshot = Snapshot(params, grads, options, self.state)
+        return False
 
     def _check_before_step(self) -> None:
         for i, group in enumerate(self.param_groups):
@@ -252,7 +255,7 @@ class GWTAdamW(Optimizer):
                         check_place(state, p, name)
 
     def _make_buckets(self) -> list[_Bucket]:
-        chosen: dict[Any, list[tuple[Tensor, int, int]]] = {}
+        chosen: dict[Any, list[_Member]] = {}
         place = -1
         seen = set()
         for i, group in enumerate(self.param_groups):
@@ -264,8 +267,18 @@ class GWTAdamW(Optimizer):
                 seen.add(id(p))
                 complete(self.state[p], p, group)
                 key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
-                chosen.setdefault(key, []).append((p, i, _stream(group, k, place)))
+                chosen.setdefault(key, []).append(_Member(p, place, i, _stream(group, k, place)))
         return [_Bucket(members, self.state, self.param_groups) for members in chosen.values()]
+
+
+class _Member(NamedTuple):
+    """A parameter of a bucket."""
+
+    param: Tensor
+    place: int
+    """Among all parameters of the optimizer."""
+    group: int
+    stream: int
 
 
 class _Bucket:
@@ -273,11 +286,13 @@ class _Bucket:
 
     def __init__(
         self,
-        members: list[tuple[Tensor, int, int]],
+        members: list[_Member],
         states: Mapping[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
     ) -> None:
-        self.params, self.owners, streams = map(list, zip(*members, strict=True))
+        self.params = [member.param for member in members]
+        self.places = [member.place for member in members]
+        self.owners = [member.group for member in members]
         own = [states[p] for p in self.params]
         group = groups[self.owners[0]]
         self.level: int = group["level"]
@@ -293,21 +308,25 @@ class _Bucket:
             (s[SCALES[0]], s[SCALES[1]]) if is_quantized(p, group) else None
             for p, s in zip(self.params, own, strict=True)
         ]
-        self.keys = [key_of(groups[i]["seed"], stream) for i, stream in zip(self.owners, streams, strict=True)]
+        self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
         self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float64)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 
-    def step(self, hypers: list[Hyper], same_grads: bool) -> None:
+    def step(
+        self, grads: list[Tensor | None], hypers: list[Hyper], *, same_tensors: bool, same_grads: bool
+    ) -> None:
+        counts = (self.steps + 1).tolist()
+        alike = counts.count(counts[0]) == len(counts)
         gwt_adamw_(
             params=self.params,
-            grads=[p.grad for p in self.params],
+            grads=[grads[i] for i in self.places],  # type: ignore[misc]  # those of a bucket are there
             exp_avgs=self.exp_avgs,
             exp_avg_sqs=self.exp_avg_sqs,
             limiter_norms=self.limiter_norms,
-            steps=list(map(int, (self.steps + 1).tolist())),
+            steps=[int(counts[0])] * len(counts) if alike else list(map(int, counts)),
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
             rule=self.rule,
@@ -318,6 +337,7 @@ class _Bucket:
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
+            same_tensors=same_tensors,
             same_grads=same_grads,
         )
         self.steps.add_(1)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 __all__ = ["Snapshot"]
 
-_nbytes = attrgetter("nbytes")
 _grad_kind = attrgetter("dtype", "layout", "shape", "device")
 
 
@@ -24,23 +23,35 @@ class Snapshot:
 
     Args:
         params: The tensors of all groups, in order.
+        grads: Their gradients.
         options: What else the checks depend on; compared by value.
         state: The optimizer's state by parameter.
     """
 
-    def __init__(self, params: Sequence[Tensor], options: Any, state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        options: Any,
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
         self._params = params
         self._options = options
         self._places = _places(params)
         self._entries = _entries(params, state)
-        grads = [p.grad for p in params]
         self._grad_kinds = _kinds_of(grads)
         self._grad_ids = list(map(id, grads))
         self._watched: list[Any] = []
         self.same_grads = False
         """Whether the gradients are the very tensors of the last time: what :meth:`holds` found out."""
 
-    def holds(self, params: Sequence[Tensor], options: Any, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    def holds(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        options: Any,
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> bool:
         """Whether all is as it was, but for gradients: others of the same kind in the same places will do."""
         if (
             options != self._options
@@ -49,7 +60,6 @@ class Snapshot:
             or not _same(_entries(params, state), self._entries)
         ):
             return False
-        grads = [p.grad for p in params]
         ids = list(map(id, grads))
         seem_same = ids == self._grad_ids
         self.same_grads = seem_same and bool(self._watched) and not self._gone
@@ -71,8 +81,8 @@ def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
 
 
 def _places(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Addresses, sizes in bytes and strides: an assignment to ``p.data`` changes one of them."""
-    return list(map(Tensor.data_ptr, params)), list(map(_nbytes, params)), list(map(Tensor.stride, params))
+    """Addresses and strides: an assignment to ``p.data`` changes one of them, or the gradients that fit it."""
+    return list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
 
 
 def _kinds_of(grads: Sequence[Tensor | None]) -> list[Any]:

@@ -26,10 +26,13 @@ class Held:
             p.grad = torch.randn(4, 8)
             self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 2)}
         self.params[2].grad = None
-        self.snapshot = Snapshot(list(self.params), list(self.options), self.state)
+        self.snapshot = Snapshot(list(self.params), self.grads(), list(self.options), self.state)
+
+    def grads(self) -> list[Tensor | None]:
+        return [p.grad for p in self.params]
 
     def holds(self) -> bool:
-        return self.snapshot.holds(list(self.params), list(self.options), self.state)
+        return self.snapshot.holds(list(self.params), self.grads(), list(self.options), self.state)
 
 
 def test_the_same_gradients_are_known_from_the_second_time_on():

@@ -53,6 +53,7 @@ def gwt_adamw_(
     lows: Sequence[Tensor | None],
     scales: Sequence[tuple[Tensor, Tensor] | None],
     workspace: dict[str, Any],
+    same_tensors: bool = False,
     same_grads: bool = False,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked.
@@ -74,9 +75,12 @@ def gwt_adamw_(
         lows if split else (),
     ]
     owned += zip(*scales, strict=True) if quantized else [(), ()]
-    places = [list(map(Tensor.data_ptr, x)) for x in owned]
-    kept = places == workspace.get("places") and _same(params, workspace["params"])
-    contiguous = all(map(Tensor.is_contiguous, params))  # not a matter of addresses: p.data may be transposed
+    known = workspace.get("places") if same_tensors else None
+    own = list(map(Tensor.data_ptr, params)) if known is None else known[0]
+    places = [own, *(list(map(Tensor.data_ptr, x)) for x in owned[1:])]
+    kept = places == workspace.get("places") and (known is not None or _same(params, workspace["params"]))
+    # Not a matter of addresses: p.data may be transposed.
+    contiguous = workspace["contiguous"] if known is not None else all(map(Tensor.is_contiguous, params))
     packed = params if contiguous else [p.contiguous() for p in params]
 
     given = list(map(Tensor.data_ptr, grads))
@@ -109,7 +113,7 @@ def gwt_adamw_(
             workspace["launches"] = _plan(packed, misaligned, level)
         for launch in workspace["launches"]:
             launch.aim(fixed)
-        workspace.update(plan=plan, places=places, params=list(params), options=options)
+        workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, options=options)
     workspace.update(given=given, kinds=kinds)
     rows = _scalars(hypers, steps, level)
     counts = list(steps) if random else []
