@@ -22,7 +22,7 @@ def gwt_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     limiter_norms: Sequence[Tensor | None],
-    steps: Sequence[int],
+    steps: Sequence[int] | Tensor,
     hypers: Sequence[Hyper],
     level: int,
     rule: Rule = "gwt",
@@ -30,6 +30,7 @@ def gwt_adamw_(
     keys: Sequence[int] | None = None,
     lows: Sequence[Tensor | None] | None = None,
     scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    control: Tensor | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -50,7 +51,8 @@ def gwt_adamw_(
         exp_avg_sqs: Second moments, like ``exp_avgs``.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
             (0: none yet); None for a parameter without limiter. Either all are None or none is.
-        steps: Number of this step per parameter, 1 for the first.
+        steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
+            tensor ``[n]`` on it with the number of steps taken before this one, which is counted there.
         hypers: Options per parameter.
         level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter.
         rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), which has no limiter.
@@ -63,6 +65,8 @@ def gwt_adamw_(
         scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a pair of float32 tensors
             ``[ceil(coefficients / quantum(level))]`` (:func:`gwt_kernels.hyper.quantum`), which are updated too;
             None for moments in floating point.
+        control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
+            factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -75,7 +79,8 @@ def gwt_adamw_(
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
         ValueError: lists of different lengths, an unknown backend, rule or wavelet, a limiter for some tensors
-            only or under the folded rule, or that rule with another wavelet than Haar.
+            only or under the folded rule, that rule with another wavelet than Haar, or ``control`` for steps that
+            the host counts.
     """
     if not params:
         return
@@ -88,6 +93,14 @@ def gwt_adamw_(
     if not len(keys) == len(lows) == len(scales) == len(params):
         lengths = [len(keys), len(lows), len(scales)]
         raise ValueError(f"{len(params)} params need as many keys, lows and scales, got {lengths}")
+    if isinstance(steps, Tensor):
+        if (steps.dtype, steps.device, steps.is_contiguous()) != (torch.float64, params[0].device, True):
+            raise ValueError(
+                f"steps that the device counts must be contiguous float64 on {params[0].device}, "
+                f"got {steps.dtype} on {steps.device}"
+            )
+    elif control is not None:
+        raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
     check_rule(rule, wavelet)
     check_rounding(rounding, params[0].dtype, wavelet)
     if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
@@ -100,16 +113,32 @@ def gwt_adamw_(
     # Every array has to suit the backend, not the parameters alone.
     kinds = {x[0].dtype for x in (params, grads, exp_avgs)} - {torch.int8}
     choices = {backends.resolve(backend, params[0].device, dtype, level, wavelet) for dtype in kinds}
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
+    counts = None
+    if "torch" in choices and isinstance(steps, Tensor):
+        if control is not None:  # on a CUDA device the one place that waits for it
+            factor, go, _ = control.tolist()
+            if not go:
+                return
+            hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
+        counts, steps = steps, list(map(int, (steps + 1).tolist()))
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms)
     if level and wavelet != "haar":
         from gwt_kernels.torch_backend import literal
 
-        literal.gwt_adamw_(*tensors, level=level, wavelet=wavelet)
+        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet)
     elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
         torch_step.gwt_adamw_(
-            *tensors, level=level, rule=rule, rounding=rounding, keys=keys, lows=lows, scales=scales
+            *tensors,
+            list(steps),
+            hypers,
+            level=level,
+            rule=rule,
+            rounding=rounding,
+            keys=keys,
+            lows=lows,
+            scales=scales,
         )
     else:
         from gwt_kernels.triton_backend import launch
@@ -117,16 +146,21 @@ def gwt_adamw_(
         workspace = {} if workspace is None else workspace
         launch.gwt_adamw_(
             *tensors,
+            steps,
+            hypers,
             level=level,
             rule=rule,
             rounding=rounding,
             keys=keys,
             lows=lows,
             scales=scales,
+            control=control,
             workspace=workspace,
             same_tensors=same_tensors,
             same_grads=same_grads,
         )
+    if counts is not None:
+        counts.add_(1)
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:

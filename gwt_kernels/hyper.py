@@ -6,6 +6,7 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 __all__ = ["Hyper", "Rounding", "Rule", "check_rounding", "check_rule", "key_of", "quantum"]
 
@@ -54,10 +55,10 @@ def check_rule(rule: object, wavelet: str) -> None:
 
 
 class Hyper(NamedTuple):
-    """Options of one parameter, plain numbers all.
+    """Options of one parameter, plain numbers all but a learning rate that changes on the device.
 
     Attributes:
-        lr: Learning rate, at least 0.
+        lr: Learning rate, at least 0; a float32 scalar tensor on the parameter's device where only that knows it.
         beta1: Decay of ``exp_avg``, in [0, 1).
         beta2: Decay of ``exp_avg_sq``, in [0, 1).
         eps: Added to the root of ``exp_avg_sq``, at least 0; there is no bias correction inside the root.
@@ -65,9 +66,10 @@ class Hyper(NamedTuple):
         scale: Factor on the update of a transformed tensor; level 0 ignores it.
         norm_growth_limit: The limiter's ``gamma``, at least 1; None for no limiter. Level 0 ignores it.
         maximize: Ascend the gradient instead.
+        grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale.
     """
 
-    lr: float = 1e-3
+    lr: float | Tensor = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-6
@@ -75,6 +77,12 @@ class Hyper(NamedTuple):
     scale: float = 0.25
     norm_growth_limit: float | None = 1.01
     maximize: bool = False
+    grad_factor: float = 1.0
+
+    @property
+    def signed_factor(self) -> float:
+        """``grad_factor``, negative where the gradient is ascended."""
+        return -self.grad_factor if self.maximize else self.grad_factor
 
     def step_size(self, step: int, level: int) -> float:
         """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
@@ -84,4 +92,4 @@ class Hyper(NamedTuple):
         # 1 - b**t through expm1 keeps its digits where b**t is close to 1.
         correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
         correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0
-        return self.lr * math.sqrt(correction2) / correction1 * (self.scale if level else 1.0)
+        return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if level else 1.0)

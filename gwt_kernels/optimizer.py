@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
+from gwt_kernels.control import control_
 from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_
 from gwt_kernels.haar import check_level
 from gwt_kernels.hyper import key_of
 from gwt_kernels.options import (
     STRUCTURAL,
     check_group,
+    check_max_grad_norm,
     hyper_of,
     published_limit,
     rounding_of,
@@ -38,6 +40,8 @@ from gwt_kernels.state import (
 
 __all__ = ["GWTAdamW"]
 
+_NO_CONTROL = {"max_grad_norm": None, "skip_nonfinite": False, "capturable": False}  # what older pickles lack
+_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", *_NO_CONTROL)
 _ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
 
@@ -73,6 +77,13 @@ class GWTAdamW(Optimizer):
         seed: Of the random bits, which depend on it, the parameter (its name where the groups have names, its
             place otherwise), the step and the element's index alone; at least 0 and below ``2**32``.
         maximize: Ascend instead of descend.
+        max_grad_norm: Global norm over all parameters to clip to within the step, as
+            ``torch.nn.utils.clip_grad_norm_`` before it would, to rounding; gradients are read once more and stay
+            as they are. None for no clipping, infinity to measure the norm alone.
+        skip_nonfinite: Skip a step, all of it, when any gradient holds an infinity or a NaN; ``skipped_steps``
+            counts. Otherwise such gradients spoil weights and moments, as in ``torch.optim.AdamW``.
+        capturable: Keep step counts on the parameters' device and take ``lr`` as a tensor there, so that a CUDA
+            graph may capture the step and replay it. Needs the Triton backend for CUDA tensors.
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
 
     State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
@@ -82,8 +93,13 @@ class GWTAdamW(Optimizer):
     Raises:
         TypeError: an option or a parameter has the wrong type.
         ValueError: an option is out of range or unknown, or a level does not fit a parameter's width.
-        RuntimeError: the backend asked for cannot run on a parameter.
+        RuntimeError: the backend asked for cannot run on a parameter, or a CUDA graph could not capture its step.
     """
+
+    # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.
+    _step_supports_amp_scaling = True
+    _grad_norm: Tensor | None = None
+    _skipped: Tensor | None = None
 
     def __init__(
         self,
@@ -102,6 +118,9 @@ class GWTAdamW(Optimizer):
         weight_rounding: Rounding | None = None,
         seed: int = 0,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
         backend: backends.Backend | None = None,
     ) -> None:
         self._limiter_is_published = norm_growth_limit == "published"
@@ -123,7 +142,11 @@ class GWTAdamW(Optimizer):
             "maximize": maximize,
             "backend": backend,
         }
-        check_group(defaults)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._check_options()
+        check_group(defaults, capturable=capturable)
         self._forget_buckets()
         super().__init__(params, defaults)
 
@@ -171,19 +194,35 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+        if capturing and not self.capturable:
             raise RuntimeError(
-                "GWTAdamW.step() cannot be captured in a CUDA graph: step counts and learning rates are the "
-                "host's, and a replay would repeat those of the capture; call step() outside the graph"
+                "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
+                "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
             )
-        hypers = [hyper_of(group) for group in self.param_groups]
+        hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [p.grad for p in params]
-        same = self._renew_buckets(params, grads)
+        same = self._renew_buckets(params, grads, capturing)
         same_grads = same and self._snapshot is not None and self._snapshot.same_grads
-        for bucket in self._buckets:
-            bucket.step(grads, hypers, same_tensors=same, same_grads=same_grads)
+        own = [bucket.gradients(grads) for bucket in self._buckets]
+        control = self._decide(own)
+        for bucket, its in zip(self._buckets, own, strict=True):
+            bucket.step(its, hypers, control, same_tensors=same, same_grads=same_grads)
         return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global norm of the last step's gradients, before clipping, unscaled: a float64 scalar on their device.
+
+        None where neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. To read it waits for the device.
+        """
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Number of steps skipped so far, by ``skip_nonfinite`` or a ``GradScaler``: float64, on the device."""
+        return torch.zeros((), dtype=torch.float64) if self._skipped is None else self._skipped
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
@@ -206,10 +245,12 @@ class GWTAdamW(Optimizer):
             self.__dict__.pop("_set_aside", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("defaults", "state", "param_groups", "_limiter_is_published")}
+        return {key: self.__dict__[key] for key in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for name, value in _NO_CONTROL.items():
+            self.__dict__.setdefault(name, value)
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
@@ -221,40 +262,95 @@ class GWTAdamW(Optimizer):
     def _forget_buckets(self) -> None:
         self._buckets: list[_Bucket] = []
         self._snapshot: Snapshot | None = None
+        self._workspace: dict[Any, dict[str, Any]] = {}
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
-        check_group(group)
+        check_group(group, capturable=self.capturable)
         for i, p in enumerate(group["params"]):
-            _check_param(p, group, _name_of(group, i, len(self.param_groups) - 1))
+            name = _name_of(group, i, len(self.param_groups) - 1)
+            _check_param(p, group, name)
+            self._check_capturable(p, group, name)
 
-    def _renew_buckets(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+    def _check_capturable(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
+        if not self.capturable or p.device.type != "cuda":
+            return
+        kind = (p.device, p.dtype, group["level"], group["wavelet"])
+        if backends.resolve(group["backend"], *kind) == "torch":
+            raise RuntimeError(
+                f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
+                f"host's numbers, but {backends.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+            )
+        if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
+            raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
+
+    def _check_options(self) -> None:
+        check_max_grad_norm(self.max_grad_norm)
+        for name in ("skip_nonfinite", "capturable"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    @property
+    def _is_controlled(self) -> bool:
+        """Whether the gradients, or a ``GradScaler``, have a say in what the step does."""
+        return self.max_grad_norm is not None or self.skip_nonfinite or hasattr(self, "found_inf")
+
+    def _decide(self, grads: list[list[Tensor]]) -> dict[torch.device, Tensor] | None:
+        """What the device decides about this step, per device; None where nothing is to be decided."""
+        self._grad_norm = None
+        if not (self._is_controlled and grads):
+            return None
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.float64, device=grads[0][0].device)
+        control = control_(
+            [(own, bucket.backend) for own, bucket in zip(grads, self._buckets, strict=True)],
+            max_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            skipped=self._skipped,
+            workspace=self._workspace,
+        )
+        if self.max_grad_norm is not None or self.skip_nonfinite:
+            self._grad_norm = control[self._skipped.device][2]
+        return control
+
+    def _renew_buckets(self, params: list[Tensor], grads: list[Tensor | None], capturing: bool) -> bool:
         """Check everything and bring the parameters that have a gradient into buckets, if anything has changed.
 
         Returns whether the buckets are those of the last step.
         """
-        options = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
+        on_device = self.capturable or self._is_controlled
+        options: list[Any] = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
+        options.append(on_device)
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state):
             return True
+        if capturing:
+            raise RuntimeError(
+                "GWTAdamW.step() is being captured in a CUDA graph with parameters, gradients or options that it "
+                "has not stepped before: take a few steps before the capture, on a side stream"
+            )
         self._check_before_step()
-        self._buckets = self._make_buckets()
+        self._buckets = self._make_buckets(on_device)
         self._snapshot = Snapshot(params, grads, options, self.state)
         return False
 
     def _check_before_step(self) -> None:
+        self._check_options()
         for i, group in enumerate(self.param_groups):
-            check_group(group)
+            check_group(group, capturable=self.capturable)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
                     name = _name_of(group, k, i)
                     _check_param(p, group, name)
+                    self._check_capturable(p, group, name)
                     _check_grad(p.grad, p, name)
                     _check_backend(p, name, p.grad.dtype, group)
                     if state := self.state.get(p):
                         check_state(state, p, group, name, [k for k in state_keys(p, group) if k not in _ADDED])
                         check_place(state, p, name)
 
-    def _make_buckets(self) -> list[_Bucket]:
+    def _make_buckets(self, on_device: bool) -> list[_Bucket]:
         chosen: dict[Any, list[_Member]] = {}
         place = -1
         seen = set()
@@ -268,7 +364,7 @@ class GWTAdamW(Optimizer):
                 complete(self.state[p], p, group)
                 key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
                 chosen.setdefault(key, []).append(_Member(p, place, i, _stream(group, k, place)))
-        return [_Bucket(members, self.state, self.param_groups) for members in chosen.values()]
+        return [_Bucket(members, self.state, self.param_groups, on_device) for members in chosen.values()]
 
 
 class _Member(NamedTuple):
@@ -289,6 +385,7 @@ class _Bucket:
         members: list[_Member],
         states: Mapping[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
+        on_device: bool,
     ) -> None:
         self.params = [member.param for member in members]
         self.places = [member.place for member in members]
@@ -311,22 +408,33 @@ class _Bucket:
         self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
-        self.steps = torch.tensor([float(s["step"]) for s in own], dtype=torch.float64)
+        self.on_device = on_device
+        place = self.params[0].device if on_device else torch.device("cpu")
+        counts = [s["step"].reshape(()).to(place, torch.float64, non_blocking=on_device) for s in own]
+        self.steps = torch.stack(counts)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 
+    def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
+        """Its own among those of all parameters."""
+        return [grads[i] for i in self.places]  # type: ignore[misc]  # those of a bucket are there
+
     def step(
-        self, grads: list[Tensor | None], hypers: list[Hyper], *, same_tensors: bool, same_grads: bool
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        control: Mapping[torch.device, Tensor] | None,
+        *,
+        same_tensors: bool,
+        same_grads: bool,
     ) -> None:
-        counts = (self.steps + 1).tolist()
-        alike = counts.count(counts[0]) == len(counts)
         gwt_adamw_(
             params=self.params,
-            grads=[grads[i] for i in self.places],  # type: ignore[misc]  # those of a bucket are there
+            grads=grads,
             exp_avgs=self.exp_avgs,
             exp_avg_sqs=self.exp_avg_sqs,
             limiter_norms=self.limiter_norms,
-            steps=[int(counts[0])] * len(counts) if alike else list(map(int, counts)),
+            steps=self.steps if self.on_device else self._counts(),
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
             rule=self.rule,
@@ -334,13 +442,20 @@ class _Bucket:
             keys=self.keys,
             lows=self.lows,
             scales=self.scales,
+            control=None if control is None else control[self.params[0].device],
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,
             same_tensors=same_tensors,
             same_grads=same_grads,
         )
-        self.steps.add_(1)
+        if not self.on_device:
+            self.steps.add_(1)
+
+    def _counts(self) -> list[int]:
+        counts = (self.steps + 1).tolist()
+        alike = counts.count(counts[0]) == len(counts)
+        return [int(counts[0])] * len(counts) if alike else list(map(int, counts))
 
 
 def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

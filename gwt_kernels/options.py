@@ -16,6 +16,7 @@ from gwt_kernels.torch_backend.literal import filter_bank
 __all__ = [
     "STRUCTURAL",
     "check_group",
+    "check_max_grad_norm",
     "hyper_of",
     "published_limit",
     "rounding_of",
@@ -31,7 +32,7 @@ STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], *, capturable: bool = False) -> None:
     """Raise unless every option of the group is one that the optimizer can honour.
 
     Raises:
@@ -39,7 +40,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: an option has a value that is out of range or unknown.
         ModuleNotFoundError: the wavelet needs PyWavelets, which is not installed.
     """
-    hyper_of(group)
+    hyper_of(group, capturable=capturable)
     level = group["level"]
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"level must be an integer, got {level!r}")
@@ -67,6 +68,15 @@ def check_group(group: Mapping[str, Any]) -> None:
     backends.check_name(group["backend"])
 
 
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise unless gradients can be clipped to this global norm."""
+    if max_grad_norm is not None and not _number("max_grad_norm", max_grad_norm) > 0:
+        raise ValueError(
+            f"max_grad_norm must be above 0, got {max_grad_norm}: None turns clipping off, and float('inf') "
+            f"measures the norm alone"
+        )
+
+
 def published_limit(rule: str) -> float | None:
     """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
     return None if rule == "foam" else 1.01
@@ -83,8 +93,8 @@ def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
     return rounding
 
 
-def hyper_of(group: Mapping[str, Any]) -> Hyper:
-    """The group's numbers as floats, checked.
+def hyper_of(group: Mapping[str, Any], *, capturable: bool = False) -> Hyper:
+    """The group's numbers as floats, checked; a learning rate on the device as it is where ``capturable``.
 
     Raises:
         TypeError: a number is not a real number, or a tensor that only the device could read.
@@ -97,7 +107,7 @@ def hyper_of(group: Mapping[str, Any]) -> Hyper:
         raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
     gamma = group["norm_growth_limit"]
     hyper = Hyper(
-        lr=_number("lr", group["lr"]),
+        lr=_learning_rate(group["lr"], capturable),
         beta1=_number("betas[0]", betas[0]),
         beta2=_number("betas[1]", betas[1]),
         eps=_number("eps", group["eps"]),
@@ -108,6 +118,8 @@ def hyper_of(group: Mapping[str, Any]) -> Hyper:
     )
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(hyper, name)
+        if isinstance(value, Tensor):
+            continue
         if not 0.0 <= value <= _LARGEST:
             raise ValueError(f"{name} must be finite and at least 0, got {value}")
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
@@ -146,14 +158,25 @@ def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torc
     return torch.promote_types(param.dtype, torch.float32) if name is None else STATE_DTYPES[name]
 
 
+def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
+    """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
+    if not (capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"):
+        return _number("lr", lr)
+    if lr.numel() != 1 or lr.dtype != torch.float32:
+        raise TypeError(
+            f"lr must be a number or a float32 tensor of one element, got {lr.dtype} of shape {tuple(lr.shape)}"
+        )
+    return lr
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise TypeError(f"{name} must be a number, got a {value.dtype} tensor of shape {tuple(value.shape)}")
         if value.device.type != "cpu":
             raise TypeError(
-                f"{name} is a tensor on {value.device}, which step() would have to wait for: "
-                f"pass a float or a tensor on the CPU"
+                f"{name} is a tensor on {value.device}, which step() would have to wait for: pass a float or a "
+                f"tensor on the CPU" + (", or capturable=True" if name == "lr" else "")
             )
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -144,6 +144,7 @@ class Bucket:
     ) -> None:
         if p.size == 0:
             return
+        g = g * hyper.grad_factor
         u = rounding.unit(self.dtype)
         if self.dtype == torch.float64:
             u *= 16  # the oracle rounds too, in transforms level by level

@@ -162,6 +162,7 @@ def test_options_of_each_tensor(backend, level):
         scale=st.floats(0, 2),
         norm_growth_limit=st.floats(1, 2),
         maximize=st.booleans(),
+        grad_factor=st.floats(0, 2),
     ),
     step=st.integers(1, 10_000),
     seed=st.integers(0, 2**16),

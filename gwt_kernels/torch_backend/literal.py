@@ -43,7 +43,7 @@ def gwt_adamw_(
         if p.numel() == 0:
             continue
         dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
-        approximation, *details = wavedec(-g.to(dtype) if hyper.maximize else g.to(dtype), bank, level)
+        approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level)
         m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
         v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
         denominator = v32.sqrt() + hyper.eps
@@ -56,7 +56,7 @@ def gwt_adamw_(
         if norm is not None and hyper.norm_growth_limit is not None:
             limit = limit_(norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
         update = waverec(coeffs, bank)[..., : p.shape[-1]] * (hyper.step_size(step, level) / limit)
-        p.copy_(p.to(dtype) * (1 - hyper.lr * hyper.weight_decay) - update)
+        p.copy_(p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
         m.copy_(m32)
         v.copy_(v32)
 

@@ -70,14 +70,12 @@ def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: S
     step_size = hyper.step_size(storage.step, level=0)
     for chunk in chunks:
         p, m, v = storage.load(chunk, dtype)
-        g = chunk.g.to(dtype)
-        if hyper.maximize:
-            g = -g
+        g = _scaled(chunk.g.to(dtype), hyper)
         m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
         v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
         denominator = v.sqrt().add_(hyper.eps)
         if hyper.weight_decay:
-            p.mul_(1 - hyper.lr * hyper.weight_decay)
+            p.mul_(1 - float(hyper.lr) * hyper.weight_decay)
         p.addcdiv_(m, denominator, value=-step_size)
         storage.store_moments(chunk, m, v)
         storage.store_weights(chunk, p)
@@ -93,7 +91,7 @@ def _gwt(
     total: Tensor | None = None  # squared norm of m / (sqrt(v) + eps)
     pending = []
     for chunk in chunks:
-        mean = _block_sums(chunk.g.to(dtype), level).mul_((-1 if hyper.maximize else 1) / width)
+        mean = _block_sums(chunk.g.to(dtype), level).mul_(hyper.signed_factor / width)
         m, v = storage.load_moments(chunk, dtype)
         m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
         v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
@@ -118,8 +116,7 @@ def _foam(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, level: int,
     width = 2**level
     step_size = hyper.step_size(storage.step, level)
     for chunk in chunks:
-        g = _pad_to_multiple(chunk.g.to(dtype), width)
-        g = -g if hyper.maximize else g
+        g = _scaled(_pad_to_multiple(chunk.g.to(dtype), width), hyper)
         mean = _block_sums(g, level).div_(width)
         p, m, v = storage.load(chunk, dtype)
         m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
@@ -128,10 +125,14 @@ def _foam(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, level: int,
         denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
         update = residual.add_(m.unsqueeze(-1)).div_(denominator).view(g.shape)
         if hyper.weight_decay:
-            p.mul_(1 - hyper.lr * hyper.weight_decay)
+            p.mul_(1 - float(hyper.lr) * hyper.weight_decay)
         p.sub_(update[..., : chunk.p.shape[-1]], alpha=step_size)
         storage.store_moments(chunk, m, v)
         storage.store_weights(chunk, p)
+
+
+def _scaled(g: Tensor, hyper: Hyper) -> Tensor:
+    return g if hyper.signed_factor == 1.0 else g * hyper.signed_factor
 
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
@@ -168,12 +169,12 @@ def _update(
     """
     p, g = storage.load_weights(chunk, gain.dtype), _pad_to_multiple(chunk.g.to(gain.dtype), width)
     if hyper.weight_decay:
-        p.mul_(1 - hyper.lr * hyper.weight_decay)
+        p.mul_(1 - float(hyper.lr) * hyper.weight_decay)
     gain.mul_(step_size)
     offset.mul_(gain)
     blocks = g.reshape(*gain.shape, width)
-    sign = 1 if hyper.maximize else -1
-    update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=sign).view(g.shape)
+    factor = -hyper.signed_factor
+    update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=factor).view(g.shape)
     p.add_(update[..., : p.shape[-1]])
     storage.store_weights(chunk, p)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from array import array
 from collections.abc import Sequence
@@ -15,8 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
+from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
+from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
-from gwt_kernels.triton_backend.step import N_SCALARS, limiter_kernel, norm_kernel, step_kernel
+from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, step_kernel
+from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, device_guard, off
 
 __all__ = ["TRITON_DTYPES", "Launch", "alignment", "gwt_adamw_", "haar_dwt", "haar_idwt", "variant"]
 
@@ -25,15 +27,9 @@ ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets
 MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
 LIMITER_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int8: tl.int8,  # codes of exp_avg; those of exp_avg_sq are uint8
-}
 
 _DTYPE = attrgetter("dtype")
-_OFF = (15).__and__  # bytes that an address is off a multiple of 16
+_pack_constants = struct.Struct(f"{N_CONSTANTS.value}d").pack
 _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
 
 
@@ -43,7 +39,7 @@ def gwt_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     limiter_norms: Sequence[Tensor | None],
-    steps: Sequence[int],
+    steps: Sequence[int] | Tensor,
     hypers: Sequence[Hyper],
     *,
     level: int,
@@ -53,6 +49,7 @@ def gwt_adamw_(
     lows: Sequence[Tensor | None],
     scales: Sequence[tuple[Tensor, Tensor] | None],
     workspace: dict[str, Any],
+    control: Tensor | None = None,
     same_tensors: bool = False,
     same_grads: bool = False,
 ) -> None:
@@ -91,9 +88,10 @@ def gwt_adamw_(
         if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
             grads = [g.resolve_neg().contiguous() for g in grads]
             addresses, given = list(map(Tensor.data_ptr, grads)), []  # the next call has to copy again
-        kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(_OFF, addresses))
+        kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(off, addresses))
 
-    options = (level, limited, rounding, keys if random else ())
+    counted = steps.data_ptr() if isinstance(steps, Tensor) else 0
+    options = (level, limited, rounding, keys if random else (), bool(counted))
     if not (kept and contiguous and workspace["kinds"] == kinds and workspace["options"] == options):
         _check_bucket([packed, grads, *owned[1:4]] if limited else [packed, grads, *owned[1:3]], level)
         if split:
@@ -104,26 +102,34 @@ def gwt_adamw_(
         columns = [column or absent for column in places]
         columns[0] = places[0] if contiguous else list(map(Tensor.data_ptr, packed))
         first, m, v, norm, low, *scale = columns
-        misaligned = [_OFF(a | b | c | d | e) for a, b, c, d, e in zip(first, addresses, m, v, low, strict=True)]
+        misaligned = [off(a | b | c | d | e) for a, b, c, d, e in zip(first, addresses, m, v, low, strict=True)]
         fixed = [first, m, v, *([norm] if limited else [])]
-        if random or split:
+        if random or split or counted:
             fixed = [first, m, v, norm, list(keys), low, *scale]
         plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
             workspace["launches"] = _plan(packed, misaligned, level)
+            workspace["empty"] = [i for i, p in enumerate(packed) if not p.numel()]
         for launch in workspace["launches"]:
             launch.aim(fixed)
         workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, options=options)
     workspace.update(given=given, kinds=kinds)
-    rows = _scalars(hypers, steps, level)
-    counts = list(steps) if random else []
+    moving: list[Any] = []
+    if isinstance(steps, Tensor):
+        rows, counts = _constants(hypers, level), [0] * len(params)  # rows_kernel writes the counts
+        moving = [range(counted, counted + 8 * len(params), 8), _lr_addresses(hypers)]
+        for i in workspace["empty"]:  # in no launch
+            steps[i].add_(1.0 if control is None else control[1])
+    else:
+        rows, counts = _scalars(hypers, steps, level), list(steps) if random else []
     q = quantum(level) if quantized else 0
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
-    with _device_guard(params[0].device):
+    with device_guard(params[0].device):
         for launch in workspace["launches"]:
             launch.run(
-                addresses, counts, rows, dtypes, LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding, Q=q
-            )
+                addresses, counts, moving, rows, control, dtypes,
+                LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
+            )  # fmt: skip
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
@@ -139,18 +145,19 @@ class Launch:
         self.level = level
         self.flat = flat
         self.tile_blocks = variant(level, flat)["NB"]
+        self.sender = Sender()
         device = params[0].device
         layout = [_layout(params[i], 2**level) for i in chosen]
         tiles = [-(-n_blocks // self.tile_blocks) for n_blocks, _, _ in layout]
         first_tiles = [0, *accumulate(tiles)]
         self.n_tiles = first_tiles[-1]
         columns = chain(first_tiles[:-1], *zip(*layout, strict=True))
-        self.layout = _to_device(array("q", columns).tobytes(), device).view(torch.int64)
+        self.layout = self.sender.send(array("q", columns).tobytes(), device).view(torch.int64)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
         self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
-        self.first_chunks = _to_device(array("q", first_chunks).tobytes(), device).view(torch.int64)
+        self.first_chunks = self.sender.send(array("q", first_chunks).tobytes(), device).view(torch.int64)
 
     def aim(self, addresses: list[list[int]]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""
@@ -161,35 +168,50 @@ class Launch:
         self,
         grad_addresses: list[int],
         counts: list[int],
+        moving: list[Any],
         rows: list[bytes],
+        control: Tensor | None,
         dtypes: list[tl.dtype],
         **options: bool | str | int,
     ) -> None:
-        """Send the tables, then launch one kernel per pass; nothing here waits for the device."""
+        """Send the tables, then launch one kernel per pass; nothing here waits for the device.
+
+        ``moving`` are the addresses of step counts and learning rates that only the device knows: ``rows`` are then
+        the constants from which a kernel makes the numbers of this step.
+        """
         device = self.layout.device
         table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
         table += array("q", self._own(counts)).tobytes() if counts else b""
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
-        sent = _to_device(table + b"".join(self._own(rows)), device)
-        pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
+        pieces = [table, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
+        sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
+        pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) :]
+        if moving:
+            addresses, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
+            scalar_table = rows_on_device(addresses, constants, control, pointer_table[9 * self.n :], self.n)
+        else:
+            scalar_table = rest.view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
         path = variant(self.level, self.flat)
+        skippable = control is not None
         factors = scalar_table  # a pointer that is not read
         if options["LIMITED"]:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
             norm_kernel[(self.n_chunks,)](
                 self.layout, pointer_table, scalar_table, self.first_chunks, partials,
-                self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"],
+                self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"], SKIPPABLE=skippable,
                 **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
             limiter_kernel[(self.n,)](
-                pointer_table, scalar_table, self.first_chunks, partials, factors, self.n, BLOCK=LIMITER_BLOCK
-            )
+                pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
+                BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
+            )  # fmt: skip
         step_kernel[(self.n_tiles,)](
             self.layout, pointer_table, scalar_table, factors,
-            self.n, P=p, G=g, M=m, **options, **path, **alignment(narrower, m, self.level, self.flat),
+            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, **options, **path,
+            **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
 
     def _own(self, column: list[Any]) -> list[Any]:
@@ -237,12 +259,12 @@ def _launch_haar(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
         return
     level = len(coeffs) - 1
     _check_row(x.shape[-1], level)
-    flat = _is_flat(x, any(_OFF(c.data_ptr()) for c in (x, *coeffs)), level)
+    flat = _is_flat(x, any(off(c.data_ptr()) for c in (x, *coeffs)), level)
     options = variant(level, flat)
     n_blocks, row_width, row_blocks = _layout(x, 2**level)
     width = options.pop("W")
     multiple = max(1, 8 // width) if flat else 1
-    with _device_guard(x.device):
+    with device_guard(x.device):
         kernel[(-(-n_blocks // options["NB"]),)](
             x, tuple(coeffs), n_blocks, row_width, row_blocks, LEVEL=level, MULTIPLE=multiple, **options
         )
@@ -348,6 +370,32 @@ def _scalars(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[
     return rows
 
 
+def _constants(hypers: Sequence[Hyper], level: int) -> list[bytes]:
+    """One row per tensor of what `rows_kernel` takes; rows of neighbours that share options are made once."""
+    rows: list[bytes] = []
+    last: Hyper | None = None
+    for hyper in hypers:
+        if hyper is not last:
+            last = hyper
+            row = _pack_constants(
+                0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
+                hyper.beta1,
+                hyper.beta2,
+                hyper.eps,
+                hyper.weight_decay,
+                hyper.scale if level else 1.0,
+                hyper.norm_growth_limit or 0.0,
+                hyper.signed_factor,
+            )
+        rows.append(row)
+    return rows
+
+
+def _lr_addresses(hypers: Sequence[Hyper]) -> list[int]:
+    """Where the learning rates that are tensors lie, 0 for those that are numbers."""
+    return [hyper.lr.data_ptr() if isinstance(hyper.lr, Tensor) else 0 for hyper in hypers]
+
+
 def _row(hyper: Hyper, step: int, level: int) -> bytes:
     return _pack_scalars(
         hyper.beta1,
@@ -355,20 +403,9 @@ def _row(hyper: Hyper, step: int, level: int) -> bytes:
         hyper.beta2,
         1 - hyper.beta2,
         hyper.eps,
-        hyper.lr * hyper.weight_decay,
+        float(hyper.lr) * hyper.weight_decay,
         hyper.step_size(step, level),
         hyper.norm_growth_limit or 0.0,
-        -1.0 if hyper.maximize else 1.0,
+        hyper.signed_factor,
+        1.0,
     )
-
-
-def _to_device(data: bytes, device: torch.device) -> Tensor:
-    """The bytes on the device, without waiting: the pinned copy is kept by the allocator until it is read."""
-    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
-
-
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

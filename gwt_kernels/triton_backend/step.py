@@ -6,7 +6,8 @@ A bucket is described by tables in device memory with one entry per tensor:
 ``pointers``  int64 ``[4, 5 or 10, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
               the key of the random bits, the addresses of the weights' low halves and of the scales of m and v,
               and the step; as many as are read
-``scalars``   float32 ``[n, 9]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, sign
+``scalars``   float32 ``[n, 10]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, factor on the
+              gradient (negative to ascend it), and 0 where the step is skipped, which is read if ``SKIPPABLE``
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
 updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
@@ -24,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.triton_backend.control import N_SCALARS
 from gwt_kernels.triton_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.triton_backend.rounding import (
     join_low,
@@ -33,11 +35,11 @@ from gwt_kernels.triton_backend.rounding import (
     round_at_random,
     split_low,
 )
+from gwt_kernels.triton_backend.tiles import array_ptr as _array
+from gwt_kernels.triton_backend.tiles import owner as _owner
 from gwt_kernels.triton_backend.tiles import tile_offsets
 
-__all__ = ["N_SCALARS", "limiter_kernel", "norm_kernel", "step_kernel"]
-
-N_SCALARS = tl.constexpr(9)
+__all__ = ["limiter_kernel", "norm_kernel", "step_kernel"]
 
 _P = tl.constexpr(0)
 _G = tl.constexpr(1)
@@ -70,6 +72,7 @@ def step_kernel(
     FOLDED: tl.constexpr,
     ROUNDING: tl.constexpr,
     Q: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
@@ -96,6 +99,9 @@ def step_kernel(
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
         tile = tl.num_programs(0) - 1 - tile
     i = _owner(layout_ptr, tile, n_tensors)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+            return
     first_block = (tile - tl.load(layout_ptr + i)) * NB
     start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, first_block, W, NB, FLAT)
     p_ptrs = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN) + start + elements
@@ -167,6 +173,7 @@ def norm_kernel(
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
 ):
     """One partial sum of ``(m / (sqrt(v) + eps))**2`` over a chunk of tiles, with the moments of this step.
 
@@ -174,6 +181,9 @@ def norm_kernel(
     """
     chunk = tl.program_id(0)
     i = _owner(first_chunk_ptr, chunk, n_tensors)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+            return
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
     end = tl.minimum(block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
     g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
@@ -203,6 +213,7 @@ def limiter_kernel(
     factors_ptr,
     n_tensors,
     BLOCK: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
 ):
     """Fira's norm-growth limiter for one tensor, from its partial sums in a fixed order::
 
@@ -213,6 +224,9 @@ def limiter_kernel(
     ``factors [n]`` receives ``1 / limit``.
     """
     i = tl.program_id(0)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+            return
     chunk = tl.load(first_chunk_ptr + i)
     end = tl.load(first_chunk_ptr + i + 1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -332,25 +346,6 @@ def _store_moments(
 def _quanta_inside(inside, NB: tl.constexpr, Q: tl.constexpr):
     """Which quanta have a coefficient that is inside."""
     return tl.max(tl.reshape(inside, (NB // Q, Q)).to(tl.int32), axis=1) > 0
-
-
-@triton.jit
-def _owner(first_ptr, index, n_tensors):
-    """The tensor that tile (or chunk) ``index`` belongs to: the last whose first one is not above it."""
-    low = 0
-    high = n_tensors
-    while high - low > 1:
-        middle = (low + high) // 2
-        after = tl.load(first_ptr + middle) > index
-        low = tl.where(after, low, middle)
-        high = tl.where(after, middle, high)
-    return low
-
-
-@triton.jit
-def _array(pointers_ptr, which, i, n_tensors, dtype: tl.constexpr, ALIGN: tl.constexpr):
-    """Address of one of tensor ``i``'s arrays, a multiple of ``ALIGN`` bytes."""
-    return tl.multiple_of(tl.load(pointers_ptr + which * n_tensors + i).to(tl.pointer_type(dtype)), ALIGN)
 
 
 @triton.jit

@@ -1,11 +1,11 @@
-"""Where a tile's elements lie in memory: the one piece of index arithmetic that all kernels share."""
+"""Where a table's tensors and a tile's elements lie in memory: the index arithmetic that all kernels share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["tile_offsets"]
+__all__ = ["array_ptr", "owner", "tile_offsets"]
 
 
 @triton.jit
@@ -44,3 +44,22 @@ def tile_offsets(
         elements = row[:, None] * width.to(tl.int32) + column
         inside = (blocks < here)[:, None] & (column < width.to(tl.int32))
     return start, elements, inside, blocks, blocks < here
+
+
+@triton.jit
+def owner(first_ptr, index, n_tensors):
+    """The tensor that tile (or chunk) ``index`` belongs to: the last whose first one is not above it."""
+    low = 0
+    high = n_tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(first_ptr + middle) > index
+        low = tl.where(after, low, middle)
+        high = tl.where(after, middle, high)
+    return low
+
+
+@triton.jit
+def array_ptr(pointers_ptr, which, i, n_tensors, dtype: tl.constexpr, ALIGN: tl.constexpr):
+    """Address of one of tensor ``i``'s arrays, a multiple of ``ALIGN`` bytes."""
+    return tl.multiple_of(tl.load(pointers_ptr + which * n_tensors + i).to(tl.pointer_type(dtype)), ALIGN)

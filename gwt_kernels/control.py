@@ -1,0 +1,107 @@
+"""What is decided on the device before a step: whether it is taken, and what gradients are multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+
+__all__ = ["control_", "decide", "squares"]
+
+
+@torch.no_grad()
+def control_(
+    buckets: Sequence[tuple[Sequence[Tensor], backends.Backend | None]],
+    *,
+    max_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor,
+    workspace: dict[Any, dict[str, Any]] | None = None,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> dict[torch.device, Tensor]:
+    """Decide about one step from all its gradients, read once; on CUDA devices nothing waits for them.
+
+    Args:
+        buckets: Gradients of any shapes and dtypes, with the backend asked for; those of one bucket on one device.
+        max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping.
+        skip_nonfinite: Whether a gradient that holds an infinity or a NaN makes the step be skipped.
+        grad_scale: What the gradients were multiplied by, one element (``torch.amp.GradScaler``'s); None for 1.
+        found_inf: One element, above 0 where the step is to be skipped (``torch.amp.GradScaler``'s); or None.
+        skipped: Number of steps skipped so far, a float64 scalar, counted here.
+        workspace: Where the Triton backend keeps its tables from step to step; None makes them anew.
+        reduce: Adds what :func:`squares` returns over processes, in place; None for one process.
+
+    Returns:
+        For every device of the gradients float64 ``[3]``: the factor on gradients, 1 where the step is taken and 0
+        where not, and the global norm of the unscaled gradients (NaN where nothing asked for it).
+    """
+    by_place: dict[tuple[torch.device, str], list[Tensor]] = {}
+    for grads, backend in buckets:
+        device = grads[0].device
+        choice = backends.resolve(backend, device, grads[0].dtype, 0)
+        by_place.setdefault((device, choice), []).extend(grads)
+    home = skipped.device
+    total = None
+    if max_norm is not None or skip_nonfinite:
+        parts = [
+            squares(grads, choice, None if workspace is None else workspace.setdefault((device, choice), {}))
+            for (device, choice), grads in by_place.items()
+        ]
+        total = parts[0].to(home, non_blocking=True)
+        for part in parts[1:]:
+            total = total + part.to(home, non_blocking=True)
+        if reduce is not None:
+            reduce(total)
+    scale, found = (None if x is None else x.to(home, non_blocking=True) for x in (grad_scale, found_inf))
+    on_triton = any(device == home and choice == "triton" for device, choice in by_place)
+    decided = decide("triton" if on_triton else "torch", total, max_norm, skip_nonfinite, scale, found, skipped)
+    return {device: decided.to(device, non_blocking=True) for device in {home, *(device for device, _ in by_place)}}
+
+
+def squares(grads: Sequence[Tensor], backend: str, workspace: dict[str, Any] | None = None) -> Tensor:
+    """Sum of the squares of all elements, and the number of those that are not finite: float64 ``[2]``.
+
+    Args:
+        grads: Dense tensors of one device, any shapes and floating-point dtypes.
+        backend: ``"triton"`` or ``"torch"``.
+        workspace: Where the Triton backend keeps its tables from step to step.
+    """
+    workspace = {} if workspace is None else workspace
+    if backend == "torch":
+        from gwt_kernels.torch_backend import control as torch_control
+
+        return torch_control.squares(grads, workspace)
+    from gwt_kernels.triton_backend import control_launch
+
+    return control_launch.squares(grads, workspace)
+
+
+def decide(
+    backend: str,
+    total: Tensor | None,
+    max_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skipped: Tensor,
+) -> Tensor:
+    """Factor on gradients, whether to step, and their norm, float64 ``[3]``; counts a step that is ``skipped``::
+
+    norm   = sqrt(total[0]) / grad_scale
+    factor = min(1, max_norm / (norm + 1e-6)) / grad_scale
+    go     = not (found_inf > 0 or (skip_nonfinite and total[1] > 0))
+    """
+    arguments = (total, max_norm, skip_nonfinite, grad_scale, found_inf, skipped)
+    if backend == "torch":
+        from gwt_kernels.torch_backend import control as torch_control
+
+        return torch_control.decide(*arguments)
+    from gwt_kernels.triton_backend import control_launch
+
+    return control_launch.decide(*arguments)

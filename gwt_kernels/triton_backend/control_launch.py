@@ -1,0 +1,84 @@
+"""Launches of the kernels that decide about a step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.triton_backend.control import N_SCALARS, decide_kernel, rows_kernel, squares_kernel, total_kernel
+from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, device_guard, off
+
+__all__ = ["decide", "rows", "squares"]
+
+TILE, WARPS = 4096, 8  # elements that one program reads at a time, and its warps
+MAX_CHUNKS = 8192  # partial sums per launch, and one more for each tensor
+TOTAL_BLOCK = 1024
+ROWS_BLOCK = 128
+
+
+def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
+    """See :func:`gwt_kernels.control.squares`: a launch for each dtype, twice if some addresses are odd."""
+    kinds: dict[Any, list[Tensor]] = {}
+    for g in grads:
+        if g.numel():
+            g = g.resolve_neg().contiguous()
+            aligned = not (off(g.data_ptr()) or g.numel() % 8)
+            kinds.setdefault((g.dtype, aligned), []).append(g)
+    device = grads[0].device
+    if not kinds:
+        return torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.empty(2, dtype=torch.float64, device=device)
+    with device_guard(device):
+        for place, ((dtype, aligned), tensors) in enumerate(kinds.items()):
+            sizes = [g.numel() for g in tensors]
+            tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
+            firsts = [0, *accumulate(-(-n // (TILE * tiles_per_chunk)) for n in sizes)]
+            n_chunks = firsts[-1]
+            table = array("q", [*map(Tensor.data_ptr, tensors), *sizes, *firsts]).tobytes()
+            sender = workspace.setdefault(f"{dtype}, {aligned}", Sender())
+            sent = sender.send(table, device, capturable=True).view(torch.int64)
+            partials = torch.empty(2 * n_chunks, dtype=torch.float32, device=device)
+            align, multiple = (16, 8) if aligned else (dtype.itemsize, 1)
+            squares_kernel[(n_chunks,)](
+                sent, partials, len(tensors), n_chunks, tiles_per_chunk,
+                G=TRITON_DTYPES[dtype], TILE=TILE, ALIGN=align, MULTIPLE=multiple, num_warps=WARPS,
+            )  # fmt: skip
+            total_kernel[(2,)](partials, total, n_chunks, FIRST=place == 0, BLOCK=TOTAL_BLOCK)
+    return total
+
+
+def decide(
+    total: Tensor | None,
+    max_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skipped: Tensor,
+) -> Tensor:
+    """See :func:`gwt_kernels.control.decide`."""
+    control = torch.empty(3, dtype=torch.float64, device=skipped.device)
+    with device_guard(skipped.device):
+        decide_kernel[(1,)](
+            control if total is None else total,
+            control if grad_scale is None else grad_scale,
+            control if found_inf is None else found_inf,
+            skipped, control, 0.0 if max_norm is None else float(max_norm),
+            SUMMED=total is not None, CLIPPED=max_norm is not None, CHECKED=skip_nonfinite and total is not None,
+            SCALED=grad_scale is not None, FOUND=found_inf is not None,
+        )  # fmt: skip
+    return control
+
+
+def rows(addresses: Tensor, constants: Tensor, control: Tensor | None, steps: Tensor, n: int) -> Tensor:
+    """The tensors' rows of numbers, float32 ``[n * 10]``, their steps counted: see ``rows_kernel``."""
+    scalars = torch.empty(n * N_SCALARS.value, dtype=torch.float32, device=addresses.device)
+    rows_kernel[(-(-n // ROWS_BLOCK),)](
+        addresses, constants, constants if control is None else control, steps, scalars, n,
+        CONTROLLED=control is not None, BLOCK=ROWS_BLOCK,
+    )  # fmt: skip
+    return scalars
