@@ -19,7 +19,9 @@ def device() -> torch.device:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+        skip = pytest.mark.skip(
+            reason="needs a CUDA device: run `python -m pytest -m gpu` on a machine that has one"
+        )
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench import pretrain
+from bench.contenders import measured_state_bytes, predicted_state_bytes
 from bench.training import Run, RunConfig, train
 
 TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
@@ -66,6 +67,15 @@ def tensors(tree: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: tree}
     return {key: leaf for name, value in pairs for key, leaf in tensors(value, f"{path}/{name}").items()}
+
+
+def assert_predicted_state_bytes(run: Run) -> None:
+    """Raise AssertionError unless two steps make as much state as was predicted before the first."""
+    predicted = predicted_state_bytes(run.optimizer)
+    assert measured_state_bytes(run.optimizer) == 0
+    run.train_step()
+    run.train_step()
+    assert measured_state_bytes(run.optimizer) == predicted
 
 
 def assert_same_run(one: Any, other: Any) -> None:

@@ -20,6 +20,7 @@ from tests.steps import assert_within
 
 BACKENDS = ("torch", "triton")
 CPU = torch.device("cpu")
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def place(backend: str, device: torch.device) -> torch.device:

@@ -41,7 +41,7 @@ def test_none_chooses_torch_on_a_cpu_even_under_the_interpreter():
         assert backends.resolve(None, CPU, dtype, 2) == "torch"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monkeypatch):
     monkeypatch.setattr(backends, "interpreted", lambda: False)
     monkeypatch.setattr(backends, "triton_obstacle", backends.triton_obstacle.__wrapped__)  # without its memory

@@ -9,22 +9,38 @@ import pytest
 import torch
 
 from bench import checkpoint, low_rank
-from bench.contenders import build_optimizer, measured_state_bytes, predicted_state_bytes
+from bench.contenders import build_optimizer
 from bench.models import build_model, load_config
 from bench.training import Run
-from tests.pretraining import assert_same_run, config_of, run_of, tiny_model, tiny_options, trained
+from tests.pretraining import (
+    assert_predicted_state_bytes,
+    assert_same_run,
+    config_of,
+    run_of,
+    tiny_model,
+    tiny_options,
+    trained,
+)
 
 CPU = torch.device("cpu")
-NO_GALORE = "galore_torch is not on the path: `make test` installs it into build/peers and runs this file with it"
-NO_APOLLO = "apollo_torch is not on the path: it is the user's to install, for its licence (CC BY-NC)"
+
+
+def need_package_of(name: str) -> None:
+    if name == "galore":
+        pytest.importorskip(
+            "galore_torch",
+            reason="needs galore_torch: `make test` installs it into build/peers and runs this file with it",
+        )
+    else:
+        pytest.importorskip(
+            "apollo_torch",
+            reason="needs apollo_torch: its licence is CC BY-NC, so the user installs it: pip install apollo-torch",
+        )
 
 
 @pytest.fixture(params=low_rank.NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    if request.param == "galore":
-        pytest.importorskip("galore_torch", reason=NO_GALORE)
-    else:
-        pytest.importorskip("apollo_torch", reason=NO_APOLLO)
+    need_package_of(request.param)
     return str(request.param)
 
 
@@ -78,12 +94,7 @@ def test_scale_multiplies_the_matrices_update_alone(name: str, options: list[str
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
 def test_state_bytes_predicted_are_those_held(name: str, options: list[str], precision: str) -> None:
-    run = run_of(options, name, "--precision", precision)
-    predicted = predicted_state_bytes(run.optimizer)
-    assert measured_state_bytes(run.optimizer) == 0
-    run.train_step()
-    run.train_step()
-    assert measured_state_bytes(run.optimizer) == predicted
+    assert_predicted_state_bytes(run_of(options, name, "--precision", precision))
 
 
 def test_resume_is_exact(name: str, tmp_path: Path, options: list[str]) -> None:
@@ -103,7 +114,7 @@ def test_resume_is_exact(name: str, tmp_path: Path, options: list[str]) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_divergence(options: list[str]) -> None:
-    pytest.importorskip("galore_torch", reason=NO_GALORE)
+    need_package_of("galore")
     run: Run = run_of(options, "galore")
     with torch.no_grad():
         run.model.lm_head.weight[0, 0] = torch.inf

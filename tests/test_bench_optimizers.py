@@ -163,7 +163,6 @@ def test_a_time_budget_on_cuda_begins_with_the_aims() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
 def test_the_cuda_suite(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--device",

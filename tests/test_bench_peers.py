@@ -69,8 +69,8 @@ def test_a_package_that_is_not_there_is_a_row(name: str, monkeypatch: pytest.Mon
             name,
             marks=pytest.mark.skipif(
                 importlib.util.find_spec(PACKAGES[name]) is None,
-                reason="this peer is not on the path: `make test` installs it into build/peers and runs this file "
-                "with it; apollo_torch is the user's to install, for its licence (CC BY-NC)",
+                reason="needs this peer on the path: `make test` installs the peers into build/peers and runs this "
+                "file with them; apollo_torch is the user's to install, for its licence (CC BY-NC)",
             ),
         )
         for name in sorted(set(PACKAGES) - {"ptwt", "torchao"})

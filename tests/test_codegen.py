@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="there are no kernels without Triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from bench import codegen, machine_code, records
 from bench.access_names import Frame, array_name, parse_comment, parse_locations

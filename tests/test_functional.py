@@ -21,6 +21,7 @@ DTYPES["triton"] = DTYPES["torch"][1:]
 COMBINATIONS = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 combinations = pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS, ids=lambda x: str(x).split(".")[-1])
 backends = pytest.mark.parametrize("backend", BACKENDS)
+rules = pytest.mark.parametrize("rule", ["gwt", "foam"])  # the limiter goes with the first
 
 # Whole blocks (the flat path), rows cut short, one block, one element, many dimensions, nothing at all.
 SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 64), (2, 1, 2, 35), (0, 40), (64,)]
@@ -35,11 +36,15 @@ def on(backend: str) -> torch.device:
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5, 6])
+@rules
 @combinations
-def test_steps_follow_the_oracle(backend, dtype, level):
+def test_steps_follow_the_oracle(backend, dtype, rule, level):
     """From the first step on, with new gradients each time, and a spike that the limiter meets at step 3."""
     shapes = [s for s in SHAPES if 2**level < 2 * s[-1]]
-    bucket = Bucket(shapes, level, dtype=dtype, limited=level > 0, first=True, device=on(backend), seed=level)
+    limited = rule == "gwt" and level > 0
+    bucket = Bucket(
+        shapes, level, dtype=dtype, rule=rule, limited=limited, first=True, device=on(backend), seed=level
+    )
     workspace = {}
     for t, size in enumerate((1.0, 0.5, 30.0), start=1):
         bucket.renew_gradients(size)
@@ -47,11 +52,11 @@ def test_steps_follow_the_oracle(backend, dtype, level):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@rules
 @combinations
-def test_layouts_of_weights_and_gradients(backend, dtype, layout):
-    bucket = Bucket(
-        [(4, 32), (3, 37), (5, 2, 16)], 2, dtype=dtype, layouts=[layout], limited=True, device=on(backend)
-    )
+def test_layouts_of_weights_and_gradients(backend, dtype, rule, layout):
+    shapes, limited = [(4, 32), (3, 37), (5, 2, 16)], rule == "gwt"
+    bucket = Bucket(shapes, 2, dtype=dtype, layouts=[layout], rule=rule, limited=limited, device=on(backend))
     bucket.check_step(HYPER, 7, backend=backend)
 
 
@@ -97,10 +102,12 @@ def test_moments_of_a_narrow_dtype(backend, dtype, level, moment_dtype):
 
 
 @pytest.mark.parametrize("level", [7, 8, 9, 10])
+@rules
 @backends
-def test_deep_levels(backend, level):
+def test_deep_levels(backend, rule, level):
     shapes = [(2, 2048), (3, 1000), (2**level,), (2 ** (level - 1) + 1,)]
-    bucket = Bucket([s for s in shapes if 2**level < 2 * s[-1]], level, limited=True, device=on(backend))
+    shapes = [s for s in shapes if 2**level < 2 * s[-1]]
+    bucket = Bucket(shapes, level, rule=rule, limited=rule == "gwt", device=on(backend))
     bucket.check_step(HYPER, 2, backend=backend)
 
 

@@ -104,7 +104,7 @@ def test_forward_and_inverse_against_the_oracle(backend, dtype, shape, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_coefficients_are_those_of_pywavelets(backend, device):
-    pywt = pytest.importorskip("pywt")
+    pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     dtype = DTYPES[backend][0]
     for width in (*range(1, 10), 33, 100) if backend == "torch" else (2, 7, 33):
         x = random((3, width), dtype, on(backend, device), seed=width)
@@ -124,7 +124,7 @@ def test_coefficients_are_those_of_pywavelets(backend, device):
 
 def test_coefficients_are_those_of_matlab():
     """The Haar results of MATLAB's Wavelet Toolbox in PyWavelets' wheel; the seed is its test suite's."""
-    pywt = pytest.importorskip("pywt")
+    pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     random_state = np.random.RandomState(1234)
     compared = 0
     with np.load(Path(pywt.__file__).parent / "tests" / "data" / "dwt_matlabR2012a_result.npz") as matlab:

@@ -12,10 +12,10 @@ from torch import nn
 from gwt_kernels import GWTAdamW
 from tests import golden
 from tests.runs import (
-    BACKENDS,
     CPU,
     assert_differ,
     assert_same_bits,
+    backends,
     checked_step,
     give_gradients,
     parameters,
@@ -27,8 +27,6 @@ from tests.runs import (
 
 SHAPES = ((), (1,), (7,), (1, 1), (3, 5), (4, 16), (2, 3, 9), (2, 1, 3, 10), (0,), (3, 0), (0, 5))
 LOW = (torch.float32, torch.bfloat16, torch.float16)
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def fits(shape, level):
@@ -179,9 +177,6 @@ def test_strides_of_parameters_and_gradients(backend, device, dtype):
     assert [p.stride() for p in params] == strides
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch ties a gradient's dtype to its tensor's"
-)
 @backends
 def test_gradients_of_another_dtype_than_their_parameters(backend, device):
     params = [p for d in LOW for p in parameters([(4, 16), (3, 5)], place(backend, device), d)]

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 
 from gwt_kernels import GWTAdamW
 from tests.runs import (
-    BACKENDS,
     assert_same_bits,
+    backends,
     checked_step,
     give_gradients,
     parameters,
@@ -21,8 +21,6 @@ from tests.runs import (
     results,
     train,
 )
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),

@@ -378,9 +378,6 @@ def test_sparse_gradients_are_refused(backend, device, started):
     assert checked_step(optimizer) == 2
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch ties a gradient's dtype to its tensor's"
-)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
 def test_gradients_that_are_no_real_numbers_are_refused(backend, device, dtype):

@@ -14,11 +14,21 @@ import pytest
 import torch
 
 from bench import checkpoint, pretrain
-from bench.contenders import build_optimizer, measured_state_bytes, predicted_state_bytes
+from bench.contenders import build_optimizer
 from bench.models import build_model, load_config
 from bench.sweep import best_settings, read_runs, settings_tried
 from bench.training import Run, lr_factor, read_log
-from tests.pretraining import TEXT, assert_same_run, config_of, run_of, tensors, tiny_model, tiny_options, trained
+from tests.pretraining import (
+    TEXT,
+    assert_predicted_state_bytes,
+    assert_same_run,
+    config_of,
+    run_of,
+    tensors,
+    tiny_model,
+    tiny_options,
+    trained,
+)
 
 PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
 CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
@@ -171,12 +181,7 @@ def test_log_holds_the_schedule(tmp_path: Path, options: list[str]) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("optimizer", CONTENDERS)
 def test_state_bytes_predicted_are_those_held(options: list[str], optimizer: str, precision: str) -> None:
-    run = run_of(options, optimizer, "--precision", precision)
-    predicted = predicted_state_bytes(run.optimizer)
-    assert measured_state_bytes(run.optimizer) == 0
-    run.train_step()
-    run.train_step()
-    assert measured_state_bytes(run.optimizer) == predicted
+    assert_predicted_state_bytes(run_of(options, optimizer, "--precision", precision))
 
 
 def test_scale_sets_the_matrices_apart_for_every_contender(tiny: Path) -> None:
@@ -339,7 +344,6 @@ def test_resuming_another_run_is_refused(tmp_path: Path, options: list[str]) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("extra", [[], ["--compile"]])
 def test_bfloat16_on_cuda(tmp_path: Path, options: list[str], extra: list[str]) -> None:
     line = [

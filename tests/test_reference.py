@@ -16,7 +16,7 @@ import torch
 
 from tests import golden, reference
 
-pywt = pytest.importorskip("pywt")
+pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
 
 GOLDEN = golden.adamw_cases("haar")
 FOAM = golden.foam_cases()

@@ -10,7 +10,9 @@ import torch
 from bench.trial import Shape
 from gwt_kernels import GWTAdamW
 
-needs_ptwt = pytest.mark.skipif(importlib.util.find_spec("ptwt") is None, reason="ptwt is not installed")
+needs_ptwt = pytest.mark.skipif(
+    importlib.util.find_spec("ptwt") is None, reason="needs ptwt: pip install -e '.[bench]'"
+)
 
 CPU = torch.device("cpu")
 SINGLE, HALF = torch.float32, torch.bfloat16

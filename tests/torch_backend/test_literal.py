@@ -15,7 +15,7 @@ from tests import steps
 from tests.poisoned import LAYOUTS
 from tests.steps import Bucket
 
-pywt = pytest.importorskip("pywt")
+pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
 
 WAVELETS = ("haar", "db2", "db5", "sym4", "coif2")
 
