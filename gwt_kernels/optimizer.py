@@ -194,6 +194,11 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor
+    def _update(self) -> None:
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
         if capturing and not self.capturable:
             raise RuntimeError(
@@ -209,7 +214,6 @@ class GWTAdamW(Optimizer):
         control = self._decide(own)
         for bucket, its in zip(self._buckets, own, strict=True):
             bucket.step(its, hypers, control, same_tensors=same, same_grads=same_grads)
-        return loss
 
     @property
     def grad_norm(self) -> Tensor | None:
