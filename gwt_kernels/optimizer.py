@@ -100,6 +100,7 @@ class GWTAdamW(Optimizer):
     _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
+    _released = False  # whether the backward pass updates: release.py
 
     def __init__(
         self,
@@ -199,6 +200,10 @@ class GWTAdamW(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor
     def _update(self) -> None:
+        if self._released and hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "a GradScaler's gradients were released before it unscaled them: see release_gradients"
+            )
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
         if capturing and not self.capturable:
             raise RuntimeError(
@@ -267,6 +272,8 @@ class GWTAdamW(Optimizer):
         self._buckets: list[_Bucket] = []
         self._snapshot: Snapshot | None = None
         self._workspace: dict[Any, dict[str, Any]] = {}
+        self._lone: dict[Tensor, tuple[Snapshot, _Bucket]] = {}
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
@@ -287,6 +294,28 @@ class GWTAdamW(Optimizer):
             )
         if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
             raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _step_one(self, p: Tensor) -> None:
+        """A step of one parameter alone, with all the checks of a step; for gradients that are released."""
+        if not self._places:
+            listed = ((i, k, q) for i, group in enumerate(self.param_groups) for k, q in enumerate(group["params"]))
+            for place, (i, k, q) in enumerate(listed):
+                self._places.setdefault(q, (place, i, k))
+        place, i, k = self._places[p]
+        group = self.param_groups[i]
+        hyper = hyper_of(group)
+        options = (*_bucket_options(group), group["seed"])
+        same = p in self._lone and self._lone[p][0].holds([p], [p.grad], options, self.state)
+        if not same:
+            check_group(group)
+            self._check_one(p, group, _name_of(group, k, i))
+            complete(self.state[p], p, group)
+            bucket = _Bucket([_Member(p, 0, 0, _stream(group, k, place))], self.state, [group], on_device=False)
+            self._lone[p] = Snapshot([p], [p.grad], options, self.state), bucket
+        bucket = self._lone[p][1]
+        bucket.step(bucket.gradients([p.grad]), [hyper], None, same_tensors=same, same_grads=False)
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
@@ -345,14 +374,17 @@ class GWTAdamW(Optimizer):
             check_group(group, capturable=self.capturable)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    name = _name_of(group, k, i)
-                    _check_param(p, group, name)
-                    self._check_capturable(p, group, name)
-                    _check_grad(p.grad, p, name)
-                    _check_backend(p, name, p.grad.dtype, group)
-                    if state := self.state.get(p):
-                        check_state(state, p, group, name, [k for k in state_keys(p, group) if k not in _ADDED])
-                        check_place(state, p, name)
+                    self._check_one(p, group, _name_of(group, k, i))
+
+    def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
+        assert p.grad is not None
+        _check_param(p, group, name)
+        self._check_capturable(p, group, name)
+        _check_grad(p.grad, p, name)
+        _check_backend(p, name, p.grad.dtype, group)
+        if state := self.state.get(p):
+            check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
+            check_place(state, p, name)
 
     def _make_buckets(self, on_device: bool) -> list[_Bucket]:
         chosen: dict[Any, list[_Member]] = {}
@@ -414,8 +446,10 @@ class _Bucket:
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
         self.on_device = on_device
         place = self.params[0].device if on_device else torch.device("cpu")
-        counts = [s["step"].reshape(()).to(place, torch.float64, non_blocking=on_device) for s in own]
-        self.steps = torch.stack(counts)
+        counts = [s["step"].reshape(()).to(torch.float64) for s in own]
+        if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
+            counts = [count.to(place, non_blocking=on_device) for count in counts]
+        self.steps = torch.stack(counts).to(place, non_blocking=on_device)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 
