@@ -34,7 +34,7 @@ class Tied(torch.nn.Module):
 def build(backend, device, **options):
     torch.manual_seed(0)
     model = Tied().to(place(backend, device))
-    groups = gwt_param_groups(model, level=2)
+    groups = gwt_param_groups(model, level=2, include=["hidden", "back", "seldom"])
     return model, GWTAdamW(groups, lr=0.01, backend=backend, **options)
 
 
