@@ -31,6 +31,7 @@ def gwt_adamw_(
     lows: Sequence[Tensor | None] | None = None,
     scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     control: Tensor | None = None,
+    telemetry: Tensor | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -67,6 +68,8 @@ def gwt_adamw_(
             None for moments in floating point.
         control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
             factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
+        telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
+            alone; or None.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -102,6 +105,8 @@ def gwt_adamw_(
     elif control is not None:
         raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
     check_rule(rule, wavelet)
+    if telemetry is not None and wavelet != "haar":
+        raise ValueError(f"telemetry knows no wavelet {wavelet!r}: turn it off, or use 'haar'")
     check_rounding(rounding, params[0].dtype, wavelet)
     if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
         raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
@@ -118,6 +123,8 @@ def gwt_adamw_(
         if control is not None:  # on a CUDA device the one place that waits for it
             factor, go, _ = control.tolist()
             if not go:
+                if telemetry is not None:
+                    telemetry[:, 4:].add_(1)
                 return
             hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
         counts, steps = steps, list(map(int, (steps + 1).tolist()))
@@ -155,12 +162,17 @@ def gwt_adamw_(
             lows=lows,
             scales=scales,
             control=control,
+            telemetry=telemetry,
             workspace=workspace,
             same_tensors=same_tensors,
             same_grads=same_grads,
         )
     if counts is not None:
         counts.add_(1)
+    if telemetry is not None and "torch" in choices:
+        from gwt_kernels.torch_backend import telemetry as torch_telemetry
+
+        torch_telemetry.observe(*tensors, list(steps), hypers, telemetry, level=level, rule=rule, scales=scales)
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
+from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.control import control_
 from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_
 from gwt_kernels.haar import check_level
@@ -40,7 +41,12 @@ from gwt_kernels.state import (
 
 __all__ = ["GWTAdamW"]
 
-_NO_CONTROL = {"max_grad_norm": None, "skip_nonfinite": False, "capturable": False}  # what older pickles lack
+_NO_CONTROL = {
+    "max_grad_norm": None,
+    "skip_nonfinite": False,
+    "capturable": False,
+    "_observed": False,
+}  # what older pickles lack
 _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", *_NO_CONTROL)
 _ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
@@ -84,6 +90,7 @@ class GWTAdamW(Optimizer):
             counts. Otherwise such gradients spoil weights and moments, as in ``torch.optim.AdamW``.
         capturable: Keep step counts on the parameters' device and take ``lr`` as a tensor there, so that a CUDA
             graph may capture the step and replay it. Needs the Triton backend for CUDA tensors.
+        telemetry: Note, on the device, what :meth:`telemetry` tells about each tensor's steps.
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
 
     State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
@@ -100,6 +107,7 @@ class GWTAdamW(Optimizer):
     _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
+    _rows: dict[Tensor, Tensor]
     _released = False  # whether the backward pass updates: release.py
 
     def __init__(
@@ -122,6 +130,7 @@ class GWTAdamW(Optimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         capturable: bool = False,
+        telemetry: bool = False,
         backend: backends.Backend | None = None,
     ) -> None:
         self._limiter_is_published = norm_growth_limit == "published"
@@ -146,8 +155,10 @@ class GWTAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
+        self._observed = telemetry
         self._check_options()
         check_group(defaults, capturable=capturable)
+        self._rows = {}
         self._forget_buckets()
         super().__init__(params, defaults)
 
@@ -233,6 +244,22 @@ class GWTAdamW(Optimizer):
         """Number of steps skipped so far, by ``skip_nonfinite`` or a ``GradScaler``: float64, on the device."""
         return torch.zeros((), dtype=torch.float64) if self._skipped is None else self._skipped
 
+    def telemetry(self) -> dict[str, dict[str, float]]:
+        """What the last steps did to each tensor that took one; waits for the device, so ask every n steps.
+
+        Returns:
+            By parameter, its name or else its place such as ``"0.3"`` (the fourth of group 0), numbers that
+            :func:`gwt_kernels.telemetry.read` explains: ``detail_energy``, ``update_rms``, ``limiter`` and
+            ``nonfinite``. Empty unless the optimizer was built with ``telemetry=True``.
+        """
+        rows = {}
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                if p in self._rows:
+                    rows[name] = (self._rows[p], p.numel())
+        return telemetry_rows.read(rows)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
 
@@ -260,6 +287,7 @@ class GWTAdamW(Optimizer):
         super().__setstate__(state)
         for name, value in _NO_CONTROL.items():
             self.__dict__.setdefault(name, value)
+        self.__dict__.setdefault("_rows", {})
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
@@ -278,10 +306,15 @@ class GWTAdamW(Optimizer):
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
         check_group(group, capturable=self.capturable)
+        self._check_telemetry(group)
         for i, p in enumerate(group["params"]):
             name = _name_of(group, i, len(self.param_groups) - 1)
             _check_param(p, group, name)
             self._check_capturable(p, group, name)
+
+    def _check_telemetry(self, group: Mapping[str, Any]) -> None:
+        if self._observed and group["wavelet"] != "haar":
+            raise ValueError(f"telemetry=True knows no wavelet {group['wavelet']!r}: turn it off, or use 'haar'")
 
     def _check_capturable(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         if not self.capturable or p.device.type != "cuda":
@@ -312,16 +345,18 @@ class GWTAdamW(Optimizer):
             check_group(group)
             self._check_one(p, group, _name_of(group, k, i))
             complete(self.state[p], p, group)
-            bucket = _Bucket([_Member(p, 0, 0, _stream(group, k, place))], self.state, [group], on_device=False)
+            members = [_Member(p, 0, 0, _stream(group, k, place))]
+            bucket = _Bucket(members, self.state, [group], False, self._telemetry_rows(members))
             self._lone[p] = Snapshot([p], [p.grad], options, self.state), bucket
         bucket = self._lone[p][1]
         bucket.step(bucket.gradients([p.grad]), [hyper], None, same_tensors=same, same_grads=False)
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
-        for name in ("skip_nonfinite", "capturable"):
+        for name in ("skip_nonfinite", "capturable", "_observed"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                name, value = name.replace("_observed", "telemetry"), getattr(self, name)
+                raise TypeError(f"{name} must be True or False, got {value!r}")
 
     @property
     def _is_controlled(self) -> bool:
@@ -372,6 +407,7 @@ class GWTAdamW(Optimizer):
         self._check_options()
         for i, group in enumerate(self.param_groups):
             check_group(group, capturable=self.capturable)
+            self._check_telemetry(group)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_one(p, group, _name_of(group, k, i))
@@ -400,7 +436,19 @@ class GWTAdamW(Optimizer):
                 complete(self.state[p], p, group)
                 key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
                 chosen.setdefault(key, []).append(_Member(p, place, i, _stream(group, k, place)))
-        return [_Bucket(members, self.state, self.param_groups, on_device) for members in chosen.values()]
+        return [
+            _Bucket(members, self.state, self.param_groups, on_device, self._telemetry_rows(members))
+            for members in chosen.values()
+        ]
+
+    def _telemetry_rows(self, members: list[_Member]) -> Tensor | None:
+        """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
+        if not self._observed:
+            return None
+        params = [member.param for member in members]
+        rows = torch.stack([self._rows[p] if p in self._rows else telemetry_rows.new_row(p.device) for p in params])
+        self._rows.update(zip(params, rows.unbind(), strict=True))
+        return rows
 
 
 class _Member(NamedTuple):
@@ -422,7 +470,9 @@ class _Bucket:
         states: Mapping[Tensor, dict[str, Any]],
         groups: list[dict[str, Any]],
         on_device: bool,
+        rows: Tensor | None,
     ) -> None:
+        self.rows = rows
         self.params = [member.param for member in members]
         self.places = [member.place for member in members]
         self.owners = [member.group for member in members]
@@ -481,6 +531,7 @@ class _Bucket:
             lows=self.lows,
             scales=self.scales,
             control=None if control is None else control[self.params[0].device],
+            telemetry=self.rows,
             wavelet=self.wavelet,
             backend=self.backend,
             workspace=self.workspace,

@@ -17,7 +17,7 @@ from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
 from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
-from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, step_kernel
+from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, observe_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, device_guard, off
 
 __all__ = ["TRITON_DTYPES", "Launch", "alignment", "gwt_adamw_", "haar_dwt", "haar_idwt", "variant"]
@@ -26,6 +26,7 @@ FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, 
 ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets, masks and a division
 MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
 LIMITER_BLOCK = 1024
+OBSERVE_BLOCK = 1024
 MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
 
 _DTYPE = attrgetter("dtype")
@@ -50,6 +51,7 @@ def gwt_adamw_(
     scales: Sequence[tuple[Tensor, Tensor] | None],
     workspace: dict[str, Any],
     control: Tensor | None = None,
+    telemetry: Tensor | None = None,
     same_tensors: bool = False,
     same_grads: bool = False,
 ) -> None:
@@ -124,10 +126,11 @@ def gwt_adamw_(
         rows, counts = _scalars(hypers, steps, level), list(steps) if random else []
     q = quantum(level) if quantized else 0
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
+    observed = [] if telemetry is None else [telemetry.data_ptr() + 48 * i for i in range(len(params))]
     with device_guard(params[0].device):
         for launch in workspace["launches"]:
             launch.run(
-                addresses, counts, moving, rows, control, dtypes,
+                addresses, counts, moving, rows, control, observed, dtypes,
                 LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
             )  # fmt: skip
     if packed is not params:
@@ -171,21 +174,23 @@ class Launch:
         moving: list[Any],
         rows: list[bytes],
         control: Tensor | None,
+        observed: list[int],
         dtypes: list[tl.dtype],
         **options: bool | str | int,
     ) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device.
 
         ``moving`` are the addresses of step counts and learning rates that only the device knows: ``rows`` are then
-        the constants from which a kernel makes the numbers of this step.
+        the constants from which a kernel makes the numbers of this step. ``observed`` are telemetry's rows.
         """
         device = self.layout.device
         table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
         table += array("q", self._own(counts)).tobytes() if counts else b""
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
-        pieces = [table, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
+        watched = array("q", self._own(observed)).tobytes() if observed else b""
+        pieces = [table, watched, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
         sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
-        pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) :]
+        pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
         if moving:
             addresses, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
             scalar_table = rows_on_device(addresses, constants, control, pointer_table[9 * self.n :], self.n)
@@ -195,7 +200,7 @@ class Launch:
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
         path = variant(self.level, self.flat)
         skippable = control is not None
-        factors = scalar_table  # a pointer that is not read
+        factors = sums = scalar_table  # pointers that are not read
         if options["LIMITED"]:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
@@ -208,11 +213,19 @@ class Launch:
                 pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
                 BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
             )  # fmt: skip
+        if observed:
+            sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
         step_kernel[(self.n_tiles,)](
-            self.layout, pointer_table, scalar_table, factors,
-            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, **options, **path,
+            self.layout, pointer_table, scalar_table, factors, sums,
+            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, OBSERVED=bool(observed), **options, **path,
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
+        if observed:
+            rows_sent = sent[len(table) : len(table) + len(watched)].view(torch.int64)
+            observe_kernel[(self.n,)](
+                self.layout, rows_sent, scalar_table, factors, sums, self.n, self.n_tiles,
+                BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
+            )  # fmt: skip
 
     def _own(self, column: list[Any]) -> list[Any]:
         return column if self.chosen is None else [column[i] for i in self.chosen]

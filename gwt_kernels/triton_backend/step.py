@@ -39,7 +39,7 @@ from gwt_kernels.triton_backend.tiles import array_ptr as _array
 from gwt_kernels.triton_backend.tiles import owner as _owner
 from gwt_kernels.triton_backend.tiles import tile_offsets
 
-__all__ = ["limiter_kernel", "norm_kernel", "step_kernel"]
+__all__ = ["limiter_kernel", "norm_kernel", "observe_kernel", "step_kernel"]
 
 _P = tl.constexpr(0)
 _G = tl.constexpr(1)
@@ -59,6 +59,7 @@ def step_kernel(
     pointers_ptr,
     scalars_ptr,
     factors_ptr,
+    sums_ptr,
     n_tensors,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -73,6 +74,7 @@ def step_kernel(
     ROUNDING: tl.constexpr,
     Q: tl.constexpr,
     SKIPPABLE: tl.constexpr,
+    OBSERVED: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
@@ -94,6 +96,9 @@ def step_kernel(
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
     scale per ``Q`` of them (``quantized.py``), and round stochastically too.
+
+    Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
+    approximation coefficients and of its update, weight decay apart.
     """
     tile = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -120,7 +125,7 @@ def step_kernel(
         pointers_ptr, i, n_tensors, first_block, blocks, M, MOMENT_ALIGN, NB, Q
     )
     m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
-    residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
+    mean, residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
     if M == tl.bfloat16 or Q:
         bits = random_words(first_block, NB, step, key)
     else:
@@ -141,6 +146,15 @@ def step_kernel(
             update = m * gain
         else:
             update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
+    if OBSERVED:
+        row_ptr = sums_ptr + tile.to(tl.int64) * 3
+        if W == 1:
+            tl.store(row_ptr, 0.0)
+        else:
+            tl.store(row_ptr, tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0))
+        tl.store(row_ptr + 1, tl.sum(mean * mean, axis=0) * W)
+        applied = tl.where(inside, tl.reshape(update, p.shape), 0.0)
+        tl.store(row_ptr + 2, tl.sum(tl.reshape(applied * applied, (NB * W,)), axis=0))
     p = p - decay * p - tl.reshape(update, p.shape)
     if ROUNDING == "split":
         weight, low = split_low(p)
@@ -195,7 +209,7 @@ def norm_kernel(
         )
         m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
         # The folded rule has no limiter.
-        _, m, _, denominator = _moments(
+        _, _, m, _, denominator = _moments(
             g_ptr + start + elements, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, False
         )
         a = tl.where(block_inside, m / denominator, 0.0)
@@ -244,6 +258,52 @@ def limiter_kernel(
     tl.store(factors_ptr + i, 1.0 / limit)
 
 
+@triton.jit(do_not_specialize=["n_tensors", "n_tiles"])
+def observe_kernel(
+    layout_ptr,
+    rows_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+):
+    """Add up the sums of one tensor's tiles, in a fixed order, and count the step: see ``telemetry.py``.
+
+    ``rows`` int64 ``[n]``: addresses of float64 ``[6]``, written.
+    """
+    i = tl.program_id(0)
+    row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
+    tl.store(row_ptr + 5, tl.load(row_ptr + 5) + 1.0)
+    if SKIPPABLE:  # noqa: SIM102
+        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+            tl.store(row_ptr + 4, tl.load(row_ptr + 4) + 1.0)
+            return
+    tile = tl.load(layout_ptr + i)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1))
+    end = tl.where(i + 1 < n_tensors, end, n_tiles)
+    details = tl.zeros((BLOCK,), tl.float64)
+    approximation = tl.zeros((BLOCK,), tl.float64)
+    update = tl.zeros((BLOCK,), tl.float64)
+    while tile < end:
+        tiles = tile + tl.arange(0, BLOCK)
+        details += tl.load(sums_ptr + tiles * 3, mask=tiles < end, other=0.0)
+        approximation += tl.load(sums_ptr + tiles * 3 + 1, mask=tiles < end, other=0.0)
+        update += tl.load(sums_ptr + tiles * 3 + 2, mask=tiles < end, other=0.0)
+        tile += BLOCK
+    energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
+    tl.store(row_ptr, tl.sum(details, axis=0))
+    tl.store(row_ptr + 1, tl.sum(approximation, axis=0))
+    tl.store(row_ptr + 2, tl.sum(update, axis=0))
+    if LIMITED:
+        tl.store(row_ptr + 3, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
+    finite = (energy == energy) & (energy < float("inf"))
+    tl.store(row_ptr + 4, tl.load(row_ptr + 4) + tl.where(finite, 0.0, 1.0))
+
+
 @triton.jit
 def _moments(
     g_ptrs,
@@ -255,11 +315,12 @@ def _moments(
     NB: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
-    """``g - mean`` ``[NB, W]`` and, of old ones, the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]``, in float32."""
+    """``mean`` ``[NB]``, ``g - mean`` ``[NB, W]``, and the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]``: float32."""
     g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
     if W == 1:
         a = tl.reshape(g, (NB,))
         square = a * a
+        mean = a
         residual = g
     else:
         g = tl.reshape(g, (NB, W))
@@ -273,7 +334,7 @@ def _moments(
         residual = g - mean[:, None]
     m = tl.load(scalars_ptr) * m + tl.load(scalars_ptr + 1) * a
     v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * square
-    return residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
+    return mean, residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
 
 
 @triton.jit
