@@ -315,7 +315,7 @@ def _moments(
     NB: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
-    """``mean`` ``[NB]``, ``g - mean`` ``[NB, W]``, and the new ``m``, ``v``, ``sqrt(v) + eps`` ``[NB]``: float32."""
+    """``mean`` ``[NB]``, ``g - mean`` ``[NB, W]``, the new ``m``, ``v`` and ``sqrt(v) + eps`` ``[NB]``: float32."""
     g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
     if W == 1:
         a = tl.reshape(g, (NB,))
