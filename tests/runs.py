@@ -118,10 +118,11 @@ def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: st
     assert_same_bits(snapshot(optimizer), before)
 
 
-def checked_step(optimizer: GWTAdamW) -> int:
+def checked_step(optimizer: GWTAdamW, factor: float = 1.0) -> int:
     """A step of Haar groups, every parameter and state of which is compared with the C oracle in float64.
 
-    Weights of two halves are compared as the float32 numbers that they are.
+    Weights of two halves are compared as the float32 numbers that they are; ``factor`` is what clipping has to
+    multiply the gradients by.
 
     Returns:
         How many parameters were compared; those without gradient are compared with themselves.
@@ -139,7 +140,7 @@ def checked_step(optimizer: GWTAdamW) -> int:
             new = dict(optimizer.state.get(p, {}))
             assert_same_bits([_whole(p, new), new], [p_old, state], f"parameter {i}")
         else:
-            _compare(f"parameter {i}", group, p, _numpy(p_old), g, state, optimizer.state[p])
+            _compare(f"parameter {i}", group, p, _numpy(p_old), np.asarray(g * factor), state, optimizer.state[p])
             compared += 1
     return compared
 
