@@ -38,6 +38,9 @@ def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> 
 def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
     ordered = sorted(levels, key=lambda level: (level != 2, level))  # level 2 is what the aims are about
     found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
+    if 2 in levels:
+        found += [gwt(2, dtype, limiter=on, clips=True) for on in (False, True)]
+        found += [gwt(2, dtype, limiter=False, telemetry=True)]
     if dtype == torch.bfloat16 and 2 in levels:  # what 16-bit training would use of it
         kept = (None, torch.bfloat16, torch.int8)
         found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]

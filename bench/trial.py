@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -75,8 +76,18 @@ class Trial(NamedTuple):
     gradients: dict[tuple[int, ...], Tensor]
     """One gradient for each size, as first given; some optimizers overwrite those they are handed."""
 
+    @property
+    def clips(self) -> bool:
+        """Whether the step reads gradients for their norm, to clip them by itself."""
+        return getattr(self.optimizer, "max_grad_norm", None) is not None
+
     def clipped_step(self) -> None:
-        """What a training loop that clips does: the framework's own function, then the step."""
+        """What a training loop that clips does: the framework's own function, then the step, or a step that clips."""
+        if self.clips:
+            self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.optimizer.max_grad_norm = math.inf  # type: ignore[attr-defined]
+            return
         nn.utils.clip_grad_norm_(self.tensors, 1.0)
         self.optimizer.step()
 
@@ -88,19 +99,24 @@ def gwt(
     limiter: bool,
     rule: Rule = "gwt",
     moments: torch.dtype | None = None,
+    clips: bool = False,
+    telemetry: bool = False,
 ) -> Candidate:
     """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
+    own: Group = {"max_grad_norm": math.inf if clips else None, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
     words += ["foam"] if rule == "foam" else []
     words += ["limiter"] if limiter else []
+    words += ["clips in the step"] if clips else []
+    words += ["telemetry"] if telemetry else []
     words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
     return Candidate(
         ", ".join(words),
         dtype,
         level,
         limiter,
-        lambda groups: GWTAdamW(groups, state_dtype=moments, **options),
+        lambda groups: GWTAdamW(groups, state_dtype=moments, **options, **own),
         lambda groups: GWTAdamW(groups, backend="torch", **options),
     )
 
@@ -225,7 +241,7 @@ def bytes_moved(trial: Trial) -> int:
     """Return the bytes a step must move: gradients read, weights and state read and written, all once.
 
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any
-    weight is written, so it reads gradients and moments a second time.
+    weight is written, so it reads gradients and moments a second time, and the norm to clip to reads gradients.
     """
     total = 0
     for p in trial.tensors:
@@ -235,6 +251,8 @@ def bytes_moved(trial: Trial) -> int:
         total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
             total += gradient + moments
+        if trial.clips:
+            total += gradient
     return total
 
 
