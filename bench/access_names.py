@@ -62,7 +62,8 @@ def array_name(frames: Frames) -> str:
         parameters = [a.arg for a in function.args.args] if function else []
         if function is None or name not in parameters or (tree := _tree(outer.file)) is None:
             break
-        call = _innermost(tree, outer, lambda c, called=function.name: ast.unparse(c.func) == called)  # type: ignore[misc]
+        names = _names_of(tree, function.name)
+        call = _innermost(tree, outer, lambda c, names=names: ast.unparse(c.func) in names)  # type: ignore[misc]
         if call is None:
             return "?"
         given = dict(zip(parameters, call.args, strict=False)) | {str(k.arg): k.value for k in call.keywords}
@@ -87,6 +88,12 @@ def _innermost(tree: ast.Module, frame: Frame, wanted: Callable[[ast.Call], bool
         and (node.lineno, node.col_offset) <= place < (node.end_lineno or 0, node.end_col_offset or 0)
     ]
     return max(around, key=lambda node: (node.lineno, node.col_offset), default=None)
+
+
+def _names_of(tree: ast.Module, function: str) -> set[str]:
+    """What a file calls a function: its name, or another that it is imported by."""
+    imported = [name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    return {function} | {str(name.asname) for name in imported if name.name == function and name.asname}
 
 
 def _function(frame: Frame) -> ast.FunctionDef | None:

@@ -23,8 +23,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-STEP, NORM, LIMITER, DWT, IDWT = "step_kernel", "norm_kernel", "limiter_kernel", "dwt_kernel", "idwt_kernel"
-KERNELS = (STEP, NORM, LIMITER, DWT, IDWT)
+STEP, NORM, LIMITER, OBSERVE = "step_kernel", "norm_kernel", "limiter_kernel", "observe_kernel"
+DWT, IDWT = "dwt_kernel", "idwt_kernel"
+KERNELS = (STEP, NORM, LIMITER, OBSERVE, DWT, IDWT)
 PATHS = ("flat", "row")
 
 
@@ -57,7 +58,7 @@ def variants(
 ) -> Iterator[Variant]:
     """Yield each distinct variant within the given choices, in a table's order."""
     for target, kernel in itertools.product(targets, kernels):
-        if kernel == LIMITER:
+        if kernel in (LIMITER, OBSERVE):
             yield Variant(target, kernel)
         elif kernel in (DWT, IDWT):  # level 0 is a copy, without a kernel
             for w, path, level in itertools.product(weights, paths, levels):
@@ -170,6 +171,7 @@ def _launch_step(variant: Variant) -> None:
         keys=[0],
         lows=[low],
         scales=[scales if moments == torch.int8 else None],
+        telemetry=torch.empty(1, 6, dtype=torch.float64, device="meta") if variant.kernel == OBSERVE else None,
         workspace={},
     )
 

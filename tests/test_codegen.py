@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from bench import codegen, machine_code, records
 from bench.access_names import Frame, array_name, parse_comment, parse_locations
 from bench.machine_code import LIMITS, resident_warps
-from bench.variants import KERNELS, LIMITER, NORM, STEP, TARGETS, Variant, variants
+from bench.variants import DWT, IDWT, KERNELS, LIMITER, NORM, STEP, TARGETS, Variant, variants
 from gwt_kernels.triton_backend import launch, step
 
 Row = dict[str, Any]
@@ -220,8 +220,8 @@ def test_every_kernel_compiles_for_every_target(run: Run) -> None:
         assert all(name.isidentifier() for name in (*row["loads"], *row["stores"]))
         if row["kernel"] in (STEP, NORM):
             assert codegen.violations(row) == []
-        elif row["kernel"] != LIMITER:
-            wide = row["loads"] if row["kernel"] == "dwt_kernel" else row["stores"]
+        elif row["kernel"] in (DWT, IDWT):
+            wide = row["loads"] if row["kernel"] == DWT else row["stores"]
             assert set(wide["x"]) == {"128"}
 
 
@@ -242,13 +242,12 @@ def test_resident_warps(target: str) -> None:
 
 
 def test_names_follow_a_helper_to_its_caller() -> None:
-    lines = Path(step.__file__).read_text().splitlines()
-
-    def place(text: str) -> Frame:
+    def place(text: str, file: str = "step.py") -> Frame:
+        lines = Path(step.__file__).with_name(file).read_text().splitlines()
         line = next(i for i, content in enumerate(lines) if text in content)
-        return Frame("step.py", line + 1, lines[line].index(text) + len(text) - 1)
+        return Frame(file, line + 1, lines[line].index(text) + len(text) - 1)
 
-    look_up = place("tl.load(first_ptr + middle)")
+    look_up = place("tl.load(first_ptr + middle)", "tiles.py")  # `owner`, which the kernels import as `_owner`
     assert array_name((place("tl.load(g_ptrs"),)) == "g"
     assert array_name((look_up,)) == "first"
     assert array_name((look_up, place("_owner(layout_ptr"))) == "layout"
