@@ -56,7 +56,7 @@ def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Te
 
 
 def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
-    """Parts of ``n`` elements, of which a call serves ``per_call``, that fit a CPU's caches with all that is made."""
+    """Parts of ``n`` elements, of which a call serves ``per_call``: for no more scratch memory than caches take."""
     size = per_call * CALLS * torch.get_num_threads() if device.type == "cpu" else max(1, n)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
