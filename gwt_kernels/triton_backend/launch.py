@@ -108,9 +108,9 @@ def gwt_adamw_(
         fixed = [first, m, v, *([norm] if limited else [])]
         if random or split:
             fixed = [first, m, v, norm, list(keys), low, *scale]
-        plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
+        plan = (level, quantized, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
-            workspace["launches"] = _plan(packed, misaligned, level)
+            workspace["launches"] = _plan(packed, misaligned, level, quantized)
         for launch in workspace["launches"]:
             launch.aim(fixed)
         workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, options=options)
@@ -133,12 +133,15 @@ def gwt_adamw_(
 class Launch:
     """Tensors of one bucket and one path: what stays the same from step to step."""
 
-    def __init__(self, params: Sequence[Tensor], chosen: list[int], level: int, flat: bool) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], chosen: list[int], level: int, flat: bool, quantized: bool
+    ) -> None:
         self.chosen = chosen if len(chosen) < len(params) else None  # None: all of them, in order
         self.n = len(chosen)
         self.level = level
         self.flat = flat
-        self.tile_blocks = variant(level, flat)["NB"]
+        self.variant = variant(level, flat, quantized)
+        self.tile_blocks = self.variant["NB"]
         device = params[0].device
         layout = [_layout(params[i], 2**level) for i in chosen]
         tiles = [-(-n_blocks // self.tile_blocks) for n_blocks, _, _ in layout]
@@ -174,7 +177,7 @@ class Launch:
         pointer_table, scalar_table = sent[: len(table)].view(torch.int64), sent[len(table) :].view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
-        path = variant(self.level, self.flat)
+        path = self.variant
         factors = scalar_table  # a pointer that is not read
         if options["LIMITED"]:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
@@ -196,9 +199,11 @@ class Launch:
         return column if self.chosen is None else [column[i] for i in self.chosen]
 
 
-def variant(level: int, flat: bool) -> dict[str, Any]:
+def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     """The compile-time constants of a path at a level, and the number of warps."""
     tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
+    if flat and quantized and level < 2:
+        tile //= 2  # of a whole one a lane would encode 8 moments or more at once, for which registers run out
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
 
@@ -297,13 +302,13 @@ def _check_lows(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
             raise ValueError(f"the low half of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
-def _plan(params: Sequence[Tensor], misaligned: list[int], level: int) -> list[Launch]:
+def _plan(params: Sequence[Tensor], misaligned: list[int], level: int, quantized: bool) -> list[Launch]:
     """Group the tensors that are not empty by path."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for i, p in enumerate(params):
         if p.numel():
             chosen[_is_flat(p, misaligned[i], level)].append(i)
-    return [Launch(params, indices, level, flat) for flat, indices in chosen.items() if indices]
+    return [Launch(params, indices, level, flat, quantized) for flat, indices in chosen.items() if indices]
 
 
 def _check_row(width: int, level: int) -> None:
