@@ -121,10 +121,13 @@ def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> 
     limited = {case: case._replace(kernel="step_limiter") for case in steps}
     shares = {case: bytes_moved(case) / seconds[case] / bandwidth for case in steps}
     ratios = {case: seconds[other] / seconds[case] for case, other in limited.items() if other in seconds}
+    coded = {case for case in steps if case.coded and case.elements >= 2**24}
+    steps = [case for case in steps if not case.coded]
     large = {case for case in steps if case.elements >= 2**24}
     cached = {case for case in steps if bytes_read_twice(limited[case]) <= cache / 2}
     promises = [
         ("16M elements or more, share of the copy bandwidth", shares, large, 0.92, True),
+        ("16M elements or more, int8 moments, share of the copy bandwidth", shares, coded, 0.88, True),
         ("row path, share of the copy bandwidth", shares, {c for c in steps if c.shape == (2048, 5461)}, 0.7, True),
         ("16M elements or more, time with over without limiter", ratios, large, 1.4, False),
         ("in half of the L2 cache, time with over without limiter", ratios, cached, 1.15, False),

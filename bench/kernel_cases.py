@@ -13,11 +13,13 @@ import torch
 from bench.trial import shapes_of
 from gwt_kernels import backends
 from gwt_kernels.haar import deepest_level
+from gwt_kernels.hyper import quantum
 
 KERNELS = ("step", "step_limiter", "haar_dwt", "haar_idwt")
 PARTS = ("matrices", "sizes", "grid")
 MODELS = ("llama_60m", "llama_350m", "llama_1b", "llama_7b", "llama_70b")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
 EXPERTS = {"mixtral-like": (8, 14336, 4096), "deepseek-like": (64, 1408, 2048)}
 """Experts stacked in one tensor, by the mixture-of-experts model whose proportions they have."""
@@ -42,6 +44,11 @@ class Case(NamedTuple):
     @property
     def is_step(self) -> bool:
         return self.moments is not None
+
+    @property
+    def coded(self) -> bool:
+        """Whether the moments are codes of one byte, with scales."""
+        return self.moments == torch.int8
 
     @property
     def limited(self) -> bool:
@@ -72,10 +79,18 @@ def short(dtype: torch.dtype) -> str:
 
 def bytes_held(case: Case) -> int:
     """Bytes of one set of buffers: weights, gradients and moments, or a tensor and its coefficients."""
-    if case.moments is not None:
-        return 2 * case.elements * case.data.itemsize + 2 * case.band(case.level) * case.moments.itemsize
+    if case.is_step:
+        return 2 * case.elements * case.data.itemsize + _moment_bytes(case)
     coefficients = case.band(case.level) + sum(map(case.band, range(1, case.level + 1)))
     return (case.elements + coefficients) * case.data.itemsize
+
+
+def _moment_bytes(case: Case) -> int:
+    """Bytes of both moments, with the scales of codes."""
+    assert case.moments is not None
+    coefficients = case.band(case.level)
+    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.coded else 0
+    return 2 * (coefficients * case.moments.itemsize + scales)
 
 
 def bytes_moved(case: Case) -> int:
@@ -87,16 +102,14 @@ def bytes_moved(case: Case) -> int:
     """
     if case.moments is None:
         return bytes_held(case)
-    gradients = case.elements * case.data.itemsize
-    moments = 2 * case.band(case.level) * case.moments.itemsize
-    return 3 * gradients + 2 * moments + bytes_read_twice(case)
+    return 3 * case.elements * case.data.itemsize + 2 * _moment_bytes(case) + bytes_read_twice(case)
 
 
 def bytes_read_twice(case: Case) -> int:
     """Bytes of gradients and moments, which a step with limiter reads a second time."""
     if case.moments is None or not case.limited:
         return 0
-    return case.elements * case.data.itemsize + 2 * case.band(case.level) * case.moments.itemsize
+    return case.elements * case.data.itemsize + _moment_bytes(case)
 
 
 def set_count(case: Case, cache: int) -> int:
@@ -109,9 +122,10 @@ def set_count(case: Case, cache: int) -> int:
 
 def obstacle(case: Case, device: torch.device, backend: backends.Backend | None) -> str | None:
     """Why a case cannot run, or None."""
-    for dtype in (case.data, case.moments):
-        if dtype not in (*DTYPES, None):
-            return f"not supported: the kernels take {', '.join(map(short, DTYPES))}, not {short(dtype)}"
+    for dtype, known in ((case.data, DTYPES), (case.moments, (*DTYPES, torch.int8, None))):
+        if dtype is not None and dtype not in known:
+            taken = ", ".join(short(each) for each in known if each)
+            return f"not supported: the kernels take {taken}, not {short(dtype)}"
     if case.level > deepest_level(case.shape[-1]):
         return f"not possible: level {case.level} is too deep for rows of {case.shape[-1]}"
     if backend == "triton" or (backend is None and device.type == "cuda"):
@@ -145,12 +159,12 @@ def plan(options: argparse.Namespace) -> dict[Case, str]:
     one = (
         levels or (range(7) if full else (2,)),
         data or (DTYPES if full else DTYPES[:1]),
-        moments or (DTYPES[1::-1] if full else DTYPES[1:2]),
+        moments or (MOMENTS if full else MOMENTS[:1]),
     )
     every = (
         levels or ((0, 1, 2, 3) if small else range(7)),
         data or (DTYPES[:2] if small else DTYPES),
-        moments or DTYPES[1::-1],
+        moments or MOMENTS,
     )
     grids: list[Grid] = []
     if options.shapes:

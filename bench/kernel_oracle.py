@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import kernel_codes
 from bench.kernel_cases import Case, bytes_held
 from gwt_kernels import backends, haar_dwt, haar_idwt
 from gwt_kernels.functional import Hyper, gwt_adamw_
@@ -50,14 +51,19 @@ class Buffers:
         self.inputs: list[Tensor]
         """What the kernel may not change."""
         self.outputs: list[Tensor] = []
-        """What it changes or makes: weights and moments and the limiter's norm, or the transform's result."""
+        """What it changes or makes: weights, moments, their scales where they are codes, and the limiter's norm; or
+        the transform's result."""
         self.workspace: dict[str, Any] = {}
         if case.moments is not None:
             # Gradients with an offset, so that the mean of a block is as large as the differences within it;
             # moments as in mid-training, since a denominator of nearly nothing would leave no tolerance a meaning.
             self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
-            m, v = (normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2))
-            self.outputs = [normal(case.shape, case.data, 0.0, 1.0), m, v.uniform_(0.5, 1.5, generator=generator)]
+            if case.coded:
+                moments = kernel_codes.draw(band(case.level), case.level, device, generator)
+            else:
+                moments = [normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2)]
+                moments[1].uniform_(0.5, 1.5, generator=generator)
+            self.outputs = [normal(case.shape, case.data, 0.0, 1.0), *moments]
             if case.limited:  # a previous norm far enough below the next one for the limiter to act
                 norm = 0.1 * math.sqrt(case.band(case.level))
                 self.outputs.append(torch.tensor(norm, dtype=torch.float32, device=device))
@@ -66,6 +72,11 @@ class Buffers:
         else:
             levels = (case.level, *range(case.level, 0, -1))
             self.inputs = [normal(band(level), case.data, 0.5, 1.0) for level in levels]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """Of both moments, where they are codes."""
+        return self.outputs[3:5] if self.case.coded else []
 
     def clone(self) -> Buffers:
         """Buffers of their own with the same values."""
@@ -82,16 +93,17 @@ class Buffers:
         elif case.kernel == "haar_idwt":
             self.outputs = [haar_idwt(self.inputs, case.shape[-1], backend=self.backend)]
         else:
-            p, m, v, *norm = self.outputs
+            p, m, v, *others = self.outputs
             gwt_adamw_(
                 params=[p],
                 grads=self.inputs,
                 exp_avgs=[m],
                 exp_avg_sqs=[v],
-                limiter_norms=norm or [None],
+                limiter_norms=others[-1:] if case.limited else [None],
                 steps=[STEP],
                 hypers=[HYPER],
                 level=case.level,
+                scales=[(others[0], others[1])] if case.coded else None,
                 backend=self.backend,
                 workspace=self.workspace,
             )
@@ -138,25 +150,45 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
     hyper, rounding, worst = HYPER, 0.0, torch.zeros((), dtype=torch.float64, device=after.outputs[0].device)
     if after.case.limited:
         squares = torch.zeros_like(worst)
-        for chunk in _chunks(*before.inputs, *before.outputs[:3]):
-            _, m, v = _expected(*map(Tensor.double, chunk), level, HYPER)
+        for _, chunk in _exact_chunks(before):
+            _, m, v = _expected(*chunk, level, HYPER)
             squares += (m / (v.sqrt() + HYPER.eps)).square().sum()
         assert HYPER.norm_growth_limit is not None
         norm, gamma = float(squares.sqrt()), HYPER.norm_growth_limit
-        limit = max(norm / (float(before.outputs[3]) + 1e-8), gamma) / gamma
+        limit = max(norm / (float(before.outputs[-1]) + 1e-8), gamma) / gamma
         hyper, rounding = HYPER._replace(scale=HYPER.scale / limit), NORM_ROUNDING
-        worst = (after.outputs[3].double() - norm / limit).abs() / (2 * NORM_ROUNDING * norm / limit)
-    pairs = zip(
-        _chunks(*before.inputs, *before.outputs[:3]), _chunks(*before.inputs, *after.outputs[:3]), strict=True
-    )
-    for old, (_, *found) in pairs:
-        g, *start = map(Tensor.double, old)
+        worst = (after.outputs[-1].double() - norm / limit).abs() / (2 * NORM_ROUNDING * norm / limit)
+    # Of each quantum the largest magnitude, which is its scale, and the largest bound on it.
+    peaks = [[torch.zeros_like(x, dtype=torch.float64) for _ in range(2)] for x in after.scales]
+    pairs = zip(_exact_chunks(before), _chunks(*after.outputs[:3]), strict=True)
+    for (first, (g, *start)), found in pairs:
         exact = _expected(g, *start, level, hyper)
-        bounds = _step_bounds(g, *start, exact[2], level, hyper, rounding)
-        at_random = [False, *[found[1].dtype == torch.bfloat16] * 2]  # weights to the nearest, bf16 moments not
-        for stored, value, bound, random in zip(found, exact, bounds, at_random, strict=True):
-            worst = torch.maximum(worst, _ratio(stored, value, bound, at_random=random))
+        bounds = _step_bounds(g, *start, exact[2], after.case, hyper, rounding)
+        worst = torch.maximum(worst, _ratio(found[0], exact[0], bounds[0]))
+        for i, (stored, value, bound) in enumerate(zip(found[1:], exact[1:], bounds[1:], strict=True)):
+            if after.case.coded:
+                scales = kernel_codes.spread(after.scales[i], stored, first, level)
+                error = kernel_codes.ratio(kernel_codes.CODES[i], stored, scales, value, bound)
+                for x, peak in zip((value.abs(), bound), peaks[i], strict=True):
+                    kernel_codes.largest(x, peak, first, level)
+            else:  # weights are rounded to the nearest, bf16 moments are not
+                error = _ratio(stored, value, bound, at_random=stored.dtype == torch.bfloat16)
+            worst = torch.maximum(worst, error)
+    for scales, (value, bound) in zip(after.scales, peaks, strict=True):
+        worst = torch.maximum(worst, _ratio(scales, value, bound))
     return worst
+
+
+def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Runs of rows in float64, gradients, weights and both moments, and where their first coefficient lies."""
+    first = 0
+    for g, p, *stored in _chunks(*buffers.inputs, *buffers.outputs[:3]):
+        m, v = (x.double() for x in stored)
+        if buffers.case.coded:
+            scales = [kernel_codes.spread(x, m, first, buffers.case.level) for x in buffers.scales]
+            m, v = (code.values(*pair) for code, *pair in zip(kernel_codes.CODES, stored, scales, strict=True))
+        yield first, (g.double(), p.double(), m, v)
+        first += m.numel()
 
 
 def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyper) -> tuple[Tensor, ...]:
@@ -167,14 +199,15 @@ def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyp
 
 
 def _step_bounds(
-    g: Tensor, p: Tensor, m: Tensor, v: Tensor, new_v: Tensor, level: int, hyper: Hyper, rounding: float
+    g: Tensor, p: Tensor, m: Tensor, v: Tensor, new_v: Tensor, case: Case, hyper: Hyper, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How far float32 arithmetic may end from the exact weights and moments, all operands taken by magnitude.
 
     `rounding` is the relative error of a factor on the whole update, which is that of the limiter's norm.
     """
-    width = 2**level
+    level, width = case.level, 2**case.level
     once = (level + 4) * EPS  # a sum of W terms in a tree, and a few products
+    once += kernel_codes.DECODING if case.coded else 0.0
     a = literal.wavedec(g.abs(), _HAAR, level)[0]
     m_size = hyper.beta1 * m.abs() + (1 - hyper.beta1) * a
     v_size = hyper.beta2 * v + (1 - hyper.beta2) * a * a

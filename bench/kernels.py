@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--sizes", nargs="+", type=int, metavar="E", help="exponents of the sweep over sizes (default: 16 to 31)")
     add("--levels", nargs="+", type=int, help="levels (default: 2; grid: 0 to 6)")
     add("--weights", nargs="+", type=_dtype, help="dtypes of weights and gradients (default: bfloat16; grid: all)")
-    add("--moments", nargs="+", type=_dtype, help="dtypes of moments (default: float32; grid: and bfloat16)")
+    add("--moments", nargs="+", type=_dtype, help="dtypes of moments (default: float32; grid: and bfloat16, int8)")
     add(
         "--widths", nargs="+", choices=["flat", "odd"], default=["flat", "odd"], help="rows of whole blocks, others"
     )
@@ -232,7 +232,8 @@ def _shape(text: str) -> tuple[int, ...]:
 def _dtype(text: str) -> torch.dtype:
     dtype = getattr(torch, text, None)
     if not isinstance(dtype, torch.dtype):
-        raise argparse.ArgumentTypeError(f"{text}: PyTorch has no such dtype; give bfloat16, float32 or float16")
+        known = "bfloat16, float32 or float16, or for moments int8"
+        raise argparse.ArgumentTypeError(f"{text}: PyTorch has no such dtype; give {known}")
     return dtype
 
 

@@ -42,6 +42,10 @@ def step(
     return Case("step_limiter" if limited else "step", shape, level, data, SINGLE)
 
 
+def coded(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
+    return step(level, limited=limited, shape=shape, data=HALF)._replace(moments=torch.int8)
+
+
 def test_from_command_line_to_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, rows = run(tmp_path, *TINY, "--levels", "0", "2", "--weights", "bfloat16", "float32")
     assert status == 0
@@ -95,6 +99,10 @@ def test_rows_say_all_there_is_to_know(tmp_path: Path) -> None:
         (step(0), 2 * 384 + 768, 3 * 384 + 2 * 768),
         (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks a row, the last one of one element
         (step(1, shape=(2, 3, 8))._replace(moments=HALF), 2 * 192 + 96, 3 * 192 + 2 * 96),
+        # Codes of one byte, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
+        (coded((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
+        (coded((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
+        (coded((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
         # rows of 37 have bands of 10, 10 and 19
         (Case("haar_dwt", (5, 37), 2, SINGLE, None), 4 * 5 * (37 + 39), 4 * 5 * (37 + 39)),
         (Case("haar_idwt", (6, 16), 3, HALF, None), 2 * 2 * 96, 2 * 2 * 96),
@@ -153,7 +161,7 @@ def test_buffers_take_turns(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("shape", [(6, 64), (5, 37), (2, 3, 41)], ids=str)
 @pytest.mark.parametrize("level", range(7))
 def test_right_results_pass(level: int, shape: tuple[int, ...], data: torch.dtype) -> None:
-    for moments in (SINGLE, HALF):
+    for moments in (SINGLE, HALF, torch.int8):
         for kernel in ("step", "step_limiter") if level else ("step",):
             assert 0 < error_of(Case(kernel, shape, level, data, moments)) <= 1
     for kernel in ("haar_dwt", "haar_idwt") if level else ():
@@ -166,7 +174,11 @@ def error_of(case: Case, device: torch.device = CPU, backend: Any = None) -> flo
 
 
 def test_comparing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [step(limited=True, shape=(7, 37), data=HALF), Case("haar_idwt", (7, 37), 2, SINGLE, None)]
+    cases = [
+        step(limited=True, shape=(7, 37), data=HALF),
+        coded((70, 37), limited=True),
+        Case("haar_idwt", (7, 37), 2, SINGLE, None),
+    ]
     whole = [error_of(case) for case in cases]
     monkeypatch.setattr(kernel_oracle, "CHUNK", 75)  # two rows of 37, and one left over
     assert [error_of(case) for case in cases] == pytest.approx(whole)
@@ -309,7 +321,8 @@ def test_running_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     ("case", "note"),
     [
         (step(data=torch.float64), "not supported: the kernels take bfloat16, float32, float16, not float64"),
-        (step()._replace(moments=torch.int8), "not supported: the kernels take .* not int8"),
+        (step(data=torch.int8), "not supported: the kernels take bfloat16, float32, float16, not int8"),
+        (step()._replace(moments=torch.uint8), "not supported: the kernels take .*, int8, not uint8"),
         (step(5, shape=(6, 16)), "not possible: level 5 is too deep for rows of 16"),
     ],
 )
@@ -381,7 +394,7 @@ def test_the_suite_of_a_gpu() -> None:
         here = [case for case in cases if case.shape == shape]
         assert {case.width for case in here if case.level} == {width}
         steps = {(case.kernel, case.level, case.data, case.moments) for case in here if case.is_step}
-        assert len(steps) == (7 + 6) * 3 * 2  # levels 0 to 6, and the limiter from 1 on
+        assert len(steps) == (7 + 6) * 3 * 3  # levels 0 to 6, and the limiter from 1 on
         assert sum(not case.is_step for case in here) == 2 * 6 * 3
     embedding = {case for case in cases if case.shape == (32000, 4096)}
     assert {(case.kernel, case.level) for case in embedding} == {("step", 0)}

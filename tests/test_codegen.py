@@ -113,6 +113,47 @@ def test_worked_example(promised: list[Row]) -> None:
     assert row["triton"]
 
 
+@pytest.fixture(scope="module")
+def coded(run: Run) -> list[Row]:
+    """The rows of moments in one byte."""
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,2,5"),
+        *("--weights", "bf16", "fp32", "--moments", "int8"),
+    )
+    assert status == 0, text
+    return rows
+
+
+def test_moments_in_one_byte_pass_the_gate(coded: list[Row]) -> None:
+    assert [codegen.violations(row) for row in coded] == [[]] * 3 * (6 + 4)
+    assert all(codegen.gated(row) for row in coded)
+    for row in coded:
+        blocks = max(1, 128 // {"bf16": 16, "fp32": 32}[row["weights"]] >> row["level"])  # in 16 bytes of weights
+        assert set(row["loads"]["m"]) == set(row["loads"]["v"]) == {str(8 * blocks)}
+        stored = dict.fromkeys(["p", "m", "v", "m_scale", "v_scale", *["low"] * (row["rounding"] == "split")], 1)
+        assert row["tensor_stores"] == (stored if row["kernel"] == STEP else {})
+        assert row["tensor_loads"]["m_scale"] == row["tensor_loads"]["v_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("loads in the intermediate code", lambda r: r["tensor_loads"].update(m_scale=2)),
+        ("stores in the intermediate code", lambda r: r["tensor_stores"].pop("v_scale")),
+        ("machine code stores", lambda r: r["stores"].pop("m_scale")),
+        ("loads of m: 4x8 instead of x16", lambda r: r["loads"].update(m={"8": 4})),
+        ("stores of v: 2x8 1x16 instead of x16", lambda r: r["stores"].update(v={"16": 1, "8": 2})),
+        ("spills: 8 bytes", lambda r: r.update(stack=8)),
+    ],
+)
+def test_each_promise_of_codes_can_be_broken(
+    coded: list[Row], message: str, change: Callable[[Row], object]
+) -> None:
+    row = copy.deepcopy(next(r for r in coded if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
+    change(row)
+    assert [text for text in codegen.violations(row) if text.startswith(message)]
+
+
 def test_row_path_is_rejected(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),

@@ -108,9 +108,9 @@ def gwt_adamw_(
         fixed = [first, m, v, *([norm] if limited else [])]
         if random or split or counted:
             fixed = [first, m, v, norm, list(keys), low, *scale]
-        plan = (level, params[0].device, list(map(Tensor.size, packed)), misaligned)
+        plan = (level, quantized, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
-            workspace["launches"] = _plan(packed, misaligned, level)
+            workspace["launches"] = _plan(packed, misaligned, level, quantized)
             workspace["empty"] = [i for i, p in enumerate(packed) if not p.numel()]
         for launch in workspace["launches"]:
             launch.aim(fixed)
@@ -142,12 +142,15 @@ def gwt_adamw_(
 class Launch:
     """Tensors of one bucket and one path: what stays the same from step to step."""
 
-    def __init__(self, params: Sequence[Tensor], chosen: list[int], level: int, flat: bool) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], chosen: list[int], level: int, flat: bool, quantized: bool
+    ) -> None:
         self.chosen = chosen if len(chosen) < len(params) else None  # None: all of them, in order
         self.n = len(chosen)
         self.level = level
         self.flat = flat
-        self.tile_blocks = variant(level, flat)["NB"]
+        self.variant = variant(level, flat, quantized)
+        self.tile_blocks = self.variant["NB"]
         self.sender = Sender()
         device = params[0].device
         layout = [_layout(params[i], 2**level) for i in chosen]
@@ -188,6 +191,7 @@ class Launch:
         table += array("q", self._own(counts)).tobytes() if counts else b""
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         watched = array("q", self._own(observed)).tobytes() if observed else b""
+        watched += bytes(-len(watched) % 16)
         pieces = [table, watched, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
         sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
         pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
@@ -198,7 +202,7 @@ class Launch:
             scalar_table = rest.view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
-        path = variant(self.level, self.flat)
+        path = self.variant
         skippable = control is not None
         factors = sums = scalar_table  # pointers that are not read
         if options["LIMITED"]:
@@ -221,9 +225,9 @@ class Launch:
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
-            rows_sent = sent[len(table) : len(table) + len(watched)].view(torch.int64)
+            observed_rows = sent[len(table) : len(table) + len(watched)].view(torch.int64)
             observe_kernel[(self.n,)](
-                self.layout, rows_sent, scalar_table, factors, sums, self.n, self.n_tiles,
+                self.layout, observed_rows, scalar_table, factors, sums, self.n, self.n_tiles,
                 BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
             )  # fmt: skip
 
@@ -231,9 +235,11 @@ class Launch:
         return column if self.chosen is None else [column[i] for i in self.chosen]
 
 
-def variant(level: int, flat: bool) -> dict[str, Any]:
+def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     """The compile-time constants of a path at a level, and the number of warps."""
     tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
+    if flat and quantized and level < 2:
+        tile //= 2  # of a whole one a lane would encode 8 moments or more at once, for which registers run out
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
 
@@ -332,13 +338,13 @@ def _check_lows(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
             raise ValueError(f"the low half of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
-def _plan(params: Sequence[Tensor], misaligned: list[int], level: int) -> list[Launch]:
+def _plan(params: Sequence[Tensor], misaligned: list[int], level: int, quantized: bool) -> list[Launch]:
     """Group the tensors that are not empty by path."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for i, p in enumerate(params):
         if p.numel():
             chosen[_is_flat(p, misaligned[i], level)].append(i)
-    return [Launch(params, indices, level, flat) for flat, indices in chosen.items() if indices]
+    return [Launch(params, indices, level, flat, quantized) for flat, indices in chosen.items() if indices]
 
 
 def _check_row(width: int, level: int) -> None:

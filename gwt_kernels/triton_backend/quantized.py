@@ -42,7 +42,8 @@ def encode_first(m, bits, Q: tl.constexpr, N: tl.constexpr):
     """int8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
     scales, fractions = _fractions(tl.abs(m), Q, N)
     z = (fractions * (16129.0 * 65536.0)).to(tl.int32)
-    c = tl.sqrt_rn((z >> 16).to(tl.float32)).to(tl.int32)
+    # Half way between integers no root is near an integer, so the fast one has the floor of the exact one.
+    c = tl.sqrt((z >> 16).to(tl.float32) + 0.5).to(tl.int32)
     up = bits.to(tl.int32) * (2 * c + 1) < z - (c * c << 16)
     c += up.to(tl.int32)
     return tl.where(m < 0, -c, c).to(tl.int8), scales
@@ -53,10 +54,10 @@ def encode_second(v, bits, Q: tl.constexpr, N: tl.constexpr):
     """uint8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
     scales, fractions = _fractions(v, Q, N)
     z = fractions * 4228250625.0
-    c = tl.sqrt_rn(tl.sqrt_rn(z)).to(tl.uint32)
+    c = (tl.sqrt(tl.sqrt(z)) * (1 + 2**-20)).to(tl.uint32)  # fast roots, raised by more than they are off by
     z = z.to(tl.int64).to(tl.uint32)
     square = c * c
-    c -= (square * square > z).to(tl.uint32)  # roots round
+    c -= (square * square > z).to(tl.uint32)
     square = c * c
     low = square * square
     square = (c + 1) * (c + 1)
