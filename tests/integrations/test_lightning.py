@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -66,11 +65,3 @@ def test_bfloat16(precision, tmp_path):
     assert all(torch.isfinite(p).all() for p in module.parameters())
     exact, _ = fit(tmp_path)
     assert not torch.equal(exact.model.lm_head.weight, module.model.lm_head.weight.float())  # it was on
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "gwt_kernels.integrations.lightning", raising=False)
-    for library in ("lightning", "lightning.pytorch", "pytorch_lightning"):
-        monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ModuleNotFoundError, match="needs lightning: pip install lightning"):
-        import gwt_kernels.integrations.lightning  # noqa: F401
