@@ -41,9 +41,11 @@ class Language(pl.LightningModule):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def fit(folder: Path, resume: str | None = None, *, count: int = 24, **options: Any) -> tuple[Language, Any]:
+def fit(
+    folder: Path, resume: str | None = None, *, count: int = 24, max_grad_norm: float | None = None, **options: Any
+) -> tuple[Language, Any]:
     """Train on batches of four, for six steps; returns the module and its optimizer."""
-    module = Language()
+    module = Language(max_grad_norm=max_grad_norm)
     chosen: dict[str, Any] = {
         "max_steps": 6,
         "accelerator": "cpu",

@@ -42,6 +42,17 @@ def assert_same_run(model: nn.Module, optimizer: Any, other: nn.Module, other_op
     assert_same_bits(*[o.state_dict() for o in bare])
 
 
+def assert_close_runs(model: nn.Module, same: nn.Module, other: nn.Module) -> None:
+    """The first two models' weights differ by rounding, the third's by more."""
+
+    def distance(against: nn.Module) -> float:
+        pairs = zip(model.parameters(), against.parameters(), strict=True)
+        return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+    assert distance(other) > 1e-3
+    assert distance(same) < 1e-4 * distance(other)  # first steps are large, and with them what is rounded
+
+
 def stand_in(optimizer: GWTAdamW) -> dict[str, dict[str, float]]:
     """Telemetry as the callbacks see it: for every parameter that has made a step, its numbers and its steps."""
     return {

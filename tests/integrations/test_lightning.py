@@ -9,7 +9,7 @@ import torch
 
 from tests.lightning_runs import Language, ModelCheckpoint, fit
 from tests.runs import assert_same_bits
-from tests.tiny import assert_same_run
+from tests.tiny import assert_close_runs, assert_same_run
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -56,12 +56,30 @@ def test_resumes_bit_for_bit(tmp_path):
         assert_same_bits(list(module.parameters()), list(tampered.parameters()))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_bfloat16(precision, tmp_path):
-    module, optimizer = fit(tmp_path, precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "clipping"),
+    [("bf16-true", {"gradient_clip_val": 0.5}), ("bf16-mixed", {"gradient_clip_val": None, "max_grad_norm": 0.5})],
+)
+def test_bfloat16(precision, clipping, tmp_path):
+    module, optimizer = fit(tmp_path, precision=precision, **clipping)
     weights = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert {p.dtype for p in module.parameters()} == {weights}
     assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in module.parameters())
     exact, _ = fit(tmp_path)
     assert not torch.equal(exact.model.lm_head.weight, module.model.lm_head.weight.float())  # it was on
+
+
+def test_lightning_does_not_clip_for_an_optimizer_that_unscales(tmp_path):
+    """In its mixed precision, with a scaler or without one; the optimizer's own clipping takes its place."""
+    with pytest.raises(RuntimeError, match="GWTAdamW, does not allow for gradient clipping"):
+        fit(tmp_path, precision="bf16-mixed", gradient_clip_val=0.5)
+
+
+def test_clipping_in_the_step(tmp_path):
+    """max_grad_norm of the optimizer does what gradient_clip_val does, to rounding."""
+    module, _ = fit(tmp_path, gradient_clip_val=0.25)
+    inside, optimizer = fit(tmp_path, gradient_clip_val=None, max_grad_norm=0.25)
+    unclipped, _ = fit(tmp_path, gradient_clip_val=None)
+    assert optimizer.grad_norm > 0.25
+    assert_close_runs(module, inside, unclipped)

@@ -14,7 +14,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallba
 from gwt_kernels import GWTAdamW
 from gwt_kernels.integrations.transformers import GWTTrainerMixin, gwt_optimizer
 from tests.runs import assert_same_bits
-from tests.tiny import assert_same_run, llama, optimizer_of, sentences
+from tests.tiny import assert_close_runs, assert_same_run, llama, optimizer_of, sentences
 from tests.trainer_runs import MixedTrainer, arguments, with_factory, with_mixin
 
 routes = pytest.mark.parametrize("route", [with_mixin, with_factory])
@@ -98,6 +98,16 @@ def test_reads_arguments_when_training_begins(route, tmp_path):
     trainer = route(arguments(tmp_path))
     trainer.args.learning_rate = 0.125
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.125}
+
+
+def test_clipping_in_the_step(tmp_path):
+    """max_grad_norm as an option does what TrainingArguments' does, to rounding."""
+    trainer = with_mixin(arguments(tmp_path, max_grad_norm=0.25))
+    inside = with_mixin(arguments(tmp_path, max_grad_norm=0.0), max_grad_norm=0.25)
+    unclipped = with_mixin(arguments(tmp_path, max_grad_norm=0.0))
+    for each in (trainer, inside, unclipped):
+        each.train()
+    assert_close_runs(trainer.model, inside.model, unclipped.model)
 
 
 def test_mixed_precision(tmp_path):
