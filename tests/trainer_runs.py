@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import GROUPS, NUMBERS, llama, sentences
 
@@ -44,10 +45,10 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(**{**chosen, **options})
 
 
-def with_mixin(args: TrainingArguments, **options: Any) -> Trainer:
-    return MixedTrainer(llama(), args, train_dataset=sentences(), gwt_options={**OPTIONS, **options})
+def with_mixin(args: TrainingArguments, dtype: torch.dtype = torch.float32, **options: Any) -> Trainer:
+    return MixedTrainer(llama().to(dtype), args, train_dataset=sentences(), gwt_options={**OPTIONS, **options})
 
 
-def with_factory(args: TrainingArguments, **options: Any) -> Trainer:
+def with_factory(args: TrainingArguments, dtype: torch.dtype = torch.float32, **options: Any) -> Trainer:
     made = gwt_optimizer(args, **{**OPTIONS, **options})
-    return Trainer(llama(), args, train_dataset=sentences(), optimizer_cls_and_kwargs=made)
+    return Trainer(llama().to(dtype), args, train_dataset=sentences(), optimizer_cls_and_kwargs=made)

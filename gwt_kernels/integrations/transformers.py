@@ -110,7 +110,8 @@ def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[s
         RuntimeError: when training begins, if this version of transformers gives optimizers no model.
     """
     _check_together(args, options)
-    any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta")})
+    # Wide enough for any level, and of the dtype that knows every rounding.
+    any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta", dtype=torch.bfloat16)})
     _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in ("include", "exclude")})
     return _Factory, {"args": args, **options}
 

@@ -100,6 +100,16 @@ def test_reads_arguments_when_training_begins(route, tmp_path):
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.125}
 
 
+@routes
+def test_weights_of_two_bytes(route, tmp_path):
+    trainer = route(arguments(tmp_path), torch.bfloat16, weight_rounding="split")
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert all(s["weight_low"].any() for s in trainer.optimizer.state.values())
+    with pytest.raises(ValueError, match="weight_rounding='split' is for"):
+        route(arguments(tmp_path), weight_rounding="split").create_optimizer()
+
+
 def test_clipping_in_the_step(tmp_path):
     """max_grad_norm as an option does what TrainingArguments' does, to rounding."""
     trainer = with_mixin(arguments(tmp_path, max_grad_norm=0.25))
