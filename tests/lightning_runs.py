@@ -42,10 +42,16 @@ class Language(pl.LightningModule):
 
 
 def fit(
-    folder: Path, resume: str | None = None, *, count: int = 24, max_grad_norm: float | None = None, **options: Any
+    folder: Path,
+    resume: str | None = None,
+    *,
+    count: int = 24,
+    max_grad_norm: float | None = None,
+    telemetry: bool = False,
+    **options: Any,
 ) -> tuple[Language, Any]:
     """Train on batches of four, for six steps; returns the module and its optimizer."""
-    module = Language(max_grad_norm=max_grad_norm)
+    module = Language(max_grad_norm=max_grad_norm, telemetry=telemetry)
     chosen: dict[str, Any] = {
         "max_steps": 6,
         "accelerator": "cpu",

@@ -13,7 +13,6 @@ from tests.runs import assert_same_bits
 
 GROUPS = {"level": 1, "scale": 0.5, "weight_decay": 0.1, "exclude": ["o_proj"]}
 NUMBERS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-7}
-STAND_IN = {"update_rms": 0.5, "limiter": 1.25}
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:
@@ -51,13 +50,3 @@ def assert_close_runs(model: nn.Module, same: nn.Module, other: nn.Module) -> No
 
     assert distance(other) > 1e-3
     assert distance(same) < 1e-4 * distance(other)  # first steps are large, and with them what is rounded
-
-
-def stand_in(optimizer: GWTAdamW) -> dict[str, dict[str, float]]:
-    """Telemetry as the callbacks see it: for every parameter that has made a step, its numbers and its steps."""
-    return {
-        name: {**STAND_IN, "steps": float(optimizer.state[p]["step"])}
-        for group in optimizer.param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-        if p in optimizer.state
-    }
