@@ -14,7 +14,7 @@ from gwt_kernels.state import MOMENTS, SCALES
 from gwt_kernels.torch_backend.literal import filter_bank, wavedec
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 
-__all__ = ["Form", "convert", "describe", "form_of"]
+__all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
 
 NEAREST = 1 << 15
 """The 16 random bits with which the step's own encoder of int8 moments rounds to the nearest code."""
@@ -74,6 +74,12 @@ def convert(
         return {key: state[key].detach().clone() for key in (*MOMENTS, *SCALES) if key in state}
     moments = _carry(*_decoded(state, old), old, new, width)
     return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
+
+
+def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
+    """``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
+    m, v = _decoded(state, form)
+    return float((m / (v.sqrt() + eps)).nan_to_num().square().sum().sqrt())  # 0 / 0 where eps is 0
 
 
 def describe(old: Form, new: Form) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gwt_kernels.conversion import Form, convert, describe, form_of
+from gwt_kernels.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.hyper import Rule, check_rule
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import check_group
@@ -107,7 +107,7 @@ def migrate(
         state_dict: As ``torch.optim.Optimizer.state_dict`` returns it.
         optimizer: Over the same parameters, on any device (``"meta"`` too), with the options to go on with.
         names: The model, where the state is of an optimizer over ``model.parameters()``, in one group; otherwise
-            the names of the state's parameters, group after group.
+            the names of the state's parameters, group after group, which win over its own.
         rule: Of a state with fewer coefficients than weights that does not say its rule.
         wavelet: Of such a state.
         keys: What the entries of a parameter's state are called here if not so there, such as
@@ -166,11 +166,12 @@ def _sources(
         )
     groups, states = state_dict["param_groups"], state_dict["state"]
     members = [(group, key) for group in groups for key in group["params"]]
-    own = names_in(state_dict)
-    if own is None and isinstance(names, nn.Module):
-        own = _names_by_order(names, [len(group["params"]) for group in groups])
-    elif own is None and names is not None:
-        own = list(cast(Sequence[str], names))
+    if isinstance(names, Sequence):
+        own: list[str] | None = list(names)
+    else:
+        own = names_in(state_dict)
+        if own is None and names is not None:
+            own = _names_by_order(names, [len(group["params"]) for group in groups])
     if own is not None and len(own) != len(members):
         raise ValueError(
             f"there are {len(own)} names for the {len(members)} parameters of the state: give one for each, group "
@@ -288,10 +289,8 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     device = source.state["exp_avg"].device
     same = old.kind == new.kind and factors == (1.0, 1.0)
     if "limiter_norm" in template:
-        kept = same and "limiter_norm" in source.state
-        norm = float(source.state["limiter_norm"]) if kept else 0.0
+        norm, notes["limiter_norm"] = _limiter_norm(source, state, old, new, target.group["eps"], same)
         state["limiter_norm"] = torch.tensor(norm, dtype=template["limiter_norm"].dtype, device=device)
-        notes["limiter_norm"] = "exact" if kept else "new: none yet, as at a first step, which is not limited"
     elif "limiter_norm" in source.state:
         notes["limiter_norm"] = "dropped: the optimizer has no limiter here"
     if "weight_low" in template:
@@ -376,6 +375,20 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
         if value.numel() != 1 or not 0 <= float(value) < math.inf:
             raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
     return float(state["step"])
+
+
+def _limiter_norm(
+    source: _Source, state: Mapping[str, Tensor], old: Form, new: Form, eps: float, same: bool
+) -> tuple[float, str]:
+    """The norm that the limiter goes on from, and how it was made."""
+    norm = float(source.state.get("limiter_norm", 0.0))
+    if "limiter_norm" in source.state and same:
+        return norm, "exact"
+    size = update_norm(source.state, old, float(source.group.get("eps", eps)))
+    if not norm or not size:
+        return 0.0, "new: none yet, as at a first step, which is not limited"
+    # The limiter may have held the norm far below that of the moments: it goes on doing so.
+    return norm * update_norm(state, new, eps) / size, "approximate: the same share of the norm of the moments"
 
 
 def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:

@@ -169,9 +169,23 @@ def test_limiter_goes_on_where_its_norm_means_the_same_and_begins_anew_elsewhere
     source = run_of(dtype=torch.float32, level=2)
     same = loaded(source.state_dict(), build(dtype=torch.float32, level=2, state_dtype=torch.bfloat16))
     assert_same_bits(entries(same, "limiter_norm"), entries(source, "limiter_norm"))
-    for options in ({"level": 1}, {"level": 2, "betas": (0.8, 0.99)}):
-        anew = loaded(source.state_dict(), build(dtype=torch.float32, **options))
-        assert not any(entries(anew, "limiter_norm"))
+    free = run_of(dtype=torch.float32, level=2, norm_growth_limit=None)
+    for other in (free, of_adamw(dtype=torch.float32), run_of(dtype=torch.float32, rule="foam")):
+        assert not any(entries(loaded(other.state_dict(), build(dtype=torch.float32, level=2)), "limiter_norm"))
+
+
+@pytest.mark.parametrize("options", [{"level": 1}, {"level": 3}, {"level": 2, "betas": (0.8, 0.99)}], ids=str)
+def test_limiter_goes_on_holding_back_as_much_as_it_did(options):
+    def shares(optimizer):
+        for p in parameters_of(optimizer):
+            m, v, norm = (optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "limiter_norm"))
+            yield norm / (m / (v.sqrt() + 1e-6)).norm()
+
+    source = run_of(level=2)
+    for state in source.state.values():
+        state["limiter_norm"] *= 0.3
+    taken = loaded(source.state_dict(), build(**options))
+    assert_close(shares(taken), shares(source), rtol=1e-12)
 
 
 def test_bias_correction_is_carried_over_to_other_betas():
