@@ -141,7 +141,7 @@ def _migrate(options: argparse.Namespace) -> int:
             state_dtype=_dtype(options.state_dtype),
             weight_rounding=options.weight_rounding,
             lr=options.lr,
-            betas=options.betas,
+            betas=options.betas and tuple(options.betas),
             eps=options.eps,
             weight_decay=options.weight_decay,
             scale=options.scale,
