@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gwt_kernels.migration import Migration, migrate, names_in
+from gwt_kernels.migration import Migration, is_state, migrate, names_in
 from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.param_groups import gwt_param_groups
@@ -103,12 +103,12 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
     Raises:
         ValueError: there is none, or more than one.
     """
-    found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if _is_state(payload) else {}
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if is_state(payload) else {}
     if not found and isinstance(payload, Mapping):
         for name, value in payload.items():
             members = enumerate(value) if isinstance(value, list | tuple) else ()  # as Lightning keeps them
-            found |= {(name, i): each for i, each in members if _is_state(each)}
-            found |= {(name,): value} if _is_state(value) else {}
+            found |= {(name, i): each for i, each in members if is_state(each)}
+            found |= {(name,): value} if is_state(value) else {}
     if key is not None:
         found = {place: state for place, state in found.items() if ".".join(map(str, place)) == key}
     if not found:
@@ -139,15 +139,6 @@ def write(path: Path, payload: Any) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("state"), Mapping)
-        and isinstance(value.get("param_groups"), list)
-        and all(isinstance(group, Mapping) and "params" in group for group in value["param_groups"])
-    )
 
 
 def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> Any:

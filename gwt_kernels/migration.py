@@ -18,7 +18,7 @@ from gwt_kernels.options import check_group
 from gwt_kernels.param_groups import clean_name
 from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape
 
-__all__ = ["Migrated", "Migration", "migrate", "names_in"]
+__all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
 _KNOWN = {"step", *MOMENTS, *SCALES, "limiter_norm", "weight_low", "max_exp_avg_sq"}
 
@@ -144,11 +144,29 @@ def migrate(
     return Migration({**optimizer.state_dict(), "state": made}, tuple(tensors))
 
 
+def is_state(value: object) -> bool:
+    """Whether this is what an optimizer's ``state_dict()`` returns, whatever the optimizer."""
+    if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
+        return False
+    states, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(states, Mapping)
+        and all(isinstance(state, Mapping) for state in states.values())
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+    )
+
+
 def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
     """The names of a state's parameters, group after group; None if it has none."""
     groups = state_dict["param_groups"]
     if any(group.get("param_names") is None for group in groups):
         return None
+    for own in (group["param_names"] for group in groups):
+        if not isinstance(own, list | tuple) or not all(isinstance(name, str) for name in own):
+            raise ValueError(
+                f"the state has the param_names {own!r}, which are no names: it is damaged; take another"
+            )
     return [name for group in groups for name in group["param_names"]]
 
 
@@ -158,11 +176,11 @@ def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
 def _sources(
     state_dict: Mapping[str, Any], names: nn.Module | Sequence[str] | None, keys: Mapping[str, str | None]
 ) -> list[_Source]:
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+    if not is_state(state_dict):
         found = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise ValueError(
-            f"no optimizer's state, which has 'state' and 'param_groups', but {found}: pass what state_dict() of "
-            f"an optimizer returned"
+            f"no optimizer's state, of which 'state' and 'param_groups' hold dicts, but {found}: pass what "
+            f"state_dict() of an optimizer returned"
         )
     groups, states = state_dict["param_groups"], state_dict["state"]
     members = [(group, key) for group in groups for key in group["params"]]
@@ -185,9 +203,15 @@ def _sources(
         )
     plain = [None] * len(members) if own is None else _plain(own)
     return [
-        _Source(name, group, {keys.get(k) or k: x for k, x in states.get(key, {}).items() if keys.get(k, k)})
+        _Source(name, group, _entries(states.get(key, {}), keys))
         for name, (group, key) in zip(plain, members, strict=True)
     ]
+
+
+def _entries(state: Mapping[str, Any], keys: Mapping[str, str | None]) -> dict[str, Any]:
+    """A parameter's state by the names that are used here, without what is to be left behind or is not there."""
+    named = ((keys.get(key, key), value) for key, value in state.items())
+    return {key: value for key, value in named if key is not None and value is not None}
 
 
 def _names_by_order(model: nn.Module, sizes: list[int]) -> list[str]:
@@ -283,7 +307,7 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     state = {"step": torch.tensor(step, dtype=torch.float64), **convert(source.state, old, new, width, factors)}
     notes = describe(old, new)
     if factors != (1.0, 1.0):
-        notes = {key: f"{note}; rescaled for the optimizer's betas" for key, note in notes.items()}
+        notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
     _check_finite(state, new)
 
     device = source.state["exp_avg"].device
@@ -346,13 +370,16 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             f"keys={{{unknown[0]!r}: None}}"
         )
     coded = form.dtype == torch.int8
-    needed = ("step", *MOMENTS, *(SCALES if coded else ()))
-    missing = [
-        key for key in needed if not isinstance(state.get(key), Tensor | float | int if key == "step" else Tensor)
-    ]
+    numbers = ("step", "limiter_norm")
+    needed = {"step", *MOMENTS, *(SCALES if coded else ())}
+    missing = sorted(
+        key for key in needed | state.keys()
+        if not isinstance(state.get(key), Tensor | float | int if key in numbers else Tensor)
+    )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p, {"level": form.level, "wavelet": form.wavelet})
+    shape = state_shape(p if p.dim() else p.view(1), {"level": form.level, "wavelet": form.wavelet})
+    shape = shape if p.dim() or form.level else ()
     dtypes = (torch.int8, torch.uint8) if coded else (form.dtype, form.dtype)
     shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": tuple(p.shape)}
     for key in shapes.keys() & state.keys():
@@ -362,15 +389,17 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
                 f"optimizer from the model that the state was made with"
             )
     found = tuple(cast(Tensor, state[key]).dtype for key in MOMENTS)
-    if found != dtypes or not (coded or form.dtype.is_floating_point):
-        raise ValueError(f"its moments are {found[0]} and {found[1]}: the state is damaged; take another")
+    dense = all(state[key].layout == torch.strided for key in MOMENTS)
+    if found != dtypes or not dense or not (coded or form.dtype.is_floating_point):
+        layouts = "" if dense else ", not dense"
+        raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
     if coded:
         check_state(
             {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros(())}, p,
             {"level": form.level, "wavelet": form.wavelet, "state_dtype": "int8", "norm_growth_limit": None},
             "its moments", SCALES,
         )  # fmt: skip
-    for key in ("step", "limiter_norm"):
+    for key in numbers:
         value = torch.as_tensor(state.get(key, 0.0))
         if value.numel() != 1 or not 0 <= float(value) < math.inf:
             raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
@@ -403,7 +432,13 @@ def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:
 
 def _other_bias(old: Any, new: tuple[float, float], step: float) -> tuple[float, float]:
     """What makes averages that began ``step`` steps ago as biased towards 0 as the optimizer takes them to be."""
-    if old is None or tuple(map(float, old)) == tuple(map(float, new)) or not step:
+    if old is None or not step:
+        return 1.0, 1.0
+    if not isinstance(old, list | tuple) or len(old) != 2 or not all(0 <= float(beta) < 1 for beta in old):
+        raise ValueError(
+            f"the betas of its state are {old!r}, not two numbers below 1: it is damaged; take another"
+        )
+    if tuple(map(float, old)) == tuple(map(float, new)):
         return 1.0, 1.0
     first, second = ((1 - float(b) ** step) / (1 - float(a) ** step) for a, b in zip(old, new, strict=True))
     return first, second

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
 from gwt_kernels.__main__ import main
+from gwt_kernels.checkpoints import read as read_checkpoint
 from gwt_kernels.checkpoints import write
 from tests.runs import assert_same_bits
 
@@ -211,7 +212,11 @@ class Trap:
 
 def truncated(folder, trained):
     path = file_of(folder, trained.state)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    whole = path.read_bytes()
+    for length in range(1, len(whole), len(whole) // 40):  # wherever it is cut
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut short"):
+            read_checkpoint(path)
     return path
 
 

@@ -337,6 +337,8 @@ REFUSED = {
         lambda: (spoilt("exp_avg_scale", lambda x: x[:-1], state_dtype="int8"), {}),
         (W, "exp_avg_scale", "(63,)", "(64,)"),
     ),
+    "names that are none": (wider, lambda: (option("param_names", 3), {}), ("param_names 3", "damaged")),
+    "betas of 1": (wider, lambda: (option("betas", (0.9, 1.0)), {}), ("betas", "1.0")),
     "NaN": (wider, lambda: (spoilt("exp_avg", lambda x: x.fill_(math.nan)), {}), (W, "exp_avg", "finite")),
     "squares below 0": (wider, lambda: (spoilt("exp_avg_sq", lambda x: -x), {}), (W, "exp_avg_sq", "below 0")),
     "a step of NaN": (wider, lambda: (spoilt("step", torch.tensor(math.nan)), {}), (W, "step", "nan")),
