@@ -18,7 +18,7 @@ from gwt_kernels.param_groups import gwt_param_groups
 
 __all__ = ["find_state", "migrate_file", "read", "write"]
 
-CARRIED = ("lr", "betas", "eps", "maximize", "seed")
+CARRIED = ("lr", "betas", "eps", "maximize", "seed", "max_grad_norm", "skip_nonfinite")
 """Options that go on as they are in the checkpoint unless another value is asked for."""
 
 

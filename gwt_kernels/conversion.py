@@ -152,7 +152,7 @@ def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
 def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
     if form.dtype != torch.int8:
         return {key: x.to(form.dtype).contiguous() for key, x in zip(MOMENTS, (m, v), strict=True)}
-    bits = torch.full(m.shape, NEAREST, dtype=torch.int64, device=m.device)
+    bits = torch.full(m.shape, NEAREST, dtype=torch.int32, device=m.device)
     first, first_scale = encode_first(m.float(), bits, form.level)
     second, second_scale = encode_second(v.float(), bits, form.level)
     coded: tuple[Any, ...] = (first, second, first_scale, second_scale)

@@ -59,7 +59,10 @@ def with_option(key, value):
 MIGRATE = "gwt_kernels.migrate"  # the remedy that an error names
 
 MISFITS = {
-    "another level": (lambda: trained(level=1).state_dict(), ("level=1", "level=2", "build the optimizer", MIGRATE)),
+    "another level": (
+        lambda: trained(level=1).state_dict(),
+        ("level=1", "level=2", "build the optimizer", MIGRATE),
+    ),
     "level 0": (lambda: trained(level=0).state_dict(), ("level=0", "level=2", MIGRATE)),
     "another shape": (
         lambda: trained([(4, 8), (3, 9), (2, 3, 5)]).state_dict(),
@@ -72,7 +75,10 @@ MISFITS = {
         lambda: trained(state_dtype=torch.float64).state_dict(),
         ("state_dtype='float64'", "None", MIGRATE),
     ),
-    "float64 moments": (lambda: trained(dtype=torch.float64).state_dict(), ("torch.float64", "torch.float32", MIGRATE)),
+    "float64 moments": (
+        lambda: trained(dtype=torch.float64).state_dict(),
+        ("torch.float64", "torch.float32", MIGRATE),
+    ),
     "fewer parameters": (lambda: trained(SHAPES[:2]).state_dict(), ("[2]", "[3]", "the same model")),
     "another number of groups": (
         lambda: GWTAdamW([{"params": parameters([s])} for s in SHAPES]).state_dict(),
