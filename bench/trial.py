@@ -82,7 +82,7 @@ class Trial(NamedTuple):
         return getattr(self.optimizer, "max_grad_norm", None) is not None
 
     def clipped_step(self) -> None:
-        """What a training loop that clips does: the framework's own function, then the step, or a step that clips."""
+        """What a training loop that clips does: the framework's own function and a step, or a step that clips."""
         if self.clips:
             self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -1,8 +1,9 @@
 """Adam with moments on the wavelet approximation of each gradient (GWT), fused into one pass per step."""
 
 from gwt_kernels.haar import haar_dwt, haar_idwt
+from gwt_kernels.migration import migrate
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.param_groups import gwt_param_groups
 from gwt_kernels.release import release_gradients
 
-__all__ = ["GWTAdamW", "gwt_param_groups", "haar_dwt", "haar_idwt", "release_gradients"]
+__all__ = ["GWTAdamW", "gwt_param_groups", "haar_dwt", "haar_idwt", "migrate", "release_gradients"]

@@ -8,6 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["main"]
 
@@ -31,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "literal algorithm. Without a CUDA device the Triton kernels are checked through Triton's interpreter.",
     )
     _add_plan(commands)
+    _add_migrate(commands)
     options = parser.parse_args(arguments)
-    return _plan(options) if options.command == "plan" else _doctor()
+    if options.command == "doctor":
+        return _doctor()
+    return _plan(options) if options.command == "plan" else _migrate(options)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,21 +53,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add = parser.add_argument
     add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_70b")
-    add("--level", type=int, default=2, help="levels of the transform (default: 2)")
-    add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
-        "(default: the configuration's, or bf16)")  # fmt: skip
-    add(
-        "--state-dtype",
-        choices=[*DTYPES, "int8"],
-        metavar="DTYPE",
-        help="of the moments, int8 too (default: the optimizer's)",
-    )
-    add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
-    add("--no-limiter", action="store_true", help="plan for norm_growth_limit=None")
-    add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
-    add(
-        "--exclude", action="append", metavar="RE", help="leave parameters of this name at level 0; may be repeated"
-    )
+    _add_options(parser)
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--bandwidth",
@@ -71,26 +65,117 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--verbose", action="store_true", help="a row for every parameter, not one for all layers")
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "migrate",
+        help="a checkpoint of AdamW, or of other options, as one that GWTAdamW loads",
+        description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW over the groups "
+        "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps and "
+        "weight decay are the checkpoint's unless given. Nothing in the file is executed.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="what torch.save wrote: the optimizer's state, or a dict that holds it")
+    add(
+        "--config",
+        required=True,
+        metavar="MODEL",
+        help="a Hugging Face config.json, a folder with one, or a preset",
+    )
+    add("--out", required=True, metavar="FILE", help="to write; must not exist")
+    _add_options(parser)
+    add("--weight-rounding", choices=("nearest", "stochastic", "split"), help="as for GWTAdamW")
+    for number in ("--lr", "--eps", "--weight-decay"):
+        add(number, type=float, metavar="X", help="default: the checkpoint's")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="default: the checkpoint's")
+    add("--scale", type=float, metavar="X", help="default: the checkpoint's, or 0.25")
+    add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
+    add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
+        "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
+    add("--key", help="where in the file the state is, if in several places")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """What the commands that build an optimizer have in common."""
+    add = parser.add_argument
+    add("--level", type=int, default=2, help="levels of the transform (default: 2)")
+    add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
+        "(default: the configuration's, or bf16)")  # fmt: skip
+    add(
+        "--state-dtype",
+        choices=[*DTYPES, "int8"],
+        metavar="DTYPE",
+        help="of the moments, int8 too (default: the optimizer's)",
+    )
+    add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
+    add("--no-limiter", action="store_true", help="norm_growth_limit=None")
+    add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
+    add(
+        "--exclude", action="append", metavar="RE", help="leave parameters of this name at level 0; may be repeated"
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
+    return None if name is None else getattr(torch, DTYPES.get(name, name))
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from gwt_kernels.checkpoints import migrate_file
+
+    out, checkpoint = Path(options.out), Path(options.checkpoint)
+    try:
+        migration = migrate_file(
+            checkpoint,
+            out,
+            options.config,
+            level=options.level,
+            dtype=_dtype(options.dtype),
+            include=options.include,
+            exclude=options.exclude,
+            names=None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
+            renamed=_renamed(options.rename or ()),
+            key=options.key,
+            rule=options.rule,
+            norm_growth_limit=None if options.no_limiter else "published",
+            state_dtype=_dtype(options.state_dtype),
+            weight_rounding=options.weight_rounding,
+            lr=options.lr,
+            betas=options.betas and tuple(options.betas),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            scale=options.scale,
+        )
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"gwt-kernels migrate: {error}", file=sys.stderr)
+        return 2
+    print(migration)
+    print(f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {checkpoint.stat().st_size:,} bytes, unchanged")
+    return 0
+
+
+def _renamed(pairs: Sequence[str]) -> dict[str, str | None]:
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (old, equals, _) in zip(pairs, split, strict=True) if not (old and equals)]:
+        raise ValueError(f"--rename {wrong[0]!r} is not OLD=NEW, such as norm=limiter_norm")
+    return {old: new or None for old, _, new in split}
+
+
+def _plan(options: argparse.Namespace) -> int:
     from gwt_kernels.plan import measure_bandwidth, parse_bandwidth, plan
     from gwt_kernels.plan_text import render
-
-    def dtype(name: str | None) -> torch.dtype | None:
-        return None if name is None else getattr(torch, DTYPES.get(name, name))
 
     try:
         bandwidth = parse_bandwidth(options.bandwidth) if options.bandwidth else None
         planned = plan(
             options.model,
             level=options.level,
-            state_dtype=dtype(options.state_dtype),
+            state_dtype=_dtype(options.state_dtype),
             rule=options.rule,
             norm_growth_limit=None if options.no_limiter else "published",
             include=options.include,
             exclude=options.exclude,
-            dtype=dtype(options.dtype),
+            dtype=_dtype(options.dtype),
             bandwidth=measure_bandwidth() if options.measure else bandwidth,
         )
         if planned.too_narrow and not any(entry.level for entry in planned.entries):

@@ -634,23 +634,28 @@ def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> di
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
-            f"{[len(g['params']) for g in groups]}: build the optimizer from the same model and groups"
+            f"{[len(g['params']) for g in groups]}: build the optimizer from the same model and groups, or "
+            f"convert the state with gwt_kernels.migrate"
         )
     set_aside: dict[Any, Any] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         for option in STRUCTURAL:
             if option not in saved:
-                raise ValueError(f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW")
+                raise ValueError(
+                    f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW; gwt_kernels.migrate "
+                    f"takes over an AdamW's"
+                )
             if saved[option] != group[option]:
                 raise ValueError(
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
-                    f"{option}={group[option]!r}: build the optimizer with the state's value"
+                    f"{option}={group[option]!r}: build the optimizer with the state's value, or convert the state "
+                    f"with gwt_kernels.migrate"
                 )
         if (saved.get("weight_rounding") == "split") != (group["weight_rounding"] == "split"):
             raise ValueError(
                 f"group {i} of the state has weight_rounding={saved.get('weight_rounding')!r}, the optimizer "
                 f"weight_rounding={group['weight_rounding']!r}: with 'split' half of each weight is in the state, "
-                f"so build the optimizer with the state's value"
+                f"so build the optimizer with the state's value, or convert the state with gwt_kernels.migrate"
             )
         options = {**optimizer.defaults, **saved, "backend": group["backend"]}
         check_group(options)

@@ -248,7 +248,7 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
     """Map each parameter, in the model's order, to every place that registers it, named without wrappers."""
     while (inner := _wrapped(model)) is not None:
         model = inner
-    modules = [(_clean(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+    modules = [(clean_name(name), module) for name, module in model.named_modules(remove_duplicate=False)]
     children: dict[str, set[str]] = defaultdict(set)
     for name, _ in modules:
         parent, _, child = name.rpartition(".")
@@ -270,7 +270,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

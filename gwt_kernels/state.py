@@ -26,6 +26,7 @@ __all__ = [
     "is_quantized",
     "moment_dtypes",
     "state_keys",
+    "state_shape",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,7 +48,7 @@ def is_quantized(p: Tensor, group: Mapping[str, Any]) -> bool:
     return (
         group["state_dtype"] == "int8"
         and group["level"] <= DEEPEST_QUANTIZED
-        and math.prod(_state_shape(p, group)) >= SMALLEST_QUANTIZED
+        and math.prod(state_shape(p, group)) >= SMALLEST_QUANTIZED
     )
 
 
@@ -71,7 +72,7 @@ def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
 def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
     """Make the state of a first step; of a later one, what an option turned on since then needs."""
     if not state:
-        shape = _state_shape(p, group)
+        shape = state_shape(p, group)
         moments = {
             key: torch.zeros(shape, dtype=dtype, device=p.device)
             for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
@@ -97,17 +98,18 @@ def check_state(
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
-    shape = _state_shape(p, group)
+    shape = state_shape(p, group)
     for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True):
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
-                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with"
+                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with, "
+                f"or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
             raise ValueError(
-                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: "
-                f"give it state_dtype={state[key].dtype}, or convert the state"
+                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: give it "
+                f"state_dtype={state[key].dtype}, or convert the state with gwt_kernels.migrate"
             )
     for key in [key for key in SCALES if key in state]:
         if not is_quantized(p, group):
@@ -126,7 +128,7 @@ def check_state(
         if group["weight_rounding"] != "split":
             raise ValueError(
                 f"the state of {name} has weight_low, half of each float32 weight, which the optimizer would drop: "
-                f"give it weight_rounding='split', or remove weight_low from the state"
+                f"give it weight_rounding='split', or let gwt_kernels.migrate drop it"
             )
         if state["weight_low"].shape != p.shape or state["weight_low"].dtype != torch.int16:
             raise ValueError(
@@ -136,7 +138,7 @@ def check_state(
     if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
         raise ValueError(
             f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
-            f"convert it"
+            f"convert the state with gwt_kernels.migrate"
         )
     if not 0 <= float(state["step"]) < math.inf:
         raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
@@ -160,14 +162,15 @@ def exact_copy(name: str, value: Any, p: Tensor) -> Any:
     return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
 
 
-def _state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the moments of a parameter."""
     if group["level"] == 0:
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
 
 
 def _quanta(p: Tensor, group: Mapping[str, Any]) -> int:
-    return -(-math.prod(_state_shape(p, group)) // quantum(group["level"]))
+    return -(-math.prod(state_shape(p, group)) // quantum(group["level"]))
 
 
 def _norm_dtype(p: Tensor) -> torch.dtype:

@@ -40,7 +40,7 @@ def rounded(x: Tensor, dtype: torch.dtype, t: int, key: int, what: str = "weight
         bits = random_halves(0, n, t, key, on)
     else:
         words = random_words(0, n, t, key, on)
-        bits = words & 0xFFFF if what == "exp_avg" else words >> 16
+        bits = words & 0xFFFF if what == "exp_avg" else words >> 16 & 0xFFFF
     return round_at_random(x.detach().cpu(), bits.view(x.shape), dtype)
 
 

@@ -56,39 +56,47 @@ def with_option(key, value):
     return lambda sd: sd["param_groups"][0].update({key: value})
 
 
+MIGRATE = "gwt_kernels.migrate"  # the remedy that an error names
+
 MISFITS = {
-    "another level": (lambda: trained(level=1).state_dict(), ("level=1", "level=2", "build the optimizer")),
-    "level 0": (lambda: trained(level=0).state_dict(), ("level=0", "level=2")),
+    "another level": (
+        lambda: trained(level=1).state_dict(),
+        ("level=1", "level=2", "build the optimizer", MIGRATE),
+    ),
+    "level 0": (lambda: trained(level=0).state_dict(), ("level=0", "level=2", MIGRATE)),
     "another shape": (
         lambda: trained([(4, 8), (3, 9), (2, 3, 5)]).state_dict(),
         ("(3, 3)", "(3, 2)", "parameter 1"),
     ),
     "more rows": (lambda: trained([(5, 8), *SHAPES[1:]]).state_dict(), ("(5, 2)", "(4, 2)", "parameter 0")),
-    "another wavelet": (lambda: trained(wavelet="db2").state_dict(), ("wavelet='db2'", "wavelet='haar'")),
+    "another wavelet": (lambda: trained(wavelet="db2").state_dict(), ("wavelet='db2'", "wavelet='haar'", MIGRATE)),
     "another rule": (lambda: changed(with_option("rule", "other")), ("rule='other'", "rule='gwt'")),
     "another state_dtype": (
         lambda: trained(state_dtype=torch.float64).state_dict(),
-        ("state_dtype='float64'", "None"),
+        ("state_dtype='float64'", "None", MIGRATE),
     ),
-    "float64 moments": (lambda: trained(dtype=torch.float64).state_dict(), ("torch.float64", "torch.float32")),
+    "float64 moments": (
+        lambda: trained(dtype=torch.float64).state_dict(),
+        ("torch.float64", "torch.float32", MIGRATE),
+    ),
     "fewer parameters": (lambda: trained(SHAPES[:2]).state_dict(), ("[2]", "[3]", "the same model")),
     "another number of groups": (
         lambda: GWTAdamW([{"params": parameters([s])} for s in SHAPES]).state_dict(),
-        ("[1, 1, 1]", "[3]"),
+        ("[1, 1, 1]", "[3]", MIGRATE),
     ),
-    "torch.optim.AdamW's": (torch_adamw, ("level", "not saved by GWTAdamW")),
+    "torch.optim.AdamW's": (torch_adamw, ("level", "not saved by GWTAdamW", MIGRATE)),
     "a model's": (lambda: nn.Linear(2, 2).state_dict(), ("weight", "param_groups", "GWTAdamW.state_dict()")),
     "the folded rule's": (
         lambda: trained(rule="foam").state_dict(),
-        ("rule='foam'", "rule='gwt'", "state's value"),
+        ("rule='foam'", "rule='gwt'", "state's value", MIGRATE),
     ),
     "bfloat16 moments asked for": (
         lambda: trained(state_dtype=torch.bfloat16).state_dict(),
-        ("state_dtype='bfloat16'", "None", "state's value"),
+        ("state_dtype='bfloat16'", "None", "state's value", MIGRATE),
     ),
     "halves of weights": (
         lambda: changed(with_value("weight_low", torch.zeros(3, 6, dtype=torch.int16))),
-        ("weight_low", "parameter 1 of group 0", "weight_rounding='split'"),
+        ("weight_low", "parameter 1 of group 0", "weight_rounding='split'", MIGRATE),
     ),
     "an unknown rounding": (lambda: changed(with_option("weight_rounding", "up")), ("weight_rounding", "'up'")),
     "a bad seed": (lambda: changed(with_option("seed", -5)), ("seed", "-5")),
@@ -98,11 +106,11 @@ MISFITS = {
     "a number as moment": (lambda: changed(with_value("exp_avg_sq", 1.0)), ("exp_avg_sq",)),
     "bfloat16 moments": (
         lambda: changed(with_value("exp_avg", torch.zeros(3, 2, dtype=torch.bfloat16))),
-        ("torch.bfloat16", "exp_avg"),
+        ("torch.bfloat16", "exp_avg", MIGRATE),
     ),
     "a float64 norm": (
         lambda: changed(with_value("limiter_norm", torch.zeros((), dtype=torch.float64))),
-        ("limiter_norm", "float64"),
+        ("limiter_norm", "float64", MIGRATE),
     ),
     "a norm per row": (
         lambda: changed(with_value("limiter_norm", torch.zeros(3))),

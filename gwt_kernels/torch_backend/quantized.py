@@ -21,50 +21,66 @@ _FIRST = 127 * 127  # largest code to its power
 _SECOND = 255**4
 
 
-def scales_of(x: Tensor, level: int) -> Tensor:
-    """The largest magnitude of each quantum of a flattened tensor."""
-    size = quantum(level)
-    flat = x.reshape(-1).abs()
-    return F.pad(flat, (0, -flat.numel() % size)).view(-1, size).amax(dim=1)
-
-
-def _spread(scales: Tensor, like: Tensor, level: int) -> Tensor:
-    return scales.repeat_interleave(quantum(level))[: like.numel()].view(like.shape)
-
-
 def decode_first(codes: Tensor, scales: Tensor, level: int) -> Tensor:
     """float32 ``exp_avg`` from int8 codes and the scales of their quanta."""
-    c = codes.to(torch.float32)
-    return c * c.abs() * (1 / _FIRST) * _spread(scales, codes, level)
+    c = _quanta(codes, level).to(torch.float32)
+    return _like(codes, c.mul_(c.abs()).mul_(1 / _FIRST).mul_(scales.unsqueeze(1)))
 
 
 def decode_second(codes: Tensor, scales: Tensor, level: int) -> Tensor:
     """float32 ``exp_avg_sq`` from uint8 codes and the scales of their quanta."""
-    c = codes.to(torch.float32)
-    root = c * c * (1 / 65025)
-    return root * root * _spread(scales, codes, level)
+    c = _quanta(codes, level).to(torch.float32)
+    return _like(codes, c.square_().mul_(1 / 65025).square_().mul_(scales.unsqueeze(1)))
 
 
 def encode_first(m: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """int8 codes and scales of ``m`` (float32), rounded by 16 random ``bits`` for each."""
-    scales = scales_of(m, level)
-    z = _fraction(m.abs(), _spread(scales, m, level)).mul_(_FIRST * 65536.0).to(torch.int64)
-    c = (z >> 16).to(torch.float32).sqrt_().to(torch.int64)
-    up = bits * (2 * c + 1) < z - (c * c << 16)
-    return ((c + up) * m.sign().to(torch.int64)).to(torch.int8), scales
+    """int8 codes and scales of ``m`` (float32), rounded by 16 random ``bits`` (int32) for each."""
+    quanta, bits = _quanta(m, level), _quanta(bits, level)
+    z, scales = _fractions(quanta.abs())
+    z = z.mul_(_FIRST * 65536.0).to(torch.int32)
+    c = z.bitwise_right_shift(16).to(torch.float32).sqrt_().to(torch.int32)
+    # bits * (2*c + 1) < z - c**2 * 65536
+    up = torch.addcmul(bits, torch.add(bits, c, alpha=0x8000), c, value=2).lt_(z)
+    c.add_(up).mul_(quanta.sign().to(torch.int32))
+    return _like(m, c.to(torch.int8)), scales
 
 
 def encode_second(v: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """uint8 codes and scales of ``v`` (float32, at least 0), rounded by 16 random ``bits`` for each."""
-    scales = scales_of(v, level)
-    z = _fraction(v, _spread(scales, v, level)).mul_(float(_SECOND))
-    c = z.sqrt().sqrt_().to(torch.int64)
-    z = z.to(torch.int64)
-    c -= (c**4 > z).to(torch.int64)  # roots round
-    low, high = c**4, (c + 1) ** 4
-    up = bits * (high - low) >> 16 < z - low
-    return torch.where(v > 0, (c + up).clamp_(1, 255), 0).to(torch.uint8), scales
+    """uint8 codes and scales of ``v`` (float32, at least 0), rounded by 16 random ``bits`` (int32) for each."""
+    quanta, bits = _quanta(v, level), _quanta(bits, level)
+    z, scales = _fractions(quanta)
+    z = z.mul_(float(_SECOND))
+    c = z.sqrt().sqrt_().to(torch.int32)
+    z = z.to(torch.int64).to(torch.int32)  # modulo 2**32, as all below: what is compared is small
+    c.sub_(_fourth(c).sub_(z).gt_(0))  # roots round
+    low = _fourth(c)
+    gap = _fourth(c + 1).sub_(low)
+    # bits * gap >> 16, where the product has 42 bits
+    draw = gap.bitwise_and(0xFFFF).mul_(bits).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    draw.addcmul_(gap.bitwise_right_shift_(16), bits)
+    c.add_(draw.lt_(z.sub_(low)))
+    c = torch.maximum(c, quanta.sign().to(torch.int32))  # 1 at least, but for an exact zero
+    return _like(v, c.to(torch.uint8)), scales
 
 
-def _fraction(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, x / scale, 0.0)
+def _quanta(x: Tensor, level: int) -> Tensor:
+    """A tensor flattened and cut into quanta ``[n, quantum]``, with zeros beyond its end."""
+    size, flat = quantum(level), x.reshape(-1)
+    missing = -flat.numel() % size
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, size)
+
+
+def _like(x: Tensor, quanta: Tensor) -> Tensor:
+    """The elements of ``quanta`` in the shape of ``x``."""
+    return quanta.view(-1)[: x.numel()].view(x.shape)
+
+
+def _fractions(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes ``[n, quantum]`` over their quantum's largest, and the largest ``[n]``."""
+    scales = magnitudes.amax(dim=1)
+    return (magnitudes / scales.unsqueeze(1)).nan_to_num_(nan=0.0), scales
+
+
+def _fourth(c: Tensor) -> Tensor:
+    square = c * c
+    return square.mul_(square)

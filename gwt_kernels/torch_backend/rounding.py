@@ -8,12 +8,16 @@ coefficient, of which the lower half serves ``exp_avg`` and the upper half ``exp
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "MOMENTS",
     "WEIGHTS",
+    "blocks",
     "join_low",
     "philox",
     "random_halves",
@@ -24,53 +28,63 @@ __all__ = [
 
 WEIGHTS, MOMENTS = 0, 1  # purposes
 ROUNDS = 7
-BLOCK = 1 << 14  # calls
+CALLS = 1 << 15  # at once by a thread: their words stay in its caches, and PyTorch gives a thread no fewer
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 _LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
-_NAN = 0x7FC00000
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 random bits, as int64, for each of ``calls`` (int64, at least 0)."""
-    c0, c1 = calls & _MASK, calls >> 32
-    c2, c3 = torch.full_like(calls, step & _MASK), torch.full_like(calls, purpose)
+    """Four words of 32 random bits for each of ``calls`` (int64, at least 0), as int64."""
+    c0, c1, c2, c3, spare = calls.new_empty(5, calls.numel())
+    torch.bitwise_and(calls, _MASK, out=c0)
+    torch.bitwise_right_shift(calls, 32, out=c1)
+    c2.fill_(step & _MASK)
+    c3.fill_(purpose)
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(ROUNDS):
-        low = c0.mul_(_MULTIPLIERS[0])  # 64 bits, of which the sign does not matter
-        high = c2.mul_(_MULTIPLIERS[1])
-        c0 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        c2 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3 = high, low  # their upper halves go at the next mask
+        low, high = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])  # 64 bits, of which the sign does not matter
+        c0 = torch.bitwise_right_shift(high, 32, out=spare).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        # The old c1 is not needed any more, nor then c3: their memory takes what comes next.
+        c2 = torch.bitwise_right_shift(low, 32, out=c1).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3, spare = high, low, c3
         k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-    return c0, c1 & _MASK, c2, c3 & _MASK
+    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+
+
+def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
+    """Parts of ``n`` elements, of which a call serves ``per_call``: for no more scratch memory than caches take."""
+    size = per_call * CALLS * torch.get_num_threads() if device.type == "cpu" else max(1, n)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
-    """The words of the calls from ``first`` to before ``stop``: int32 ``[calls, 4]``, block by block."""
+    """The words of the calls from ``first`` to before ``stop``, in their order: int32 ``[4 * calls]``."""
     words = torch.empty(stop - first, 4, dtype=torch.int32, device=device)
-    block = BLOCK if device.type == "cpu" else max(1, stop - first)
-    for start in range(first, stop, block):
-        end = min(start + block, stop)
-        calls = torch.arange(start, end, device=device)
-        for i, word in enumerate(philox(calls, step, purpose, key)):
-            words[start - first : end - first, i] = word
-    return words
+    for i, word in enumerate(philox(torch.arange(first, stop, device=device), step, purpose, key)):
+        words[:, i] = word
+    return words.view(-1)
 
 
 def random_words(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
-    """32 random bits for each of the moment coefficients ``first`` to ``first + n - 1``: int64 ``[n]``."""
-    words = _draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device).view(-1)
-    return words[first % 4 : first % 4 + n].to(torch.int64).bitwise_and_(_MASK)
+    """32 random bits, as int32, for each of the moment coefficients ``first`` to ``first + n - 1``: ``[n]``."""
+    words = _draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device)
+    return words[first % 4 : first % 4 + n]
 
 
 def random_halves(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
-    """16 random bits for each of the weights ``first`` to ``first + n - 1``: int32 ``[n]``."""
+    """16 random bits, as int32, for each of the weights ``first`` to ``first + n - 1``: ``[n]``."""
     words = _draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device)
-    halves = torch.stack((words, words >> 16), dim=-1).bitwise_and_(0xFFFF).view(-1)
-    return halves[first % 8 : first % 8 + n]
+    halves = words.view(torch.int16)  # the lower half first, as in the memory of every machine that runs this
+    return halves[first % 8 : first % 8 + n].to(torch.int32).bitwise_and_(0xFFFF)
+
+
+# Below, numbers of 0 and 1 stand for conditions: on a CPU torch.where and tensors of bool cost several times as
+# much as arithmetic.
 
 
 def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,32 +92,39 @@ def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         x: float32.
-        bits: 16 random bits for each element, integers of ``x``'s shape.
+        bits: 16 random bits for each element, int32 of ``x``'s shape.
         dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
     """
     if dtype == torch.bfloat16:
-        raw = x.view(torch.int32)
-        noise = torch.where((raw & 0x7FFFFFFF) < _LARGEST_BF16, bits.to(torch.int32), 0)
-        raw = torch.where(x.isnan(), _NAN, raw + noise)
-        return (raw >> 16).to(torch.int16).view(torch.bfloat16)
+        raw = _one_nan(x).view(torch.int32)
+        below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
+        raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
+        return raw.to(torch.int16).view(torch.bfloat16)
     # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
-    magnitude = x.abs().clamp(max=65504.0)
-    exponent = (magnitude.view(torch.int32) >> 23).clamp(min=113)
-    per_unit = ((264 - exponent) << 23).view(torch.float32)
-    units = magnitude * per_unit
-    whole = units.floor()
-    up = bits.to(torch.float32) < (units - whole) * 65536.0
-    rounded = (whole + up) / per_unit
-    return torch.where(x.isfinite(), rounded.copysign(x), x).to(torch.float16)
+    size = x.abs()
+    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else
+    size.clamp_(max=65504.0)
+    exponent = size.view(torch.int32).bitwise_right_shift(23).clamp_(min=113)
+    per_unit = exponent.neg_().add_(264).bitwise_left_shift_(23).view(torch.float32)
+    size.mul_(per_unit)
+    whole = size.floor()
+    up = bits.to(torch.float32).lt_(size.sub_(whole).mul_(65536.0))
+    return whole.add_(up).div_(per_unit).maximum(infinite).copysign_(x).to(torch.float16)
 
 
 def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
-    raw = torch.where(x.isnan(), _NAN, x.view(torch.int32))
-    high = (raw + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (raw - (high << 16)).to(torch.int16)
+    raw = _one_nan(x).view(torch.int32)
+    high = raw.add(0x8000).bitwise_right_shift_(16)
+    # The lower 16 bits as a signed number are negative just where the upper ones were rounded up.
+    return high.to(torch.int16).view(torch.bfloat16), raw.to(torch.int16)
+
+
+def _one_nan(x: Tensor) -> Tensor:
+    """A copy with the NaN of bits ``0x7FC00000`` for every NaN, so that half of the bits are one too."""
+    return torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
 def join_low(weight: Tensor, low: Tensor) -> Tensor:
     """The float32 that :func:`split_low` made two tensors of."""
-    return ((weight.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    return weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low).view(torch.float32)

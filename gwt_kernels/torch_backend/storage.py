@@ -7,9 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import Rounding
+from gwt_kernels.hyper import Rounding, quantum
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
-from gwt_kernels.torch_backend.rounding import join_low, random_halves, random_words, round_at_random, split_low
+from gwt_kernels.torch_backend.rounding import (
+    blocks,
+    join_low,
+    random_halves,
+    random_words,
+    round_at_random,
+    split_low,
+)
 
 __all__ = ["Chunk", "Storage"]
 
@@ -57,18 +64,22 @@ class Storage(NamedTuple):
             _copy(chunk.m, m)
             _copy(chunk.v, v)
             return
-        words = random_words(chunk.first_coefficient, m.numel(), self.step, self.key, m.device).view(m.shape)
-        if chunk.scales is None:
-            chunk.m.copy_(round_at_random(m.float(), words & 0xFFFF, torch.bfloat16))
-            chunk.v.copy_(round_at_random(v.float(), words >> 16, torch.bfloat16))
-            return
-        for encode, moment, bits, codes, scales in (
-            (encode_first, m, words & 0xFFFF, chunk.m, chunk.scales[0]),
-            (encode_second, v, words >> 16, chunk.v, chunk.scales[1]),
-        ):
-            encoded, new_scales = encode(moment.float(), bits, self.level)
-            codes.copy_(encoded)
-            scales.copy_(new_scales)
+        first, second = (torch.empty(x.numel(), dtype=x.dtype, device=x.device) for x in (chunk.m, chunk.v))
+        m, v = m.float().reshape(-1), v.float().reshape(-1)
+        for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
+            start = chunk.first_coefficient + part.start
+            words = random_words(start, part.stop - part.start, self.step, self.key, m.device)
+            bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
+            if chunk.scales is None:
+                first[part] = round_at_random(m[part], bits[0], torch.bfloat16)
+                second[part] = round_at_random(v[part], bits[1], torch.bfloat16)
+            else:
+                q = quantum(self.level)
+                quanta = slice(part.start // q, -(-part.stop // q))
+                first[part], chunk.scales[0][quanta] = encode_first(m[part], bits[0], self.level)
+                second[part], chunk.scales[1][quanta] = encode_second(v[part], bits[1], self.level)
+        chunk.m.copy_(first.view(chunk.m.shape))
+        chunk.v.copy_(second.view(chunk.v.shape))
 
     def store_weights(self, chunk: Chunk, p: Tensor) -> None:
         if chunk.low is not None:
@@ -76,8 +87,13 @@ class Storage(NamedTuple):
             chunk.p.copy_(weights)
             chunk.low.copy_(low)
         elif self.rounding == "stochastic":
-            halves = random_halves(chunk.first, p.numel(), self.step, self.key, p.device).view(p.shape)
-            chunk.p.copy_(round_at_random(p.float(), halves, chunk.p.dtype))
+            flat = p.float().reshape(-1)
+            rounded = torch.empty(flat.numel(), dtype=chunk.p.dtype, device=p.device)
+            for part in blocks(flat.numel(), 8, p.device):
+                start = chunk.first + part.start
+                bits = random_halves(start, part.stop - part.start, self.step, self.key, p.device)
+                rounded[part] = round_at_random(flat[part], bits, chunk.p.dtype)
+            chunk.p.copy_(rounded.view(chunk.p.shape))
         else:
             _copy(chunk.p, p)
 

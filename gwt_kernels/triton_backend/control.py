@@ -102,7 +102,7 @@ def decide_kernel(
     tl.store(control_ptr + 2, norm)
 
 
-@triton.jit(do_not_specialize=["n_tensors"])
+@triton.jit(do_not_specialize=["n_tensors", "steps_ptr"])
 def rows_kernel(
     addresses_ptr,
     constants_ptr,

@@ -191,6 +191,7 @@ class Launch:
         table += array("q", self._own(counts)).tobytes() if counts else b""
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         watched = array("q", self._own(observed)).tobytes() if observed else b""
+        watched += bytes(-len(watched) % 16)
         pieces = [table, watched, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
         sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
         pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
@@ -224,9 +225,9 @@ class Launch:
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
-            rows_sent = sent[len(table) : len(table) + len(watched)].view(torch.int64)
+            observed_rows = sent[len(table) : len(table) + len(watched)].view(torch.int64)
             observe_kernel[(self.n,)](
-                self.layout, rows_sent, scalar_table, factors, sums, self.n, self.n_tiles,
+                self.layout, observed_rows, scalar_table, factors, sums, self.n, self.n_tiles,
                 BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
             )  # fmt: skip
 

@@ -1,0 +1,159 @@
+"""One tensor's moments from one level, rule, wavelet and dtype to another, and what of that is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.hyper import Rule
+from gwt_kernels.state import MOMENTS, SCALES
+from gwt_kernels.torch_backend.literal import filter_bank, wavedec
+from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
+
+__all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
+
+NEAREST = 1 << 15
+"""The 16 random bits with which the step's own encoder of int8 moments rounds to the nearest code."""
+
+
+class Form(NamedTuple):
+    """What the moments of a tensor are averages of, and how they are kept."""
+
+    level: int
+    rule: Rule
+    wavelet: str
+    dtype: torch.dtype
+    """Of ``exp_avg``."""
+
+    @property
+    def kind(self) -> tuple[int, Rule, str]:
+        """What the moments are averages of."""
+        return self[:3]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.level == 0:
+            return f"AdamW, {dtype}"
+        wavelet = "" if self.wavelet == "haar" else f"{self.wavelet} "
+        return f"{self.rule} {wavelet}level {self.level}, {dtype}"
+
+
+def form_of(level: int, rule: Rule, wavelet: str, dtype: torch.dtype) -> Form:
+    """A form, in which all rules and wavelets of level 0 are one."""
+    return Form(level, rule, wavelet, dtype) if level else Form(0, "gwt", "haar", dtype)
+
+
+def convert(
+    state: Mapping[str, Tensor], old: Form, new: Form, width: int, factors: tuple[float, float] = (1.0, 1.0)
+) -> dict[str, Tensor]:
+    """The moments of a state in another form, with their scales where they are codes.
+
+    With ``mu`` the average that belongs to the mean of a block of ``2**level`` neighbours (``exp_avg`` of
+    ``rule="foam"`` and of level 0; ``exp_avg / sqrt(2**level)`` of ``rule="gwt"``), a higher level's ``mu`` is the
+    mean of its parts, zeros beyond a row's end among them. A lower level's is unknown but for its mean, and becomes
+    that, with the details taken as zero: of all averages with this mean the one of least norm. ``exp_avg_sq`` goes
+    the same way under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so that its square has
+    the expectation of the mean of the elements' squares if they are uncorrelated. With another orthogonal wavelet,
+    ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter.
+
+    Args:
+        state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and where they are codes their scales.
+        old: Of ``state``.
+        new: Wanted.
+        width: Last dimension of the parameter.
+        factors: On the two moments.
+
+    Raises:
+        ValueError: no average of the old form says anything of the new one.
+    """
+    if (old, factors) == (new, (1.0, 1.0)):
+        return {key: state[key].detach().clone() for key in (*MOMENTS, *SCALES) if key in state}
+    moments = _carry(*_decoded(state, old), old, new, width)
+    return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
+
+
+def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
+    """``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
+    m, v = _decoded(state, form)
+    return float((m / (v.sqrt() + eps)).nan_to_num().square().sum().sqrt())  # 0 / 0 where eps is 0
+
+
+def describe(old: Form, new: Form) -> dict[str, str]:
+    """For either moment whether :func:`convert` is exact, and the way that it goes."""
+    raised = new.level >= old.level
+    if old.kind == new.kind:
+        first = second = "exact"
+    elif raised:
+        first = "exact: " + ("the same average in another unit" if old.level == new.level else "sums of blocks")
+        of_elements = old.level == 0 or old.rule == "foam"
+        if new.rule == "foam" and of_elements:
+            second = "exact: the mean of its blocks"
+        else:
+            what = "as it is" if old.level == new.level else "the mean of its blocks"
+            second = f"approximate: {what}, as if gradients of neighbours were uncorrelated"
+    else:
+        first = "approximate: spread evenly over each block, whose details nobody kept"
+        second = "approximate: spread evenly over each block"
+    floats = [torch.float32 if form.dtype == torch.int8 else form.dtype for form in (old, new)]
+    if torch.promote_types(*floats) != floats[1] or (new.dtype == torch.int8 and old != new):
+        to = f"rounded to the nearest {str(new.dtype).removeprefix('torch.')}"
+        first, second = (to if how == "exact" else f"{how}; {to}" for how in (first, second))
+    return dict(zip(MOMENTS, (first, second), strict=True))
+
+
+def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
+    if old.kind == new.kind or m.numel() == 0:
+        return m, v
+    if {old.wavelet, new.wavelet} != {"haar"}:
+        if old.level and (old.wavelet != new.wavelet or new.level < old.level):
+            raise ValueError(
+                f"has moments of {old}, of which those of {new} cannot be made: build the optimizer with the "
+                f"state's wavelet and at least its level, or begin with a fresh state"
+            )
+        bank = filter_bank(new.wavelet)
+        squares = tuple(tuple(h * h for h in taps) for taps in bank)
+        further = new.level - old.level
+        return wavedec(m, bank, further)[0], wavedec(v, squares, further)[0]  # type: ignore[arg-type]
+    mean = _resample(m / _unit(old), old.level, new.level, width)
+    return mean * _unit(new), _resample(v, old.level, new.level, width)
+
+
+def _unit(form: Form) -> float:
+    """What an approximation coefficient is of the mean of its block."""
+    return math.sqrt(2**form.level) if form.rule == "gwt" else 1.0
+
+
+def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
+    """Means of blocks of ``2**new`` elements from those of ``2**old``, zeros beyond the ``width`` among them."""
+    if new >= old:
+        parts = 2 ** (new - old)
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % parts))
+        return padded.view(*x.shape[:-1], -1, parts).mean(-1)
+    # Zeros beyond the end have no share of the mean: what is spread over the elements keeps the block's sum.
+    elements = torch.full((width,), 1.0, dtype=x.dtype, device=x.device)
+    share = _resample(elements, 0, new, width)
+    whole = _resample(elements, 0, old, width)
+    parts = 2 ** (old - new)
+    return (x / whole).repeat_interleave(parts, dim=-1)[..., : share.numel()] * share
+
+
+def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    m, v = (state[key].detach() for key in MOMENTS)
+    if form.dtype == torch.int8:
+        m = decode_first(m, state[SCALES[0]], form.level)
+        v = decode_second(v, state[SCALES[1]], form.level)
+    return m.to(torch.float64), v.to(torch.float64)
+
+
+def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
+    if form.dtype != torch.int8:
+        return {key: x.to(form.dtype).contiguous() for key, x in zip(MOMENTS, (m, v), strict=True)}
+    bits = torch.full(m.shape, NEAREST, dtype=torch.int32, device=m.device)
+    first, first_scale = encode_first(m.float(), bits, form.level)
+    second, second_scale = encode_second(v.float(), bits, form.level)
+    coded: tuple[Any, ...] = (first, second, first_scale, second_scale)
+    return dict(zip((*MOMENTS, *SCALES), coded, strict=True))

@@ -1,0 +1,220 @@
+"""GWTAdamW in Hugging Face's Trainer: a mixin, a factory for ``optimizer_cls_and_kwargs``, a telemetry callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gwt_kernels.integrations.telemetry import HasTelemetry, check_every, missing, scalars, with_telemetry
+from gwt_kernels.optimizer import GWTAdamW
+from gwt_kernels.param_groups import gwt_param_groups
+
+try:
+    import accelerate  # noqa: F401  # Trainer cannot be built without it
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+except ModuleNotFoundError as error:
+    raise missing(__name__, error.name or "transformers", "transformers accelerate") from error
+
+__all__ = ["GWTTrainerMixin", "TelemetryCallback", "gwt_optimizer"]
+
+_GROUPING = ("level", "scale", "include", "exclude", "verbose")
+"""Options of gwt_param_groups; all others are GWTAdamW's."""
+
+_TRAINING_ARGUMENTS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+
+
+class GWTTrainerMixin:
+    """Makes a Trainer optimize with `GWTAdamW` over the groups of `gwt_param_groups`.
+
+    ::
+
+        class MyTrainer(GWTTrainerMixin, Trainer):
+            pass
+
+        MyTrainer(model, args, train_dataset=data, gwt_options={"level": 2, "rule": "foam"}).train()
+
+    Learning rate, betas, eps and weight decay are those of `TrainingArguments`. Its ``adam_epsilon`` is 1e-8 unless
+    you set it, where `GWTAdamW` and the published recipe have 1e-6.
+
+    Args:
+        *args: Trainer's.
+        gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``verbose``) and
+            of `GWTAdamW` (``rule``, ``state_dtype`` and so on).
+        **kwargs: Trainer's.
+
+    Raises:
+        TypeError: an option is unknown or of the wrong type, or the mixin does not come before Trainer.
+        ValueError: an option is out of range or cannot be honoured together with the training arguments.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(GWTTrainerMixin):
+            raise TypeError(
+                f"{cls.__name__} has Trainer before GWTTrainerMixin, so it would use Trainer's own AdamW: "
+                f"write class {cls.__name__}(GWTTrainerMixin, Trainer)"
+            )
+
+    def __init__(self, *args: Any, gwt_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gwt_options = dict(gwt_options or {})
+        self.args: TrainingArguments
+        self.model: nn.Module
+        self.optimizer: torch.optim.Optimizer | None
+        self.optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                "GWTTrainerMixin makes the optimizer itself: leave out optimizers and optimizer_cls_and_kwargs, or "
+                "use Trainer without the mixin"
+            )
+        _check_together(self.args, self.gwt_options)
+        _try_out(self.model, self.args, self.gwt_options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer, if there is none yet, as Trainer does before it trains.
+
+        Args:
+            model: The model as Trainer has wrapped it; by default the Trainer's own.
+        """
+        if self.optimizer is None:
+            self.optimizer = _make(self.model if model is None else model, self.args, **self.gwt_options)
+        return self.optimizer
+
+
+def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[str, Any]]:
+    """Return what makes a Trainer optimize with `GWTAdamW` over the groups of `gwt_param_groups`.
+
+    ::
+
+        Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=gwt_optimizer(args, level=2))
+
+    `GWTAdamW` itself must not be passed there: Trainer would give it two groups, with and without weight decay, and
+    every tensor in them would be transformed, embeddings and norms too.
+
+    Args:
+        args: The Trainer's own: learning rate, betas, eps and weight decay are taken from it.
+        **options: As `GWTTrainerMixin`'s ``gwt_options``.
+
+    Raises:
+        TypeError, ValueError: as `GWTTrainerMixin`; what depends on the model, when training begins.
+        RuntimeError: when training begins, if this version of transformers gives optimizers no model.
+    """
+    _check_together(args, options)
+    # Wide enough for any level, and of the dtype that knows every rounding.
+    any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta", dtype=torch.bfloat16)})
+    _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in ("include", "exclude")})
+    return _Factory, {"args": args, **options}
+
+
+class _Factory:
+    """Trainer calls a class that is no Optimizer without arguments, and the result with the model."""
+
+    def __init__(self, *groups: Any, **options: Any) -> None:
+        if groups or options:
+            raise RuntimeError(
+                "this version of transformers gives the optimizer of optimizer_cls_and_kwargs no model, so nothing "
+                "says which tensors to transform: upgrade it (5.17 is new enough), or use GWTTrainerMixin"
+            )
+
+    def __call__(self, model: nn.Module, **options: Any) -> GWTAdamW:
+        return _make(model, **options)
+
+
+class TelemetryCallback(TrainerCallback):
+    """Logs `GWTAdamW`'s telemetry to the trackers of a Trainer: TensorBoard, and the others of ``report_to``.
+
+    The scalars are named ``train/telemetry/<what>/<parameter>``. They go to the trackers alone: neither to the
+    console nor into ``trainer_state.json``, which four numbers for every tensor would flood.
+
+    ::
+
+        trainer.add_callback(TelemetryCallback(trainer, every=50))
+
+    Args:
+        trainer: The Trainer that the callback is added to.
+        every: Optimizer steps between two logs.
+
+    Raises:
+        ValueError: ``every`` is no integer of at least 1, or the trainer has no tracker; when training begins, or
+            after the first step: the optimizer's telemetry is off.
+        TypeError: when training begins: the optimizer has no telemetry.
+    """
+
+    def __init__(self, trainer: Trainer, *, every: int = 50) -> None:
+        self.every = check_every(every)
+        known = tuple(INTEGRATION_TO_CALLBACK.values())
+        self._trackers = [c for c in trainer.callback_handler.callbacks if isinstance(c, known)]
+        if not self._trackers:
+            raise ValueError("there is no tracker to log to: set report_to='tensorboard' in TrainingArguments")
+        self._optimizers: list[HasTelemetry] = []
+        self._checked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the optimizer's telemetry."""
+        self._optimizers = with_telemetry([kwargs["optimizer"]])
+        self._checked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log, if it is time to."""
+        due = state.global_step % self.every == 0
+        if due or not self._checked:
+            logs = scalars(self._optimizers)
+            self._checked = True
+            for tracker in self._trackers if due else ():
+                tracker.on_log(args, state, control, logs=dict(logs), **kwargs)
+
+
+def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Raise on options and training arguments that contradict each other."""
+    for option in options.keys() & _TRAINING_ARGUMENTS.keys():
+        raise ValueError(f"{option} is not an option here: set {_TRAINING_ARGUMENTS[option]} in TrainingArguments")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ValueError(f"TrainingArguments asks for optim={optim!r}, which GWTAdamW would replace: leave it out")
+    if args.optim_args:
+        raise ValueError(f"optim_args={args.optim_args!r} would be ignored: pass GWTAdamW's options to it instead")
+    if args.optim_target_modules is not None:
+        raise ValueError("optim_target_modules would be ignored: name matrices to transform with include=[...]")
+    if options.get("max_grad_norm") is not None and args.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm would be honoured twice, by TrainingArguments ({args.max_grad_norm}) and by GWTAdamW "
+            f"({options['max_grad_norm']}): set TrainingArguments' to 0"
+        )
+    if args.deepspeed_plugin is not None:
+        raise ValueError("DeepSpeed flattens parameters, so a row's neighbours are lost: train with DDP or FSDP2")
+    if (args.fsdp_plugin_args or {}).get("fsdp_version", 2) == 1:
+        raise ValueError("FSDP1 flattens parameters, so a row's neighbours are lost: set version 2 in fsdp_config")
+
+
+def _try_out(model: nn.Module, args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Make the optimizer on tensors without memory or device, for its errors' sake."""
+    _make(model, args, on="meta", **{**options, "verbose": False})
+
+
+def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **options: Any) -> GWTAdamW:
+    chosen = {name: options.pop(name) for name in _GROUPING if name in options}
+    groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
+    if on is not None:
+        for group in groups:
+            group["params"] = [torch.empty(p.shape, dtype=p.dtype, device=on) for p in group["params"]]
+    return GWTAdamW(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        **options,
+    )

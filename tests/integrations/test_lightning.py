@@ -1,0 +1,85 @@
+"""Shows that Lightning's Trainer trains with GWTAdamW: clipping, accumulation, schedules, checkpoints, bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.lightning_runs import Language, ModelCheckpoint, fit
+from tests.runs import assert_same_bits
+from tests.tiny import assert_close_runs, assert_same_run
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_equals_the_optimizer_made_by_hand(accumulated, tmp_path):
+    """Closures, clipping, accumulation, schedule: bit for bit what the same gradients do outside of Lightning."""
+    module, optimizer = fit(tmp_path, accumulate_grad_batches=accumulated)
+    begin = Language()
+    by_hand = copy.deepcopy(begin)
+    expected = by_hand.configure_optimizers()["optimizer"]
+    assert len(module.seen) == 6
+    assert len(set(module.rates)) == 6
+    for grads, rate in zip(module.seen, module.rates, strict=True):
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        assert norm <= 0.5 * (1 + 1e-6)  # clipped before the step
+        for p, g in zip(by_hand.parameters(), grads, strict=True):
+            p.grad = g
+        for group in expected.param_groups:
+            group["lr"] = rate
+        expected.step()
+    assert_same_bits(list(module.parameters()), list(by_hand.parameters()))
+    assert {int(s["step"]) for s in optimizer.state.values()} == {6}
+    levels = {n: g["level"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert levels["model.model.embed_tokens.weight"] == 0
+    assert levels["model.model.layers.0.mlp.gate_proj.weight"] == 1
+    assert not torch.equal(module.model.lm_head.weight, begin.model.lm_head.weight)
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    epochs = {"max_epochs": 2, "max_steps": -1, "count": 12}  # by max_steps Lightning itself sees a batch again
+    saves = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
+    module, optimizer = fit(tmp_path, enable_checkpointing=True, callbacks=[saves], **epochs)
+    checkpoint = tmp_path / "step=3.ckpt"
+    resumed, resumed_optimizer = fit(tmp_path, resume=str(checkpoint), **epochs)
+    assert len(resumed.seen) == 3
+    assert_same_run(module, optimizer, resumed, resumed_optimizer)
+
+    held = torch.load(checkpoint, weights_only=True)  # nothing in it that would have to be executed
+    for state in held["optimizer_states"][0]["state"].values():
+        state["exp_avg"].zero_()
+    torch.save(held, tmp_path / "tampered.ckpt")
+    tampered, _ = fit(tmp_path, resume=str(tmp_path / "tampered.ckpt"), **epochs)
+    assert len(tampered.seen) == 3
+    with pytest.raises(AssertionError):  # the moments matter, so the comparison can fail
+        assert_same_bits(list(module.parameters()), list(tampered.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("precision", "clipping"),
+    [("bf16-true", {"gradient_clip_val": 0.5}), ("bf16-mixed", {"gradient_clip_val": None, "max_grad_norm": 0.5})],
+)
+def test_bfloat16(precision, clipping, tmp_path):
+    module, optimizer = fit(tmp_path, precision=precision, **clipping)
+    weights = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in module.parameters()} == {weights}
+    assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    exact, _ = fit(tmp_path)
+    assert not torch.equal(exact.model.lm_head.weight, module.model.lm_head.weight.float())  # it was on
+
+
+def test_lightning_does_not_clip_for_an_optimizer_that_unscales(tmp_path):
+    """In its mixed precision, with a scaler or without one; the optimizer's own clipping takes its place."""
+    with pytest.raises(RuntimeError, match="GWTAdamW, does not allow for gradient clipping"):
+        fit(tmp_path, precision="bf16-mixed", gradient_clip_val=0.5)
+
+
+def test_clipping_in_the_step(tmp_path):
+    """max_grad_norm of the optimizer does what gradient_clip_val does, to rounding."""
+    module, _ = fit(tmp_path, gradient_clip_val=0.25)
+    inside, optimizer = fit(tmp_path, gradient_clip_val=None, max_grad_norm=0.25)
+    unclipped, _ = fit(tmp_path, gradient_clip_val=None)
+    assert optimizer.grad_norm > 0.25
+    assert_close_runs(module, inside, unclipped)
