@@ -17,7 +17,7 @@ from torch import nn
 
 from bench import records
 from bench.contenders import check_name
-from gwt_kernels import GWTAdamW, backends, gwt_param_groups, haar_dwt, haar_idwt, migrate
+from gwt_kernels import GWTAdamW, backends, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients
 from gwt_kernels.torch_backend import literal
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def test_every_option_is_explained() -> None:
     assert sorted(listed) == sorted(set(inspect.signature(GWTAdamW).parameters) - {"params"})
 
 
-@pytest.mark.parametrize("function", [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate])
+@pytest.mark.parametrize("function", [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients])
 def test_signatures_are_the_code_s(function: Callable[..., object]) -> None:
     shown = re.search(rf"^{function.__name__}\(([^()]*(?:\([^()]*\)[^()]*)*)\)", INTERFACE, re.MULTILINE)
     assert shown is not None
@@ -138,7 +138,7 @@ PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "has groups of": two_groups,
     "was not saved by GWTAdamW": of_torch,
     "sparse gradients": sparse,
-    "cannot be captured": captured,
+    "is being captured": captured,
     "would have to wait": lambda _: optimizer(lr=torch.ones((), device="meta")),
     "has the format": lambda _: None,
     "unknown optimizer": lambda _: check_name("sgd"),
