@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper, Rounding, Rule, check_rounding, check_rule
+from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, check_rounding, check_rule
 
-__all__ = ["Hyper", "Rounding", "Rule", "gwt_adamw_"]
+__all__ = ["Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "update_sums"]
 
 
 @torch.no_grad()
@@ -32,6 +32,8 @@ def gwt_adamw_(
     scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     control: Tensor | None = None,
     telemetry: Tensor | None = None,
+    spans: Sequence[tuple[Span, Span]] | None = None,
+    limits: Tensor | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -70,6 +72,11 @@ def gwt_adamw_(
             factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
         telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
             alone; or None.
+        spans: Where the tensors are shards: of what elements of the whole parameters, and of their moments, so
+            that random bits are those of the whole; None for whole tensors.
+        limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
+            decided them (from :func:`update_sums`); ``limiter_norms`` are None then. None to leave it to the
+            ``limiter_norms``.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
         backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -115,9 +122,12 @@ def gwt_adamw_(
     if [scale is None for scale in scales].count(True) != (0 if exp_avgs[0].dtype == torch.int8 else len(scales)):
         raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
     _check_limiter(limiter_norms, hypers, rule)
+    if limits is not None and (limits.shape != (len(params),) or limiter_norms[0] is not None):
+        raise ValueError(f"limits must be one per parameter, in place of limiter_norms, got {tuple(limits.shape)}")
+    if spans is not None and len(spans) != len(params):
+        raise ValueError(f"{len(params)} params need as many spans, got {len(spans)}")
     # Every array has to suit the backend, not the parameters alone.
-    kinds = {x[0].dtype for x in (params, grads, exp_avgs)} - {torch.int8}
-    choices = {backends.resolve(backend, params[0].device, dtype, level, wavelet) for dtype in kinds}
+    choices = _choices((params, grads, exp_avgs), level, wavelet, backend)
     counts = None
     if "torch" in choices and isinstance(steps, Tensor):
         if control is not None:  # on a CUDA device the one place that waits for it
@@ -128,11 +138,12 @@ def gwt_adamw_(
                 return
             hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
         counts, steps = steps, list(map(int, (steps + 1).tolist()))
+    divisors = [None] * len(params) if limits is None else limits.unbind()
     tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms)
     if level and wavelet != "haar":
         from gwt_kernels.torch_backend import literal
 
-        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet)
+        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
     elif "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
@@ -146,6 +157,8 @@ def gwt_adamw_(
             keys=keys,
             lows=lows,
             scales=scales,
+            spans=[None] * len(params) if spans is None else spans,
+            limits=divisors,
         )
     else:
         from gwt_kernels.triton_backend import launch
@@ -163,6 +176,8 @@ def gwt_adamw_(
             scales=scales,
             control=control,
             telemetry=telemetry,
+            spans=spans,
+            limits=limits,
             workspace=workspace,
             same_tensors=same_tensors,
             same_grads=same_grads,
@@ -173,6 +188,68 @@ def gwt_adamw_(
         from gwt_kernels.torch_backend import telemetry as torch_telemetry
 
         torch_telemetry.observe(*tensors, list(steps), hypers, telemetry, level=level, rule=rule, scales=scales)
+
+
+@torch.no_grad()
+def update_sums(
+    *,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int] | Tensor,
+    hypers: Sequence[Hyper],
+    level: int,
+    scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    control: Tensor | None = None,
+    wavelet: str = "haar",
+    backend: backends.Backend | None = None,
+    workspace: dict[str, Any] | None = None,
+    same_tensors: bool = False,
+    same_grads: bool = False,
+) -> Tensor:
+    """What the limiter needs to know of the step that :func:`gwt_adamw_` would take, with nothing changed.
+
+    For tensors that are shards: added up over the processes that share a tensor, these are the squares of the
+    norms that the limiter compares. Arguments as there; a ``workspace`` serves one of the functions only.
+
+    Returns:
+        ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or in
+        float64 for float64 parameters. Of no meaning where ``control`` says that the step is skipped.
+    """
+    scales = [None] * len(params) if scales is None else scales
+    tensors = (params, grads, exp_avgs, exp_avg_sqs)
+    choices = _choices(tensors[:3], level, wavelet, backend)
+    if "torch" in choices and control is not None:
+        hypers = [hyper._replace(grad_factor=hyper.grad_factor * float(control[0])) for hyper in hypers]
+    if level and wavelet != "haar":
+        from gwt_kernels.torch_backend import literal
+
+        return literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet)
+    if "torch" in choices:
+        from gwt_kernels.torch_backend import step as torch_step
+
+        return torch_step.update_sums(*tensors, hypers, level=level, scales=scales)
+    from gwt_kernels.triton_backend import launch
+
+    return launch.update_sums(
+        *tensors,
+        steps.clone() if isinstance(steps, Tensor) else steps,  # which are counted there
+        hypers,
+        level=level,
+        scales=scales,
+        control=control,
+        workspace={} if workspace is None else workspace,
+        same_tensors=same_tensors,
+        same_grads=same_grads,
+    )
+
+
+def _choices(
+    arrays: Sequence[Sequence[Tensor]], level: int, wavelet: str, backend: backends.Backend | None
+) -> set[backends.Backend]:
+    kinds = {x[0].dtype for x in arrays} - {torch.int8}
+    return {backends.resolve(backend, arrays[0][0].device, dtype, level, wavelet) for dtype in kinds}
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:

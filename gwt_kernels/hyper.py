@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Hyper", "Rounding", "Rule", "check_rounding", "check_rule", "key_of", "quantum"]
+__all__ = ["Hyper", "Rounding", "Rule", "Span", "check_rounding", "check_rule", "key_of", "quantum"]
 
 Rule = Literal["gwt", "foam"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
@@ -16,6 +16,17 @@ Rule = Literal["gwt", "foam"]
 
 Rounding = Literal["nearest", "stochastic", "split"]
 """How updated weights are stored in 16 bits; ``"split"`` keeps the other 16 of a float32 beside them."""
+
+
+class Span(NamedTuple):
+    """Where the elements of a shard lie in the whole tensor: in runs, a fixed number of elements apart.
+
+    Element ``e`` of the shard is element ``first + e // run * pitch + e % run`` of the whole.
+    """
+
+    first: int
+    run: int
+    pitch: int
 
 
 def key_of(seed: int, stream: int) -> int:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from gwt_kernels import backends
 from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.control import control_
-from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_
+from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_, update_sums
 from gwt_kernels.haar import check_level
 from gwt_kernels.hyper import key_of
 from gwt_kernels.options import (
@@ -26,16 +26,28 @@ from gwt_kernels.options import (
     rounding_of,
     state_dtype_name,
 )
+from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.sharding import (
+    ROWS_STAY,
+    any_sharded,
+    is_sharded,
+    local_of,
+    local_parts,
+    made_by_a_getter,
+    reduced_over,
+)
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import (
     SCALES,
     check_place,
+    check_shards,
     check_state,
     complete,
     exact_copy,
     is_limited,
     is_quantized,
     moment_dtypes,
+    shard_spans,
     state_keys,
 )
 
@@ -156,6 +168,7 @@ class GWTAdamW(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self._observed = telemetry
+        self._lines: set[int] = set()  # ids of the one-dimensional parameters that the groups were made with
         self._check_options()
         check_group(defaults, capturable=capturable)
         self._rows = {}
@@ -224,11 +237,24 @@ class GWTAdamW(Optimizer):
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [p.grad for p in params]
-        same = self._renew_buckets(params, grads, capturing)
+        if not self.state and made_by_a_getter():
+            self._check_before_step()
+            self._make_buckets(self.capturable)  # which makes the state, and that is all that is wanted
+            return
+        held = params
+        if any_sharded(params):
+            held, grads = local_parts(params, grads)
+        same = self._renew_buckets(params, held, grads, capturing)
         same_grads = same and self._snapshot is not None and self._snapshot.same_grads
         own = [bucket.gradients(grads) for bucket in self._buckets]
         control = self._decide(own)
-        for bucket, its in zip(self._buckets, own, strict=True):
+        waiting = []
+        for limits in self._limits.values():
+            mine = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is limits]
+            limits.start([b.update_sums(its, hypers, control, same, same_grads) for b, its in mine])
+            waiting += mine
+        alone = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is None]
+        for bucket, its in alone + waiting:  # the sums travel while those alone are updated
             bucket.step(its, hypers, control, same_tensors=same, same_grads=same_grads)
 
     @property
@@ -294,10 +320,13 @@ class GWTAdamW(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        self._lines = {id(p) for group in self.param_groups for p in group["params"] if p.dim() == 1}
         self._forget_buckets()
 
     def _forget_buckets(self) -> None:
         self._buckets: list[_Bucket] = []
+        self._limits: dict[torch.device, Limits] = {}
+        self._totals: Totals | None = None
         self._snapshot: Snapshot | None = None
         self._workspace: dict[Any, dict[str, Any]] = {}
         self._lone: dict[Tensor, tuple[Snapshot, _Bucket]] = {}
@@ -311,10 +340,13 @@ class GWTAdamW(Optimizer):
             name = _name_of(group, i, len(self.param_groups) - 1)
             _check_param(p, group, name)
             self._check_capturable(p, group, name)
+        self._lines |= {id(p) for p in group["params"] if p.dim() == 1}
 
     def _check_telemetry(self, group: Mapping[str, Any]) -> None:
         if self._observed and group["wavelet"] != "haar":
             raise ValueError(f"telemetry=True knows no wavelet {group['wavelet']!r}: turn it off, or use 'haar'")
+        if self._observed and any_sharded(group["params"]):
+            raise ValueError("telemetry=True knows no sharded parameters: turn it off")
 
     def _check_capturable(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
         if not self.capturable or p.device.type != "cuda":
@@ -340,16 +372,21 @@ class GWTAdamW(Optimizer):
         group = self.param_groups[i]
         hyper = hyper_of(group)
         options = (*_bucket_options(group), group["seed"])
-        same = p in self._lone and self._lone[p][0].holds([p], [p.grad], options, self.state)
+        (held,), grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
+        same = p in self._lone and self._lone[p][0].holds([p], grads, options, self.state, [held])
         if not same:
             check_group(group)
             self._check_one(p, group, _name_of(group, k, i))
             complete(self.state[p], p, group)
+            limits = Limits([p]) if is_limited(group) and reduced_over(p) else None
             members = [_Member(p, 0, 0, _stream(group, k, place))]
-            bucket = _Bucket(members, self.state, [group], False, self._telemetry_rows(members))
-            self._lone[p] = Snapshot([p], [p.grad], options, self.state), bucket
+            bucket = _Bucket(members, self.state, [group], False, self._telemetry_rows(members), limits)
+            self._lone[p] = Snapshot([p], grads, options, self.state, [held]), bucket
         bucket = self._lone[p][1]
-        bucket.step(bucket.gradients([p.grad]), [hyper], None, same_tensors=same, same_grads=False)
+        own = bucket.gradients(grads)
+        if bucket.limits is not None:
+            bucket.limits.start([bucket.update_sums(own, [hyper], None, same, False)])
+        bucket.step(own, [hyper], None, same_tensors=same, same_grads=False)
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
@@ -366,24 +403,37 @@ class GWTAdamW(Optimizer):
     def _decide(self, grads: list[list[Tensor]]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
         self._grad_norm = None
-        if not (self._is_controlled and grads):
+        totals = self._totals
+        if not (self._is_controlled and (grads or totals)):
             return None
+        found_inf = getattr(self, "found_inf", None)
+        if totals is not None:
+            if found_inf is not None:
+                found_inf = found_inf.clone()
+                totals.add_up(found_inf)
+            grads = [bucket.counted(own) for bucket, own in zip(self._buckets, grads, strict=True)]
+        backends_of = [bucket.backend for bucket in self._buckets]
+        if not grads:  # here; other processes wait for this one all the same
+            grads, backends_of = [[torch.empty(0, device=self.param_groups[0]["params"][0].device)]], [None]
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.float64, device=grads[0][0].device)
         control = control_(
-            [(own, bucket.backend) for own, bucket in zip(grads, self._buckets, strict=True)],
+            list(zip(grads, backends_of, strict=True)),
             max_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            found_inf=found_inf,
             skipped=self._skipped,
             workspace=self._workspace,
+            reduce=None if totals is None else totals.add_up,
         )
         if self.max_grad_norm is not None or self.skip_nonfinite:
             self._grad_norm = control[self._skipped.device][2]
         return control
 
-    def _renew_buckets(self, params: list[Tensor], grads: list[Tensor | None], capturing: bool) -> bool:
+    def _renew_buckets(
+        self, params: list[Tensor], held: list[Tensor], grads: list[Tensor | None], capturing: bool
+    ) -> bool:
         """Check everything and bring the parameters that have a gradient into buckets, if anything has changed.
 
         Returns whether the buckets are those of the last step.
@@ -391,7 +441,7 @@ class GWTAdamW(Optimizer):
         on_device = self.capturable or self._is_controlled
         options: list[Any] = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
         options.append(on_device)
-        if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state):
+        if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
         if capturing:
             raise RuntimeError(
@@ -399,8 +449,10 @@ class GWTAdamW(Optimizer):
                 "has not stepped before: take a few steps before the capture, on a side stream"
             )
         self._check_before_step()
+        self._limits = self._make_limits()
+        self._totals = Totals(params) if any_sharded(params) and self._is_controlled else None
         self._buckets = self._make_buckets(on_device)
-        self._snapshot = Snapshot(params, grads, options, self.state)
+        self._snapshot = Snapshot(params, grads, options, self.state, held)
         return False
 
     def _check_before_step(self) -> None:
@@ -414,6 +466,11 @@ class GWTAdamW(Optimizer):
 
     def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         assert p.grad is not None
+        if p.dim() == 1 and group["level"] and id(p) not in self._lines:
+            raise TypeError(
+                f"{name} was put in the place of others since the optimizer was made, as ZeRO does with flat "
+                f"buffers, in which no rows are left: {ROWS_STAY}"
+            )
         _check_param(p, group, name)
         self._check_capturable(p, group, name)
         _check_grad(p.grad, p, name)
@@ -434,11 +491,21 @@ class GWTAdamW(Optimizer):
                     continue
                 seen.add(id(p))
                 complete(self.state[p], p, group)
-                key = (options, p.device, p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
+                reduced = is_limited(group) and bool(reduced_over(p))
+                dtypes = (p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
+                key = (options, p.device, dtypes, is_sharded(p), reduced)
                 chosen.setdefault(key, []).append(_Member(p, place, i, _stream(group, k, place)))
         return [
-            _Bucket(members, self.state, self.param_groups, on_device, self._telemetry_rows(members))
-            for members in chosen.values()
+            _Bucket(
+                members,
+                self.state,
+                self.param_groups,
+                on_device,
+                self._telemetry_rows(members),
+                self._limits.get(device) if reduced else None,
+                self._totals,
+            )
+            for (_, device, _, _, reduced), members in chosen.items()
         ]
 
     def _telemetry_rows(self, members: list[_Member]) -> Tensor | None:
@@ -449,6 +516,15 @@ class GWTAdamW(Optimizer):
         rows = torch.stack([self._rows[p] if p in self._rows else telemetry_rows.new_row(p.device) for p in params])
         self._rows.update(zip(params, rows.unbind(), strict=True))
         return rows
+
+    def _make_limits(self) -> dict[torch.device, Limits]:
+        """One per device, of all parameters that need it: whether they have gradients here does not matter."""
+        chosen: dict[torch.device, dict[int, Tensor]] = {}
+        for group in self.param_groups:
+            for p in group["params"] if is_limited(group) else ():
+                if p.requires_grad and reduced_over(p):
+                    chosen.setdefault(p.device, {})[id(p)] = p
+        return {device: Limits(list(params.values())) for device, params in chosen.items()}
 
 
 class _Member(NamedTuple):
@@ -471,26 +547,36 @@ class _Bucket:
         groups: list[dict[str, Any]],
         on_device: bool,
         rows: Tensor | None,
+        limits: Limits | None = None,
+        totals: Totals | None = None,
     ) -> None:
         self.rows = rows
-        self.params = [member.param for member in members]
+        params = [member.param for member in members]
+        self.params = list(map(local_of, params))
         self.places = [member.place for member in members]
         self.owners = [member.group for member in members]
-        own = [states[p] for p in self.params]
+        own = [states[p] for p in params]
         group = groups[self.owners[0]]
         self.level: int = group["level"]
         self.rule: Rule = group["rule"]
         self.wavelet: str = group["wavelet"]
         self.backend: backends.Backend | None = group["backend"]
-        self.exp_avgs: list[Tensor] = [s["exp_avg"] for s in own]
-        self.exp_avg_sqs: list[Tensor] = [s["exp_avg_sq"] for s in own]
+        self.exp_avgs: list[Tensor] = [local_of(s["exp_avg"]) for s in own]
+        self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
         self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
-        self.lows: list[Tensor | None] = [s["weight_low"] if self.rounding == "split" else None for s in own]
+        self.lows = [local_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
         self.scales = [
-            (s[SCALES[0]], s[SCALES[1]]) if is_quantized(p, group) else None
-            for p, s in zip(self.params, own, strict=True)
+            (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
+            for p, s in zip(params, own, strict=True)
         ]
+        random = self.rounding == "stochastic" or self.exp_avgs[0].dtype in (torch.bfloat16, torch.int8)
+        self.spans = [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None
+        self._counted = None if totals is None else list(map(totals.counts, params))
+        self.limits = limits
+        if limits is not None:
+            self.sums_workspace: dict[str, Any] = {}
+            self.limited_places = limits.places_of(params)
         self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
@@ -507,6 +593,39 @@ class _Bucket:
         """Its own among those of all parameters."""
         return [grads[i] for i in self.places]  # type: ignore[misc]  # those of a bucket are there
 
+    def counted(self, grads: list[Tensor]) -> list[Tensor]:
+        """Its gradients, without those that another process counts."""
+        if self._counted is None:
+            return grads
+        return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
+
+    def update_sums(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        control: Mapping[torch.device, Tensor] | None,
+        same_tensors: bool,
+        same_grads: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
+        sums = update_sums(
+            params=self.params,
+            grads=grads,
+            exp_avgs=self.exp_avgs,
+            exp_avg_sqs=self.exp_avg_sqs,
+            steps=self.steps if self.on_device else self._counts(),
+            hypers=[hypers[i] for i in self.owners],
+            level=self.level,
+            scales=self.scales,
+            control=None if control is None else control[self.params[0].device],
+            wavelet=self.wavelet,
+            backend=self.backend,
+            workspace=self.sums_workspace,
+            same_tensors=same_tensors,
+            same_grads=same_grads,
+        )
+        return self.limited_places, sums
+
     def step(
         self,
         grads: list[Tensor],
@@ -516,12 +635,21 @@ class _Bucket:
         same_tensors: bool,
         same_grads: bool,
     ) -> None:
+        own_control = None if control is None else control[self.params[0].device]
+        limiter_norms, limits = self.limiter_norms, None
+        if self.limits is not None:
+            gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
+            norms: Any = limiter_norms
+            limits = self.limits.divisors(self.limited_places, norms, gammas, own_control)
+            limiter_norms = [None] * len(self.params)
         gwt_adamw_(
             params=self.params,
             grads=grads,
             exp_avgs=self.exp_avgs,
             exp_avg_sqs=self.exp_avg_sqs,
-            limiter_norms=self.limiter_norms,
+            limiter_norms=limiter_norms,
+            limits=limits,
+            spans=self.spans,
             steps=self.steps if self.on_device else self._counts(),
             hypers=[hypers[i] for i in self.owners],
             level=self.level,
@@ -530,7 +658,7 @@ class _Bucket:
             keys=self.keys,
             lows=self.lows,
             scales=self.scales,
-            control=None if control is None else control[self.params[0].device],
+            control=own_control,
             telemetry=self.rows,
             wavelet=self.wavelet,
             backend=self.backend,
@@ -586,6 +714,7 @@ def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.numel():
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
     _check_rounding(p, group, name)
+    check_shards(p, group, name)
     if p.device.type != "meta":
         _check_backend(p, name, p.dtype, group)
 

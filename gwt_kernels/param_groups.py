@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gwt_kernels.haar import deepest_level
+from gwt_kernels.sharding import ROWS_STAY
 
 # Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
 # SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention,
@@ -138,6 +139,8 @@ def decide(
         )
     if isinstance(level, bool) or not isinstance(level, int) or level < 0:
         raise ValueError(f"level must be an integer of at least 0, got {level!r}")
+    if any(_is_fsdp1(module) for module in model.modules()):
+        raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
 
     uses = _uses(model)
@@ -259,6 +262,14 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             uses[parameter].append(_Use(f"{name}.{leaf}" if name else leaf, module, siblings))
     return dict(uses)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return any(
+        (kind.__module__.split(".")[:3], kind.__name__)
+        == (["torch", "distributed", "fsdp"], "FullyShardedDataParallel")
+        for kind in type(module).__mro__
+    )
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:

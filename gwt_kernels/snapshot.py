@@ -23,9 +23,10 @@ class Snapshot:
 
     Args:
         params: The tensors of all groups, in order.
-        grads: Their gradients.
+        grads: Their gradients, or the shards of these.
         options: What else the checks depend on; compared by value.
         state: The optimizer's state by parameter.
+        held: What this process holds of the parameters, if these are sharded; None for all of them.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class Snapshot:
         grads: Sequence[Tensor | None],
         options: Any,
         state: Mapping[Tensor, dict[str, Any]],
+        held: Sequence[Tensor] | None = None,
     ) -> None:
         self._params = params
         self._options = options
-        self._places = _places(params)
+        self._places = _places(held or params)
         self._entries = _entries(params, state)
         self._grad_kinds = _kinds_of(grads)
         self._grad_ids = list(map(id, grads))
@@ -51,12 +53,13 @@ class Snapshot:
         grads: Sequence[Tensor | None],
         options: Any,
         state: Mapping[Tensor, dict[str, Any]],
+        held: Sequence[Tensor] | None = None,
     ) -> bool:
         """Whether all is as it was, but for gradients: others of the same kind in the same places will do."""
         if (
             options != self._options
             or not _same(params, self._params)
-            or _places(params) != self._places
+            or _places(held or params) != self._places
             or not _same(_entries(params, state), self._entries)
         ):
             return False

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import quantum
+from gwt_kernels.hyper import Span, quantum
 from gwt_kernels.options import state_dtype_of
+from gwt_kernels.sharding import check_place_of, check_sharding, is_sharded, local_of, spans_of, zeros_like_shard
 from gwt_kernels.torch_backend.literal import approximation_width
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "SCALES",
     "SMALLEST_QUANTIZED",
     "check_place",
+    "check_shards",
     "check_state",
     "complete",
     "exact_copy",
     "is_limited",
     "is_quantized",
     "moment_dtypes",
+    "shard_spans",
     "state_keys",
     "state_shape",
 ]
@@ -74,17 +77,17 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     if not state:
         shape = state_shape(p, group)
         moments = {
-            key: torch.zeros(shape, dtype=dtype, device=p.device)
+            key: zeros_like_shard(p, shape, dtype)
             for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
         }
         state.update(step=torch.zeros((), dtype=torch.float64), **moments)
         if is_quantized(p, group):
             n = _quanta(p, group)
-            state.update({key: torch.zeros(n, dtype=torch.float32, device=p.device) for key in SCALES})
+            state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in SCALES})
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
     if group["weight_rounding"] == "split" and "weight_low" not in state:
-        state["weight_low"] = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+        state["weight_low"] = zeros_like_shard(p, p.shape, torch.int16)
 
 
 def check_state(
@@ -121,6 +124,8 @@ def check_state(
                 f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
                 f"float32 of shape {(_quanta(p, group),)}, a number per {quantum(group['level'])} codes"
             )
+    for key in {*MOMENTS, *SCALES, "weight_low"} & state.keys():
+        check_place_of(state[key], key, p, name)
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
             raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
@@ -147,7 +152,7 @@ def check_state(
 def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
     for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
-        if state[key].device != p.device or not state[key].is_contiguous():
+        if state[key].device != p.device or not local_of(state[key]).is_contiguous():
             raise ValueError(
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
                 f"{p.device} and make it contiguous"
@@ -159,7 +164,23 @@ def exact_copy(name: str, value: Any, p: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     device = torch.device("cpu") if name == "step" else p.device
+    if is_sharded(value):
+        copy = zeros_like_shard(p, value.shape, value.dtype)
+        local_of(copy).copy_(local_of(value))
+        return copy
     return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
+
+
+def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless what this process holds of ``p`` is what the group's options can be applied to."""
+    quantized = is_quantized(p, group)
+    random = quantized or torch.bfloat16 in moment_dtypes(p, group) or group["weight_rounding"] == "stochastic"
+    check_sharding(p, group, name, state_shape(p, group), quantized, random)
+
+
+def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
+    """Where what this process holds of ``p``, and of its moments, lies in the whole."""
+    return spans_of(p, state_shape(p, group))
 
 
 def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

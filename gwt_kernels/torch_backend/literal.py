@@ -18,7 +18,7 @@ from gwt_kernels.hyper import Hyper
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.step import limit_
 
-__all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "wavedec", "waverec"]
+__all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "wavedec", "waverec"]
 
 FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
@@ -34,31 +34,61 @@ def gwt_adamw_(
     *,
     level: int,
     wavelet: str,
+    limits: Sequence[Tensor | None] | None = None,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
-    for p, g, m, v, norm, step, hyper in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, strict=True
+    limits = [None] * len(params) if limits is None else limits
+    for p, g, m, v, norm, step, hyper, given in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, limits, strict=True
     ):
         if p.numel() == 0:
             continue
-        dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
-        approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level)
-        m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
-        v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
-        denominator = v32.sqrt() + hyper.eps
+        m32, v32, denominator, details = _moments(p, g, m, v, hyper, bank, level)
+        dtype = m32.dtype
         coeffs = [m32 / denominator]
         for i, detail in enumerate(details):
             if i:
                 denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
             coeffs.append(detail / denominator)
-        limit: Tensor | float = 1.0
+        limit: Tensor | float = 1.0 if given is None else given
         if norm is not None and hyper.norm_growth_limit is not None:
             limit = limit_(norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
         update = waverec(coeffs, bank)[..., : p.shape[-1]] * (hyper.step_size(step, level) / limit)
         p.copy_(p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
         m.copy_(m32)
         v.copy_(v32)
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+    wavelet: str,
+) -> Tensor:
+    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
+    bank = filter_bank(wavelet)
+    sums = torch.zeros(len(params), dtype=compute_dtype(params[0].dtype), device=params[0].device)
+    for total, p, g, m, v, hyper in zip(sums, params, grads, exp_avgs, exp_avg_sqs, hypers, strict=True):
+        if p.numel():
+            m32, _, denominator, _ = _moments(p, g, m, v, hyper, bank, level)
+            total += (m32 / denominator).square_().sum()
+    return sums
+
+
+def _moments(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, bank: FilterBank, level: int
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """New moments, ``sqrt(v) + eps`` and the gradient's details."""
+    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
+    approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level)
+    m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+    v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+    return m32, v32, v32.sqrt() + hyper.eps, details
 
 
 @functools.lru_cache(maxsize=32)

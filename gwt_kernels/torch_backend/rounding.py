@@ -21,7 +21,9 @@ __all__ = [
     "join_low",
     "philox",
     "random_halves",
+    "random_halves_at",
     "random_words",
+    "random_words_at",
     "round_at_random",
     "split_low",
 ]
@@ -85,6 +87,22 @@ def random_halves(first: int, n: int, step: int, key: int, device: torch.device)
 
 # Below, numbers of 0 and 1 stand for conditions: on a CPU torch.where and tensors of bool cost several times as
 # much as arithmetic.
+
+
+def random_words_at(index: Tensor, step: int, key: int) -> Tensor:
+    """32 random bits for each of the moment coefficients of the given indices: int64 of ``index``'s shape."""
+    return _at(index, 4, step, MOMENTS, key)
+
+
+def random_halves_at(index: Tensor, step: int, key: int) -> Tensor:
+    """16 random bits for each of the weights of the given indices: int64 of ``index``'s shape."""
+    return _at(index, 8, step, WEIGHTS, key) >> (index % 2 * 16) & 0xFFFF
+
+
+def _at(index: Tensor, per_call: int, step: int, purpose: int, key: int) -> Tensor:
+    """The word that holds the bits of each index, from a call for each of them."""
+    words = torch.stack(philox(index // per_call, step, purpose, key))
+    return words.gather(0, (index % per_call * 4 // per_call).unsqueeze(0)).squeeze(0)
 
 
 def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

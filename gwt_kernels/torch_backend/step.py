@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
+from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.storage import Chunk, Storage
 
-__all__ = ["gwt_adamw_", "limit_"]
+__all__ = ["gwt_adamw_", "limit_", "update_sums"]
 
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
@@ -47,14 +47,17 @@ def gwt_adamw_(
     keys: Sequence[int],
     lows: Sequence[Tensor | None],
     scales: Sequence[tuple[Tensor, Tensor] | None],
+    spans: Sequence[tuple[Span, Span] | None],
+    limits: Sequence[Tensor | None],
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for p, g, m, v, norm, step, hyper, key, low, scale in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, strict=True
-    ):
+    for p, g, m, v, norm, step, hyper, key, low, scale, span, limit in zip(
+        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, spans, limits,
+        strict=True,
+    ):  # fmt: skip
         if p.numel() == 0:
             continue
-        storage = Storage(level, rounding, step, key)
+        storage = Storage(level, rounding, step, key, span)
         chunks = _chunks(p, g, m, v, low, scale, quantum(level))
         dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
         if level == 0:
@@ -62,7 +65,33 @@ def gwt_adamw_(
         elif rule == "foam":
             _foam(chunks, dtype, hyper, level, storage)
         else:
-            _gwt(chunks, dtype, norm, hyper, level, storage)
+            _gwt(chunks, dtype, norm, hyper, level, storage, limit)
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+    scales: Sequence[tuple[Tensor, Tensor] | None],
+) -> Tensor:
+    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
+    sums = torch.zeros(len(params), dtype=compute_dtype(params[0].dtype), device=params[0].device)
+    for total, p, g, m, v, hyper, scale in zip(
+        sums, params, grads, exp_avgs, exp_avg_sqs, hypers, scales, strict=True
+    ):
+        if p.numel() == 0:
+            continue
+        storage = Storage(level, "nearest", step=0, key=0)
+        dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
+        for chunk in _chunks(p, g, m, v, None, scale, quantum(level)):
+            kept = [x.clone() for x in storage.load_moments(chunk, dtype)]
+            m_, _, _, gain = _moments(chunk, kept[0], kept[1], hyper, level)
+            total += (m_ * gain).square_().sum()
+    return sums
 
 
 def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: Storage) -> None:
@@ -82,20 +111,24 @@ def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: S
 
 
 def _gwt(
-    chunks: Iterable[Chunk], dtype: torch.dtype, norm: Tensor | None, hyper: Hyper, level: int, storage: Storage
+    chunks: Iterable[Chunk],
+    dtype: torch.dtype,
+    norm: Tensor | None,
+    hyper: Hyper,
+    level: int,
+    storage: Storage,
+    limit: Tensor | None,
 ) -> None:
     """Levels above 0: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
     width = 2**level
     gamma = None if norm is None else hyper.norm_growth_limit
     step_size: Tensor | float = hyper.step_size(storage.step, level)
+    if limit is not None:
+        step_size = step_size / limit
     total: Tensor | None = None  # squared norm of m / (sqrt(v) + eps)
     pending = []
     for chunk in chunks:
-        mean = _block_sums(chunk.g.to(dtype), level).mul_(hyper.signed_factor / width)
-        m, v = storage.load_moments(chunk, dtype)
-        m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
-        v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
-        gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+        m, v, mean, gain = _moments(chunk, *storage.load_moments(chunk, dtype), hyper, level)
         offset = mean.sub_(m, alpha=1 / math.sqrt(width))
         if gamma is None:
             _update(chunk, gain, offset, step_size, width, hyper, storage)
@@ -109,6 +142,16 @@ def _gwt(
         step_size = step_size / limit_(norm, total.sqrt_(), gamma)
     for chunk, gain, offset in pending:
         _update(chunk, gain, offset, step_size, width, hyper, storage)
+
+
+def _moments(chunk: Chunk, m: Tensor, v: Tensor, hyper: Hyper, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The moments, updated in place, the gradient's means and ``1 / (sqrt(v) + eps)``."""
+    width = 2**level
+    mean = _block_sums(chunk.g.to(m.dtype), level).mul_(hyper.signed_factor / width)
+    m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
+    v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
+    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+    return m, v, mean, gain
 
 
 def _foam(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, level: int, storage: Storage) -> None:
@@ -135,7 +178,7 @@ def _scaled(g: Tensor, hyper: Hyper) -> Tensor:
     return g if hyper.signed_factor == 1.0 else g * hyper.signed_factor
 
 
-def limit_(previous: Tensor, norm: Tensor, gamma: float) -> Tensor:
+def limit_(previous: Tensor, norm: Tensor, gamma: float | Tensor) -> Tensor:
     """Fira's norm-growth limiter: the divisor of the update, with ``previous`` replaced, all on the device."""
     growth = norm / (previous + 1e-8)
     limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)

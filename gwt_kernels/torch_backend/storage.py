@@ -7,13 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import Rounding, quantum
+from gwt_kernels.hyper import Rounding, Span, quantum
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.torch_backend.rounding import (
     blocks,
     join_low,
     random_halves,
+    random_halves_at,
     random_words,
+    random_words_at,
     round_at_random,
     split_low,
 )
@@ -44,6 +46,8 @@ class Storage(NamedTuple):
     rounding: Rounding
     step: int
     key: int
+    spans: tuple[Span, Span] | None = None
+    """Where weights and coefficients lie in the whole tensor, if these are a shard's."""
 
     def load(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and moments in ``dtype``: views where that is what they are kept in."""
@@ -67,8 +71,7 @@ class Storage(NamedTuple):
         first, second = (torch.empty(x.numel(), dtype=x.dtype, device=x.device) for x in (chunk.m, chunk.v))
         m, v = m.float().reshape(-1), v.float().reshape(-1)
         for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
-            start = chunk.first_coefficient + part.start
-            words = random_words(start, part.stop - part.start, self.step, self.key, m.device)
+            words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
             if chunk.scales is None:
                 first[part] = round_at_random(m[part], bits[0], torch.bfloat16)
@@ -90,12 +93,29 @@ class Storage(NamedTuple):
             flat = p.float().reshape(-1)
             rounded = torch.empty(flat.numel(), dtype=chunk.p.dtype, device=p.device)
             for part in blocks(flat.numel(), 8, p.device):
-                start = chunk.first + part.start
-                bits = random_halves(start, part.stop - part.start, self.step, self.key, p.device)
+                bits = self._random_halves(chunk.first + part.start, part.stop - part.start, p.device)
                 rounded[part] = round_at_random(flat[part], bits, chunk.p.dtype)
             chunk.p.copy_(rounded.view(chunk.p.shape))
         else:
             _copy(chunk.p, p)
+
+    def _random_words(self, first: int, n: int, device: torch.device) -> Tensor:
+        if self.spans is None or self.spans[1].run == self.spans[1].pitch:
+            first += self.spans[1].first if self.spans else 0
+            return random_words(first, n, self.step, self.key, device)
+        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key)
+
+    def _random_halves(self, first: int, n: int, device: torch.device) -> Tensor:
+        if self.spans is None or self.spans[0].run == self.spans[0].pitch:
+            first += self.spans[0].first if self.spans else 0
+            return random_halves(first, n, self.step, self.key, device)
+        return random_halves_at(_indices(self.spans[0], first, n, device), self.step, self.key)
+
+
+def _indices(span: Span, first: int, n: int, device: torch.device) -> Tensor:
+    """The indices in the whole tensor of ``n`` elements of a shard, from ``first`` on."""
+    element = torch.arange(first, first + n, device=device)
+    return span.first + element // span.run * span.pitch + element % span.run
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

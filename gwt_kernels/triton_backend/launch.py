@@ -13,14 +13,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
+from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
-from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, observe_kernel, step_kernel
+from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, observe_kernel, step_kernel, sum_kernel
 from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, device_guard, off
 
-__all__ = ["TRITON_DTYPES", "Launch", "alignment", "gwt_adamw_", "haar_dwt", "haar_idwt", "variant"]
+__all__ = ["TRITON_DTYPES", "Launch", "alignment", "gwt_adamw_", "haar_dwt", "haar_idwt", "update_sums", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets, masks and a division
@@ -52,10 +52,14 @@ def gwt_adamw_(
     workspace: dict[str, Any],
     control: Tensor | None = None,
     telemetry: Tensor | None = None,
+    spans: Sequence[tuple[Span, Span]] | None = None,
+    limits: Tensor | None = None,
     same_tensors: bool = False,
     same_grads: bool = False,
+    sums: Tensor | None = None,
 ) -> None:
-    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked.
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, they
+    are all that is written: see :func:`update_sums`.
 
     Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
@@ -124,19 +128,62 @@ def gwt_adamw_(
             steps[i].add_(1.0 if control is None else control[1])
     else:
         rows, counts = _scalars(hypers, steps, level), list(steps) if random else []
+    # A random bit's index is that of the whole tensor.
+    whole = [[*a, *b] for a, b in spans] if spans is not None and random else []
     q = quantum(level) if quantized else 0
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     observed = [] if telemetry is None else [telemetry.data_ptr() + 48 * i for i in range(len(params))]
     with device_guard(params[0].device):
         for launch in workspace["launches"]:
             launch.run(
-                addresses, counts, moving, rows, control, observed, dtypes,
-                LIMITED=limited, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
+                addresses, counts, moving, whole, rows, control, observed, dtypes, limits, sums,
+                LIMITED=limited or limits is not None, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
             )  # fmt: skip
-    if packed is not params:
+    if packed is not params and sums is None:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
                 p.copy_(x)
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int] | Tensor,
+    hypers: Sequence[Hyper],
+    *,
+    level: int,
+    scales: Sequence[tuple[Tensor, Tensor] | None],
+    control: Tensor | None,
+    workspace: dict[str, Any],
+    same_tensors: bool = False,
+    same_grads: bool = False,
+) -> Tensor:
+    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
+    n = len(params)
+    sums = torch.zeros(n, dtype=torch.float32, device=params[0].device)
+    gwt_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [None] * n,
+        steps,
+        hypers,
+        level=level,
+        rule="gwt",
+        rounding="nearest",
+        keys=[0] * n,
+        lows=[None] * n,
+        scales=scales,
+        control=control,
+        workspace=workspace,
+        same_tensors=same_tensors,
+        same_grads=same_grads,
+        sums=sums,
+    )
+    return sums
 
 
 class Launch:
@@ -164,6 +211,7 @@ class Launch:
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
         self.first_chunks = self.sender.send(array("q", first_chunks).tobytes(), device).view(torch.int64)
+        self.index = None if self.chosen is None else torch.tensor(chosen, device=device)
 
     def aim(self, addresses: list[list[int]]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""
@@ -175,10 +223,13 @@ class Launch:
         grad_addresses: list[int],
         counts: list[int],
         moving: list[Any],
+        spans: list[list[int]],
         rows: list[bytes],
         control: Tensor | None,
         observed: list[int],
         dtypes: list[tl.dtype],
+        limits: Tensor | None,
+        squares: Tensor | None,
         **options: bool | str | int,
     ) -> None:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device.
@@ -189,6 +240,8 @@ class Launch:
         device = self.layout.device
         table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
         table += array("q", self._own(counts)).tobytes() if counts else b""
+        spans = self._own(spans) if spans else spans
+        table += array("q", chain(*zip(*spans, strict=True))).tobytes()
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         watched = array("q", self._own(observed)).tobytes() if observed else b""
         watched += bytes(-len(watched) % 16)
@@ -205,7 +258,9 @@ class Launch:
         path = self.variant
         skippable = control is not None
         factors = sums = scalar_table  # pointers that are not read
-        if options["LIMITED"]:
+        if limits is not None:
+            factors = (limits if self.index is None else limits[self.index]).float().reciprocal()
+        elif options["LIMITED"] or squares is not None:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
             norm_kernel[(self.n_chunks,)](
@@ -213,6 +268,10 @@ class Launch:
                 self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"], SKIPPABLE=skippable,
                 **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
+            if squares is not None:
+                sum_kernel[(self.n,)](self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
+                squares[slice(None) if self.index is None else self.index] = factors
+                return
             limiter_kernel[(self.n,)](
                 pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
                 BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
@@ -221,7 +280,8 @@ class Launch:
             sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
         step_kernel[(self.n_tiles,)](
             self.layout, pointer_table, scalar_table, factors, sums,
-            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, OBSERVED=bool(observed), **options, **path,
+            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, OBSERVED=bool(observed), SPAN=_span_kind(spans, self.flat),
+            **options, **path,
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
@@ -233,6 +293,17 @@ class Launch:
 
     def _own(self, column: list[Any]) -> list[Any]:
         return column if self.chosen is None else [column[i] for i in self.chosen]
+
+
+def _span_kind(spans: Sequence[Sequence[int]], flat: bool) -> int:
+    """How shards lie in whole tensors: 0 they are whole, 1 a shift that leaves random bits in order, 2 anyhow."""
+    if not spans:
+        return 0
+    shifted = all(
+        run == pitch and run_c == pitch_c and first_c % 4 == 0 and (not flat or first % 8 == 0)
+        for first, run, pitch, first_c, run_c, pitch_c in spans
+    )
+    return 1 if shifted else 2
 
 
 def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:

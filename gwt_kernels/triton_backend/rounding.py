@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["join_low", "random_halves", "random_halves_at", "random_words", "round_at_random", "split_low"]
+__all__ = [
+    "join_low",
+    "random_halves",
+    "random_halves_at",
+    "random_words",
+    "random_words_at",
+    "round_at_random",
+    "split_low",
+]
 
 _WEIGHTS = tl.constexpr(0)
 _MOMENTS = tl.constexpr(1)
@@ -28,10 +36,15 @@ def random_words(first, N: tl.constexpr, step, key):
         w0, w1, w2, w3 = _philox(first // 4 + tl.arange(0, N // 4), step, _MOMENTS, key)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
     else:
-        index = first + tl.arange(0, N)
-        w0, w1, w2, w3 = _philox(index // 4, step, _MOMENTS, key)
-        words = _choose(w0, w1, w2, w3, index % 4)
+        words = random_words_at(first + tl.arange(0, N), step, key)
     return words
+
+
+@triton.jit
+def random_words_at(index, step, key):
+    """32 random bits for the coefficients of the given indices (int64), of any shape: a call for each of them."""
+    w0, w1, w2, w3 = _philox(index // 4, step, _MOMENTS, key)
+    return _choose(w0, w1, w2, w3, index % 4)
 
 
 @triton.jit

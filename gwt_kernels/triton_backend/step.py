@@ -3,9 +3,10 @@
 A bucket is described by tables in device memory with one entry per tensor:
 
 ``layout``    int64 ``[4, n]``: first tile, number of blocks, width of a row, blocks per row
-``pointers``  int64 ``[4, 5 or 10, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
+``pointers``  int64 ``[up to 16, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
               the key of the random bits, the addresses of the weights' low halves and of the scales of m and v,
-              and the step; as many as are read
+              the step, and for shards first element, run and pitch in the whole tensor, of p and of m and v; as
+              many as are read
 ``scalars``   float32 ``[n, 10]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, factor on the
               gradient (negative to ascend it), and 0 where the step is skipped, which is read if ``SKIPPABLE``
 
@@ -32,6 +33,7 @@ from gwt_kernels.triton_backend.rounding import (
     random_halves,
     random_halves_at,
     random_words,
+    random_words_at,
     round_at_random,
     split_low,
 )
@@ -39,7 +41,7 @@ from gwt_kernels.triton_backend.tiles import array_ptr as _array
 from gwt_kernels.triton_backend.tiles import owner as _owner
 from gwt_kernels.triton_backend.tiles import tile_offsets
 
-__all__ = ["limiter_kernel", "norm_kernel", "observe_kernel", "step_kernel"]
+__all__ = ["limiter_kernel", "norm_kernel", "observe_kernel", "step_kernel", "sum_kernel"]
 
 _P = tl.constexpr(0)
 _G = tl.constexpr(1)
@@ -51,6 +53,8 @@ _LOW = tl.constexpr(6)
 _M_SCALES = tl.constexpr(7)
 _V_SCALES = tl.constexpr(8)
 _STEP = tl.constexpr(9)
+_WEIGHTS_SPAN = tl.constexpr(10)
+_MOMENTS_SPAN = tl.constexpr(13)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -72,6 +76,7 @@ def step_kernel(
     LIMITED: tl.constexpr,
     FOLDED: tl.constexpr,
     ROUNDING: tl.constexpr,
+    SPAN: tl.constexpr,
     Q: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     OBSERVED: tl.constexpr,
@@ -95,7 +100,9 @@ def step_kernel(
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
-    scale per ``Q`` of them (``quantized.py``), and round stochastically too.
+    scale per ``Q`` of them (``quantized.py``), and round stochastically too. Random bits depend on the index in
+    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights, on
+    the flat path) and of 4 (moments), and 2 where it is any.
 
     Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
     approximation coefficients and of its update, weight decay apart.
@@ -127,7 +134,13 @@ def step_kernel(
     m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
     mean, residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
     if M == tl.bfloat16 or Q:
-        bits = random_words(first_block, NB, step, key)
+        if SPAN == 2:
+            index = _in_whole(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, first_block + blocks)
+            bits = random_words_at(index, step, key)
+        else:
+            bits = random_words(
+                first_block + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN), NB, step, key
+            )
     else:
         bits = 0
     _store_moments(m, v, bits, m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, M, NB, Q)
@@ -161,10 +174,15 @@ def step_kernel(
         tl.store(low_ptrs, low, mask=inside)
         tl.store(p_ptrs, weight, mask=inside)
     elif ROUNDING == "stochastic":
-        if FLAT:
-            bits = random_halves(start, NB * W, step, key)
+        if SPAN == 2:
+            index = _in_whole(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, start + elements)
+            bits = random_halves_at(index, step, key)
         else:
-            bits = random_halves_at(start + elements, step, key)
+            start += _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
+            if FLAT:
+                bits = random_halves(start, NB * W, step, key)
+            else:
+                bits = random_halves_at(start + elements, step, key)
         tl.store(p_ptrs, round_at_random(p, bits, P), mask=inside)
     else:
         tl.store(p_ptrs, p.to(P), mask=inside)
@@ -241,14 +259,7 @@ def limiter_kernel(
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
             return
-    chunk = tl.load(first_chunk_ptr + i)
-    end = tl.load(first_chunk_ptr + i + 1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    while chunk < end:
-        chunks = chunk + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
-        chunk += BLOCK
-    norm = tl.sqrt_rn(tl.sum(total, axis=0))
+    norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
     gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
     previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_ptr)
@@ -302,6 +313,43 @@ def observe_kernel(
         tl.store(row_ptr + 3, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
     finite = (energy == energy) & (energy < float("inf"))
     tl.store(row_ptr + 4, tl.load(row_ptr + 4) + tl.where(finite, 0.0, 1.0))
+
+
+@triton.jit
+def sum_kernel(first_chunk_ptr, partials_ptr, sums_ptr, BLOCK: tl.constexpr):
+    """The partial sums of one tensor added up, as the limiter does: ``sums [n]``."""
+    i = tl.program_id(0)
+    tl.store(sums_ptr + i, _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
+
+
+@triton.jit
+def _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK: tl.constexpr):
+    chunk = tl.load(first_chunk_ptr + i)
+    end = tl.load(first_chunk_ptr + i + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    while chunk < end:
+        chunks = chunk + tl.arange(0, BLOCK)
+        total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
+        chunk += BLOCK
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _shift(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
+    """How far a shard's first element is from the whole tensor's."""
+    shift = tl.zeros((), tl.int64)
+    if SPAN:
+        shift += tl.load(pointers_ptr + which * n_tensors + i)
+    return shift
+
+
+@triton.jit
+def _in_whole(pointers_ptr, which, i, n_tensors, index):
+    """The indices in the whole tensor of a shard's elements (int64, any shape)."""
+    first = tl.load(pointers_ptr + which * n_tensors + i)
+    run = tl.load(pointers_ptr + (which + 1) * n_tensors + i)
+    pitch = tl.load(pointers_ptr + (which + 2) * n_tensors + i)
+    return first + index // run * pitch + index % run
 
 
 @triton.jit

@@ -1,0 +1,27 @@
+"""Tests that sharded parameters are updated as whole ones, in real processes over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import processes, resharded, sharded, wrapped
+
+
+def test_float64_equals_unsharded() -> None:
+    processes.run(4, sharded.float64)
+
+
+def test_bits_do_not_depend_on_the_number_of_processes() -> None:
+    processes.run(4, sharded.bits)
+
+
+def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
+    processes.run(4, resharded.main, tmp_path)
+
+
+def test_replicas_stay_the_same_to_the_bit() -> None:
+    processes.run(2, wrapped.replicas)
+
+
+def test_what_cannot_be_honoured_is_refused_on_every_process() -> None:
+    processes.run(2, wrapped.refusals)
