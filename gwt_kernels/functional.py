@@ -159,6 +159,7 @@ def gwt_adamw_(
             scales=scales,
             spans=[None] * len(params) if spans is None else spans,
             limits=divisors,
+            telemetry=[None] * len(params) if telemetry is None else telemetry.unbind(),
         )
     else:
         from gwt_kernels.triton_backend import launch
@@ -184,10 +185,6 @@ def gwt_adamw_(
         )
     if counts is not None:
         counts.add_(1)
-    if telemetry is not None and "torch" in choices:
-        from gwt_kernels.torch_backend import telemetry as torch_telemetry
-
-        torch_telemetry.observe(*tensors, list(steps), hypers, telemetry, level=level, rule=rule, scales=scales)
 
 
 @torch.no_grad()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,17 +12,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
 from gwt_kernels import telemetry as telemetry_rows
+from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, stream_of
+from gwt_kernels.checks import check_backend, check_grad, check_param, name_of
 from gwt_kernels.control import control_
-from gwt_kernels.functional import Hyper, Rounding, Rule, gwt_adamw_, update_sums
-from gwt_kernels.haar import check_level
-from gwt_kernels.hyper import key_of
+from gwt_kernels.functional import Rounding, Rule
+from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
-    STRUCTURAL,
     check_group,
     check_max_grad_norm,
     hyper_of,
     published_limit,
-    rounding_of,
     state_dtype_name,
 )
 from gwt_kernels.reduction import Limits, Totals
@@ -31,23 +29,16 @@ from gwt_kernels.sharding import (
     ROWS_STAY,
     any_sharded,
     is_sharded,
-    local_of,
     local_parts,
     made_by_a_getter,
     reduced_over,
 )
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import (
-    SCALES,
     check_place,
-    check_shards,
     check_state,
     complete,
-    exact_copy,
     is_limited,
-    is_quantized,
-    moment_dtypes,
-    shard_spans,
     state_keys,
 )
 
@@ -299,7 +290,7 @@ class GWTAdamW(Optimizer):
             TypeError: an option in the state has the wrong type.
         """
         # Registered last, so that it sees what the user's own hooks have made of the state.
-        handle = self.register_load_state_dict_pre_hook(_check_and_set_aside)
+        handle = self.register_load_state_dict_pre_hook(check_and_set_aside)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -324,12 +315,12 @@ class GWTAdamW(Optimizer):
         self._forget_buckets()
 
     def _forget_buckets(self) -> None:
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[Bucket] = []
         self._limits: dict[torch.device, Limits] = {}
         self._totals: Totals | None = None
         self._snapshot: Snapshot | None = None
         self._workspace: dict[Any, dict[str, Any]] = {}
-        self._lone: dict[Tensor, tuple[Snapshot, _Bucket]] = {}
+        self._lone: dict[Tensor, tuple[Snapshot, Bucket]] = {}
         self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
@@ -337,8 +328,8 @@ class GWTAdamW(Optimizer):
         check_group(group, capturable=self.capturable)
         self._check_telemetry(group)
         for i, p in enumerate(group["params"]):
-            name = _name_of(group, i, len(self.param_groups) - 1)
-            _check_param(p, group, name)
+            name = name_of(group, i, len(self.param_groups) - 1)
+            check_param(p, group, name)
             self._check_capturable(p, group, name)
         self._lines |= {id(p) for p in group["params"] if p.dim() == 1}
 
@@ -371,16 +362,16 @@ class GWTAdamW(Optimizer):
         place, i, k = self._places[p]
         group = self.param_groups[i]
         hyper = hyper_of(group)
-        options = (*_bucket_options(group), group["seed"])
+        options = (*bucket_options(group), group["seed"])
         (held,), grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
         same = p in self._lone and self._lone[p][0].holds([p], grads, options, self.state, [held])
         if not same:
             check_group(group)
-            self._check_one(p, group, _name_of(group, k, i))
+            self._check_one(p, group, name_of(group, k, i))
             complete(self.state[p], p, group)
             limits = Limits([p]) if is_limited(group) and reduced_over(p) else None
-            members = [_Member(p, 0, 0, _stream(group, k, place))]
-            bucket = _Bucket(members, self.state, [group], False, self._telemetry_rows(members), limits)
+            members = [Member(p, 0, 0, stream_of(group, k, place))]
+            bucket = Bucket(members, self.state, [group], False, self._telemetry_rows(members), limits)
             self._lone[p] = Snapshot([p], grads, options, self.state, [held]), bucket
         bucket = self._lone[p][1]
         own = bucket.gradients(grads)
@@ -439,7 +430,7 @@ class GWTAdamW(Optimizer):
         Returns whether the buckets are those of the last step.
         """
         on_device = self.capturable or self._is_controlled
-        options: list[Any] = [(*_bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
+        options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
         options.append(on_device)
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
@@ -449,7 +440,7 @@ class GWTAdamW(Optimizer):
                 "has not stepped before: take a few steps before the capture, on a side stream"
             )
         self._check_before_step()
-        self._limits = self._make_limits()
+        self._limits = make_limits(self.param_groups)
         self._totals = Totals(params) if any_sharded(params) and self._is_controlled else None
         self._buckets = self._make_buckets(on_device)
         self._snapshot = Snapshot(params, grads, options, self.state, held)
@@ -462,7 +453,7 @@ class GWTAdamW(Optimizer):
             self._check_telemetry(group)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    self._check_one(p, group, _name_of(group, k, i))
+                    self._check_one(p, group, name_of(group, k, i))
 
     def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         assert p.grad is not None
@@ -471,44 +462,29 @@ class GWTAdamW(Optimizer):
                 f"{name} was put in the place of others since the optimizer was made, as ZeRO does with flat "
                 f"buffers, in which no rows are left: {ROWS_STAY}"
             )
-        _check_param(p, group, name)
+        check_param(p, group, name)
         self._check_capturable(p, group, name)
-        _check_grad(p.grad, p, name)
-        _check_backend(p, name, p.grad.dtype, group)
+        check_grad(p.grad, p, name)
+        check_backend(p, name, p.grad.dtype, group)
         if state := self.state.get(p):
             check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
             check_place(state, p, name)
 
-    def _make_buckets(self, on_device: bool) -> list[_Bucket]:
-        chosen: dict[Any, list[_Member]] = {}
-        place = -1
-        seen = set()
-        for i, group in enumerate(self.param_groups):
-            options = _bucket_options(group)
-            for k, p in enumerate(group["params"]):
-                place += 1
-                if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
-                    continue
-                seen.add(id(p))
-                complete(self.state[p], p, group)
-                reduced = is_limited(group) and bool(reduced_over(p))
-                dtypes = (p.dtype, p.grad.dtype, self.state[p]["exp_avg"].dtype)
-                key = (options, p.device, dtypes, is_sharded(p), reduced)
-                chosen.setdefault(key, []).append(_Member(p, place, i, _stream(group, k, place)))
-        return [
-            _Bucket(
-                members,
-                self.state,
-                self.param_groups,
-                on_device,
-                self._telemetry_rows(members),
-                self._limits.get(device) if reduced else None,
-                self._totals,
-            )
-            for (_, device, _, _, reduced), members in chosen.items()
-        ]
+    def _make_buckets(self, on_device: bool) -> list[Bucket]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    complete(self.state[p], p, group)
+        return make_buckets(
+            self.param_groups,
+            self.state,
+            on_device=on_device,
+            rows_of=self._telemetry_rows,
+            limits=self._limits,
+            totals=self._totals,
+        )
 
-    def _telemetry_rows(self, members: list[_Member]) -> Tensor | None:
+    def _telemetry_rows(self, members: list[Member]) -> Tensor | None:
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
         if not self._observed:
             return None
@@ -516,285 +492,3 @@ class GWTAdamW(Optimizer):
         rows = torch.stack([self._rows[p] if p in self._rows else telemetry_rows.new_row(p.device) for p in params])
         self._rows.update(zip(params, rows.unbind(), strict=True))
         return rows
-
-    def _make_limits(self) -> dict[torch.device, Limits]:
-        """One per device, of all parameters that need it: whether they have gradients here does not matter."""
-        chosen: dict[torch.device, dict[int, Tensor]] = {}
-        for group in self.param_groups:
-            for p in group["params"] if is_limited(group) else ():
-                if p.requires_grad and reduced_over(p):
-                    chosen.setdefault(p.device, {})[id(p)] = p
-        return {device: Limits(list(params.values())) for device, params in chosen.items()}
-
-
-class _Member(NamedTuple):
-    """A parameter of a bucket."""
-
-    param: Tensor
-    place: int
-    """Among all parameters of the optimizer."""
-    group: int
-    stream: int
-
-
-class _Bucket:
-    """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend."""
-
-    def __init__(
-        self,
-        members: list[_Member],
-        states: Mapping[Tensor, dict[str, Any]],
-        groups: list[dict[str, Any]],
-        on_device: bool,
-        rows: Tensor | None,
-        limits: Limits | None = None,
-        totals: Totals | None = None,
-    ) -> None:
-        self.rows = rows
-        params = [member.param for member in members]
-        self.params = list(map(local_of, params))
-        self.places = [member.place for member in members]
-        self.owners = [member.group for member in members]
-        own = [states[p] for p in params]
-        group = groups[self.owners[0]]
-        self.level: int = group["level"]
-        self.rule: Rule = group["rule"]
-        self.wavelet: str = group["wavelet"]
-        self.backend: backends.Backend | None = group["backend"]
-        self.exp_avgs: list[Tensor] = [local_of(s["exp_avg"]) for s in own]
-        self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
-        self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
-        self.rounding = rounding_of(self.params[0], group["weight_rounding"])
-        self.lows = [local_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
-        self.scales = [
-            (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
-            for p, s in zip(params, own, strict=True)
-        ]
-        random = self.rounding == "stochastic" or self.exp_avgs[0].dtype in (torch.bfloat16, torch.int8)
-        self.spans = [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None
-        self._counted = None if totals is None else list(map(totals.counts, params))
-        self.limits = limits
-        if limits is not None:
-            self.sums_workspace: dict[str, Any] = {}
-            self.limited_places = limits.places_of(params)
-        self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
-        self.workspace: dict[str, Any] = {}
-        # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
-        self.on_device = on_device
-        place = self.params[0].device if on_device else torch.device("cpu")
-        counts = [s["step"].reshape(()).to(torch.float64) for s in own]
-        if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
-            counts = [count.to(place, non_blocking=on_device) for count in counts]
-        self.steps = torch.stack(counts).to(place, non_blocking=on_device)
-        for s, count in zip(own, self.steps.unbind(), strict=True):
-            s["step"] = count
-
-    def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
-        """Its own among those of all parameters."""
-        return [grads[i] for i in self.places]  # type: ignore[misc]  # those of a bucket are there
-
-    def counted(self, grads: list[Tensor]) -> list[Tensor]:
-        """Its gradients, without those that another process counts."""
-        if self._counted is None:
-            return grads
-        return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
-
-    def update_sums(
-        self,
-        grads: list[Tensor],
-        hypers: list[Hyper],
-        control: Mapping[torch.device, Tensor] | None,
-        same_tensors: bool,
-        same_grads: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
-        sums = update_sums(
-            params=self.params,
-            grads=grads,
-            exp_avgs=self.exp_avgs,
-            exp_avg_sqs=self.exp_avg_sqs,
-            steps=self.steps if self.on_device else self._counts(),
-            hypers=[hypers[i] for i in self.owners],
-            level=self.level,
-            scales=self.scales,
-            control=None if control is None else control[self.params[0].device],
-            wavelet=self.wavelet,
-            backend=self.backend,
-            workspace=self.sums_workspace,
-            same_tensors=same_tensors,
-            same_grads=same_grads,
-        )
-        return self.limited_places, sums
-
-    def step(
-        self,
-        grads: list[Tensor],
-        hypers: list[Hyper],
-        control: Mapping[torch.device, Tensor] | None,
-        *,
-        same_tensors: bool,
-        same_grads: bool,
-    ) -> None:
-        own_control = None if control is None else control[self.params[0].device]
-        limiter_norms, limits = self.limiter_norms, None
-        if self.limits is not None:
-            gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
-            norms: Any = limiter_norms
-            limits = self.limits.divisors(self.limited_places, norms, gammas, own_control)
-            limiter_norms = [None] * len(self.params)
-        gwt_adamw_(
-            params=self.params,
-            grads=grads,
-            exp_avgs=self.exp_avgs,
-            exp_avg_sqs=self.exp_avg_sqs,
-            limiter_norms=limiter_norms,
-            limits=limits,
-            spans=self.spans,
-            steps=self.steps if self.on_device else self._counts(),
-            hypers=[hypers[i] for i in self.owners],
-            level=self.level,
-            rule=self.rule,
-            rounding=self.rounding,
-            keys=self.keys,
-            lows=self.lows,
-            scales=self.scales,
-            control=own_control,
-            telemetry=self.rows,
-            wavelet=self.wavelet,
-            backend=self.backend,
-            workspace=self.workspace,
-            same_tensors=same_tensors,
-            same_grads=same_grads,
-        )
-        if not self.on_device:
-            self.steps.add_(1)
-
-    def _counts(self) -> list[int]:
-        counts = (self.steps + 1).tolist()
-        alike = counts.count(counts[0]) == len(counts)
-        return [int(counts[0])] * len(counts) if alike else list(map(int, counts))
-
-
-def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a group's options decides with which other tensors its tensors can share a launch."""
-    return (
-        group["level"],
-        group["rule"],
-        group["wavelet"],
-        group["state_dtype"],
-        group["backend"],
-        is_limited(group),
-        group["weight_rounding"],
-    )
-
-
-def _stream(group: Mapping[str, Any], index: int, place: int) -> int:
-    """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
-    names = group.get("param_names")
-    return zlib.crc32(names[index].encode()) if names else place
-
-
-def _name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
-    """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
-    p = group["params"][index]
-    names = group.get("param_names")
-    label = repr(names[index]) if names else f"{index} of group {group_index}"
-    return f"parameter {label} of shape {tuple(p.shape)}"
-
-
-def _check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
-    if not p.is_floating_point():
-        raise TypeError(
-            f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"
-        )
-    if p.layout != torch.strided:
-        raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
-    if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
-        raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
-    if p.numel():
-        check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
-    _check_rounding(p, group, name)
-    check_shards(p, group, name)
-    if p.device.type != "meta":
-        _check_backend(p, name, p.dtype, group)
-
-
-def _check_rounding(p: Tensor, group: Mapping[str, Any], name: str) -> None:
-    try:
-        rounding_of(p, group["weight_rounding"])
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _check_grad(g: Tensor, p: Tensor, name: str) -> None:
-    if g.layout != torch.strided:
-        raise RuntimeError(
-            f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
-            f"embedding, or give it to torch.optim.SparseAdam"
-        )
-    if not g.is_floating_point():
-        raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real floating-point gradient")
-    if g.shape != p.shape or g.device != p.device:
-        raise RuntimeError(
-            f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
-            f"since backward, which has to run again"
-        )
-
-
-def _check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
-    """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
-    moments = moment_dtypes(p, group)[0]
-    moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
-    for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
-        try:
-            backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
-        except RuntimeError as error:
-            raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
-
-
-def _check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(
-            f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
-            f"pass what GWTAdamW.state_dict() returned"
-        )
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
-    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
-        raise ValueError(
-            f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
-            f"{[len(g['params']) for g in groups]}: build the optimizer from the same model and groups, or "
-            f"convert the state with gwt_kernels.migrate"
-        )
-    set_aside: dict[Any, Any] = {}
-    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        for option in STRUCTURAL:
-            if option not in saved:
-                raise ValueError(
-                    f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW; gwt_kernels.migrate "
-                    f"takes over an AdamW's"
-                )
-            if saved[option] != group[option]:
-                raise ValueError(
-                    f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
-                    f"{option}={group[option]!r}: build the optimizer with the state's value, or convert the state "
-                    f"with gwt_kernels.migrate"
-                )
-        if (saved.get("weight_rounding") == "split") != (group["weight_rounding"] == "split"):
-            raise ValueError(
-                f"group {i} of the state has weight_rounding={saved.get('weight_rounding')!r}, the optimizer "
-                f"weight_rounding={group['weight_rounding']!r}: with 'split' half of each weight is in the state, "
-                f"so build the optimizer with the state's value, or convert the state with gwt_kernels.migrate"
-            )
-        options = {**optimizer.defaults, **saved, "backend": group["backend"]}
-        check_group(options)
-        for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-            _check_rounding(p, options, _name_of(group, k, i))
-            if state := state_dict["state"].get(key):
-                check_state(state, p, options, _name_of(group, k, i), state_keys(p, options))
-                set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
-    unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
-    set_aside.update({key: state_dict["state"][key] for key in unknown})
-    optimizer.__dict__["_set_aside"] = set_aside
-    own = [{**saved, "backend": group["backend"]} for saved, group in zip(saved_groups, groups, strict=True)]
-    return {**state_dict, "state": {}, "param_groups": own}

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.storage import Chunk, Storage
+from gwt_kernels.torch_backend.telemetry import Notes
 
 __all__ = ["gwt_adamw_", "limit_", "update_sums"]
 
@@ -49,15 +50,17 @@ def gwt_adamw_(
     scales: Sequence[tuple[Tensor, Tensor] | None],
     spans: Sequence[tuple[Span, Span] | None],
     limits: Sequence[Tensor | None],
+    telemetry: Sequence[Tensor | None],
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for p, g, m, v, norm, step, hyper, key, low, scale, span, limit in zip(
+    for p, g, m, v, norm, step, hyper, key, low, scale, span, limit, row in zip(
         params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, spans, limits,
-        strict=True,
+        telemetry, strict=True,
     ):  # fmt: skip
         if p.numel() == 0:
             continue
-        storage = Storage(level, rounding, step, key, span)
+        notes = None if row is None else Notes(row)
+        storage = Storage(level, rounding, step, key, span, notes)
         chunks = _chunks(p, g, m, v, low, scale, quantum(level))
         dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
         if level == 0:
@@ -66,6 +69,8 @@ def gwt_adamw_(
             _foam(chunks, dtype, hyper, level, storage)
         else:
             _gwt(chunks, dtype, norm, hyper, level, storage, limit)
+        if notes is not None:
+            notes.close()
 
 
 def update_sums(
@@ -106,6 +111,9 @@ def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: S
         if hyper.weight_decay:
             p.mul_(1 - float(hyper.lr) * hyper.weight_decay)
         p.addcdiv_(m, denominator, value=-step_size)
+        if storage.notes is not None:
+            storage.notes.gradient(g, 1.0, g, 1)
+            storage.notes.update(m / denominator, step_size)
         storage.store_moments(chunk, m, v)
         storage.store_weights(chunk, p)
 
@@ -129,6 +137,8 @@ def _gwt(
     pending = []
     for chunk in chunks:
         m, v, mean, gain = _moments(chunk, *storage.load_moments(chunk, dtype), hyper, level)
+        if storage.notes is not None:
+            storage.notes.gradient(chunk.g, hyper.signed_factor, mean, width)
         offset = mean.sub_(m, alpha=1 / math.sqrt(width))
         if gamma is None:
             _update(chunk, gain, offset, step_size, width, hyper, storage)
@@ -139,7 +149,10 @@ def _gwt(
             pending.append((chunk, gain, offset))
         storage.store_moments(chunk, m, v)
     if norm is not None and gamma is not None and total is not None:
-        step_size = step_size / limit_(norm, total.sqrt_(), gamma)
+        limit = limit_(norm, total.sqrt_(), gamma)
+        step_size = step_size / limit
+    if limit is not None and storage.notes is not None:
+        storage.notes.limit(limit)
     for chunk, gain, offset in pending:
         _update(chunk, gain, offset, step_size, width, hyper, storage)
 
@@ -169,7 +182,11 @@ def _foam(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, level: int,
         update = residual.add_(m.unsqueeze(-1)).div_(denominator).view(g.shape)
         if hyper.weight_decay:
             p.mul_(1 - float(hyper.lr) * hyper.weight_decay)
-        p.sub_(update[..., : chunk.p.shape[-1]], alpha=step_size)
+        update = update[..., : chunk.p.shape[-1]]
+        p.sub_(update, alpha=step_size)
+        if storage.notes is not None:
+            storage.notes.gradient(g, 1.0, mean, width)
+            storage.notes.update(update, step_size)
         storage.store_moments(chunk, m, v)
         storage.store_weights(chunk, p)
 
@@ -218,7 +235,10 @@ def _update(
     blocks = g.reshape(*gain.shape, width)
     factor = -hyper.signed_factor
     update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=factor).view(g.shape)
-    p.add_(update[..., : p.shape[-1]])
+    update = update[..., : p.shape[-1]]
+    p.add_(update)
+    if storage.notes is not None:
+        storage.notes.update(update)
     storage.store_weights(chunk, p)
 
 

@@ -19,6 +19,7 @@ from gwt_kernels.torch_backend.rounding import (
     round_at_random,
     split_low,
 )
+from gwt_kernels.torch_backend.telemetry import Notes
 
 __all__ = ["Chunk", "Storage"]
 
@@ -48,6 +49,8 @@ class Storage(NamedTuple):
     key: int
     spans: tuple[Span, Span] | None = None
     """Where weights and coefficients lie in the whole tensor, if these are a shard's."""
+    notes: Notes | None = None
+    """What is told about the step."""
 
     def load(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and moments in ``dtype``: views where that is what they are kept in."""

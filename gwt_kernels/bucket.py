@@ -1,0 +1,238 @@
+"""Buckets: the tensors of an optimizer that share one launch per pass, and how they are brought together."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.functional import Hyper, Rule, gwt_adamw_, update_sums
+from gwt_kernels.hyper import key_of
+from gwt_kernels.options import rounding_of
+from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.sharding import is_sharded, local_of, reduced_over
+from gwt_kernels.state import SCALES, is_limited, is_quantized, shard_spans
+
+__all__ = ["Bucket", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of"]
+
+
+def make_buckets(
+    groups: list[dict[str, Any]],
+    states: Mapping[Tensor, dict[str, Any]],
+    *,
+    on_device: bool,
+    rows_of: Callable[[list[Member]], Tensor | None],
+    limits: Mapping[torch.device, Limits],
+    totals: Totals | None,
+) -> list[Bucket]:
+    """Bring every parameter that has a gradient, once, together with those that can share its launches.
+
+    Args:
+        groups: The optimizer's, whose options are checked.
+        states: Complete states of these parameters.
+        on_device: Whether the device counts steps.
+        rows_of: Makes the rows of telemetry for a bucket's members, or None.
+        limits: What adds up the limiter's norms over processes, per device.
+        totals: What adds up gradients over processes, or None.
+    """
+    chosen: dict[Any, list[Member]] = {}
+    place = -1
+    seen = set()
+    for i, group in enumerate(groups):
+        options = bucket_options(group)
+        for k, p in enumerate(group["params"]):
+            place += 1
+            if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+                continue
+            seen.add(id(p))
+            reduced = is_limited(group) and bool(reduced_over(p))
+            dtypes = (p.dtype, p.grad.dtype, states[p]["exp_avg"].dtype)
+            key = (options, p.device, dtypes, is_sharded(p), reduced)
+            chosen.setdefault(key, []).append(Member(p, place, i, stream_of(group, k, place)))
+    return [
+        Bucket(
+            members, states, groups, on_device, rows_of(members), limits.get(device) if reduced else None, totals
+        )
+        for (_, device, _, _, reduced), members in chosen.items()
+    ]
+
+
+def make_limits(groups: list[dict[str, Any]]) -> dict[torch.device, Limits]:
+    """One per device, of all parameters that need it: whether they have gradients here does not matter."""
+    chosen: dict[torch.device, dict[int, Tensor]] = {}
+    for group in groups:
+        for p in group["params"] if is_limited(group) else ():
+            if p.requires_grad and reduced_over(p):
+                chosen.setdefault(p.device, {})[id(p)] = p
+    return {device: Limits(list(params.values())) for device, params in chosen.items()}
+
+
+class Member(NamedTuple):
+    """A parameter of a bucket."""
+
+    param: Tensor
+    place: int
+    """Among all parameters of the optimizer."""
+    group: int
+    stream: int
+
+
+class Bucket:
+    """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend."""
+
+    def __init__(
+        self,
+        members: list[Member],
+        states: Mapping[Tensor, dict[str, Any]],
+        groups: list[dict[str, Any]],
+        on_device: bool,
+        rows: Tensor | None,
+        limits: Limits | None = None,
+        totals: Totals | None = None,
+    ) -> None:
+        self.rows = rows
+        params = [member.param for member in members]
+        self.params = list(map(local_of, params))
+        self.places = [member.place for member in members]
+        self.owners = [member.group for member in members]
+        own = [states[p] for p in params]
+        group = groups[self.owners[0]]
+        self.level: int = group["level"]
+        self.rule: Rule = group["rule"]
+        self.wavelet: str = group["wavelet"]
+        self.backend: backends.Backend | None = group["backend"]
+        self.exp_avgs: list[Tensor] = [local_of(s["exp_avg"]) for s in own]
+        self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
+        self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
+        self.rounding = rounding_of(self.params[0], group["weight_rounding"])
+        self.lows = [local_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
+        self.scales = [
+            (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
+            for p, s in zip(params, own, strict=True)
+        ]
+        random = self.rounding == "stochastic" or self.exp_avgs[0].dtype in (torch.bfloat16, torch.int8)
+        self.spans = [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None
+        self._counted = None if totals is None else list(map(totals.counts, params))
+        self.limits = limits
+        if limits is not None:
+            self.sums_workspace: dict[str, Any] = {}
+            self.limited_places = limits.places_of(params)
+        self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
+        self.workspace: dict[str, Any] = {}
+        # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
+        self.on_device = on_device
+        place = self.params[0].device if on_device else torch.device("cpu")
+        counts = [s["step"].reshape(()).to(torch.float64) for s in own]
+        if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
+            counts = [count.to(place, non_blocking=on_device) for count in counts]
+        self.steps = torch.stack(counts).to(place, non_blocking=on_device)
+        for s, count in zip(own, self.steps.unbind(), strict=True):
+            s["step"] = count
+
+    def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
+        """Its own among those of all parameters."""
+        return [grads[i] for i in self.places]  # type: ignore[misc]  # those of a bucket are there
+
+    def counted(self, grads: list[Tensor]) -> list[Tensor]:
+        """Its gradients, without those that another process counts."""
+        if self._counted is None:
+            return grads
+        return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
+
+    def update_sums(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        control: Mapping[torch.device, Tensor] | None,
+        same_tensors: bool,
+        same_grads: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
+        sums = update_sums(
+            params=self.params,
+            grads=grads,
+            exp_avgs=self.exp_avgs,
+            exp_avg_sqs=self.exp_avg_sqs,
+            steps=self.steps if self.on_device else self._counts(),
+            hypers=[hypers[i] for i in self.owners],
+            level=self.level,
+            scales=self.scales,
+            control=None if control is None else control[self.params[0].device],
+            wavelet=self.wavelet,
+            backend=self.backend,
+            workspace=self.sums_workspace,
+            same_tensors=same_tensors,
+            same_grads=same_grads,
+        )
+        return self.limited_places, sums
+
+    def step(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        control: Mapping[torch.device, Tensor] | None,
+        *,
+        same_tensors: bool,
+        same_grads: bool,
+    ) -> None:
+        own_control = None if control is None else control[self.params[0].device]
+        limiter_norms, limits = self.limiter_norms, None
+        if self.limits is not None:
+            gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
+            norms: Any = limiter_norms
+            limits = self.limits.divisors(self.limited_places, norms, gammas, own_control)
+            limiter_norms = [None] * len(self.params)
+        gwt_adamw_(
+            params=self.params,
+            grads=grads,
+            exp_avgs=self.exp_avgs,
+            exp_avg_sqs=self.exp_avg_sqs,
+            limiter_norms=limiter_norms,
+            limits=limits,
+            spans=self.spans,
+            steps=self.steps if self.on_device else self._counts(),
+            hypers=[hypers[i] for i in self.owners],
+            level=self.level,
+            rule=self.rule,
+            rounding=self.rounding,
+            keys=self.keys,
+            lows=self.lows,
+            scales=self.scales,
+            control=own_control,
+            telemetry=self.rows,
+            wavelet=self.wavelet,
+            backend=self.backend,
+            workspace=self.workspace,
+            same_tensors=same_tensors,
+            same_grads=same_grads,
+        )
+        if not self.on_device:
+            self.steps.add_(1)
+
+    def _counts(self) -> list[int]:
+        counts = (self.steps + 1).tolist()
+        alike = counts.count(counts[0]) == len(counts)
+        return [int(counts[0])] * len(counts) if alike else list(map(int, counts))
+
+
+def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a group's options decides with which other tensors its tensors can share a launch."""
+    return (
+        group["level"],
+        group["rule"],
+        group["wavelet"],
+        group["state_dtype"],
+        group["backend"],
+        is_limited(group),
+        group["weight_rounding"],
+    )
+
+
+def stream_of(group: Mapping[str, Any], index: int, place: int) -> int:
+    """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
+    names = group.get("param_names")
+    return zlib.crc32(names[index].encode()) if names else place

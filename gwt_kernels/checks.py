@@ -1,0 +1,74 @@
+"""Checks of a parameter and its gradient before they are stepped: each error names the parameter and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.haar import check_level
+from gwt_kernels.options import rounding_of
+from gwt_kernels.state import check_shards, moment_dtypes
+
+__all__ = ["check_backend", "check_grad", "check_param", "check_rounding_of", "name_of"]
+
+
+def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
+    """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
+    p = group["params"][index]
+    names = group.get("param_names")
+    label = repr(names[index]) if names else f"{index} of group {group_index}"
+    return f"parameter {label} of shape {tuple(p.shape)}"
+
+
+def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    if not p.is_floating_point():
+        raise TypeError(
+            f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
+    if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
+    if p.numel():
+        check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    check_rounding_of(p, group, name)
+    check_shards(p, group, name)
+    if p.device.type != "meta":
+        check_backend(p, name, p.dtype, group)
+
+
+def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    try:
+        rounding_of(p, group["weight_rounding"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_grad(g: Tensor, p: Tensor, name: str) -> None:
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
+            f"embedding, or give it to torch.optim.SparseAdam"
+        )
+    if not g.is_floating_point():
+        raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real floating-point gradient")
+    if g.shape != p.shape or g.device != p.device:
+        raise RuntimeError(
+            f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
+            f"since backward, which has to run again"
+        )
+
+
+def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
+    """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
+    moments = moment_dtypes(p, group)[0]
+    moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
+    for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
+        try:
+            backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
+        except RuntimeError as error:
+            raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
