@@ -82,7 +82,8 @@ def gwt_adamw_(
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
         same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
-            parameter's ``data`` replaced: the checks of parameters are then not repeated.
+            parameter's ``data`` replaced, and that ``grads`` have the shapes and the dtype that they had: these
+            checks are then not repeated.
         same_grads: Promise that ``grads`` are the objects of the last call with this ``workspace``, with other
             values at most: their checks are then not repeated.
 

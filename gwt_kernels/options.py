@@ -160,7 +160,9 @@ def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torc
 
 def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
     """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
-    if not (capturable and isinstance(lr, Tensor) and lr.device.type != "cpu"):
+    if not (capturable and isinstance(lr, Tensor)):
+        return _number("lr", lr)
+    if lr.device.type == "cpu" and not backends.interpreted():  # where Triton is interpreted, that is its device
         return _number("lr", lr)
     if lr.numel() != 1 or lr.dtype != torch.float32:
         raise TypeError(

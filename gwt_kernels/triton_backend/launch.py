@@ -94,7 +94,10 @@ def gwt_adamw_(
         if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
             grads = [g.resolve_neg().contiguous() for g in grads]
             addresses, given = list(map(Tensor.data_ptr, grads)), []  # the next call has to copy again
-        kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(off, addresses))
+        if known is None:
+            kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(off, addresses))
+        else:
+            kinds = *workspace["kinds"][:2], list(map(off, addresses))
 
     counted = steps.data_ptr() if isinstance(steps, Tensor) else 0
     options = (level, limited, rounding, keys if random else (), bool(counted))
