@@ -71,6 +71,7 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         if small:
             return [[*pytest, "tests/torch_backend/test_step.py"]]
         kernels = ["tests/triton_backend", "tests/test_haar.py", "tests/test_functional.py"]
+        kernels += ["tests/test_control.py", "tests/test_clipping.py", "tests/test_telemetry.py"]
         return [[*pytest, "-m", "gpu"], [*pytest, "-m", "not gpu", *kernels]]
     if part == "kernels":
         some = ["--parts", "sizes", "--sizes", "16"] if small else []
