@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from gwt_kernels.plan import Plan
+    from gwt_kernels.plan_sharded import ShardedPlan
+
 __all__ = ["main"]
 
 DTYPES = {
@@ -52,7 +55,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "without memory, from its configuration alone.",
     )
     add = parser.add_argument
-    add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_70b")
+    add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_405b")
     _add_options(parser)
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
@@ -61,6 +64,15 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="of memory: bytes per second (3.35e12), or with a unit: 3350GB/s, 3.35TB/s",
     )
     speed.add_argument("--measure", action="store_true", help="measure the bandwidth of a copy on this machine")
+    many = parser.add_argument_group(
+        "several processes",
+        "what each holds, what they send each other, and how long that takes if links are as given; all predicted",
+    )
+    many.add_argument("--world-size", type=int, metavar="N", help="processes; without --mesh all shard by FSDP2")
+    many.add_argument("--mesh", metavar="AXES", help="replicas, FSDP2, tensor parallelism: dp=2,fsdp=4,tp=8")
+    many.add_argument("--clip", action="store_true", help="with max_grad_norm or skip_nonfinite")
+    many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
+    many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
     add("--json", action="store_true", help="print everything as JSON instead of tables")
     add("--verbose", action="store_true", help="a row for every parameter, not one for all layers")
 
@@ -184,11 +196,37 @@ def _plan(options: argparse.Namespace) -> int:
                 f"level {options.level} is too deep for all {len(planned.too_narrow)} matrices of the recipe, so "
                 f"that nothing would be transformed: {names} would stay at level 0; use a lower level"
             )
+        sharded = _sharded(planned, options)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"gwt-kernels plan: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(planned.as_dict(), indent=1) if options.json else render(planned, verbose=options.verbose))
+    if options.json:
+        parts = {} if sharded is None else {"sharded": sharded.as_dict()}
+        print(json.dumps(planned.as_dict() | parts, indent=1))
+    else:
+        print(render(planned, verbose=options.verbose), *(() if sharded is None else (sharded,)), sep="\n\n")
     return 0
+
+
+def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
+    """The plan on several processes; None where nobody asked for it."""
+    from gwt_kernels.mesh import mesh_of
+    from gwt_kernels.plan import parse_bandwidth
+    from gwt_kernels.plan_sharded import LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded
+
+    if options.world_size is None and options.mesh is None:
+        unused = [name for name in ("clip", "link_bandwidth", "latency") if getattr(options, name)]
+        if unused:
+            raise ValueError(f"--{unused[0].replace('_', '-')} needs --world-size or --mesh")
+        return None
+    link, latency = options.link_bandwidth, options.latency
+    return plan_sharded(
+        planned,
+        mesh_of(options.world_size, options.mesh),
+        clip=options.clip,
+        link_bandwidth=LINK_BANDWIDTH if link is None else parse_bandwidth(link),
+        latency=LATENCY if latency is None else parse_seconds(latency),
+    )
 
 
 def _doctor() -> int:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,19 @@ from gwt_kernels.options import state_dtype_name, state_dtype_of
 from gwt_kernels.param_groups import Decision, decide
 from gwt_kernels.state import MOMENTS, SCALES, complete
 
-__all__ = ["Cost", "Entry", "Plan", "measure_bandwidth", "parse_bandwidth", "plan", "predicted_state_bytes"]
+__all__ = [
+    "Cost",
+    "Entry",
+    "Plan",
+    "adamw_state",
+    "bytes_of",
+    "limiter_bytes",
+    "measure_bandwidth",
+    "parse_bandwidth",
+    "pass_bytes",
+    "plan",
+    "predicted_state_bytes",
+]
 
 LEVELS = (0, 1, 2, 3, 4)
 INT8_MOMENTS = ("state_dtype", torch.int8)
@@ -73,8 +85,12 @@ class Plan:
     """Preset or path it was built from; ``"a live module"`` otherwise."""
     entries: tuple[Entry, ...]
     """The trainable parameters, in the model's order."""
-    frozen_bytes: int
-    """Weights without ``requires_grad``: they have neither gradient nor state."""
+    frozen: Mapping[str, Tensor] = field(repr=False, compare=False)
+    """Weights without ``requires_grad``, as tensors on the meta device: they have neither gradient nor state."""
+    states: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]] = field(repr=False, compare=False)
+    """Each trainable parameter and its state, as tensors that take no memory, with the options asked for."""
+    tensor_parallel: Mapping[str, str]
+    """How the model's own plan divides its layers, by name with ``*`` for a number; empty where it has none."""
     chosen: Cost
     """`GWTAdamW` with the options asked for."""
     adamw: tuple[Cost, ...]
@@ -97,6 +113,11 @@ class Plan:
     def gradient_bytes(self) -> int:
         """Bytes of the gradients, in the weights' dtypes."""
         return sum(entry.weight_bytes for entry in self.entries)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of the weights that do not train."""
+        return bytes_of(*self.frozen.values())
 
     @property
     def state_bytes(self) -> int:
@@ -153,9 +174,9 @@ def plan(
     """Work out what `GWTAdamW` over the groups of `gwt_param_groups` will hold and move; nothing is allocated.
 
     States are the optimizer's own, made on the meta device, so the numbers are those of the state after a first
-    step, byte for byte (on one process; sharding divides them). Bytes moved are those of the fused pass: per
-    parameter, gradients read, weights and moments read and written, all once, and with the limiter gradients and
-    moments read once more (docs/algorithm.md, "One pass"). Buffers and activations are not counted.
+    step, byte for byte (on one process; `gwt_kernels.plan_sharded` divides them). Bytes moved are those of the
+    fused pass: per parameter, gradients read, weights and moments read and written, all once, and with the limiter
+    gradients and moments read once more (docs/algorithm.md, "One pass"). Buffers and activations are not counted.
 
     Args:
         model: A preset's name (``"llama_1b"``), the path of a Hugging Face ``config.json`` or of its folder, or a
@@ -207,7 +228,9 @@ def plan(
         model=type(module).__name__,
         source=source,
         entries=tuple(asked.entries(state_dtype)),
-        frozen_bytes=sum(_bytes(_stand_in(p, dtype)) for p in module.parameters() if not p.requires_grad),
+        frozen={name: _stand_in(p, dtype) for name, p in module.named_parameters() if not p.requires_grad},
+        states={d.name: (p, state) for p, d, state in asked.states(state_dtype)},
+        tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
         chosen=chosen,
         adamw=tuple(asked.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
         options=tuple(settings[each].cost(d) for each in sorted(settings) for d in dtypes.values()),
@@ -230,7 +253,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
         optimizer: `GWTAdamW` or ``torch.optim.AdamW``, over tensors on any device.
     """
     return sum(
-        _bytes(*_first_state(p, group).values())
+        bytes_of(*_first_state(p, group).values())
         for group in optimizer.param_groups
         for p in group["params"]
         if p.requires_grad
@@ -303,30 +326,30 @@ class _Setting:
         for p, d, state in self.states(state_dtype):
             yield Entry(
                 d.name, d.shape, p.dtype, d.level, d.decayed, d.reason,
-                _bytes(p), _bytes(*state.values()), _pass_bytes(p, state) + _limiter_bytes(p, state),
+                bytes_of(p), bytes_of(*state.values()), pass_bytes(p, state) + limiter_bytes(p, state),
             )  # fmt: skip
 
     def cost(self, state_dtype: torch.dtype | None) -> Cost:
         states = list(self.states(state_dtype))
-        limiter = sum(_limiter_bytes(p, state) for p, _, state in states)
+        limiter = sum(limiter_bytes(p, state) for p, _, state in states)
         return Cost(
             optimizer="GWTAdamW",
             level=self.level,
             moments=_names({state_dtype_of(p, None) if state_dtype is None else state_dtype for p, _, _ in states}),
-            state_bytes=sum(_bytes(*state.values()) for _, _, state in states),
-            moved_bytes=sum(_pass_bytes(p, state) for p, _, state in states) + limiter,
+            state_bytes=sum(bytes_of(*state.values()) for _, _, state in states),
+            moved_bytes=sum(pass_bytes(p, state) for p, _, state in states) + limiter,
             limiter_bytes=limiter,
             offered=_offered(state_dtype),
         )
 
     def adamw(self, moments: torch.dtype | None) -> Cost:
-        states = [(p, _adamw_state(p, moments or p.dtype)) for p, _ in self.members]
+        states = [(p, adamw_state(p, moments or p.dtype)) for p, _ in self.members]
         return Cost(
             optimizer="AdamW",
             level=None,
             moments=_names({moments or p.dtype for p, _ in states}),
-            state_bytes=sum(_bytes(*state.values()) for _, state in states),
-            moved_bytes=sum(_pass_bytes(p, state) for p, state in states),
+            state_bytes=sum(bytes_of(*state.values()) for _, state in states),
+            moved_bytes=sum(pass_bytes(p, state) for p, state in states),
             limiter_bytes=0,
             offered=moments is None,
         )
@@ -342,7 +365,7 @@ def _first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype |
     """The state that a first step makes for `p` under a group's options, but with moments of `state_dtype`."""
     if "level" not in group:
         extra = {"max_exp_avg_sq": _stand_in(p)} if group["amsgrad"] else {}
-        return _adamw_state(p, p.dtype) | extra
+        return adamw_state(p, p.dtype) | extra
     state: dict[str, Tensor] = {}
     offered = _offered(state_dtype)
     own = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
@@ -352,7 +375,7 @@ def _first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype |
     return state
 
 
-def _adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
+def adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
     """What ``torch.optim.AdamW`` holds for `p`: moments in the weights' dtype if nobody says otherwise."""
     return {"step": torch.zeros((), dtype=torch.float32), **{key: _stand_in(p, moments) for key in MOMENTS}}
 
@@ -365,19 +388,22 @@ def _offered(state_dtype: torch.dtype | None) -> bool:
     return True
 
 
-def _pass_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
-    return 3 * _bytes(p) + 2 * _moment_bytes(state)  # a gradient, of the weights' dtype, is read and not written
+def pass_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
+    """Bytes that a step moves of a parameter with this state: all but the limiter's second read."""
+    return 3 * bytes_of(p) + 2 * _moment_bytes(state)  # a gradient, of the weights' dtype, is read and not written
 
 
-def _limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
-    return _bytes(p) + _moment_bytes(state) if "limiter_norm" in state else 0
+def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
+    """Bytes of the limiter's second read, 0 where there is no limiter."""
+    return bytes_of(p) + _moment_bytes(state) if "limiter_norm" in state else 0
 
 
 def _moment_bytes(state: Mapping[str, Tensor]) -> int:
-    return _bytes(*(state[key] for key in (*MOMENTS, *SCALES) if key in state))
+    return bytes_of(*(state[key] for key in (*MOMENTS, *SCALES) if key in state))
 
 
-def _bytes(*tensors: Tensor) -> int:
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of all elements of the tensors."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 

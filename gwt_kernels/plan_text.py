@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from gwt_kernels.options import state_dtype_name
 from gwt_kernels.param_groups import Decision, describe
 from gwt_kernels.plan import Cost, Plan
+from gwt_kernels.plan_sharded import Collective, ShardedPlan
 from gwt_kernels.state import DEEPEST_QUANTIZED, SMALLEST_QUANTIZED
 
-__all__ = ["parameter_table", "render"]
+__all__ = ["parameter_table", "render", "render_sharded"]
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
@@ -34,6 +35,67 @@ def render(plan: Plan, *, verbose: bool = False) -> str:
         *_notes(plan),
     ]
     return "\n\n".join(blocks)
+
+
+def render_sharded(sharded: ShardedPlan) -> str:
+    """What the process with the largest share holds and moves, and the collectives, aligned."""
+    return "\n\n".join((_shares(sharded), _collectives(sharded)))
+
+
+def _shares(sharded: ShardedPlan) -> str:
+    plan, held = sharded.plan, sharded.largest
+    common = held.weight_bytes + held.gradient_bytes
+    unit, size = _unit(common)
+    rows: list[tuple[str, ...]] = [
+        ("optimizer", "moments", "weights", "gradients", "states", "together", "step moves", "memory, ms",
+         "collectives, ms", "step, ms")
+    ]  # fmt: skip
+    for cost, state, moved, collectives in (
+        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, 0.0),
+        (plan.chosen, held.state_bytes, held.moved_bytes, sharded.collective_seconds),
+    ):
+        amounts = (held.weight_bytes, held.gradient_bytes, state, common + state, moved)
+        times: list[str] = []
+        if plan.bandwidth is not None:
+            memory = moved / plan.bandwidth
+            times = [_three_digits(1e3 * each) for each in (memory, collectives, memory + collectives)]
+        rows.append((_label(cost), _moments(cost), *(f"{amount / size:.3f}" for amount in amounts), *times))
+    if plan.bandwidth is None:
+        rows = [row[:7] for row in rows]
+        speed = "give --bandwidth or --measure for a step's time"
+    else:
+        speed = f"times predicted for memory of {plan.bandwidth / 1e9:,.1f} GB/s"
+    excess = 100 * ((common + held.state_bytes) / sharded.even_bytes - 1)
+    return (
+        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{_aligned(rows, right=range(2, 10))}\n"
+        f"It holds {excess:.1f} % more than an even share."
+    )
+
+
+def _processes(sharded: ShardedPlan) -> str:
+    n = sharded.mesh.size
+    return "1 process" if n == 1 else f"{n:,} processes ({sharded.mesh})"
+
+
+def _collectives(sharded: ShardedPlan) -> str:
+    if not sharded.collectives:
+        return "Collectives of a step: none"
+
+    def row(c: Collective) -> tuple[str, ...]:
+        seconds = c.seconds(sharded.link_bandwidth, sharded.latency)
+        sender = "engine" if c.engine else "optimizer"
+        counts = (f"{c.processes:,}", f"{c.calls:,}", f"{c.total_bytes:,}", _three_digits(1e3 * seconds))
+        return sender, c.purpose, c.kind, *counts
+
+    heading = ("sent by", "what", "collective", "processes", "calls", "bytes in all", "time, ms")
+    table = _aligned([heading, *map(row, sharded.collectives)], right=(3, 4, 5, 6))
+    units = ", with one fully_shard a layer and one for the rest," if sharded.mesh.fsdp > 1 else ""
+    activations = " Activations, which tensor parallelism sends, are not counted." if sharded.mesh.tp > 1 else ""
+    return (
+        f"Collectives of a step (times predicted for links of {sharded.link_bandwidth / 1e9:,.1f} GB/s and "
+        f"{1e6 * sharded.latency:,.1f} us a message)\n{table}\n"
+        f"The optimizer's are in its step's time. The engine's{units} run beside forward and backward.{activations}"
+    )
 
 
 def parameter_table(plan: Plan) -> str:

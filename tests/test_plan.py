@@ -216,11 +216,15 @@ def test_measured_bandwidth_is_of_this_world() -> None:
 
 
 def test_presets_are_the_published_sizes() -> None:
-    assert list(presets()) == [f"llama_{size}" for size in ("60m", "130m", "350m", "1b", "7b", "13b", "70b")]
+    sizes = ("60m", "130m", "350m", "1b", "7b", "13b", "70b", "405b")
+    assert list(presets()) == [f"llama_{size}" for size in sizes]
     thirteen = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
     assert plan("llama_13b", dtype=torch.bfloat16).weight_bytes == 2 * thirteen
     seventy = 2 * 32000 * 8192 + 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 8192
     assert plan("llama_70b", dtype=torch.bfloat16).weight_bytes == 2 * seventy
+    layer = 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248 + 2 * 16384
+    largest = 2 * 128256 * 16384 + 126 * layer + 16384
+    assert plan("llama_405b", dtype=torch.bfloat16).weight_bytes == 2 * largest
 
 
 def test_dtype_is_the_files_unless_it_is_given(tmp_path: Path) -> None:
@@ -333,7 +337,7 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, ["nowhere.json"], "no file or preset 'nowhere.json'.*one of llama_60m, .*llama_70b"),
+        (None, ["nowhere.json"], "no file or preset 'nowhere.json'.*one of llama_60m, .*llama_405b"),
         (None, ["FOLDER"], "no file or preset"),
         ("{", ["FILE"], "is not JSON"),
         ("\x80", ["FILE"], "is not JSON"),

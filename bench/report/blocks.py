@@ -10,6 +10,7 @@ from bench.memory import level_table, memory_table
 from bench.report import performance, quality
 from bench.report.markdown import figure, model_name, optimizer_name, slug, table
 from bench.report.rows import Case, Run, by_device, of
+from bench.scaling import example, gpus_table, meshes_table
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -120,6 +121,9 @@ def _precision(runs: Sequence[Run], root: str) -> str:
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "memory": lambda runs, root: memory_table(),
     "levels": lambda runs, root: level_table(),
+    "gpus": lambda runs, root: gpus_table(),
+    "meshes": lambda runs, root: meshes_table(),
+    "manyplan": lambda runs, root: example(),
     "quality": _quality,
     "performance": _performance,
     "codes": _codes,
