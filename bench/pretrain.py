@@ -4,6 +4,7 @@ python -m bench.pretrain                                          # one run of t
 python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
 python -m bench.pretrain --preset llama_60m --optimizer gwt2 --steps 1000
 python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the cpu preset's settings come from
+torchrun --standalone --nproc-per-node 2 -m bench.pretrain --parallel fsdp2 --device cpu
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from bench import low_rank, quality
+from bench import low_rank, parallel, quality
 from bench.compare import compare
 from bench.contenders import check_name, swept_name
 from bench.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
@@ -113,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--parallel", choices=parallel.MODES, help="divide the run among the processes that torchrun starts")
     add("--precision", choices=("float32", "bfloat16", "mixed"), help="bfloat16 on CUDA, float32 on a CPU")
     add("--compile", action="store_true", help="run the model through torch.compile")
     add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
@@ -202,7 +205,13 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
     sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device)
 
 
-def run_one(options: argparse.Namespace, config: RunConfig, out: Path, device: torch.device) -> dict[str, Any]:
+def run_one(
+    options: argparse.Namespace,
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    processes: parallel.Processes | None = None,
+) -> dict[str, Any]:
     """Train under one configuration.
 
     Returns:
@@ -221,7 +230,8 @@ def run_one(options: argparse.Namespace, config: RunConfig, out: Path, device: t
             stop_at=options.stop_at,
             save_every=options.save_every,
             log_every=options.log_every,
-            progress=not options.quiet,
+            progress=not options.quiet and (processes is None or processes.is_first),
+            processes=processes,
         )
     except (FloatingPointError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         if not options.compare:
@@ -236,11 +246,38 @@ def run_one(options: argparse.Namespace, config: RunConfig, out: Path, device: t
     return result
 
 
+def run_on_several(options: argparse.Namespace) -> None:
+    """This process's part of a run that `--parallel` divides.
+
+    Raises:
+        ValueError: It cannot be divided so.
+    """
+    if options.sweep or options.compare:
+        raise ValueError("--parallel divides a single run: leave out --sweep and --compare")
+    if options.parallel != "ddp" and options.optimizer in low_rank.NAMES:
+        raise ValueError(f"--optimizer {options.optimizer} needs whole matrices: use --parallel ddp")
+    processes = parallel.start(options.parallel, options.device)
+    try:
+        config = run_config(options, options.optimizer)
+        if not processes.is_first:
+            options.record = None
+        result = run_one(options, config, options.out, processes.device, processes)
+        if processes.is_first:
+            compare([result], options.out)
+    finally:
+        dist.destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
     options, grids = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.parallel:
+        run_on_several(options)
+        return
+    if parallel.started_by_torchrun():
+        raise ValueError("torchrun has started several processes: say how they divide the run with --parallel")
     device = chosen_device(options.device)
     if device.type == "cuda" and not is_present(device):
         raise ValueError(f"--device {options.device}: PyTorch sees no such CUDA device here; use --device cpu")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
-import time
 import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -16,13 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from tqdm import tqdm
 
-from bench import checkpoint
+from bench import checkpoint, sharded_checkpoint
+from bench.clocks import OptimizerTimer, Stopwatch
 from bench.contenders import build_optimizer, measured_state_bytes, predicted_state_bytes
 from bench.data import Corpus
 from bench.measure import facts
-from bench.models import build_model, load_config
+from bench.models import load_config
+from bench.parallel import Processes
 
 
 @dataclass(frozen=True)
@@ -71,71 +77,26 @@ def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
-class OptimizerTimer:
-    """Times `optimizer.step()`; on CUDA by events, which cost no synchronisation until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[Any, Any]] = []
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> None:
-        self._begin = self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        self._marks.append((self._begin, self._mark()))
-
-    def milliseconds(self) -> dict[str, float] | None:
-        """Median, 20th and 80th percentile and number of steps, the first few left out; None without enough."""
-        marks = self._marks[3:]
-        if len(marks) < 2:
-            return None
-        if self._cuda:
-            torch.cuda.synchronize()
-            times = [begin.elapsed_time(end) for begin, end in marks]
-        else:
-            times = [1e3 * (end - begin) for begin, end in marks]
-        fifths = statistics.quantiles(times, n=5, method="inclusive")
-        return {"p20": fifths[0], "median": statistics.median(times), "p80": fifths[3], "samples": len(times)}
-
-
-class Stopwatch:
-    """Seconds of training; evaluations and checkpoints are no training, and it stands still while they last."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self.seconds = 0.0
-        self._began: float | None = None
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-
-    def stop(self) -> float:
-        """Stop once the device has finished what it was given, and return the seconds so far."""
-        if self._began is not None:
-            if self._cuda:
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self._began
-            self._began = None
-        return self.seconds
-
-
 class Run:
-    """A run in memory: model, optimizer, text and the step it has reached."""
+    """A run in memory: model, optimizer, text and the step it has reached; one process's part of them."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus, device: torch.device, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
         self.config, self.corpus, self.device = config, corpus, device
+        self.processes = processes or Processes(None, device)
+        self.processes.check_batch(config.batch)
         model_config = load_config(config.model)
         self.vocabulary: int = model_config.vocab_size
         self._check_ids(corpus.heldout)
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self.model = build_model(model_config, seed=config.seed, device=device, dtype=dtype)
+        self.model = self.processes.build(model_config, seed=config.seed, dtype=dtype)
         self.optimizer = build_optimizer(
             config.optimizer,
             self.model,
@@ -146,10 +107,10 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self._forward: nn.Module = torch.compile(self.model) if compiled else self.model  # type: ignore[assignment]
+        self._forward = self.processes.wrap(self.model, compiled=compiled)
         self.step = 0
         self.loss_sum = torch.zeros((), device=device)
-        """Training loss summed since the last line of the log."""
+        """Training loss of this process's windows, summed since the last line of the log."""
         self.loss_count = 0
         self.data_digest = 0
         self.timer = OptimizerTimer(device)
@@ -178,12 +139,13 @@ class Run:
             self._check_ids(windows)
             self.data_digest = zlib.crc32(windows.contiguous().numpy().data, self.data_digest)
             with self._autocast():
-                loss = loss_of(self._forward, windows.to(self.device)) / config.accumulate
+                own = self.processes.share(windows).to(self.device)
+                loss = loss_of(self._forward, own) / config.accumulate
             loss.backward()
             self.loss_sum += loss.detach()
         self.loss_count += 1
         if config.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            self.processes.clip(self.model.parameters(), config.grad_clip)
         factor = lr_factor(self.step, steps=config.steps, warmup=config.warmup, min_lr=config.min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -196,7 +158,7 @@ class Run:
 
     def train_loss(self) -> float:
         """Mean training loss since this was last asked; the only wait for the device in training."""
-        loss = float(self.loss_sum) / max(1, self.loss_count)
+        loss = float(self.processes.mean(self.loss_sum)) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
         if not math.isfinite(loss):
@@ -216,39 +178,61 @@ class Run:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._autocast():
             for part in parts:
-                total += loss_of(self._forward, part.to(self.device)).double() * len(part)
-        return float(total) / len(self.corpus.heldout)
+                own, counting = self.processes.weighted_share(part)
+                total += loss_of(self._forward, own.to(self.device)).double() * counting
+        return float(self.processes.total(total)) / len(self.corpus.heldout)
 
     def _identity(self) -> dict[str, Any]:
         return asdict(self.config) | dict(self.corpus.facts)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint from which `load` continues bit for bit."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        payload = {
+        """Write a checkpoint from which `load` continues bit for bit, on as many processes as wrote it."""
+        about = {
             "run": self._identity(),
             "step": self.step,
-            "loss_sum": self.loss_sum,
+            "loss_sum": self.processes.mean(self.loss_sum),
             "loss_count": self.loss_count,
             "data_digest": self.data_digest,
             "seconds": self.stopwatch.seconds,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "data": self.corpus.train.state_dict(),
-            "random": random,
         }
-        checkpoint.write_atomically(path, payload)
+        if self.processes.mode is not None:
+            # Training draws no random numbers of torch's own, which would differ from process to process.
+            sharded_checkpoint.save(path, self._state(), about, self.step, self.processes)
+            return
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.write_atomically(path, {**about, **state, "random": random})
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+        }
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: It belongs to a run with other settings or another text.
+            ValueError: It belongs to a run with other settings or another text, or is damaged.
         """
-        saved = checkpoint.read(path)
+        if self.processes.mode is not None:
+            path, saved = sharded_checkpoint.read_about(path, self.processes)
+        else:
+            saved = checkpoint.read(path)
         checkpoint.check_same_run(path, saved["run"], self._identity())
+        if self.processes.mode is not None:
+            state = sharded_checkpoint.read_state(path, self._state())
+            set_model_state_dict(self.model, state["model"])
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        else:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in saved["random"]:
+                torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
         self.step, self.loss_count, self.data_digest = (
             saved["step"],
             saved["loss_count"],
@@ -256,18 +240,23 @@ class Run:
         )
         self.stopwatch.seconds = saved["seconds"]
         self.loss_sum.copy_(saved["loss_sum"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
         self.corpus.train.load_state_dict(saved["data"])
-        torch.set_rng_state(saved["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
 
 
 class Log:
-    """A JSON-lines file; on resume, lines past the checkpoint's step are dropped, since they come again."""
+    """A JSON-lines file; on resume, lines past the checkpoint's step are dropped, since they come again.
 
-    def __init__(self, path: Path, *, upto: int | None) -> None:
+    Args:
+        path: The file.
+        upto: The step of the checkpoint; None for a new file.
+        writes: False for the processes that leave the log to another.
+    """
+
+    def __init__(self, path: Path, *, upto: int | None, writes: bool = True) -> None:
+        self._file = None
+        self.empty = False
+        if not writes:
+            return
         kept = []
         if upto is not None and path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= upto]
@@ -276,11 +265,13 @@ class Log:
         self.empty = not kept
 
     def write(self, **fields: Any) -> None:
-        self._file.write(json.dumps(fields) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(fields) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -306,8 +297,12 @@ def train(
     save_every: int = 0,
     log_every: int = 10,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Train, or go on training, and leave `log.jsonl`, `checkpoint.pt` and `result.json` in `out`.
+    """Train, or go on training, and leave `log.jsonl`, `result.json` and `checkpoint.pt` in `out`.
+
+    Of several processes each calls this; the first writes, and the checkpoints, which all write together, are
+    in the folder `checkpoints`.
 
     Args:
         config: What decides the numbers.
@@ -320,6 +315,7 @@ def train(
         save_every: Steps between checkpoints; 0 for one at the end only.
         log_every: Steps between lines of training loss.
         progress: Show a progress bar.
+        processes: This one among several; None for a run of its own.
 
     Returns:
         What `result.json` holds: the settings, the losses, the bytes of optimizer state predicted and held,
@@ -327,18 +323,19 @@ def train(
 
     Raises:
         FloatingPointError: The loss is no longer finite.
-        ValueError: `out` holds a run with other settings and `resume` is set.
+        ValueError: `resume` is set, and `out` holds a run with other settings, one of another kind of checkpoint
+            or a damaged one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "checkpoint.pt"
-    run = Run(config, corpus, device, compiled=compiled)
+    run = Run(config, corpus, device, compiled=compiled, processes=processes)
+    processes = run.processes
     predicted = predicted_state_bytes(run.optimizer)
-    resumed = resume and path.exists()
+    path, resumed = _checkpoint_of(out, processes, resume)
     if resumed:
         run.load(path)
         if run.step == config.steps and (out / "result.json").exists():
             return read_result(out)
-    log = Log(out / "log.jsonl", upto=run.step if resumed else None)
+    log = Log(out / "log.jsonl", upto=run.step if resumed else None, writes=processes.is_first)
     if log.empty:
         log.write(kind="run", step=0, **asdict(config), **corpus.facts)
     last = config.steps if stop_at is None else min(stop_at, config.steps)
@@ -367,7 +364,7 @@ def train(
                 run.stopwatch.start()
         run.stopwatch.stop()
     log.close()
-    evaluations = read_log(out / "log.jsonl", "eval")
+    evaluations = read_log(out / "log.jsonl", "eval") if processes.is_first else []
     result = {
         **asdict(config),
         **corpus.facts,
@@ -380,7 +377,27 @@ def train(
         "optimizer_ms": run.timer.milliseconds(),
         "seconds": run.stopwatch.seconds,
         "data_digest": f"{run.data_digest:08x}",
+        "processes": processes.world,
+        "parallel": processes.mode,
         **facts(device, "bench.pretrain", sys.argv[1:]),
     }
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    if processes.is_first:
+        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _checkpoint_of(out: Path, processes: Processes, resume: bool) -> tuple[Path, bool]:
+    """Where a run's checkpoint belongs, and whether to continue from one that is there."""
+    single, several = out / "checkpoint.pt", out / "checkpoints"
+    if processes.mode is None:
+        if resume and sharded_checkpoint.exists(several) and not single.exists():
+            raise ValueError(
+                f"{several} is of several processes: resume with torchrun and --parallel, on any number"
+            )
+        return single, resume and single.exists()
+    found = processes.first_says(lambda: (sharded_checkpoint.exists(several), single.exists()))
+    if resume and found == (False, True):
+        raise ValueError(
+            f"{single} is of a single process: resume without --parallel, or start anew in another --out"
+        )
+    return several, resume and found[0]

@@ -87,7 +87,7 @@ def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:
 
 
 def made_by_a_getter() -> bool:
-    """Whether ``step()`` runs only because torch.distributed.checkpoint wants a fresh optimizer's state.
+    """Whether ``step()`` runs only because PyTorch's checkpoints, or torchtitan's, want a fresh optimizer's state.
 
     It then sets the learning rate to 0 and gradients to zeros, so that an optimizer which knows no better
     counts a step that its user never took.
@@ -97,7 +97,7 @@ def made_by_a_getter() -> bool:
         if frame.f_back is None:
             return False
         frame = frame.f_back
-        if frame.f_code.co_name == "_init_optim_state":
+        if frame.f_code.co_name in ("_init_optim_state", "init_optim_state"):
             return True
     return False
 

@@ -32,7 +32,11 @@ def run(world: int, function: object, *arguments: object, timeout: float = 180) 
     """
     module, name = function.__module__, function.__name__  # type: ignore[attr-defined]
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RANK", "WORLD_SIZE")}
-    environment.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    environment.update(
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        OMP_NUM_THREADS="1",
+        PYTHONWARNINGS="ignore",
+    )
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         started = [

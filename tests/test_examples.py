@@ -17,6 +17,7 @@ NEEDS = {
     "plain_pytorch": "transformers",
     "with_accelerate": "accelerate",
     "with_lightning": "pytorch_lightning",
+    "with_torchtitan": "torchtitan",
     "with_trainer": "accelerate",
 }
 
@@ -31,7 +32,7 @@ def test_every_example_is_run_and_shown() -> None:
 @pytest.mark.parametrize("name", NEEDS)
 def test_runs_and_learns(name: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip("the example's library is not installed: pip install transformers accelerate pytorch-lightning")
+        pytest.skip("a library is not installed: pip install transformers accelerate pytorch-lightning torchtitan")
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded

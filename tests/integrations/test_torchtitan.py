@@ -1,0 +1,27 @@
+"""torchtitan builds GWTAdamW from a configuration, saves it in shards and resumes it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests import processes, torchtitan_runs
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed: pip install torchtitan"
+)
+
+
+def test_sharded_and_resumed_as_the_optimizer_alone(tmp_path: Path) -> None:
+    processes.run(2, torchtitan_runs.main, tmp_path)
+
+
+def test_groups_of_its_own_are_refused() -> None:
+    from torchtitan.components.optimizer import ParamGroupConfig
+
+    config = torchtitan_runs.example().gwt_adamw()
+    config.param_groups = [ParamGroupConfig(pattern=".*", optimizer_name="AdamW")]
+    with pytest.raises(ValueError, match="gwt_param_groups"):
+        config.build(model_parts=[torchtitan_runs.model()])
