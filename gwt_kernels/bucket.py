@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
+from gwt_kernels.control import send
 from gwt_kernels.functional import Hyper, Rule, gwt_adamw_, update_sums
 from gwt_kernels.hyper import key_of
 from gwt_kernels.options import rounding_of
@@ -128,8 +129,8 @@ class Bucket:
         place = self.params[0].device if on_device else torch.device("cpu")
         counts = [s["step"].reshape(()).to(torch.float64) for s in own]
         if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
-            counts = [count.to(place, non_blocking=on_device) for count in counts]
-        self.steps = torch.stack(counts).to(place, non_blocking=on_device)
+            counts = [send(count, place) for count in counts]
+        self.steps = send(torch.stack(counts), place)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 
-__all__ = ["control_", "decide", "squares"]
+__all__ = ["control_", "decide", "send", "squares"]
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ def control_(
 
     Args:
         buckets: Gradients of any shapes and dtypes, with the backend asked for; those of one bucket on one device.
-        max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping.
+        max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping,
+            infinity to measure the norm alone.
         skip_nonfinite: Whether a gradient that holds an infinity or a NaN makes the step be skipped.
         grad_scale: What the gradients were multiplied by, one element (``torch.amp.GradScaler``'s); None for 1.
         found_inf: One element, above 0 where the step is to be skipped (``torch.amp.GradScaler``'s); or None.
@@ -53,15 +55,16 @@ def control_(
             squares(grads, choice, None if workspace is None else workspace.setdefault((device, choice), {}))
             for (device, choice), grads in by_place.items()
         ]
-        total = parts[0].to(home, non_blocking=True)
+        total = send(parts[0], home)
         for part in parts[1:]:
-            total = total + part.to(home, non_blocking=True)
+            total = total + send(part, home)
         if reduce is not None:
             reduce(total)
-    scale, found = (None if x is None else x.to(home, non_blocking=True) for x in (grad_scale, found_inf))
+    scale, found = (None if x is None else send(x, home) for x in (grad_scale, found_inf))
+    clipped = max_norm if max_norm is not None and math.isfinite(max_norm) else None
     on_triton = any(device == home and choice == "triton" for device, choice in by_place)
-    decided = decide("triton" if on_triton else "torch", total, max_norm, skip_nonfinite, scale, found, skipped)
-    return {device: decided.to(device, non_blocking=True) for device in {home, *(device for device, _ in by_place)}}
+    decided = decide("triton" if on_triton else "torch", total, clipped, skip_nonfinite, scale, found, skipped)
+    return {device: send(decided, device) for device in {home, *(device for device, _ in by_place)}}
 
 
 def squares(grads: Sequence[Tensor], backend: str, workspace: dict[str, Any] | None = None) -> Tensor:
@@ -105,3 +108,8 @@ def decide(
     from gwt_kernels.triton_backend import control_launch
 
     return control_launch.decide(*arguments)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; the host waits only where it is to read the result itself."""
+    return x.to(device, non_blocking=device.type != "cpu")

@@ -48,7 +48,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                 f"so build the optimizer with the state's value, or convert the state with gwt_kernels.migrate"
             )
         options = {**optimizer.defaults, **saved, "backend": group["backend"]}
-        check_group(options)
+        check_group(options, capturable=getattr(optimizer, "capturable", False))
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
             if state := state_dict["state"].get(key):

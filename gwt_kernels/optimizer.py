@@ -14,7 +14,7 @@ from gwt_kernels import backends
 from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, stream_of
 from gwt_kernels.checks import check_backend, check_grad, check_param, name_of
-from gwt_kernels.control import control_
+from gwt_kernels.control import control_, send
 from gwt_kernels.functional import Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
@@ -110,6 +110,7 @@ class GWTAdamW(Optimizer):
     _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
+    _captured: list[Any]
     _rows: dict[Tensor, Tensor]
     _released = False  # whether the backward pass updates: release.py
 
@@ -163,6 +164,7 @@ class GWTAdamW(Optimizer):
         self._check_options()
         check_group(defaults, capturable=capturable)
         self._rows = {}
+        self._captured = []
         self._forget_buckets()
         super().__init__(params, defaults)
 
@@ -225,6 +227,7 @@ class GWTAdamW(Optimizer):
                 "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
                 "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
             )
+        self._check_options()
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [p.grad for p in params]
@@ -238,6 +241,8 @@ class GWTAdamW(Optimizer):
         same = self._renew_buckets(params, held, grads, capturing)
         same_grads = same and self._snapshot is not None and self._snapshot.same_grads
         own = [bucket.gradients(grads) for bucket in self._buckets]
+        if capturing and any(bucket.params[0].device.type != "cuda" for bucket in self._buckets):
+            raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
         control = self._decide(own)
         waiting = []
         for limits in self._limits.values():
@@ -247,6 +252,9 @@ class GWTAdamW(Optimizer):
         alone = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is None]
         for bucket, its in alone + waiting:  # the sums travel while those alone are updated
             bucket.step(its, hypers, control, same_tensors=same, same_grads=same_grads)
+        if capturing:  # replays go on using this memory, whatever becomes of the buckets
+            kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
+            self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -305,6 +313,7 @@ class GWTAdamW(Optimizer):
         for name, value in _NO_CONTROL.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_rows", {})
+        self.__dict__.setdefault("_captured", [])
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
@@ -360,6 +369,11 @@ class GWTAdamW(Optimizer):
             for place, (i, k, q) in enumerate(listed):
                 self._places.setdefault(q, (place, i, k))
         place, i, k = self._places[p]
+        if self._is_controlled:
+            raise RuntimeError(
+                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update, but these "
+                "are released: take the options away, or call remove() on what release_gradients returned"
+            )
         group = self.param_groups[i]
         hyper = hyper_of(group)
         options = (*bucket_options(group), group["seed"])
@@ -406,8 +420,12 @@ class GWTAdamW(Optimizer):
         backends_of = [bucket.backend for bucket in self._buckets]
         if not grads:  # here; other processes wait for this one all the same
             grads, backends_of = [[torch.empty(0, device=self.param_groups[0]["params"][0].device)]], [None]
+        devices = [own[0].device for own in grads]
+        home = next((device for device in devices if device.type == "cuda"), devices[0])
         if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.float64, device=grads[0][0].device)
+            self._skipped = torch.zeros((), dtype=torch.float64, device=home)
+        elif self._skipped.device.type == "cpu":
+            self._skipped = send(self._skipped, home)
         control = control_(
             list(zip(grads, backends_of, strict=True)),
             max_norm=self.max_grad_norm,
@@ -431,7 +449,7 @@ class GWTAdamW(Optimizer):
         """
         on_device = self.capturable or self._is_controlled
         options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        options.append(on_device)
+        options += [on_device, self._is_controlled, *(getattr(g["lr"], "device", None) for g in self.param_groups)]
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
         if capturing:

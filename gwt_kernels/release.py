@@ -19,7 +19,8 @@ def release_gradients(model: nn.Module, optimizer: GWTAdamW) -> GradientRelease:
 
     The gradients of the whole model never exist together, which saves their memory. ``optimizer.step()`` may go on
     being called, by schedulers and frameworks, and finds nothing left to do. The result is that of ordinary steps,
-    bit for bit.
+    bit for bit. A parameter whose gradient one backward pass completes several times (a tied weight under reentrant
+    checkpointing) would be updated each time: use ``torch.utils.checkpoint(..., use_reentrant=False)``.
 
     Args:
         model: Its parameters that need gradients must all be the optimizer's.

@@ -23,7 +23,9 @@ __all__ = ["new_row", "read"]
 
 def new_row(device: torch.device) -> Tensor:
     """The row of a tensor that has taken no step: ``[6]``."""
-    return torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    row = torch.zeros(6, dtype=torch.float64, device=device)
+    row[3].fill_(1.0)
+    return row
 
 
 def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:

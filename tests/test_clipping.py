@@ -248,3 +248,35 @@ def test_bad_options(options, error, message):
     give_gradients(params, seed=0)
     with refused(optimizer, error, next(iter(options))):
         optimizer.step()
+
+
+# Found by review ---------------------------------------------------------------------------------------
+
+
+def test_a_norm_that_overflows_is_measured_and_clips_nothing():
+    one, params = build("torch", torch.device("cpu"), max_grad_norm=math.inf)
+    other, others = build("torch", torch.device("cpu"))
+    for own in (params, others):
+        give_gradients(own, seed=0, factor=1e25)
+    one.step()
+    other.step()
+    assert_same_bits(results(one)["params"], results(other)["params"])
+
+
+def test_a_bad_norm_is_refused_at_a_later_step_too():
+    optimizer, params = build("torch", torch.device("cpu"), max_grad_norm=1.0)
+    give_gradients(params, seed=0)
+    optimizer.step()
+    for bad in (-1.0, math.nan):
+        optimizer.max_grad_norm = bad
+        with refused(optimizer, ValueError, "max_grad_norm must be above 0"):
+            optimizer.step()
+
+
+def test_a_rate_on_a_device_survives_loading():
+    params = [torch.nn.Parameter(torch.zeros(4, 8, device="meta"))]
+    rate = torch.ones((), device="meta")
+    optimizer = GWTAdamW(params, lr=rate, capturable=True)
+    fresh = GWTAdamW(params, lr=rate, capturable=True)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0]["lr"].device.type == "meta"

@@ -179,3 +179,13 @@ def test_ddp_is_refused(tmp_path):
             release_gradients(wrapped, optimizer)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_options_set_after_the_release_are_refused_in_the_backward_pass():
+    model, optimizer = build("torch", torch.device("cpu"))
+    release_gradients(model, optimizer)
+    for name, value in (("max_grad_norm", 1.0), ("skip_nonfinite", True)):
+        setattr(optimizer, name, value)
+        with refused(optimizer, RuntimeError, "need all gradients before the first update"):
+            backward(model, 0)
+        setattr(optimizer, name, type(value)() or None if name == "max_grad_norm" else False)

@@ -214,7 +214,8 @@ class Launch:
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
         self.first_chunks = self.sender.send(array("q", first_chunks).tobytes(), device).view(torch.int64)
-        self.index = None if self.chosen is None else torch.tensor(chosen, device=device)
+        indices = array("q", self.chosen or ()).tobytes()
+        self.index = self.sender.send(indices, device).view(torch.int64) if indices else None
 
     def aim(self, addresses: list[list[int]]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""

@@ -51,7 +51,7 @@ class Sender:
             if self._spare is None or len(self._spare) < len(data):
                 raise RuntimeError(
                     "GWTAdamW.step() is being captured in a CUDA graph with tensors that it has not stepped "
-                    "before: take a few steps before the capture, on a side stream"
+                    "before: take a few steps before each capture, on a side stream"
                 )
             pinned, self._spare = self._spare, None
             self._captured.append(pinned)
