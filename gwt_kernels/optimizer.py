@@ -371,7 +371,7 @@ class GWTAdamW(Optimizer):
         place, i, k = self._places[p]
         if self._is_controlled:
             raise RuntimeError(
-                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update, but these "
+                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
                 "are released: take the options away, or call remove() on what release_gradients returned"
             )
         group = self.param_groups[i]
