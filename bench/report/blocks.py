@@ -55,7 +55,7 @@ def _quality(runs: Sequence[Run], root: str) -> str:
     steps = max(rows[-1].get("step") or 0 for seeds in chosen.runs.values() for rows in seeds.values())
     text = f"{model}, {steps} steps, preset `{chosen.preset}` of `bench.pretrain`, on {chosen.device}:"
     picture = figure("Held-out loss against tokens and against wall time, by optimizer", chosen.name, root)
-    return "\n\n".join([text, quality.final_table(chosen), picture])
+    return "\n\n".join([text, quality.final_table(chosen.plain), picture])
 
 
 def _performance(runs: Sequence[Run], root: str) -> str:

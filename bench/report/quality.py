@@ -21,6 +21,9 @@ NOTHING = (
 )
 
 
+MANY = 10  # lines that a plot shows at the most, as long as it may leave some out
+
+
 class Setting(NamedTuple):
     """An optimizer with its numbers."""
 
@@ -44,6 +47,14 @@ class Comparison(NamedTuple):
     def name(self) -> str:
         """A name for its plot's file."""
         return f"losses_{slug(self.preset)}"
+
+    @property
+    def plain(self) -> Comparison:
+        """Without those that only store numbers otherwise, where there are too many to be told apart in a plot."""
+        if len(self.runs) <= MANY:
+            return self
+        kept = {setting: seeds for setting, seeds in self.runs.items() if "-" not in setting.optimizer}
+        return self._replace(runs=kept or self.runs)
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
@@ -91,10 +102,13 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         while name in taken:  # the same preset on another device, or of another length
             name += "_older"
         taken.add(name)
-        if data := curves(comparison):
+        if data := curves(comparison.plain):
             plots.append(Plot(name, "losses", data))
             parts.append(figure("Held-out loss against tokens and against wall time", name))
-            parts.append("Lines are means over seeds; bands reach from the lowest to the highest seed.")
+            words = "Lines are means over seeds; bands reach from the lowest to the highest seed."
+            if len(comparison.plain.runs) < len(comparison.runs):
+                words += " Other ways to store moments and weights are in the table alone."
+            parts.append(words)
         parts.append(final_table(comparison))
         if names := [_name(setting, comparison.runs) for setting in unswept(comparison, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
