@@ -154,6 +154,16 @@ def test_each_promise_of_codes_can_be_broken(
     assert [text for text in codegen.violations(row) if text.startswith(message)]
 
 
+def test_steps_that_the_device_may_skip_are_one_optimal_pass_too(run: Run) -> None:
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--skippable"),
+        *("--weights", "bf16", "--moments", "fp32"),
+    )
+    assert status == 0, text
+    assert len(rows) == 3 * 6
+    assert all(row["constants"]["SKIPPABLE"] and codegen.violations(row) == [] for row in rows)
+
+
 def test_row_path_is_rejected(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
