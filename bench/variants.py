@@ -24,8 +24,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 STEP, NORM, LIMITER, OBSERVE = "step_kernel", "norm_kernel", "limiter_kernel", "observe_kernel"
-DWT, IDWT = "dwt_kernel", "idwt_kernel"
-KERNELS = (STEP, NORM, LIMITER, OBSERVE, DWT, IDWT)
+SUM, DWT, IDWT = "sum_kernel", "dwt_kernel", "idwt_kernel"
+KERNELS = (STEP, NORM, LIMITER, SUM, OBSERVE, DWT, IDWT)
 PATHS = ("flat", "row")
 
 
@@ -58,7 +58,7 @@ def variants(
 ) -> Iterator[Variant]:
     """Yield each distinct variant within the given choices, in a table's order."""
     for target, kernel in itertools.product(targets, kernels):
-        if kernel in (LIMITER, OBSERVE):
+        if kernel in (LIMITER, SUM, OBSERVE):
             yield Variant(target, kernel)
         elif kernel in (DWT, IDWT):  # level 0 is a copy, without a kernel
             for w, path, level in itertools.product(weights, paths, levels):
@@ -163,6 +163,10 @@ def _launch_step(variant: Variant) -> None:
     rule: Any = variant.rule or "gwt"
     rounding: Any = variant.rounding or "nearest"
     low = torch.empty(shape, dtype=torch.int16, device="meta") if rounding == "split" else None
+    if variant.kernel == SUM:
+        moved: Any = ([p], [g], [m], [v], [1], [Hyper()])
+        launch.update_sums(*moved, level=level, scales=[None], control=None, workspace={})
+        return
     launch.gwt_adamw_(
         *([p], [g], [m], [v], [norm], [1], [Hyper()]),
         level=level,

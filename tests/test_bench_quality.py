@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import pretrain, quality, records, training
+from bench import clocks, pretrain, quality, records
 from bench.compare import check_same_batches, curve, with_spread
 from bench.training import Run, read_log, read_result
 from tests.pretraining import run_of, tiny_model, tiny_options, trained
@@ -210,7 +210,7 @@ def test_seconds_are_those_of_training_across_a_resume(
 
         monkeypatch.setattr(Run, name, slow)
 
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     lasting(1.0, "train_step")
     lasting(100.0, "heldout_loss")
     lasting(10_000.0, "save")
