@@ -212,10 +212,16 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        if torch.compiler.is_compiling():
+            self._update_outside_graphs()
+        else:
+            self._update()
         return loss
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
+    def _update_outside_graphs(self) -> None:
+        self._update()
+
     def _update(self) -> None:
         if self._released and hasattr(self, "found_inf"):
             raise RuntimeError(
