@@ -15,7 +15,8 @@ from torch import Tensor
 from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.layout import alignment, block_layout, is_flat, variant
-from gwt_kernels.triton_backend.step import limiter_kernel, norm_kernel, observe_kernel, step_kernel, sum_kernel
+from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
+from gwt_kernels.triton_backend.step import norm_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import (
     TRITON_DTYPES,
     Sender,
