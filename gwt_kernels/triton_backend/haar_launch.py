@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.triton_backend.layout import block_layout, check_row, is_flat, variant
-from gwt_kernels.triton_backend.tables import device_guard, off
+from gwt_kernels.triton_backend.tables import addresses, device_guard, offs_of
 
 __all__ = ["haar_dwt", "haar_idwt"]
 
@@ -41,7 +41,7 @@ def _launch(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
         return
     level = len(coeffs) - 1
     check_row(x.shape[-1], level)
-    flat = is_flat(x, any(off(c.data_ptr()) for c in (x, *coeffs)), level)
+    flat = is_flat(x, any(offs_of(addresses([x, *coeffs]))), level)
     options = variant(level, flat)
     n_blocks, row_width, row_blocks = block_layout(x, 2**level)
     width = options.pop("W")

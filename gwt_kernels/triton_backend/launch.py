@@ -6,11 +6,12 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
@@ -20,10 +21,11 @@ from gwt_kernels.triton_backend.step import norm_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import (
     TRITON_DTYPES,
     Sender,
+    addresses,
     constant_rows,
     device_guard,
     lr_addresses,
-    off,
+    offs_of,
     scalar_rows,
 )
 from gwt_kernels.triton_backend.trust import check_bucket, check_lows, check_scales
@@ -58,7 +60,6 @@ def gwt_adamw_(
     spans: Sequence[tuple[Span, Span]] | None = None,
     limits: Tensor | None = None,
     same_tensors: bool = False,
-    same_grads: bool = False,
     sums: Tensor | None = None,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, they
@@ -81,51 +82,42 @@ def gwt_adamw_(
         lows if split else (),
     ]
     owned += zip(*scales, strict=True) if quantized else [(), ()]
-    known = workspace.get("places") if same_tensors else None
-    own = list(map(Tensor.data_ptr, params)) if known is None else known[0]
-    places = [own, *(list(map(Tensor.data_ptr, x)) for x in owned[1:])]
-    kept = places == workspace.get("places") and (known is not None or _same(params, workspace["params"]))
-    # Not a matter of addresses: p.data may be transposed.
-    contiguous = workspace["contiguous"] if known is not None else all(map(Tensor.is_contiguous, params))
-    packed = params if contiguous else [p.contiguous() for p in params]
-
-    given = list(map(Tensor.data_ptr, grads))
-    addresses = given
-    if same_grads and given == workspace.get("given") and all(map(Tensor.is_contiguous, grads)):
-        kinds = workspace["kinds"]
-    else:
-        if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
-            grads = [g.resolve_neg().contiguous() for g in grads]
-            addresses, given = list(map(Tensor.data_ptr, grads)), []  # the next call has to copy again
-        if known is None:
-            kinds = set(map(_DTYPE, grads)), list(map(Tensor.size, grads)), list(map(off, addresses))
-        else:
-            kinds = *workspace["kinds"][:2], list(map(off, addresses))
-
+    checked = "places" in workspace
+    known = same_tensors and checked
+    places = [workspace["places"][0] if known else addresses(params), *map(addresses, owned[1:])]
+    if not known:
+        workspace["kinds"], before = _Kinds.of(params, grads), workspace.get("kinds")
+        known = checked and workspace["kinds"] == before and _same(params, workspace["params"])
+    kinds: _Kinds = workspace["kinds"]
+    packed = params if kinds.packed else [p.contiguous() for p in params]
+    if not kinds.plain:
+        grads = [g.resolve_neg().contiguous() for g in grads]
+    given = addresses(grads)
+    offs = offs_of(given)
     counted = steps.data_ptr() if isinstance(steps, Tensor) else 0
-    options = (level, limited, rounding, keys if random else (), bool(counted))
-    if not (kept and contiguous and workspace["kinds"] == kinds and workspace["options"] == options):
+    options = (level, limited, rounding, keys if random else (), bool(counted), offs)
+    # The addresses of copies are those of this step alone.
+    if not (known and kinds.packed and workspace["places"] == places and workspace["options"] == options):
+        workspace.pop("places", None)
         check_bucket([packed, grads, *owned[1:4]] if limited else [packed, grads, *owned[1:3]], level)
         if split:
             check_lows(packed, owned[4])
         if quantized:
             check_scales(exp_avgs, owned[5:], level)
-        absent = [0] * len(params)
-        columns = [column or absent for column in places]
-        columns[0] = places[0] if contiguous else list(map(Tensor.data_ptr, packed))
-        first, m, v, norm, low, *scale = columns
-        misaligned = [off(a | b | c | d | e) for a, b, c, d, e in zip(first, addresses, m, v, low, strict=True)]
+        absent = bytes(8 * len(params))
+        first, m, v, norm, low, *scale = [column or absent for column in places]
+        first = first if kinds.packed else addresses(packed)
+        misaligned = [any(offs) for offs in zip(*map(offs_of, (first, given, m, v, low)), strict=True)]
         fixed = [first, m, v, *([norm] if limited else [])]
         if random or split or counted:
-            fixed = [first, m, v, norm, list(keys), low, *scale]
+            fixed = [first, m, v, norm, array("q", keys).tobytes(), low, *scale]
         plan = (level, quantized, params[0].device, list(map(Tensor.size, packed)), misaligned)
         if plan != workspace.get("plan"):
             workspace["launches"] = _plan(packed, misaligned, level, quantized)
             workspace["empty"] = [i for i, p in enumerate(packed) if not p.numel()]
         for launch in workspace["launches"]:
             launch.aim(fixed)
-        workspace.update(plan=plan, places=places, params=list(params), contiguous=contiguous, options=options)
-    workspace.update(given=given, kinds=kinds)
+        workspace.update(plan=plan, places=places, params=list(params), options=options)
     moving: list[Any] = []
     if isinstance(steps, Tensor):
         rows, counts = constant_rows(hypers, level), [0] * len(params)  # rows_kernel writes the counts
@@ -142,7 +134,7 @@ def gwt_adamw_(
     with device_guard(params[0].device):
         for launch in workspace["launches"]:
             launch.run(
-                addresses, counts, moving, whole, rows, control, observed, dtypes, limits, sums,
+                given, counts, moving, whole, rows, control, observed, dtypes, limits, sums,
                 LIMITED=limited or limits is not None, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
             )  # fmt: skip
     if packed is not params and sums is None:
@@ -164,7 +156,6 @@ def update_sums(
     control: Tensor | None,
     workspace: dict[str, Any],
     same_tensors: bool = False,
-    same_grads: bool = False,
 ) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     n = len(params)
@@ -186,7 +177,6 @@ def update_sums(
         control=control,
         workspace=workspace,
         same_tensors=same_tensors,
-        same_grads=same_grads,
         sums=sums,
     )
     return sums
@@ -205,6 +195,7 @@ class Launch:
         self.variant = variant(level, flat, quantized)
         self.tile_blocks = self.variant["NB"]
         self.sender = Sender()
+        self.kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         device = params[0].device
         layout = [block_layout(params[i], 2**level) for i in chosen]
         tiles = [-(-n_blocks // self.tile_blocks) for n_blocks, _, _ in layout]
@@ -220,14 +211,14 @@ class Launch:
         indices = array("q", self.chosen or ()).tobytes()
         self.index = self.sender.send(indices, device).view(torch.int64) if indices else None
 
-    def aim(self, addresses: list[list[int]]) -> None:
+    def aim(self, columns: list[bytes]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""
-        p, *others = (array("q", self._own(column)).tobytes() for column in addresses)
+        p, *others = map(self._own_words, columns)
         self.before_grads, self.after_grads = p, b"".join(others)
 
     def run(
         self,
-        grad_addresses: list[int],
+        grad_words: bytes,
         counts: list[int],
         moving: list[Any],
         spans: list[list[int]],
@@ -245,7 +236,7 @@ class Launch:
         the constants from which a kernel makes the numbers of this step. ``observed`` are telemetry's rows.
         """
         device = self.layout.device
-        table = self.before_grads + array("q", self._own(grad_addresses)).tobytes() + self.after_grads
+        table = self.before_grads + self._own_words(grad_words) + self.after_grads
         table += array("q", self._own(counts)).tobytes() if counts else b""
         spans = self._own(spans) if spans else spans
         table += array("q", chain(*zip(*spans, strict=True))).tobytes()
@@ -256,8 +247,8 @@ class Launch:
         sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
         pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
         if moving:
-            addresses, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
-            scalar_table = rows_on_device(addresses, constants, control, pointer_table[9 * self.n :], self.n)
+            places, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
+            scalar_table = rows_on_device(places, constants, control, pointer_table[9 * self.n :], self.n)
         else:
             scalar_table = rest.view(torch.float32)
         p, g, m = dtypes
@@ -270,36 +261,54 @@ class Launch:
         elif options["LIMITED"] or squares is not None:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
-            norm_kernel[(self.n_chunks,)](
-                self.layout, pointer_table, scalar_table, self.first_chunks, partials,
+            self._start(
+                norm_kernel, self.n_chunks, self.layout, pointer_table, scalar_table, self.first_chunks, partials,
                 self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"], SKIPPABLE=skippable,
                 **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
             if squares is not None:
-                sum_kernel[(self.n,)](self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
+                self._start(sum_kernel, self.n, self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
                 squares[slice(None) if self.index is None else self.index] = factors
                 return
-            limiter_kernel[(self.n,)](
-                pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
+            self._start(
+                limiter_kernel, self.n, pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
                 BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
             )  # fmt: skip
         if observed:
             sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
-        step_kernel[(self.n_tiles,)](
-            self.layout, pointer_table, scalar_table, factors, sums,
+        self._start(
+            step_kernel, self.n_tiles, self.layout, pointer_table, scalar_table, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=skippable, OBSERVED=bool(observed), SPAN=_span_kind(spans, self.flat),
             **options, **path,
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
             observed_rows = sent[len(table) : len(table) + len(watched)].view(torch.int64)
-            observe_kernel[(self.n,)](
-                self.layout, observed_rows, scalar_table, factors, sums, self.n, self.n_tiles,
-                BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
+            self._start(
+                observe_kernel, self.n, self.layout, observed_rows, scalar_table, factors, sums,
+                self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
             )  # fmt: skip
+
+    def _start(self, kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:
+        """Launch a kernel; what Triton compiled the first time is used again without binding arguments anew.
+
+        It serves as long as Triton would find it: sizes are this launch's own, and all pointers multiples of 16.
+        """
+        key = (kernel, *constants.values())
+        compiled, rest = self.kernels.get(key, (None, ()))
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments, *rest)
+            return
+        compiled = kernel[(programs,)](*arguments, **constants)
+        if isinstance(compiled, CompiledKernel):  # interpreted kernels give nothing
+            rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
+            self.kernels[key] = compiled, rest
 
     def _own(self, column: list[Any]) -> list[Any]:
         return column if self.chosen is None else [column[i] for i in self.chosen]
+
+    def _own_words(self, column: bytes) -> bytes:
+        return column if self.chosen is None else b"".join([column[8 * i : 8 * i + 8] for i in self.chosen])
 
 
 def _span_kind(spans: Sequence[Sequence[int]], flat: bool) -> int:
@@ -313,7 +322,7 @@ def _span_kind(spans: Sequence[Sequence[int]], flat: bool) -> int:
     return 1 if shifted else 2
 
 
-def _plan(params: Sequence[Tensor], misaligned: list[int], level: int, quantized: bool) -> list[Launch]:
+def _plan(params: Sequence[Tensor], misaligned: list[bool], level: int, quantized: bool) -> list[Launch]:
     """Group the tensors that are not empty by path."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     for i, p in enumerate(params):
@@ -324,3 +333,21 @@ def _plan(params: Sequence[Tensor], misaligned: list[int], level: int, quantized
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
     return len(these) == len(those) and all(map(is_, these, those))
+
+
+class _Kinds(NamedTuple):
+    """What tensors are, but for addresses and values."""
+
+    packed: bool
+    """Whether all parameters are contiguous."""
+    plain: bool
+    """Whether all gradients are, and mean what they hold."""
+    dtypes: set[torch.dtype]
+    sizes: list[torch.Size]
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], grads: Sequence[Tensor]) -> _Kinds:
+        plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
+        return cls(
+            all(map(Tensor.is_contiguous, params)), plain, set(map(_DTYPE, grads)), list(map(Tensor.size, grads))
+        )

@@ -31,7 +31,7 @@ def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict
     return {"ALIGN": 16, "MOMENT_ALIGN": min(16, blocks * size)}
 
 
-def is_flat(p: Tensor, misaligned: int, level: int) -> bool:
+def is_flat(p: Tensor, misaligned: bool, level: int) -> bool:
     """Whether the flat path can take a tensor. Both paths update the same arrays, so this may change."""
     whole_blocks = p.dim() == 0 or p.shape[-1] % 2**level == 0
     return whole_blocks and not misaligned and p.numel() % 8 == 0

@@ -3,8 +3,6 @@
 The tables are those of ``step.py``, whose kernels write the partial sums.
 """
 
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
-
 from __future__ import annotations
 
 import triton

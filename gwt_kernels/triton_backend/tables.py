@@ -14,7 +14,16 @@ from torch import Tensor
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
 
-__all__ = ["TRITON_DTYPES", "Sender", "constant_rows", "device_guard", "lr_addresses", "off", "scalar_rows"]
+__all__ = [
+    "TRITON_DTYPES",
+    "Sender",
+    "addresses",
+    "constant_rows",
+    "device_guard",
+    "lr_addresses",
+    "offs_of",
+    "scalar_rows",
+]
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -23,11 +32,19 @@ TRITON_DTYPES = {
     torch.int8: tl.int8,  # codes of exp_avg; those of exp_avg_sq are uint8
 }
 
-off = (15).__and__
-"""Bytes that an address is off a multiple of 16."""
-
+_OFFS = bytes(i & 15 for i in range(256))  # of an address by its lowest byte
 _pack_constants = struct.Struct(f"{N_CONSTANTS.value}d").pack
 _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
+
+
+def addresses(tensors: Sequence[Tensor]) -> bytes:
+    """Eight bytes for each tensor's."""
+    return struct.pack(f"{len(tensors)}q", *map(Tensor.data_ptr, tensors))
+
+
+def offs_of(words: bytes) -> bytes:
+    """For each of these addresses the number of bytes that it is off a multiple of 16."""
+    return words[::8].translate(_OFFS)
 
 
 class Sender:
