@@ -166,3 +166,17 @@ def test_rows_past_32_bit_offsets_are_refused(device, monkeypatch):
         bucket.step(HYPER, 1, backend="triton")
     with pytest.raises(RuntimeError, match=r"rows of up to 15 elements .* got 17"):
         haar_dwt(torch.zeros(2, 17, device=device), 2, backend="triton")
+
+
+def test_what_was_refused_once_is_refused_again(device):
+    """Checks that failed have found nothing that could be taken for granted."""
+    workspace = {}
+    bucket = Bucket([(4, 16)], 2, device=device)
+    bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
+    right = bucket.grads
+    bucket.grads = [Poisoned(torch.zeros(4, 8, device=device))]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gradient of its shape"):
+            bucket.step(HYPER, 2, backend="triton", workspace=workspace)
+    bucket.grads = right
+    bucket.check_step(HYPER, 2, backend="triton", workspace=workspace)
