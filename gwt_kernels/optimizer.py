@@ -43,8 +43,9 @@ _NO_CONTROL = {
     "skip_nonfinite": False,
     "capturable": False,
     "_observed": False,
+    "_skipped": None,
 }  # what older pickles lack
-_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", *_NO_CONTROL)
+_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_rows", *_NO_CONTROL)
 
 
 class GWTAdamW(Optimizer):
@@ -304,7 +305,7 @@ class GWTAdamW(Optimizer):
             self.__dict__.pop("_set_aside", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in _KEPT}
+        return {key: getattr(self, key) for key in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -209,8 +209,10 @@ def test_copies_and_checkpoints_of_counts_on_the_device(backend, device, captura
     optimizer, params = build(backend, device, **options)
     if capturable and (backend == "triton" or device.type == "cpu"):
         optimizer.capturable = True
-    for t in range(3):
+    for t in range(4):
         give_gradients(params, seed=t)
+        if t == 1:
+            params[0].grad.fill_(math.nan)
         step(optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     pickled = pickle.loads(pickle.dumps(optimizer))
@@ -226,6 +228,7 @@ def test_copies_and_checkpoints_of_counts_on_the_device(backend, device, captura
         step(one)
     assert_same_bits(results(fresh), results(optimizer))
     assert_same_bits(results(pickled), results(optimizer))
+    assert optimizer.skipped_steps == pickled.skipped_steps == 1
 
 
 @pytest.mark.parametrize(

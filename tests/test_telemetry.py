@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -117,6 +118,20 @@ def test_rows_go_on_when_buckets_change(backend, device):
         step(optimizer)
     told = optimizer.telemetry()
     assert (told["odd"]["nonfinite"], told["flat"]["nonfinite"]) == (1, 0)
+
+
+@backends
+def test_a_copy_goes_on_from_the_rows(backend, device):
+    optimizer, params = build(backend, device, telemetry=True)
+    give_gradients(params.values(), seed=0)
+    step(optimizer)
+    copied = copy.deepcopy(optimizer)
+    assert copied.telemetry() == optimizer.telemetry()
+    own = [p for group in copied.param_groups for p in group["params"]]
+    for one, its in ((optimizer, list(params.values())), (copied, own)):
+        give_gradients(its, seed=1)
+        step(one)
+    assert copied.telemetry() == optimizer.telemetry()
 
 
 def test_names_are_places_where_there_are_none(device):
