@@ -45,9 +45,11 @@ class Measured(NamedTuple):
     """By process: seconds by the wall and of the thread's CPU, of each act, such as "2/step/limiter"."""
 
     def spread(self, act: str, *, cpu: bool) -> Spread:
-        """Seconds of the slowest process in each repetition."""
+        """Seconds of the first process's CPU, whose share is what is planned; by the wall, of the slowest one."""
         own = [times[act] for times in self.times if act in times]
-        return Spread.of([max(sample[cpu] for sample in repetition) for repetition in zip(*own, strict=True)])
+        if cpu:
+            return Spread.of([seconds for _, seconds in own[0]])
+        return Spread.of([max(wall for wall, _ in repetition) for repetition in zip(*own, strict=True)])
 
     def median(self, act: str, *, cpu: bool) -> float:
         return self.spread(act, cpu=cpu).median
