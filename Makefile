@@ -48,6 +48,7 @@ bench: $(VENV)/.installed $(PEERS)/.made
 	$(BIN)/python -m bench.kernels
 	PYTHONPATH=$(PEERS) $(BIN)/python -m bench.optimizers
 	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.scaling
 
 bench-gpu: ## on a CUDA machine, with its own Python; PART=kernels runs one part, WHEELS=folder installs the peers
 	$(PYTHON) -m bench.gpu $(if $(PART),--parts $(PART)) $(if $(WHEELS),--wheels $(WHEELS)) $(BENCH_GPU_ARGS)

@@ -26,8 +26,8 @@ def gpus_table() -> str:
     """The Markdown table by model and number of GPUs, all sharding by FSDP2, with bf16 weights and moments."""
     headings = [
         "LLaMA", "GPUs", "weights + gradients, GiB", "AdamW's states, GiB", "GWT's states, GiB",
-        "over an even share", "AdamW's step, ms", "GWT: memory, ms",
-        "GWT: all-reduce, ms", "GWT's step, ms", "all-reduce, bytes",
+        "over an even share", "AdamW: memory, ms", "GWT: memory, ms",
+        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
         "FSDP2 gathers and scatters, GiB", "FSDP2, s",
     ]  # fmt: skip
     rows = []
@@ -47,8 +47,8 @@ def gpus_table() -> str:
 def meshes_table() -> str:
     """The Markdown table of the largest model on the most GPUs, by mesh, with float32 moments."""
     headings = [
-        "mesh", "weights + gradients, GiB", "GWT's states, GiB", "AdamW's step, ms", "GWT: memory, ms",
-        "GWT: all-reduce, ms", "GWT's step, ms", "all-reduce, bytes",
+        "mesh", "weights + gradients, GiB", "GWT's states, GiB", "AdamW: memory, ms", "GWT: memory, ms",
+        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
         "gathers, scatters, reductions, GiB", "engine, s",
     ]  # fmt: skip
     rows = []
@@ -143,7 +143,8 @@ def _gib(size: int) -> str:
 
 def _times(sharded: ShardedPlan) -> list[str]:
     adamw = sharded.largest.adamw_moved_bytes / BANDWIDTH
-    times = (adamw, sharded.memory_seconds or 0.0, sharded.collective_seconds, sharded.seconds or 0.0)
+    own = (sharded.memory_seconds or 0.0, sharded.collective_seconds, sharded.host_seconds, sharded.seconds or 0.0)
+    times = (adamw, *own)
     return [f"{1e3 * seconds:,.2f}" for seconds in times]
 
 
