@@ -13,7 +13,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from gwt_kernels.hyper import Hyper, quantum
-from gwt_kernels.triton_backend import launch
+from gwt_kernels.triton_backend import haar_launch, launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 MOMENTS = {**DTYPES, "int8": torch.int8}
@@ -25,7 +25,8 @@ TARGETS = {
 }
 STEP, NORM, LIMITER, OBSERVE = "step_kernel", "norm_kernel", "limiter_kernel", "observe_kernel"
 SUM, DWT, IDWT = "sum_kernel", "dwt_kernel", "idwt_kernel"
-KERNELS = (STEP, NORM, LIMITER, SUM, OBSERVE, DWT, IDWT)
+LAUNCHED_FROM = dict.fromkeys((STEP, NORM, LIMITER, SUM, OBSERVE), launch) | {DWT: haar_launch, IDWT: haar_launch}
+KERNELS = tuple(LAUNCHED_FROM)
 PATHS = ("flat", "row")
 
 
@@ -108,7 +109,7 @@ def compile_variant(
     args, kwargs = calls[0]
     kwargs.update({k: v for k, v in (overrides or {}).items() if k in kwargs})
     with patch.object(driver, "_active", _Ahead(variant.target)):
-        compiled = getattr(launch, variant.kernel).warmup(*args, grid=(1,), **kwargs)
+        compiled = getattr(LAUNCHED_FROM[variant.kernel], variant.kernel).warmup(*args, grid=(1,), **kwargs)
     return compiled, {k: v for k, v in kwargs.items() if isinstance(v, int)}
 
 
@@ -139,8 +140,9 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **kwargs: calls.append((self.name, args, kwargs))
 
-    recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS}
-    with patch.multiple(launch, **recorders):
+    module = LAUNCHED_FROM[variant.kernel]
+    recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS if LAUNCHED_FROM[name] is module}
+    with patch.multiple(module, **recorders):
         if variant.kernel in (DWT, IDWT):
             _launch_haar(variant)
         else:
@@ -184,9 +186,9 @@ def _launch_haar(variant: Variant) -> None:
     level = variant.level or 0
     shape = _shape(level, variant.path)
     x = torch.empty(shape, dtype=DTYPES[variant.weights or "bf16"], device="meta")
-    coeffs = launch.haar_dwt(x, level)
+    coeffs = haar_launch.haar_dwt(x, level)
     if variant.kernel == IDWT:
-        launch.haar_idwt(coeffs, shape[-1])
+        haar_launch.haar_idwt(coeffs, shape[-1])
 
 
 def _shape(level: int, path: str | None) -> tuple[int, int]:

@@ -133,6 +133,8 @@ class Bucket:
         self.steps = send(torch.stack(counts), place)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
+        self._next: list[int] = []
+        self._version: int | None = None
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
         """Its own among those of all parameters."""
@@ -150,25 +152,9 @@ class Bucket:
         hypers: list[Hyper],
         control: Mapping[torch.device, Tensor] | None,
         same_tensors: bool,
-        same_grads: bool,
     ) -> tuple[Tensor, Tensor]:
         """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
-        sums = update_sums(
-            params=self.params,
-            grads=grads,
-            exp_avgs=self.exp_avgs,
-            exp_avg_sqs=self.exp_avg_sqs,
-            steps=self.steps if self.on_device else self._counts(),
-            hypers=[hypers[i] for i in self.owners],
-            level=self.level,
-            scales=self.scales,
-            control=None if control is None else control[self.params[0].device],
-            wavelet=self.wavelet,
-            backend=self.backend,
-            workspace=self.sums_workspace,
-            same_tensors=same_tensors,
-            same_grads=same_grads,
-        )
+        sums = update_sums(**self._arguments(grads, hypers, control, same_tensors), workspace=self.sums_workspace)
         return self.limited_places, sums
 
     def step(
@@ -176,48 +162,65 @@ class Bucket:
         grads: list[Tensor],
         hypers: list[Hyper],
         control: Mapping[torch.device, Tensor] | None,
-        *,
         same_tensors: bool,
-        same_grads: bool,
     ) -> None:
-        own_control = None if control is None else control[self.params[0].device]
+        arguments = self._arguments(grads, hypers, control, same_tensors)
         limiter_norms, limits = self.limiter_norms, None
         if self.limits is not None:
             gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
             norms: Any = limiter_norms
-            limits = self.limits.divisors(self.limited_places, norms, gammas, own_control)
+            limits = self.limits.divisors(self.limited_places, norms, gammas, arguments["control"])
             limiter_norms = [None] * len(self.params)
         gwt_adamw_(
-            params=self.params,
-            grads=grads,
-            exp_avgs=self.exp_avgs,
-            exp_avg_sqs=self.exp_avg_sqs,
+            **arguments,
             limiter_norms=limiter_norms,
             limits=limits,
             spans=self.spans,
-            steps=self.steps if self.on_device else self._counts(),
-            hypers=[hypers[i] for i in self.owners],
-            level=self.level,
             rule=self.rule,
             rounding=self.rounding,
             keys=self.keys,
             lows=self.lows,
-            scales=self.scales,
-            control=own_control,
             telemetry=self.rows,
-            wavelet=self.wavelet,
-            backend=self.backend,
             workspace=self.workspace,
-            same_tensors=same_tensors,
-            same_grads=same_grads,
         )
         if not self.on_device:
-            self.steps.add_(1)
+            self._count()
+
+    def _arguments(
+        self,
+        grads: list[Tensor],
+        hypers: list[Hyper],
+        control: Mapping[torch.device, Tensor] | None,
+        same_tensors: bool,
+    ) -> dict[str, Any]:
+        """What both functions of functional.py take."""
+        return {
+            "params": self.params,
+            "grads": grads,
+            "exp_avgs": self.exp_avgs,
+            "exp_avg_sqs": self.exp_avg_sqs,
+            "steps": self.steps if self.on_device else self._counts(),
+            "hypers": [hypers[i] for i in self.owners],
+            "level": self.level,
+            "scales": self.scales,
+            "control": None if control is None else control[self.params[0].device],
+            "wavelet": self.wavelet,
+            "backend": self.backend,
+            "same_tensors": same_tensors,
+        }
 
     def _counts(self) -> list[int]:
-        counts = (self.steps + 1).tolist()
-        alike = counts.count(counts[0]) == len(counts)
-        return [int(counts[0])] * len(counts) if alike else list(map(int, counts))
+        """Number of this step per parameter; read again when somebody wrote to a ``state["step"]``."""
+        if self.steps._version != self._version:
+            self._next = [int(taken) + 1 for taken in self.steps.tolist()]
+            self._version = self.steps._version
+        return self._next
+
+    def _count(self) -> None:
+        self.steps.add_(1)
+        n, self._version = len(self._next), self.steps._version
+        alike = self._next.count(self._next[0]) == n
+        self._next = [self._next[0] + 1] * n if alike else [step + 1 for step in self._next]
 
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -11,9 +11,21 @@ from torch import Tensor
 from gwt_kernels import backends
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import rounding_of
-from gwt_kernels.state import check_shards, moment_dtypes
+from gwt_kernels.sharding import any_sharded
+from gwt_kernels.state import check_place, check_shards, check_state, moment_dtypes, state_keys
 
-__all__ = ["check_backend", "check_grad", "check_param", "check_rounding_of", "name_of"]
+__all__ = [
+    "check_backend",
+    "check_before_step",
+    "check_capturable",
+    "check_grad",
+    "check_observable",
+    "check_param",
+    "check_rounding_of",
+    "name_of",
+]
+
+_ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
 
 def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
@@ -72,3 +84,36 @@ def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[
             backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
         except RuntimeError as error:
             raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
+
+
+def check_before_step(p: Tensor, state: dict[str, Any] | None, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless a parameter, its gradient, which is there, and its state, if there is one, belong together."""
+    assert p.grad is not None
+    check_param(p, group, name)
+    check_grad(p.grad, p, name)
+    check_backend(p, name, p.grad.dtype, group)
+    if state:
+        check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
+        check_place(state, p, name)
+
+
+def check_observable(group: Mapping[str, Any]) -> None:
+    """Raise unless telemetry can tell about the group's parameters."""
+    if group["wavelet"] != "haar":
+        raise ValueError(f"telemetry=True knows no wavelet {group['wavelet']!r}: turn it off, or use 'haar'")
+    if any_sharded(group["params"]):
+        raise ValueError("telemetry=True knows no sharded parameters: turn it off")
+
+
+def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless a CUDA graph can capture the parameter's step."""
+    if p.device.type != "cuda":
+        return
+    kind = (p.device, p.dtype, group["level"], group["wavelet"])
+    if backends.resolve(group["backend"], *kind) == "torch":
+        raise RuntimeError(
+            f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
+            f"host's numbers, but {backends.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+        )
+    if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
+        raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")

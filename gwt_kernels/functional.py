@@ -38,7 +38,6 @@ def gwt_adamw_(
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
-    same_grads: bool = False,
 ) -> None:
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
 
@@ -82,10 +81,9 @@ def gwt_adamw_(
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
         same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
-            parameter's ``data`` replaced, and that ``grads`` have the shapes and the dtype that they had: these
-            checks are then not repeated.
-        same_grads: Promise that ``grads`` are the objects of the last call with this ``workspace``, with other
-            values at most: their checks are then not repeated.
+            parameter's ``data`` replaced, that options are equal to its, ``hypers`` and ``steps`` but for their
+            values, and that ``grads`` have the shapes, strides and dtype that they had: these checks are then not
+            repeated.
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
@@ -95,40 +93,19 @@ def gwt_adamw_(
     """
     if not params:
         return
-    lists = (grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers)
-    if any(len(x) != len(params) for x in lists):
-        raise ValueError(f"{len(params)} params need as many of all else, got {[len(x) for x in lists]}")
+    workspace = {} if workspace is None else workspace
     keys = [0] * len(params) if keys is None else keys
     lows = [None] * len(params) if lows is None else lows
     scales = [None] * len(params) if scales is None else scales
-    if not len(keys) == len(lows) == len(scales) == len(params):
-        lengths = [len(keys), len(lows), len(scales)]
-        raise ValueError(f"{len(params)} params need as many keys, lows and scales, got {lengths}")
-    if isinstance(steps, Tensor):
-        if (steps.dtype, steps.device, steps.is_contiguous()) != (torch.float64, params[0].device, True):
-            raise ValueError(
-                f"steps that the device counts must be contiguous float64 on {params[0].device}, "
-                f"got {steps.dtype} on {steps.device}"
-            )
-    elif control is not None:
-        raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
-    check_rule(rule, wavelet)
-    if telemetry is not None and wavelet != "haar":
-        raise ValueError(f"telemetry knows no wavelet {wavelet!r}: turn it off, or use 'haar'")
-    check_rounding(rounding, params[0].dtype, wavelet)
-    if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
-        raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
-    if wavelet != "haar" and exp_avgs[0].dtype in (torch.bfloat16, torch.int8):
-        raise ValueError(f"moments in {exp_avgs[0].dtype} know no wavelet {wavelet!r}: keep them in float32")
-    if [scale is None for scale in scales].count(True) != (0 if exp_avgs[0].dtype == torch.int8 else len(scales)):
-        raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
-    _check_limiter(limiter_norms, hypers, rule)
-    if limits is not None and (limits.shape != (len(params),) or limiter_norms[0] is not None):
-        raise ValueError(f"limits must be one per parameter, in place of limiter_norms, got {tuple(limits.shape)}")
-    if spans is not None and len(spans) != len(params):
-        raise ValueError(f"{len(params)} params need as many spans, got {len(spans)}")
-    # Every array has to suit the backend, not the parameters alone.
-    choices = _choices((params, grads, exp_avgs), level, wavelet, backend)
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms)
+    if not (same_tensors and "choices" in workspace):
+        _check_lengths(tensors, steps, hypers, keys, lows, scales, spans, limits)
+        _check_options(params[0], exp_avgs[0], steps, rule, rounding, wavelet, control=control, telemetry=telemetry)
+        _check_lows_and_scales(exp_avgs[0], rounding, lows, scales)
+        _check_limiter(limiter_norms, hypers, rule)
+        # Every array has to suit the backend, not the parameters alone.
+        workspace["choices"] = _choices((params, grads, exp_avgs), level, wavelet, backend)
+    choices = workspace["choices"]
     counts = None
     if "torch" in choices and isinstance(steps, Tensor):
         if control is not None:  # on a CUDA device the one place that waits for it
@@ -139,50 +116,47 @@ def gwt_adamw_(
                 return
             hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
         counts, steps = steps, list(map(int, (steps + 1).tolist()))
-    divisors = [None] * len(params) if limits is None else limits.unbind()
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms)
-    if level and wavelet != "haar":
-        from gwt_kernels.torch_backend import literal
-
-        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
-    elif "torch" in choices:
-        from gwt_kernels.torch_backend import step as torch_step
-
-        torch_step.gwt_adamw_(
-            *tensors,
-            list(steps),
-            hypers,
-            level=level,
-            rule=rule,
-            rounding=rounding,
-            keys=keys,
-            lows=lows,
-            scales=scales,
-            spans=[None] * len(params) if spans is None else spans,
-            limits=divisors,
-            telemetry=[None] * len(params) if telemetry is None else telemetry.unbind(),
-        )
-    else:
+    shared: dict[str, Any] = {
+        "level": level,
+        "rule": rule,
+        "rounding": rounding,
+        "keys": keys,
+        "lows": lows,
+        "scales": scales,
+    }
+    if "torch" not in choices:
         from gwt_kernels.triton_backend import launch
 
-        workspace = {} if workspace is None else workspace
         launch.gwt_adamw_(
             *tensors,
             steps,
             hypers,
-            level=level,
-            rule=rule,
-            rounding=rounding,
-            keys=keys,
-            lows=lows,
-            scales=scales,
+            **shared,
             control=control,
             telemetry=telemetry,
             spans=spans,
             limits=limits,
             workspace=workspace,
             same_tensors=same_tensors,
-            same_grads=same_grads,
+        )
+        return
+    absent = [None] * len(params)
+    divisors = absent if limits is None else limits.unbind()
+    if level and wavelet != "haar":
+        from gwt_kernels.torch_backend import literal
+
+        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
+    else:
+        from gwt_kernels.torch_backend import step as torch_step
+
+        torch_step.gwt_adamw_(
+            *tensors,
+            list(steps),
+            hypers,
+            **shared,
+            spans=absent if spans is None else spans,
+            limits=divisors,
+            telemetry=absent if telemetry is None else telemetry.unbind(),
         )
     if counts is not None:
         counts.add_(1)
@@ -204,7 +178,6 @@ def update_sums(
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
-    same_grads: bool = False,
 ) -> Tensor:
     """What the limiter needs to know of the step that :func:`gwt_adamw_` would take, with nothing changed.
 
@@ -239,7 +212,6 @@ def update_sums(
         control=control,
         workspace={} if workspace is None else workspace,
         same_tensors=same_tensors,
-        same_grads=same_grads,
     )
 
 
@@ -248,6 +220,68 @@ def _choices(
 ) -> set[backends.Backend]:
     kinds = {x[0].dtype for x in arrays} - {torch.int8}
     return {backends.resolve(backend, arrays[0][0].device, dtype, level, wavelet) for dtype in kinds}
+
+
+def _check_lengths(
+    tensors: Sequence[Sequence[Any]],
+    steps: Sequence[int] | Tensor,
+    hypers: Sequence[Hyper],
+    keys: Sequence[int],
+    lows: Sequence[Tensor | None],
+    scales: Sequence[tuple[Tensor, Tensor] | None],
+    spans: Sequence[tuple[Span, Span]] | None,
+    limits: Tensor | None,
+) -> None:
+    params, *others = tensors
+    n = len(params)
+    if any(len(x) != n for x in (*others, steps, hypers)):
+        raise ValueError(f"{n} params need as many of all else, got {list(map(len, (*others, steps, hypers)))}")
+    if not len(keys) == len(lows) == len(scales) == n:
+        lengths = [len(keys), len(lows), len(scales)]
+        raise ValueError(f"{n} params need as many keys, lows and scales, got {lengths}")
+    if limits is not None and (limits.shape != (n,) or tensors[4][0] is not None):
+        raise ValueError(f"limits must be one per parameter, in place of limiter_norms, got {tuple(limits.shape)}")
+    if spans is not None and len(spans) != n:
+        raise ValueError(f"{n} params need as many spans, got {len(spans)}")
+
+
+def _check_options(
+    p: Tensor,
+    m: Tensor,
+    steps: Sequence[int] | Tensor,
+    rule: Rule,
+    rounding: Rounding,
+    wavelet: str,
+    *,
+    control: Tensor | None,
+    telemetry: Tensor | None,
+) -> None:
+    if isinstance(steps, Tensor):
+        if (steps.dtype, steps.device, steps.is_contiguous()) != (torch.float64, p.device, True):
+            raise ValueError(
+                f"steps that the device counts must be contiguous float64 on {p.device}, "
+                f"got {steps.dtype} on {steps.device}"
+            )
+    elif control is not None:
+        raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
+    check_rule(rule, wavelet)
+    if telemetry is not None and wavelet != "haar":
+        raise ValueError(f"telemetry knows no wavelet {wavelet!r}: turn it off, or use 'haar'")
+    check_rounding(rounding, p.dtype, wavelet)
+    if wavelet != "haar" and m.dtype in (torch.bfloat16, torch.int8):
+        raise ValueError(f"moments in {m.dtype} know no wavelet {wavelet!r}: keep them in float32")
+
+
+def _check_lows_and_scales(
+    m: Tensor,
+    rounding: Rounding,
+    lows: Sequence[Tensor | None],
+    scales: Sequence[tuple[Tensor, Tensor] | None],
+) -> None:
+    if ([low is None for low in lows].count(False) == len(lows)) != (rounding == "split"):
+        raise ValueError("lows must hold a tensor for every parameter where rounding='split', and None otherwise")
+    if [scale is None for scale in scales].count(True) != (0 if m.dtype == torch.int8 else len(scales)):
+        raise ValueError("scales must hold a pair of tensors for every parameter whose moments are int8, else None")
 
 
 def _check_limiter(limiter_norms: Sequence[Tensor | None], hypers: Sequence[Hyper], rule: Rule) -> None:

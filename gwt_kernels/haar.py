@@ -83,7 +83,7 @@ class _TritonDWT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
-        from gwt_kernels.triton_backend import launch as implementation
+        from gwt_kernels.triton_backend import haar_launch as implementation
 
         ctx.length = x.shape[-1]
         return tuple(implementation.haar_dwt(x, level))
@@ -98,7 +98,7 @@ class _TritonIDWT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, length: int, *coeffs: Tensor) -> Tensor:
-        from gwt_kernels.triton_backend import launch as implementation
+        from gwt_kernels.triton_backend import haar_launch as implementation
 
         ctx.level = len(coeffs) - 1
         return implementation.haar_idwt(list(coeffs), length)

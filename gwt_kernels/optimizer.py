@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, overload
 
@@ -12,8 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
 from gwt_kernels import telemetry as telemetry_rows
-from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, stream_of
-from gwt_kernels.checks import check_backend, check_grad, check_param, name_of
+from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits
+from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
 from gwt_kernels.control import control_, send
 from gwt_kernels.functional import Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
@@ -28,18 +28,12 @@ from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import (
     ROWS_STAY,
     any_sharded,
-    is_sharded,
     local_parts,
     made_by_a_getter,
-    reduced_over,
 )
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import (
-    check_place,
-    check_state,
     complete,
-    is_limited,
-    state_keys,
 )
 
 __all__ = ["GWTAdamW"]
@@ -51,7 +45,6 @@ _NO_CONTROL = {
     "_observed": False,
 }  # what older pickles lack
 _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", *_NO_CONTROL)
-_ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
 
 class GWTAdamW(Optimizer):
@@ -245,7 +238,6 @@ class GWTAdamW(Optimizer):
         if any_sharded(params):
             held, grads = local_parts(params, grads)
         same = self._renew_buckets(params, held, grads, capturing)
-        same_grads = same and self._snapshot is not None and self._snapshot.same_grads
         own = [bucket.gradients(grads) for bucket in self._buckets]
         if capturing and any(bucket.params[0].device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
@@ -253,11 +245,11 @@ class GWTAdamW(Optimizer):
         waiting = []
         for limits in self._limits.values():
             mine = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is limits]
-            limits.start([b.update_sums(its, hypers, control, same, same_grads) for b, its in mine])
+            limits.start([b.update_sums(its, hypers, control, same) for b, its in mine])
             waiting += mine
         alone = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is None]
         for bucket, its in alone + waiting:  # the sums travel while those alone are updated
-            bucket.step(its, hypers, control, same_tensors=same, same_grads=same_grads)
+            bucket.step(its, hypers, control, same)
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
             kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
             self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
@@ -335,69 +327,17 @@ class GWTAdamW(Optimizer):
         self._totals: Totals | None = None
         self._snapshot: Snapshot | None = None
         self._workspace: dict[Any, dict[str, Any]] = {}
-        self._lone: dict[Tensor, tuple[Snapshot, Bucket]] = {}
-        self._places: dict[Tensor, tuple[int, int, int]] = {}
+        self._lone: dict[Tensor, tuple[Snapshot, Bucket]] = {}  # of what is updated one by one: release.py
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
-        check_group(group, capturable=self.capturable)
-        self._check_telemetry(group)
+        self._check_group(group)
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, len(self.param_groups) - 1)
             check_param(p, group, name)
-            self._check_capturable(p, group, name)
+            if self.capturable:
+                check_capturable(p, group, name)
         self._lines |= {id(p) for p in group["params"] if p.dim() == 1}
-
-    def _check_telemetry(self, group: Mapping[str, Any]) -> None:
-        if self._observed and group["wavelet"] != "haar":
-            raise ValueError(f"telemetry=True knows no wavelet {group['wavelet']!r}: turn it off, or use 'haar'")
-        if self._observed and any_sharded(group["params"]):
-            raise ValueError("telemetry=True knows no sharded parameters: turn it off")
-
-    def _check_capturable(self, p: Tensor, group: Mapping[str, Any], name: str) -> None:
-        if not self.capturable or p.device.type != "cuda":
-            return
-        kind = (p.device, p.dtype, group["level"], group["wavelet"])
-        if backends.resolve(group["backend"], *kind) == "torch":
-            raise RuntimeError(
-                f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
-                f"host's numbers, but {backends.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
-            )
-        if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
-            raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
-    def _step_one(self, p: Tensor) -> None:
-        """A step of one parameter alone, with all the checks of a step; for gradients that are released."""
-        if not self._places:
-            listed = ((i, k, q) for i, group in enumerate(self.param_groups) for k, q in enumerate(group["params"]))
-            for place, (i, k, q) in enumerate(listed):
-                self._places.setdefault(q, (place, i, k))
-        place, i, k = self._places[p]
-        if self._is_controlled:
-            raise RuntimeError(
-                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
-                "are released: take the options away, or call remove() on what release_gradients returned"
-            )
-        group = self.param_groups[i]
-        hyper = hyper_of(group)
-        options = (*bucket_options(group), group["seed"])
-        (held,), grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
-        same = p in self._lone and self._lone[p][0].holds([p], grads, options, self.state, [held])
-        if not same:
-            check_group(group)
-            self._check_one(p, group, name_of(group, k, i))
-            complete(self.state[p], p, group)
-            limits = Limits([p]) if is_limited(group) and reduced_over(p) else None
-            members = [Member(p, 0, 0, stream_of(group, k, place))]
-            bucket = Bucket(members, self.state, [group], False, self._telemetry_rows(members), limits)
-            self._lone[p] = Snapshot([p], grads, options, self.state, [held]), bucket
-        bucket = self._lone[p][1]
-        own = bucket.gradients(grads)
-        if bucket.limits is not None:
-            bucket.limits.start([bucket.update_sums(own, [hyper], None, same, False)])
-        bucket.step(own, [hyper], None, same_tensors=same, same_grads=False)
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
@@ -473,26 +413,26 @@ class GWTAdamW(Optimizer):
     def _check_before_step(self) -> None:
         self._check_options()
         for i, group in enumerate(self.param_groups):
-            check_group(group, capturable=self.capturable)
-            self._check_telemetry(group)
+            self._check_group(group)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_one(p, group, name_of(group, k, i))
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group, capturable=self.capturable)
+        if self._observed:
+            check_observable(group)
+
     def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
-        assert p.grad is not None
+        """Raise unless a parameter that has a gradient can be stepped."""
         if p.dim() == 1 and group["level"] and id(p) not in self._lines:
             raise TypeError(
                 f"{name} was put in the place of others since the optimizer was made, as ZeRO does with flat "
                 f"buffers, in which no rows are left: {ROWS_STAY}"
             )
-        check_param(p, group, name)
-        self._check_capturable(p, group, name)
-        check_grad(p.grad, p, name)
-        check_backend(p, name, p.grad.dtype, group)
-        if state := self.state.get(p):
-            check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
-            check_place(state, p, name)
+        check_before_step(p, self.state.get(p), group, name)
+        if self.capturable:
+            check_capturable(p, group, name)
 
     def _make_buckets(self, on_device: bool) -> list[Bucket]:
         for group in self.param_groups:

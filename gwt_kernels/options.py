@@ -172,6 +172,8 @@ def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
 
 
 def _number(name: str, value: Any) -> float:
+    if type(value) is float:  # which the other checks take a while to say
+        return value
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise TypeError(f"{name} must be a number, got a {value.dtype} tensor of shape {tuple(value.shape)}")

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Snapshot"]
+try:  # private to PyTorch, and gone in some version to come: then Python compares, several times as slowly
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # pragma: no cover
+    TensorGuards = None  # type: ignore[assignment, misc]
 
-_grad_kind = attrgetter("dtype", "layout", "shape", "device")
+__all__ = ["Snapshot", "like", "same_objects"]
 
 
 class Snapshot:
     """Parameters, options, gradients' kinds and states of all groups as they were.
 
-    Gradients are known by their ids for as long as none of them is gone: to hold them would keep their memory
-    alive until the next step.
-
     Args:
         params: The tensors of all groups, in order.
-        grads: Their gradients, or the shards of these.
+        grads: Their gradients, or the shards of these; not kept alive.
         options: What else the checks depend on; compared by value.
-        state: The optimizer's state by parameter.
+        state: The optimizer's state by parameter, or its part that matters.
         held: What this process holds of the parameters, if these are sharded; None for all of them.
     """
 
@@ -37,15 +36,14 @@ class Snapshot:
         state: Mapping[Tensor, dict[str, Any]],
         held: Sequence[Tensor] | None = None,
     ) -> None:
+        held = params if held is None else held
         self._params = params
         self._options = options
-        self._places = _places(held or params)
-        self._entries = _entries(params, state)
-        self._grad_kinds = _kinds_of(grads)
-        self._grad_ids = list(map(id, grads))
-        self._watched: list[Any] = []
-        self.same_grads = False
-        """Whether the gradients are the very tensors of the last time: what :meth:`holds` found out."""
+        self._addresses = list(map(Tensor.data_ptr, held))
+        self._are_params = like(held)
+        self._owners, self._states, self._entries = list(state), list(state.values()), _entries(state)
+        self._absent = [i for i, g in enumerate(grads) if g is None]
+        self._are_grads = like([g for g in grads if g is not None])
 
     def holds(
         self,
@@ -55,44 +53,46 @@ class Snapshot:
         state: Mapping[Tensor, dict[str, Any]],
         held: Sequence[Tensor] | None = None,
     ) -> bool:
-        """Whether all is as it was, but for gradients: others of the same kind in the same places will do."""
-        if (
-            options != self._options
-            or not _same(params, self._params)
-            or _places(held or params) != self._places
-            or not _same(_entries(params, state), self._entries)
-        ):
-            return False
-        ids = list(map(id, grads))
-        seem_same = ids == self._grad_ids
-        self.same_grads = seem_same and bool(self._watched) and not self._gone
-        if not self.same_grads:
-            if _kinds_of(grads) != self._grad_kinds:
+        """Whether all is as it was, but for gradients: others of the same kind, strides too, will do."""
+        held = params if held is None else held
+        return (
+            options == self._options
+            and same_objects(params, self._params)
+            # An assignment to p.data changes one of these.
+            and list(map(Tensor.data_ptr, held)) == self._addresses
+            and self._are_params(held)
+            # A state that was replaced, or a tensor in it, is another object.
+            and same_objects(list(state), self._owners)
+            and same_objects(list(state.values()), self._states)
+            and same_objects(_entries(state), self._entries)
+            and self._are_those(grads)
+        )
+
+    def _are_those(self, grads: Sequence[Tensor | None]) -> bool:
+        if self._absent:
+            if [i for i, g in enumerate(grads) if g is None] != self._absent:
                 return False
-            self._grad_ids = ids
-            self._watched = self._watch(grads) if seem_same else []
-        return True
-
-    def _watch(self, grads: Sequence[Tensor | None]) -> list[Any]:
-        """Weak references that fill ``_gone`` when one of the gradients ceases to be: its id may be another's."""
-        self._gone: list[Any] = []
-        return [weakref.ref(g, self._gone.append) for g in grads if g is not None]
+            grads = [g for g in grads if g is not None]
+        return self._are_grads(grads)
 
 
-def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+def same_objects(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    """Whether the sequences hold the very same objects in the same order."""
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def _places(params: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Addresses and strides: an assignment to ``p.data`` changes one of them, or the gradients that fit it."""
-    return list(map(Tensor.data_ptr, params)), list(map(Tensor.stride, params))
+def like(tensors: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
+    """What tells whether others, in their places, are tensors of the same kinds, shapes and strides."""
+    if TensorGuards is None or len(set(map(id, tensors))) < len(tensors):  # it takes no tensor twice
+        kinds = _kinds(tensors)
+        return lambda others: _kinds(others) == kinds
+    guards, n = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None), len(tensors)
+    return lambda others: len(others) == n and guards.check(*others)
 
 
-def _kinds_of(grads: Sequence[Tensor | None]) -> list[Any]:
-    return [None if g is None else _grad_kind(g) for g in grads]
+def _kinds(tensors: Sequence[Any]) -> list[Any]:
+    return [None if x is None else (x.dtype, x.layout, x.shape, x.device, x.stride(), x.is_neg()) for x in tensors]
 
 
-def _entries(params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
-    """Every tensor of every state: one that was replaced is another object."""
-    own: Any = filter(None, map(state.get, params))
-    return list(chain.from_iterable(map(dict.values, own)))
+def _entries(state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, state.values())))

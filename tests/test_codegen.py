@@ -20,8 +20,8 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from bench import codegen, machine_code, records
 from bench.access_names import Frame, array_name, parse_comment, parse_locations
 from bench.machine_code import LIMITS, resident_warps
-from bench.variants import DWT, IDWT, KERNELS, LIMITER, NORM, STEP, TARGETS, Variant, variants
-from gwt_kernels.triton_backend import launch, step
+from bench.variants import DWT, IDWT, KERNELS, LAUNCHED_FROM, LIMITER, NORM, STEP, TARGETS, Variant, variants
+from gwt_kernels.triton_backend import haar_launch, launch, step
 
 Row = dict[str, Any]
 Run = Callable[..., tuple[int, list[Row], str]]
@@ -236,7 +236,11 @@ def test_every_kernel_compiles_for_every_target(run: Run) -> None:
 
 
 def test_every_kernel_that_is_launched_is_covered() -> None:
-    assert {name for name in vars(launch) if name.endswith("_kernel")} == set(KERNELS)
+    launched = [
+        (name, module) for module in (launch, haar_launch) for name in vars(module) if name.endswith("_kernel")
+    ]
+    assert sorted(name for name, _ in launched) == sorted(KERNELS)
+    assert dict(launched) == LAUNCHED_FROM
 
 
 @pytest.mark.parametrize("target", LIMITS)

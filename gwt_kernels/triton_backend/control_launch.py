@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.triton_backend.control import N_SCALARS, decide_kernel, rows_kernel, squares_kernel, total_kernel
-from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, device_guard, off
+from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of
 
 __all__ = ["decide", "rows", "squares"]
 
@@ -27,7 +27,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
     for g in grads:
         if g.numel():
             g = g.resolve_neg().contiguous()
-            aligned = not (off(g.data_ptr()) or g.numel() % 8)
+            aligned = not (any(offs_of(addresses([g]))) or g.numel() % 8)
             kinds.setdefault((g.dtype, aligned), []).append(g)
     device = grads[0].device
     if not kinds:

@@ -41,13 +41,12 @@ from gwt_kernels.triton_backend.tiles import array_ptr as _array
 from gwt_kernels.triton_backend.tiles import owner as _owner
 from gwt_kernels.triton_backend.tiles import tile_offsets
 
-__all__ = ["limiter_kernel", "norm_kernel", "observe_kernel", "step_kernel", "sum_kernel"]
+__all__ = ["norm_kernel", "step_kernel"]
 
 _P = tl.constexpr(0)
 _G = tl.constexpr(1)
 _M = tl.constexpr(2)
 _V = tl.constexpr(3)
-_NORM = tl.constexpr(4)
 _KEY = tl.constexpr(5)
 _LOW = tl.constexpr(6)
 _M_SCALES = tl.constexpr(7)
@@ -234,104 +233,6 @@ def norm_kernel(
         total += a * a
         block += NB
     tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
-
-
-@triton.jit(do_not_specialize=["n_tensors"])
-def limiter_kernel(
-    pointers_ptr,
-    scalars_ptr,
-    first_chunk_ptr,
-    partials_ptr,
-    factors_ptr,
-    n_tensors,
-    BLOCK: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-):
-    """Fira's norm-growth limiter for one tensor, from its partial sums in a fixed order::
-
-        n = sqrt(sum of partials)
-        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
-        n_prev = n / limit
-
-    ``factors [n]`` receives ``1 / limit``.
-    """
-    i = tl.program_id(0)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
-            return
-    norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
-    gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
-    previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
-    previous = tl.load(previous_ptr)
-    limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
-    limit = tl.where(previous == 0.0, 1.0, limit)
-    tl.store(previous_ptr, norm / limit)
-    tl.store(factors_ptr + i, 1.0 / limit)
-
-
-@triton.jit(do_not_specialize=["n_tensors", "n_tiles"])
-def observe_kernel(
-    layout_ptr,
-    rows_ptr,
-    scalars_ptr,
-    factors_ptr,
-    sums_ptr,
-    n_tensors,
-    n_tiles,
-    BLOCK: tl.constexpr,
-    LIMITED: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-):
-    """Add up the sums of one tensor's tiles, in a fixed order, and count the step: see ``telemetry.py``.
-
-    ``rows`` int64 ``[n]``: addresses of float64 ``[6]``, written.
-    """
-    i = tl.program_id(0)
-    row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
-    tl.store(row_ptr + 5, tl.load(row_ptr + 5) + 1.0)
-    if SKIPPABLE:  # noqa: SIM102
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
-            tl.store(row_ptr + 4, tl.load(row_ptr + 4) + 1.0)
-            return
-    tile = tl.load(layout_ptr + i)
-    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1))
-    end = tl.where(i + 1 < n_tensors, end, n_tiles)
-    details = tl.zeros((BLOCK,), tl.float64)
-    approximation = tl.zeros((BLOCK,), tl.float64)
-    update = tl.zeros((BLOCK,), tl.float64)
-    while tile < end:
-        tiles = tile + tl.arange(0, BLOCK)
-        details += tl.load(sums_ptr + tiles * 3, mask=tiles < end, other=0.0)
-        approximation += tl.load(sums_ptr + tiles * 3 + 1, mask=tiles < end, other=0.0)
-        update += tl.load(sums_ptr + tiles * 3 + 2, mask=tiles < end, other=0.0)
-        tile += BLOCK
-    energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
-    tl.store(row_ptr, tl.sum(details, axis=0))
-    tl.store(row_ptr + 1, tl.sum(approximation, axis=0))
-    tl.store(row_ptr + 2, tl.sum(update, axis=0))
-    if LIMITED:
-        tl.store(row_ptr + 3, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
-    finite = (energy == energy) & (energy < float("inf"))
-    tl.store(row_ptr + 4, tl.load(row_ptr + 4) + tl.where(finite, 0.0, 1.0))
-
-
-@triton.jit
-def sum_kernel(first_chunk_ptr, partials_ptr, sums_ptr, BLOCK: tl.constexpr):
-    """The partial sums of one tensor added up, as the limiter does: ``sums [n]``."""
-    i = tl.program_id(0)
-    tl.store(sums_ptr + i, _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
-
-
-@triton.jit
-def _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK: tl.constexpr):
-    chunk = tl.load(first_chunk_ptr + i)
-    end = tl.load(first_chunk_ptr + i + 1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    while chunk < end:
-        chunks = chunk + tl.arange(0, BLOCK)
-        total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
-        chunk += BLOCK
-    return tl.sum(total, axis=0)
 
 
 @triton.jit

@@ -1,15 +1,29 @@
-"""Tables that describe tensors to kernels, on their way from the host to the device."""
+"""Tables that describe tensors to kernels, pointers and numbers: made on the host, sent to the device."""
 
 from __future__ import annotations
 
 import contextlib
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["TRITON_DTYPES", "Sender", "device_guard", "off"]
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
+
+__all__ = [
+    "TRITON_DTYPES",
+    "Sender",
+    "addresses",
+    "constant_rows",
+    "device_guard",
+    "lr_addresses",
+    "offs_of",
+    "scalar_rows",
+]
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -18,8 +32,19 @@ TRITON_DTYPES = {
     torch.int8: tl.int8,  # codes of exp_avg; those of exp_avg_sq are uint8
 }
 
-off = (15).__and__
-"""Bytes that an address is off a multiple of 16."""
+_OFFS = bytes(i & 15 for i in range(256))  # of an address by its lowest byte
+_pack_constants = struct.Struct(f"{N_CONSTANTS.value}d").pack
+_pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
+
+
+def addresses(tensors: Sequence[Tensor]) -> bytes:
+    """Eight bytes for each tensor's."""
+    return struct.pack(f"{len(tensors)}q", *map(Tensor.data_ptr, tensors))
+
+
+def offs_of(words: bytes) -> bytes:
+    """For each of these addresses the number of bytes that it is off a multiple of 16."""
+    return words[::8].translate(_OFFS)
 
 
 class Sender:
@@ -65,3 +90,59 @@ class Sender:
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a CUDA device the current one, which is where Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[bytes]:
+    """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
+    if list(steps).count(steps[0]) == list(hypers).count(hypers[0]) == len(steps):
+        return [_row(hypers[0], steps[0], level)] * len(steps)
+    rows: list[bytes] = []
+    last: tuple[Hyper, int] | None = None
+    for hyper, step in zip(hypers, steps, strict=True):
+        if last is not None and hyper is last[0] and step == last[1]:
+            rows.append(rows[-1])
+        else:
+            rows.append(_row(hyper, step, level))
+            last = (hyper, step)
+    return rows
+
+
+def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
+    """One row per tensor of what `rows_kernel` takes; rows of neighbours that share options are made once."""
+    rows: list[bytes] = []
+    last: Hyper | None = None
+    for hyper in hypers:
+        if hyper is not last:
+            last = hyper
+            row = _pack_constants(
+                0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
+                hyper.beta1,
+                hyper.beta2,
+                hyper.eps,
+                hyper.weight_decay,
+                hyper.scale if level else 1.0,
+                hyper.norm_growth_limit or 0.0,
+                hyper.signed_factor,
+            )
+        rows.append(row)
+    return rows
+
+
+def lr_addresses(hypers: Sequence[Hyper]) -> list[int]:
+    """Where the learning rates that are tensors lie, 0 for those that are numbers."""
+    return [hyper.lr.data_ptr() if isinstance(hyper.lr, Tensor) else 0 for hyper in hypers]
+
+
+def _row(hyper: Hyper, step: int, level: int) -> bytes:
+    return _pack_scalars(
+        hyper.beta1,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        hyper.eps,
+        float(hyper.lr) * hyper.weight_decay,
+        hyper.step_size(step, level),
+        hyper.norm_growth_limit or 0.0,
+        hyper.signed_factor,
+        1.0,
+    )

@@ -12,7 +12,7 @@ from triton.runtime import driver
 
 from bench.host import NoDevice
 from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
-from gwt_kernels.triton_backend import launch
+from gwt_kernels.triton_backend import haar_launch, launch
 
 
 class NoLauncher(NoDevice):
@@ -22,7 +22,7 @@ class NoLauncher(NoDevice):
 
 
 class Compiled:
-    """Stands for a kernel in ``launch``: compiles at each call, launches nothing."""
+    """Stands for a kernel where it is launched: compiles at each call, launches nothing."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -38,8 +38,10 @@ class Compiled:
 seen: list[tuple[str, bool, str]] = []
 driver.set_active(NoLauncher())
 backends.triton_obstacle = lambda *args, **kwargs: None  # type: ignore[assignment]
-for name in ("step_kernel", "norm_kernel", "limiter_kernel", "dwt_kernel", "idwt_kernel"):
+for name in ("step_kernel", "norm_kernel", "limiter_kernel"):
     setattr(launch, name, Compiled(getattr(launch, name)))
+for name in ("dwt_kernel", "idwt_kernel"):
+    setattr(haar_launch, name, Compiled(getattr(haar_launch, name)))
 
 for n in (1, 2, 3, 16):
     flat = [torch.nn.Parameter(torch.randn(64, 16 * n, dtype=torch.bfloat16)) for _ in range(n)]

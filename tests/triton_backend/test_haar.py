@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gwt_kernels.triton_backend import launch
+from gwt_kernels.triton_backend import layout
 from tests.test_haar import check_forward, check_inverse, random
 
 
@@ -21,8 +21,8 @@ def test_tensors_of_several_tiles(device, shape, level):
 @pytest.mark.parametrize("shape", [(3, 64), (2, 72), (5, 37), (70,), (9, 17)])
 def test_small_tiles(device, monkeypatch, shape, level):
     """Tiles that begin and end anywhere in a row, of the tensor and of every band."""
-    monkeypatch.setattr(launch, "FLAT_TILE", 64)
-    monkeypatch.setattr(launch, "ROW_TILE", 32)
+    monkeypatch.setattr(layout, "FLAT_TILE", 64)
+    monkeypatch.setattr(layout, "ROW_TILE", 32)
     coeffs = check_forward(random(shape, torch.float32, device), level, "triton")
     check_inverse(coeffs, shape[-1], "triton")
 

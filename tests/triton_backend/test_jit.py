@@ -6,21 +6,37 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_one_compiled_variant_whatever_the_number_of_tensors(tmp_path: Path) -> None:
+def run(script: str, cache: Path) -> Any:
+    """What a script beside this file prints, where Triton does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("jit_variants.py"))],
+        [sys.executable, str(Path(__file__).with_name(script))],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_launch_without_binding_hands_over_what_one_with_it_does(tmp_path: Path) -> None:
+    first, *others = run("jit_launches.py", tmp_path)
+    names = [name for name, *_ in first["launches"]]
+    kernels = ["norm_kernel", "limiter_kernel", "step_kernel", "observe_kernel"]
+    assert names == kernels * 2  # both paths
+    assert first["bound"] == names
+    for step in others:
+        assert step == {"launches": first["launches"], "bound": []}
+
+
+def test_one_compiled_variant_whatever_the_number_of_tensors(tmp_path: Path) -> None:
     hashes = defaultdict(set)
     launches = defaultdict(int)
-    for kernel, flat, compiled in json.loads(result.stdout):
+    for kernel, flat, compiled in run("jit_variants.py", tmp_path):
         hashes[kernel, flat].add(compiled)
         launches[kernel, flat] += 1
     for kernel in ("step_kernel", "norm_kernel"):

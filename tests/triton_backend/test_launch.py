@@ -7,12 +7,15 @@ import torch
 
 from gwt_kernels import haar_dwt, haar_idwt
 from gwt_kernels.functional import Hyper
-from gwt_kernels.triton_backend import launch
+from gwt_kernels.triton_backend import haar_launch, launch, layout
 from tests.poisoned import Poisoned
 from tests.steps import Bucket
 
 HYPER = Hyper(lr=0.01, weight_decay=0.1)
-KERNELS = ("step_kernel", "norm_kernel", "limiter_kernel", "dwt_kernel", "idwt_kernel")
+KERNELS = {
+    launch: ("step_kernel", "norm_kernel", "limiter_kernel"),
+    haar_launch: ("dwt_kernel", "idwt_kernel"),
+}
 
 
 @pytest.fixture
@@ -28,8 +31,9 @@ def launched(monkeypatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
-    for name in KERNELS:
-        monkeypatch.setattr(launch, name, Recorded(name, getattr(launch, name)))
+    for module, kernels in KERNELS.items():
+        for name in kernels:
+            monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
     return names
 
 
@@ -154,7 +158,7 @@ def test_tensors_that_do_not_fit_are_refused(device, name, change, message):
 
 def test_rows_past_32_bit_offsets_are_refused(device, monkeypatch):
     """Only those that whole blocks do not fill: the others take 64-bit offsets anyway."""
-    monkeypatch.setattr(launch, "MAX_ROW", 15)
+    monkeypatch.setattr(layout, "MAX_ROW", 15)
     fits = Bucket([(4, 16), (3, 13)], 2, device=device)
     fits.check_step(HYPER, 1, backend="triton")
     bucket = Bucket([(2, 17)], 2, device=device)
@@ -162,3 +166,17 @@ def test_rows_past_32_bit_offsets_are_refused(device, monkeypatch):
         bucket.step(HYPER, 1, backend="triton")
     with pytest.raises(RuntimeError, match=r"rows of up to 15 elements .* got 17"):
         haar_dwt(torch.zeros(2, 17, device=device), 2, backend="triton")
+
+
+def test_what_was_refused_once_is_refused_again(device):
+    """Checks that failed have found nothing that could be taken for granted."""
+    workspace = {}
+    bucket = Bucket([(4, 16)], 2, device=device)
+    bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
+    right = bucket.grads
+    bucket.grads = [Poisoned(torch.zeros(4, 8, device=device))]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="gradient of its shape"):
+            bucket.step(HYPER, 2, backend="triton", workspace=workspace)
+    bucket.grads = right
+    bucket.check_step(HYPER, 2, backend="triton", workspace=workspace)

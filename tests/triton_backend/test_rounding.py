@@ -9,7 +9,6 @@ import triton.language as tl
 
 from gwt_kernels.hyper import key_of
 from gwt_kernels.torch_backend import rounding as expected
-from gwt_kernels.triton_backend.launch import TRITON_DTYPES
 from gwt_kernels.triton_backend.rounding import (
     _philox,
     join_low,
@@ -19,6 +18,7 @@ from gwt_kernels.triton_backend.rounding import (
     round_at_random,
     split_low,
 )
+from gwt_kernels.triton_backend.tables import TRITON_DTYPES
 from tests import interpreter, philox
 from tests.torch_backend.test_rounding import NARROW, patterns
 

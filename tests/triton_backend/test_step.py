@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gwt_kernels.functional import Hyper
-from gwt_kernels.triton_backend import launch
+from gwt_kernels.triton_backend import launch, layout
 from tests.steps import Bucket
 
 HYPER = Hyper(lr=0.01, weight_decay=0.1)
@@ -18,8 +18,8 @@ ROWS = [(9, 250), (1030,), (3, 2, 1500), (2000, 1)]  # rows within a tile, and r
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that few elements make many of them."""
-    monkeypatch.setattr(launch, "FLAT_TILE", 64)
-    monkeypatch.setattr(launch, "ROW_TILE", 32)
+    monkeypatch.setattr(layout, "FLAT_TILE", 64)
+    monkeypatch.setattr(layout, "ROW_TILE", 32)
 
 
 def paths(bucket: Bucket) -> list[bool]:
@@ -94,8 +94,8 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
     """Only the norm's sum, and through it the next limited update, may round differently."""
 
     def run(flat_tile: int, row_tile: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(launch, "FLAT_TILE", flat_tile)
-        monkeypatch.setattr(launch, "ROW_TILE", row_tile)
+        monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
+        monkeypatch.setattr(layout, "ROW_TILE", row_tile)
         bucket = Bucket([(6, 64), (5, 37)], level, limited=limited and level > 0, device=device)
         bucket.check_step(HYPER, 2, backend="triton")
         return bucket.results()
@@ -113,10 +113,10 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
 def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level, dtype):
     """Of one block a tile, where words are drawn one by one, to more than the tensor holds."""
 
-    def run(flat_tile: int, row_tile: int, layout: str = "contiguous", key: int = 5) -> list[torch.Tensor]:
-        monkeypatch.setattr(launch, "FLAT_TILE", flat_tile)
-        monkeypatch.setattr(launch, "ROW_TILE", row_tile)
-        kinds = {"dtype": dtype, "moment_dtype": torch.bfloat16, "layouts": [layout]}
+    def run(flat_tile: int, row_tile: int, memory: str = "contiguous", key: int = 5) -> list[torch.Tensor]:
+        monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
+        monkeypatch.setattr(layout, "ROW_TILE", row_tile)
+        kinds = {"dtype": dtype, "moment_dtype": torch.bfloat16, "layouts": [memory]}
         bucket = Bucket([(6, 64), (5, 37)], level, device=device, **kinds)
         bucket.step(HYPER, 2, backend="triton", rounding="stochastic", keys=[key] * 2)
         return bucket.results()
