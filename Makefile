@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := build/peers
+TORCHTITAN := build/torchtitan
 CC ?= cc
 
 .PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
@@ -17,15 +18,20 @@ $(PEERS)/.made: bench/peers.txt $(VENV)/.installed ## optimizers to compare with
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) --requirement bench/peers.txt
 	touch $@
 
+$(TORCHTITAN)/.made: tests/torchtitan.txt $(VENV)/.installed ## torchtitan for its example, apart, without what it only downloads data and logs with
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TORCHTITAN) --requirement tests/torchtitan.txt
+	touch $@
+
 reference: ## the C oracle, as a shared library
 	$(MAKE) -C csrc_reference CC=$(CC)
 
 reference-sanitize: ## the C oracle's self-test under the address and undefined-behaviour sanitizers
 	$(MAKE) -C csrc_reference CC=$(CC) sanitize
 
-test: $(VENV)/.installed $(PEERS)/.made reference
+test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 	$(BIN)/python -m pytest --numprocesses 2
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/test_bench_peers.py tests/test_bench_low_rank.py
+	PYTHONPATH=$(abspath $(TORCHTITAN)) $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/test_examples.py -k torchtitan
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
@@ -42,6 +48,7 @@ bench: $(VENV)/.installed $(PEERS)/.made
 	$(BIN)/python -m bench.kernels
 	PYTHONPATH=$(PEERS) $(BIN)/python -m bench.optimizers
 	$(BIN)/python -m bench.host
+	$(BIN)/python -m bench.scaling
 
 bench-gpu: ## on a CUDA machine, with its own Python; PART=kernels runs one part, WHEELS=folder installs the peers
 	$(PYTHON) -m bench.gpu $(if $(PART),--parts $(PART)) $(if $(WHEELS),--wheels $(WHEELS)) $(BENCH_GPU_ARGS)

@@ -73,6 +73,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     many.add_argument("--clip", action="store_true", help="with max_grad_norm or skip_nonfinite")
     many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
     many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
+    many.add_argument("--host-time", metavar="S", help="of the host, for each tensor: 5e-6 or 5us (assumed: 5us)")
     add("--json", action="store_true", help="print everything as JSON instead of tables")
     add("--verbose", action="store_true", help="a row for every parameter, not one for all layers")
 
@@ -212,20 +213,21 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
     """The plan on several processes; None where nobody asked for it."""
     from gwt_kernels.mesh import mesh_of
     from gwt_kernels.plan import parse_bandwidth
-    from gwt_kernels.plan_sharded import LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded
+    from gwt_kernels.plan_sharded import HOST_TIME, LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded
 
     if options.world_size is None and options.mesh is None:
-        unused = [name for name in ("clip", "link_bandwidth", "latency") if getattr(options, name)]
+        unused = [name for name in ("clip", "link_bandwidth", "latency", "host_time") if getattr(options, name)]
         if unused:
             raise ValueError(f"--{unused[0].replace('_', '-')} needs --world-size or --mesh")
         return None
-    link, latency = options.link_bandwidth, options.latency
+    link, latency, host = options.link_bandwidth, options.latency, options.host_time
     return plan_sharded(
         planned,
         mesh_of(options.world_size, options.mesh),
         clip=options.clip,
         link_bandwidth=LINK_BANDWIDTH if link is None else parse_bandwidth(link),
         latency=LATENCY if latency is None else parse_seconds(latency),
+        host_time=HOST_TIME if host is None else parse_seconds(host, "host time"),
     )
 
 

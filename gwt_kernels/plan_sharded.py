@@ -19,6 +19,7 @@ from gwt_kernels.plan import Plan, adamw_state, bytes_of, limiter_bytes, pass_by
 from gwt_kernels.state import MOMENTS, SCALES
 
 __all__ = [
+    "HOST_TIME",
     "LATENCY",
     "LINK_BANDWIDTH",
     "Collective",
@@ -32,6 +33,8 @@ LINK_BANDWIDTH = 50e9
 """Bytes per second that a process sends while it receives as many. An assumption: a network of 400 Gbit/s a GPU."""
 LATENCY = 10e-6
 """Seconds from one process to another for a message of no size. An assumption: of the order of a network's."""
+HOST_TIME = 5e-6
+"""Seconds of Python and of launches for each tensor of a step. An assumption: ``bench.host`` saw 2 to 9 µs."""
 
 _BUCKETS = [2**20, 25 * 2**20]  # the sizes at which DDP sends gradients: the first bucket's, and the others'
 
@@ -99,6 +102,8 @@ class ShardedPlan:
     """Bytes per second."""
     latency: float
     """Seconds."""
+    host_time: float
+    """Seconds for each tensor."""
 
     @property
     def collective_seconds(self) -> float:
@@ -116,9 +121,19 @@ class ShardedPlan:
         return None if self.plan.bandwidth is None else self.largest.moved_bytes / self.plan.bandwidth
 
     @property
+    def host_seconds(self) -> float:
+        """Predicted time of the host's part of the optimizer's step, which is the same however small the shares."""
+        return self.host_time * len(self.plan.states)
+
+    @property
     def seconds(self) -> float | None:
-        """Predicted time of the optimizer's step: memory, then collectives; None without a memory bandwidth."""
-        return None if self.memory_seconds is None else self.memory_seconds + self.collective_seconds
+        """Predicted time of the optimizer's step: memory, then collectives; the host's beside them, if longer.
+
+        None without a memory bandwidth.
+        """
+        if self.memory_seconds is None:
+            return None
+        return max(self.memory_seconds + self.collective_seconds, self.host_seconds)
 
     def held_by(self, fsdp: int, tp: int) -> Held:
         """What the process at this place in the mesh holds; replicas hold the same."""
@@ -145,6 +160,8 @@ class ShardedPlan:
             ],
             "link_bandwidth": self.link_bandwidth,
             "latency": self.latency,
+            "host_time": self.host_time,
+            "predicted_host_seconds": self.host_seconds,
             "predicted_memory_seconds": self.memory_seconds,
             "predicted_collective_seconds": self.collective_seconds,
             "predicted_engine_seconds": self.engine_seconds,
@@ -157,7 +174,7 @@ class ShardedPlan:
         return render_sharded(self)
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, what: str = "latency") -> float:
     """Seconds from ``"1e-5"``, ``"10us"`` or ``"0.01ms"``.
 
     Raises:
@@ -166,7 +183,7 @@ def parse_seconds(text: str) -> float:
     found = re.fullmatch(r"\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(us|ms|s)?\s*", text, re.ASCII)
     value = float(found[1]) * {"us": 1e-6, "ms": 1e-3}.get(found[2], 1) if found else math.nan
     if not 0 <= value < 1:
-        raise ValueError(f"latency {text!r} is not understood: give seconds below 1, such as 1e-5 or 10us")
+        raise ValueError(f"{what} {text!r} is not understood: give seconds below 1, such as 1e-5 or 10us")
     return value
 
 
@@ -178,6 +195,7 @@ def plan_sharded(
     tensor_parallel: Mapping[str, str] | None = None,
     link_bandwidth: float = LINK_BANDWIDTH,
     latency: float = LATENCY,
+    host_time: float = HOST_TIME,
 ) -> ShardedPlan:
     """Divide a planned model over processes, as PyTorch divides it; nothing is allocated, no process is started.
 
@@ -195,6 +213,7 @@ def plan_sharded(
             ``"embedding_rowwise"``, by the module's name with ``*`` for a number. None: that of transformers.
         link_bandwidth: Bytes per second between processes.
         latency: Seconds of a message of no size.
+        host_time: Seconds of the host for each tensor of a step.
 
     Raises:
         ValueError: a number is out of range, the mesh has a ``tp`` of which the model's layers say nothing, or a
@@ -206,8 +225,9 @@ def plan_sharded(
         raise ValueError(
             f"link_bandwidth must be a finite number of bytes per second above 0, got {link_bandwidth}"
         )
-    if not (math.isfinite(latency) and latency >= 0):
-        raise ValueError(f"latency must be a finite number of seconds of at least 0, got {latency}")
+    for what, value in (("latency", latency), ("host_time", host_time)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be a finite number of seconds of at least 0, got {value}")
     ways = planned.tensor_parallel if tensor_parallel is None else tensor_parallel
     if mesh.tp > 1 and not ways:
         raise ValueError(
@@ -227,6 +247,7 @@ def plan_sharded(
         collectives=(*_of_the_step(planned, mesh, divisions, clip), *_of_the_engine(planned, mesh, divisions)),
         link_bandwidth=link_bandwidth,
         latency=latency,
+        host_time=host_time,
     )
 
 

@@ -48,26 +48,35 @@ def _shares(sharded: ShardedPlan) -> str:
     unit, size = _unit(common)
     rows: list[tuple[str, ...]] = [
         ("optimizer", "moments", "weights", "gradients", "states", "together", "step moves", "memory, ms",
-         "collectives, ms", "step, ms")
+         "collectives, ms", "host, ms", "step, ms")
     ]  # fmt: skip
-    for cost, state, moved, collectives in (
-        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, 0.0),
-        (plan.chosen, held.state_bytes, held.moved_bytes, sharded.collective_seconds),
+    # Of AdamW's host nothing is known here, nor therefore how long its step takes.
+    for cost, state, moved, seconds in (
+        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, (0.0, None, None)),
+        (
+            plan.chosen,
+            held.state_bytes,
+            held.moved_bytes,
+            (sharded.collective_seconds, sharded.host_seconds, sharded.seconds),
+        ),
     ):
         amounts = (held.weight_bytes, held.gradient_bytes, state, common + state, moved)
         times: list[str] = []
         if plan.bandwidth is not None:
-            memory = moved / plan.bandwidth
-            times = [_three_digits(1e3 * each) for each in (memory, collectives, memory + collectives)]
+            every = (moved / plan.bandwidth, *seconds)
+            times = ["-" if each is None else _three_digits(1e3 * each) for each in every]
         rows.append((_label(cost), _moments(cost), *(f"{amount / size:.3f}" for amount in amounts), *times))
     if plan.bandwidth is None:
         rows = [row[:7] for row in rows]
         speed = "give --bandwidth or --measure for a step's time"
     else:
-        speed = f"times predicted for memory of {plan.bandwidth / 1e9:,.1f} GB/s"
+        speed = (
+            f"times predicted for memory of {plan.bandwidth / 1e9:,.1f} GB/s and a host that takes "
+            f"{1e6 * sharded.host_time:,.1f} us a tensor"
+        )
     excess = 100 * ((common + held.state_bytes) / sharded.even_bytes - 1)
     return (
-        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{_aligned(rows, right=range(2, 10))}\n"
+        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{_aligned(rows, right=range(2, 11))}\n"
         f"It holds {excess:.1f} % more than an even share."
     )
 

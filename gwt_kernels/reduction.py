@@ -114,8 +114,8 @@ class Totals:
                 f"their common gradient norm is not known; leave max_grad_norm and skip_nonfinite off"
             )
         mesh = meshes[0]
-        self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
-        if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+        self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+        if len(self._groups) > 1 and mesh.size() == dist.get_world_size():
             self._groups = [dist.group.WORLD]
         self._is_first = not any(mesh.get_coordinate())
 

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.collectives import Recorder
 from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.mesh import Mesh
 
@@ -123,27 +123,6 @@ def on_every_rank(
         ranks = list(places) if ranks is None else ranks
         jobs = [(rank, mesh, *arguments) for rank in ranks]
         return dict(zip([places[rank] for rank in ranks], pool.starmap(function, jobs, chunksize=1), strict=True))
-
-
-class Recorder(TorchDispatchMode):
-    """Records collectives as they are called: kind, number of processes, bytes of the whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        kind, whole = {
-            "allreduce_": ("all-reduce", 0),
-            "_allgather_base_": ("all-gather", 0),
-            "_reduce_scatter_base_": ("reduce-scatter", 1),
-        }.get(name, (None, 0))
-        if kind is not None and func.namespace == "c10d":
-            x = args[whole][0] if isinstance(args[whole], list) else args[whole]
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-            self.calls.append((kind, group.size(), x.nbytes))
-        return func(*args, **(kwargs or {}))
 
 
 def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str, int, int]]]:

@@ -80,6 +80,8 @@ def test_time_of_collectives_by_hand() -> None:
     assert sharded.collective_seconds == pytest.approx(2 * 2 * 3 * 1e-3 + 2 * (16 + 4 * 4) * 7 / 8 / 1e6, rel=1e-12)
     assert sharded.memory_seconds == sharded.largest.moved_bytes / 1e9
     assert sharded.seconds == sharded.memory_seconds + sharded.collective_seconds
+    slow = plan_sharded(small(bandwidth=1e9), Mesh(fsdp=8), host_time=1.0)
+    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # of the tensors that train, whatever their size
     unclipped = plan_sharded(small(), Mesh(fsdp=8))
     assert sharded.largest.moved_bytes == unclipped.largest.moved_bytes + unclipped.largest.gradient_bytes
     assert unclipped.seconds is None
@@ -150,6 +152,7 @@ def test_the_optimizer_refuses_what_the_plan_refuses(mesh: Mesh, moments: torch.
         ({"mesh": Mesh(tp=2), "tensor_parallel": {"embed": "diagonal"}}, r"embed\.weight .*'diagonal'.*no rule"),
         ({"mesh": Mesh(), "link_bandwidth": 0.0}, "link_bandwidth"),
         ({"mesh": Mesh(), "latency": -1.0}, "latency"),
+        ({"mesh": Mesh(), "host_time": float("nan")}, "host_time"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -179,9 +182,13 @@ def test_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> N
         "1TB/s",
         "--clip",
     ]
-    assert main([*arguments, "--link-bandwidth", "25GB/s", "--latency", "5us"]) == 0
+    assert main([*arguments, "--link-bandwidth", "25GB/s", "--latency", "5us", "--host-time", "2us"]) == 0
     text = capsys.readouterr().out
-    assert "The largest of 8 processes (fsdp=4,tp=2), MiB (times predicted for memory of 1,000.0 GB/s)" in text
+    assert (
+        "The largest of 8 processes (fsdp=4,tp=2), MiB (times predicted for memory of 1,000.0 GB/s and a host"
+        in text
+    )
+    assert "a host that takes 2.0 us a tensor)" in text
     assert "times predicted for links of 25.0 GB/s and 5.0 us a message" in text
     sharded = plan_sharded(plan("llama_60m", bandwidth=1e12), Mesh(fsdp=4, tp=2), clip=True)
     assert main([*arguments, "--json"]) == 0
@@ -201,6 +208,8 @@ def test_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> N
         (["--mesh", "pp=2"], "not understood at 'pp=2'"),
         (["--mesh", "fsdp=0"], "not understood at 'fsdp=0'"),
         (["--mesh", "fsdp=2", "--latency", "10"], "latency '10'"),
+        (["--mesh", "fsdp=2", "--host-time", "10"], "host time '10'"),
+        (["--host-time", "10us"], "--host-time needs --world-size or --mesh"),
         (["--mesh", "fsdp=2", "--link-bandwidth", "50"], "bandwidth '50'"),
         (["--clip"], "--clip needs --world-size or --mesh"),
         (["--level", "4", "--mesh", "tp=4"], "use level 3 at most"),

@@ -10,7 +10,7 @@ from bench.memory import level_table, memory_table
 from bench.report import performance, quality
 from bench.report.markdown import figure, model_name, optimizer_name, slug, table
 from bench.report.rows import Case, Run, by_device, of
-from bench.scaling import example, gpus_table, meshes_table
+from bench.report.scaling import example, gpus_table, measured, meshes_table
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -123,6 +123,7 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "levels": lambda runs, root: level_table(),
     "gpus": lambda runs, root: gpus_table(),
     "meshes": lambda runs, root: meshes_table(),
+    "measured": lambda runs, root: measured(runs),
     "manyplan": lambda runs, root: example(),
     "quality": _quality,
     "performance": _performance,

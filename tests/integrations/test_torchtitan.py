@@ -10,7 +10,8 @@ import pytest
 from tests import processes, torchtitan_runs
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torchtitan") is None, reason="torchtitan is not installed: pip install torchtitan"
+    importlib.util.find_spec("torchtitan") is None,
+    reason="torchtitan is kept apart: make build/torchtitan/.made, then PYTHONPATH=$PWD/build/torchtitan",
 )
 
 

@@ -1,0 +1,155 @@
+"""The tables of docs/scaling.md: what each GPU holds, sends and needs as predicted, and the prediction measured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from bench.report.markdown import details, number, origin, spread, table
+from bench.report.rows import Row, Run, of
+from bench.scaling import REFERENCES
+from gwt_kernels.mesh import Mesh, mesh_of
+from gwt_kernels.plan import Plan, plan
+from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
+
+BANDWIDTH = 3e12
+"""Bytes per second of a GPU's memory: an assumption."""
+MODELS = ("7b", "70b", "405b")
+GPUS = (1, 8, 64, 256, 1024, 4096)
+MESHES = ("fsdp=4096", "dp=8,fsdp=512", "fsdp=512,tp=8", "dp=8,fsdp=64,tp=8")
+EXAMPLE = ("llama_405b", 4096, "dp=8,fsdp=64,tp=8")
+
+
+def gpus_table() -> str:
+    """The Markdown table by model and number of GPUs, all sharding by FSDP2, with bf16 weights and moments."""
+    headings = [
+        "LLaMA", "GPUs", "weights + gradients, GiB", "AdamW's states, GiB", "GWT's states, GiB",
+        "over an even share", "AdamW: memory, ms", "GWT: memory, ms",
+        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
+        "FSDP2 gathers and scatters, GiB", "FSDP2, s",
+    ]  # fmt: skip
+    rows = []
+    for model in MODELS:
+        for n in GPUS:
+            sharded = plan_sharded(_planned(model, torch.bfloat16), Mesh(fsdp=n))
+            held = sharded.largest
+            excess = (held.weight_bytes + held.gradient_bytes + held.state_bytes) / sharded.even_bytes - 1
+            rows.append([
+                model.upper(), f"{n:,}", _gib(held.weight_bytes + held.gradient_bytes),
+                _gib(held.adamw_state_bytes), _gib(held.state_bytes), f"{100 * excess:.1f} %",
+                *_times(sharded), *_sent(sharded),
+            ])  # fmt: skip
+    return table(headings, rows)
+
+
+def meshes_table() -> str:
+    """The Markdown table of the largest model on the most GPUs, by mesh, with float32 moments."""
+    headings = [
+        "mesh", "weights + gradients, GiB", "GWT's states, GiB", "AdamW: memory, ms", "GWT: memory, ms",
+        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
+        "gathers, scatters, reductions, GiB", "engine, s",
+    ]  # fmt: skip
+    rows = []
+    for text in MESHES:
+        sharded = plan_sharded(_planned(MODELS[-1], None), mesh_of(GPUS[-1], text))
+        held = sharded.largest
+        sizes = (held.weight_bytes + held.gradient_bytes, held.state_bytes)
+        rows.append([f"`{text}`", *map(_gib, sizes), *_times(sharded), *_sent(sharded)])
+    return table(headings, rows)
+
+
+def example() -> str:
+    """What the command prints of several processes, below what it prints of the model as a whole."""
+    model, n, mesh = EXAMPLE
+    sharded = plan_sharded(plan(model, dtype=torch.bfloat16, bandwidth=BANDWIDTH), mesh_of(n, mesh), clip=True)
+    command = f"gwt-kernels plan {model} --world-size {n} --mesh {mesh} --bandwidth {BANDWIDTH:.1e} --clip"
+    return f"```console\n$ {command.replace('e+', 'e')}\n...\n{sharded}\n```"
+
+
+def measured(runs: Sequence[Run]) -> str:
+    """Predicted against measured, of every run: the newest open, those before it folded."""
+    parts = [_run(run) for run in of(runs, "scaling")]
+    if not parts:
+        return "Nothing is recorded yet: `python -m bench.scaling` measures it."
+    return "\n\n".join([parts[0], *(details(f"An earlier run ({i})", part) for i, part in enumerate(parts[1:], 1))])
+
+
+def _run(run: Run) -> str:
+    """One run: where it comes from, its steps, and the pieces that were timed by themselves."""
+    about, cases = run.rows[-1], _cases(run)
+    others = f" {about['note']}" if about["note"] else ""
+    headings = [
+        "processes", "step", "state bytes", "collectives", "their bytes", "CPU, ms: predicted", "measured",
+        "off by", "wall, ms: predicted", "measured", "off by",
+    ]  # fmt: skip
+    rows = []
+    for (n, setting), found in cases.items():
+        if setting is None:
+            continue
+        counts = [
+            f"{found[metric]['median']:,.0f}" for metric in ("state_bytes", "collectives", "collective_bytes")
+        ]
+        given = n == 1 and setting in REFERENCES.values()
+        times: list[str] = []
+        for metric in ("step_cpu_time", "step_time"):
+            predicted = found[f"predicted_{metric}"]["median"]
+            off = found[metric]["median"] / predicted - 1
+            times += ["given" if given else number(1e3 * predicted), spread(found[metric], 1e3)]
+            times.append("" if given else f"{100 * off:+.0f} %")
+        rows.append([str(n), setting, *counts, *times])
+    heading = f"{about['device']}, {about['cores']} cores, {about['model']}, level {about['level']}."
+    return "\n\n".join(
+        [f"{heading}{others} {origin(run)}.", table(headings, rows, left=2), _pieces(run, list(cases))]
+    )
+
+
+def _cases(run: Run) -> dict[tuple[int, str | None], dict[str, Row]]:
+    cases: dict[tuple[int, str | None], dict[str, Row]] = {}
+    for row in run.rows:
+        found = cases.setdefault((row["processes"], row["setting"]), {})
+        found[f"{row['metric']} {row['bytes']}" if "bytes" in row else row["metric"]] = row
+    return cases
+
+
+def _pieces(run: Run, keys: Sequence[tuple[int, str | None]]) -> str:
+    """What each number of processes did by itself, at once."""
+    cases = _cases(run)
+    numbers = dict.fromkeys(n for n, _ in keys)
+    sizes = sorted({row["bytes"] for row in run.rows if "bytes" in row})
+    headings = [
+        "processes",
+        "wall over CPU time",
+        "copy by each, GB/s",
+        *(f"all-reduce of {s:,} bytes, ms" for s in sizes),
+    ]
+    rows = []
+    for n in numbers:
+        alone, crowding = cases[n, None], cases[n, REFERENCES["gwt"]]["crowding"]
+        reduces = [spread(alone.get(f"all_reduce_time {size}"), 1e3) for size in sizes]
+        rows.append([str(n), number(crowding["median"]), spread(alone["copy_bandwidth"], 1e-9), *reduces])
+    return table(headings, rows)
+
+
+@functools.cache
+def _planned(model: str, moments: torch.dtype | None) -> Plan:
+    return plan(f"llama_{model}", dtype=torch.bfloat16, state_dtype=moments, bandwidth=BANDWIDTH)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.3f}"
+
+
+def _times(sharded: ShardedPlan) -> list[str]:
+    adamw = sharded.largest.adamw_moved_bytes / BANDWIDTH
+    own = (sharded.memory_seconds or 0.0, sharded.collective_seconds, sharded.host_seconds, sharded.seconds or 0.0)
+    times = (adamw, *own)
+    return [f"{1e3 * seconds:,.2f}" for seconds in times]
+
+
+def _sent(sharded: ShardedPlan) -> list[str]:
+    """Bytes of the optimizer's collectives; bytes and seconds of the engine's."""
+    own = sum(c.total_bytes for c in sharded.collectives if not c.engine)
+    engine = sum(c.total_bytes for c in sharded.collectives if c.engine)
+    return [f"{own:,}", f"{engine / 2**30:,.1f}", f"{sharded.engine_seconds:,.2f}"]
