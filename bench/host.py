@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import itertools
 import pstats
 import sys
 import time
@@ -18,7 +19,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -28,6 +33,7 @@ from gwt_kernels import GWTAdamW, backends
 
 SIZE = (8, 64)  # small: on a CPU the copies of a clipped gradient must not count
 WARM_UP = 5
+TURN = 10  # steps that a scenario takes before the next one does
 
 
 class NoDevice:
@@ -57,24 +63,42 @@ class NoDevice:
 class Scenario(NamedTuple):
     """One way to call step() again and again."""
 
-    name: str
     limiter: bool
     reallocated: bool
     """Every gradient is another tensor at another address than in the step before."""
+    sharded: bool
+    """Every parameter and gradient is a DTensor, of which this process holds what it would hold of a plain one."""
+
+    @property
+    def name(self) -> str:
+        limiter = "limiter" if self.limiter else "no limiter"
+        return f"{limiter}, {'re-allocated' if self.reallocated else 'same gradients'}" + ", sharded" * self.sharded
 
 
-SCENARIOS = [
-    Scenario(
-        f"{'limiter' if limiter else 'no limiter'}, {'re-allocated' if moved else 'same gradients'}", limiter, moved
-    )
-    for limiter in (False, True)
-    for moved in (False, True)
-]
+SCENARIOS = [Scenario(*each) for each in itertools.product((False, True), repeat=3)]
 
 
-def build(tensors: int, device: torch.device, *, limiter: bool) -> tuple[Optimizer, list[torch.nn.Parameter]]:
-    """A model as `gwt_param_groups` sorts it: seven matrices in nine, two norms, an embedding and a head."""
-    params = [torch.nn.Parameter(torch.randn(SIZE, device=device, dtype=torch.bfloat16)) for _ in range(tensors)]
+@contextlib.contextmanager
+def two_processes(device: torch.device) -> Iterator[DeviceMesh]:
+    """A mesh of this process and one that only seems to be there: a collective costs the host its call."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        yield init_device_mesh(device.type, (2,))
+    finally:
+        dist.destroy_process_group()
+
+
+def build(
+    tensors: int, device: torch.device, *, limiter: bool, mesh: DeviceMesh | None = None
+) -> tuple[Optimizer, list[torch.nn.Parameter]]:
+    """A model as `gwt_param_groups` sorts it: seven matrices in nine, two norms, an embedding and a head.
+
+    With a mesh, tensors that `fully_shard` has sharded over it, by rows.
+    """
+    values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
+    if mesh is not None:
+        values = [DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for x in values]
+    params = list(map(torch.nn.Parameter, values))
     norms = 2 * (tensors - 2) // 9
     matrices = params[: tensors - 2 - norms]
     groups = [
@@ -87,16 +111,19 @@ def build(tensors: int, device: torch.device, *, limiter: bool) -> tuple[Optimiz
 
 
 def gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.randn_like(p) for p in params]
+    """New gradients; those of sharded parameters are made as FSDP2 makes them."""
+    return [
+        DTensor(torch.randn_like(p._local_tensor), p._spec, requires_grad=False)
+        if isinstance(p, DTensor)
+        else torch.randn_like(p)
+        for p in params
+    ]
 
 
-def time_steps(
-    optimizer: Optimizer, params: Sequence[torch.nn.Parameter], *, reallocated: bool, repetitions: int
-) -> list[float]:
+def time_steps(optimizer: Optimizer, params: Sequence[torch.nn.Parameter], *, reallocated: bool) -> Iterator[float]:
     """Seconds of its thread's time that each call of step() takes, after a warm-up: other load does not count."""
     sets = [gradients(params), gradients(params)]
-    seconds = []
-    for i in range(WARM_UP + repetitions):
+    for i in itertools.count():
         if reallocated or i == 0:
             for p, g in zip(params, sets[i % 2], strict=True):
                 p.grad = g
@@ -107,8 +134,18 @@ def time_steps(
             torch.cuda.synchronize()
         start = time.thread_time()
         optimizer.step()
-        seconds.append(time.thread_time() - start)
-    return seconds[WARM_UP:]
+        seconds = time.thread_time() - start
+        if i >= WARM_UP:
+            yield seconds
+
+
+def take_turns(runs: Sequence[Iterator[float]], repetitions: int) -> list[list[float]]:
+    """So many times of each: what is to be compared meets the same load."""
+    times: list[list[float]] = [[] for _ in runs]
+    while len(times[-1]) < repetitions:
+        for own, run in zip(times, runs, strict=True):
+            own += itertools.islice(run, min(TURN, repetitions - len(own)))
+    return times
 
 
 def profile(optimizer: Optimizer, steps: int, lines: int) -> None:
@@ -135,13 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = facts(device, "bench.host", arguments, options.commit)
     path = records.new_path("host", about, options.out)
 
-    with contextlib.nullcontext() if device.type == "cuda" else without_device():
-        for scenario in SCENARIOS:
-            optimizer, params = build(options.tensors, device, limiter=scenario.limiter)
-            times = time_steps(optimizer, params, reallocated=scenario.reallocated, repetitions=options.repetitions)
-            _report(path, about, f"GWTAdamW, {scenario.name}", times, options.tensors)
-            if options.profile:
-                profile(optimizer, options.repetitions, options.profile)
+    driven = contextlib.nullcontext() if device.type == "cuda" else without_device()
+    with driven, two_processes(device) as mesh:
+        for pair in zip(SCENARIOS[::2], SCENARIOS[1::2], strict=True):  # plain tensors and sharded ones
+            made = [
+                build(options.tensors, device, limiter=each.limiter, mesh=mesh if each.sharded else None)
+                for each in pair
+            ]
+            runs = [time_steps(*own, reallocated=each.reallocated) for each, own in zip(pair, made, strict=True)]
+            times = take_turns(runs, options.repetitions)
+            for scenario, (optimizer, _), seconds in zip(pair, made, times, strict=True):
+                _report(path, about, f"GWTAdamW, {scenario.name}", seconds, options.tensors)
+                if options.profile:
+                    profile(optimizer, options.repetitions, options.profile)
     return 0
 
 

@@ -108,7 +108,8 @@ class Bucket:
         self.backend: backends.Backend | None = group["backend"]
         self.exp_avgs: list[Tensor] = [local_of(s["exp_avg"]) for s in own]
         self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
-        self.limiter_norms = [s["limiter_norm"] if is_limited(group) else None for s in own]
+        decided = is_limited(group) and limits is None  # by the step itself
+        self.limiter_norms = [s["limiter_norm"] if decided else None for s in own]
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
         self.lows = [local_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
         self.scales = [
@@ -122,6 +123,10 @@ class Bucket:
         if limits is not None:
             self.sums_workspace: dict[str, Any] = {}
             self.limited_places = limits.places_of(params)
+            # One tensor, as of steps below: to take norms together and apart again would be most of a step.
+            self.norms = torch.stack([s["limiter_norm"] for s in own])
+            for s, norm in zip(own, self.norms.unbind(), strict=True):
+                s["limiter_norm"] = norm
         self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
@@ -165,15 +170,13 @@ class Bucket:
         same_tensors: bool,
     ) -> None:
         arguments = self._arguments(grads, hypers, control, same_tensors)
-        limiter_norms, limits = self.limiter_norms, None
+        limits = None
         if self.limits is not None:
             gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
-            norms: Any = limiter_norms
-            limits = self.limits.divisors(self.limited_places, norms, gammas, arguments["control"])
-            limiter_norms = [None] * len(self.params)
+            limits = self.limits.divisors(self.limited_places, self.norms, gammas, arguments["control"])
         gwt_adamw_(
             **arguments,
-            limiter_norms=limiter_norms,
+            limiter_norms=self.limiter_norms,
             limits=limits,
             spans=self.spans,
             rule=self.rule,

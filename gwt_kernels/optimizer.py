@@ -28,6 +28,7 @@ from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import (
     ROWS_STAY,
     any_sharded,
+    grads_of,
     local_parts,
     made_by_a_getter,
 )
@@ -230,7 +231,7 @@ class GWTAdamW(Optimizer):
         self._check_options()
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        grads = [p.grad for p in params]
+        grads = grads_of(params)
         if not self.state and made_by_a_getter():
             self._check_before_step()
             self._make_buckets(self.capturable)  # which makes the state, and that is all that is wanted

@@ -69,21 +69,18 @@ class Limits:
                 self._vector[self._members] = self._part
 
     def divisors(
-        self, places: Tensor, limiter_norms: Sequence[Tensor], gammas: Sequence[float], control: Tensor | None
+        self, places: Tensor, limiter_norms: Tensor, gammas: Sequence[float], control: Tensor | None
     ) -> Tensor:
         """The limiter's divisors of the parameters at ``places``, all on the device.
 
         Their norms are replaced, unless ``control`` (see :func:`gwt_kernels.control.control_`) skips the step.
         """
         self._finish()
-        dtype = limiter_norms[0].dtype
-        norms = self._vector[places].sqrt().to(dtype)
-        old = torch.stack(list(limiter_norms))
-        previous = old.clone()
-        limits = limit_(previous, norms, self._gamma_tensor(tuple(gammas), dtype))
+        norms = self._vector[places].sqrt().to(limiter_norms.dtype)
+        old = limiter_norms.clone()
+        limits = limit_(limiter_norms, norms, self._gamma_tensor(tuple(gammas), norms.dtype))
         if control is not None:
-            previous = torch.where(control[1] > 0, previous, old)
-        torch._foreach_copy_(list(limiter_norms), list(previous.unbind()))
+            limiter_norms.copy_(torch.where(control[1] > 0, limiter_norms, old))
         return limits
 
     def _gamma_tensor(self, gammas: tuple[float, ...], dtype: torch.dtype) -> Tensor | float:

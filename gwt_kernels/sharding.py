@@ -17,6 +17,7 @@ __all__ = [
     "any_sharded",
     "check_place_of",
     "check_sharding",
+    "grads_of",
     "is_sharded",
     "local_of",
     "local_parts",
@@ -47,6 +48,13 @@ def local_of(x: Any) -> Tensor:
     return local
 
 
+def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
+    """The gradients as they are."""
+    # To look for an override of the attribute takes a DTensor longer than the attribute itself.
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.grad for p in params]
+
+
 def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
     """What this process holds of parameters and of their gradients, laid out alike.
 
@@ -57,26 +65,24 @@ def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tenso
         RuntimeError: a DTensor's gradient is none, or lies on another mesh.
     """
     kind = sys.modules["torch.distributed.tensor"].DTensor
-    held: list[Tensor] = []
-    local: list[Tensor | None] = []
-    for p, g in zip(params, grads, strict=True):
-        if not isinstance(p, kind):
-            held.append(p)
-            local.append(g)
-            continue
-        held.append(p._local_tensor)
-        if g is not None:
-            # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
-            if not isinstance(g, kind) or g._spec is not p._spec:
-                g = _laid_out_as(p, g, isinstance(g, kind))
-            g = g._local_tensor
-            if type(g) is not Tensor and hasattr(g, "wait"):  # a collective of backward may not have ended
-                g = g.wait()
-        local.append(g)
+    sharded = {each: issubclass(each, kind) for each in {*map(type, params), *map(type, grads)}}
+    held: list[Tensor] = [p._local_tensor if sharded[type(p)] else p for p in params]
+    local: list[Any] = [
+        # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
+        g
+        if g is None or not sharded[type(p)]
+        else g._local_tensor
+        if sharded[type(g)] and g._spec is p._spec
+        else _laid_out_as(p, g, sharded[type(g)])._local_tensor
+        for p, g in zip(params, grads, strict=True)
+    ]
+    if set(map(type, local)) - {Tensor, type(None)}:  # a collective of backward may not have ended
+        local = [g.wait() if hasattr(g, "wait") else g for g in local]
     return held, local
 
 
 def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:
+    """The gradient with the parameter's placements."""
     if not is_sharded or (g.device_mesh is not p.device_mesh and g.device_mesh != p.device_mesh):
         where = f"on {g.device_mesh}" if is_sharded else "no DTensor"
         raise RuntimeError(

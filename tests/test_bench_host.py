@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_gradients_are_others_when_they_are_to_be(reallocated):
         def step(self, closure=None):  # type: ignore[override]
             seen.append(tuple(p.grad for p in params))
 
-    host.time_steps(Watching(params), params, reallocated=reallocated, repetitions=4)
+    host.take_turns([host.time_steps(Watching(params), params, reallocated=reallocated)], 4)
     pairs = list(pairwise(seen))
     assert len(pairs) == 4 + host.WARM_UP - 1
     for before, after in pairs:
@@ -48,3 +49,14 @@ def test_gradients_are_others_when_they_are_to_be(reallocated):
             assert other is not None
             assert (one is other) == (not reallocated)
             assert (one.data_ptr() == other.data_ptr()) == (not reallocated)
+
+
+def test_sharded_parameters_cost_no_calls_each():
+    """Calls, which no other load of the machine changes, stand for time: nothing is dispatched by DTensor."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.host_calls"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for limiter, _, plain, sharded, collectives in json.loads(result.stdout):
+        assert 0 < sharded < plain + 300  # the tensors
+        assert collectives == (1 if limiter else 0)
