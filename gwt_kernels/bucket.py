@@ -16,7 +16,7 @@ from gwt_kernels.hyper import key_of
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import is_sharded, local_of, reduced_over
-from gwt_kernels.state import SCALES, is_limited, is_quantized, shard_spans
+from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
 
 __all__ = ["Bucket", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of"]
 
@@ -111,7 +111,7 @@ class Bucket:
         decided = is_limited(group) and limits is None  # by the step itself
         self.limiter_norms = [s["limiter_norm"] if decided else None for s in own]
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
-        self.lows = [local_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
+        self.lows = [halves_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
         self.scales = [
             (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
             for p, s in zip(params, own, strict=True)

@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from gwt_kernels.checks import check_rounding_of, name_of
 from gwt_kernels.options import STRUCTURAL, check_group
-from gwt_kernels.state import check_state, exact_copy, state_keys
+from gwt_kernels.state import check_state, exact_copy, state_keys, with_bytes
 
 __all__ = ["check_and_set_aside"]
 
@@ -51,7 +51,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         check_group(options, capturable=getattr(optimizer, "capturable", False))
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
-            if state := state_dict["state"].get(key):
+            if state := with_bytes(state_dict["state"].get(key, {})):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
                 set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}

@@ -16,7 +16,7 @@ from gwt_kernels.hyper import Rule, check_rule
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import check_group
 from gwt_kernels.param_groups import clean_name
-from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape
+from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape, with_bytes
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
@@ -203,7 +203,7 @@ def _sources(
         )
     plain = [None] * len(members) if own is None else _plain(own)
     return [
-        _Source(name, group, _entries(states.get(key, {}), keys))
+        _Source(name, group, with_bytes(_entries(states.get(key, {}), keys)))
         for name, (group, key) in zip(plain, members, strict=True)
     ]
 
@@ -319,7 +319,7 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
         notes["limiter_norm"] = "dropped: the optimizer has no limiter here"
     if "weight_low" in template:
         low = source.state.get("weight_low")
-        fresh = torch.zeros(p.shape, dtype=torch.int16, device=device)
+        fresh = torch.zeros_like(template["weight_low"], device=device)
         state["weight_low"] = fresh if low is None else low.detach().clone()
         notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
     elif "weight_low" in source.state:
@@ -381,7 +381,7 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     shape = state_shape(p if p.dim() else p.view(1), {"level": form.level, "wavelet": form.wavelet})
     shape = shape if p.dim() or form.level else ()
     dtypes = (torch.int8, torch.uint8) if coded else (form.dtype, form.dtype)
-    shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": tuple(p.shape)}
+    shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():
         if tuple(state[key].shape) != shapes[key]:
             raise ValueError(

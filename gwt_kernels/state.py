@@ -24,12 +24,14 @@ __all__ = [
     "check_state",
     "complete",
     "exact_copy",
+    "halves_of",
     "is_limited",
     "is_quantized",
     "moment_dtypes",
     "shard_spans",
     "state_keys",
     "state_shape",
+    "with_bytes",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,7 +89,22 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
     if group["weight_rounding"] == "split" and "weight_low" not in state:
-        state["weight_low"] = zeros_like_shard(p, p.shape, torch.int16)
+        state["weight_low"] = zeros_like_shard(p, (*p.shape, 2), torch.uint8)
+
+
+def halves_of(low: Tensor) -> Tensor:
+    """What this process holds of ``weight_low``, int16 of the weights' shape: the same memory."""
+    return local_of(low).view(torch.int16).squeeze(-1)
+
+
+def with_bytes(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of which ``weight_low`` is bytes; older checkpoints hold int16, which no process can send another."""
+    low = state.get("weight_low")
+    if not isinstance(low, Tensor) or low.dtype != torch.int16:
+        return state
+    as_bytes = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
+    halves_of(as_bytes).copy_(local_of(low))
+    return {**state, "weight_low": as_bytes}
 
 
 def check_state(
@@ -135,10 +152,11 @@ def check_state(
                 f"the state of {name} has weight_low, half of each float32 weight, which the optimizer would drop: "
                 f"give it weight_rounding='split', or let gwt_kernels.migrate drop it"
             )
-        if state["weight_low"].shape != p.shape or state["weight_low"].dtype != torch.int16:
+        low, expected = state["weight_low"], (*p.shape, 2)
+        if tuple(low.shape) != expected or low.dtype != torch.uint8:
             raise ValueError(
-                f"weight_low of {name} is {state['weight_low'].dtype} of shape {tuple(state['weight_low'].shape)}, "
-                f"but needs to be int16 of shape {tuple(p.shape)}: use the model that the state was made with"
+                f"weight_low of {name} is {low.dtype} of shape {tuple(low.shape)}, but needs to be uint8 of shape "
+                f"{expected}: use the model that the state was made with"
             )
     if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.state import halves_of
 from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter
 from tests.runs import parameters_of
@@ -36,4 +37,4 @@ def gradients(t: int, dtype: torch.dtype, shapes=SHAPES, factor: float = 1.0) ->
 
 
 def float32_of(p: Tensor, state: dict[str, Tensor]) -> Tensor:
-    return join_low(p.detach(), state["weight_low"])
+    return join_low(p.detach(), halves_of(state["weight_low"]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.options import hyper_of
+from gwt_kernels.state import halves_of
 from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter, reference, rounding
 from tests.steps import assert_within
@@ -192,7 +193,7 @@ def _compare(
 
 def _whole(p: Tensor, state: dict[str, Tensor]) -> Tensor:
     """A copy of the weights; float32 where the other half of each lies in the state."""
-    return join_low(p.detach(), state["weight_low"]) if "weight_low" in state else p.detach().clone()
+    return join_low(p.detach(), halves_of(state["weight_low"])) if "weight_low" in state else p.detach().clone()
 
 
 def _numpy(x: Tensor) -> np.ndarray:

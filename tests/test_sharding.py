@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import processes, resharded, sharded, wrapped
+from tests import processes, resharded, sharded, split_shards, wrapped
 
 
 def test_float64_equals_unsharded() -> None:
@@ -17,6 +17,10 @@ def test_bits_do_not_depend_on_the_number_of_processes() -> None:
 
 def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
     processes.run(4, resharded.main, tmp_path)
+
+
+def test_halves_of_weights_are_gathered_and_go_on_to_the_bit(tmp_path: Path) -> None:
+    processes.run(2, split_shards.main, tmp_path)
 
 
 def test_replicas_stay_the_same_to_the_bit() -> None:

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, migrate
+from gwt_kernels.state import halves_of
 from gwt_kernels.torch_backend.rounding import split_low
 from tests.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
 from tests.runs import (
@@ -42,7 +43,7 @@ def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, 
         for p, q in zip(parameters_of(split), parameters_of(wide), strict=True):
             state = split.state[p]
             assert_same_bits(float32_of(p, state), q.detach(), f"step {t}")
-            assert_same_bits([p.detach(), state["weight_low"]], list(split_low(q.detach())))
+            assert_same_bits([p.detach(), halves_of(state["weight_low"])], list(split_low(q.detach())))
             assert_same_bits({k: v for k, v in state.items() if k != "weight_low"}, dict(wide.state[q]))
             norms.append(float(state.get("limiter_norm", 0.0)))
     if rule == "gwt" and level:
@@ -94,14 +95,14 @@ def trained_split(**options) -> GWTAdamW:
     return optimizer
 
 
-LOW = torch.zeros(3, 37, dtype=torch.int16)
+LOW = torch.zeros(3, 37, dtype=torch.int16)  # as older checkpoints hold it
 SPLIT_MISFITS = {
     "none": (lambda state: state.pop("weight_low"), ("lacks weight_low",)),
     "a number": (lambda state: state.update(weight_low=0), ("lacks weight_low",)),
-    "another dtype": (lambda state: state.update(weight_low=LOW.to(torch.int32)), ("torch.int32", "int16")),
-    "floats": (lambda state: state.update(weight_low=LOW.to(BF16)), ("torch.bfloat16", "int16")),
-    "another shape": (lambda state: state.update(weight_low=LOW.t().contiguous()), ("(37, 3)", "(3, 37)")),
-    "too few": (lambda state: state.update(weight_low=LOW[:1]), ("(1, 37)", "(3, 37)")),
+    "another dtype": (lambda state: state.update(weight_low=LOW.to(torch.int32)), ("torch.int32", "uint8")),
+    "floats": (lambda state: state.update(weight_low=LOW.to(BF16)), ("torch.bfloat16", "uint8")),
+    "another shape": (lambda state: state.update(weight_low=LOW.t().contiguous()), ("(37, 3, 2)", "(3, 37, 2)")),
+    "too few": (lambda state: state.update(weight_low=LOW[:1]), ("(1, 37, 2)", "(3, 37, 2)")),
 }
 
 
@@ -116,6 +117,19 @@ def test_halves_that_do_not_fit_are_refused_and_change_nothing(kind):
     for o in (optimizer, other):
         step(o, gradients(2, BF16))
     assert_same_bits(snapshot(optimizer), snapshot(other))
+
+
+def test_older_checkpoints_hold_int16_of_the_same_bits():
+    optimizer = trained_split()
+    old = copy.deepcopy(optimizer.state_dict())
+    for state in old["state"].values():
+        state["weight_low"] = halves_of(state["weight_low"]).clone()
+        assert (state["weight_low"].dtype, state["weight_low"].any()) == (torch.int16, True)
+    start = [torch.nn.Parameter(p.detach().clone()) for p in parameters_of(optimizer)]
+    for taken in (old, migrate(old, GWTAdamW(start, **OPTIONS, weight_rounding="split")).state_dict):
+        other = GWTAdamW(start, **OPTIONS, weight_rounding="split")
+        other.load_state_dict(taken)
+        assert_same_bits(snapshot(other), snapshot(optimizer))
 
 
 def test_halves_are_not_dropped_in_mid_run():

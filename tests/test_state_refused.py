@@ -157,9 +157,9 @@ SPOILT = {
     "limiter_norm in float16": ("limiter_norm", lambda x: x.half(), "float16"),
     "exp_avg transposed": ("exp_avg", lambda x: x.t().contiguous().t(), "contiguous"),
     "weight_low in int32": ("weight_low", lambda x: x.int(), "int32"),
-    "weight_low of another shape": ("weight_low", lambda x: x[:1], "(1, 8)"),
+    "weight_low of another shape": ("weight_low", lambda x: x[:1], "(1, 8, 2)"),
     "weight_low elsewhere": ("weight_low", lambda x: x.to("meta"), "meta"),
-    "weight_low transposed": ("weight_low", lambda x: x.t().contiguous().t(), "contiguous"),
+    "weight_low transposed": ("weight_low", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
     "step a list": ("step", lambda x: [1.0], "step"),
     "no exp_avg_sq": ("exp_avg_sq", lambda x: None, "exp_avg_sq"),
 }
