@@ -121,7 +121,6 @@ class Bucket:
         self._counted = None if totals is None else list(map(totals.counts, params))
         self.limits = limits
         if limits is not None:
-            self.sums_workspace: dict[str, Any] = {}
             self.limited_places = limits.places_of(params)
             # One tensor, as of steps below: to take norms together and apart again would be most of a step.
             self.norms = torch.stack([s["limiter_norm"] for s in own])
@@ -159,8 +158,7 @@ class Bucket:
         same_tensors: bool,
     ) -> tuple[Tensor, Tensor]:
         """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
-        sums = update_sums(**self._arguments(grads, hypers, control, same_tensors), workspace=self.sums_workspace)
-        return self.limited_places, sums
+        return self.limited_places, update_sums(**self._arguments(grads, hypers, control, same_tensors))
 
     def step(
         self,
@@ -178,13 +176,8 @@ class Bucket:
             **arguments,
             limiter_norms=self.limiter_norms,
             limits=limits,
-            spans=self.spans,
             rule=self.rule,
-            rounding=self.rounding,
-            keys=self.keys,
-            lows=self.lows,
             telemetry=self.rows,
-            workspace=self.workspace,
         )
         if not self.on_device:
             self._count()
@@ -206,9 +199,14 @@ class Bucket:
             "hypers": [hypers[i] for i in self.owners],
             "level": self.level,
             "scales": self.scales,
+            "rounding": self.rounding,
+            "keys": self.keys,
+            "lows": self.lows,
+            "spans": self.spans,
             "control": None if control is None else control[self.params[0].device],
             "wavelet": self.wavelet,
             "backend": self.backend,
+            "workspace": self.workspace,
             "same_tensors": same_tensors,
         }
 

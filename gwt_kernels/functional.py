@@ -173,7 +173,11 @@ def update_sums(
     hypers: Sequence[Hyper],
     level: int,
     scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    rounding: Rounding = "nearest",
+    keys: Sequence[int] | None = None,
+    lows: Sequence[Tensor | None] | None = None,
     control: Tensor | None = None,
+    spans: Sequence[tuple[Span, Span]] | None = None,
     wavelet: str = "haar",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
@@ -182,7 +186,9 @@ def update_sums(
     """What the limiter needs to know of the step that :func:`gwt_adamw_` would take, with nothing changed.
 
     For tensors that are shards: added up over the processes that share a tensor, these are the squares of the
-    norms that the limiter compares. Arguments as there; a ``workspace`` serves one of the functions only.
+    norms that the limiter compares. Arguments as there. With a ``workspace`` the step has begun, and the device has
+    counted it where it counts: the next call with it has to be :func:`gwt_adamw_`, with the same arguments and with
+    ``limits``, which need not be sent everything again.
 
     Returns:
         ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or in
@@ -205,11 +211,15 @@ def update_sums(
 
     return launch.update_sums(
         *tensors,
-        steps.clone() if isinstance(steps, Tensor) else steps,  # which are counted there
+        steps.clone() if isinstance(steps, Tensor) and workspace is None else steps,  # which are counted there
         hypers,
         level=level,
         scales=scales,
+        rounding=rounding,
+        keys=keys,
+        lows=lows,
         control=control,
+        spans=spans,
         workspace={} if workspace is None else workspace,
         same_tensors=same_tensors,
     )

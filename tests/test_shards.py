@@ -110,3 +110,36 @@ def test_limits_of_parts_are_those_of_the_whole(backend: str, wavelet: str, devi
         for i, x in enumerate(all_rows[name]):
             both = torch.cat([half[name][i] for half in halves])
             torch.testing.assert_close(both, x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "split"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_step_that_begins_with_its_sums_is_the_step(counted: bool, rounding: str, device: torch.device) -> None:
+    """Triton sends everything once; tensors of both paths, one transposed, and gradients that are copied."""
+    on = runs.place("triton", device)
+    level, moments = 2, torch.bfloat16
+    options: dict[str, Any] = {"level": level, "rounding": rounding, "backend": "triton", "keys": [5, 6]}
+    options["hypers"] = [Hyper(lr=0.1, norm_growth_limit=1.01)] * 2
+    options["spans"] = [spans(slice(4, 4 + ROWS), slice(None), width, level) for width in (WIDTH, WIDTH - 1)]
+    results = []
+    for shared, factor in ((False, 1.0), (True, 1.0), (True, 2.0)):
+        own = [tensors(width, level, on, torch.bfloat16, moments) for width in (WIDTH, WIDTH - 1)]
+        own[1][0] = own[1][0].t().contiguous().t()
+        own[0][1] = own[0][1].t().contiguous().t()
+        arrays = {
+            name: [x[i] for x in own] for i, name in enumerate(("params", "grads", "exp_avgs", "exp_avg_sqs"))
+        }
+        lows = [torch.ones_like(p, dtype=torch.int16).contiguous() for p in arrays["params"]]
+        arrays["lows"] = lows if rounding == "split" else [None, None]
+        steps: Any = torch.tensor([2.0, 2.0], dtype=torch.float64, device=on) if counted else [3, 3]
+        workspace: dict[str, Any] | None = {} if shared else None
+        both = {**arrays, **options, "steps": steps, "workspace": workspace}
+        with interpreter.like_a_gpu():
+            for _ in range(2):
+                sums = update_sums(**both)
+                gwt_adamw_(**both, limiter_norms=[None, None], limits=factor * (1 + sums))
+        results.append({**arrays, "steps": steps, "sums": sums})
+    if counted:
+        assert results[0]["steps"].tolist() == [4.0, 4.0]
+    runs.assert_same_bits(results[1], results[0])
+    runs.assert_differ(results[2]["params"], results[1]["params"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import accumulate, chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ OBSERVE_BLOCK = 1024
 
 _DTYPE = attrgetter("dtype")
 
+Run = Generator[None, Tensor, None]
+"""The launches of a step; it waits for the limiter's divisors where other processes have a say in them."""
+
 
 def gwt_adamw_(
     params: Sequence[Tensor],
@@ -62,8 +66,8 @@ def gwt_adamw_(
     same_tensors: bool = False,
     sums: Tensor | None = None,
 ) -> None:
-    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, they
-    are all that is written: see :func:`update_sums`.
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, the
+    step ends with them, and the next call with this ``workspace`` and with ``limits`` takes the rest of it.
 
     Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
@@ -71,6 +75,10 @@ def gwt_adamw_(
     What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
     gradients' stay; of those, sizes, dtype and alignment must.
     """
+    begun = workspace.pop("begun", None)
+    if begun is not None and limits is not None:
+        _finish(params, limits, *begun)
+        return
     limited = level > 0 and limiter_norms[0] is not None
     split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
     random = rounding == "stochastic" or quantized or exp_avgs[0].dtype == torch.bfloat16
@@ -132,12 +140,33 @@ def gwt_adamw_(
     dtypes = [TRITON_DTYPES[x[0].dtype] for x in (packed, grads, exp_avgs)]
     observed = [] if telemetry is None else [telemetry.data_ptr() + 48 * i for i in range(len(params))]
     with device_guard(params[0].device):
-        for launch in workspace["launches"]:
+        runs = [
             launch.run(
                 given, counts, moving, whole, rows, control, observed, dtypes, limits, sums,
-                LIMITED=limited or limits is not None, FOLDED=rule == "foam", ROUNDING=rounding, Q=q,
-            )  # fmt: skip
-    if packed is not params and sums is None:
+                LIMITED=limited or limits is not None or sums is not None, FOLDED=rule == "foam",
+                ROUNDING=rounding, Q=q,
+            )
+            for launch in workspace["launches"]
+        ]  # fmt: skip
+        for run in runs:
+            next(run, None)
+    if sums is None:
+        _copy_back(params, packed)
+    else:
+        workspace["begun"] = runs, packed, grads  # whose addresses were sent
+
+
+def _finish(params: Sequence[Tensor], limits: Tensor, runs: list[Run], packed: Sequence[Tensor], _: object) -> None:
+    """Take the rest of a step that ended with its sums."""
+    with device_guard(params[0].device):
+        for run in runs:
+            with contextlib.suppress(StopIteration):
+                run.send(limits)
+    _copy_back(params, packed)
+
+
+def _copy_back(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
                 p.copy_(x)
@@ -155,6 +184,10 @@ def update_sums(
     scales: Sequence[tuple[Tensor, Tensor] | None],
     control: Tensor | None,
     workspace: dict[str, Any],
+    rounding: Rounding = "nearest",
+    keys: Sequence[int] | None = None,
+    lows: Sequence[Tensor | None] | None = None,
+    spans: Sequence[tuple[Span, Span]] | None = None,
     same_tensors: bool = False,
 ) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
@@ -170,11 +203,12 @@ def update_sums(
         hypers,
         level=level,
         rule="gwt",
-        rounding="nearest",
-        keys=[0] * n,
-        lows=[None] * n,
+        rounding=rounding,
+        keys=[0] * n if keys is None else keys,
+        lows=[None] * n if lows is None else lows,
         scales=scales,
         control=control,
+        spans=spans,
         workspace=workspace,
         same_tensors=same_tensors,
         sums=sums,
@@ -229,8 +263,11 @@ class Launch:
         limits: Tensor | None,
         squares: Tensor | None,
         **options: bool | str | int,
-    ) -> None:
+    ) -> Run:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device.
+
+        Where ``squares`` are given, they receive the sums of the tensors' updates, and the run goes on when it is
+        sent the divisors that these lead to.
 
         ``moving`` are the addresses of step counts and learning rates that only the device knows: ``rows`` are then
         the constants from which a kernel makes the numbers of this step. ``observed`` are telemetry's rows.
@@ -256,9 +293,7 @@ class Launch:
         path = self.variant
         skippable = control is not None
         factors = sums = scalar_table  # pointers that are not read
-        if limits is not None:
-            factors = (limits if self.index is None else limits[self.index]).float().reciprocal()
-        elif options["LIMITED"] or squares is not None:
+        if options["LIMITED"] and limits is None:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
             self._start(
@@ -269,11 +304,14 @@ class Launch:
             if squares is not None:
                 self._start(sum_kernel, self.n, self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
                 squares[slice(None) if self.index is None else self.index] = factors
-                return
-            self._start(
-                limiter_kernel, self.n, pointer_table, scalar_table, self.first_chunks, partials, factors, self.n,
-                BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
-            )  # fmt: skip
+                limits = yield
+            else:
+                self._start(
+                    limiter_kernel, self.n, pointer_table, scalar_table, self.first_chunks, partials, factors,
+                    self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
+                )  # fmt: skip
+        if limits is not None:
+            factors = (limits if self.index is None else limits[self.index]).float().reciprocal()
         if observed:
             sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
         self._start(
