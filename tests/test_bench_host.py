@@ -24,11 +24,18 @@ def test_every_scenario_is_a_row(tmp_path):
         [*command, "--out", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "snapshot.py" in result.stdout
+    assert "snapshot.py: holds" in result.stdout
     (path,) = tmp_path.iterdir()
-    rows = records.rows_of(path, "host")
+    every = records.rows_of(path, "host")
+    rows = [row for row in every if row["metric"] == "host_time"]
     assert [row["scenario"] for row in rows] == [f"GWTAdamW, {scenario.name}" for scenario in host.SCENARIOS]
     assert all(row["samples"] == 3 and row["median"] > 0 and row["tensors"] == 20 for row in rows)
+    shares = [row for row in every if row["metric"] == "own_time_share"]
+    assert len(shares) == 40 * len(rows) == len(every) - len(rows)
+    for i in range(0, len(shares), 40):
+        own = [row["median"] for row in shares[i : i + 40]]
+        assert own == sorted(own, reverse=True)
+        assert 0 < sum(own) < 1
 
 
 @pytest.mark.parametrize("reallocated", [False, True])

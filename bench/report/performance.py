@@ -372,7 +372,26 @@ def _host_run(run: Run) -> str:
         for row in run.rows
         if row.get("metric") == "host_time"
     ]
-    return "\n\n".join([table(["scenario", "tensors", "µs per step"], lines), origin(run)])
+    times = table(["scenario", "tensors", "µs per step"], lines)
+    return "\n\n".join([times, *_host_profiles(run), origin(run)])
+
+
+def _host_profiles(run: Run) -> list[str]:
+    """Where the time goes, a table for each scenario that was profiled."""
+    shares: dict[str, list[Sequence[str]]] = {}
+    for row in run.rows:
+        if row.get("metric") == "own_time_share":
+            line = [cell(row["function"]), number(row["calls"]), percent(row["median"])]
+            shares.setdefault(cell(row["scenario"]), []).append(line)
+    return [
+        details(
+            f"Where the time goes: {scenario}",
+            table(["function", "calls a step", "own share of the step"], lines)
+            + "\n\nUnder cProfile, which makes every call dearer. What C code calls for every tensor is in the "
+            "share of the function around it.",
+        )
+        for scenario, lines in shares.items()
+    ]
 
 
 # What `make bench-gpu` went through.
