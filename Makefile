@@ -31,7 +31,7 @@ reference-sanitize: ## the C oracle's self-test under the address and undefined-
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 	$(BIN)/python -m pytest --numprocesses 2
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/test_bench_peers.py tests/test_bench_low_rank.py
-	PYTHONPATH=$(abspath $(TORCHTITAN)) $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/test_examples.py -k torchtitan
+	PYTHONPATH="$(CURDIR)/$(TORCHTITAN)" $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/test_examples.py -k torchtitan
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)

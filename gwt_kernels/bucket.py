@@ -137,8 +137,6 @@ class Bucket:
         self.steps = send(torch.stack(counts), place)
         for s, count in zip(own, self.steps.unbind(), strict=True):
             s["step"] = count
-        self._next: list[int] = []
-        self._version: int | None = None
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
         """Its own among those of all parameters."""
@@ -180,7 +178,7 @@ class Bucket:
             telemetry=self.rows,
         )
         if not self.on_device:
-            self._count()
+            self.steps.add_(1)
 
     def _arguments(
         self,
@@ -211,17 +209,11 @@ class Bucket:
         }
 
     def _counts(self) -> list[int]:
-        """Number of this step per parameter; read again when somebody wrote to a ``state["step"]``."""
-        if self.steps._version != self._version:
-            self._next = [int(taken) + 1 for taken in self.steps.tolist()]
-            self._version = self.steps._version
-        return self._next
-
-    def _count(self) -> None:
-        self.steps.add_(1)
-        n, self._version = len(self._next), self.steps._version
-        alike = self._next.count(self._next[0]) == n
-        self._next = [self._next[0] + 1] * n if alike else [step + 1 for step in self._next]
+        """Number of this step per parameter."""
+        taken = self.steps.tolist()
+        if taken.count(taken[0]) == len(taken):
+            return [int(taken[0]) + 1] * len(taken)
+        return [int(count) + 1 for count in taken]
 
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

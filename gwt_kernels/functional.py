@@ -81,9 +81,9 @@ def gwt_adamw_(
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
         same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
-            parameter's ``data`` replaced, that options are equal to its, ``hypers`` and ``steps`` but for their
-            values, and that ``grads`` have the shapes, strides and dtype that they had: these checks are then not
-            repeated.
+            parameter's ``data`` replaced, that options are equal to its (of ``hypers`` and ``steps`` the values may
+            be others, but not whether there is a limiter), and that ``grads`` have the shapes and the dtype that
+            they had and are contiguous where they were: these checks are then not repeated.
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
@@ -183,12 +183,12 @@ def update_sums(
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
 ) -> Tensor:
-    """What the limiter needs to know of the step that :func:`gwt_adamw_` would take, with nothing changed.
+    """What the limiter needs to know of the step that :func:`gwt_adamw_` would take; no weight or moment changes.
 
     For tensors that are shards: added up over the processes that share a tensor, these are the squares of the
     norms that the limiter compares. Arguments as there. With a ``workspace`` the step has begun, and the device has
-    counted it where it counts: the next call with it has to be :func:`gwt_adamw_`, with the same arguments and with
-    ``limits``, which need not be sent everything again.
+    counted it where it counts: the next call with it has to be :func:`gwt_adamw_`, with the same arguments, without
+    ``telemetry`` and with ``limits``; nothing but these is then sent.
 
     Returns:
         ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or in

@@ -33,9 +33,7 @@ from gwt_kernels.sharding import (
     made_by_a_getter,
 )
 from gwt_kernels.snapshot import Snapshot
-from gwt_kernels.state import (
-    complete,
-)
+from gwt_kernels.state import complete, with_bytes
 
 __all__ = ["GWTAdamW"]
 
@@ -316,6 +314,8 @@ class GWTAdamW(Optimizer):
         self.__dict__.setdefault("_captured", [])
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
+        for p, own in self.state.items():
+            self.state[p] = with_bytes(own)
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
         for group in self.param_groups:
             for name, default in self.defaults.items():

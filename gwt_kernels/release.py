@@ -121,9 +121,10 @@ class GradientRelease:
 
     def _place_of(self, p: Tensor) -> tuple[int, int, int]:
         """A parameter's place among all, its group's, and its place in that."""
-        if p not in self._places:  # of the groups as they are now
-            groups = enumerate(self._optimizer.param_groups)
-            listed = [(i, k, q) for i, group in groups for k, q in enumerate(group["params"])]
+        groups = self._optimizer.param_groups
+        _, i, k = self._places.get(p, (0, len(groups), 0))
+        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
+            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
             self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
         return self._places[p]
 

@@ -7,6 +7,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:  # private to PyTorch, and gone in some version to come: then Python compares, several times as slowly
@@ -53,7 +54,7 @@ class Snapshot:
         state: Mapping[Tensor, dict[str, Any]],
         held: Sequence[Tensor] | None = None,
     ) -> bool:
-        """Whether all is as it was, but for gradients: others of the same kind, strides too, will do."""
+        """Whether all is as it was, but for gradients: others of the same kind will do."""
         held = params if held is None else held
         return (
             options == self._options
@@ -82,16 +83,25 @@ def same_objects(these: Sequence[Any], those: Sequence[Any]) -> bool:
 
 
 def like(tensors: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
-    """What tells whether others, in their places, are tensors of the same kinds, shapes and strides."""
-    if TensorGuards is None or len(set(map(id, tensors))) < len(tensors):  # it takes no tensor twice
-        kinds = _kinds(tensors)
+    """What tells whether others, in their places, are of the same dtypes, layouts, shapes and devices.
+
+    And whether both are contiguous, or both not, and mean what they hold.
+    """
+    kinds, n = _kinds(tensors), len(tensors)
+    if TensorGuards is None or len(set(map(id, tensors))) < n:  # it takes no tensor twice
         return lambda others: _kinds(others) == kinds
-    guards, n = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None), len(tensors)
-    return lambda others: len(others) == n and guards.check(*others)
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    # It is stricter: strides of a single element count, and what modes such as autocast are on.
+    return lambda others: len(others) == n and (guards.check(*others) or _kinds(others) == kinds)
 
 
 def _kinds(tensors: Sequence[Any]) -> list[Any]:
-    return [None if x is None else (x.dtype, x.layout, x.shape, x.device, x.stride(), x.is_neg()) for x in tensors]
+    return [None if x is None else _kind(x) for x in tensors]
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    plain = x.layout == torch.strided and x.is_contiguous() and not x.is_neg()
+    return x.dtype, x.layout, x.shape, x.device, plain
 
 
 def _entries(state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:

@@ -193,7 +193,7 @@ def test_a_state_changed_between_steps_is_used(backend, device):
         checked_step(optimizer)
         state = optimizer.state[params[0]]
         state["exp_avg"].zero_()
-        state["step"].fill_(10 * t)
+        (state["step"].data if t % 2 else state["step"]).fill_(10 * t)  # which no version counts
         state["limiter_norm"].mul_(0.5)
         state["exp_avg_sq"] = state["exp_avg_sq"] * 2
     optimizer.state.clear()
@@ -203,6 +203,17 @@ def test_a_state_changed_between_steps_is_used(backend, device):
     del optimizer.state[params[1]]
     assert checked_step(optimizer) == 2
     assert [int(optimizer.state[p]["step"]) for p in params] == [2, 1]
+
+
+def test_inference_mode_may_be_entered_in_mid_run():
+    params = parameters([(4, 8), (3, 6)])
+    optimizer = GWTAdamW(params, lr=0.1, level=1)
+    give_gradients(params, seed=0)
+    optimizer.step()
+    with torch.inference_mode():
+        assert checked_step(optimizer) == 2
+    assert checked_step(optimizer) == 2
+    assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3]
 
 
 def test_new_tensors_at_the_address_of_old_ones_are_noticed():

@@ -10,7 +10,7 @@ import torch
 from gwt_kernels import GWTAdamW, gwt_param_groups, release_gradients
 from gwt_kernels.release import GradientRelease
 from tests import interpreter
-from tests.runs import assert_same_bits, backends, place, refused, results
+from tests.runs import assert_same_bits, backends, parameters, place, refused, results
 
 
 class Tied(torch.nn.Module):
@@ -117,6 +117,21 @@ def test_removed_hooks_leave_ordinary_steps(device):
     for steps in (range(2), range(2, 4), range(4, 6)):
         train(ordinary, other, steps)
     assert_same_bits(results(optimizer), results(other))
+
+
+def test_parameters_that_change_groups_take_the_new_group_s_options():
+    params = parameters([(4, 8), (4, 8)])
+    optimizer = GWTAdamW([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.0}])
+    release_gradients(torch.nn.ParameterList(params), optimizer)
+    for moving in (0, 1):
+        before = [p.detach().clone() for p in params]
+        sum(p.square().sum() for p in params).backward()
+        assert [not torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [
+            moving == 0,
+            moving == 1,
+        ]
+        first, second = optimizer.param_groups
+        first["params"], second["params"] = second["params"], first["params"]
 
 
 def test_a_bad_gradient_is_refused_in_the_backward_pass():

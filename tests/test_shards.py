@@ -143,3 +143,17 @@ def test_a_step_that_begins_with_its_sums_is_the_step(counted: bool, rounding: s
         assert results[0]["steps"].tolist() == [4.0, 4.0]
     runs.assert_same_bits(results[1], results[0])
     runs.assert_differ(results[2]["params"], results[1]["params"])
+
+
+def test_a_step_that_began_ends_with_the_same_gradients_alone(device: torch.device) -> None:
+    on = runs.place("triton", device)
+    arrays = [[x] for x in tensors(WIDTH, 2, on, torch.float32, torch.float32)]
+    both: dict[str, Any] = dict(zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), arrays, strict=True))
+    both |= {"steps": [1], "hypers": [Hyper()], "level": 2, "backend": "triton", "workspace": {}}
+    before = [x[0].clone() for x in arrays]
+    for changed in ({"grads": [both["grads"][0].clone()]}, {"telemetry": torch.zeros(1, 6, device=on).double()}):
+        with interpreter.like_a_gpu():
+            limits = 1 + update_sums(**both)
+            with pytest.raises(ValueError, match="same gradients and without telemetry"):
+                gwt_adamw_(**(both | changed), limiter_norms=[None], limits=limits)
+    runs.assert_same_bits([x[0] for x in arrays], before)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from gwt_kernels import snapshot
 from gwt_kernels.snapshot import Snapshot
@@ -54,6 +55,23 @@ def test_other_gradients_of_the_same_kind_will_do():
         for p in held.params[:2]:
             p.grad = torch.randn(4, 8)
         assert held.holds()
+
+
+@pytest.mark.usefixtures("_guards")
+def test_modes_and_strides_of_single_elements_are_no_change():
+    held = Held()
+    held.params[0].grad = torch.randn(4, 8)
+    p = torch.nn.Parameter(torch.randn(1, 8))
+    p.grad = torch.randn(1, 8)
+    held.params.append(p)
+    held.snapshot = Snapshot(list(held.params), held.grads(), list(held.options), held.state)
+    p.grad = torch.randn(3, 8)[:1].as_strided((1, 8), (24, 1))
+    assert held.holds()
+    with torch.autocast("cpu"):
+        assert held.holds()
+    with FlopCounterMode(display=False):
+        assert held.holds()
+    assert held.holds()
 
 
 def test_a_parameter_listed_twice_is_no_change():

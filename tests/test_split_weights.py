@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -130,6 +131,18 @@ def test_older_checkpoints_hold_int16_of_the_same_bits():
         other = GWTAdamW(start, **OPTIONS, weight_rounding="split")
         other.load_state_dict(taken)
         assert_same_bits(snapshot(other), snapshot(optimizer))
+
+
+def test_older_pickles_hold_int16_of_the_same_bits():
+    optimizer = trained_split()
+    old = copy.deepcopy(optimizer)
+    for state in old.state.values():
+        state["weight_low"] = halves_of(state["weight_low"]).clone()
+    taken = pickle.loads(pickle.dumps(old))
+    assert_same_bits(snapshot(taken), snapshot(optimizer))
+    for o in (taken, optimizer):
+        step(o, gradients(3, BF16))
+    assert_same_bits(snapshot(taken), snapshot(optimizer))
 
 
 def test_halves_are_not_dropped_in_mid_run():

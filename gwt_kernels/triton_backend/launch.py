@@ -75,10 +75,13 @@ def gwt_adamw_(
     What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
     gradients' stay; of those, sizes, dtype and alignment must.
     """
-    begun = workspace.pop("begun", None)
+    begun: _Begun | None = workspace.pop("begun", None)
     if begun is not None and limits is not None:
-        _finish(params, limits, *begun)
+        if telemetry is not None or not _same(grads, begun.grads):
+            raise ValueError("a step that update_sums began ends with the same gradients and without telemetry")
+        _finish(params, limits, begun)
         return
+    of_the_caller = grads
     limited = level > 0 and limiter_norms[0] is not None
     split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
     random = rounding == "stochastic" or quantized or exp_avgs[0].dtype == torch.bfloat16
@@ -153,16 +156,25 @@ def gwt_adamw_(
     if sums is None:
         _copy_back(params, packed)
     else:
-        workspace["begun"] = runs, packed, grads  # whose addresses were sent
+        workspace["begun"] = _Begun(runs, packed, of_the_caller, grads)
 
 
-def _finish(params: Sequence[Tensor], limits: Tensor, runs: list[Run], packed: Sequence[Tensor], _: object) -> None:
-    """Take the rest of a step that ended with its sums."""
+class _Begun(NamedTuple):
+    """A step that ended with its sums."""
+
+    runs: list[Run]
+    packed: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    sent: Sequence[Tensor]
+    """The gradients, or copies of them, whose addresses were sent."""
+
+
+def _finish(params: Sequence[Tensor], limits: Tensor, begun: _Begun) -> None:
     with device_guard(params[0].device):
-        for run in runs:
+        for run in begun.runs:
             with contextlib.suppress(StopIteration):
                 run.send(limits)
-    _copy_back(params, packed)
+    _copy_back(params, begun.packed)
 
 
 def _copy_back(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
