@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.report.rows import Row, Run
 
@@ -69,13 +69,29 @@ def model_name(model: str | None) -> str:
     return f"LLaMA-{found[1]}{found[2].upper()}" if found else str(model)
 
 
+class Variant(NamedTuple):
+    """One of ours, as `bench.pretrain` names it: gwt2-bf16-split."""
+
+    rule: str
+    level: int
+    moments: str
+    """Empty for float32."""
+    rounding: str
+    """Of weights; empty for the default."""
+
+
+def variant(optimizer: str) -> Variant | None:
+    """Take a name apart; None for an optimizer that is not ours."""
+    found = re.fullmatch(r"(gwt|foam)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
+    return Variant(found[1], int(found[2]), found[3] or "", found[4] or "") if found else None
+
+
 def optimizer_name(optimizer: str) -> str:
     """Write an optimizer of `bench.pretrain` as people call it: gwt2 is GWT level 2."""
-    if found := re.fullmatch(r"(gwt|foam)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer):
-        rule, level, moments, rounding = found.groups()
-        words = [f"{'GWT' if rule == 'gwt' else 'FOAM'} level {level}"]
-        words += [f"{moments} moments"] if moments else []
-        words += [f"{rounding} weights"] if rounding else []
+    if own := variant(optimizer):
+        words = [f"{own.rule.upper()} level {own.level}"]
+        words += [f"{own.moments} moments"] if own.moments else []
+        words += [f"{own.rounding} weights"] if own.rounding else []
         return ", ".join(words)
     return {"adamw": "AdamW", "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}.get(
         optimizer, optimizer
