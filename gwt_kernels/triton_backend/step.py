@@ -229,7 +229,7 @@ def norm_kernel(
         _, _, m, _, denominator = _moments(
             g_ptr + start + elements, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, False
         )
-        a = tl.where(block_inside, m / denominator, 0.0)
+        a = m / tl.where(block_inside, denominator, float("inf"))  # 0 where there is no block
         total += a * a
         block += NB
     tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
