@@ -34,7 +34,7 @@ LINK_BANDWIDTH = 50e9
 LATENCY = 10e-6
 """Seconds from one process to another for a message of no size. An assumption: of the order of a network's."""
 HOST_TIME = 5e-6
-"""Seconds of Python and of launches for each tensor of a step. An assumption: ``bench.host`` saw 2 to 9 µs."""
+"""Seconds of Python and of launches for each tensor of a step. An assumption: ``bench.host`` saw 2 to 8 µs."""
 
 _BUCKETS = [2**20, 25 * 2**20]  # the sizes at which DDP sends gradients: the first bucket's, and the others'
 

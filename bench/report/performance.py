@@ -381,7 +381,7 @@ def _host_profiles(run: Run) -> list[str]:
     shares: dict[str, list[Sequence[str]]] = {}
     for row in run.rows:
         if row.get("metric") == "own_time_share":
-            line = [cell(row["function"]), number(row["calls"]), percent(row["median"])]
+            line = [f"`{cell(row['function'])}`", number(row["calls"]), percent(row["median"])]
             shares.setdefault(cell(row["scenario"]), []).append(line)
     return [
         details(
