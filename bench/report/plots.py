@@ -149,6 +149,7 @@ def _losses(data: Any) -> Figure:
     for i, series in enumerate(data):
         colour = COLOURS[i % len(COLOURS)]
         look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
+        look["linestyle"] = LINES[i // len(COLOURS) % len(LINES)]
         for axes, x in ((by_tokens, [t / 1e6 for t in series["tokens"]]), (by_time, series["seconds"])):
             axes.plot(x, series["mean"], label=series["label"], **look)
             axes.fill_between(x, series["low"], series["high"], color=colour, alpha=0.15, linewidth=0)

@@ -25,7 +25,8 @@ INTRODUCTION = """\
 Does the model come out as good? Each preset of `python -m bench.pretrain` pre-trains one LLaMA model on the same
 batches with every optimizer, each at the best of its own sweep unless it says otherwise. *scale* is the rate of
 attention and MLP matrices over the learning rate; AdamW has that knob too, so that no optimizer has one more.
-Losses are on held-out text, in nats per token."""
+Losses are on held-out text, in nats per token. The runs on a CPU below shared its cores with other work, some more
+than others: their wall and step times tell little, which the losses do not suffer from."""
 
 NOTHING = (
     "Nothing is recorded yet: `python -m bench.pretrain --preset cpu --compare adamw gwt1 gwt2 gwt3` measures it."
