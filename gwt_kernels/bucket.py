@@ -18,7 +18,7 @@ from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import is_sharded, local_of, reduced_over
 from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
 
-__all__ = ["Bucket", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of"]
+__all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of"]
 
 
 def make_buckets(
@@ -82,6 +82,18 @@ class Member(NamedTuple):
     stream: int
 
 
+class Call(NamedTuple):
+    """What a step hands to one of its buckets."""
+
+    grads: list[Tensor]
+    hypers: list[Hyper]
+    """Of all groups."""
+    control: Tensor | None
+    """What was decided on the bucket's device."""
+    same_tensors: bool
+    """See :func:`gwt_kernels.functional.gwt_adamw_`."""
+
+
 class Bucket:
     """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend."""
 
@@ -98,6 +110,7 @@ class Bucket:
         self.rows = rows
         params = [member.param for member in members]
         self.params = list(map(local_of, params))
+        self.device = self.params[0].device
         self.places = [member.place for member in members]
         self.owners = [member.group for member in members]
         own = [states[p] for p in params]
@@ -130,7 +143,7 @@ class Bucket:
         self.workspace: dict[str, Any] = {}
         # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
         self.on_device = on_device
-        place = self.params[0].device if on_device else torch.device("cpu")
+        place = self.device if on_device else torch.device("cpu")
         counts = [s["step"].reshape(()).to(torch.float64) for s in own]
         if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
             counts = [send(count, place) for count in counts]
@@ -148,30 +161,17 @@ class Bucket:
             return grads
         return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
 
-    def update_sums(
-        self,
-        grads: list[Tensor],
-        hypers: list[Hyper],
-        control: Mapping[torch.device, Tensor] | None,
-        same_tensors: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def update_sums(self, call: Call) -> tuple[Tensor, Tensor]:
         """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
-        return self.limited_places, update_sums(**self._arguments(grads, hypers, control, same_tensors))
+        return self.limited_places, update_sums(**self._arguments(call))
 
-    def step(
-        self,
-        grads: list[Tensor],
-        hypers: list[Hyper],
-        control: Mapping[torch.device, Tensor] | None,
-        same_tensors: bool,
-    ) -> None:
-        arguments = self._arguments(grads, hypers, control, same_tensors)
+    def step(self, call: Call) -> None:
         limits = None
         if self.limits is not None:
-            gammas: Any = [hypers[i].norm_growth_limit for i in self.owners]
-            limits = self.limits.divisors(self.limited_places, self.norms, gammas, arguments["control"])
+            gammas: Any = [call.hypers[i].norm_growth_limit for i in self.owners]
+            limits = self.limits.divisors(self.limited_places, self.norms, gammas, call.control)
         gwt_adamw_(
-            **arguments,
+            **self._arguments(call),
             limiter_norms=self.limiter_norms,
             limits=limits,
             rule=self.rule,
@@ -180,32 +180,26 @@ class Bucket:
         if not self.on_device:
             self.steps.add_(1)
 
-    def _arguments(
-        self,
-        grads: list[Tensor],
-        hypers: list[Hyper],
-        control: Mapping[torch.device, Tensor] | None,
-        same_tensors: bool,
-    ) -> dict[str, Any]:
+    def _arguments(self, call: Call) -> dict[str, Any]:
         """What both functions of functional.py take."""
         return {
             "params": self.params,
-            "grads": grads,
+            "grads": call.grads,
             "exp_avgs": self.exp_avgs,
             "exp_avg_sqs": self.exp_avg_sqs,
             "steps": self.steps if self.on_device else self._counts(),
-            "hypers": [hypers[i] for i in self.owners],
+            "hypers": [call.hypers[i] for i in self.owners],
             "level": self.level,
             "scales": self.scales,
             "rounding": self.rounding,
             "keys": self.keys,
             "lows": self.lows,
             "spans": self.spans,
-            "control": None if control is None else control[self.params[0].device],
+            "control": call.control,
             "wavelet": self.wavelet,
             "backend": self.backend,
             "workspace": self.workspace,
-            "same_tensors": same_tensors,
+            "same_tensors": call.same_tensors,
         }
 
     def _counts(self) -> list[int]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from gwt_kernels import backends
+from gwt_kernels import backends, whole_step
 from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits
 from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
-from gwt_kernels.control import control_, send
+from gwt_kernels.control import send
 from gwt_kernels.functional import Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
@@ -239,17 +239,10 @@ class GWTAdamW(Optimizer):
             held, grads = local_parts(params, grads)
         same = self._renew_buckets(params, held, grads, capturing)
         own = [bucket.gradients(grads) for bucket in self._buckets]
-        if capturing and any(bucket.params[0].device.type != "cuda" for bucket in self._buckets):
+        if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
         control = self._decide(own)
-        waiting = []
-        for limits in self._limits.values():
-            mine = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is limits]
-            limits.start([b.update_sums(its, hypers, control, same) for b, its in mine])
-            waiting += mine
-        alone = [(b, its) for b, its in zip(self._buckets, own, strict=True) if b.limits is None]
-        for bucket, its in alone + waiting:  # the sums travel while those alone are updated
-            bucket.step(its, hypers, control, same)
+        whole_step.update(self._buckets, own, self._limits.values(), hypers, control, same)
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
             kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
             self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
@@ -356,33 +349,24 @@ class GWTAdamW(Optimizer):
     def _decide(self, grads: list[list[Tensor]]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
         self._grad_norm = None
-        totals = self._totals
-        if not (self._is_controlled and (grads or totals)):
+        if not (self._is_controlled and (grads or self._totals)):
             return None
-        found_inf = getattr(self, "found_inf", None)
-        if totals is not None:
-            if found_inf is not None:
-                found_inf = found_inf.clone()
-                totals.add_up(found_inf)
-            grads = [bucket.counted(own) for bucket, own in zip(self._buckets, grads, strict=True)]
-        backends_of = [bucket.backend for bucket in self._buckets]
-        if not grads:  # here; other processes wait for this one all the same
-            grads, backends_of = [[torch.empty(0, device=self.param_groups[0]["params"][0].device)]], [None]
-        devices = [own[0].device for own in grads]
+        devices = [bucket.device for bucket in self._buckets] or [self.param_groups[0]["params"][0].device]
         home = next((device for device in devices if device.type == "cuda"), devices[0])
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.float64, device=home)
         elif self._skipped.device.type == "cpu":
             self._skipped = send(self._skipped, home)
-        control = control_(
-            list(zip(grads, backends_of, strict=True)),
+        control = whole_step.decide(
+            self._buckets,
+            grads,
+            self._totals,
             max_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=found_inf,
+            found_inf=getattr(self, "found_inf", None),
             skipped=self._skipped,
             workspace=self._workspace,
-            reduce=None if totals is None else totals.add_up,
         )
         if self.max_grad_norm is not None or self.skip_nonfinite:
             self._grad_norm = control[self._skipped.device][2]
@@ -454,7 +438,4 @@ class GWTAdamW(Optimizer):
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
         if not self._observed:
             return None
-        params = [member.param for member in members]
-        rows = torch.stack([self._rows[p] if p in self._rows else telemetry_rows.new_row(p.device) for p in params])
-        self._rows.update(zip(params, rows.unbind(), strict=True))
-        return rows
+        return telemetry_rows.joined(self._rows, [member.param for member in members])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from gwt_kernels import whole_step
 from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of
 from gwt_kernels.checks import name_of
 from gwt_kernels.optimizer import GWTAdamW
@@ -114,10 +115,8 @@ class GradientRelease:
             bucket = Bucket(members, optimizer.state, [group], False, rows, limits)
             optimizer._lone[p] = Snapshot([p], grads, options, state, [held]), bucket
         bucket = optimizer._lone[p][1]
-        own = bucket.gradients(grads)
-        if bucket.limits is not None:
-            bucket.limits.start([bucket.update_sums(own, [hyper], None, same)])
-        bucket.step(own, [hyper], None, same)
+        shared = [] if bucket.limits is None else [bucket.limits]
+        whole_step.update([bucket], [bucket.gradients(grads)], shared, [hyper], None, same)
 
     def _place_of(self, p: Tensor) -> tuple[int, int, int]:
         """A parameter's place among all, its group's, and its place in that."""

@@ -13,19 +13,22 @@ A step leaves a row of six float64 numbers per tensor on its device:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["new_row", "read"]
+__all__ = ["joined", "read"]
 
 
-def new_row(device: torch.device) -> Tensor:
-    """The row of a tensor that has taken no step: ``[6]``."""
-    row = torch.zeros(6, dtype=torch.float64, device=device)
-    row[3].fill_(1.0)
-    return row
+def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The rows of these parameters as one tensor ``[n, 6]``, which ``known`` then holds views of.
+
+    They go on from where they were; the row of a tensor that has taken no step is new.
+    """
+    rows = torch.stack([known[p] if p in known else _new_row(p.device) for p in params])
+    known.update(zip(params, rows.unbind(), strict=True))
+    return rows
 
 
 def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
@@ -54,3 +57,9 @@ def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
                 "nonfinite": nonfinite / max(steps, 1.0),
             }
     return {name: found[name] for name in rows}
+
+
+def _new_row(device: torch.device) -> Tensor:
+    row = torch.zeros(6, dtype=torch.float64, device=device)
+    row[3].fill_(1.0)
+    return row

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from bench import parallel, pretrain, sharded_checkpoint
 from bench.training import Run, read_log, train
 from tests import forked
-from tests.pretraining import TEXT, tensors, tiny_model
+from tests.pretraining import TEXT, assert_same_leaves, tensors, tiny_model
 
 STEPS, SAVE_EVERY = 8, 2
 
@@ -60,7 +60,7 @@ def resumed(mode: str, options: list[str], out: Path) -> None:
     run.load(out / "checkpoints")
     run.save(out / "again" / "checkpoints")
     if run.processes.is_first:
-        assert_same(contents(out / "again"), contents(out))
+        assert_same_leaves(contents(out / "again"), contents(out))
     trained_here(mode, options, out, resume=True)
 
 
@@ -87,17 +87,6 @@ def contents(out: Path) -> dict[str, Any]:
     """All weights and state of the last good checkpoint, whole, by name."""
     dcp_to_torch_save(last_good(out), out / "whole.pt")
     return tensors(torch.load(out / "whole.pt", weights_only=True))
-
-
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise AssertionError unless two checkpoints are equal to the bit."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if isinstance(value, torch.Tensor):
-            assert value.dtype == other[name].dtype, name
-            assert torch.equal(value, other[name]), name
-        else:
-            assert value == other[name], name
 
 
 def everywhere(value: Any) -> list[Any]:
@@ -213,5 +202,5 @@ def kill_and_resume(options: list[str], out: Path, reference: Path, seconds: flo
     ended = (out / "result.json").exists()
     forked.run(2, saving_run, options, out)
     assert losses(out) == losses(reference), f"trial {seed}"
-    assert_same(contents(out), contents(reference))
+    assert_same_leaves(contents(out), contents(reference))
     return "end" if ended else "save" if left else "step"

@@ -78,13 +78,8 @@ def assert_predicted_state_bytes(run: Run) -> None:
     assert measured_state_bytes(run.optimizer) == predicted
 
 
-def assert_same_run(one: Any, other: Any) -> None:
-    """Raise AssertionError unless two checkpoints are equal to the bit, the seconds they took left out."""
-    # torch.optim.Optimizer may add its own default `differentiable` to the groups it loads.
-    ours, theirs = (
-        {n: leaf for n, leaf in tensors(tree).items() if n != "/seconds" and not n.endswith("/differentiable")}
-        for tree in (one, other)
-    )
+def assert_same_leaves(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise AssertionError unless all tensors and numbers are equal to the bit, under the same names."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         if isinstance(value, torch.Tensor):
@@ -92,3 +87,13 @@ def assert_same_run(one: Any, other: Any) -> None:
             assert torch.equal(value, theirs[name]), name
         else:
             assert value == theirs[name], name
+
+
+def assert_same_run(one: Any, other: Any) -> None:
+    """Raise AssertionError unless two checkpoints are equal to the bit, the seconds they took left out."""
+    # torch.optim.Optimizer may add its own default `differentiable` to the groups it loads.
+    ours, theirs = (
+        {n: leaf for n, leaf in tensors(tree).items() if n != "/seconds" and not n.endswith("/differentiable")}
+        for tree in (one, other)
+    )
+    assert_same_leaves(ours, theirs)
