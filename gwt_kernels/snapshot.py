@@ -15,7 +15,7 @@ try:  # private to PyTorch, and gone in some version to come: then Python compar
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment, misc]
 
-__all__ = ["Snapshot", "like", "same_objects"]
+__all__ = ["Snapshot"]
 
 
 class Snapshot:
@@ -41,10 +41,10 @@ class Snapshot:
         self._params = params
         self._options = options
         self._addresses = list(map(Tensor.data_ptr, held))
-        self._are_params = like(held)
+        self._are_params = _like(held)
         self._owners, self._states, self._entries = list(state), list(state.values()), _entries(state)
         self._absent = [i for i, g in enumerate(grads) if g is None]
-        self._are_grads = like([g for g in grads if g is not None])
+        self._are_grads = _like([g for g in grads if g is not None])
 
     def holds(
         self,
@@ -58,14 +58,14 @@ class Snapshot:
         held = params if held is None else held
         return (
             options == self._options
-            and same_objects(params, self._params)
+            and _same(params, self._params)
             # An assignment to p.data changes one of these.
             and list(map(Tensor.data_ptr, held)) == self._addresses
             and self._are_params(held)
             # A state that was replaced, or a tensor in it, is another object.
-            and same_objects(list(state), self._owners)
-            and same_objects(list(state.values()), self._states)
-            and same_objects(_entries(state), self._entries)
+            and _same(list(state), self._owners)
+            and _same(list(state.values()), self._states)
+            and _same(_entries(state), self._entries)
             and self._are_those(grads)
         )
 
@@ -77,12 +77,12 @@ class Snapshot:
         return self._are_grads(grads)
 
 
-def same_objects(these: Sequence[Any], those: Sequence[Any]) -> bool:
+def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
     """Whether the sequences hold the very same objects in the same order."""
     return len(these) == len(those) and all(map(is_, these, those))
 
 
-def like(tensors: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
+def _like(tensors: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
     """What tells whether others, in their places, are of the same dtypes, layouts, shapes and devices.
 
     And whether both are contiguous, or both not, and mean what they hold.
