@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         return _refuse("no kernel has such a variant: level 0 has neither a limiter nor a transform kernel")
     overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
-    overrides |= {"SKIPPABLE": True} if options.skippable else {}
+    overrides |= {name: True for name in ("SKIPPABLE", "LOOKS") if getattr(options, name.lower())}
     try:
         if any(TARGETS[v.target].backend == "cuda" for v in chosen):
             find_tools()
@@ -216,6 +216,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
     parser.add_argument("--levels", type=_levels, default="0-6", help="levels, such as 2 or 0,1,4-6 (default: 0-6)")
     parser.add_argument("--skippable", action="store_true", help="as under clipping: what the device may skip")
+    parser.add_argument("--looks", action="store_true", help="as where norms look at gradients: skip_nonfinite")
     parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
     text = "also write a record of one row a variant into FOLDER (default: bench/results)"
     parser.add_argument("--record", nargs="?", type=Path, const=records.RESULTS, metavar="FOLDER", help=text)

@@ -40,7 +40,7 @@ def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
     found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
     if 2 in levels:
         found += [gwt(2, dtype, limiter=on, clips=True) for on in (False, True)]
-        found += [gwt(2, dtype, limiter=False, telemetry=True)]
+        found += [gwt(2, dtype, limiter=True, skips=True), gwt(2, dtype, limiter=False, telemetry=True)]
     if dtype == torch.bfloat16 and 2 in levels:  # what 16-bit training would use of it
         kept = (None, torch.bfloat16, torch.int8)
         found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]

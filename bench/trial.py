@@ -100,15 +100,17 @@ def gwt(
     rule: Rule = "gwt",
     moments: torch.dtype | None = None,
     clips: bool = False,
+    skips: bool = False,
     telemetry: bool = False,
 ) -> Candidate:
     """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
-    own: Group = {"max_grad_norm": math.inf if clips else None, "telemetry": telemetry}
+    own: Group = {"max_grad_norm": math.inf if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
     words += ["foam"] if rule == "foam" else []
     words += ["limiter"] if limiter else []
     words += ["clips in the step"] if clips else []
+    words += ["skips bad batches"] if skips else []
     words += ["telemetry"] if telemetry else []
     words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
     return Candidate(
@@ -241,8 +243,10 @@ def bytes_moved(trial: Trial) -> int:
     """Return the bytes a step must move: gradients read, weights and state read and written, all once.
 
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any
-    weight is written, so it reads gradients and moments a second time, and the norm to clip to reads gradients.
+    weight is written, so it reads gradients and moments a second time. What a step asks of all gradients, their
+    norm or whether they are finite, reads those that no limiter reads before.
     """
+    asks = trial.clips or getattr(trial.optimizer, "skip_nonfinite", False)
     total = 0
     for p in trial.tensors:
         state = trial.optimizer.state[p]
@@ -251,7 +255,7 @@ def bytes_moved(trial: Trial) -> int:
         total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
             total += gradient + moments
-        if trial.clips:
+        elif asks:
             total += gradient
     return total
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.control import send
-from gwt_kernels.functional import Hyper, Rule, gwt_adamw_, update_sums
+from gwt_kernels.functional import Begun, Hyper, Rule, gwt_adamw_, is_on_triton, update_sums
 from gwt_kernels.hyper import key_of
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
@@ -123,6 +123,9 @@ class Bucket:
         self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
         decided = is_limited(group) and limits is None  # by the step itself
         self.limiter_norms = [s["limiter_norm"] if decided else None for s in own]
+        # Whether the limiter's first pass can look at the gradients, for what decides about the step.
+        arrays = (self.params, [g for g in (params[0].grad,) if g is not None], self.exp_avgs)
+        self.looks = decided and is_on_triton(arrays, self.level, self.wavelet, self.backend)
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
         self.lows = [halves_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
         self.scales = [
@@ -165,20 +168,24 @@ class Bucket:
         """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
         return self.limited_places, update_sums(**self._arguments(call))
 
+    def look(self, call: Call) -> Begun | None:
+        """Begin a step with the limiter's first pass, which also looks at the gradients; None where it cannot."""
+        if not self.looks:
+            return None
+        return gwt_adamw_(**self._arguments(call), **self._of_the_step(), looks=True)
+
     def step(self, call: Call) -> None:
         limits = None
         if self.limits is not None:
             gammas: Any = [call.hypers[i].norm_growth_limit for i in self.owners]
             limits = self.limits.divisors(self.limited_places, self.norms, gammas, call.control)
-        gwt_adamw_(
-            **self._arguments(call),
-            limiter_norms=self.limiter_norms,
-            limits=limits,
-            rule=self.rule,
-            telemetry=self.rows,
-        )
+        gwt_adamw_(**self._arguments(call), **self._of_the_step(), limits=limits)
         if not self.on_device:
             self.steps.add_(1)
+
+    def _of_the_step(self) -> dict[str, Any]:
+        """What a step takes beside :meth:`_arguments`."""
+        return {"limiter_norms": self.limiter_norms, "rule": self.rule, "telemetry": self.rows}
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """What both functions of functional.py take."""

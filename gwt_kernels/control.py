@@ -25,6 +25,7 @@ def control_(
     skipped: Tensor,
     workspace: dict[Any, dict[str, Any]] | None = None,
     reduce: Callable[[Tensor], None] | None = None,
+    seen: Sequence[Tensor] = (),
 ) -> dict[torch.device, Tensor]:
     """Decide about one step from all its gradients, read once; on CUDA devices nothing waits for them.
 
@@ -38,6 +39,7 @@ def control_(
         skipped: Number of steps skipped so far, a float64 scalar, counted here.
         workspace: Where the Triton backend keeps its tables from step to step; None makes them anew.
         reduce: Adds what :func:`squares` returns over processes, in place; None for one process.
+        seen: What is known already of other gradients (:class:`gwt_kernels.functional.Begun`).
 
     Returns:
         For every device of the gradients float64 ``[3]``: the factor on gradients, 1 where the step is taken and 0
@@ -48,11 +50,20 @@ def control_(
         device = grads[0].device
         choice = backends.resolve(backend, device, grads[0].dtype, 0)
         by_place.setdefault((device, choice), []).extend(grads)
+    known: dict[torch.device, list[Tensor]] = {}
+    for part in seen:
+        by_place.setdefault((part.device, "triton"), [])
+        known.setdefault(part.device, []).append(part)
     home = skipped.device
     total = None
     if max_norm is not None or skip_nonfinite:
         parts = [
-            squares(grads, choice, None if workspace is None else workspace.setdefault((device, choice), {}))
+            squares(
+                grads,
+                choice,
+                None if workspace is None else workspace.setdefault((device, choice), {}),
+                known.get(device, ()) if choice == "triton" else (),
+            )
             for (device, choice), grads in by_place.items()
         ]
         total = send(parts[0], home)
@@ -67,13 +78,19 @@ def control_(
     return {device: send(decided, device) for device in {home, *(device for device, _ in by_place)}}
 
 
-def squares(grads: Sequence[Tensor], backend: str, workspace: dict[str, Any] | None = None) -> Tensor:
+def squares(
+    grads: Sequence[Tensor],
+    backend: str,
+    workspace: dict[str, Any] | None = None,
+    seen: Sequence[Tensor] = (),
+) -> Tensor:
     """Sum of the squares of all elements, and the number of those that are not finite: float64 ``[2]``.
 
     Args:
         grads: Dense tensors of one device, any shapes and floating-point dtypes.
         backend: ``"triton"`` or ``"torch"``.
         workspace: Where the Triton backend keeps its tables from step to step.
+        seen: What it has found of other gradients there, which is added: see :func:`control_`.
     """
     workspace = {} if workspace is None else workspace
     if backend == "torch":
@@ -82,7 +99,7 @@ def squares(grads: Sequence[Tensor], backend: str, workspace: dict[str, Any] | N
         return torch_control.squares(grads, workspace)
     from gwt_kernels.triton_backend import control_launch
 
-    return control_launch.squares(grads, workspace)
+    return control_launch.squares(grads, workspace, seen)
 
 
 def decide(

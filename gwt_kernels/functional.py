@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, check_rounding, check_rule
+from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, check_rounding, check_rule
 
-__all__ = ["Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "update_sums"]
+__all__ = ["Begun", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "is_on_triton", "update_sums"]
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def gwt_adamw_(
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
-) -> None:
+    looks: bool = False,
+) -> Begun | None:
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
 
     The tensors are one bucket: one device, one dtype of parameters, of gradients and of moments, one level.
@@ -84,15 +85,21 @@ def gwt_adamw_(
             parameter's ``data`` replaced, that options are equal to its (of ``hypers`` and ``steps`` the values may
             be others, but not whether there is a limiter), and that ``grads`` have the shapes and the dtype that
             they had and are contiguous where they were: these checks are then not repeated.
+        looks: Stop where the limiter's first pass has read the gradients, and return what it saw of them: it costs
+            no reading of its own. For the Triton backend, with ``limiter_norms``, ``steps`` that the device counts,
+            and ``control`` left to what is returned.
+
+    Returns:
+        None, the step is taken; but where it ``looks``, the rest of it.
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
         ValueError: lists of different lengths, an unknown backend, rule or wavelet, a limiter for some tensors
-            only or under the folded rule, that rule with another wavelet than Haar, or ``control`` for steps that
-            the host counts.
+            only or under the folded rule, that rule with another wavelet than Haar, ``control`` for steps that
+            the host counts, or a step that cannot look at the gradients first.
     """
     if not params:
-        return
+        return Begun([], lambda control: None) if looks else None
     workspace = {} if workspace is None else workspace
     keys = [0] * len(params) if keys is None else keys
     lows = [None] * len(params) if lows is None else lows
@@ -106,6 +113,8 @@ def gwt_adamw_(
         # Every array has to suit the backend, not the parameters alone.
         workspace["choices"] = _choices((params, grads, exp_avgs), level, wavelet, backend)
     choices = workspace["choices"]
+    if looks:
+        _check_looks(choices, level, limiter_norms, steps, control)
     counts = None
     if "torch" in choices and isinstance(steps, Tensor):
         if control is not None:  # on a CUDA device the one place that waits for it
@@ -113,7 +122,7 @@ def gwt_adamw_(
             if not go:
                 if telemetry is not None:
                     telemetry[:, 4:].add_(1)
-                return
+                return None
             hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
         counts, steps = steps, list(map(int, (steps + 1).tolist()))
     shared: dict[str, Any] = {
@@ -127,7 +136,7 @@ def gwt_adamw_(
     if "torch" not in choices:
         from gwt_kernels.triton_backend import launch
 
-        launch.gwt_adamw_(
+        return launch.gwt_adamw_(
             *tensors,
             steps,
             hypers,
@@ -138,8 +147,8 @@ def gwt_adamw_(
             limits=limits,
             workspace=workspace,
             same_tensors=same_tensors,
+            looks=looks,
         )
-        return
     absent = [None] * len(params)
     divisors = absent if limits is None else limits.unbind()
     if level and wavelet != "haar":
@@ -160,6 +169,14 @@ def gwt_adamw_(
         )
     if counts is not None:
         counts.add_(1)
+    return None
+
+
+def is_on_triton(
+    arrays: Sequence[Sequence[Tensor]], level: int, wavelet: str = "haar", backend: backends.Backend | None = None
+) -> bool:
+    """Whether :func:`gwt_adamw_` would launch kernels for a bucket's parameters, gradients and moments."""
+    return _choices(arrays, level, wavelet, backend) == {"triton"}
 
 
 @torch.no_grad()
@@ -280,6 +297,21 @@ def _check_options(
     check_rounding(rounding, p.dtype, wavelet)
     if wavelet != "haar" and m.dtype in (torch.bfloat16, torch.int8):
         raise ValueError(f"moments in {m.dtype} know no wavelet {wavelet!r}: keep them in float32")
+
+
+def _check_looks(
+    choices: set[backends.Backend],
+    level: int,
+    limiter_norms: Sequence[Tensor | None],
+    steps: Sequence[int] | Tensor,
+    control: Tensor | None,
+) -> None:
+    limited = level > 0 and limiter_norms[0] is not None
+    if choices != {"triton"} or not limited or not isinstance(steps, Tensor) or control is not None:
+        raise ValueError(
+            "a step that looks at the gradients first needs the Triton backend, a limiter, steps that the device "
+            "counts, and no control before it has looked"
+        )
 
 
 def _check_lows_and_scales(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Hyper", "Rounding", "Rule", "Span", "check_rounding", "check_rule", "key_of", "quantum"]
+__all__ = ["Begun", "Hyper", "Rounding", "Rule", "Span", "check_rounding", "check_rule", "key_of", "quantum"]
 
 Rule = Literal["gwt", "foam"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
@@ -63,6 +64,19 @@ def check_rule(rule: object, wavelet: str) -> None:
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, get_args(Rule)))}")
     if rule == "foam" and wavelet != "haar":
         raise ValueError(f"rule='foam' folds blocks of neighbours and knows no wavelet {wavelet!r}: use 'haar'")
+
+
+class Begun(NamedTuple):
+    """A step whose first pass has looked at the gradients, and that has changed nothing yet.
+
+    Attributes:
+        seen: Of parts of the gradients the sum of squares, and more than 0 where an element is not finite: float32
+            ``[2, parts]``, several times.
+        finish: Takes the rest of the step, given what :func:`gwt_kernels.control.control_` decided.
+    """
+
+    seen: list[Tensor]
+    finish: Callable[[Tensor], None]
 
 
 class Hyper(NamedTuple):

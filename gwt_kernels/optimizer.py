@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, overload
@@ -15,7 +16,7 @@ from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits
 from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
 from gwt_kernels.control import send
-from gwt_kernels.functional import Rounding, Rule
+from gwt_kernels.functional import Begun, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
     check_group,
@@ -241,8 +242,11 @@ class GWTAdamW(Optimizer):
         own = [bucket.gradients(grads) for bucket in self._buckets]
         if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
-        control = self._decide(own)
-        whole_step.update(self._buckets, own, self._limits.values(), hypers, control, same)
+        begun: list[Begun | None] = [None] * len(own)
+        if self._steps_on_gradients_as_they_are and self._totals is None:
+            begun = whole_step.look(self._buckets, own, hypers, same)
+        control = self._decide(own, begun)
+        whole_step.update(self._buckets, own, begun, self._limits.values(), hypers, control, same)
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
             kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
             self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
@@ -346,7 +350,13 @@ class GWTAdamW(Optimizer):
         """Whether the gradients, or a ``GradScaler``, have a say in what the step does."""
         return self.max_grad_norm is not None or self.skip_nonfinite or hasattr(self, "found_inf")
 
-    def _decide(self, grads: list[list[Tensor]]) -> dict[torch.device, Tensor] | None:
+    @property
+    def _steps_on_gradients_as_they_are(self) -> bool:
+        """Whether the step is controlled, but for no factor on gradients: what is asked of them can come later."""
+        unclipped = self.max_grad_norm is None or math.isinf(self.max_grad_norm)
+        return self._is_controlled and unclipped and not hasattr(self, "found_inf")
+
+    def _decide(self, grads: list[list[Tensor]], begun: list[Begun | None]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
         self._grad_norm = None
         if not (self._is_controlled and (grads or self._totals)):
@@ -360,6 +370,7 @@ class GWTAdamW(Optimizer):
         control = whole_step.decide(
             self._buckets,
             grads,
+            begun,
             self._totals,
             max_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,

@@ -116,7 +116,7 @@ class GradientRelease:
             optimizer._lone[p] = Snapshot([p], grads, options, state, [held]), bucket
         bucket = optimizer._lone[p][1]
         shared = [] if bucket.limits is None else [bucket.limits]
-        whole_step.update([bucket], [bucket.gradients(grads)], shared, [hyper], None, same)
+        whole_step.update([bucket], [bucket.gradients(grads)], [None], shared, [hyper], None, same)
 
     def _place_of(self, p: Tensor) -> tuple[int, int, int]:
         """A parameter's place among all, its group's, and its place in that."""

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from gwt_kernels.bucket import Bucket, Call
 from gwt_kernels.control import control_
-from gwt_kernels.functional import Hyper
+from gwt_kernels.functional import Begun, Hyper
 from gwt_kernels.reduction import Limits, Totals
 
-__all__ = ["decide", "update"]
+__all__ = ["decide", "look", "update"]
+
+
+def look(
+    buckets: Sequence[Bucket], grads: Sequence[list[Tensor]], hypers: list[Hyper], same_tensors: bool
+) -> list[Begun | None]:
+    """Begin the step of every bucket whose first pass can look at the gradients for what :func:`decide` asks.
+
+    Nothing changes before :func:`update` takes the rest. Arguments as there.
+    """
+    return [b.look(Call(own, hypers, None, same_tensors)) for b, own in zip(buckets, grads, strict=True)]
 
 
 def decide(
     buckets: Sequence[Bucket],
     grads: Sequence[list[Tensor]],
+    begun: Sequence[Begun | None],
     totals: Totals | None,
     *,
     max_norm: float | None,
@@ -32,6 +44,7 @@ def decide(
     Args:
         buckets: All of them; none where other processes alone have gradients, which wait for this one all the same.
         grads: Each bucket's own.
+        begun: What :func:`look` began; those gradients are not read again.
         totals: What adds up over processes, or None.
     """
     if totals is not None:
@@ -39,9 +52,14 @@ def decide(
             found_inf = found_inf.clone()
             totals.add_up(found_inf)
         grads = [bucket.counted(own) for bucket, own in zip(buckets, grads, strict=True)]
-    chosen = [(own, bucket.backend) for own, bucket in zip(grads, buckets, strict=True)]
+    seen = list(chain.from_iterable(each.seen for each in begun if each is not None))
+    chosen = [
+        (own, bucket.backend)
+        for own, bucket, each in zip(grads, buckets, begun, strict=True)
+        if each is None or not each.seen  # of empty tensors
+    ]
     return control_(
-        chosen or [([torch.empty(0, device=skipped.device)], None)],
+        chosen if chosen or seen else [([torch.empty(0, device=skipped.device)], None)],
         max_norm=max_norm,
         skip_nonfinite=skip_nonfinite,
         grad_scale=grad_scale,
@@ -49,12 +67,14 @@ def decide(
         skipped=skipped,
         workspace=workspace,
         reduce=None if totals is None else totals.add_up,
+        seen=seen,
     )
 
 
 def update(
     buckets: Sequence[Bucket],
     grads: Sequence[list[Tensor]],
+    begun: Sequence[Begun | None],
     limits: Iterable[Limits],
     hypers: list[Hyper],
     control: Mapping[torch.device, Tensor] | None,
@@ -65,15 +85,19 @@ def update(
     Args:
         buckets: All of them.
         grads: Each bucket's own.
+        begun: What :func:`look` began, to be finished.
         limits: What adds up the limiter's norms over processes, whether or not a bucket here needs it.
         hypers: Of all groups.
         control: What :func:`decide` found, or None.
         same_tensors: See :func:`gwt_kernels.functional.gwt_adamw_`.
     """
-    calls = [
-        (b, Call(own, hypers, None if control is None else control[b.device], same_tensors))
-        for b, own in zip(buckets, grads, strict=True)
-    ]
+    calls = []
+    for b, own, first_pass in zip(buckets, grads, begun, strict=True):
+        decided = None if control is None else control[b.device]
+        if first_pass is None:
+            calls.append((b, Call(own, hypers, decided, same_tensors)))
+        elif decided is not None:
+            first_pass.finish(decided)
     waiting = []
     for each in limits:
         mine = [(bucket, call) for bucket, call in calls if bucket.limits is each]

@@ -43,6 +43,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
     names = ["GWTAdamW level 2, limiter", "GWTAdamW level 2", "ptwt level 2, limiter"]
     names += [f"{name}, clips in the step" for name in names[:2]] + ["GWTAdamW level 2, telemetry"]
+    names.append("GWTAdamW level 2, limiter, skips bad batches")
     names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
     times = {"step_time", "host_time", "wall_time"}
     metrics = times | {"bytes_moved", "roofline_time", "copy_bandwidth_fraction"}

@@ -164,6 +164,18 @@ def test_steps_that_the_device_may_skip_are_one_optimal_pass_too(run: Run) -> No
     assert all(row["constants"]["SKIPPABLE"] and codegen.violations(row) == [] for row in rows)
 
 
+def test_norms_that_look_at_the_gradients_read_them_once_all_the_same(run: Run) -> None:
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--looks"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
+    )
+    assert status == 0, text
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        assert (codegen.gated(row), codegen.violations(row)) == (True, [])
+        assert row["stores"] == {"partials": {"32": 1}, "seen": {"32": 2}}
+
+
 def test_row_path_is_rejected(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),

@@ -111,9 +111,12 @@ def rows_kernel(
     scalars_ptr,
     n_tensors,
     CONTROLLED: tl.constexpr,
+    COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Count the step of every tensor, unless it is skipped, and write the row of numbers that the step goes by.
+
+    Without ``COUNTS`` the row is written as if the step were counted.
 
     ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
     ``constants`` float64 ``[n, 8]``: lr, b1, b2, eps, weight decay, scale, gamma, sign
@@ -138,7 +141,8 @@ def rows_kernel(
         sign *= tl.load(control_ptr)
         go = tl.load(control_ptr + 1)
     step = tl.load(count_ptrs, mask=inside, other=0.0) + go
-    tl.store(count_ptrs, step, mask=inside)
+    if COUNTS:
+        tl.store(count_ptrs, step, mask=inside)
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))

@@ -21,7 +21,7 @@ TOTAL_BLOCK = 1024
 ROWS_BLOCK = 128
 
 
-def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
+def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[Tensor] = ()) -> Tensor:
     """See :func:`gwt_kernels.control.squares`: a launch for each dtype, twice if some addresses are odd."""
     kinds: dict[Any, list[Tensor]] = {}
     for g in grads:
@@ -29,12 +29,13 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
             g = g.resolve_neg().contiguous()
             aligned = not (any(offs_of(addresses([g]))) or g.numel() % 8)
             kinds.setdefault((g.dtype, aligned), []).append(g)
-    device = grads[0].device
-    if not kinds:
+    device = (*grads, *seen)[0].device
+    if not (kinds or seen):
         return torch.zeros(2, dtype=torch.float64, device=device)
+    parts = list(seen)
     total = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
-        for place, ((dtype, aligned), tensors) in enumerate(kinds.items()):
+        for (dtype, aligned), tensors in kinds.items():
             sizes = [g.numel() for g in tensors]
             tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
             firsts = [0, *accumulate(-(-n // (TILE * tiles_per_chunk)) for n in sizes)]
@@ -42,13 +43,15 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
             table = array("q", [*map(Tensor.data_ptr, tensors), *sizes, *firsts]).tobytes()
             sender = workspace.setdefault(f"{dtype}, {aligned}", Sender())
             sent = sender.send(table, device, capturable=True).view(torch.int64)
-            partials = torch.empty(2 * n_chunks, dtype=torch.float32, device=device)
+            partials = torch.empty(2, n_chunks, dtype=torch.float32, device=device)
             align, multiple = (16, 8) if aligned else (dtype.itemsize, 1)
             squares_kernel[(n_chunks,)](
                 sent, partials, len(tensors), n_chunks, tiles_per_chunk,
                 G=TRITON_DTYPES[dtype], TILE=TILE, ALIGN=align, MULTIPLE=multiple, num_warps=WARPS,
             )  # fmt: skip
-            total_kernel[(2,)](partials, total, n_chunks, FIRST=place == 0, BLOCK=TOTAL_BLOCK)
+            parts.append(partials)
+        for i, partials in enumerate(parts):
+            total_kernel[(2,)](partials, total, partials.shape[1], FIRST=i == 0, BLOCK=TOTAL_BLOCK)
     return total
 
 
@@ -74,11 +77,13 @@ def decide(
     return control
 
 
-def rows(addresses: Tensor, constants: Tensor, control: Tensor | None, steps: Tensor, n: int) -> Tensor:
+def rows(
+    addresses: Tensor, constants: Tensor, steps: Tensor, n: int, control: Tensor | None, counts: bool = True
+) -> Tensor:
     """The tensors' rows of numbers, float32 ``[n * 10]``, their steps counted: see ``rows_kernel``."""
     scalars = torch.empty(n * N_SCALARS.value, dtype=torch.float32, device=addresses.device)
     rows_kernel[(-(-n // ROWS_BLOCK),)](
         addresses, constants, constants if control is None else control, steps, scalars, n,
-        CONTROLLED=control is not None, BLOCK=ROWS_BLOCK,
+        CONTROLLED=control is not None, COUNTS=counts, BLOCK=ROWS_BLOCK,
     )  # fmt: skip
     return scalars

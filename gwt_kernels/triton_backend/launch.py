@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Generator, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
+from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.layout import alignment, block_layout, is_flat, variant
 from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
@@ -39,8 +40,8 @@ OBSERVE_BLOCK = 1024
 
 _DTYPE = attrgetter("dtype")
 
-Run = Generator[None, Tensor, None]
-"""The launches of a step; it waits for the limiter's divisors where other processes have a say in them."""
+Run = Generator[Tensor, Tensor, None]
+"""The launches of a step; it waits, where others have a say, for the limiter's divisors or for what is decided."""
 
 
 def gwt_adamw_(
@@ -64,8 +65,9 @@ def gwt_adamw_(
     spans: Sequence[tuple[Span, Span]] | None = None,
     limits: Tensor | None = None,
     same_tensors: bool = False,
+    looks: bool = False,
     sums: Tensor | None = None,
-) -> None:
+) -> Begun | None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, the
     step ends with them, and the next call with this ``workspace`` and with ``limits`` takes the rest of it.
 
@@ -75,12 +77,12 @@ def gwt_adamw_(
     What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
     gradients' stay; of those, sizes, dtype and alignment must.
     """
-    begun: _Begun | None = workspace.pop("begun", None)
+    begun: _Rest | None = workspace.pop("begun", None)
     if begun is not None and limits is not None:
         if telemetry is not None or not _same(grads, begun.grads):
             raise ValueError("a step that update_sums began ends with the same gradients and without telemetry")
-        _finish(params, limits, begun)
-        return
+        begun.finish(limits)
+        return None
     of_the_caller = grads
     limited = level > 0 and limiter_norms[0] is not None
     split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
@@ -133,8 +135,9 @@ def gwt_adamw_(
     if isinstance(steps, Tensor):
         rows, counts = constant_rows(hypers, level), [0] * len(params)  # rows_kernel writes the counts
         moving = [range(counted, counted + 8 * len(params), 8), lr_addresses(hypers)]
-        for i in workspace["empty"]:  # in no launch
-            steps[i].add_(1.0 if control is None else control[1])
+        empty = [steps[i] for i in workspace["empty"]]  # in no launch
+        for count in empty if not looks else ():
+            count.add_(1.0 if control is None else control[1])
     else:
         rows, counts = scalar_rows(hypers, steps, level), list(steps) if random else []
     # A random bit's index is that of the whole tensor.
@@ -145,36 +148,42 @@ def gwt_adamw_(
     with device_guard(params[0].device):
         runs = [
             launch.run(
-                given, counts, moving, whole, rows, control, observed, dtypes, limits, sums,
+                given, counts, moving, whole, rows, control, observed, dtypes, limits, sums, looks,
                 LIMITED=limited or limits is not None or sums is not None, FOLDED=rule == "foam",
                 ROUNDING=rounding, Q=q,
             )
             for launch in workspace["launches"]
         ]  # fmt: skip
-        for run in runs:
-            next(run, None)
+        seen = [found for run in runs if (found := next(run, None)) is not None]
+    rest = _Rest(runs, params, packed, of_the_caller, grads)
+    if looks:
+        return Begun(seen, partial(rest.finish, empty=empty))
     if sums is None:
         _copy_back(params, packed)
     else:
-        workspace["begun"] = _Begun(runs, packed, of_the_caller, grads)
+        workspace["begun"] = rest
+    return None
 
 
-class _Begun(NamedTuple):
-    """A step that ended with its sums."""
+class _Rest(NamedTuple):
+    """What is left of a step that waits for what its first pass leads to."""
 
     runs: list[Run]
+    params: Sequence[Tensor]
     packed: Sequence[Tensor]
     grads: Sequence[Tensor]
     sent: Sequence[Tensor]
     """The gradients, or copies of them, whose addresses were sent."""
 
-
-def _finish(params: Sequence[Tensor], limits: Tensor, begun: _Begun) -> None:
-    with device_guard(params[0].device):
-        for run in begun.runs:
-            with contextlib.suppress(StopIteration):
-                run.send(limits)
-    _copy_back(params, begun.packed)
+    def finish(self, found: Tensor, empty: Sequence[Tensor] = ()) -> None:
+        """Take it, with the limiter's divisors or with what was decided, which also counts ``empty`` tensors."""
+        with device_guard(self.params[0].device):
+            for run in self.runs:
+                with contextlib.suppress(StopIteration):
+                    run.send(found)
+        for count in empty:
+            count.add_(found[1])
+        _copy_back(self.params, self.packed)
 
 
 def _copy_back(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
@@ -274,12 +283,14 @@ class Launch:
         dtypes: list[tl.dtype],
         limits: Tensor | None,
         squares: Tensor | None,
+        looks: bool,
         **options: bool | str | int,
     ) -> Run:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device.
 
         Where ``squares`` are given, they receive the sums of the tensors' updates, and the run goes on when it is
-        sent the divisors that these lead to.
+        sent the divisors that these lead to. Where it ``looks`` at the gradients, it yields what ``norm_kernel``
+        saw of them, has changed nothing yet, and goes on when it is sent what was decided.
 
         ``moving`` are the addresses of step counts and learning rates that only the device knows: ``rows`` are then
         the constants from which a kernel makes the numbers of this step. ``observed`` are telemetry's rows.
@@ -297,30 +308,36 @@ class Launch:
         pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
         if moving:
             places, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
-            scalar_table = rows_on_device(places, constants, control, pointer_table[9 * self.n :], self.n)
+            moved = places, constants, pointer_table[9 * self.n :], self.n
+            scalar_table = rows_on_device(*moved, control, counts=not looks)
         else:
             scalar_table = rest.view(torch.float32)
         p, g, m = dtypes
         narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
         path = self.variant
-        skippable = control is not None
-        factors = sums = scalar_table  # pointers that are not read
+        factors = sums = seen = scalar_table  # pointers that are not read
         if options["LIMITED"] and limits is None:
             partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
+            if looks:
+                seen = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
             self._start(
                 norm_kernel, self.n_chunks, self.layout, pointer_table, scalar_table, self.first_chunks, partials,
-                self.n, self.tiles_per_chunk, G=g, M=m, Q=options["Q"], SKIPPABLE=skippable,
+                seen, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m, Q=options["Q"],
+                SKIPPABLE=control is not None, LOOKS=looks,
                 **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
+            if looks:
+                control = yield seen
+                scalar_table = rows_on_device(*moved, control)
             if squares is not None:
                 self._start(sum_kernel, self.n, self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
                 squares[slice(None) if self.index is None else self.index] = factors
-                limits = yield
+                limits = yield squares
             else:
                 self._start(
                     limiter_kernel, self.n, pointer_table, scalar_table, self.first_chunks, partials, factors,
-                    self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=skippable,
+                    self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=control is not None,
                 )  # fmt: skip
         if limits is not None:
             factors = (limits if self.index is None else limits[self.index]).float().reciprocal()
@@ -328,15 +345,16 @@ class Launch:
             sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
         self._start(
             step_kernel, self.n_tiles, self.layout, pointer_table, scalar_table, factors, sums,
-            self.n, P=p, G=g, M=m, SKIPPABLE=skippable, OBSERVED=bool(observed), SPAN=_span_kind(spans, self.flat),
-            **options, **path,
+            self.n, P=p, G=g, M=m, SKIPPABLE=control is not None, OBSERVED=bool(observed),
+            SPAN=_span_kind(spans, self.flat), **options, **path,
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
             observed_rows = sent[len(table) : len(table) + len(watched)].view(torch.int64)
             self._start(
                 observe_kernel, self.n, self.layout, observed_rows, scalar_table, factors, sums,
-                self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"], SKIPPABLE=skippable,
+                self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"],
+                SKIPPABLE=control is not None,
             )  # fmt: skip
 
     def _start(self, kernel: Any, programs: int, *arguments: Tensor | int, **constants: Any) -> None:

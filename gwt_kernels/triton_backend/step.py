@@ -131,7 +131,8 @@ def step_kernel(
         pointers_ptr, i, n_tensors, first_block, blocks, M, MOMENT_ALIGN, NB, Q
     )
     m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
-    mean, residual, m, v, denominator = _moments(g_ptrs, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
+    g = _gradient(g_ptrs, inside, scalars_ptr + i * N_SCALARS)
+    mean, residual, m, v, denominator = _moments(g, m, v, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
             index = _in_whole(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, first_block + blocks)
@@ -187,15 +188,17 @@ def step_kernel(
         tl.store(p_ptrs, p.to(P), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk"])
+@triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk", "n_chunks"])
 def norm_kernel(
     layout_ptr,
     pointers_ptr,
     scalars_ptr,
     first_chunk_ptr,
     partials_ptr,
+    seen_ptr,
     n_tensors,
     tiles_per_chunk,
+    n_chunks,
     G: tl.constexpr,
     M: tl.constexpr,
     W: tl.constexpr,
@@ -205,10 +208,13 @@ def norm_kernel(
     MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
     SKIPPABLE: tl.constexpr,
+    LOOKS: tl.constexpr,
 ):
     """One partial sum of ``(m / (sqrt(v) + eps))**2`` over a chunk of tiles, with the moments of this step.
 
-    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them.
+    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. Where it
+    ``LOOKS`` at the gradients, ``seen [2, n_chunks]`` receives what ``squares_kernel`` would find of them: the sum
+    of their squares, and more than 0 where one is infinite or NaN.
     """
     chunk = tl.program_id(0)
     i = _owner(first_chunk_ptr, chunk, n_tensors)
@@ -219,20 +225,28 @@ def norm_kernel(
     end = tl.minimum(block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
     g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
     total = tl.zeros((NB,), tl.float32)
+    squares = tl.zeros((NB,), tl.float32)
+    largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
     while block < end:
         start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
         m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs = _moment_ptrs(
             pointers_ptr, i, n_tensors, block, blocks, M, MOMENT_ALIGN, NB, Q
         )
         m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
+        g = _gradient(g_ptr + start + elements, inside, scalars_ptr + i * N_SCALARS)
         # The folded rule has no limiter.
-        _, _, m, _, denominator = _moments(
-            g_ptr + start + elements, m, v, inside, scalars_ptr + i * N_SCALARS, W, NB, False
-        )
+        _, _, m, _, denominator = _moments(g, m, v, scalars_ptr + i * N_SCALARS, W, NB, False)
         a = m / tl.where(block_inside, denominator, float("inf"))  # 0 where there is no block
         total += a * a
+        if LOOKS:
+            squares += tl.sum(tl.reshape(g * g, (NB, W)), axis=1)
+            sizes = tl.reshape(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (NB, W))
+            largest = tl.maximum(largest, tl.max(sizes, axis=1))
         block += NB
     tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
+    if LOOKS:
+        tl.store(seen_ptr + chunk, tl.sum(squares, axis=0))
+        tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
 
 
 @triton.jit
@@ -254,18 +268,22 @@ def _in_whole(pointers_ptr, which, i, n_tensors, index):
 
 
 @triton.jit
+def _gradient(g_ptrs, inside, scalars_ptr):
+    """A tile's gradients in float32, times their factor."""
+    return tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
+
+
+@triton.jit
 def _moments(
-    g_ptrs,
+    g,
     m,
     v,
-    inside,
     scalars_ptr,
     W: tl.constexpr,
     NB: tl.constexpr,
     FOLDED: tl.constexpr,
 ):
     """``mean`` ``[NB]``, ``g - mean`` ``[NB, W]``, the new ``m``, ``v`` and ``sqrt(v) + eps`` ``[NB]``: float32."""
-    g = tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
     if W == 1:
         a = tl.reshape(g, (NB,))
         square = a * a
