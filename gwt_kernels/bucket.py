@@ -113,6 +113,7 @@ class Bucket:
         self.device = self.params[0].device
         self.places = [member.place for member in members]
         self.owners = [member.group for member in members]
+        self.owner = self.owners[0] if len(set(self.owners)) == 1 else None
         own = [states[p] for p in params]
         group = groups[self.owners[0]]
         self.level: int = group["level"]
@@ -195,7 +196,11 @@ class Bucket:
             "exp_avgs": self.exp_avgs,
             "exp_avg_sqs": self.exp_avg_sqs,
             "steps": self.steps if self.on_device else self._counts(),
-            "hypers": [call.hypers[i] for i in self.owners],
+            "hypers": (
+                [call.hypers[i] for i in self.owners]
+                if self.owner is None
+                else [call.hypers[self.owner]] * len(self.owners)
+            ),
             "level": self.level,
             "scales": self.scales,
             "rounding": self.rounding,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from operator import is_
-from typing import Any
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +41,9 @@ class Snapshot:
         self._options = options
         self._addresses = list(map(Tensor.data_ptr, held))
         self._are_params = _like(held)
-        self._owners, self._states, self._entries = list(state), list(state.values()), _entries(state)
+        self._states = list(state.values())
+        self._lengths = list(map(len, self._states))
+        self._entries = _entries(self._states)
         self._absent = [i for i, g in enumerate(grads) if g is None]
         self._are_grads = _like([g for g in grads if g is not None])
 
@@ -63,9 +64,9 @@ class Snapshot:
             and list(map(Tensor.data_ptr, held)) == self._addresses
             and self._are_params(held)
             # A state that was replaced, or a tensor in it, is another object.
-            and _same(list(state), self._owners)
             and _same(list(state.values()), self._states)
-            and _same(_entries(state), self._entries)
+            and list(map(len, self._states)) == self._lengths
+            and all(map(_still, self._entries))
             and self._are_those(grads)
         )
 
@@ -104,5 +105,25 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.dtype, x.layout, x.shape, x.device, plain
 
 
-def _entries(state: Mapping[Tensor, dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, state.values())))
+class _Entries(NamedTuple):
+    """What some states hold under a key that they share."""
+
+    key: str
+    states: list[dict[str, Any]]
+    values: list[Any]
+
+
+def _entries(states: Sequence[dict[str, Any]]) -> list[_Entries]:
+    holders: dict[str, list[dict[str, Any]]] = {}
+    for own in states:
+        for key in own:
+            holders.setdefault(key, []).append(own)
+    return [_Entries(key, having, [own[key] for own in having]) for key, having in holders.items()]
+
+
+def _still(entries: _Entries) -> bool:
+    key, states, values = entries
+    try:
+        return all(map(is_, map(itemgetter(key), states), values))
+    except KeyError:
+        return False

@@ -42,7 +42,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
             n_chunks = firsts[-1]
             table = array("q", [*map(Tensor.data_ptr, tensors), *sizes, *firsts]).tobytes()
             sender = workspace.setdefault(f"{dtype}, {aligned}", Sender())
-            sent = sender.send(table, device, capturable=True).view(torch.int64)
+            sent = sender.send(table, device, capturable=True)
             partials = torch.empty(2, n_chunks, dtype=torch.float32, device=device)
             align, multiple = (16, 8) if aligned else (dtype.itemsize, 1)
             squares_kernel[(n_chunks,)](

@@ -257,14 +257,14 @@ class Launch:
         first_tiles = [0, *accumulate(tiles)]
         self.n_tiles = first_tiles[-1]
         columns = chain(first_tiles[:-1], *zip(*layout, strict=True))
-        self.layout = self.sender.send(array("q", columns).tobytes(), device).view(torch.int64)
+        self.layout = self.sender.send(array("q", columns).tobytes(), device)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
         self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
-        self.first_chunks = self.sender.send(array("q", first_chunks).tobytes(), device).view(torch.int64)
+        self.first_chunks = self.sender.send(array("q", first_chunks).tobytes(), device)
         indices = array("q", self.chosen or ()).tobytes()
-        self.index = self.sender.send(indices, device).view(torch.int64) if indices else None
+        self.index = self.sender.send(indices, device) if indices else None
 
     def aim(self, columns: list[bytes]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and step."""
@@ -304,16 +304,16 @@ class Launch:
         watched = array("q", self._own(observed)).tobytes() if observed else b""
         watched += bytes(-len(watched) % 16)
         pieces = [table, watched, *(array("q", self._own(column)).tobytes() for column in moving), *self._own(rows)]
-        sent = self.sender.send(b"".join(pieces), device, capturable=bool(moving))
-        pointer_table, rest = sent[: len(table)].view(torch.int64), sent[len(table) + len(watched) :]
+        pointer_table = self.sender.send(b"".join(pieces), device, capturable=bool(moving))  # and what follows it
+        rest = pointer_table[(len(table) + len(watched)) // 8 :]
         if moving:
-            places, constants = rest[: 16 * self.n].view(torch.int64), rest[16 * self.n :].view(torch.float64)
-            moved = places, constants, pointer_table[9 * self.n :], self.n
+            constants = rest[2 * self.n :].view(torch.float64)
+            moved = rest, constants, pointer_table[9 * self.n :], self.n
             scalar_table = rows_on_device(*moved, control, counts=not looks)
         else:
             scalar_table = rest.view(torch.float32)
         p, g, m = dtypes
-        narrower = min(p, g, key=lambda dtype: dtype.primitive_bitwidth)
+        narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
         path = self.variant
         factors = sums = seen = scalar_table  # pointers that are not read
         if options["LIMITED"] and limits is None:
@@ -350,9 +350,8 @@ class Launch:
             **alignment(narrower, m, self.level, self.flat),
         )  # fmt: skip
         if observed:
-            observed_rows = sent[len(table) : len(table) + len(watched)].view(torch.int64)
             self._start(
-                observe_kernel, self.n, self.layout, observed_rows, scalar_table, factors, sums,
+                observe_kernel, self.n, self.layout, pointer_table[len(table) // 8 :], scalar_table, factors, sums,
                 self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=options["LIMITED"],
                 SKIPPABLE=control is not None,
             )  # fmt: skip

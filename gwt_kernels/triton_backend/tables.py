@@ -59,31 +59,31 @@ class Sender:
         self._captured: list[Tensor] = []
 
     def send(self, data: bytes, device: torch.device, *, capturable: bool = False) -> Tensor:
-        """The bytes on the device, uint8.
+        """The bytes on the device, as int64.
 
         Args:
-            data: What to send.
+            data: What to send, a multiple of 8 bytes.
             device: Where to.
             capturable: Whether a later call, of as many bytes at the most, may come under capture.
 
         Raises:
             RuntimeError: a graph is being captured, and no call before it has set memory aside.
         """
-        host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        host = torch.frombuffer(bytearray(data), dtype=torch.int64)
         if device.type != "cuda":
             return host.to(device)
         if capturable and torch.cuda.is_current_stream_capturing():
-            if self._spare is None or len(self._spare) < len(data):
+            if self._spare is None or len(self._spare) < len(host):
                 raise RuntimeError(
                     "GWTAdamW.step() is being captured in a CUDA graph with tensors that it has not stepped "
                     "before: take a few steps before each capture, on a side stream"
                 )
             pinned, self._spare = self._spare, None
             self._captured.append(pinned)
-            pinned[: len(data)].copy_(host)
-            return pinned[: len(data)].to(device, non_blocking=True)
-        if capturable and (self._spare is None or len(self._spare) < len(data)):
-            self._spare = torch.empty(len(data), dtype=torch.uint8, pin_memory=True)
+            pinned[: len(host)].copy_(host)
+            return pinned[: len(host)].to(device, non_blocking=True)
+        if capturable and (self._spare is None or len(self._spare) < len(host)):
+            self._spare = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)  # the allocator keeps it until it is read
 
 
