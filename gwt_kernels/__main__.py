@@ -70,7 +70,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     many.add_argument("--world-size", type=int, metavar="N", help="processes; without --mesh all shard by FSDP2")
     many.add_argument("--mesh", metavar="AXES", help="replicas, FSDP2, tensor parallelism: dp=2,fsdp=4,tp=8")
-    many.add_argument("--clip", action="store_true", help="with max_grad_norm or skip_nonfinite")
+    many.add_argument("--clip", action="store_true", help="with max_grad_norm")
     many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
     many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
     many.add_argument("--host-time", metavar="S", help="of the host, for each tensor: 5e-6 or 5us (assumed: 5us)")

@@ -124,9 +124,6 @@ class Bucket:
         self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
         decided = is_limited(group) and limits is None  # by the step itself
         self.limiter_norms = [s["limiter_norm"] if decided else None for s in own]
-        # Whether the limiter's first pass can look at the gradients, for what decides about the step.
-        arrays = (self.params, [g for g in (params[0].grad,) if g is not None], self.exp_avgs)
-        self.looks = decided and is_on_triton(arrays, self.level, self.wavelet, self.backend)
         self.rounding = rounding_of(self.params[0], group["weight_rounding"])
         self.lows = [halves_of(s["weight_low"]) if self.rounding == "split" else None for s in own]
         self.scales = [
@@ -137,6 +134,11 @@ class Bucket:
         self.spans = [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None
         self._counted = None if totals is None else list(map(totals.counts, params))
         self.limits = limits
+        # Whether the limiter's first pass can look at the gradients, for what decides about the step. Another
+        # process counts those that this one does not.
+        arrays = (self.params, [g for g in (params[0].grad,) if g is not None], self.exp_avgs)
+        self.looks = is_limited(group) and is_on_triton(arrays, self.level, self.wavelet, self.backend)
+        self.looks &= self._counted is None or all(self._counted)
         if limits is not None:
             self.limited_places = limits.places_of(params)
             # One tensor, as of steps below: to take norms together and apart again would be most of a step.
@@ -165,22 +167,29 @@ class Bucket:
             return grads
         return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
 
-    def update_sums(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Where the bucket's tensors are among all that are reduced, and their shards' sums of squares."""
-        return self.limited_places, update_sums(**self._arguments(call))
+    def begin(self, call: Call, looks: bool) -> Begun:
+        """Begin a step with the limiter's first pass, for what has to be decided before the rest of it.
 
-    def look(self, call: Call) -> Begun | None:
-        """Begin a step with the limiter's first pass, which also looks at the gradients; None where it cannot."""
-        if not self.looks:
-            return None
-        return gwt_adamw_(**self._arguments(call), **self._of_the_step(), looks=True)
+        Args:
+            call: Of the step.
+            looks: Whether the pass is to look at the gradients; else it is for the sums of shards alone.
+        """
+        if self.limits is not None:
+            return update_sums(**self._arguments(call), looks=looks)
+        begun = gwt_adamw_(**self._arguments(call), **self._of_the_step(), looks=True)
+        assert begun is not None  # as it looks
+        return begun
 
-    def step(self, call: Call) -> None:
+    def step(self, call: Call, begun: Begun | None) -> None:
+        """Take a step, or the rest of it."""
         limits = None
         if self.limits is not None:
             gammas: Any = [call.hypers[i].norm_growth_limit for i in self.owners]
             limits = self.limits.divisors(self.limited_places, self.norms, gammas, call.control)
-        gwt_adamw_(**self._arguments(call), **self._of_the_step(), limits=limits)
+        if begun is not None and begun.finish is not None:
+            begun.finish(call.control, limits)
+        else:
+            gwt_adamw_(**self._arguments(call), **self._of_the_step(), limits=limits)
         if not self.on_device:
             self.steps.add_(1)
 

@@ -99,7 +99,7 @@ def gwt_adamw_(
             the host counts, or a step that cannot look at the gradients first.
     """
     if not params:
-        return Begun([], lambda control: None) if looks else None
+        return Begun([], lambda control, limits: None, torch.empty(0)) if looks else None
     workspace = {} if workspace is None else workspace
     keys = [0] * len(params) if keys is None else keys
     lows = [None] * len(params) if lows is None else lows
@@ -199,17 +199,17 @@ def update_sums(
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
-) -> Tensor:
+    looks: bool = False,
+) -> Begun:
     """What the limiter needs to know of the step that :func:`gwt_adamw_` would take; no weight or moment changes.
 
     For tensors that are shards: added up over the processes that share a tensor, these are the squares of the
-    norms that the limiter compares. Arguments as there. With a ``workspace`` the step has begun, and the device has
-    counted it where it counts: the next call with it has to be :func:`gwt_adamw_`, with the same arguments, without
-    ``telemetry`` and with ``limits``; nothing but these is then sent.
+    norms that the limiter compares. Arguments as there.
 
     Returns:
-        ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or in
-        float64 for float64 parameters. Of no meaning where ``control`` says that the step is skipped.
+        The step, begun, with its sums: of no meaning where ``control`` says that the step is skipped. On the Triton
+        backend ``finish`` takes the rest; unless it ``looks`` the device has counted the step, where it counts. On
+        the others :func:`gwt_adamw_` takes the step, with ``limits`` and the same arguments.
     """
     scales = [None] * len(params) if scales is None else scales
     tensors = (params, grads, exp_avgs, exp_avg_sqs)
@@ -219,16 +219,16 @@ def update_sums(
     if level and wavelet != "haar":
         from gwt_kernels.torch_backend import literal
 
-        return literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet)
+        return Begun([], None, literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet))
     if "torch" in choices:
         from gwt_kernels.torch_backend import step as torch_step
 
-        return torch_step.update_sums(*tensors, hypers, level=level, scales=scales)
+        return Begun([], None, torch_step.update_sums(*tensors, hypers, level=level, scales=scales))
     from gwt_kernels.triton_backend import launch
 
     return launch.update_sums(
         *tensors,
-        steps.clone() if isinstance(steps, Tensor) and workspace is None else steps,  # which are counted there
+        steps,
         hypers,
         level=level,
         scales=scales,
@@ -239,6 +239,7 @@ def update_sums(
         spans=spans,
         workspace={} if workspace is None else workspace,
         same_tensors=same_tensors,
+        looks=looks,
     )
 
 

@@ -67,16 +67,20 @@ def check_rule(rule: object, wavelet: str) -> None:
 
 
 class Begun(NamedTuple):
-    """A step whose first pass has looked at the gradients, and that has changed nothing yet.
+    """A step that waits, after its first pass, for what this leads to; no weight or moment has changed.
 
     Attributes:
-        seen: Of parts of the gradients the sum of squares, and more than 0 where an element is not finite: float32
-            ``[2, parts]``, several times.
-        finish: Takes the rest of the step, given what :func:`gwt_kernels.control.control_` decided.
+        seen: Where it has looked at the gradients, of parts of them the sum of squares, and more than 0 where an
+            element is not finite: float32 ``[2, parts]``, several times.
+        finish: Takes the rest of the step, given what :func:`gwt_kernels.control.control_` decided, if the step has
+            looked, and the limiter's divisors, if it has summed; None where the backend has begun nothing.
+        sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or
+            in float64 for float64 parameters. Empty where they were not asked for.
     """
 
     seen: list[Tensor]
-    finish: Callable[[Tensor], None]
+    finish: Callable[[Tensor | None, Tensor | None], None] | None
+    sums: Tensor
 
 
 class Hyper(NamedTuple):

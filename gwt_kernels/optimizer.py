@@ -243,7 +243,7 @@ class GWTAdamW(Optimizer):
         if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
         begun: list[Begun | None] = [None] * len(own)
-        if self._steps_on_gradients_as_they_are and self._totals is None:
+        if self._steps_on_gradients_as_they_are:
             begun = whole_step.look(self._buckets, own, hypers, same)
         control = self._decide(own, begun)
         whole_step.update(self._buckets, own, begun, self._limits.values(), hypers, control, same)

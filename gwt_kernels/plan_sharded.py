@@ -207,8 +207,8 @@ def plan_sharded(
     Args:
         planned: The model as a whole, as :func:`gwt_kernels.plan.plan` returns it.
         mesh: How many processes there are, and along which axes.
-        clip: Whether ``max_grad_norm`` or ``skip_nonfinite`` is on: gradients are read once more, and there is
-            another all-reduce.
+        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and there is another all-reduce.
+            ``skip_nonfinite`` alone has that too, but reads only gradients without limiter.
         tensor_parallel: ``"colwise"`` (divides a linear layer's outputs), ``"rowwise"`` (its inputs) or
             ``"embedding_rowwise"``, by the module's name with ``*`` for a number. None: that of transformers.
         link_bandwidth: Bytes per second between processes.

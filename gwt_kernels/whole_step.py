@@ -23,7 +23,10 @@ def look(
 
     Nothing changes before :func:`update` takes the rest. Arguments as there.
     """
-    return [b.look(Call(own, hypers, None, same_tensors)) for b, own in zip(buckets, grads, strict=True)]
+    return [
+        bucket.begin(Call(own, hypers, None, same_tensors), looks=True) if bucket.looks else None
+        for bucket, own in zip(buckets, grads, strict=True)
+    ]
 
 
 def decide(
@@ -91,17 +94,18 @@ def update(
         control: What :func:`decide` found, or None.
         same_tensors: See :func:`gwt_kernels.functional.gwt_adamw_`.
     """
-    calls = []
-    for b, own, first_pass in zip(buckets, grads, begun, strict=True):
-        decided = None if control is None else control[b.device]
-        if first_pass is None:
-            calls.append((b, Call(own, hypers, decided, same_tensors)))
-        elif decided is not None:
-            first_pass.finish(decided)
-    waiting = []
+    begun = list(begun)
+    calls = [
+        Call(own, hypers, None if control is None else control[bucket.device], same_tensors)
+        for bucket, own in zip(buckets, grads, strict=True)
+    ]
     for each in limits:
-        mine = [(bucket, call) for bucket, call in calls if bucket.limits is each]
-        each.start([bucket.update_sums(call) for bucket, call in mine])
-        waiting += mine
-    for bucket, call in [(bucket, call) for bucket, call in calls if bucket.limits is None] + waiting:
-        bucket.step(call)
+        sums = []
+        for i, bucket in enumerate(buckets):
+            if bucket.limits is each:
+                begun[i] = first_pass = begun[i] or bucket.begin(calls[i], looks=False)
+                sums.append((bucket.limited_places, first_pass.sums))
+        each.start(sums)
+    waiting = [bucket.limits is not None for bucket in buckets]
+    for i in sorted(range(len(buckets)), key=waiting.__getitem__):
+        buckets[i].step(calls[i], begun[i])

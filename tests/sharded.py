@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gwt_kernels import GWTAdamW
-from tests import runs
+from tests import interpreter, runs
 
 Layout = tuple[Sequence[int], DeviceMesh | None, Sequence[Any]]
 """A parameter's shape, its mesh (None for a whole tensor) and placements."""
@@ -208,3 +209,44 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     )
     quantized = [((4 * n, 128), line, [ROWS]), ((8 * n, 512), line, [ROWS]), ((9, 20), None, [])]
     compare(quantized, equal, steps=3, dtype=torch.bfloat16, rule="foam", state_dtype=torch.int8)
+
+
+def skipping() -> None:
+    """On Triton, where the limiter's first pass looks at the gradients: all processes skip, or none does."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+    on_each_number(_skipping, [1, 2, 4])
+
+
+def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    from gwt_kernels.triton_backend import control_launch
+
+    layouts: list[Layout] = [((4 * n, 16), line, [ROWS]), ((2 * n + 1, 13), line, [ROWS]), ((1, 24), line, [ROWS])]
+    if grid is not None:
+        layouts = [((10, 24), grid, [WHOLE, ROWS]), ((12, 32), grid, [ROWS, COLUMNS])]
+    layouts.append(((6, 10), None, []))
+    references = runs.parameters([shape for shape, _, _ in layouts])
+    params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=True)]
+    options: dict[str, Any] = {"lr": 0.01, "level": 2, "backend": "triton", "skip_nonfinite": True}
+    both = [GWTAdamW(own, **options) for own in (params, references)]
+    read = mock.Mock(wraps=control_launch.squares)
+    for t in range(7):
+        runs.give_gradients(references, t, factor=(0.5, 1.0, 4.0)[t % 3])
+        if t in (1, 4):  # in one element, which one process has, or in the whole tensor's, which all have
+            references[0 if t == 1 else -1].grad[-1, -1] = math.nan
+        for p, r in zip(params, references, strict=True):
+            g = r.grad.clone()
+            sharded = isinstance(p, DTensor)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if sharded else g
+        with interpreter.like_a_gpu(), mock.patch.object(control_launch, "squares", read):
+            both[0].step()
+        with interpreter.like_a_gpu():
+            both[1].step()
+        assert torch.allclose(both[0].grad_norm, both[1].grad_norm, rtol=1e-6, equal_nan=True), (n, t)
+        assert float(both[0].skipped_steps) == float(both[1].skipped_steps) == (t >= 1) + (t >= 4)
+    if grid is None or dist.get_rank() == 0:  # the others may hold replicas, which they need not look at
+        assert not any(g.numel() for call in read.call_args_list for g in call.args[0]), "gradients were read again"
+    for p, r, layout in zip(params, references, layouts, strict=True):
+        own, expected = both[0].state[p], both[1].state[r]
+        assert float(own["step"]) == float(expected["step"]) == 5, layout
+        for x, y in [(p.detach(), r.detach()), *((own[key], expected[key]) for key in expected)]:
+            torch.testing.assert_close(whole(x), y, rtol=1e-5, atol=1e-6)

@@ -15,6 +15,10 @@ def test_bits_do_not_depend_on_the_number_of_processes() -> None:
     processes.run(4, sharded.bits)
 
 
+def test_bad_batches_are_skipped_by_all_processes() -> None:
+    processes.run(4, sharded.skipping)
+
+
 def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
     processes.run(4, resharded.main, tmp_path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Generator, Sequence
-from functools import partial
 from itertools import accumulate, chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -40,8 +39,8 @@ OBSERVE_BLOCK = 1024
 
 _DTYPE = attrgetter("dtype")
 
-Run = Generator[Tensor, Tensor, None]
-"""The launches of a step; it waits, where others have a say, for the limiter's divisors or for what is decided."""
+Run = Generator[Tensor, tuple[Tensor | None, Tensor | None], None]
+"""The launches of a step; it waits, where others have a say, for what is decided and for the limiter's divisors."""
 
 
 def gwt_adamw_(
@@ -68,8 +67,8 @@ def gwt_adamw_(
     looks: bool = False,
     sums: Tensor | None = None,
 ) -> Begun | None:
-    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, the
-    step ends with them, and the next call with this ``workspace`` and with ``limits`` takes the rest of it.
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked. Where ``sums`` are given, they
+    receive what :func:`gwt_kernels.functional.update_sums` tells, and the step has begun.
 
     Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
@@ -77,13 +76,6 @@ def gwt_adamw_(
     What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
     gradients' stay; of those, sizes, dtype and alignment must.
     """
-    begun: _Rest | None = workspace.pop("begun", None)
-    if begun is not None and limits is not None:
-        if telemetry is not None or not _same(grads, begun.grads):
-            raise ValueError("a step that update_sums began ends with the same gradients and without telemetry")
-        begun.finish(limits)
-        return None
-    of_the_caller = grads
     limited = level > 0 and limiter_norms[0] is not None
     split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
     random = rounding == "stochastic" or quantized or exp_avgs[0].dtype == torch.bfloat16
@@ -136,8 +128,8 @@ def gwt_adamw_(
         rows, counts = constant_rows(hypers, level), [0] * len(params)  # rows_kernel writes the counts
         moving = [range(counted, counted + 8 * len(params), 8), lr_addresses(hypers)]
         empty = [steps[i] for i in workspace["empty"]]  # in no launch
-        for count in empty if not looks else ():
-            count.add_(1.0 if control is None else control[1])
+        if not looks:
+            _count(empty, control)
     else:
         rows, counts = scalar_rows(hypers, steps, level), list(steps) if random else []
     # A random bit's index is that of the whole tensor.
@@ -155,14 +147,11 @@ def gwt_adamw_(
             for launch in workspace["launches"]
         ]  # fmt: skip
         seen = [found for run in runs if (found := next(run, None)) is not None]
-    rest = _Rest(runs, params, packed, of_the_caller, grads)
-    if looks:
-        return Begun(seen, partial(rest.finish, empty=empty))
-    if sums is None:
+    if sums is None and not looks:
         _copy_back(params, packed)
-    else:
-        workspace["begun"] = rest
-    return None
+        return None
+    rest = _Rest(runs, params, packed, grads, empty if looks else [])
+    return Begun(seen if looks else [], rest.finish, params[0].new_empty(0) if sums is None else sums)
 
 
 class _Rest(NamedTuple):
@@ -171,19 +160,24 @@ class _Rest(NamedTuple):
     runs: list[Run]
     params: Sequence[Tensor]
     packed: Sequence[Tensor]
-    grads: Sequence[Tensor]
     sent: Sequence[Tensor]
     """The gradients, or copies of them, whose addresses were sent."""
+    uncounted: list[Tensor]
+    """Step counts of empty tensors."""
 
-    def finish(self, found: Tensor, empty: Sequence[Tensor] = ()) -> None:
-        """Take it, with the limiter's divisors or with what was decided, which also counts ``empty`` tensors."""
+    def finish(self, control: Tensor | None, limits: Tensor | None) -> None:
+        """See :class:`gwt_kernels.functional.Begun`."""
         with device_guard(self.params[0].device):
             for run in self.runs:
                 with contextlib.suppress(StopIteration):
-                    run.send(found)
-        for count in empty:
-            count.add_(found[1])
+                    run.send((control, limits))
+        _count(self.uncounted, control)
         _copy_back(self.params, self.packed)
+
+
+def _count(steps: Sequence[Tensor], control: Tensor | None) -> None:
+    for step in steps:
+        step.add_(1.0 if control is None else control[1])
 
 
 def _copy_back(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
@@ -210,11 +204,11 @@ def update_sums(
     lows: Sequence[Tensor | None] | None = None,
     spans: Sequence[tuple[Span, Span]] | None = None,
     same_tensors: bool = False,
-) -> Tensor:
+    looks: bool = False,
+) -> Begun:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     n = len(params)
-    sums = torch.zeros(n, dtype=torch.float32, device=params[0].device)
-    gwt_adamw_(
+    begun = gwt_adamw_(
         params,
         grads,
         exp_avgs,
@@ -232,9 +226,11 @@ def update_sums(
         spans=spans,
         workspace=workspace,
         same_tensors=same_tensors,
-        sums=sums,
+        looks=looks,
+        sums=torch.zeros(n, dtype=torch.float32, device=params[0].device),
     )
-    return sums
+    assert begun is not None  # as there are sums
+    return begun
 
 
 class Launch:
@@ -288,9 +284,9 @@ class Launch:
     ) -> Run:
         """Send the tables, then launch one kernel per pass; nothing here waits for the device.
 
-        Where ``squares`` are given, they receive the sums of the tensors' updates, and the run goes on when it is
-        sent the divisors that these lead to. Where it ``looks`` at the gradients, it yields what ``norm_kernel``
-        saw of them, has changed nothing yet, and goes on when it is sent what was decided.
+        Where ``squares`` are given, they receive the sums of the tensors' updates. With these, and where it
+        ``looks`` at the gradients, the run waits after its first pass, when it has changed nothing yet: it yields
+        what ``norm_kernel`` saw of them, and goes on when it is sent what was decided and the limiter's divisors.
 
         ``moving`` are the addresses of step counts and learning rates that only the device knows: ``rows`` are then
         the constants from which a kernel makes the numbers of this step. ``observed`` are telemetry's rows.
@@ -327,14 +323,15 @@ class Launch:
                 SKIPPABLE=control is not None, LOOKS=looks,
                 **path, **alignment(g, m, self.level, self.flat),
             )  # fmt: skip
-            if looks:
-                control = yield seen
-                scalar_table = rows_on_device(*moved, control)
             if squares is not None:
                 self._start(sum_kernel, self.n, self.first_chunks, partials, factors, BLOCK=LIMITER_BLOCK)
                 squares[slice(None) if self.index is None else self.index] = factors
-                limits = yield squares
-            else:
+            if looks or squares is not None:
+                decided, limits = yield seen
+            if looks:
+                control = decided
+                scalar_table = rows_on_device(*moved, control)
+            if limits is None:
                 self._start(
                     limiter_kernel, self.n, pointer_table, scalar_table, self.first_chunks, partials, factors,
                     self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=control is not None,
