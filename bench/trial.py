@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.functional import Rule
 
 WEIGHT_DECAY = 0.1
+NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
 
 Group = dict[str, Any]
 
@@ -86,7 +86,7 @@ class Trial(NamedTuple):
         if self.clips:
             self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
             self.optimizer.step()
-            self.optimizer.max_grad_norm = math.inf  # type: ignore[attr-defined]
+            self.optimizer.max_grad_norm = NO_NORM  # type: ignore[attr-defined]
             return
         nn.utils.clip_grad_norm_(self.tensors, 1.0)
         self.optimizer.step()
@@ -105,7 +105,7 @@ def gwt(
 ) -> Candidate:
     """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
-    own: Group = {"max_grad_norm": math.inf if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
+    own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
     words += ["foam"] if rule == "foam" else []
     words += ["limiter"] if limiter else []
@@ -243,10 +243,10 @@ def bytes_moved(trial: Trial) -> int:
     """Return the bytes a step must move: gradients read, weights and state read and written, all once.
 
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any
-    weight is written, so it reads gradients and moments a second time. What a step asks of all gradients, their
-    norm or whether they are finite, reads those that no limiter reads before.
+    weight is written, so it reads gradients and moments a second time. The norm to clip to reads gradients before
+    that; whether they are finite, the limiter's first reading tells.
     """
-    asks = trial.clips or getattr(trial.optimizer, "skip_nonfinite", False)
+    skips = getattr(trial.optimizer, "skip_nonfinite", False)
     total = 0
     for p in trial.tensors:
         state = trial.optimizer.state[p]
@@ -255,7 +255,7 @@ def bytes_moved(trial: Trial) -> int:
         total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
             total += gradient + moments
-        elif asks:
+        if trial.clips or (skips and "limiter_norm" not in state):
             total += gradient
     return total
 

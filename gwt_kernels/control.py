@@ -90,7 +90,8 @@ def squares(
         grads: Dense tensors of one device, any shapes and floating-point dtypes.
         backend: ``"triton"`` or ``"torch"``.
         workspace: Where the Triton backend keeps its tables from step to step.
-        seen: What it has found of other gradients there, which is added: see :func:`control_`.
+        seen: What it has found of other gradients there, which is added: see :func:`control_`. Of these the second
+            number counts the parts that hold such an element.
     """
     workspace = {} if workspace is None else workspace
     if backend == "torch":

@@ -87,7 +87,7 @@ def gwt_adamw_(
             they had and are contiguous where they were: these checks are then not repeated.
         looks: Stop where the limiter's first pass has read the gradients, and return what it saw of them: it costs
             no reading of its own. For the Triton backend, with ``limiter_norms``, ``steps`` that the device counts,
-            and ``control`` left to what is returned.
+            no ``grad_factor``, and ``control`` left to what is returned.
 
     Returns:
         None, the step is taken; but where it ``looks``, the rest of it.
@@ -114,7 +114,7 @@ def gwt_adamw_(
         workspace["choices"] = _choices((params, grads, exp_avgs), level, wavelet, backend)
     choices = workspace["choices"]
     if looks:
-        _check_looks(choices, level, limiter_norms, steps, control)
+        _check_looks(choices, level, limiter_norms, steps, hypers, control)
     counts = None
     if "torch" in choices and isinstance(steps, Tensor):
         if control is not None:  # on a CUDA device the one place that waits for it
@@ -305,13 +305,15 @@ def _check_looks(
     level: int,
     limiter_norms: Sequence[Tensor | None],
     steps: Sequence[int] | Tensor,
+    hypers: Sequence[Hyper],
     control: Tensor | None,
 ) -> None:
     limited = level > 0 and limiter_norms[0] is not None
-    if choices != {"triton"} or not limited or not isinstance(steps, Tensor) or control is not None:
+    as_they_are = control is None and all(hyper.grad_factor == 1 for hyper in hypers)
+    if choices != {"triton"} or not limited or not isinstance(steps, Tensor) or not as_they_are:
         raise ValueError(
             "a step that looks at the gradients first needs the Triton backend, a limiter, steps that the device "
-            "counts, and no control before it has looked"
+            "counts, and neither a grad_factor nor control before it has looked"
         )
 
 

@@ -72,8 +72,8 @@ class Begun(NamedTuple):
     Attributes:
         seen: Where it has looked at the gradients, of parts of them the sum of squares, and more than 0 where an
             element is not finite: float32 ``[2, parts]``, several times.
-        finish: Takes the rest of the step, given what :func:`gwt_kernels.control.control_` decided, if the step has
-            looked, and the limiter's divisors, if it has summed; None where the backend has begun nothing.
+        finish: Takes the rest of the step, once, given what :func:`gwt_kernels.control.control_` decided, if the
+            step has looked, and the limiter's divisors, if it has summed; None where the backend has begun nothing.
         sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or
             in float64 for float64 parameters. Empty where they were not asked for.
     """

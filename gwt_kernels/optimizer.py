@@ -82,7 +82,8 @@ class GWTAdamW(Optimizer):
         maximize: Ascend instead of descend.
         max_grad_norm: Global norm over all parameters to clip to within the step, as
             ``torch.nn.utils.clip_grad_norm_`` before it would, to rounding; gradients are read once more and stay
-            as they are. None for no clipping, infinity to measure the norm alone.
+            as they are. None for no clipping, infinity to measure the norm alone, which Triton's limiter does on
+            its way.
         skip_nonfinite: Skip a step, all of it, when any gradient holds an infinity or a NaN; ``skipped_steps``
             counts. Otherwise such gradients spoil weights and moments, as in ``torch.optim.AdamW``.
         capturable: Keep step counts on the parameters' device and take ``lr`` as a tensor there, so that a CUDA

@@ -41,7 +41,7 @@ class Snapshot:
         self._options = options
         self._addresses = list(map(Tensor.data_ptr, held))
         self._are_params = _like(held)
-        self._states = list(state.values())
+        self._owners, self._states = list(state), list(state.values())
         self._lengths = list(map(len, self._states))
         self._entries = _entries(self._states)
         self._absent = [i for i, g in enumerate(grads) if g is None]
@@ -63,7 +63,8 @@ class Snapshot:
             # An assignment to p.data changes one of these.
             and list(map(Tensor.data_ptr, held)) == self._addresses
             and self._are_params(held)
-            # A state that was replaced, or a tensor in it, is another object.
+            # A state that was replaced, or a tensor in it, is another object, and one that moved another's.
+            and _same(list(state), self._owners)
             and _same(list(state.values()), self._states)
             and list(map(len, self._states)) == self._lengths
             and all(map(_still, self._entries))

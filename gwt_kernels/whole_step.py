@@ -21,7 +21,8 @@ def look(
 ) -> list[Begun | None]:
     """Begin the step of every bucket whose first pass can look at the gradients for what :func:`decide` asks.
 
-    Nothing changes before :func:`update` takes the rest. Arguments as there.
+    Nothing changes before :func:`update` takes the rest; what had to be copied, as tensors that are not contiguous,
+    stays until then. Arguments as there.
     """
     return [
         bucket.begin(Call(own, hypers, None, same_tensors), looks=True) if bucket.looks else None

@@ -53,6 +53,7 @@ def test_clipping_is_part_of_the_timed_step() -> None:
         (gwt(2, HALF, limiter=True), 14),  # g, m and v once more
         (gwt(0, HALF, limiter=False), 22),
         (gwt(2, HALF, limiter=False, clips=True), 12),
+        (gwt(2, HALF, limiter=True, clips=True), 16),
         (gwt(2, HALF, limiter=False, skips=True), 12),
         (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass looks
         (gwt(3, SINGLE, limiter=False), 14),

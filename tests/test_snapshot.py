@@ -118,6 +118,16 @@ def _narrow(held: Held) -> None:
     held.params[0].grad = torch.randn(2, 8)
 
 
+def _rename(own: dict[str, Any], old: str, new: str) -> None:
+    own[new] = own.pop(old)
+
+
+def _exchange(held: Held) -> None:
+    states = [held.state.pop(p) for p in held.params]
+    p, q, *others = held.params
+    held.state.update(zip((q, p, *others), states, strict=True))  # the states' own order stays
+
+
 CHANGES: dict[str, Callable[[Held], object]] = {
     "gradient gone": _set(0, lambda p: None),
     "gradient come": _set(2, torch.randn_like),
@@ -132,6 +142,9 @@ CHANGES: dict[str, Callable[[Held], object]] = {
     "moment replaced": lambda held: held.state[held.params[0]].update(exp_avg=torch.zeros(4, 2)),
     "state entry added": lambda held: held.state[held.params[0]].update(limiter_norm=torch.zeros(())),
     "state entry removed": lambda held: held.state[held.params[0]].pop("exp_avg"),
+    "state entry renamed": lambda held: _rename(held.state[held.params[0]], "exp_avg", "m"),
+    "states of each other": _exchange,
+    "state of another": lambda held: held.state.__setitem__(held.params[0].clone(), held.state.pop(held.params[2])),
     "state gone": lambda held: held.state.pop(held.params[1]),
     "option": lambda held: held.options.__setitem__(0, (3, "gwt", 3)),
     "parameter replaced": lambda held: held.params.__setitem__(2, torch.nn.Parameter(torch.randn(4, 8))),

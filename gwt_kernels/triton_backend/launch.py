@@ -165,6 +165,7 @@ class _Rest(NamedTuple):
     uncounted: list[Tensor]
     """Step counts of empty tensors."""
 
+    @torch.no_grad()
     def finish(self, control: Tensor | None, limits: Tensor | None) -> None:
         """See :class:`gwt_kernels.functional.Begun`."""
         with device_guard(self.params[0].device):

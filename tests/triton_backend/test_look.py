@@ -11,13 +11,13 @@ import torch
 from gwt_kernels import GWTAdamW, whole_step
 from gwt_kernels.control import squares
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from gwt_kernels.triton_backend import control_launch
+from gwt_kernels.triton_backend import control_launch, launch
 from tests import interpreter
 from tests.poisoned import LAYOUTS
 from tests.runs import assert_same_bits, give_gradients, parameters, place, results, snapshot
 from tests.steps import ARRAYS, Bucket
 
-# Several tiles and chunks of either path, one block, part of a block, and nothing.
+# Several tiles of either path, one block, part of a block, and nothing.
 SHAPES = [(5, 1024), (3, 700), (0, 8), (8,), (1, 9)]
 
 
@@ -40,9 +40,16 @@ def total_of(seen, device) -> list[float]:
         return squares([torch.zeros(0, device=device)], "triton", seen=seen).tolist()
 
 
+@pytest.fixture(params=[1, 3, launch.MAX_CHUNKS])
+def _chunks(request, monkeypatch):
+    """Chunks of several tiles, as large models have them, and of one."""
+    monkeypatch.setattr(launch, "MAX_CHUNKS", request.param)
+
+
 # What it sees ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
@@ -54,7 +61,8 @@ def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
     assert_same_bits(bucket.results(), before)
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -math.nan])
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize(("tensor", "element"), [(0, 0), (0, 4095), (0, 5119), (1, 699), (1, 2099), (3, 3), (4, 8)])
 def test_it_sees_every_element_that_is_not_finite(device, tensor, element, value):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
@@ -133,13 +141,14 @@ def test_steps_are_those_without_a_look(device, options):
     runs = []
     for kind in (GWTAdamW, ReadsFirst):
         params = parameters([(64, 512), (3, 37), (0, 8), (16, 8)], place("triton", device), dtype)
+        params[1] = torch.nn.Parameter(params[1].detach().t().contiguous().t())  # updated in a copy
         groups = [{"params": params[:3], "level": 2}, {"params": params[3:], "level": 0}]
         optimizer = kind(groups, lr=0.01, backend="triton", skip_nonfinite=True, **options)
         for t in range(5):
             give_gradients(params, seed=t)
-            params[1].grad = params[1].grad.t().contiguous().t()
+            params[0].grad = params[0].grad.t().contiguous().t()
             if t in (1, 3):
-                params[t - 1].grad.view(-1)[:1] = math.nan
+                params[t // 2].grad[0, 0] = math.nan
             with interpreter.like_a_gpu():
                 optimizer.step()
         runs.append((results(optimizer), optimizer.telemetry(), float(optimizer.skipped_steps)))
@@ -150,6 +159,24 @@ class ReadsFirst(GWTAdamW):
     """The control: reads all gradients before it begins."""
 
     _steps_on_gradients_as_they_are = False
+
+
+def test_what_is_left_of_a_step_needs_no_mode(device):
+    """As the step itself: parameters that want gradients are updated in place, here one in a copy."""
+    p = torch.nn.Parameter(torch.randn(16, 8, device=device).t())
+    moments = [torch.zeros(8, 4, device=device) for _ in range(2)]
+    norm, steps = torch.zeros((), device=device), torch.zeros(1, dtype=torch.float64, device=device)
+    before = p.detach().clone()
+    with interpreter.like_a_gpu():
+        begun = gwt_adamw_(
+            params=[p], grads=[torch.randn(8, 16, device=device)], exp_avgs=moments[:1], exp_avg_sqs=moments[1:],
+            limiter_norms=[norm], steps=steps, hypers=[Hyper()], level=2, backend="triton", looks=True,
+        )  # fmt: skip
+        assert torch.equal(p, before)
+        begun.finish(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=device), None)
+    assert not torch.equal(p, before)
+    assert p.is_leaf
+    assert steps == 1
 
 
 def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
@@ -175,9 +202,10 @@ def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
         {"level": 0},
         {"steps": [1] * 5},
         {"control": torch.ones(3, dtype=torch.float64)},
+        {"hypers": [Hyper(grad_factor=0.5)] * 5},
         {"backend": "torch"},
     ],
-    ids=["no limiter", "level 0", "the host counts", "control", "torch"],
+    ids=["no limiter", "level 0", "the host counts", "control", "factor", "torch"],
 )
 def test_a_step_that_cannot_look_is_refused(device, options):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
