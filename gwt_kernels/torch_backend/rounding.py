@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,20 +42,32 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words of 32 random bits for each of ``calls`` (int64, at least 0), as int64."""
-    c0, c1, c2, c3, spare = calls.new_empty(5, calls.numel())
-    torch.bitwise_and(calls, _MASK, out=c0)
-    torch.bitwise_right_shift(calls, 32, out=c1)
-    c2.fill_(step & _MASK)
-    c3.fill_(purpose)
+    c0, c1, c2, c3 = _rounds(calls & _MASK, calls >> 32, step & _MASK, purpose, key)
+    return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _rounds(c0: Tensor, c1: Tensor | int, step: int, purpose: int, key: int) -> tuple[Tensor, ...]:
+    """The words of the counters, with other bits above the 32 of the second and the fourth.
+
+    What is the same for all counters stays an integer of Python's, and costs nothing for two rounds.
+    """
+    words: tuple[Any, ...] = (c0, c1, step, purpose)
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(ROUNDS):
-        low, high = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])  # 64 bits, of which the sign does not matter
-        c0 = torch.bitwise_right_shift(high, 32, out=spare).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
-        # The old c1 is not needed any more, nor then c3: their memory takes what comes next.
-        c2 = torch.bitwise_right_shift(low, 32, out=c1).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
-        c1, c3, spare = high, low, c3
+        low, high = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]  # of 64 bits; the sign does not matter
+        words = _mixed(high, words[1], k0), high, _mixed(low, words[3], k1), low
         k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-    return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+    return words
+
+
+def _mixed(product: Any, word: Any, key: int) -> Any:
+    """The upper half of ``product`` xor the lower ones of ``word`` and ``key``: tensors, or integers."""
+    upper = product >> 32
+    if isinstance(upper, int):
+        upper, word = word, upper
+    if isinstance(word, int):
+        return (upper ^ (word ^ key) & _MASK) & _MASK
+    return upper.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_MASK)
 
 
 def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
@@ -66,10 +79,15 @@ def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
 
 def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
     """The words of the calls from ``first`` to before ``stop``, in their order: int32 ``[4 * calls]``."""
-    words = torch.empty(stop - first, 4, dtype=torch.int32, device=device)
-    for i, word in enumerate(philox(torch.arange(first, stop, device=device), step, purpose, key)):
-        words[:, i] = word
-    return words.view(-1)
+    calls = torch.arange(first, stop, device=device)
+    if first >> 32 == (stop - 1) >> 32:
+        c0, c1, c2, c3 = _rounds(calls & _MASK, first >> 32, step & _MASK, purpose, key)
+    else:
+        c0, c1, c2, c3 = philox(calls, step, purpose, key)
+    pairs = torch.empty(stop - first, 2, dtype=torch.int64, device=device)
+    torch.add(c0, c1, alpha=1 << 32, out=pairs[:, 0])  # the lower word first, as in the memory of every machine
+    torch.add(c2, c3, alpha=1 << 32, out=pairs[:, 1])  # that runs this
+    return pairs.view(-1).view(torch.int32)
 
 
 def random_words(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
@@ -81,7 +99,7 @@ def random_words(first: int, n: int, step: int, key: int, device: torch.device) 
 def random_halves(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
     """16 random bits, as int32, for each of the weights ``first`` to ``first + n - 1``: ``[n]``."""
     words = _draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device)
-    halves = words.view(torch.int16)  # the lower half first, as in the memory of every machine that runs this
+    halves = words.view(torch.int16)  # the lower half first
     return halves[first % 8 : first % 8 + n].to(torch.int32).bitwise_and_(0xFFFF)
 
 
