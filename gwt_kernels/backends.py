@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
+import sys
 from typing import Literal, get_args
 
 import torch
 
 __all__ = ["MAX_TRITON_LEVEL", "Backend", "check_name", "resolve", "triton_obstacle"]
 
-Backend = Literal["triton", "torch"]
+Backend = Literal["triton", "torch", "compiled"]
 
 MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
@@ -30,15 +32,23 @@ def resolve(
 ) -> Backend:
     """The backend for tensors of ``dtype`` on ``device``.
 
-    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else.
+    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else; ``"compiled"`` is
+    torch, with parts of it compiled.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: ``"triton"`` was asked for and cannot run on these tensors; the message says why.
+        RuntimeError: what was asked for cannot run on these tensors; the message says why.
     """
     check_name(backend)
     if backend == "torch" or (backend is None and device.type != "cuda"):
         return "torch"
+    if backend == "compiled":
+        obstacle = compiler_obstacle(device)
+        if obstacle is None:
+            return "torch"
+        raise RuntimeError(
+            f"backend='compiled' cannot run here: {obstacle}; use backend='torch', or None to choose"
+        )
     obstacle = triton_obstacle(device, dtype, level, wavelet)
     if obstacle is None:
         return "triton"
@@ -62,6 +72,17 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wa
         return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a CUDA device's memory"
     if device.type != "cuda" and not interpreted():
         return f"the tensors are on {device}, and Triton runs on CUDA devices (or under TRITON_INTERPRET=1)"
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def compiler_obstacle(device: torch.device) -> str | None:
+    """Why parts of the torch backend cannot be compiled for tensors on ``device``; None where they can."""
+    if device.type != "cpu":
+        return f"the tensors are on {device}, and what it compiles is for a CPU"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # torch.compile's choice
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler and finds no {compiler!r} (install one, or name another in CXX)"
     return None
 
 

@@ -166,6 +166,7 @@ def gwt_adamw_(
             spans=absent if spans is None else spans,
             limits=divisors,
             telemetry=absent if telemetry is None else telemetry.unbind(),
+            compiled=backend == "compiled",
         )
     if counts is not None:
         counts.add_(1)

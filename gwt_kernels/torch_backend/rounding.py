@@ -9,7 +9,7 @@ coefficient, of which the lower half serves ``exp_avg`` and the upper half ``exp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,16 +18,25 @@ from torch import Tensor
 __all__ = [
     "MOMENTS",
     "WEIGHTS",
+    "Draw",
     "blocks",
+    "draw",
     "join_low",
+    "pairs",
     "philox",
     "random_halves",
     "random_halves_at",
     "random_words",
     "random_words_at",
     "round_at_random",
+    "round_moments",
+    "round_weights",
     "split_low",
+    "split_low_",
+    "upper_halves",
 ]
+
+Draw = Callable[[int, int, int, int, int, torch.device], Tensor]
 
 WEIGHTS, MOMENTS = 0, 1  # purposes
 ROUNDS = 7
@@ -46,18 +55,26 @@ def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Te
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def _rounds(c0: Tensor, c1: Tensor | int, step: int, purpose: int, key: int) -> tuple[Tensor, ...]:
-    """The words of the counters, with other bits above the 32 of the second and the fourth.
+def pairs(calls: Tensor, high: Any, step: Any, purpose: Any, key: Any) -> Tensor:
+    """The words in their order, two in an int64, the first one lower: ``[calls, 2]``.
 
-    What is the same for all counters stays an integer of Python's, and costs nothing for two rounds.
+    What is the same for all calls is an integer or a tensor of ``calls``'s shape; ``high`` is ``calls >> 32``.
     """
-    words: tuple[Any, ...] = (c0, c1, step, purpose)
+    c0, c1, c2, c3 = _rounds(calls & _MASK, high, step & _MASK, purpose, key)
+    return torch.stack([c0.add_(c1, alpha=1 << 32), c2.add_(c3, alpha=1 << 32)], -1)
+
+
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, key: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of counters, with other bits above the 32 of the second and the fourth.
+
+    What is the same for all counters may stay an integer of Python's, and then costs nothing for two rounds.
+    """
     k0, k1 = key & _MASK, key >> 32 & _MASK
     for _ in range(ROUNDS):
-        low, high = words[0] * _MULTIPLIERS[0], words[2] * _MULTIPLIERS[1]  # of 64 bits; the sign does not matter
-        words = _mixed(high, words[1], k0), high, _mixed(low, words[3], k1), low
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 64 bits, of which the sign does not matter
+        c0, c1, c2, c3 = _mixed(high, c1, k0), high, _mixed(low, c3, k1), low
         k0, k1 = (k0 + _INCREMENTS[0]) & _MASK, (k1 + _INCREMENTS[1]) & _MASK
-    return words
+    return c0, c1, c2, c3
 
 
 def _mixed(product: Any, word: Any, key: int) -> Any:
@@ -77,29 +94,23 @@ def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
-    """The words of the calls from ``first`` to before ``stop``, in their order: int32 ``[4 * calls]``."""
+def draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
+    """The words of the calls from ``first`` to before ``stop``: what :func:`pairs` returns."""
     calls = torch.arange(first, stop, device=device)
-    if first >> 32 == (stop - 1) >> 32:
-        c0, c1, c2, c3 = _rounds(calls & _MASK, first >> 32, step & _MASK, purpose, key)
-    else:
-        c0, c1, c2, c3 = philox(calls, step, purpose, key)
-    pairs = torch.empty(stop - first, 2, dtype=torch.int64, device=device)
-    torch.add(c0, c1, alpha=1 << 32, out=pairs[:, 0])  # the lower word first, as in the memory of every machine
-    torch.add(c2, c3, alpha=1 << 32, out=pairs[:, 1])  # that runs this
-    return pairs.view(-1).view(torch.int32)
+    same = first >> 32 == (stop - 1) >> 32
+    return pairs(calls, first >> 32 if same else calls >> 32, step, purpose, key)
 
 
-def random_words(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
+def random_words(first: int, n: int, step: int, key: int, device: torch.device, draw: Draw = draw) -> Tensor:
     """32 random bits, as int32, for each of the moment coefficients ``first`` to ``first + n - 1``: ``[n]``."""
-    words = _draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device)
+    # The lower word, and below the lower half of it, is the first in the memory of every machine that runs this.
+    words = draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device).view(-1).view(torch.int32)
     return words[first % 4 : first % 4 + n]
 
 
-def random_halves(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
+def random_halves(first: int, n: int, step: int, key: int, device: torch.device, draw: Draw = draw) -> Tensor:
     """16 random bits, as int32, for each of the weights ``first`` to ``first + n - 1``: ``[n]``."""
-    words = _draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device)
-    halves = words.view(torch.int16)  # the lower half first
+    halves = draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device).view(-1).view(torch.int16)
     return halves[first % 8 : first % 8 + n].to(torch.int32).bitwise_and_(0xFFFF)
 
 
@@ -123,6 +134,23 @@ def _at(index: Tensor, per_call: int, step: int, purpose: int, key: int) -> Tens
     return words.gather(0, (index % per_call * 4 // per_call).unsqueeze(0)).squeeze(0)
 
 
+def round_weights(x: Tensor, first: int, step: int, key: int, dtype: torch.dtype) -> Tensor:
+    """The weights from ``first`` on, float32 ``[n]``, rounded at random to ``dtype``."""
+    return round_at_random(x, random_halves(first, x.numel(), step, key, x.device), dtype)
+
+
+def round_moments(m: Tensor, v: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Both moments in bfloat16, rounded by the lower halves of random ``words`` and by the upper ones."""
+    bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
+    return round_at_random(m, bits[0], torch.bfloat16), round_at_random(v, bits[1], torch.bfloat16)
+
+
+def upper_halves(raw: Tensor, bits: Tensor) -> Tensor:
+    """The bits of bfloat16 that those of float32, but for NaN, are rounded to: int32."""
+    below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
+    return below.mul_(bits).add_(raw).bitwise_right_shift_(16)
+
+
 def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
 
@@ -132,10 +160,7 @@ def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
     """
     if dtype == torch.bfloat16:
-        raw = _one_nan(x).view(torch.int32)
-        below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
-        raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
-        return raw.to(torch.int16).view(torch.bfloat16)
+        return upper_halves(_one_nan(x).view(torch.int32), bits).to(torch.int16).view(torch.bfloat16)
     # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
     size = x.abs()
     infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else
@@ -150,10 +175,17 @@ def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
-    raw = _one_nan(x).view(torch.int32)
-    high = raw.add(0x8000).bitwise_right_shift_(16)
-    # The lower 16 bits as a signed number are negative just where the upper ones were rounded up.
-    return high.to(torch.int16).view(torch.bfloat16), raw.to(torch.int16)
+    weight, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.int16)
+    split_low_(x.clone(), weight, low)
+    return weight, low
+
+
+def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
+    """Store in ``weight`` and ``low`` what :func:`split_low` returns; ``x`` is overwritten."""
+    raw = x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+    low.copy_(raw)
+    # The lower 16 bits as a signed number are negative just where the upper ones are rounded up.
+    weight.view(torch.int16).copy_(raw.add_(0x8000).bitwise_right_shift_(16))
 
 
 def _one_nan(x: Tensor) -> Tensor:
@@ -163,4 +195,4 @@ def _one_nan(x: Tensor) -> Tensor:
 
 def join_low(weight: Tensor, low: Tensor) -> Tensor:
     """The float32 that :func:`split_low` made two tensors of."""
-    return weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low).view(torch.float32)
+    return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)
