@@ -84,7 +84,7 @@ def test_the_interpreter_takes_tensors_on_a_cpu(monkeypatch, value):
 
 def test_unknown_names():
     for name in ("cuda", "", "Torch", 1):
-        with pytest.raises(ValueError, match=r"unknown backend .*'triton', 'torch', or None"):
+        with pytest.raises(ValueError, match=r"unknown backend .*'triton', 'torch', 'compiled', or None"):
             backends.resolve(name, CPU, torch.float32, 2)
     for name in (None, "triton", "torch"):
         backends.check_name(name)

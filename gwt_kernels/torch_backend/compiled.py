@@ -57,7 +57,7 @@ class _Compiled:
 @_Compiled
 def _pairs(n: int, numbers: Tensor) -> Tensor:
     first, step, purpose, key = numbers.unbind()
-    calls = torch.arange(n) + first
+    calls = torch.arange(n, device=numbers.device) + first
     return rounding.pairs(calls, calls >> 32, step.expand(n), purpose.expand(n), key)
 
 
@@ -78,12 +78,26 @@ def _rounded(raw: Tensor, bits: Tensor) -> Tensor:
     return torch.where(raw & 0x7FFFFFFF > 0x7F800000, 0x7FC0, rounding.upper_halves(raw, bits))
 
 
+@_Compiled
+def _round_float16(x: Tensor, raw: Tensor, bits: Tensor) -> Tensor:
+    """Bits of float16: :func:`gwt_kernels.torch_backend.rounding.round_at_random` without views, which it needs."""
+    size = raw & 0x7FFFFFFF
+    # 13 bits fall away, and round up what they exceed. Below 2**-14 the last place is fixed.
+    rounded = (size.clamp(max=0x477FE000) + 0x1FFF - (bits >> 3) >> 13) - (112 << 10)
+    units = x.abs().clamp(max=2.0**-14) * 2.0**24
+    whole = units.floor()
+    small = (whole + torch.where(bits < (units - whole) * 65536.0, 1.0, 0.0)).to(torch.int32)
+    rounded = torch.where(size < 113 << 23, small, rounded)
+    rounded = torch.where(size < 0x7F800000, rounded, torch.where(size > 0x7F800000, 0x7E00, 0x7C00))
+    return rounded | raw >> 16 & 0x8000
+
+
 def draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
     """See :func:`gwt_kernels.torch_backend.rounding.draw`."""
     if stop - first < SMALLEST:
         return rounding.draw(first, stop, step, purpose, key, device)
     # Numbers that change come in a tensor: nothing is compiled again for the next ones.
-    pairs: Tensor = _pairs(stop - first, torch.tensor([first, step & 0xFFFFFFFF, purpose, key]))
+    pairs: Tensor = _pairs(stop - first, torch.tensor([first, step & 0xFFFFFFFF, purpose, key], device=device))
     return pairs
 
 
@@ -94,7 +108,8 @@ def round_weights(x: Tensor, first: int, step: int, key: int, dtype: torch.dtype
         return rounding.round_weights(x, first, step, key, dtype)
     if dtype != torch.bfloat16:
         bits = rounding.random_halves(first, n, step, key, x.device, draw)
-        return rounding.round_at_random(x, bits, dtype)
+        half: Tensor = _round_float16(x, x.view(torch.int32), bits)
+        return half.to(torch.int16).view(dtype)
     before, after = first % 8, -(first + n) % 8
     if before or after:
         x = F.pad(x, (before, after))
@@ -131,4 +146,4 @@ _ENCODERS = {
     quantum(6): _Compiled(lambda m, v, words: quantized.encode(m, v, words, 6)),
 }
 
-KERNELS = Kernels(draw, round_weights, round_moments, encode)
+KERNELS = Kernels(draw, round_weights, round_moments, encode, calls=1 << 17)  # scratch memory is less

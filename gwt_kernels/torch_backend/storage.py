@@ -11,6 +11,7 @@ from torch import Tensor
 from gwt_kernels.hyper import Rounding, Span, quantum
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode
 from gwt_kernels.torch_backend.rounding import (
+    CALLS,
     Draw,
     blocks,
     draw,
@@ -37,6 +38,8 @@ class Kernels(NamedTuple):
     round_weights: Callable[[Tensor, int, int, int, torch.dtype], Tensor] = round_weights
     round_moments: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = round_moments
     encode: Encode = encode
+    calls: int = CALLS
+    """Of the generator, whose words a thread makes and uses at once."""
 
 
 class Chunk(NamedTuple):
@@ -89,7 +92,7 @@ class Storage(NamedTuple):
             return
         first, second = chunk.m.view(-1), chunk.v.view(-1)
         m, v = m.float().reshape(-1), v.float().reshape(-1)
-        for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
+        for part in blocks(m.numel(), 4 * self.kernels.calls, m.device):  # of whole quanta but for the last
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
             if chunk.scales is None:
                 first[part], second[part] = self.kernels.round_moments(m[part], v[part], words)
@@ -106,7 +109,7 @@ class Storage(NamedTuple):
         elif self.rounding == "stochastic":
             flat = p.float().reshape(-1)
             rounded = chunk.p.contiguous().view(-1)
-            for part in blocks(flat.numel(), 8, p.device):
+            for part in blocks(flat.numel(), 8 * self.kernels.calls, p.device):
                 rounded[part] = self._round(flat[part], chunk.first + part.start, chunk.p.dtype)
             if not chunk.p.is_contiguous():
                 chunk.p.copy_(rounded.view(chunk.p.shape))
@@ -124,7 +127,7 @@ class Storage(NamedTuple):
         if self.spans is None or self.spans[1].run == self.spans[1].pitch:
             first += self.spans[1].first if self.spans else 0
             return random_words(first, n, self.step, self.key, device, self.kernels.draw)
-        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key)
+        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key).to(torch.int32)
 
 
 def _indices(span: Span, first: int, n: int, device: torch.device) -> Tensor:
