@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,11 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_triton(torch.ones(8))
 
 
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    backends.resolve("compiled", torch.device("cpu"), torch.float32, 2)
+
+
 def interpreted_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     raise RuntimeError(backends.triton_obstacle(torch.device("cuda"), torch.float32))
@@ -130,6 +136,7 @@ PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "cannot follow pointers": interpreted_on_cuda,
     "compiles none": interpreted_codegen,
     "its arithmetic is float32": lambda _: on_triton(torch.ones(8, dtype=torch.float64)),
+    "needs a C++ compiler": without_compiler,
     "is too deep": lambda _: optimizer(level=5),
     "found nothing to transform": nothing_to_transform,
     "matches no parameter": lambda _: gwt_param_groups(nn.Linear(8, 8), include=["nowhere"]),
@@ -155,10 +162,13 @@ def test_messages_are_real(part: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(messages) == len(PROVOKED)  # none that nothing here provokes
     (message,) = (text for text in messages if part in text)
     provoke = foreign_record(tmp_path) if part == "has the format" else PROVOKED[part]
-    backends.triton_obstacle.cache_clear()
+    remembered = (backends.triton_obstacle, backends.compiler_obstacle)
+    for obstacle in remembered:
+        obstacle.cache_clear()
     try:
         with pytest.raises(ERRORS) as caught:
             provoke(monkeypatch)
     finally:
-        backends.triton_obstacle.cache_clear()
+        for obstacle in remembered:
+            obstacle.cache_clear()
     assert re.fullmatch(".*".join(map(re.escape, message.split("…"))), str(caught.value), re.DOTALL)
