@@ -118,6 +118,23 @@ def _precision(runs: Sequence[Run], root: str) -> str:
     return table(["weights", "optimizer", "held-out loss", "seeds", "state bytes"], rows, left=2)
 
 
+def _roundings(runs: Sequence[Run], root: str) -> str:
+    """Steps on a CPU over the float32 step, by how numbers are kept, rule and backend."""
+    found = of(runs, "roundings")
+    if not found:
+        return "Nothing is recorded yet: `python -m bench.roundings` measures it."
+    columns = [(rule, backend) for rule in ("gwt", "foam") for backend in ("torch", "compiled")]
+    ratios: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for row in found[0].rows:
+        if row["metric"] == "step_ratio":
+            kept = tuple(row[key] for key in ("weights", "rounding", "moments"))
+            shown = row["note"] if row["median"] is None else f"{row['median']:.2f}"
+            ratios.setdefault(kept, {})[row["rule"], row["backend"]] = shown
+    headings = ["weights", "`weight_rounding`", "moments", *(f"{rule}, `{backend}`" for rule, backend in columns)]
+    rows = [[*kept, *(own.get(column, "") for column in columns)] for kept, own in ratios.items()]
+    return table(headings, rows, left=3)
+
+
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "memory": lambda runs, root: memory_table(),
     "levels": lambda runs, root: level_table(),
@@ -129,5 +146,6 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "performance": _performance,
     "codes": _codes,
     "precision": _precision,
+    "roundings": _roundings,
     "regimes": lambda runs, root: quality.regimes(runs),
 }
