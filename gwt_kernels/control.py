@@ -4,24 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gwt_kernels import backends
 
-__all__ = ["control_", "decide", "send", "squares"]
+__all__ = ["Asked", "control_", "decide", "send", "squares"]
+
+
+class Asked(NamedTuple):
+    """What a step asks of all gradients, and what it is told of them.
+
+    Attributes:
+        max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping,
+            infinity to measure the norm alone.
+        skip_nonfinite: Whether a gradient that holds an infinity or a NaN makes the step be skipped.
+        grad_scale: What the gradients were multiplied by, one element (``torch.amp.GradScaler``'s); None for 1.
+        found_inf: One element, above 0 where the step is to be skipped (``torch.amp.GradScaler``'s); or None.
+    """
+
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def of_gradients(self) -> bool:
+        """Whether gradients have to be read before the step."""
+        return self.max_norm is not None or self.skip_nonfinite
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to decide."""
+        return self.of_gradients or self.found_inf is not None
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether the step may begin with the gradients as they are: no factor on them is to be found first."""
+        unclipped = self.max_norm is None or math.isinf(self.max_norm)
+        return self.of_gradients and unclipped and self.found_inf is None
 
 
 @torch.no_grad()
 def control_(
     buckets: Sequence[tuple[Sequence[Tensor], backends.Backend | None]],
+    asked: Asked,
     *,
-    max_norm: float | None = None,
-    skip_nonfinite: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
     skipped: Tensor,
     workspace: dict[Any, dict[str, Any]] | None = None,
     reduce: Callable[[Tensor], None] | None = None,
@@ -31,11 +61,7 @@ def control_(
 
     Args:
         buckets: Gradients of any shapes and dtypes, with the backend asked for; those of one bucket on one device.
-        max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping,
-            infinity to measure the norm alone.
-        skip_nonfinite: Whether a gradient that holds an infinity or a NaN makes the step be skipped.
-        grad_scale: What the gradients were multiplied by, one element (``torch.amp.GradScaler``'s); None for 1.
-        found_inf: One element, above 0 where the step is to be skipped (``torch.amp.GradScaler``'s); or None.
+        asked: What is to be decided, and by what.
         skipped: Number of steps skipped so far, a float64 scalar, counted here.
         workspace: Where the Triton backend keeps its tables from step to step; None makes them anew.
         reduce: Adds what :func:`squares` returns over processes, in place; None for one process.
@@ -45,36 +71,29 @@ def control_(
         For every device of the gradients float64 ``[3]``: the factor on gradients, 1 where the step is taken and 0
         where not, and the global norm of the unscaled gradients (NaN where nothing asked for it).
     """
-    by_place: dict[tuple[torch.device, str], list[Tensor]] = {}
+    by_place: dict[tuple[torch.device, str], tuple[list[Tensor], list[Tensor]]] = {}  # gradients; what is seen
     for grads, backend in buckets:
         device = grads[0].device
         choice = backends.resolve(backend, device, grads[0].dtype, 0)
-        by_place.setdefault((device, choice), []).extend(grads)
-    known: dict[torch.device, list[Tensor]] = {}
+        by_place.setdefault((device, choice), ([], []))[0].extend(grads)
     for part in seen:
-        by_place.setdefault((part.device, "triton"), [])
-        known.setdefault(part.device, []).append(part)
+        by_place.setdefault((part.device, "triton"), ([], []))[1].append(part)
     home = skipped.device
     total = None
-    if max_norm is not None or skip_nonfinite:
+    if asked.of_gradients:
         parts = [
-            squares(
-                grads,
-                choice,
-                None if workspace is None else workspace.setdefault((device, choice), {}),
-                known.get(device, ()) if choice == "triton" else (),
-            )
-            for (device, choice), grads in by_place.items()
+            squares(own, place[1], None if workspace is None else workspace.setdefault(place, {}), known)
+            for place, (own, known) in by_place.items()
         ]
         total = send(parts[0], home)
         for part in parts[1:]:
             total = total + send(part, home)
         if reduce is not None:
             reduce(total)
-    scale, found = (None if x is None else send(x, home) for x in (grad_scale, found_inf))
-    clipped = max_norm if max_norm is not None and math.isfinite(max_norm) else None
-    on_triton = any(device == home and choice == "triton" for device, choice in by_place)
-    decided = decide("triton" if on_triton else "torch", total, clipped, skip_nonfinite, scale, found, skipped)
+    scale, found = (None if x is None else send(x, home) for x in (asked.grad_scale, asked.found_inf))
+    clipped = asked.max_norm if asked.max_norm is not None and math.isfinite(asked.max_norm) else None
+    on = "triton" if (home, "triton") in by_place else "torch"
+    decided = decide(on, total, clipped, asked.skip_nonfinite, scale, found, skipped)
     return {device: send(decided, device) for device in {home, *(device for device, _ in by_place)}}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal, overload
@@ -15,7 +14,7 @@ from gwt_kernels import backends, whole_step
 from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits
 from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
-from gwt_kernels.control import send
+from gwt_kernels.control import Asked
 from gwt_kernels.functional import Begun, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
@@ -244,9 +243,7 @@ class GWTAdamW(Optimizer):
         own = [bucket.gradients(grads) for bucket in self._buckets]
         if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
-        begun: list[Begun | None] = [None] * len(own)
-        if self._steps_on_gradients_as_they_are:
-            begun = whole_step.look(self._buckets, own, hypers, same)
+        begun = whole_step.look(self._buckets, own, self._asked, hypers, same)
         control = self._decide(own, begun)
         whole_step.update(self._buckets, own, begun, self._limits.values(), hypers, control, same)
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
@@ -274,13 +271,7 @@ class GWTAdamW(Optimizer):
             :func:`gwt_kernels.telemetry.read` explains: ``detail_energy``, ``update_rms``, ``limiter`` and
             ``nonfinite``. Empty unless the optimizer was built with ``telemetry=True``.
         """
-        rows = {}
-        for i, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
-            for name, p in zip(names, group["params"], strict=True):
-                if p in self._rows:
-                    rows[name] = (self._rows[p], p.numel())
-        return telemetry_rows.read(rows)
+        return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
@@ -348,41 +339,23 @@ class GWTAdamW(Optimizer):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
 
     @property
-    def _is_controlled(self) -> bool:
-        """Whether the gradients, or a ``GradScaler``, have a say in what the step does."""
-        return self.max_grad_norm is not None or self.skip_nonfinite or hasattr(self, "found_inf")
-
-    @property
-    def _steps_on_gradients_as_they_are(self) -> bool:
-        """Whether the step is controlled, but for no factor on gradients: what is asked of them can come later."""
-        unclipped = self.max_grad_norm is None or math.isinf(self.max_grad_norm)
-        return self._is_controlled and unclipped and not hasattr(self, "found_inf")
+    def _asked(self) -> Asked:
+        """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
+        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return Asked(self.max_grad_norm, self.skip_nonfinite, *scaler)
 
     def _decide(self, grads: list[list[Tensor]], begun: list[Begun | None]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
-        self._grad_norm = None
-        if not (self._is_controlled and (grads or self._totals)):
+        asked, self._grad_norm = self._asked, None
+        if not (asked.anything and (grads or self._totals)):
             return None
         devices = [bucket.device for bucket in self._buckets] or [self.param_groups[0]["params"][0].device]
-        home = next((device for device in devices if device.type == "cuda"), devices[0])
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.float64, device=home)
-        elif self._skipped.device.type == "cpu":
-            self._skipped = send(self._skipped, home)
+        skipped = self._skipped = whole_step.count_of_skipped(self._skipped, devices)
         control = whole_step.decide(
-            self._buckets,
-            grads,
-            begun,
-            self._totals,
-            max_norm=self.max_grad_norm,
-            skip_nonfinite=self.skip_nonfinite,
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-            skipped=self._skipped,
-            workspace=self._workspace,
+            self._buckets, grads, begun, self._totals, asked, skipped, workspace=self._workspace
         )
-        if self.max_grad_norm is not None or self.skip_nonfinite:
-            self._grad_norm = control[self._skipped.device][2]
+        if asked.of_gradients:
+            self._grad_norm = control[skipped.device][2]
         return control
 
     def _renew_buckets(
@@ -392,9 +365,10 @@ class GWTAdamW(Optimizer):
 
         Returns whether the buckets are those of the last step.
         """
-        on_device = self.capturable or self._is_controlled
+        controlled = self._asked.anything
+        on_device = self.capturable or controlled
         options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        options += [on_device, self._is_controlled, *(getattr(g["lr"], "device", None) for g in self.param_groups)]
+        options += [on_device, controlled, *(getattr(g["lr"], "device", None) for g in self.param_groups)]
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
         if capturing:
@@ -404,7 +378,7 @@ class GWTAdamW(Optimizer):
             )
         self._check_before_step()
         self._limits = make_limits(self.param_groups)
-        self._totals = Totals(params) if any_sharded(params) and self._is_controlled else None
+        self._totals = Totals(params) if any_sharded(params) and controlled else None
         self._buckets = self._make_buckets(on_device)
         self._snapshot = Snapshot(params, grads, options, self.state, held)
         return False

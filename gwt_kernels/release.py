@@ -93,7 +93,7 @@ class GradientRelease:
     def _update(self, p: Tensor) -> None:
         """A step of one parameter alone, with all the checks of a step."""
         optimizer = self._optimizer
-        if optimizer._is_controlled:
+        if optimizer._asked.anything:
             raise RuntimeError(
                 "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
                 "are released: take the options away, or call remove() on what release_gradients returned"

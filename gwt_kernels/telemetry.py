@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["joined", "read"]
+__all__ = ["joined", "named", "read"]
 
 
 def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
@@ -29,6 +30,17 @@ def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
     rows = torch.stack([known[p] if p in known else _new_row(p.device) for p in params])
     known.update(zip(params, rows.unbind(), strict=True))
     return rows
+
+
+def named(rows: Mapping[Tensor, Tensor], groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Tensor, int]]:
+    """What :func:`read` takes: by a parameter's name, or else its place in the groups, as in ``"0.3"``."""
+    found = {}
+    for i, group in enumerate(groups):
+        names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
+        found.update(
+            {name: (rows[p], p.numel()) for name, p in zip(names, group["params"], strict=True) if p in rows}
+        )
+    return found
 
 
 def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:

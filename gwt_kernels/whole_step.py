@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.bucket import Bucket, Call
-from gwt_kernels.control import control_
+from gwt_kernels.control import Asked, control_, send
 from gwt_kernels.functional import Begun, Hyper
 from gwt_kernels.reduction import Limits, Totals
 
-__all__ = ["decide", "look", "update"]
+__all__ = ["count_of_skipped", "decide", "look", "update"]
 
 
 def look(
-    buckets: Sequence[Bucket], grads: Sequence[list[Tensor]], hypers: list[Hyper], same_tensors: bool
+    buckets: Sequence[Bucket], grads: Sequence[list[Tensor]], asked: Asked, hypers: list[Hyper], same_tensors: bool
 ) -> list[Begun | None]:
-    """Begin the step of every bucket whose first pass can look at the gradients for what :func:`decide` asks.
+    """Begin the step of every bucket whose first pass can look at the gradients for what is asked of them.
 
     Nothing changes before :func:`update` takes the rest; what had to be copied, as tensors that are not contiguous,
     stays until then. Arguments as there.
     """
     return [
-        bucket.begin(Call(own, hypers, None, same_tensors), looks=True) if bucket.looks else None
+        bucket.begin(Call(own, hypers, None, same_tensors), looks=True) if asked.can_wait and bucket.looks else None
         for bucket, own in zip(buckets, grads, strict=True)
     ]
 
@@ -35,11 +35,7 @@ def decide(
     grads: Sequence[list[Tensor]],
     begun: Sequence[Begun | None],
     totals: Totals | None,
-    *,
-    max_norm: float | None,
-    skip_nonfinite: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    asked: Asked,
     skipped: Tensor,
     workspace: dict[torch.device | tuple[torch.device, str], dict[str, object]],
 ) -> dict[torch.device, Tensor]:
@@ -50,11 +46,15 @@ def decide(
         grads: Each bucket's own.
         begun: What :func:`look` began; those gradients are not read again.
         totals: What adds up over processes, or None.
+        asked: See there, as for what follows.
+        skipped: From :func:`count_of_skipped`.
+        workspace: The optimizer's own.
     """
     if totals is not None:
-        if found_inf is not None:
-            found_inf = found_inf.clone()
+        if asked.found_inf is not None:
+            found_inf = asked.found_inf.clone()
             totals.add_up(found_inf)
+            asked = asked._replace(found_inf=found_inf)
         grads = [bucket.counted(own) for bucket, own in zip(buckets, grads, strict=True)]
     seen = list(chain.from_iterable(each.seen for each in begun if each is not None))
     chosen = [
@@ -62,17 +62,18 @@ def decide(
         for own, bucket, each in zip(grads, buckets, begun, strict=True)
         if each is None or not each.seen  # of empty tensors
     ]
-    return control_(
-        chosen if chosen or seen else [([torch.empty(0, device=skipped.device)], None)],
-        max_norm=max_norm,
-        skip_nonfinite=skip_nonfinite,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        skipped=skipped,
-        workspace=workspace,
-        reduce=None if totals is None else totals.add_up,
-        seen=seen,
-    )
+    if not (chosen or seen):
+        chosen = [([torch.empty(0, device=skipped.device)], None)]
+    reduce = None if totals is None else totals.add_up
+    return control_(chosen, asked, skipped=skipped, workspace=workspace, reduce=reduce, seen=seen)
+
+
+def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) -> Tensor:
+    """The count of skipped steps, from 0 where there is none yet, on the device that decides: a CUDA one if any."""
+    home = next((device for device in devices if device.type == "cuda"), devices[0])
+    if skipped is None:
+        return torch.zeros((), dtype=torch.float64, device=home)
+    return send(skipped, home) if skipped.device.type == "cpu" else skipped
 
 
 def update(

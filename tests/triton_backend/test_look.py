@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW, whole_step
-from gwt_kernels.control import squares
+from gwt_kernels.control import Asked, squares
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.triton_backend import control_launch, launch
 from tests import interpreter
@@ -134,16 +134,17 @@ def test_gradients_are_not_read_again_where_a_limiter_reads_them(device, levels,
     ],
     ids=str,
 )
-def test_steps_are_those_without_a_look(device, options):
+def test_steps_are_those_without_a_look(device, monkeypatch, options):
     """Bit for bit: what the look computes is computed again by the pass that stores it."""
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     runs = []
-    for kind in (GWTAdamW, ReadsFirst):
+    for can_wait in (Asked.can_wait, False):  # the control reads all gradients before it begins
+        monkeypatch.setattr(Asked, "can_wait", can_wait)
         params = parameters([(64, 512), (3, 37), (0, 8), (16, 8)], place("triton", device), dtype)
         params[1] = torch.nn.Parameter(params[1].detach().t().contiguous().t())  # updated in a copy
         groups = [{"params": params[:3], "level": 2}, {"params": params[3:], "level": 0}]
-        optimizer = kind(groups, lr=0.01, backend="triton", skip_nonfinite=True, **options)
+        optimizer = GWTAdamW(groups, lr=0.01, backend="triton", skip_nonfinite=True, **options)
         for t in range(5):
             give_gradients(params, seed=t)
             params[0].grad = params[0].grad.t().contiguous().t()
@@ -153,12 +154,6 @@ def test_steps_are_those_without_a_look(device, options):
                 optimizer.step()
         runs.append((results(optimizer), optimizer.telemetry(), float(optimizer.skipped_steps)))
     assert_same_bits(*runs)
-
-
-class ReadsFirst(GWTAdamW):
-    """The control: reads all gradients before it begins."""
-
-    _steps_on_gradients_as_they_are = False
 
 
 def test_what_is_left_of_a_step_needs_no_mode(device):
