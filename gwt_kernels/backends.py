@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
-import sys
 from typing import Literal, get_args
 
 import torch
 
-__all__ = ["MAX_TRITON_LEVEL", "Backend", "check_name", "resolve", "triton_obstacle"]
+__all__ = ["MAX_TRITON_LEVEL", "Backend", "check_name", "is_compiled", "resolve", "triton_obstacle"]
 
 Backend = Literal["triton", "torch", "compiled"]
 
@@ -32,8 +30,8 @@ def resolve(
 ) -> Backend:
     """The backend for tensors of ``dtype`` on ``device``.
 
-    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else; ``"compiled"`` is
-    torch, with parts of it compiled.
+    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else; so does
+    ``"compiled"``, which differs from torch in the step alone (:func:`is_compiled`).
 
     Raises:
         ValueError: the name is unknown.
@@ -77,13 +75,21 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wa
 
 @functools.lru_cache(maxsize=16)
 def compiler_obstacle(device: torch.device) -> str | None:
-    """Why parts of the torch backend cannot be compiled for tensors on ``device``; None where they can."""
+    """Why the step in C cannot take tensors on ``device``; None where it can, and then it is compiled."""
     if device.type != "cpu":
-        return f"the tensors are on {device}, and what it compiles is for a CPU"
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # torch.compile's choice
-    if shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler and finds no {compiler!r} (install one, or name another in CXX)"
+        return f"the tensors are on {device}, and the step in C is for a CPU"
+    from gwt_kernels.compiled_backend import build
+
+    try:
+        build.library()
+    except (OSError, RuntimeError) as error:
+        return f"the step in C cannot be compiled: {error}"
     return None
+
+
+def is_compiled(backend: str | None, device: torch.device) -> bool:
+    """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was."""
+    return backend == "compiled" or (backend is None and compiler_obstacle(device) is None)
 
 
 def interpreted() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
+from gwt_kernels.compiled_backend.step import TYPES
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.torch_backend import literal
 
@@ -37,12 +38,16 @@ def report() -> bool:
     print("Devices")
     for device, description in _devices():
         print(f"  {device}: {description}")
+        if device.type == "cpu" and (missing := backends.compiler_obstacle(device)):
+            print(f"    {missing}")
         for dtype in DTYPES:
             obstacle = backends.triton_obstacle(device, dtype)
             chosen = backends.resolve(None, device, dtype, level=2)
             reason = f": {obstacle}" if obstacle else ""
             if chosen == "torch" and not obstacle:
                 reason = ": Triton runs on CUDA devices; here its interpreter serves the self-check below"
+            if chosen == "torch" and dtype in TYPES and backends.is_compiled(None, device):
+                chosen = "compiled"
             print(f"    {str(dtype).removeprefix('torch.'):<9} -> {chosen}{reason}")
 
     print("Self-check: the fused step against the literal multi-level algorithm in float64")
@@ -67,9 +72,12 @@ def self_check() -> Iterator[tuple[str, float, float]]:
         for backend, dtype, bound in (
             ("torch", torch.float64, 1e-12),
             ("torch", torch.float32, 1e-5),
+            ("compiled", torch.float32, 1e-5),
             ("triton", torch.float32, 1e-5),
         ):
             if backend == "triton" and backends.triton_obstacle(device, dtype):
+                continue
+            if backend == "compiled" and backends.compiler_obstacle(device):
                 continue
             for level in (0, 2, 3):
                 label = f"{backend}, {str(dtype).removeprefix('torch.')}, level {level}, on {device}"

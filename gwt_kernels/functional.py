@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def gwt_adamw_(
             decided them (from :func:`update_sums`); ``limiter_norms`` are None then. None to leave it to the
             ``limiter_norms``.
         wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
-        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
+        backend: ``"triton"``, ``"torch"``, ``"compiled"``, or None for Triton on CUDA tensors, the compiled step on
+            CPUs where it can be compiled, and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
         same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
@@ -156,9 +158,7 @@ def gwt_adamw_(
 
         literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
     else:
-        from gwt_kernels.torch_backend import step as torch_step
-
-        torch_step.gwt_adamw_(
+        _on_host(tensors[:3], level, backend).gwt_adamw_(
             *tensors,
             list(steps),
             hypers,
@@ -166,7 +166,6 @@ def gwt_adamw_(
             spans=absent if spans is None else spans,
             limits=divisors,
             telemetry=absent if telemetry is None else telemetry.unbind(),
-            compiled=backend == "compiled",
         )
     if counts is not None:
         counts.add_(1)
@@ -222,9 +221,8 @@ def update_sums(
 
         return Begun([], None, literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet))
     if "torch" in choices:
-        from gwt_kernels.torch_backend import step as torch_step
-
-        return Begun([], None, torch_step.update_sums(*tensors, hypers, level=level, scales=scales))
+        module = _on_host(tensors[:3], level, backend)
+        return Begun([], None, module.update_sums(*tensors, hypers, level=level, scales=scales))
     from gwt_kernels.triton_backend import launch
 
     return launch.update_sums(
@@ -242,6 +240,19 @@ def update_sums(
         same_tensors=same_tensors,
         looks=looks,
     )
+
+
+def _on_host(arrays: Sequence[Sequence[Tensor]], level: int, backend: backends.Backend | None) -> ModuleType:
+    """What steps a bucket where Triton does not: the step in C, or PyTorch's operators."""
+    if backends.is_compiled(backend, arrays[0][0].device):
+        from gwt_kernels.compiled_backend import step as compiled_step
+
+        params, grads, exp_avgs = arrays
+        if compiled_step.knows(params, grads, exp_avgs, level):
+            return compiled_step
+    from gwt_kernels.torch_backend import step as torch_step
+
+    return torch_step
 
 
 def _choices(

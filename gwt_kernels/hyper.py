@@ -37,7 +37,7 @@ def key_of(seed: int, stream: int) -> int:
 
 def quantum(level: int) -> int:
     """Coefficients that share a scale in int8 moments: a kernel's tile on either path holds whole quanta."""
-    return min(128, 1024 >> level)
+    return max(1, min(128, 1024 >> level))
 
 
 def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str) -> None:

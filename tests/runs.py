@@ -19,14 +19,14 @@ from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter, reference, rounding
 from tests.steps import assert_within
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "compiled", "triton")
 CPU = torch.device("cpu")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def place(backend: str, device: torch.device) -> torch.device:
     """Where tensors have to be for a backend; ``device`` is the fixture."""
-    return CPU if backend == "torch" else device
+    return device if backend == "triton" else CPU
 
 
 def parameters(

@@ -1,4 +1,4 @@
-"""Tests the step as a function, on both backends, against the C oracle: tensor by tensor, step by step."""
+"""Tests the step as a function, on every backend, against the C oracle: tensor by tensor, step by step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from tests import golden, steps
 from tests.poisoned import LAYOUTS
 from tests.steps import Bucket
 
-BACKENDS = ("torch", "triton")
-DTYPES = {"torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-DTYPES["triton"] = DTYPES["torch"][1:]
+BACKENDS = ("torch", "compiled", "triton")
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+DTYPES |= {"compiled": DTYPES["torch"], "triton": DTYPES["torch"][1:]}
 COMBINATIONS = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 combinations = pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS, ids=lambda x: str(x).split(".")[-1])
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -101,9 +103,10 @@ def test_moments_of_a_narrow_dtype(backend, dtype, level, moment_dtype):
         bucket.check_step(HYPER, t, backend=backend)
 
 
-@pytest.mark.parametrize("level", [7, 8, 9, 10])
+@pytest.mark.parametrize(
+    ("backend", "level"), [(b, n) for b in BACKENDS for n in (7, 8, 9, 10, *(() if b == "triton" else (11, 13)))]
+)
 @rules
-@backends
 def test_deep_levels(backend, rule, level):
     shapes = [(2, 2048), (3, 1000), (2**level,), (2 ** (level - 1) + 1,)]
     shapes = [s for s in shapes if 2**level < 2 * s[-1]]

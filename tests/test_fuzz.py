@@ -173,7 +173,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "steps"), [("torch", 1000), ("triton", 45)])
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 1000), ("compiled", 1000), ("triton", 45)])
 def test_faults_at_random(backend, steps, device):
     fuzz = Fuzz(backend, place(backend, device), seed=steps)
     order: list = []

@@ -159,7 +159,7 @@ def test_after_a_refused_step_the_run_goes_on(backend, device):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     assert checked_step(optimizer) == 3
-    unfit = ValueError if backend == "torch" else RuntimeError  # of the state, or of the backend before that
+    unfit = RuntimeError if backend == "triton" else ValueError  # of the state, or of the backend before that
     for option, value, error in (
         ("lr", NAN, ValueError),
         ("level", 2, ValueError),

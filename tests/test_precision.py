@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import zlib
 
@@ -159,7 +160,7 @@ def test_a_restart_goes_on_with_the_same_bits(backend, device, weight_rounding, 
 
 
 @narrow
-def test_both_backends_decide_alike_for_the_same_float32_value(device, dtype):
+def test_all_backends_decide_alike_for_the_same_float32_value(device, dtype):
     """From one state, where the float32 results agree to the bit, what is stored does."""
     shapes = [(16, 64), (9, 37)]
     stored, wide = {}, {}
@@ -170,11 +171,12 @@ def test_both_backends_decide_alike_for_the_same_float32_value(device, dtype):
             optimizer = GWTAdamW([torch.nn.Parameter(p) for p in weights], backend=backend, **OPTIONS, **options)
             step(optimizer, [g.to(kind) for g in gradients(1, dtype, shapes)])
             target[backend] = [p.detach().cpu() for p in parameters_of(optimizer)]
-    for p, q, x, y in zip(*stored.values(), *wide.values(), strict=True):
-        agree = x == y
-        assert float(agree.float().mean()) > 0.3
-        assert torch.equal(p[agree], q[agree])
-        assert float((p.float() != x).float().mean()) > 0.9  # control: there was something to decide
+    for one, other in itertools.combinations(BACKENDS, 2):
+        for p, q, x, y in zip(stored[one], stored[other], wide[one], wide[other], strict=True):
+            agree = x == y
+            assert float(agree.float().mean()) > 0.3
+            assert torch.equal(p[agree], q[agree])
+            assert float((p.float() != x).float().mean()) > 0.9  # control: there was something to decide
 
 
 # On average --------------------------------------------------------------------------------------------

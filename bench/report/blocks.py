@@ -119,20 +119,25 @@ def _precision(runs: Sequence[Run], root: str) -> str:
 
 
 def _roundings(runs: Sequence[Run], root: str) -> str:
-    """Steps on a CPU over the float32 step, by how numbers are kept, rule and backend."""
+    """Steps on a CPU over the float32 step of the same rule and backend; then the times of these."""
     found = of(runs, "roundings")
     if not found:
         return "Nothing is recorded yet: `python -m bench.roundings` measures it."
     columns = [(rule, backend) for rule in ("gwt", "foam") for backend in ("torch", "compiled")]
     ratios: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    times = {}
     for row in found[0].rows:
+        kept, column = tuple(row[key] for key in ("weights", "rounding", "moments")), (row["rule"], row["backend"])
+        shown = row["note"] if row["median"] is None else f"{row['median']:.2f}"
         if row["metric"] == "step_ratio":
-            kept = tuple(row[key] for key in ("weights", "rounding", "moments"))
-            shown = row["note"] if row["median"] is None else f"{row['median']:.2f}"
-            ratios.setdefault(kept, {})[row["rule"], row["backend"]] = shown
+            ratios.setdefault(kept, {})[column] = shown
+        elif kept == ("float32", "nearest", "float32"):
+            times[column] = f"{1e3 * row['median']:.1f} ms"
     headings = ["weights", "`weight_rounding`", "moments", *(f"{rule}, `{backend}`" for rule, backend in columns)]
     rows = [[*kept, *(own.get(column, "") for column in columns)] for kept, own in ratios.items()]
-    return table(headings, rows, left=3)
+    own = [f"{rule} {times[rule, backend]} with `{backend}`" for rule, backend in columns]
+    base = f"The float32 steps: {', '.join(own)}; `torch.optim.AdamW(fused=True)` {times['gwt', 'adamw_fused']}."
+    return f"{table(headings, rows, left=3)}\n\n{base}"
 
 
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gwt_kernels.hyper import quantum
 
-__all__ = ["decode_first", "decode_second", "encode", "encode_first", "encode_second"]
+__all__ = ["decode_first", "decode_second", "encode_first", "encode_second"]
 
 _FIRST = 127 * 127  # largest code to its power
 _SECOND = 255**4
@@ -31,12 +31,6 @@ def decode_second(codes: Tensor, scales: Tensor, level: int) -> Tensor:
     """float32 ``exp_avg_sq`` from uint8 codes and the scales of their quanta."""
     c = _quanta(codes, level).to(torch.float32)
     return _like(codes, c.square_().mul_(1 / 65025).square_().mul_(scales.unsqueeze(1)))
-
-
-def encode(m: Tensor, v: Tensor, words: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes and scales of both, rounded by the lower halves of random ``words`` (int32) and by the upper ones."""
-    bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
-    return *encode_first(m, bits[0], level), *encode_second(v, bits[1], level)
 
 
 def encode_first(m: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +78,7 @@ def _like(x: Tensor, quanta: Tensor) -> Tensor:
 def _fractions(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitudes ``[n, quantum]`` over their quantum's largest, and the largest ``[n]``."""
     scales = magnitudes.amax(dim=1)
-    fractions = magnitudes / scales.unsqueeze(1)
-    if torch.compiler.is_compiling():  # which makes scalar code of nan_to_num
-        return torch.where(fractions == fractions, fractions, 0.0), scales
-    return fractions.nan_to_num_(nan=0.0), scales
+    return (magnitudes / scales.unsqueeze(1)).nan_to_num_(nan=0.0), scales
 
 
 def _fourth(c: Tensor) -> Tensor:

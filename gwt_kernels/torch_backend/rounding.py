@@ -9,7 +9,7 @@ coefficient, of which the lower half serves ``exp_avg`` and the upper half ``exp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,25 +18,17 @@ from torch import Tensor
 __all__ = [
     "MOMENTS",
     "WEIGHTS",
-    "Draw",
     "blocks",
-    "draw",
     "join_low",
-    "pairs",
     "philox",
     "random_halves",
     "random_halves_at",
     "random_words",
     "random_words_at",
     "round_at_random",
-    "round_moments",
-    "round_weights",
     "split_low",
     "split_low_",
-    "upper_halves",
 ]
-
-Draw = Callable[[int, int, int, int, int, torch.device], Tensor]
 
 WEIGHTS, MOMENTS = 0, 1  # purposes
 ROUNDS = 7
@@ -55,16 +47,7 @@ def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Te
     return c0, c1 & _MASK, c2, c3 & _MASK
 
 
-def pairs(calls: Tensor, high: Any, step: Any, purpose: Any, key: Any) -> Tensor:
-    """The words in their order, two in an int64, the first one lower: ``[calls, 2]``.
-
-    What is the same for all calls is an integer or a tensor of ``calls``'s shape; ``high`` is ``calls >> 32``.
-    """
-    c0, c1, c2, c3 = _rounds(calls & _MASK, high, step & _MASK, purpose, key)
-    return torch.stack([c0.add_(c1, alpha=1 << 32), c2.add_(c3, alpha=1 << 32)], -1)
-
-
-def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, key: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The words of counters, with other bits above the 32 of the second and the fourth.
 
     What is the same for all counters may stay an integer of Python's, and then costs nothing for two rounds.
@@ -87,30 +70,32 @@ def _mixed(product: Any, word: Any, key: int) -> Any:
     return upper.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(_MASK)
 
 
-def blocks(n: int, at_once: int, device: torch.device) -> Iterator[slice]:
-    """Parts of ``n`` elements, ``at_once`` for a thread: for no more scratch memory than caches take."""
-    size = at_once * torch.get_num_threads() if device.type == "cpu" else max(1, n)
+def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
+    """Parts of ``n`` elements, of which a call serves ``per_call``: for no more scratch memory than caches take."""
+    size = per_call * CALLS * torch.get_num_threads() if device.type == "cpu" else max(1, n)
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
 
-def draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
-    """The words of the calls from ``first`` to before ``stop``: what :func:`pairs` returns."""
+def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
+    """The words of the calls from ``first`` to before ``stop``, in their order: int32 ``[4 * calls]``."""
     calls = torch.arange(first, stop, device=device)
     same = first >> 32 == (stop - 1) >> 32
-    return pairs(calls, first >> 32 if same else calls >> 32, step, purpose, key)
-
-
-def random_words(first: int, n: int, step: int, key: int, device: torch.device, draw: Draw = draw) -> Tensor:
-    """32 random bits, as int32, for each of the moment coefficients ``first`` to ``first + n - 1``: ``[n]``."""
+    c0, c1, c2, c3 = _rounds(calls & _MASK, first >> 32 if same else calls >> 32, step & _MASK, purpose, key)
     # The lower word, and below the lower half of it, is the first in the memory of every machine that runs this.
-    words = draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device).view(-1).view(torch.int32)
+    pairs = torch.stack([c0.add_(c1, alpha=1 << 32), c2.add_(c3, alpha=1 << 32)], -1)
+    return pairs.view(-1).view(torch.int32)
+
+
+def random_words(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
+    """32 random bits, as int32, for each of the moment coefficients ``first`` to ``first + n - 1``: ``[n]``."""
+    words = _draw(first // 4, -(-(first + n) // 4), step, MOMENTS, key, device)
     return words[first % 4 : first % 4 + n]
 
 
-def random_halves(first: int, n: int, step: int, key: int, device: torch.device, draw: Draw = draw) -> Tensor:
+def random_halves(first: int, n: int, step: int, key: int, device: torch.device) -> Tensor:
     """16 random bits, as int32, for each of the weights ``first`` to ``first + n - 1``: ``[n]``."""
-    halves = draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device).view(-1).view(torch.int16)
+    halves = _draw(first // 8, -(-(first + n) // 8), step, WEIGHTS, key, device).view(torch.int16)
     return halves[first % 8 : first % 8 + n].to(torch.int32).bitwise_and_(0xFFFF)
 
 
@@ -134,23 +119,6 @@ def _at(index: Tensor, per_call: int, step: int, purpose: int, key: int) -> Tens
     return words.gather(0, (index % per_call * 4 // per_call).unsqueeze(0)).squeeze(0)
 
 
-def round_weights(x: Tensor, first: int, step: int, key: int, dtype: torch.dtype) -> Tensor:
-    """The weights from ``first`` on, float32 ``[n]``, rounded at random to ``dtype``."""
-    return round_at_random(x, random_halves(first, x.numel(), step, key, x.device), dtype)
-
-
-def round_moments(m: Tensor, v: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments in bfloat16, rounded by the lower halves of random ``words`` and by the upper ones."""
-    bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
-    return round_at_random(m, bits[0], torch.bfloat16), round_at_random(v, bits[1], torch.bfloat16)
-
-
-def upper_halves(raw: Tensor, bits: Tensor) -> Tensor:
-    """The bits of bfloat16 that those of float32, but for NaN, are rounded to: int32."""
-    below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
-    return below.mul_(bits).add_(raw).bitwise_right_shift_(16)
-
-
 def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
 
@@ -160,7 +128,10 @@ def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
     """
     if dtype == torch.bfloat16:
-        return upper_halves(_one_nan(x).view(torch.int32), bits).to(torch.int16).view(torch.bfloat16)
+        raw = _one_nan(x).view(torch.int32)
+        below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
+        raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
+        return raw.to(torch.int16).view(torch.bfloat16)
     # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
     size = x.abs()
     infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.torch_backend.haar import compute_dtype
-from gwt_kernels.torch_backend.storage import Chunk, Kernels, Storage
+from gwt_kernels.torch_backend.storage import Chunk, Storage
 from gwt_kernels.torch_backend.telemetry import Notes
 
 __all__ = ["gwt_adamw_", "limit_", "update_sums"]
@@ -51,10 +51,8 @@ def gwt_adamw_(
     spans: Sequence[tuple[Span, Span] | None],
     limits: Sequence[Tensor | None],
     telemetry: Sequence[Tensor | None],
-    compiled: bool = False,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    kernels = _kernels(compiled)
     for p, g, m, v, norm, step, hyper, key, low, scale, span, limit, row in zip(
         params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, spans, limits,
         telemetry, strict=True,
@@ -62,7 +60,7 @@ def gwt_adamw_(
         if p.numel() == 0:
             continue
         notes = None if row is None else Notes(row)
-        storage = Storage(level, rounding, step, key, span, notes, kernels)
+        storage = Storage(level, rounding, step, key, span, notes)
         chunks = _chunks(p, g, m, v, low, scale, quantum(level))
         dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
         if level == 0:
@@ -73,14 +71,6 @@ def gwt_adamw_(
             _gwt(chunks, dtype, norm, hyper, level, storage, limit)
         if notes is not None:
             notes.close()
-
-
-def _kernels(compiled: bool) -> Kernels:
-    if not compiled:
-        return Kernels()
-    from gwt_kernels.torch_backend import compiled as module
-
-    return module.KERNELS
 
 
 def update_sums(

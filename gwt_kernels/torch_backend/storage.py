@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gwt_kernels.hyper import Rounding, Span, quantum
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode
+from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.torch_backend.rounding import (
-    CALLS,
-    Draw,
     blocks,
-    draw,
     join_low,
+    random_halves,
     random_halves_at,
     random_words,
     random_words_at,
     round_at_random,
-    round_moments,
-    round_weights,
     split_low_,
 )
 from gwt_kernels.torch_backend.telemetry import Notes
 
-__all__ = ["Chunk", "Kernels", "Storage"]
-
-Encode = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-class Kernels(NamedTuple):
-    """What takes most of the time on a CPU, and may be compiled there."""
-
-    draw: Draw = draw
-    round_weights: Callable[[Tensor, int, int, int, torch.dtype], Tensor] = round_weights
-    round_moments: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = round_moments
-    encode: Encode = encode
-    calls: int = CALLS
-    """Of the generator, whose words a thread makes and uses at once."""
+__all__ = ["Chunk", "Storage"]
 
 
 class Chunk(NamedTuple):
@@ -69,7 +51,6 @@ class Storage(NamedTuple):
     """Where weights and coefficients lie in the whole tensor, if these are a shard's."""
     notes: Notes | None = None
     """What is told about the step."""
-    kernels: Kernels = Kernels()
 
     def load(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and moments in ``dtype``: views where that is what they are kept in."""
@@ -92,15 +73,17 @@ class Storage(NamedTuple):
             return
         first, second = chunk.m.view(-1), chunk.v.view(-1)
         m, v = m.float().reshape(-1), v.float().reshape(-1)
-        for part in blocks(m.numel(), 4 * self.kernels.calls, m.device):  # of whole quanta but for the last
+        for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
+            bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
             if chunk.scales is None:
-                first[part], second[part] = self.kernels.round_moments(m[part], v[part], words)
+                first[part] = round_at_random(m[part], bits[0], torch.bfloat16)
+                second[part] = round_at_random(v[part], bits[1], torch.bfloat16)
             else:
                 q = quantum(self.level)
                 quanta = slice(part.start // q, -(-part.stop // q))
-                codes = self.kernels.encode(m[part], v[part], words, self.level)
-                first[part], chunk.scales[0][quanta], second[part], chunk.scales[1][quanta] = codes
+                first[part], chunk.scales[0][quanta] = encode_first(m[part], bits[0], self.level)
+                second[part], chunk.scales[1][quanta] = encode_second(v[part], bits[1], self.level)
 
     def store_weights(self, chunk: Chunk, p: Tensor) -> None:
         """``p`` may be overwritten."""
@@ -109,25 +92,25 @@ class Storage(NamedTuple):
         elif self.rounding == "stochastic":
             flat = p.float().reshape(-1)
             rounded = chunk.p.contiguous().view(-1)
-            for part in blocks(flat.numel(), 8 * self.kernels.calls, p.device):
-                rounded[part] = self._round(flat[part], chunk.first + part.start, chunk.p.dtype)
+            for part in blocks(flat.numel(), 8, p.device):
+                bits = self._random_halves(chunk.first + part.start, part.stop - part.start, p.device)
+                rounded[part] = round_at_random(flat[part], bits, chunk.p.dtype)
             if not chunk.p.is_contiguous():
                 chunk.p.copy_(rounded.view(chunk.p.shape))
         else:
             _copy(chunk.p, p)
 
-    def _round(self, x: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    def _random_halves(self, first: int, n: int, device: torch.device) -> Tensor:
         if self.spans is None or self.spans[0].run == self.spans[0].pitch:
             first += self.spans[0].first if self.spans else 0
-            return self.kernels.round_weights(x, first, self.step, self.key, dtype)
-        index = _indices(self.spans[0], first, x.numel(), x.device)
-        return round_at_random(x, random_halves_at(index, self.step, self.key), dtype)
+            return random_halves(first, n, self.step, self.key, device)
+        return random_halves_at(_indices(self.spans[0], first, n, device), self.step, self.key)
 
     def _random_words(self, first: int, n: int, device: torch.device) -> Tensor:
         if self.spans is None or self.spans[1].run == self.spans[1].pitch:
             first += self.spans[1].first if self.spans else 0
-            return random_words(first, n, self.step, self.key, device, self.kernels.draw)
-        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key).to(torch.int32)
+            return random_words(first, n, self.step, self.key, device)
+        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key)
 
 
 def _indices(span: Span, first: int, n: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 
 from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, quantum
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
-from gwt_kernels.triton_backend.layout import alignment, block_layout, is_flat, variant
+from gwt_kernels.triton_backend.layout import alignment, block_layout, check_row, is_flat, variant
 from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.triton_backend.step import norm_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import (
@@ -29,7 +29,7 @@ from gwt_kernels.triton_backend.tables import (
     offs_of,
     scalar_rows,
 )
-from gwt_kernels.triton_backend.trust import check_bucket, check_lows, check_scales
+from gwt_kernels.trust import check_bucket, check_lows, check_scales
 
 __all__ = ["Launch", "gwt_adamw_", "update_sums"]
 
@@ -105,6 +105,8 @@ def gwt_adamw_(
     if not (known and kinds.packed and workspace["places"] == places and workspace["options"] == options):
         workspace.pop("places", None)
         check_bucket([packed, grads, *owned[1:4]] if limited else [packed, grads, *owned[1:3]], level)
+        for p in packed:
+            check_row(p.shape[-1] if p.dim() else 1, level)
         if split:
             check_lows(packed, owned[4])
         if quantized:

@@ -1,4 +1,4 @@
-"""What the step's kernels trust of a bucket's tensors, checked before their addresses are sent."""
+"""What kernels trust of a bucket's tensors, checked before they get the addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.hyper import quantum
-from gwt_kernels.triton_backend.layout import check_row
 
 __all__ = ["check_bucket", "check_lows", "check_scales"]
 
@@ -37,7 +36,6 @@ def check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
             )
         if not (m.is_contiguous() and v.is_contiguous()):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
-        check_row(p.shape[-1] if p.dim() else 1, level)
 
 
 def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: int) -> None:

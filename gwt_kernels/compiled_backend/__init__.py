@@ -1,0 +1,1 @@
+"""The step in C for CPUs, compiled when it is first used."""

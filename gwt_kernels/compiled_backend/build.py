@@ -1,0 +1,83 @@
+"""Compiles step.c with the machine's C compiler, once, and keeps the library for other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+__all__ = ["compiler", "library"]
+
+SOURCE = Path(__file__).with_name("step.c")
+# Products are not fused with sums, so that results are the same on every machine.
+FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+LINK = ["-fPIC", "-shared", "-fvisibility=hidden", "-lm"]
+# No more than PyTorch has looked for before it says so.
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+VECTORS = {"AVX2": AVX2, "AVX512": AVX512}
+
+
+def compiler() -> list[str] | None:
+    """The command of the C compiler: ``CC``, or the first of cc, gcc and clang; None where there is none."""
+    candidates = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["cc"], ["gcc"], ["clang"]]
+    return next((command for command in candidates if command and shutil.which(command[0])), None)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The functions of step.c.
+
+    Raises:
+        RuntimeError: there is no compiler, or it fails; the message ends with what it said.
+        OSError: there is nowhere to write to, or the library cannot be loaded.
+    """
+    command = compiler()
+    if command is None:
+        asked = f"no {os.environ['CC']!r}, which CC names" if os.environ.get("CC") else "none of cc, gcc and clang"
+        raise RuntimeError(f"it needs a C compiler, and there is {asked}: install one, or name another in CC")
+    # What the vectors of PyTorch are made for, this machine has.
+    command += FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
+    digest = hashlib.sha256("\0".join([SOURCE.read_text(), *command, *LINK]).encode()).hexdigest()
+    with contextlib.suppress(OSError):  # where homes cannot be written to, each process has its own
+        folder = _cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{digest[:16]}.so"
+        if not path.exists():
+            _compile(command, path)
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder_of_its_own:
+        path = Path(folder_of_its_own) / "step.so"
+        _compile(command, path)
+        return ctypes.CDLL(str(path))  # a library that is loaded needs its file no more
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "gwt_kernels"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Beside its place, then moved there: no other process sees half of it."""
+    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, str(SOURCE), "-o", made, *LINK], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            said = done.stderr.strip()[-2000:]
+            raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {said}")
+        os.replace(made, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made)

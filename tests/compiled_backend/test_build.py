@@ -1,0 +1,129 @@
+"""Tests how the step in C is compiled, kept and shared, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gwt_kernels import GWTAdamW, backends
+from gwt_kernels.compiled_backend import build
+from tests.runs import give_gradients, parameters
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(
+    build.compiler() is None, reason="needs a C compiler: apt-get install gcc, or set CC"
+)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache of its own, and nothing remembered; afterwards too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remembered = (build.library, backends.compiler_obstacle)
+    for function in remembered:
+        function.cache_clear()
+    yield tmp_path / "cache" / "gwt_kernels"
+    for function in remembered:
+        function.cache_clear()
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir()) if cache.exists() else []
+
+
+def compiler_that_counts(folder: Path) -> Path:
+    """A compiler that writes a line each time that it is called."""
+    script = folder / "counting-cc"
+    script.write_text(f'#!/bin/sh\necho called >> {folder}/calls\nexec {build.compiler()[0]} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
+    code = "from gwt_kernels.compiled_backend import build; print(build.library().gwt_tiles is not None)"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "True"
+    assert len(kept(cache)) == 1
+    assert (tmp_path / "calls").read_text().splitlines() == ["called"]
+
+
+def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_path):
+    build.library()
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "step.c")
+    build.SOURCE.write_text("int gwt_answer(void) { return 42; }\n")
+    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
+    assert build.library.__wrapped__().gwt_answer() == 42
+    assert len(kept(cache)) == 2
+    monkeypatch.setenv("CC", f"{build.compiler()[0]} -DNOTHING")
+    assert build.library.__wrapped__().gwt_answer() == 42
+    assert len(kept(cache)) == 3
+
+
+def test_a_home_that_cannot_be_written_to(cache, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    assert isinstance(build.library(), ctypes.CDLL)
+    assert backends.compiler_obstacle(CPU) is None
+
+
+def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
+    """As on a file system that executes nothing."""
+    load = ctypes.CDLL
+
+    def refuse(path: str) -> ctypes.CDLL:
+        if str(cache) in path:
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert build.library().gwt_tiles
+
+
+def test_no_compiler(cache, monkeypatch):
+    """Named: an error that says so. Not named: PyTorch's operators."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
+        GWTAdamW(parameters([(4, 8)]), backend="compiled")
+    assert not backends.is_compiled(None, CPU)
+    params = parameters([(4, 8)])
+    give_gradients(params, seed=0)
+    GWTAdamW(params, level=1).step()
+    backends.compiler_obstacle.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="none of cc, gcc and clang"):
+        GWTAdamW(parameters([(4, 8)]), backend="compiled")
+
+
+def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
+    """What it said is the end of the message, and nothing is left behind."""
+    script = tmp_path / "failing-cc"
+    script.write_text("#!/bin/sh\necho 'the disk is full' >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: the disk is full; use backend='torch'"):
+        backends.resolve("compiled", CPU, torch.float32, 2)
+    assert not backends.is_compiled(None, CPU)
+    assert kept(cache) == []
+
+
+def test_not_for_a_gpu():
+    with pytest.raises(RuntimeError, match=r"backend='compiled' cannot run here: the tensors are on cuda"):
+        backends.resolve("compiled", torch.device("cuda"), torch.float32, 2)
+    assert not backends.is_compiled(None, torch.device("cuda"))
+
+
+def test_importing_compiles_nothing(cache):
+    code = "import torch, gwt_kernels; gwt_kernels.GWTAdamW([torch.nn.Parameter(torch.zeros(4, 8))])"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"CC": "false"}, check=True)
+    assert kept(cache) == []

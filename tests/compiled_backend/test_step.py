@@ -1,0 +1,339 @@
+"""Tests what is peculiar to the step in C: what it stores, its tiles and threads, and what it leaves to PyTorch.
+
+That it follows the oracle, draws the published bits and refuses bad input is tested with the other backends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from gwt_kernels import GWTAdamW, backends
+from gwt_kernels.compiled_backend import build
+from gwt_kernels.compiled_backend import step as compiled_step
+from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
+from gwt_kernels.hyper import Span, key_of, quantum
+from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
+from gwt_kernels.torch_backend.rounding import (
+    join_low,
+    random_halves,
+    random_halves_at,
+    random_words,
+    random_words_at,
+    round_at_random,
+    split_low,
+)
+from tests.poisoned import LAYOUTS
+from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
+from tests.steps import Bucket
+
+CPU, BF16, FP16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
+KEY = key_of(seed=0xDEADBEEF, stream=0x7654321)
+STEP = 2**24 + 3
+# Several tiles, whole blocks; rows cut short, one of several tiles; narrow rows; a line; a number.
+SHAPES = [(150, 256), (37, 311), (3, 5003), (1000, 3), (4099,), ()]
+
+pytestmark = pytest.mark.skipif(
+    backends.compiler_obstacle(CPU) is not None, reason="needs a C compiler: apt-get install gcc, or set CC"
+)
+rules = pytest.mark.parametrize("rule", ["gwt", "foam"])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def all_kinds(shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32 numbers of all sizes, first those at which a rounding ends."""
+    generator = torch.Generator().manual_seed(seed)
+    n = math.prod(shape)
+    raw = torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32).view(torch.float32)
+    raw[n // 3 :] = torch.randn(n - n // 3, generator=generator)
+    raw[n // 2 :] *= 1e-5
+    ends = [0.0, -0.0, math.inf, -math.inf, math.nan, 3.4028e38, -3.4e38, 3.3895e38, 1e-45]
+    ends += [65504.0, 65519.0, -65520.0, 2**-14, 2**-14 - 2**-26, 2**-25, 3 * 2**-25, 2**-26]
+    raw[: len(ends)] = torch.tensor(ends)[:n]
+    return raw.view(shape)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, but that one NaN is as good as another."""
+    return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all()) and a.dtype == b.dtype
+
+
+class State:
+    """One tensor's weights, gradient and moments, and a step on them."""
+
+    def __init__(
+        self, shape: tuple[int, ...], level: int, rule: str, p: Tensor, g_dtype: torch.dtype = FP32
+    ) -> None:
+        generator = torch.Generator().manual_seed(level)
+        coefficients = (*shape[:-1], -(-shape[-1] // 2**level)) if shape else ()
+        self.level, self.rule, self.p = level, rule, p.clone()
+        self.g = (torch.randn(shape, generator=generator) + 0.3).to(g_dtype)
+        self.m = torch.randn(coefficients, generator=generator) * 0.1
+        self.v = torch.rand(coefficients, generator=generator) * 0.1
+        self.low: Tensor | None = None
+        self.scales: tuple[Tensor, Tensor] | None = None
+
+    def step(self, backend: str = "compiled", rounding: str = "nearest", **options: object) -> State:
+        limited = self.rule == "gwt" and self.level > 0
+        hyper = Hyper(lr=0.01, weight_decay=0.1, norm_growth_limit=1.01 if limited else None)
+        arrays = {"params": [self.p], "grads": [self.g], "exp_avgs": [self.m], "exp_avg_sqs": [self.v]}
+        gwt_adamw_(
+            **arrays, limiter_norms=[torch.tensor(0.5) if limited else None], steps=[STEP], hypers=[hyper],
+            level=self.level, rule=self.rule, rounding=rounding, keys=[KEY], lows=[self.low], scales=[self.scales],
+            backend=backend, **options,
+        )  # fmt: skip
+        return self
+
+
+def levels_of(shape: tuple[int, ...]) -> list[int]:
+    return [level for level in (0, 1, 2, 3, 6) if not level or (shape and 2**level < 2 * shape[-1])]
+
+
+# What is stored is what a step in float32 gives, rounded as the torch backend would --------------------------
+
+
+@shapes
+@rules
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
+    """To the nearest and at random, of all sizes, infinite and not a number; all of a gradient's dtypes."""
+    n = math.prod(shape)
+    bits = random_halves(0, n, STEP, KEY, CPU).view(shape)
+    for level in levels_of(shape):
+        p = all_kinds(shape, level).to(dtype)
+        for g_dtype in (FP32, BF16, FP16):
+            wide = State(shape, level, rule, p.float(), g_dtype).step().p
+            assert same(State(shape, level, rule, p, g_dtype).step().p, wide.to(dtype))
+            got = State(shape, level, rule, p, g_dtype).step(rounding="stochastic").p
+            assert same(got, round_at_random(wide, bits, dtype))
+            if n > 1000:
+                assert not same(got, wide.to(dtype))  # control
+
+
+@shapes
+@rules
+def test_split_weights_are_the_wide_ones(rule, shape):
+    for level in levels_of(shape):
+        p = all_kinds(shape, level)
+        wide, split = State(shape, level, rule, p), State(shape, level, rule, split_low(p)[0])
+        split.low = split_low(p)[1]
+        for _ in range(2):
+            wide.step()
+            split.step(rounding="split")
+            assert same(join_low(split.p, split.low), wide.p)
+
+
+@shapes
+@rules
+def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
+    for level in levels_of(shape):
+        wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
+        narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
+        wide.m, wide.v = narrow.m.float(), narrow.v.float()
+        words = random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
+        wide.step()
+        narrow.step()
+        assert same(narrow.p, wide.p)
+        assert same(narrow.m, round_at_random(wide.m, words & 0xFFFF, BF16))
+        assert same(narrow.v, round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
+
+
+@shapes
+@rules
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
+    """Ordinary quanta, of zeros, of tiny and of large numbers; spoiled ones with an infinity or a NaN."""
+    for level in levels_of(shape):
+        wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
+        n, q = narrow.m.numel(), quantum(level)
+        words = random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
+        for each in (wide, narrow):
+            g = each.g.view(-1)
+            for i, x in enumerate((0.0, 1e-45, 1e-20, 1e18, *((math.inf, math.nan) if spoiled else ()))):
+                g[i * 900 : i * 900 + 700 if i < 4 else i * 900 + 1] = x
+        m, v = narrow.m * (torch.rand(narrow.m.shape) > 0.2), narrow.v
+        m.view(-1)[: 2 * q], v.view(-1)[: 2 * q] = 0.0, 0.0
+        (codes_m, scale_m), (codes_v, scale_v) = (
+            encode_first(m, words & 1, level),
+            encode_second(v, words & 1, level),
+        )
+        narrow.m, narrow.v, narrow.scales = codes_m, codes_v, (scale_m, scale_v)
+        wide.m, wide.v = decode_first(codes_m, scale_m, level), decode_second(codes_v, scale_v, level)
+        wide.step()
+        narrow.step()
+        assert same(narrow.p, wide.p)
+        first = encode_first(wide.m, words & 0xFFFF, level)
+        second = encode_second(wide.v, words >> 16 & 0xFFFF, level)
+        for got, expected in zip(
+            (narrow.m, narrow.scales[0], narrow.v, narrow.scales[1]), first + second, strict=True
+        ):
+            assert same(got, expected)
+
+
+# Where things lie ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@rules
+def test_layouts_make_no_difference(layout, rule):
+    """Weights and gradients with strides of their own, in poisoned memory."""
+
+    def run(layout: str) -> list[Tensor]:
+        kinds = {"dtype": BF16, "moment_dtype": BF16, "layouts": [layout], "rule": rule, "limited": rule == "gwt"}
+        bucket = Bucket([(60, 400), (50, 37), (3, 40, 160), (900,)], 3, **kinds)
+        bucket.step(Hyper(lr=0.01), 3, backend="compiled", rounding="stochastic", keys=[5] * 4)
+        return bucket.results()
+
+    assert_same_bits(run(layout), run("contiguous"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "coefficients"), [((9, 16, 64), (2, 4, 16)), ((2**34 + 5, 1, 7), (2**33, 3, 5))]
+)
+def test_bits_of_shards_with_gaps(weights, coefficients):
+    """The elements of a run are neighbours in the whole tensor; runs begin anywhere, above 2**32 calls too."""
+    p = all_kinds((40, 64), 1).to(BF16)
+    narrow, wide = State((40, 64), 2, "foam", p), State((40, 64), 2, "foam", p.float())
+    narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
+    wide.m, wide.v = narrow.m.float(), narrow.v.float()
+    wide.step()
+    narrow.step(rounding="stochastic", spans=[(Span(*weights), Span(*coefficients))])
+    elements, blocks = (
+        (first + e // run * pitch + e % run).view(x.shape)
+        for (first, run, pitch), x in ((weights, narrow.p), (coefficients, narrow.m))
+        for e in [torch.arange(x.numel())]
+    )
+    words = random_words_at(blocks, STEP, KEY)
+    assert same(narrow.p, round_at_random(wide.p, random_halves_at(elements, STEP, KEY).int(), BF16))
+    assert same(narrow.m, round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
+    assert same(narrow.v, round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
+
+
+def steps(**options: object) -> list[object]:
+    """Weights, state and telemetry after each of some steps."""
+    params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=BF16)
+    groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
+    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=True, **options)
+    history: list[object] = []
+    for t in range(3):
+        give_gradients(params, seed=t)
+        optimizer.step()
+        taken = snapshot(optimizer)
+        history.append((taken["params"], taken["state"], optimizer.telemetry()))
+    return history
+
+
+def test_any_number_of_threads(monkeypatch):
+    """The same bits, telemetry's too."""
+    threads, runs = torch.get_num_threads(), []
+    started: list[int] = []
+    monkeypatch.setattr(compiled_step, "SHARE", 8)
+    pool = compiled_step.ThreadPoolExecutor
+    monkeypatch.setattr(compiled_step, "ThreadPoolExecutor", lambda n: started.append(n) or pool(n))
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            runs.append(steps(weight_rounding="stochastic", state_dtype="int8"))
+    finally:
+        torch.set_num_threads(threads)
+    assert set(started) == {2, 5}
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+    assert_differ(runs[0], steps(weight_rounding="stochastic", state_dtype="int8", seed=1))
+
+
+@pytest.mark.parametrize("vectors", [[], build.AVX2, build.AVX512], ids=["plain", "avx2", "avx512"])
+def test_any_vectors(monkeypatch, tmp_path, vectors):
+    """Weights and moments are the same on every machine, but for the last place of the limiter's norm."""
+    if vectors not in ([], build.VECTORS.get(torch.backends.cpu.get_cpu_capability())) and vectors is build.AVX512:
+        pytest.skip("needs a CPU with AVX-512: run it on one")
+    options = {"weight_rounding": "stochastic", "state_dtype": "int8", "norm_growth_limit": None}
+    expected = [each[:2] for each in steps(**options)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "VECTORS", dict.fromkeys(build.VECTORS, vectors))
+    lib = build.library.__wrapped__()
+    monkeypatch.setattr(compiled_step, "library", lambda: lib)
+    monkeypatch.setattr(compiled_step, "functions", compiled_step.functions.__wrapped__)
+    assert_same_bits([each[:2] for each in steps(**options)], expected)
+    assert len(list((tmp_path / "gwt_kernels").iterdir())) == 1
+
+
+def test_the_struct_is_the_one_in_c():
+    """Names in their order; a size that is off would shift what follows it."""
+    source = build.SOURCE.read_text()
+    for structure, name in ((compiled_step.CStep, "gwt_step"), (compiled_step.CSpan, "gwt_span")):
+        body = re.search(r"typedef struct \{([^{}]*)\} " + name, source)[1]
+        body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+        fields = [
+            field.strip(" *")
+            for line in body.split(";")
+            if line.strip()
+            for field in re.sub(r"^\s*(const )?\w+ ", "", line.strip()).split(",")
+        ]
+        assert fields == [field for field, _ in structure._fields_]
+    size = ctypes.c_int64.in_dll(build.library(), "gwt_step_size").value
+    assert size == ctypes.sizeof(compiled_step.CStep)
+    enums = re.findall(r"enum \{ ([\w, ]*) \}", source)
+    assert enums[0].split(", ") == ["FLOAT32", "BFLOAT16", "FLOAT16", "INT8"]
+    assert enums[1].lower().split(", ") == list(compiled_step.ROUNDINGS)
+
+
+# What it leaves to PyTorch's operators, and what it refuses -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "level", "dtype"), [((4, 2048), 11, FP32), ((6, 40), 2, torch.float64)], ids=["deep", "float64"]
+)
+def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
+    """Bit for bit; and so are the sums of shards."""
+    results = []
+    for backend in ("torch", "compiled"):
+        bucket = Bucket([shape], level, dtype=dtype, limited=True)
+        arrays = {"params": bucket.tensors("params"), "grads": bucket.tensors("grads")}
+        arrays |= {"exp_avgs": bucket.tensors("exp_avgs"), "exp_avg_sqs": bucket.tensors("exp_avg_sqs")}
+        sums = update_sums(**arrays, steps=[1], hypers=[Hyper()], level=level, backend=backend).sums
+        bucket.step(Hyper(lr=0.01), 3, backend=backend)
+        results.append([sums, *bucket.results()])
+    assert_same_bits(*results)
+
+
+def test_sums_are_the_torch_backends():
+    """To rounding, for whole blocks and cut ones, with nothing changed."""
+    for moment_dtype in (FP32, BF16):
+        bucket = Bucket([(60, 400), (50, 37), (0, 8), (3, 40, 160)], 2, dtype=BF16, moment_dtype=moment_dtype)
+        arrays = {name: bucket.tensors(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+        before = bucket.results()
+        told = [
+            update_sums(**arrays, steps=[1] * 4, hypers=[Hyper()] * 4, level=2, backend=backend).sums
+            for backend in ("torch", "compiled")
+        ]
+        torch.testing.assert_close(told[1], told[0], rtol=1e-5, atol=0)
+        assert told[1][2] == 0
+        assert_same_bits(bucket.results(), before)
+
+
+@pytest.mark.parametrize("fault", ["moments", "gradient", "halves", "scales", "mixed"])
+def test_tensors_that_do_not_fit_are_refused(fault):
+    """It would write beside them."""
+    state = State((16, 64), 2, "foam", torch.zeros(16, 64, dtype=BF16))
+    rounding, words = "nearest", "moments of shape"
+    if fault == "moments":
+        state.m = state.m[:15].clone()
+    elif fault == "gradient":
+        state.g = state.g[:, :63]
+    elif fault == "halves":
+        state.low, rounding, words = torch.zeros(16, 63, dtype=torch.int16), "split", "low half"
+    elif fault == "scales":
+        state.m, state.v = torch.zeros(16, 16, dtype=torch.int8), torch.zeros(16, 16, dtype=torch.uint8)
+        state.scales, words = (torch.ones(2), torch.ones(1)), "scales"
+    else:
+        state.v, words = state.v.double(), "one dtype"
+    before = [x.clone() for x in (state.p, state.m, state.v)]
+    with pytest.raises(ValueError, match=words):
+        state.step(rounding=rounding)
+    assert_same_bits([state.p, state.m, state.v], before)
