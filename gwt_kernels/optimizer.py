@@ -88,8 +88,8 @@ class GWTAdamW(Optimizer):
         capturable: Keep step counts on the parameters' device and take ``lr`` as a tensor there, so that a CUDA
             graph may capture the step and replay it. Needs the Triton backend for CUDA tensors.
         telemetry: Note, on the device, what :meth:`telemetry` tells about each tensor's steps.
-        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere; ``"compiled"``
-            for torch on a CPU with random bits and roundings through torch.compile: the same numbers, sooner.
+        backend: ``"triton"``, ``"compiled"`` (the step in C, for CPU tensors), ``"torch"``, or None for Triton on
+            CUDA tensors, C on CPU tensors where a compiler is at hand, and torch elsewhere.
 
     State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
     (``[..., ceil(N / 2**level)]`` for Haar, on the parameter's device) and, where the limiter is on,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from bench import records, roundings
 from bench.report.blocks import BLOCKS
 from bench.report.rows import load
 from gwt_kernels import backends
-from gwt_kernels.torch_backend import compiled
+from gwt_kernels.compiled_backend import step as compiled_step
 
 SMALL = ["--shape", "64", "256", "--repetitions", "2", "--level", "1"]
 
 pytestmark = pytest.mark.skipif(
     backends.compiler_obstacle(torch.device("cpu")) is not None,
-    reason="needs a C++ compiler: apt-get install g++, or set CXX",
+    reason="needs a C compiler: apt-get install gcc, or set CC",
 )
 
 
@@ -33,19 +34,17 @@ def test_every_way_is_measured_and_shown(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("roundings_*.json")
     rows = records.rows_of(path, "roundings")
     ratios = {tuple(row[k] for k in ("rule", "weights", "rounding", "moments", "backend")): row for row in rows}
-    assert len(ratios) == 2 * (2 + 2 * len(roundings.STORAGES))
+    assert len(ratios) == 2 * (3 + 2 * len(roundings.STORAGES))
     assert all(row["median"] > 0 and row["samples"] == 2 and not row["note"] for row in rows)
     lines = BLOCKS["roundings"](load(tmp_path), "").splitlines()
-    assert len(lines) == 2 + 1 + len(roundings.STORAGES)
-    assert lines[-1].startswith("| float16 | stochastic | float32 |")
+    assert len(lines) == 2 + 1 + len(roundings.STORAGES) + 2
+    assert lines[-3].startswith("| float16 | stochastic | float32 |")
+    assert lines[-1].startswith("The float32 steps: gwt ")
 
 
 def test_other_numbers_are_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(x, first, step, key, dtype):
-        return x.to(dtype)
-
-    monkeypatch.setattr(compiled, "KERNELS", compiled.KERNELS._replace(round_weights=wrong))
-    monkeypatch.setattr(roundings, "RULES", ("foam",))
+    monkeypatch.setattr(compiled_step, "ROUNDINGS", SimpleNamespace(index=lambda rounding: 0))  # the nearest
+    monkeypatch.setattr(roundings, "RULES", ("gwt",))
     monkeypatch.setattr(roundings, "STORAGES", (roundings.Storage("bfloat16", "stochastic"),))
     assert roundings.main([*SMALL, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("roundings_*.json")

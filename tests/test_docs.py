@@ -19,6 +19,7 @@ from torch import nn
 from bench import records
 from bench.contenders import check_name
 from gwt_kernels import GWTAdamW, backends, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients
+from gwt_kernels.compiled_backend import build
 from gwt_kernels.torch_backend import literal
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(build, "library", build.library.__wrapped__)
     backends.resolve("compiled", torch.device("cpu"), torch.float32, 2)
 
 
@@ -136,7 +138,7 @@ PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "cannot follow pointers": interpreted_on_cuda,
     "compiles none": interpreted_codegen,
     "its arithmetic is float32": lambda _: on_triton(torch.ones(8, dtype=torch.float64)),
-    "needs a C++ compiler": without_compiler,
+    "needs a C compiler": without_compiler,
     "is too deep": lambda _: optimizer(level=5),
     "found nothing to transform": nothing_to_transform,
     "matches no parameter": lambda _: gwt_param_groups(nn.Linear(8, 8), include=["nowhere"]),

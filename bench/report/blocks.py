@@ -135,7 +135,7 @@ def _roundings(runs: Sequence[Run], root: str) -> str:
             times[column] = f"{1e3 * row['median']:.1f} ms"
     headings = ["weights", "`weight_rounding`", "moments", *(f"{rule}, `{backend}`" for rule, backend in columns)]
     rows = [[*kept, *(own.get(column, "") for column in columns)] for kept, own in ratios.items()]
-    own = [f"{rule} {times[rule, backend]} with `{backend}`" for rule, backend in columns]
+    own = [f"{rule} {times.get((rule, backend), 'not measured')} with `{backend}`" for rule, backend in columns]
     base = f"The float32 steps: {', '.join(own)}; `torch.optim.AdamW(fused=True)` {times['gwt', 'adamw_fused']}."
     return f"{table(headings, rows, left=3)}\n\n{base}"
 

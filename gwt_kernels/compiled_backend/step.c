@@ -1,6 +1,6 @@
 /* One step on a CPU: GWT-Adam in one pass over weights, gradients and moments, a tile at a time.
  *
- * A tile is a run of coefficients, those of TILE elements at most, and everything about it stays in the nearest
+ * A tile is a run of coefficients, those of some hundred elements, and everything about it stays in the nearest
  * caches from stage to stage: read, fold to means, update the moments, spread to the elements, round, write. Each
  * stage is a plain loop over floats that a compiler makes vectors of, and is chosen by level, rule and dtypes for
  * the whole tile; so one function serves them all. With W = 2**level neighbours in block k of gradient g,
@@ -22,7 +22,10 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { TILE = 2048, QUANTUM = 128, SUMS = 4 };
+/* Elements of a tile at the most, and where nothing asks for more: memory is read ahead by the processor while it
+ * works on the tile before, if that is short, and waited for if it is long. */
+enum { LARGEST = 1024, TILE = 256 };
+enum { QUANTUM = 128, SUMS = 4 };
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum { NEAREST, STOCHASTIC, SPLIT };
 enum { WEIGHTS, MOMENTS }; /* what random bits are for */
@@ -50,9 +53,9 @@ typedef struct {
 
 /* A tile's numbers as floats, blocks padded with zeros. */
 typedef struct {
-    float g[TILE], p[TILE], a[TILE], b[TILE];       /* of elements */
-    float mean[TILE], m[TILE], v[TILE], gain[TILE]; /* of coefficients */
-    uint32_t words[TILE];                           /* random ones */
+    float g[LARGEST], p[LARGEST], a[LARGEST], b[LARGEST];       /* of elements */
+    float mean[LARGEST], m[LARGEST], v[LARGEST], gain[LARGEST]; /* of coefficients */
+    uint32_t words[LARGEST];                           /* random ones */
     double energy;                                  /* sum(g*g), where the step is observed */
 } tile;
 
@@ -123,9 +126,11 @@ static inline uint16_t to_bfloat16(float x)
 
 static void load(float *restrict to, const void *from, int64_t first, int n, int type)
 {
+    const float *restrict floats = (const float *)from + first;
     const uint16_t *restrict halves = (const uint16_t *)from + first;
     if (type == FLOAT32)
-        memcpy(to, (const float *)from + first, (size_t)n * sizeof *to);
+        for (int i = 0; i < n; ++i)
+            to[i] = floats[i];
     else if (type == BFLOAT16)
         for (int i = 0; i < n; ++i)
             to[i] = float_of((uint32_t)halves[i] << 16);
@@ -163,7 +168,7 @@ static void draw(uint32_t *restrict words, uint64_t call, int n, uint32_t step, 
 static void draw_bits(void *to, int size, int64_t first, int n, const gwt_span *span, uint32_t purpose,
                       const gwt_step *s)
 {
-    uint32_t words[TILE + 8];
+    uint32_t words[LARGEST + 8];
     const int per_call = 16 / size;
     for (int done = 0; done < n;) {
         const int64_t place = (first + done) % span->run, left = span->run - place;
@@ -202,7 +207,7 @@ static inline uint16_t to_half_at_random(float x, uint32_t bits)
 
 static void round_weights(const gwt_step *s, const float *restrict x, uint16_t *restrict to, int64_t first, int n)
 {
-    uint16_t bits[TILE];
+    uint16_t bits[LARGEST];
     draw_bits(bits, sizeof *bits, first, n, &s->weights, WEIGHTS, s);
     if (s->p_type == BFLOAT16)
         for (int i = 0; i < n; ++i)
@@ -379,7 +384,7 @@ static void store_weights(const gwt_step *s, int64_t k, int n, tile *t)
         else if (s->rounding == STOCHASTIC)
             round_weights(s, p, halves, r.element, r.held);
         else if (s->p_type == FLOAT32)
-            memcpy((float *)s->p + r.element, p, (size_t)r.held * sizeof *p);
+            load((float *)s->p + r.element, p, 0, r.held, FLOAT32);
         else if (s->p_type == BFLOAT16)
             for (int i = 0; i < r.held; ++i)
                 halves[i] = to_bfloat16(p[i]);
@@ -414,8 +419,8 @@ static void read(const gwt_step *s, int64_t k, int n, tile *t)
 static void store_moments(const gwt_step *s, int64_t k, int n, tile *t)
 {
     if (s->m_type == FLOAT32) {
-        memcpy((float *)s->m + k, t->m, (size_t)n * sizeof *t->m);
-        memcpy((float *)s->v + k, t->v, (size_t)n * sizeof *t->v);
+        load((float *)s->m + k, t->m, 0, n, FLOAT32);
+        load((float *)s->v + k, t->v, 0, n, FLOAT32);
         return;
     }
     const int64_t quantum = k / quantum_of(s->level);
@@ -531,27 +536,33 @@ static void adam_update(const gwt_step *s, int64_t k, int n, tile *t)
 
 EXPORT const int64_t gwt_step_size = sizeof(gwt_step);
 
-EXPORT int64_t gwt_tiles(const gwt_step *s)
+/* Coefficients of a tile: whole blocks, and whole quanta of codes. */
+static int at_once(const gwt_step *s)
 {
-    const int64_t per_row = (s->width + ((int64_t)1 << s->level) - 1) >> s->level;
-    const int64_t at_once = TILE >> s->level;
-    return (s->rows * per_row + at_once - 1) / at_once;
+    const int least = s->m_type == INT8 ? quantum_of(s->level) : 1;
+    return TILE >> s->level > least ? TILE >> s->level : least;
 }
 
-static int coefficients(const gwt_step *s, int64_t i)
+static int64_t all_coefficients(const gwt_step *s)
 {
-    const int64_t per_row = (s->width + ((int64_t)1 << s->level) - 1) >> s->level;
-    const int64_t left = s->rows * per_row - i * (TILE >> s->level);
-    return (int)(left < TILE >> s->level ? left : TILE >> s->level);
+    const int64_t w = (int64_t)1 << s->level;
+    return s->rows * ((s->width + w - 1) >> s->level);
+}
+
+EXPORT int64_t gwt_tiles(const gwt_step *s)
+{
+    return (all_coefficients(s) + at_once(s) - 1) / at_once(s);
 }
 
 /* For the limiter, of tiles `first` to before `stop`: sums[i][0] = sum((m / (sqrt(v) + eps))**2). */
 EXPORT void gwt_sum(const gwt_step *s, int64_t first, int64_t stop)
 {
     tile t;
+    const int64_t all = all_coefficients(s), most = at_once(s);
     for (int64_t i = first; i < stop; ++i) {
-        const int n = coefficients(s, i);
-        update_moments(s, i * (TILE >> s->level), n, &t);
+        const int64_t k = i * most;
+        const int n = (int)(most < all - k ? most : all - k);
+        update_moments(s, k, n, &t);
         for (int j = 0; j < n; ++j)
             t.gain[j] *= t.m[j];
         s->sums[SUMS * i] = squares(t.gain, n);
@@ -563,9 +574,10 @@ EXPORT void gwt_sum(const gwt_step *s, int64_t first, int64_t stop)
 EXPORT void gwt_update_weights(const gwt_step *s, int64_t first, int64_t stop)
 {
     tile t;
+    const int64_t all = all_coefficients(s), most = at_once(s);
     for (int64_t i = first; i < stop; ++i) {
-        const int n = coefficients(s, i), elements = n << s->level;
-        const int64_t k = i * (TILE >> s->level);
+        const int64_t k = i * most;
+        const int n = (int)(most < all - k ? most : all - k), elements = n << s->level;
         double *sums = s->sums + SUMS * i;
         if (s->level == 0)
             adam_update(s, k, n, &t);
