@@ -175,7 +175,7 @@ def install(wheels: Path, environment: dict[str, str]) -> str:
 def fingerprint() -> str:
     """A digest of the sources, which says whether a part has finished with these: a checkout need not be there."""
     digest = hashlib.sha256()
-    folders, names = ("gwt_kernels", "bench", "tests"), ("*.py", "configs/*.json")
+    folders, names = ("gwt_kernels", "bench", "tests"), ("*.py", "*.c", "configs/*.json")
     for file in sorted(file for folder in folders for name in names for file in (ROOT / folder).rglob(name)):
         digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

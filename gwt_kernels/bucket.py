@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import is_sharded, local_of, reduced_over
 from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
+from gwt_kernels.survey import PYTHON, Survey
 
-__all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of"]
+__all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of", "survey_for"]
 
 
 def make_buckets(
@@ -137,7 +138,8 @@ class Bucket:
         # Whether the limiter's first pass can look at the gradients, for what decides about the step. Another
         # process counts those that this one does not.
         arrays = (self.params, [g for g in (params[0].grad,) if g is not None], self.exp_avgs)
-        self.looks = is_limited(group) and is_on_triton(arrays, self.level, self.wavelet, self.backend)
+        self.on_triton = is_on_triton(arrays, self.level, self.wavelet, self.backend)
+        self.looks = is_limited(group) and self.on_triton
         self.looks &= self._counted is None or all(self._counted)
         if limits is not None:
             self.limited_places = limits.places_of(params)
@@ -242,6 +244,15 @@ def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
         is_limited(group),
         group["weight_rounding"],
     )
+
+
+def survey_for(buckets: Sequence[Bucket]) -> Survey:
+    """How to survey the tensors of a step: through C where kernels are launched, which needs a compiler anyway."""
+    if not any(bucket.on_triton for bucket in buckets):
+        return PYTHON
+    from gwt_kernels.triton_backend.native import quickest
+
+    return quickest()
 
 
 def stream_of(group: Mapping[str, Any], index: int, place: int) -> int:

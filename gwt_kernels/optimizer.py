@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends, whole_step
 from gwt_kernels import telemetry as telemetry_rows
-from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits
+from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, survey_for
 from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
 from gwt_kernels.control import Asked
 from gwt_kernels.functional import Begun, Rounding, Rule
@@ -380,7 +380,7 @@ class GWTAdamW(Optimizer):
         self._limits = make_limits(self.param_groups)
         self._totals = Totals(params) if any_sharded(params) and controlled else None
         self._buckets = self._make_buckets(on_device)
-        self._snapshot = Snapshot(params, grads, options, self.state, held)
+        self._snapshot = Snapshot(params, grads, options, self.state, held, survey_for(self._buckets))
         return False
 
     def _check_before_step(self) -> None:

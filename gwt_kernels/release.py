@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels import whole_step
-from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of
+from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of, survey_for
 from gwt_kernels.checks import name_of
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import hyper_of
@@ -113,7 +113,7 @@ class GradientRelease:
             members = [Member(p, 0, 0, stream_of(group, k, place))]
             rows = optimizer._telemetry_rows(members)
             bucket = Bucket(members, optimizer.state, [group], False, rows, limits)
-            optimizer._lone[p] = Snapshot([p], grads, options, state, [held]), bucket
+            optimizer._lone[p] = Snapshot([p], grads, options, state, [held], survey_for([bucket])), bucket
         bucket = optimizer._lone[p][1]
         shared = [] if bucket.limits is None else [bucket.limits]
         whole_step.update([bucket], [bucket.gradients(grads)], [None], shared, [hyper], None, same)

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gwt_kernels import snapshot
+from gwt_kernels import survey
 from gwt_kernels.snapshot import Snapshot
+from gwt_kernels.survey import PYTHON, Survey
+from gwt_kernels.triton_backend.native import compiled
+from tests.native import needs_compiler
 
 
 class Held:
     """Parameters with gradients and states, and a snapshot of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
         self.params: list[Tensor] = [torch.nn.Parameter(torch.randn(4, 8)) for _ in range(3)]
         self.state: Any = defaultdict(dict)
         self.options: Any = [(2, "gwt", 3)]
@@ -28,7 +32,12 @@ class Held:
             p.grad = torch.randn(4, 8)
             self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 2)}
         self.params[2].grad = None
-        self.snapshot = Snapshot(list(self.params), self.grads(), list(self.options), self.state)
+        self.remember()
+
+    def remember(self) -> None:
+        self.snapshot = Snapshot(
+            list(self.params), self.grads(), list(self.options), self.state, survey=self.survey
+        )
 
     def grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]
@@ -37,9 +46,17 @@ class Held:
         return self.snapshot.holds(list(self.params), self.grads(), list(self.options), self.state)
 
 
-@pytest.mark.usefixtures("_guards")
-def test_values_may_change():
-    held = Held()
+@pytest.fixture(params=["guards", "no guards", pytest.param("C", marks=needs_compiler)])
+def ways(request, monkeypatch) -> Survey:
+    """With what PyTorch offers to compare tensors by, without it, and through C."""
+    assert survey.TensorGuards is not None
+    if request.param == "no guards":
+        monkeypatch.setattr(survey, "TensorGuards", None)
+    return compiled() if request.param == "C" else PYTHON
+
+
+def test_values_may_change(ways):
+    held = Held(ways)
     held.holds()
     with torch.no_grad():
         held.params[0].add_(1)
@@ -48,23 +65,21 @@ def test_values_may_change():
     assert held.holds()
 
 
-@pytest.mark.usefixtures("_guards")
-def test_other_gradients_of_the_same_kind_will_do():
-    held = Held()
+def test_other_gradients_of_the_same_kind_will_do(ways):
+    held = Held(ways)
     for _ in range(3):
         for p in held.params[:2]:
             p.grad = torch.randn(4, 8)
         assert held.holds()
 
 
-@pytest.mark.usefixtures("_guards")
-def test_modes_and_strides_of_single_elements_are_no_change():
-    held = Held()
+def test_modes_and_strides_of_single_elements_are_no_change(ways):
+    held = Held(ways)
     held.params[0].grad = torch.randn(4, 8)
     p = torch.nn.Parameter(torch.randn(1, 8))
     p.grad = torch.randn(1, 8)
     held.params.append(p)
-    held.snapshot = Snapshot(list(held.params), held.grads(), list(held.options), held.state)
+    held.remember()
     p.grad = torch.randn(3, 8)[:1].as_strided((1, 8), (24, 1))
     assert held.holds()
     with torch.autocast("cpu"):
@@ -74,10 +89,10 @@ def test_modes_and_strides_of_single_elements_are_no_change():
     assert held.holds()
 
 
-def test_a_parameter_listed_twice_is_no_change():
-    held = Held()
+def test_a_parameter_listed_twice_is_no_change(ways):
+    held = Held(ways)
     held.params = [held.params[0]] * 2
-    held.snapshot = Snapshot(list(held.params), held.grads(), list(held.options), held.state)
+    held.remember()
     assert held.holds()
     held.params[0].grad = torch.randn(4, 8).to(torch.float64).float()
     assert held.holds()
@@ -85,8 +100,8 @@ def test_a_parameter_listed_twice_is_no_change():
     assert not held.holds()
 
 
-def test_gradients_are_not_kept_alive():
-    held = Held()
+def test_gradients_are_not_kept_alive(ways):
+    held = Held(ways)
     assert held.holds()
     ref = weakref.ref(held.params[0].grad)
     held.params[0].grad = None
@@ -153,18 +168,9 @@ CHANGES: dict[str, Callable[[Held], object]] = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["guards", "no guards"])
-def _guards(request, monkeypatch):
-    """With what PyTorch offers to compare tensors by, and without it."""
-    assert snapshot.TensorGuards is not None
-    if not request.param:
-        monkeypatch.setattr(snapshot, "TensorGuards", None)
-
-
-@pytest.mark.usefixtures("_guards")
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_other_change_is_noticed(change):
-    held = Held()
+def test_every_other_change_is_noticed(change, ways):
+    held = Held(ways)
     assert held.holds()
     CHANGES[change](held)
     assert not held.holds()

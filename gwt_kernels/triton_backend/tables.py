@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
+from gwt_kernels.triton_backend.native import quickest
 
 __all__ = [
     "TRITON_DTYPES",
@@ -39,7 +40,7 @@ _pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
     """Eight bytes for each tensor's."""
-    return struct.pack(f"{len(tensors)}q", *map(Tensor.data_ptr, tensors))
+    return quickest().addresses(tensors)
 
 
 def offs_of(words: bytes) -> bytes:

@@ -1,0 +1,72 @@
+"""The survey through C, compiled where Triton compiles what it launches kernels with."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gwt_kernels.survey import PYTHON, States, Survey, Tensors
+
+__all__ = ["compiled", "module", "quickest"]
+
+SOURCE = Path(__file__).with_name("survey.c")
+
+
+@functools.cache
+def quickest() -> Survey:
+    """The one through C, or Python's where that cannot be had."""
+    try:
+        return compiled()
+    except Exception:  # no compiler, no headers, another PyTorch: Python needs none of what may be missing
+        logging.getLogger(__name__).debug("survey.c cannot be used", exc_info=True)
+        return PYTHON
+
+
+def compiled() -> Survey:
+    """The one through C.
+
+    Raises:
+        Exception: of any kind, where it cannot be compiled, or where PyTorch is not laid out as it expects.
+    """
+    c = module()
+    samples = [torch.empty(2, 3, device="cpu"), Parameter(torch.empty(5, device="cpu"))]
+    c.open(Tensor, Parameter, Tensor.data_ptr, _offset(samples))
+    if c.addresses(samples) != PYTHON.addresses(samples):
+        raise RuntimeError("PyTorch's interface for C finds tensors at other addresses than Python does")
+
+    def like(tensors: Tensors) -> Callable[[Tensors], bool]:
+        kinds = c.kinds(tensors)
+        return PYTHON.like(tensors) if kinds is None else lambda others: c.alike(others, kinds)
+
+    def still(state: States) -> Callable[[States], bool]:
+        entries = c.entries(state)
+        return lambda now: c.still(now, entries)
+
+    return Survey(c.addresses, c.same, like, still)
+
+
+def module() -> Any:
+    """What survey.c makes, before it knows where tensors lie in their Python objects; kept in Triton's cache."""
+    from triton.runtime.build import compile_module_from_src
+
+    libraries = str(Path(torch.__file__).with_name("lib"))
+    return compile_module_from_src(
+        SOURCE.read_text(), "gwt_survey", library_dirs=[libraries], libraries=["torch_cpu"]
+    )
+
+
+def _offset(samples: list[Any]) -> int:
+    """Where in a tensor's Python object its pointer lies, in bytes: PyTorch tells the pointer alone."""
+    size = Tensor.__basicsize__ // 8
+    words = [struct.unpack(f"{size}Q", ctypes.string_at(id(x), 8 * size)) for x in samples]
+    (place,) = [i for i in range(size) if all(own[i] == x._cdata for own, x in zip(words, samples, strict=True))]
+    return 8 * place

@@ -1,0 +1,235 @@
+/* Surveys many tensors without a call of Python for each; the contract is that of survey.py. */
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+/* PyTorch's stable interface for C (torch/csrc/inductor/aoti_torch/c/shim.h): 0 is success. */
+typedef const void *Handle; /* where a pointer to a tensor lies */
+extern int32_t aoti_torch_get_data_ptr(Handle, void **);
+extern int32_t aoti_torch_get_dtype(Handle, int32_t *);
+extern int32_t aoti_torch_get_layout(Handle, int32_t *);
+extern int32_t aoti_torch_get_device_type(Handle, int32_t *);
+extern int32_t aoti_torch_get_device_index(Handle, int32_t *);
+extern int32_t aoti_torch_get_dim(Handle, int64_t *);
+extern int32_t aoti_torch_get_sizes(Handle, int64_t **);
+extern int32_t aoti_torch_is_contiguous(Handle, bool *);
+extern int32_t aoti_torch_layout_strided(void);
+/* bool at::native::is_neg(const at::Tensor &), which that interface lacks. */
+extern bool _ZN2at6native6is_negERKNS_6TensorE(Handle);
+
+enum { MOST_DIMENSIONS = 8, ABSENT = -1 };
+
+typedef struct { /* without gaps: kinds are compared as bytes */
+    int64_t dimensions; /* ABSENT where there is no tensor, and all else 0 */
+    int32_t dtype, layout, device_type, device_index;
+    int64_t plain; /* contiguous, and means what it holds */
+    int64_t sizes[MOST_DIMENSIONS];
+} Kind;
+
+static PyObject *tensor_type, *parameter_type, *data_ptr;
+static Py_ssize_t offset; /* of the handle in an object of these types */
+
+/* Where its handle lies; NULL for what PyTorch lets override what is asked of it, and for no tensors at all. */
+static Handle handle_of(PyObject *x)
+{
+    PyObject *type = (PyObject *)Py_TYPE(x);
+    return type == tensor_type || type == parameter_type ? (const char *)x + offset : NULL;
+}
+
+static PyObject *open_(PyObject *module, PyObject *arguments)
+{
+    PyTypeObject *tensor, *parameter;
+    PyObject *method;
+    Py_ssize_t place;
+    if (!PyArg_ParseTuple(arguments, "O!O!On:open", &PyType_Type, &tensor, &PyType_Type, &parameter, &method,
+                          &place))
+        return NULL;
+    const Py_ssize_t last = tensor->tp_basicsize - (Py_ssize_t)sizeof(Handle);
+    if (place < (Py_ssize_t)sizeof(PyObject) || place > last || !PyType_IsSubtype(parameter, tensor))
+        return PyErr_Format(PyExc_ValueError, "no handle lies %zd bytes into a tensor", place);
+    tensor_type = (PyObject *)Py_NewRef(tensor); /* for good, like the module */
+    parameter_type = (PyObject *)Py_NewRef(parameter);
+    data_ptr = Py_NewRef(method);
+    offset = place;
+    Py_RETURN_NONE;
+}
+
+static int address_of(PyObject *x, uint64_t *address)
+{
+    Handle handle = handle_of(x);
+    void *found;
+    if (handle && aoti_torch_get_data_ptr(handle, &found) == 0) {
+        *address = (uint64_t)(uintptr_t)found;
+        return 0;
+    }
+    if (!data_ptr) {
+        PyErr_SetString(PyExc_RuntimeError, "call open() first");
+        return -1;
+    }
+    PyObject *number = PyObject_CallOneArg(data_ptr, x);
+    if (!number)
+        return -1;
+    *address = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *addresses(PyObject *module, PyObject *tensors)
+{
+    PyObject *held = PySequence_Tuple(tensors); /* a method that is called may change a list */
+    if (!held)
+        return NULL;
+    const Py_ssize_t n = PyTuple_GET_SIZE(held);
+    PyObject *words = PyBytes_FromStringAndSize(NULL, n * (Py_ssize_t)sizeof(uint64_t));
+    for (Py_ssize_t i = 0; words && i < n; ++i)
+        if (address_of(PyTuple_GET_ITEM(held, i), (uint64_t *)PyBytes_AS_STRING(words) + i) < 0)
+            Py_CLEAR(words);
+    Py_DECREF(held);
+    return words;
+}
+
+/* Whether it could be told; nothing in here calls Python. */
+static bool tell(PyObject *x, Kind *kind)
+{
+    memset(kind, 0, sizeof *kind);
+    if (x == Py_None) {
+        kind->dimensions = ABSENT;
+        return true;
+    }
+    Handle handle = handle_of(x);
+    int64_t *sizes;
+    if (!handle || aoti_torch_get_dim(handle, &kind->dimensions) || kind->dimensions > MOST_DIMENSIONS ||
+        aoti_torch_get_sizes(handle, &sizes) || aoti_torch_get_dtype(handle, &kind->dtype) ||
+        aoti_torch_get_layout(handle, &kind->layout) || aoti_torch_get_device_type(handle, &kind->device_type) ||
+        aoti_torch_get_device_index(handle, &kind->device_index))
+        return false;
+    memcpy(kind->sizes, sizes, (size_t)kind->dimensions * sizeof *sizes);
+    if (kind->layout == aoti_torch_layout_strided()) {
+        bool contiguous;
+        if (aoti_torch_is_contiguous(handle, &contiguous))
+            return false;
+        kind->plain = contiguous && !_ZN2at6native6is_negERKNS_6TensorE(handle);
+    }
+    return true;
+}
+
+static PyObject *kinds(PyObject *module, PyObject *tensors)
+{
+    if (!PyList_Check(tensors))
+        return PyErr_Format(PyExc_TypeError, "kinds() takes a list, got %R", Py_TYPE(tensors));
+    const Py_ssize_t n = PyList_GET_SIZE(tensors);
+    PyObject *told = PyBytes_FromStringAndSize(NULL, n * (Py_ssize_t)sizeof(Kind));
+    for (Py_ssize_t i = 0; told && i < n; ++i)
+        if (!tell(PyList_GET_ITEM(tensors, i), (Kind *)PyBytes_AS_STRING(told) + i)) {
+            Py_DECREF(told);
+            Py_RETURN_NONE;
+        }
+    return told;
+}
+
+static PyObject *alike(PyObject *module, PyObject *arguments)
+{
+    PyObject *tensors, *told;
+    if (!PyArg_ParseTuple(arguments, "O!S:alike", &PyList_Type, &tensors, &told))
+        return NULL;
+    const Py_ssize_t n = PyList_GET_SIZE(tensors);
+    const Kind *known = (const Kind *)PyBytes_AS_STRING(told);
+    bool all = PyBytes_GET_SIZE(told) == n * (Py_ssize_t)sizeof(Kind);
+    for (Py_ssize_t i = 0; all && i < n; ++i) {
+        Kind kind;
+        all = tell(PyList_GET_ITEM(tensors, i), &kind) && memcmp(&kind, known + i, sizeof kind) == 0;
+    }
+    return PyBool_FromLong(all);
+}
+
+/* Hands every object that a state is made of to `take`, in order, as long as this returns 1; its last answer. */
+static int each(PyObject *state, int (*take)(void *, PyObject *), void *taker)
+{
+    PyObject *owner, *own, *key, *value;
+    int taken = 1;
+    if (!PyDict_Check(state))
+        return PyErr_Format(PyExc_TypeError, "a state is a dict, got %R", Py_TYPE(state)), -1;
+    for (Py_ssize_t at = 0; taken > 0 && PyDict_Next(state, &at, &owner, &own);) {
+        if ((taken = take(taker, owner)) > 0)
+            taken = take(taker, own);
+        if (taken > 0 && !PyDict_Check(own))
+            return PyErr_Format(PyExc_TypeError, "a parameter's state is a dict, got %R", Py_TYPE(own)), -1;
+        for (Py_ssize_t place = 0; taken > 0 && PyDict_Next(own, &place, &key, &value);)
+            if ((taken = take(taker, key)) > 0)
+                taken = take(taker, value);
+    }
+    return taken;
+}
+
+static int append(void *list, PyObject *object)
+{
+    return PyList_Append(list, object) < 0 ? -1 : 1;
+}
+
+static PyObject *entries(PyObject *module, PyObject *state)
+{
+    PyObject *found = PyList_New(0);
+    if (found && each(state, append, found) < 0)
+        Py_CLEAR(found);
+    return found;
+}
+
+typedef struct {
+    PyObject *list;
+    Py_ssize_t next;
+} Known;
+
+static int is_next(void *taker, PyObject *object)
+{
+    Known *known = taker;
+    return known->next < PyList_GET_SIZE(known->list) && PyList_GET_ITEM(known->list, known->next++) == object;
+}
+
+static PyObject *still(PyObject *module, PyObject *arguments)
+{
+    PyObject *state;
+    Known known = {NULL, 0};
+    if (!PyArg_ParseTuple(arguments, "OO!:still", &state, &PyList_Type, &known.list))
+        return NULL;
+    const int taken = each(state, is_next, &known);
+    return taken < 0 ? NULL : PyBool_FromLong(taken && known.next == PyList_GET_SIZE(known.list));
+}
+
+static PyObject *same(PyObject *module, PyObject *arguments)
+{
+    PyObject *these, *those;
+    if (!PyArg_ParseTuple(arguments, "O!O!:same", &PyList_Type, &these, &PyList_Type, &those))
+        return NULL;
+    const Py_ssize_t n = PyList_GET_SIZE(these);
+    if (PyList_GET_SIZE(those) != n)
+        Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i < n; ++i)
+        if (PyList_GET_ITEM(these, i) != PyList_GET_ITEM(those, i))
+            Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
+}
+
+static PyMethodDef functions[] = {
+    {"open", open_, METH_VARARGS, NULL},
+    {"addresses", addresses, METH_O, NULL},
+    {"kinds", kinds, METH_O, NULL},
+    {"alike", alike, METH_VARARGS, NULL},
+    {"entries", entries, METH_O, NULL},
+    {"still", still, METH_VARARGS, NULL},
+    {"same", same, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "gwt_survey",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit_gwt_survey(void)
+{
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,20 @@
+"""What a test of the survey through C needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+_found = [
+    importlib.util.find_spec("triton"),
+    os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+    Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+]
+needs_compiler = pytest.mark.skipif(
+    not all(_found), reason="needs Triton, a C compiler and Python's headers: install triton, gcc and python3-dev"
+)
