@@ -30,8 +30,10 @@ def test_every_scenario_is_a_row(tmp_path):
     rows = [row for row in every if row["metric"] == "host_time"]
     assert [row["scenario"] for row in rows] == [f"GWTAdamW, {scenario.name}" for scenario in host.SCENARIOS]
     assert all(row["samples"] == 3 and row["median"] > 0 and row["tensors"] == 20 for row in rows)
+    least = [row for row in every if row["metric"] == "host_time_least"]
+    assert all(0 < a["median"] <= b["p20"] for a, b in zip(least, rows, strict=True))
     shares = [row for row in every if row["metric"] == "own_time_share"]
-    assert len(shares) == 40 * len(rows) == len(every) - len(rows)
+    assert len(shares) == 40 * len(rows) == len(every) - 2 * len(rows)
     for i in range(0, len(shares), 40):
         own = [row["median"] for row in shares[i : i + 40]]
         assert own == sorted(own, reverse=True)
