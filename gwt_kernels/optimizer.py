@@ -28,12 +28,12 @@ from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import (
     ROWS_STAY,
     any_sharded,
-    grads_of,
     local_parts,
     made_by_a_getter,
 )
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import complete, with_bytes
+from gwt_kernels.survey import PYTHON
 
 __all__ = ["GWTAdamW"]
 
@@ -231,7 +231,7 @@ class GWTAdamW(Optimizer):
         self._check_options()
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        grads = grads_of(params)
+        grads = self._survey.grads(params)
         if not self.state and made_by_a_getter():
             self._check_before_step()
             self._make_buckets(self.capturable)  # which makes the state, and that is all that is wanted
@@ -318,6 +318,7 @@ class GWTAdamW(Optimizer):
         self._limits: dict[torch.device, Limits] = {}
         self._totals: Totals | None = None
         self._snapshot: Snapshot | None = None
+        self._survey = PYTHON
         self._workspace: dict[Any, dict[str, Any]] = {}
         self._lone: dict[Tensor, tuple[Snapshot, Bucket]] = {}  # of what is updated one by one: release.py
 
@@ -380,7 +381,8 @@ class GWTAdamW(Optimizer):
         self._limits = make_limits(self.param_groups)
         self._totals = Totals(params) if any_sharded(params) and controlled else None
         self._buckets = self._make_buckets(on_device)
-        self._snapshot = Snapshot(params, grads, options, self.state, held, survey_for(self._buckets))
+        self._survey = survey_for(self._buckets)
+        self._snapshot = Snapshot(params, grads, options, self.state, held, self._survey)
         return False
 
     def _check_before_step(self) -> None:

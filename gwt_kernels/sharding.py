@@ -17,7 +17,6 @@ __all__ = [
     "any_sharded",
     "check_place_of",
     "check_sharding",
-    "grads_of",
     "is_sharded",
     "local_of",
     "local_parts",
@@ -46,13 +45,6 @@ def local_of(x: Any) -> Tensor:
     """What this process holds of ``x``: ``x`` itself, or its shard."""
     local: Tensor = x._local_tensor if is_sharded(x) else x  # to_local() would make a new object every time
     return local
-
-
-def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
-    """The gradients as they are."""
-    # To look for an override of the attribute takes a DTensor longer than the attribute itself.
-    with torch._C.DisableTorchFunctionSubclass():
-        return [p.grad for p in params]
 
 
 def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:

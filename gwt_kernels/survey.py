@@ -26,6 +26,8 @@ class Survey(NamedTuple):
 
     addresses: Callable[[Sequence[Tensor]], bytes]
     """Eight bytes for each tensor's."""
+    grads: Callable[[list[Tensor]], list[Tensor | None]]
+    """The gradients as they are."""
     same: Callable[[list[Any], list[Any]], bool]
     """Whether the lists hold the very same objects in the same order."""
     like: Callable[[Tensors], Callable[[Tensors], bool]]
@@ -40,6 +42,12 @@ class Survey(NamedTuple):
 
 def _addresses(tensors: Sequence[Tensor]) -> bytes:
     return struct.pack(f"{len(tensors)}Q", *map(Tensor.data_ptr, tensors))
+
+
+def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
+    # To look for an override of the attribute takes a DTensor longer than the attribute itself.
+    with torch._C.DisableTorchFunctionSubclass():
+        return [p.grad for p in params]
 
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:
@@ -115,4 +123,4 @@ def _are_still(entries: _Entries) -> bool:
         return False
 
 
-PYTHON = Survey(_addresses, _same, _like, _still)
+PYTHON = Survey(_addresses, _grads, _same, _like, _still)

@@ -39,9 +39,14 @@ def compiled() -> Survey:
     """
     c = module()
     samples = [torch.empty(2, 3, device="cpu"), Parameter(torch.empty(5, device="cpu"))]
-    c.open(Tensor, Parameter, Tensor.data_ptr, _offset(samples))
+    c.open(Tensor, Parameter, Tensor.data_ptr, Tensor.grad, _offset(samples))
     if c.addresses(samples) != PYTHON.addresses(samples):
         raise RuntimeError("PyTorch's interface for C finds tensors at other addresses than Python does")
+
+    def grads(params: list[Tensor]) -> list[Tensor | None]:
+        with torch._C.DisableTorchFunctionSubclass():  # as in Python
+            found: list[Tensor | None] = c.grads(params)
+            return found
 
     def like(tensors: Tensors) -> Callable[[Tensors], bool]:
         kinds = c.kinds(tensors)
@@ -51,7 +56,7 @@ def compiled() -> Survey:
         entries = c.entries(state)
         return lambda now: c.still(now, entries)
 
-    return Survey(c.addresses, c.same, like, still)
+    return Survey(c.addresses, grads, c.same, like, still)
 
 
 def module() -> Any:

@@ -28,7 +28,8 @@ typedef struct { /* without gaps: kinds are compared as bytes */
     int64_t sizes[MOST_DIMENSIONS];
 } Kind;
 
-static PyObject *tensor_type, *parameter_type, *data_ptr;
+static PyObject *tensor_type, *parameter_type, *data_ptr, *grad_name;
+static PyGetSetDef *grad; /* of these types */
 static Py_ssize_t offset; /* of the handle in an object of these types */
 
 /* Where its handle lies; NULL for what PyTorch lets override what is asked of it, and for no tensors at all. */
@@ -41,17 +42,21 @@ static Handle handle_of(PyObject *x)
 static PyObject *open_(PyObject *module, PyObject *arguments)
 {
     PyTypeObject *tensor, *parameter;
-    PyObject *method;
+    PyObject *method, *attribute;
     Py_ssize_t place;
-    if (!PyArg_ParseTuple(arguments, "O!O!On:open", &PyType_Type, &tensor, &PyType_Type, &parameter, &method,
-                          &place))
+    if (!PyArg_ParseTuple(arguments, "O!O!OO!n:open", &PyType_Type, &tensor, &PyType_Type, &parameter, &method,
+                          &PyGetSetDescr_Type, &attribute, &place))
         return NULL;
+    if (!PyType_IsSubtype(tensor, PyDescr_TYPE(attribute)))
+        return PyErr_Format(PyExc_ValueError, "%R is no attribute of tensors", attribute);
     const Py_ssize_t last = tensor->tp_basicsize - (Py_ssize_t)sizeof(Handle);
     if (place < (Py_ssize_t)sizeof(PyObject) || place > last || !PyType_IsSubtype(parameter, tensor))
         return PyErr_Format(PyExc_ValueError, "no handle lies %zd bytes into a tensor", place);
     tensor_type = (PyObject *)Py_NewRef(tensor); /* for good, like the module */
     parameter_type = (PyObject *)Py_NewRef(parameter);
     data_ptr = Py_NewRef(method);
+    grad = ((PyGetSetDescrObject *)Py_NewRef(attribute))->d_getset;
+    grad_name = PyUnicode_InternFromString("grad");
     offset = place;
     Py_RETURN_NONE;
 }
@@ -88,6 +93,27 @@ static PyObject *addresses(PyObject *module, PyObject *tensors)
             Py_CLEAR(words);
     Py_DECREF(held);
     return words;
+}
+
+static PyObject *grads(PyObject *module, PyObject *tensors)
+{
+    if (!grad_name)
+        return PyErr_Format(PyExc_RuntimeError, "call open() first");
+    PyObject *held = PySequence_Tuple(tensors); /* an attribute of a user's may change a list */
+    if (!held)
+        return NULL;
+    const Py_ssize_t n = PyTuple_GET_SIZE(held);
+    PyObject *found = PyList_New(n);
+    for (Py_ssize_t i = 0; found && i < n; ++i) {
+        PyObject *x = PyTuple_GET_ITEM(held, i);
+        PyObject *own = handle_of(x) ? grad->get(x, grad->closure) : PyObject_GetAttr(x, grad_name);
+        if (own)
+            PyList_SET_ITEM(found, i, own);
+        else
+            Py_CLEAR(found);
+    }
+    Py_DECREF(held);
+    return found;
 }
 
 /* Whether it could be told; nothing in here calls Python. */
@@ -214,6 +240,7 @@ static PyObject *same(PyObject *module, PyObject *arguments)
 static PyMethodDef functions[] = {
     {"open", open_, METH_VARARGS, NULL},
     {"addresses", addresses, METH_O, NULL},
+    {"grads", grads, METH_O, NULL},
     {"kinds", kinds, METH_O, NULL},
     {"alike", alike, METH_VARARGS, NULL},
     {"entries", entries, METH_O, NULL},

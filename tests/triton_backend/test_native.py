@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import tracemalloc
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -68,6 +69,34 @@ def test_addresses_are_those_of_python():
     assert c.addresses(tuple(tensors)) == PYTHON.addresses(tensors)
     assert c.addresses([]) == b""
     assert c.addresses(tensors[:1]) != c.addresses(tensors[2:3])
+
+
+def test_gradients_are_those_of_python():
+    """Of views, of tensors of other classes, absent ones; each time those of now, and kept no longer than asked."""
+    c, tensors = native.compiled(), [x for x in dense().values() if x.is_floating_point()]
+    params = [x.detach().requires_grad_() if x.is_leaf else x for x in tensors]
+    for i, p in enumerate(params):
+        if p.is_leaf and i % 3:
+            p.grad = torch.randn_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what is no leaf
+        got, expected = c.grads(params), PYTHON.grads(params)
+    assert PYTHON.same(got, expected)
+    assert any(g is None for g in got)
+    assert any(g is not None for g in got)
+    p = params[1]
+    p.grad = torch.ones_like(p)
+    assert c.grads([p])[0] is p.grad
+    before = sys.getrefcount(p.grad)
+    kept = c.grads([p])
+    del kept
+    after = sys.getrefcount(p.grad)
+    assert after == before
+    p.grad = None
+    assert c.grads([p]) == [None]
+    assert c.grads([]) == []
+    with pytest.raises(AttributeError):
+        c.grads([p, 3])
 
 
 def test_an_address_is_that_of_now():
@@ -179,13 +208,15 @@ def test_nothing_is_kept_but_what_a_state_holds():
 @pytest.mark.parametrize(
     "arguments",
     [
-        (Tensor, Parameter, Tensor.data_ptr, 0),
-        (Tensor, Parameter, Tensor.data_ptr, 8),
-        (Tensor, Parameter, Tensor.data_ptr, Tensor.__basicsize__ - 7),
-        (Tensor, Parameter, Tensor.data_ptr, -16),
-        (Tensor, dict, Tensor.data_ptr, 16),
-        (Tensor, Parameter, Tensor.data_ptr),
-        (torch.zeros(1), Parameter, Tensor.data_ptr, 16),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.grad, 0),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.grad, 8),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.grad, Tensor.__basicsize__ - 7),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.grad, -16),
+        (Tensor, dict, Tensor.data_ptr, Tensor.grad, 16),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.grad),
+        (Tensor, Parameter, Tensor.data_ptr, Tensor.data_ptr, 16),
+        (Tensor, Parameter, Tensor.data_ptr, type.__dict__["__name__"], 16),
+        (torch.zeros(1), Parameter, Tensor.data_ptr, Tensor.grad, 16),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(arguments):
