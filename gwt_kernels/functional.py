@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import starmap
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, check_rounding, check_rule
+from gwt_kernels.single import Single
 
 __all__ = ["Begun", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "is_on_triton", "update_sums"]
 
@@ -127,14 +129,6 @@ def gwt_adamw_(
                 return None
             hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in hypers]
         counts, steps = steps, list(map(int, (steps + 1).tolist()))
-    shared: dict[str, Any] = {
-        "level": level,
-        "rule": rule,
-        "rounding": rounding,
-        "keys": keys,
-        "lows": lows,
-        "scales": scales,
-    }
     if "torch" not in choices:
         from gwt_kernels.triton_backend import launch
 
@@ -142,7 +136,12 @@ def gwt_adamw_(
             *tensors,
             steps,
             hypers,
-            **shared,
+            level=level,
+            rule=rule,
+            rounding=rounding,
+            keys=keys,
+            lows=lows,
+            scales=scales,
             control=control,
             telemetry=telemetry,
             spans=spans,
@@ -158,15 +157,11 @@ def gwt_adamw_(
 
         literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
     else:
-        _on_host(tensors[:3], level, backend).gwt_adamw_(
-            *tensors,
-            list(steps),
-            hypers,
-            **shared,
-            spans=absent if spans is None else spans,
-            limits=divisors,
-            telemetry=absent if telemetry is None else telemetry.unbind(),
-        )
+        rows = absent if telemetry is None else telemetry.unbind()
+        beside = (keys, lows, scales, absent if spans is None else spans, divisors, rows)
+        parts = zip(*tensors, steps, hypers, *beside, strict=True)
+        singles = list(starmap(Single, parts))
+        _on_host(singles, level, backend).gwt_adamw_(singles, level=level, rule=rule, rounding=rounding)
     if counts is not None:
         counts.add_(1)
     return None
@@ -221,8 +216,9 @@ def update_sums(
 
         return Begun([], None, literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet))
     if "torch" in choices:
-        module = _on_host(tensors[:3], level, backend)
-        return Begun([], None, module.update_sums(*tensors, hypers, level=level, scales=scales))
+        parts = zip(*tensors, hypers, scales, strict=True)
+        singles = [Single(p, g, m, v, None, 0, hyper, scales=scale) for p, g, m, v, hyper, scale in parts]
+        return Begun([], None, _on_host(singles, level, backend).update_sums(singles, level=level))
     from gwt_kernels.triton_backend import launch
 
     return launch.update_sums(
@@ -242,13 +238,12 @@ def update_sums(
     )
 
 
-def _on_host(arrays: Sequence[Sequence[Tensor]], level: int, backend: backends.Backend | None) -> ModuleType:
+def _on_host(singles: Sequence[Single], level: int, backend: backends.Backend | None) -> ModuleType:
     """What steps a bucket where Triton does not: the step in C, or PyTorch's operators."""
-    if backends.is_compiled(backend, arrays[0][0].device):
+    if backends.is_compiled(backend, singles[0].p.device):
         from gwt_kernels.compiled_backend import step as compiled_step
 
-        params, grads, exp_avgs = arrays
-        if compiled_step.knows(params, grads, exp_avgs, level):
+        if compiled_step.knows(singles, level):
             return compiled_step
     from gwt_kernels.torch_backend import step as torch_step
 

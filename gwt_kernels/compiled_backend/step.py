@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gwt_kernels.compiled_backend.build import library
-from gwt_kernels.hyper import Hyper, Rounding, Rule, Span
+from gwt_kernels.hyper import Rounding, Rule, Span
+from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.step import limit_
 from gwt_kernels.torch_backend.telemetry import Notes
 from gwt_kernels.trust import check_bucket, check_lows, check_scales
@@ -62,137 +63,90 @@ def functions() -> ctypes.CDLL:
     return lib
 
 
-def knows(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], level: int) -> bool:
+def knows(singles: Sequence[Single], level: int) -> bool:
     """Whether step.c can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an address."""
+    p, g, m, *_ = singles[0]
     return (
         level <= MAX_LEVEL
-        and params[0].dtype in TYPES[:3]
-        and grads[0].dtype in TYPES[:3]
-        and exp_avgs[0].dtype in (torch.float32, torch.bfloat16, torch.int8)
-        and not any(map(is_traceable_wrapper_subclass, (*params, *grads)))
+        and p.dtype in TYPES[:3]
+        and g.dtype in TYPES[:3]
+        and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
+        and not any(is_traceable_wrapper_subclass(x) for own in singles for x in (own.p, own.g))
     )
 
 
-def gwt_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    limiter_norms: Sequence[Tensor | None],
-    steps: Sequence[int],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    rule: Rule,
-    rounding: Rounding,
-    keys: Sequence[int],
-    lows: Sequence[Tensor | None],
-    scales: Sequence[tuple[Tensor, Tensor] | None],
-    spans: Sequence[tuple[Span, Span] | None],
-    limits: Sequence[Tensor | None],
-    telemetry: Sequence[Tensor | None],
-) -> None:
+def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: Rounding) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    _check(params, grads, exp_avgs, exp_avg_sqs, lows, scales, level)
+    _check(singles, level)
     lib = functions()
     with _threads() as run:
-        for p, g, m, v, norm, step, hyper, key, low, scale, span, limit, row in zip(
-            params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, spans, limits,
-            telemetry, strict=True,
-        ):  # fmt: skip
-            if p.numel() == 0:
+        for own in singles:
+            if own.p.numel() == 0:
                 continue
-            packed, gradient = p.contiguous(), g.resolve_neg().contiguous()
-            own, sums = _step(lib, packed, gradient, m, v, scale, hyper, level, rule)
-            own.low = None if low is None else low.data_ptr()
-            own.key, own.step, own.rounding = key, step & 0xFFFFFFFF, ROUNDINGS.index(rounding)
-            own.observed = row is not None
-            if span is not None:
-                own.weights, own.coefficients = CSpan(*span[0]), CSpan(*span[1])
+            p, g, hyper, limit = own.p.contiguous(), own.g.resolve_neg().contiguous(), own.hyper, own.limit
+            given, sums = _step(lib, own._replace(p=p, g=g), level, rule)
+            given.rounding = ROUNDINGS.index(rounding)
             gamma = hyper.norm_growth_limit
-            if level and rule == "gwt" and norm is not None and gamma is not None:
-                run(lib.gwt_sum, own, len(sums))
-                limit = limit_(norm, sums[:, 0].sum().sqrt_().to(norm.dtype), gamma)
-            own.step_size = hyper.step_size(step, level) / (1.0 if limit is None else float(limit))
-            run(lib.gwt_update_weights, own, len(sums))
-            if packed is not p:
-                p.copy_(packed)
-            if row is not None:
-                _note(row, sums.sum(0), hyper.signed_factor, 2**level, limit)
+            if level and rule == "gwt" and own.norm is not None and gamma is not None:
+                run(lib.gwt_sum, given, len(sums))
+                limit = limit_(own.norm, sums[:, 0].sum().sqrt_().to(own.norm.dtype), gamma)
+            given.step_size = hyper.step_size(own.step, level) / (1.0 if limit is None else float(limit))
+            run(lib.gwt_update_weights, given, len(sums))
+            if p is not own.p:
+                own.p.copy_(p)
+            if own.row is not None:
+                _note(own.row, sums.sum(0), hyper.signed_factor, 2**level, limit)
 
 
-def update_sums(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    scales: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
+def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    _check(params, grads, exp_avgs, exp_avg_sqs, [], scales, level)
-    lib, totals = functions(), torch.zeros(len(params))
+    _check(singles, level)
+    lib, totals = functions(), torch.zeros(len(singles))
     with _threads() as run:
-        for total, p, g, m, v, hyper, scale in zip(
-            totals, params, grads, exp_avgs, exp_avg_sqs, hypers, scales, strict=True
-        ):
-            if p.numel():
-                gradient = g.resolve_neg().contiguous()
-                own, sums = _step(lib, p, gradient, m, v, scale, hyper, level, "gwt")
-                run(lib.gwt_sum, own, len(sums))
+        for total, own in zip(totals, singles, strict=True):
+            if own.p.numel():
+                g = own.g.resolve_neg().contiguous()
+                given, sums = _step(lib, own._replace(g=g), level, "gwt")
+                run(lib.gwt_sum, given, len(sums))
                 total.copy_(sums[:, 0].sum())
     return totals
 
 
-def _check(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    lows: Sequence[Tensor | None],
-    scales: Sequence[tuple[Tensor, Tensor] | None],
-    level: int,
-) -> None:
+def _check(singles: Sequence[Single], level: int) -> None:
     """Raise unless step.c may trust the tensors: it writes to their addresses."""
-    check_bucket((params, grads, exp_avgs, exp_avg_sqs), level)
-    halves = [low for low in lows if low is not None]
-    if halves:
-        check_lows(params, halves)
-    factors = [scale for scale in scales if scale is not None]
-    if factors:
-        check_scales(exp_avgs, list(zip(*factors, strict=True)), level)
+    params, exp_avgs = [own.p for own in singles], [own.m for own in singles]
+    check_bucket((params, [own.g for own in singles], exp_avgs, [own.v for own in singles]), level)
+    lows = [own.low for own in singles if own.low is not None]
+    if lows:
+        check_lows(params, lows)
+    scales = [own.scales for own in singles if own.scales is not None]
+    if scales:
+        check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
 
 
-def _step(
-    lib: ctypes.CDLL,
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    scales: tuple[Tensor, Tensor] | None,
-    hyper: Hyper,
-    level: int,
-    rule: Rule,
-) -> tuple[CStep, Tensor]:
+def _step(lib: ctypes.CDLL, own: Single, level: int, rule: Rule) -> tuple[CStep, Tensor]:
     """What both passes need, and the tensor of the sums of its tiles."""
-    block = 2**level
+    p, g, m, v = own[:4]
+    hyper, block = own.hyper, 2**level
     width = p.shape[-1] if p.dim() and p.shape[-1] % block else p.numel()
-    own = CStep(
+    given = CStep(
         p=p.data_ptr(),
         g=g.data_ptr(),
         m=m.data_ptr(),
         v=v.data_ptr(),
+        low=None if own.low is None else own.low.data_ptr(),
         rows=p.numel() // width,
         width=width,
         weights=CSpan(0, p.numel(), 0),
         coefficients=CSpan(0, m.numel(), 0),
+        key=own.key,
+        step=own.step & 0xFFFFFFFF,
         p_type=TYPES.index(p.dtype),
         g_type=TYPES.index(g.dtype),
         m_type=TYPES.index(m.dtype),
         level=level,
         folded=rule == "foam",
+        observed=own.row is not None,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         eps=hyper.eps,
@@ -200,15 +154,17 @@ def _step(
         factor=hyper.signed_factor,
     )
     if rule == "foam" and level:  # the gradient is multiplied by the factor first
-        own.rest1, own.rest2, own.per_sum = 1 - hyper.beta1, (1 - hyper.beta2) / block, 1 / block
+        given.rest1, given.rest2, given.per_sum = 1 - hyper.beta1, (1 - hyper.beta2) / block, 1 / block
     else:
-        own.rest1, own.rest2 = (1 - hyper.beta1) * math.sqrt(block), (1 - hyper.beta2) * block
-        own.per_sum, own.per_root = hyper.signed_factor / block, 1 / math.sqrt(block)
-    if scales is not None:
-        own.m_scales, own.v_scales = scales[0].data_ptr(), scales[1].data_ptr()
-    sums = torch.empty(lib.gwt_tiles(own), SUMS, dtype=torch.float64)
-    own.sums = sums.data_ptr()
-    return own, sums
+        given.rest1, given.rest2 = (1 - hyper.beta1) * math.sqrt(block), (1 - hyper.beta2) * block
+        given.per_sum, given.per_root = hyper.signed_factor / block, 1 / math.sqrt(block)
+    if own.span is not None:
+        given.weights, given.coefficients = CSpan(*own.span[0]), CSpan(*own.span[1])
+    if own.scales is not None:
+        given.m_scales, given.v_scales = own.scales[0].data_ptr(), own.scales[1].data_ptr()
+    sums = torch.empty(lib.gwt_tiles(given), SUMS, dtype=torch.float64)
+    given.sums = sums.data_ptr()
+    return given, sums
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import Hyper, Rounding, Rule, Span, quantum
+from gwt_kernels.hyper import Hyper, Rounding, Rule, quantum
+from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.storage import Chunk, Storage
 from gwt_kernels.torch_backend.telemetry import Notes
@@ -33,70 +34,42 @@ __all__ = ["gwt_adamw_", "limit_", "update_sums"]
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
 
-def gwt_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    limiter_norms: Sequence[Tensor | None],
-    steps: Sequence[int],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    rule: Rule,
-    rounding: Rounding,
-    keys: Sequence[int],
-    lows: Sequence[Tensor | None],
-    scales: Sequence[tuple[Tensor, Tensor] | None],
-    spans: Sequence[tuple[Span, Span] | None],
-    limits: Sequence[Tensor | None],
-    telemetry: Sequence[Tensor | None],
-) -> None:
+def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: Rule, rounding: Rounding) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for p, g, m, v, norm, step, hyper, key, low, scale, span, limit, row in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, keys, lows, scales, spans, limits,
-        telemetry, strict=True,
-    ):  # fmt: skip
-        if p.numel() == 0:
+    for own in singles:
+        if own.p.numel() == 0:
             continue
-        notes = None if row is None else Notes(row)
-        storage = Storage(level, rounding, step, key, span, notes)
-        chunks = _chunks(p, g, m, v, low, scale, quantum(level))
-        dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
+        notes = None if own.row is None else Notes(own.row)
+        storage = Storage(level, rounding, own.step, own.key, own.span, notes)
+        chunks, dtype = _chunks(own, quantum(level)), _dtype_of(own)
         if level == 0:
-            _adamw(chunks, dtype, hyper, storage)
+            _adamw(chunks, dtype, own.hyper, storage)
         elif rule == "foam":
-            _foam(chunks, dtype, hyper, level, storage)
+            _foam(chunks, dtype, own.hyper, level, storage)
         else:
-            _gwt(chunks, dtype, norm, hyper, level, storage, limit)
+            _gwt(chunks, dtype, own.norm, own.hyper, level, storage, own.limit)
         if notes is not None:
             notes.close()
 
 
-def update_sums(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    scales: Sequence[tuple[Tensor, Tensor] | None],
-) -> Tensor:
+def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    sums = torch.zeros(len(params), dtype=compute_dtype(params[0].dtype), device=params[0].device)
-    for total, p, g, m, v, hyper, scale in zip(
-        sums, params, grads, exp_avgs, exp_avg_sqs, hypers, scales, strict=True
-    ):
-        if p.numel() == 0:
+    p = singles[0].p
+    sums = torch.zeros(len(singles), dtype=compute_dtype(p.dtype), device=p.device)
+    for total, own in zip(sums, singles, strict=True):
+        if own.p.numel() == 0:
             continue
         storage = Storage(level, "nearest", step=0, key=0)
-        dtype = compute_dtype(p.dtype if scale else torch.promote_types(p.dtype, m.dtype))
-        for chunk in _chunks(p, g, m, v, None, scale, quantum(level)):
-            kept = [x.clone() for x in storage.load_moments(chunk, dtype)]
-            m_, _, _, gain = _moments(chunk, kept[0], kept[1], hyper, level)
+        for chunk in _chunks(own, quantum(level)):
+            kept = [x.clone() for x in storage.load_moments(chunk, _dtype_of(own))]
+            m_, _, _, gain = _moments(chunk, kept[0], kept[1], own.hyper, level)
             total += (m_ * gain).square_().sum()
     return sums
+
+
+def _dtype_of(own: Single) -> torch.dtype:
+    """The dtype of its arithmetic."""
+    return compute_dtype(own.p.dtype if own.scales else torch.promote_types(own.p.dtype, own.m.dtype))
 
 
 def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: Storage) -> None:
@@ -248,11 +221,10 @@ def _pad_to_multiple(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _chunks(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, low: Tensor | None, scales: tuple[Tensor, Tensor] | None, q: int
-) -> Iterator[Chunk]:
+def _chunks(own: Single, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
-    tensors = [x for x in (p, g, m, v, low) if x is not None]
+    p, m, scales = own.p, own.m, own.scales
+    tensors = [x for x in (p, own.g, m, own.v, own.low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
     whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
     if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
@@ -267,8 +239,8 @@ def _chunks(
     first = coefficient = 0
     for p_, g_, m_, v_, *low_ in zip(*parts, strict=True):
         quanta = slice(coefficient // q, -(-(coefficient + m_.numel()) // q))
-        own = None if scales is None else (scales[0][quanta], scales[1][quanta])
-        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, own, first, coefficient)
+        parts_ = None if scales is None else (scales[0][quanta], scales[1][quanta])
+        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, parts_, first, coefficient)
         first += p_.numel()
         coefficient += m_.numel()
 
