@@ -23,7 +23,7 @@ from gwt_kernels.survey import PYTHON, Survey
 
 __all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of", "survey_for"]
 
-_ONE = torch.ones((), dtype=torch.float64)  # adding a number of Python's takes several times as long
+_ONE = torch.ones((), dtype=torch.float64, device="cpu")  # adding a number of Python's takes several times as long
 _unpack_count = struct.Struct("d").unpack
 
 
