@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW, backends
-from gwt_kernels.compiled_backend import build
-from tests.runs import give_gradients, parameters
+from gwt_kernels.compiled_backend import build, step
+from tests.runs import assert_same_bits, give_gradients, parameters, train
 
 CPU = torch.device("cpu")
 
@@ -70,10 +70,48 @@ def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_pat
     assert len(kept(cache)) == 3
 
 
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_compilers_that_are_promised(cache, monkeypatch, tmp_path, name):
+    """They know the same flags, and what they make gives the same bits."""
+    if shutil.which(name) is None:
+        pytest.skip(f"needs {name}: apt-get install {name}")
+    taken = []
+    for command in (None, name):
+        if command:
+            monkeypatch.setenv("CC", command)
+            library = build.library.__wrapped__()
+            monkeypatch.setattr(step, "functions", step.functions.__wrapped__)
+            monkeypatch.setattr(step, "library", lambda own=library: own)
+        params = parameters([(40, 256), (30, 37)], dtype=torch.bfloat16)
+        options = {"level": 2, "weight_rounding": "stochastic", "state_dtype": "int8", "norm_growth_limit": None}
+        train(GWTAdamW(params, backend="compiled", **options), range(3))
+        taken.append([p.detach().clone() for p in params])
+    assert_same_bits(*taken)
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    """Or else a crash may leave part of it there, and what loads that is ended."""
+    calls = []
+    for name in ("fsync", "replace"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (calls.append(name), own(*args)))
+    build.library()
+    assert calls == ["fsync", "replace"]
+
+
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     assert isinstance(build.library(), ctypes.CDLL)
     assert backends.compiler_obstacle(CPU) is None
+
+
+def test_no_home_at_all(cache, monkeypatch):
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    assert isinstance(build.library(), ctypes.CDLL)
 
 
 def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
@@ -105,13 +143,19 @@ def test_no_compiler(cache, monkeypatch):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
 
 
+def test_a_compiler_that_is_no_command(cache, monkeypatch):
+    monkeypatch.setenv("CC", "gcc '-O2")
+    assert build.compiler() is None
+    assert not backends.is_compiled(None, CPU)
+
+
 def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
-    """What it said is the end of the message, and nothing is left behind."""
+    """What it said is the end of the message, in whatever encoding, and nothing is left behind."""
     script = tmp_path / "failing-cc"
-    script.write_text("#!/bin/sh\necho 'the disk is full' >&2\nexit 3\n")
+    script.write_bytes(b"#!/bin/sh\necho '\xe9: the disk is full' >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
-    with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: the disk is full; use backend='torch'"):
+    with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: .: the disk is full; use backend='torch'"):
         backends.resolve("compiled", CPU, torch.float32, 2)
     assert not backends.is_compiled(None, CPU)
     assert kept(cache) == []
