@@ -88,8 +88,13 @@ def compiler_obstacle(device: torch.device) -> str | None:
 
 
 def is_compiled(backend: str | None, device: torch.device) -> bool:
-    """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was."""
-    return backend == "compiled" or (backend is None and compiler_obstacle(device) is None)
+    """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was.
+
+    What torch.compile traces without asking for it goes through PyTorch's operators, of which it makes a graph.
+    """
+    if backend is None and not torch.compiler.is_compiling():
+        return compiler_obstacle(device) is None
+    return backend == "compiled"
 
 
 def interpreted() -> bool:

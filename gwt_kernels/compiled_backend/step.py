@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.autograd.graph import increment_version
 
 from gwt_kernels.compiled_backend.build import library
 from gwt_kernels.hyper import Rounding, Rule, Span
@@ -71,8 +71,14 @@ def knows(singles: Sequence[Single], level: int) -> bool:
         and p.dtype in TYPES[:3]
         and g.dtype in TYPES[:3]
         and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
-        and not any(is_traceable_wrapper_subclass(x) for own in singles for x in (own.p, own.g))
+        and all(_has_memory(x) for own in singles for x in (own.p, own.g))
     )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether the address of ``x`` is that of its numbers: not so of fakes, wrappers, and what ``vmap`` batches."""
+    plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and torch._C._has_storage(x) and not x._is_zerotensor()
 
 
 def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: Rounding) -> None:
@@ -83,16 +89,21 @@ def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: R
         for own in singles:
             if own.p.numel() == 0:
                 continue
-            p, g, hyper, limit = own.p.contiguous(), own.g.resolve_neg().contiguous(), own.hyper, own.limit
+            p, g = own.p.resolve_neg().contiguous(), own.g.resolve_neg().contiguous()
+            hyper, limit = own.hyper, own.limit
             given, sums = _step(lib, own._replace(p=p, g=g), level, rule)
             given.rounding = ROUNDINGS.index(rounding)
             gamma = hyper.norm_growth_limit
-            if level and rule == "gwt" and own.norm is not None and gamma is not None:
+            if not level or rule != "gwt":
+                limit = None
+            elif own.norm is not None and gamma is not None:
                 run(lib.gwt_sum, given, len(sums))
                 limit = limit_(own.norm, sums[:, 0].sum().sqrt_().to(own.norm.dtype), gamma)
             given.step_size = hyper.step_size(own.step, level) / (1.0 if limit is None else float(limit))
             run(lib.gwt_update_weights, given, len(sums))
-            if p is not own.p:
+            if p is own.p:
+                increment_version(p)  # for autograd, which else knows of no change
+            else:
                 own.p.copy_(p)
             if own.row is not None:
                 _note(own.row, sums.sum(0), hyper.signed_factor, 2**level, limit)
@@ -120,7 +131,9 @@ def _check(singles: Sequence[Single], level: int) -> None:
     if lows:
         check_lows(params, lows)
     scales = [own.scales for own in singles if own.scales is not None]
-    if scales:
+    if exp_avgs[0].dtype == torch.int8:
+        if len(scales) != len(singles):
+            raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
         check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
 
 
@@ -180,7 +193,13 @@ def _threads() -> Iterator[Callable[[Any, CStep, int], None]]:
                 function(step, 0, tiles)
                 return
             if not pool:  # of this step alone: a process may fork between two
-                pool.append(stack.enter_context(ThreadPoolExecutor(count)))
+                executor = stack.enter_context(ThreadPoolExecutor(count))
+                try:
+                    executor.submit(int)
+                except RuntimeError:  # no more threads once the main one has ended, though others may still train
+                    function(step, 0, tiles)
+                    return
+                pool.append(executor)
             bounds = [tiles * i // shares for i in range(shares + 1)]
             list(pool[0].map(lambda first, stop: function(step, first, stop), bounds[:-1], bounds[1:]))
 
