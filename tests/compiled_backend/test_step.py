@@ -18,6 +18,7 @@ from gwt_kernels.compiled_backend import build
 from gwt_kernels.compiled_backend import step as compiled_step
 from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
 from gwt_kernels.hyper import Span, key_of, quantum
+from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.torch_backend.rounding import (
     join_low,
@@ -78,9 +79,11 @@ class State:
         self.low: Tensor | None = None
         self.scales: tuple[Tensor, Tensor] | None = None
 
-    def step(self, backend: str = "compiled", rounding: str = "nearest", **options: object) -> State:
+    def step(
+        self, backend: str = "compiled", rounding: str = "nearest", weight_decay: float = 0.1, **options: object
+    ) -> State:
         limited = self.rule == "gwt" and self.level > 0
-        hyper = Hyper(lr=0.01, weight_decay=0.1, norm_growth_limit=1.01 if limited else None)
+        hyper = Hyper(lr=0.01, weight_decay=weight_decay, norm_growth_limit=1.01 if limited else None)
         arrays = {"params": [self.p], "grads": [self.g], "exp_avgs": [self.m], "exp_avg_sqs": [self.v]}
         gwt_adamw_(
             **arrays, limiter_norms=[torch.tensor(0.5) if limited else None], steps=[STEP], hypers=[hyper],
@@ -113,6 +116,29 @@ def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
             assert same(got, round_at_random(wide, bits, dtype))
             if n > 1000:
                 assert not same(got, wide.to(dtype))  # control
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_every_number_of_16_bits_is_read_and_stored(dtype, rounding):
+    """Weights that nothing moves, and gradients, against the same ones in float32."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    still = State((2**16,), 0, "gwt", numbers)
+    still.g, still.m = torch.zeros(2**16), torch.zeros(2**16)
+    still.step(rounding=rounding, weight_decay=0.0)
+    assert same(still.p, numbers)
+    narrow, wide = (State((2**16,), 0, "gwt", torch.zeros(2**16)) for _ in range(2))
+    narrow.g, wide.g = numbers, numbers.float()
+    assert same(narrow.step().p, wide.step().p)
+    assert same(narrow.m, wide.m)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(d, r) for d in (BF16, FP16) for r in ("nearest", "stochastic")])
+def test_any_nan_stays_one(dtype, rounding):
+    """Its other bits must not carry into a number's."""
+    state = State((64,), 1, "foam", torch.ones(64, dtype=dtype))
+    state.g = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000] * 16, dtype=torch.int32).view(FP32)
+    assert state.step(rounding=rounding).p.isnan().all()
 
 
 @shapes
@@ -193,10 +219,15 @@ def test_layouts_make_no_difference(layout, rule):
 
 
 @pytest.mark.parametrize(
-    ("weights", "coefficients"), [((9, 16, 64), (2, 4, 16)), ((2**34 + 5, 1, 7), (2**33, 3, 5))]
+    ("weights", "coefficients"),
+    [
+        ((9, 16, 64), (2, 4, 16)),
+        ((2**34 + 5, 1, 7), (2**33, 3, 5)),
+        ((2**35 - 99, 2560, 0), (2**34 - 33, 640, 0)),
+    ],
 )
 def test_bits_of_shards_with_gaps(weights, coefficients):
-    """The elements of a run are neighbours in the whole tensor; runs begin anywhere, above 2**32 calls too."""
+    """The elements of a run are neighbours in the whole tensor; runs begin anywhere, and cross 2**32 calls."""
     p = all_kinds((40, 64), 1).to(BF16)
     narrow, wide = State((40, 64), 2, "foam", p), State((40, 64), 2, "foam", p.float())
     narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
@@ -300,6 +331,17 @@ def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
         bucket.step(Hyper(lr=0.01), 3, backend=backend)
         results.append([sums, *bucket.results()])
     assert_same_bits(*results)
+
+
+def test_it_knows_what_is_said():
+    p, m = torch.zeros(2, 2048), torch.zeros(2, 2)
+    one = Single(p=p, g=p, m=m, v=m, norm=None, step=1, hyper=Hyper())
+    assert compiled_step.knows([one], 10)
+    assert not compiled_step.knows([one], 11)
+    for name, half, byte in (("p", True, False), ("g", True, False), ("m", False, True)):
+        for dtype, known in ((BF16, True), (FP16, half), (torch.int8, byte), (torch.float64, False)):
+            other = one._replace(**{name: getattr(one, name).to(dtype)})
+            assert compiled_step.knows([other], 10) == known
 
 
 def test_sums_are_the_torch_backends():
