@@ -204,6 +204,18 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
             assert same(got, expected)
 
 
+def test_no_bits_carry_the_largest_beyond_its_code():
+    """One code more would be a number of the other sign, or a zero."""
+    n = 2**18
+    assert (random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
+    state = State((n,), 0, "gwt", torch.zeros(n))
+    state.g, state.m = torch.ones(n), torch.full((n,), 127, dtype=torch.int8)
+    state.v, state.scales = torch.full((n,), 255, dtype=torch.uint8), (torch.ones(n // 128), torch.ones(n // 128))
+    state.step()
+    assert (state.m == 127).all()
+    assert (state.v == 255).all()
+
+
 # Where things lie ---------------------------------------------------------------------------------------------
 
 
