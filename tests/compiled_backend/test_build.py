@@ -59,10 +59,10 @@ def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
 
 
 def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
     build.library()
     monkeypatch.setattr(build, "SOURCE", tmp_path / "step.c")
     build.SOURCE.write_text("int gwt_answer(void) { return 42; }\n")
-    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
     assert build.library.__wrapped__().gwt_answer() == 42
     assert len(kept(cache)) == 2
     monkeypatch.setenv("CC", f"{build.compiler()[0]} -DNOTHING")
