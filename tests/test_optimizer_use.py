@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from gwt_kernels import GWTAdamW
+from tests import interpreter
 from tests.runs import (
     assert_same_bits,
     backends,
@@ -246,3 +247,20 @@ def test_steps_are_the_same_from_run_to_run(backend, device):
         train(optimizer, range(3))
     for other in others:
         assert_same_bits(results(first), results(other))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "copied"])
+@pytest.mark.parametrize("options", [{"level": 0}, {"level": 2}, {"level": 2, "skip_nonfinite": True}], ids=str)
+@backends
+def test_autograd_learns_that_weights_have_changed(backend, options, layout, device):
+    """A second backward pass would take the new weights for the old ones."""
+    p = torch.nn.Parameter(torch.randn(8, 16, device=place(backend, device)))
+    if layout == "copied":
+        p.data = p.data.t().contiguous().t()
+    loss = p.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer = GWTAdamW([p], backend=backend, **options)
+    with interpreter.like_a_gpu():
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from triton.compiler import CompiledKernel
 
 from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, quantum
@@ -150,7 +151,7 @@ def gwt_adamw_(
         ]  # fmt: skip
         seen = [found for run in runs if (found := next(run, None)) is not None]
     if sums is None and not looks:
-        _copy_back(params, packed)
+        _conclude(params, packed)
         return None
     rest = _Rest(runs, params, packed, grads, empty if looks else [])
     return Begun(seen if looks else [], rest.finish, params[0].new_empty(0) if sums is None else sums)
@@ -175,7 +176,7 @@ class _Rest(NamedTuple):
                 with contextlib.suppress(StopIteration):
                     run.send((control, limits))
         _count(self.uncounted, control)
-        _copy_back(self.params, self.packed)
+        _conclude(self.params, self.packed)
 
 
 def _count(steps: Sequence[Tensor], control: Tensor | None) -> None:
@@ -183,7 +184,8 @@ def _count(steps: Sequence[Tensor], control: Tensor | None) -> None:
         step.add_(1.0 if control is None else control[1])
 
 
-def _copy_back(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+def _conclude(params: Sequence[Tensor], packed: Sequence[Tensor]) -> None:
+    increment_version(params)  # for autograd, which else knows of no change
     if packed is not params:
         for p, x in zip(params, packed, strict=True):
             if x is not p:
