@@ -1,4 +1,4 @@
-"""What a test of the survey through C needs."""
+"""What tests of code in C need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from gwt_kernels import backends
 
 _found = [
     importlib.util.find_spec("triton"),
@@ -17,4 +20,8 @@ _found = [
 ]
 needs_compiler = pytest.mark.skipif(
     not all(_found), reason="needs Triton, a C compiler and Python's headers: install triton, gcc and python3-dev"
+)
+needs_step_in_c = pytest.mark.skipif(
+    backends.compiler_obstacle(torch.device("cpu")) is not None,
+    reason="needs a C compiler: apt-get install gcc, or set CC",
 )

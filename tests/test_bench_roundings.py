@@ -11,15 +11,12 @@ import torch
 from bench import records, roundings
 from bench.report.blocks import BLOCKS
 from bench.report.rows import load
-from gwt_kernels import backends
 from gwt_kernels.compiled_backend import step as compiled_step
+from tests.native import needs_step_in_c
 
 SMALL = ["--shape", "64", "256", "--repetitions", "2", "--level", "1"]
 
-pytestmark = pytest.mark.skipif(
-    backends.compiler_obstacle(torch.device("cpu")) is not None,
-    reason="needs a C compiler: apt-get install gcc, or set CC",
-)
+pytestmark = needs_step_in_c
 
 
 @pytest.fixture(autouse=True)

@@ -533,7 +533,7 @@ static void adam_update(const gwt_step *s, int64_t k, int n, tile *t)
         t->mean[i] = g;
         t->m[i] = t->m[i] * s->beta1 + g * s->rest1;
         t->v[i] = t->v[i] * s->beta2 + s->rest2 * g * g;
-        t->g[i] = t->m[i] / (sqrtf(t->v[i]) + s->eps) * -s->step_size;
+        t->g[i] = -s->step_size * t->m[i] / (sqrtf(t->v[i]) + s->eps);
     }
 }
 

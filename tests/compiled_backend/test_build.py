@@ -15,13 +15,12 @@ import torch
 
 from gwt_kernels import GWTAdamW, backends
 from gwt_kernels.compiled_backend import build, step
+from tests.native import needs_step_in_c
 from tests.runs import assert_same_bits, give_gradients, parameters, train
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(
-    build.compiler() is None, reason="needs a C compiler: apt-get install gcc, or set CC"
-)
+pytestmark = needs_step_in_c
 
 
 @pytest.fixture
@@ -70,11 +69,20 @@ def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_pat
     assert len(kept(cache)) == 3
 
 
-@pytest.mark.parametrize("name", ["gcc", "clang"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            "gcc", marks=pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc: apt-get install gcc")
+        ),
+        pytest.param(
+            "clang",
+            marks=pytest.mark.skipif(not shutil.which("clang"), reason="needs clang: apt-get install clang"),
+        ),
+    ],
+)
 def test_compilers_that_are_promised(cache, monkeypatch, tmp_path, name):
     """They know the same flags, and what they make gives the same bits."""
-    if shutil.which(name) is None:
-        pytest.skip(f"needs {name}: apt-get install {name}")
     taken = []
     for command in (None, name):
         if command:
@@ -159,6 +167,23 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
         backends.resolve("compiled", CPU, torch.float32, 2)
     assert not backends.is_compiled(None, CPU)
     assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "calls"),
+    [
+        (None, torch.float32, 1),
+        ("compiled", torch.bfloat16, 1),
+        (None, torch.float64, 0),
+        ("torch", torch.float32, 0),
+    ],
+)
+def test_who_steps_on_a_cpu(monkeypatch, backend, dtype, calls):
+    """Where no backend is asked for, C, for all that it knows."""
+    seen, own = [], step.gwt_adamw_
+    monkeypatch.setattr(step, "gwt_adamw_", lambda *args, **options: (seen.append(1), own(*args, **options)))
+    train(GWTAdamW(parameters([(4, 8), (3, 5)], dtype=dtype), level=1, backend=backend), range(1))
+    assert len(seen) == calls
 
 
 def test_not_for_a_gpu():

@@ -13,22 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gwt_kernels import GWTAdamW, backends
+from gwt_kernels import GWTAdamW
 from gwt_kernels.compiled_backend import build
 from gwt_kernels.compiled_backend import step as compiled_step
 from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
 from gwt_kernels.hyper import Span, key_of, quantum
 from gwt_kernels.single import Single
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
-from gwt_kernels.torch_backend.rounding import (
-    join_low,
-    random_halves,
-    random_halves_at,
-    random_words,
-    random_words_at,
-    round_at_random,
-    split_low,
-)
+from gwt_kernels.torch_backend import quantized, rounding
+from tests.native import needs_step_in_c
 from tests.poisoned import LAYOUTS
 from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
 from tests.steps import Bucket
@@ -39,9 +31,7 @@ STEP = 2**24 + 3
 # Several tiles, whole blocks; rows cut short, one of several tiles; narrow rows; a line; a number.
 SHAPES = [(150, 256), (37, 311), (3, 5003), (1000, 3), (4099,), ()]
 
-pytestmark = pytest.mark.skipif(
-    backends.compiler_obstacle(CPU) is not None, reason="needs a C compiler: apt-get install gcc, or set CC"
-)
+pytestmark = needs_step_in_c
 rules = pytest.mark.parametrize("rule", ["gwt", "foam"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -106,14 +96,14 @@ def levels_of(shape: tuple[int, ...]) -> list[int]:
 def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
     """To the nearest and at random, of all sizes, infinite and not a number; all of a gradient's dtypes."""
     n = math.prod(shape)
-    bits = random_halves(0, n, STEP, KEY, CPU).view(shape)
+    bits = rounding.random_halves(0, n, STEP, KEY, CPU).view(shape)
     for level in levels_of(shape):
         p = all_kinds(shape, level).to(dtype)
         for g_dtype in (FP32, BF16, FP16):
             wide = State(shape, level, rule, p.float(), g_dtype).step().p
             assert same(State(shape, level, rule, p, g_dtype).step().p, wide.to(dtype))
             got = State(shape, level, rule, p, g_dtype).step(rounding="stochastic").p
-            assert same(got, round_at_random(wide, bits, dtype))
+            assert same(got, rounding.round_at_random(wide, bits, dtype))
             if n > 1000:
                 assert not same(got, wide.to(dtype))  # control
 
@@ -149,12 +139,12 @@ def test_any_nan_stays_one(dtype, rounding):
 def test_split_weights_are_the_wide_ones(rule, shape):
     for level in levels_of(shape):
         p = all_kinds(shape, level)
-        wide, split = State(shape, level, rule, p), State(shape, level, rule, split_low(p)[0])
-        split.low = split_low(p)[1]
+        wide, split = State(shape, level, rule, p), State(shape, level, rule, rounding.split_low(p)[0])
+        split.low = rounding.split_low(p)[1]
         for _ in range(2):
             wide.step()
             split.step(rounding="split")
-            assert same(join_low(split.p, split.low), wide.p)
+            assert same(rounding.join_low(split.p, split.low), wide.p)
 
 
 @shapes
@@ -164,12 +154,12 @@ def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
         wide.m, wide.v = narrow.m.float(), narrow.v.float()
-        words = random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
+        words = rounding.random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        assert same(narrow.m, round_at_random(wide.m, words & 0xFFFF, BF16))
-        assert same(narrow.v, round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
+        assert same(narrow.m, rounding.round_at_random(wide.m, words & 0xFFFF, BF16))
+        assert same(narrow.v, rounding.round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
 
 
 @shapes
@@ -180,7 +170,7 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         n, q = narrow.m.numel(), quantum(level)
-        words = random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
+        words = rounding.random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
         for each in (wide, narrow):
             g = each.g.view(-1)
             for i, x in enumerate((0.0, 1e-45, 1e-20, 1e18, *((math.inf, math.nan) if spoiled else ()))):
@@ -188,16 +178,19 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
         m, v = narrow.m * (torch.rand(narrow.m.shape) > 0.2), narrow.v
         m.view(-1)[: 2 * q], v.view(-1)[: 2 * q] = 0.0, 0.0
         (codes_m, scale_m), (codes_v, scale_v) = (
-            encode_first(m, words & 1, level),
-            encode_second(v, words & 1, level),
+            quantized.encode_first(m, words & 1, level),
+            quantized.encode_second(v, words & 1, level),
         )
         narrow.m, narrow.v, narrow.scales = codes_m, codes_v, (scale_m, scale_v)
-        wide.m, wide.v = decode_first(codes_m, scale_m, level), decode_second(codes_v, scale_v, level)
+        wide.m, wide.v = (
+            quantized.decode_first(codes_m, scale_m, level),
+            quantized.decode_second(codes_v, scale_v, level),
+        )
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        first = encode_first(wide.m, words & 0xFFFF, level)
-        second = encode_second(wide.v, words >> 16 & 0xFFFF, level)
+        first = quantized.encode_first(wide.m, words & 0xFFFF, level)
+        second = quantized.encode_second(wide.v, words >> 16 & 0xFFFF, level)
         for got, expected in zip(
             (narrow.m, narrow.scales[0], narrow.v, narrow.scales[1]), first + second, strict=True
         ):
@@ -207,7 +200,7 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
 def test_no_bits_carry_the_largest_beyond_its_code():
     """One code more would be a number of the other sign, or a zero."""
     n = 2**18
-    assert (random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
+    assert (rounding.random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
     state = State((n,), 0, "gwt", torch.zeros(n))
     state.g, state.m = torch.ones(n), torch.full((n,), 127, dtype=torch.int8)
     state.v, state.scales = torch.full((n,), 255, dtype=torch.uint8), (torch.ones(n // 128), torch.ones(n // 128))
@@ -254,10 +247,12 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
         for (first, run, pitch), x in ((weights, narrow.p), (coefficients, narrow.m))
         for e in [torch.arange(x.numel())]
     )
-    words = random_words_at(blocks, STEP, KEY)
-    assert same(narrow.p, round_at_random(wide.p, random_halves_at(elements, STEP, KEY).int(), BF16))
-    assert same(narrow.m, round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
-    assert same(narrow.v, round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
+    words = rounding.random_words_at(blocks, STEP, KEY)
+    assert same(
+        narrow.p, rounding.round_at_random(wide.p, rounding.random_halves_at(elements, STEP, KEY).int(), BF16)
+    )
+    assert same(narrow.m, rounding.round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
+    assert same(narrow.v, rounding.round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
 def steps(**options: object) -> list[object]:
@@ -293,11 +288,26 @@ def test_any_number_of_threads(monkeypatch):
     assert_differ(runs[0], steps(weight_rounding="stochastic", state_dtype="int8", seed=1))
 
 
-@pytest.mark.parametrize("vectors", [[], build.AVX2, build.AVX512], ids=["plain", "avx2", "avx512"])
+def vectors_of(capability: str) -> list[str]:
+    """Those that a machine of this capability of PyTorch's has."""
+    return {"AVX512": ["AVX2", "AVX512"], "AVX2": ["AVX2"]}.get(capability, [])
+
+
+def on_a_cpu_with(vectors: str) -> pytest.MarkDecorator:
+    has = vectors in vectors_of(torch.backends.cpu.get_cpu_capability())
+    return pytest.mark.skipif(not has, reason="needs a CPU with such vectors: run it on one")
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(build.AVX2, id="avx2", marks=on_a_cpu_with("AVX2")),
+        pytest.param(build.AVX512, id="avx512", marks=on_a_cpu_with("AVX512")),
+    ],
+)
 def test_any_vectors(monkeypatch, tmp_path, vectors):
     """Weights and moments are the same on every machine, but for the last place of the limiter's norm."""
-    if vectors not in ([], build.VECTORS.get(torch.backends.cpu.get_cpu_capability())) and vectors is build.AVX512:
-        pytest.skip("needs a CPU with AVX-512: run it on one")
     options = {"weight_rounding": "stochastic", "state_dtype": "int8", "norm_growth_limit": None}
     expected = [each[:2] for each in steps(**options)]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gwt_kernels import backends
 from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
+from tests.native import needs_step_in_c
 
-pytestmark = pytest.mark.skipif(
-    backends.compiler_obstacle(torch.device("cpu")) is not None,
-    reason="needs a C compiler: apt-get install gcc, or set CC",
-)
+pytestmark = needs_step_in_c
 
 
 def step(p: Tensor, g: Tensor, backend: str | None, level: int = 1, **options: object) -> Tensor:
