@@ -24,7 +24,8 @@ def haar_dwt(x: Tensor, level: int, *, backend: backends.Backend | None = None) 
     Args:
         x: Floating-point tensor ``[..., N]`` of any strides. Arithmetic is float32 (float64 for float64).
         level: Number of levels ``L >= 0``, with ``2**L < 2 * N``.
-        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
+        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere, as
+            ``"compiled"``, which has a step alone.
 
     Returns:
         ``[A, D_L, ..., D_1]`` of x's dtype and device, contiguous; ``D_l`` is ``[..., ceil(N / 2**l)]`` and

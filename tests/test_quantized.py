@@ -1,4 +1,4 @@
-"""Moments in one byte: the same codes on both backends, without bias, near the exact ones, used where they pay."""
+"""Moments in one byte: the same codes on every backend, without bias, near the exact ones, used where they pay."""
 
 from __future__ import annotations
 

@@ -106,7 +106,13 @@ def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: R
             else:
                 own.p.copy_(p)
             if own.row is not None:
-                _note(own.row, sums.sum(0), hyper.signed_factor, 2**level, limit)
+                notes = Notes(own.row)
+                _, squares, means, updates = sums.sum(0)
+                notes.squares_of_gradient(squares * hyper.signed_factor**2, means * 2**level)
+                notes.squares_of_update(updates)
+                if limit is not None:
+                    notes.limit(limit)
+                notes.close()
 
 
 def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
@@ -204,14 +210,3 @@ def _threads() -> Iterator[Callable[[Any, CStep, int], None]]:
             list(pool[0].map(lambda first, stop: function(step, first, stop), bounds[:-1], bounds[1:]))
 
         yield run
-
-
-def _note(row: Tensor, sums: Tensor, factor: float, width: int, limit: Tensor | None) -> None:
-    """Telemetry's row of a step, from the sums of all tiles."""
-    notes = Notes(row)
-    row[0] = (sums[1] * factor**2 - sums[2] * width).clamp(min=0)
-    row[1] = sums[2] * width
-    row[2] = sums[3]
-    if limit is not None:
-        notes.limit(limit)
-    notes.close()

@@ -4,7 +4,7 @@
 ``(c / 255)**4 * scale`` with a code ``c`` of uint8. The powers make codes dense near zero, where a relative error
 of ``exp_avg_sq`` matters most; both were chosen by the measured error of the update (docs/precision.md). A value
 between two codes becomes one of them at random, so that its expectation is the value; of ``exp_avg_sq`` only an
-exact zero becomes zero. The decision is made in integers, so that both backends make the same one.
+exact zero becomes zero. The decision is made in integers, so that all backends make the same one.
 """
 
 from __future__ import annotations

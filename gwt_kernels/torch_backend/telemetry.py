@@ -1,4 +1,4 @@
-"""What telemetry notes about one parameter's step in plain PyTorch: sums over its chunks."""
+"""What telemetry notes about one parameter's step off Triton: sums over its chunks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ class Notes:
 
     def gradient(self, g: Tensor, factor: float, mean: Tensor, width: int) -> None:
         """A chunk of the gradient, what it is multiplied by, and the means of its blocks after that."""
-        approximation = _square(mean) * width
-        self._row[0] += (_square(g) * factor**2 - approximation).clamp(min=0)
+        self.squares_of_gradient(_square(g) * factor**2, _square(mean) * width)
+
+    def squares_of_gradient(self, squares: Tensor, approximation: Tensor) -> None:
+        """Sums over a chunk: of the gradient's squares, and of those of its approximation."""
+        self._row[0] += (squares - approximation).clamp(min=0)
         self._row[1] += approximation
 
     def update(self, update: Tensor, factor: float = 1.0) -> None:
         """A chunk of the update over ``factor``."""
-        self._row[2] += _square(update) * factor**2
+        self.squares_of_update(_square(update) * factor**2)
+
+    def squares_of_update(self, squares: Tensor) -> None:
+        """The sum over a chunk."""
+        self._row[2] += squares
 
     def limit(self, limit: Tensor) -> None:
         """The limiter's divisor."""
