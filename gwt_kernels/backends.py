@@ -5,13 +5,27 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ["MAX_TRITON_LEVEL", "Backend", "check_name", "is_compiled", "resolve", "triton_obstacle"]
+__all__ = [
+    "MAX_TRITON_LEVEL",
+    "Backend",
+    "check_name",
+    "is_compiled",
+    "is_graph",
+    "is_symbolic",
+    "resolve",
+    "resolve_update",
+    "tracer",
+    "triton_obstacle",
+]
 
 Backend = Literal["triton", "torch", "compiled"]
+
+_KEYS = torch._C._TorchDispatchModeKey
 
 MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
@@ -55,6 +69,25 @@ def resolve(
     raise RuntimeError(f"backend='triton' cannot run here: {obstacle}; use backend='torch', or None to choose")
 
 
+def resolve_update(
+    backend: str | None, device: torch.device, dtype: torch.dtype, level: int, wavelet: str = "haar"
+) -> Backend:
+    """The backend for an update in place: as :func:`resolve`, but torch where operators are traced (:func:`tracer`).
+
+    Raises:
+        ValueError, RuntimeError: as :func:`resolve`, or what traces would not see what was asked for.
+    """
+    if backend != "torch" and tracer() is not None:
+        if backend is None:
+            return "torch"
+        if is_symbolic():
+            raise RuntimeError(
+                f"backend={backend!r} cannot run under {tracer()}, which would not see the update: use "
+                f"backend=None, which takes PyTorch's operators there"
+            )
+    return resolve(backend, device, dtype, level, wavelet)
+
+
 @functools.lru_cache(maxsize=256)
 def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar") -> str | None:
     """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
@@ -90,11 +123,42 @@ def compiler_obstacle(device: torch.device) -> str | None:
 def is_compiled(backend: str | None, device: torch.device) -> bool:
     """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was.
 
-    What torch.compile traces without asking for it goes through PyTorch's operators, of which it makes a graph.
+    What is traced without asking for it goes through PyTorch's operators, of which a graph can be made.
     """
-    if backend is None and not torch.compiler.is_compiling():
+    if backend is None and tracer() is None:
         return compiler_obstacle(device) is None
     return backend == "compiled"
+
+
+def tracer() -> str | None:
+    """Name what traces PyTorch's operators now, and would not see kernels or C; None where nothing does.
+
+    ``torch.compile`` and ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``, ``MemTracker``,
+    functional tensors, a user's own) and the transforms of ``torch.func``.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return type(_get_current_dispatch_mode()).__name__
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    return "torch.compile" if torch.compiler.is_compiling() else None
+
+
+def is_symbolic() -> bool:
+    """Whether tensors may stand for others now: fakes without numbers, proxies in a graph, batches of ``vmap``."""
+    return _has_mode(_KEYS.FAKE) or is_graph()
+
+
+def is_graph() -> bool:
+    """Whether a graph is being made now, in which nothing can be decided by the numbers in a tensor."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or _has_mode(_KEYS.PROXY, _KEYS.FUNCTIONAL)
+        or torch.compiler.is_compiling()
+    )
+
+
+def _has_mode(*keys: Any) -> bool:
+    return bool(torch._C._len_torch_dispatch_stack()) and any(map(torch._C._get_dispatch_mode, keys))
 
 
 def interpreted() -> bool:

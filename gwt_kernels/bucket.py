@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.control import send
 from gwt_kernels.functional import Begun, Hyper, Rule, gwt_adamw_, is_on_triton, update_sums
 from gwt_kernels.hyper import key_of
+from gwt_kernels.joined import Joined
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.sharding import is_sharded, local_of, reduced_over
@@ -23,8 +21,6 @@ from gwt_kernels.survey import PYTHON, Survey
 
 __all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of", "survey_for"]
 
-_ONE = torch.ones((), dtype=torch.float64, device="cpu")  # adding a number of Python's takes several times as long
-_unpack_count = struct.Struct("d").unpack
 
 
 def make_buckets(
@@ -146,23 +142,19 @@ class Bucket:
         self.on_triton = is_on_triton(arrays, self.level, self.wavelet, self.backend)
         self.looks = is_limited(group) and self.on_triton
         self.looks &= self._counted is None or all(self._counted)
+        self.symbolic = backends.is_symbolic()
         if limits is not None:
             self.limited_places = limits.places_of(params)
-            # One tensor, as of steps below: to take norms together and apart again would be most of a step.
-            self.norms = torch.stack([s["limiter_norm"] for s in own])
-            for s, norm in zip(own, self.norms.unbind(), strict=True):
-                s["limiter_norm"] = norm
+            # To take norms together and apart again in each step would be most of it.
+            dtype = own[0]["limiter_norm"].dtype
+            self.norms = Joined(own, "limiter_norm", dtype, self.device, apart=self.symbolic)
         self.keys = [key_of(groups[member.group]["seed"], member.stream) for member in members]
         self.workspace: dict[str, Any] = {}
-        # All the step counts in one tensor, of which every state["step"] is a view: one addition counts them.
-        self.on_device = on_device
-        place = self.device if on_device else torch.device("cpu")
-        counts = [s["step"].reshape(()).to(torch.float64) for s in own]
-        if len({count.device for count in counts}) > 1:  # some were loaded, some counted on the device
-            counts = [send(count, place) for count in counts]
-        self.steps = send(torch.stack(counts), place)
-        for s, count in zip(own, self.steps.unbind(), strict=True):
-            s["step"] = count
+        # One addition counts all steps.
+        self._is_unread = self.symbolic or self.device.type == "meta"
+        self.on_device = on_device and not self._is_unread
+        place = self.device if self.on_device else torch.device("cpu")
+        self.steps = Joined(own, "step", torch.float64, place, apart=self.symbolic)
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
         """Its own among those of all parameters."""
@@ -192,13 +184,17 @@ class Bucket:
         limits = None
         if self.limits is not None:
             gammas: Any = [call.hypers[i].norm_growth_limit for i in self.owners]
-            limits = self.limits.divisors(self.limited_places, self.norms, gammas, call.control)
+            self.norms.read()
+            limits = self.limits.divisors(self.limited_places, self.norms.values, gammas, call.control)
+            self.norms.write()
         if begun is not None and begun.finish is not None:
             begun.finish(call.control, limits)
         else:
             gwt_adamw_(**self._arguments(call), **self._of_the_step(), limits=limits)
-        if not self.on_device:
-            self.steps.add_(_ONE)
+        if self.on_device:
+            self.steps.write()
+        else:
+            self.steps.count()
 
     def _of_the_step(self) -> dict[str, Any]:
         """What a step takes beside :meth:`_arguments`."""
@@ -206,16 +202,20 @@ class Bucket:
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """What both functions of functional.py take."""
+        hypers, control = call.hypers, call.control
+        if self._is_unread and control is not None:  # a factor that nobody can read goes along as a tensor
+            hypers = [hyper._replace(grad_factor=hyper.grad_factor * control[0]) for hyper in hypers]
+            control = None
+        if self.on_device:
+            self.steps.read()
         return {
             "params": self.params,
             "grads": call.grads,
             "exp_avgs": self.exp_avgs,
             "exp_avg_sqs": self.exp_avg_sqs,
-            "steps": self.steps if self.on_device else self._counts(),
+            "steps": self.steps.values if self.on_device else self.steps.next_steps(),
             "hypers": (
-                [call.hypers[i] for i in self.owners]
-                if self.owner is None
-                else [call.hypers[self.owner]] * len(self.owners)
+                [hypers[i] for i in self.owners] if self.owner is None else [hypers[self.owner]] * len(self.owners)
             ),
             "level": self.level,
             "scales": self.scales,
@@ -223,20 +223,12 @@ class Bucket:
             "keys": self.keys,
             "lows": self.lows,
             "spans": self.spans,
-            "control": call.control,
+            "control": control,
             "wavelet": self.wavelet,
             "backend": self.backend,
             "workspace": self.workspace,
             "same_tensors": call.same_tensors,
         }
-
-    def _counts(self) -> list[int]:
-        """Number of this step per parameter."""
-        n = len(self.params)
-        words = ctypes.string_at(self.steps.data_ptr(), 8 * n)  # a list of n numbers would take far longer
-        if words == words[:8] * n:
-            return [int(_unpack_count(words[:8])[0]) + 1] * n
-        return [int(count) + 1 for count in self.steps.tolist()]
 
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:

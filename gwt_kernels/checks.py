@@ -12,7 +12,7 @@ from gwt_kernels import backends
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import rounding_of
 from gwt_kernels.sharding import any_sharded
-from gwt_kernels.state import check_place, check_shards, check_state, moment_dtypes, state_keys
+from gwt_kernels.state import check_place, check_shards, check_state, moment_dtypes, state_keys, upgraded
 
 __all__ = [
     "check_backend",
@@ -81,18 +81,19 @@ def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[
     moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
-            backends.resolve(group["backend"], p.device, dtype, group["level"], group["wavelet"])
+            backends.resolve_update(group["backend"], p.device, dtype, group["level"], group["wavelet"])
         except RuntimeError as error:
             raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
 
 
-def check_before_step(p: Tensor, state: dict[str, Any] | None, group: Mapping[str, Any], name: str) -> None:
+def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping[str, Any], name: str) -> None:
     """Raise unless a parameter, its gradient, which is there, and its state, if there is one, belong together."""
     assert p.grad is not None
     check_param(p, group, name)
     check_grad(p.grad, p, name)
     check_backend(p, name, p.grad.dtype, group)
     if state:
+        state = upgraded(state, p)
         check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
         check_place(state, p, name)
 

@@ -74,7 +74,7 @@ def control_(
     by_place: dict[tuple[torch.device, str], tuple[list[Tensor], list[Tensor]]] = {}  # gradients; what is seen
     for grads, backend in buckets:
         device = grads[0].device
-        choice = backends.resolve(backend, device, grads[0].dtype, 0)
+        choice = backends.resolve_update(backend, device, grads[0].dtype, 0)
         by_place.setdefault((device, choice), ([], []))[0].extend(grads)
     for part in seen:
         by_place.setdefault((part.device, "triton"), ([], []))[1].append(part)

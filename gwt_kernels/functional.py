@@ -85,8 +85,8 @@ def gwt_adamw_(
             CPUs where it can be compiled, and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
             None makes them anew.
-        same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, no
-            parameter's ``data`` replaced, that options are equal to its (of ``hypers`` and ``steps`` the values may
+        same_tensors: Promise that all but ``grads`` are the objects of the last call with this ``workspace``, their
+            memory where it was, that options are equal to its (of ``hypers`` and ``steps`` the values may
             be others, but not whether there is a limiter), and that ``grads`` have the shapes and the dtype that
             they had and are contiguous where they were: these checks are then not repeated.
         looks: Stop where the limiter's first pass has read the gradients, and return what it saw of them: it costs
@@ -103,7 +103,8 @@ def gwt_adamw_(
             the host counts, or a step that cannot look at the gradients first.
     """
     if not params:
-        return Begun([], lambda control, limits: None, torch.empty(0)) if looks else None
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+        return Begun([], lambda control, limits: None, nothing) if looks else None
     workspace = {} if workspace is None else workspace
     keys = [0] * len(params) if keys is None else keys
     lows = [None] * len(params) if lows is None else lows
@@ -254,7 +255,7 @@ def _choices(
     arrays: Sequence[Sequence[Tensor]], level: int, wavelet: str, backend: backends.Backend | None
 ) -> set[backends.Backend]:
     kinds = {x[0].dtype for x in arrays} - {torch.int8}
-    return {backends.resolve(backend, arrays[0][0].device, dtype, level, wavelet) for dtype in kinds}
+    return {backends.resolve_update(backend, arrays[0][0].device, dtype, level, wavelet) for dtype in kinds}
 
 
 def _check_lengths(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -95,7 +95,8 @@ class Hyper(NamedTuple):
         scale: Factor on the update of a transformed tensor; level 0 ignores it.
         norm_growth_limit: The limiter's ``gamma``, at least 1; None for no limiter. Level 0 ignores it.
         maximize: Ascend the gradient instead.
-        grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale.
+        grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale. A scalar
+            tensor on the torch backend where what is traced has no numbers.
     """
 
     lr: float | Tensor = 1e-3
@@ -106,11 +107,11 @@ class Hyper(NamedTuple):
     scale: float = 0.25
     norm_growth_limit: float | None = 1.01
     maximize: bool = False
-    grad_factor: float = 1.0
+    grad_factor: float | Tensor = 1.0
 
     @property
-    def signed_factor(self) -> float:
-        """``grad_factor``, negative where the gradient is ascended."""
+    def signed_factor(self) -> Any:
+        """``grad_factor``, a number or a tensor as that is, negative where the gradient is ascended."""
         return -self.grad_factor if self.maximize else self.grad_factor
 
     def step_size(self, step: int, level: int) -> float:

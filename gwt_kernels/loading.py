@@ -7,8 +7,9 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from gwt_kernels.checks import check_rounding_of, name_of
+from gwt_kernels.names import in_order_of
 from gwt_kernels.options import STRUCTURAL, check_group
-from gwt_kernels.state import check_state, exact_copy, state_keys, with_bytes
+from gwt_kernels.state import check_state, exact_copy, state_keys, upgraded
 
 __all__ = ["check_and_set_aside"]
 
@@ -20,7 +21,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
             f"pass what GWTAdamW.state_dict() returned"
         )
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    groups = optimizer.param_groups
+    saved_groups = in_order_of(groups, state_dict["param_groups"])
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
@@ -51,7 +53,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         check_group(options, capturable=getattr(optimizer, "capturable", False))
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
-            if state := with_bytes(state_dict["state"].get(key, {})):
+            if state := upgraded(state_dict["state"].get(key, {}), p):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
                 set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}

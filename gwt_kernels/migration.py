@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from gwt_kernels.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.hyper import Rule, check_rule
+from gwt_kernels.names import check_names, plain_names
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import check_group
-from gwt_kernels.param_groups import clean_name
-from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape, with_bytes
+from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape, upgraded
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
@@ -71,6 +71,8 @@ class _Source(NamedTuple):
     name: str | None
     group: Mapping[str, Any]
     state: Mapping[str, Any]
+    size: int
+    """Bytes of it as it came."""
 
 
 class _Target(NamedTuple):
@@ -162,11 +164,8 @@ def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
     groups = state_dict["param_groups"]
     if any(group.get("param_names") is None for group in groups):
         return None
-    for own in (group["param_names"] for group in groups):
-        if not isinstance(own, list | tuple) or not all(isinstance(name, str) for name in own):
-            raise ValueError(
-                f"the state has the param_names {own!r}, which are no names: it is damaged; take another"
-            )
+    for group in groups:
+        check_names(group["param_names"])
     return [name for group in groups for name in group["param_names"]]
 
 
@@ -201,10 +200,11 @@ def _sources(
             f"the state holds {sorted(map(str, stray))[:5]}, which are in none of its groups: it is damaged, or "
             f"not a whole state; take another"
         )
-    plain = [None] * len(members) if own is None else _plain(own)
+    plain = [None] * len(members) if own is None else plain_names(own)
+    held = [_entries(states.get(key, {}), keys) for _, key in members]
     return [
-        _Source(name, group, with_bytes(_entries(states.get(key, {}), keys)))
-        for name, (group, key) in zip(plain, members, strict=True)
+        _Source(name, group, upgraded(state), _bytes(state))
+        for name, (group, _), state in zip(plain, members, held, strict=True)
     ]
 
 
@@ -237,22 +237,11 @@ def _targets(optimizer: GWTAdamW, names: nn.Module | Sequence[str] | None) -> li
         own = group.get("param_names") or [in_model.get(p) for p in group["params"]]
         found += [(name, p, group) for name, p in zip(own, group["params"], strict=True)]
     given = [name for name, _, _ in found if name is not None]
-    plain: list[Any] = list(_plain(given) if len(given) == len(found) else [None] * len(found))
+    plain: list[Any] = list(plain_names(given) if len(given) == len(found) else [None] * len(found))
     return [
         _Target(name, f"parameter {i if name is None else repr(name)} of shape {tuple(p.shape)}", p, group)
         for i, (name, (_, p, group)) in enumerate(zip(plain, found, strict=True))
     ]
-
-
-def _plain(names: Sequence[str]) -> list[str]:
-    """Names without the prefixes of wrappers."""
-    cleaned = [clean_name(name) for name in names]
-    if all(name.startswith("module.") for name in cleaned):  # DistributedDataParallel
-        cleaned = [name.removeprefix("module.") for name in cleaned]
-    repeated = [name for name, n in Counter(cleaned).items() if n > 1]
-    if repeated:
-        raise ValueError(f"the name {repeated[0]!r} stands for several parameters: give each a name of its own")
-    return cleaned
 
 
 def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source, _Target]]:
@@ -304,7 +293,7 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     new = form_of(level, own_rule, own_wavelet, template["exp_avg"].dtype)
     factors = _other_bias(source.group.get("betas"), target.group["betas"], step)
     width = p.shape[-1] if p.dim() else 1
-    state = {"step": torch.tensor(step, dtype=torch.float64), **convert(source.state, old, new, width, factors)}
+    state = {"step": torch.tensor(step, dtype=torch.float64, device="cpu"), **convert(source.state, old, new, width, factors)}
     notes = describe(old, new)
     if factors != (1.0, 1.0):
         notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
@@ -330,7 +319,7 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
         notes["weight_decay"] = "approximate: Adam's is part of the moments, and fades from them with the betas"
     check_state(state, p, target.group, target.label, state_keys(p, target.group))
     name = target.label.split(" ")[1] if target.name is None else target.name
-    return state, Migrated(name, old, new, notes, _bytes(source.state), _bytes(state))
+    return state, Migrated(name, old, new, notes, source.size, _bytes(state))
 
 
 def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], rule: Rule, wavelet: str) -> Form:
@@ -395,12 +384,12 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
         raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
     if coded:
         check_state(
-            {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros(())}, p,
+            {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros((), dtype=torch.float64, device="cpu")}, p,
             {"level": form.level, "wavelet": form.wavelet, "state_dtype": "int8", "norm_growth_limit": None},
             "its moments", SCALES,
         )  # fmt: skip
     for key in numbers:
-        value = torch.as_tensor(state.get(key, 0.0))
+        value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
         if value.numel() != 1 or not 0 <= float(value) < math.inf:
             raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
     return float(state["step"])

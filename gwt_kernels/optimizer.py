@@ -18,6 +18,7 @@ from gwt_kernels.control import Asked
 from gwt_kernels.functional import Begun, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
+    SLACK,
     check_group,
     check_max_grad_norm,
     hyper_of,
@@ -32,7 +33,7 @@ from gwt_kernels.sharding import (
     made_by_a_getter,
 )
 from gwt_kernels.snapshot import Snapshot
-from gwt_kernels.state import complete, with_bytes
+from gwt_kernels.state import complete, upgraded
 from gwt_kernels.survey import PYTHON
 
 __all__ = ["GWTAdamW"]
@@ -157,7 +158,7 @@ class GWTAdamW(Optimizer):
         self._observed = telemetry
         self._lines: set[int] = set()  # ids of the one-dimensional parameters that the groups were made with
         self._check_options()
-        check_group(defaults, capturable=capturable)
+        check_group(defaults, capturable=capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_buckets()
@@ -229,6 +230,9 @@ class GWTAdamW(Optimizer):
                 "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
             )
         self._check_options()
+        symbolic = backends.is_symbolic()
+        if symbolic:  # nothing that stands for numbers here may be found by a later step
+            self._forget_buckets()
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = self._survey.grads(params)
@@ -249,6 +253,8 @@ class GWTAdamW(Optimizer):
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
             kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
             self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
+        if symbolic:
+            self._forget_buckets()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -261,7 +267,7 @@ class GWTAdamW(Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Number of steps skipped so far, by ``skip_nonfinite`` or a ``GradScaler``: float64, on the device."""
-        return torch.zeros((), dtype=torch.float64) if self._skipped is None else self._skipped
+        return torch.zeros((), dtype=torch.float64, device="cpu") if self._skipped is None else self._skipped
 
     def telemetry(self) -> dict[str, dict[str, float]]:
         """What the last steps did to each tensor that took one; waits for the device, so ask every n steps.
@@ -305,7 +311,7 @@ class GWTAdamW(Optimizer):
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
         for p, own in self.state.items():
-            self.state[p] = with_bytes(own)
+            self.state[p] = upgraded(own, p)
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -324,7 +330,7 @@ class GWTAdamW(Optimizer):
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
-        self._check_group(group)
+        self._check_group(group, slack=0.0)
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, len(self.param_groups) - 1)
             check_param(p, group, name)
@@ -350,8 +356,15 @@ class GWTAdamW(Optimizer):
         asked, self._grad_norm = self._asked, None
         if not (asked.anything and (grads or self._totals)):
             return None
+        if backends.is_graph() and (self.skip_nonfinite or asked.found_inf is not None):
+            raise RuntimeError(
+                f"GWTAdamW.step() is being traced by {backends.tracer()}, and a graph cannot skip a step: take "
+                f"skip_nonfinite=True or the GradScaler away while tracing"
+            )
         devices = [bucket.device for bucket in self._buckets] or [self.param_groups[0]["params"][0].device]
-        skipped = self._skipped = whole_step.count_of_skipped(self._skipped, devices)
+        skipped = whole_step.count_of_skipped(None if backends.is_symbolic() else self._skipped, devices)
+        if not backends.is_symbolic():
+            self._skipped = skipped
         control = whole_step.decide(
             self._buckets, grads, begun, self._totals, asked, skipped, workspace=self._workspace
         )
@@ -369,7 +382,7 @@ class GWTAdamW(Optimizer):
         controlled = self._asked.anything
         on_device = self.capturable or controlled
         options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        options += [on_device, controlled, *(getattr(g["lr"], "device", None) for g in self.param_groups)]
+        options += [on_device, controlled, backends.tracer(), *(getattr(g["lr"], "device", None) for g in self.param_groups)]
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
         if capturing:
@@ -381,8 +394,9 @@ class GWTAdamW(Optimizer):
         self._limits = make_limits(self.param_groups)
         self._totals = Totals(params) if any_sharded(params) and controlled else None
         self._buckets = self._make_buckets(on_device)
-        self._survey = survey_for(self._buckets)
-        self._snapshot = Snapshot(params, grads, options, self.state, held, self._survey)
+        if not backends.is_symbolic():
+            self._survey = survey_for(self._buckets)
+            self._snapshot = Snapshot(params, grads, options, self.state, held, self._survey)
         return False
 
     def _check_before_step(self) -> None:
@@ -393,8 +407,8 @@ class GWTAdamW(Optimizer):
                 if p.grad is not None:
                     self._check_one(p, group, name_of(group, k, i))
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_group(group, capturable=self.capturable)
+    def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
+        check_group(group, capturable=self.capturable, slack=slack)
         if self._observed:
             check_observable(group)
 
@@ -425,6 +439,6 @@ class GWTAdamW(Optimizer):
 
     def _telemetry_rows(self, members: list[Member]) -> Tensor | None:
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
-        if not self._observed:
+        if not self._observed or backends.is_symbolic():
             return None
         return telemetry_rows.joined(self._rows, [member.param for member in members])

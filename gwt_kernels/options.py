@@ -24,6 +24,8 @@ __all__ = [
     "state_dtype_of",
 ]
 
+SLACK = 1e-12
+"""What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
 _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
 STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
@@ -32,15 +34,20 @@ STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def check_group(group: Mapping[str, Any], *, capturable: bool = False) -> None:
+def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> None:
     """Raise unless every option of the group is one that the optimizer can honour.
+
+    Args:
+        group: All of its options.
+        capturable: Whether a learning rate may be a tensor on the device.
+        slack: How far below 0 a number may be that means 0: not at all in what a user asks for.
 
     Raises:
         TypeError: an option has the wrong type.
         ValueError: an option has a value that is out of range or unknown.
         ModuleNotFoundError: the wavelet needs PyWavelets, which is not installed.
     """
-    hyper_of(group, capturable=capturable)
+    hyper_of(group, capturable=capturable, slack=slack)
     level = group["level"]
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"level must be an integer, got {level!r}")
@@ -93,8 +100,10 @@ def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
     return rounding
 
 
-def hyper_of(group: Mapping[str, Any], *, capturable: bool = False) -> Hyper:
+def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> Hyper:
     """The group's numbers as floats, checked; a learning rate on the device as it is where ``capturable``.
+
+    A number that is below 0 by ``slack`` at the most is 0.
 
     Raises:
         TypeError: a number is not a real number, or a tensor that only the device could read.
@@ -116,6 +125,10 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False) -> Hyper:
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
         maximize=group["maximize"],
     )
+    for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
+        value = getattr(hyper, name)
+        if not isinstance(value, Tensor) and -slack <= value < 0.0:
+            hyper = hyper._replace(**{name: 0.0})
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(hyper, name)
         if isinstance(value, Tensor):

@@ -33,17 +33,17 @@ class Limits:
         wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
         self._dtype = torch.float64 if torch.float64 in wide else torch.float32
         self._rounds = [
-            (group, None if members is None else torch.tensor(members, device=self._device))
+            (group, None if members is None else torch.tensor(members, dtype=torch.int64, device=self._device))
             for group, members in _rounds(params)
         ]
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
         own = [_is_first(p) for p in params]
-        self._own = None if all(own) else torch.tensor(own, device=self._device)
+        self._own = None if all(own) else torch.tensor(own, dtype=torch.bool, device=self._device)
         self._work: Any = None
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Where the sums of ``params`` lie in the vector of all."""
-        return torch.tensor([self._place[id(p)] for p in params], device=self._device)
+        return torch.tensor([self._place[id(p)] for p in params], dtype=torch.int64, device=self._device)
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Begin to add up the sums of all processes, given as places and values; nothing waits for the result."""
@@ -87,7 +87,7 @@ class Limits:
         first = gammas[0]
         if gammas.count(first) == len(gammas):
             return first
-        return torch.tensor(gammas, dtype=dtype).to(self._device, non_blocking=True)
+        return torch.tensor(gammas, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
 
 
 class Totals:

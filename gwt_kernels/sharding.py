@@ -257,7 +257,7 @@ def _dim(placement: Any) -> int | None:
 
 def _indices(p: Any, dim: int, length: int) -> Tensor:
     """Which of ``length`` indices along ``dim`` this process holds of a tensor sharded as ``p`` is."""
-    held = torch.arange(length)
+    held = torch.arange(length, dtype=torch.int64, device="cpu")
     coordinate = p.device_mesh.get_coordinate()
     for i, placement in enumerate(p.placements):
         if _dim(placement) != dim:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gwt_kernels import backends
 from gwt_kernels.hyper import Span, quantum
 from gwt_kernels.options import state_dtype_of
 from gwt_kernels.sharding import check_place_of, check_sharding, is_sharded, local_of, spans_of, zeros_like_shard
@@ -31,7 +33,7 @@ __all__ = [
     "shard_spans",
     "state_keys",
     "state_shape",
-    "with_bytes",
+    "upgraded",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -76,13 +78,14 @@ def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
 
 def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
     """Make the state of a first step; of a later one, what an option turned on since then needs."""
+    state.update(upgraded(state, p))
     if not state:
         shape = state_shape(p, group)
         moments = {
             key: zeros_like_shard(p, shape, dtype)
             for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
         }
-        state.update(step=torch.zeros((), dtype=torch.float64), **moments)
+        state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
         if is_quantized(p, group):
             n = _quanta(p, group)
             state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in SCALES})
@@ -97,14 +100,31 @@ def halves_of(low: Tensor) -> Tensor:
     return local_of(low).view(torch.int16).squeeze(-1)
 
 
-def with_bytes(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of which ``weight_low`` is bytes; older checkpoints hold int16, which no process can send another."""
+def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, Any]:
+    """A state as it is kept now, from an older or a foreign checkpoint; the very same where nothing has to change.
+
+    ``step`` is a float64 tensor, ``limiter_norm`` one of its own dtype if it is known whose (``p``), and ``weight_low``
+    bytes: others hold plain numbers, counts of another dtype, and int16, which no process can send another.
+    """
+    changed: dict[str, Any] = {}
+    if _is_number(state.get("step")):
+        changed["step"] = torch.as_tensor(state["step"], dtype=torch.float64, device="cpu")
+    if p is not None and _is_number(state.get("limiter_norm")):
+        changed["limiter_norm"] = torch.as_tensor(state["limiter_norm"], dtype=_norm_dtype(p), device=p.device)
+    step = changed.get("step", state.get("step"))
+    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex():
+        if (step.dtype, step.shape) != (torch.float64, ()):
+            changed["step"] = step.detach().reshape(()).to(torch.float64)
     low = state.get("weight_low")
-    if not isinstance(low, Tensor) or low.dtype != torch.int16:
-        return state
-    as_bytes = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
-    halves_of(as_bytes).copy_(local_of(low))
-    return {**state, "weight_low": as_bytes}
+    if isinstance(low, Tensor) and low.dtype == torch.int16:
+        changed["weight_low"] = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
+        halves_of(changed["weight_low"]).copy_(local_of(low))
+    return {**state, **changed} if changed else state
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a number of Python or NumPy."""
+    return (isinstance(value, Real) and not isinstance(value, bool)) or type(value).__module__ == "numpy"
 
 
 def check_state(
@@ -163,7 +183,8 @@ def check_state(
             f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
             f"convert the state with gwt_kernels.migrate"
         )
-    if state["step"].device.type != "cuda" and not 0 <= float(state["step"]) < math.inf:  # nor wait for a device
+    told = state["step"].device.type == "cpu" and not backends.is_symbolic()  # without waiting for a device
+    if told and not 0 <= float(state["step"]) < math.inf:
         raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
 
 

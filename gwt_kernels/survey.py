@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.sharding import is_sharded, local_of
+
 try:  # private to PyTorch, and gone in some version to come: then Python compares, several times as slowly
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment, misc]
 
-__all__ = ["PYTHON", "States", "Survey", "Tensors"]
+__all__ = ["PYTHON", "States", "Survey", "Tensors", "has_memory"]
 
 States = Mapping[Tensor, dict[str, Any]]
 Tensors = list[Tensor] | list[Tensor | None]
@@ -37,7 +39,11 @@ class Survey(NamedTuple):
     say no of objects of a class of the user's own.
     """
     still: Callable[[States], Callable[[States], bool]]
-    """What tells whether an optimizer's state holds the very same objects under the same keys, and keeps them."""
+    """What tells whether an optimizer's state is as it was, and keeps its objects.
+
+    The very same objects under the same keys, and the memory of tensors at the same addresses: a move by ``.data``,
+    as of states that are offloaded, leaves the objects. Of a DTensor, the memory of its shard.
+    """
 
 
 def _addresses(tensors: Sequence[Tensor]) -> bytes:
@@ -90,13 +96,23 @@ def _still(state: States) -> Callable[[States], bool]:
     owners, states = list(state), list(state.values())
     lengths = list(map(len, states))
     entries = _entries(states)
+    values = [x for each in entries for x in each.values if has_memory(x)]
+    plain, shards = [x for x in values if not is_sharded(x)], [x for x in values if is_sharded(x)]
+    places = _addresses(plain), _addresses(list(map(local_of, shards)))
     # A state that was replaced, or a tensor in it, is another object, and one that moved another's.
     return lambda now: (
         _same(list(now), owners)
         and _same(list(now.values()), states)
         and list(map(len, states)) == lengths
         and all(map(_are_still, entries))
+        and _addresses(plain) == places[0]
+        and (not shards or _addresses(list(map(local_of, shards))) == places[1])
     )
+
+
+def has_memory(x: object) -> bool:
+    """Whether ``x`` is a dense tensor, which has an address."""
+    return isinstance(x, Tensor) and x.layout == torch.strided
 
 
 class _Entries(NamedTuple):

@@ -63,7 +63,7 @@ def decide(
         if each is None or not each.seen  # of empty tensors
     ]
     if not (chosen or seen):
-        chosen = [([torch.empty(0, device=skipped.device)], None)]
+        chosen = [([torch.empty(0, dtype=torch.float32, device=skipped.device)], None)]
     reduce = None if totals is None else totals.add_up
     return control_(chosen, asked, skipped=skipped, workspace=workspace, reduce=reduce, seen=seen)
 

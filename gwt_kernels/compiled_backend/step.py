@@ -118,7 +118,7 @@ def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: R
 def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     _check(singles, level)
-    lib, totals = functions(), torch.zeros(len(singles))
+    lib, totals = functions(), torch.zeros(len(singles), dtype=torch.float32, device="cpu")
     with _threads() as run:
         for total, own in zip(totals, singles, strict=True):
             if own.p.numel():
@@ -181,7 +181,7 @@ def _step(lib: ctypes.CDLL, own: Single, level: int, rule: Rule) -> tuple[CStep,
         given.weights, given.coefficients = CSpan(*own.span[0]), CSpan(*own.span[1])
     if own.scales is not None:
         given.m_scales, given.v_scales = own.scales[0].data_ptr(), own.scales[1].data_ptr()
-    sums = torch.empty(lib.gwt_tiles(given), SUMS, dtype=torch.float64)
+    sums = torch.empty(lib.gwt_tiles(given), SUMS, dtype=torch.float64, device="cpu")
     given.sums = sums.data_ptr()
     return given, sums
 

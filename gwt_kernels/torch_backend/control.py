@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels import backends
 from gwt_kernels.torch_backend.haar import compute_dtype
 
 __all__ = ["decide", "squares"]
@@ -26,9 +27,10 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
             norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype))
         if whole < flat.numel():
             norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
-    total = torch.cat(norms).double().square_().sum() if norms else torch.zeros((), dtype=torch.float64)
+    total = torch.cat(norms).double().square_().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
     # The squares of finite numbers may overflow, so only the elements themselves can tell that one is not finite.
-    if not norms or (total.device.type == "cpu" and total.isfinite()):
+    told = total.device.type == "cpu" and not backends.is_symbolic()  # by the host, now
+    if not norms or (told and total.isfinite()):
         bad = torch.zeros_like(total)
     else:
         bad = torch.stack([g.isfinite().logical_not_().sum() for g in grads]).sum().double()

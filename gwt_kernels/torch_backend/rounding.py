@@ -79,7 +79,7 @@ def blocks(n: int, per_call: int, device: torch.device) -> Iterator[slice]:
 
 def _draw(first: int, stop: int, step: int, purpose: int, key: int, device: torch.device) -> Tensor:
     """The words of the calls from ``first`` to before ``stop``, in their order: int32 ``[4 * calls]``."""
-    calls = torch.arange(first, stop, device=device)
+    calls = torch.arange(first, stop, dtype=torch.int64, device=device)
     same = first >> 32 == (stop - 1) >> 32
     c0, c1, c2, c3 = _rounds(calls & _MASK, first >> 32 if same else calls >> 32, step & _MASK, purpose, key)
     # The lower word, and below the lower half of it, is the first in the memory of every machine that runs this.

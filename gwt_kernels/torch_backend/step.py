@@ -39,6 +39,7 @@ def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: Rule, rounding: R
     for own in singles:
         if own.p.numel() == 0:
             continue
+        own = _scaled_ahead(own)
         notes = None if own.row is None else Notes(own.row)
         storage = Storage(level, rounding, own.step, own.key, own.span, notes)
         chunks, dtype = _chunks(own, quantum(level)), _dtype_of(own)
@@ -59,6 +60,7 @@ def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     for total, own in zip(sums, singles, strict=True):
         if own.p.numel() == 0:
             continue
+        own = _scaled_ahead(own)
         storage = Storage(level, "nearest", step=0, key=0)
         for chunk in _chunks(own, quantum(level)):
             kept = [x.clone() for x in storage.load_moments(chunk, _dtype_of(own))]
@@ -70,6 +72,14 @@ def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
 def _dtype_of(own: Single) -> torch.dtype:
     """The dtype of its arithmetic."""
     return compute_dtype(own.p.dtype if own.scales else torch.promote_types(own.p.dtype, own.m.dtype))
+
+
+def _scaled_ahead(own: Single) -> Single:
+    """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
+    factor = own.hyper.grad_factor
+    if not isinstance(factor, Tensor):
+        return own
+    return own._replace(g=own.g.to(_dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
 
 
 def _adamw(chunks: Iterable[Chunk], dtype: torch.dtype, hyper: Hyper, storage: Storage) -> None:

@@ -115,7 +115,7 @@ class Storage(NamedTuple):
 
 def _indices(span: Span, first: int, n: int, device: torch.device) -> Tensor:
     """The indices in the whole tensor of ``n`` elements of a shard, from ``first`` on."""
-    element = torch.arange(first, first + n, device=device)
+    element = torch.arange(first, first + n, dtype=torch.int64, device=device)
     return span.first + element // span.run * span.pitch + element % span.run
 
 

@@ -75,7 +75,7 @@ def gwt_adamw_(
     not contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
 
     What lies in ``workspace`` serves as long as the parameters are the same objects, and all addresses but the
-    gradients' stay; of those, sizes, dtype and alignment must.
+    gradients' stay; of those, sizes, dtype and alignment must. ``same_tensors`` promises it.
     """
     limited = level > 0 and limiter_norms[0] is not None
     split, quantized = rounding == "split", exp_avgs[0].dtype == torch.int8
@@ -90,7 +90,7 @@ def gwt_adamw_(
     owned += zip(*scales, strict=True) if quantized else [(), ()]
     checked = "places" in workspace
     known = same_tensors and checked
-    places = [workspace["places"][0] if known else addresses(params), *map(addresses, owned[1:])]
+    places = workspace["places"] if known else list(map(addresses, owned))
     if not known:
         workspace["kinds"], before = _Kinds.of(params, grads), workspace.get("kinds")
         known = checked and workspace["kinds"] == before and _same(params, workspace["params"])

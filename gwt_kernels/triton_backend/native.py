@@ -7,6 +7,7 @@ import functools
 import logging
 import struct
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gwt_kernels.survey import PYTHON, States, Survey, Tensors
+from gwt_kernels.sharding import is_sharded, local_of
+from gwt_kernels.survey import PYTHON, States, Survey, Tensors, has_memory
 
 __all__ = ["compiled", "module", "quickest"]
 
@@ -38,7 +40,8 @@ def compiled() -> Survey:
         Exception: of any kind, where it cannot be compiled, or where PyTorch is not laid out as it expects.
     """
     c = module()
-    samples = [torch.empty(2, 3, device="cpu"), Parameter(torch.empty(5, device="cpu"))]
+    samples = [torch.empty(n, dtype=torch.float32, device="cpu") for n in (6, 5)]
+    samples[1] = Parameter(samples[1])
     c.open(Tensor, Parameter, Tensor.data_ptr, Tensor.grad, _offset(samples))
     if c.addresses(samples) != PYTHON.addresses(samples):
         raise RuntimeError("PyTorch's interface for C finds tensors at other addresses than Python does")
@@ -54,7 +57,12 @@ def compiled() -> Survey:
 
     def still(state: States) -> Callable[[States], bool]:
         entries = c.entries(state)
-        return lambda now: c.still(now, entries)
+        # Parameters, which are looked at apart, and dicts come before the items of each.
+        items = [x for own in state.values() for x in (None, None, *chain.from_iterable(own.items()))]
+        kinds = [has_memory(x) + is_sharded(x) for x in items]
+        places = [local_of(x).data_ptr() if kind else 0 for x, kind in zip(items, kinds, strict=True)]
+        memory = struct.pack(f"{2 * len(entries)}Q", *chain.from_iterable(zip(kinds, places, strict=True)))
+        return lambda now: c.still(now, entries, memory)
 
     return Survey(c.addresses, grads, c.same, like, still)
 

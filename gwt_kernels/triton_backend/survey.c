@@ -28,7 +28,7 @@ typedef struct { /* without gaps: kinds are compared as bytes */
     int64_t sizes[MOST_DIMENSIONS];
 } Kind;
 
-static PyObject *tensor_type, *parameter_type, *data_ptr, *grad_name;
+static PyObject *tensor_type, *parameter_type, *data_ptr, *grad_name, *local_name;
 static PyGetSetDef *grad; /* of these types */
 static Py_ssize_t offset; /* of the handle in an object of these types */
 
@@ -57,6 +57,7 @@ static PyObject *open_(PyObject *module, PyObject *arguments)
     data_ptr = Py_NewRef(method);
     grad = ((PyGetSetDescrObject *)Py_NewRef(attribute))->d_getset;
     grad_name = PyUnicode_InternFromString("grad");
+    local_name = PyUnicode_InternFromString("_local_tensor");
     offset = place;
     Py_RETURN_NONE;
 }
@@ -202,23 +203,42 @@ static PyObject *entries(PyObject *module, PyObject *state)
     return found;
 }
 
+enum { NO_MEMORY, A_TENSOR, A_SHARD }; /* what lies at an address: a tensor's numbers, or those of its local part */
+
+typedef struct {
+    uint64_t kind, address;
+} Memory;
+
 typedef struct {
     PyObject *list;
     Py_ssize_t next;
+    const Memory *memory; /* of each object in the list */
 } Known;
 
 static int is_next(void *taker, PyObject *object)
 {
     Known *known = taker;
-    return known->next < PyList_GET_SIZE(known->list) && PyList_GET_ITEM(known->list, known->next++) == object;
+    if (known->next >= PyList_GET_SIZE(known->list) || PyList_GET_ITEM(known->list, known->next) != object)
+        return 0;
+    const Memory memory = known->memory[known->next++];
+    if (memory.kind == NO_MEMORY)
+        return 1;
+    uint64_t address;
+    PyObject *local = memory.kind == A_SHARD ? PyObject_GetAttr(object, local_name) : Py_NewRef(object);
+    const int failed = local ? address_of(local, &address) : -1;
+    Py_XDECREF(local);
+    return failed < 0 ? -1 : address == memory.address;
 }
 
 static PyObject *still(PyObject *module, PyObject *arguments)
 {
-    PyObject *state;
-    Known known = {NULL, 0};
-    if (!PyArg_ParseTuple(arguments, "OO!:still", &state, &PyList_Type, &known.list))
+    PyObject *state, *memory;
+    Known known = {0};
+    if (!PyArg_ParseTuple(arguments, "OO!S:still", &state, &PyList_Type, &known.list, &memory))
         return NULL;
+    if (PyBytes_GET_SIZE(memory) != PyList_GET_SIZE(known.list) * (Py_ssize_t)sizeof(Memory))
+        return PyErr_Format(PyExc_ValueError, "still() needs two words for each entry");
+    known.memory = (const Memory *)PyBytes_AS_STRING(memory);
     const int taken = each(state, is_next, &known);
     return taken < 0 ? NULL : PyBool_FromLong(taken && known.next == PyList_GET_SIZE(known.list));
 }
