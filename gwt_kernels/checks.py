@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from gwt_kernels import backends
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import rounding_of
-from gwt_kernels.sharding import any_sharded
+from gwt_kernels.sharding import ROWS_STAY, any_sharded, is_sharded
 from gwt_kernels.state import check_place, check_shards, check_state, moment_dtypes, state_keys, upgraded
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_grad",
     "check_observable",
     "check_param",
+    "check_replaced",
     "check_rounding_of",
     "name_of",
 ]
@@ -96,6 +97,34 @@ def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping
         state = upgraded(state, p)
         check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
         check_place(state, p, name)
+
+
+def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group_index: int) -> None:
+    """Raise if a flat buffer, in which no rows are left, has taken the place of parameters, as under ZeRO.
+
+    A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is one of
+    another model.
+
+    Args:
+        group: Whose parameters may be others than they were.
+        shapes: Of those that were there.
+        group_index: Of the group, for the message.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not group["level"]:
+        return
+    params = group["params"]
+    for k, p in enumerate(params):
+        if p.dim() != 1 or p.shape in shapes or is_sharded(p):
+            continue
+        replaced = shapes[k] if k < len(shapes) else ()
+        if len(params) < len(shapes) or len(replaced) > 1:
+            raise TypeError(
+                f"{name_of(group, k, group_index)} was put in the place of others since the optimizer was made, as "
+                f"ZeRO does with flat buffers, in which no rows are left: {ROWS_STAY}, or give its group level 0"
+            )
 
 
 def check_observable(group: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, Literal, overload
 
@@ -12,8 +13,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends, whole_step
 from gwt_kernels import telemetry as telemetry_rows
+from gwt_kernels.added import name_by_place, split_by_level
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, survey_for
-from gwt_kernels.checks import check_before_step, check_capturable, check_observable, check_param, name_of
+from gwt_kernels.checks import (
+    check_before_step,
+    check_capturable,
+    check_observable,
+    check_param,
+    check_replaced,
+    name_of,
+)
 from gwt_kernels.control import Asked
 from gwt_kernels.functional import Begun, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
@@ -26,12 +35,7 @@ from gwt_kernels.options import (
     state_dtype_name,
 )
 from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.sharding import (
-    ROWS_STAY,
-    any_sharded,
-    local_parts,
-    made_by_a_getter,
-)
+from gwt_kernels.sharding import any_sharded, local_parts, made_by_a_getter
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import complete, upgraded
 from gwt_kernels.survey import PYTHON
@@ -108,6 +112,8 @@ class GWTAdamW(Optimizer):
     _skipped: Tensor | None = None
     _captured: list[Any]
     _rows: dict[Tensor, Tensor]
+    _is_built = False  # whether groups that are added come after the constructor's
+    _has_warned = False
     _released = False  # whether the backward pass updates: release.py
 
     def __init__(
@@ -156,20 +162,55 @@ class GWTAdamW(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self._observed = telemetry
-        self._lines: set[int] = set()  # ids of the one-dimensional parameters that the groups were made with
+        self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
         check_group(defaults, capturable=capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_buckets()
         super().__init__(params, defaults)
+        self._is_built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.
 
+        A group that says no ``level`` of its own, as callbacks that unfreeze layers add them to an optimizer, takes the
+        optimizer's for its matrices. Its one-dimensional tensors, what its names call embeddings or heads, and what is too
+        narrow for the level become a second group of level 0, with a warning, once. Where the other groups have names and
+        this one has none, its parameters are named by their places.
+
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
         """
+        rest, count, given = None, len(self.param_groups), param_group
+        if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
+            params = param_group.get("params")
+            if isinstance(params, Tensor) or (isinstance(params, Iterable) and not isinstance(params, set | str)):
+                given["params"] = [params] if isinstance(params, Tensor) else list(params)
+                param_group = dict(given)
+                name_by_place(param_group, self.param_groups)
+                rest = split_by_level(param_group, self.defaults["level"])
+        try:
+            self._add_group(param_group)
+            if rest is not None and rest is not param_group:
+                self._add_group(rest)
+        except BaseException:
+            del self.param_groups[count:]
+            self._forget_buckets()
+            raise
+        if param_group is not given:  # which the base class would have completed and kept
+            given.update(param_group)
+            self.param_groups[count] = given
+        if rest is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{len(rest['params'])} of the parameters added to GWTAdamW without a level are one-dimensional, "
+                f"embeddings, or too narrow for its level {self.defaults['level']}, and get level 0 (AdamW): say "
+                f"'level' in the group, or use gwt_param_groups",
+                stacklevel=2,
+            )
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else
             rule = param_group.get("rule", self.defaults["rule"])
             if rule != self.defaults["rule"] and (rule == "foam" or self._limiter_is_published):
@@ -177,11 +218,8 @@ class GWTAdamW(Optimizer):
             if param_group.get("norm_growth_limit") == "published":
                 param_group["norm_growth_limit"] = published_limit(rule)
         super().add_param_group(param_group)
-        try:
-            self._check_new_group(self.param_groups[-1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        self._check_new_group(self.param_groups[-1])
+        self._note_shapes()
         self._forget_buckets()
 
     @overload
@@ -304,6 +342,7 @@ class GWTAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._is_built = True
         for name, value in _NO_CONTROL.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_rows", {})
@@ -311,12 +350,12 @@ class GWTAdamW(Optimizer):
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
         for p, own in self.state.items():
-            self.state[p] = upgraded(own, p)
+            self.state[p] = upgraded(own, p if isinstance(p, Tensor) else None)
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._lines = {id(p) for group in self.param_groups for p in group["params"] if p.dim() == 1}
+        self._note_shapes()
         self._forget_buckets()
 
     def _forget_buckets(self) -> None:
@@ -336,7 +375,6 @@ class GWTAdamW(Optimizer):
             check_param(p, group, name)
             if self.capturable:
                 check_capturable(p, group, name)
-        self._lines |= {id(p) for p in group["params"] if p.dim() == 1}
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
@@ -403,9 +441,14 @@ class GWTAdamW(Optimizer):
         self._check_options()
         for i, group in enumerate(self.param_groups):
             self._check_group(group)
+            check_replaced(group, self._shapes[i] if i < len(self._shapes) else [], i)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self._check_one(p, group, name_of(group, k, i))
+        self._note_shapes()
+
+    def _note_shapes(self) -> None:
+        self._shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
 
     def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
         check_group(group, capturable=self.capturable, slack=slack)
@@ -414,11 +457,6 @@ class GWTAdamW(Optimizer):
 
     def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         """Raise unless a parameter that has a gradient can be stepped."""
-        if p.dim() == 1 and group["level"] and id(p) not in self._lines:
-            raise TypeError(
-                f"{name} was put in the place of others since the optimizer was made, as ZeRO does with flat "
-                f"buffers, in which no rows are left: {ROWS_STAY}"
-            )
         check_before_step(p, self.state.get(p), group, name)
         if self.capturable:
             check_capturable(p, group, name)

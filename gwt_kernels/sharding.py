@@ -157,7 +157,10 @@ def check_sharding(
         raise TypeError(f"{name} is partitioned by ZeRO stage 3, which keeps no rows: {ROWS_STAY}")
     if not is_sharded(p):
         if group["level"] and p.dim() == 1 and _is_part_of_a_buffer(p):
-            raise TypeError(f"{name} is a part of a flat buffer, as of FSDP1, not rows of a matrix: {ROWS_STAY}")
+            raise TypeError(
+                f"{name} is a part of a flat buffer, as of FSDP1, and not rows of a matrix ({ROWS_STAY}), or a view: "
+                f"use level 0 or clone() it"
+            )
         return
     mesh, placements = p.device_mesh, p.placements
     unknown = [x for x in placements if _dim(x) is None and not x.is_replicate()]
@@ -206,7 +209,10 @@ def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
 
 
 def _is_part_of_a_buffer(p: Tensor) -> bool:
-    return p.device.type != "meta" and p.untyped_storage().nbytes() > p.numel() * p.element_size()
+    """Whether a one-dimensional tensor lies next to other numbers, as in a flat buffer, where all strides are 1."""
+    if p.device.type == "meta" or p.stride(0) != 1:
+        return False
+    return p.untyped_storage().nbytes() > p.numel() * p.element_size()
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
