@@ -27,7 +27,8 @@ def name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) ->
 
 
 def split_by_level(added: dict[str, Any], level: int) -> dict[str, Any] | None:
-    """Take out of a group what ``level`` is not for, and return that as a group of level 0; None if that is nothing.
+    """Take out of a group what ``level`` is not for, and return that as a group of level 0; None if that is
+    nothing.
 
     A group in which nothing else is left gets level 0 itself and is returned; one that says its level stays whole.
     """
@@ -42,14 +43,16 @@ def split_by_level(added: dict[str, Any], level: int) -> dict[str, Any] | None:
     if not any(fits):
         added["level"] = 0
         return added
-    keys = [key for key in ("params", "param_names") if key in added]
-    rest = {**added, "level": 0, **{key: [x for x, fit in zip(added[key], fits, strict=True) if not fit] for key in keys}}
+    keys: list[str] = [key for key in ("params", "param_names") if key in added]
+    left = {key: [x for x, fit in zip(added[key], fits, strict=True) if not fit] for key in keys}
+    rest = {**added, "level": 0}
+    rest.update(left)
     added.update({key: [x for x, fit in zip(added[key], fits, strict=True) if fit] for key in keys})
     return rest
 
 
 def _is_transformed(p: Any, name: str, level: int) -> bool:
-    """Whether a tensor takes the optimizer's level; the checks of a group refuse what is none that can be stepped."""
+    """Whether a tensor takes the optimizer's level; what cannot be stepped at all is refused by other checks."""
     if not isinstance(p, Tensor) or is_lazy(p):
         return True
     if p.dim() < 2 or _LEFT.search(name):

@@ -72,7 +72,8 @@ def resolve(
 def resolve_update(
     backend: str | None, device: torch.device, dtype: torch.dtype, level: int, wavelet: str = "haar"
 ) -> Backend:
-    """The backend for an update in place: as :func:`resolve`, but torch where operators are traced (:func:`tracer`).
+    """The backend for an update in place: as :func:`resolve`, but torch where operators are traced
+    (:func:`tracer`).
 
     Raises:
         ValueError, RuntimeError: as :func:`resolve`, or what traces would not see what was asked for.
@@ -136,24 +137,24 @@ def tracer() -> str | None:
     ``torch.compile`` and ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``, ``MemTracker``,
     functional tensors, a user's own) and the transforms of ``torch.func``.
     """
+    if torch.compiler.is_compiling():  # asked first, as what compiles cannot follow the other questions
+        return "torch.compile"
     if torch._C._len_torch_dispatch_stack():
         return type(_get_current_dispatch_mode()).__name__
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func"
-    return "torch.compile" if torch.compiler.is_compiling() else None
+    return None if torch._C._functorch.peek_interpreter_stack() is None else "a transform of torch.func"
 
 
 def is_symbolic() -> bool:
     """Whether tensors may stand for others now: fakes without numbers, proxies in a graph, batches of ``vmap``."""
-    return _has_mode(_KEYS.FAKE) or is_graph()
+    return is_graph() or _has_mode(_KEYS.FAKE)
 
 
 def is_graph() -> bool:
     """Whether a graph is being made now, in which nothing can be decided by the numbers in a tensor."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or _has_mode(_KEYS.PROXY, _KEYS.FUNCTIONAL)
-        or torch.compiler.is_compiling()
     )
 
 

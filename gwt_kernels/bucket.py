@@ -22,7 +22,6 @@ from gwt_kernels.survey import PYTHON, Survey
 __all__ = ["Bucket", "Call", "Member", "bucket_options", "make_buckets", "make_limits", "stream_of", "survey_for"]
 
 
-
 def make_buckets(
     groups: list[dict[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],

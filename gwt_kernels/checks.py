@@ -12,7 +12,15 @@ from gwt_kernels import backends
 from gwt_kernels.haar import check_level
 from gwt_kernels.options import rounding_of
 from gwt_kernels.sharding import ROWS_STAY, any_sharded, is_sharded
-from gwt_kernels.state import check_place, check_shards, check_state, moment_dtypes, state_keys, upgraded
+from gwt_kernels.state import (
+    check_memory,
+    check_place,
+    check_shards,
+    check_state,
+    moment_dtypes,
+    state_keys,
+    upgraded,
+)
 
 __all__ = [
     "check_backend",
@@ -93,6 +101,8 @@ def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping
     check_param(p, group, name)
     check_grad(p.grad, p, name)
     check_backend(p, name, p.grad.dtype, group)
+    check_memory(p, name)
+    check_memory(p.grad, f"the gradient of {name}")
     if state:
         state = upgraded(state, p)
         check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
@@ -102,8 +112,8 @@ def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping
 def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group_index: int) -> None:
     """Raise if a flat buffer, in which no rows are left, has taken the place of parameters, as under ZeRO.
 
-    A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is one of
-    another model.
+    A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is
+    one of another model.
 
     Args:
         group: Whose parameters may be others than they were.

@@ -87,10 +87,14 @@ def self_check() -> Iterator[tuple[str, float, float]]:
 def _error(device: torch.device, dtype: torch.dtype, level: int, backend: str) -> float:
     generator = torch.Generator("cpu").manual_seed(level)
     hyper = Hyper(lr=0.01, weight_decay=0.1, eps=1e-2)  # a large eps: no block divides rounding by almost nothing
-    params = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES]
+    params = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES
+    ]
     oracle, checked = _Run(params, level), _Run([p.to(device) for p in params], level)
     for step in range(1, STEPS + 1):
-        grads = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES]
+        grads = [
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES
+        ]
         oracle.literal_step([g.double() for g in grads], step, hyper)
         checked.step([g.to(device) for g in grads], step, hyper, backend)
     return max(

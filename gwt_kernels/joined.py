@@ -22,9 +22,9 @@ _unpack = struct.Struct("d").unpack
 class Joined:
     """The scalars of several states in one tensor, of which those in the states are views.
 
-    The states hold the truth: their tensor objects stay, and their memory becomes part of ``values``. Where it must not
-    move, since other processes share it or operators are being traced, ``values`` is a copy: :meth:`read` it before a
-    step and :meth:`write` it back afterwards.
+    The states hold the truth: their tensor objects stay, and their memory becomes part of ``values``. Where it must
+    not move, since other processes share it or operators are being traced, ``values`` is a copy: :meth:`read` it
+    before a step and :meth:`write` it back afterwards.
 
     Args:
         states: Of the parameters, in order.

@@ -293,7 +293,10 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     new = form_of(level, own_rule, own_wavelet, template["exp_avg"].dtype)
     factors = _other_bias(source.group.get("betas"), target.group["betas"], step)
     width = p.shape[-1] if p.dim() else 1
-    state = {"step": torch.tensor(step, dtype=torch.float64, device="cpu"), **convert(source.state, old, new, width, factors)}
+    state = {
+        "step": torch.tensor(step, dtype=torch.float64, device="cpu"),
+        **convert(source.state, old, new, width, factors),
+    }
     notes = describe(old, new)
     if factors != (1.0, 1.0):
         notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
@@ -384,9 +387,9 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
         raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
     if coded:
         check_state(
-            {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros((), dtype=torch.float64, device="cpu")}, p,
-            {"level": form.level, "wavelet": form.wavelet, "state_dtype": "int8", "norm_growth_limit": None},
-            "its moments", SCALES,
+            {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros((), dtype=torch.float64,
+            device="cpu")}, p, {"level": form.level, "wavelet": form.wavelet, "state_dtype": "int8",
+            "norm_growth_limit": None}, "its moments", SCALES,
         )  # fmt: skip
     for key in numbers:
         value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")

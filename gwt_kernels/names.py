@@ -30,7 +30,9 @@ def plain_names(names: Sequence[str]) -> list[str]:
 def check_names(names: object) -> None:
     """Raise a ValueError unless ``names``, which a state holds, are names."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"the state has the param_names {names!r}, which are no names: it is damaged; take another")
+        raise ValueError(
+            f"the state has the param_names {names!r}, which are no names: it is damaged; take another"
+        )
 
 
 def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[str, Any]]:
@@ -50,8 +52,8 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
         check_names(names)
         if len(names) != len(group["params"]):
             raise ValueError(
-                f"group {i} of the state has {len(names)} names for {len(group['params'])} parameters: it is damaged; "
-                f"take another"
+                f"group {i} of the state has {len(names)} names for {len(group['params'])} parameters: it is "
+                f"damaged; take another"
             )
     wanted, held = _names_by_group(groups), _names_by_group(saved)
     if wanted == held:
@@ -68,8 +70,8 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
     missing, extra = [n for n in owners if n not in places], [n for n in places if n not in owners]
     if missing or extra:
         raise ValueError(
-            f"the state has no parameter named {_listed(missing)}, the optimizer none named {_listed(extra)}: build "
-            f"the optimizer from the model that the state was made with, or convert the state with "
+            f"the state has no parameter named {_listed(missing)}, the optimizer none named {_listed(extra)}: "
+            f"build the optimizer from the model that the state was made with, or convert the state with "
             f"gwt_kernels.migrate, whose names=[...] says who is who"
         )
     sources = {frozenset(names): i for i, names in enumerate(held)}
@@ -79,9 +81,9 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
         if source is None:
             stray = _stray(names, held, places) if names else next(iter(owners), "")
             raise ValueError(
-                f"parameter {stray!r} is in group {places[stray][0]} of the state and in group {owners[stray]} of the "
-                f"optimizer, beside other parameters than there: give both the same groups, or convert the state "
-                f"with gwt_kernels.migrate"
+                f"parameter {stray!r} is in group {places[stray][0]} of the state and in group {owners[stray]} of "
+                f"the optimizer, beside other parameters than there: give both the same groups, or convert the "
+                f"state with gwt_kernels.migrate"
             )
         indices = [places[name][1] for name in names]
         both = {key: [saved[source][key][k] for k in indices] for key in ("params", "param_names") if names}

@@ -174,10 +174,10 @@ class GWTAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.
 
-        A group that says no ``level`` of its own, as callbacks that unfreeze layers add them to an optimizer, takes the
-        optimizer's for its matrices. Its one-dimensional tensors, what its names call embeddings or heads, and what is too
-        narrow for the level become a second group of level 0, with a warning, once. Where the other groups have names and
-        this one has none, its parameters are named by their places.
+        A group that says no ``level`` of its own, as callbacks that unfreeze layers add them to an optimizer, takes
+        the optimizer's for its matrices. Its one-dimensional tensors, what its names call embeddings or heads, and
+        what is too narrow for the level become a second group of level 0, with a warning, once. Where the other
+        groups have names and this one has none, its parameters are named by their places.
 
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
@@ -420,7 +420,12 @@ class GWTAdamW(Optimizer):
         controlled = self._asked.anything
         on_device = self.capturable or controlled
         options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        options += [on_device, controlled, backends.tracer(), *(getattr(g["lr"], "device", None) for g in self.param_groups)]
+        options += [
+            on_device,
+            controlled,
+            backends.tracer(),
+            *(getattr(g["lr"], "device", None) for g in self.param_groups),
+        ]
         if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
             return True
         if capturing:

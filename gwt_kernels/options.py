@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,10 +125,12 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
         maximize=group["maximize"],
     )
+    near = {}
     for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
-        value = getattr(hyper, name)
+        value: Any = getattr(hyper, name)
         if not isinstance(value, Tensor) and -slack <= value < 0.0:
-            hyper = hyper._replace(**{name: 0.0})
+            near[name] = 0.0
+    hyper = hyper._replace(**cast(Any, near)) if near else hyper
     for name in ("lr", "eps", "weight_decay"):
         value = getattr(hyper, name)
         if isinstance(value, Tensor):

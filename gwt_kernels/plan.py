@@ -377,7 +377,10 @@ def _first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype |
 
 def adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
     """What ``torch.optim.AdamW`` holds for `p`: moments in the weights' dtype if nobody says otherwise."""
-    return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **{key: _stand_in(p, moments) for key in MOMENTS}}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        **{key: _stand_in(p, moments) for key in MOMENTS},
+    }
 
 
 def _offered(state_dtype: torch.dtype | None) -> bool:

@@ -158,8 +158,8 @@ def check_sharding(
     if not is_sharded(p):
         if group["level"] and p.dim() == 1 and _is_part_of_a_buffer(p):
             raise TypeError(
-                f"{name} is a part of a flat buffer, as of FSDP1, and not rows of a matrix ({ROWS_STAY}), or a view: "
-                f"use level 0 or clone() it"
+                f"{name} is a part of a flat buffer, as of FSDP1, and not rows of a matrix ({ROWS_STAY}), or a "
+                f"view: use level 0 or clone() it"
             )
         return
     mesh, placements = p.device_mesh, p.placements

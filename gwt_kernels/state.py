@@ -21,6 +21,7 @@ __all__ = [
     "MOMENTS",
     "SCALES",
     "SMALLEST_QUANTIZED",
+    "check_memory",
     "check_place",
     "check_shards",
     "check_state",
@@ -103,18 +104,19 @@ def halves_of(low: Tensor) -> Tensor:
 def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, Any]:
     """A state as it is kept now, from an older or a foreign checkpoint; the very same where nothing has to change.
 
-    ``step`` is a float64 tensor, ``limiter_norm`` one of its own dtype if it is known whose (``p``), and ``weight_low``
-    bytes: others hold plain numbers, counts of another dtype, and int16, which no process can send another.
+    ``step`` is a float64 tensor, ``limiter_norm`` one of its own dtype if it is known whose (``p``), and
+    ``weight_low`` bytes: others hold plain numbers, counts of another dtype, and int16, which no process can send
+    another.
     """
     changed: dict[str, Any] = {}
     if _is_number(state.get("step")):
         changed["step"] = torch.as_tensor(state["step"], dtype=torch.float64, device="cpu")
     if p is not None and _is_number(state.get("limiter_norm")):
         changed["limiter_norm"] = torch.as_tensor(state["limiter_norm"], dtype=_norm_dtype(p), device=p.device)
-    step = changed.get("step", state.get("step"))
-    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex():
-        if (step.dtype, step.shape) != (torch.float64, ()):
-            changed["step"] = step.detach().reshape(()).to(torch.float64)
+    step: Any = changed.get("step", state.get("step"))
+    is_scalar = isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex()
+    if is_scalar and (step.dtype, step.shape) != (torch.float64, ()):
+        changed["step"] = step.detach().reshape(()).to(torch.float64)
     low = state.get("weight_low")
     if isinstance(low, Tensor) and low.dtype == torch.int16:
         changed["weight_low"] = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
@@ -196,6 +198,22 @@ def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
                 f"{p.device} and make it contiguous"
             )
+    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low", "step"} & state.keys():
+        check_memory(state[key], f"{key} of {name}")
+
+
+def check_memory(x: Tensor, name: str) -> None:
+    """Raise unless the memory of a tensor, whose address goes to C or to a kernel, is there."""
+    x = local_of(x)
+    if not x.numel() or backends.is_symbolic() or not torch._C._has_storage(x):
+        return
+    end = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    held = x.untyped_storage().nbytes()
+    if held < end * x.element_size():
+        raise ValueError(
+            f"{name} needs {end * x.element_size()} bytes of memory, of which {held} are there: it was freed, so "
+            f"bring it back before the step"
+        )
 
 
 def exact_copy(name: str, value: Any, p: Tensor) -> Any:

@@ -29,7 +29,9 @@ def factory_calls(source: str) -> Iterator[ast.Call]:
                 yield node
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 def test_every_tensor_is_made_with_a_device_and_a_dtype(path):
     for call in factory_calls(path.read_text()):
         said = {keyword.arg for keyword in call.keywords}
@@ -55,7 +57,9 @@ def wrong_defaults() -> Iterator[None]:
 
 def tensors(seed: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in shapes
+    ]
 
 
 SHAPES = ((64, 64), (8, 12), (5, 7), (9,))
@@ -88,7 +92,10 @@ def stepped(dtype: torch.dtype, **options) -> list[Tensor]:
             optimizer.load_state_dict(state)
     found = [*params, *(x for state in optimizer.state.values() for x in state.values())]
     if options.get("telemetry"):
-        found += [torch.tensor(list(row.values()), dtype=torch.float64, device="cpu") for row in optimizer.telemetry().values()]
+        found += [
+            torch.tensor(list(row.values()), dtype=torch.float64, device="cpu")
+            for row in optimizer.telemetry().values()
+        ]
     return [x.detach().clone() for x in found]
 
 

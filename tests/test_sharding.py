@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import processes, resharded, sharded, split_shards, wrapped
+from tests import moved_shards, processes, resharded, sharded, split_shards, test_added_groups, wrapped
 
 
 def test_float64_equals_unsharded() -> None:
@@ -33,3 +33,11 @@ def test_replicas_stay_the_same_to_the_bit() -> None:
 
 def test_what_cannot_be_honoured_is_refused_on_every_process() -> None:
     processes.run(2, wrapped.refusals)
+
+
+def test_the_state_of_shards_is_the_truth() -> None:
+    processes.run(2, moved_shards.main)
+
+
+def test_parameters_that_are_sharded_after_the_optimizer_is_made() -> None:
+    processes.run(1, test_added_groups.sharded_in_place_of_plain)

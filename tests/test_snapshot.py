@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils.flop_counter import FlopCounterMode
 
 from gwt_kernels import survey
@@ -32,6 +34,9 @@ class Held:
             p.grad = torch.randn(4, 8)
             self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 2)}
         self.params[2].grad = None
+        # Without any processes: of a shard only what lies here is looked at.
+        spec = DTensorSpec(None, (Shard(0),), tensor_meta=TensorMeta(torch.Size((8, 2)), (2, 1), torch.float32))
+        self.state[self.params[0]]["exp_avg_sq"] = DTensor(torch.zeros(4, 2), spec, requires_grad=False)
         self.remember()
 
     def remember(self) -> None:
@@ -137,6 +142,14 @@ def _rename(own: dict[str, Any], old: str, new: str) -> None:
     own[new] = own.pop(old)
 
 
+def _move(x: Tensor) -> None:
+    x.data = x.data.clone()
+
+
+def _replace_local(x: DTensor) -> None:
+    x._local_tensor = x._local_tensor.clone()
+
+
 def _exchange(held: Held) -> None:
     states = [held.state.pop(p) for p in held.params]
     p, q, *others = held.params
@@ -155,6 +168,10 @@ CHANGES: dict[str, Callable[[Held], object]] = {
     "parameter transposed": _swap(lambda data: data.t()),
     "parameter of another shape": _swap(lambda data: data.view(8, 4)),
     "moment replaced": lambda held: held.state[held.params[0]].update(exp_avg=torch.zeros(4, 2)),
+    "moment moved": lambda held: _move(held.state[held.params[1]]["exp_avg"]),
+    "count moved": lambda held: _move(held.state[held.params[2]]["step"]),
+    "shard moved": lambda held: _move(held.state[held.params[0]]["exp_avg_sq"]._local_tensor),
+    "shard replaced": lambda held: _replace_local(held.state[held.params[0]]["exp_avg_sq"]),
     "state entry added": lambda held: held.state[held.params[0]].update(limiter_norm=torch.zeros(())),
     "state entry removed": lambda held: held.state[held.params[0]].pop("exp_avg"),
     "state entry renamed": lambda held: _rename(held.state[held.params[0]], "exp_avg", "m"),

@@ -181,6 +181,11 @@ def _step(lib: ctypes.CDLL, own: Single, level: int, rule: Rule) -> tuple[CStep,
         given.weights, given.coefficients = CSpan(*own.span[0]), CSpan(*own.span[1])
     if own.scales is not None:
         given.m_scales, given.v_scales = own.scales[0].data_ptr(), own.scales[1].data_ptr()
+    if not (given.p and given.g and given.m and given.v):
+        raise ValueError(
+            f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring "
+            f"it back before the step"
+        )
     sums = torch.empty(lib.gwt_tiles(given), SUMS, dtype=torch.float64, device="cpu")
     given.sums = sums.data_ptr()
     return given, sums

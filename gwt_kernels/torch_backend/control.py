@@ -27,7 +27,9 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
             norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype))
         if whole < flat.numel():
             norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
-    total = torch.cat(norms).double().square_().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+    total = (
+        torch.cat(norms).double().square_().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+    )
     # The squares of finite numbers may overflow, so only the elements themselves can tell that one is not finite.
     told = total.device.type == "cpu" and not backends.is_symbolic()  # by the host, now
     if not norms or (told and total.isfinite()):
