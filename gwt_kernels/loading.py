@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from gwt_kernels.checks import check_rounding_of, name_of
-from gwt_kernels.options import STRUCTURAL, check_group
+from gwt_kernels.options import ADDED, STRUCTURAL, check_group
 from gwt_kernels.state import check_state, exact_copy, state_keys, with_bytes
 
 __all__ = ["check_and_set_aside"]
@@ -20,7 +20,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
             f"pass what GWTAdamW.state_dict() returned"
         )
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    saved_groups, groups = [{**ADDED, **saved} for saved in state_dict["param_groups"]], optimizer.param_groups
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
