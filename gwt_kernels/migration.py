@@ -312,7 +312,6 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
     if factors != (1.0, 1.0):
         notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
     _check_finite(state, new)
-
     device = source.state["exp_avg"].device
     same = old.kind == new.kind and factors == (1.0, 1.0)
     if "limiter_norm" in template:
@@ -352,10 +351,9 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
             raise ValueError(f"the options of its state are damaged: {error}") from None
         return form_of(options, p.shape, m.dtype)
     for level in range(64):
-        options = {**unsaid, "level": level}
-        shape = state_shape(p, options) if p.dim() or not level else ()
+        shape = state_shape(p, {**unsaid, "level": level}) if p.dim() or not level else ()
         if tuple(m.shape) == shape:
-            return form_of(options, p.shape, m.dtype)
+            return form_of({**unsaid, "level": level}, p.shape, m.dtype)
         if level and (not p.dim() or 2**level >= 2 * p.shape[-1]):
             break
     raise ValueError(

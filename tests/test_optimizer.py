@@ -37,16 +37,18 @@ def fits(shape, level):
 
 
 def run_golden(case, **changed):
-    """Weights and limiter norm after each step of a golden case."""
+    """Weights and limiter norm after each step of a golden case, decayed in the published order."""
     p = nn.Parameter(torch.tensor(case.p0))
-    options = {"betas": case.betas, "eps": case.eps, "weight_decay": case.weight_decay, "level": case.level}
+    options = {"betas": case.betas, "eps": case.eps, "level": case.level}
     options |= {"scale": case.scale, "norm_growth_limit": case.norm_growth_limit, "wavelet": case.wavelet}
+    options |= {"rule": case.rule, "boundary": case.boundary, "correct_bias": case.correct_bias}
     optimizer = GWTAdamW([p], lr=123.0, **(options | changed))
     params, norms = [], []
     for lr, g in zip(case.lr, case.grads, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         p.grad = torch.tensor(g)
         optimizer.step()
+        p.detach().copy_(case.decayed(p.detach(), lr))
         params.append(p.detach().numpy().copy())
         norms.append(float(optimizer.state[p].get("limiter_norm", np.nan)))
     return np.stack(params), np.array(norms), optimizer.state[p]
@@ -63,7 +65,39 @@ def test_golden_vectors(case):
         np.testing.assert_allclose(state[name].numpy(), getattr(case, name), rtol=1e-12, atol=1e-300, err_msg=name)
 
 
+@pytest.mark.parametrize("case", golden.variant_cases(), ids=lambda case: case.name)
+def test_golden_vectors_of_variants(case):
+    params, norms, state = run_golden(case)
+    movement = case.params - case.p0
+    np.testing.assert_allclose(params - case.p0, movement, rtol=0, atol=1e-11 * np.abs(movement).max())
+    np.testing.assert_allclose(norms, case.limiter_norm, rtol=1e-11, atol=0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        expected = getattr(case, name)
+        np.testing.assert_allclose(state[name].numpy(), expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+NOTICED = {
+    "adamw2_uncorrected": [{"correct_bias": True}],
+    "adamw0_uncorrected_decay": [{"correct_bias": True}],
+    "foam2_uncorrected": [{"correct_bias": True}],
+    "adamw2_odd_reflect": [{"boundary": x} for x in ("zero", "constant", "symmetric", "periodic")],
+    "adamw2_db2_symmetric": [{"wavelet": "db3"}, {"boundary": "constant"}],
+    "adamw1_bior": [{"wavelet": "rbio2.2"}, {"boundary": "periodic"}],
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_golden_vectors_of_variants_notice_another_option(name):
+    case = next(c for c in golden.variant_cases() if c.name == name)
+    movement = np.abs(case.params - case.p0).max()
+    for changed in NOTICED[name]:
+        assert np.abs(run_golden(case, **changed)[0] - case.params).max() > 1e-3 * movement, changed
+
+
 def test_golden_vectors_are_all_there_and_can_fail():
+    cases = golden.variant_cases()
+    assert [sum(c.rule == rule for c in cases) for rule in ("gwt", "foam")] == [10, 5]
+    assert {c.boundary for c in cases} == {"zero", "constant", "symmetric", "reflect", "periodic"}
     assert len(golden.adamw_cases()) == 20
     case = next(c for c in golden.adamw_cases() if c.name == "haar2_limiter_spikes")
     for changed in ({"norm_growth_limit": None}, {"scale": 0.2500001}, {"level": 1}, {"wavelet": "db2"}):
