@@ -20,7 +20,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
             f"pass what GWTAdamW.state_dict() returned"
         )
-    saved_groups, groups = [{**ADDED, **saved} for saved in state_dict["param_groups"]], optimizer.param_groups
+    added, groups = ADDED.items(), optimizer.param_groups
+    saved_groups = [g | {key: value for key, value in added if key not in g} for g in state_dict["param_groups"]]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "

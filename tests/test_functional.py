@@ -173,6 +173,7 @@ def test_options_of_each_tensor(backend, level):
         scale=st.floats(0, 2),
         norm_growth_limit=st.floats(1, 2),
         maximize=st.booleans(),
+        correct_bias=st.booleans(),
         grad_factor=st.sampled_from((2.0**-10, 0.3, 1.0)),
     ),
     step=st.integers(1, 10_000),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.plan import predicted_state_bytes
 from tests import golden
 from tests.runs import (
     CPU,
@@ -403,20 +404,78 @@ def test_the_limiter_can_be_turned_on_and_off_in_mid_run(backend, device):
         assert checked_step(optimizer) == 2
 
 
+@backends
+def test_bias_correction_can_be_turned_off_and_on_in_mid_run(backend, device):
+    groups = [{"params": parameters([(4, 8), (3, 5)], place(backend, device)), "level": k} for k in (0, 2)]
+    groups.append({"params": parameters([(4, 8)], place(backend, device)), "rule": "foam", "level": 3})
+    optimizer = GWTAdamW(groups, lr=0.1, correct_bias=False, backend=backend)
+    for t, (first, others) in enumerate(((False, False), (False, True), (True, False), (True, True))):
+        for group in optimizer.param_groups:
+            group["correct_bias"] = others
+        optimizer.param_groups[0]["correct_bias"] = first
+        give_gradients(parameters_of(optimizer), seed=t)
+        assert checked_step(optimizer) == 5
+
+
+@backends
+def test_the_first_step_without_bias_correction_is_smaller_by_the_correction(backend, device):
+    """By ``sqrt(1 - 0.999) / (1 - 0.9)``, weight decay apart."""
+    moved = []
+    for correct_bias in (True, False):
+        p = parameters([(4, 8)], place(backend, device))[0]
+        before = p.detach().clone()
+        optimizer = GWTAdamW([p], lr=0.1, correct_bias=correct_bias, backend=backend)
+        train(optimizer, range(1))
+        moved.append((p.detach() - before).double())
+    torch.testing.assert_close(moved[0], moved[1] * (0.001**0.5 / 0.1), rtol=1e-3, atol=1e-5)
+
+
+def test_a_boundary_changed_in_mid_run_is_that_of_the_next_step():
+    params = [parameters([(3, 13)], dtype=torch.float64) for _ in range(2)]
+    runs = [GWTAdamW(own, lr=0.1, norm_growth_limit=None) for own in params]
+    for optimizer in runs:
+        train(optimizer, range(2))
+    assert_same_bits(results(runs[0]), results(runs[1]))
+    runs[0].param_groups[0]["boundary"] = "symmetric"
+    for optimizer in runs:
+        train(optimizer, [2])
+    same = torch.isclose(*(own[0] for own in params), rtol=1e-10, atol=0)
+    assert same[:, :12].all()
+    assert not same[:, 12].any()
+
+
+@pytest.mark.parametrize("options", [{"wavelet": "bior2.2"}, {"boundary": "reflect"}])
+def test_what_the_literal_algorithm_alone_knows_has_no_telemetry(options):
+    with pytest.raises(ValueError, match=r"telemetry=True knows no .*: turn it off, or use wavelet='haar' and"):
+        GWTAdamW(parameters([(3, 8)]), telemetry=True, **options)
+    optimizer = GWTAdamW(parameters([(3, 8)]), telemetry=True)
+    train(optimizer, range(1))
+    optimizer.param_groups[0].update(options)
+    give_gradients(parameters_of(optimizer), seed=1)
+    with pytest.raises(ValueError, match=r"telemetry=True knows no"):
+        optimizer.step()
+
+
 @pytest.mark.filterwarnings("ignore:Level value of")
-@pytest.mark.parametrize(("level", "wavelet"), [*((k, "haar") for k in range(4)), (2, "db2"), (1, "sym4")])
+@pytest.mark.parametrize(
+    ("level", "wavelet"),
+    [*((k, "haar") for k in range(4)), (2, "db2"), (1, "sym4"), (2, "bior2.2"), (1, "rbio3.9")],
+)
+@pytest.mark.parametrize("boundary", ["zero", "reflect"])
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
-def test_bytes_of_state(level, wavelet, dtype):
+def test_bytes_of_state(level, wavelet, boundary, dtype):
     import pywt
 
     shapes = [(6, 16), (3, 13), (2, 3, 9)]
     params = parameters(shapes, dtype=dtype)
-    optimizer = GWTAdamW(params, lr=0.1, level=level, wavelet=wavelet)
+    optimizer = GWTAdamW(params, lr=0.1, level=level, wavelet=wavelet, boundary=boundary)
+    predicted = predicted_state_bytes(optimizer)
     train(optimizer, range(2))
+    assert predicted == sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
     size = 8 if dtype == torch.float64 else 4
     for p in params:
         row = np.zeros(p.shape[-1])
-        nb = pywt.wavedec(row, wavelet, mode="zero", level=level)[0].size if level else row.size
+        nb = pywt.wavedec(row, wavelet, mode=boundary, level=level)[0].size if level else row.size
         rows = p.numel() // p.shape[-1]
         state = copy.copy(optimizer.state[p])
         moments = [state.pop("exp_avg"), state.pop("exp_avg_sq")]
