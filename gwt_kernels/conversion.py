@@ -72,7 +72,8 @@ def convert(
     that, with the details taken as zero: of all averages with this mean the one of least norm. ``exp_avg_sq`` goes
     the same way under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so that its square has
     the expectation of the mean of the elements' squares if they are uncorrelated. With another wavelet, or another
-    boundary than zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter.
+    boundary than zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter,
+    times what a biorthogonal wavelet makes of white noise by correlating it.
 
     Args:
         state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and where they are codes their scales.
@@ -135,9 +136,22 @@ def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tens
         further = new.level - old.level
         moments = ((m, bank), (v, squares))
         first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
+        if bank[0] != bank[2][::-1]:  # not orthogonal, so that coefficients are correlated where gradients are not
+            second *= _energy(bank[0], new.level) / _energy(bank[0], old.level)
         return first, second
     mean = _resample(m / _unit(old), old.level, new.level, width)
     return mean * _unit(new), _resample(v, old.level, new.level, width)
+
+
+def _energy(low: Sequence[float], level: int) -> float:
+    """The mean square of white noise after ``level`` low-pass filters, over what each alone would make of it."""
+    taps = torch.tensor(low, dtype=torch.float64, device="cpu")
+    whole = torch.ones(1, 1, 1, dtype=torch.float64, device="cpu")
+    for i in range(level):
+        stretched = torch.zeros(1, 1, (len(low) - 1) * 2**i + 1, dtype=torch.float64, device="cpu")
+        stretched[..., :: 2**i] = taps
+        whole = torch.nn.functional.conv1d(whole, stretched.flip(-1), padding=stretched.shape[-1] - 1)
+    return float(whole.square().sum() / taps.square().sum() ** level)
 
 
 def _unit(form: Form) -> float:

@@ -21,7 +21,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"pass what GWTAdamW.state_dict() returned"
         )
     added, groups = ADDED.items(), optimizer.param_groups
-    saved_groups = [g | {key: value for key, value in added if key not in g} for g in state_dict["param_groups"]]
+    saved_groups = [{**g, **{k: v for k, v in added if k not in g}} for g in state_dict["param_groups"]]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "

@@ -32,8 +32,8 @@ class Case:
         eps: added to the root of the second moment, which is not bias-corrected.
         scale: factor on the update.
         correct_bias: whether the update was multiplied by `sqrt(1-b2**t) / (1-b1**t)`.
-        weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this package
-            before it.
+        weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this
+            package before it.
         norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
         p0: the weights at the start, `[...]`.
         grads: the gradients, `[T, ...]`.

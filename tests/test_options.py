@@ -256,9 +256,7 @@ def test_a_rounding_that_does_not_fit_the_weights_is_refused_by_name(dtype, roun
 @pytest.mark.parametrize(
     "options", [{"state_dtype": torch.bfloat16}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}]
 )
-@pytest.mark.parametrize(
-    ("option", "value", "good"), [("wavelet", "db2", "haar"), ("boundary", "reflect", "zero")]
-)
+@pytest.mark.parametrize(("option", "value", "good"), [("wavelet", "db2", "haar"), ("boundary", "reflect", "zero")])
 def test_other_wavelets_and_boundaries_round_to_the_nearest_alone(options, option, value, good):
     (name,) = options
     words = (f"{option} {value!r}", "wavelet='haar'", "boundary='zero'")

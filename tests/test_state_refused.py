@@ -78,7 +78,10 @@ MISFITS = {
         lambda: trained(boundary="reflect").state_dict(),
         ("boundary='reflect'", "boundary='zero'", "state's value", MIGRATE),
     ),
-    "an unknown boundary": (lambda: changed(with_option("boundary", "edge")), ("boundary='edge'", "boundary='zero'")),
+    "an unknown boundary": (
+        lambda: changed(with_option("boundary", "edge")),
+        ("boundary='edge'", "boundary='zero'"),
+    ),
     "no bias correction": (
         lambda: trained(correct_bias=False).state_dict(),
         ("correct_bias=False", "correct_bias=True", "state's value", MIGRATE),
