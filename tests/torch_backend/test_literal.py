@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gwt_kernels import GWTAdamW
 from gwt_kernels.functional import Boundary, Hyper
 from gwt_kernels.torch_backend import literal
 from tests import steps
@@ -136,3 +137,12 @@ def test_without_pywavelets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'gwt-kernels\[wavelets\]', or use wavelet='haar'"):
         literal.filter_bank("db7")  # not asked for elsewhere: what was found before is kept
+
+
+def test_haar_needs_no_pywavelets_whatever_the_boundary(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pywt", None)
+    literal.filter_bank.cache_clear()
+    p = torch.nn.Parameter(torch.ones(2, 7))
+    p.grad = torch.arange(14.0).view(2, 7)
+    GWTAdamW([p], lr=0.1, boundary="symmetric").step()
+    assert (p != 1).all()
