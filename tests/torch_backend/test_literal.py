@@ -146,3 +146,44 @@ def test_haar_needs_no_pywavelets_whatever_the_boundary(monkeypatch):
     p.grad = torch.arange(14.0).view(2, 7)
     GWTAdamW([p], lr=0.1, boundary="symmetric").step()
     assert (p != 1).all()
+
+
+def by_pywavelets(p, g, state, t, level, wavelet, boundary, correct_bias):
+    """The steps of docs/algorithm.md, with PyWavelets' own transforms; ``state`` is m, v and the limiter's norm."""
+    lr, b1, b2, eps, scale, gamma = 0.1, 0.9, 0.99, 1e-3, 0.25, 1.01
+    m, v, previous = state
+    a, *details = pywt.wavedec(g, wavelet, mode=boundary, level=level, axis=-1)
+    m, v = b1 * m + (1 - b1) * a, b2 * v + (1 - b2) * a * a
+    d = np.sqrt(v) + eps
+    coeffs = [m / d]
+    norm = np.sqrt((coeffs[0] ** 2).sum())
+    limit = max(norm / (previous + 1e-8), gamma) / gamma if previous else 1.0
+    for i, detail in enumerate(details):
+        d = d if i == 0 else np.repeat(d, 2, axis=-1)[..., : detail.shape[-1]]
+        coeffs.append(detail / d)
+    u = pywt.waverec(coeffs, wavelet, mode=boundary, axis=-1)[..., : p.shape[-1]] * scale / limit
+    step_size = lr * (np.sqrt(1 - b2**t) / (1 - b1**t) if correct_bias else 1.0)
+    return p * (1 - lr * 0.1) - step_size * u, (m, v, norm / limit)
+
+
+@pytest.mark.filterwarnings("ignore:Level value of")
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("wavelet", ["haar", "bior1.1", "db3", "bior3.1", "bior6.8", "rbio2.4", "coif2"])
+def test_runs_are_those_of_pywavelets_transforms(wavelet, boundary, correct_bias):
+    generator = torch.Generator().manual_seed(0)
+    for shape, level in (((3, 40), 2), ((2, 29), 3), ((2, 3, 7), 1), ((5,), 2), ((2, 3), 1)):
+        p = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        expected, state = p.detach().numpy().copy(), (0.0, 0.0, 0.0)
+        optimizer = GWTAdamW(
+            [p], lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1, level=level, wavelet=wavelet,
+            boundary=boundary, correct_bias=correct_bias, backend="torch",
+        )  # fmt: skip
+        for t, size in enumerate((1.0, 0.3, 50.0, 1.0), start=1):
+            p.grad = size * torch.randn(shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+            how = (t, level, wavelet, boundary, correct_bias)
+            expected, state = by_pywavelets(expected, p.grad.numpy(), state, *how)
+        assert_close(p.detach().numpy(), expected)
+        for key, values in zip(("exp_avg", "exp_avg_sq", "limiter_norm"), state, strict=True):
+            assert_close(optimizer.state[p][key].numpy(), values)
