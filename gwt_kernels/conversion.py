@@ -134,7 +134,7 @@ def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tens
         bank = filter_bank(new.wavelet)
         squares = tuple(tuple(h * h for h in taps) for taps in bank)
         further = new.level - old.level
-        moments = ((m, bank), (v, squares))
+        moments = ((m * (math.sqrt(2**old.level) / _unit(old)), bank), (v, squares))
         first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
         if bank[0] != bank[2][::-1]:  # not orthogonal, so that coefficients are correlated where gradients are not
             second *= _energy(bank[0], new.level) / _energy(bank[0], old.level)

@@ -380,8 +380,7 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p if p.dim() else p.view(1), {"level": form.level, "wavelet": form.wavelet})
-    shape = shape if p.dim() or form.level else ()
+    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
     dtypes = (torch.int8, torch.uint8) if coded else (form.dtype, form.dtype)
     shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():

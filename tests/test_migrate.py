@@ -157,6 +157,9 @@ def test_rows_of_whole_blocks_have_no_use_for_a_boundary():
     whole = run_of(shapes=odd, level=2, boundary="reflect")
     taken = loaded(run_of(shapes=odd, level=1).state_dict(), build(odd, level=2, boundary="reflect"))
     assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
+    folded = run_of(shapes=odd, level=1, rule="foam").state_dict()  # averages of means, in another unit
+    taken = loaded(folded, build(odd, level=2, boundary="reflect"))
+    assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
 
 
 @pytest.mark.parametrize("level", [0, 2])
