@@ -65,6 +65,7 @@ typedef struct {
     int32_t level;             /* L: 0 is plain AdamW (no transform, no scale, no limiter) */
     int32_t maximize;          /* not 0: ascend, that is, take -g for g */
     int32_t rule;              /* GWT_RULE_GWT or GWT_RULE_FOAM; level 0 is the same for both */
+    int32_t correct_bias;      /* not 0: the update times sqrt(1 - beta2**t) / (1 - beta1**t) */
 } gwt_adamw_options;
 
 /* n_level, the columns of the approximation of a row of `width` elements: `width` halved `level` times, each
@@ -99,7 +100,8 @@ int gwt_haar_idwt_d(const double *coeffs, double *x, int64_t rows, int64_t width
  *
  *     p * (1 - lr * weight_decay) - lr * sqrt(1 - beta2**t) / (1 - beta1**t) * scale / limit * u,
  *
- * where `limit` is 1 unless there is a limiter, and u is the update of the rule.
+ * where `limit` is 1 unless there is a limiter, and u is the update of the rule; without correct_bias the root
+ * and what it is divided by are not there.
  *
  *   p             [rows, width], the weights, updated
  *   g             [rows, width], the gradient, read

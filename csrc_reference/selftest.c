@@ -29,7 +29,7 @@ static double noise(void)
 
 static gwt_adamw_options usual_options(int level)
 {
-    const gwt_adamw_options o = {1, 0.01, 0.9, 0.999, 1e-6, 0.1, 0.25, 1.01, level, 0, GWT_RULE_GWT};
+    const gwt_adamw_options o = {1, 0.01, 0.9, 0.999, 1e-6, 0.1, 0.25, 1.01, level, 0, GWT_RULE_GWT, 1};
     return o;
 }
 

@@ -83,8 +83,9 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "migrate",
         help="a checkpoint of AdamW, or of other options, as one that GWTAdamW loads",
         description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW over the groups "
-        "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps and "
-        "weight decay are the checkpoint's unless given. Nothing in the file is executed.",
+        "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps, "
+        "weight decay, wavelet, boundary and bias correction are the checkpoint's unless given. Nothing in the "
+        "file is executed.",
     )
     add = parser.add_argument
     add("checkpoint", help="what torch.save wrote: the optimizer's state, or a dict that holds it")
@@ -101,6 +102,13 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         add(number, type=float, metavar="X", help="default: the checkpoint's")
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="default: the checkpoint's")
     add("--scale", type=float, metavar="X", help="default: the checkpoint's, or 0.25")
+    add("--wavelet", metavar="NAME", help="default: the checkpoint's, or haar")
+    add(
+        "--boundary",
+        choices=("zero", "constant", "symmetric", "reflect", "periodic"),
+        help="default: the checkpoint's, or zero",
+    )
+    add("--correct-bias", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, or yes")
     add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
     add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
         "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
@@ -158,6 +166,9 @@ def _migrate(options: argparse.Namespace) -> int:
             eps=options.eps,
             weight_decay=options.weight_decay,
             scale=options.scale,
+            wavelet=options.wavelet,
+            boundary=options.boundary,
+            correct_bias=options.correct_bias,
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"gwt-kernels migrate: {error}", file=sys.stderr)

@@ -40,7 +40,12 @@ def check_name(backend: str | None) -> None:
 
 
 def resolve(
-    backend: str | None, device: torch.device, dtype: torch.dtype, level: int, wavelet: str = "haar"
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    level: int,
+    wavelet: str = "haar",
+    boundary: str = "zero",
 ) -> Backend:
     """The backend for tensors of ``dtype`` on ``device``.
 
@@ -61,7 +66,7 @@ def resolve(
         raise RuntimeError(
             f"backend='compiled' cannot run here: {obstacle}; use backend='torch', or None to choose"
         )
-    obstacle = triton_obstacle(device, dtype, level, wavelet)
+    obstacle = triton_obstacle(device, dtype, level, wavelet, boundary)
     if obstacle is None:
         return "triton"
     if backend is None:
@@ -70,7 +75,12 @@ def resolve(
 
 
 def resolve_update(
-    backend: str | None, device: torch.device, dtype: torch.dtype, level: int, wavelet: str = "haar"
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    level: int,
+    wavelet: str = "haar",
+    boundary: str = "zero",
 ) -> Backend:
     """The backend for an update in place: as :func:`resolve`, but torch where operators are traced
     (:func:`tracer`).
@@ -86,14 +96,18 @@ def resolve_update(
                 f"backend={backend!r} cannot run under {tracer()}, which would not see the update: use "
                 f"backend=None, which takes PyTorch's operators there"
             )
-    return resolve(backend, device, dtype, level, wavelet)
+    return resolve(backend, device, dtype, level, wavelet, boundary)
 
 
 @functools.lru_cache(maxsize=256)
-def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar") -> str | None:
+def triton_obstacle(
+    device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar", boundary: str = "zero"
+) -> str | None:
     """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
     if level and wavelet != "haar":
         return f"its kernels know the Haar wavelet only, not {wavelet!r}"
+    if level and boundary != "zero":
+        return f"its kernels know boundary='zero' only, not {boundary!r}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its arithmetic is float32, so tensors of {dtype} would lose precision"
     if level > MAX_TRITON_LEVEL:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.functional import Begun, Hyper, Rule, gwt_adamw_, is_on_triton, update_sums
-from gwt_kernels.hyper import key_of
+from gwt_kernels.hyper import Boundary, key_of
 from gwt_kernels.joined import Joined
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
@@ -120,6 +120,7 @@ class Bucket:
         self.level: int = group["level"]
         self.rule: Rule = group["rule"]
         self.wavelet: str = group["wavelet"]
+        self.boundary: Boundary = group["boundary"]
         self.backend: backends.Backend | None = group["backend"]
         self.exp_avgs: list[Tensor] = [local_of(s["exp_avg"]) for s in own]
         self.exp_avg_sqs: list[Tensor] = [local_of(s["exp_avg_sq"]) for s in own]
@@ -138,7 +139,7 @@ class Bucket:
         # Whether the limiter's first pass can look at the gradients, for what decides about the step. Another
         # process counts those that this one does not.
         arrays = (self.params, [g for g in (params[0].grad,) if g is not None], self.exp_avgs)
-        self.on_triton = is_on_triton(arrays, self.level, self.wavelet, self.backend)
+        self.on_triton = is_on_triton(arrays, self.level, self.wavelet, self.backend, self.boundary)
         self.looks = is_limited(group) and self.on_triton
         self.looks &= self._counted is None or all(self._counted)
         self.symbolic = backends.is_symbolic()
@@ -224,6 +225,7 @@ class Bucket:
             "spans": self.spans,
             "control": control,
             "wavelet": self.wavelet,
+            "boundary": self.boundary,
             "backend": self.backend,
             "workspace": self.workspace,
             "same_tensors": call.same_tensors,
@@ -236,6 +238,7 @@ def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
         group["level"],
         group["rule"],
         group["wavelet"],
+        group["boundary"],
         group["state_dtype"],
         group["backend"],
         is_limited(group),

@@ -18,7 +18,10 @@ from gwt_kernels.param_groups import gwt_param_groups
 
 __all__ = ["find_state", "migrate_file", "read", "write"]
 
-CARRIED = ("lr", "betas", "eps", "maximize", "seed", "max_grad_norm", "skip_nonfinite")
+CARRIED = (
+    *("lr", "betas", "eps", "maximize", "correct_bias", "wavelet", "boundary"),
+    *("seed", "max_grad_norm", "skip_nonfinite"),
+)
 """Options that go on as they are in the checkpoint unless another value is asked for."""
 
 
@@ -39,9 +42,10 @@ def migrate_file(
     """Write a copy of a checkpoint in which the optimizer's state is that of `GWTAdamW`; nothing else differs.
 
     The state is made for ``GWTAdamW(gwt_param_groups(model, level=..., include=..., exclude=...), ...)`` over the
-    model that the configuration says. Learning rate, betas and eps are the checkpoint's unless given, and weight
-    decay is its largest, on the tensors that `gwt_param_groups` decays. A state without names is taken to be of an
-    optimizer over ``model.parameters()`` if it has one group, and of Hugging Face's Trainer if it has two.
+    model that the configuration says. Learning rate, betas, eps, bias correction, wavelet and boundary are the
+    checkpoint's unless given, and weight decay is its largest, on the tensors that `gwt_param_groups` decays. A
+    state without names is taken to be of an optimizer over ``model.parameters()`` if it has one group, and of
+    Hugging Face's Trainer if it has two.
 
     Args:
         checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.haar import check_level
+from gwt_kernels.hyper import literal_alone
 from gwt_kernels.options import rounding_of
 from gwt_kernels.sharding import ROWS_STAY, any_sharded, is_sharded
 from gwt_kernels.state import (
@@ -90,7 +91,9 @@ def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[
     moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
-            backends.resolve_update(group["backend"], p.device, dtype, group["level"], group["wavelet"])
+            backends.resolve_update(
+                group["backend"], p.device, dtype, group["level"], group["wavelet"], group["boundary"]
+            )
         except RuntimeError as error:
             raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
 
@@ -139,8 +142,10 @@ def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group
 
 def check_observable(group: Mapping[str, Any]) -> None:
     """Raise unless telemetry can tell about the group's parameters."""
-    if group["wavelet"] != "haar":
-        raise ValueError(f"telemetry=True knows no wavelet {group['wavelet']!r}: turn it off, or use 'haar'")
+    if unknown := literal_alone(group["wavelet"], group["boundary"]):
+        raise ValueError(
+            f"telemetry=True knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
+        )
     if any_sharded(group["params"]):
         raise ValueError("telemetry=True knows no sharded parameters: turn it off")
 
@@ -149,7 +154,7 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless a CUDA graph can capture the parameter's step."""
     if p.device.type != "cuda":
         return
-    kind = (p.device, p.dtype, group["level"], group["wavelet"])
+    kind = (p.device, p.dtype, group["level"], group["wavelet"], group["boundary"])
     if backends.resolve(group["backend"], *kind) == "torch":
         raise RuntimeError(
             f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import Rule
+from gwt_kernels.hyper import Rule, literal_alone
 from gwt_kernels.state import MOMENTS, SCALES
 from gwt_kernels.torch_backend.literal import filter_bank, wavedec
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
@@ -26,25 +26,39 @@ class Form(NamedTuple):
     level: int
     rule: Rule
     wavelet: str
+    boundary: str
     dtype: torch.dtype
     """Of ``exp_avg``."""
 
     @property
-    def kind(self) -> tuple[int, Rule, str]:
+    def kind(self) -> tuple[int, Rule, str, str]:
         """What the moments are averages of."""
-        return self[:3]
+        return self[:4]
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.level == 0:
             return f"AdamW, {dtype}"
         wavelet = "" if self.wavelet == "haar" else f"{self.wavelet} "
-        return f"{self.rule} {wavelet}level {self.level}, {dtype}"
+        boundary = "" if self.boundary == "zero" else f", {self.boundary} boundary"
+        return f"{self.rule} {wavelet}level {self.level}{boundary}, {dtype}"
 
 
-def form_of(level: int, rule: Rule, wavelet: str, dtype: torch.dtype) -> Form:
-    """A form, in which all rules and wavelets of level 0 are one."""
-    return Form(level, rule, wavelet, dtype) if level else Form(0, "gwt", "haar", dtype)
+def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> Form:
+    """The form that a group's options give the moments of a tensor.
+
+    In it all rules, wavelets and boundaries of level 0 are one, and all boundaries of rows that are whole blocks.
+    """
+    level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
+    if not level:
+        return Form(0, "gwt", "haar", "zero", dtype)
+    width = shape[-1] if shape else 1
+    return Form(level, rule, wavelet, "zero" if _is_whole_blocks(width, level, wavelet) else boundary, dtype)
+
+
+def _is_whole_blocks(width: int, level: int, wavelet: str) -> bool:
+    """Whether the transform of a row never looks beyond its ends."""
+    return wavelet == "haar" and width % 2**level == 0
 
 
 def convert(
@@ -57,8 +71,9 @@ def convert(
     mean of its parts, zeros beyond a row's end among them. A lower level's is unknown but for its mean, and becomes
     that, with the details taken as zero: of all averages with this mean the one of least norm. ``exp_avg_sq`` goes
     the same way under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so that its square has
-    the expectation of the mean of the elements' squares if they are uncorrelated. With another orthogonal wavelet,
-    ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter.
+    the expectation of the mean of the elements' squares if they are uncorrelated. With another wavelet, or another
+    boundary than zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter,
+    times what a biorthogonal wavelet makes of white noise by correlating it.
 
     Args:
         state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and where they are codes their scales.
@@ -108,18 +123,35 @@ def describe(old: Form, new: Form) -> dict[str, str]:
 def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
     if old.kind == new.kind or m.numel() == 0:
         return m, v
-    if {old.wavelet, new.wavelet} != {"haar"}:
-        if old.level and (old.wavelet != new.wavelet or new.level < old.level):
+    if any(literal_alone(form.wavelet, form.boundary) for form in (old, new)):
+        same = old.wavelet == new.wavelet
+        same &= old.boundary == new.boundary or _is_whole_blocks(width, old.level, old.wavelet)
+        if old.level and not (same and new.level >= old.level):
             raise ValueError(
                 f"has moments of {old}, of which those of {new} cannot be made: build the optimizer with the "
-                f"state's wavelet and at least its level, or begin with a fresh state"
+                f"state's wavelet and boundary and at least its level, or begin with a fresh state"
             )
         bank = filter_bank(new.wavelet)
         squares = tuple(tuple(h * h for h in taps) for taps in bank)
         further = new.level - old.level
-        return wavedec(m, bank, further)[0], wavedec(v, squares, further)[0]  # type: ignore[arg-type]
+        moments = ((m * (math.sqrt(2**old.level) / _unit(old)), bank), (v, squares))
+        first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
+        if bank[0] != bank[2][::-1]:  # not orthogonal, so that coefficients are correlated where gradients are not
+            second *= _energy(bank[0], new.level) / _energy(bank[0], old.level)
+        return first, second
     mean = _resample(m / _unit(old), old.level, new.level, width)
     return mean * _unit(new), _resample(v, old.level, new.level, width)
+
+
+def _energy(low: Sequence[float], level: int) -> float:
+    """The mean square of white noise after ``level`` low-pass filters, over what each alone would make of it."""
+    taps = torch.tensor(low, dtype=torch.float64, device="cpu")
+    whole = torch.ones(1, 1, 1, dtype=torch.float64, device="cpu")
+    for i in range(level):
+        stretched = torch.zeros(1, 1, (len(low) - 1) * 2**i + 1, dtype=torch.float64, device="cpu")
+        stretched[..., :: 2**i] = taps
+        whole = torch.nn.functional.conv1d(whole, stretched.flip(-1), padding=stretched.shape[-1] - 1)
+    return float(whole.square().sum() / taps.square().sum() ** level)
 
 
 def _unit(form: Form) -> float:

@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, check_rounding, check_rule
+from gwt_kernels.hyper import (
+    Begun,
+    Boundary,
+    Hyper,
+    Rounding,
+    Rule,
+    Span,
+    check_rounding,
+    check_rule,
+    literal_alone,
+)
 from gwt_kernels.single import Single
 
-__all__ = ["Begun", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "is_on_triton", "update_sums"]
+__all__ = ["Begun", "Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_", "is_on_triton", "update_sums"]
 
 
 @torch.no_grad()
@@ -38,6 +48,7 @@ def gwt_adamw_(
     spans: Sequence[tuple[Span, Span]] | None = None,
     limits: Tensor | None = None,
     wavelet: str = "haar",
+    boundary: Boundary = "zero",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
@@ -74,13 +85,15 @@ def gwt_adamw_(
         control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
             factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
         telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
-            alone; or None.
+            and ``boundary="zero"`` alone; or None.
         spans: Where the tensors are shards: of what elements of the whole parameters, and of their moments, so
             that random bits are those of the whole; None for whole tensors.
         limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
             decided them (from :func:`update_sums`); ``limiter_norms`` are None then. None to leave it to the
             ``limiter_norms``.
-        wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
+        wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets (torch backend only).
+        boundary: How the transform continues a row beyond its ends, by PyWavelets' names; other than ``"zero"`` on
+            the torch backend only.
         backend: ``"triton"``, ``"torch"``, ``"compiled"``, or None for Triton on CUDA tensors, the compiled step on
             CPUs where it can be compiled, and torch elsewhere.
         workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
@@ -98,9 +111,10 @@ def gwt_adamw_(
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.
-        ValueError: lists of different lengths, an unknown backend, rule or wavelet, a limiter for some tensors
-            only or under the folded rule, that rule with another wavelet than Haar, ``control`` for steps that
-            the host counts, or a step that cannot look at the gradients first.
+        ValueError: lists of different lengths, an unknown backend, rule, wavelet or boundary, a limiter for some
+            tensors only or under the folded rule, that rule with another wavelet than Haar or another boundary
+            than zeros, ``control`` for steps that the host counts, or a step that cannot look at the gradients
+            first.
     """
     if not params:
         nothing = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -112,11 +126,12 @@ def gwt_adamw_(
     tensors = (params, grads, exp_avgs, exp_avg_sqs, limiter_norms)
     if not (same_tensors and "choices" in workspace):
         _check_lengths(tensors, steps, hypers, keys, lows, scales, spans, limits)
-        _check_options(params[0], exp_avgs[0], steps, rule, rounding, wavelet, control=control, telemetry=telemetry)
+        _check_steps(params[0], steps, control)
+        _check_transform(params[0], exp_avgs[0], rule, rounding, wavelet, boundary, observed=telemetry is not None)
         _check_lows_and_scales(exp_avgs[0], rounding, lows, scales)
         _check_limiter(limiter_norms, hypers, rule)
         # Every array has to suit the backend, not the parameters alone.
-        workspace["choices"] = _choices((params, grads, exp_avgs), level, wavelet, backend)
+        workspace["choices"] = _choices((params, grads, exp_avgs), level, wavelet, backend, boundary)
     choices = workspace["choices"]
     if looks:
         _check_looks(choices, level, limiter_norms, steps, hypers, control)
@@ -153,10 +168,12 @@ def gwt_adamw_(
         )
     absent = [None] * len(params)
     divisors = absent if limits is None else limits.unbind()
-    if level and wavelet != "haar":
+    if level and literal_alone(wavelet, boundary):
         from gwt_kernels.torch_backend import literal
 
-        literal.gwt_adamw_(*tensors, list(steps), hypers, level=level, wavelet=wavelet, limits=divisors)
+        literal.gwt_adamw_(
+            *tensors, list(steps), hypers, level=level, wavelet=wavelet, boundary=boundary, limits=divisors
+        )
     else:
         rows = absent if telemetry is None else telemetry.unbind()
         beside = (keys, lows, scales, absent if spans is None else spans, divisors, rows)
@@ -169,10 +186,14 @@ def gwt_adamw_(
 
 
 def is_on_triton(
-    arrays: Sequence[Sequence[Tensor]], level: int, wavelet: str = "haar", backend: backends.Backend | None = None
+    arrays: Sequence[Sequence[Tensor]],
+    level: int,
+    wavelet: str = "haar",
+    backend: backends.Backend | None = None,
+    boundary: str = "zero",
 ) -> bool:
     """Whether :func:`gwt_adamw_` would launch kernels for a bucket's parameters, gradients and moments."""
-    return _choices(arrays, level, wavelet, backend) == {"triton"}
+    return _choices(arrays, level, wavelet, backend, boundary) == {"triton"}
 
 
 @torch.no_grad()
@@ -192,6 +213,7 @@ def update_sums(
     control: Tensor | None = None,
     spans: Sequence[tuple[Span, Span]] | None = None,
     wavelet: str = "haar",
+    boundary: Boundary = "zero",
     backend: backends.Backend | None = None,
     workspace: dict[str, Any] | None = None,
     same_tensors: bool = False,
@@ -209,13 +231,14 @@ def update_sums(
     """
     scales = [None] * len(params) if scales is None else scales
     tensors = (params, grads, exp_avgs, exp_avg_sqs)
-    choices = _choices(tensors[:3], level, wavelet, backend)
+    choices = _choices(tensors[:3], level, wavelet, backend, boundary)
     if "torch" in choices and control is not None:
         hypers = [hyper._replace(grad_factor=hyper.grad_factor * float(control[0])) for hyper in hypers]
-    if level and wavelet != "haar":
+    if level and literal_alone(wavelet, boundary):
         from gwt_kernels.torch_backend import literal
 
-        return Begun([], None, literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet))
+        sums = literal.update_sums(*tensors, hypers, level=level, wavelet=wavelet, boundary=boundary)
+        return Begun([], None, sums)
     if "torch" in choices:
         parts = zip(*tensors, hypers, scales, strict=True)
         singles = [Single(p, g, m, v, None, 0, hyper, scales=scale) for p, g, m, v, hyper, scale in parts]
@@ -252,10 +275,14 @@ def _on_host(singles: Sequence[Single], level: int, backend: backends.Backend | 
 
 
 def _choices(
-    arrays: Sequence[Sequence[Tensor]], level: int, wavelet: str, backend: backends.Backend | None
+    arrays: Sequence[Sequence[Tensor]],
+    level: int,
+    wavelet: str,
+    backend: backends.Backend | None,
+    boundary: str,
 ) -> set[backends.Backend]:
-    kinds = {x[0].dtype for x in arrays} - {torch.int8}
-    return {backends.resolve_update(backend, arrays[0][0].device, dtype, level, wavelet) for dtype in kinds}
+    kinds, device = {x[0].dtype for x in arrays} - {torch.int8}, arrays[0][0].device
+    return {backends.resolve_update(backend, device, dtype, level, wavelet, boundary) for dtype in kinds}
 
 
 def _check_lengths(
@@ -281,17 +308,7 @@ def _check_lengths(
         raise ValueError(f"{n} params need as many spans, got {len(spans)}")
 
 
-def _check_options(
-    p: Tensor,
-    m: Tensor,
-    steps: Sequence[int] | Tensor,
-    rule: Rule,
-    rounding: Rounding,
-    wavelet: str,
-    *,
-    control: Tensor | None,
-    telemetry: Tensor | None,
-) -> None:
+def _check_steps(p: Tensor, steps: Sequence[int] | Tensor, control: Tensor | None) -> None:
     if isinstance(steps, Tensor):
         if (steps.dtype, steps.device, steps.is_contiguous()) != (torch.float64, p.device, True):
             raise ValueError(
@@ -300,12 +317,18 @@ def _check_options(
             )
     elif control is not None:
         raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
-    check_rule(rule, wavelet)
-    if telemetry is not None and wavelet != "haar":
-        raise ValueError(f"telemetry knows no wavelet {wavelet!r}: turn it off, or use 'haar'")
-    check_rounding(rounding, p.dtype, wavelet)
-    if wavelet != "haar" and m.dtype in (torch.bfloat16, torch.int8):
-        raise ValueError(f"moments in {m.dtype} know no wavelet {wavelet!r}: keep them in float32")
+
+
+def _check_transform(
+    p: Tensor, m: Tensor, rule: Rule, rounding: Rounding, wavelet: str, boundary: str, *, observed: bool
+) -> None:
+    check_rule(rule, wavelet, boundary)
+    unknown = literal_alone(wavelet, boundary)
+    if observed and unknown:
+        raise ValueError(f"telemetry knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'")
+    check_rounding(rounding, p.dtype, wavelet, boundary)
+    if unknown and m.dtype in (torch.bfloat16, torch.int8):
+        raise ValueError(f"moments in {m.dtype} know no {unknown}: keep them in float32")
 
 
 def _check_looks(

@@ -9,7 +9,19 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Begun", "Hyper", "Rounding", "Rule", "Span", "check_rounding", "check_rule", "key_of", "quantum"]
+__all__ = [
+    "Begun",
+    "Boundary",
+    "Hyper",
+    "Rounding",
+    "Rule",
+    "Span",
+    "check_rounding",
+    "check_rule",
+    "key_of",
+    "literal_alone",
+    "quantum",
+]
 
 Rule = Literal["gwt", "foam"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
@@ -17,6 +29,10 @@ Rule = Literal["gwt", "foam"]
 
 Rounding = Literal["nearest", "stochastic", "split"]
 """How updated weights are stored in 16 bits; ``"split"`` keeps the other 16 of a float32 beside them."""
+
+
+Boundary = Literal["zero", "constant", "symmetric", "reflect", "periodic"]
+"""How the transform continues a row beyond its ends, by PyWavelets' names."""
 
 
 class Span(NamedTuple):
@@ -40,7 +56,14 @@ def quantum(level: int) -> int:
     return max(1, min(128, 1024 >> level))
 
 
-def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str) -> None:
+def literal_alone(wavelet: str, boundary: str) -> str | None:
+    """What of a transform the folded step does not know, such as ``"wavelet 'db2'"``; None where it knows all."""
+    if wavelet != "haar":
+        return f"wavelet {wavelet!r}"
+    return None if boundary == "zero" else f"boundary {boundary!r}"
+
+
+def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str, boundary: str = "zero") -> None:
     """Raise a ValueError unless weights of ``dtype`` can be rounded so."""
     if rounding not in get_args(Rounding):
         raise ValueError(
@@ -54,16 +77,23 @@ def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str) -> None:
             f"weight_rounding={rounding!r} is for {' or '.join(map(str, takes))} weights, not {dtype}: "
             f"use 'nearest'"
         )
-    if wavelet != "haar":
-        raise ValueError(f"weight_rounding={rounding!r} knows no wavelet {wavelet!r}: use 'nearest', or 'haar'")
+    if unknown := literal_alone(wavelet, boundary):
+        raise ValueError(
+            f"weight_rounding={rounding!r} knows no {unknown}: use 'nearest', or wavelet='haar' and boundary='zero'"
+        )
 
 
-def check_rule(rule: object, wavelet: str) -> None:
-    """Raise a ValueError unless there is such a rule, and for this wavelet."""
+def check_rule(rule: object, wavelet: str, boundary: str = "zero") -> None:
+    """Raise a ValueError unless there is such a rule and such a boundary, and the rule for this and the wavelet."""
+    if boundary not in get_args(Boundary):
+        raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
     if rule not in get_args(Rule):
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, get_args(Rule)))}")
-    if rule == "foam" and wavelet != "haar":
-        raise ValueError(f"rule='foam' folds blocks of neighbours and knows no wavelet {wavelet!r}: use 'haar'")
+    unknown = literal_alone(wavelet, boundary)
+    if rule == "foam" and unknown:
+        raise ValueError(
+            f"rule='foam' folds blocks of neighbours and knows no {unknown}: use wavelet='haar' and boundary='zero'"
+        )
 
 
 class Begun(NamedTuple):
@@ -97,6 +127,7 @@ class Hyper(NamedTuple):
         maximize: Ascend the gradient instead.
         grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale. A scalar
             tensor on the torch backend where what is traced has no numbers.
+        correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
     """
 
     lr: float | Tensor = 1e-3
@@ -108,6 +139,7 @@ class Hyper(NamedTuple):
     norm_growth_limit: float | None = 1.01
     maximize: bool = False
     grad_factor: float | Tensor = 1.0
+    correct_bias: bool = True
 
     @property
     def signed_factor(self) -> Any:
@@ -117,8 +149,11 @@ class Hyper(NamedTuple):
     def step_size(self, step: int, level: int) -> float:
         """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
 
-        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root.
+        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root; ``correct_bias=False``
+        leaves it out.
         """
+        if not self.correct_bias:
+            return float(self.lr) * (self.scale if level else 1.0)
         # 1 - b**t through expm1 keeps its digits where b**t is close to 1.
         correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
         correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0

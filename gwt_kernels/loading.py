@@ -8,7 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from gwt_kernels.checks import check_rounding_of, name_of
 from gwt_kernels.names import in_order_of
-from gwt_kernels.options import STRUCTURAL, check_group
+from gwt_kernels.options import ADDED, STRUCTURAL, check_group
 from gwt_kernels.state import check_state, exact_copy, state_keys, upgraded
 
 __all__ = ["check_and_set_aside"]
@@ -21,8 +21,10 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
             f"pass what GWTAdamW.state_dict() returned"
         )
-    groups = optimizer.param_groups
-    saved_groups = in_order_of(groups, state_dict["param_groups"])
+    added, groups = ADDED.items(), optimizer.param_groups
+    saved_groups = [
+        {**g, **{k: v for k, v in added if k not in g}} for g in in_order_of(groups, state_dict["param_groups"])
+    ]
     if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels.conversion import Form, convert, describe, form_of, update_norm
-from gwt_kernels.hyper import Rule, check_rule
+from gwt_kernels.hyper import Boundary, Rule, check_rule
 from gwt_kernels.names import check_names, plain_names
 from gwt_kernels.optimizer import GWTAdamW
-from gwt_kernels.options import check_group
+from gwt_kernels.options import ADDED, check_group
 from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape, upgraded
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
@@ -91,15 +91,17 @@ def migrate(
     names: nn.Module | Sequence[str] | None = None,
     rule: Rule = "gwt",
     wavelet: str = "haar",
+    boundary: Boundary = "zero",
     keys: Mapping[str, str | None] | None = None,
 ) -> Migration:
     """Make a state that ``optimizer`` loads out of one that it would refuse; neither of them is changed.
 
     Takes the state of ``torch.optim.AdamW`` or ``Adam``, of a `GWTAdamW` with another level, rule, dtype of
-    moments, weight rounding, limiter, wavelet or grouping, and of other optimizers that keep ``step``, ``exp_avg``
-    and ``exp_avg_sq`` per parameter, such as the published one. What is exact and what approximate is on the page
-    docs/migrate.md, and in ``str()`` of the result. Options (learning rate, betas and so on) are the optimizer's
-    own; moments made with other betas are rescaled, so that what bias correction makes of them stays the same.
+    moments, weight rounding, limiter, bias correction, wavelet, boundary or grouping, and of other optimizers that
+    keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one. What is exact and what
+    approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options (learning rate, betas and so
+    on) are the optimizer's own; moments made with other betas are rescaled, so that what bias correction makes of
+    them stays the same.
 
     Parameters are matched by name. The optimizer's groups and the state's have names if they were built from named
     parameters, as by `gwt_param_groups`; ``names`` says those that are missing. Where neither has any, they are
@@ -112,6 +114,7 @@ def migrate(
             the names of the state's parameters, group after group, which win over its own.
         rule: Of a state with fewer coefficients than weights that does not say its rule.
         wavelet: Of such a state.
+        boundary: Of such a state.
         keys: What the entries of a parameter's state are called here if not so there, such as
             ``{"norm": "limiter_norm"}``; None for those to leave behind.
 
@@ -127,7 +130,8 @@ def migrate(
         raise TypeError(f"optimizer must be a GWTAdamW, got {type(optimizer).__name__}")
     if names is not None and (isinstance(names, str) or not isinstance(names, nn.Module | Sequence)):
         raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
-    check_rule(rule, wavelet)
+    check_rule(rule, wavelet, boundary)
+    unsaid = {"rule": rule, "wavelet": wavelet, "boundary": boundary}
     sources = _sources(state_dict, names, keys or {})
     if not any(source.state for source in sources):
         raise ValueError(
@@ -139,7 +143,7 @@ def migrate(
     for i, (source, target) in enumerate(_pairs(sources, _targets(optimizer, names))):
         if source.state:
             try:
-                made[i], how = _migrated(source, target, rule, wavelet)
+                made[i], how = _migrated(source, target, unsaid)
             except ValueError as error:
                 raise ValueError(f"{target.label}: {error}") from None
             tensors.append(how)
@@ -281,16 +285,15 @@ def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source
 # One parameter --------------------------------------------------------------------------------------------
 
 
-def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tuple[dict[str, Tensor], Migrated]:
-    """The state of one parameter, and how it was made."""
+def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
+    """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
-    old = _form(source, p, target.group, rule, wavelet)
+    old = _form(source, p, target.group, unsaid)
     step = _checked(source.state, p, old)
     _check_finite(source.state, old)
     template: dict[str, Tensor] = {}
     complete(template, p, target.group)
-    level, own_rule, own_wavelet = (target.group[key] for key in ("level", "rule", "wavelet"))
-    new = form_of(level, own_rule, own_wavelet, template["exp_avg"].dtype)
+    new = form_of(target.group, p.shape, template["exp_avg"].dtype)
     factors = _other_bias(source.group.get("betas"), target.group["betas"], step)
     width = p.shape[-1] if p.dim() else 1
     state = {
@@ -301,7 +304,6 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     if factors != (1.0, 1.0):
         notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
     _check_finite(state, new)
-
     device = source.state["exp_avg"].device
     same = old.kind == new.kind and factors == (1.0, 1.0)
     if "limiter_norm" in template:
@@ -325,7 +327,7 @@ def _migrated(source: _Source, target: _Target, rule: Rule, wavelet: str) -> tup
     return state, Migrated(name, old, new, notes, source.size, _bytes(state))
 
 
-def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], rule: Rule, wavelet: str) -> Form:
+def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:
     """The form of a state's moments: as its group says, or else by their shape."""
     group, m = source.group, source.state.get("exp_avg")
     if not isinstance(m, Tensor):
@@ -334,16 +336,16 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], rule: Rule, w
             f"say with keys={{...}} what its entries are called"
         )
     if "level" in group:
-        options = {**defaults, **group, "backend": None}
+        options = {**defaults, **ADDED, **group, "backend": None}
         try:
             check_group(options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the options of its state are damaged: {error}") from None
-        return form_of(options["level"], options["rule"], options["wavelet"], m.dtype)
+        return form_of(options, p.shape, m.dtype)
     for level in range(64):
-        shape = state_shape(p, {"level": level, "wavelet": wavelet}) if p.dim() or not level else ()
+        shape = state_shape(p, {**unsaid, "level": level}) if p.dim() or not level else ()
         if tuple(m.shape) == shape:
-            return form_of(level, rule, wavelet, m.dtype)
+            return form_of({**unsaid, "level": level}, p.shape, m.dtype)
         if level and (not p.dim() or 2**level >= 2 * p.shape[-1]):
             break
     raise ValueError(
@@ -370,8 +372,7 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p if p.dim() else p.view(1), {"level": form.level, "wavelet": form.wavelet})
-    shape = shape if p.dim() or form.level else ()
+    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
     dtypes = (torch.int8, torch.uint8) if coded else (form.dtype, form.dtype)
     shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():

@@ -25,8 +25,10 @@ from gwt_kernels.checks import (
 )
 from gwt_kernels.control import Asked
 from gwt_kernels.functional import Begun, Rounding, Rule
+from gwt_kernels.hyper import Boundary
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.options import (
+    ADDED,
     SLACK,
     check_group,
     check_max_grad_norm,
@@ -75,7 +77,8 @@ class GWTAdamW(Optimizer):
         rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one, whose updates are bounded.
         norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. By default the published 1.01
             where ``rule="gwt"``; the folded rule and level 0 have none.
-        wavelet: ``"haar"``, or the name of an orthogonal wavelet of PyWavelets (torch backend only).
+        wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets, orthogonal or biorthogonal (torch
+            backend only).
         state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters. In bfloat16
             they are rounded stochastically; in int8 they are codes with a float32 scale per 128 of them, but for
             tensors of fewer than 4096 coefficients and levels above 6, which stay float32.
@@ -84,6 +87,9 @@ class GWTAdamW(Optimizer):
         seed: Of the random bits, which depend on it, the parameter (its name where the groups have names, its
             place otherwise), the step and the element's index alone; at least 0 and below ``2**32``.
         maximize: Ascend instead of descend.
+        correct_bias: Multiply updates by Adam's bias correction, ``sqrt(1-b2**t) / (1-b1**t)``.
+        boundary: How the transform continues a row beyond its ends: ``"zero"``, or PyWavelets' ``"constant"``,
+            ``"symmetric"``, ``"reflect"`` or ``"periodic"`` (torch backend only).
         max_grad_norm: Global norm over all parameters to clip to within the step, as
             ``torch.nn.utils.clip_grad_norm_`` before it would, to rounding; gradients are read once more and stay
             as they are. None for no clipping, infinity to measure the norm alone, which Triton's limiter does on
@@ -133,6 +139,8 @@ class GWTAdamW(Optimizer):
         weight_rounding: Rounding | None = None,
         seed: int = 0,
         maximize: bool = False,
+        correct_bias: bool = True,
+        boundary: Boundary = "zero",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         capturable: bool = False,
@@ -152,10 +160,12 @@ class GWTAdamW(Optimizer):
             "rule": rule,
             "norm_growth_limit": norm_growth_limit,
             "wavelet": wavelet,
+            "boundary": boundary,
             "state_dtype": state_dtype_name(state_dtype),
             "weight_rounding": weight_rounding,
             "seed": seed,
             "maximize": maximize,
+            "correct_bias": correct_bias,
             "backend": backend,
         }
         self.max_grad_norm = max_grad_norm
@@ -322,7 +332,8 @@ class GWTAdamW(Optimizer):
 
         Differs from ``torch.optim.Optimizer`` where that would lose something: moments keep their dtype
         instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
-        rule, wavelet, dtype or shapes do not belong to these parameters is refused before anything changes.
+        rule, wavelet, boundary, dtype, shapes or bias correction do not belong to these parameters is refused
+        before anything changes.
         A group's options are taken from the state, but for ``backend``, which belongs to the machine.
 
         Raises:
@@ -352,6 +363,8 @@ class GWTAdamW(Optimizer):
         for p, own in self.state.items():
             self.state[p] = upgraded(own, p if isinstance(p, Tensor) else None)
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
+        for options in (self.defaults, *self.param_groups):
+            options.update(ADDED | options)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
-from gwt_kernels.hyper import Hyper, Rounding, check_rounding, check_rule
+from gwt_kernels.hyper import Hyper, Rounding, check_rounding, check_rule, literal_alone
 from gwt_kernels.torch_backend.literal import filter_bank
 
 __all__ = [
+    "ADDED",
     "STRUCTURAL",
     "check_group",
     "check_max_grad_norm",
@@ -28,8 +29,11 @@ SLACK = 1e-12
 """What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
 _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
-STRUCTURAL = ("level", "rule", "wavelet", "state_dtype")
-"""Options that decide the shape or the meaning of the state: a checkpoint has to agree on them."""
+STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
+"""Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
+
+ADDED: dict[str, Any] = {"boundary": "zero", "correct_bias": True}
+"""Options that groups in older checkpoints and pickles lack, and what these mean by it."""
 
 STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -63,12 +67,14 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
-        check_rule(group["rule"], group["wavelet"])
-    name = state_dtype_name(group["state_dtype"])
-    if name in ("bfloat16", "int8") and group["wavelet"] != "haar":
-        raise ValueError(f"state_dtype=torch.{name} knows no wavelet {group['wavelet']!r}: use None, or 'haar'")
+    check_rule(group["rule"], group["wavelet"], group["boundary"])
+    name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
+    if name in ("bfloat16", "int8") and unknown:
+        raise ValueError(
+            f"state_dtype=torch.{name} knows no {unknown}: use None, or wavelet='haar' and boundary='zero'"
+        )
     if group["weight_rounding"] is not None:
-        check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"])
+        check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"], group["boundary"])
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
@@ -112,8 +118,9 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    if not isinstance(group["maximize"], bool):
-        raise TypeError(f"maximize must be True or False, got {group['maximize']!r}")
+    for name in ("maximize", "correct_bias"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     gamma = group["norm_growth_limit"]
     hyper = Hyper(
         lr=_learning_rate(group["lr"], capturable),
@@ -124,6 +131,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         scale=_number("scale", group["scale"]),
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
         maximize=group["maximize"],
+        correct_bias=group["correct_bias"],
     )
     near = {}
     for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):

@@ -1,7 +1,7 @@
 """Loads the golden vectors: what the authors' published optimizers computed in float64.
 
 Each case is a run of a few steps on one tensor: of GWT-Adam or plain AdamW in `data/official_adamw.npz`, of FOAM in
-`data/official_foam.npz`.
+`data/official_foam.npz`, and of either with further options in `data/official_variants.npz`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +25,15 @@ class Case:
         name: unique in the file; fit for a test id.
         rule: "gwt" or "foam".
         level: 0 for plain AdamW.
-        wavelet: PyWavelets' name; the boundary mode is "zero" throughout. "haar" for "foam" (the same blocks).
+        wavelet: PyWavelets' name. "haar" for "foam" (the same blocks).
+        boundary: PyWavelets' name of the mode. "zero" for "foam".
         lr: the learning rate of each of the `T` steps.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment, which is not bias-corrected.
         scale: factor on the update.
-        weight_decay: 0 throughout (the published code decays after the update, this package before).
+        correct_bias: whether the update was multiplied by `sqrt(1-b2**t) / (1-b1**t)`.
+        weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this
+            package before it.
         norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
         p0: the weights at the start, `[...]`.
         grads: the gradients, `[T, ...]`.
@@ -43,6 +47,8 @@ class Case:
     rule: str
     level: int
     wavelet: str
+    boundary: str
+    correct_bias: bool
     lr: tuple[float, ...]
     betas: tuple[float, float]
     eps: float
@@ -55,6 +61,10 @@ class Case:
     exp_avg: np.ndarray
     exp_avg_sq: np.ndarray
     limiter_norm: np.ndarray
+
+    def decayed(self, p: Any, lr: float) -> Any:
+        """What weight decay in the published order makes of the weights after an update without it."""
+        return p - lr * self.weight_decay * p
 
     @property
     def limiter_active(self) -> np.ndarray:
@@ -73,16 +83,11 @@ def adamw_cases(wavelet: str | None = None) -> tuple[Case, ...]:
     """The cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
     configurations, arrays = _load("official_adamw.npz")
     return tuple(
-        _case(
-            configuration,
-            arrays,
-            rule="gwt",
-            wavelet=configuration["wavelet"],
-            norm_growth_limit=configuration["limiter_gamma"],
-            limiter_norm=arrays[f"{configuration['name']}/limiter_norm"],
-        )
+        _case(configuration, arrays, "gwt")
         for configuration in configurations
-        if _is(configuration, "mode", "zero") and wavelet in (None, configuration["wavelet"])
+        if _is(configuration, "mode", "zero")
+        and _is(configuration, "weight_decay", 0.0)
+        and wavelet in (None, configuration["wavelet"])
     )
 
 
@@ -91,16 +96,21 @@ def foam_cases() -> tuple[Case, ...]:
     """The cases of `official_foam.npz`."""
     configurations, arrays = _load("official_foam.npz")
     return tuple(
-        _case(
-            configuration,
-            arrays,
-            rule="foam",
-            wavelet="haar",
-            norm_growth_limit=None,
-            limiter_norm=np.full(len(configuration["lr"]), np.nan),
-        )
+        _case(configuration, arrays, "foam")
         for configuration in configurations
-        if _is(configuration, "variant", "foam")
+        if _is(configuration, "variant", "foam") and _is(configuration, "weight_decay", 0.0)
+    )
+
+
+@functools.cache
+def variant_cases() -> tuple[Case, ...]:
+    """The cases of `official_variants.npz` that are GWT-Adam's, or FOAM's with a `res_scale` of 1."""
+    configurations, arrays = _load("official_variants.npz")
+    rules = {"adamw": "gwt", "foam": "foam"}
+    return tuple(
+        _case(configuration, arrays, rules[configuration["family"]])
+        for configuration in configurations
+        if configuration["family"] in rules and configuration.get("res_scale", 1.0) == 1.0
     )
 
 
@@ -112,7 +122,7 @@ def _load(file: str) -> tuple[list[dict], dict[str, np.ndarray]]:
     return json.loads(str(arrays["cases"])), arrays
 
 
-def _is(configuration: dict, key: str, expected: str) -> bool:
+def _is(configuration: dict, key: str, expected: object) -> bool:
     """True; raises where the file holds what its loader was not written for."""
     if configuration[key] != expected:
         name, found = configuration["name"], configuration[key]
@@ -120,16 +130,23 @@ def _is(configuration: dict, key: str, expected: str) -> bool:
     return True
 
 
-def _case(configuration: dict, arrays: dict[str, np.ndarray], **rest: object) -> Case:
+def _case(configuration: dict, arrays: dict[str, np.ndarray], rule: str) -> Case:
+    if rule == "foam":
+        configuration = {"wavelet": "haar", "mode": "zero", "limiter_gamma": None} | configuration
     name = configuration["name"]
     return Case(
         name=name,
+        rule=rule,
         level=configuration["level"],
         lr=tuple(configuration["lr"]),
         betas=tuple(configuration["betas"]),
         eps=configuration["eps"],
         scale=configuration["scale"],
         weight_decay=configuration["weight_decay"],
+        wavelet=configuration["wavelet"],
+        boundary=configuration["mode"],
+        correct_bias=configuration.get("correct_bias", True),
+        norm_growth_limit=configuration["limiter_gamma"],
+        limiter_norm=arrays.get(f"{name}/limiter_norm", np.full(len(configuration["lr"]), np.nan)),
         **{key: arrays[f"{name}/{key}"] for key in ("p0", "grads", "params", "exp_avg", "exp_avg_sq")},
-        **rest,
     )

@@ -48,6 +48,7 @@ class Options(ctypes.Structure):
         ("level", ctypes.c_int32),
         ("maximize", ctypes.c_int32),
         ("rule", ctypes.c_int32),
+        ("correct_bias", ctypes.c_int32),
     )
 
 
@@ -163,6 +164,7 @@ def adamw_step(
     norm_growth_limit: float | None = 1.01,
     maximize: bool = False,
     rule: str = "gwt",
+    correct_bias: bool = True,
 ) -> float:
     """One step of GWT-Adam or FOAM; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
 
@@ -182,6 +184,7 @@ def adamw_step(
         norm_growth_limit: the limiter's gamma; None for no limiter, as "foam" wants it at every level.
         maximize: follow the gradient up.
         rule: one of `RULES`: "gwt", or "foam", the folded rule.
+        correct_bias: multiply the update by `sqrt(1-b2**t) / (1-b1**t)`.
 
     Returns:
         The new `limiter_norm`; the old one where the limiter is off.
@@ -211,6 +214,7 @@ def adamw_step(
         level=level,
         maximize=maximize,
         rule=RULES.index(rule),
+        correct_bias=correct_bias,
     )
     norm = ctypes.c_double(limiter_norm)
     pointers = [a.ctypes.data for a in arrays]

@@ -172,7 +172,7 @@ def _compare(
     rows = [np.atleast_1d(x) for x in (p_exact, g, m, v)]
     with np.errstate(invalid="ignore"):  # 0 / 0 in the relative error of a norm that is 0
         bounds = rounding.step_bounds(*rows, None if gamma is None else norm, hyper, step, level, u, group["rule"])
-    options = {k: group[k] for k in ("betas", "eps", "weight_decay", "scale", "maximize", "rule")}
+    options = {k: group[k] for k in ("betas", "eps", "weight_decay", "scale", "maximize", "rule", "correct_bias")}
     new_norm = reference.adamw_step(
         p_exact, g, m, v, norm, level=level, step=step, lr=hyper.lr, norm_growth_limit=gamma, **options
     )

@@ -135,6 +135,7 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         {"level": 1, "norm_growth_limit": None},
         {"level": 3, "rule": "foam", "norm_growth_limit": None, "maximize": True},
         {"level": 0, "lr": 3e-3},
+        {"level": 1, "correct_bias": False, "boundary": "zero"},
     ]
     optimizer = compare(layouts, close, steps=50, groups=groups, lr=1e-2, weight_decay=0.1)
     for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
@@ -161,6 +162,11 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     # Wavelets that reach over the edges of blocks need whole rows, which row shards have.
     rows = [x for x in layouts if len(x[0]) == 2 and x[2] in ([ROWS], [WHOLE, ROWS], [ROWS, ROWS])]
     compare(rows, close, steps=10, level=2, wavelet="db2", lr=1e-2)
+    others = [{"wavelet": "bior2.2"}, {"boundary": "periodic"}, {"wavelet": "db2", "boundary": "symmetric"}]
+    compare(rows, close, steps=10, level=2, groups=others, lr=1e-2)
+    # No Haar block of theirs reaches beyond a shard's edge, so that the boundary has nothing to say.
+    columns = [((3, 8 * n), line, [COLUMNS])]
+    compare(columns, close, steps=10, level=2, boundary="reflect", lr=1e-2)
 
 
 def equal(a: Tensor, b: Tensor, where: str) -> None:

@@ -165,6 +165,7 @@ class Bucket:
             norm_growth_limit=None if norm is None else hyper.norm_growth_limit,
             maximize=hyper.maximize,
             rule=self.rule,
+            correct_bias=hyper.correct_bias,
         )
         what = f"of tensor {i}, shape {p.shape}, {self.layouts[i]}, level {self.level}, step {t}"
         for name, exact, bound in (

@@ -52,6 +52,8 @@ def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monk
     assert backends.resolve(None, CUDA, torch.float64, 2) == "torch"
     assert backends.resolve(None, CUDA, torch.float32, backends.MAX_TRITON_LEVEL + 1) == "torch"
     assert backends.resolve(None, CUDA, torch.float32, 2, "db2") == "torch"
+    assert backends.resolve(None, CUDA, torch.float32, 2, "haar", "reflect") == "torch"
+    assert backends.resolve(None, CUDA, torch.float32, 0, "bior2.2", "reflect") == "triton"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,12 @@ def test_triton_asked_for_where_its_kernels_cannot_take_the_tensors(on, dtype, l
         backends.resolve("triton", on, dtype, level, wavelet)
     for word in ("backend='triton'", "backend='torch'", *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("on", [CPU, CUDA])
+def test_triton_knows_no_rows_that_go_on_with_anything_but_zeros(on):
+    with pytest.raises(RuntimeError, match=r"boundary='zero' only, not 'reflect'; use backend='torch'"):
+        backends.resolve("triton", on, torch.float32, 2, "haar", "reflect")
 
 
 def test_triton_asked_for_on_a_cpu_without_the_interpreter(monkeypatch):
@@ -105,6 +113,21 @@ def test_the_optimizer_refuses_other_wavelets_on_triton(device):
     with pytest.raises(RuntimeError, match="'db2'"):
         optimizer.add_param_group({"params": parameters([(4, 8)], device), "wavelet": "db2"})
     assert len(optimizer.param_groups) == 1
+
+
+def test_the_optimizer_refuses_other_boundaries_on_triton(device):
+    with pytest.raises(RuntimeError, match=r"'reflect'.* use backend='torch'"):
+        GWTAdamW(parameters([(4, 8)], device), boundary="reflect", backend="triton")
+    optimizer = GWTAdamW(parameters([(4, 8)], device), lr=0.1, backend="triton")
+    give_gradients(optimizer.param_groups[0]["params"], seed=0)
+    checked_step(optimizer)
+    optimizer.param_groups[0]["boundary"] = "periodic"
+    with refused(optimizer, RuntimeError, "'periodic'", "boundary='zero'", "backend='torch'"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="'constant'"):
+        optimizer.add_param_group({"params": parameters([(4, 8)], device), "boundary": "constant"})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": parameters([(4, 8)], device), "boundary": "constant", "level": 0})
 
 
 def test_the_optimizer_refuses_float64_and_deep_levels_on_triton(device):

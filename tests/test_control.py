@@ -177,16 +177,17 @@ def counted(bucket: Bucket, steps: list[int]) -> torch.Tensor:
     return torch.tensor(steps, dtype=torch.float64, device=bucket.device)
 
 
+@pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @pytest.mark.parametrize("level", [0, 2])
 @backends
-def test_a_step_under_control_follows_the_oracle(backend, level, rule):
+def test_a_step_under_control_follows_the_oracle(backend, level, rule, correct_bias):
     limited = rule == "gwt" and level > 0
     bucket = Bucket(STEP_SHAPES, level, rule=rule, limited=limited, first=True, device=on(backend))
     steps = counted(bucket, [0, 0, 0, 0])
     control = torch.tensor([0.25, 1.0, math.nan], dtype=torch.float64, device=bucket.device)
     workspace = {}
-    hyper = HYPER._replace(grad_factor=0.25)
+    hyper = HYPER._replace(grad_factor=0.25, correct_bias=correct_bias)
     for t, factor in ((1, 1.0), (2, 0.5), (3, 30.0)):
         bucket.renew_gradients(factor)
         before = steps.clone()
@@ -203,7 +204,10 @@ def test_a_step_under_control_follows_the_oracle(backend, level, rule):
 @backends
 def test_steps_and_rates_of_each_tensor(backend):
     bucket = Bucket(STEP_SHAPES, 2, device=on(backend))
-    hypers = [HYPER._replace(lr=0.01 * i, weight_decay=0.1 * i, maximize=i == 2) for i in range(1, 5)]
+    hypers = [
+        HYPER._replace(lr=0.01 * i, weight_decay=0.1 * i, maximize=i == 2, correct_bias=i % 2 == 0)
+        for i in range(1, 5)
+    ]
     steps = counted(bucket, [4, 99, 0, 10_000_000_000])
 
     def step(hypers, _, /, **options):

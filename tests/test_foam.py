@@ -61,13 +61,17 @@ def test_the_bound_of_the_folded_update_is_reached_and_not_passed(backend, t, si
     assert last["gwt"] > 1.3 * bound
 
 
-@pytest.mark.parametrize("case", golden.foam_cases(), ids=lambda case: case.name)
+CASES = (*golden.foam_cases(), *(case for case in golden.variant_cases() if case.rule == "foam"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @backends
 def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
     """A whole run again, where nothing is float64: the bound keeps errors from growing."""
     p = torch.tensor(case.p0, dtype=torch.float32, device=on(backend))
     m, v = torch.zeros(2, *case.exp_avg.shape, device=p.device)
     for t, (lr, grad) in enumerate(zip(case.lr, case.grads, strict=True), start=1):
+        hyper = Hyper(lr, *case.betas, case.eps, 0.0, case.scale, None, correct_bias=case.correct_bias)
         with interpreter.like_a_gpu():
             gwt_adamw_(
                 params=[p],
@@ -76,11 +80,12 @@ def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
                 exp_avg_sqs=[v],
                 limiter_norms=[None],
                 steps=[t],
-                hypers=[Hyper(lr, *case.betas, case.eps, case.weight_decay, case.scale, None)],
+                hypers=[hyper],
                 level=case.level,
                 rule="foam",
                 backend=backend,
             )
+        p = case.decayed(p, lr)
     for got, expected in ((p, case.params[-1]), (m, case.exp_avg), (v, case.exp_avg_sq)):
         error = np.abs(got.cpu().numpy() - expected)
         assert error.max() < 2**-21 * np.abs(expected).max()

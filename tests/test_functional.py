@@ -127,6 +127,7 @@ OPTIONS = {
     "no growth at all": Hyper(lr=0.01, norm_growth_limit=1.0),
     "much growth": Hyper(lr=0.01, norm_growth_limit=5.0),
     "no rate": Hyper(lr=0.0, weight_decay=0.1),
+    "no bias correction": Hyper(lr=0.01, weight_decay=0.1, correct_bias=False),
 }
 
 
@@ -172,6 +173,7 @@ def test_options_of_each_tensor(backend, level):
         scale=st.floats(0, 2),
         norm_growth_limit=st.floats(1, 2),
         maximize=st.booleans(),
+        correct_bias=st.booleans(),
         grad_factor=st.sampled_from((2.0**-10, 0.3, 1.0)),
     ),
     step=st.integers(1, 10_000),
@@ -337,7 +339,10 @@ def test_narrow_weights_lose_small_updates(backend):
 # The authors' published optimizers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*golden.adamw_cases(), *golden.foam_cases()], ids=lambda case: case.name)
+CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden_vectors(case):
     """The torch backend in float64 over a whole run, in one go: 1e-12 relative to the largest value."""
     p, grads = torch.from_numpy(case.p0.copy()), torch.from_numpy(case.grads.copy())
@@ -345,7 +350,9 @@ def test_golden_vectors(case):
     norm = torch.zeros((), dtype=torch.float64) if case.level and case.rule == "gwt" else None
     got = {"params": [], "limiter_norm": []}
     for t, lr in enumerate(case.lr, start=1):
-        hyper = Hyper(lr, *case.betas, case.eps, case.weight_decay, case.scale, case.norm_growth_limit)
+        hyper = Hyper(
+            lr, *case.betas, case.eps, 0.0, case.scale, case.norm_growth_limit, correct_bias=case.correct_bias
+        )
         gwt_adamw_(
             params=[p],
             grads=[grads[t - 1]],
@@ -357,7 +364,9 @@ def test_golden_vectors(case):
             level=case.level,
             rule=case.rule,
             wavelet=case.wavelet,
+            boundary=case.boundary,
         )
+        p = case.decayed(p, lr)
         got["params"].append(p.clone())
         got["limiter_norm"].append(torch.tensor(float("nan")) if norm is None else norm.clone())
     got = {name: torch.stack(values) for name, values in got.items()} | {"exp_avg": m, "exp_avg_sq": v}
@@ -403,7 +412,10 @@ def test_lists_of_different_lengths_are_refused(name):
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
         ({"backend": "triton", "wavelet": "db2"}, RuntimeError, "know the Haar wavelet only, not 'db2'"),
         ({"wavelet": "nonsense"}, ValueError, "unknown wavelet 'nonsense'"),
-        ({"wavelet": "bior2.2"}, ValueError, "'bior2.2' is not orthogonal"),
+        ({"boundary": "edge"}, ValueError, "unknown boundary 'edge': use one of 'zero', 'constant', 'symmetric'"),
+        ({"boundary": ["zero"]}, ValueError, "unknown boundary"),
+        ({"backend": "triton", "boundary": "reflect"}, RuntimeError, "know boundary='zero' only, not 'reflect'"),
+        ({"rule": "foam", "boundary": "reflect"}, ValueError, "knows no boundary 'reflect': use wavelet='haar'"),
         ({"params": [torch.ones(2, 8).double()], "backend": "triton"}, RuntimeError, "torch.float64 would lose"),
     ],
 )

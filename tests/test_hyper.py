@@ -27,6 +27,9 @@ def test_the_first_step_undoes_the_decay():
     assert Hyper(lr=1.0, beta1=0.75, beta2=0.9375).step_size(1, 0) == pytest.approx(1, rel=1e-15)
     assert Hyper(lr=1.0, beta1=0.75, beta2=0.9375, scale=8.0).step_size(1, 1) == pytest.approx(8, rel=1e-15)
     assert Hyper(lr=0.0).step_size(1, 1) == 0.0
+    for step in (1, 10**9):
+        assert Hyper(lr=0.5, correct_bias=False).step_size(step, 0) == 0.5
+        assert Hyper(lr=0.5, scale=0.25, correct_bias=False).step_size(step, 2) == 0.125
 
 
 def test_hyper_is_plain_numbers():

@@ -162,6 +162,35 @@ def test_from_one_level_to_another_and_its_scale_stays(trained, tmp_path):
     assert (group["level"], group["scale"], group["seed"]) == (3, 0.5, 7)
 
 
+def test_wavelet_boundary_and_bias_correction_stay_unless_others_are_asked_for(trained, tmp_path):
+    options = {"wavelet": "bior2.2", "boundary": "periodic", "correct_bias": False}
+    first = GWTAdamW(gwt_param_groups(trained.model, level=1), lr=0.003, **options)
+    step(trained.model, first, 8)
+    checkpoint = file_of(tmp_path, first.state_dict())
+    written = {}
+    for name, more in {"kept": (), "corrected": ("--correct-bias",), "left": ("--wavelet", "haar")}.items():
+        out = tmp_path / f"{name}.pt"
+        written[name] = (run(checkpoint, out, trained.config, "--level", 2, *more), out.exists() and read(out))
+    assert [status for status, _ in written.values()] == [0, 0, 2]  # from bior2.2 no way leads to Haar
+    for name, correct_bias in (("kept", False), ("corrected", True)):
+        groups = written[name][1]["param_groups"]
+        assert {(g["wavelet"], g["boundary"], g["correct_bias"]) for g in groups} == {
+            ("bior2.2", "periodic", correct_bias)
+        }
+    resumed = GWTAdamW(gwt_param_groups(trained.model, level=2), lr=0.003, **options)
+    resumed.load_state_dict(written["kept"][1])
+    step(trained.model, resumed, 9)
+
+
+def test_options_of_the_new_optimizer_may_be_others_than_adamw_s(trained, tmp_path):
+    out = tmp_path / "gwt.pt"
+    more = ("--wavelet", "db2", "--boundary", "symmetric", "--no-correct-bias")
+    assert run(file_of(tmp_path, trained.state), out, trained.config, *more) == 0
+    options = {"wavelet": "db2", "boundary": "symmetric", "correct_bias": False}
+    resumed = GWTAdamW(gwt_param_groups(trained.model, level=2), lr=0.003, **options)
+    resumed.load_state_dict(read(out))
+
+
 def test_foreign_names_of_entries_and_of_parameters(trained, tmp_path):
     source = GWTAdamW([{"params": [p], "level": 0} for p in reversed(list(trained.model.parameters()))], lr=0.003)
     step(trained.model, source, 9)

@@ -264,6 +264,15 @@ def wider(**options):
     return GWTAdamW(net.named_parameters(), level=2, **options)
 
 
+def odd_rows(**options):
+    """An optimizer after a step of rows that are no whole blocks."""
+    p = nn.Parameter(torch.ones(4, 7))
+    p.grad = torch.ones(4, 7)
+    optimizer = GWTAdamW([("w", p)], level=2, **options)
+    optimizer.step()
+    return optimizer
+
+
 def spoilt(key, value, **options):
     state = saved(**options)
     state["state"][1][key] = value(state["state"][1].get(key)) if callable(value) else value
@@ -347,6 +356,18 @@ REFUSED = {
     "a level of another state": (wider, lambda: (option("level", 2), {}), ("(128, 64)", "(128, 32)")),
     "an unknown rule": (wider, lambda: (saved(), {"rule": "best"}), ("'best'", "'gwt'")),
     "a wavelet that cannot be left": (wider, lambda: (saved(wavelet="db2"), {}), ("db2 level 1", "gwt level 2")),
+    "a boundary that cannot be left": (
+        lambda: odd_rows(),
+        lambda: (odd_rows(boundary="reflect").state_dict(), {}),
+        ("parameter 'w'", "gwt level 2, reflect boundary", "state's wavelet and boundary"),
+    ),
+    "an unknown boundary": (wider, lambda: (saved(), {"boundary": "edge"}), ("'edge'", "'zero'", "'periodic'")),
+    "the folded rule and a boundary": (
+        wider,
+        lambda: (saved(), {"rule": "foam", "boundary": "reflect"}),
+        ("rule='foam'", "boundary 'reflect'"),
+    ),
+    "a damaged boundary": (wider, lambda: (option("boundary", 3), {}), ("boundary 3", "damaged")),
     "too large for the dtype": (
         lambda: wider(state_dtype=torch.float32),
         lambda: (spoilt("exp_avg_sq", lambda x: x.fill_(1e300), state_dtype=torch.float64), {}),

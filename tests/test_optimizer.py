@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.plan import predicted_state_bytes
 from tests import golden
 from tests.runs import (
     CPU,
@@ -37,16 +38,18 @@ def fits(shape, level):
 
 
 def run_golden(case, **changed):
-    """Weights and limiter norm after each step of a golden case."""
+    """Weights and limiter norm after each step of a golden case, decayed in the published order."""
     p = nn.Parameter(torch.tensor(case.p0))
-    options = {"betas": case.betas, "eps": case.eps, "weight_decay": case.weight_decay, "level": case.level}
+    options = {"betas": case.betas, "eps": case.eps, "level": case.level}
     options |= {"scale": case.scale, "norm_growth_limit": case.norm_growth_limit, "wavelet": case.wavelet}
+    options |= {"rule": case.rule, "boundary": case.boundary, "correct_bias": case.correct_bias}
     optimizer = GWTAdamW([p], lr=123.0, **(options | changed))
     params, norms = [], []
     for lr, g in zip(case.lr, case.grads, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         p.grad = torch.tensor(g)
         optimizer.step()
+        p.detach().copy_(case.decayed(p.detach(), lr))
         params.append(p.detach().numpy().copy())
         norms.append(float(optimizer.state[p].get("limiter_norm", np.nan)))
     return np.stack(params), np.array(norms), optimizer.state[p]
@@ -370,19 +373,25 @@ def test_the_limiter_can_be_turned_on_and_off_in_mid_run(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore:Level value of")
-@pytest.mark.parametrize(("level", "wavelet"), [*((k, "haar") for k in range(4)), (2, "db2"), (1, "sym4")])
+@pytest.mark.parametrize(
+    ("level", "wavelet"),
+    [*((k, "haar") for k in range(4)), (2, "db2"), (1, "sym4"), (2, "bior2.2"), (1, "rbio3.9")],
+)
+@pytest.mark.parametrize("boundary", ["zero", "reflect"])
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
-def test_bytes_of_state(level, wavelet, dtype):
+def test_bytes_of_state(level, wavelet, boundary, dtype):
     import pywt
 
     shapes = [(6, 16), (3, 13), (2, 3, 9)]
     params = parameters(shapes, dtype=dtype)
-    optimizer = GWTAdamW(params, lr=0.1, level=level, wavelet=wavelet)
+    optimizer = GWTAdamW(params, lr=0.1, level=level, wavelet=wavelet, boundary=boundary)
+    predicted = predicted_state_bytes(optimizer)
     train(optimizer, range(2))
+    assert predicted == sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
     size = 8 if dtype == torch.float64 else 4
     for p in params:
         row = np.zeros(p.shape[-1])
-        nb = pywt.wavedec(row, wavelet, mode="zero", level=level)[0].size if level else row.size
+        nb = pywt.wavedec(row, wavelet, mode=boundary, level=level)[0].size if level else row.size
         rows = p.numel() // p.shape[-1]
         state = copy.copy(optimizer.state[p])
         moments = [state.pop("exp_avg"), state.pop("exp_avg_sq")]

@@ -71,8 +71,14 @@ BAD = [
     ("rule", None, ValueError, "None", "'gwt'"),
     ("wavelet", "mexican", ValueError, "'mexican'", "'haar'"),
     ("wavelet", None, ValueError, "None", "'haar'"),
-    ("wavelet", "bior2.2", ValueError, "'bior2.2'", "orthogonal", "'haar'"),
     ("wavelet", "morl", ValueError, "'morl'", "'haar'"),
+    ("boundary", "edge", ValueError, "'edge'", "'zero'", "'symmetric'"),
+    ("boundary", "periodization", ValueError, "'periodization'", "'periodic'"),
+    ("boundary", None, ValueError, "None", "'zero'"),
+    ("boundary", ["zero"], ValueError, "['zero']", "'zero'"),
+    ("correct_bias", 1, TypeError, "1", "True or False"),
+    ("correct_bias", None, TypeError, "None", "True or False"),
+    ("maximize", "yes", TypeError, "'yes'", "True or False"),
     ("state_dtype", torch.float16, ValueError, "float16", "torch.float32"),
     ("state_dtype", "half", ValueError, "'half'", "torch.float32"),
     ("state_dtype", torch.int32, ValueError, "int32", "torch.float32"),
@@ -164,6 +170,8 @@ def test_after_a_refused_step_the_run_goes_on(backend, device):
         ("lr", NAN, ValueError),
         ("level", 2, ValueError),
         ("wavelet", "db2", unfit),
+        ("wavelet", "bior2.2", unfit),
+        ("boundary", "edge", ValueError),
         ("state_dtype", torch.float64, unfit),
         ("backend", "gpu", ValueError),
     ):
@@ -205,7 +213,7 @@ def test_state_dtypes():
 
 def test_hyper_of_reads_tensors_and_numbers():
     group = GWTAdamW(parameters([(3, 8)]), lr=torch.tensor(0.5), betas=(0.1, 0.2), weight_decay=1).param_groups[0]
-    assert hyper_of(group) == (0.5, 0.1, 0.2, 1e-6, 1.0, 0.25, 1.01, False, 1.0)
+    assert hyper_of(group) == (0.5, 0.1, 0.2, 1e-6, 1.0, 0.25, 1.01, False, 1.0, True)
     assert all(type(x) in (float, bool) for x in hyper_of(group))
     check_group(group)
 
@@ -248,17 +256,19 @@ def test_a_rounding_that_does_not_fit_the_weights_is_refused_by_name(dtype, roun
 @pytest.mark.parametrize(
     "options", [{"state_dtype": torch.bfloat16}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}]
 )
-def test_other_wavelets_round_to_the_nearest_alone(options):
+@pytest.mark.parametrize(("option", "value", "good"), [("wavelet", "db2", "haar"), ("boundary", "reflect", "zero")])
+def test_other_wavelets_and_boundaries_round_to_the_nearest_alone(options, option, value, good):
     (name,) = options
-    with pytest.raises(ValueError, match=rf"{name}=.*'db2'.*'haar'"):
-        GWTAdamW(parameters([(3, 8)], dtype=torch.bfloat16), wavelet="db2", **options)
+    words = (f"{option} {value!r}", "wavelet='haar'", "boundary='zero'")
+    with pytest.raises(ValueError, match=rf"{name}=.*{words[0]}.*{words[1]} and {words[2]}"):
+        GWTAdamW(parameters([(3, 8)], dtype=torch.bfloat16), **{option: value}, **options)
     optimizer = GWTAdamW(parameters([(3, 8)], dtype=torch.bfloat16), lr=0.1, level=1, **options)
     give_gradients(parameters_of(optimizer), seed=1)
     checked_step(optimizer)
-    optimizer.param_groups[0]["wavelet"] = "db2"
-    with refused(optimizer, ValueError, name, "'db2'", "'haar'"):
+    optimizer.param_groups[0][option] = value
+    with refused(optimizer, ValueError, name, *words):
         optimizer.step()
-    optimizer.param_groups[0]["wavelet"] = "haar"
+    optimizer.param_groups[0][option] = good
     assert checked_step(optimizer) == 1
 
 
@@ -313,6 +323,8 @@ def test_a_limiter_with_the_folded_rule_is_refused(level):
 def test_the_folded_rule_knows_one_wavelet():
     with pytest.raises(ValueError, match=r"rule='foam' .*'db2'.*'haar'"):
         GWTAdamW(parameters([(3, 8)]), rule="foam", wavelet="db2")
+    with pytest.raises(ValueError, match=r"rule='foam' .*boundary 'periodic'.*boundary='zero'"):
+        GWTAdamW(parameters([(3, 8)]), rule="foam", boundary="periodic")
 
 
 # Parameters -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[t
 
 GOLDEN = golden.adamw_cases("haar")
 FOAM = golden.foam_cases()
+VARIANTS = tuple(c for c in golden.variant_cases() if (c.wavelet, c.boundary) == ("haar", "zero"))
 DTYPES = (np.float64, np.float32)
 WIDTHS = (*range(1, 34), 61, 64, 100, 127, 128, 129, 255, 1000)
 ROOT2, ROOT8 = math.sqrt(2), math.sqrt(8)
@@ -36,14 +37,14 @@ def band_tolerance(x: np.ndarray, level: int) -> float:
 
 
 def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
-    """All steps of a case, with some settings changed."""
+    """All steps of a case, with some settings changed, decayed in the published order."""
     settings = {
         "rule": case.rule,
         "level": case.level,
         "betas": case.betas,
         "eps": case.eps,
-        "weight_decay": case.weight_decay,
         "scale": case.scale,
+        "correct_bias": case.correct_bias,
         "norm_growth_limit": case.norm_growth_limit,
     } | changed
     p = case.p0.copy()
@@ -52,6 +53,7 @@ def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
     norm = 0.0
     for i, (g, lr) in enumerate(zip(case.grads, case.lr, strict=True)):
         norm = reference.adamw_step(p, g, m, v, norm, step=i + 1, lr=lr, **settings)
+        p[...] = case.decayed(p, lr)
         params[i], norms[i] = p, norm
     return {"params": params, "exp_avg": m, "exp_avg_sq": v, "limiter_norm": norms}
 
@@ -59,7 +61,7 @@ def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
 # The published optimizers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", GOLDEN + FOAM, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", GOLDEN + FOAM + VARIANTS, ids=lambda case: case.name)
 def test_golden_vectors(case):
     got = run_golden(case)
     for name in ("params", "exp_avg", "exp_avg_sq"):
@@ -79,7 +81,11 @@ def test_golden_vectors_hold_what_the_tests_rely_on():
     assert {case.level for case in FOAM} == {1, 2, 3, 5}
     assert {case.p0.ndim for case in FOAM} == {1, 2}
     assert sum(case.p0.shape[-1] % 2**case.level > 0 for case in FOAM) == 2  # a last block that is padded
-    assert all((case.params[-1] != case.p0).all() for case in GOLDEN + FOAM)
+    assert len(VARIANTS) == 8
+    assert {(case.rule, case.level > 0) for case in VARIANTS if not case.correct_bias} == {
+        ("gwt", False), ("gwt", True), ("foam", True)
+    }  # fmt: skip
+    assert all((case.params[-1] != case.p0).all() for case in GOLDEN + FOAM + VARIANTS)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,7 @@ def test_golden_vectors_hold_what_the_tests_rely_on():
         {"betas": (0.89, 0.999)},
         {"weight_decay": 0.1},
         {"maximize": True},
+        {"correct_bias": False},
     ],
     ids=str,
 )

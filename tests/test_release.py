@@ -63,7 +63,9 @@ def train(model, optimizer, steps, release=None, micro_batches=1):
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(
-    "options", [{}, {"rule": "foam", "state_dtype": "bfloat16", "weight_decay": 0.1}], ids=["gwt", "foam"]
+    "options",
+    [{}, {"rule": "foam", "state_dtype": "bfloat16", "weight_decay": 0.1}, {"correct_bias": False}],
+    ids=["gwt", "foam", "no bias correction"],
 )
 @backends
 def test_released_gradients_give_the_ordinary_run(backend, device, options, micro_batches):
@@ -72,6 +74,15 @@ def test_released_gradients_give_the_ordinary_run(backend, device, options, micr
     released, own = build(backend, device, **options)
     release = release_gradients(released, own)
     train(released, own, range(5), release, micro_batches)
+    assert_same_bits(results(own), results(optimizer))
+
+
+@pytest.mark.parametrize("options", [{"wavelet": "bior2.2"}, {"boundary": "symmetric"}], ids=str)
+def test_so_do_those_that_the_literal_algorithm_takes(device, options):
+    model, optimizer = build(None, device, **options)
+    train(model, optimizer, range(4))
+    released, own = build(None, device, **options)
+    train(released, own, range(4), release_gradients(released, own))
     assert_same_bits(results(own), results(optimizer))
 
 

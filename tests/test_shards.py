@@ -73,19 +73,31 @@ def test_random_bits_are_those_of_the_whole(backend: str, level: int, kind: str,
     runs.assert_differ(unaware, own[-1])
 
 
-@pytest.mark.parametrize(("backend", "wavelet"), [("torch", "haar"), ("torch", "db2"), ("triton", "haar")])
-def test_limits_of_parts_are_those_of_the_whole(backend: str, wavelet: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("backend", "wavelet", "boundary"),
+    [
+        ("torch", "haar", "zero"),
+        ("torch", "db2", "zero"),
+        ("torch", "bior2.2", "periodic"),
+        ("torch", "haar", "reflect"),
+        ("triton", "haar", "zero"),
+    ],
+)
+def test_limits_of_parts_are_those_of_the_whole(
+    backend: str, wavelet: str, boundary: str, device: torch.device
+) -> None:
     """Tensors of both paths; sums change nothing, and limits from them are what the step itself would take."""
     on = runs.place(backend, device)
     level, hyper = 2, Hyper(lr=0.1, norm_growth_limit=1.01)
     dtype = torch.float32
     whole = [tensors(width, level, on, dtype, dtype) for width in (WIDTH, WIDTH - 1)]
-    if wavelet == "db2":
+    if wavelet != "haar":
         from gwt_kernels.torch_backend.literal import approximation_width
 
         for own in whole:
             own[2:] = [x[:, :1].repeat(1, approximation_width(own[0].shape[1], level, wavelet)) for x in own[2:]]
-    options: dict[str, Any] = {"level": level, "wavelet": wavelet, "backend": backend, "steps": [3, 3]}
+    options: dict[str, Any] = {"level": level, "wavelet": wavelet, "boundary": boundary, "backend": backend}
+    options["steps"] = [3, 3]
     options["hypers"] = [hyper, hyper]
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
 

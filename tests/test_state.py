@@ -301,3 +301,71 @@ def test_a_shallow_copy_shares_the_state_and_both_count_its_steps():
         give_gradients(parameters_of(a), seed=1)
         assert checked_step(optimizer) == 2
     assert {int(s["step"]) for s in a.state.values()} == {7}
+
+
+# Options that older checkpoints and pickles lack -----------------------------------------------------------
+
+
+def without_new_options(options):
+    return {key: value for key, value in options.items() if key not in ("boundary", "correct_bias")}
+
+
+def older(state_dict):
+    return {**state_dict, "param_groups": [without_new_options(group) for group in state_dict["param_groups"]]}
+
+
+def test_an_older_checkpoint_is_of_zeros_beyond_the_ends_and_of_corrected_steps():
+    source, resumed = model(), model(lr=5.0)
+    train(source, range(2), params=used(source))
+    copy_weights(source, resumed)
+    resumed.load_state_dict(through_a_file(older(source.state_dict())))
+    for optimizer in (source, resumed):
+        train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(results(source), results(resumed))
+    assert [dict(sorted(g.items())) for g in resumed.state_dict()["param_groups"]] == [
+        dict(sorted(g.items())) for g in source.state_dict()["param_groups"]
+    ]
+    for options in ({"boundary": "reflect"}, {"correct_bias": False}):
+        ((name, value),) = options.items()
+        with refused(other := model(**options), ValueError, f"the optimizer {name}={value!r}"):
+            other.load_state_dict(older(source.state_dict()))
+
+
+def test_what_a_group_of_an_older_checkpoint_lacks_is_not_the_optimizer_s_default():
+    def build(**options):
+        return GWTAdamW([{"params": parameters([(4, 7)]), "boundary": "zero", "correct_bias": True}], **options)
+
+    source, resumed = build(), build(boundary="reflect", correct_bias=False)
+    train(source, range(1))
+    resumed.load_state_dict(older(source.state_dict()))
+    group = resumed.param_groups[0]
+    assert (group["boundary"], group["correct_bias"]) == ("zero", True)
+    assert (resumed.defaults["boundary"], resumed.defaults["correct_bias"]) == ("reflect", False)
+
+
+def test_an_older_pickle_goes_on():
+    source = model()
+    train(source, range(2), params=used(source))
+    state = copy.deepcopy(source).__getstate__()
+    state["defaults"] = without_new_options(state["defaults"])
+    state["param_groups"] = [without_new_options(group) for group in state["param_groups"]]
+    back = GWTAdamW.__new__(GWTAdamW)
+    back.__setstate__(state)
+    assert back.defaults == source.defaults
+    for optimizer in (source, back):
+        train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(results(source), results(back))
+
+
+@pytest.mark.parametrize("options", [{"boundary": "reflect"}, {"wavelet": "rbio2.2"}, {"correct_bias": False}])
+def test_a_resumed_run_with_the_new_options_is_the_uninterrupted_one(options):
+    whole, begun, resumed = (model(dtypes=DTYPES, **options) for _ in range(3))
+    train(whole, range(4), params=used(whole))
+    train(begun, range(2), params=used(begun))
+    copy_weights(begun, resumed)
+    resumed.load_state_dict(through_a_file(begun.state_dict()))
+    train(resumed, range(2, 4), params=used(resumed))
+    assert_same_bits(results(whole), results(resumed))
+    plain = model(dtypes=DTYPES)
+    train(plain, range(4), params=used(plain))
+    assert_differ(results(whole), results(plain))

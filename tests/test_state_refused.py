@@ -70,6 +70,22 @@ MISFITS = {
     ),
     "more rows": (lambda: trained([(5, 8), *SHAPES[1:]]).state_dict(), ("(5, 2)", "(4, 2)", "parameter 0")),
     "another wavelet": (lambda: trained(wavelet="db2").state_dict(), ("wavelet='db2'", "wavelet='haar'", MIGRATE)),
+    "a biorthogonal wavelet": (
+        lambda: trained(wavelet="bior1.1").state_dict(),
+        ("wavelet='bior1.1'", "wavelet='haar'", MIGRATE),
+    ),
+    "another boundary": (
+        lambda: trained(boundary="reflect").state_dict(),
+        ("boundary='reflect'", "boundary='zero'", "state's value", MIGRATE),
+    ),
+    "an unknown boundary": (
+        lambda: changed(with_option("boundary", "edge")),
+        ("boundary='edge'", "boundary='zero'"),
+    ),
+    "no bias correction": (
+        lambda: trained(correct_bias=False).state_dict(),
+        ("correct_bias=False", "correct_bias=True", "state's value", MIGRATE),
+    ),
     "another rule": (lambda: changed(with_option("rule", "other")), ("rule='other'", "rule='gwt'")),
     "another state_dtype": (
         lambda: trained(state_dtype=torch.float64).state_dict(),

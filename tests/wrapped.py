@@ -114,6 +114,7 @@ def _of_parameters() -> None:
     GWTAdamW([shard(torch.zeros(4, 7), line, [COLUMNS])], level=0)
     refused("level 1, use level 0", [shard(torch.zeros(7), line, [ROWS])], level=1)
     refused("db2, rows", [columns], level=1, wavelet="db2")
+    refused("bior2.2, rows", [columns], level=1, wavelet="bior2.2", boundary="reflect")
     refused("Partial, redistribute", [nn.Parameter(DTensor.from_local(torch.zeros(4, 8), line, [Partial()]))])
     refused("int8, bfloat16", [shard(torch.zeros(8, 4096), line, [COLUMNS])], level=2, state_dtype=torch.int8)
     refused("int8, bfloat16", [shard(torch.zeros(9, 4096), line, [ROWS])], level=2, state_dtype=torch.int8)

@@ -1,7 +1,8 @@
 """The published algorithm literally, for any discrete wavelet: transform, divide, limit, invert, update.
 
-Slow, and the only path for wavelets other than Haar. With ``wavelet="haar"`` it is a second, independent
-statement of what the folded step computes. Notation of docs/algorithm.md; boundary mode "zero" throughout.
+Slow, and the only path for wavelets other than Haar and for rows that go on beyond their ends with anything but
+zeros. With ``wavelet="haar"`` and ``boundary="zero"`` it is a second, independent statement of what the folded step
+computes. Notation of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def gwt_adamw_(
     *,
     level: int,
     wavelet: str,
+    boundary: str = "zero",
     limits: Sequence[Tensor | None] | None = None,
 ) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
@@ -44,7 +46,7 @@ def gwt_adamw_(
     ):
         if p.numel() == 0:
             continue
-        m32, v32, denominator, details = _moments(p, g, m, v, hyper, bank, level)
+        m32, v32, denominator, details = _moments(p, g, m, v, hyper, bank, level, boundary)
         dtype = m32.dtype
         coeffs = [m32 / denominator]
         for i, detail in enumerate(details):
@@ -69,23 +71,24 @@ def update_sums(
     *,
     level: int,
     wavelet: str,
+    boundary: str = "zero",
 ) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     bank = filter_bank(wavelet)
     sums = torch.zeros(len(params), dtype=compute_dtype(params[0].dtype), device=params[0].device)
     for total, p, g, m, v, hyper in zip(sums, params, grads, exp_avgs, exp_avg_sqs, hypers, strict=True):
         if p.numel():
-            m32, _, denominator, _ = _moments(p, g, m, v, hyper, bank, level)
+            m32, _, denominator, _ = _moments(p, g, m, v, hyper, bank, level, boundary)
             total += (m32 / denominator).square_().sum()
     return sums
 
 
 def _moments(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, bank: FilterBank, level: int
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """New moments, ``sqrt(v) + eps`` and the gradient's details."""
     dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
-    approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level)
+    approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level, boundary)
     m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
     v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
     return m32, v32, v32.sqrt() + hyper.eps, details
@@ -93,11 +96,11 @@ def _moments(
 
 @functools.lru_cache(maxsize=32)
 def filter_bank(wavelet: str) -> FilterBank:
-    """Decomposition and reconstruction filters (low, high, low, high) of an orthogonal wavelet.
+    """Decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
 
     Raises:
         ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
-        ValueError: the name is unknown, or the wavelet is not an orthogonal discrete one.
+        ValueError: the name is unknown, or not that of a discrete wavelet.
     """
     if wavelet == "haar":
         root = math.sqrt(0.5)
@@ -113,15 +116,15 @@ def filter_bank(wavelet: str) -> FilterBank:
         raise ValueError(
             f"unknown wavelet {wavelet!r}: use 'haar', or a name of pywt.wavelist(kind='discrete') such as 'db2'"
         )
-    chosen = pywt.Wavelet(wavelet)
-    if not chosen.orthogonal:
-        raise ValueError(f"wavelet {wavelet!r} is not orthogonal: use 'haar', 'dbN', 'symN' or 'coifN'")
-    low, high, low_inverse, high_inverse = (tuple(map(float, f)) for f in chosen.filter_bank)
+    low, high, low_inverse, high_inverse = (tuple(map(float, f)) for f in pywt.Wavelet(wavelet).filter_bank)
     return low, high, low_inverse, high_inverse
 
 
 def approximation_width(width: int, level: int, wavelet: str) -> int:
-    """Width of the approximation of a row of ``width`` elements; for Haar ``ceil(width / 2**level)``."""
+    """Width of the approximation of a row of ``width`` elements, whatever the boundary.
+
+    For Haar ``ceil(width / 2**level)``.
+    """
     if wavelet == "haar":
         return -(-width // (1 << level))
     taps = len(filter_bank(wavelet)[0])
@@ -130,36 +133,61 @@ def approximation_width(width: int, level: int, wavelet: str) -> int:
     return width
 
 
-def wavedec(x: Tensor, bank: FilterBank, level: int) -> list[Tensor]:
-    """``pywt.wavedec(x, wavelet, mode="zero", level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
+def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> list[Tensor]:
+    """``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
     details = []
     for _ in range(level):
-        x, detail = _analyse(x, bank)
+        x, detail = _analyse(x, bank, boundary)
         details.append(detail)
     return [x, *reversed(details)]
 
 
 def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
-    """``pywt.waverec(coeffs, wavelet, mode="zero", axis=-1)``; may be one element longer than the original."""
+    """``pywt.waverec(coeffs, wavelet, mode=boundary, axis=-1)``, which is the same for every boundary.
+
+    May be one element longer than the original.
+    """
     x = coeffs[0]
     for detail in coeffs[1:]:
         x = _synthesise(x[..., : detail.shape[-1]], detail, bank)
     return x
 
 
-def _analyse(x: Tensor, bank: FilterBank) -> tuple[Tensor, Tensor]:
-    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, zeros outside."""
+def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor]:
+    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, ``x`` continued beyond its ends."""
     low, high = bank[:2]
     taps, n = len(low), x.shape[-1]
     out = (n + taps - 1) // 2
     # The padding makes index 2k + 1 - j start at 2 - taps. No convolution: CUDA's may round to TF32.
-    padded = F.pad(x, (taps - 2, 2 * out - n))
+    padded = _continued(x, taps - 2, 2 * out - n, boundary)
     shifted = [padded[..., taps - 1 - j :: 2][..., :out] for j in range(taps)]
     approximation, detail = torch.zeros_like(shifted[0]), torch.zeros_like(shifted[0])
     for j, column in enumerate(shifted):
         approximation.add_(column, alpha=low[j])
         detail.add_(column, alpha=high[j])
     return approximation, detail
+
+
+def _continued(x: Tensor, before: int, after: int, boundary: str) -> Tensor:
+    """Rows with ``before`` and ``after`` more elements at their ends, as ``pywt.pad(x, ..., mode=boundary)``.
+
+    For a row ``a b c``: ``constant`` goes on as ``a a|a b c|c c``, ``symmetric`` as ``b a|a b c|c b``,
+    ``reflect`` as ``c b|a b c|b a`` and ``periodic`` as ``b c|a b c|a b``, over and over where a row is short.
+    """
+    if boundary == "zero":
+        return F.pad(x, (before, after))
+    n = x.shape[-1]
+    place = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
+    if boundary == "constant":
+        place = place.clamp(0, n - 1)
+    elif boundary == "periodic":
+        place = place.remainder(n)
+    else:  # there and back: the ends come twice, or once
+        twice = boundary == "symmetric"
+        last = 2 * n - 2 + twice
+        place = place.remainder(max(last + twice, 1))
+        place = torch.minimum(place, last - place)
+    return x.index_select(-1, place)
 
 
 def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:

@@ -9,7 +9,7 @@ from gwt_kernels.triton_backend.tiles import array_ptr, owner
 
 __all__ = ["N_CONSTANTS", "N_SCALARS", "decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
 
-N_CONSTANTS = tl.constexpr(8)
+N_CONSTANTS = tl.constexpr(9)
 N_SCALARS = tl.constexpr(10)
 
 
@@ -119,7 +119,7 @@ def rows_kernel(
     Without ``COUNTS`` the row is written as if the step were counted.
 
     ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
-    ``constants`` float64 ``[n, 8]``: lr, b1, b2, eps, weight decay, scale, gamma, sign
+    ``constants`` float64 ``[n, 9]``: lr, b1, b2, eps, weight decay, scale, gamma, sign, whether to correct the bias
     ``control``   float64 ``[3]``, where ``CONTROLLED``: factor on gradients, whether to step, norm
     ``steps``     int64 ``[n]``, written: the number of this step
     ``scalars``   float32 ``[n, 10]``, written: see ``step.py``
@@ -146,7 +146,9 @@ def rows_kernel(
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))
-    step_size = lr * tl.sqrt(correction2) / correction1 * tl.load(row + 5, mask=inside, other=0.0)
+    corrects = tl.load(row + 8, mask=inside, other=0.0) != 0.0
+    step_size = tl.where(corrects, lr * tl.sqrt(correction2) / correction1, lr)
+    step_size *= tl.load(row + 5, mask=inside, other=0.0)
     out = scalars_ptr + i * N_SCALARS
     tl.store(out, b1.to(tl.float32), mask=inside)
     tl.store(out + 1, (1.0 - b1).to(tl.float32), mask=inside)

@@ -124,6 +124,7 @@ def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
                 hyper.scale if level else 1.0,
                 hyper.norm_growth_limit or 0.0,
                 hyper.signed_factor,
+                hyper.correct_bias,
             )
         rows.append(row)
     return rows

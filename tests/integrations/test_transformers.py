@@ -51,6 +51,15 @@ def test_every_option_arrives(route, tmp_path):
 
 
 @routes
+def test_wavelet_boundary_and_bias_correction_arrive(route, tmp_path):
+    options = {"wavelet": "bior2.2", "boundary": "reflect", "correct_bias": False}
+    made = route(arguments(tmp_path), **options).create_optimizer()
+    assert all(options.items() <= group.items() for group in made.param_groups)
+    with pytest.raises(ValueError, match="unknown boundary 'edge'"):
+        route(arguments(tmp_path), boundary="edge")
+
+
+@routes
 def test_equals_the_optimizer_made_by_hand(route, tmp_path):
     """Accumulation, clipping and schedule: bit for bit what the same gradients do outside of Trainer."""
     trainer = route(arguments(tmp_path, max_grad_norm=0.5))

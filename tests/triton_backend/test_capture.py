@@ -100,8 +100,9 @@ class Training:
         {"skip_nonfinite": True},
         {"skip_nonfinite": True, "max_grad_norm": 2.0, "weight_decay": 0.1, "telemetry": True},
         {"skip_nonfinite": True, "rule": "foam", "state_dtype": "bfloat16"},
+        {"skip_nonfinite": True, "correct_bias": False},
     ],
-    ids=["limiter", "clipped", "random bits"],
+    ids=["limiter", "clipped", "random bits", "no bias correction"],
 )
 def test_replays_equal_eager_steps(options):
     eager, captured = Training(**options), Training(**options)
