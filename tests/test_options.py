@@ -352,7 +352,7 @@ def test_bad_parameters_are_refused_by_place_or_name(kind):
     assert all(word in str(caught.value) for word in ("'bad.weight'", *words)), str(caught.value)
     optimizer = GWTAdamW([good])
     with pytest.raises(error, match="parameter 0 of group 1"):
-        optimizer.add_param_group({"params": [tensor]})
+        optimizer.add_param_group({"params": [tensor], "level": 2})
     assert len(optimizer.param_groups) == 1
 
 
