@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, cast
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,11 @@ __all__ = [
 SLACK = 1e-12
 """What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
 _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
+
+_numbers = itemgetter(
+    "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
+)
+_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool) for gamma in (float, type(None))}
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
 """Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
@@ -115,38 +122,33 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or a tensor that only the device could read.
         ValueError: a number is out of range.
     """
-    betas = group["betas"]
+    numbers = _numbers(group)
+    if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
+        return _remembered(numbers, slack)  # of no tensor, which might change where it lies
+    return _checked(numbers, slack, capturable)
+
+
+def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:
+    """See :func:`hyper_of`."""
+    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias = numbers
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    for name in ("maximize", "correct_bias"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
-    gamma = group["norm_growth_limit"]
+    for name, value in (("maximize", maximize), ("correct_bias", correct_bias)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
     hyper = Hyper(
-        lr=_learning_rate(group["lr"], capturable),
-        beta1=_number("betas[0]", betas[0]),
-        beta2=_number("betas[1]", betas[1]),
-        eps=_number("eps", group["eps"]),
-        weight_decay=_number("weight_decay", group["weight_decay"]),
-        scale=_number("scale", group["scale"]),
+        lr=_from_zero("lr", _learning_rate(lr, capturable), slack),
+        beta1=_from_zero("betas[0]", _number("betas[0]", betas[0]), slack),
+        beta2=_from_zero("betas[1]", _number("betas[1]", betas[1]), slack),
+        eps=_from_zero("eps", _number("eps", eps), slack),
+        weight_decay=_from_zero("weight_decay", _number("weight_decay", weight_decay), slack),
+        scale=_number("scale", scale),
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
-        maximize=group["maximize"],
-        correct_bias=group["correct_bias"],
+        maximize=maximize,
+        correct_bias=correct_bias,
     )
-    near = {}
-    for name in ("lr", "beta1", "beta2", "eps", "weight_decay"):
-        value: Any = getattr(hyper, name)
-        if not isinstance(value, Tensor) and -slack <= value < 0.0:
-            near[name] = 0.0
-    hyper = hyper._replace(**cast(Any, near)) if near else hyper
-    for name in ("lr", "eps", "weight_decay"):
-        value = getattr(hyper, name)
-        if isinstance(value, Tensor):
-            continue
-        if not 0.0 <= value <= _LARGEST:
-            raise ValueError(f"{name} must be finite and at least 0, got {value}")
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
-        if not 0.0 <= beta < 1.0:
+        if not beta < 1.0:
             raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
     if not 0.0 < hyper.scale <= _LARGEST:
         raise ValueError(f"scale must be finite and above 0, got {hyper.scale}: the published value is 0.25")
@@ -156,6 +158,9 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
             f"the published value is 1.01, and None turns the limiter off"
         )
     return hyper
+
+
+_remembered = functools.lru_cache(maxsize=256)(_checked)
 
 
 def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
@@ -179,6 +184,17 @@ def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torc
     """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
     name = state_dtype_name(state_dtype)
     return torch.promote_types(param.dtype, torch.float32) if name is None else STATE_DTYPES[name]
+
+
+def _from_zero(name: str, value: Any, slack: float) -> Any:
+    """The number, or 0 where it is below that by no more than ``slack``."""
+    if isinstance(value, Tensor) or 0.0 <= value <= _LARGEST:
+        return value
+    if -slack <= value < 0.0:
+        return 0.0
+    if name.startswith("betas"):
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
