@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,7 @@ class Bucket:
         self.params = list(map(local_of, params))
         self.device = self.params[0].device
         self.places = [member.place for member in members]
+        self._chosen = itemgetter(*self.places, 0)  # the last one makes a tuple of a bucket of one
         self.owners = [member.group for member in members]
         self.owner = self.owners[0] if len(set(self.owners)) == 1 else None
         own = [states[p] for p in params]
@@ -158,7 +160,7 @@ class Bucket:
 
     def gradients(self, grads: list[Tensor | None]) -> list[Tensor]:
         """Its own among those of all parameters."""
-        return [grads[i] for i in self.places]  # type: ignore[misc]  # those of a bucket are there
+        return list(self._chosen(grads)[:-1])
 
     def counted(self, grads: list[Tensor]) -> list[Tensor]:
         """Its gradients, without those that another process counts."""

@@ -118,6 +118,7 @@ class GWTAdamW(Optimizer):
     _skipped: Tensor | None = None
     _captured: list[Any]
     _rows: dict[Tensor, Tensor]
+    _is_sharded = False  # whether there are DTensors among the parameters
     _is_built = False  # whether groups that are added come after the constructor's
     _has_warned = False
     _released = False  # whether the backward pass updates: release.py
@@ -289,7 +290,9 @@ class GWTAdamW(Optimizer):
             self._make_buckets(self.capturable)  # which makes the state, and that is all that is wanted
             return
         held = params
-        if any_sharded(params):
+        if self._snapshot is None or not self._snapshot.is_of(params):
+            self._is_sharded = any_sharded(params)
+        if self._is_sharded:
             held, grads = local_parts(params, grads)
         same = self._renew_buckets(params, held, grads, capturing)
         own = [bucket.gradients(grads) for bucket in self._buckets]
@@ -448,7 +451,7 @@ class GWTAdamW(Optimizer):
             )
         self._check_before_step()
         self._limits = make_limits(self.param_groups)
-        self._totals = Totals(params) if any_sharded(params) and controlled else None
+        self._totals = Totals(params) if self._is_sharded and controlled else None
         self._buckets = self._make_buckets(on_device)
         if not backends.is_symbolic():
             self._survey = survey_for(self._buckets)

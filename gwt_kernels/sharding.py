@@ -57,20 +57,24 @@ def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tenso
         RuntimeError: a DTensor's gradient is none, or lies on another mesh.
     """
     kind = sys.modules["torch.distributed.tensor"].DTensor
-    sharded = {each: issubclass(each, kind) for each in {*map(type, params), *map(type, grads)}}
-    held: list[Tensor] = [p._local_tensor if sharded[type(p)] else p for p in params]
-    local: list[Any] = [
-        # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
-        g
-        if g is None or not sharded[type(p)]
-        else g._local_tensor
-        if sharded[type(g)] and g._spec is p._spec
-        else _laid_out_as(p, g, sharded[type(g)])._local_tensor
-        for p, g in zip(params, grads, strict=True)
-    ]
+    # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
+    if {*map(type, params)} == {kind}:
+        held: list[Tensor] = [p._local_tensor for p in params]
+        local: list[Any] = [
+            g._local_tensor if type(g) is kind and g._spec is p._spec else _local_part(p, g, kind)
+            for p, g in zip(params, grads, strict=True)
+        ]
+    else:
+        held = [p._local_tensor if isinstance(p, kind) else p for p in params]
+        local = [_local_part(p, g, kind) if isinstance(p, kind) else g for p, g in zip(params, grads, strict=True)]
     if set(map(type, local)) - {Tensor, type(None)}:  # a collective of backward may not have ended
         local = [g.wait() if hasattr(g, "wait") else g for g in local]
     return held, local
+
+
+def _local_part(p: Any, g: Any, kind: type) -> Any:
+    """What this process holds of the gradient of a DTensor."""
+    return None if g is None else _laid_out_as(p, g, isinstance(g, kind))._local_tensor
 
 
 def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:

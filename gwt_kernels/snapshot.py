@@ -42,6 +42,10 @@ class Snapshot:
         self._is_state = survey.still(state)
         self._are_grads = survey.like(grads)
 
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether these are the very parameters."""
+        return self._survey.same(params, self._params)
+
     def holds(
         self,
         params: list[Tensor],
