@@ -25,6 +25,7 @@ from gwt_kernels.options import (
     state_dtype_name,
 )
 from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.scaler import FoundInf
 from gwt_kernels.sharding import (
     ROWS_STAY,
     any_sharded,
@@ -103,6 +104,7 @@ class GWTAdamW(Optimizer):
 
     # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.
     _step_supports_amp_scaling = True
+    found_inf = FoundInf()
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
     _captured: list[Any]
