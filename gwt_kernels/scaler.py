@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["FoundInf"]
 
 _WATCHES_CALLS = "accelerate.optimizer"
-"""The module whose wrapper takes a step that is not called for a skipped one, and any other for one that was taken."""
+"""The module whose wrapper takes a step that is called for one that was taken, and any other for a skipped one."""
 
 
 class FoundInf:

@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW works under Accelerate as it is: accumulation, clipping, saving, loading, precision, scaling."""
+"""Shows that GWTAdamW works under Accelerate as it is: accumulation, clipping, saving, precision, scaling."""
 
 from __future__ import annotations
 
