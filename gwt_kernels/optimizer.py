@@ -99,7 +99,8 @@ class GWTAdamW(Optimizer):
     Raises:
         TypeError: an option or a parameter has the wrong type.
         ValueError: an option is out of range or unknown, or a level does not fit a parameter's width.
-        RuntimeError: the backend asked for cannot run on a parameter, or a CUDA graph could not capture its step.
+        RuntimeError: the backend asked for cannot run on a parameter, a CUDA graph could not capture its step, or a
+            lazy module's parameter has no shape before the first forward pass.
     """
 
     # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.

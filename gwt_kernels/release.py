@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gwt_kernels import whole_step
 from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of, survey_for
-from gwt_kernels.checks import name_of
+from gwt_kernels.checks import check_initialized, name_of
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import hyper_of
 from gwt_kernels.reduction import Limits
@@ -150,6 +150,7 @@ def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
                 "ordinary steps"
             )
     _refuse_scalers()
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in own:

@@ -78,11 +78,9 @@ def _unread(path: Path, error: Exception) -> str:
 def _refused_in(path: Path, message: str) -> list[str]:
     """The classes and functions in a file that are not allowed."""
     with contextlib.suppress(Exception):  # bytes that are no checkpoint, too
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        return sorted(names)
-    found = re.search(
-        r"GLOBAL (\S+) (?:was not an allowed|whose module)", message
-    )  # a file of before torch 1.6 is no archive
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    # A file of the kind before torch 1.6 is no archive, and its first one alone is known.
+    found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
     return [] if found is None else [found[1] if "." in found[1] else f"builtins.{found[1]}"]
 
 
