@@ -1,4 +1,4 @@
-"""Lazy modules: before the first forward pass an error names the parameter and the remedy, afterwards all is as ever."""
+"""Lazy modules: before the first forward pass an error names parameter and remedy, afterwards all is as ever."""
 
 from __future__ import annotations
 
