@@ -178,7 +178,7 @@ def _check_single(name: str, value: Tensor) -> None:
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     """A numpy array of numbers as a tensor; everything else is refused."""
-    if hasattr(value, "__array__") and getattr(value, "dtype", None) != bool:
+    if hasattr(value, "__array__"):
         with contextlib.suppress(TypeError, ValueError):  # an array of anything
             return torch.as_tensor(value, device="cpu")
     raise TypeError(f"{name} must be a real number, got {value!r}")
