@@ -43,8 +43,8 @@ def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
     for name, p in named:
         if is_lazy(p):
             raise RuntimeError(
-                f"{name} is uninitialized, as a lazy module's parameters are before its first forward pass, and has "
-                f"no shape yet: run one forward pass of the model first"
+                f"{name} is uninitialized, as a lazy module's parameters are before its first forward pass, and "
+                f"has no shape yet: run one forward pass of the model first"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from gwt_kernels.sharding import (
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import complete, with_bytes
 from gwt_kernels.survey import PYTHON
+
+if TYPE_CHECKING:
+    from gwt_kernels.release import GradientRelease
 
 __all__ = ["GWTAdamW"]
 
@@ -110,7 +113,7 @@ class GWTAdamW(Optimizer):
     _skipped: Tensor | None = None
     _captured: list[Any]
     _rows: dict[Tensor, Tensor]
-    _released = False  # whether the backward pass updates: release.py
+    _released: GradientRelease | None = None  # what updates in the backward pass
 
     def __init__(
         self,
@@ -196,7 +199,8 @@ class GWTAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step; parameters without gradient are left alone.
 
-        Never waits for a CUDA device. Everything is checked before anything is changed.
+        Never waits for a CUDA device. Everything is checked before anything is changed. Within
+        ``GradientRelease.accumulate`` nothing is updated.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -210,18 +214,27 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._released is not None and self._released.accumulating:
+            return loss
         if torch.compiler.is_compiling():
             self._update_outside_graphs()
         else:
             self._update()
+        if self._released is not None:  # sums that no backward pass outside accumulate() has used
+            self.zero_grad()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, as in ``torch.optim.Optimizer``; within ``GradientRelease.accumulate`` they stay."""
+        if self._released is None or not self._released.accumulating:
+            super().zero_grad(set_to_none)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
     def _update_outside_graphs(self) -> None:
         self._update()
 
     def _update(self) -> None:
-        if self._released and hasattr(self, "found_inf"):
+        if self._released is not None and hasattr(self, "found_inf"):
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
             )
