@@ -212,7 +212,7 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def sums() -> None:
-    """In float32 what is added up over processes, limiter and clipping, depends on their number, in its last bits."""
+    """In float32 what is added up over processes depends on their number, in its last bits; nothing else does."""
     on_each_number(_sums, [2, 4])
 
 
