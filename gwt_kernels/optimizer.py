@@ -234,7 +234,7 @@ class GWTAdamW(Optimizer):
         self._update()
 
     def _update(self) -> None:
-        if self._released is not None and hasattr(self, "found_inf"):
+        if self._released is not None and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
             )
@@ -358,8 +358,8 @@ class GWTAdamW(Optimizer):
     @property
     def _asked(self) -> Asked:
         """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
-        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return Asked(self.max_grad_norm, self.skip_nonfinite, *scaler)
+        own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
+        return Asked(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
 
     def _decide(self, grads: list[list[Tensor]], begun: list[Begun | None]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
