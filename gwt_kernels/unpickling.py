@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import importlib
 import re
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -58,8 +59,11 @@ def load(path: Path, allow: Iterable[str] = ()) -> Any:
 def _explained(path: Path, refused: list[str]) -> str:
     """The message for a file that holds these classes or functions."""
     held = f"{path} holds {', '.join(refused)}, which is more than tensors and plain data"
-    if any(name.split(".")[0] in (*_BLOCKED, "builtins") for name in refused):  # functions: no classes to allow
-        return f"{held}, and is never executed: {_REMEDY}"
+    for name in refused:
+        module, _, attribute = name.rpartition(".")
+        of_a_script = module == "__main__" and not hasattr(sys.modules["__main__"], attribute)
+        if of_a_script or module.split(".")[0] in (*_BLOCKED, "builtins"):  # functions, these
+            return f"{held}, and {name} cannot be allowed: {_REMEDY}"
     allow = " ".join(f"--allow {name}" for name in refused)
     return f"{held}: if you trust the file, since making a class executes its code, add {allow}; or {_REMEDY}"
 

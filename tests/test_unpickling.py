@@ -9,6 +9,7 @@ import fractions
 import os
 import pathlib
 import pickle
+import sys
 import types
 from typing import Any
 
@@ -68,6 +69,13 @@ class Trap:
         return os.mkdir, ("sprung",)
 
 
+class OfAScript:
+    """Of the program that was run when the file was written, as its module says."""
+
+
+OfAScript.__module__ = "__main__"
+
+
 class Evil:
     """numpy's own unpickling would take eight bytes of the file for the address of an object."""
 
@@ -107,15 +115,21 @@ def test_all_classes_are_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        (Trap(), "holds posix.mkdir, which is more than tensors and plain data, and is never executed"),
-        (print, "holds builtins.print, which"),
+        (Trap(), "holds posix.mkdir, which is more than tensors and plain data, and posix.mkdir cannot be allowed"),
+        (print, "holds builtins.print, which is more than tensors and plain data, and builtins.print cannot be"),
+        (
+            OfAScript(),
+            "is more than tensors and plain data, and __main__.OfAScript cannot be allowed",
+        ),
         (collections.defaultdict(int, a=1), "<class 'collections.defaultdict'>"),
     ],
-    ids=["trap", "function", "defaultdict"],
+    ids=["trap", "function", "a script's class", "defaultdict"],
 )
 def test_what_cannot_be_allowed_says_so(held: Any, words: str, archive: bool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "OfAScript", OfAScript, raising=False)  # while it is written
     torch.save({"args": held}, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
+    monkeypatch.delattr(sys.modules["__main__"], "OfAScript")
     assert migrate(tmp_path / "a.pt") == 2
     said = capsys.readouterr().err
     assert words in said
