@@ -6,4 +6,6 @@ from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.param_groups import gwt_param_groups
 from gwt_kernels.release import release_gradients
 
-__all__ = ["GWTAdamW", "gwt_param_groups", "haar_dwt", "haar_idwt", "migrate", "release_gradients"]
+__version__ = "0.1.0"
+
+__all__ = ["GWTAdamW", "__version__", "gwt_param_groups", "haar_dwt", "haar_idwt", "migrate", "release_gradients"]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gwt_kernels import __version__
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,8 +31,26 @@ DTYPES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0 for success, 1 for a failed check, 2 for bad arguments."""
+    """Run a command and return the exit status.
+
+    Returns:
+        0 for success, 1 for a failed check, 2 for bad arguments, and 141 where nobody reads the output any more,
+        which a shell says of every program that writes into a closed pipe.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it can be caught: argparse's help, too, waits until Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 128 + 13  # SIGPIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="gwt-kernels", description="Fused GWT-Adam optimizers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"gwt-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "doctor",
@@ -85,7 +105,7 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW over the groups "
         "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps, "
         "weight decay, wavelet, boundary and bias correction are the checkpoint's unless given. Nothing in the "
-        "file is executed.",
+        "file is executed but what --allow names.",
     )
     add = parser.add_argument
     add("checkpoint", help="what torch.save wrote: the optimizer's state, or a dict that holds it")
@@ -113,6 +133,8 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
         "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
     add("--key", help="where in the file the state is, if in several places")
+    add("--allow", action="append", metavar="CLASS", help="module.Class that the file may hold beside tensors and "
+        "plain data; imported and executed, so trust the file; may be repeated")  # fmt: skip
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +179,7 @@ def _migrate(options: argparse.Namespace) -> int:
             names=None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
             renamed=_renamed(options.rename or ()),
             key=options.key,
+            allow=options.allow or (),
             rule=options.rule,
             norm_growth_limit=None if options.no_limiter else "published",
             state_dtype=_dtype(options.state_dtype),
@@ -171,11 +194,17 @@ def _migrate(options: argparse.Namespace) -> int:
             correct_bias=options.correct_bias,
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"gwt-kernels migrate: {error}", file=sys.stderr)
-        return 2
+        return _refuse("migrate", error)
     print(migration)
     print(f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {checkpoint.stat().st_size:,} bytes, unchanged")
     return 0
+
+
+def _refuse(command: str, error: Exception) -> int:
+    """Print an error, in which nothing that a file holds can steer a terminal, and return the exit status."""
+    said = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+    print(f"gwt-kernels {command}: {said}", file=sys.stderr)
+    return 2
 
 
 def _renamed(pairs: Sequence[str]) -> dict[str, str | None]:
@@ -210,8 +239,7 @@ def _plan(options: argparse.Namespace) -> int:
             )
         sharded = _sharded(planned, options)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"gwt-kernels plan: {error}", file=sys.stderr)
-        return 2
+        return _refuse("plan", error)
     if options.json:
         parts = {} if sharded is None else {"sharded": sharded.as_dict()}
         print(json.dumps(planned.as_dict() | parts, indent=1))

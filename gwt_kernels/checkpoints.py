@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gwt_kernels.migration import Migration, is_state, migrate, names_in
 from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.param_groups import gwt_param_groups
+from gwt_kernels.unpickling import load
 
 __all__ = ["find_state", "migrate_file", "read", "write"]
 
@@ -37,6 +38,7 @@ def migrate_file(
     names: list[str] | None = None,
     renamed: dict[str, str | None] | None = None,
     key: str | None = None,
+    allow: Iterable[str] = (),
     **options: Any,
 ) -> Migration:
     """Write a copy of a checkpoint in which the optimizer's state is that of `GWTAdamW`; nothing else differs.
@@ -49,7 +51,7 @@ def migrate_file(
 
     Args:
         checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read
-            without executing anything in it.
+            without executing anything in it but the classes in ``allow``.
         out: Written whole or not at all. Must not exist.
         config: A preset's name, a Hugging Face ``config.json``, or its folder.
         level: As for `gwt_param_groups`.
@@ -59,6 +61,7 @@ def migrate_file(
         names: Of the parameters in the state's order, where it has none and neither order above is its own.
         renamed: ``keys`` of :func:`gwt_kernels.migrate`.
         key: Where in the dict the state is, if in several places.
+        allow: As for :func:`read`.
         options: Of `GWTAdamW`.
 
     Returns:
@@ -70,7 +73,7 @@ def migrate_file(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
-    payload = read(checkpoint)
+    payload = read(checkpoint, allow)
     place, state = find_state(payload, checkpoint, key)
     model = build_on_meta(config, dtype)
     if names is None and names_in(state) is None:
@@ -81,8 +84,12 @@ def migrate_file(
     return migration
 
 
-def read(path: Path) -> Any:
+def read(path: Path, allow: Iterable[str] = ()) -> Any:
     """What ``torch.save`` wrote, on the CPU; only plain data is read, and nothing is executed.
+
+    Args:
+        path: The file.
+        allow: Further classes that it may hold, ``module.Class``; these are imported and executed.
 
     Raises:
         OSError: the file cannot be opened.
@@ -91,14 +98,7 @@ def read(path: Path) -> Any:
     with path.open("rb") as file:
         if not file.read(1):
             raise ValueError(f"{path} is empty: the checkpoint was never written whole; take another")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain data as torch.save writes it, or it is cut short "
-            f"({reason}): give the file of an optimizer's state_dict()"
-        ) from error
+    return load(path, allow)
 
 
 def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

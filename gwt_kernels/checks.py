@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gwt_kernels import backends
 from gwt_kernels.haar import check_level
@@ -28,6 +29,7 @@ __all__ = [
     "check_before_step",
     "check_capturable",
     "check_grad",
+    "check_initialized",
     "check_observable",
     "check_param",
     "check_replaced",
@@ -43,10 +45,21 @@ def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
     p = group["params"][index]
     names = group.get("param_names")
     label = repr(names[index]) if names else f"{index} of group {group_index}"
-    return f"parameter {label} of shape {tuple(p.shape)}"
+    return f"parameter {label}" + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
+
+
+def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise if a parameter has no shape yet, as a lazy module's before its first forward pass."""
+    for name, p in named:
+        if is_lazy(p):
+            raise RuntimeError(
+                f"{name} is uninitialized, as a lazy module's parameters are before its first forward pass, and "
+                f"has no shape yet: run one forward pass of the model first"
+            )
 
 
 def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    check_initialized([(name, p)])
     if not p.is_floating_point():
         raise TypeError(
             f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"

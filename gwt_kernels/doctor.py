@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels import __version__, backends
 from gwt_kernels.compiled_backend.step import TYPES
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.torch_backend import literal
@@ -157,6 +157,8 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 
 def _version(name: str) -> str:
+    if name == "gwt-kernels":
+        return __version__  # of the code that runs, installed or not
     if name == "torch":
         return torch.__version__  # says which build, which the package's metadata may not
     try:

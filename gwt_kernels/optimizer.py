@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -37,10 +37,14 @@ from gwt_kernels.options import (
     state_dtype_name,
 )
 from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.scaler import FoundInf
 from gwt_kernels.sharding import any_sharded, local_parts, made_by_a_getter
 from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import complete, upgraded
 from gwt_kernels.survey import PYTHON
+
+if TYPE_CHECKING:
+    from gwt_kernels.release import GradientRelease
 
 __all__ = ["GWTAdamW"]
 
@@ -109,11 +113,13 @@ class GWTAdamW(Optimizer):
     Raises:
         TypeError: an option or a parameter has the wrong type.
         ValueError: an option is out of range or unknown, or a level does not fit a parameter's width.
-        RuntimeError: the backend asked for cannot run on a parameter, or a CUDA graph could not capture its step.
+        RuntimeError: the backend asked for cannot run on a parameter, a CUDA graph could not capture its step, or a
+            lazy module's parameter has no shape before the first forward pass.
     """
 
     # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.
     _step_supports_amp_scaling = True
+    found_inf = FoundInf()
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
     _captured: list[Any]
@@ -121,7 +127,7 @@ class GWTAdamW(Optimizer):
     _is_sharded = False  # whether there are DTensors among the parameters
     _is_built = False  # whether groups that are added come after the constructor's
     _has_warned = False
-    _released = False  # whether the backward pass updates: release.py
+    _released: GradientRelease | None = None  # what updates in the backward pass
 
     def __init__(
         self,
@@ -243,7 +249,8 @@ class GWTAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step; parameters without gradient are left alone.
 
-        Never waits for a CUDA device. Everything is checked before anything is changed.
+        Never waits for a CUDA device. Everything is checked before anything is changed. Within
+        ``GradientRelease.accumulate`` nothing is updated.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -257,18 +264,27 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._released is not None and self._released.accumulating:
+            return loss
         if torch.compiler.is_compiling():
             self._update_outside_graphs()
         else:
             self._update()
+        if self._released is not None:  # sums that no backward pass outside accumulate() has used
+            self.zero_grad()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, as in ``torch.optim.Optimizer``; within ``GradientRelease.accumulate`` they stay."""
+        if self._released is None or not self._released.accumulating:
+            super().zero_grad(set_to_none)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
     def _update_outside_graphs(self) -> None:
         self._update()
 
     def _update(self) -> None:
-        if self._released and hasattr(self, "found_inf"):
+        if self._released is not None and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
             )
@@ -402,8 +418,8 @@ class GWTAdamW(Optimizer):
     @property
     def _asked(self) -> Asked:
         """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
-        scaler = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return Asked(self.max_grad_norm, self.skip_nonfinite, *scaler)
+        own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
+        return Asked(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
 
     def _decide(self, grads: list[list[Tensor]], begun: list[Begun | None]) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""

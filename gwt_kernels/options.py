@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from numbers import Real
@@ -120,7 +121,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
 
     Raises:
         TypeError: a number is not a real number, or a tensor that only the device could read.
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a tensor holds several.
     """
     numbers = _numbers(group)
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
@@ -203,19 +204,32 @@ def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
         return _number("lr", lr)
     if lr.device.type == "cpu" and not backends.interpreted():  # where Triton is interpreted, that is its device
         return _number("lr", lr)
-    if lr.numel() != 1 or lr.dtype != torch.float32:
-        raise TypeError(
-            f"lr must be a number or a float32 tensor of one element, got {lr.dtype} of shape {tuple(lr.shape)}"
-        )
+    if lr.dtype != torch.float32:
+        raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")
+    _check_single("lr", lr)
     return lr
+
+
+def _check_single(name: str, value: Tensor) -> None:
+    if value.numel() != 1:  # PyTorch's optimizers raise the same type of error
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A numpy array of numbers as a tensor; everything else is refused."""
+    if hasattr(value, "__array__"):
+        with contextlib.suppress(TypeError, ValueError):  # an array of anything
+            return torch.as_tensor(value, device="cpu")
+    raise TypeError(f"{name} must be a real number, got {value!r}")
 
 
 def _number(name: str, value: Any) -> float:
     if type(value) is float:  # which the other checks take a while to say
         return value
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise TypeError(f"{name} must be a number, got a {value.dtype} tensor of shape {tuple(value.shape)}")
+        _check_single(name, value)
+        if value.is_complex():
+            raise TypeError(f"{name} must be a real number, got a {value.dtype} tensor")
         if value.device.type != "cpu":
             raise TypeError(
                 f"{name} is a tensor on {value.device}, which step() would have to wait for: pass a float or a "
@@ -223,7 +237,7 @@ def _number(name: str, value: Any) -> float:
             )
         return float(value)
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
+        return _number(name, _as_tensor(name, value))
     try:
         return float(value)
     except OverflowError:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gwt_kernels.checks import check_initialized
 from gwt_kernels.haar import deepest_level
 from gwt_kernels.sharding import ROWS_STAY
 
@@ -87,6 +88,7 @@ def gwt_param_groups(
         TypeError: `model` is no module, or `include` or `exclude` is a single string.
         ValueError: no trainable parameter; a level, scale or weight decay out of range; a pattern that is no
             regular expression or matches nothing; an included matrix too narrow for the level.
+        RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
 
     Source: the recipe of GWT (arXiv 2501.07237): the tensors that GaLore (arXiv 2403.03507) projects.
     """
@@ -141,6 +143,7 @@ def decide(
         raise ValueError(f"level must be an integer of at least 0, got {level!r}")
     if any(_is_fsdp1(module) for module in model.modules()):
         raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters() if p.requires_grad)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
 
     uses = _uses(model)

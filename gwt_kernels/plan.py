@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gwt_kernels.checks import check_initialized, name_of
 from gwt_kernels.hyper import Rule
 from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
@@ -196,6 +197,7 @@ def plan(
         FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.model_files.build_on_meta`.
         TypeError: the model is none of these, or a parameter or an option has a type that the optimizer refuses.
         ValueError: the file is no model's, or an option is out of range.
+        RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
     """
     for option, value in (("dtype", dtype), ("state_dtype", state_dtype)):
         fits = isinstance(value, torch.dtype) and (value.is_floating_point or (option, value) == INT8_MOMENTS)
@@ -207,6 +209,7 @@ def plan(
         raise TypeError(f"model must be a torch.nn.Module, a preset's name or a path, got {type(model).__name__}")
     source = "a live module" if isinstance(model, nn.Module) else str(model)
     module = model if isinstance(model, nn.Module) else build_on_meta(model, dtype)
+    check_initialized((f"parameter {name!r}", p) for name, p in module.named_parameters())
 
     def options_at(level: int) -> _Setting:
         decided = decide(module, level=level, include=include, exclude=exclude)
@@ -252,6 +255,8 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
     Args:
         optimizer: `GWTAdamW` or ``torch.optim.AdamW``, over tensors on any device.
     """
+    for i, group in enumerate(optimizer.param_groups):
+        check_initialized((name_of(group, k, i), p) for k, p in enumerate(group["params"]))
     return sum(
         bytes_of(*_first_state(p, group).values())
         for group in optimizer.param_groups

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gwt_kernels import whole_step
 from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of, survey_for
-from gwt_kernels.checks import name_of
+from gwt_kernels.checks import check_initialized, name_of
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import hyper_of
 from gwt_kernels.reduction import Limits
@@ -26,7 +26,7 @@ def release_gradients(model: nn.Module, optimizer: GWTAdamW) -> GradientRelease:
     """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.
 
     The gradients of the whole model never exist together, which saves their memory. ``optimizer.step()`` may go on
-    being called, by schedulers and frameworks, and finds nothing left to do. The result is that of ordinary steps,
+    being called, by loops and frameworks, and finds nothing left to do. The result is that of ordinary steps,
     bit for bit. A parameter whose gradient one backward pass completes several times (a tied weight under reentrant
     checkpointing) would be updated each time: use ``torch.utils.checkpoint(..., use_reentrant=False)``.
 
@@ -48,39 +48,47 @@ def release_gradients(model: nn.Module, optimizer: GWTAdamW) -> GradientRelease:
 
 
 class GradientRelease:
-    """Hooks that update parameters in the backward pass; made by :func:`release_gradients`."""
+    """Hooks that update parameters in the backward pass; made by :func:`release_gradients`.
+
+    Attributes:
+        accumulating: Whether gradients are only added up now: see :meth:`accumulate`.
+    """
 
     def __init__(self, optimizer: GWTAdamW) -> None:
         self._optimizer = optimizer
-        self._accumulating = False
+        self.accumulating = False
         self._scalers_looked_for = False
         self._places: dict[Tensor, tuple[int, int, int]] = {}
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in dict.fromkeys(params)]
-        optimizer._released = True
+        optimizer._released = self
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Within the block, backward passes add to the gradients and nothing is updated.
 
         Run all micro-batches but the last within it; the last one's backward pass, outside, updates with the sum.
+        ``optimizer.step()`` and ``optimizer.zero_grad()`` do nothing in the block, so that a loop may call them
+        after every micro-batch. Where no backward pass follows, ``optimizer.step()`` outside updates with the sum
+        and frees it, and ``optimizer.zero_grad()`` outside drops it; ``model.zero_grad()`` drops it anywhere.
         """
-        before, self._accumulating = self._accumulating, True
+        before, self.accumulating = self.accumulating, True
         try:
             yield
         finally:
-            self._accumulating = before
+            self.accumulating = before
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates, as before."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._optimizer._released = False
+        if self._optimizer._released is self:  # not a later handle's
+            self._optimizer._released = None
         self._optimizer._forget_buckets()
 
     def _step(self, p: Tensor) -> None:
-        if self._accumulating:
+        if self.accumulating:
             return
         if not self._scalers_looked_for:  # one may have been made since
             self._scalers_looked_for = True
@@ -131,7 +139,7 @@ class GradientRelease:
 def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
     if not isinstance(optimizer, GWTAdamW):
         raise TypeError(f"gradients are released to a GWTAdamW, got {type(optimizer).__name__}")
-    if optimizer._released:
+    if optimizer._released is not None:
         raise RuntimeError("gradients are released to this optimizer already: call remove() on that handle first")
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
         if value:
@@ -150,6 +158,7 @@ def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
                 "ordinary steps"
             )
     _refuse_scalers()
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in own:

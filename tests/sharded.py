@@ -217,6 +217,27 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     compare(quantized, equal, steps=3, dtype=torch.bfloat16, rule="foam", state_dtype=torch.int8)
 
 
+def sums() -> None:
+    """In float32 what is added up over processes depends on their number, in its last bits; nothing else does."""
+    on_each_number(_sums, [2, 4])
+
+
+def _sums(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts: list[Layout] = [((16, 64), line, [ROWS]), ((13, 37), line, [ROWS]), ((9, 20), None, [])] * 2
+    differ: list[bool] = []
+
+    def in_last_bits(a: Tensor, b: Tensor, where: str) -> None:
+        differ.append(not torch.equal(a, b))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=where)
+
+    for options in ({"norm_growth_limit": None}, {"rule": "foam"}):
+        compare(layouts, equal, steps=30, dtype=torch.float32, level=2, lr=1e-3, **options)
+    for options in ({}, {"rule": "foam", "max_grad_norm": 0.5}):
+        compare(layouts, in_last_bits, steps=30, dtype=torch.float32, level=2, lr=1e-3, **options)
+        assert any(differ), options
+        differ.clear()
+
+
 def skipping() -> None:
     """On Triton, where the limiter's first pass looks at the gradients: all processes skip, or none does."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet

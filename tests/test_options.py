@@ -37,7 +37,7 @@ BAD = [
     ("lr", 1j, TypeError, "1j", "real number"),
     ("lr", torch.tensor(-1.0), ValueError, "-1.0", "at least 0"),
     ("lr", torch.tensor(NAN), ValueError, "nan", "finite"),
-    ("lr", torch.ones(2), TypeError, "(2,)", "number"),
+    ("lr", torch.ones(2), ValueError, "(2,)", "one number"),
     ("lr", torch.tensor(1j), TypeError, "complex64", "number"),
     ("lr", torch.empty((), device="meta"), TypeError, "meta", "a float or a tensor on the CPU"),
     ("betas", (1.0, 0.9), ValueError, "[0]", "1.0", "below 1"),

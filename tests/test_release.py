@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -84,6 +86,128 @@ def test_so_do_those_that_the_literal_algorithm_takes(device, options):
     released, own = build(None, device, **options)
     train(released, own, range(4), release_gradients(released, own))
     assert_same_bits(results(own), results(optimizer))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": "foam", "state_dtype": "bfloat16", "weight_decay": 0.1}], ids=["gwt", "foam"]
+)
+@backends
+def test_a_loop_may_step_and_reset_after_every_micro_batch(backend, device, options):
+    """As optimi's runner does it; a step in the block would use partial sums, and leave them to be used again."""
+    model, optimizer = build(backend, device, **options)
+    train(model, optimizer, range(4), micro_batches=3)
+    released, own = build(backend, device, **options)
+    release = release_gradients(released, own)
+    schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda t: 1 / (1 + t))
+    for t in range(4):
+        for k in range(3):
+            with release.accumulate() if k < 2 else contextlib.nullcontext():
+                backward(released, 10 * t + k)
+                with interpreter.like_a_gpu():
+                    own.step()
+                own.zero_grad()
+        schedule.step()
+    assert_same_bits(results(own), results(optimizer))
+    assert {int(own.state[p]["step"]) for p in (released.head.weight, released.hidden.weight)} == {4}
+
+
+@backends
+def test_sums_that_no_backward_pass_uses_are_the_next_step_s(backend, device):
+    """The block may hold all micro-batches: then the step outside updates, and nothing is used again."""
+    model, optimizer = build(backend, device)
+    train(model, optimizer, range(5), micro_batches=2)
+    released, own = build(backend, device)
+    release = release_gradients(released, own)
+    schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda t: 1 / (1 + t))
+    for t in range(5):
+        with release.accumulate():
+            backward(released, 10 * t)
+            if t % 2:
+                backward(released, 10 * t + 1)
+        if t % 2 == 0:
+            backward(released, 10 * t + 1)
+        with interpreter.like_a_gpu():
+            own.step()  # no reset follows
+        assert all(p.grad is None for p in released.parameters())
+        schedule.step()
+    assert_same_bits(results(own), results(optimizer))
+
+
+def test_in_the_block_a_closure_is_called_and_its_gradients_added_up(device):
+    model, optimizer = build("torch", device)
+    ordinary, other = build("torch", device)
+    release = release_gradients(model, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        backward(model, 0)
+        return 7.0
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with release.accumulate():
+        assert optimizer.step(closure) == 7.0
+        assert optimizer.step(closure) == 7.0
+    assert_same_bits([p.detach() for p in model.parameters()], before)
+    assert not optimizer.state
+    assert optimizer.step(closure) == 7.0  # outside, its zero_grad drops the sum, and the backward pass updates
+    backward(ordinary, 0)
+    other.step()
+    assert_same_bits(results(optimizer), results(other))
+
+
+def test_blocks_nest_and_end_with_an_error(device):
+    model, optimizer = build("torch", device)
+    release = release_gradients(model, optimizer)
+    with release.accumulate():
+        with release.accumulate():
+            backward(model, 0)
+        backward(model, 0)
+        assert not optimizer.state  # the inner block ended, not the outer one
+        with pytest.raises(KeyError), release.accumulate():
+            raise KeyError
+        assert release.accumulating
+        optimizer.step()
+        assert not optimizer.state
+    with pytest.raises(KeyError), release.accumulate():
+        raise KeyError
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    backward(model, 0)
+    assert optimizer.state[model.head.weight]["step"] == 1
+
+
+def test_hooks_removed_in_the_block_leave_ordinary_steps(device):
+    model, optimizer = build("torch", device)
+    ordinary, other = build("torch", device)
+    release = release_gradients(model, optimizer)
+    with release.accumulate():
+        backward(model, 0)
+        release.remove()
+        optimizer.step()
+        assert optimizer.state[model.head.weight]["step"] == 1
+        assert model.head.weight.grad is not None  # as ever, until zero_grad
+        optimizer.zero_grad()
+        assert model.head.weight.grad is None
+    train(ordinary, other, range(1))
+    assert_same_bits(results(optimizer), results(other))
+    later = release_gradients(model, optimizer)
+    release.remove()  # a second time, which is not the later handle's business
+    with later.accumulate():
+        backward(model, 0)
+        optimizer.step()
+    assert optimizer.state[model.head.weight]["step"] == 1
+
+
+def test_a_copied_or_pickled_optimizer_steps_for_itself(device):
+    model, optimizer = build("torch", device)
+    release = release_gradients(model, optimizer)
+    with release.accumulate():
+        for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            for group in other.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            other.step()
+            assert all(other.state[p]["step"] == 1 for group in other.param_groups for p in group["params"])
 
 
 @backends

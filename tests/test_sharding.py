@@ -15,6 +15,10 @@ def test_bits_do_not_depend_on_the_number_of_processes() -> None:
     processes.run(4, sharded.bits)
 
 
+def test_what_is_added_up_over_processes_differs_in_its_last_bits_and_nothing_else_does() -> None:
+    processes.run(4, sharded.sums)
+
+
 def test_bad_batches_are_skipped_by_all_processes() -> None:
     processes.run(4, sharded.skipping)
 

@@ -1,7 +1,9 @@
-"""Shows that GWTAdamW works under Accelerate as it is: accumulation, clipping, saving, loading, bfloat16."""
+"""Shows that GWTAdamW works under Accelerate as it is: accumulation, clipping, saving, precision, scaling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gwt_kernels import GWTAdamW
 from tests.runs import assert_same_bits
 from tests.tiny import assert_same_run, llama, optimizer_of, sentences
 
@@ -92,3 +95,101 @@ def test_mixed_precision():
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
     assert not torch.equal(Run().train().model.lm_head.weight, run.model.lm_head.weight)  # autocast was on
+
+
+# A GradScaler that skips steps: Accelerate's own is for GPUs alone, so that each test gives it one for the CPU.
+
+SKIPPED = (0, 3, 4)
+
+
+class Scaled:
+    """Eight steps under a scaler, some with an infinite gradient, with a schedule that waits for skipped steps."""
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(16, 8, bias=False).to(dtype)
+        self.bare = make(list(self.model.parameters()))
+        self.schedule: Any = torch.optim.lr_scheduler.LambdaLR(self.bare, lambda t: 1 / (1 + t))
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        self.skips: list[bool] = []
+        self.rates: list[float] = []
+
+    def loss(self, t: int) -> torch.Tensor:
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(t)).to(self.model.weight.dtype)
+        loss = self.model(x).float().square().mean() / 8
+        return loss * torch.inf if t in SKIPPED else loss
+
+    def plainly(self) -> Scaled:
+        """As PyTorch's documentation does it: a scale that shrank says that the step was skipped."""
+        for t in range(8):
+            self.scaler.scale(self.loss(t)).backward()
+            self.scaler.step(self.bare)
+            before = self.scaler.get_scale()
+            self.scaler.update()
+            self.skips.append(self.scaler.get_scale() < before)
+            if not self.skips[-1]:
+                self.schedule.step()
+            self.rates.append(self.bare.param_groups[0]["lr"])
+            self.bare.zero_grad()
+        return self
+
+    def accelerated(self, clip: bool = False) -> Scaled:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.scaler = self.scaler
+        model, optimizer, schedule = accelerator.prepare(self.model, self.bare, self.schedule)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # after it would have autocast
+        for t in range(8):
+            accelerator.backward(self.loss(t))
+            if clip:
+                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # which unscales, and clips nothing
+            optimizer.step()
+            self.skips.append(accelerator.optimizer_step_was_skipped)
+            schedule.step()
+            self.rates.append(self.bare.param_groups[0]["lr"])
+            optimizer.zero_grad()
+        return self
+
+
+def ours(params: list[nn.Parameter], **options: Any) -> GWTAdamW:
+    return GWTAdamW(params, lr=0.01, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "clip"),
+    [
+        (ours, torch.float32, False),
+        (ours, torch.float32, True),
+        (ours, torch.float16, False),
+        (partial(ours, max_grad_norm=0.5), torch.float32, False),
+        (partial(torch.optim.AdamW, lr=0.01), torch.float32, False),
+    ],
+    ids=["ours", "unscaled before", "float16 weights", "clipped in the step", "torch"],
+)
+def test_skipped_steps_are_seen_and_hold_schedules_back(make: Any, dtype: torch.dtype, clip: bool):
+    run, plain = Scaled(make, dtype).accelerated(clip), Scaled(make, dtype).plainly()
+    assert run.skips == plain.skips == [t in SKIPPED for t in range(8)]
+    assert run.rates == plain.rates
+    assert len(set(run.rates)) == 6
+    assert_same_bits(list(run.model.parameters()), list(plain.model.parameters()))
+    assert_same_bits(run.bare.state_dict()["state"], plain.bare.state_dict()["state"])
+    if isinstance(run.bare, GWTAdamW):
+        assert run.bare.state[run.model.weight]["step"] == 5
+        assert run.bare.skipped_steps == 3
+        assert not hasattr(run.bare, "found_inf")
+
+
+class Unread:
+    def __float__(self) -> float:
+        raise AssertionError("the host waits for the device")
+
+
+def test_elsewhere_a_scaler_is_not_waited_for():
+    optimizer = ours([nn.Parameter(torch.ones(4, 4))])
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # which puts something in the place of step, too
+    optimizer.found_inf = Unread()
+    with pytest.raises(AttributeError):
+        del optimizer.found_inf, optimizer.found_inf
+    assert not hasattr(optimizer, "found_inf")
+    assert not hasattr(GWTAdamW, "found_inf")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from tests.lightning_runs import Language, ModelCheckpoint, fit
+from gwt_kernels import GWTAdamW
+from tests.lightning_runs import Language, ModelCheckpoint, fit, pl
 from tests.runs import assert_same_bits
 from tests.tiny import assert_close_runs, assert_same_run
 
@@ -54,6 +56,33 @@ def test_resumes_bit_for_bit(tmp_path):
     assert len(tampered.seen) == 3
     with pytest.raises(AssertionError):  # the moments matter, so the comparison can fail
         assert_same_bits(list(module.parameters()), list(tampered.parameters()))
+
+
+@pytest.mark.parametrize("make", [GWTAdamW, torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)])
+def test_schedules_advance_at_steps_that_a_scaler_skips_whatever_the_optimizer(make, tmp_path):
+    class Overflowing(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).square().mean() * (torch.inf if batch_idx in (1, 3) else 1)
+
+        def configure_optimizers(self):
+            optimizer = make(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 10)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    scaling = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    trainer = pl.Trainer(
+        max_steps=5, accelerator="cpu", plugins=[scaling], default_root_dir=tmp_path,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = torch.utils.data.TensorDataset(torch.randn(40, 8))
+    trainer.fit(Overflowing(), torch.utils.data.DataLoader(data, batch_size=4))
+    (optimizer,) = trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
 
 
 @pytest.mark.parametrize(

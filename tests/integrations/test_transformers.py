@@ -139,6 +139,20 @@ def test_mixed_precision(tmp_path):
     assert not torch.equal(plain.model.lm_head.weight, trainer.model.lm_head.weight)  # autocast was on
 
 
+@routes
+def test_the_schedule_waits_for_steps_that_a_scaler_skips(route, tmp_path):
+    trainer = route(arguments(tmp_path, gradient_accumulation_steps=1, max_grad_norm=0.0))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # which Trainer makes for GPUs alone
+    bad, computed = iter((False, True, False, True, True, False)), trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: computed(*args, **kwargs) * (torch.inf if next(bad) else 1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert trainer.lr_scheduler.last_epoch == 3
+    optimizer = trainer.optimizer.optimizer
+    assert {int(s["step"]) for s in optimizer.state.values()} == {3}
+    assert optimizer.skipped_steps == 3
+
+
 def test_what_trainer_groups_itself_is_all_transformed(tmp_path):
     """Why GWTAdamW itself must not be passed to Trainer: its two groups know decay alone."""
     chosen = (GWTAdamW, {"level": 1})
