@@ -219,7 +219,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     """A numpy array of numbers as a tensor; everything else is refused."""
     if hasattr(value, "__array__"):
         with contextlib.suppress(TypeError, ValueError):  # an array of anything
-            return torch.as_tensor(value, device="cpu")
+            return torch.from_numpy(value.__array__())
     raise TypeError(f"{name} must be a real number, got {value!r}")
 
 

@@ -36,7 +36,7 @@ NUMBERS: list[Any] = [
         {},
         set(),
         1j,
-        object(),
+        pytest.param(object(), id="an object"),
     ),
     *(torch.tensor(x) for x in (0.1, [0.1], [[0.1]], -1.0, NAN, 1, 1j, [0.1, 0.1], [[0.1], [0.1]], [], [1j, 1j])),
     *(
@@ -53,7 +53,8 @@ NUMBERS: list[Any] = [
 PAIRS: list[Any] = [
     *((x, 0.9) for x in (1.0, -0.1, NAN, INF, "a", None, 1j, [0.9], torch.tensor(1.5))),
     *((0.9, x) for x in (1.0, -0.1, NAN, INF, "a", None, 1j, [0.9])),
-    *(0.9, None, "ab", object(), 1j, [0.9, 0.99], (torch.tensor(0.9), torch.tensor(0.99)), (np.float64(0.9), 0.5)),
+    *(0.9, None, "ab", pytest.param(object(), id="an object"), 1j, [0.9, 0.99]),
+    *((torch.tensor(0.9), torch.tensor(0.99)), (np.float64(0.9), 0.5)),
 ]
 STRICTER = {"inf", "True", "an integer of many digits", "a meta tensor"}
 """What AdamW's constructor takes, or stumbles over, and GWTAdamW refuses by name."""
