@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Layout", "is_convolution", "is_linear", "is_norm"]
+__all__ = ["Layout", "is_convolution", "is_linear", "is_norm", "owner_of"]
 
 _NUMBER = re.compile(r"\d+")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -19,32 +21,46 @@ _Signature = frozenset[tuple[str, tuple[int, ...]]]
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its weight: ``nn.Linear``, what is named so, and the Conv1D of GPT-2."""
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    if "Conv1D" in kinds:
+    if _is_kind(module, r"^Conv1D$"):
         weight = module._parameters.get("weight")
         return weight is not None and weight.ndim == 2
-    return any(kind.endswith("Linear") for kind in kinds)
+    return _is_kind(module, r"Linear$")
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm by its class's name, and not a Linear that has one built in."""
-    return not is_linear(module) and any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
+    return _is_kind(module, r"(?i:norm)") and not is_linear(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is one of torch's convolutions, or is named like one."""
-    kinds = [kind.__name__ for kind in type(module).__mro__]
-    return not is_linear(module) and any(re.search(r"_ConvNd$|Conv(Transpose)?(\dd)?$", kind) for kind in kinds)
+    return _is_kind(module, r"_ConvNd$|Conv(Transpose)?(\d[dD])?$") and not is_linear(module)
+
+
+def _is_kind(module: nn.Module, pattern: str) -> bool:
+    kind: Any = type(module)  # mypy takes no class to be hashable that may be a metaclass's
+    return _is_named(kind, pattern)
+
+
+@lru_cache(maxsize=1024)
+def _is_named(kind: Any, pattern: str) -> bool:
+    return any(re.search(pattern, each.__name__) for each in kind.__mro__)
+
+
+def owner_of(name: str) -> str:
+    """Return the name of the module whose parameters these are: a parametrization's are those of another."""
+    return f".{name}".partition(".parametrizations.")[0][1:]
 
 
 class Layout:
     """How the modules of a model are built of one another.
 
-    A **repeated block** is a module that a container numbers (``layers.0``, ``layers.1``) and that is like another of
-    them. Two modules are alike where half of the parameters of one are the other's too, by name and shape. Those
+    A **repeated block** is a module that a container numbers (``layers.0``, ``layers.1``) and that is like another
+    of them. Two modules are alike where half of the parameters of one are the other's too, by name and shape. Those
     with norms are also alike where they are of one class, unless they are stages, which hold blocks of their own. A
     block has the matrices of two Linears, or of one and a norm. In a ``ModuleList`` that has two alike the others
-    count too, since hybrid models may have a kind of layer only once. An only member counts unless it is a stage.
+    count too, since hybrid models may have a kind of layer only once. An only member counts if it has a norm and
+    two matrices and is no stage.
 
     Args:
         modules: Qualified name and module, the root first. A wrapper and what it wraps share a name, the wrapper
@@ -77,7 +93,8 @@ class Layout:
             if blocks & self._with_norm:
                 self._stages.update(around for around, _ in _ancestors(parent))
         for parent in children:
-            self._find_experts(parent, children)
+            if children[parent]:
+                self._find_experts(parent, children)
 
     def depth_of_block(self, path: Sequence[str], *, with_norm: bool = False) -> int:
         """Return how many parts of a module's path lead to the innermost block around it; 0 if there is none."""
@@ -90,14 +107,14 @@ class Layout:
     def _note(self, name: str, module: nn.Module) -> None:
         """Count what a module has itself for every module that it is part of."""
         own = [(leaf, tuple(p.shape)) for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False)]
-        matrices = 0
-        if is_linear(module) or isinstance(module, nn.MultiheadAttention):
-            matrices = sum(len(shape) == 2 for _, shape in own)
-        for around, rest in _ancestors(name):
-            if own:
-                self._parameters[around].update((f"{rest}.{leaf}", shape) for leaf, shape in own)
+        owner = self.modules[owner_of(name)]
+        multiplies = is_linear(owner) or isinstance(owner, nn.MultiheadAttention)
+        matrices = int(multiplies and any(len(shape) == 2 for _, shape in own))
+        norm = is_norm(module)
+        for around, rest in _ancestors(name) if own or norm else ():
+            self._parameters[around].update((f"{rest}.{leaf}", shape) for leaf, shape in own)
             self._matrices[around] += matrices
-            if is_norm(module):
+            if norm:
                 self._with_norm.add(around)
 
     def _blocks_of(self, parent: str, children: list[str]) -> set[str]:
@@ -107,52 +124,52 @@ class Layout:
         for child in children:
             key = child.rpartition(".")[2]
             numbered = key.isdigit() or (isinstance(container, _CONTAINERS) and _NUMBER.search(key))
-            enough = self._matrices[child] >= (1 if child in self._with_norm else 2)
-            if numbered and enough and not is_linear(self.modules[child]):
+            if numbered and self._matrices[child] and not is_linear(self.modules[child]):
                 families[_NUMBER.sub("#", key)].append(child)
-        blocks: set[str] = set()
         alone = sum(child in self._parameters for child in children) == 1
+        blocks: set[str] = set()
         for members in families.values():
             if alone:
-                blocks.update({*members} - self._stages if self._matrices[members[0]] > 1 else ())
+                blocks.update(member for member in members if self._is_residual(member))
             elif alike := self._alike(members):
                 blocks.update(members if isinstance(container, nn.ModuleList) else alike)
         return blocks
 
+    def _is_residual(self, member: str) -> bool:
+        """Whether a module has what makes a layer by itself: a norm and two matrices, and no such layers within."""
+        return member in self._with_norm and member not in self._stages and self._matrices[member] > 1
+
     def _alike(self, members: list[str]) -> list[str]:
-        """The members that are like another member."""
+        """The members that have enough to be a block and are like another member."""
         same: dict[tuple[_Signature, type | None], list[str]] = defaultdict(list)
         for member in members:
+            if self._matrices[member] < 2 and member not in self._with_norm:
+                continue
             kind = type(self.modules[member])
-            telling = (
-                self._matrices[member] > 1 and kind not in _CONTAINERS and member in self._with_norm - self._stages
-            )
-            same[frozenset(self._parameters[member]), kind if telling else None].append(member)
+            tells = kind not in _CONTAINERS and self._is_residual(member)
+            same[frozenset(self._parameters[member]), kind if tells else None].append(member)
 
         def like(one: tuple[_Signature, type | None], other: tuple[_Signature, type | None]) -> bool:
             shared = len(one[0] & other[0])
             return (one[1] is not None and one[1] is other[1]) or 2 * shared >= min(len(one[0]), len(other[0]))
 
-        repeated = [
-            form
+        return [
+            member
             for form, those in same.items()
             if len(those) > 1 or any(like(form, other) for other in same if other != form)
+            for member in those
         ]
-        return [member for form in repeated for member in same[form]]
 
     def _find_experts(self, parent: str, children: dict[str, list[str]]) -> None:
         """Find what has as many outputs as there are experts beside it: fused ones, or a list of blocks."""
-        fused = {
-            name: {p.shape[0] for p in _fused(self.modules[name])} for name in (parent, *children[parent])
-        }  # fmt: skip
+        within = (parent, *children[parent])
+        fused = {name: {p.shape[0] for p in _fused(self.modules[name])} for name in within}
         listed = {len(self.blocks.intersection(children[name])) for name in children[parent]} - {0, 1}
         counts = listed.union(*fused.values())
         if not counts:
             return
-        alone = [
-            child for child in children[parent] if self._matrices[child] <= 1
-        ]  # a router has nothing beside it
-        for name in [name for child in alone for name in (child, *children[child])]:
+        single = [child for child in children[parent] if self._matrices[child] <= 1]
+        for name in [name for child in single for name in (child, *children[child])]:
             weight = self.modules[name]._parameters.get("weight")
             if weight is not None and weight.ndim == 2 and weight.shape[0] in counts:
                 self.routers.add(name)
@@ -166,8 +183,8 @@ def _ancestors(name: str) -> Iterator[tuple[str, str]]:
         yield ".".join(parts[:depth]), ".".join(parts[depth:])
 
 
-def _fused(module: nn.Module) -> Iterator[Tensor]:
+def _fused(module: nn.Module) -> list[Tensor]:
     """A module's own parameters that may be one matrix for each of several experts."""
-    if not (is_linear(module) or is_convolution(module) or is_norm(module)):
-        own = module.named_parameters(recurse=False)
-        yield from (p for _, p in own if p.ndim == 3 and 1 < p.shape[0] < min(p.shape[1:]))
+    own = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
+    likely = own and not (is_linear(module) or is_convolution(module) or is_norm(module))
+    return [p for p in own if 1 < p.shape[0] < min(p.shape[1:])] if likely else []

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gwt_kernels.blocks import Layout, is_convolution, is_linear, is_norm
+from gwt_kernels.blocks import Layout, is_convolution, is_linear, is_norm, owner_of
 from gwt_kernels.haar import deepest_level
 from gwt_kernels.sharding import ROWS_STAY
 
-# Path components that name a role outside of repeated blocks, and routers and heads anywhere, as the model families in
-# use spell it: Hugging Face (self_attn, attn, SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn,
-# mlp), torchtitan (attention, feed_forward, moe), torch.nn.Transformer (self_attn, linear1).
+# Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
+# SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention, feed_forward,
+# moe), torch.nn.Transformer (self_attn, linear1). In repeated blocks a Linear needs no such name.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|^ff(w|wd)?$|feed_?forward|moe|densereludense|^fc\d$|^linear\d$", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
@@ -88,10 +88,10 @@ def gwt_param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for `GWTAdamW`, by the published recipe.
 
-    The matrices of the Linears in repeated blocks (attention, MLPs, mixers) and of experts are transformed, and
-    elsewhere those of modules that are called attention or MLP. Embeddings, the output head, MoE routers and what is
-    no Linear stay at level 0 (plain AdamW) with weight decay; norms, biases and other 1-D tensors stay at level 0
-    without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
+    The matrices of experts and of the Linears in repeated blocks (attention, MLPs, mixers) are transformed, and
+    elsewhere those of modules that are called attention or MLP. Embeddings, the output head, MoE routers and what
+    is no Linear stay at level 0 (plain AdamW) with weight decay; norms, biases and other 1-D tensors stay at level
+    0 without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
@@ -284,7 +284,7 @@ def _left(parameter: nn.Parameter, use: _Use, layout: Layout) -> str | None:
 
 
 def _is_head(path: tuple[str, ...], layout: Layout) -> bool:
-    """Whether a module says by its name, or that of its class, that it is an output head (and no head of attention)."""
+    """Whether a module says by its name, or that of its class, that it is an output head and not attention's."""
     if len(path) > 1 and _ATTENTION.search(path[-2]) and layout.depth_of_block(path):
         return False
     kind = type(layout.modules[".".join(path)]).__name__
@@ -301,7 +301,7 @@ def _depths(pattern: re.Pattern[str], path: Sequence[str]) -> list[int]:
 
 
 def _prevails(named: list[int], path: tuple[str, ...], layout: Layout) -> bool:
-    """Whether a name in the path says more than the block: a head may itself be a transformer, of blocks with norms."""
+    """Whether a name in the path says more than a block: within a head only blocks with norms are hidden layers."""
     return bool(named) and max(named) >= layout.depth_of_block(path, with_norm=True) - 1
 
 
@@ -316,23 +316,18 @@ def _uses(model: nn.Module) -> tuple[dict[nn.Parameter, list[_Use]], Layout]:
     modules = [(clean_name(name), module) for name, module in model.named_modules(remove_duplicate=False)]
     layout = Layout(modules)
     children: dict[str, set[str]] = defaultdict(set)
-    for name, _ in modules:
+    for name in layout.modules:
         parent, _, child = name.rpartition(".")
         children[parent].add(child)
+    siblings_in = {parent: frozenset(names) for parent, names in children.items()}
     uses: dict[nn.Parameter, list[_Use]] = defaultdict(list)
     for name, module in modules:
-        owner, _, parametrized = name.partition(".parametrizations.")
-        siblings = frozenset(children[owner.rpartition(".")[0]])
+        owner = owner_of(name)
+        siblings = siblings_in[owner.rpartition(".")[0]]
         path = tuple(owner.split(".")) if owner else ()
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses[parameter].append(
-                _Use(
-                    f"{name}.{leaf}" if name else leaf,
-                    path,
-                    layout.modules[owner] if parametrized else module,
-                    siblings,
-                )
-            )
+            full = f"{name}.{leaf}" if name else leaf
+            uses[parameter].append(_Use(full, path, layout.modules[owner], siblings))
     return dict(uses), layout
 
 
