@@ -19,6 +19,7 @@ from gwt_kernels.sharding import ROWS_STAY
 # SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention, feed_forward,
 # moe), torch.nn.Transformer (self_attn, linear1). In repeated blocks a Linear needs no such name.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_HAS_HEADS = re.compile(r"attn|attention|^heads$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|^ff(w|wd)?$|feed_?forward|moe|densereludense|^fc\d$|^linear\d$", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _ROUTER = re.compile(r"router", re.IGNORECASE)
@@ -112,7 +113,8 @@ def gwt_param_groups(
     Raises:
         TypeError: `model` is no module, or `include` or `exclude` is a single string.
         ValueError: no trainable parameter; a level, scale or weight decay out of range; a pattern that is no
-            regular expression or matches nothing; an included matrix too narrow for the level.
+            regular expression or matches nothing; an included matrix too narrow for the level; a parameter of a
+            lazy module, which has no shape yet.
 
     Source: the recipe of GWT (arXiv 2501.07237): the tensors that GaLore (arXiv 2403.03507) projects.
     """
@@ -168,6 +170,9 @@ def decide(
     if any(_is_fsdp1(module) for module in model.modules()):
         raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    lazy = next((name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ValueError(f"{lazy} has no shape yet, as its module is lazy: run a batch through the model first")
 
     uses, layout = _uses(model)
     _check_matches("include", included, uses)
@@ -285,7 +290,7 @@ def _left(parameter: nn.Parameter, use: _Use, layout: Layout) -> str | None:
 
 def _is_head(path: tuple[str, ...], layout: Layout) -> bool:
     """Whether a module says by its name, or that of its class, that it is an output head and not attention's."""
-    if len(path) > 1 and _ATTENTION.search(path[-2]) and layout.depth_of_block(path):
+    if len(path) > 1 and _HAS_HEADS.search(path[-2]) and layout.depth_of_block(path[:-1]):
         return False
     kind = type(layout.modules[".".join(path)]).__name__
     return bool(_HEAD.search(path[-1]) or (_HEAD_CLASS.search(kind) and not _ATTENTION.search(kind)))

@@ -197,11 +197,11 @@ def test_heads_of_attention_are_no_output_heads() -> None:
     names = matrices("h.0.attention", "h.1.attention", names="q_head v_head")
     assert names <= transformed(Members(h=nn.ModuleList([block(), block()])))
 
-    class Head(Members):
+    class CausalHead(Members):
         """One head of a teaching GPT."""
 
     def many() -> nn.Module:
-        heads = [Head(key=nn.Linear(16, 4), query=nn.Linear(16, 4)) for _ in range(4)]
+        heads = [CausalHead(key=nn.Linear(16, 4), query=nn.Linear(16, 4)) for _ in range(4)]
         return Mixing(sa=Members(heads=nn.ModuleList(heads), proj=nn.Linear(16, 16)))
 
     names = {f"blocks.{i}.sa.heads.{j}.{k}.weight" for i in (0, 1) for j in range(4) for k in ("key", "query")}
@@ -326,3 +326,8 @@ def test_torch_transformer() -> None:
         for name in [*(f"{kind}.{leaf}" for kind in kinds for leaf in attention.split()), *mlp.split()]
     }
     assert transformed(model) == names
+
+
+def test_lazy_modules_are_named() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.late\.weight has no shape yet.*run a batch"):
+        decide(Members(layers=nn.ModuleList([Mixing(late=nn.LazyLinear(16)), Mixing()])))
