@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Layout", "is_convolution", "is_linear", "is_norm", "owner_of"]
+__all__ = ["Layout", "is_convolution", "is_embedding", "is_linear", "is_norm", "owner_of"]
 
 _NUMBER = re.compile(r"\d+")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -30,6 +30,11 @@ def is_linear(module: nn.Module) -> bool:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm by its class's name, and not a Linear that has one built in."""
     return _is_kind(module, r"(?i:norm)") and not is_linear(module)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is one of torch's embeddings, or is named like one."""
+    return _is_kind(module, r"Embedding(Bag)?$") and not is_linear(module)
 
 
 def is_convolution(module: nn.Module) -> bool:

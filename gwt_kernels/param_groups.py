@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gwt_kernels.blocks import Layout, is_convolution, is_linear, is_norm, owner_of
+from gwt_kernels.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
 from gwt_kernels.haar import deepest_level
 from gwt_kernels.sharding import ROWS_STAY
 
@@ -249,7 +249,7 @@ def _role(parameter: nn.Parameter, use: _Use, layout: Layout) -> tuple[bool, boo
     leaf = use.name.rpartition(".")[2]
     if not _is_matrix(parameter, use.name):
         return False, False, BIAS if _BIAS.search(leaf) else VECTOR
-    if isinstance(use.owner, nn.Embedding | nn.EmbeddingBag):
+    if is_embedding(use.owner):
         return False, True, EMBEDDING
     if is_norm(use.owner):
         return False, False, NORM

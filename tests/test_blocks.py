@@ -328,6 +328,14 @@ def test_torch_transformer() -> None:
     assert transformed(model) == names
 
 
+def test_embeddings_of_other_libraries_are_embeddings() -> None:
+    class VocabParallelEmbedding(Members):
+        """As tensor-parallel libraries have it, which is no nn.Embedding."""
+
+    model = Members(words=VocabParallelEmbedding(weight=torch.zeros(32, 16)), h=nn.ModuleList([Mixing(), Mixing()]))
+    assert reasons(model)["words.weight"] == "embedding"
+
+
 def test_lazy_modules_are_named() -> None:
     with pytest.raises(ValueError, match=r"layers\.0\.late\.weight has no shape yet.*run a batch"):
         decide(Members(layers=nn.ModuleList([Mixing(late=nn.LazyLinear(16)), Mixing()])))
