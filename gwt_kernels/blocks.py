@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"\d+")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 _Signature = frozenset[tuple[str, tuple[int, ...]]]
-"""Name and shape of every parameter of a module."""
+"""Name and shape of every parameter of a module that has two dimensions or more."""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -61,11 +61,12 @@ class Layout:
     """How the modules of a model are built of one another.
 
     A **repeated block** is a module that a container numbers (``layers.0``, ``layers.1``) and that is like another
-    of them. Two modules are alike where half of the parameters of one are the other's too, by name and shape. Those
-    with norms are also alike where they are of one class, unless they are stages, which hold blocks of their own. A
-    block has the matrices of two Linears, or of one and a norm. In a ``ModuleList`` that has two alike the others
-    count too, since hybrid models may have a kind of layer only once. An only member counts if it has a norm and
-    two matrices and is no stage.
+    of them. Two modules are alike where half of the matrices of one are the other's too, by name and shape. A block
+    has the matrices of two Linears, or of one and a norm.
+
+    A **layer** has a norm and the matrices of two Linears, and is no stage, which holds such blocks itself. Layers
+    are also alike where they are of one class. A layer is a block where it is an only member, and in a
+    ``ModuleList`` where two others are alike, since hybrid models may have a kind of layer only once.
 
     Args:
         modules: Qualified name and module, the root first. A wrapper and what it wraps share a name, the wrapper
@@ -83,7 +84,7 @@ class Layout:
         self.blocks: set[str] = set()
         self.routers: set[str] = set()
         self.experts: set[str] = set()
-        self._parameters: dict[str, set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
+        self._shapes: dict[str, set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
         self._matrices: dict[str, int] = defaultdict(int)
         self._with_norm: set[str] = set()
         self._stages: set[str] = set()
@@ -111,13 +112,12 @@ class Layout:
 
     def _note(self, name: str, module: nn.Module) -> None:
         """Count what a module has itself for every module that it is part of."""
-        own = [(leaf, tuple(p.shape)) for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False)]
         owner = self.modules[owner_of(name)]
-        multiplies = is_linear(owner) or isinstance(owner, nn.MultiheadAttention)
-        matrices = int(multiplies and any(len(shape) == 2 for _, shape in own))
+        own = [(leaf, tuple(p.shape)) for leaf, p in module._parameters.items() if p is not None and p.ndim > 1]
+        matrices = int(bool(own) and (is_linear(owner) or isinstance(owner, nn.MultiheadAttention)))
         norm = is_norm(module)
         for around, rest in _ancestors(name) if own or norm else ():
-            self._parameters[around].update((f"{rest}.{leaf}", shape) for leaf, shape in own)
+            self._shapes[around].update((f"{rest}.{leaf}", shape) for leaf, shape in own)
             self._matrices[around] += matrices
             if norm:
                 self._with_norm.add(around)
@@ -131,17 +131,16 @@ class Layout:
             numbered = key.isdigit() or (isinstance(container, _CONTAINERS) and _NUMBER.search(key))
             if numbered and self._matrices[child] and not is_linear(self.modules[child]):
                 families[_NUMBER.sub("#", key)].append(child)
-        alone = sum(child in self._parameters for child in children) == 1
+        alone = sum(child in self._shapes for child in children) == 1
         blocks: set[str] = set()
         for members in families.values():
-            if alone:
-                blocks.update(member for member in members if self._is_residual(member))
-            elif alike := self._alike(members):
-                blocks.update(members if isinstance(container, nn.ModuleList) else alike)
+            alike = [] if alone else self._alike(members)
+            blocks.update(alike)
+            if alone or (alike and isinstance(container, nn.ModuleList)):
+                blocks.update(member for member in members if self._is_layer(member))
         return blocks
 
-    def _is_residual(self, member: str) -> bool:
-        """Whether a module has what makes a layer by itself: a norm and two matrices, and no such layers within."""
+    def _is_layer(self, member: str) -> bool:
         return member in self._with_norm and member not in self._stages and self._matrices[member] > 1
 
     def _alike(self, members: list[str]) -> list[str]:
@@ -151,8 +150,8 @@ class Layout:
             if self._matrices[member] < 2 and member not in self._with_norm:
                 continue
             kind = type(self.modules[member])
-            tells = kind not in _CONTAINERS and self._is_residual(member)
-            same[frozenset(self._parameters[member]), kind if tells else None].append(member)
+            tells = kind not in _CONTAINERS and self._is_layer(member)
+            same[frozenset(self._shapes[member]), kind if tells else None].append(member)
 
         def like(one: tuple[_Signature, type | None], other: tuple[_Signature, type | None]) -> bool:
             shared = len(one[0] & other[0])
@@ -169,7 +168,10 @@ class Layout:
         """Find what has as many outputs as there are experts beside it: fused ones, or a list of blocks."""
         within = (parent, *children[parent])
         fused = {name: {p.shape[0] for p in _fused(self.modules[name])} for name in within}
-        listed = {len(self.blocks.intersection(children[name])) for name in children[parent]} - {0, 1}
+        listed = {
+            sum(member in self.blocks and member not in self._with_norm for member in children[name])
+            for name in children[parent]
+        } - {0, 1}
         counts = listed.union(*fused.values())
         if not counts:
             return

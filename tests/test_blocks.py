@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from gwt_kernels.param_groups import decide
 
@@ -104,6 +105,21 @@ def test_a_kind_of_layer_that_a_hybrid_has_once() -> None:
     assert transformed(model) == matrices("layers.0", "layers.1") | scan
     in_sequence = Members(layers=nn.Sequential(Mixing(), Mixing(), Other()))  # of unlike modules: any composition
     assert transformed(in_sequence) == matrices("layers.0", "layers.1")
+
+
+def test_a_head_in_the_row_of_blocks_is_none_of_them() -> None:
+    def one(outputs: int) -> nn.Module:
+        return Members(norm=nn.LayerNorm(16), mix=nn.Linear(16, outputs))
+
+    hidden = {"0.mix.weight", "1.mix.weight"}
+    assert transformed(nn.Sequential(one(16), one(16), one(64))) == hidden
+    assert transformed(nn.ModuleList([one(16), one(16), one(64)])) == hidden
+    assert not transformed(nn.Sequential(one(16), one(64)))
+
+
+def test_as_many_classes_as_layers_are_no_router() -> None:
+    model = Members(layers=nn.ModuleList([Mixing(), Mixing()]), classifier=nn.Linear(16, 2), enter=nn.Linear(2, 16))
+    assert reasons(model)["classifier.weight"] == "output head"
 
 
 def test_blocks_of_one_class_may_differ_in_width() -> None:
@@ -309,11 +325,12 @@ def test_narrow_matrices_of_a_block_say_so() -> None:
     assert "layers.0.narrow.weight" in transformed(model, level=1)
 
 
-def test_one_compiled_block_is_like_the_others() -> None:
-    model = Members(layers=nn.ModuleList([Mixing(), Mixing()]))
+def test_wrapped_blocks_are_like_the_others() -> None:
+    model = Members(layers=nn.ModuleList([Mixing(), Mixing(), Mixing()]))
     expected = transformed(model)
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
-    assert transformed(model) == expected == matrices("layers.0", "layers.1")
+    model.layers[1] = torch.compile(checkpoint_wrapper(model.layers[1]), backend="eager")
+    assert transformed(model) == expected == matrices("layers.0", "layers.1", "layers.2")
 
 
 def test_torch_transformer() -> None:
