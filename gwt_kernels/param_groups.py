@@ -11,21 +11,45 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gwt_kernels.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
 from gwt_kernels.checks import check_initialized
 from gwt_kernels.haar import deepest_level
 from gwt_kernels.sharding import ROWS_STAY
 
 # Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
-# SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention,
-# feed_forward, moe), torch.nn.Transformer (self_attn, linear1).
+# SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention, feed_forward,
+# moe), torch.nn.Transformer (self_attn, linear1). In repeated blocks a Linear needs no such name.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_HAS_HEADS = re.compile(r"attn|attention|^heads$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|^ff(w|wd)?$|feed_?forward|moe|densereludense|^fc\d$|^linear\d$", re.IGNORECASE)
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _ROUTER = re.compile(r"router", re.IGNORECASE)
 _GATE = re.compile(r"(^|_)gate$", re.IGNORECASE)
 _HEAD = re.compile(r"head$", re.IGNORECASE)
+_HEAD_CLASS = re.compile(r".Head$")
 _HEAD_BY_ITS_OWN_NAME = re.compile(r"^(output|score|classifier|embed_out|decoder)$")
+_BESIDE = re.compile(r"pooler|embed", re.IGNORECASE)
+_LOW_RANK = re.compile(r"^lora_", re.IGNORECASE)
 _BIAS = re.compile(r"(^|_)bias(_|$)")
+
+# Why a tensor is transformed, or is not.
+ATTENTION = "attention matrix"
+MLP = "MLP matrix"
+EXPERT = "expert matrix"
+BLOCK = "matrix of a repeated block"
+VECTOR = "norm or other 1-D tensor"
+BIAS = "bias"
+NORM = "norm"
+EMBEDDING = "embedding"
+CONVOLUTION = "convolution"
+LOW_RANK = "low-rank adapter"
+ROUTER = "MoE router"
+HEAD = "output head"
+BESIDE = "part of a pooler or an embedding"
+ONE_OUTPUT = "one output: a score or a gate"
+OUTSIDE = "Linear outside of the repeated blocks"
+NO_LINEAR = "not the weight of a Linear"
+"""What follows the class that has the parameter itself."""
 
 # What torch.compile, activation checkpointing and FSDP insert into a qualified name, at any depth.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -48,6 +72,8 @@ class _Use(NamedTuple):
     """One place where a parameter is registered; a tied weight has several."""
 
     name: str
+    path: tuple[str, ...]
+    """To the owner, which for a parametrized weight is the module whose weight it is."""
     owner: nn.Module
     siblings: frozenset[str]
 
@@ -64,9 +90,10 @@ def gwt_param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for `GWTAdamW`, by the published recipe.
 
-    The matrices of attention and MLP layers are transformed. Embeddings, the output head and MoE routers stay
-    at level 0 (plain AdamW) with weight decay; norms, biases and other 1-D tensors stay at level 0 without.
-    Whatever the recipe does not name stays at level 0 too; `verbose=True` shows the reason for each tensor.
+    The matrices of experts and of the Linears in repeated blocks (attention, MLPs, mixers) are transformed, and
+    elsewhere those of modules that are called attention or MLP. Embeddings, the output head, MoE routers and what
+    is no Linear stay at level 0 (plain AdamW) with weight decay; norms, biases and other 1-D tensors stay at level
+    0 without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
@@ -143,14 +170,13 @@ def decide(
         raise ValueError(f"level must be an integer of at least 0, got {level!r}")
     if any(_is_fsdp1(module) for module in model.modules()):
         raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
-    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters() if p.requires_grad)
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-
-    uses = _uses(model)
+    uses, layout = _uses(model)
     _check_matches("include", included, uses)
     _check_matches("exclude", excluded, uses)
     decided = [
-        (parameter, _decide(parameter, places, level, included, excluded))
+        (parameter, _decide(parameter, places, layout, level, included, excluded))
         for parameter, places in uses.items()
         if parameter.requires_grad
     ]
@@ -185,6 +211,7 @@ def describe(decisions: Iterable[Decision]) -> str:
 def _decide(
     parameter: nn.Parameter,
     places: list[_Use],
+    layout: Layout,
     level: int,
     include: list[re.Pattern[str]],
     exclude: list[re.Pattern[str]],
@@ -192,7 +219,7 @@ def _decide(
     """The whole rule for one parameter: patterns first, then the recipe, then the width."""
     shape = tuple(parameter.shape)
     name = places[0].name
-    roles = [_role(parameter, use) for use in places]
+    roles = [_role(parameter, use, layout) for use in places]
     # A weight tied to an embedding or head must not be transformed, whatever else it is used as.
     in_recipe, decayed, reason = min(roles, key=lambda role: role[0])
     if len(places) > 1:
@@ -215,56 +242,96 @@ def _decide(
     return Decision(name, shape, level if in_recipe else 0, decayed, reason)
 
 
-def _role(parameter: nn.Parameter, use: _Use) -> tuple[bool, bool, str]:
+def _role(parameter: nn.Parameter, use: _Use, layout: Layout) -> tuple[bool, bool, str]:
     """What the recipe says of one use of a parameter: (transformed, decayed, reason)."""
-    *path, leaf = use.name.split(".")
-    module = path[-1] if path else ""
-    kinds = [cls.__name__ for cls in type(use.owner).__mro__]
-    linear = any(kind.endswith("Linear") or kind == "Conv1D" for kind in kinds)  # Conv1D: the Linear of HF's GPT-2
-
+    leaf = use.name.rpartition(".")[2]
     if not _is_matrix(parameter, use.name):
-        return False, False, "bias" if _BIAS.search(leaf) else "norm or other 1-D tensor"
-    if isinstance(use.owner, nn.Embedding | nn.EmbeddingBag):
-        return False, True, "embedding"
-    if not linear and any("norm" in kind.lower() for kind in kinds):
-        return False, False, "norm"
-    beside_experts = any(_EXPERT.search(sibling) for sibling in use.siblings)
-    if any(_ROUTER.search(part) for part in path) or (_GATE.search(module) and beside_experts):
-        return False, True, "MoE router"
-    if any(_HEAD.search(part) for part in path):
-        return False, True, "output head"
+        return False, False, BIAS if _BIAS.search(leaf) else VECTOR
+    if is_embedding(use.owner):
+        return False, True, EMBEDDING
+    if is_norm(use.owner):
+        return False, False, NORM
+    why_not = _left(parameter, use, layout)
+    if why_not is not None:
+        return False, True, why_not
     if isinstance(use.owner, nn.MultiheadAttention):
-        return True, True, "attention matrix"
-    if any(_EXPERT.search(part) for part in path):  # fused experts are bare parameters, not the weight of a Linear
-        return True, True, "expert matrix"
-    if linear and any(_ATTENTION.search(part) for part in path):
-        return True, True, "attention matrix"
-    if linear and any(_MLP.search(part) for part in path):
-        return True, True, "MLP matrix"
-    if linear and _HEAD_BY_ITS_OWN_NAME.search(module):
-        return False, True, "output head"
-    return False, True, f"{kinds[0]}, not an attention or MLP matrix"
+        return True, True, ATTENTION
+    if ".".join(use.path) in layout.experts or _any(_EXPERT, use.path):  # fused experts are bare parameters
+        return True, True, EXPERT
+    if not is_linear(use.owner):
+        return False, True, f"{type(use.owner).__name__}, {NO_LINEAR}"
+    if _any(_ATTENTION, use.path):
+        return True, True, ATTENTION
+    if _any(_MLP, use.path):
+        return True, True, MLP
+    if layout.depth_of_block(use.path):
+        beside = _prevails(_depths(_BESIDE, use.path), use.path, layout)
+        return (False, True, BESIDE) if beside else (True, True, BLOCK)
+    return False, True, HEAD if _HEAD_BY_ITS_OWN_NAME.search(use.path[-1] if use.path else "") else OUTSIDE
+
+
+def _left(parameter: nn.Parameter, use: _Use, layout: Layout) -> str | None:
+    """Why a matrix is left to AdamW wherever it stands and whatever it is called; None if it is not for that."""
+    path = use.path
+    if is_convolution(use.owner):
+        return CONVOLUTION
+    if _any(_LOW_RANK, path):
+        return LOW_RANK
+    gate = bool(path) and _GATE.search(path[-1]) and any(_EXPERT.search(sibling) for sibling in use.siblings)
+    if gate or _any(_ROUTER, (*path, type(use.owner).__name__)) or ".".join(path) in layout.routers:
+        return ROUTER
+    heads = [depth for depth in range(1, len(path) + 1) if _is_head(path[:depth], layout)]
+    if heads and _prevails([*heads, *_depths(_BESIDE, path)], path, layout):
+        return HEAD
+    return ONE_OUTPUT if is_linear(use.owner) and parameter.shape[0] == 1 else None
+
+
+def _is_head(path: tuple[str, ...], layout: Layout) -> bool:
+    """Whether a module says by its name, or that of its class, that it is an output head and not attention's."""
+    if len(path) > 1 and _HAS_HEADS.search(path[-2]) and layout.depth_of_block(path[:-1]):
+        return False
+    kind = type(layout.modules[".".join(path)]).__name__
+    return bool(_HEAD.search(path[-1]) or (_HEAD_CLASS.search(kind) and not _ATTENTION.search(kind)))
+
+
+def _any(pattern: re.Pattern[str], parts: Iterable[str]) -> bool:
+    return any(pattern.search(part) for part in parts)
+
+
+def _depths(pattern: re.Pattern[str], path: Sequence[str]) -> list[int]:
+    """How many parts of a path lead to each that the pattern finds."""
+    return [depth for depth, part in enumerate(path, 1) if pattern.search(part)]
+
+
+def _prevails(named: list[int], path: tuple[str, ...], layout: Layout) -> bool:
+    """Whether a name in the path says more than a block: within a head only blocks with norms are hidden layers."""
+    return bool(named) and max(named) >= layout.depth_of_block(path, with_norm=True) - 1
 
 
 def _is_matrix(parameter: nn.Parameter, name: str) -> bool:
     return parameter.ndim >= 2 and not _BIAS.search(name.rpartition(".")[2])
 
 
-def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
+def _uses(model: nn.Module) -> tuple[dict[nn.Parameter, list[_Use]], Layout]:
     """Map each parameter, in the model's order, to every place that registers it, named without wrappers."""
     while (inner := _wrapped(model)) is not None:
         model = inner
     modules = [(clean_name(name), module) for name, module in model.named_modules(remove_duplicate=False)]
+    layout = Layout(modules)
     children: dict[str, set[str]] = defaultdict(set)
-    for name, _ in modules:
+    for name in layout.modules:
         parent, _, child = name.rpartition(".")
         children[parent].add(child)
+    siblings_in = {parent: frozenset(names) for parent, names in children.items()}
     uses: dict[nn.Parameter, list[_Use]] = defaultdict(list)
     for name, module in modules:
-        siblings = frozenset(children[name.rpartition(".")[0]])
+        owner = owner_of(name)
+        siblings = siblings_in[owner.rpartition(".")[0]]
+        path = tuple(owner.split(".")) if owner else ()
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            uses[parameter].append(_Use(f"{name}.{leaf}" if name else leaf, module, siblings))
-    return dict(uses)
+            full = f"{name}.{leaf}" if name else leaf
+            uses[parameter].append(_Use(full, path, layout.modules[owner], siblings))
+    return dict(uses), layout
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
