@@ -170,7 +170,7 @@ def decide(
         raise ValueError(f"level must be an integer of at least 0, got {level!r}")
     if any(_is_fsdp1(module) for module in model.modules()):
         raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
-    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters() if p.requires_grad)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     uses, layout = _uses(model)
     _check_matches("include", included, uses)
