@@ -1,8 +1,8 @@
-"""Operators ``gwt_kernels::haar_dwt`` and ``haar_idwt``: Triton's transform as PyTorch's program transforms know it.
+"""Operators ``gwt_kernels::haar_dwt`` and ``haar_idwt``: the transform as PyTorch's program transforms know it.
 
-They run the kernels on the tensors that these can take, and PyTorch's statement on all others, so that a program that
-was exported on one machine runs on another. The transform is linear, and the matrix of the inverse is its transpose
-but for the columns past the width, so derivatives of each, forward and backward, are calls of the two operators.
+They run the Triton kernels on the tensors that these can take, and the statement in PyTorch's operators on all others,
+so that a program that was exported on one machine runs on another. The transform is linear, and its transpose is the
+inverse, so derivatives of each, forward and backward, are calls of the two operators.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gwt_kernels.torch_backend import haar as statement
 
 __all__ = ["haar_dwt", "haar_idwt"]
 
-_LIBRARY = torch.library.Library("gwt_kernels", "DEF")
-_LIBRARY.define("haar_dwt(Tensor x, int level) -> Tensor[]")
-_LIBRARY.define("haar_idwt(Tensor[] coeffs, SymInt length) -> Tensor")
+_LIBRARY = torch.library.Library("gwt_kernels", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("haar_dwt(Tensor x, int level) -> Tensor[]")  # type: ignore[no-untyped-call]
+_LIBRARY.define("haar_idwt(Tensor[] coeffs, SymInt length) -> Tensor")  # type: ignore[no-untyped-call]
 
 haar_dwt = torch.ops.gwt_kernels.haar_dwt.default
 haar_idwt = torch.ops.gwt_kernels.haar_idwt.default
@@ -59,7 +59,7 @@ def _fake_idwt(coeffs: Sequence[Tensor], length: int) -> Tensor:
 
 
 def _check_dwt(x: Tensor, level: int) -> None:
-    """Raise where there is no transform; unlike in public, deeper than the width is allowed, as for the inverse."""
+    """Raise where there is no transform; levels too deep for the width are the gradient of an inverse that deep."""
     check_tensor("x", x)
     if level < 0:
         raise ValueError(f"level must not be negative, got {level}")
@@ -73,9 +73,10 @@ class _DWT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
-        ctx.length, ctx.level = x.shape[-1], level
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(haar_dwt(x, level))
+            coeffs = tuple(haar_dwt(x, level))
+        ctx.length, ctx.level = x.shape[-1], level
+        return coeffs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -105,7 +106,7 @@ class _IDWT(torch.autograd.Function):
 
 
 def _differentiable_dwt(x: Tensor, level: int) -> list[Tensor]:
-    if torch._C._are_functorch_transforms_active():  # one of torch.func's derivatives, which no Function can take here
+    if torch._C._are_functorch_transforms_active():  # a derivative of torch.func, where no Function can be applied
         return statement.haar_dwt(x, level)
     return list(_DWT.apply(x, level))  # type: ignore[no-untyped-call]
 
@@ -138,9 +139,12 @@ def _register() -> None:
         (haar_dwt, _dwt, _fake_dwt, _differentiable_dwt, _batched_dwt, statement.haar_dwt),
         (haar_idwt, _idwt, _fake_idwt, _differentiable_idwt, _batched_idwt, statement.haar_idwt),
     ):
-        _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
-        _LIBRARY.impl(operator, differentiable, "Autograd")
-        _LIBRARY.impl(operator, stated, "Batched")  # torch.autograd.grad(is_grads_batched=True)
+        for key, function in (
+            ("CompositeExplicitAutograd", compute),
+            ("Autograd", differentiable),
+            ("Batched", stated),  # what torch.autograd.grad(is_grads_batched=True) calls with
+        ):
+            _LIBRARY.impl(operator, function, key)  # type: ignore[no-untyped-call]
         torch.library.register_fake(operator, fake, lib=_LIBRARY)
         torch.library.register_vmap(operator, batched, lib=_LIBRARY)
 

@@ -66,7 +66,10 @@ class Stated(Transform):
 def with_tangents(function: Callable[..., object], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]):
     """Values and tangents by dual numbers, where each second input has no tangent."""
     with forward_ad.dual_level():
-        duals = [x if i % 2 else forward_ad.make_dual(x, t) for i, (x, t) in enumerate(zip(primals, tangents))]
+        duals = [
+            x if i % 2 else forward_ad.make_dual(x, t)
+            for i, (x, t) in enumerate(zip(primals, tangents, strict=True))
+        ]
         got = function(*duals)
         return [tuple(forward_ad.unpack_dual(y)) for y in (got if isinstance(got, tuple) else (got,))]
 
@@ -84,9 +87,7 @@ def batched_gradients(function: Callable[..., object], inputs: tuple[Tensor, ...
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     got = function(*inputs)
     cotangents = torch.stack((cotangent, cotangent.cos()))
-    return torch.autograd.grad(
-        got[0] if isinstance(got, tuple) else got, inputs, cotangents, is_grads_batched=True
-    )
+    return torch.autograd.grad(got[0] if isinstance(got, tuple) else got, inputs, cotangents, is_grads_batched=True)
 
 
 def every(t: Transform) -> tuple[int, ...]:
@@ -94,18 +95,23 @@ def every(t: Transform) -> tuple[int, ...]:
 
 
 def shared_band(t: Transform):
-    """The inverse over batches of the details, in other dimensions, and with an approximation that is not batched."""
+    """The inverse over batches of the details, in several dimensions, with an approximation that is not batched."""
     first, *others = t.coeffs
     dims = tuple(i % 2 for i in range(len(others)))
-    moved = [c.movedim(0, dim) for c, dim in zip(others, dims)]
+    moved = [c.movedim(0, dim) for c, dim in zip(others, dims, strict=True)]
     return vmap(t.idwt, in_dims=(None, *dims))(first[0], *moved) if others else t.idwt(first)
 
 
 def functional(t: Transform, **options):
     kinds = ({}, {"strategy": "forward-mode"}) if options.get("vectorize") else ({},)
-    results = [torch.autograd.functional.jacobian(t.dwt, t.x, **options, **kind) for kind in kinds]
-    results += [torch.autograd.functional.jacobian(t.idwt, t.coeffs, **options, **kind) for kind in kinds]
-    return [*results, torch.autograd.functional.hessian(t.dwt_loss, t.x, **options)]
+    x, coeffs = t.x[0, :2], tuple(c[0, :2] for c in t.coeffs)
+    results = [torch.autograd.functional.jacobian(t.dwt, x, **options, **kind) for kind in kinds]
+    results += [torch.autograd.functional.jacobian(t.idwt, coeffs, **options, **kind) for kind in kinds]
+    return [*results, torch.autograd.functional.hessian(t.dwt_loss, x, **options)]
+
+
+def traced(function: Callable[..., object], mode: str, *examples: Tensor) -> Callable[..., object]:
+    return make_fx(lambda *args: function(*args), tracing_mode=mode)(*examples)
 
 
 COMPOSITIONS: dict[str, Callable[[Transform], object]] = {
@@ -136,9 +142,9 @@ COMPOSITIONS: dict[str, Callable[[Transform], object]] = {
     "vmap of jvp": lambda t: vmap(lambda x, dx: jvp(t.dwt, (x,), (dx,)))(t.x, t.dx),
     "jvp of vmap": lambda t: (jvp(vmap(t.dwt), (t.x,), (t.dx,)), jvp(vmap(t.idwt), t.coeffs, t.dcoeffs)),
     "jvp of grad": lambda t: (jvp(grad(t.dwt_loss), (t.x,), (t.dx,)), jvp(grad(t.idwt_loss), t.coeffs, t.dcoeffs)),
-    "grad of jvp": lambda t: grad(
-        lambda x: sum(c.pow(3).sum() for c in jvp(t.dwt, (x.sin(),), (x.cos(),))[1])
-    )(t.x),
+    "grad of jvp": lambda t: grad(lambda x: sum(c.pow(3).sum() for c in jvp(t.dwt, (x.sin(),), (x.cos(),))[1]))(
+        t.x
+    ),
     "jacrev of jacrev": lambda t: jacrev(jacrev(t.dwt_loss))(t.x[0]),
     "jacrev of jacfwd": lambda t: jacrev(jacfwd(t.idwt_loss))(*(c[0] for c in t.coeffs)),
     "double backward": lambda t: (derivatives(t.dwt, (t.x,)), derivatives(t.idwt, t.coeffs)),
@@ -151,10 +157,9 @@ COMPOSITIONS: dict[str, Callable[[Transform], object]] = {
     "autograd.functional, vectorized": lambda t: functional(t, vectorize=True),
     "functionalize": lambda t: (functionalize(t.dwt)(t.x), functionalize(t.idwt)(*t.coeffs)),
     "make_fx": lambda t: [
-        (make_fx(t.dwt, tracing_mode=mode)(t.x)(t.dx), make_fx(t.idwt, tracing_mode=mode)(*t.coeffs)(*t.dcoeffs))
-        for mode in MODES
+        (traced(t.dwt, mode, t.x)(t.dx), traced(t.idwt, mode, *t.coeffs)(*t.dcoeffs)) for mode in MODES
     ],
-    "make_fx of grad": lambda t: [make_fx(grad(t.dwt_loss), tracing_mode=mode)(t.x)(t.dx) for mode in MODES],
+    "make_fx of grad": lambda t: [traced(grad(t.dwt_loss), mode, t.x)(t.dx) for mode in MODES],
 }
 
 
@@ -242,7 +247,7 @@ def test_one_graph_serves_odd_and_even_widths(backend, device, fresh_compiler):
 @backends
 def test_what_is_refused_is_refused_in_compiled_code(backend, device, fresh_compiler):
     for call in (lambda x: haar_dwt(x, 9, backend=backend), lambda x: haar_idwt([x, x], 5, backend=backend)):
-        with pytest.raises(ValueError, match="too deep|do not belong"):
+        with pytest.raises(ValueError, match=r"too deep|do not belong"):
             torch.compile(call, backend="eager")(torch.zeros(8, device=device))
     with pytest.raises(RuntimeError, match="would lose precision"):
         torch.compile(lambda x: haar_dwt(x, 1, backend="triton"), backend="eager")(random((8,), torch.float64))
@@ -275,8 +280,9 @@ def test_exports_for_every_width(backend, level, strict, device, fresh_compiler)
         x = random((3, width), dtype, device, seed=width)
         for got, expected in zip(exported(x), ThereAndBack("torch", level)(x), strict=True):
             torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
-    with pytest.raises((RuntimeError, AssertionError)):
-        exported(random((3, 2 ** max(level - 1, 0)), dtype, device))
+    if level:
+        with pytest.raises((RuntimeError, AssertionError)):
+            exported(random((3, 2 ** (level - 1)), dtype, device))
 
 
 # Without data -------------------------------------------------------------------------------------------
@@ -300,7 +306,10 @@ def test_meta_and_fake_tensors_have_the_shapes_of_real_ones(backend, width, leve
 
 
 def test_meta_tensors_are_refused_where_real_ones_are():
-    for x, level, message in ((torch.empty(8, dtype=torch.float64), 1, "precision"), (torch.empty(2048), 11, "above")):
+    for x, level, message in (
+        (torch.empty(8, dtype=torch.float64), 1, "precision"),
+        (torch.empty(2048), 11, "above"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             haar_dwt(x.to("meta"), level, backend="triton")
 
