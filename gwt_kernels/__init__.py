@@ -1,5 +1,6 @@
 """Adam with moments on the wavelet approximation of each gradient (GWT), fused into one pass per step."""
 
+from gwt_kernels import haar_operators as _haar_operators  # noqa: F401 - registers them
 from gwt_kernels.haar import haar_dwt, haar_idwt
 from gwt_kernels.migration import migrate
 from gwt_kernels.optimizer import GWTAdamW

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ def haar_dwt(x: Tensor, level: int, *, backend: backends.Backend | None = None) 
     The coefficients equal ``pywt.wavedec(x, "haar", mode="zero", level=level, axis=-1)``: an odd
     length is padded with one zero on the right at each level. With ``a = x`` at level 0,
     ``a_next[k] = (a[2k] + a[2k+1]) / sqrt(2)`` and ``d[k] = (a[2k] - a[2k+1]) / sqrt(2)``
-    (arXiv 2501.07237, section 3). Differentiable: the transform is linear and its transpose is the inverse.
+    (arXiv 2501.07237, section 3). Differentiable, forward and backward any number of times, since the transform is
+    linear and its transpose is the inverse. Composes with ``torch.func``, ``torch.compile`` and ``torch.export``.
 
     Args:
         x: Floating-point tensor ``[..., N]`` of any strides. Arithmetic is float32 (float64 for float64).
@@ -36,14 +36,13 @@ def haar_dwt(x: Tensor, level: int, *, backend: backends.Backend | None = None) 
         ValueError: x has no dimension, the level does not fit the width, or the backend is unknown.
         RuntimeError: the backend asked for cannot run on x.
     """
-    _check_tensor("x", x)
+    check_tensor("x", x)
     check_level(level, x.shape[-1], "x")
-    run_on = backends.resolve(backend, x.device, x.dtype, level)
-    if run_on == "torch":
+    if _resolve(backend, x.device, x.dtype, level) == "torch":
         from gwt_kernels.torch_backend import haar as implementation
 
         return implementation.haar_dwt(x, level)
-    return list(_TritonDWT.apply(x, level))  # type: ignore[no-untyped-call]
+    return torch.ops.gwt_kernels.haar_dwt.default(x, level)  # type: ignore[no-any-return]
 
 
 def haar_idwt(
@@ -65,48 +64,29 @@ def haar_idwt(
     Raises:
         TypeError: a coefficient is not a real floating-point tensor, they differ in dtype or device, or length
                 is not an integer.
-        ValueError: there are no coefficients, or their widths do not follow from one length.
+        ValueError: there are no coefficients, their widths do not follow from one length, or it is negative.
         RuntimeError: the backend asked for cannot run on the coefficients.
     """
     coeffs = list(coeffs)
-    length = _check_coefficients(coeffs, length)
-    level = len(coeffs) - 1
-    run_on = backends.resolve(backend, coeffs[0].device, coeffs[0].dtype, level)
-    if run_on == "torch":
+    length = check_coefficients(coeffs, length)
+    if _resolve(backend, coeffs[0].device, coeffs[0].dtype, len(coeffs) - 1) == "torch":
         from gwt_kernels.torch_backend import haar as implementation
 
         return implementation.haar_idwt(coeffs, length)
-    return _TritonIDWT.apply(length, *coeffs)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.gwt_kernels.haar_idwt.default(coeffs, length)  # type: ignore[no-any-return]
 
 
-class _TritonDWT(torch.autograd.Function):
-    """The forward kernel; its gradient is the inverse, since the transform is orthonormal."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
-        from gwt_kernels.triton_backend import haar_launch as implementation
-
-        ctx.length = x.shape[-1]
-        return tuple(implementation.haar_dwt(x, level))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _TritonIDWT.apply(ctx.length, *grads), None  # type: ignore[no-untyped-call]
+def _resolve(
+    backend: backends.Backend | None, device: torch.device, dtype: torch.dtype, level: int
+) -> backends.Backend:
+    """The backend as :func:`gwt_kernels.backends.resolve` has it; meta tensors need no device that runs kernels."""
+    if device.type == "meta" and backend == "triton":
+        device = torch.device("cpu" if backends.interpreted() else "cuda")
+    return backends.resolve(backend, device, dtype, level)
 
 
-class _TritonIDWT(torch.autograd.Function):
-    """The inverse kernel; its gradient is the forward transform."""
-
-    @staticmethod
-    def forward(ctx: Any, length: int, *coeffs: Tensor) -> Tensor:
-        from gwt_kernels.triton_backend import haar_launch as implementation
-
-        ctx.level = len(coeffs) - 1
-        return implementation.haar_idwt(list(coeffs), length)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_TritonDWT.apply(grads[0], ctx.level)  # type: ignore[no-untyped-call]
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def deepest_level(width: int) -> int:
@@ -120,41 +100,53 @@ def check_level(level: int, width: int, what: str) -> None:
         raise TypeError(f"level must be an integer, got {level!r} for {what}")
     if level < 0:
         raise ValueError(f"level must not be negative, got {level} for {what}")
-    deepest = deepest_level(width)
-    if level > deepest:
+    if level and width <= 2 ** (min(level, 64) - 1):  # in a form that a graph for every width can hold as a guard
+        deepest = deepest_level(int(width))
         raise ValueError(
             f"level {level} is too deep for {what}, whose last dimension is {width}: 2**level must be below "
             f"twice the width, so use level {deepest} or less"
         )
 
 
-def _check_tensor(name: str, x: Tensor) -> None:
+def band_widths(length: int, level: int) -> list[int]:
+    """The widths of ``[A, D_L, ..., D_1]`` of a row of ``length`` elements: ``ceil(length / 2**l)``."""
+    widths = [length]
+    for _ in range(level):
+        widths.append((widths[-1] + 1) // 2)
+    return [widths[-1], *widths[:0:-1]]
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a tensor that can be transformed by some level."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a real floating-point tensor, got {getattr(x, 'dtype', type(x))}")
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar: give it one with reshape(1)")
 
 
-def _check_coefficients(coeffs: list[Tensor], length: int | None) -> int:
-    """Return the width that the coefficients stand for, or raise."""
+def check_coefficients(coeffs: Sequence[Tensor], length: int | None) -> int:
+    """Return the width that the coefficients of :func:`haar_idwt` stand for, or raise."""
     if not coeffs:
         raise ValueError("coeffs must hold at least the approximation, got an empty sequence")
+    first = coeffs[0]
     for i, c in enumerate(coeffs):
-        _check_tensor(f"coeffs[{i}]", c)
-        if c.dtype != coeffs[0].dtype or c.device != coeffs[0].device:
+        check_tensor(f"coeffs[{i}]", c)
+        if c.dtype != first.dtype or c.device != first.device:
             raise TypeError(
-                f"coeffs[{i}] is {c.dtype} on {c.device}, but coeffs[0] is {coeffs[0].dtype} on "
-                f"{coeffs[0].device}: convert them to one dtype and device"
+                f"coeffs[{i}] is {c.dtype} on {c.device}, but coeffs[0] is {first.dtype} on {first.device}: "
+                f"convert them to one dtype and device"
             )
-        if c.shape[:-1] != coeffs[0].shape[:-1]:
-            raise ValueError(f"coeffs[{i}] has shape {tuple(c.shape)}, but coeffs[0] {tuple(coeffs[0].shape)}")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        if c.shape[:-1] != first.shape[:-1]:
+            raise ValueError(f"coeffs[{i}] has shape {tuple(c.shape)}, but coeffs[0] {tuple(first.shape)}")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, torch.SymInt))):
         raise TypeError(f"length must be an integer or None, got {length!r}")
+    if length is not None and length < 0:
+        raise ValueError(f"length must not be negative, got {length}")
+    level = len(coeffs) - 1
     widths = [c.shape[-1] for c in coeffs]
     if length is None:
-        length = widths[-1] if len(coeffs) == 1 else 2 * widths[-1]
-    level = len(coeffs) - 1
-    expected = [-(-length // 2**i) for i in (level, *range(level, 0, -1))]
+        length = 2 * widths[-1] if level else widths[-1]
+    expected = band_widths(length, level)
     if widths != expected:
         raise ValueError(
             f"coefficients of widths {widths} do not belong to length {length}, which has {expected}: "

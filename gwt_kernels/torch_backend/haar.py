@@ -20,9 +20,10 @@ def haar_dwt(x: Tensor, level: int) -> list[Tensor]:
     approximation = x.contiguous().to(compute_dtype(x.dtype))
     details = []
     for _ in range(level):
-        if approximation.shape[-1] % 2:
-            approximation = F.pad(approximation, (0, 1))
-        even, odd = approximation[..., 0::2], approximation[..., 1::2]
+        padded = approximation
+        if not _is_certain(approximation.shape[-1] % 2 == 0):
+            padded = F.pad(approximation, (0, 1))  # a zero that no slice below takes if the width is even
+        even, odd = approximation[..., 0::2], padded[..., 1::2]
         details.append(((even - odd) * SQRT_HALF).to(x.dtype))
         approximation = (even + odd) * SQRT_HALF
     return [approximation.to(x.dtype), *reversed(details)]
@@ -33,14 +34,36 @@ def haar_idwt(coeffs: list[Tensor], length: int) -> Tensor:
     if len(coeffs) == 1:
         return coeffs[0].clone(memory_format=torch.contiguous_format)
     dtype = coeffs[0].dtype
-    x = coeffs[0].to(compute_dtype(dtype))
-    for detail in coeffs[1:]:
-        d = detail.to(x.dtype)
-        a = x[..., : d.shape[-1]]
-        x = torch.stack(((a + d) * SQRT_HALF, (a - d) * SQRT_HALF), dim=-1).flatten(-2)
-    return x[..., :length].to(dtype).contiguous()
+    a = coeffs[0].to(compute_dtype(dtype))
+    widths = [*(c.shape[-1] for c in coeffs[2:]), length]
+    for detail, width in zip(coeffs[1:], widths, strict=True):
+        d = detail.to(a.dtype)
+        a = _alternate((a + d) * SQRT_HALF, (a - d) * SQRT_HALF, width)
+    return a.to(dtype).contiguous()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic for tensors of ``dtype``: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _alternate(even: Tensor, odd: Tensor, width: int) -> Tensor:
+    """``[even[0], odd[0], even[1], ...]``, cut to ``width`` columns.
+
+    A graph for every width gathers them: a view's strides depend on whether all columns are left.
+    """
+    pairs = even.shape[-1]
+    if _is_certain(width <= 2 * pairs):
+        both = torch.stack((even, odd), dim=-1)
+        return both.reshape(*even.shape[:-1], 2 * pairs).narrow(-1, 0, width)  # flatten() cannot be batched
+    column = torch.arange(width, dtype=torch.int64, device=even.device)
+    return torch.cat((even, odd), dim=-1).index_select(-1, column // 2 + column % 2 * pairs)
+
+
+def _is_certain(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds, for all the sizes that a graph which is being traced is for."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
