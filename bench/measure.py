@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
+from gwt_kernels import backends
+
 _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
 
 
@@ -192,10 +194,18 @@ def facts(device: torch.device, module: str, arguments: Iterable[str], commit: s
         "device": device_name(device),
         "driver": _driver(device),
         "threads": torch.get_num_threads(),
+        "backend": own_backend(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
     }
+
+
+def own_backend(device: torch.device) -> str:
+    """Return the backend that `GWTAdamW` takes on a device where none is asked for."""
+    if device.type == "cpu" and backends.is_compiled(None, device):
+        return "compiled"
+    return backends.resolve(None, device, torch.float32, level=2)
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,12 @@ CPU = {
     "torch": "2.13.0+cpu",
     "triton": "3.7.1",
 }
-GPU = CPU | {"device": "NVIDIA H100 80GB HBM3", "driver": "570.1", "date": "2026-02-03T04:05:06+00:00"}
+GPU = CPU | {
+    "backend": "triton",
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "570.1",
+    "date": "2026-02-03T04:05:06+00:00",
+}
 
 
 def measured(metric: str, unit: str, median: float | None, samples: int = 1, note: str = "") -> Row:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.memory import level_table, memory_table
 from bench.report import performance, quality
-from bench.report.markdown import figure, model_name, optimizer_name, slug, table
+from bench.report.markdown import figure, model_name, optimizer_name, setting, slug, table
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
 
@@ -63,7 +63,7 @@ def _performance(runs: Sequence[Run], root: str) -> str:
     if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
     run, model, found = shown
-    parts = [f"Newest run on {run.device}, {model_name(model)}" + _parts_of(run) + ":"]
+    parts = [f"Newest run on {run.device}, {model_name(model)}" + _parts_of(run) + f", {setting(run)}:"]
     parts.append(performance.steps_table(performance._plain(found)))
     parts.append(figure(f"Time of a step by optimizer on {run.device}", f"steps_{slug(run.device)}", root))
     if not run.cuda:
@@ -107,11 +107,11 @@ def _precision(runs: Sequence[Run], root: str) -> str:
     rows = []
     for comparison in sorted(shown, key=lambda c: c.preset):
         weights = comparison.preset.partition(", ")[2] or "float32"
-        for setting, losses in quality.final_losses(comparison).items():
-            if losses and re.match(r"adamw|gwt2|foam2", setting.optimizer):
-                state = comparison.others.get((setting, "state_bytes"))
+        for chosen, losses in quality.final_losses(comparison).items():
+            if losses and re.match(r"adamw|gwt2|foam2", chosen.optimizer):
+                state = comparison.others.get((chosen, "state_bytes"))
                 size = "-" if state is None else f"{state['median']:,.0f}"
-                name = optimizer_name(setting.optimizer)
+                name = optimizer_name(chosen.optimizer)
                 rows.append([weights, name, quality.with_spread(losses), str(len(losses)), size])
     if not rows:
         return quality.NOTHING

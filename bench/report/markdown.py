@@ -103,6 +103,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def setting(run: Run) -> str:
+    """Say in half a line what ran: backend, threads, date and commit, to stand beside a table."""
+    row = run.rows[-1]
+    words = [f"`{row['backend']}` backend"] if row.get("backend") else []
+    if row.get("threads") and not run.cuda:
+        words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
+    if run.date:
+        words.append(run.date[:10])
+    return ", ".join([*words, *_commit(row)])
+
+
+def _commit(row: Row) -> list[str]:
+    if not row.get("commit"):
+        return []
+    commit, _, dirty = row["commit"].partition("-")
+    return [f"commit {commit[:12]}" + (" and uncommitted changes" if dirty else "")]
+
+
 def origin(run: Run) -> str:
     """Say in one line where a run's numbers come from."""
     row = run.rows[-1]
@@ -114,9 +132,7 @@ def origin(run: Run) -> str:
     if run.cuda:
         words.append(f"driver {row['driver']}")
     words += [f"{key} {row[key]}" for key in ("torch", "triton") if row.get(key) not in (None, "none")]
-    if row.get("commit"):
-        commit, _, dirty = row["commit"].partition("-")
-        words.append(f"commit {commit[:12]}" + (" and uncommitted changes" if dirty else ""))
+    words += _commit(row)
     if run.date:
         words.append(run.date[:16].replace("T", " ") + " UTC")
     return f"{', '.join(words)} (`bench/results/{run.file}`)"

@@ -16,6 +16,7 @@ from bench.report.markdown import (
     number,
     origin,
     percent,
+    setting,
     slug,
     spread,
     table,
@@ -190,7 +191,7 @@ def _newest_open(runs: Sequence[Run], write: Callable[[Run], str], parts: list[s
 def _optimizer_run(run: Run) -> str:
     parts = []
     for model, found in steps_by_model(run).items():
-        parts += [f"**{model_name(model)}**", steps_table(found)]
+        parts += [f"**{model_name(model)}**, {setting(run)}:", steps_table(found)]
     parts += _about_machine(run)
     return "\n\n".join([*parts, *aims(run), origin(run)])
 
@@ -347,7 +348,7 @@ def _kernel_run(run: Run) -> str:
         rows = [[*head, *(texts.get(level, "-") for level in levels)] for head, texts in lines.items()]
         parts.append(details(f"{kernel} ({len(rows)} rows)", table(headings, rows, left=len(keys))))
     if parts:
-        parts.insert(0, "Share of the copy bandwidth, and microseconds:")
+        parts.insert(0, f"Share of the copy bandwidth, and microseconds, {setting(run)}:")
     if untimed:
         reasons: dict[str, int] = {}
         for case in untimed:
@@ -376,7 +377,7 @@ def _host_run(run: Run) -> str:
         if row.get("metric") == "host_time"
     ]
     times = table(["scenario", "tensors", "µs per step", "the least"], lines)
-    return "\n\n".join([times, *_host_profiles(run), origin(run)])
+    return "\n\n".join([f"{setting(run)}:", times, *_host_profiles(run), origin(run)])
 
 
 def _host_profiles(run: Run) -> list[str]:
