@@ -1,8 +1,8 @@
 """Operators ``gwt_kernels::haar_dwt`` and ``haar_idwt``: the transform as PyTorch's program transforms know it.
 
-They run the Triton kernels on the tensors that these can take, and the statement in PyTorch's operators on all others,
-so that a program that was exported on one machine runs on another. The transform is linear, and its transpose is the
-inverse, so derivatives of each, forward and backward, are calls of the two operators.
+They run the Triton kernels on the tensors that these can take, and the statement in PyTorch's operators on others,
+so that a program exported on one machine runs on another. The transform is linear, and its transpose the inverse,
+so derivatives of each are calls of the two operators; under torch.func's derivatives, of the statement.
 """
 
 from __future__ import annotations
