@@ -19,7 +19,7 @@ from gwt_kernels.torch_backend import haar as statement
 from tests.test_haar import BACKENDS, COMBINATIONS, random
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-sizes = pytest.mark.parametrize(("width", "level"), [(8, 0), (8, 3), (11, 2), (7, 1), (13, 4), (1, 0)])
+sizes = pytest.mark.parametrize(("width", "level"), [(8, 0), (8, 3), (11, 2), (1, 0)])
 MODES = ("real", "fake", "symbolic")
 
 
