@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gwt_kernels import backends
+from gwt_kernels.control import Asked
 from gwt_kernels.haar import check_level
 from gwt_kernels.hyper import literal_alone
 from gwt_kernels.options import rounding_of
@@ -34,6 +35,8 @@ __all__ = [
     "check_param",
     "check_replaced",
     "check_rounding_of",
+    "check_traceable",
+    "is_captured",
     "name_of",
 ]
 
@@ -175,3 +178,27 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         )
     if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
         raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
+
+
+def check_traceable(asked: Asked) -> None:
+    """Raise if a graph is being made of a step that may have to be skipped."""
+    if backends.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
+        raise RuntimeError(
+            f"GWTAdamW.step() is being traced by {backends.tracer()}, and a graph cannot skip a step: take "
+            f"skip_nonfinite=True or the GradScaler away while tracing"
+        )
+
+
+def is_captured(capturable: bool) -> bool:
+    """Whether a CUDA graph captures the step.
+
+    Raises:
+        RuntimeError: it does, and the optimizer was not built for that.
+    """
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    if capturing and not capturable:
+        raise RuntimeError(
+            "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
+            "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
+        )
+    return capturing

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,7 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends, whole_step
 from gwt_kernels import telemetry as telemetry_rows
-from gwt_kernels.added import name_by_place, split_by_level
+from gwt_kernels.added import divided, warn_of_level_0
 from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, survey_for
 from gwt_kernels.checks import (
     check_before_step,
@@ -21,6 +20,8 @@ from gwt_kernels.checks import (
     check_observable,
     check_param,
     check_replaced,
+    check_traceable,
+    is_captured,
     name_of,
 )
 from gwt_kernels.control import Asked
@@ -199,33 +200,24 @@ class GWTAdamW(Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
         """
-        rest, count, given = None, len(self.param_groups), param_group
+        count = len(self.param_groups)
+        group: dict[str, Any] | None = param_group
+        rest: dict[str, Any] | None = None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
-            params = param_group.get("params")
-            if isinstance(params, Tensor) or (isinstance(params, Iterable) and not isinstance(params, set | str)):
-                given["params"] = [params] if isinstance(params, Tensor) else list(params)
-                param_group = dict(given)
-                name_by_place(param_group, self.param_groups)
-                rest = split_by_level(param_group, self.defaults["level"])
+            group, rest = divided(param_group, self.param_groups, self.defaults["level"])
         try:
-            self._add_group(param_group)
-            if rest is not None and rest is not param_group:
-                self._add_group(rest)
+            for each in (group, rest):
+                if each is not None:
+                    self._add_group(each)
         except BaseException:
             del self.param_groups[count:]
             self._forget_buckets()
             raise
-        if param_group is not given:  # which the base class would have completed and kept
-            given.update(param_group)
-            self.param_groups[count] = given
-        if rest is not None and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"{len(rest['params'])} of the parameters added to GWTAdamW without a level are one-dimensional, "
-                f"embeddings, or too narrow for its level {self.defaults['level']}, and get level 0 (AdamW): say "
-                f"'level' in the group, or use gwt_param_groups",
-                stacklevel=2,
-            )
+        if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
+            param_group.update(self.param_groups[count])
+            self.param_groups[count] = param_group
+        if not self._has_warned:
+            self._has_warned = warn_of_level_0(rest, self.defaults["level"])
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else
@@ -288,12 +280,7 @@ class GWTAdamW(Optimizer):
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
             )
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-        if capturing and not self.capturable:
-            raise RuntimeError(
-                "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
-                "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
-            )
+        capturing = is_captured(self.capturable)
         self._check_options()
         symbolic = backends.is_symbolic()
         if symbolic:  # nothing that stands for numbers here may be found by a later step
@@ -426,11 +413,7 @@ class GWTAdamW(Optimizer):
         asked, self._grad_norm = self._asked, None
         if not (asked.anything and (grads or self._totals)):
             return None
-        if backends.is_graph() and (self.skip_nonfinite or asked.found_inf is not None):
-            raise RuntimeError(
-                f"GWTAdamW.step() is being traced by {backends.tracer()}, and a graph cannot skip a step: take "
-                f"skip_nonfinite=True or the GradScaler away while tracing"
-            )
+        check_traceable(asked)
         devices = [bucket.device for bucket in self._buckets] or [self.param_groups[0]["params"][0].device]
         skipped = whole_step.count_of_skipped(None if backends.is_symbolic() else self._skipped, devices)
         if not backends.is_symbolic():

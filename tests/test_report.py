@@ -117,7 +117,10 @@ def test_a_run_that_timed_nothing_is_shown_and_hides_no_other(place: Path) -> No
     assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(place, "performance.md")
     record(place, "optimizers", CPU)
     assert report(place) == 0
-    assert "LLaMA-7B, 2 threads, 2026-01-02, commit 0123456789ab:\n\n| optimizer |" in (place / "README.md").read_text()
+    assert (
+        "LLaMA-7B, 2 threads, 2026-01-02, commit 0123456789ab:\n\n| optimizer |"
+        in (place / "README.md").read_text()
+    )
 
 
 def test_settings_from_no_sweep_are_named(place: Path) -> None:
