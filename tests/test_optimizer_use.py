@@ -19,6 +19,7 @@ from tests.runs import (
     parameters,
     parameters_of,
     place,
+    refused,
     results,
     train,
 )
@@ -264,3 +265,47 @@ def test_autograd_learns_that_weights_have_changed(backend, options, layout, dev
         optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# What rounding leaves of 0 ----------------------------------------------------------------------------------
+
+
+def test_a_scheduler_may_end_a_hair_below_0():
+    (p,) = parameters([(8, 8)])
+    optimizer = GWTAdamW([p], lr=1e-3, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, total_iters=5)
+    for t in range(8):
+        before = p.detach().clone()
+        train(optimizer, [t])
+        scheduler.step()
+        assert torch.equal(p, before) == (t > 4)
+    assert -1e-19 < optimizer.param_groups[0]["lr"] < 0
+    resumed = GWTAdamW([p], lr=1e-3, weight_decay=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(resumed, [8])
+    assert float(resumed.state[p]["step"]) == 9
+
+
+@pytest.mark.parametrize("lr", [-1e-17, torch.tensor(-1e-17, dtype=torch.float64)], ids=["float", "tensor"])
+def test_every_number_a_hair_below_0_is_0(lr):
+    small, none = (GWTAdamW(parameters([(8, 8)]), lr=0.1) for _ in range(2))
+    for optimizer, hair in ((small, -1e-17), (none, 0.0)):
+        optimizer.param_groups[0].update(lr=0.1, weight_decay=hair, eps=hair, betas=(hair, 0.9))
+        train(optimizer, range(2))
+        optimizer.param_groups[0]["lr"] = lr if hair else 0.0
+        train(optimizer, [2])
+    assert_same_bits(results(small), results(none))
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "eps"])
+def test_what_is_really_negative_is_refused_in_a_step_and_a_hair_where_it_is_asked_for(option):
+    params = parameters([(8, 8)])
+    with pytest.raises(ValueError, match=rf"{option} must be finite and at least 0, got -1e-17"):
+        GWTAdamW(params, **{option: -1e-17})
+    optimizer = GWTAdamW(params, lr=0.1)
+    with pytest.raises(ValueError, match=rf"{option} must be finite and at least 0, got -1e-17"):
+        optimizer.add_param_group({"params": parameters([(8, 8)]), option: -1e-17})
+    optimizer.param_groups[0][option] = -1e-9
+    give_gradients(params, seed=0)
+    with refused(optimizer, ValueError, option, "-1e-09"):
+        optimizer.step()
