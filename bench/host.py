@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about = facts(device, "bench.host", arguments, options.commit) | {"backend": "triton"}
+    about = facts(device, "bench.host", arguments, options.commit) | {"own_backend": "triton"}
     path = records.new_path("host", about, options.out)
 
     driven = contextlib.nullcontext() if device.type == "cuda" else without_device()

@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     about = facts(device if present else torch.device("cpu"), f"bench.{BENCHMARK}", arguments, options.commit)
-    about["backend"] = options.backend or about["backend"]
+    about["own_backend"] = options.backend or about["own_backend"]
     path = records.new_path(BENCHMARK, about, options.out)
     if not present:
         note = f"no device: PyTorch finds no {device} here, so nothing was measured"

@@ -194,7 +194,7 @@ def facts(device: torch.device, module: str, arguments: Iterable[str], commit: s
         "device": device_name(device),
         "driver": _driver(device),
         "threads": torch.get_num_threads(),
-        "backend": own_backend(device),
+        "own_backend": own_backend(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -18,7 +18,7 @@ CPU = {
     "triton": "3.7.1",
 }
 GPU = CPU | {
-    "backend": "triton",
+    "own_backend": "triton",
     "device": "NVIDIA H100 80GB HBM3",
     "driver": "570.1",
     "date": "2026-02-03T04:05:06+00:00",
