@@ -33,7 +33,8 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     (path,) = out.iterdir()
     _, rows = records.read(path)
     fields = set(rows[0])
-    origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads", "own_backend"}
+    origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads"}
+    origin |= {"own_backend"}
     place = {"model", "optimizer", "peer", "weights", "level", "limiter", "clipped", "check"}
     place |= {"layers", "embeddings", "parameters"}
     assert origin | place | {"metric", "unit", "median", "p20", "p80", "samples", "note"} == fields
