@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -68,7 +69,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype, level: int = 0, wa
         return "Triton is not installed"
     if device.type == "cuda" and interpreted():
         return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a CUDA device's memory"
-    if device.type != "cuda" and not interpreted():
+    if not launches_on(device.type):
         return f"the tensors are on {device}, and Triton runs on CUDA devices (or under TRITON_INTERPRET=1)"
     return None
 
@@ -95,6 +96,21 @@ def is_compiled(backend: str | None, device: torch.device) -> bool:
     if backend is None and not torch.compiler.is_compiling():
         return compiler_obstacle(device) is None
     return backend == "compiled"
+
+
+def launches_on(device_type: str) -> bool:
+    """Whether Triton runs kernels on tensors of a type of device: CUDA's, or where its interpreter or another driver
+    that was made active runs them.
+    """
+    if interpreted():
+        return device_type == "cpu"
+    if device_type == "cuda":
+        return True
+    triton = sys.modules.get("triton")  # who made a driver active has imported it
+    try:
+        return triton is not None and device_type == triton.runtime.driver.active.get_active_torch_device().type
+    except RuntimeError:  # there is no driver
+        return False
 
 
 def interpreted() -> bool:

@@ -162,7 +162,7 @@ def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
     """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
     if not (capturable and isinstance(lr, Tensor)):
         return _number("lr", lr)
-    if lr.device.type == "cpu" and not backends.interpreted():  # where Triton is interpreted, that is its device
+    if lr.device.type == "cpu" and not backends.launches_on("cpu"):  # where Triton does, that is its device
         return _number("lr", lr)
     if lr.numel() != 1 or lr.dtype != torch.float32:
         raise TypeError(
