@@ -1,17 +1,22 @@
 """Finds races: accesses of one byte by two threads, one of them to write, that nothing orders.
 
 A barrier orders what the threads of a program do, and an instruction that all lanes of a warp reach together orders
-what these do. Nothing orders two programs. Threads that write the same are no race, since it does not show.
+what these do. Nothing orders two programs. Threads that write the same are no race, since it does not show; nor is a read
+of which nothing comes: where several threads hold a value, all of them read it, and one stores what becomes of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tests.ptx.flow import outcome
 from tests.ptx.types import S64, U8, WARP, Fault
+
+if TYPE_CHECKING:
+    from tests.ptx.program import Program
 
 GLOBAL, SHARED = "global", "shared"
 
@@ -26,6 +31,7 @@ class Access(NamedTuple):
         first: The number of the first program.
     """
 
+    space: str
     address: np.ndarray
     size: int
     mask: np.ndarray | None
@@ -55,15 +61,19 @@ class _Flat(NamedTuple):
         return _Flat(*(column[which] for column in self))
 
 
+Parties = Callable[[_Flat, np.ndarray], tuple[list[np.ndarray], np.ndarray]]
+"""Of entries and their bytes: what groups those that nothing orders, and who each entry is of."""
+
+
 def check_races(
-    log: Sequence[Access], space: str, name: Callable[[int], str], describe: Callable[[int], str] = lambda address: ""
+    program: Program, log: Sequence[Access], space: str, describe: Callable[[int], str] = lambda address: ""
 ) -> None:
     """Raise where accesses race.
 
     Args:
-        log: Those of a launch, or of some of its programs where memory is shared.
+        program: What accesses.
+        log: Its accesses of a launch, or of some of its programs where memory is shared.
         space: Whether addresses are each program's own.
-        name: Says what an instruction is.
         describe: Says where an address lies.
 
     Raises:
@@ -75,23 +85,53 @@ def check_races(
     flat = flat.chosen(_suspect(flat, np.array([access.values is not None for access in log])))
     if not len(flat.start):
         return
-    own_base = _BASE * flat.program if space == SHARED else 0
+    if space == GLOBAL:
+        _check(program, log, flat, lambda x, byte: ([byte], x.program), describe)
+        flat = flat.chosen(_matters(program, log, flat))
+    _check(program, log, flat, lambda x, byte: ([byte, x.program, x.phase], x.thread // WARP), describe)
+    own = lambda x, byte: ([byte, x.program, x.phase, x.thread // WARP, x.meeting], x.thread)  # noqa: E731
+    _check(program, log, flat, own, describe)
+
+
+def _check(
+    program: Program, log: Sequence[Access], flat: _Flat, parties: Parties, describe: Callable[[int], str]
+) -> None:
+    """Raise where two parties race, of those that nothing orders."""
+    if not len(flat.start):
+        return
     byte, which = _spread(flat.start, flat.size)
     flat = flat.chosen(which)
     written = np.array([access.values is not None for access in log])[flat.access]
-    value = _values(log, flat, byte)
-    within = [byte, flat.program, flat.phase]
-    checks = [(within, flat.thread // WARP), ([*within, flat.thread // WARP, flat.meeting], flat.thread)]
-    if space == GLOBAL:
-        checks.insert(0, ([byte], flat.program))
-    for group, who in checks:
-        racing = _racing(group, who, written, value)
-        if racing is not None:
-            i, j = racing
-            address = int(byte[i] - (own_base[which][i] if space == SHARED else 0))
-            place = f" ({where})" if space == GLOBAL and (where := describe(address)) else ""
-            acts = [_act(log, flat, k, written[k], name) for k in (i, j)]
-            raise Fault(f"a race in {space} memory at {address:#x}{place}: {acts[0]}, and {acts[1]}; nothing orders them")
+    racing = _racing(*parties(flat, byte), written, _values(log, flat, byte))
+    if racing is not None:
+        acts = [_act(program, log, flat, i, bool(written[i])) for i in racing]
+        address = int(byte[racing[0]])
+        space, where = log[0].space, describe(address)
+        address = address % _BASE if space == SHARED else address
+        place = f" ({where})" if where else ""
+        raise Fault(
+            f"{program.name}: a race in {space} memory at {address:#x}{place}: {acts[0]}, and {acts[1]}; "
+            f"nothing orders them"
+        )
+
+
+def _matters(program: Program, log: Sequence[Access], flat: _Flat) -> np.ndarray:
+    """Which entries are stores, or loads of which something comes in the thread, or in its warp if that is told."""
+    keep = np.ones(len(flat.start), bool)
+    for load in {log[i].instruction for i in np.unique(flat.access) if log[i].values is None}:
+        found = outcome(program, load)
+        if found.escapes:
+            continue
+        of_load = np.isin(flat.access, [i for i, a in enumerate(log) if a.instruction == load])
+        stores = [a for a in log if a.instruction in found.stores]
+        storing = np.zeros((max(a.first + a.shape[0] for a in log), program.threads), bool)
+        for a in stores:
+            part = storing[a.first : a.first + a.shape[0]]
+            part |= True if a.mask is None else a.mask
+        if found.spreads:
+            storing = np.repeat(storing.reshape(len(storing), -1, WARP).any(axis=2), WARP, axis=1)
+        keep &= ~of_load | storing[flat.program, flat.thread]
+    return keep
 
 
 _BASE = 1 << 32  # apart, so that programs' shared memories are not taken for one
@@ -201,6 +241,7 @@ def _racing(
     return writer, other[0]
 
 
-def _act(log: Sequence[Access], flat: _Flat, i: int, written: bool, name: Callable[[int], str]) -> str:
+def _act(program: Program, log: Sequence[Access], flat: _Flat, i: int, written: bool) -> str:
+    text = program.text(log[flat.access[i]].instruction)
     what = "written" if written else "read"
-    return f"{what} by {name(log[flat.access[i]].instruction)} in thread {flat.thread[i]} of program {flat.program[i]}"
+    return f"{what} by {text} in thread {flat.thread[i]} of program {flat.program[i]}"

@@ -22,7 +22,7 @@ from tests.ptx.machine import Launch, Machine
 from tests.ptx.memory import HostMemory
 from tests.ptx.program import Program
 from tests.ptx.tensors import LiveTensors
-from tests.ptx.types import WARP, Fault
+from tests.ptx.types import WARP
 
 
 class _Chip(NamedTuple):
@@ -190,10 +190,7 @@ class Driver(DriverBase):
             machine.run()
             log += machine.log[GLOBAL]
         if self.options.races:
-            try:
-                check_races(log, GLOBAL, program.text, self.memory.tensors.nearest)
-            except Fault as fault:
-                raise Fault(f"{program.name}: {fault}") from None
+            check_races(program, log, GLOBAL, self.memory.tensors.nearest)
 
 
 def _leaves(x: Any) -> list[Any]:

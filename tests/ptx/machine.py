@@ -200,7 +200,7 @@ class Machine:
         """Remember an access, to look for races."""
         self.log[space].append(
             Access(
-                address, size, mask, self._phase, self._meeting, values, self.instruction, self.first, self.shape
+                space, address, size, mask, self._phase, self._meeting, values, self.instruction, self.first, self.shape
             )
         )
 
@@ -221,13 +221,7 @@ class Machine:
             if "waits for" in str(fault):
                 threads = threads.replace(", by", "")
             raise Fault(f"{self.program.name}: {text}: {fault}{threads}", fault.threads) from None
-        self.check_shared_races()
-
-    def check_shared_races(self) -> None:
-        try:
-            check_races(self.log["shared"], SHARED, self.program.text)
-        except Fault as fault:
-            raise Fault(f"{self.program.name}: {fault}") from None
+        check_races(self.program, self.log[SHARED], SHARED)
 
     def _run(self) -> None:
         blocks, at, mask = self.program.blocks, 0, None

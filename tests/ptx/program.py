@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from tests.ptx import accesses, conversions, exchange, floats, integers
 from tests.ptx.forms import FORMS, Execute, Operands, Unknown, any_unknown
 from tests.ptx.parser import Instruction, Kernel, parse
 from tests.ptx.types import PRED, WARP, PtxError
+
+if TYPE_CHECKING:
+    from tests.ptx.flow import Outcome
 
 __all__ = ["FORMS", "Block", "Program", "accesses", "conversions", "exchange", "floats", "integers"]
 
@@ -24,6 +27,7 @@ class Step(NamedTuple):
     guard: int | None
     negated: bool
     instruction: int
+    sources: list[int]
     targets: list[int]
     sinks: list[int]
     unknown: Unknown
@@ -59,6 +63,7 @@ class Program:
         self.operands = Operands(self.kernel)
         self.forms = Counter(i.opcode for i in self.kernel.instructions)
         self.blocks = self._blocks()
+        self.outcomes: dict[int, Outcome] = {}
 
     @property
     def widths(self) -> list[np.dtype]:
@@ -88,7 +93,8 @@ class Program:
         guard, negated = self._guard(instruction)
         execute, operands = self.operands.make(instruction), self.operands
         unknown = operands.unknown or any_unknown(operands.sources)
-        return Step(execute, guard, negated, i, operands.targets, operands.sinks, unknown)
+        sources = operands.sources if guard is None else [*operands.sources, guard]
+        return Step(execute, guard, negated, i, sources, operands.targets, operands.sinks, unknown)
 
     def _guard(self, instruction: Instruction) -> tuple[int | None, bool]:
         if instruction.guard is None:
