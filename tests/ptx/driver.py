@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -89,13 +90,15 @@ class Driver(DriverBase):
 
     def __enter__(self) -> Driver:
         """Become Triton's active driver; what Triton loads from then on, this one runs."""
-        self._before = driver._active
+        self._before, self._threshold = driver._active, gc.get_threshold()
+        gc.set_threshold(self._threshold[0], 10_000, 10_000)  # see LiveTensors
         knobs.runtime.kernel_load_start_hook.add(self._begin_load)
         driver.set_active(self)
         return self
 
     def __exit__(self, *error: object) -> None:
         driver._active = self._before
+        gc.set_threshold(*self._threshold)
         knobs.runtime.kernel_load_start_hook.remove(self._begin_load)
 
     # What Triton asks for ----------------------------------------------------------------------------------

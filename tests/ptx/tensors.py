@@ -25,11 +25,14 @@ class _Range(NamedTuple):
 class LiveTensors:
     """The memory of all CPU tensors; looked up anew when an address is in none that is known.
 
-    What is there at the first look is looked through once: Python's collector leaves it out from then on.
+    Python's collector knows all objects. To look only through those that are new, a look moves all to the oldest
+    generation, where later looks need not go unless a collection has moved others there.
     """
 
     def __init__(self) -> None:
-        self._old: list[weakref.ref] | None = None
+        self._known: list[weakref.ref] = []
+        self._collections: list[int] | None = None
+        self._looks = 0
         self._ranges: list[_Range] = []
         self._starts = self._ends = np.zeros(0, S64)
         self._checked: set[int] = set()
@@ -70,15 +73,16 @@ class LiveTensors:
         return np.where((i >= 0) & (high <= self._ends[i]), i, -1)
 
     def _renew(self) -> None:
-        if self._old is None:
-            self._old = _tensors()
-            gc.freeze()
-        self._old = [x for x in self._old if x() is not None]
+        self._known = [r for r in self._known if r() is not None]
+        seen = {id(r()) for r in self._known}
+        self._known += [weakref.ref(x) for x in self._new() if id(x) not in seen]
         found = []
-        for owner in (*self._old, *_tensors()):
-            x = owner()
-            if x is not None and (extent := _extent(x)) is not None:
-                found.append((*extent, owner))
+        for owner in self._known:
+            if (x := owner()) is not None:
+                found += [(*extent, owner)] if (extent := _extent(x)) is not None else []
+                grad = x.grad if x.is_leaf else None  # C++ alone may know it yet
+                if grad is not None and (extent := _extent(grad)) is not None:
+                    found.append((*extent, weakref.ref(grad)))
         found.sort(key=lambda each: each[:2])
         self._ranges = []
         for start, end, owner in found:
@@ -91,20 +95,30 @@ class LiveTensors:
         self._ends = np.array([each.end for each in self._ranges], S64)
         self._checked.clear()
 
+    def _new(self) -> list[Tensor]:
+        """Tensors that the last look has not seen, and perhaps others."""
+        self._looks += 1
+        if self._looks % 512 == 0:
+            gc.collect()  # while the driver is active, Python hardly ever does by itself
+        young = self._collections == _collections()
+        objects = [x for g in (0, 1) for x in gc.get_objects(generation=g)] if young else gc.get_objects()
+        kinds: dict[type, bool] = {}
+        found = []
+        for x in objects:
+            kind = type(x)
+            if kind not in kinds:
+                kinds[kind] = issubclass(kind, Tensor)
+            if kinds[kind]:
+                found.append(x)
+        del objects
+        gc.freeze()
+        gc.unfreeze()  # from where these two put them: into the oldest generation
+        self._collections = _collections()
+        return found
 
-def _tensors() -> list[weakref.ref]:
-    kinds: dict[type, bool] = {}
-    found = []
-    for x in gc.get_objects():
-        kind = type(x)
-        if kind not in kinds:
-            kinds[kind] = issubclass(kind, Tensor)
-        if kinds[kind]:
-            found.append(weakref.ref(x))
-            grad = x.grad if x.is_leaf else None
-            if grad is not None:
-                found.append(weakref.ref(grad))
-    return found
+
+def _collections() -> list[int]:
+    return [generation["collections"] for generation in gc.get_stats()[1:]]
 
 
 def _extent(x: Tensor) -> tuple[int, int] | None:
