@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tests.ptx.flow import outcome
-from tests.ptx.types import S64, U8, WARP, Fault
+from tests.ptx.types import BITS, S64, U8, U64, WARP, Fault
 
 if TYPE_CHECKING:
     from tests.ptx.program import Program
@@ -43,26 +43,46 @@ class Access(NamedTuple):
     shape: tuple[int, int]
 
 
-class _Flat(NamedTuple):
-    """Accesses of single threads, one after the other."""
+class _Entries(NamedTuple):
+    """Accesses of single threads, one after the other.
+
+    Attributes:
+        start: The address of the first byte; shared memories of programs, and phases of these, lie apart.
+        who: The thread, and 65,536 times the program.
+        access: The index in the log.
+    """
 
     start: np.ndarray
     size: np.ndarray
-    program: np.ndarray
-    thread: np.ndarray
-    phase: np.ndarray
-    meeting: np.ndarray
+    who: np.ndarray
     access: np.ndarray
-    """Its index in the log."""
-    element: np.ndarray
-    """Its index among the access's threads."""
+    written: np.ndarray
 
-    def chosen(self, which: np.ndarray) -> _Flat:
-        return _Flat(*(column[which] for column in self))
+    @property
+    def program(self) -> np.ndarray:
+        return self.who >> 16
 
+    @property
+    def thread(self) -> np.ndarray:
+        return self.who & 0xFFFF
 
-Parties = Callable[[_Flat, np.ndarray], tuple[list[np.ndarray], np.ndarray]]
-"""Of entries and their bytes: what groups those that nothing orders, and who each entry is of."""
+    def chosen(self, which: np.ndarray) -> _Entries:
+        return _Entries(*(column[which] for column in self))
+
+    def suspects(self, who: np.ndarray) -> _Entries:
+        """Those of bytes that several access, one of them to write.
+
+        Accesses are aligned to their sizes, so that two either are apart or one contains the other.
+        """
+        order = np.argsort(self.start, kind="stable")
+        start = self.start[order]
+        end = np.maximum.accumulate(start + self.size[order])
+        first = np.flatnonzero(np.concatenate([[len(start) > 0], start[1:] >= end[:-1]]))
+        if not len(first):
+            return self
+        several = np.minimum.reduceat(who[order], first) != np.maximum.reduceat(who[order], first)
+        several &= np.logical_or.reduceat(self.written[order], first)
+        return self.chosen(order[np.repeat(several, np.diff(np.append(first, len(start))))])
 
 
 def check_races(
@@ -81,153 +101,140 @@ def check_races(
     """
     if all(access.values is None for access in log):
         return
-    flat = _flatten(log, space == SHARED)
-    flat = flat.chosen(_suspect(flat, np.array([access.values is not None for access in log])))
-    if not len(flat.start):
-        return
+    entries = _entries(log)
     if space == GLOBAL:
-        _check(program, log, flat, lambda x, byte: ([byte], x.program), describe)
-        flat = flat.chosen(_matters(program, log, flat))
-    _check(program, log, flat, lambda x, byte: ([byte, x.program, x.phase], x.thread // WARP), describe)
-    own = lambda x, byte: ([byte, x.program, x.phase, x.thread // WARP, x.meeting], x.thread)  # noqa: E731
-    _check(program, log, flat, own, describe)
+        of_programs = entries.suspects(entries.program)
+        _check(program, log, of_programs, [], of_programs.program, describe)
+    entries = entries.suspects(entries.who)
+    if space == GLOBAL and len(entries.start):
+        entries = entries.chosen(_matters(program, log, entries))
+        entries = entries.suspects(entries.who)
+    if len(entries.start):
+        phase, meeting = (_column(log, entries, name) for name in ("phase", "meeting"))
+        warp = entries.thread // WARP
+        _check(program, log, entries, [entries.program, phase], warp, describe)
+        _check(program, log, entries, [entries.program, phase, warp, meeting], entries.thread, describe)
 
 
 def _check(
-    program: Program, log: Sequence[Access], flat: _Flat, parties: Parties, describe: Callable[[int], str]
+    program: Program,
+    log: Sequence[Access],
+    entries: _Entries,
+    group: list[np.ndarray],
+    who: np.ndarray,
+    describe: Callable[[int], str],
 ) -> None:
-    """Raise where two parties race, of those that nothing orders."""
-    if not len(flat.start):
+    """Raise where two race of a group within which nothing is ordered but what one does alone."""
+    if not len(entries.start):
         return
-    byte, which = _spread(flat.start, flat.size)
-    flat = flat.chosen(which)
-    written = np.array([access.values is not None for access in log])[flat.access]
-    racing = _racing(*parties(flat, byte), written, _values(log, flat, byte))
+    unit = min(8, int(entries.size.min()))  # sizes are powers of two, and nothing is accessed in smaller pieces
+    count = entries.size // unit
+    which = np.repeat(np.arange(len(count)), count)
+    piece = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
+    entries = entries.chosen(which)
+    place, group, who = entries.start + unit * piece, [column[which] for column in group], who[which]
+    racing = _racing([place, *group], who, entries.written, _values(log, entries, piece, unit))
     if racing is not None:
-        acts = [_act(program, log, flat, i, bool(written[i])) for i in racing]
-        address = int(byte[racing[0]])
-        space, where = log[0].space, describe(address)
+        acts = [_act(program, log, entries, i) for i in racing]
+        address, space = int(place[racing[0]]), log[0].space
+        where = describe(address)
         address = address % _BASE if space == SHARED else address
-        place = f" ({where})" if where else ""
+        near = f" ({where})" if where else ""
         raise Fault(
-            f"{program.name}: a race in {space} memory at {address:#x}{place}: {acts[0]}, and {acts[1]}; "
+            f"{program.name}: a race in {space} memory at {address:#x}{near}: {acts[0]}, and {acts[1]}; "
             f"nothing orders them"
         )
 
 
-def _matters(program: Program, log: Sequence[Access], flat: _Flat) -> np.ndarray:
+def _matters(program: Program, log: Sequence[Access], entries: _Entries) -> np.ndarray:
     """Which entries are stores, or loads of which something comes in the thread, or in its warp if that is told."""
-    keep = np.ones(len(flat.start), bool)
-    for load in {log[i].instruction for i in np.unique(flat.access) if log[i].values is None}:
+    keep = np.ones(len(entries.start), bool)
+    for load in {log[i].instruction for i in np.unique(entries.access) if log[i].values is None}:
         found = outcome(program, load)
         if found.escapes:
             continue
-        of_load = np.isin(flat.access, [i for i, a in enumerate(log) if a.instruction == load])
-        stores = [a for a in log if a.instruction in found.stores]
+        of_load = np.isin(entries.access, [i for i, a in enumerate(log) if a.instruction == load])
         storing = np.zeros((max(a.first + a.shape[0] for a in log), program.threads), bool)
-        for a in stores:
-            part = storing[a.first : a.first + a.shape[0]]
-            part |= True if a.mask is None else a.mask
+        for a in log:
+            if a.instruction in found.stores:
+                part = storing[a.first : a.first + a.shape[0]]
+                part |= True if a.mask is None else a.mask
         if found.spreads:
             storing = np.repeat(storing.reshape(len(storing), -1, WARP).any(axis=2), WARP, axis=1)
-        keep &= ~of_load | storing[flat.program, flat.thread]
+        keep &= ~of_load | storing[entries.program, entries.thread]
     return keep
 
 
-_BASE = 1 << 32  # apart, so that programs' shared memories are not taken for one
+_BASE = 1 << 32  # apart, so that programs' shared memories, and their phases, are not taken for one
 
 
-def _flatten(log: Sequence[Access], shared: bool) -> _Flat:
+def _entries(log: Sequence[Access]) -> _Entries:
     """One entry for each thread; where all programs or threads do the same, for the first and the last of them."""
-    columns: list[list[np.ndarray]] = [[] for _ in _Flat._fields]
-    for number, a in enumerate(log):
-        p, t = np.broadcast_shapes(a.address.shape, () if a.mask is None else a.mask.shape, *_shapes(a.values))
+    starts, whos, counts = [], [], []
+    phases = 1 + max(int(a.phase.max()) for a in log)
+    for a in log:
+        shapes = [a.address.shape] + ([] if a.mask is None else [a.mask.shape])
+        p, t = np.broadcast_shapes(*shapes, *([] if a.values is None else [x.shape for x in a.values]))
         programs = np.arange(p) if p > 1 else np.unique([0, a.shape[0] - 1])
         threads = np.arange(t) if t > 1 else np.unique([0, a.shape[1] - 1])
-        full = (len(programs), len(threads))
-        element = np.broadcast_to(programs[:, None] * a.shape[1] + threads, full)
-        taken = None if a.mask is None else np.broadcast_to(a.mask, full)
-        address = a.address + _BASE * (programs[:, None] + a.first) if shared else a.address
-        own = (
-            address,
-            np.array(a.size),
-            programs[:, None] + a.first,
-            threads[None],
-            a.phase if a.phase.size == 1 else a.phase[np.ix_(programs, threads)],
-            a.meeting if a.meeting.size == 1 else a.meeting[np.ix_(programs, threads)],
-            np.array(number),
-            element,
-        )
-        for column, values in zip(columns, own, strict=True):
-            values = np.broadcast_to(values, full)
-            column.append((values if taken is None else values[taken]).ravel())
-    return _Flat(*map(np.concatenate, columns))
+        address = a.address
+        if a.space == SHARED:
+            phase = a.phase if a.phase.size == 1 else a.phase[np.ix_(programs, threads)]
+            address = address + _BASE * ((programs[:, None] + a.first) * phases + phase)
+        who = ((programs[:, None] + a.first) << 16) + threads
+        address = np.broadcast_to(address, who.shape)
+        if a.mask is not None:
+            taken = np.broadcast_to(a.mask, who.shape)
+            address, who = address[taken], who[taken]
+        starts.append(address.ravel())
+        whos.append(who.ravel())
+        counts.append(who.size)
+    number = np.repeat(np.arange(len(log)), counts)
+    size, written = np.array([a.size for a in log]), np.array([a.values is not None for a in log])
+    return _Entries(np.concatenate(starts), size[number], np.concatenate(whos), number, written[number])
 
 
-def _shapes(values: list[np.ndarray] | None) -> list[tuple[int, ...]]:
-    return [] if values is None else [x.shape for x in values]
+def _column(log: Sequence[Access], entries: _Entries, name: str) -> np.ndarray:
+    """What a field of the log says of each entry's thread."""
+    result = np.zeros(len(entries.start), S64)
+    for number in np.unique(entries.access):
+        a, own = log[number], np.flatnonzero(entries.access == number)
+        values = np.broadcast_to(getattr(a, name), a.shape)
+        result[own] = values[entries.program[own] - a.first, entries.thread[own]]
+    return result
 
 
-def _suspect(flat: _Flat, writes: np.ndarray) -> np.ndarray:
-    """Which entries are of bytes that several threads access, one of them to write.
-
-    Accesses are aligned to their sizes, so that two either are apart or one contains the other.
-    """
-    order = np.argsort(flat.start, kind="stable")
-    start = flat.start[order]
-    end = np.maximum.accumulate(start + flat.size[order])
-    first = np.flatnonzero(np.concatenate([[True], start[1:] >= end[:-1]])) if len(start) else np.zeros(0, S64)
-    if not len(first):
-        return first
-    thread = ((flat.program << 16) + flat.thread)[order]
-    several = np.minimum.reduceat(thread, first) != np.maximum.reduceat(thread, first)
-    written = np.logical_or.reduceat(writes[flat.access[order]], first)
-    counts = np.diff(np.append(first, len(start)))
-    return order[np.repeat(several & written, counts)]
-
-
-def _spread(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each byte of each entry, and the entry that it is of."""
-    which = np.repeat(np.arange(len(start)), size)
-    first = np.repeat(np.cumsum(size) - size, size)
-    return start[which] + (np.arange(len(which)) - first), which
-
-
-def _values(log: Sequence[Access], flat: _Flat, byte: np.ndarray) -> np.ndarray:
-    """The byte that each entry writes; 0 where it reads."""
-    result = np.zeros(len(byte), S64)
-    offset = byte - flat.start
-    for number in np.unique(flat.access):
-        a = log[number]
-        if a.values is not None:
-            own = np.flatnonzero(flat.access == number)
-            size = a.values[0].dtype.itemsize
-            pieces = [np.broadcast_to(x, a.shape).ravel()[flat.element[own]] for x in a.values]
-            text = np.stack(pieces, axis=1).view(U8).reshape(len(own), size * len(pieces))
-            result[own] = text[np.arange(len(own)), offset[own]]
+def _values(log: Sequence[Access], entries: _Entries, piece: np.ndarray, unit: int) -> np.ndarray:
+    """What each entry writes, of so many bytes, in one of its pieces; 0 where it reads."""
+    result = np.zeros(len(entries.start), S64)
+    for number in np.unique(entries.access[entries.written]):
+        a, own = log[number], np.flatnonzero(entries.access == number)
+        place = entries.program[own] - a.first, entries.thread[own]
+        values = np.stack([np.broadcast_to(x, a.shape)[place] for x in a.values or ()], axis=1)
+        pieces = values.view(U8).reshape(len(own), a.size).view(BITS[unit])
+        result[own] = pieces[np.arange(len(own)), piece[own]].astype(U64).view(S64)
     return result
 
 
 def _racing(
     group: list[np.ndarray], who: np.ndarray, written: np.ndarray, value: np.ndarray
 ) -> tuple[int, int] | None:
-    """Two entries that race, of a group within which nothing is ordered but what one does alone."""
+    """Two entries that race, the writer first; None where there are none."""
     order = np.lexsort(group[::-1])
     changes = [column[order][1:] != column[order][:-1] for column in group]
     first = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)]))
     own, writes, values = who[order], written[order], value[order]
-    far = np.iinfo(np.int64).max
-    writers = [
-        np.minimum.reduceat(np.where(writes, own, far), first),
-        np.maximum.reduceat(np.where(writes, own, -1), first),
-    ]
-    alike = np.minimum.reduceat(np.where(writes, values, far), first) == np.maximum.reduceat(
-        np.where(writes, values, -1), first
-    )
+    low, high = np.iinfo(S64).min, np.iinfo(S64).max
+
+    def alike(x: np.ndarray) -> np.ndarray:
+        """Whether all that write have the same."""
+        least = np.minimum.reduceat(np.where(writes, x, high), first)
+        return least == np.maximum.reduceat(np.where(writes, x, low), first)
+
     several = np.minimum.reduceat(own, first) != np.maximum.reduceat(own, first)
     any_written = np.logical_or.reduceat(writes, first)
     any_read = np.logical_or.reduceat(~writes, first)
-    racing = several & any_written & ((writers[0] == writers[1]) | any_read | ~alike)
+    racing = several & any_written & (alike(own) | any_read | ~alike(values))
     if not racing.any():
         return None
     at = np.flatnonzero(racing)[0]
@@ -241,7 +248,7 @@ def _racing(
     return writer, other[0]
 
 
-def _act(program: Program, log: Sequence[Access], flat: _Flat, i: int, written: bool) -> str:
-    text = program.text(log[flat.access[i]].instruction)
-    what = "written" if written else "read"
-    return f"{what} by {text} in thread {flat.thread[i]} of program {flat.program[i]}"
+def _act(program: Program, log: Sequence[Access], entries: _Entries, i: int) -> str:
+    text = program.text(log[entries.access[i]].instruction)
+    what = "written" if entries.written[i] else "read"
+    return f"{what} by {text} in thread {entries.thread[i]} of program {entries.program[i]}"

@@ -30,7 +30,7 @@ class LiveTensors:
     """
 
     def __init__(self) -> None:
-        self._known: list[weakref.ref] = []
+        self._known: dict[int, _Range] = {}  # of each tensor, by its identity
         self._collections: list[int] | None = None
         self._looks = 0
         self._ranges: list[_Range] = []
@@ -47,15 +47,18 @@ class LiveTensors:
         new = set(found.tolist()) - self._checked - {-1}
         gone = any(not self._ranges[i].is_alive() for i in new)
         if gone or (found < 0).any():
-            self._renew()
+            self._renew(everything=gone)
             found = self._find(low, high)
+            if (found < 0).any() and not gone:  # a tensor that is known may have other memory now
+                self._renew(everything=True)
+                found = self._find(low, high)
             new = set(found.tolist()) - {-1}
         self._checked |= new
         return found >= 0
 
     def nearest(self, address: int) -> str:
         """Say which tensor an address is nearest to, and how far it is off."""
-        self._renew()
+        self._renew(everything=True)
         best, text = None, "there is no tensor"
         for owner in {id(x): x for each in self._ranges for r in each.owners if (x := r()) is not None}.values():
             start, end = _span(owner)
@@ -72,25 +75,23 @@ class LiveTensors:
         i = np.searchsorted(self._starts, low, "right") - 1
         return np.where((i >= 0) & (high <= self._ends[i]), i, -1)
 
-    def _renew(self) -> None:
-        self._known = [r for r in self._known if r() is not None]
-        seen = {id(r()) for r in self._known}
-        self._known += [weakref.ref(x) for x in self._new() if id(x) not in seen]
-        found = []
-        for owner in self._known:
-            if (x := owner()) is not None:
-                found += [(*extent, owner)] if (extent := _extent(x)) is not None else []
-                grad = x.grad if x.is_leaf else None  # C++ alone may know it yet
-                if grad is not None and (extent := _extent(grad)) is not None:
-                    found.append((*extent, weakref.ref(grad)))
-        found.sort(key=lambda each: each[:2])
-        self._ranges = []
-        for start, end, owner in found:
-            if self._ranges and start < self._ranges[-1].end:  # storages may share memory
-                last = self._ranges[-1]
-                self._ranges[-1] = _Range(last.start, max(last.end, end), [*last.owners, owner])
+    def _renew(self, everything: bool) -> None:
+        """Look for new tensors, or look at those that are known again, too."""
+        known = {i: each for i, each in self._known.items() if each.owners[0]() is not None}
+        new = [x for x in self._new() if id(x) not in known]
+        if everything:
+            known, new = {}, [*new, *(x for each in known.values() if (x := each.owners[0]()) is not None)]
+            new += [x.grad for x in new if x.is_leaf and x.grad is not None]  # C++ alone may know them
+        for x in new:
+            start, end = _extent(x) or (0, 0)
+            known[id(x)] = _Range(start, end, [weakref.ref(x)])
+        self._known, self._ranges = known, []
+        for each in sorted((each for each in known.values() if each.end), key=lambda each: each[:2]):
+            last = self._ranges[-1] if self._ranges else None
+            if last is not None and each.start < last.end:  # storages may share memory
+                self._ranges[-1] = _Range(last.start, max(last.end, each.end), [*last.owners, *each.owners])
             else:
-                self._ranges.append(_Range(start, end, [owner]))
+                self._ranges.append(each)
         self._starts = np.array([each.start for each in self._ranges], S64)
         self._ends = np.array([each.end for each in self._ranges], S64)
         self._checked.clear()
