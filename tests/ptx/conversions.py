@@ -56,7 +56,9 @@ def from_integer(operands: Operands, parts: list[str]) -> Execute:
     return _convert(operands, parts[-2], parts[-1], lambda x: rounding.integer_to_float(x, dtype, nearest))
 
 
-@forms(f"cvt.{{rni,rzi,rmi,rpi}}{{,.ftz}}{{,.sat}}.{INTEGERS}.{{f32,f64}}", f"cvt.{{rni,rzi,rmi,rpi}}.{INTEGERS}.f16")
+@forms(
+    f"cvt.{{rni,rzi,rmi,rpi}}{{,.ftz}}{{,.sat}}.{INTEGERS}.{{f32,f64}}", f"cvt.{{rni,rzi,rmi,rpi}}.{INTEGERS}.f16"
+)
 def to_integer(operands: Operands, parts: list[str]) -> Execute:
     """Clamped whether or not the form says ``.sat``; a NaN becomes 0."""
     dtype, whole, flushed = DTYPES[parts[-2]], WHOLE[parts[1]], "ftz" in parts
@@ -126,5 +128,3 @@ def to_halves(operands: Operands, parts: list[str]) -> Execute:
         return (narrow(a, nearest).astype(U32) << np.uint32(16)) | narrow(b, nearest)
 
     return elementwise(operands, convert, U32, [F32, F32])
-
-

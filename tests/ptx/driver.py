@@ -214,7 +214,9 @@ def _packed(program: Program, arguments: Iterable[tuple[str, Any]]) -> bytes:
             value, kind = _pointer(program, value), "u64"
         packed = struct.pack("<" + _FORMATS[kind], value)
         if len(packed) != place.size:
-            raise RuntimeError(f"{program.name} is given an argument of {kind} for a parameter of {place.size} bytes")
+            raise RuntimeError(
+                f"{program.name} is given an argument of {kind} for a parameter of {place.size} bytes"
+            )
         buffer[place.offset : place.offset + place.size] = packed
     return bytes(buffer)
 

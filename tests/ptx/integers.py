@@ -143,7 +143,9 @@ def extract_field(operands: Operands, parts: list[str]) -> Execute:
         if dtype.kind == "i":
             top = np.where(length > 0, np.minimum(position + length - one, last), last)
             negative = ((raw >> top) & one) != 0
-            valid = np.minimum(size, np.where(position > last, bits.type(0), last - np.minimum(position, last) + one))
+            valid = np.minimum(
+                size, np.where(position > last, bits.type(0), last - np.minimum(position, last) + one)
+            )
             outside = np.where(valid > last, bits.type(0), ~((one << np.minimum(valid, last)) - one))
             field = np.where(negative & (length > 0), field | outside, field)
         return field.view(dtype)
@@ -210,8 +212,14 @@ def permute(operands: Operands, parts: list[str]) -> Execute:
     return elementwise(operands, choose, U32, [U32] * 3)
 
 
-_ORDER = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal}
-_ORDER |= {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
+_ORDER = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
 
 
 def _isnan(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -231,19 +239,12 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
 @forms(
     "setp.{eq,ne}.{b16,b32,b64}",
     "setp.{eq,ne,lt,le,gt,ge}.{s16,u16,s32,u32,s64,u64}",
-    "setp.{lo,ls,hi,hs}.{u16,u32,u64}",
     "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}.{f32,f64}",
-    "setp.{eq,ne}.{and,or,xor}.{b16,b32,b64}",
-    "setp.{eq,ne,lt,le,gt,ge}.{and,or,xor}.{s16,u16,s32,u32,s64,u64}",
-    "setp.{eq,ne,lt,le,gt,ge,equ,neu,ltu,leu,gtu,geu,num,nan}.{and,or,xor}.{f32,f64}",
 )
 def compare(operands: Operands, parts: list[str]) -> Execute:
     dtype = DTYPES[parts[-1]]
     order = (_FLOAT_ORDER if dtype.kind == "f" else _ORDER)[parts[1]]
-    if len(parts) == 3:
-        return elementwise(operands, order, PRED, [dtype, dtype])
-    combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[parts[2]]
-    return elementwise(operands, lambda a, b, p: combine(order(a, b), p), PRED, [dtype, dtype, PRED])
+    return elementwise(operands, order, PRED, [dtype, dtype])
 
 
 @forms("selp.{b16,b32,b64,s16,s32,s64,u16,u32,u64,f32,f64}")
@@ -318,5 +319,3 @@ def _pack(operands: Operands, dtype: np.dtype) -> Execute:
         m.write(target, result, mask)
 
     return execute
-
-

@@ -136,7 +136,10 @@ class Machine:
         return np.broadcast_to(x, self.shape)
 
     def _unwritten(self, register: int, mask: Mask) -> Fault:
-        return Fault(f"{self._name(register)} is read, which nothing has written", np.ones((1, 1), bool) if mask is None else mask)
+        return Fault(
+            f"{self._name(register)} is read, which nothing has written",
+            np.ones((1, 1), bool) if mask is None else mask,
+        )
 
     def _name(self, register: int) -> str:
         return next(name for name, i in self.program.operands.index.items() if i == register)
@@ -193,14 +196,25 @@ class Machine:
         else:
             wrong = np.broadcast_to(~members, (self.programs, self.warps, WARP))
         if wrong.any():
-            raise Fault("lanes of a warp that should be here and are not, or the other way round", wrong.reshape(self.shape))
+            raise Fault(
+                "lanes of a warp that should be here and are not, or the other way round", wrong.reshape(self.shape)
+            )
         self._meeting = self._meeting + (1 if mask is None else self.full(mask))
 
     def note(self, space: str, address: np.ndarray, size: int, mask: Mask, values: list[np.ndarray] | None) -> None:
         """Remember an access, to look for races."""
         self.log[space].append(
             Access(
-                space, address, size, mask, self._phase, self._meeting, values, self.instruction, self.first, self.shape
+                space,
+                address,
+                size,
+                mask,
+                self._phase,
+                self._meeting,
+                values,
+                self.instruction,
+                self.first,
+                self.shape,
             )
         )
 

@@ -44,7 +44,9 @@ def _check_alignment(what: str, address: np.ndarray, size: int, mask: Mask) -> N
     given = address if mask is None else np.where(mask, address, 0)
     if np.bitwise_or.reduce(given, axis=None) & (size - 1):
         off = given & (size - 1) != 0
-        raise Fault(f"{what} access of {size} bytes at {int(given[off][0]):#x}, which is no multiple of {size}", off)
+        raise Fault(
+            f"{what} access of {size} bytes at {int(given[off][0]):#x}, which is no multiple of {size}", off
+        )
 
 
 class HostMemory:
@@ -129,7 +131,9 @@ class SharedMemory:
         outside = outside if mask is None else outside & mask
         if outside.any():
             first = int(np.broadcast_to(address, outside.shape)[outside][0])
-            raise Fault(f"shared access of {size} bytes at {first}, outside of the program's {self.size} bytes", outside)
+            raise Fault(
+                f"shared access of {size} bytes at {first}, outside of the program's {self.size} bytes", outside
+            )
         m.note(SHARED, address, size, mask, values)
         return (address + self._first) >> _SHIFT[bits.itemsize]
 

@@ -74,7 +74,11 @@ class Program:
 
     def _blocks(self) -> list[Block]:
         code = self.kernel.instructions
-        starts = {0, len(code)} | {i + 1 for i, x in enumerate(code) if x.opcode in JUMPS} | set(self.kernel.labels.values())
+        starts = (
+            {0, len(code)}
+            | {i + 1 for i, x in enumerate(code) if x.opcode in JUMPS}
+            | set(self.kernel.labels.values())
+        )
         order = sorted(starts)
         number = {start: i for i, start in enumerate(order)}
         blocks = []

@@ -164,5 +164,3 @@ def disturbed(x: np.ndarray, ulps: int, random: np.random.Generator) -> np.ndarr
     moved = (x.view(U32) + random.integers(-ulps, ulps + 1, x.shape).astype(U32)).view(F32)
     movable = np.isfinite(x) & (np.abs(x) >= F32.type(2 * _SMALLEST)) & np.isfinite(moved)
     return np.where(movable, moved, x)
-
-

@@ -64,9 +64,16 @@ class LiveTensors:
             start, end = _span(owner)
             off = max(start - address, address - end + 1, 0)
             if best is None or off < best:
-                where = f"{start - address} bytes before" if address < start else f"{address - end} bytes past the end of"
+                where = (
+                    f"{start - address} bytes before"
+                    if address < start
+                    else f"{address - end} bytes past the end of"
+                )
                 where = "within" if not off else where
-                best, text = off, f"{where} {_name(owner)}the {owner.dtype} tensor of shape {tuple(owner.shape)} at {start:#x}"
+                best, text = (
+                    off,
+                    f"{where} {_name(owner)}the {owner.dtype} tensor of shape {tuple(owner.shape)} at {start:#x}",
+                )
         return text.replace("torch.", "")
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -148,5 +155,3 @@ def _name(x: Tensor) -> str:
                 if value is x and isinstance(key, str) and not key.startswith("_"):
                     return f"{key!r}, "
     return ""
-
-
