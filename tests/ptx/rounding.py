@@ -51,7 +51,9 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     result = a * b + c
     for i in np.ndindex(result.shape):
         x, y, z = float(a[i]), float(b[i]), float(c[i])
-        if np.isfinite([x, y, z]).all():
+        if np.isinf(z) and np.isfinite([x, y]).all():
+            result[i] = z  # however large the product is
+        elif np.isfinite([x, y, z]).all():
             exact = Fraction(x) * Fraction(y) + Fraction(z)
             if exact:  # the sign of a zero is what the two roundings make it
                 result[i] = _nearest(exact)
@@ -62,7 +64,7 @@ def _nearest(exact: Fraction) -> float:
     try:
         return exact.numerator / exact.denominator  # Python rounds a quotient of integers once
     except OverflowError:
-        return np.copysign(np.inf, exact.numerator)
+        return np.inf if exact > 0 else -np.inf
 
 
 def flush(x: np.ndarray) -> np.ndarray:
