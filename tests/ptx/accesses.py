@@ -12,6 +12,7 @@ from tests.ptx.types import BITS, DTYPES, S64, U32, U64, PtxError
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
+NARROW = "{b8,b16,b32,u8,u16,u32,s8,s16,s32,f32}"
 KINDS = "{b8,b16,b32,b64,u8,u16,u32,u64,s8,s16,s32,s64,f32,f64}"
 
 
@@ -43,7 +44,7 @@ def _place(parts: list[str], vectors: str) -> tuple[bool, np.dtype, int, np.dtyp
     return shared, DTYPES[parts[-1]], n, U32 if shared else U64
 
 
-@forms(f"ld.{{global,shared}}{{,.v2,.v4}}.{KINDS}")
+@forms(f"ld.{{global,shared}}{{,.v2}}.{KINDS}", f"ld.{{global,shared}}.v4.{NARROW}")
 def load(operands: Operands, parts: list[str]) -> Execute:
     """Values narrower than their registers are extended, by their sign where their type is signed."""
     operands.count(2)
@@ -65,7 +66,7 @@ def load(operands: Operands, parts: list[str]) -> Execute:
     return execute
 
 
-@forms(f"st.{{global,shared}}{{,.v2,.v4}}.{KINDS}")
+@forms(f"st.{{global,shared}}{{,.v2}}.{KINDS}", f"st.{{global,shared}}.v4.{NARROW}")
 def store(operands: Operands, parts: list[str]) -> Execute:
     operands.count(2)
     shared, dtype, n, width = _place(parts, operands.text[1])

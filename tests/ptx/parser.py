@@ -78,7 +78,7 @@ _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?', re.MULTIL
 _TOKEN = re.compile(
     r"\s*(?:(?P<loc>\.loc\s+(?P<file>\d+)\s+(?P<row>\d+)[^\n]*)|(?P<label>\$?[\w$]+):|(?P<brace>[{}])|(?P<text>[^;]+);)"
 )
-_INSTRUCTION = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
+_INSTRUCTION = re.compile(r"(?:@(!?)(%?[\w$]+(?:@\d+)?)\s+)?([\w.:]+)\s*(.*)", re.DOTALL)
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _REGISTER = re.compile(r"\s*(%?[\w$]+)(?:<(\d+)>)?\s*$")
 
