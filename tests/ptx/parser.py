@@ -143,6 +143,8 @@ class _Reader:
             self.scopes.pop()
         elif found["text"].startswith(".reg"):
             self._declare(found["text"])
+        elif found["text"].startswith(".pragma"):
+            pass  # advice to the assembler, such as not to unroll a loop
         elif found["text"].startswith("."):
             raise PtxError(f"{self.kernel}, line {self.line}: {found['text'].split()[0]} is not known")
         else:

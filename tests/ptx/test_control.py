@@ -202,6 +202,10 @@ def test_what_is_refused_when_a_kernel_is_read(line: str, words: list[str]) -> N
     assert "line " in str(caught.value)
 
 
+def test_advice_is_left_alone() -> None:
+    assert run('.pragma "nounroll";\nmov.b32 %r10, 3;\n' + STORE) == [3] * 32
+
+
 def test_texts_that_hold_no_kernel_or_several() -> None:
     one = kernel("")
     for text, n in (("", 0), (one + one, 2)):
