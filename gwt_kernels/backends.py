@@ -99,8 +99,9 @@ def is_compiled(backend: str | None, device: torch.device) -> bool:
 
 
 def launches_on(device_type: str) -> bool:
-    """Whether Triton runs kernels on tensors of a type of device: CUDA's, or where its interpreter or another driver
-    that was made active runs them.
+    """Whether Triton runs kernels on tensors of this type of device here.
+
+    It does on CUDA's, and where its interpreter, or another driver that was made active, takes the tensors.
     """
     if interpreted():
         return device_type == "cpu"

@@ -1,4 +1,4 @@
-"""Set-up of the test run: where Triton's kernels run if there is no CUDA device, and no silent skips of GPU tests."""
+"""Set-up of the test run: where Triton's kernels run without a CUDA device, and no silent skips of GPU tests."""
 
 import os
 

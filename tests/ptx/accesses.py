@@ -69,7 +69,7 @@ def load(operands: Operands, parts: list[str]) -> Execute:
 @forms(f"st.{{global,shared}}{{,.v2}}.{KINDS}", f"st.{{global,shared}}.v4.{NARROW}")
 def store(operands: Operands, parts: list[str]) -> Execute:
     operands.count(2)
-    shared, dtype, n, width = _place(parts, operands.text[1])
+    shared, dtype, _, width = _place(parts, operands.text[1])
     base, offset = operands.address(operands.text[0], width)
     bits = BITS[dtype.itemsize]
     sources = [operands.source(name, bits, wider=True) for name in vector(operands.text[1])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ CHIPS = {
 }
 """An A100, an H100 and a B200."""
 
+_NUMBERS = itertools.count()
 _FORMATS = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "?", "u8": "B", "u16": "H", "u32": "I"}
 _FORMATS |= {"u64": "Q", "fp32": "f", "fp64": "d"}
 
@@ -85,6 +87,7 @@ class Driver(DriverBase):
         self.memory = HostMemory(LiveTensors())
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
         self.launcher_cls = self._launcher
+        self._device = f"interpreted {chip}, {next(_NUMBERS)}"
         self._programs: dict[str, Program] = {}  # by the kernel's hash
         self._loading: tuple[str, Path] | None = None
 
@@ -111,7 +114,7 @@ class Driver(DriverBase):
         return GPUTarget("cuda", CHIPS[self.chip].capability, WARP)
 
     def get_current_device(self) -> str:
-        return f"interpreted {self.chip}"  # the key under which compiled kernels are kept
+        return self._device  # the key under which kernels are kept, which have been loaded into one driver
 
     def get_current_stream(self, device: str) -> int:
         return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.forms import Execute, Mask, Operands, forms, vector
+from tests.ptx.forms import ALL, Execute, Mask, Operands, forms, vector
 from tests.ptx.types import DTYPES, F32, PRED, S64, U32, WARP, Fault, PtxError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def shuffle(operands: Operands, parts: list[str]) -> Execute:
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         if b in m.unknown or c in m.unknown:
-            return np.ones((1, 1), bool)
+            return np.full((1, 1), ALL)
         if value not in m.unknown:
             return None
         return _moved(m.unknown[value], sources(m, named(m, mask), mask)[0])
@@ -140,7 +140,7 @@ def reduce(operands: Operands, parts: list[str]) -> Execute:
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         if value not in m.unknown:
             return None
-        return _spread(_warps(m.full(m.unknown[value]))[..., named(m, mask)].any(axis=-1))
+        return _spread(_warps(m.full(m.unknown[value]))[..., named(m, mask)].any(axis=-1)) * ALL
 
     operands.unknown = unknown
     return execute
@@ -170,7 +170,7 @@ def reduce_floats(operands: Operands, parts: list[str]) -> Execute:
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         if value not in m.unknown:
             return None
-        return _spread(_warps(m.full(m.unknown[value]))[..., named(m, mask)].any(axis=-1))
+        return _spread(_warps(m.full(m.unknown[value]))[..., named(m, mask)].any(axis=-1)) * ALL
 
     operands.unknown = unknown
     return execute

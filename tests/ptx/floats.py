@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.forms import Execute, Mask, Operands, elementwise, forms
+from tests.ptx.forms import Execute, Mask, Operands, elementwise, forms, unknown_halves
 from tests.ptx.rounding import disturbed, flush, fma32, fma64, from_bf16, saturate_unit
 from tests.ptx.types import DTYPES, F16, F32, F64, U16, U32, U64, PtxError, bits_of
 
@@ -65,7 +65,9 @@ def packed(operands: Operands, parts: list[str]) -> Execute:
         bits = np.ascontiguousarray(bits_of(flush(result) if flushed else result))
         return bits.view(U64).reshape(bits.shape[:-1])
 
-    return elementwise(operands, both, U64, [U64] * n)
+    result = elementwise(operands, both, U64, [U64] * n)
+    operands.unknown = unknown_halves(operands.sources)
+    return result
 
 
 @forms("div.rn{,.ftz}.f32", "div.rn.f64")

@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(program: Program, load: int) -> Outcome:
-    """Follow what an instruction loads, whatever the order of instructions: more than may happen, and never less."""
+    """Follow what an instruction loads, whatever the order of instructions: more than may happen, never less."""
     found = program.outcomes.get(load)
     if found is None:
         found = program.outcomes[load] = _follow(program, load)

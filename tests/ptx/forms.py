@@ -27,6 +27,8 @@ Unknown = Callable[["Machine", Mask], np.ndarray | None]
 """In which threads an instruction's results are unknown, since what it takes is; None for in none."""
 Maker = Callable[["Operands", list[str]], Execute]
 
+ALL = np.uint8(3)
+"""Unknown in both halves of a register: see :class:`tests.ptx.machine.Machine`."""
 FORMS: dict[str, Maker] = {}
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x", "%ntid.x", "%laneid", "%warpid")
 ZEROS = ("%tid.y", "%tid.z", "%ctaid.y", "%ctaid.z")
@@ -172,6 +174,18 @@ def vector(text: str) -> list[str]:
 
 def any_unknown(sources: Sequence[int]) -> Unknown:
     """What a thread computes is unknown where anything is that it is computed from."""
+
+    halves = unknown_halves(sources)
+
+    def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
+        found = halves(m, mask)
+        return None if found is None else (found != 0) * ALL
+
+    return unknown
+
+
+def unknown_halves(sources: Sequence[int]) -> Unknown:
+    """As :func:`any_unknown`, where halves of registers are numbers of their own."""
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         found = [m.unknown[i] for i in sources if i in m.unknown]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.forms import Execute, Mask, Operands, elementwise, forms, vector
+from tests.ptx.forms import Execute, Mask, Operands, elementwise, forms, unknown_halves, vector
 from tests.ptx.rounding import bit_length, clamp_integer, quotient, remainder
 from tests.ptx.types import BITS, DTYPES, PRED, S32, S64, U32, U64, PtxError
 
@@ -257,7 +258,7 @@ def select(operands: Operands, parts: list[str]) -> Execute:
         """Where the one is unknown that is chosen, or which one that is."""
         if not any(i in m.unknown for i in (a, b, p)):
             return None
-        no = np.zeros((1, 1), bool)
+        no = np.zeros((1, 1), np.uint8)
         return np.where(m.raw(p, mask), m.unknown.get(a, no), m.unknown.get(b, no)) | m.unknown.get(p, no)
 
     operands.unknown = unknown
@@ -275,6 +276,8 @@ def move(operands: Operands, parts: list[str]) -> Execute:
         return _pack(operands, dtype)
     bits = dtype if dtype == PRED else BITS[dtype.itemsize]
     d, s = operands.target(target, bits), operands.source(source, dtype)
+
+    operands.unknown = unknown_halves([s])
 
     def execute(m: Machine, mask: Mask) -> None:
         m.write(d, m.raw(s, mask), mask)
@@ -299,9 +302,13 @@ def _unpack(operands: Operands, dtype: np.dtype) -> Execute:
 
     def execute(m: Machine, mask: Mask) -> None:
         x = m.read(source, bits, mask)
+        unknown = m.unknown.get(source)
         for i, target in targets:
             m.write(target, (x >> bits.type(8 * piece.itemsize * i)).astype(piece), mask)
+            if unknown is not None:
+                m.forget([target], unknown >> np.uint8(2 * i // len(names)) & np.uint8(1), mask)
 
+    operands.unknown = lambda m, mask: None  # pieces are told apart above
     return execute
 
 
@@ -318,4 +325,13 @@ def _pack(operands: Operands, dtype: np.dtype) -> Execute:
             result = result | (m.read(source, piece, mask).astype(bits) << bits.type(8 * piece.itemsize * i))
         m.write(target, result, mask)
 
+    def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
+        found = [
+            (m.unknown[source] != 0) * np.uint8(1 << 2 * i // len(names))
+            for i, source in enumerate(sources)
+            if source in m.unknown
+        ]
+        return functools.reduce(np.bitwise_or, found) if found else None
+
+    operands.unknown = unknown
     return execute

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.ptx.checks import SHARED, Access, check_races
-from tests.ptx.forms import ONES, ZEROS, Mask
+from tests.ptx.forms import ALL, ONES, ZEROS, Mask
 from tests.ptx.memory import HostMemory, SharedMemory
 from tests.ptx.program import Block, Program, Step
 from tests.ptx.types import S64, U32, WARP, Fault, bits_of
@@ -42,8 +42,9 @@ class Machine:
     """Some programs of a launch, from ``first`` on.
 
     Attributes:
-        unknown: By register, in which threads it holds what nothing has written, or what comes of that. Threads may
-            compute with it, as those do whose part of a sum nobody asks for; it must not decide, or be stored.
+        unknown: By register, in which threads it holds what nothing has written, or what comes of that: 1 where it
+            is the lower half of its bits, 2 where the upper, 3 where both. Threads may compute with it, as those do
+            whose part of a sum nobody asks for; it must not decide, or be stored.
     """
 
     def __init__(self, launch: Launch, first: int, count: int) -> None:
@@ -57,6 +58,7 @@ class Machine:
         self.instruction = 0
         self._registers: list[np.ndarray | None] = [None] * len(self.program.widths)
         self.unknown: dict[int, np.ndarray] = {}
+        self._late = False  # whether the step at hand was found to read what nothing has written
         self._phase = self._meeting = np.zeros((1, 1), S64)
         self._where: np.ndarray | None = None  # the block of each thread, once they are not all at one
         for register, value in self.program.operands.initial.items():
@@ -81,28 +83,19 @@ class Machine:
         for name, value in special.items():
             if name in index:
                 self._registers[index[name]] = value
-        for name in self.program.kernel.undefined:
-            if name in index:
-                self._registers[index[name]] = np.zeros((1, 1), self.program.widths[index[name]])
 
     # Registers ---------------------------------------------------------------------------------------------
 
     def raw(self, register: int, mask: Mask) -> np.ndarray:
-        """What a register holds, as whatever type it was written.
-
-        Raises:
-            Fault: no thread has ever written it.
-        """
+        """What a register holds, as whatever type it was written."""
         x = self._registers[register]
-        if x is None:
-            raise self._unwritten(register, mask)
-        return x
+        return self._unwritten(register) if x is None else x
 
     def read(self, register: int, dtype: np.dtype, mask: Mask) -> np.ndarray:
         """What a register holds, as a type of its size."""
         x = self._registers[register]
         if x is None:
-            raise self._unwritten(register, mask)
+            x = self._unwritten(register)
         if x.dtype is dtype:
             return x
         if x.dtype.kind == "f":
@@ -126,7 +119,7 @@ class Machine:
     def forget(self, registers: list[int], unknown: np.ndarray | None, mask: Mask) -> None:
         """What these threads have in registers, of those that take part, is unknown."""
         if unknown is not None:
-            unknown = unknown if mask is None else unknown & mask
+            unknown = (unknown if mask is None else unknown & mask) * ALL
             for register in registers:
                 before = self.unknown.get(register)
                 self.unknown[register] = unknown if before is None else unknown | before
@@ -135,11 +128,12 @@ class Machine:
         """One element for each thread."""
         return np.broadcast_to(x, self.shape)
 
-    def _unwritten(self, register: int, mask: Mask) -> Fault:
-        return Fault(
-            f"{self._name(register)} is read, which nothing has written",
-            np.ones((1, 1), bool) if mask is None else mask,
-        )
+    def _unwritten(self, register: int) -> np.ndarray:
+        """A register that no thread has written: it holds what nobody knows."""
+        x = self._registers[register] = np.zeros((1, 1), self.program.widths[register])
+        self.unknown[register] = np.full((1, 1), ALL)
+        self._late = True
+        return x
 
     def _name(self, register: int) -> str:
         return next(name for name, i in self.program.operands.index.items() if i == register)
@@ -156,10 +150,10 @@ class Machine:
         for register in step.targets:
             before = self.unknown.get(register)
             if before is not None and mask is not None:
-                before = before & ~mask
-                after = before if unknown is None else before | (unknown & mask)
+                before = before * ~mask
+                after = before if unknown is None else before | (unknown * mask)
             elif unknown is not None:
-                after = unknown if mask is None else unknown & mask
+                after = unknown if mask is None else unknown * mask
             elif before is None:
                 continue
             else:
@@ -172,9 +166,9 @@ class Machine:
     def _check_known(self, register: int, mask: Mask) -> None:
         unknown = self.unknown.get(register)
         if unknown is not None:
-            unknown = unknown if mask is None else unknown & mask
+            unknown = unknown if mask is None else unknown * mask
             if unknown.any():
-                raise Fault(f"what {self._name(register)} holds comes of what nothing has written", unknown)
+                raise Fault(f"what {self._name(register)} holds comes of what nothing has written", unknown != 0)
 
     # Threads together --------------------------------------------------------------------------------------
 
@@ -257,7 +251,12 @@ class Machine:
                 active = mask if active.all() else active
             if self.unknown:
                 self._trace_unknown(step, active)
-            step.execute(self, active)
+            try:
+                step.execute(self, active)
+            finally:  # what is unknown is the better reason of a fault
+                if self._late:
+                    self._late = False
+                    self._trace_unknown(step, active)
 
     def _guarded(self, step: Step | Block, mask: Mask) -> np.ndarray:
         """Which threads a predicate lets take part."""

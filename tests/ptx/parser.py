@@ -55,7 +55,6 @@ class Kernel:
     Attributes:
         threads: Of one program.
         registers: Their types by name.
-        undefined: Registers that the compiler says may be read before they are written.
         labels: The index of the instruction that follows each.
     """
 
@@ -63,7 +62,6 @@ class Kernel:
     threads: int
     parameters: dict[str, Parameter]
     registers: dict[str, str]
-    undefined: frozenset[str]
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
@@ -89,7 +87,6 @@ def parse(ptx: str) -> Kernel:
     Raises:
         PtxError: the text has not exactly one kernel, or something in it that is not understood.
     """
-    undefined = frozenset(re.findall(r"//\s*implicit-def:\s*(%\w+)", ptx))
     files = {number: PurePath(b or a).name for number, a, b in _FILE.findall(ptx)}
     text = re.sub(r"//[^\n]*", "", ptx)  # lines keep their numbers
     entries = list(_ENTRY.finditer(text))
@@ -103,7 +100,6 @@ def parse(ptx: str) -> Kernel:
         _threads(directives, name),
         _parameters(parameters),
         reader.registers,
-        undefined,
         tuple(reader.instructions),
         reader.labels,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,7 +83,7 @@ class Program:
         order = sorted(starts)
         number = {start: i for i, start in enumerate(order)}
         blocks = []
-        for start, end in zip(order, order[1:], strict=False):
+        for start, end in itertools.pairwise(order):
             last = code[end - 1]
             jumps = last.opcode in JUMPS
             steps = [self._step(i) for i in range(start, end - jumps)]

@@ -101,7 +101,9 @@ def test_parameters(kind: str) -> None:
         @%p0 ret;
         ld.param.{kind} {register}, [x];
         {store} [%l0], {register};"""
-    ).replace("test_kernel(\n", f"test_kernel(.param .u8 first, .param .{kind} x, .param .u64 .ptr .global .align 1 out")
+    ).replace(
+        "test_kernel(\n", f"test_kernel(.param .u8 first, .param .{kind} x, .param .u64 .ptr .global .align 1 out"
+    )
     out = torch.zeros(8, dtype=torch.uint8)
     program = Program(ptx)
     data = bytearray(program.kernel.parameter_bytes)

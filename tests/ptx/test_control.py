@@ -1,4 +1,4 @@
-"""Tests how threads go through a kernel: predicates, branches that diverge, loops, ends; and what is not understood."""
+"""Tests how threads go through a kernel, predicates, branches that diverge and loops, and what is refused."""
 
 from __future__ import annotations
 
@@ -46,16 +46,20 @@ def test_predicates() -> None:
 
 
 def test_predicates_that_all_or_no_threads_meet() -> None:
-    body = """
+    body = (
+        """
         mov.b32 %r10, 1;
         setp.lt.s32 %p0, %r0, 100;
         @%p0 mov.b32 %r10, 2;
-        @!%p0 mov.b32 %r10, 3;""" + STORE
+        @!%p0 mov.b32 %r10, 3;"""
+        + STORE
+    )
     assert run(body) == [2] * 32
 
 
 def test_both_ways_of_a_branch() -> None:
-    body = """
+    body = (
+        """
         and.b32 %r4, %r0, 1;
         setp.eq.b32 %p0, %r4, 0;
         @%p0 bra $EVEN;
@@ -64,14 +68,17 @@ def test_both_ways_of_a_branch() -> None:
     $EVEN:
         neg.s32 %r10, %r0;
     $DONE:
-        add.s32 %r10, %r10, 1;""" + STORE
+        add.s32 %r10, %r10, 1;"""
+        + STORE
+    )
     assert run(body) == [100 * i + 1 if i % 2 else 1 - i for i in range(32)]
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_loops_of_different_lengths(at_once: int) -> None:
     """Each thread of each program goes around as often as its number says, and they meet again behind."""
-    body = """
+    body = (
+        """
         mov.b32 %r10, 0;
         mov.b32 %r4, 0;
         setp.eq.b32 %p0, %r3, 0;
@@ -82,13 +89,16 @@ def test_loops_of_different_lengths(at_once: int) -> None:
         setp.lt.s32 %p1, %r4, %r3;
         @%p1 bra $LOOP;
     $DONE:
-        bar.sync 0;""" + STORE
+        bar.sync 0;"""
+        + STORE
+    )
     assert run(body, grid=5, at_once=at_once) == [i * (i + 1) // 2 for i in range(160)]
 
 
 def test_loops_of_whole_programs() -> None:
     """Programs go around a loop in different numbers; registers that are a program's own stay so."""
-    body = """
+    body = (
+        """
         mov.b32 %r10, 1;
         mov.b32 %r4, 0;
     $LOOP:
@@ -96,12 +106,15 @@ def test_loops_of_whole_programs() -> None:
         add.s32 %r4, %r4, 1;
         setp.le.s32 %p1, %r4, %r1;
         @%p1 bra $LOOP;
-        bar.sync 0;""" + STORE
+        bar.sync 0;"""
+        + STORE
+    )
     assert run(body, grid=4) == [2 << program for program in range(4) for _ in range(32)]
 
 
 def test_branches_within_branches() -> None:
-    body = """
+    body = (
+        """
         mov.b32 %r10, 0;
         setp.ge.s32 %p0, %r0, 16;
         @%p0 bra $HIGH;
@@ -116,33 +129,42 @@ def test_branches_within_branches() -> None:
         setp.ge.s32 %p2, %r0, 24;
         @!%p2 bra $DONE;
         mov.b32 %r10, 3;
-    $DONE:""" + STORE
+    $DONE:"""
+        + STORE
+    )
     assert run(body) == [1] * 8 + [2] * 8 + [0] * 8 + [3] * 8
 
 
 @pytest.mark.parametrize("end", ["ret", "exit"])
 def test_threads_that_end_early(end: str) -> None:
     """They do nothing any more, and nobody waits for them."""
-    body = f"""
+    body = (
+        f"""
         setp.ge.s32 %p0, %r0, 10;
         @%p0 {end};
         bar.sync 0;
-        mov.b32 %r10, %r0;""" + STORE
+        mov.b32 %r10, %r0;"""
+        + STORE
+    )
     assert run(body) == [*range(10), *[-1] * 22]
 
 
 def test_programs_that_end_early() -> None:
-    body = """
+    body = (
+        """
         setp.eq.b32 %p0, %r1, 1;
         @%p0 ret;
         mov.b32 %r10, %r1;
-        bar.sync 0;""" + STORE
+        bar.sync 0;"""
+        + STORE
+    )
     assert run(body, grid=3) == [0] * 32 + [-1] * 32 + [2] * 32
 
 
 def test_registers_of_inline_assembly() -> None:
     """Names in an inner scope are others, even where they are written alike."""
-    body = """
+    body = (
+        """
         mov.b32 %r4, 5;
         {
             .reg .b32 %r4;
@@ -151,7 +173,9 @@ def test_registers_of_inline_assembly() -> None:
             setp.eq.b32 hidden, %r4, 9;
             @hidden mov.b32 %r10, %r4;
         }
-        add.s32 %r10, %r10, %r4;""" + STORE
+        add.s32 %r10, %r10, %r4;"""
+        + STORE
+    )
     assert run(body) == [14] * 32
 
 

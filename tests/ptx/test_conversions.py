@@ -89,7 +89,9 @@ def test_floats_to_integers(source: str, how: str, target: str) -> None:
         return min(max(int(WHOLE[how](number)), low), high)
 
     def run(modifiers: str) -> list[int]:
-        return apply(f"cvt.{how}{modifiers}.{target}.{source}", [(source.replace("f", "u"), values)], register(target)).tolist()
+        return apply(
+            f"cvt.{how}{modifiers}.{target}.{source}", [(source.replace("f", "u"), values)], register(target)
+        ).tolist()
 
     assert run("") == [expected(x) for x in values]
     if source != "f16":
@@ -144,7 +146,15 @@ def test_floats_to_as_wide_ones(target: str, source: str, modifiers: str) -> Non
 def test_float64_to_float32(how: str, modifiers: str) -> None:
     """Ties of normal and of subnormal results, and what is too large."""
     some = random.Random(5)
-    numbers = [1 + 2.0**-24, 1 + 3 * 2.0**-24, 2.0**-150, 3 * 2.0**-150, 2.0**128, 3.4028235677973366e38, -(2.0**-1000)]
+    numbers = [
+        1 + 2.0**-24,
+        1 + 3 * 2.0**-24,
+        2.0**-150,
+        3 * 2.0**-150,
+        2.0**128,
+        3.4028235677973366e38,
+        -(2.0**-1000),
+    ]
     numbers += [some.uniform(-2, 2) * 2.0 ** some.randrange(-152, 129) for _ in range(100)]
     values = [*floats("f64"), *(to_bits(x, "f64") for x in numbers)]
 
@@ -217,5 +227,3 @@ def test_float32_to_narrow_floats(kind: str, how: str) -> None:
 )
 def test_by_hand(form: str, source: str, bits: int, result: str, expected: int) -> None:
     assert apply(form, [(source, [bits])], result).tolist() == [expected]
-
-

@@ -46,7 +46,9 @@ def test_segments() -> None:
 
 def test_lanes_may_ask_differently() -> None:
     wanted = [(3 * lane + 1) % 32 for lane in LANES]
-    got = apply("shfl.sync.idx.b32", [("u32", [10 * lane for lane in LANES]), ("u32", wanted)], "u32", extra=["31", "-1"])
+    got = apply(
+        "shfl.sync.idx.b32", [("u32", [10 * lane for lane in LANES]), ("u32", wanted)], "u32", extra=["31", "-1"]
+    )
     assert got.tolist() == [10 * lane for lane in wanted]
 
 

@@ -65,7 +65,14 @@ def test_the_kernel_is_right(at_once: int) -> None:
 
 def test_misaligned_accesses_of_global_memory() -> None:
     text = fault("ld.global.b32 %r3, [%l2];", "ld.global.b32 %r3, [%l2+2];")
-    check(text, "`ld.global.b32 %r3, [%l2+2]` (line ", "4 bytes", "no multiple of 4", "threads 0, 1, 2", "of program 0")
+    check(
+        text,
+        "`ld.global.b32 %r3, [%l2+2]` (line ",
+        "4 bytes",
+        "no multiple of 4",
+        "threads 0, 1, 2",
+        "of program 0",
+    )
     wide = fault("ld.global.b32 %r3, [%l2];", "ld.global.v2.b32 {%r3, %r9}, [%l2];")
     check(wide, "8 bytes", "no multiple of 8", "threads 1, 3, 5")
 
@@ -92,11 +99,18 @@ def test_accesses_outside_of_every_tensor(offset: int, threads: str) -> None:
     del memory
     state = {"exp_avg": torch.zeros(n, dtype=torch.int32), "exp_avg_sq": torch.zeros(1 << 20)}
     y = torch.zeros(n + 32, dtype=torch.int32)
-    ptx = kernel(RIGHT.replace("ld.global.b32 %r3, [%l2];", f"ld.global.b32 %r3, [%l2+{offset}];"), parameters=2, threads=64)
+    ptx = kernel(
+        RIGHT.replace("ld.global.b32 %r3, [%l2];", f"ld.global.b32 %r3, [%l2+{offset}];"), parameters=2, threads=64
+    )
     with pytest.raises(Fault) as caught:
         execute(ptx, [state["exp_avg"], y], grid=3, shared=256)
     where = "0 bytes past the end of" if offset > 0 else "4 bytes before"
-    check(str(caught.value), "outside of every tensor", f"{where} 'exp_avg', the int32 tensor of shape (192,)", threads)
+    check(
+        str(caught.value),
+        "outside of every tensor",
+        f"{where} 'exp_avg', the int32 tensor of shape (192,)",
+        threads,
+    )
 
 
 def test_tensors_that_are_gone() -> None:
@@ -148,7 +162,10 @@ def test_reads_past_a_storage_that_another_follows() -> None:
 
 
 def test_registers_that_nothing_has_written() -> None:
-    check(fault("add.s32 %r8, %r6, %r7;", "add.s32 %r8, %r6, %r9;"), "%r9 is read, which nothing has written")
+    text = fault("add.s32 %r8, %r6, %r7;", "add.s32 %r8, %r6, %r9;")
+    check(text, "`st.global.b32 [%l3], %r8`", "what %r8 holds comes of what nothing has written", "threads 0, 1, 2")
+    check(fault("bar.sync 0;", "@%p3 bar.sync 0;"), "`@%p3 bar.sync 0`", "what %p3 holds comes of what nothing")
+    check(fault("ld.global.b32 %r3, [%l2];", "ld.global.b32 %r3, [%l9];"), "what %l9 holds")
 
 
 @pytest.mark.parametrize(
@@ -208,9 +225,15 @@ def test_what_is_unknown_must_not_decide(use: str, words: str) -> None:
     check(fault("add.s32 %r8, %r6, %r7;", before + use), words, "thread 63 of program 0")
 
 
-def test_registers_that_the_compiler_leaves_undefined() -> None:
-    """Where it says so, it has seen that nothing depends on them."""
-    run(RIGHT.replace("add.s32 %r8, %r6, %r7;", "// implicit-def: %r9\nadd.s32 %r8, %r6, %r7;\nadd.s32 %r10, %r9, 1;"))
+def test_halves_of_registers() -> None:
+    """Of two numbers in one register each is unknown by itself."""
+    old = "add.s32 %r8, %r6, %r7;"
+    pair = "mov.b64 %l9, {%r6, %r9};\nadd.rn.f32x2 %l9, %l9, %l9;\nmov.b64 %l10, %l9;\nmov.b64 {%r8, %r10}, %l10;"
+    run(RIGHT.replace(old, pair))
+    check(fault(old, f"{pair}\nmov.b32 %r8, %r10;"), "comes of what nothing has written")
+    check(fault(old, f"{pair}\nshr.u64 %l10, %l10, 1;\nmov.b64 {{%r8, _}}, %l10;"), "comes of what nothing")
+    quarter = "mov.b64 %l9, {%s1, %s2, %s2, %s2};\nmov.b64 {_, _, _, %s3}, %l9;\ncvt.u32.u16 %r8, %s3;"
+    run(RIGHT.replace(old, f"mov.b16 %s2, 1;\n{quarter}"))
 
 
 # Threads together -----------------------------------------------------------------------------------------
@@ -225,7 +248,12 @@ def test_barriers_that_not_all_threads_reach() -> None:
 
 def test_barriers_of_programs_that_are_elsewhere() -> None:
     """Other programs need not come."""
-    run(RIGHT.replace("bar.sync 0;", "setp.eq.b32 %p0, %r1, 1;\n@%p0 bra $ON;\nbar.sync 0;\nbra.uni $ON2;\n$ON:\nbar.sync 0;\n$ON2:"))
+    run(
+        RIGHT.replace(
+            "bar.sync 0;",
+            "setp.eq.b32 %p0, %r1, 1;\n@%p0 bra $ON;\nbar.sync 0;\nbra.uni $ON2;\n$ON:\nbar.sync 0;\n$ON2:",
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +269,11 @@ def test_exchanges_that_not_all_lanes_reach(exchange: str) -> None:
 
 def test_exchanges_of_half_a_warp() -> None:
     """Lanes that are named are enough; one that is not must not be asked."""
-    half = "mov.b32 %r7, 0;\nand.b32 %r9, %r0, 31;\nsetp.lt.s32 %p0, %r9, 16;\n@%p0 shfl.sync.bfly.b32 %r7, %r6, {}, 31, 65535;"
+    half = """
+        mov.b32 %r7, 0;
+        and.b32 %r9, %r0, 31;
+        setp.lt.s32 %p0, %r9, 16;
+        @%p0 shfl.sync.bfly.b32 %r7, %r6, {}, 31, 65535;"""
     old = "shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1;"
     run(RIGHT.replace(old, half.format(8)))
     check(fault(old, half.format(16)), "takes no part is asked for its value")
@@ -279,14 +311,29 @@ def test_shared_memory_within_a_warp() -> None:
 def test_shared_memory_written_alike() -> None:
     """Threads that write the same do not race; those that do not, do."""
     old = "bar.sync 0;"
-    run(RIGHT.replace(old, f"{old}\nst.shared.b32 [256], %r1;\n").replace("[256]", "[%r20]").replace("    mov.u32 %r0", "    mov.b32 %r20, 256;\n    mov.u32 %r0"), shared=512)
-    check(fault(old, f"mov.b32 %r20, 256;\nst.shared.b32 [%r20], %r0;\n{old}", shared=512), "a race in shared memory at 0x100", "written by", "and written by")
+    run(
+        RIGHT.replace(old, f"{old}\nst.shared.b32 [256], %r1;\n")
+        .replace("[256]", "[%r20]")
+        .replace("    mov.u32 %r0", "    mov.b32 %r20, 256;\n    mov.u32 %r0"),
+        shared=512,
+    )
+    check(
+        fault(old, f"mov.b32 %r20, 256;\nst.shared.b32 [%r20], %r0;\n{old}", shared=512),
+        "a race in shared memory at 0x100",
+        "written by",
+        "and written by",
+    )
 
 
 def test_races_of_threads_in_global_memory() -> None:
     """Two threads of a program store different values to one place."""
     text = fault("mad.wide.u32 %l3, %r2, 4, %l1;", "shr.u32 %r9, %r2, 2;\nmad.wide.u32 %l3, %r9, 4, %l1;")
-    check(text, "a race in global memory at 0x", "int32 tensor of shape (192,)", "written by `st.global.b32 [%l3], %r8`")
+    check(
+        text,
+        "a race in global memory at 0x",
+        "int32 tensor of shape (192,)",
+        "written by `st.global.b32 [%l3], %r8`",
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -304,7 +351,11 @@ def test_races_of_programs(at_once: int) -> None:
 def test_races_of_narrow_and_wide_accesses() -> None:
     """A wide load of what another thread stores in pieces."""
     old = "st.global.b32 [%l3], %r8;"
-    wide = f"{old}\nand.b32 %r9, %r2, -4;\nmad.wide.u32 %l4, %r9, 4, %l1;\nld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%l4];\nst.global.b32 [%l3], %r11;"
+    wide = f"""{old}
+        and.b32 %r9, %r2, -4;
+        mad.wide.u32 %l4, %r9, 4, %l1;
+        ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%l4];
+        st.global.b32 [%l3], %r11;"""
     check(fault(old, wide), "a race in global memory", "ld.global.v4.b32")
 
 
@@ -320,7 +371,7 @@ COPIES = """
 
 
 def test_copies_that_come_to_nothing() -> None:
-    """Threads that hold the same number all read it, and one stores what becomes of it: the others' does not matter."""
+    """Threads that hold the same number all read it, and one stores what becomes of it."""
     out = "st.global.b32 [%l3], %r8;"
     start = RIGHT[: RIGHT.index("    mad.wide.u32 %l2")]
     for shift, mask in ((1, 1), (6, 63)):  # copies in a warp, and in several
@@ -328,7 +379,9 @@ def test_copies_that_come_to_nothing() -> None:
         use = "mad.wide.u32 %l3, %r2, 4, %l1;\nst.global.b32 [%l3], %r10;"
         with pytest.raises(Fault, match=r"a race in global memory .* written by .* read by"):
             run(start + COPIES.format(shift, mask) + use)  # now something comes of each
-    told = "shfl.sync.down.b32 %r12, %r10, 1, 31, -1;\nmad.wide.u32 %l3, %r2, 4, %l1;\n@%p5 st.global.b32 [%l3], %r12;"
+    told = (
+        "shfl.sync.down.b32 %r12, %r10, 1, 31, -1;\nmad.wide.u32 %l3, %r2, 4, %l1;\n@%p5 st.global.b32 [%l3], %r12;"
+    )
     copies = COPIES.format(1, 1).replace("and.b32 %r11", "and.b32 %r11").split("    @%p5 st.global")[0]
     with pytest.raises(Fault, match="a race in global memory"):
         run(start + COPIES.format(1, 1) + told)  # a lane that stores is told what another read
@@ -339,7 +392,8 @@ def test_copies_that_come_to_nothing() -> None:
 def test_faults_name_kernel_instruction_and_threads() -> None:
     text = fault("ld.global.b32 %r3, [%l2];", "ld.global.b32 %r3, [%l2+1048576];")
     assert re.fullmatch(
-        r"test_kernel: `ld\.global\.b32 %r3, \[%l2\+1048576\]` \(line \d+\): global access of 4 bytes at 0x[0-9a-f]+, "
-        r"outside of every tensor: .*, by threads 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. of program 0 and 128 of other programs",
+        r"test_kernel: `ld\.global\.b32 %r3, \[%l2\+1048576\]` \(line \d+\): global access of 4 bytes at "
+        r"0x[0-9a-f]+, outside of every tensor: .*, by threads 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. of program 0 "
+        r"and 128 of other programs",
         text,
     )

@@ -14,7 +14,16 @@ from tests.ptx.exact import FORMATS, rounded, to_bits, value
 from tests.ptx.running import apply, bits
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan]
-F32 = [*SPECIAL, 2.0**-149, -(2.0**-149), 2.0**-126, 3.4028234663852886e38, -3.4028234663852886e38, 16777216.0, 1 / 3]
+F32 = [
+    *SPECIAL,
+    2.0**-149,
+    -(2.0**-149),
+    2.0**-126,
+    3.4028234663852886e38,
+    -3.4028234663852886e38,
+    16777216.0,
+    1 / 3,
+]
 F64 = [*SPECIAL, 2.0**-1074, 2.0**-1022, 1.7976931348623157e308, 9007199254740992.0, 1 / 3]
 
 
@@ -23,7 +32,9 @@ def samples(kind: str, n: int = 40) -> list[int]:
     some = random.Random(kind)
     own = [to_bits(x, "f32") for x in F32] if kind == "f32" else [to_bits(x, "f64") for x in F64]
     width = 32 if kind == "f32" else 64
-    return own + [some.getrandbits(width) for _ in range(n)] + [to_bits(some.uniform(-4, 4), "f32") for _ in range(n)]
+    return (
+        own + [some.getrandbits(width) for _ in range(n)] + [to_bits(some.uniform(-4, 4), "f32") for _ in range(n)]
+    )
 
 
 def run(form: str, kind: str, rows: list[tuple[int, ...]]) -> list[int]:
@@ -162,7 +173,9 @@ def test_fused_is_rounded_once() -> None:
     assert bits(got) == exact
     assert exact[0] != exact[1]
     tiny = 2.0**-149
-    rows = [(to_bits(x, "f32"), to_bits(0.5, "f32"), to_bits(z, "f32")) for x in (tiny, 3 * tiny) for z in (0.0, tiny)]
+    rows = [
+        (to_bits(x, "f32"), to_bits(0.5, "f32"), to_bits(z, "f32")) for x in (tiny, 3 * tiny) for z in (0.0, tiny)
+    ]
     assert run("fma.rn.f32", "f32", rows) == [0, 2, 2, 2]  # ties of subnormal numbers go to the even one
 
 
@@ -208,7 +221,11 @@ def lesser(kind: str, least: bool, strict: bool, *values: int) -> int:
 def test_extremes(name: str, modifiers: str) -> None:
     own = samples("f32", 3)
     for n in (2, 3):
-        rows = [(a, b) for a in own for b in own] if n == 2 else [(a, b, c) for a in own[:10] for b in own[:8] for c in own[:8]]
+        rows = (
+            [(a, b) for a in own for b in own]
+            if n == 2
+            else [(a, b, c) for a in own[:10] for b in own[:8] for c in own[:8]]
+        )
         expected = []
         for row in rows:
             row = tuple(map(flushed, row)) if "ftz" in modifiers else row
@@ -266,9 +283,17 @@ def test_mixed(kind: str) -> None:
     rows = [(i, c) for i in range(len(narrow)) for c in samples("f32", 4)]
     for rn in ("", ".rn"):
         for name in ("add", "sub"):
-            got = apply(f"{name}{rn}.f32.{kind}", [("u16", [narrow[i] for i, _ in rows]), ("u32", [c for _, c in rows])], "u32")
+            got = apply(
+                f"{name}{rn}.f32.{kind}",
+                [("u16", [narrow[i] for i, _ in rows]), ("u32", [c for _, c in rows])],
+                "u32",
+            )
             assert got.tolist() == [BINARY[name]("f32", wide[i], c) for i, c in rows]
-    columns = [("u16", [narrow[i] for i, _ in rows]), ("u16", [narrow[-1 - i] for i, _ in rows]), ("u32", [c for _, c in rows])]
+    columns = [
+        ("u16", [narrow[i] for i, _ in rows]),
+        ("u16", [narrow[-1 - i] for i, _ in rows]),
+        ("u32", [c for _, c in rows]),
+    ]
     got = apply(f"fma.rn.f32.{kind}", columns, "u32")
     assert got.tolist() == [fused("f32", wide[i], wide[-1 - i], c) for i, c in rows]
 
@@ -297,7 +322,9 @@ def test_approximations(name: str, ftz: str) -> None:
     singles = list(zip(*(np.array(column, np.float32).tolist() for _, column in columns), strict=True))
     exact = np.array([function(*row) for row in singles], np.float32)
     assert apply(f"{name}{ftz}.f32", columns, "f32").tolist() == exact.tolist()
-    off = np.array(bits(apply(f"{name}{ftz}.f32", columns, "f32", random=np.random.default_rng(0)))) - np.array(bits(exact))
+    off = np.array(bits(apply(f"{name}{ftz}.f32", columns, "f32", random=np.random.default_rng(0)))) - np.array(
+        bits(exact)
+    )
     assert set(off.tolist()) == set(range(-ulps, ulps + 1))
 
 

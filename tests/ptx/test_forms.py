@@ -1,4 +1,4 @@
-"""Tests the table of forms: each of them is run by a test beside this one, and it knows what kernels are made of."""
+"""Tests the table of forms: each of them is run by a test beside this one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.ptx import program, running, test_accesses, test_control, test_conversions, test_exchange
-from tests.ptx import test_floats, test_integers
+from tests.ptx import (
+    program,
+    running,
+    test_accesses,
+    test_control,
+    test_conversions,
+    test_exchange,
+    test_floats,
+    test_integers,
+)
 from tests.ptx.forms import FORMS, expand
 
 MODULES = (test_accesses, test_control, test_conversions, test_exchange, test_floats, test_integers)

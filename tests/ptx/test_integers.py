@@ -34,7 +34,9 @@ def pairs(kind: str) -> Iterator[tuple[int, int]]:
     return ((a, b) for a in samples(kind) for b in samples(kind))
 
 
-def check(form: str, kinds: list[str], result: str, rows: list[tuple[int, ...]], expected: Callable[..., int]) -> None:
+def check(
+    form: str, kinds: list[str], result: str, rows: list[tuple[int, ...]], expected: Callable[..., int]
+) -> None:
     columns = list(zip(*rows, strict=True))
     got = apply(form, list(zip(kinds, columns, strict=True)), result)
     assert got.tolist() == [expected(*row) for row in rows], form
@@ -209,12 +211,25 @@ def test_counts_of_bits(bits: int) -> None:
 
 def test_bytes_are_permuted() -> None:
     a, b = 0x83828180, 0x07060504
-    for selector, expected in ((0x3210, a), (0x7654, b), (0x0123, 0x80818283), (0x5410, 0x05048180), (0xBFA8, 0xFF00FFFF)):
+    for selector, expected in (
+        (0x3210, a),
+        (0x7654, b),
+        (0x0123, 0x80818283),
+        (0x5410, 0x05048180),
+        (0xBFA8, 0xFF00FFFF),
+    ):
         got = apply("prmt.b32", [("u32", [a]), ("u32", [b]), ("u32", [selector])], "u32")
         assert got.tolist() == [expected], hex(selector)
 
 
-ORDER = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+ORDER = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -235,7 +250,9 @@ def test_comparisons_of_floats(kind: str) -> None:
         return math.isnan(a) or math.isnan(b)
 
     for name, order in ORDER.items():
-        check(f"setp.{name}.{kind}", [kind, kind], "pred", rows, lambda a, b, o=order: o(a, b) and not unordered(a, b))
+        check(
+            f"setp.{name}.{kind}", [kind, kind], "pred", rows, lambda a, b, o=order: o(a, b) and not unordered(a, b)
+        )
         check(f"setp.{name}u.{kind}", [kind, kind], "pred", rows, lambda a, b, o=order: o(a, b) or unordered(a, b))
     check(f"setp.nan.{kind}", [kind, kind], "pred", rows, unordered)
     check(f"setp.num.{kind}", [kind, kind], "pred", rows, lambda a, b: not unordered(a, b))
