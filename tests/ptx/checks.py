@@ -1,8 +1,8 @@
 """Finds races: accesses of one byte by two threads, one of them to write, that nothing orders.
 
 A barrier orders what the threads of a program do, and an instruction that all lanes of a warp reach together orders
-what these do. Nothing orders two programs. Threads that write the same are no race, since it does not show; nor is a
-read of which nothing comes: where several threads hold a value, all read it, and one stores what becomes of it.
+what these do. Nothing orders two programs. Threads that write the same are no race, since it does not show. Nor is
+a read of which nothing comes: where several threads hold a value, all read it, and one stores what becomes of it.
 """
 
 from __future__ import annotations

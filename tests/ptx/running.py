@@ -46,7 +46,7 @@ def execute(
 
 
 def kernel(body: str, *, parameters: int = 0, threads: int = WARP, registers: str = "") -> str:
-    """A kernel of a body; parameters are ``p0``, ..., registers ``%r0`` to ``%r31``, ``%l0``, ..., ``%s0``, ``%p0``."""
+    """A kernel of a body, with parameters ``p0``, ... and 32 each of ``%p0``, ``%s0``, ``%r0`` and ``%l0``."""
     listed = ",\n".join(f".param .u64 p{i}" for i in range(parameters))
     return f"""
 .version 8.7

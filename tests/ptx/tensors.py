@@ -59,22 +59,22 @@ class LiveTensors:
     def nearest(self, address: int) -> str:
         """Say which tensor an address is nearest to, and how far it is off."""
         self._renew(everything=True)
-        best, text = None, "there is no tensor"
-        for owner in {id(x): x for each in self._ranges for r in each.owners if (x := r()) is not None}.values():
-            start, end = _span(owner)
-            off = max(start - address, address - end + 1, 0)
-            if best is None or off < best:
-                where = (
-                    f"{start - address} bytes before"
-                    if address < start
-                    else f"{address - end} bytes past the end of"
-                )
-                where = "within" if not off else where
-                best, text = (
-                    off,
-                    f"{where} {_name(owner)}the {owner.dtype} tensor of shape {tuple(owner.shape)} at {start:#x}",
-                )
-        return text.replace("torch.", "")
+        owners = [x for each in self._ranges for owner in each.owners if (x := owner()) is not None]
+        if not owners:
+            return "there is none"
+
+        def off(x: Tensor) -> int:
+            start, end = _span(x)
+            return max(start - address, address - end + 1, 0)
+
+        found = min(owners, key=off)
+        start, end = _span(found)
+        where = "within"
+        if off(found):
+            before = address < start
+            where = f"{start - address} bytes before" if before else f"{address - end} bytes past the end of"
+        kind = str(found.dtype).removeprefix("torch.")
+        return f"{where} {_name(found)}the {kind} tensor of shape {tuple(found.shape)} at {start:#x}"
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         if not len(self._starts):
