@@ -12,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.ptx.driver import Driver
 
+_CHIP = "GWT_KERNELS_COMPILED"  # of the environment: what processes that tests start are to compile for
 CHIPS = ("sm_80", "sm_90", "sm_100")
 _driver: Driver | None = None
 
@@ -32,13 +33,31 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def configure(config: pytest.Config) -> bool:
-    """Make the interpreter of PTX the device that Triton launches on, if the command line asks for it."""
-    global _driver
+    """Run Triton's kernels as the command line asks, and tell whether it asks for compiled ones."""
     chip, disturb = config.getoption("--compiled"), config.getoption("--disturb")
     if chip is None:
         if disturb is not None:
             raise pytest.UsageError("--disturb needs --compiled: Triton's interpreter approximates nothing")
         return False
+    os.environ[_CHIP] = chip
+    _start(chip, disturb)
+    return True
+
+
+def begin() -> None:
+    """Run Triton's kernels, in a process that a test has started, as that test's own process runs them.
+
+    Triton has not been imported yet: it is then that it reads the environment.
+    """
+    if chip := os.environ.get(_CHIP):
+        _start(chip, None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _start(chip: str, disturb: int | None) -> None:
+    """Make the interpreter of PTX the device that Triton launches on."""
+    global _driver
     os.environ.pop("TRITON_INTERPRET", None)
     # Compiling takes longer than running: what one run, or one process of it, has compiled serves the others.
     cache = Path(tempfile.gettempdir()) / f"gwt_kernels-compiled-{os.getuid()}"
@@ -46,7 +65,6 @@ def configure(config: pytest.Config) -> bool:
     from tests.ptx.driver import Driver, Options  # imports Triton, which reads the variables
 
     _driver = Driver(chip, Options(disturb=disturb)).__enter__()
-    return True
 
 
 def driver() -> Driver | None:
