@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from triton import knobs
@@ -53,7 +52,8 @@ class Options:
     Attributes:
         threads: How many threads run together at the most, in whole programs.
         races: Whether races in the host's memory are looked for.
-        disturb: A seed for errors of approximate instructions within what is documented; None for none.
+        disturb: A seed for errors of approximate instructions within what is documented, the same whenever one is
+            given the same; None for none.
         backwards: Whether the last programs run first, since nothing says in which order a GPU runs them.
     """
 
@@ -83,7 +83,6 @@ class Driver(DriverBase):
         if chip not in CHIPS:
             raise ValueError(f"an architecture must be one of {', '.join(CHIPS)}, got {chip!r}")
         self.chip, self.options, self.counts = chip, options or Options(), Counts()
-        self.random = None if self.options.disturb is None else np.random.default_rng(self.options.disturb)
         self.memory = HostMemory(LiveTensors())
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
         self.launcher_cls = self._launcher
@@ -187,7 +186,7 @@ class Driver(DriverBase):
             raise NotImplementedError(f"{program.name}: a grid of {grid}: only one dimension is known")
         self.counts.launches[program.name] = self.counts.launches.get(program.name, 0) + 1
         self.memory.tensors.begin()
-        launch = Launch(program, grid[0], _packed(program, arguments), shared, self.memory, self.random)
+        launch = Launch(program, grid[0], _packed(program, arguments), shared, self.memory, self.options.disturb)
         together = max(1, self.options.threads // program.threads)
         parts = [(first, min(together, grid[0] - first)) for first in range(0, grid[0], together)]
         log: list[Access] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.forms import Execute, Mask, Operands, elementwise, forms, unknown_halves
-from tests.ptx.rounding import disturbed, flush, fma32, fma64, from_bf16, saturate_unit
+from tests.ptx.rounding import disturbed, errors, flush, fma32, fma64, from_bf16, saturate_unit
 from tests.ptx.types import DTYPES, F16, F32, F64, U16, U32, U64, PtxError, bits_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ _APPROXIMATIONS: dict[str, tuple[Function, int]] = {
 
 @forms("{div.full,div.approx,sqrt.approx,rcp.approx,rsqrt.approx,ex2.approx,lg2.approx}{,.ftz}.f32")
 def approximate(operands: Operands, parts: list[str]) -> Execute:
-    """Correctly rounded, or off by as much as is documented, at random, where the machine is told to be."""
+    """Correctly rounded, or off by as much as is documented where the machine is told to be."""
     function, ulps = _APPROXIMATIONS[".".join(parts[:2])]
     flushed = "ftz" in parts
     n = 2 if parts[0] == "div" else 1
@@ -159,9 +159,10 @@ def approximate(operands: Operands, parts: list[str]) -> Execute:
 
     def execute(m: Machine, mask: Mask) -> None:
         values = [m.read(i, F32, mask) for i in sources]
-        result = function(*(map(flush, values) if flushed else values))
-        if m.random is not None:
-            result = disturbed(result, ulps, m.random)
+        values = list(map(flush, values)) if flushed else values
+        result = function(*values)
+        if m.disturb is not None:
+            result = disturbed(result, errors(m.disturb, parts[0], ulps, *values))
         m.write(target, flush(result) if flushed else result, mask)
 
     return execute
@@ -179,8 +180,8 @@ def approximate_double(operands: Operands, parts: list[str]) -> Execute:
         x = np.where(np.abs(x) < _SMALLEST64, np.copysign(0.0, x), x)
         exact = 1 / (x if parts[0] == "rcp" else np.sqrt(x))
         result = exact.view(U64)
-        if m.random is not None:
-            off = m.random.integers(-1, 2, x.shape).astype(U64) << np.uint64(32)
+        if m.disturb is not None:
+            off = errors(m.disturb, parts[0], 1, x).astype(U64) << np.uint64(32)
             result = np.where(np.isfinite(exact) & (np.abs(exact) > 2 * _SMALLEST64), result + off, result)
         result = (result & upper).view(F64)
         m.write(target, np.where(np.abs(result) < _SMALLEST64, np.copysign(0.0, result), result), mask)

@@ -27,7 +27,7 @@ class Launch(NamedTuple):
         grid: How many there are.
         parameters: The kernel's, as bytes.
         shared: Bytes of shared memory of each.
-        random: Disturbs approximations; None leaves them correctly rounded.
+        disturb: A seed for errors of approximations; None leaves them correctly rounded.
     """
 
     program: Program
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     parameters: bytes
     shared: int
     memory: HostMemory
-    random: np.random.Generator | None = None
+    disturb: int | None = None
 
 
 class Machine:
@@ -49,7 +49,7 @@ class Machine:
 
     def __init__(self, launch: Launch, first: int, count: int) -> None:
         self.launch, self.program = launch, launch.program
-        self.memory, self.parameters, self.random = launch.memory, launch.parameters, launch.random
+        self.memory, self.parameters, self.disturb = launch.memory, launch.parameters, launch.disturb
         self.first, self.programs = first, count
         self.threads, self.warps = self.program.threads, self.program.threads // WARP
         self.shape = (count, self.threads)

@@ -28,7 +28,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--disturb",
         type=int,
         metavar="SEED",
-        help="with --compiled: errors of approximate instructions, at random within what is documented",
+        help="with --compiled: errors of approximate instructions, within what is documented",
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from fractions import Fraction
 
 import numpy as np
 
-from tests.ptx.types import F16, F32, F64, NAN16, U16, U32, U64
+from tests.ptx.types import BITS, F16, F32, F64, NAN16, S64, U16, U32, U64
 
 _HALF = np.uint64(1 << 28)  # what a float64 has beyond float32 where it lies halfway between two of these
 _BEYOND = np.uint64((1 << 29) - 1)
@@ -161,8 +162,24 @@ def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(zero, a, np.fmod(a, np.where(zero, b.dtype.type(1), b)))
 
 
-def disturbed(x: np.ndarray, ulps: int, random: np.random.Generator) -> np.ndarray:
-    """Float32 moved by at most so many units in the last place, at random; zeros, infinities and NaN stay."""
-    moved = (x.view(U32) + random.integers(-ulps, ulps + 1, x.shape).astype(U32)).view(F32)
+def errors(seed: int, name: str, size: int, *values: np.ndarray) -> np.ndarray:
+    """Errors from ``-size`` to ``size``, as random as a hash of what is approximated, and no more."""
+    state = np.uint64((seed << 32 | zlib.crc32(name.encode())) & 0xFFFFFFFFFFFFFFFF)
+    for x in values:
+        state = _mixed(x.view(BITS[x.dtype.itemsize]).astype(U64) ^ state)
+    return (state % np.uint64(2 * size + 1)).astype(S64) - size
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on every bit of ``x``: the finalizer of SplitMix64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def disturbed(x: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """Float32 moved by so many units in the last place; zeros, infinities and NaN stay."""
+    moved = (x.view(U32) + off.astype(U32)).view(F32)
     movable = np.isfinite(x) & (np.abs(x) >= F32.type(2 * _SMALLEST)) & np.isfinite(moved)
     return np.where(movable, moved, x)

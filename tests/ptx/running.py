@@ -29,14 +29,14 @@ def execute(
     *,
     grid: int = 1,
     shared: int = 0,
-    random: np.random.Generator | None = None,
+    disturb: int | None = None,
     at_once: int | None = None,
 ) -> None:
     """Run a kernel whose parameters are all of 64 bits; ``at_once`` programs together, else all."""
     program = Program(ptx)
     _MEMORY.tensors.begin()
     words = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    launch = Launch(program, grid, struct.pack(f"<{len(words)}q", *words), shared, _MEMORY, random)
+    launch = Launch(program, grid, struct.pack(f"<{len(words)}q", *words), shared, _MEMORY, disturb)
     log = []
     for first in range(0, grid, at_once or grid):
         machine = Machine(launch, first, min(at_once or grid, grid - first))
@@ -75,7 +75,7 @@ def apply(
     result: str | Sequence[str],
     *,
     extra: Sequence[str] = (),
-    random: np.random.Generator | None = None,
+    disturb: int | None = None,
 ) -> Any:
     """What an instruction gives for each element of its operands.
 
@@ -84,7 +84,7 @@ def apply(
         sources: The type and the values of each operand; a predicate's type is ``"pred"``.
         result: The result's type; several where the form has a vector of results.
         extra: Further operands, as text.
-        random: Disturbs approximations.
+        disturb: A seed for errors of approximations.
 
     Returns:
         An array, or one for each result, of their types; bfloat16 is its bits.
@@ -122,7 +122,7 @@ def apply(
     body = "mov.u32 %r20, %tid.x;\n" + "\n".join(lines)
     count = len(sources) + len(results)
     addresses = [_BUFFER.data_ptr() + i * _ROOM for i in range(count)]
-    execute(kernel(body, parameters=count, threads=threads), addresses, random=random)
+    execute(kernel(body, parameters=count, threads=threads), addresses, disturb=disturb)
     found = [
         x[:n].astype(bool) if kind == "pred" else x[:n].copy() for kind, x in zip(results, outputs, strict=True)
     ]
