@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from typing import Any, Literal, get_args
 
 import torch
@@ -116,7 +117,7 @@ def triton_obstacle(
         return "Triton is not installed"
     if device.type == "cuda" and interpreted():
         return "TRITON_INTERPRET is set, and the interpreter cannot follow pointers into a CUDA device's memory"
-    if device.type != "cuda" and not interpreted():
+    if not launches_on(device.type):
         return f"the tensors are on {device}, and Triton runs on CUDA devices (or under TRITON_INTERPRET=1)"
     return None
 
@@ -174,6 +175,22 @@ def is_graph() -> bool:
 
 def _has_mode(*keys: Any) -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) and any(map(torch._C._get_dispatch_mode, keys))
+
+
+def launches_on(device_type: str) -> bool:
+    """Whether Triton runs kernels on tensors of this type of device here.
+
+    It does on CUDA's, and where its interpreter, or another driver that was made active, takes the tensors.
+    """
+    if interpreted():
+        return device_type == "cpu"
+    if device_type == "cuda":
+        return True
+    triton = sys.modules.get("triton")  # who made a driver active has imported it
+    try:
+        return triton is not None and device_type == triton.runtime.driver.active.get_active_torch_device().type
+    except RuntimeError:  # there is no driver
+        return False
 
 
 def interpreted() -> bool:

@@ -81,7 +81,7 @@ def _resolve(
 ) -> backends.Backend:
     """The backend as :func:`gwt_kernels.backends.resolve` has it; meta tensors need no device that runs kernels."""
     if device.type == "meta" and backend == "triton":
-        device = torch.device("cpu" if backends.interpreted() else "cuda")
+        device = torch.device("cpu" if backends.launches_on("cpu") else "cuda")
     return backends.resolve(backend, device, dtype, level)
 
 

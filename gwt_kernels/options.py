@@ -202,7 +202,7 @@ def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
     """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
     if not (capturable and isinstance(lr, Tensor)):
         return _number("lr", lr)
-    if lr.device.type == "cpu" and not backends.interpreted():  # where Triton is interpreted, that is its device
+    if lr.device.type == "cpu" and not backends.launches_on("cpu"):  # where Triton does, that is its device
         return _number("lr", lr)
     if lr.dtype != torch.float32:
         raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")

@@ -1,19 +1,32 @@
-"""Set-up of the test run: Triton's interpreter where there is no CUDA device, and no silent skips of GPU tests."""
+"""Set-up of the test run: where Triton's kernels run without a CUDA device, and no silent skips of GPU tests."""
 
 import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which no test module does before this
+from tests.ptx import plugin
 
 torch.set_num_threads(1)  # the tests run in several processes
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    plugin.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose between Triton's interpreter and compiled kernels, before a test module imports Triton."""
+    if not plugin.configure(config) and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    plugin.report(terminalreporter)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where Triton's kernels run: the CUDA device where there is one, the interpreter's CPU elsewhere."""
+    """Where Triton's kernels run: the CUDA device where there is one, the CPU elsewhere."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from gwt_kernels import GWTAdamW
 from tests import interpreter, runs
+from tests.ptx import plugin
 
 Layout = tuple[Sequence[int], DeviceMesh | None, Sequence[Any]]
 """A parameter's shape, its mesh (None for a whole tensor) and placements."""
@@ -240,7 +240,7 @@ def _sums(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 def skipping() -> None:
     """On Triton, where the limiter's first pass looks at the gradients: all processes skip, or none does."""
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+    plugin.begin()
     on_each_number(_skipping, [1, 2, 4])
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,10 +79,33 @@ def test_triton_knows_no_rows_that_go_on_with_anything_but_zeros(on):
         backends.resolve("triton", on, torch.float32, 2, "haar", "reflect")
 
 
-def test_triton_asked_for_on_a_cpu_without_the_interpreter(monkeypatch):
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Kernels are compiled, for whatever Triton's own driver finds."""
+    driver = pytest.importorskip("triton.runtime").driver
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(driver, "_active", None)
+    return driver
+
+
+def test_triton_asked_for_on_a_cpu_without_the_interpreter(no_interpreter):
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .* on cpu, .* use backend='torch'"):
         backends.resolve("triton", CPU, torch.float32, 2)
+
+
+def test_another_driver_takes_tensors_on_its_device(no_interpreter, monkeypatch):
+    """One for CPUs, say, that the user has made active."""
+    other = SimpleNamespace(get_active_torch_device=lambda: torch.device("cpu"))
+    monkeypatch.setattr(no_interpreter, "_active", other)
+    assert backends.resolve("triton", CPU, torch.float32, 2) == "triton"
+    assert backends.resolve(None, CPU, torch.float32, 2) == "torch"
+    assert backends.resolve(None, CUDA, torch.float32, 2) == "triton"
+    with pytest.raises(RuntimeError, match=r"the tensors are on xpu, and Triton runs on CUDA devices"):
+        backends.resolve("triton", torch.device("xpu"), torch.float32, 2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends.triton_obstacle.cache_clear()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
+        backends.resolve("triton", CUDA, torch.float32, 2)
 
 
 @pytest.mark.parametrize("value", ["1", "true", "on", "YES"])

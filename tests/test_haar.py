@@ -308,9 +308,12 @@ def test_a_backend_that_cannot_run_says_why(device):
 
 
 def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
+    from triton.runtime import driver
+
     from gwt_kernels import backends
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(driver, "_active", None)  # but Triton's own
     backends.triton_obstacle.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="the tensors are on cpu, and Triton runs on CUDA devices"):

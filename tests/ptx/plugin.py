@@ -1,0 +1,83 @@
+"""The options of pytest that run Triton's kernels compiled, without a GPU: ``pytest --compiled sm_90``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.ptx.driver import Driver
+
+_CHIP = "GWT_KERNELS_COMPILED"  # of the environment: what processes that tests start are to compile for
+CHIPS = ("sm_80", "sm_90", "sm_100")
+_driver: Driver | None = None
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup("compiled", "Triton's kernels without a GPU")
+    group.addoption(
+        "--compiled",
+        choices=CHIPS,
+        help="compile Triton's kernels for a GPU and run their PTX on the CPU, in place of Triton's interpreter",
+    )
+    group.addoption(
+        "--disturb",
+        type=int,
+        metavar="SEED",
+        help="with --compiled: errors of approximate instructions, within what is documented",
+    )
+
+
+def configure(config: pytest.Config) -> bool:
+    """Run Triton's kernels as the command line asks, and tell whether it asks for compiled ones."""
+    chip, disturb = config.getoption("--compiled"), config.getoption("--disturb")
+    if chip is None:
+        if disturb is not None:
+            raise pytest.UsageError("--disturb needs --compiled: Triton's interpreter approximates nothing")
+        return False
+    os.environ[_CHIP] = chip
+    _start(chip, disturb)
+    return True
+
+
+def begin() -> None:
+    """Run Triton's kernels, in a process that a test has started, as that test's own process runs them.
+
+    Triton has not been imported yet: it is then that it reads the environment.
+    """
+    if chip := os.environ.get(_CHIP):
+        _start(chip, None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _start(chip: str, disturb: int | None) -> None:
+    """Make the interpreter of PTX the device that Triton launches on."""
+    global _driver
+    os.environ.pop("TRITON_INTERPRET", None)
+    # Compiling takes longer than running: what one run, or one process of it, has compiled serves the others.
+    cache = Path(tempfile.gettempdir()) / f"gwt_kernels-compiled-{os.getuid()}"
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    from tests.ptx.driver import Driver, Options  # imports Triton, which reads the variables
+
+    _driver = Driver(chip, Options(disturb=disturb)).__enter__()
+
+
+def driver() -> Driver | None:
+    """What runs compiled kernels; None where Triton interprets them, or a GPU runs them."""
+    return _driver
+
+
+def report(terminal: pytest.TerminalReporter) -> None:
+    if _driver is not None and _driver.counts.launches:
+        counts = _driver.counts
+        forms = {form for program in counts.programs for form in program.forms}
+        each = ", ".join(f"{n} of {name}" for name, n in sorted(counts.launches.items()))
+        terminal.write_line(
+            f"compiled for {_driver.chip}: {len(counts.programs)} kernels of {len(forms)} forms of instructions; "
+            f"launches: {each}"
+        )

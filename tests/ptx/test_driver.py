@@ -1,0 +1,46 @@
+"""Tests launches of Triton's kernels through the driver, in processes of their own, and the options of pytest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_launches(chip: str, tmp_path: Path) -> None:
+    done = run("-m", "tests.ptx.launched", chip, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def pytest_run(*options: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    test = "tests/triton_backend/test_step.py::test_number_of_tensors[2-1]"
+    return run("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, test, cache=cache)
+
+
+def test_the_option_of_pytest(tmp_path: Path) -> None:
+    done = pytest_run("--compiled", "sm_90", "--disturb", "1", cache=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "compiled for sm_90: 3 kernels of" in done.stdout
+    assert "1 of step_kernel" in done.stdout
+    assert any(tmp_path.rglob("step_kernel.ptx"))
+
+
+def test_options_that_are_refused(tmp_path: Path) -> None:
+    done = pytest_run("--disturb", "1", cache=tmp_path)
+    assert done.returncode == 4
+    assert "--disturb needs --compiled" in done.stderr
+    assert "invalid choice: 'sm_70'" in pytest_run("--compiled", "sm_70", cache=tmp_path).stderr
