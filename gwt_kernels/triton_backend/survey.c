@@ -1,5 +1,6 @@
 /* Surveys many tensors without a call of Python for each; the contract is that of survey.py. */
 #include <Python.h>
+#include <structmember.h>
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -215,6 +216,23 @@ typedef struct {
     const Memory *memory; /* of each object in the list */
 } Known;
 
+/* A new reference to a shard's local part; read where the type says that it lies, which is faster than to ask. */
+static PyObject *local_of(PyObject *shard)
+{
+    static PyTypeObject *known;
+    static Py_ssize_t place; /* in objects of the known type; 0 if it does not say */
+    if (Py_TYPE(shard) != known) {
+        PyObject *member = PyObject_GetAttr((PyObject *)Py_TYPE(shard), local_name);
+        place = member && Py_IS_TYPE(member, &PyMemberDescr_Type) ? ((PyMemberDescrObject *)member)->d_member->offset
+                                                                  : 0;
+        Py_XDECREF(member);
+        PyErr_Clear();
+        known = (PyTypeObject *)Py_NewRef(Py_TYPE(shard)); /* types of shards are few, and kept for good */
+    }
+    PyObject *local = place ? *(PyObject **)((char *)shard + place) : NULL;
+    return local ? Py_NewRef(local) : PyObject_GetAttr(shard, local_name);
+}
+
 static int is_next(void *taker, PyObject *object)
 {
     Known *known = taker;
@@ -224,7 +242,7 @@ static int is_next(void *taker, PyObject *object)
     if (memory.kind == NO_MEMORY)
         return 1;
     uint64_t address;
-    PyObject *local = memory.kind == A_SHARD ? PyObject_GetAttr(object, local_name) : Py_NewRef(object);
+    PyObject *local = memory.kind == A_SHARD ? local_of(object) : Py_NewRef(object);
     const int failed = local ? address_of(local, &address) : -1;
     Py_XDECREF(local);
     return failed < 0 ? -1 : address == memory.address;
