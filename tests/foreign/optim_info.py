@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no limiter": {"norm_growth_limit": None},
     "uncorrected bias": {"correct_bias": False},
     "bfloat16 moments": {"state_dtype": torch.bfloat16, "seed": 7},
-    "int8 moments": {"state_dtype": torch.int8},
+    "int8 moments": {"state_dtype": torch.int8},  # which tensors as small as these keep in float32
     "another wavelet": {"wavelet": "db2", "level": 1},
     "another boundary": {"boundary": "symmetric", "level": 1},
     "torch backend": {"backend": "torch"},
