@@ -11,7 +11,7 @@ import torch
 from gwt_kernels import GWTAdamW
 from tests.lightning_runs import Language, ModelCheckpoint, fit, pl
 from tests.runs import assert_same_bits
-from tests.tiny import assert_close_runs, assert_same_run
+from tests.tiny import assert_close_runs, assert_same_run, sentences
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -112,3 +112,75 @@ def test_clipping_in_the_step(tmp_path):
     unclipped, _ = fit(tmp_path, gradient_clip_val=None)
     assert optimizer.grad_norm > 0.25
     assert_close_runs(module, inside, unclipped)
+
+
+class Unfreezing(pl.callbacks.BaseFinetuning):
+    """Trains the head first, then a layer, then the other one and the embedding: groups without names and level."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model.model)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        model = pl_module.model.model
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(model.layers[1], optimizer, lr=0.002)
+        elif epoch == 2:
+            self.unfreeze_and_add_param_group([model.layers[0], model.embed_tokens], optimizer)
+
+
+class FineTuned(Language):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def configure_optimizers(self):
+        return self.make([(name, p) for name, p in self.named_parameters() if p.requires_grad])
+
+
+def fine_tune(make, folder, resume=None):
+    module = FineTuned(make)
+    module.optimizer_step = partial(pl.LightningModule.optimizer_step, module)  # most have no gradient to note
+    saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", callbacks=[Unfreezing(), saves], default_root_dir=folder,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(sentences(8), batch_size=4), ckpt_path=resume)
+    return module, trainer.optimizers[0]
+
+
+def ours(params):
+    return GWTAdamW(params, lr=0.01)
+
+
+def theirs(params):
+    """``torch.optim.AdamW`` of the same, without the names, since it refuses groups that have none."""
+    return torch.optim.AdamW([p for _, p in params], lr=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*without a level")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_layers_that_a_callback_unfreezes(resumed, tmp_path):
+    """Rates and steps of every parameter are AdamW's, and matrices that it added take the optimizer's level."""
+    steps, rates = [], []
+    for make in (ours, theirs):
+        folder = tmp_path / make.__name__
+        module, optimizer = fine_tune(make, folder)
+        if resumed:
+            module, optimizer = fine_tune(make, folder, resume=folder / "epoch=1.ckpt")
+        names = {p: name for name, p in module.named_parameters()}
+        steps.append({names[p]: int(state["step"]) for p, state in optimizer.state.items()})
+        rates.append({names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        begin = dict(Language().named_parameters())
+        assert not any(torch.equal(p, begin[names[p]]) for p, state in optimizer.state.items() if state)
+        if make is ours:
+            levels = {names[p]: group["level"] for group in optimizer.param_groups for p in group["params"]}
+            added = {name: p for p, name in names.items() if name != "model.lm_head.weight"}
+            moments = {names[p]: state["exp_avg"].shape[-1] for p, state in optimizer.state.items()}
+            assert all(levels[name] == (2 if p.dim() > 1 else 0) for name, p in added.items() if name in levels)
+            assert all(moments[name] == p.shape[-1] >> levels[name] for name, p in added.items() if name in moments)
+    assert steps[0] == steps[1]
+    assert rates[0] == rates[1]
+    if not resumed:
+        assert rates[0].keys() == begin.keys() - {"model.model.norm.weight"}
+        assert set(steps[0].values()) == {2, 4, 6}
