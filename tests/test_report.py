@@ -97,7 +97,7 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     record(place, "optimizers", GPU)
     assert report(place) == 0
     readme = (place / "README.md").read_text()
-    run = "NVIDIA H100 80GB HBM3, LLaMA-7B, `triton` backend, 2026-02-03, commit 0123456789ab"
+    run = "NVIDIA H100 80GB HBM3, LLaMA-7B, GWTAdamW on the `triton` backend, 2026-02-03, commit 0123456789ab"
     assert readme.startswith(f"# Made up\n\n<!-- performance -->\nNewest run on {run}:\n")
     assert "\n\nWords between the blocks.\n\n" in readme
     assert "old" not in readme

@@ -106,7 +106,7 @@ def slug(text: str) -> str:
 def setting(run: Run) -> str:
     """Say in half a line what ran: backend, threads, date and commit, to stand beside a table."""
     row = run.rows[-1]
-    words = [f"`{row['own_backend']}` backend"] if row.get("own_backend") else []
+    words = [f"GWTAdamW on the `{row['own_backend']}` backend"] if row.get("own_backend") else []
     if row.get("threads") and not run.cuda:
         words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
     if run.date:
