@@ -194,7 +194,7 @@ class Bucket:
         else:
             gwt_adamw_(**self._arguments(call), **self._of_the_step(), limits=limits)
         if self.on_device:
-            self.steps.write()
+            self.steps.write_counts()
         else:
             self.steps.count()
 
@@ -260,4 +260,4 @@ def survey_for(buckets: Sequence[Bucket]) -> Survey:
 def stream_of(group: Mapping[str, Any], index: int, place: int) -> int:
     """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
     names = group.get("param_names")
-    return zlib.crc32(str(names[index]).encode()) if names else place
+    return zlib.crc32(str(names[index]).encode()) if names and index < len(names) else place

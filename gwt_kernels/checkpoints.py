@@ -73,6 +73,8 @@ def migrate_file(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}: make it, or give --out another name")
     payload = read(checkpoint, allow)
     place, state = find_state(payload, checkpoint, key)
     model = build_on_meta(config, dtype)
@@ -95,6 +97,8 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
         OSError: the file cannot be opened.
         ValueError: it is no such file, is cut short, or holds more than tensors and plain data.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the file in it that holds the optimizer's state")
     with path.open("rb") as file:
         if not file.read(1):
             raise ValueError(f"{path} is empty: the checkpoint was never written whole; take another")

@@ -47,7 +47,7 @@ def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
     """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
     p = group["params"][index]
     names = group.get("param_names")
-    label = repr(names[index]) if names else f"{index} of group {group_index}"
+    label = repr(names[index]) if names and index < len(names) else f"{index} of group {group_index}"
     return f"parameter {label}" + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
 
 

@@ -26,6 +26,8 @@ class Joined:
     not move, since other processes share it or operators are being traced, ``values`` is a copy: :meth:`read` it
     before a step and :meth:`write` it back afterwards.
 
+    On a CPU each state's tensor has a storage of its own over that memory, which nothing but itself is saved with.
+
     Args:
         states: Of the parameters, in order.
         key: Of the scalar in each.
@@ -41,31 +43,53 @@ class Joined:
         self, states: Sequence[dict[str, Any]], key: str, dtype: torch.dtype, device: torch.device, apart: bool
     ) -> None:
         own = [state[key] for state in states]
-        self._apart = own if apart or any(x.device.type == "cpu" and x.is_shared() for x in own) else None
+        shared = device.type == "cpu" and any(x.device.type == "cpu" and x.is_shared() for x in own)
+        self._apart = own if apart or shared else None
         scalars = [x.detach().reshape(()).to(dtype) for x in own]
         if len({x.device for x in scalars}) > 1:  # some were loaded, some counted on the device
             scalars = [send(x, device) for x in scalars]
         self.values = send(torch.stack(scalars), device)
         if self._apart is not None:
             return
+        parts = self._parts() if device.type == "cpu" else self.values.unbind()
         inference = torch.is_inference_mode_enabled()
-        for state, old, view in zip(states, own, self.values.unbind(), strict=True):
-            alike = (old.dtype, old.device, old.shape) == (view.dtype, view.device, view.shape)
+        for state, old, part in zip(states, own, parts, strict=True):
+            alike = (old.dtype, old.device, old.shape) == (part.dtype, part.device, part.shape)
             if alike and type(old) is Tensor and not (inference or old.is_inference()):
-                old.data = view  # whoever holds the state's tensor goes on seeing what it says
+                old.data = part  # whoever holds the state's tensor goes on seeing what it says
             else:
-                state[key] = view
+                state[key] = part
+
+    def _parts(self) -> list[Tensor]:
+        """A tensor over the memory of each value; ``values`` moves to memory where that can be."""
+        size, dtype = self.values.element_size(), self.values.dtype
+        memory = bytearray(size * len(self.values))
+        self.values = torch.frombuffer(memory, dtype=dtype).copy_(self.values)
+        return [
+            torch.frombuffer(memory, dtype=dtype, count=1, offset=size * i).reshape(())
+            for i in range(len(self.values))
+        ]
 
     def read(self) -> None:
         """Take what the states say, where ``values`` is a copy."""
         if self._apart is not None:
             like = self.values
             self.values = torch.stack([x.detach().reshape(()).to(like.device, like.dtype) for x in self._apart])
+            self._before = self.values.clone()
 
     def write(self) -> None:
         """Tell the states, where ``values`` is a copy."""
         for x, value in zip(self._apart or (), self.values.unbind() if self._apart else (), strict=True):
             x.copy_(value)
+
+    def write_counts(self) -> None:
+        """Tell the states how many have been counted since ``values``, a copy, was read.
+
+        The difference is added, so that no step of another process is lost.
+        """
+        if self._apart is not None:
+            for x, more in zip(self._apart, (self.values - self._before).unbind(), strict=True):
+                x.add_(more)
 
     def next_steps(self) -> list[int]:
         """The scalars plus 1, as the host knows them; 1 for those of fake tensors, which have no numbers.

@@ -68,11 +68,15 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
         return in_order
     owners = {name: i for i, names in enumerate(wanted) for name in names}
     missing, extra = [n for n in owners if n not in places], [n for n in places if n not in owners]
-    if missing or extra:
+    lacks = [
+        f"the {which} has no parameter named {_listed(names)}"
+        for which, names in (("state", missing), ("optimizer", extra))
+        if names
+    ]
+    if lacks:
         raise ValueError(
-            f"the state has no parameter named {_listed(missing)}, the optimizer none named {_listed(extra)}: "
-            f"build the optimizer from the model that the state was made with, or convert the state with "
-            f"gwt_kernels.migrate, whose names=[...] says who is who"
+            f"{' and '.join(lacks)}: build the optimizer from the model that the state was made with, or convert "
+            f"the state with gwt_kernels.migrate, whose names=[...] says who is who"
         )
     sources = {frozenset(names): i for i, names in enumerate(held)}
     ordered = []
@@ -111,7 +115,5 @@ def _without_wrappers(names: Sequence[str]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if not names:
-        return "otherwise"
     shown = ", ".join(map(repr, names[:3]))
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

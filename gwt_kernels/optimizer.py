@@ -499,4 +499,6 @@ class GWTAdamW(Optimizer):
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
         if not self._observed or backends.is_symbolic():
             return None
+        for gone in self._rows.keys() - set(chain.from_iterable(group["params"] for group in self.param_groups)):
+            del self._rows[gone]  # a parameter that another took the place of
         return telemetry_rows.joined(self._rows, [member.param for member in members])

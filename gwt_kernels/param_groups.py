@@ -51,8 +51,8 @@ OUTSIDE = "Linear outside of the repeated blocks"
 NO_LINEAR = "not the weight of a Linear"
 """What follows the class that has the parameter itself."""
 
-# What torch.compile, activation checkpointing and FSDP insert into a qualified name, at any depth.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# What torch.compile, activation checkpointing, FSDP and Lightning Fabric insert into a name, at any depth.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
 
 class Decision(NamedTuple):

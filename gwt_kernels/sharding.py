@@ -214,7 +214,7 @@ def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
 
 def _is_part_of_a_buffer(p: Tensor) -> bool:
     """Whether a one-dimensional tensor lies next to other numbers, as in a flat buffer, where all strides are 1."""
-    if p.device.type == "meta" or p.stride(0) != 1:
+    if p.device.type == "meta" or p.stride(0) != 1 or not p.numel():
         return False
     return p.untyped_storage().nbytes() > p.numel() * p.element_size()
 

@@ -109,19 +109,26 @@ def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, 
     another.
     """
     changed: dict[str, Any] = {}
+    if not isinstance(state, Mapping):
+        return state  # something of the user's own
     if _is_number(state.get("step")):
         changed["step"] = torch.as_tensor(state["step"], dtype=torch.float64, device="cpu")
     if p is not None and _is_number(state.get("limiter_norm")):
         changed["limiter_norm"] = torch.as_tensor(state["limiter_norm"], dtype=_norm_dtype(p), device=p.device)
     step: Any = changed.get("step", state.get("step"))
-    is_scalar = isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex()
-    if is_scalar and (step.dtype, step.shape) != (torch.float64, ()):
+    if _is_scalar(step) and (step.dtype, step.shape) != (torch.float64, ()):
         changed["step"] = step.detach().reshape(()).to(torch.float64)
     low = state.get("weight_low")
     if isinstance(low, Tensor) and low.dtype == torch.int16:
         changed["weight_low"] = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
         halves_of(changed["weight_low"]).copy_(local_of(low))
     return {**state, **changed} if changed else state
+
+
+def _is_scalar(x: object) -> bool:
+    """Whether ``x`` is a tensor of one real number that can be read."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    return dense and isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
 
 
 def _is_number(value: object) -> bool:
@@ -168,6 +175,11 @@ def check_state(
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
             raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
+        if not _is_scalar(state[key]) and p.device.type != "meta":
+            raise ValueError(
+                f"{key} of {name} is a {state[key].dtype} tensor, {state[key].layout}, on {state[key].device}: "
+                f"make it a dense tensor of one real number"
+            )
     if "weight_low" in state:
         if group["weight_rounding"] != "split":
             raise ValueError(

@@ -94,8 +94,9 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 def _still(state: States) -> Callable[[States], bool]:
     owners, states = list(state), list(state.values())
-    lengths = list(map(len, states))
-    entries = _entries(states)
+    dicts = [own for own in states if isinstance(own, dict)]  # what else lies there is the user's own
+    lengths = list(map(len, dicts))
+    entries = _entries(dicts)
     values = [x for each in entries for x in each.values if has_memory(x)]
     plain, shards = [x for x in values if not is_sharded(x)], [x for x in values if is_sharded(x)]
     places = _addresses(plain), _addresses(list(map(local_of, shards)))
@@ -103,7 +104,7 @@ def _still(state: States) -> Callable[[States], bool]:
     return lambda now: (
         _same(list(now), owners)
         and _same(list(now.values()), states)
-        and list(map(len, states)) == lengths
+        and list(map(len, dicts)) == lengths
         and all(map(_are_still, entries))
         and _addresses(plain) == places[0]
         and (not shards or _addresses(list(map(local_of, shards))) == places[1])

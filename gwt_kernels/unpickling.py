@@ -9,7 +9,6 @@ import importlib
 import re
 import sys
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -21,7 +20,7 @@ __all__ = ["load"]
 _Allowed = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 _PLAIN = (
-    *(argparse.Namespace, types.SimpleNamespace, defaultdict),
+    *(argparse.Namespace, types.SimpleNamespace),
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone),
     *(bool, dict, float, frozenset, int, list, range, slice, str, tuple),
 )
@@ -72,6 +71,9 @@ def _unread(path: Path, error: Exception) -> str:
     """The message for a file that cannot be read, with the reason that torch gives at the end of its own."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     said = " ".join(said.partition("\n\nCheck the documentation")[0].split())
+    held = re.search(r"Can only (?:SETITEM|SETITEMS|APPEND|APPENDS|EXTEND) .*?<class '([^']+)'>", said)
+    if held is not None:
+        return f"{path} holds a {held[1]}, which torch.load cannot fill, even if it is allowed: {_REMEDY}"
     reason = (said if len(said) <= 300 else said[:300].rpartition(" ")[0] + " ...") or type(error).__name__
     return (
         f"{path} is not a checkpoint of tensors and plain data as torch.save writes it, or it is cut short "
@@ -121,8 +123,16 @@ class _Unread:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    def __repr__(self) -> str:
+        return "a numpy array, which is not read: make it a tensor or a number"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return self.make, self.arguments, self.state
+
+
+def _as_dict(*default: Any) -> dict[Any, Any]:
+    """A plain dict, which torch.load can fill, in place of a defaultdict, which it cannot."""
+    return {}
 
 
 def _plain_data() -> _Allowed:
@@ -130,6 +140,7 @@ def _plain_data() -> _Allowed:
     allowed: _Allowed = [(each, f"{each.__module__}.{each.__name__}") for each in _PLAIN]
     for module in ("pathlib", "pathlib._local"):  # Python 3.13's
         allowed += [(each, f"{module}.{each.__name__}") for each in _PATHS]
+    allowed.append((_as_dict, "collections.defaultdict"))
     try:
         import numpy as np
     except ModuleNotFoundError:

@@ -205,3 +205,17 @@ def sharded_in_place_of_plain() -> None:
     for p, q in zip(network.parameters(), plain.parameters(), strict=True):
         assert isinstance(p, DTensor)
         assert torch.equal(p.full_tensor(), q)
+
+
+def test_more_parameters_than_names_are_taken():
+    optimizer = GWTAdamW([(str(i), p) for i, p in enumerate(two((8, 8), (8, 8)))])
+    step(optimizer)
+    swap(optimizer, *two((8, 8), (8, 8), (8, 8)))
+    step(optimizer)
+    optimizer.param_groups[0]["params"].append(two((8, 8))[0])
+    step(optimizer)
+    assert all(p in optimizer.state for p in runs.parameters_of(optimizer))
+
+
+def test_nothing_is_no_part_of_a_buffer():
+    GWTAdamW([nn.Parameter(torch.randn(10)[:0])], level=1)

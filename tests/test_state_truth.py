@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -219,3 +221,76 @@ def test_what_is_no_count_is_refused_by_name(bad):
     state["state"][1]["step"] = bad
     with runs.refused(optimizer, ValueError, "step", "parameter 1 of group 0"):
         optimizer.load_state_dict(state)
+
+
+def test_every_tensor_of_a_state_has_a_storage_of_its_own():
+    """What frees or fills the storage of one, and what saves one, has to do with that one alone."""
+    optimizer = build(runs.CPU, "torch")
+    runs.train(optimizer, range(2))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert len({value.untyped_storage().data_ptr() for value in values}) == len(values)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in values)
+    first, second, _ = optimizer.state.values()
+    first["step"].untyped_storage().fill_(0)
+    assert [float(first["step"]), float(second["step"])] == [0, 2]
+    with pytest.raises(RuntimeError, match="not resizable"):  # and not memory that others go on using
+        second["step"].untyped_storage().resize_(0)
+    runs.train(optimizer, [2])
+    assert [float(first["step"]), float(second["step"])] == [1, 3]
+
+
+@runs.backends
+def test_a_gradient_whose_memory_is_gone_is_refused(backend, device):
+    optimizer = build(runs.place(backend, device), backend)
+    with interpreter.like_a_gpu():
+        runs.train(optimizer, range(2))
+        runs.give_gradients(runs.parameters_of(optimizer), seed=2)
+        runs.parameters_of(optimizer)[1].grad.untyped_storage().resize_(0)
+        if backend != "torch":  # whose operators have no say in it
+            with pytest.raises(ValueError, match="memory"):
+                optimizer.step()
+
+
+def test_processes_that_clip_lose_no_counts():
+    """Steps are then counted by the device, in a copy of what processes share."""
+    optimizer = GWTAdamW(runs.parameters([(8, 8)]), lr=0.01, backend="torch", max_grad_norm=1.0)
+    runs.train(optimizer, range(1))
+    move_to_shared_memory(optimizer)
+    (state,) = optimizer.state.values()
+    (bucket,) = (optimizer.step(), optimizer._buckets)[1]
+    arguments = type(bucket)._arguments
+
+    def another_process_counts(self, call):
+        found = arguments(self, call)
+        state["step"].add_(1)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(bucket), "_arguments", another_process_counts)
+        runs.train(optimizer, [1])
+    assert float(state["step"]) == 4
+
+
+def test_other_entries_of_a_state_are_the_users():
+    optimizer, expected = build(runs.CPU, "torch"), build(runs.CPU, "torch")
+    optimizer.state["epoch"] = 5
+    for each in (optimizer, expected):
+        runs.train(each, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"]["epoch"] == 5
+    optimizer.load_state_dict(saved)
+    assert optimizer.state.pop("epoch") == 5
+    runs.assert_same_bits(runs.results(optimizer), runs.results(expected))
+
+
+def test_rows_of_telemetry_go_with_their_parameter():
+    optimizer = GWTAdamW(runs.parameters([(8, 8)]), telemetry=True, backend="torch")
+    gone = []
+    for t in range(3):
+        runs.train(optimizer, [t])
+        gone.append(weakref.ref(optimizer.param_groups[0]["params"][0]))
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = runs.parameters([(8, 8)], seed=t)
+    runs.train(optimizer, [3])
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3

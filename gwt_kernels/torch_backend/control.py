@@ -28,7 +28,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
         if whole < flat.numel():
             norms.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
     total = (
-        torch.cat(norms).double().square_().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+        torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
     )
     # The squares of finite numbers may overflow, so only the elements themselves can tell that one is not finite.
     told = total.device.type == "cpu" and not backends.is_symbolic()  # by the host, now

@@ -79,7 +79,7 @@ def update_sums(
     for total, p, g, m, v, hyper in zip(sums, params, grads, exp_avgs, exp_avg_sqs, hypers, strict=True):
         if p.numel():
             m32, _, denominator, _ = _moments(p, g, m, v, hyper, bank, level, boundary)
-            total += (m32 / denominator).square_().sum()
+            total += (m32 / denominator).square().sum()
     return sums
 
 

@@ -30,7 +30,8 @@ def decode_first(codes: Tensor, scales: Tensor, level: int) -> Tensor:
 def decode_second(codes: Tensor, scales: Tensor, level: int) -> Tensor:
     """float32 ``exp_avg_sq`` from uint8 codes and the scales of their quanta."""
     c = _quanta(codes, level).to(torch.float32)
-    return _like(codes, c.square_().mul_(1 / 65025).square_().mul_(scales.unsqueeze(1)))
+    c.mul_(c).mul_(1 / 65025)  # and not square_, which knows no functionalization
+    return _like(codes, c.mul_(c).mul_(scales.unsqueeze(1)))
 
 
 def encode_first(m: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
         for chunk in _chunks(own, quantum(level)):
             kept = [x.clone() for x in storage.load_moments(chunk, _dtype_of(own))]
             m_, _, _, gain = _moments(chunk, kept[0], kept[1], own.hyper, level)
-            total += (m_ * gain).square_().sum()
+            total += _sum_of_squares(m_ * gain)
     return sums
 
 
@@ -127,7 +127,7 @@ def _gwt(
             _update(chunk, gain, offset, step_size, width, hyper, storage)
         else:
             # On a CPU sum adds in a tree, vector_norm one by one and so less exactly.
-            part = (m * gain).square_().sum()
+            part = _sum_of_squares(m * gain)
             total = part if total is None else total + part
             pending.append((chunk, gain, offset))
         storage.store_moments(chunk, m, v)
@@ -184,6 +184,11 @@ def limit_(previous: Tensor, norm: Tensor, gamma: float | Tensor) -> Tensor:
     limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
     previous.copy_(norm / limit)
     return limit
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Of all elements; overwrites them. ``square_``, which is the same, knows no functionalization."""
+    return x.mul_(x).sum()
 
 
 def _block_sums(g: Tensor, level: int) -> Tensor:

@@ -39,6 +39,7 @@ LIMITER_BLOCK = 1024
 OBSERVE_BLOCK = 1024
 
 _DTYPE = attrgetter("dtype")
+_NULL = bytes(8)
 
 Run = Generator[Tensor, tuple[Tensor | None, Tensor | None], None]
 """The launches of a step; it waits, where others have a say, for what is decided and for the limiter's divisors."""
@@ -99,6 +100,8 @@ def gwt_adamw_(
     if not kinds.plain:
         grads = [g.resolve_neg().contiguous() for g in grads]
     given = addresses(grads)
+    if _NULL in given:
+        _check_memory(grads, given)
     offs = offs_of(given)
     counted = steps.data_ptr() if isinstance(steps, Tensor) else 0
     options = (level, limited, rounding, keys if random else (), bool(counted), offs)
@@ -177,6 +180,16 @@ class _Rest(NamedTuple):
                     run.send((control, limits))
         _count(self.uncounted, control)
         _conclude(self.params, self.packed)
+
+
+def _check_memory(grads: Sequence[Tensor], words: bytes) -> None:
+    """Raise if the memory of a gradient was freed, so that a kernel would read from nowhere."""
+    for i, g in enumerate(grads):
+        if words[8 * i : 8 * i + 8] == _NULL and g.numel():
+            raise ValueError(
+                f"a gradient of shape {tuple(g.shape)} has no memory: it was freed, so bring it back before the "
+                f"step"
+            )
 
 
 def _count(steps: Sequence[Tensor], control: Tensor | None) -> None:

@@ -182,9 +182,8 @@ static int each(PyObject *state, int (*take)(void *, PyObject *), void *taker)
     for (Py_ssize_t at = 0; taken > 0 && PyDict_Next(state, &at, &owner, &own);) {
         if ((taken = take(taker, owner)) > 0)
             taken = take(taker, own);
-        if (taken > 0 && !PyDict_Check(own))
-            return PyErr_Format(PyExc_TypeError, "a parameter's state is a dict, got %R", Py_TYPE(own)), -1;
-        for (Py_ssize_t place = 0; taken > 0 && PyDict_Next(own, &place, &key, &value);)
+        const bool is_state = PyDict_Check(own); /* anything else is the user's own */
+        for (Py_ssize_t place = 0; is_state && taken > 0 && PyDict_Next(own, &place, &key, &value);)
             if ((taken = take(taker, key)) > 0)
                 taken = take(taker, value);
     }

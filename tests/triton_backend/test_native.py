@@ -149,7 +149,7 @@ def test_likeness_is_that_of_python(name, monkeypatch):
     assert not c.like([this])([this, this])
 
 
-def test_a_state_may_be_any_dict_of_dicts_and_nothing_else():
+def test_a_state_may_be_any_dict_of_dicts_and_what_is_the_users_own():
     c = native.compiled()
     p, x = Parameter(torch.zeros(2)), torch.zeros(2)
     for state in ({}, defaultdict(dict, {p: {}}), OrderedDict({p: OrderedDict(step=x, exp_avg=x)})):
@@ -160,7 +160,11 @@ def test_a_state_may_be_any_dict_of_dicts_and_nothing_else():
     assert not holds({})
     assert not holds({p: 3})
     assert not holds({p: {"step": x}})  # another dict, though of the same
-    for bad in (3, [p], {p: 3}):
+    own = object()
+    holds = c.still(state := {p: {"step": x}, "epoch": own})
+    assert holds(state)
+    assert not holds({**state, "epoch": object()})
+    for bad in (3, [p]):
         with pytest.raises(TypeError, match=r"is a dict, got <class '(int|list)'>"):
             c.still(bad)
 
