@@ -98,7 +98,7 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
         ValueError: it is no such file, is cut short, or holds more than tensors and plain data.
     """
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the file in it that holds the optimizer's state")
+        raise IsADirectoryError(f"{path} is a directory: give the file in it that holds the optimizer's state")
     with path.open("rb") as file:
         if not file.read(1):
             raise ValueError(f"{path} is empty: the checkpoint was never written whole; take another")

@@ -201,14 +201,13 @@ class GWTAdamW(Optimizer):
             TypeError, ValueError, RuntimeError: as the constructor.
         """
         count = len(self.param_groups)
-        group: dict[str, Any] | None = param_group
-        rest: dict[str, Any] | None = None
+        parts, rest = [param_group], None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
             group, rest = divided(param_group, self.param_groups, self.defaults["level"])
+            parts = [part for part in (group, rest) if part is not None]
         try:
-            for each in (group, rest):
-                if each is not None:
-                    self._add_group(each)
+            for part in parts:
+                self._add_group(part)
         except BaseException:
             del self.param_groups[count:]
             self._forget_buckets()

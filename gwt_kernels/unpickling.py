@@ -71,7 +71,7 @@ def _unread(path: Path, error: Exception) -> str:
     """The message for a file that cannot be read, with the reason that torch gives at the end of its own."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     said = " ".join(said.partition("\n\nCheck the documentation")[0].split())
-    held = re.search(r"Can only (?:SETITEM|SETITEMS|APPEND|APPENDS|EXTEND) .*?<class '([^']+)'>", said)
+    held = re.search(r"Can only (?:\w+) .*?<class '([^']+)'>", said)
     if held is not None:
         return f"{path} holds a {held[1]}, which torch.load cannot fill, even if it is allowed: {_REMEDY}"
     reason = (said if len(said) <= 300 else said[:300].rpartition(" ")[0] + " ...") or type(error).__name__
