@@ -7,6 +7,6 @@ __all__ = ["UNFUSED"]
 UNFUSED = {"enable_fp_fusion": False}
 """No multiplication is contracted with an addition.
 
-Lanes that hold one block would each round the product of another lane, and not their own, and so hold other sums; and
-the same numbers would give other bits on the other path.
+Lanes that hold one block would each round the product of another lane, and not their own, and so hold, and store,
+other sums of it.
 """

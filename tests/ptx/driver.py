@@ -65,9 +65,10 @@ class Options:
 
 @dataclass
 class Counts:
-    """What has been run: launches by kernel, and the programs that were read."""
+    """What has been run: launches by kernel, kernels whose products may be contracted, and programs."""
 
     launches: dict[str, int] = field(default_factory=dict)
+    contracted: set[str] = field(default_factory=set)
     programs: list[Program] = field(default_factory=list)
 
 
@@ -152,6 +153,8 @@ class Driver(DriverBase):
         unsupported = [kind for kind in kinds if kind[0] != "*" and kind not in (*_FORMATS, "constexpr")]
         if unsupported or metadata.global_scratch_size or metadata.profile_scratch_size:
             raise NotImplementedError(f"{source.fn.__name__}: arguments of {unsupported}, or scratch memory")
+        if metadata.enable_fp_fusion:
+            self.counts.contracted.add(source.fn.__name__)
 
         def launch(
             x: int, y: int, z: int, stream: int, program: Program, packed: Any, launch_metadata: Any,
