@@ -50,12 +50,15 @@ def violations(row: dict[str, Any]) -> list[str]:
     """Return what keeps a row of ``step_kernel`` or ``norm_kernel`` from being one optimal pass.
 
     Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words,
-    moments in codes by none narrower than the codes of the blocks in 16 bytes of weights; nothing spills; in the
-    intermediate code, each array is loaded once and what changes is stored once.
+    moments in codes by none narrower than the codes of the blocks in 16 bytes of weights; nothing spills; no
+    product is contracted with a sum; in the intermediate code, each array is loaded once and what changes is stored
+    once.
     """
     found = []
     if row["stack"] or row["spills"]:
         found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+    if row["contracts"]:
+        found.append("products are contracted with sums: launch with UNFUSED of triton_backend/compiling.py")
     others = {"low"} if row["rounding"] == "split" else set()
     others |= {"m_scale", "v_scale"} if row["moments"] == "int8" else set()
     for what, arrays in (("loads", LOADED), ("stores", STORED)):

@@ -63,14 +63,15 @@ def read(kernel: CompiledKernel, target: str) -> dict[str, Any]:
         ``warps`` (a program), ``registers`` (a lane), ``stack`` (bytes a lane), ``spills`` (instructions that
         access the stack), ``shared`` (bytes), ``barriers`` and ``instructions`` (in the code), ``loads`` and
         ``stores`` (:data:`Accesses`, all instructions that access global memory), ``tensor_loads`` and
-        ``tensor_stores`` (by array, those on more than one element in Triton's intermediate code) and
-        ``resident_warps``.
+        ``tensor_stores`` (by array, those on more than one element in Triton's intermediate code),
+        ``contracts`` (whether the compiler may contract products with sums) and ``resident_warps``.
 
     Raises:
         RuntimeError: a disassembler is missing.
     """
     row: dict[str, Any] = {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
     row |= _read_amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _read_nvidia(kernel)
+    row["contracts"] = kernel.metadata.enable_fp_fusion
     row["tensor_loads"], row["tensor_stores"] = _tensor_accesses(kernel.asm["ttir"])
     row["resident_warps"] = resident_warps(LIMITS[target], row["warps"], row["registers"], row["shared"])
     return row

@@ -207,6 +207,7 @@ def test_a_broken_hint_is_rejected(run: Run) -> None:
 
 TAMPERED: dict[str, Callable[[Row], object]] = {
     "spills: 8 bytes": lambda r: r.update(stack=8),
+    "products are contracted": lambda r: r.update(contracts=True),
     "spills: 0 bytes of stack, 2": lambda r: r.update(spills=2),
     "loads of p: 2x64 1x128": lambda r: r["loads"].update(p={"128": 1, "64": 2}),
     "loads of g: 3x128": lambda r: r["loads"].update(g={"128": 3}),
@@ -238,6 +239,7 @@ def test_every_kernel_compiles_for_every_target(run: Run) -> None:
     for row in rows:
         assert row["registers"] > 0
         assert row["stack"] == row["spills"] == 0
+        assert row["contracts"] is False
         assert 0 < row["resident_warps"] <= LIMITS[row["target"]].warps
         assert all(name.isidentifier() for name in (*row["loads"], *row["stores"]))
         if row["kernel"] in (STEP, NORM):

@@ -72,6 +72,29 @@ def test_both_backends_make_the_same_codes(level):
     assert torch.equal(out, torch.cat(expected))
 
 
+@triton.jit
+def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    codes = kernels.first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
+    tl.store(out_ptr + i, codes.to(tl.int8))
+
+
+@needs_kernels_here
+def test_no_code_changes_its_sign():
+    """A moment a hair above what was found to be its quantum's largest has the largest code, and not -128."""
+    off = torch.tensor([-1, 0, 1, 2, 8, 64, 1024, 1 << 16])  # in the last places of 1.0
+    fractions = (torch.tensor(1.0).view(torch.int32) + off.int()).view(torch.float32).repeat_interleave(2)
+    bits = torch.tensor([0, 65535]).repeat(len(off))
+    out = torch.zeros(len(bits), dtype=torch.int8)
+    with interpreter.like_a_gpu():
+        _sizes[(1,)](fractions, bits, out, len(bits))
+    assert out.tolist() == [127] * len(bits)
+    largest = torch.full((256,), 3.0).copysign(torch.tensor([1.0, -1.0]).repeat(128))
+    for drawn in (0, 65535):
+        codes, _ = quantized.encode_first(largest, torch.full((256,), drawn), 2)
+        assert torch.equal(codes, largest.sign().mul(127).to(torch.int8))
+
+
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
 def test_the_mean_over_all_noise_is_the_value(encode, decode):
     """Every one of the 65,536 draws, for values that lie between codes; nearest rounding would not pass."""

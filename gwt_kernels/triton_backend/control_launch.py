@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.control import N_SCALARS, decide_kernel, rows_kernel, squares_kernel, total_kernel
 from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of
 
@@ -47,11 +48,11 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
             align, multiple = (16, 8) if aligned else (dtype.itemsize, 1)
             squares_kernel[(n_chunks,)](
                 sent, partials, len(tensors), n_chunks, tiles_per_chunk,
-                G=TRITON_DTYPES[dtype], TILE=TILE, ALIGN=align, MULTIPLE=multiple, num_warps=WARPS,
+                G=TRITON_DTYPES[dtype], TILE=TILE, ALIGN=align, MULTIPLE=multiple, num_warps=WARPS, **UNFUSED,
             )  # fmt: skip
             parts.append(partials)
         for i, partials in enumerate(parts):
-            total_kernel[(2,)](partials, total, partials.shape[1], FIRST=i == 0, BLOCK=TOTAL_BLOCK)
+            total_kernel[(2,)](partials, total, partials.shape[1], FIRST=i == 0, BLOCK=TOTAL_BLOCK, **UNFUSED)
     return total
 
 
@@ -72,7 +73,7 @@ def decide(
             control if found_inf is None else found_inf,
             skipped, control, 0.0 if max_norm is None else float(max_norm),
             SUMMED=total is not None, CLIPPED=max_norm is not None, CHECKED=skip_nonfinite and total is not None,
-            SCALED=grad_scale is not None, FOUND=found_inf is not None,
+            SCALED=grad_scale is not None, FOUND=found_inf is not None, **UNFUSED,
         )  # fmt: skip
     return control
 
@@ -84,6 +85,6 @@ def rows(
     scalars = torch.empty(n * N_SCALARS.value, dtype=torch.float32, device=addresses.device)
     rows_kernel[(-(-n // ROWS_BLOCK),)](
         addresses, constants, constants if control is None else control, steps, scalars, n,
-        CONTROLLED=control is not None, COUNTS=counts, BLOCK=ROWS_BLOCK,
+        CONTROLLED=control is not None, COUNTS=counts, BLOCK=ROWS_BLOCK, **UNFUSED,
     )  # fmt: skip
     return scalars

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.triton_backend.layout import block_layout, check_row, is_flat, variant
 from gwt_kernels.triton_backend.tables import addresses, device_guard, offs_of
@@ -48,5 +49,5 @@ def _launch(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
     multiple = max(1, 8 // width) if flat else 1
     with device_guard(x.device):
         kernel[(-(-n_blocks // options["NB"]),)](
-            x, tuple(coeffs), n_blocks, row_width, row_blocks, LEVEL=level, MULTIPLE=multiple, **options
+            x, tuple(coeffs), n_blocks, row_width, row_blocks, LEVEL=level, MULTIPLE=multiple, **options, **UNFUSED
         )

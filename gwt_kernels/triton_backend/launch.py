@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from triton.compiler import CompiledKernel
 
 from gwt_kernels.hyper import Begun, Hyper, Rounding, Rule, Span, quantum
+from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.layout import alignment, block_layout, check_row, is_flat, variant
 from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
@@ -381,7 +382,7 @@ class Launch:
         if compiled is not None:
             compiled[programs, 1, 1](*arguments, *rest)
             return
-        compiled = kernel[(programs,)](*arguments, **constants)
+        compiled = kernel[(programs,)](*arguments, **constants, **UNFUSED)
         if isinstance(compiled, CompiledKernel):  # interpreted kernels give nothing
             rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
             self.kernels[key] = compiled, rest

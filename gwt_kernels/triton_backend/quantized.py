@@ -38,14 +38,20 @@ def _fractions(magnitudes, Q: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def encode_first(m, bits, Q: tl.constexpr, N: tl.constexpr):
-    """int8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
-    scales, fractions = _fractions(tl.abs(m), Q, N)
+def first_code(fractions, bits):
+    """The size of a code of ``m``: 127 at the most, whatever the fraction."""
     z = (fractions * (16129.0 * 65536.0)).to(tl.int32)
     # Half way between integers no root is near an integer, so the fast one has the floor of the exact one.
     c = tl.sqrt((z >> 16).to(tl.float32) + 0.5).to(tl.int32)
     up = bits.to(tl.int32) * (2 * c + 1) < z - (c * c << 16)
-    c += up.to(tl.int32)
+    return tl.minimum(c + up.to(tl.int32), 127)
+
+
+@triton.jit
+def encode_first(m, bits, Q: tl.constexpr, N: tl.constexpr):
+    """int8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
+    scales, fractions = _fractions(tl.abs(m), Q, N)
+    c = first_code(fractions, bits)
     return tl.where(m < 0, -c, c).to(tl.int8), scales
 
 

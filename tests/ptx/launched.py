@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from gwt_kernels import GWTAdamW, backends
+from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.triton_backend.compiling import UNFUSED
+from gwt_kernels.triton_backend.launch import update_sums
 from tests.ptx.driver import Driver, Options
 from tests.ptx.types import Fault
 
@@ -149,6 +153,31 @@ def check_optimizer() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+KERNELS = ("step", "norm", "limiter", "sum", "observe", "squares", "total", "decide", "rows", "dwt", "idwt")
+
+
+def check_products(chip: str) -> None:
+    """No launch of the package lets products be contracted, so that all lanes hold one sum of a block."""
+
+    def step(**options: Any) -> None:
+        p = torch.nn.Parameter(torch.ones(5, 61))
+        optimizer = GWTAdamW([p], max_grad_norm=0.3, backend="triton", **options)
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+
+    with Driver(chip) as d:
+        step(skip_nonfinite=True, telemetry=True, capturable=True)
+        haar_idwt(haar_dwt(torch.ones(8, 64), 2, backend="triton"), 64, backend="triton")
+        p, m = torch.ones(5, 61), torch.ones(5, 16)
+        update_sums([p], [p], [m], [m], [1], [Hyper()], level=2, scales=[None], control=None, workspace={})
+        assert set(d.counts.launches) == {f"{name}_kernel" for name in KERNELS}
+        assert not d.counts.contracted
+        scale_kernel[(1,)](p, p, 128, 1.0, 1, False, BLOCK=128)
+        assert d.counts.contracted == {"scale_kernel"}  # the control: what Triton does unless it is told
+        with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "step_kernel", "a race in shared memory"):
+            step()
+
+
 def main(chip: str) -> None:
     assert not backends.launches_on("cpu")
     before = driver._active
@@ -165,6 +194,7 @@ def main(chip: str) -> None:
     backends.triton_obstacle.cache_clear()
     assert not backends.launches_on("cpu")
     check_options(chip)
+    check_products(chip)
     with refused(ValueError, "sm_70"):
         Driver("sm_70")
 

@@ -31,6 +31,10 @@ def launched(monkeypatch) -> list[str]:
             names.append(self.name)
             return self.kernel[grid]
 
+        @property
+        def arg_names(self) -> list[str]:
+            return self.kernel.arg_names  # what a launch asks of a kernel that was compiled
+
     for module, kernels in KERNELS.items():
         for name in kernels:
             monkeypatch.setattr(module, name, Recorded(name, getattr(module, name)))
