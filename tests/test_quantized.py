@@ -16,7 +16,7 @@ from gwt_kernels.triton_backend import quantized as kernels
 from tests import interpreter
 
 needs_kernels_here = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="needs Triton's interpreter: hide the CUDA devices, CUDA_VISIBLE_DEVICES=''"
+    torch.cuda.is_available(), reason="needs kernels on the CPU: hide the CUDA devices, CUDA_VISIBLE_DEVICES=''"
 )
 FIRST = [quantized.encode_first, quantized.decode_first]
 SECOND = [quantized.encode_second, quantized.decode_second]

@@ -18,7 +18,7 @@ from tests.runs import assert_differ, assert_same_bits, parameters, results
 
 if torch.cuda.is_available():
     pytest.skip(
-        "needs Triton's interpreter: test_gpu_capture.py captures real graphs here", allow_module_level=True
+        "needs kernels that run on the CPU: test_gpu_capture.py captures real graphs here", allow_module_level=True
     )
 
 KERNELS = {
