@@ -236,16 +236,10 @@ class Bucket:
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
-    return (
-        group["level"],
-        group["rule"],
-        group["wavelet"],
-        group["boundary"],
-        group["state_dtype"],
-        group["backend"],
-        is_limited(group),
-        group["weight_rounding"],
-    )
+    return *_shared_options(group), is_limited(group)
+
+
+_shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtype", "backend", "weight_rounding")
 
 
 def survey_for(buckets: Sequence[Bucket]) -> Survey:

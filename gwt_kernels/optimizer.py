@@ -281,7 +281,7 @@ class GWTAdamW(Optimizer):
             )
         capturing = is_captured(self.capturable)
         self._check_options()
-        symbolic = backends.is_symbolic()
+        symbolic = backends.tracer() is not None and backends.is_symbolic()
         if symbolic:  # nothing that stands for numbers here may be found by a later step
             self._forget_buckets()
         hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
@@ -296,12 +296,13 @@ class GWTAdamW(Optimizer):
             self._is_sharded = any_sharded(params)
         if self._is_sharded:
             held, grads = local_parts(params, grads)
-        same = self._renew_buckets(params, held, grads, capturing)
+        asked = self._asked
+        same = self._renew_buckets(params, held, grads, asked.anything, capturing)
         own = [bucket.gradients(grads) for bucket in self._buckets]
         if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
-        begun = whole_step.look(self._buckets, own, self._asked, hypers, same)
-        control = self._decide(own, begun)
+        begun = whole_step.look(self._buckets, own, asked, hypers, same)
+        control = self._decide(asked, own, begun)
         whole_step.update(self._buckets, own, begun, self._limits.values(), hypers, control, same)
         if capturing:  # replays go on using this memory, whatever becomes of the buckets
             kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
@@ -407,9 +408,11 @@ class GWTAdamW(Optimizer):
         own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
         return Asked(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
 
-    def _decide(self, grads: list[list[Tensor]], begun: list[Begun | None]) -> dict[torch.device, Tensor] | None:
+    def _decide(
+        self, asked: Asked, grads: list[list[Tensor]], begun: list[Begun | None]
+    ) -> dict[torch.device, Tensor] | None:
         """What the device decides about this step, per device; None where nothing is to be decided."""
-        asked, self._grad_norm = self._asked, None
+        self._grad_norm = None
         if not (asked.anything and (grads or self._totals)):
             return None
         check_traceable(asked)
@@ -425,13 +428,17 @@ class GWTAdamW(Optimizer):
         return control
 
     def _renew_buckets(
-        self, params: list[Tensor], held: list[Tensor], grads: list[Tensor | None], capturing: bool
+        self,
+        params: list[Tensor],
+        held: list[Tensor],
+        grads: list[Tensor | None],
+        controlled: bool,
+        capturing: bool,
     ) -> bool:
         """Check everything and bring the parameters that have a gradient into buckets, if anything has changed.
 
         Returns whether the buckets are those of the last step.
         """
-        controlled = self._asked.anything
         on_device = self.capturable or controlled
         options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
         options += [

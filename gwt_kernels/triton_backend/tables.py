@@ -95,7 +95,7 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[bytes]:
     """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
-    if list(steps).count(steps[0]) == list(hypers).count(hypers[0]) == len(steps):
+    if steps.count(steps[0]) == hypers.count(hypers[0]) == len(steps):
         return [_row(hypers[0], steps[0], level)] * len(steps)
     rows: list[bytes] = []
     last: tuple[Hyper, int] | None = None
