@@ -57,19 +57,13 @@ def compiled() -> Survey:
 
     def still(state: States) -> Callable[[States], bool]:
         entries = c.entries(state)
-        # Parameters, which are looked at apart, and dicts come before the items of each.
-        items = [x for own in state.values() for x in (None, None, *chain.from_iterable(_items(own)))]
-        kinds = [has_memory(x) + is_sharded(x) for x in items]
-        places = [local_of(x).data_ptr() if kind else 0 for x, kind in zip(items, kinds, strict=True)]
-        memory = struct.pack(f"{2 * len(entries)}Q", *chain.from_iterable(zip(kinds, places, strict=True)))
+        values = [x for own in state.values() if isinstance(own, dict) for x in own.values()]
+        kinds = [has_memory(x) + is_sharded(x) for x in values]
+        places = [local_of(x).data_ptr() if kind else 0 for x, kind in zip(values, kinds, strict=True)]
+        memory = struct.pack(f"{2 * len(values)}Q", *chain.from_iterable(zip(kinds, places, strict=True)))
         return lambda now: c.still(now, entries, memory)
 
     return Survey(c.addresses, grads, c.same, like, still)
-
-
-def _items(own: Any) -> Any:
-    """What a parameter's state holds; what else lies in an optimizer's state is the user's own."""
-    return own.items() if isinstance(own, dict) else ()
 
 
 def module() -> Any:

@@ -173,24 +173,24 @@ static PyObject *alike(PyObject *module, PyObject *arguments)
 }
 
 /* Hands every object that a state is made of to `take`, in order, as long as this returns 1; its last answer. */
-static int each(PyObject *state, int (*take)(void *, PyObject *), void *taker)
+static int each(PyObject *state, int (*take)(void *, PyObject *, bool is_value), void *taker)
 {
     PyObject *owner, *own, *key, *value;
     int taken = 1;
     if (!PyDict_Check(state))
         return PyErr_Format(PyExc_TypeError, "a state is a dict, got %R", Py_TYPE(state)), -1;
     for (Py_ssize_t at = 0; taken > 0 && PyDict_Next(state, &at, &owner, &own);) {
-        if ((taken = take(taker, owner)) > 0)
-            taken = take(taker, own);
+        if ((taken = take(taker, owner, false)) > 0)
+            taken = take(taker, own, false);
         const bool is_state = PyDict_Check(own); /* anything else is the user's own */
         for (Py_ssize_t place = 0; is_state && taken > 0 && PyDict_Next(own, &place, &key, &value);)
-            if ((taken = take(taker, key)) > 0)
-                taken = take(taker, value);
+            if ((taken = take(taker, key, false)) > 0)
+                taken = take(taker, value, true);
     }
     return taken;
 }
 
-static int append(void *list, PyObject *object)
+static int append(void *list, PyObject *object, bool is_value)
 {
     return PyList_Append(list, object) < 0 ? -1 : 1;
 }
@@ -212,7 +212,8 @@ typedef struct {
 typedef struct {
     PyObject *list;
     Py_ssize_t next;
-    const Memory *memory; /* of each object in the list */
+    const Memory *memory; /* of each value in the list that is to come */
+    const Memory *end;
 } Known;
 
 /* A new reference to a shard's local part; read where the type says that it lies, which is faster than to ask. */
@@ -232,12 +233,16 @@ static PyObject *local_of(PyObject *shard)
     return local ? Py_NewRef(local) : PyObject_GetAttr(shard, local_name);
 }
 
-static int is_next(void *taker, PyObject *object)
+static int is_next(void *taker, PyObject *object, bool is_value)
 {
     Known *known = taker;
-    if (known->next >= PyList_GET_SIZE(known->list) || PyList_GET_ITEM(known->list, known->next) != object)
+    if (known->next >= PyList_GET_SIZE(known->list) || PyList_GET_ITEM(known->list, known->next++) != object)
         return 0;
-    const Memory memory = known->memory[known->next++];
+    if (!is_value)
+        return 1;
+    if (known->memory == known->end)
+        return 0;
+    const Memory memory = *known->memory++;
     if (memory.kind == NO_MEMORY)
         return 1;
     uint64_t address;
@@ -253,9 +258,8 @@ static PyObject *still(PyObject *module, PyObject *arguments)
     Known known = {0};
     if (!PyArg_ParseTuple(arguments, "OO!S:still", &state, &PyList_Type, &known.list, &memory))
         return NULL;
-    if (PyBytes_GET_SIZE(memory) != PyList_GET_SIZE(known.list) * (Py_ssize_t)sizeof(Memory))
-        return PyErr_Format(PyExc_ValueError, "still() needs two words for each entry");
     known.memory = (const Memory *)PyBytes_AS_STRING(memory);
+    known.end = known.memory + PyBytes_GET_SIZE(memory) / (Py_ssize_t)sizeof(Memory);
     const int taken = each(state, is_next, &known);
     return taken < 0 ? NULL : PyBool_FromLong(taken && known.next == PyList_GET_SIZE(known.list));
 }
