@@ -239,16 +239,15 @@ def test_every_tensor_of_a_state_has_a_storage_of_its_own():
     assert [float(first["step"]), float(second["step"])] == [1, 3]
 
 
-@runs.backends
+@pytest.mark.parametrize("backend", ["compiled", "triton"])  # PyTorch's operators have no say in it
 def test_a_gradient_whose_memory_is_gone_is_refused(backend, device):
     optimizer = build(runs.place(backend, device), backend)
     with interpreter.like_a_gpu():
         runs.train(optimizer, range(2))
         runs.give_gradients(runs.parameters_of(optimizer), seed=2)
         runs.parameters_of(optimizer)[1].grad.untyped_storage().resize_(0)
-        if backend != "torch":  # whose operators have no say in it
-            with pytest.raises(ValueError, match="memory"):
-                optimizer.step()
+        with pytest.raises(ValueError, match="memory"):
+            optimizer.step()
 
 
 def test_processes_that_clip_lose_no_counts():
