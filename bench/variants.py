@@ -12,8 +12,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.hyper import Hyper, quantum
 from gwt_kernels.triton_backend import haar_launch, launch
+from gwt_kernels.triton_backend.runner import TritonRunner
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 MOMENTS = {**DTYPES, "int8": torch.int8}
@@ -166,20 +168,25 @@ def _launch_step(variant: Variant) -> None:
     rounding: Any = variant.rounding or "nearest"
     low = torch.empty(shape, dtype=torch.int16, device="meta") if rounding == "split" else None
     if variant.kernel == SUM:
-        moved: Any = ([p], [g], [m], [v], [1], [Hyper()])
-        launch.update_sums(*moved, level=level, scales=[None], control=None, workspace={})
+        runner = TritonRunner(Bucket([p], [m], [v], level=level, grad_dtype=g.dtype))
+        runner.reduce(StepInputs([g], [1], [Hyper()]), update_sums=True)
         return
-    launch.gwt_adamw_(
-        *([p], [g], [m], [v], [norm], [1], [Hyper()]),
+    bucket = Bucket(
+        [p],
+        [m],
+        [v],
         level=level,
+        grad_dtype=g.dtype,
+        limiter_norms=[norm],
         rule=rule,
         rounding=rounding,
         keys=[0],
         lows=[low],
         scales=[scales if moments == torch.int8 else None],
         telemetry=torch.empty(1, 6, dtype=torch.float64, device="meta") if variant.kernel == OBSERVE else None,
-        workspace={},
     )
+    with torch.no_grad():
+        TritonRunner(bucket).apply(StepInputs([g], [1], [Hyper()]))
 
 
 def _launch_haar(variant: Variant) -> None:

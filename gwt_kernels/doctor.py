@@ -16,6 +16,7 @@ from torch import Tensor
 from gwt_kernels import __version__, backends
 from gwt_kernels.compiled_backend.step import TYPES
 from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.single import Single
 from gwt_kernels.torch_backend import literal
 
 __all__ = ["report", "self_check"]
@@ -126,24 +127,17 @@ class _Run:
             steps=[step] * len(grads),
             hypers=[hyper] * len(grads),
             level=self.level,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
 
     def literal_step(self, grads: list[Tensor], step: int, hyper: Hyper) -> None:
         if step == 1:
             for tensors in (self.params, self.exp_avgs, self.exp_avg_sqs, self.norms):
                 tensors[:] = [x.double().cpu() for x in tensors]
-        literal.gwt_adamw_(
-            self.params,
-            grads,
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            self.norms if self.level else [None] * len(grads),
-            [step] * len(grads),
-            [hyper] * len(grads),
-            level=self.level,
-            wavelet="haar",
-        )
+        norms = self.norms if self.level else [None] * len(grads)
+        columns = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, norms)
+        singles = [Single(*own, step, hyper) for own in zip(*columns, strict=True)]
+        literal.gwt_adamw_(singles, level=self.level, wavelet="haar")
 
 
 def _devices() -> Iterator[tuple[torch.device, str]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from gwt_kernels import backends, whole_step
+from gwt_kernels import backends
 from gwt_kernels import telemetry as telemetry_rows
 from gwt_kernels.added import divided, warn_of_level_0
-from gwt_kernels.bucket import Bucket, Member, bucket_options, make_buckets, make_limits, survey_for
 from gwt_kernels.checks import (
     check_before_step,
     check_capturable,
@@ -25,9 +24,10 @@ from gwt_kernels.checks import (
     name_of,
 )
 from gwt_kernels.control import Asked
-from gwt_kernels.functional import Begun, Rounding, Rule
-from gwt_kernels.hyper import Boundary
+from gwt_kernels.hyper import Boundary, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
+from gwt_kernels.optim.planned_bucket import Member
+from gwt_kernels.optim.step_plan import Sources, StepPlan, bucket_options, count_of_skipped
 from gwt_kernels.options import (
     ADDED,
     SLACK,
@@ -37,15 +37,10 @@ from gwt_kernels.options import (
     published_limit,
     state_dtype_name,
 )
-from gwt_kernels.reduction import Limits, Totals
 from gwt_kernels.scaler import FoundInf
-from gwt_kernels.sharding import any_sharded, local_parts, made_by_a_getter
-from gwt_kernels.snapshot import Snapshot
+from gwt_kernels.sharding import any_sharded, is_sharded, local_parts, made_by_a_getter
 from gwt_kernels.state import complete, upgraded
 from gwt_kernels.survey import PYTHON
-
-if TYPE_CHECKING:
-    from gwt_kernels.release import GradientRelease
 
 __all__ = ["GWTAdamW"]
 
@@ -128,7 +123,11 @@ class GWTAdamW(Optimizer):
     _is_sharded = False  # whether there are DTensors among the parameters
     _is_built = False  # whether groups that are added come after the constructor's
     _has_warned = False
-    _released: GradientRelease | None = None  # what updates in the backward pass
+    _release: Any = None
+    _plan: StepPlan | None
+    _lone: dict[Tensor, StepPlan]
+    """Of parameters that are updated one by one."""
+    _places: dict[Tensor, tuple[int, int, int]]
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class GWTAdamW(Optimizer):
         check_group(defaults, capturable=capturable, slack=0.0)
         self._rows = {}
         self._captured = []
-        self._forget_buckets()
+        self._forget_plans()
         super().__init__(params, defaults)
         self._is_built = True
 
@@ -210,7 +209,7 @@ class GWTAdamW(Optimizer):
                 self._add_group(part)
         except BaseException:
             del self.param_groups[count:]
-            self._forget_buckets()
+            self._forget_plans()
             raise
         if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
             param_group.update(self.param_groups[count])
@@ -228,7 +227,7 @@ class GWTAdamW(Optimizer):
         super().add_param_group(param_group)
         self._check_new_group(self.param_groups[-1])
         self._note_shapes()
-        self._forget_buckets()
+        self._forget_plans()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -255,19 +254,19 @@ class GWTAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._released is not None and self._released.accumulating:
+        if self._release is not None and self._release.accumulating:
             return loss
         if torch.compiler.is_compiling():
             self._update_outside_graphs()
         else:
             self._update()
-        if self._released is not None:  # sums that no backward pass outside accumulate() has used
+        if self._release is not None:  # sums that no backward pass outside accumulate() has used
             self.zero_grad()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset all gradients, as in ``torch.optim.Optimizer``; within ``GradientRelease.accumulate`` they stay."""
-        if self._released is None or not self._released.accumulating:
+        if self._release is None or not self._release.accumulating:
             super().zero_grad(set_to_none)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
@@ -275,7 +274,7 @@ class GWTAdamW(Optimizer):
         self._update()
 
     def _update(self) -> None:
-        if self._released is not None and "found_inf" in self.__dict__:
+        if self._release is not None and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
             )
@@ -283,32 +282,89 @@ class GWTAdamW(Optimizer):
         self._check_options()
         symbolic = backends.tracer() is not None and backends.is_symbolic()
         if symbolic:  # nothing that stands for numbers here may be found by a later step
-            self._forget_buckets()
-        hypers = [hyper_of(group, capturable=self.capturable) for group in self.param_groups]
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        grads = self._survey.grads(params)
+            self._forget_plans()
+        groups, capturable = self.param_groups, self.capturable
+        hypers = [hyper_of(group, capturable=capturable) for group in groups]
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        held, grads = params, (PYTHON if self._plan is None else self._plan.survey).grads(params)
         if not self.state and made_by_a_getter():
             self._check_before_step()
-            self._make_buckets(self.capturable)  # which makes the state, and that is all that is wanted
+            self._complete_states()  # and that is all that is wanted
             return
-        held = params
-        if self._snapshot is None or not self._snapshot.is_of(params):
+        if self._plan is None or not self._plan.is_of(params):
             self._is_sharded = any_sharded(params)
         if self._is_sharded:
             held, grads = local_parts(params, grads)
         asked = self._asked
-        same = self._renew_buckets(params, held, grads, asked.anything, capturing)
-        own = [bucket.gradients(grads) for bucket in self._buckets]
-        if capturing and any(bucket.device.type != "cuda" for bucket in self._buckets):
+        sources = Sources(groups, self.state, params, held, grads, self._plan_options(groups, asked.anything))
+        plan = self._plan
+        if plan is None or not plan.holds(sources):
+            plan = self._renew_plan(sources, capturing)
+        if capturing and any(device.type != "cuda" for device in plan.devices):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
-        begun = whole_step.look(self._buckets, own, asked, hypers, same)
-        control = self._decide(asked, own, begun)
-        whole_step.update(self._buckets, own, begun, self._limits.values(), hypers, control, same)
-        if capturing:  # replays go on using this memory, whatever becomes of the buckets
-            kept = (*(bucket.workspace for bucket in self._buckets), *self._workspace.values())
-            self._captured.append((self._buckets, control, self._skipped, [dict(workspace) for workspace in kept]))
+        self._grad_norm = skipped = None
+        if asked.anything and not plan.is_idle:
+            check_traceable(asked)
+            skipped = count_of_skipped(None if backends.is_symbolic() else self._skipped, plan.devices)
+            if not backends.is_symbolic():
+                self._skipped = skipped
+        decisions = plan.step(grads, hypers, asked, skipped)
+        if skipped is not None and decisions is not None and asked.of_gradients:
+            self._grad_norm = decisions[skipped.device][2]
+        if capturing:  # replays go on using this memory, whatever becomes of the plan
+            self._captured.append((plan.memory(), decisions, self._skipped))
         if symbolic:
-            self._forget_buckets()
+            self._forget_plans()
+
+    @property
+    def gradient_release(self) -> Any:
+        """What updates parameters in the backward pass (:func:`gwt_kernels.release_gradients`), or None."""
+        return self._release
+
+    @gradient_release.setter
+    def gradient_release(self, release: Any) -> None:
+        self._release = release
+        self._forget_plans()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter alone, with all the checks of a step: for gradients that never exist together.
+
+        Raises:
+            RuntimeError: the options or a ``GradScaler`` decide about a step by all gradients.
+            TypeError, ValueError, RuntimeError: as :meth:`step`.
+        """
+        if self._asked.anything:
+            raise RuntimeError(
+                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
+                "are released: take the options away, or call remove() on what release_gradients returned"
+            )
+        place, i, k = self._place_of(p)
+        group = self.param_groups[i]
+        hypers = [hyper_of(group)]
+        held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
+        names = group.get("param_names")
+        alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
+        sources = Sources([alone], {p: self.state[p]}, [p], held, grads, self._plan_options([group], False), place)
+        plan = self._lone.get(p)
+        if plan is None or not plan.holds(sources):
+            self._check_group(group)
+            self._check_one(p, group, name_of(group, k, i))
+            complete(self.state[p], p, group)
+            plan = self._lone[p] = StepPlan(
+                sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
+            )
+        plan.step(grads, hypers, Asked(), None)
+
+    def _place_of(self, p: Tensor) -> tuple[int, int, int]:
+        """A parameter's place among all, its group's, and its place in that."""
+        groups = self.param_groups
+        _, i, k = self._places.get(p, (0, len(groups), 0))
+        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
+            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
+            self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
+        return self._places[p]
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -375,16 +431,12 @@ class GWTAdamW(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._note_shapes()
-        self._forget_buckets()
+        self._forget_plans()
 
-    def _forget_buckets(self) -> None:
-        self._buckets: list[Bucket] = []
-        self._limits: dict[torch.device, Limits] = {}
-        self._totals: Totals | None = None
-        self._snapshot: Snapshot | None = None
-        self._survey = PYTHON
-        self._workspace: dict[Any, dict[str, Any]] = {}
-        self._lone: dict[Tensor, tuple[Snapshot, Bucket]] = {}  # of what is updated one by one: release.py
+    def _forget_plans(self) -> None:
+        self._plan = None
+        self._lone = {}
+        self._places = {}
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
@@ -408,60 +460,34 @@ class GWTAdamW(Optimizer):
         own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
         return Asked(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
 
-    def _decide(
-        self, asked: Asked, grads: list[list[Tensor]], begun: list[Begun | None]
-    ) -> dict[torch.device, Tensor] | None:
-        """What the device decides about this step, per device; None where nothing is to be decided."""
-        self._grad_norm = None
-        if not (asked.anything and (grads or self._totals)):
-            return None
-        check_traceable(asked)
-        devices = [bucket.device for bucket in self._buckets] or [self.param_groups[0]["params"][0].device]
-        skipped = whole_step.count_of_skipped(None if backends.is_symbolic() else self._skipped, devices)
-        if not backends.is_symbolic():
-            self._skipped = skipped
-        control = whole_step.decide(
-            self._buckets, grads, begun, self._totals, asked, skipped, workspace=self._workspace
-        )
-        if asked.of_gradients:
-            self._grad_norm = control[skipped.device][2]
-        return control
-
-    def _renew_buckets(
-        self,
-        params: list[Tensor],
-        held: list[Tensor],
-        grads: list[Tensor | None],
-        controlled: bool,
-        capturing: bool,
-    ) -> bool:
-        """Check everything and bring the parameters that have a gradient into buckets, if anything has changed.
-
-        Returns whether the buckets are those of the last step.
-        """
-        on_device = self.capturable or controlled
-        options: list[Any] = [(*bucket_options(g), g["seed"], len(g["params"])) for g in self.param_groups]
-        options += [
-            on_device,
-            controlled,
+    def _plan_options(self, groups: Sequence[Mapping[str, Any]], decides: bool) -> list[Any]:
+        """What the checks before a step depend on, beside tensors and gradients."""
+        return [
+            *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
+            self.capturable,
+            decides,
             backends.tracer(),
-            *(getattr(g["lr"], "device", None) for g in self.param_groups),
+            *(getattr(g["lr"], "device", None) for g in groups),
         ]
-        if self._snapshot is not None and self._snapshot.holds(params, grads, options, self.state, held):
-            return True
+
+    def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
+        """Check everything, and plan steps of what is there now."""
         if capturing:
             raise RuntimeError(
                 "GWTAdamW.step() is being captured in a CUDA graph with parameters, gradients or options that it "
                 "has not stepped before: take a few steps before the capture, on a side stream"
             )
         self._check_before_step()
-        self._limits = make_limits(self.param_groups)
-        self._totals = Totals(params) if self._is_sharded and controlled else None
-        self._buckets = self._make_buckets(on_device)
-        if not backends.is_symbolic():
-            self._survey = survey_for(self._buckets)
-            self._snapshot = Snapshot(params, grads, options, self.state, held, self._survey)
-        return False
+        self._complete_states()
+        decides = self._asked.anything
+        self._plan = None  # and its memory, before another takes some
+        self._plan = StepPlan(
+            sources,
+            on_device=self.capturable or decides,
+            decides=decides,
+            telemetry_of=self._telemetry_rows,
+        )
+        return self._plan
 
     def _check_before_step(self) -> None:
         self._check_options()
@@ -487,21 +513,13 @@ class GWTAdamW(Optimizer):
         if self.capturable:
             check_capturable(p, group, name)
 
-    def _make_buckets(self, on_device: bool) -> list[Bucket]:
+    def _complete_states(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     complete(self.state[p], p, group)
-        return make_buckets(
-            self.param_groups,
-            self.state,
-            on_device=on_device,
-            rows_of=self._telemetry_rows,
-            limits=self._limits,
-            totals=self._totals,
-        )
 
-    def _telemetry_rows(self, members: list[Member]) -> Tensor | None:
+    def _telemetry_rows(self, members: Sequence[Member]) -> Tensor | None:
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
         if not self._observed or backends.is_symbolic():
             return None

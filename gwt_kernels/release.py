@@ -9,15 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gwt_kernels import whole_step
-from gwt_kernels.bucket import Bucket, Member, bucket_options, stream_of, survey_for
-from gwt_kernels.checks import check_initialized, name_of
+from gwt_kernels.checks import check_initialized
 from gwt_kernels.optimizer import GWTAdamW
-from gwt_kernels.options import hyper_of
-from gwt_kernels.reduction import Limits
-from gwt_kernels.sharding import is_sharded, local_parts, reduced_over
-from gwt_kernels.snapshot import Snapshot
-from gwt_kernels.state import complete, is_limited
 
 __all__ = ["GradientRelease", "release_gradients"]
 
@@ -58,10 +51,9 @@ class GradientRelease:
         self._optimizer = optimizer
         self.accumulating = False
         self._scalers_looked_for = False
-        self._places: dict[Tensor, tuple[int, int, int]] = {}
         params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in dict.fromkeys(params)]
-        optimizer._released = self
+        optimizer.gradient_release = self
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -83,9 +75,8 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._optimizer._released is self:  # not a later handle's
-            self._optimizer._released = None
-        self._optimizer._forget_buckets()
+        if self._optimizer.gradient_release is self:  # not a later handle's
+            self._optimizer.gradient_release = None
 
     def _step(self, p: Tensor) -> None:
         if self.accumulating:
@@ -93,53 +84,14 @@ class GradientRelease:
         if not self._scalers_looked_for:  # one may have been made since
             self._scalers_looked_for = True
             _refuse_scalers()
-        self._update(p)
+        self._optimizer.step_parameter(p)
         p.grad = None
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
-    def _update(self, p: Tensor) -> None:
-        """A step of one parameter alone, with all the checks of a step."""
-        optimizer = self._optimizer
-        if optimizer._asked.anything:
-            raise RuntimeError(
-                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
-                "are released: take the options away, or call remove() on what release_gradients returned"
-            )
-        place, i, k = self._place_of(p)
-        group = optimizer.param_groups[i]
-        hyper = hyper_of(group)
-        options = (*bucket_options(group), group["seed"])
-        (held,), grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
-        state = {p: optimizer.state[p]}
-        same = p in optimizer._lone and optimizer._lone[p][0].holds([p], grads, options, state, [held])
-        if not same:
-            optimizer._check_group(group)
-            optimizer._check_one(p, group, name_of(group, k, i))
-            complete(optimizer.state[p], p, group)
-            limits = Limits([p]) if is_limited(group) and reduced_over(p) else None
-            members = [Member(p, 0, 0, stream_of(group, k, place))]
-            rows = optimizer._telemetry_rows(members)
-            bucket = Bucket(members, optimizer.state, [group], False, rows, limits)
-            optimizer._lone[p] = Snapshot([p], grads, options, state, [held], survey_for([bucket])), bucket
-        bucket = optimizer._lone[p][1]
-        shared = [] if bucket.limits is None else [bucket.limits]
-        whole_step.update([bucket], [bucket.gradients(grads)], [None], shared, [hyper], None, same)
-
-    def _place_of(self, p: Tensor) -> tuple[int, int, int]:
-        """A parameter's place among all, its group's, and its place in that."""
-        groups = self._optimizer.param_groups
-        _, i, k = self._places.get(p, (0, len(groups), 0))
-        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
-            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
-            self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
-        return self._places[p]
 
 
 def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
     if not isinstance(optimizer, GWTAdamW):
         raise TypeError(f"gradients are released to a GWTAdamW, got {type(optimizer).__name__}")
-    if optimizer._released is not None:
+    if optimizer.gradient_release is not None:
         raise RuntimeError("gradients are released to this optimizer already: call remove() on that handle first")
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
         if value:

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gwt_kernels.backends.prepare import prepare
+from gwt_kernels.backends.runner import Runner
+from gwt_kernels.core.bucket import Bucket as Tensors
+from gwt_kernels.core.bucket import StepInputs
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests import interpreter, poisoned, reference, rounding
 from tests.poisoned import Poisoned
@@ -180,6 +184,31 @@ class Bucket:
         if norm is not None:
             got = float(self.norms[i].tensor)
             assert_within(np.array(got), np.array(new_norm), np.array(bounds.norm), f"limiter norm {what}")
+
+
+def prepared(
+    *,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[int] | Tensor,
+    hypers: Sequence[Hyper],
+    backend: Any = None,
+    **options: Any,
+) -> tuple[Runner, StepInputs]:
+    """A runner of the tensors, and what one step brings to it: what ``gwt_adamw_`` makes of the same arguments."""
+    bucket = Tensors(params, exp_avgs, exp_avg_sqs, grad_dtype=grads[0].dtype, **options)
+    return prepare(bucket, backend), StepInputs(grads, steps, hypers)
+
+
+@torch.no_grad()
+def update_sums(**arguments: Any) -> Tensor:
+    """Sums of squares of the update, as a limiter over several processes needs them."""
+    runner, inputs = prepared(**arguments)
+    sums = runner.reduce(inputs, update_sums=True).update_sums
+    assert sums is not None
+    return sums
 
 
 def assert_within(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, what: str) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gwt_kernels.functional import Hyper, Span, gwt_adamw_, update_sums
+from gwt_kernels.functional import Hyper, Span, gwt_adamw_
 from gwt_kernels.hyper import key_of
 from tests import interpreter, runs
+from tests.steps import prepared, update_sums
 
 ROWS, WIDTH = 11, 24
 PARTS = {
@@ -108,7 +109,7 @@ def test_limits_of_parts_are_those_of_the_whole(
     all_rows = arrays(slice(0, 11))
     with interpreter.like_a_gpu():
         before = [{k: [x.clone() for x in v] for k, v in half.items()} for half in halves]
-        sums = [update_sums(**half, **options).sums for half in halves]
+        sums = [update_sums(**half, **options) for half in halves]
         runs.assert_same_bits(halves, before)
         previous = [torch.full((), 0.5, device=on) for _ in whole]
         norms = (sums[0] + sums[1]).sqrt()
@@ -144,16 +145,17 @@ def test_a_step_that_begins_with_its_sums_is_the_step(counted: bool, rounding: s
         lows = [torch.ones_like(p, dtype=torch.int16).contiguous() for p in arrays["params"]]
         arrays["lows"] = lows if rounding == "split" else [None, None]
         steps: Any = torch.tensor([2.0, 2.0], dtype=torch.float64, device=on) if counted else [3, 3]
-        both = {**arrays, **options, "steps": steps, "workspace": {} if begins else None}
-        with interpreter.like_a_gpu():
+        both = {**arrays, **options, "steps": steps}
+        with interpreter.like_a_gpu(), torch.no_grad():
+            runner, inputs = prepared(**both)
             for _ in range(2):
                 if begins:
-                    begun = update_sums(**both)
-                    begun.finish(None, factor * (1 + begun.sums))
+                    sums = runner.reduce(inputs, update_sums=True).update_sums
+                    runner.apply(inputs, None, factor * (1 + sums))
                 else:
-                    begun = update_sums(**(both | {"steps": steps.clone() if counted else steps}))
-                    gwt_adamw_(**both, limiter_norms=[None, None], limits=factor * (1 + begun.sums))
-        results.append({**arrays, "steps": steps, "sums": begun.sums})
+                    sums = update_sums(**(both | {"steps": steps.clone() if counted else steps}))
+                    gwt_adamw_(**both, limiter_norms=[None, None], limits=factor * (1 + sums))
+        results.append({**arrays, "steps": steps, "sums": sums})
     if counted:
         assert results[0]["steps"].tolist() == [4.0, 4.0]
     runs.assert_same_bits(results[1], results[0])

@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gwt_kernels import GWTAdamW, backends
-from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
+from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests import runs
+from tests.steps import update_sums
 
 SHAPES = ((16, 16), (8, 12), (7,))
 OPTIONS = {
@@ -245,7 +246,7 @@ def test_a_step_of_functional_tensors_is_pytorchs():
 def test_sums_of_fakes_have_their_shapes():
     with FakeTensorMode():
         p, m = torch.empty(4, 8), torch.empty(4, 2)
-        begun = update_sums(
+        sums = update_sums(
             params=[p],
             grads=[p.clone()],
             exp_avgs=[m],
@@ -254,7 +255,7 @@ def test_sums_of_fakes_have_their_shapes():
             hypers=[Hyper()],
             level=2,
         )
-    assert begun.sums.shape == (1,)
+    assert sums.shape == (1,)
 
 
 def test_real_steps_go_on_in_c_after_tracing():

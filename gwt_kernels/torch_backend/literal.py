@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.step import limit_
 
@@ -24,74 +24,49 @@ __all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "w
 FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
-def gwt_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    limiter_norms: Sequence[Tensor | None],
-    steps: Sequence[int],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    wavelet: str,
-    boundary: str = "zero",
-    limits: Sequence[Tensor | None] | None = None,
-) -> None:
+def gwt_adamw_(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
-    limits = [None] * len(params) if limits is None else limits
-    for p, g, m, v, norm, step, hyper, given in zip(
-        params, grads, exp_avgs, exp_avg_sqs, limiter_norms, steps, hypers, limits, strict=True
-    ):
-        if p.numel() == 0:
+    for own in singles:
+        if own.p.numel() == 0:
             continue
-        m32, v32, denominator, details = _moments(p, g, m, v, hyper, bank, level, boundary)
-        dtype = m32.dtype
-        coeffs = [m32 / denominator]
+        m, v, denominator, details = _moments(own, bank, level, boundary)
+        dtype, hyper = m.dtype, own.hyper
+        coeffs = [m / denominator]
         for i, detail in enumerate(details):
             if i:
                 denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
             coeffs.append(detail / denominator)
-        limit: Tensor | float = 1.0 if given is None else given
-        if norm is not None and hyper.norm_growth_limit is not None:
-            limit = limit_(norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
-        update = waverec(coeffs, bank)[..., : p.shape[-1]] * (hyper.step_size(step, level) / limit)
-        p.copy_(p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
-        m.copy_(m32)
-        v.copy_(v32)
+        limit: Tensor | float = 1.0 if own.limit is None else own.limit
+        if own.norm is not None and hyper.norm_growth_limit is not None:
+            limit = limit_(own.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
+        update = waverec(coeffs, bank)[..., : own.p.shape[-1]] * (hyper.step_size(own.step, level) / limit)
+        own.p.copy_(own.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
+        own.m.copy_(m)
+        own.v.copy_(v)
 
 
-def update_sums(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    hypers: Sequence[Hyper],
-    *,
-    level: int,
-    wavelet: str,
-    boundary: str = "zero",
-) -> Tensor:
-    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    bank = filter_bank(wavelet)
-    sums = torch.zeros(len(params), dtype=compute_dtype(params[0].dtype), device=params[0].device)
-    for total, p, g, m, v, hyper in zip(sums, params, grads, exp_avgs, exp_avg_sqs, hypers, strict=True):
-        if p.numel():
-            m32, _, denominator, _ = _moments(p, g, m, v, hyper, bank, level, boundary)
-            total += (m32 / denominator).square().sum()
+def update_sums(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
+    """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
+    bank, first = filter_bank(wavelet), singles[0].p
+    sums = torch.zeros(len(singles), dtype=compute_dtype(first.dtype), device=first.device)
+    for total, own in zip(sums, singles, strict=True):
+        if own.p.numel():
+            m, _, denominator, _ = _moments(own, bank, level, boundary)
+            total += (m / denominator).square().sum()
     return sums
 
 
 def _moments(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, bank: FilterBank, level: int, boundary: str
+    own: Single, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """New moments, ``sqrt(v) + eps`` and the gradient's details."""
-    dtype = compute_dtype(torch.promote_types(p.dtype, m.dtype))
-    approximation, *details = wavedec(g.to(dtype) * hyper.signed_factor, bank, level, boundary)
-    m32 = m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
-    v32 = v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
-    return m32, v32, v32.sqrt() + hyper.eps, details
+    hyper = own.hyper
+    dtype = compute_dtype(torch.promote_types(own.p.dtype, own.m.dtype))
+    approximation, *details = wavedec(own.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
+    m = own.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+    v = own.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+    return m, v, v.sqrt() + hyper.eps, details
 
 
 @functools.lru_cache(maxsize=32)

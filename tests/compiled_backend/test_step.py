@@ -16,14 +16,14 @@ from torch import Tensor
 from gwt_kernels import GWTAdamW
 from gwt_kernels.compiled_backend import build
 from gwt_kernels.compiled_backend import step as compiled_step
-from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
+from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.hyper import Span, key_of, quantum
 from gwt_kernels.single import Single
 from gwt_kernels.torch_backend import quantized, rounding
 from tests.native import needs_step_in_c
 from tests.poisoned import LAYOUTS
 from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
-from tests.steps import Bucket
+from tests.steps import Bucket, update_sums
 
 CPU, BF16, FP16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
 KEY = key_of(seed=0xDEADBEEF, stream=0x7654321)
@@ -352,7 +352,7 @@ def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
         bucket = Bucket([shape], level, dtype=dtype, limited=True)
         arrays = {"params": bucket.tensors("params"), "grads": bucket.tensors("grads")}
         arrays |= {"exp_avgs": bucket.tensors("exp_avgs"), "exp_avg_sqs": bucket.tensors("exp_avg_sqs")}
-        sums = update_sums(**arrays, steps=[1], hypers=[Hyper()], level=level, backend=backend).sums
+        sums = update_sums(**arrays, steps=[1], hypers=[Hyper()], level=level, backend=backend)
         bucket.step(Hyper(lr=0.01), 3, backend=backend)
         results.append([sums, *bucket.results()])
     assert_same_bits(*results)
@@ -376,7 +376,7 @@ def test_sums_are_the_torch_backends():
         arrays = {name: bucket.tensors(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
         before = bucket.results()
         told = [
-            update_sums(**arrays, steps=[1] * 4, hypers=[Hyper()] * 4, level=2, backend=backend).sums
+            update_sums(**arrays, steps=[1] * 4, hypers=[Hyper()] * 4, level=2, backend=backend)
             for backend in ("torch", "compiled")
         ]
         torch.testing.assert_close(told[1], told[0], rtol=1e-5, atol=0)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gwt_kernels.functional import Hyper, gwt_adamw_, update_sums
+from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.native import needs_step_in_c
+from tests.steps import update_sums
 
 pytestmark = needs_step_in_c
 

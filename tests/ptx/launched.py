@@ -15,9 +15,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.triton_backend.compiling import UNFUSED
-from gwt_kernels.triton_backend.launch import update_sums
+from gwt_kernels.triton_backend.runner import TritonRunner
 from tests.ptx.driver import Driver, Options
 from tests.ptx.types import Fault
 
@@ -169,7 +170,8 @@ def check_products(chip: str) -> None:
         step(skip_nonfinite=True, telemetry=True, capturable=True)
         haar_idwt(haar_dwt(torch.ones(8, 64), 2, backend="triton"), 64, backend="triton")
         p, m = torch.ones(5, 61), torch.ones(5, 16)
-        update_sums([p], [p], [m], [m], [1], [Hyper()], level=2, scales=[None], control=None, workspace={})
+        runner = TritonRunner(Bucket([p], [m], [m], level=2, grad_dtype=p.dtype))
+        runner.reduce(StepInputs([p], [1], [Hyper()]), update_sums=True)
         assert set(d.counts.launches) == {f"{name}_kernel" for name in KERNELS}
         assert not d.counts.contracted
         scale_kernel[(1,)](p, p, 128, 1.0, 1, False, BLOCK=128)

@@ -68,11 +68,11 @@ def test_tables_are_made_once(device):
     bucket = Bucket([(4, 16), (3, 13)], 2, limited=True, device=device)
     workspace = {}
     bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
-    launches = workspace["launches"]
+    launches = workspace["runner"].launches
     for t in (2, 3):
         bucket.renew_gradients()
         bucket.check_step(HYPER._replace(lr=t), t, backend="triton", workspace=workspace)
-        assert workspace["launches"] is launches
+        assert workspace["runner"].launches is launches
 
 
 def test_alignment_that_changes_from_call_to_call(device):
@@ -82,7 +82,7 @@ def test_alignment_that_changes_from_call_to_call(device):
     for t, layouts in enumerate((["contiguous"], ["misaligned"], ["contiguous", "misaligned"], ["gaps"]), start=1):
         bucket.renew_gradients(layouts=layouts)
         bucket.check_step(HYPER, t, backend="triton", workspace=workspace)
-        flat.append([x.n for x in workspace["launches"] if x.flat])
+        flat.append([x.n for x in workspace["runner"].launches if x.flat])
     assert flat == [[2], [], [1], [2]]
 
 

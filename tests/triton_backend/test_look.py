@@ -8,20 +8,21 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, whole_step
+from gwt_kernels import GWTAdamW
 from gwt_kernels.control import Asked, squares
-from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.functional import Hyper
+from gwt_kernels.optim import step_plan
 from gwt_kernels.triton_backend import control_launch, launch
 from tests import interpreter
 from tests.poisoned import LAYOUTS
 from tests.runs import assert_same_bits, give_gradients, parameters, place, results, snapshot
-from tests.steps import ARRAYS, Bucket
+from tests.steps import ARRAYS, Bucket, prepared
 
 # Several tiles of either path, one block, part of a block, and nothing.
 SHAPES = [(5, 1024), (3, 700), (0, 8), (8,), (1, 9)]
 
 
-def look(bucket: Bucket, **options):
+def look(bucket: Bucket, decision=None, **options):
     n = len(bucket.params)
     arguments = {name: bucket.tensors(name) for name in ARRAYS} | {
         "limiter_norms": bucket.tensors("norms") if bucket.norms else [None] * n,
@@ -29,10 +30,10 @@ def look(bucket: Bucket, **options):
         "hypers": [Hyper(maximize=True)] * n,
         "level": bucket.level,
         "backend": "triton",
-        "looks": True,
     }
-    with interpreter.like_a_gpu():
-        return gwt_adamw_(**(arguments | options))
+    with interpreter.like_a_gpu(), torch.no_grad():
+        runner, inputs = prepared(**(arguments | options))
+        return runner.reduce(inputs, decision, grad_stats=True).grad_stats
 
 
 def total_of(seen, device) -> list[float]:
@@ -55,7 +56,7 @@ def _chunks(request, monkeypatch):
 def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
     bucket = Bucket(SHAPES, level, dtype=dtype, layouts=LAYOUTS, limited=True, device=device)
     before = bucket.results()
-    total, bad = total_of(look(bucket).seen, device)
+    total, bad = total_of(look(bucket), device)
     assert total == pytest.approx(sum(float(g.double().square().sum()) for g in bucket.tensors("grads")), rel=2e-6)
     assert bad == 0
     assert_same_bits(bucket.results(), before)
@@ -67,7 +68,7 @@ def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
 def test_it_sees_every_element_that_is_not_finite(device, tensor, element, value):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
     bucket.tensors("grads")[tensor].view(-1)[element] = value
-    total, bad = total_of(look(bucket).seen, device)
+    total, bad = total_of(look(bucket), device)
     assert bad > 0
     assert not math.isfinite(total)
 
@@ -76,7 +77,7 @@ def test_finite_gradients_whose_sums_overflow_are_finite(device):
     bucket = Bucket([(4, 64), (3, 37)], 2, limited=True, device=device)
     for g in bucket.tensors("grads"):
         g.fill_(3e38)
-    total, bad = total_of(look(bucket).seen, device)
+    total, bad = total_of(look(bucket), device)
     assert (total, bad) == (math.inf, 0)
 
 
@@ -156,19 +157,19 @@ def test_steps_are_those_without_a_look(device, monkeypatch, options):
     assert_same_bits(*runs)
 
 
-def test_what_is_left_of_a_step_needs_no_mode(device):
-    """As the step itself: parameters that want gradients are updated in place, here one in a copy."""
+def test_the_second_phase_updates_a_parameter_in_a_copy(device):
     p = torch.nn.Parameter(torch.randn(16, 8, device=device).t())
     moments = [torch.zeros(8, 4, device=device) for _ in range(2)]
     norm, steps = torch.zeros((), device=device), torch.zeros(1, dtype=torch.float64, device=device)
     before = p.detach().clone()
-    with interpreter.like_a_gpu():
-        begun = gwt_adamw_(
+    with interpreter.like_a_gpu(), torch.no_grad():
+        runner, inputs = prepared(
             params=[p], grads=[torch.randn(8, 16, device=device)], exp_avgs=moments[:1], exp_avg_sqs=moments[1:],
-            limiter_norms=[norm], steps=steps, hypers=[Hyper()], level=2, backend="triton", looks=True,
+            limiter_norms=[norm], steps=steps, hypers=[Hyper()], level=2, backend="triton",
         )  # fmt: skip
+        runner.reduce(inputs, grad_stats=True)
         assert torch.equal(p, before)
-        begun.finish(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=device), None)
+        runner.apply(inputs, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=device))
     assert not torch.equal(p, before)
     assert p.is_leaf
     assert steps == 1
@@ -182,7 +183,7 @@ def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
         before = snapshot(optimizer)
         with interpreter.like_a_gpu():
             if t == 1:
-                with patch.object(whole_step, "control_", side_effect=MemoryError), pytest.raises(MemoryError):
+                with patch.object(step_plan, "control_", side_effect=MemoryError), pytest.raises(MemoryError):
                     optimizer.step()
                 assert_same_bits(snapshot(optimizer), before)
             else:
@@ -193,18 +194,17 @@ def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
 @pytest.mark.parametrize(
     "options",
     [
-        {"limiter_norms": [None] * 5},
+        {"limiter_norms": None, "rule": "foam"},
         {"level": 0},
         {"steps": [1] * 5},
-        {"control": torch.ones(3, dtype=torch.float64)},
-        {"hypers": [Hyper(grad_factor=0.5)] * 5},
+        {"decision": torch.ones(3, dtype=torch.float64)},
         {"backend": "torch"},
     ],
-    ids=["no limiter", "level 0", "the host counts", "control", "factor", "torch"],
+    ids=["no limiter", "level 0", "the host counts", "decided", "torch"],
 )
 def test_a_step_that_cannot_look_is_refused(device, options):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
     before = bucket.results()
-    with pytest.raises(ValueError, match="a step that looks at the gradients first needs"):
+    with pytest.raises(ValueError, match="first pass"):
         look(bucket, **options)
     assert_same_bits(bucket.results(), before)

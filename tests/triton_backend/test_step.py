@@ -27,7 +27,7 @@ def paths(bucket: Bucket) -> list[bool]:
     """Which paths a step of the bucket takes."""
     workspace = {}
     bucket.step(HYPER, 1, backend="triton", workspace=workspace)
-    return [x.flat for x in workspace["launches"]]
+    return [x.flat for x in workspace["runner"].launches]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +69,7 @@ def test_chunks_of_the_norm(device, monkeypatch, small_tiles, max_chunks, block)
     for t in (1, 2):
         bucket.check_step(HYPER, t, backend="triton", workspace=workspace)
     if max_chunks == 1:
-        assert all(x.tiles_per_chunk == x.n_tiles > 1 for x in workspace["launches"])
+        assert all(x.tiles_per_chunk == x.n_tiles > 1 for x in workspace["runner"].launches)
 
 
 def test_more_partial_norms_than_one_block_of_the_limiter(device, monkeypatch, small_tiles):
@@ -77,7 +77,7 @@ def test_more_partial_norms_than_one_block_of_the_limiter(device, monkeypatch, s
     bucket = Bucket([(10, 64), (4, 37)], 2, limited=True, device=device)
     workspace = {}
     bucket.check_step(HYPER, 3, backend="triton", workspace=workspace)
-    assert all(x.n_chunks > 2 for x in workspace["launches"])
+    assert all(x.n_chunks > 2 for x in workspace["runner"].launches)
 
 
 def assert_same(results: list[torch.Tensor], others: list[torch.Tensor], level: int) -> None:

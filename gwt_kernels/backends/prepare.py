@@ -1,0 +1,45 @@
+"""Chooses what updates a bucket: Triton's kernels, the step in C, or PyTorch's operators."""
+
+from __future__ import annotations
+
+from gwt_kernels import backends
+from gwt_kernels.backends.runner import Runner
+from gwt_kernels.core.bucket import Bucket
+
+__all__ = ["is_on_triton", "prepare"]
+
+
+def prepare(bucket: Bucket, backend: backends.Backend | None) -> Runner:
+    """The runner of a bucket.
+
+    Args:
+        bucket: Of one tensor at least.
+        backend: What was asked for; None chooses Triton for CUDA tensors, the step in C for CPU tensors where it
+        can
+            be compiled, and PyTorch's operators elsewhere.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run on these tensors.
+        ValueError: the backend is unknown, or its kernels could not trust the tensors.
+    """
+    if is_on_triton(bucket, backend):
+        from gwt_kernels.triton_backend.runner import TritonRunner
+
+        return TritonRunner(bucket)
+    if not bucket.is_literal and backends.is_compiled(backend, bucket.device):
+        from gwt_kernels.compiled_backend.runner import CompiledRunner
+
+        return CompiledRunner(bucket)
+    from gwt_kernels.torch_backend.runner import TorchRunner
+
+    return TorchRunner(bucket)
+
+
+def is_on_triton(bucket: Bucket, backend: backends.Backend | None) -> bool:
+    """Whether kernels update a bucket: all of its arrays have to suit them, not the parameters alone.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`prepare`.
+    """
+    kind = bucket.level, bucket.wavelet, bucket.boundary
+    return {backends.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

@@ -1,0 +1,1 @@
+"""What rules, formats and backends share: options of an update, buckets of tensors, decisions about a step."""

@@ -1,0 +1,206 @@
+"""A bucket: tensors that a backend updates together. What one step brings to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import starmap
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.hyper import Boundary, Hyper, Rounding, Rule, Span, check_rounding, check_rule, literal_alone
+from gwt_kernels.single import Single
+
+__all__ = ["Bucket", "StepInputs"]
+
+
+class StepInputs(NamedTuple):
+    """What one step brings to a bucket.
+
+    Attributes:
+        grads: Dense gradients of the parameters' shapes, any strides.
+        steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
+            tensor ``[n]`` on it with the number of steps taken before this one.
+        hypers: Options per parameter.
+    """
+
+    grads: Sequence[Tensor]
+    steps: Sequence[int] | Tensor
+    hypers: Sequence[Hyper]
+
+
+class Bucket:
+    """Tensors of one device that a backend updates together: one dtype of parameters, of gradients and of moments.
+
+    Args:
+        params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
+        exp_avgs: First moments of the approximation, contiguous ``[..., nb]``.
+        exp_avg_sqs: Second moments, like ``exp_avgs``.
+        level: Levels of the transform.
+        grad_dtype: dtype of the gradients.
+        limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
+        limiter. rule: Of the update.
+        rounding: How updated weights are stored.
+        keys: Philox keys per parameter; None for 0.
+        lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes.
+        scales: Of int8 moments, a pair of float32 tensors per parameter.
+        spans: Where shards of parameters, and of their moments, lie in the whole; None for whole tensors.
+        telemetry: Float64 ``[n, 6]``: see :mod:`gwt_kernels.telemetry`.
+        wavelet: Name of the wavelet.
+        boundary: How the transform continues a row beyond its ends.
+
+    Raises:
+        ValueError: lists of different lengths, an unknown rule, rounding, wavelet or boundary, options that do not
+        go
+            together, or a limiter for some tensors only or under a rule that has none.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        *,
+        level: int,
+        grad_dtype: torch.dtype,
+        limiter_norms: Sequence[Tensor | None] | None = None,
+        rule: Rule = "gwt",
+        rounding: Rounding = "nearest",
+        keys: Sequence[int] | None = None,
+        lows: Sequence[Tensor | None] | None = None,
+        scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+        spans: Sequence[tuple[Span, Span]] | None = None,
+        telemetry: Tensor | None = None,
+        wavelet: str = "haar",
+        boundary: Boundary = "zero",
+    ) -> None:
+        absent = [None] * len(params)
+        self.params, self.exp_avgs, self.exp_avg_sqs = params, exp_avgs, exp_avg_sqs
+        self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
+        self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
+        self.keys = [0] * len(params) if keys is None else keys
+        self.limiter_norms = absent if limiter_norms is None else limiter_norms
+        self.lows = absent if lows is None else lows
+        self.scales = absent if scales is None else scales
+        self._check_lengths()
+        self._check_transform()
+        self._check_state()
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors lie."""
+        return self.params[0].device
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a step limits the growth of the update's norm by itself. Level 0 has no limiter."""
+        return self.level > 0 and self.limiter_norms[0] is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether moments are int8 values with scales."""
+        return self.exp_avgs[0].dtype == torch.int8
+
+    @property
+    def is_random(self) -> bool:
+        """Whether weights or moments are rounded stochastically."""
+        return self.rounding == "stochastic" or self.exp_avgs[0].dtype in (torch.int8, torch.bfloat16)
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether no block of neighbours states the transform, so that the published algorithm runs literally."""
+        return self.level > 0 and literal_alone(self.wavelet, self.boundary) is not None
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the floating-point arrays, the gradients among them."""
+        return {self.params[0].dtype, self.grad_dtype, self.exp_avgs[0].dtype} - {torch.int8}
+
+    def fingerprint(self) -> list[Any]:
+        """What tells this bucket from another: its options, its tensors' objects, and where their memory lies."""
+        arrays: list[Any] = [self.params, self.exp_avgs, self.exp_avg_sqs, self.limiter_norms, self.lows]
+        tensors = [x for array in arrays for x in array] + [x for pair in self.scales for x in pair or ()]
+        tensors.append(self.telemetry)
+        places = [None if x is None else (id(x), x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        options = [self.level, self.rule, self.rounding, self.wavelet, self.boundary, self.grad_dtype]
+        return [*options, list(self.keys), self.spans and list(self.spans), places]
+
+    def singles(self, inputs: StepInputs, divisors: Tensor | None = None) -> list[Single]:
+        """The step, tensor by tensor; ``divisors`` are the limiter's where the caller has decided them."""
+        absent = [None] * len(self)
+        columns: Any = (
+            self.params,
+            inputs.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.limiter_norms,
+            inputs.steps,
+            inputs.hypers,
+            self.keys,
+            self.lows,
+            self.scales,
+            absent if self.spans is None else self.spans,
+            absent if divisors is None else divisors.unbind(),
+            absent if self.telemetry is None else self.telemetry.unbind(),
+        )
+        return list(starmap(Single, zip(*columns, strict=True)))
+
+    def check_inputs(self, inputs: StepInputs) -> None:
+        """Raise a ValueError unless ``inputs`` belong to this bucket; shapes are the backend's to check."""
+        _, steps, hypers = inputs
+        n = len(self)
+        if any(len(x) != n for x in inputs):
+            raise ValueError(f"{n} params need as many of all else, got {list(map(len, inputs))}")
+        expected = (torch.float64, self.device, True)
+        if isinstance(steps, Tensor) and (steps.dtype, steps.device, steps.is_contiguous()) != expected:
+            raise ValueError(
+                f"steps that the device counts must be contiguous float64 on {self.device}, "
+                f"got {steps.dtype} on {steps.device}"
+            )
+        if self.limiter_norms[0] is not None and None in [hyper.norm_growth_limit for hyper in hypers]:
+            raise ValueError(
+                "norm_growth_limit is None for a parameter that has a limiter norm: pass None in limiter_norms as "
+                "well"
+            )
+
+    def _check_lengths(self) -> None:
+        columns = {
+            name: len(column)
+            for name in ("exp_avgs", "exp_avg_sqs", "limiter_norms", "keys", "lows", "scales", "spans")
+            if (column := getattr(self, name)) is not None
+        }
+        if any(n != len(self) for n in columns.values()):
+            raise ValueError(f"{len(self)} params need as many of all else, got {columns}")
+
+    def _check_transform(self) -> None:
+        check_rule(self.rule, self.wavelet, self.boundary)
+        unknown = literal_alone(self.wavelet, self.boundary)
+        if self.telemetry is not None and unknown:
+            raise ValueError(
+                f"telemetry knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
+            )
+        check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
+        if unknown and self.exp_avgs[0].dtype in (torch.bfloat16, torch.int8):
+            raise ValueError(f"moments in {self.exp_avgs[0].dtype} know no {unknown}: keep them in float32")
+
+    def _check_state(self) -> None:
+        n = len(self)
+        if list(self.lows).count(None) != (0 if self.rounding == "split" else n):
+            raise ValueError(
+                "lows must hold a tensor for every parameter where rounding='split', and None otherwise"
+            )
+        if list(self.scales).count(None) != (0 if self.is_quantized else n):
+            raise ValueError(
+                "scales must hold a pair of tensors for every parameter whose moments are int8, else None"
+            )
+        absent = [norm is None for norm in self.limiter_norms].count(True)
+        if 0 < absent < n:
+            raise ValueError(
+                "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
+            )
+        if self.rule == "foam" and not absent:
+            raise ValueError("rule='foam' has no limiter: pass None in limiter_norms for every parameter")

@@ -1,0 +1,1 @@
+"""What users construct, and how its steps are planned."""

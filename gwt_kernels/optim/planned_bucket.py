@@ -1,0 +1,181 @@
+"""A bucket of an optimizer: its tensors, their runner, and what of their states a step reads and counts."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.backends.prepare import prepare
+from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.hyper import Hyper, key_of
+from gwt_kernels.joined import Joined
+from gwt_kernels.options import rounding_of
+from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.sharding import is_sharded, local_of
+from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
+
+__all__ = ["Member", "PlannedBucket", "stream_of"]
+
+
+class Member(NamedTuple):
+    """A parameter of a bucket.
+
+    Attributes:
+        param: The parameter.
+        place: Its index among all parameters of the optimizer.
+        group: Its group's index.
+        stream: What tells its random bits from another parameter's.
+    """
+
+    param: Tensor
+    place: int
+    group: int
+    stream: int
+
+
+class PlannedBucket:
+    """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend.
+
+    Args:
+        members: Its parameters, at least one.
+        states: Complete states of these.
+        groups: All groups of the optimizer.
+        on_device: Whether the device counts steps.
+        telemetry: Rows of telemetry, or None.
+        limits: What adds up the limiter's norms over processes, where these tensors need it.
+        totals: What adds up gradients over processes, or None.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        states: Mapping[Tensor, dict[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+        on_device: bool,
+        telemetry: Tensor | None,
+        limits: Limits | None = None,
+        totals: Totals | None = None,
+    ) -> None:
+        params = [member.param for member in members]
+        own = [states[p] for p in params]
+        group = groups[members[0].group]
+        self._grads_of = itemgetter(*(member.place for member in members), 0)  # the last makes a tuple of one, too
+        self._owners = [member.group for member in members]
+        self._owner = self._owners[0] if len(set(self._owners)) == 1 else None
+        self.bucket = _bucket_of(members, own, groups, telemetry, limits is None)
+        self.device = self.bucket.device
+        self.backend: backends.Backend | None = group["backend"]
+        self.runner = prepare(self.bucket, self.backend)
+        self._counted = None if totals is None else list(map(totals.counts, params))
+        # Whether the limiter's first pass can read gradients for the step's decision. Another process counts those
+        # that this one does not.
+        self.collects_grad_stats = is_limited(group) and self.runner.collects_grad_stats
+        self.collects_grad_stats &= self._counted is None or all(self._counted)
+        symbolic = backends.is_symbolic()
+        self.limits = limits
+        if limits is not None:
+            self._limited_places = limits.places_of(params)
+            # To take norms together and apart again in each step would be most of it.
+            dtype = own[0]["limiter_norm"].dtype
+            self._norms = Joined(own, "limiter_norm", dtype, self.device, apart=symbolic)
+        # One addition counts all steps.
+        self._is_unread = symbolic or self.device.type == "meta"
+        self._on_device = on_device and not self._is_unread
+        place = self.device if self._on_device else torch.device("cpu")
+        self._steps = Joined(own, "step", torch.float64, place, apart=symbolic)
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Its own among those of all parameters."""
+        return list(self._grads_of(grads)[:-1])
+
+    def counted(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Its gradients, without those that another process counts."""
+        if self._counted is None:
+            return grads
+        return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
+
+    def inputs(self, grads: list[Tensor], hypers: Sequence[Hyper]) -> StepInputs:
+        """What a step brings to it; ``hypers`` are those of all groups."""
+        own = [hypers[self._owner]] * len(grads) if self._owner is not None else [hypers[i] for i in self._owners]
+        if self._on_device:
+            self._steps.read()
+        return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), own)
+
+    def reduce(self, inputs: StepInputs, decision: Tensor | None, *, grad_stats: bool) -> Reduction:
+        """The runner's first phase, for what has to be decided before the second."""
+        inputs, decision = self._readable(inputs, decision)
+        return self.runner.reduce(inputs, decision, grad_stats=grad_stats, update_sums=self.limits is not None)
+
+    def update_sums(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
+        """Places and values of its sums among those that :class:`gwt_kernels.reduction.Limits` adds up."""
+        assert reduction.update_sums is not None
+        return self._limited_places, reduction.update_sums
+
+    def apply(self, inputs: StepInputs, decision: Tensor | None) -> None:
+        """Take a step, or the rest of it, and count it."""
+        divisors = None
+        if self.limits is not None:
+            gammas: Any = [hyper.norm_growth_limit for hyper in inputs.hypers]
+            self._norms.read()
+            divisors = self.limits.divisors(self._limited_places, self._norms.values, gammas, decision)
+            self._norms.write()
+        self.runner.apply(*self._readable(inputs, decision), divisors)
+        if self._on_device:
+            self._steps.write_counts()
+        else:
+            self._steps.count()
+
+    def _readable(self, inputs: StepInputs, decision: Tensor | None) -> tuple[StepInputs, Tensor | None]:
+        """The step with a factor that nobody can read, as of fake tensors, as a tensor of its own."""
+        if not self._is_unread or decision is None:
+            return inputs, decision
+        hypers = [hyper._replace(grad_factor=hyper.grad_factor * decision[0]) for hyper in inputs.hypers]
+        return inputs._replace(hypers=hypers), None
+
+
+def _bucket_of(
+    members: Sequence[Member],
+    own: Sequence[dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    telemetry: Tensor | None,
+    decides: bool,
+) -> Bucket:
+    """What a backend takes of the members, of shards what this process holds; ``decides``: on the limiter, too."""
+    params, group = [member.param for member in members], groups[members[0].group]
+    local = list(map(local_of, params))
+    exp_avgs = [local_of(s["exp_avg"]) for s in own]
+    rounding = rounding_of(local[0], group["weight_rounding"])
+    random = rounding == "stochastic" or exp_avgs[0].dtype in (torch.bfloat16, torch.int8)
+    return Bucket(
+        local,
+        exp_avgs,
+        [local_of(s["exp_avg_sq"]) for s in own],
+        level=group["level"],
+        grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),
+        limiter_norms=[s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
+        rule=group["rule"],
+        rounding=rounding,
+        keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
+        lows=[halves_of(s["weight_low"]) for s in own] if rounding == "split" else None,
+        scales=[
+            (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
+            for p, s in zip(params, own, strict=True)
+        ],
+        spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
+        telemetry=telemetry,
+        wavelet=group["wavelet"],
+        boundary=group["boundary"],
+    )
+
+
+def stream_of(group: Mapping[str, Any], index: int, place: int) -> int:
+    """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
+    names = group.get("param_names")
+    return zlib.crc32(str(names[index]).encode()) if names and index < len(names) else place

@@ -1,0 +1,238 @@
+"""The plan of a step: buckets with their runners, reductions over processes, and what all of it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.control import Asked, control_, send
+from gwt_kernels.core.bucket import StepInputs
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_of
+from gwt_kernels.reduction import Limits, Totals
+from gwt_kernels.sharding import any_sharded, is_sharded, reduced_over
+from gwt_kernels.snapshot import Snapshot
+from gwt_kernels.state import is_limited
+from gwt_kernels.survey import PYTHON, Survey
+
+__all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
+
+
+class Sources(NamedTuple):
+    """What a plan is made from and rests on.
+
+    Attributes:
+        groups: Parameter groups, whose options are checked.
+        states: States of the parameters, complete for those that have a gradient.
+        params: Parameters of all groups, in order.
+        held: What this process holds of them.
+        grads: Their gradients, or the shards of these.
+        options: What else the checks before a step depend on; compared by value.
+        first_place: Index of the first parameter among all of the optimizer.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    states: Mapping[Tensor, dict[str, Any]]
+    params: list[Tensor]
+    held: list[Tensor]
+    grads: list[Tensor | None]
+    options: Any
+    first_place: int = 0
+
+
+class StepPlan:
+    """How the parameters that have a gradient are updated, for as long as nothing but values and gradients changes.
+
+    Args:
+        sources: What it is made from.
+        on_device: Whether the device counts steps.
+        decides: Whether something is decided about steps before they are taken.
+        telemetry_of: Makes the rows of telemetry of a bucket's members, or None.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        *,
+        on_device: bool,
+        decides: bool,
+        telemetry_of: Callable[[Sequence[Member]], Tensor | None],
+    ) -> None:
+        groups, states = sources.groups, sources.states
+        self._limits = _limits_of(groups)
+        self._totals = Totals(sources.params) if decides and any_sharded(sources.params) else None
+        self._workspace: dict[Any, dict[str, Any]] = {}
+        self.buckets = [
+            PlannedBucket(
+                members,
+                states,
+                groups,
+                on_device,
+                telemetry_of(members),
+                self._limits[members[0].param.device] if reduced else None,
+                self._totals,
+            )
+            for reduced, members in _members(sources)
+        ]
+        # Sums travel between processes while the buckets that need none are updated.
+        waiting = [bucket.limits is not None for bucket in self.buckets]
+        self._order = sorted(range(len(waiting)), key=waiting.__getitem__)
+        self._home = sources.params[0].device if sources.params else torch.device("cpu")
+        self.survey = _survey_for(self.buckets)
+        self._snapshot = None
+        if not backends.is_symbolic():  # nothing that stands for numbers here may be found by a later step
+            self._snapshot = Snapshot(
+                sources.params, sources.grads, sources.options, states, sources.held, self.survey
+            )
+
+    def is_of(self, params: list[Tensor]) -> bool:
+        """Whether these are the very parameters of the plan, in their order."""
+        return self._snapshot is not None and self._snapshot.is_of(params)
+
+    def holds(self, sources: Sources) -> bool:
+        """Whether all that the plan rests on is as it was, but for gradients: others of the same kind will do."""
+        _, states, params, held, grads, options, _ = sources
+        return self._snapshot is not None and self._snapshot.holds(params, grads, options, states, held)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Of the buckets; of the first parameter where other processes alone have gradients."""
+        return [bucket.device for bucket in self.buckets] or [self._home]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step has nothing to do, and no other process waits for this one's gradients."""
+        return not self.buckets and self._totals is None
+
+    def step(
+        self, grads: Sequence[Tensor | None], hypers: Sequence[Hyper], asked: Asked, skipped: Tensor | None
+    ) -> dict[torch.device, Tensor] | None:
+        """Take one step.
+
+        Nothing but ``skipped`` changes before all is decided.
+
+        Args:
+            grads: Of all parameters, or what this process holds of them.
+            hypers: Of all groups.
+            asked: What all gradients together decide.
+            skipped: From :func:`count_of_skipped` where something is asked: the number of skipped steps, counted
+            here.
+
+        Returns:
+            What was decided, per device; None where nothing was asked.
+        """
+        buckets = self.buckets
+        inputs = [bucket.inputs(bucket.gradients(grads), hypers) for bucket in buckets]
+        reductions: list[Reduction | None] = [None] * len(buckets)
+        decisions: dict[torch.device, Tensor] | None = None
+        if skipped is not None:
+            if asked.can_wait:
+                reductions = [
+                    bucket.reduce(own, None, grad_stats=True) if bucket.collects_grad_stats else None
+                    for bucket, own in zip(buckets, inputs, strict=True)
+                ]
+            decisions = self._decide(inputs, reductions, asked, skipped)
+        own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
+        for limits in self._limits.values():
+            sums = []
+            for i, bucket in enumerate(buckets):
+                if bucket.limits is limits:
+                    reduction = reductions[i] or bucket.reduce(inputs[i], own_decisions[i], grad_stats=False)
+                    sums.append(bucket.update_sums(reduction))
+            limits.start(sums)
+        for i in self._order:
+            buckets[i].apply(inputs[i], own_decisions[i])
+        return decisions
+
+    def memory(self) -> list[object]:
+        """What replays of a captured step go on using, whatever becomes of the plan."""
+        launched = [bucket.runner.memory() for bucket in self.buckets]
+        return [*self.buckets, *launched, *(dict(workspace) for workspace in self._workspace.values())]
+
+    def _decide(
+        self,
+        inputs: Sequence[StepInputs],
+        reductions: Sequence[Reduction | None],
+        asked: Asked,
+        skipped: Tensor,
+    ) -> dict[torch.device, Tensor]:
+        """What the device decides about a step, per device: see :func:`gwt_kernels.control.control_`."""
+        totals, reduce = self._totals, None
+        grads: list[Sequence[Tensor]] = [own.grads for own in inputs]
+        if totals is not None:
+            reduce = totals.add_up
+            grads = [bucket.counted(own) for bucket, own in zip(self.buckets, grads, strict=True)]
+            if asked.found_inf is not None:
+                found_inf = asked.found_inf.clone()
+                totals.add_up(found_inf)
+                asked = asked._replace(found_inf=found_inf)
+        seen = list(chain.from_iterable(each.grad_stats for each in reductions if each is not None))
+        chosen: list[tuple[Sequence[Tensor], backends.Backend | None]] = [
+            (own, bucket.backend)
+            for own, bucket, each in zip(grads, self.buckets, reductions, strict=True)
+            if each is None or not each.grad_stats  # of empty tensors
+        ]
+        if not (chosen or seen):
+            chosen = [([torch.empty(0, dtype=torch.float32, device=skipped.device)], None)]
+        return control_(chosen, asked, skipped=skipped, workspace=self._workspace, reduce=reduce, seen=seen)
+
+
+def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) -> Tensor:
+    """The count of skipped steps, from 0 where there is none yet, on the device that decides: a CUDA one if any."""
+    home = next((device for device in devices if device.type == "cuda"), devices[0])
+    if skipped is None:
+        return torch.zeros((), dtype=torch.float64, device=home)
+    return send(skipped, home) if skipped.device.type == "cpu" else skipped
+
+
+_shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtype", "backend", "weight_rounding")
+
+
+def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a group's options decides with which other tensors its tensors can share a launch."""
+    return *_shared_options(group), is_limited(group)
+
+
+def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
+    """Parameters that have a gradient, each once, by bucket; and whether a limiter's norm is over processes."""
+    chosen: dict[Any, list[Member]] = {}
+    place = -1
+    seen = set()
+    for i, group in enumerate(sources.groups):
+        options = bucket_options(group)
+        for k, p in enumerate(group["params"]):
+            place += 1
+            if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+                continue
+            seen.add(id(p))
+            reduced = is_limited(group) and bool(reduced_over(p))
+            dtypes = (p.dtype, p.grad.dtype, sources.states[p]["exp_avg"].dtype)
+            key = (reduced, options, p.device, dtypes, is_sharded(p))
+            chosen.setdefault(key, []).append(Member(p, place, i, stream_of(group, k, sources.first_place + place)))
+    return ((key[0], members) for key, members in chosen.items())
+
+
+def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, Limits]:
+    """One per device, of all parameters that need it: whether they have gradients here does not matter."""
+    chosen: dict[torch.device, dict[int, Tensor]] = {}
+    for group in groups:
+        for p in group["params"] if is_limited(group) else ():
+            if p.requires_grad and reduced_over(p):
+                chosen.setdefault(p.device, {})[id(p)] = p
+    return {device: Limits(list(params.values())) for device, params in chosen.items()}
+
+
+def _survey_for(buckets: Iterable[PlannedBucket]) -> Survey:
+    """How to survey the tensors of a step: through C where kernels are launched, which needs a compiler anyway."""
+    if not any(bucket.runner.collects_grad_stats for bucket in buckets):
+        return PYTHON
+    from gwt_kernels.triton_backend.native import quickest
+
+    return quickest()
