@@ -146,6 +146,10 @@ class Hyper(NamedTuple):
         """``grad_factor``, a number or a tensor as that is, negative where the gradient is ascended."""
         return -self.grad_factor if self.maximize else self.grad_factor
 
+    def scaled(self, g: Tensor) -> Tensor:
+        """A gradient times its factor; the very same where that is 1."""
+        return g if self.signed_factor == 1.0 else g * self.signed_factor
+
     def step_size(self, step: int, level: int) -> float:
         """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
 

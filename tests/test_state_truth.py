@@ -256,16 +256,16 @@ def test_processes_that_clip_lose_no_counts():
     runs.train(optimizer, range(1))
     move_to_shared_memory(optimizer)
     (state,) = optimizer.state.values()
-    (bucket,) = (optimizer.step(), optimizer._buckets)[1]
-    arguments = type(bucket)._arguments
+    (bucket,) = (optimizer.step(), optimizer._plan.buckets)[1]
+    inputs = type(bucket).inputs
 
-    def another_process_counts(self, call):
-        found = arguments(self, call)
+    def another_process_counts(self, grads, hypers):
+        found = inputs(self, grads, hypers)
         state["step"].add_(1)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(bucket), "_arguments", another_process_counts)
+        patch.setattr(type(bucket), "inputs", another_process_counts)
         runs.train(optimizer, [1])
     assert float(state["step"]) == 4
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Rounding, Span, quantum
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.torch_backend.rounding import (
@@ -19,7 +20,6 @@ from gwt_kernels.torch_backend.rounding import (
     round_at_random,
     split_low_,
 )
-from gwt_kernels.torch_backend.telemetry import Notes
 
 __all__ = ["Chunk", "Storage"]
 

@@ -289,8 +289,8 @@ def steps(device: torch.device, backend: str) -> tuple[dict[str, Any], Survey]:
             params[2].grad = None
         with interpreter.like_a_gpu():
             optimizer.step()
-    assert optimizer._snapshot is not None
-    return snapshot(optimizer), optimizer._snapshot._survey
+    assert optimizer._plan is not None
+    return snapshot(optimizer), optimizer._plan.survey
 
 
 @pytest.mark.usefixtures("_afresh")

@@ -1,0 +1,45 @@
+"""AdamW without bias correction inside the root: what every rule is at level 0.
+
+Per element, with ``m`` and ``v`` the moments (Loshchilov and Hutter, arXiv 1711.05101)::
+
+    m = b1*m + (1-b1)*g
+    v = b2*v + (1-b2)*g*g
+    u = m / (sqrt(v) + eps)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.rules.rule import Rule
+
+__all__ = ["ADAMW"]
+
+
+def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    g = hyper.scaled(g.to(m.dtype))
+    m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
+    v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+    if notes is not None:
+        notes.gradient(g, 1.0, g, 1)
+    return m, v.sqrt().add_(hyper.eps)
+
+
+def _update(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    m, denominator = parts
+    p.addcdiv_(m, denominator, value=-step_size)  # type: ignore[arg-type]  # level 0 has no limiter: a number
+    if notes is not None:
+        notes.update(m / denominator, float(step_size))
+
+
+ADAMW = Rule("adamw", _moments, _update)

@@ -1,0 +1,54 @@
+"""The folded rule, FOAM (arXiv 2512.07112): a denominator per element, which bounds every element of the update.
+
+For a block of ``W = 2**level`` neighbours with mean ``mean``, with ``r_i = g_i - mean``::
+
+    m = b1*m + (1-b1)*mean
+    v = b2*v + (1-b2)*mean(g*g)
+    u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
+
+There is no limiter.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.rules.blocks import block_sums, pad_to_multiple
+from gwt_kernels.rules.rule import Rule
+
+__all__ = ["FOAM"]
+
+
+def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    """The updates of the elements, padded to whole blocks and not yet multiplied."""
+    width = 2**level
+    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    mean = block_sums(g, level).div_(width)
+    m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
+    v.mul_(hyper.beta2).add_(block_sums(g.square(), level), alpha=(1 - hyper.beta2) / width)
+    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
+    if notes is not None:
+        notes.gradient(g, 1.0, mean, width)
+    return (residual.add_(m.unsqueeze(-1)).div_(denominator).view(g.shape),)
+
+
+def _update(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    update = parts[0][..., : p.shape[-1]]
+    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
+    if notes is not None:
+        notes.update(update, float(step_size))
+
+
+FOAM = Rule("foam", _moments, _update)

@@ -1,0 +1,68 @@
+"""GWT-Adam, the published rule (arXiv 2501.07237, algorithm 1), folded for the Haar wavelet.
+
+For a block of ``W = 2**level`` neighbours with mean ``mean``, first moment ``m`` and second moment ``v``::
+
+    A = sqrt(W) * mean
+    m = b1*m + (1-b1)*A
+    v = b2*v + (1-b2)*A*A
+    u_i = (g_i - mean + m / sqrt(W)) / (sqrt(v) + eps)
+
+which equals the multi-level transform, Adam on its approximation and the inverse transform (docs/algorithm.md).
+The limiter compares the norm of ``m / (sqrt(v) + eps)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.hyper import Hyper
+from gwt_kernels.rules.blocks import block_sums, pad_to_multiple
+from gwt_kernels.rules.rule import Rule
+
+__all__ = ["GWT"]
+
+
+def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
+    width = 2**level
+    mean = block_sums(g.to(m.dtype), level).mul_(hyper.signed_factor / width)
+    m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
+    v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
+    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+    if notes is not None:
+        notes.gradient(g, hyper.signed_factor, mean, width)
+    return m, gain, mean.sub_(m, alpha=1 / math.sqrt(width))
+
+
+def _update(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
+    _, gain, offset = parts
+    g = pad_to_multiple(g.to(gain.dtype), 2**level)
+    gain.mul_(step_size)
+    offset.mul_(gain)
+    blocks = g.reshape(*gain.shape, 2**level)
+    update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=-hyper.signed_factor)
+    update = update.view(g.shape)[..., : p.shape[-1]]
+    p.add_(update)
+    if notes is not None:
+        notes.update(update)
+
+
+def _direction(parts: tuple[Tensor, ...]) -> Tensor:
+    m, gain, _ = parts
+    return m * gain
+
+
+GWT = Rule("gwt", _moments, _update, _direction, norm_growth_limit=1.01, is_literal=True)
