@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.backends.prepare import prepare
+from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.hyper import Boundary, Hyper, Rounding, Rule, Span
 
@@ -100,16 +101,18 @@ def gwt_adamw_(
         raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
     if limits is not None and (limits.shape != (len(params),) or bucket.limiter_norms[0] is not None):
         raise ValueError(f"limits must be one per parameter, in place of limiter_norms, got {tuple(limits.shape)}")
-    _runner(bucket, grads, backend, {} if workspace is None else workspace).apply(inputs, control, limits)
+    runner = prepare(bucket, backend) if workspace is None else _runner(bucket, grads, backend, workspace)
+    runner.apply(inputs, control, limits)
 
 
 def _runner(
     bucket: Bucket, grads: Sequence[Tensor], backend: backends.Backend | None, workspace: dict[str, Any]
-) -> Any:
+) -> Runner:
     """What ran the last step of the same tensors with this workspace, or a new runner."""
     kinds = [(g.dtype, g.shape, g.is_contiguous(), g.is_neg()) for g in grads]
     known = bucket.fingerprint(), kinds, backend, backends.tracer()
     if workspace.get("fingerprint") != known:
         workspace["runner"] = prepare(bucket, backend)
         workspace["fingerprint"] = known
-    return workspace["runner"]
+    runner: Runner = workspace["runner"]
+    return runner

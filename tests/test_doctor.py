@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gwt_kernels import __main__, doctor
-from gwt_kernels.torch_backend import step
+from gwt_kernels.rules import gwt
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,8 +30,8 @@ def test_command_reports_and_passes() -> None:
 
 
 def test_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    block_sums = step._block_sums
-    monkeypatch.setattr(step, "_block_sums", lambda g, level: block_sums(g, level) * (1 + 1e-4))
+    block_sums = gwt.block_sums
+    monkeypatch.setattr(gwt, "block_sums", lambda g, level: block_sums(g, level) * (1 + 1e-4))
     assert not doctor.report()
     assert "FAILED" in capsys.readouterr().out
 

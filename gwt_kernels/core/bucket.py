@@ -168,13 +168,12 @@ class Bucket:
             )
 
     def _check_lengths(self) -> None:
-        columns = {
-            name: len(column)
-            for name in ("exp_avgs", "exp_avg_sqs", "limiter_norms", "keys", "lows", "scales", "spans")
-            if (column := getattr(self, name)) is not None
+        names = ["exp_avgs", "exp_avg_sqs", "limiter_norms", "keys", "lows", "scales"]
+        lengths = {
+            name: len(getattr(self, name)) for name in [*names, *(["spans"] if self.spans is not None else [])]
         }
-        if any(n != len(self) for n in columns.values()):
-            raise ValueError(f"{len(self)} params need as many of all else, got {columns}")
+        if any(n != len(self) for n in lengths.values()):
+            raise ValueError(f"{len(self)} params need as many of all else, got {lengths}")
 
     def _check_transform(self) -> None:
         check_rule(self.rule, self.wavelet, self.boundary)
