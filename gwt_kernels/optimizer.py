@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -44,9 +44,6 @@ from gwt_kernels.snapshot import Snapshot
 from gwt_kernels.state import complete, upgraded
 from gwt_kernels.survey import PYTHON
 
-if TYPE_CHECKING:
-    from gwt_kernels.release import GradientRelease
-
 __all__ = ["GWTAdamW"]
 
 _NO_CONTROL = {
@@ -57,6 +54,12 @@ _NO_CONTROL = {
     "_skipped": None,
 }  # what older pickles lack
 _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_rows", *_NO_CONTROL)
+
+
+class _Release(Protocol):
+    """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
+
+    accumulating: bool
 
 
 class GWTAdamW(Optimizer):
@@ -128,7 +131,7 @@ class GWTAdamW(Optimizer):
     _is_sharded = False  # whether there are DTensors among the parameters
     _is_built = False  # whether groups that are added come after the constructor's
     _has_warned = False
-    _released: GradientRelease | None = None  # what updates in the backward pass
+    _released: _Release | None = None  # what updates in the backward pass
 
     def __init__(
         self,
