@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from bench.trial import Candidate, Likeness, Shape, Trial, groups_of, renew_gradients, set_rate
+from bench.models import Shape
+from bench.trial import Candidate, Likeness, Trial, groups_of, renew_gradients, set_rate
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.trial import shapes_of
+from bench.models import shapes_of
 from gwt_kernels import backends
 from gwt_kernels.haar import deepest_level
 from gwt_kernels.hyper import quantum

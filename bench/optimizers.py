@@ -14,10 +14,10 @@ import torch
 from bench import records
 from bench.aims import Aim, aims, compared
 from bench.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
-from bench.models import load_config
+from bench.models import Shape, load_config, shapes_of
 from bench.peers import PEERS, suite
 from bench.timing import SECONDS, Result, measure, release
-from bench.trial import Candidate, Shape, shapes_of
+from bench.trial import Candidate
 
 MODELS = ["llama_60m", "llama_7b", "llama_1b", "llama_350m", "llama_130m"]  # those that the aims name come first
 EMPTY = {

@@ -11,10 +11,10 @@ import torch
 
 from bench.checks import check
 from bench.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
+from bench.models import Shape
 from bench.peers import REFRESH_GAP, projection_time
 from bench.trial import (
     Candidate,
-    Shape,
     Trial,
     build,
     bytes_moved,

@@ -10,23 +10,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bench.measure import plain_tensors
-from bench.models import load_config
-from gwt_kernels import GWTAdamW, gwt_param_groups
+from bench.models import Shape
+from gwt_kernels import GWTAdamW
 from gwt_kernels.functional import Rule
 
 WEIGHT_DECAY = 0.1
 NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
 
 Group = dict[str, Any]
-
-
-class Shape(NamedTuple):
-    """One tensor of a model, as `gwt_param_groups` sorts it."""
-
-    name: str
-    size: tuple[int, ...]
-    transformed: bool
-    decayed: bool
 
 
 class Likeness(NamedTuple):
@@ -152,28 +143,6 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
         peer="torch",
         likeness=None if exact else Likeness(0.999, 0.98, 1.02),
     )
-
-
-def shapes_of(model: str, *, layers: int | None = None, embeddings: bool = True) -> list[Shape]:
-    """Return the tensors of a model of `bench/configs`; nothing is allocated.
-
-    Args:
-        model: Name of a configuration file, without ".json".
-        layers: Number of layers to take; None for all.
-        embeddings: Whether embedding, output head and last norm are part of it.
-    """
-    from transformers import LlamaForCausalLM
-
-    config = load_config(model)
-    config.num_hidden_layers = layers or config.num_hidden_layers
-    with torch.device("meta"):
-        on_meta = LlamaForCausalLM(config)
-    return [
-        Shape(name, tuple(parameter.shape), group["level"] > 0, group["weight_decay"] > 0)
-        for group in gwt_param_groups(on_meta, level=1, weight_decay=WEIGHT_DECAY)
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        if embeddings or ".layers." in name
-    ]
 
 
 def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:

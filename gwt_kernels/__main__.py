@@ -216,7 +216,6 @@ def _renamed(pairs: Sequence[str]) -> dict[str, str | None]:
 
 def _plan(options: argparse.Namespace) -> int:
     from gwt_kernels.plan import measure_bandwidth, parse_bandwidth, plan
-    from gwt_kernels.plan_text import render
 
     try:
         bandwidth = parse_bandwidth(options.bandwidth) if options.bandwidth else None
@@ -244,7 +243,7 @@ def _plan(options: argparse.Namespace) -> int:
         parts = {} if sharded is None else {"sharded": sharded.as_dict()}
         print(json.dumps(planned.as_dict() | parts, indent=1))
     else:
-        print(render(planned, verbose=options.verbose), *(() if sharded is None else (sharded,)), sep="\n\n")
+        print(planned.text(verbose=options.verbose), *(() if sharded is None else (sharded,)), sep="\n\n")
     return 0
 
 

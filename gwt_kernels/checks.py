@@ -11,10 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from gwt_kernels import backends
 from gwt_kernels.control import Asked
+from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.haar import check_level
 from gwt_kernels.hyper import literal_alone
 from gwt_kernels.options import rounding_of
-from gwt_kernels.sharding import ROWS_STAY, any_sharded, is_sharded
+from gwt_kernels.sharding import ROWS_STAY
 from gwt_kernels.state import (
     check_memory,
     check_place,

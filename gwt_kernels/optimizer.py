@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from gwt_kernels.checks import (
     name_of,
 )
 from gwt_kernels.control import Asked
+from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.hyper import Boundary, Rounding, Rule
 from gwt_kernels.loading import check_and_set_aside
 from gwt_kernels.optim.planned_bucket import Member
@@ -38,9 +40,8 @@ from gwt_kernels.options import (
     state_dtype_name,
 )
 from gwt_kernels.scaler import FoundInf
-from gwt_kernels.sharding import any_sharded, is_sharded, local_parts, made_by_a_getter
+from gwt_kernels.sharding import local_parts, made_by_a_getter
 from gwt_kernels.state import complete, upgraded
-from gwt_kernels.survey import PYTHON
 
 __all__ = ["GWTAdamW"]
 
@@ -52,6 +53,12 @@ _NO_CONTROL = {
     "_skipped": None,
 }  # what older pickles lack
 _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_rows", *_NO_CONTROL)
+
+
+class _Release(Protocol):
+    """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
+
+    accumulating: bool
 
 
 class GWTAdamW(Optimizer):
@@ -123,7 +130,7 @@ class GWTAdamW(Optimizer):
     _is_sharded = False  # whether there are DTensors among the parameters
     _is_built = False  # whether groups that are added come after the constructor's
     _has_warned = False
-    _release: Any = None
+    _release: _Release | None = None
     _plan: StepPlan | None
     _lone: dict[Tensor, StepPlan]
     """Of parameters that are updated one by one."""
@@ -317,12 +324,12 @@ class GWTAdamW(Optimizer):
             self._forget_plans()
 
     @property
-    def gradient_release(self) -> Any:
+    def gradient_release(self) -> _Release | None:
         """What updates parameters in the backward pass (:func:`gwt_kernels.release_gradients`), or None."""
         return self._release
 
     @gradient_release.setter
-    def gradient_release(self, release: Any) -> None:
+    def gradient_release(self, release: _Release | None) -> None:
         self._release = release
         self._forget_plans()
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels.sharding import is_sharded, reduced_over
-from gwt_kernels.torch_backend.step import limit_
+from gwt_kernels.core.dtensor import is_sharded
+from gwt_kernels.rules.limiter import limit_
+from gwt_kernels.sharding import reduced_over
 
 __all__ = ["Limits", "Totals"]
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.hyper import Span, quantum
 
 __all__ = [
     "ROWS_STAY",
-    "any_sharded",
     "check_place_of",
     "check_sharding",
-    "is_sharded",
-    "local_of",
     "local_parts",
     "made_by_a_getter",
     "reduced_over",
@@ -27,24 +25,6 @@ __all__ = [
 ]
 
 ROWS_STAY = "use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards keep their rows"
-
-
-def is_sharded(x: object) -> bool:
-    """Whether ``x`` is a DTensor, of which this process may hold a part only."""
-    return any_sharded([x])
-
-
-def any_sharded(tensors: Iterable[object]) -> bool:
-    """Whether there is a DTensor among ``tensors``."""
-    # Where the module was never imported there are none, and importing it takes longer than all of this package.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
-
-
-def local_of(x: Any) -> Tensor:
-    """What this process holds of ``x``: ``x`` itself, or its shard."""
-    local: Tensor = x._local_tensor if is_sharded(x) else x  # to_local() would make a new object every time
-    return local
 
 
 def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:

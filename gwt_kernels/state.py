@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
+from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.hyper import Span, quantum
 from gwt_kernels.options import state_dtype_of
-from gwt_kernels.sharding import check_place_of, check_sharding, is_sharded, local_of, spans_of, zeros_like_shard
+from gwt_kernels.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
 from gwt_kernels.torch_backend.literal import approximation_width
 
 __all__ = [

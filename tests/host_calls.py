@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bench import host
-from gwt_kernels.sharding import local_of
+from gwt_kernels.core.dtensor import local_of
 
 TENSORS = 300
 

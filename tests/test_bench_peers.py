@@ -15,8 +15,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from bench import timing
 from bench.checks import check
 from bench.measure import held_bytes
+from bench.models import Shape
 from bench.peers import ADAMW, EIGHT_BIT, PEERS, projection_time, suite
-from bench.trial import Candidate, Likeness, Shape, build, bytes_moved
+from bench.trial import Candidate, Likeness, build, bytes_moved
 
 CPU = torch.device("cpu")
 PACKAGES = {

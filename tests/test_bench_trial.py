@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bench.checks import check
-from bench.trial import WEIGHT_DECAY, Candidate, adamw, build, bytes_moved, gwt, ptwt, shapes_of
+from bench.models import shapes_of
+from bench.trial import WEIGHT_DECAY, Candidate, adamw, build, bytes_moved, gwt, ptwt
 from gwt_kernels import GWTAdamW
 from tests.trials import CPU, HALF, SHAPES, SINGLE, needs_ptwt
 

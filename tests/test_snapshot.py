@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils.flop_counter import FlopCounterMode
 
-from gwt_kernels import survey
-from gwt_kernels.snapshot import Snapshot
-from gwt_kernels.survey import PYTHON, Survey
+from gwt_kernels.core import survey
+from gwt_kernels.core.survey import PYTHON, Survey
+from gwt_kernels.optim.snapshot import Snapshot
 from gwt_kernels.triton_backend.native import compiled
 from tests.native import needs_compiler
 

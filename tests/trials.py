@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from bench.trial import Shape
+from bench.models import Shape
 from gwt_kernels import GWTAdamW
 
 needs_ptwt = pytest.mark.skipif(

@@ -17,8 +17,8 @@ from torch.autograd.graph import increment_version
 from gwt_kernels.compiled_backend.build import library
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Rounding, Rule, Span
+from gwt_kernels.rules.limiter import limit_
 from gwt_kernels.single import Single
-from gwt_kernels.torch_backend.step import limit_
 from gwt_kernels.trust import check_bucket, check_lows, check_scales
 
 __all__ = ["gwt_adamw_", "knows", "update_sums"]

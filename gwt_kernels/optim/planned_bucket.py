@@ -14,11 +14,11 @@ from gwt_kernels import backends
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.hyper import Hyper, key_of
 from gwt_kernels.joined import Joined
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.sharding import is_sharded, local_of
 from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
 
 __all__ = ["Member", "PlannedBucket", "stream_of"]

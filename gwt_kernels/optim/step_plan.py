@@ -14,13 +14,14 @@ from gwt_kernels import backends
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.control import Asked, control_, send
 from gwt_kernels.core.bucket import StepInputs
+from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.survey import PYTHON, Survey
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_of
+from gwt_kernels.optim.snapshot import Snapshot
 from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.sharding import any_sharded, is_sharded, reduced_over
-from gwt_kernels.snapshot import Snapshot
+from gwt_kernels.sharding import reduced_over
 from gwt_kernels.state import is_limited
-from gwt_kernels.survey import PYTHON, Survey
 
 __all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
 

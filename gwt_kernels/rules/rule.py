@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -48,8 +47,3 @@ class Rule:
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     norm_growth_limit: float | None = None
     is_literal: bool = False
-
-    def __reduce__(self) -> Any:
-        from gwt_kernels.rules import rule_of
-
-        return rule_of, (self.name,)

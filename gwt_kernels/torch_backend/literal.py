@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gwt_kernels.rules.limiter import limit_
 from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.haar import compute_dtype
-from gwt_kernels.torch_backend.step import limit_
 
 __all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "wavedec", "waverec"]
 

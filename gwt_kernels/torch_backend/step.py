@@ -12,11 +12,12 @@ from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Rounding, quantum
 from gwt_kernels.hyper import Rule as RuleName
 from gwt_kernels.rules import Rule, rule_of
+from gwt_kernels.rules.limiter import limit_
 from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.haar import compute_dtype
 from gwt_kernels.torch_backend.storage import Chunk, Storage
 
-__all__ = ["gwt_adamw_", "limit_", "update_sums"]
+__all__ = ["gwt_adamw_", "update_sums"]
 
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
@@ -110,14 +111,6 @@ def _update(
         p.mul_(1 - float(own.hyper.lr) * own.hyper.weight_decay)
     rule.update_(p, chunk.g, parts, step_size, own.hyper, storage.level, storage.notes)
     storage.store_weights(chunk, p)
-
-
-def limit_(previous: Tensor, norm: Tensor, gamma: float | Tensor) -> Tensor:
-    """Fira's norm-growth limiter: the divisor of the update, with ``previous`` replaced, all on the device."""
-    growth = norm / (previous + 1e-8)
-    limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
-    previous.copy_(norm / limit)
-    return limit
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

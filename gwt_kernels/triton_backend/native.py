@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gwt_kernels.sharding import is_sharded, local_of
-from gwt_kernels.survey import PYTHON, States, Survey, Tensors, has_memory
+from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.core.survey import PYTHON, States, Survey, Tensors, has_memory
 
 __all__ = ["compiled", "module", "quickest"]
 

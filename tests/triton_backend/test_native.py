@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gwt_kernels import GWTAdamW, survey
-from gwt_kernels.survey import PYTHON, Survey
+from gwt_kernels.core.survey import PYTHON, Survey
 from gwt_kernels.triton_backend import native
 from tests import interpreter
 from tests.native import needs_compiler

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gwt_kernels.survey import PYTHON, Survey
+from gwt_kernels.core.survey import PYTHON, Survey
 
 __all__ = ["Snapshot"]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.sharding import is_sharded, local_of
+from gwt_kernels.core.dtensor import is_sharded, local_of
 
 try:  # private to PyTorch, and gone in some version to come: then Python compares, several times as slowly
     from torch._C._dynamo.guards import TensorGuards

@@ -1,0 +1,67 @@
+"""Bandwidths and times: read from text, and measured."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+
+__all__ = ["measure_bandwidth", "parse_bandwidth", "parse_seconds"]
+
+
+def measure_bandwidth(device: torch.device | None = None, *, size: int | None = None) -> float:
+    """Measure the bytes per second (read plus written) of a copy within a device's memory.
+
+    Args:
+        device: Where to copy; None for the CUDA device if there is one, and the CPU otherwise.
+        size: Bytes of the buffer, far above any cache. None for 4 GiB on CUDA (less where less is free), and for
+            256 MiB on a CPU.
+    """
+    from torch.utils.benchmark import Timer
+
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if size is None:
+        size = min(2**32, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    timer = Timer(
+        "target.copy_(source)",
+        globals={"source": source, "target": torch.empty_like(source)},
+        num_threads=torch.get_num_threads(),
+    )
+    timer.timeit(3)
+    return 2 * size / timer.timeit(20).median
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second from ``"3.35e12"``, ``"3350GB/s"`` or ``"3.35TB/s"`` (decimal units, as vendors use).
+
+    Raises:
+        ValueError: the text is none of these, or a plain number so small that its unit must have been forgotten.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:([MGT])B/s)?\s*", text)
+    try:
+        value = float(found[1]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    value *= {"M": 1e6, "G": 1e9, "T": 1e12}[found[2]] if found and found[2] else 1
+    if not (math.isfinite(value) and value >= 1e6):
+        raise ValueError(
+            f"bandwidth {text!r} is not understood: give bytes per second, such as 3.35e12, or a number with its "
+            f"unit, such as 3350GB/s or 3.35TB/s"
+        )
+    return value
+
+
+def parse_seconds(text: str, what: str = "latency") -> float:
+    """Seconds from ``"1e-5"``, ``"10us"`` or ``"0.01ms"``.
+
+    Raises:
+        ValueError: the text is none of these, or a second or more, so that its unit must have been forgotten.
+    """
+    found = re.fullmatch(r"\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(us|ms|s)?\s*", text, re.ASCII)
+    value = float(found[1]) * {"us": 1e-6, "ms": 1e-3}.get(found[2], 1) if found else math.nan
+    if not 0 <= value < 1:
+        raise ValueError(f"{what} {text!r} is not understood: give seconds below 1, such as 1e-5 or 10us")
+    return value

@@ -1,0 +1,88 @@
+"""Bytes of weights, gradients and state, and the bytes that a step moves of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.options import state_dtype_name
+from gwt_kernels.state import MOMENTS, SCALES, complete
+
+__all__ = [
+    "adamw_state",
+    "bytes_of",
+    "first_state",
+    "is_offered",
+    "limiter_bytes",
+    "name_of_dtype",
+    "names_of",
+    "pass_bytes",
+    "stand_in",
+]
+
+
+def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor like `p` that takes no memory."""
+    dtype = dtype if dtype is not None and p.is_floating_point() else p.dtype
+    return torch.empty(p.shape, dtype=dtype, device="meta")
+
+
+def first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state that a first step makes for `p` under a group's options, but with moments of `state_dtype`."""
+    if "level" not in group:
+        extra = {"max_exp_avg_sq": stand_in(p)} if group["amsgrad"] else {}
+        return adamw_state(p, p.dtype) | extra
+    state: dict[str, Tensor] = {}
+    offered = is_offered(state_dtype)
+    own = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
+    complete(state, stand_in(p), {**group, "state_dtype": own})
+    if not offered:
+        state |= {key: state[key].to(state_dtype) for key in MOMENTS}
+    return state
+
+
+def adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
+    """What ``torch.optim.AdamW`` holds for `p`: moments in the weights' dtype if nobody says otherwise."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        **{key: stand_in(p, moments) for key in MOMENTS},
+    }
+
+
+def is_offered(state_dtype: torch.dtype | None) -> bool:
+    """Whether `GWTAdamW` takes moments of this dtype."""
+    try:
+        state_dtype_name(state_dtype)
+    except ValueError:
+        return False
+    return True
+
+
+def pass_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
+    """Bytes that a step moves of a parameter with this state: all but the limiter's second read."""
+    return 3 * bytes_of(p) + 2 * _moment_bytes(state)  # a gradient, of the weights' dtype, is read and not written
+
+
+def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
+    """Bytes of the limiter's second read, 0 where there is no limiter."""
+    return bytes_of(p) + _moment_bytes(state) if "limiter_norm" in state else 0
+
+
+def _moment_bytes(state: Mapping[str, Tensor]) -> int:
+    return bytes_of(*(state[key] for key in (*MOMENTS, *SCALES) if key in state))
+
+
+def bytes_of(*tensors: Tensor) -> int:
+    """Bytes of all elements of the tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(sorted(map(name_of_dtype, dtypes)))

@@ -1,0 +1,143 @@
+"""How processes are arranged in a mesh, and how PyTorch divides a model's tensors over them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FIRST",
+    "Axis",
+    "Division",
+    "Mesh",
+    "divisions_of",
+    "length_of_part",
+    "mesh_of",
+    "part_of",
+    "shape_of_part",
+]
+
+Axis = Literal["fsdp", "tp"]
+Division = tuple[Axis, int]
+"""Over which axis of the mesh a tensor is divided, and which of its dimensions."""
+
+# What transformers calls the ways of dividing a linear layer or an embedding, by dimension of the weight.
+_DIMENSIONS = {
+    "colwise": 0,
+    "colwise_rep": 0,
+    "colwise_gather_output": 0,
+    "embedding_rowwise": 0,
+    "rowwise": 1,
+    "rowwise_rep": 1,
+    "replicated": None,
+    "replicated_with_grad_allreduce": None,
+    "sequence_parallel": None,
+}
+FIRST: Mapping[Axis, int] = {"fsdp": 0, "tp": 0}
+
+
+class Mesh(NamedTuple):
+    """How processes share a model. Replicas come first, tensor parallelism last, as PyTorch's guides order them."""
+
+    dp: int = 1
+    """Replicas: DDP, or with ``fsdp`` HSDP."""
+    fsdp: int = 1
+    """Processes that divide the rows of every tensor (FSDP2)."""
+    tp: int = 1
+    """Processes that divide layers (tensor parallelism)."""
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return math.prod(self)
+
+    def __str__(self) -> str:
+        axes = [f"{axis}={n}" for axis, n in self._asdict().items() if n > 1]
+        return ",".join(axes) or "one process"
+
+
+def mesh_of(world_size: int | None = None, text: str | None = None) -> Mesh:
+    """The mesh that ``"dp=2,fsdp=4,tp=8"`` describes; axes left out are 1, and without a text all are ``fsdp``.
+
+    Args:
+        world_size: Number of processes; None where the mesh says it.
+        text: Axes with the number of processes along each, in any order.
+
+    Raises:
+        ValueError: a number is below 1, the text is not understood, or its product is not the world size.
+    """
+    if world_size is not None and world_size < 1:
+        raise ValueError(f"world size {world_size} is no number of processes: it is at least 1")
+    if text is None:
+        return Mesh(fsdp=world_size or 1)
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(dp|fsdp|tp)\s*=\s*(\d+)\s*", part, re.ASCII)
+        if found is None or found[1] in axes or int(found[2]) < 1:
+            raise ValueError(
+                f"mesh {text!r} is not understood at {part!r}: name each of dp, fsdp and tp at most once, with at "
+                f"least 1 process, such as dp=2,fsdp=4,tp=8"
+            )
+        axes[found[1]] = int(found[2])
+    mesh = Mesh(**axes)
+    if world_size is not None and mesh.size != world_size:
+        factors = " x ".join(map(str, axes.values()))
+        raise ValueError(
+            f"mesh {text!r} has {factors} = {mesh.size} processes, but the world size is {world_size}: make them "
+            f"equal"
+        )
+    return mesh
+
+
+def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> tuple[Division, ...]:
+    """How a parameter is divided, in the order in which it happens: into layers' parts, and these into rows."""
+    divisions: list[Division] = []
+    way = _way(name, ways) if mesh.tp > 1 else None
+    if way is not None:
+        if way not in _DIMENSIONS or p.dim() > 2:
+            raise ValueError(
+                f"{name} of shape {tuple(p.shape)} is {way!r} in the plan for tensor parallelism, of which "
+                f"no rule is known here: use tp=1, or say how it is divided: plan_sharded(..., tensor_parallel=...)"
+            )
+        dim = _DIMENSIONS[way]
+        if dim is not None and dim < p.dim():  # the bias of a layer whose inputs are divided stays whole
+            divisions.append(("tp", dim))
+    if mesh.fsdp > 1:
+        if p.dim() == 0:
+            raise ValueError(f"{name} is a scalar, which has no rows to divide: make it a tensor of one element")
+        divisions.append(("fsdp", 0))
+    return tuple(divisions)
+
+
+def _way(name: str, ways: Mapping[str, str]) -> str | None:
+    # A plan names modules, or parameters that a module holds itself.
+    for pattern, way in ways.items():
+        numbered = re.escape(pattern).replace(r"\*", r"\d+")
+        if re.fullmatch(rf"{numbered}(\.weight|\.bias)?", name):
+            return way
+    return None
+
+
+def length_of_part(whole: int, n: int, i: int) -> int:
+    """The length of the part ``i`` of ``n`` into which :func:`torch.chunk` divides."""
+    each = -(-whole // n)
+    return max(0, min(each, whole - i * each))
+
+
+def shape_of_part(
+    shape: Sequence[int], divisions: Sequence[Division], mesh: Mesh, at: Mapping[Axis, int]
+) -> tuple[int, ...]:
+    local = list(shape)
+    for axis, dim in divisions:
+        if dim < len(local):  # scalars are whole everywhere
+            local[dim] = length_of_part(local[dim], getattr(mesh, axis), at[axis])
+    return tuple(local)
+
+
+def part_of(x: Tensor, divisions: Sequence[Division], mesh: Mesh, at: Mapping[Axis, int]) -> Tensor:
+    return torch.empty(shape_of_part(x.shape, divisions, mesh, at), dtype=x.dtype, device="meta")

@@ -1,0 +1,197 @@
+"""Plans of what ``GWTAdamW`` keeps and moves, made from shapes and options alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gwt_kernels.checks import check_initialized, name_of
+from gwt_kernels.hyper import Rule
+from gwt_kernels.model_files import build_on_meta
+from gwt_kernels.optimizer import GWTAdamW
+from gwt_kernels.options import state_dtype_of
+from gwt_kernels.param_groups import Decision, decide
+from gwt_kernels.planner.costs import (
+    adamw_state,
+    bytes_of,
+    first_state,
+    is_offered,
+    limiter_bytes,
+    name_of_dtype,
+    names_of,
+    pass_bytes,
+    stand_in,
+)
+from gwt_kernels.planner.plan import Cost, Entry, Plan
+
+__all__ = ["plan", "predicted_state_bytes"]
+
+LEVELS = (0, 1, 2, 3, 4)
+INT8_MOMENTS = ("state_dtype", torch.int8)
+MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def plan(
+    model: nn.Module | str | Path,
+    *,
+    level: int = 2,
+    state_dtype: torch.dtype | None = None,
+    rule: Rule = "gwt",
+    norm_growth_limit: float | Literal["published"] | None = "published",
+    include: Sequence[str | re.Pattern[str]] | None = None,
+    exclude: Sequence[str | re.Pattern[str]] | None = None,
+    dtype: torch.dtype | None = None,
+    bandwidth: float | None = None,
+) -> Plan:
+    """Work out what `GWTAdamW` over the groups of `gwt_param_groups` will hold and move; nothing is allocated.
+
+    States are the optimizer's own, made on the meta device, so the numbers are those of the state after a first
+    step, byte for byte (on one process; `gwt_kernels.plan_sharded` divides them). Bytes moved are those of the
+    fused pass: per parameter, gradients read, weights and moments read and written, all once, and with the limiter
+    gradients and moments read once more (docs/algorithm.md, "One pass"). Buffers and activations are not counted.
+
+    Args:
+        model: A preset's name (``"llama_1b"``), the path of a Hugging Face ``config.json`` or of its folder, or a
+            module on any device.
+        level: As for `gwt_param_groups`.
+        include: As for `gwt_param_groups`.
+        exclude: As for `gwt_param_groups`.
+        state_dtype: dtype of the moments; None for `GWTAdamW`'s default. A dtype that the optimizer does not take
+            is computed all the same, and marked as not offered.
+        rule: As for `GWTAdamW`.
+        norm_growth_limit: As for `GWTAdamW`; None for no limiter.
+        dtype: dtype of weights and gradients. None: a module's own; a configuration's, and bfloat16 where it
+            names none.
+        bandwidth: Bytes per second that memory moves, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.model_files.build_on_meta`.
+        TypeError: the model is none of these, or a parameter or an option has a type that the optimizer refuses.
+        ValueError: the file is no model's, or an option is out of range.
+        RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
+    """
+    for option, value in (("dtype", dtype), ("state_dtype", state_dtype)):
+        fits = isinstance(value, torch.dtype) and (value.is_floating_point or (option, value) == INT8_MOMENTS)
+        if value is not None and not fits:
+            raise TypeError(f"{option} must be a floating-point torch.dtype or None, got {value!r}")
+    if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
+        raise ValueError(f"bandwidth must be a finite number of bytes per second above 0, got {bandwidth}")
+    if not isinstance(model, nn.Module | str | Path):
+        raise TypeError(f"model must be a torch.nn.Module, a preset's name or a path, got {type(model).__name__}")
+    source = "a live module" if isinstance(model, nn.Module) else str(model)
+    module = model if isinstance(model, nn.Module) else build_on_meta(model, dtype)
+    check_initialized((f"parameter {name!r}", p) for name, p in module.named_parameters())
+
+    def options_at(level: int) -> _Setting:
+        decided = decide(module, level=level, include=include, exclude=exclude)
+        stand_ins = [(stand_in(p, dtype), decision) for p, decision in decided]
+        return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
+
+    asked = options_at(level)
+    settings = {level: asked}
+    for other in LEVELS:
+        if other not in settings:
+            # The options are fine, as the level asked for has shown: all that can be refused is too short a row.
+            with suppress(ValueError):
+                settings[other] = options_at(other)
+    chosen = asked.cost(state_dtype)
+    dtypes = {name_of_dtype(each): each for each in MOMENT_DTYPES} | {chosen.moments: state_dtype}
+    weights = names_of({p.dtype for p, _ in asked.members})
+    deep = {d.name for _, d in asked.members if d.level}
+    return Plan(
+        model=type(module).__name__,
+        source=source,
+        entries=tuple(asked.entries(state_dtype)),
+        frozen={name: stand_in(p, dtype) for name, p in module.named_parameters() if not p.requires_grad},
+        states={d.name: (p, state) for p, d, state in asked.states(state_dtype)},
+        tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
+        chosen=chosen,
+        adamw=tuple(asked.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
+        options=tuple(settings[each].cost(d) for each in sorted(settings) for d in dtypes.values()),
+        too_narrow=tuple(d.name for _, d in settings[1].members if d.level and d.name not in deep)
+        if level and 1 in settings
+        else (),
+        float32_moments=tuple(
+            d.name for _, d, state in asked.states(state_dtype) if state["exp_avg"].dtype == torch.float32
+        )
+        if state_dtype == torch.int8
+        else (),
+        bandwidth=bandwidth,
+    )
+
+
+def predicted_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of state that an optimizer holds after its first step, from shapes and options alone.
+
+    Args:
+        optimizer: `GWTAdamW` or ``torch.optim.AdamW``, over tensors on any device.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        check_initialized((name_of(group, k, i), p) for k, p in enumerate(group["params"]))
+    return sum(
+        bytes_of(*first_state(p, group).values())
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    )
+
+
+class _Setting:
+    """A model's tensors as the optimizer gets them at one level, on the meta device."""
+
+    def __init__(self, members: list[tuple[Tensor, Decision]], level: int, **options: Any) -> None:
+        self.members = members
+        self.level = level
+        groups = [
+            {"params": [(d.name, p) for p, d in members if d.level == each], "level": each}
+            for each in sorted({d.level for _, d in members})
+        ]
+        # The optimizer itself: it refuses what it would refuse later, and its groups hold its own defaults.
+        self.optimizer = GWTAdamW(groups, **options)
+        self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+
+    def states(self, state_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Decision, dict[str, Tensor]]]:
+        for p, decision in self.members:
+            yield p, decision, first_state(p, self.group_of[p], state_dtype)
+
+    def entries(self, state_dtype: torch.dtype | None) -> Iterator[Entry]:
+        for p, d, state in self.states(state_dtype):
+            yield Entry(
+                d.name, d.shape, p.dtype, d.level, d.decayed, d.reason,
+                bytes_of(p), bytes_of(*state.values()), pass_bytes(p, state) + limiter_bytes(p, state),
+            )  # fmt: skip
+
+    def cost(self, state_dtype: torch.dtype | None) -> Cost:
+        states = list(self.states(state_dtype))
+        limiter = sum(limiter_bytes(p, state) for p, _, state in states)
+        return Cost(
+            optimizer="GWTAdamW",
+            level=self.level,
+            moments=names_of(
+                {state_dtype_of(p, None) if state_dtype is None else state_dtype for p, _, _ in states}
+            ),
+            state_bytes=sum(bytes_of(*state.values()) for _, _, state in states),
+            moved_bytes=sum(pass_bytes(p, state) for p, _, state in states) + limiter,
+            limiter_bytes=limiter,
+            offered=is_offered(state_dtype),
+        )
+
+    def adamw(self, moments: torch.dtype | None) -> Cost:
+        states = [(p, adamw_state(p, moments or p.dtype)) for p, _ in self.members]
+        return Cost(
+            optimizer="AdamW",
+            level=None,
+            moments=names_of({moments or p.dtype for p, _ in states}),
+            state_bytes=sum(bytes_of(*state.values()) for _, state in states),
+            moved_bytes=sum(pass_bytes(p, state) for p, state in states),
+            limiter_bytes=0,
+            offered=moments is None,
+        )

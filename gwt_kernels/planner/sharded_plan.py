@@ -1,0 +1,236 @@
+"""The costs of a model that processes share, as data and as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from gwt_kernels.planner.costs import adamw_state, bytes_of, limiter_bytes, pass_bytes
+from gwt_kernels.planner.mesh import Axis, Division, Mesh, part_of, shape_of_part
+from gwt_kernels.planner.plan import Plan, label, moments_of
+from gwt_kernels.planner.tables import aligned, three_digits, unit_of
+
+__all__ = ["Collective", "Held", "ShardedPlan", "held", "weights"]
+
+
+class Held(NamedTuple):
+    """Bytes that one process holds, and that its step moves."""
+
+    weight_bytes: int
+    """Frozen weights among them."""
+    gradient_bytes: int
+    state_bytes: int
+    """Of `GWTAdamW`, scalars among them, which every process has."""
+    moved_bytes: int
+    """Read and written by each step of `GWTAdamW`."""
+    adamw_state_bytes: int
+    """Of ``torch.optim.AdamW``, with moments in the weights' dtype, in place of ``state_bytes``."""
+    adamw_moved_bytes: int
+    """By each of its steps, without clipping."""
+
+
+class Collective(NamedTuple):
+    """What processes send each other in a step, for one purpose."""
+
+    purpose: str
+    engine: bool
+    """Whether it is PyTorch's engine that sends it, around forward and backward, and not the optimizer's step."""
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
+    processes: int
+    """How many take part in each."""
+    calls: int
+    """How many a step."""
+    total_bytes: int
+    """Of all of them together: what is reduced, or what has been gathered."""
+
+    def seconds(self, link_bandwidth: float, latency: float) -> float:
+        """A model of its time: recursive doubling and halving on a network of equal links.
+
+        With ``n`` processes a gather or a scatter takes ``ceil(log2(n))`` messages one after the other, in which
+        ``(n - 1) / n`` of the bytes go out; an all-reduce is a scatter and a gather (Thakur, Rabenseifner and
+        Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
+        """
+        passes = 2 if self.kind == "all-reduce" else 1
+        hops = self.calls * math.ceil(math.log2(self.processes))
+        sent = self.total_bytes * (self.processes - 1) / self.processes
+        return passes * (hops * latency + sent / link_bandwidth)
+
+
+@dataclass(frozen=True)
+class ShardedPlan:
+    """What `plan_sharded` found. Bytes and seconds; ``str()`` is the text that the command prints."""
+
+    plan: Plan
+    """The model as a whole."""
+    mesh: Mesh
+    largest: Held
+    """What the process that holds most holds. It is the first: the first part of every division is the largest."""
+    even_bytes: int
+    """Weights, gradients and state that each would hold if all tensors could be divided evenly, rounded up."""
+    divisions: Mapping[str, tuple[Division, ...]]
+    """How each weight is divided, first division first."""
+    clip: bool
+    """Whether gradients are read once more before the step, for their norm."""
+    collectives: tuple[Collective, ...]
+    link_bandwidth: float
+    """Bytes per second."""
+    latency: float
+    """Seconds."""
+    host_time: float
+    """Seconds for each tensor."""
+
+    @property
+    def collective_seconds(self) -> float:
+        """Predicted time of the optimizer's own collectives, as if nothing went on beside them."""
+        return sum(c.seconds(self.link_bandwidth, self.latency) for c in self.collectives if not c.engine)
+
+    @property
+    def engine_seconds(self) -> float:
+        """Predicted time of the engine's collectives, which a training step is meant to hide behind arithmetic."""
+        return sum(c.seconds(self.link_bandwidth, self.latency) for c in self.collectives if c.engine)
+
+    @property
+    def memory_seconds(self) -> float | None:
+        """Time in which memory of the plan's bandwidth moves the bytes of the largest share; None without one."""
+        return None if self.plan.bandwidth is None else self.largest.moved_bytes / self.plan.bandwidth
+
+    @property
+    def host_seconds(self) -> float:
+        """Predicted time of the host's part of the optimizer's step, which is the same however small the shares."""
+        return self.host_time * len(self.plan.states)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time of the optimizer's step: memory, then collectives; the host's beside them, if longer.
+
+        None without a memory bandwidth.
+        """
+        if self.memory_seconds is None:
+            return None
+        return max(self.memory_seconds + self.collective_seconds, self.host_seconds)
+
+    def held_by(self, fsdp: int, tp: int) -> Held:
+        """What the process at this place in the mesh holds; replicas hold the same."""
+        return held(self.plan, self.mesh, self.divisions, self.clip, {"fsdp": fsdp, "tp": tp})
+
+    def shapes(self, fsdp: int = 0, tp: int = 0) -> dict[str, tuple[int, ...]]:
+        """What the process at this place in the mesh holds of each weight."""
+        at: dict[Axis, int] = {"fsdp": fsdp, "tp": tp}
+        return {name: shape_of_part(p.shape, self.divisions[name], self.mesh, at) for name, p in weights(self.plan)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts, for JSON."""
+        return {
+            "world_size": self.mesh.size,
+            "mesh": self.mesh._asdict(),
+            "largest": self.largest._asdict(),
+            "even_bytes": self.even_bytes,
+            "shapes": {name: list(shape) for name, shape in self.shapes().items()},
+            "collectives": [
+                {**c._asdict(), "predicted_seconds": c.seconds(self.link_bandwidth, self.latency)}
+                for c in self.collectives
+            ],
+            "link_bandwidth": self.link_bandwidth,
+            "latency": self.latency,
+            "host_time": self.host_time,
+            "predicted_host_seconds": self.host_seconds,
+            "predicted_memory_seconds": self.memory_seconds,
+            "predicted_collective_seconds": self.collective_seconds,
+            "predicted_engine_seconds": self.engine_seconds,
+            "predicted_step_seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join((_shares(self), _collectives(self)))
+
+
+def weights(planned: Plan) -> Iterator[tuple[str, Tensor]]:
+    """All weights by name: the trained ones, then the frozen ones."""
+    yield from ((name, p) for name, (p, _) in planned.states.items())
+    yield from planned.frozen.items()
+
+
+def held(
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], clip: bool, at: Mapping[Axis, int]
+) -> Held:
+    """What the process at a place in the mesh holds, and what its step moves."""
+    frozen = bytes_of(*(part_of(p, divisions[name], mesh, at) for name, p in planned.frozen.items()))
+    sums = [0] * 5
+    for name, (whole, state) in planned.states.items():
+        p = part_of(whole, divisions[name], mesh, at)
+        own = {key: part_of(x, divisions[name], mesh, at) for key, x in state.items()}
+        adamw = adamw_state(p, p.dtype)
+        moved = pass_bytes(p, own) + limiter_bytes(p, own) + (bytes_of(p) if clip else 0)
+        row = (bytes_of(p), bytes_of(*own.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
+        sums = [a + b for a, b in zip(sums, row, strict=True)]
+    gradients, *rest = sums
+    return Held(frozen + gradients, gradients, *rest)
+
+
+def _shares(sharded: ShardedPlan) -> str:
+    plan, held = sharded.plan, sharded.largest
+    common = held.weight_bytes + held.gradient_bytes
+    unit, size = unit_of(common)
+    rows: list[tuple[str, ...]] = [
+        ("optimizer", "moments", "weights", "gradients", "states", "together", "step moves", "memory, ms",
+         "collectives, ms", "host, ms", "step, ms")
+    ]  # fmt: skip
+    # Of AdamW's host nothing is known here, nor therefore how long its step takes.
+    for cost, state, moved, seconds in (
+        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, (0.0, None, None)),
+        (
+            plan.chosen,
+            held.state_bytes,
+            held.moved_bytes,
+            (sharded.collective_seconds, sharded.host_seconds, sharded.seconds),
+        ),
+    ):
+        amounts = (held.weight_bytes, held.gradient_bytes, state, common + state, moved)
+        times: list[str] = []
+        if plan.bandwidth is not None:
+            every = (moved / plan.bandwidth, *seconds)
+            times = ["-" if each is None else three_digits(1e3 * each) for each in every]
+        rows.append((label(cost), moments_of(cost), *(f"{amount / size:.3f}" for amount in amounts), *times))
+    if plan.bandwidth is None:
+        rows = [row[:7] for row in rows]
+        speed = "give --bandwidth or --measure for a step's time"
+    else:
+        speed = (
+            f"times predicted for memory of {plan.bandwidth / 1e9:,.1f} GB/s and a host that takes "
+            f"{1e6 * sharded.host_time:,.1f} us a tensor"
+        )
+    excess = 100 * ((common + held.state_bytes) / sharded.even_bytes - 1)
+    return (
+        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{aligned(rows, right=range(2, 11))}\n"
+        f"It holds {excess:.1f} % more than an even share."
+    )
+
+
+def _processes(sharded: ShardedPlan) -> str:
+    n = sharded.mesh.size
+    return "1 process" if n == 1 else f"{n:,} processes ({sharded.mesh})"
+
+
+def _collectives(sharded: ShardedPlan) -> str:
+    if not sharded.collectives:
+        return "Collectives of a step: none"
+
+    def row(c: Collective) -> tuple[str, ...]:
+        seconds = c.seconds(sharded.link_bandwidth, sharded.latency)
+        sender = "engine" if c.engine else "optimizer"
+        counts = (f"{c.processes:,}", f"{c.calls:,}", f"{c.total_bytes:,}", three_digits(1e3 * seconds))
+        return sender, c.purpose, c.kind, *counts
+
+    heading = ("sent by", "what", "collective", "processes", "calls", "bytes in all", "time, ms")
+    table = aligned([heading, *map(row, sharded.collectives)], right=(3, 4, 5, 6))
+    units = ", with one fully_shard a layer and one for the rest," if sharded.mesh.fsdp > 1 else ""
+    activations = " Activations, which tensor parallelism sends, are not counted." if sharded.mesh.tp > 1 else ""
+    return (
+        f"Collectives of a step (times predicted for links of {sharded.link_bandwidth / 1e9:,.1f} GB/s and "
+        f"{1e6 * sharded.latency:,.1f} us a message)\n{table}\n"
+        f"The optimizer's are in its step's time. The engine's{units} run beside forward and backward.{activations}"
+    )

@@ -1,0 +1,202 @@
+"""Plans of how processes share a model: what they send each other, and which divisions cannot work."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.hyper import quantum
+from gwt_kernels.planner.costs import bytes_of
+from gwt_kernels.planner.mesh import FIRST, Division, Mesh, divisions_of, length_of_part, part_of
+from gwt_kernels.planner.plan import Plan
+from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
+from gwt_kernels.state import MOMENTS, SCALES
+
+__all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "plan_sharded"]
+
+LINK_BANDWIDTH = 50e9
+"""Bytes per second that a process sends while it receives as many. An assumption: a network of 400 Gbit/s a GPU."""
+LATENCY = 10e-6
+"""Seconds from one process to another for a message of no size. An assumption: of the order of a network's."""
+HOST_TIME = 5e-6
+"""Seconds of Python and of launches for each tensor of a step. An assumption: ``bench.host`` saw 2 to 8 µs."""
+
+_BUCKETS = [2**20, 25 * 2**20]  # the sizes at which DDP sends gradients: the first bucket's, and the others'
+
+
+def plan_sharded(
+    planned: Plan,
+    mesh: Mesh,
+    *,
+    clip: bool = False,
+    tensor_parallel: Mapping[str, str] | None = None,
+    link_bandwidth: float = LINK_BANDWIDTH,
+    latency: float = LATENCY,
+    host_time: float = HOST_TIME,
+) -> ShardedPlan:
+    """Divide a planned model over processes, as PyTorch divides it; nothing is allocated, no process is started.
+
+    ``fsdp`` divides the rows (dimension 0) of every tensor as :func:`torch.chunk` does, so that the last processes
+    may hold less or nothing; moments follow their parameters. ``tp`` divides the layers that a tensor-parallel plan
+    names, before ``fsdp`` does. Replicas (``dp``) hold the same. All limited parameters are taken to lie on the
+    whole mesh, so that the limiter needs one all-reduce.
+
+    Args:
+        planned: The model as a whole, as :func:`gwt_kernels.plan.plan` returns it.
+        mesh: How many processes there are, and along which axes.
+        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and there is another all-reduce.
+            ``skip_nonfinite`` alone has that too, but reads only gradients without limiter.
+        tensor_parallel: ``"colwise"`` (divides a linear layer's outputs), ``"rowwise"`` (its inputs) or
+            ``"embedding_rowwise"``, by the module's name with ``*`` for a number. None: that of transformers.
+        link_bandwidth: Bytes per second between processes.
+        latency: Seconds of a message of no size.
+        host_time: Seconds of the host for each tensor of a step.
+
+    Raises:
+        ValueError: a number is out of range, the mesh has a ``tp`` of which the model's layers say nothing, or a
+            division tears blocks, or int8 moments' scales, apart: the error names the tensor and what works.
+    """
+    if min(mesh) < 1:
+        raise ValueError(f"mesh {mesh!r} has an axis without processes: use 1 for an axis that is not there")
+    if not (math.isfinite(link_bandwidth) and link_bandwidth > 0):
+        raise ValueError(
+            f"link_bandwidth must be a finite number of bytes per second above 0, got {link_bandwidth}"
+        )
+    for what, value in (("latency", latency), ("host_time", host_time)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be a finite number of seconds of at least 0, got {value}")
+    ways = planned.tensor_parallel if tensor_parallel is None else tensor_parallel
+    if mesh.tp > 1 and not ways:
+        raise ValueError(
+            f"{planned.model} has no plan for tensor parallelism: use a mesh with fsdp or dp alone, or name its "
+            f"layers in plan_sharded(..., tensor_parallel={{'layers.*.down': 'rowwise', ...}})"
+        )
+    divisions = {name: divisions_of(name, p, mesh, ways) for name, p in weights(planned)}
+    _check_columns(planned, mesh, divisions)
+    _check_rows(planned, mesh, divisions)
+    return ShardedPlan(
+        plan=planned,
+        mesh=mesh,
+        largest=held(planned, mesh, divisions, clip, FIRST),
+        even_bytes=_even_bytes(planned, mesh, divisions),
+        divisions=divisions,
+        clip=clip,
+        collectives=(*_of_the_step(planned, mesh, divisions, clip), *_of_the_engine(planned, mesh, divisions)),
+        link_bandwidth=link_bandwidth,
+        latency=latency,
+        host_time=host_time,
+    )
+
+
+def _even_bytes(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> int:
+    total = Fraction()
+    for name, p in weights(planned):
+        _, state = planned.states.get(name, (p, {}))
+        copies = 1 if name in planned.frozen else 2  # a weight, and its gradient
+        scalars = bytes_of(*(x for x in state.values() if x.dim() == 0))
+        parts = math.prod(getattr(mesh, axis) for axis, _ in divisions[name])
+        total += scalars + Fraction(copies * bytes_of(p) + bytes_of(*state.values()) - scalars, parts)
+    return math.ceil(total)
+
+
+def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> None:
+    """Raise unless every process holds whole blocks of every row that is transformed."""
+    torn: dict[str, tuple[int, set[int]]] = {}
+    for entry in planned.entries:
+        widths = {entry.shape[-1]} if entry.level else {0}
+        for axis, dim in divisions[entry.name]:
+            if dim == len(entry.shape) - 1:
+                n = getattr(mesh, axis)
+                widths = {length_of_part(width, n, i) for width in widths for i in range(n)}
+                if (common := math.gcd(*widths)) % 2**entry.level:
+                    torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
+    if torn:
+        name, (_, widths) = min(torn.items(), key=lambda item: item[1][0])
+        level, works = planned.chosen.level or 0, min(fits for fits, _ in torn.values())
+        others = f" (and {len(torn) - 1} more tensors)" if len(torn) > 1 else ""
+        raise ValueError(
+            f"mesh {mesh} divides the columns of {name}{others} into widths of {sorted(widths)}; level "
+            f"{level} needs multiples of {2**level}, for blocks stay whole: use level {works} at most, exclude "
+            f"these tensors from the transform, or divide them into fewer parts"
+        )
+
+
+def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> None:
+    """Raise where the optimizer would: scales of int8 moments torn apart, or random bits without a place."""
+    for entry in planned.entries:
+        state, split = planned.states[entry.name][1], divisions[entry.name]
+        n = math.prod(getattr(mesh, axis) for axis, _ in split)
+        rows = [dim for _, dim in split if dim == 0]
+        even = not split or entry.shape[0] % n == 0
+        if SCALES[0] in state and split:
+            q = quantum(entry.level)
+            if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
+                raise ValueError(
+                    f"int8 moments of {entry.name} have a scale per {q} of them, which mesh {mesh} would tear "
+                    f"apart: they need equal shards of rows, each of whole scales; use bfloat16 moments, or "
+                    f"another mesh"
+                )
+        if len(rows) > 1 and not even and state[MOMENTS[0]].dtype == torch.bfloat16:
+            raise ValueError(
+                f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
+                f"where the random bits that bfloat16 moments need have no place: use float32 moments, or another "
+                f"mesh"
+            )
+
+
+def _of_the_step(
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], clip: bool
+) -> Iterator[Collective]:
+    if not any(divisions.values()):
+        return  # replicas decide alike, each by itself
+    if clip:
+        yield Collective("gradient norm, non-finite", False, "all-reduce", mesh.size, 1, 2 * 8)
+    limited = [name for name, (_, state) in planned.states.items() if "limiter_norm" in state and divisions[name]]
+    if limited:
+        axes = {axis for name in limited for axis, _ in divisions[name]}
+        n = mesh.size if len(axes) > 1 else getattr(mesh, *axes)
+        width = max(planned.states[name][1]["limiter_norm"].element_size() for name in limited)
+        yield Collective("limiter norms", False, "all-reduce", n, 1, width * len(limited))
+
+
+def _of_the_engine(
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]
+) -> Iterator[Collective]:
+    """What DDP or FSDP2 sends of weights and gradients; tensor parallelism's activations depend on the batch."""
+    sizes = {name: bytes_of(part_of(p, divisions[name], mesh, FIRST)) for name, p in weights(planned)}
+    trained = {name: sizes[name] for name in planned.states}
+    if mesh.fsdp > 1:
+        # Shards are padded to the first one's size, so that all are alike.
+        layers = {name: match[0] if (match := re.match(r".*?\.\d+\.", name)) else "" for name in sizes}
+        blocks = {layer for layer in layers.values() if layer}
+        gathered = mesh.fsdp * sum(sizes.values())
+        again = mesh.fsdp * sum(size for name, size in sizes.items() if layers[name])
+        units, sent = len(set(layers.values())), len({layers[name] for name in trained})
+        yield Collective("weights, forward", True, "all-gather", mesh.fsdp, units, gathered)
+        if blocks:
+            yield Collective("weights, backward", True, "all-gather", mesh.fsdp, len(blocks), again)
+        total = mesh.fsdp * sum(trained.values())
+        yield Collective("gradients", True, "reduce-scatter", mesh.fsdp, sent, total)
+        if mesh.dp > 1:
+            yield Collective("gradients' shards", True, "all-reduce", mesh.dp, sent, sum(trained.values()))
+    elif mesh.dp > 1:
+        parts = [part_of(p, divisions[name], mesh, FIRST) for name, (p, _) in planned.states.items()]
+        yield Collective("gradients", True, "all-reduce", mesh.dp, _buckets(parts), sum(trained.values()))
+
+
+def _buckets(params: Sequence[Tensor]) -> int:
+    """How many buckets DDP makes of gradients that arrive last layer first: each is sent once it is full."""
+    filled: dict[torch.dtype, int] = {}
+    full: Counter[torch.dtype] = Counter()
+    for p in reversed(params):
+        filled[p.dtype] = filled.get(p.dtype, 0) + bytes_of(p)
+        if filled[p.dtype] >= _BUCKETS[min(full[p.dtype], 1)]:
+            full[p.dtype] += 1
+            filled[p.dtype] = 0
+    return full.total() + sum(size > 0 for size in filled.values())
