@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from bench.models import Shape
 from bench.trial import Candidate, Likeness, Trial, groups_of, renew_gradients, set_rate
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second
+from gwt_kernels.formats.int8 import decode_first, decode_second
 
 
 def check(trial: Trial) -> float:

@@ -18,8 +18,8 @@ import torch
 from bench import records
 from bench.measure import Spread, facts
 from gwt_kernels import GWTAdamW
+from gwt_kernels.formats.split import join_low
 from gwt_kernels.state import halves_of
-from gwt_kernels.torch_backend.rounding import join_low
 
 BACKENDS = ("torch", "compiled")
 RULES = ("gwt", "foam")

@@ -21,7 +21,7 @@ from gwt_kernels.state import (
     check_place,
     check_shards,
     check_state,
-    moment_dtypes,
+    moment_format,
     state_keys,
     upgraded,
 )
@@ -104,8 +104,7 @@ def check_grad(g: Tensor, p: Tensor, name: str) -> None:
 
 def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
     """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
-    moments = moment_dtypes(p, group)[0]
-    moments = torch.float32 if moments == torch.int8 else moments  # what codes are decoded to
+    moments = moment_format(p, group).arithmetic
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
             backends.resolve_update(

@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, format_of
 from gwt_kernels.hyper import Rule, literal_alone
-from gwt_kernels.state import MOMENTS, SCALES
 from gwt_kernels.torch_backend.literal import filter_bank, wavedec
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
 
 __all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
-
-NEAREST = 1 << 15
-"""The 16 random bits with which the step's own encoder of int8 moments rounds to the nearest code."""
 
 
 class Form(NamedTuple):
@@ -34,6 +30,11 @@ class Form(NamedTuple):
     def kind(self) -> tuple[int, Rule, str, str]:
         """What the moments are averages of."""
         return self[:4]
+
+    @property
+    def stored(self) -> MomentFormat:
+        """How they are stored: as floating-point numbers, where no format has the dtype."""
+        return format_of(self.dtype) or MomentFormat(str(self.dtype), (self.dtype, self.dtype))
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -113,8 +114,8 @@ def describe(old: Form, new: Form) -> dict[str, str]:
     else:
         first = "approximate: spread evenly over each block, whose details nobody kept"
         second = "approximate: spread evenly over each block"
-    floats = [torch.float32 if form.dtype == torch.int8 else form.dtype for form in (old, new)]
-    if torch.promote_types(*floats) != floats[1] or (new.dtype == torch.int8 and old != new):
+    floats = [form.stored.arithmetic for form in (old, new)]
+    if torch.promote_types(*floats) != floats[1] or (new.stored.scales and old != new):
         to = f"rounded to the nearest {str(new.dtype).removeprefix('torch.')}"
         first, second = (to if how == "exact" else f"{how}; {to}" for how in (first, second))
     return dict(zip(MOMENTS, (first, second), strict=True))
@@ -175,17 +176,14 @@ def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
 
 def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
     m, v = (state[key].detach() for key in MOMENTS)
-    if form.dtype == torch.int8:
-        m = decode_first(m, state[SCALES[0]], form.level)
-        v = decode_second(v, state[SCALES[1]], form.level)
+    stored = form.stored
+    m, v = stored.decode(m, v, [state[key] for key in stored.scales], form.level)
     return m.to(torch.float64), v.to(torch.float64)
 
 
 def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
-    if form.dtype != torch.int8:
+    stored = form.stored
+    if stored.encode is None:
         return {key: x.to(form.dtype).contiguous() for key, x in zip(MOMENTS, (m, v), strict=True)}
-    bits = torch.full(m.shape, NEAREST, dtype=torch.int32, device=m.device)
-    first, first_scale = encode_first(m.float(), bits, form.level)
-    second, second_scale = encode_second(v.float(), bits, form.level)
-    coded: tuple[Any, ...] = (first, second, first_scale, second_scale)
-    return dict(zip((*MOMENTS, *SCALES), coded, strict=True))
+    encoded = stored.encode(m.float(), v.float(), None, form.level)
+    return dict(zip((*MOMENTS, *stored.scales), encoded, strict=True))

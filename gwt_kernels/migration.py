@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels.conversion import Form, convert, describe, form_of, update_norm
+from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.hyper import Boundary, Rule, check_rule
 from gwt_kernels.names import check_names, plain_names
 from gwt_kernels.optimizer import GWTAdamW
 from gwt_kernels.options import ADDED, check_group
-from gwt_kernels.state import MOMENTS, SCALES, check_state, complete, state_keys, state_shape, upgraded
+from gwt_kernels.state import check_state, complete, state_keys, state_shape, upgraded
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
@@ -363,9 +364,9 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             f"keys={{{unknown[0]!r}: 'limiter_norm'}} or another name, or leave it behind with "
             f"keys={{{unknown[0]!r}: None}}"
         )
-    coded = form.dtype == torch.int8
+    stored = form.stored
     numbers = ("step", "limiter_norm")
-    needed = {"step", *MOMENTS, *(SCALES if coded else ())}
+    needed = {"step", *MOMENTS, *stored.scales}
     missing = sorted(
         key for key in needed | state.keys()
         if not isinstance(state.get(key), Tensor | float | int if key in numbers else Tensor)
@@ -373,7 +374,6 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
     shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
-    dtypes = (torch.int8, torch.uint8) if coded else (form.dtype, form.dtype)
     shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():
         if tuple(state[key].shape) != shapes[key]:
@@ -383,14 +383,14 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             )
     found = tuple(cast(Tensor, state[key]).dtype for key in MOMENTS)
     dense = all(state[key].layout == torch.strided for key in MOMENTS)
-    if found != dtypes or not dense or not (coded or form.dtype.is_floating_point):
+    if found != stored.dtypes or not dense or not stored.arithmetic.is_floating_point:
         layouts = "" if dense else ", not dense"
         raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
-    if coded:
+    if stored.scales:
         check_state(
-            {key: state[key] for key in (*MOMENTS, *SCALES)} | {"step": torch.zeros((), dtype=torch.float64,
-            device="cpu")}, p, {"level": form.level, "wavelet": form.wavelet, "state_dtype": "int8",
-            "norm_growth_limit": None}, "its moments", SCALES,
+            {key: state[key] for key in (*MOMENTS, *stored.scales)} | {"step": torch.zeros((), dtype=torch.float64,
+            device="cpu")}, p, {"level": form.level, "wavelet": form.wavelet, "state_dtype": stored.name,
+            "norm_growth_limit": None}, "its moments", stored.scales,
         )  # fmt: skip
     for key in numbers:
         value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
@@ -414,7 +414,7 @@ def _limiter_norm(
 
 
 def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:
-    for key in SCALES if form.dtype == torch.int8 else MOMENTS:
+    for key in form.stored.scales or MOMENTS:
         x = state[key]
         if not x.isfinite().all() or (key != "exp_avg" and (x < 0).any()):
             raise ValueError(

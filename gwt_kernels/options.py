@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import backends
+from gwt_kernels.formats.moments import FORMATS, wide
 from gwt_kernels.hyper import Hyper, Rounding, check_rounding, check_rule, literal_alone
 from gwt_kernels.torch_backend.literal import filter_bank
 
@@ -42,8 +43,6 @@ STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bi
 
 ADDED: dict[str, Any] = {"boundary": "zero", "correct_bias": True}
 """Options that groups in older checkpoints and pickles lack, and what these mean by it."""
-
-STATE_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> None:
@@ -77,7 +76,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         filter_bank(group["wavelet"])
     check_rule(group["rule"], group["wavelet"], group["boundary"])
     name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
-    if name in ("bfloat16", "int8") and unknown:
+    if name is not None and FORMATS[name].is_random and unknown:
         raise ValueError(
             f"state_dtype=torch.{name} knows no {unknown}: use None, or wavelet='haar' and boundary='zero'"
         )
@@ -173,7 +172,7 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
     if state_dtype is None:
         return None
     name = str(state_dtype).removeprefix("torch.")
-    if name not in STATE_DTYPES:
+    if name not in FORMATS:
         raise ValueError(
             f"state_dtype must be None, torch.float32, torch.bfloat16, torch.int8 or torch.float64, "
             f"got {state_dtype!r}"
@@ -184,7 +183,7 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
 def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
     name = state_dtype_name(state_dtype)
-    return torch.promote_types(param.dtype, torch.float32) if name is None else STATE_DTYPES[name]
+    return (wide(param.dtype) if name is None else FORMATS[name]).dtypes[0]
 
 
 def _from_zero(name: str, value: Any, slack: float) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
-from gwt_kernels.hyper import Span, quantum
+from gwt_kernels.hyper import Span
 
 __all__ = [
     "ROWS_STAY",
@@ -125,7 +125,7 @@ def spans_of(p: Any, shape: Sequence[int]) -> tuple[Span, Span]:
 
 
 def check_sharding(
-    p: Any, group: Mapping[str, Any], name: str, shape: Sequence[int], quantized: bool, random: bool
+    p: Any, group: Mapping[str, Any], name: str, shape: Sequence[int], block_size: int, random: bool
 ) -> None:
     """Raise unless a step can work on the shards of ``p`` alone, with moments of the global ``shape``.
 
@@ -169,9 +169,9 @@ def check_sharding(
             f"random bits depend, follow no rule: use state_dtype=None and weight_rounding=None, or make every "
             f"dimension a multiple of the processes that share it"
         )
-    if quantized and not _holds_whole_quanta(p, shape, quantum(group["level"])):
+    if block_size > 1 and not _holds_whole_quanta(p, shape, block_size):
         raise ValueError(
-            f"int8 moments of {name} have a scale per {quantum(group['level'])} of them, which {placements} on "
+            f"int8 moments of {name} have a scale per {block_size} of them, which {placements} on "
             f"{mesh} would tear apart: they need equal shards of rows, each of whole scales; use "
             f"state_dtype=torch.bfloat16"
         )

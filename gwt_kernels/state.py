@@ -12,16 +12,13 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.core.dtensor import is_sharded, local_of
-from gwt_kernels.hyper import Span, quantum
-from gwt_kernels.options import state_dtype_of
+from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, wide
+from gwt_kernels.hyper import Span
+from gwt_kernels.options import state_dtype_name
 from gwt_kernels.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
 from gwt_kernels.torch_backend.literal import approximation_width
 
 __all__ = [
-    "DEEPEST_QUANTIZED",
-    "MOMENTS",
-    "SCALES",
-    "SMALLEST_QUANTIZED",
     "check_memory",
     "check_place",
     "check_shards",
@@ -30,21 +27,12 @@ __all__ = [
     "exact_copy",
     "halves_of",
     "is_limited",
-    "is_quantized",
-    "moment_dtypes",
+    "moment_format",
     "shard_spans",
     "state_keys",
     "state_shape",
     "upgraded",
 ]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-
-SMALLEST_QUANTIZED = 4096
-"""Coefficients below which int8 moments stay float32: they cost little, and norms and biases are among them."""
-DEEPEST_QUANTIZED = 6
-"""Level beyond which they stay float32: a scale would serve so few codes that it costs more than they save."""
 
 
 def is_limited(group: Mapping[str, Any]) -> bool:
@@ -52,27 +40,18 @@ def is_limited(group: Mapping[str, Any]) -> bool:
     return bool(group["level"]) and group["norm_growth_limit"] is not None
 
 
-def is_quantized(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether a parameter's moments are codes of one byte: small tensors and deep levels stay float32."""
-    return (
-        group["state_dtype"] == "int8"
-        and group["level"] <= DEEPEST_QUANTIZED
-        and math.prod(state_shape(p, group)) >= SMALLEST_QUANTIZED
-    )
-
-
-def moment_dtypes(p: Tensor, group: Mapping[str, Any]) -> tuple[torch.dtype, torch.dtype]:
-    """dtypes of ``exp_avg`` and ``exp_avg_sq``."""
-    if is_quantized(p, group):
-        return torch.int8, torch.uint8
-    dtype = torch.float32 if group["state_dtype"] == "int8" else state_dtype_of(p, group["state_dtype"])
-    return dtype, dtype
+def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
+    """How a parameter's moments are stored: as the group says, or in float32 where that does not fit them."""
+    asked = state_dtype_name(group["state_dtype"])
+    if asked is None:
+        return wide(p.dtype)
+    fits = FORMATS[asked].fits(state_shape(p, group), group["level"])
+    return FORMATS[asked] if fits else wide(torch.float32)
 
 
 def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a parameter's state under the group's options holds."""
-    keys = ["step", *MOMENTS]
-    keys += SCALES if is_quantized(p, group) else []
+    keys = ["step", *MOMENTS, *moment_format(p, group).scales]
     keys += ["limiter_norm"] if is_limited(group) else []
     keys += ["weight_low"] if group["weight_rounding"] == "split" else []
     return tuple(keys)
@@ -82,15 +61,13 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     """Make the state of a first step; of a later one, what an option turned on since then needs."""
     state.update(upgraded(state, p))
     if not state:
-        shape = state_shape(p, group)
+        shape, stored = state_shape(p, group), moment_format(p, group)
         moments = {
-            key: zeros_like_shard(p, shape, dtype)
-            for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True)
+            key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(MOMENTS, stored.dtypes, strict=True)
         }
         state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
-        if is_quantized(p, group):
-            n = _quanta(p, group)
-            state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in SCALES})
+        n = stored.n_scales(shape, group["level"])
+        state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales})
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
     if group["weight_rounding"] == "split" and "weight_low" not in state:
@@ -148,8 +125,8 @@ def check_state(
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
-    shape = state_shape(p, group)
-    for key, dtype in zip(MOMENTS, moment_dtypes(p, group), strict=True):
+    shape, stored = state_shape(p, group), moment_format(p, group)
+    for key, dtype in zip(MOMENTS, stored.dtypes, strict=True):
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
@@ -161,15 +138,16 @@ def check_state(
                 f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: give it "
                 f"state_dtype={state[key].dtype}, or convert the state with gwt_kernels.migrate"
             )
+    n = stored.n_scales(shape, group["level"])
     for key in [key for key in SCALES if key in state]:
-        if not is_quantized(p, group):
+        if key not in stored.scales:
             raise ValueError(
                 f"the state of {name} has {key}, but no int8 moments: load the state that it belongs to"
             )
-        if tuple(state[key].shape) != (_quanta(p, group),) or state[key].dtype != torch.float32:
+        if tuple(state[key].shape) != (n,) or state[key].dtype != torch.float32:
             raise ValueError(
                 f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
-                f"float32 of shape {(_quanta(p, group),)}, a number per {quantum(group['level'])} codes"
+                f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} codes"
             )
     for key in {*MOMENTS, *SCALES, "weight_low"} & state.keys():
         check_place_of(state[key], key, p, name)
@@ -243,9 +221,9 @@ def exact_copy(name: str, value: Any, p: Tensor) -> Any:
 
 def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless what this process holds of ``p`` is what the group's options can be applied to."""
-    quantized = is_quantized(p, group)
-    random = quantized or torch.bfloat16 in moment_dtypes(p, group) or group["weight_rounding"] == "stochastic"
-    check_sharding(p, group, name, state_shape(p, group), quantized, random)
+    stored = moment_format(p, group)
+    random = stored.is_random or group["weight_rounding"] == "stochastic"
+    check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
 
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
@@ -258,10 +236,6 @@ def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     if group["level"] == 0:
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
-
-
-def _quanta(p: Tensor, group: Mapping[str, Any]) -> int:
-    return -(-math.prod(state_shape(p, group)) // quantum(group["level"]))
 
 
 def _norm_dtype(p: Tensor) -> torch.dtype:

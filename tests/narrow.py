@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.formats.split import join_low
 from gwt_kernels.state import halves_of
-from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter
 from tests.runs import parameters_of
 

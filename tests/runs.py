@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.formats.split import join_low
 from gwt_kernels.options import hyper_of
 from gwt_kernels.state import halves_of
-from gwt_kernels.torch_backend.rounding import join_low
 from tests import interpreter, reference, rounding
 from tests.steps import assert_within
 

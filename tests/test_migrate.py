@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW, migrate
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second
+from gwt_kernels.formats.int8 import decode_first, decode_second
 from tests.golden import Case, adamw_cases, foam_cases, variant_cases
 from tests.runs import (
     assert_differ,

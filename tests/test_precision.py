@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.core.philox import random_halves, random_words
+from gwt_kernels.formats.stochastic import round_at_random
 from gwt_kernels.hyper import key_of
-from gwt_kernels.torch_backend.rounding import random_halves, random_words, round_at_random
 from tests.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
 from tests.runs import (
     BACKENDS,

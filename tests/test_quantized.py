@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.hyper import quantum
 from gwt_kernels.plan import predicted_state_bytes
-from gwt_kernels.torch_backend import quantized
 from gwt_kernels.triton_backend import quantized as kernels
 from tests import interpreter
 

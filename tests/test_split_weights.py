@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW, migrate
+from gwt_kernels.formats.split import split_low
 from gwt_kernels.state import halves_of
-from gwt_kernels.torch_backend.rounding import split_low
 from tests.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
 from tests.runs import (
     assert_same_bits,

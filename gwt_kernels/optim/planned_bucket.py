@@ -19,7 +19,7 @@ from gwt_kernels.hyper import Hyper, key_of
 from gwt_kernels.joined import Joined
 from gwt_kernels.options import rounding_of
 from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.state import SCALES, halves_of, is_limited, is_quantized, shard_spans
+from gwt_kernels.state import halves_of, is_limited, moment_format, shard_spans
 
 __all__ = ["Member", "PlannedBucket", "stream_of"]
 
@@ -152,7 +152,11 @@ def _bucket_of(
     local = list(map(local_of, params))
     exp_avgs = [local_of(s["exp_avg"]) for s in own]
     rounding = rounding_of(local[0], group["weight_rounding"])
-    random = rounding == "stochastic" or exp_avgs[0].dtype in (torch.bfloat16, torch.int8)
+    stored = [moment_format(p, group) for p in params]
+    random = rounding == "stochastic" or stored[0].is_random
+    scales: list[Any] = [
+        tuple(local_of(s[key]) for key in each.scales) or None for each, s in zip(stored, own, strict=True)
+    ]
     return Bucket(
         local,
         exp_avgs,
@@ -164,10 +168,7 @@ def _bucket_of(
         rounding=rounding,
         keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
         lows=[halves_of(s["weight_low"]) for s in own] if rounding == "split" else None,
-        scales=[
-            (local_of(s[SCALES[0]]), local_of(s[SCALES[1]])) if is_quantized(p, group) else None
-            for p, s in zip(params, own, strict=True)
-        ],
+        scales=scales,
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
         wavelet=group["wavelet"],

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.options import state_dtype_name
-from gwt_kernels.state import MOMENTS, SCALES, complete
+from gwt_kernels.state import complete
 
 __all__ = [
     "adamw_state",

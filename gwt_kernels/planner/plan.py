@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.options import state_dtype_name
 from gwt_kernels.param_groups import Decision, describe
 from gwt_kernels.planner.costs import bytes_of, name_of_dtype, names_of
 from gwt_kernels.planner.tables import aligned, amount, three_digits, unit_of
-from gwt_kernels.state import DEEPEST_QUANTIZED, SMALLEST_QUANTIZED
 
 __all__ = ["Cost", "Entry", "Plan", "label", "moments_of"]
 
@@ -248,9 +248,10 @@ def _notes(plan: Plan) -> list[str]:
         )
     if plan.float32_moments:
         names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in plan.float32_moments)
+        stored = FORMATS[plan.chosen.moments]
         notes.append(
-            f"Moments stay float32, for int8 pays from {SMALLEST_QUANTIZED} coefficients and up to level "
-            f"{DEEPEST_QUANTIZED}: {', '.join(names)} ({len(plan.float32_moments)} tensors)."
+            f"Moments stay float32, for {stored.name} pays from {stored.smallest} coefficients and up to level "
+            f"{stored.deepest}: {', '.join(names)} ({len(plan.float32_moments)} tensors)."
         )
     if plan.chosen.level and not any(entry.level for entry in plan.entries):
         notes.append("Nothing is transformed, so every level is AdamW: name the matrices with --include.")

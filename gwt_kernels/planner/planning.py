@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gwt_kernels.checks import check_initialized, name_of
+from gwt_kernels.formats.moments import FORMATS, format_of
 from gwt_kernels.hyper import Rule
 from gwt_kernels.model_files import build_on_meta
 from gwt_kernels.optimizer import GWTAdamW
@@ -35,8 +36,7 @@ from gwt_kernels.planner.plan import Cost, Entry, Plan
 __all__ = ["plan", "predicted_state_bytes"]
 
 LEVELS = (0, 1, 2, 3, 4)
-INT8_MOMENTS = ("state_dtype", torch.int8)
-MOMENT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes[0] != torch.float64)
 
 
 def plan(
@@ -79,7 +79,8 @@ def plan(
         RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
     """
     for option, value in (("dtype", dtype), ("state_dtype", state_dtype)):
-        fits = isinstance(value, torch.dtype) and (value.is_floating_point or (option, value) == INT8_MOMENTS)
+        stored = option == "state_dtype" and value in MOMENT_DTYPES
+        fits = isinstance(value, torch.dtype) and (value.is_floating_point or stored)
         if value is not None and not fits:
             raise TypeError(f"{option} must be a floating-point torch.dtype or None, got {value!r}")
     if bandwidth is not None and not (math.isfinite(bandwidth) and bandwidth > 0):
@@ -103,6 +104,7 @@ def plan(
             with suppress(ValueError):
                 settings[other] = options_at(other)
     chosen = asked.cost(state_dtype)
+    asked_for = None if state_dtype is None else format_of(state_dtype)
     dtypes = {name_of_dtype(each): each for each in MOMENT_DTYPES} | {chosen.moments: state_dtype}
     weights = names_of({p.dtype for p, _ in asked.members})
     deep = {d.name for _, d in asked.members if d.level}
@@ -122,7 +124,7 @@ def plan(
         float32_moments=tuple(
             d.name for _, d, state in asked.states(state_dtype) if state["exp_avg"].dtype == torch.float32
         )
-        if state_dtype == torch.int8
+        if asked_for is not None and asked_for.smallest
         else (),
         bandwidth=bandwidth,
     )

@@ -11,12 +11,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import quantum
+from gwt_kernels.formats.moments import MOMENTS, format_of
 from gwt_kernels.planner.costs import bytes_of
 from gwt_kernels.planner.mesh import FIRST, Division, Mesh, divisions_of, length_of_part, part_of
 from gwt_kernels.planner.plan import Plan
 from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
-from gwt_kernels.state import MOMENTS, SCALES
 
 __all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "plan_sharded"]
 
@@ -134,15 +133,16 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
         n = math.prod(getattr(mesh, axis) for axis, _ in split)
         rows = [dim for _, dim in split if dim == 0]
         even = not split or entry.shape[0] % n == 0
-        if SCALES[0] in state and split:
-            q = quantum(entry.level)
+        stored = format_of(state[MOMENTS[0]].dtype)
+        if stored is not None and stored.scales and split:
+            q = stored.block_size(entry.level)
             if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
                 raise ValueError(
                     f"int8 moments of {entry.name} have a scale per {q} of them, which mesh {mesh} would tear "
                     f"apart: they need equal shards of rows, each of whole scales; use bfloat16 moments, or "
                     f"another mesh"
                 )
-        if len(rows) > 1 and not even and state[MOMENTS[0]].dtype == torch.bfloat16:
+        if len(rows) > 1 and not even and stored is not None and stored.is_random:
             raise ValueError(
                 f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
                 f"where the random bits that bfloat16 moments need have no place: use float32 moments, or another "

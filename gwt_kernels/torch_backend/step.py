@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Rounding, quantum
+from gwt_kernels.formats.moments import MomentFormat, format_of
+from gwt_kernels.hyper import Rounding
 from gwt_kernels.hyper import Rule as RuleName
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
@@ -29,8 +30,8 @@ def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: RuleName, roundin
             continue
         own = _scaled_ahead(own)
         notes = None if own.row is None else Notes(own.row)
-        storage = Storage(level, rounding, own.step, own.key, own.span, notes)
-        _step(_chunks(own, quantum(level)), own, rule_of(rule, level), storage)
+        storage = Storage(level, _stored(own), rounding, own.step, own.key, own.span, notes)
+        _step(_chunks(own, _stored(own).block_size(level)), own, rule_of(rule, level), storage)
         if notes is not None:
             notes.close()
 
@@ -46,11 +47,16 @@ def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
         if own.p.numel() == 0:
             continue
         own = _scaled_ahead(own)
-        storage = Storage(level, "nearest", step=0, key=0)
-        for chunk in _chunks(own, quantum(level)):
+        storage = Storage(level, _stored(own), "nearest", step=0, key=0)
+        for chunk in _chunks(own, _stored(own).block_size(level)):
             m, v = (x.clone() for x in storage.load_moments(chunk, _dtype_of(own)))
             total += _sum_of_squares(direction(rule.moments(chunk.g, m, v, own.hyper, level, None)))
     return sums
+
+
+def _stored(own: Single) -> MomentFormat:
+    """How its moments are stored: to the nearest, where no format has their dtype."""
+    return format_of(own.m.dtype) or MomentFormat(str(own.m.dtype), (own.m.dtype, own.v.dtype))
 
 
 def _dtype_of(own: Single) -> torch.dtype:

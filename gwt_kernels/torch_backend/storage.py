@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Rounding, Span, quantum
-from gwt_kernels.torch_backend.quantized import decode_first, decode_second, encode_first, encode_second
-from gwt_kernels.torch_backend.rounding import (
-    blocks,
-    join_low,
-    random_halves,
-    random_halves_at,
-    random_words,
-    random_words_at,
-    round_at_random,
-    split_low_,
-)
+from gwt_kernels.core.philox import blocks, random_halves, random_halves_at, random_words, random_words_at
+from gwt_kernels.formats.moments import MomentFormat
+from gwt_kernels.formats.split import join_low, split_low_
+from gwt_kernels.formats.stochastic import round_at_random
+from gwt_kernels.hyper import Rounding, Span
 
 __all__ = ["Chunk", "Storage"]
 
@@ -44,6 +37,7 @@ class Storage(NamedTuple):
     """How one parameter's numbers are stored in one step."""
 
     level: int
+    stored: MomentFormat
     rounding: Rounding
     step: int
     key: int
@@ -57,17 +51,15 @@ class Storage(NamedTuple):
         return self.load_weights(chunk, dtype), *self.load_moments(chunk, dtype)
 
     def load_moments(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if chunk.scales is None:
-            return chunk.m.to(dtype), chunk.v.to(dtype)
-        m = decode_first(chunk.m, chunk.scales[0], self.level)
-        return m.to(dtype), decode_second(chunk.v, chunk.scales[1], self.level).to(dtype)
+        m, v = self.stored.decode(chunk.m, chunk.v, chunk.scales or (), self.level)
+        return m.to(dtype), v.to(dtype)
 
     def load_weights(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         return chunk.p.to(dtype) if chunk.low is None else join_low(chunk.p, chunk.low).to(dtype)
 
     def store_moments(self, chunk: Chunk, m: Tensor, v: Tensor) -> None:
         """Moments in bfloat16 and int8 are rounded at random, others to the nearest."""
-        if chunk.m.dtype not in (torch.bfloat16, torch.int8):
+        if not self.stored.is_random:
             _copy(chunk.m, m)
             _copy(chunk.v, v)
             return
@@ -76,14 +68,14 @@ class Storage(NamedTuple):
         for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
-            if chunk.scales is None:
+            if self.stored.encode is None:
                 first[part] = round_at_random(m[part], bits[0], torch.bfloat16)
                 second[part] = round_at_random(v[part], bits[1], torch.bfloat16)
-            else:
-                q = quantum(self.level)
-                quanta = slice(part.start // q, -(-part.stop // q))
-                first[part], chunk.scales[0][quanta] = encode_first(m[part], bits[0], self.level)
-                second[part], chunk.scales[1][quanta] = encode_second(v[part], bits[1], self.level)
+                continue
+            first[part], second[part], *scales = self.stored.encode(m[part], v[part], bits, self.level)
+            q = self.stored.block_size(self.level)
+            for place, values in zip(chunk.scales or (), scales, strict=True):
+                place[part.start // q : -(-part.stop // q)] = values
 
     def store_weights(self, chunk: Chunk, p: Tensor) -> None:
         """``p`` may be overwritten."""

@@ -16,10 +16,13 @@ from torch import Tensor
 from gwt_kernels import GWTAdamW
 from gwt_kernels.compiled_backend import build
 from gwt_kernels.compiled_backend import step as compiled_step
+from gwt_kernels.core import philox
+from gwt_kernels.formats import int8 as quantized
+from gwt_kernels.formats import split as split_
+from gwt_kernels.formats import stochastic
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.hyper import Span, key_of, quantum
 from gwt_kernels.single import Single
-from gwt_kernels.torch_backend import quantized, rounding
 from tests.native import needs_step_in_c
 from tests.poisoned import LAYOUTS
 from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
@@ -96,14 +99,14 @@ def levels_of(shape: tuple[int, ...]) -> list[int]:
 def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
     """To the nearest and at random, of all sizes, infinite and not a number; all of a gradient's dtypes."""
     n = math.prod(shape)
-    bits = rounding.random_halves(0, n, STEP, KEY, CPU).view(shape)
+    bits = philox.random_halves(0, n, STEP, KEY, CPU).view(shape)
     for level in levels_of(shape):
         p = all_kinds(shape, level).to(dtype)
         for g_dtype in (FP32, BF16, FP16):
             wide = State(shape, level, rule, p.float(), g_dtype).step().p
             assert same(State(shape, level, rule, p, g_dtype).step().p, wide.to(dtype))
             got = State(shape, level, rule, p, g_dtype).step(rounding="stochastic").p
-            assert same(got, rounding.round_at_random(wide, bits, dtype))
+            assert same(got, stochastic.round_at_random(wide, bits, dtype))
             if n > 1000:
                 assert not same(got, wide.to(dtype))  # control
 
@@ -139,12 +142,12 @@ def test_any_nan_stays_one(dtype, rounding):
 def test_split_weights_are_the_wide_ones(rule, shape):
     for level in levels_of(shape):
         p = all_kinds(shape, level)
-        wide, split = State(shape, level, rule, p), State(shape, level, rule, rounding.split_low(p)[0])
-        split.low = rounding.split_low(p)[1]
+        wide, split = State(shape, level, rule, p), State(shape, level, rule, split_.split_low(p)[0])
+        split.low = split_.split_low(p)[1]
         for _ in range(2):
             wide.step()
             split.step(rounding="split")
-            assert same(rounding.join_low(split.p, split.low), wide.p)
+            assert same(split_.join_low(split.p, split.low), wide.p)
 
 
 @shapes
@@ -154,12 +157,12 @@ def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
         wide.m, wide.v = narrow.m.float(), narrow.v.float()
-        words = rounding.random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
+        words = philox.random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        assert same(narrow.m, rounding.round_at_random(wide.m, words & 0xFFFF, BF16))
-        assert same(narrow.v, rounding.round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
+        assert same(narrow.m, stochastic.round_at_random(wide.m, words & 0xFFFF, BF16))
+        assert same(narrow.v, stochastic.round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
 
 
 @shapes
@@ -170,7 +173,7 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         n, q = narrow.m.numel(), quantum(level)
-        words = rounding.random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
+        words = philox.random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
         for each in (wide, narrow):
             g = each.g.view(-1)
             for i, x in enumerate((0.0, 1e-45, 1e-20, 1e18, *((math.inf, math.nan) if spoiled else ()))):
@@ -200,7 +203,7 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
 def test_no_bits_carry_the_largest_beyond_its_code():
     """One code more would be a number of the other sign, or a zero."""
     n = 2**18
-    assert (rounding.random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
+    assert (philox.random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
     state = State((n,), 0, "gwt", torch.zeros(n))
     state.g, state.m = torch.ones(n), torch.full((n,), 127, dtype=torch.int8)
     state.v, state.scales = torch.full((n,), 255, dtype=torch.uint8), (torch.ones(n // 128), torch.ones(n // 128))
@@ -247,12 +250,12 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
         for (first, run, pitch), x in ((weights, narrow.p), (coefficients, narrow.m))
         for e in [torch.arange(x.numel())]
     )
-    words = rounding.random_words_at(blocks, STEP, KEY)
+    words = philox.random_words_at(blocks, STEP, KEY)
     assert same(
-        narrow.p, rounding.round_at_random(wide.p, rounding.random_halves_at(elements, STEP, KEY).int(), BF16)
+        narrow.p, stochastic.round_at_random(wide.p, philox.random_halves_at(elements, STEP, KEY).int(), BF16)
     )
-    assert same(narrow.m, rounding.round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
-    assert same(narrow.v, rounding.round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
+    assert same(narrow.m, stochastic.round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
+    assert same(narrow.v, stochastic.round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
 def steps(**options: object) -> list[object]:

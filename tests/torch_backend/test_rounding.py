@@ -8,17 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.philox import MOMENTS, WEIGHTS, philox, random_halves, random_words
+from gwt_kernels.formats.split import join_low, split_low
+from gwt_kernels.formats.stochastic import round_at_random
 from gwt_kernels.hyper import key_of
-from gwt_kernels.torch_backend.rounding import (
-    MOMENTS,
-    WEIGHTS,
-    join_low,
-    philox,
-    random_halves,
-    random_words,
-    round_at_random,
-    split_low,
-)
 from tests import philox as oracle
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gwt_kernels.core import philox as expected
+from gwt_kernels.formats import split, stochastic
 from gwt_kernels.hyper import key_of
-from gwt_kernels.torch_backend import rounding as expected
 from gwt_kernels.triton_backend.rounding import (
     _philox,
     join_low,
@@ -124,7 +125,7 @@ def test_rounding_is_that_of_the_torch_backend(device, dtype):
     for bits in (random, torch.zeros_like(random), torch.full_like(random, 0xFFFF)):
         out = torch.zeros(n, dtype=dtype, device=device)
         run(round_kernel, x.to(device), bits.to(device), out, N=n, DTYPE=TRITON_DTYPES[dtype])
-        got, wanted = out.cpu(), expected.round_at_random(x, bits, dtype)
+        got, wanted = out.cpu(), stochastic.round_at_random(x, bits, dtype)
         assert torch.equal(got.isnan(), wanted.isnan())
         assert int(wanted.isnan().sum()) == 3
         number = ~wanted.isnan()
@@ -140,7 +141,7 @@ def test_halves_of_numbers_are_those_of_the_torch_backend(device):
     weight = torch.zeros(n, dtype=torch.bfloat16, device=device)
     low, joined = (torch.zeros(n, dtype=d, device=device) for d in (torch.int16, torch.float32))
     run(split_kernel, x.to(device), weight, low, joined, N=n)
-    wanted, wanted_low = expected.split_low(x)
+    wanted, wanted_low = split.split_low(x)
     assert torch.equal(weight.cpu().view(torch.int16), wanted.view(torch.int16))
     assert torch.equal(low.cpu(), wanted_low)
     assert torch.equal(joined.cpu()[:-2].view(torch.int32), x[:-2].view(torch.int32))

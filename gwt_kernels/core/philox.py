@@ -1,14 +1,13 @@
-"""Random bits by Philox, and float32 values in 16 bits: rounded at random, or with the other bits beside them.
+"""Random bits by Philox, which depend on a seed, the parameter, the step and the element's index alone.
 
-Philox4x32-7 (Salmon et al., SC 2011) is counter-based: the bits of an element depend on seed, step and the
-element's index alone. The counter is (index of the call, 64 bits; step; purpose), the key what
-:func:`gwt_kernels.hyper.key_of` makes of seed and parameter. A call gives four words of 32 bits: one per moment
-coefficient, of which the lower half serves ``exp_avg`` and the upper half ``exp_avg_sq``; or a half per weight.
+Philox4x32-7 (Salmon et al., SC 2011) is counter-based. The counter is (index of the call: 64 bits; step; purpose).
+The key is what :func:`gwt_kernels.hyper.key_of` makes of seed and parameter. A call gives four words of 32 bits:
+one per moment coefficient, of which the lower half serves ``exp_avg`` and the upper half ``exp_avg_sq``; or a half per
+weight.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,15 +18,11 @@ __all__ = [
     "MOMENTS",
     "WEIGHTS",
     "blocks",
-    "join_low",
     "philox",
     "random_halves",
     "random_halves_at",
     "random_words",
     "random_words_at",
-    "round_at_random",
-    "split_low",
-    "split_low_",
 ]
 
 WEIGHTS, MOMENTS = 0, 1  # purposes
@@ -36,9 +31,6 @@ CALLS = 1 << 16  # at once by a thread: their words stay in its caches, and oper
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-
-_LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def philox(calls: Tensor, step: int, purpose: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,53 +109,3 @@ def _at(index: Tensor, per_call: int, step: int, purpose: int, key: int) -> Tens
     """The word that holds the bits of each index, from a call for each of them."""
     words = torch.stack(philox(index // per_call, step, purpose, key))
     return words.gather(0, (index % per_call * 4 // per_call).unsqueeze(0)).squeeze(0)
-
-
-def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
-
-    Args:
-        x: float32.
-        bits: 16 random bits for each element, int32 of ``x``'s shape.
-        dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
-    """
-    if dtype == torch.bfloat16:
-        raw = _one_nan(x).view(torch.int32)
-        below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
-        raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
-        return raw.to(torch.int16).view(torch.bfloat16)
-    # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
-    size = x.abs()
-    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else
-    size.clamp_(max=65504.0)
-    exponent = size.view(torch.int32).bitwise_right_shift(23).clamp_(min=113)
-    per_unit = exponent.neg_().add_(264).bitwise_left_shift_(23).view(torch.float32)
-    size.mul_(per_unit)
-    whole = size.floor()
-    up = bits.to(torch.float32).lt_(size.sub_(whole).mul_(65536.0))
-    return whole.add_(up).div_(per_unit).maximum(infinite).copysign_(x).to(torch.float16)
-
-
-def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
-    weight, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.int16)
-    split_low_(x.clone(), weight, low)
-    return weight, low
-
-
-def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
-    """Store in ``weight`` and ``low`` what :func:`split_low` returns; ``x`` is overwritten."""
-    raw = x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
-    low.copy_(raw)
-    # The lower 16 bits as a signed number are negative just where the upper ones are rounded up.
-    weight.view(torch.int16).copy_(raw.add_(0x8000).bitwise_right_shift_(16))
-
-
-def _one_nan(x: Tensor) -> Tensor:
-    """A copy with the NaN of bits ``0x7FC00000`` for every NaN, so that half of the bits are one too."""
-    return torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf)
-
-
-def join_low(weight: Tensor, low: Tensor) -> Tensor:
-    """The float32 that :func:`split_low` made two tensors of."""
-    return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)

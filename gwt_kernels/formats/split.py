@@ -1,0 +1,30 @@
+"""Float32 master weights in two tensors: bfloat16 weights, and 16 error-correction bits beside each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["join_low", "split_low", "split_low_"]
+
+
+def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
+    weight, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.int16)
+    split_low_(x.clone(), weight, low)
+    return weight, low
+
+
+def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
+    """Store in ``weight`` and ``low`` what :func:`split_low` returns; ``x`` is overwritten."""
+    raw = x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
+    low.copy_(raw)
+    # The lower 16 bits as a signed number are negative just where the upper ones are rounded up.
+    weight.view(torch.int16).copy_(raw.add_(0x8000).bitwise_right_shift_(16))
+
+
+def join_low(weight: Tensor, low: Tensor) -> Tensor:
+    """The float32 that :func:`split_low` made two tensors of."""
+    return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)

@@ -1,0 +1,43 @@
+"""Stochastic rounding of float32 to 16 bits: up or down at random, so that the expectation is the exact number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["round_at_random"]
+
+_LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
+
+    Args:
+        x: float32.
+        bits: 16 random bits for each element, int32 of ``x``'s shape.
+        dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
+    """
+    if dtype == torch.bfloat16:
+        raw = _one_nan(x).view(torch.int32)
+        below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
+        raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
+        return raw.to(torch.int16).view(torch.bfloat16)
+    # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
+    size = x.abs()
+    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else
+    size.clamp_(max=65504.0)
+    exponent = size.view(torch.int32).bitwise_right_shift(23).clamp_(min=113)
+    per_unit = exponent.neg_().add_(264).bitwise_left_shift_(23).view(torch.float32)
+    size.mul_(per_unit)
+    whole = size.floor()
+    up = bits.to(torch.float32).lt_(size.sub_(whole).mul_(65536.0))
+    return whole.add_(up).div_(per_unit).maximum(infinite).copysign_(x).to(torch.float16)
+
+
+def _one_nan(x: Tensor) -> Tensor:
+    """A copy with the NaN of bits ``0x7FC00000`` for every NaN, so that half of the bits are one too."""
+    return torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf)
