@@ -19,6 +19,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from tests.ptx.checks import GLOBAL, Access, check_races
+from tests.ptx.counts import ExecutionCounter
 from tests.ptx.machine import Launch, Machine
 from tests.ptx.memory import HostMemory
 from tests.ptx.program import Program
@@ -55,12 +56,14 @@ class Options:
         disturb: A seed for errors of approximate instructions within what is documented, the same whenever one is
             given the same; None for none.
         backwards: Whether the last programs run first, since nothing says in which order a GPU runs them.
+        counter: Counts what is executed; None counts nothing, and costs nothing.
     """
 
     threads: int = 1 << 13
     races: bool = True
     disturb: int | None = None
     backwards: bool = False
+    counter: ExecutionCounter | None = None
 
 
 @dataclass
@@ -195,10 +198,11 @@ class Driver(DriverBase):
         together = max(1, self.options.threads // program.threads)
         parts = [(first, min(together, grid[0] - first)) for first in range(0, grid[0], together)]
         log: list[Access] = []
+        make = Machine if self.options.counter is None else self.options.counter.machine
         for first, count in reversed(parts) if self.options.backwards else parts:
-            machine = Machine(launch, first, count)
+            machine = make(launch, first, count)
             machine.run()
-            log += machine.log[GLOBAL]
+            log += machine.log[GLOBAL] if self.options.races else []
         if self.options.races:
             check_races(program, log, GLOBAL, self.memory.tensors.nearest)
 
