@@ -59,7 +59,11 @@ def count(variant: Variant, width: int) -> dict[str, Any]:
         launch_variant(variant, arrays, width)
     tally = counter.of(variant.kernel)
     elements = sum(rows * n for rows, n in shapes)
-    return {**variant._asdict(), "width": width, **_numbers(tally, elements, bytes_that_move(variant, arrays, width))}
+    return {
+        **variant._asdict(),
+        "width": width,
+        **_numbers(tally, elements, bytes_that_move(variant, arrays, width)),
+    }
 
 
 def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
@@ -119,7 +123,18 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
     options = ("kernel", "weights", "moments", "path", "width", "limited", "rule", "rounding", "level")
     for head in options:
         result.add_column(head)
-    for head in (*CLASSES, "all", "slots", "bytes", "requested", "distinct", "look-ups", "waits", "issue", "memory"):
+    for head in (
+        *CLASSES,
+        "all",
+        "slots",
+        "bytes",
+        "requested",
+        "distinct",
+        "look-ups",
+        "waits",
+        "issue",
+        "memory",
+    ):
         result.add_column(head, justify="right")
     for row in rows:
         look_ups = row["sectors"].get(f"{LOOK_UPS} load", 0.0)

@@ -55,7 +55,10 @@ def arrays_of(variant: Variant, shapes: Sequence[tuple[int, int]], device: torch
     level = 2 if variant.level is None else variant.level
     moments = MOMENTS[variant.moments or "fp32"]
     coded = moments == torch.int8
-    arrays: Arrays = {"p": [normal(shape, data) for shape in shapes], "g": [normal(shape, data) for shape in shapes]}
+    arrays: Arrays = {
+        "p": [normal(shape, data) for shape in shapes],
+        "g": [normal(shape, data) for shape in shapes],
+    }
     bands = [(rows, -(-width // 2**level)) for rows, width in shapes]
     if coded:
         arrays["m"] = [integers(shape, torch.int8) for shape in bands]

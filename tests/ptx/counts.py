@@ -84,7 +84,7 @@ class Tally:
     """What one kernel has executed.
 
     Attributes:
-        threads: By instruction, threads that took part: those whose guard held.
+        threads: By instruction, threads that took part: those whose guard held, and all that reach a jump.
         issued: By instruction, warps of which any thread was there, whether its guard held or not: each takes an
             issue slot, whatever number of its lanes takes part.
         traffic: By array, and by ``"load"`` or ``"store"``.
@@ -209,8 +209,7 @@ class _CountingMachine(Machine):
 
     def _next(self, block: Block, at: int, mask: Mask) -> tuple[int, Mask]:
         if block.jump is not None and at < len(self.program.blocks) - 1:  # behind the end is no instruction
-            active = mask if block.guard is None else self._guarded(block, mask)
-            self._count(block.instruction, active, mask)
+            self._count(block.instruction, mask, mask)  # all that reach a jump decide on it
             if block.guard is not None:
                 there = self._some(mask)
                 self._jumps = np.where(there, np.maximum(self._jumps, self._at(block.guard)), self._jumps)
@@ -281,5 +280,3 @@ class _CountingMachine(Machine):
             else:
                 before = self._at(register)
                 self._depths[register] = np.where(every, depth, np.where(some, np.maximum(before, depth), before))
-
-
