@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from bench.bounds import ARITHMETIC, LANES, demand, shares
 from bench.launches import DWT, IDWT, NORM, STEP, Arrays, arrays_of, launch_variant
+from bench.machine_code import body_instructions
 from bench.variants import Variant
 from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
 from tests.ptx.driver import CHIPS, Driver, Options
-from tests.ptx.types import WARP
 
 __all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "table", "widths"]
 
@@ -27,10 +28,6 @@ EVEN_WIDTH = 1000
 """Of which blocks of 16 and more do not come out."""
 ROWS = {ODD_WIDTH: 5, EVEN_WIDTH: 16}
 """So many that tiles across rows are full but for one in a hundred; of an odd number of elements where all are."""
-
-MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.7e9
-BANDWIDTH = 3.0e12
-"""Of an H100: instructions of a warp that it issues in a second, and bytes that its memory moves."""
 
 
 def widths(variant: Variant) -> list[int]:
@@ -55,15 +52,12 @@ def count(variant: Variant, width: int) -> dict[str, Any]:
     # A transform looks nothing up, so what is in no array that was made here is what it makes.
     others = LOOK_UPS if variant.kernel in (STEP, NORM) else "result"
     counter = ExecutionCounter(arrays, awaited, others)
-    with Driver(variant.target, Options(races=False, counter=counter)):
+    with Driver(variant.target, Options(races=False, counter=counter, machine_code=True)) as driver:
         launch_variant(variant, arrays, width)
     tally = counter.of(variant.kernel)
-    elements = sum(rows * n for rows, n in shapes)
-    return {
-        **variant._asdict(),
-        "width": width,
-        **_numbers(tally, elements, bytes_that_move(variant, arrays, width)),
-    }
+    machine = body_instructions(driver.counts.machine_code[tally.program])
+    elements, moved = sum(rows * n for rows, n in shapes), bytes_that_move(variant, arrays, width)
+    return {**variant._asdict(), "width": width, **_numbers(tally, machine, elements, moved)}
 
 
 def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
@@ -85,36 +79,38 @@ def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
     return size["x"] + coefficients
 
 
-def _numbers(tally: Tally, elements: int, moved: int) -> dict[str, Any]:
+def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str, Any]:
+    """What a tally says of each element; ``machine`` is the number of instructions of the machine code."""
     instructions = tally.by_class(tally.threads)
-    slots = WARP * int(tally.issued.sum()) / elements
-    # For each element, in seconds: what the schedulers take to issue, and what the memory takes to move.
-    issuing = slots / (MULTIPROCESSORS * SCHEDULERS * WARP * CLOCK)
-    moving = moved / elements / BANDWIDTH
-    traffic = {f"{name} {kind}": own for (name, kind), own in tally.traffic.items()}
+    slots, size = LANES * int(tally.issued.sum()) / elements, moved / elements
+    text = len(tally.program.kernel.instructions)
     return {
         "elements": elements,
         "programs": tally.programs,
         "instructions": {name: n / elements for name, n in instructions.items()},
         "executed": sum(instructions.values()) / elements,
         "slots": slots,
+        "machine_ratio": machine / text,
         "dominant": {name: n / elements for name, n in tally.by_opcode().most_common(12)},
-        "bytes": moved / elements,
-        "sectors": {name: SECTOR * own.sectors / elements for name, own in traffic.items()},
+        "bytes": size,
+        "sectors": {
+            f"{name} {kind}": SECTOR * own.sectors / elements for (name, kind), own in tally.traffic.items()
+        },
         "requested": SECTOR * tally.sectors() / moved,
         "distinct": SECTOR * tally.sectors(distinct=True) / moved,
         "dependent_loads": max(tally.waits, default=None),
-        "issue_share": min(1.0, issuing / moving),
-        "bandwidth_share": min(1.0, moving / issuing),
-        "bound": "issue slots" if issuing > moving else "bandwidth",
+        **{f"{name}_share": share for name, share in shares(slots, size)._asdict().items()},
+        "machine_demand": demand(slots * machine / text, size),
     }
 
 
-ABOUT = """\
-by class: executed PTX instructions of a thread over elements; slots: 32 x instructions that warps issue, over elements
-bytes: what must move of an element; requested: 32-byte sectors of each warp's instruction over that; distinct: of each
-program; look-ups: those of tables and single numbers, bytes an element; waits: dependent loads before the first of a
-gradient; issue, memory: shares of an H100's issue slots and of its bandwidth, if one of both is used to the full"""
+ABOUT = f"""\
+by class: executed PTX instructions of threads, an element; slots: 32 x instructions that warps issue, an element
+bytes: that must move, of an element; req.: 32-byte sectors of each warp's instruction over these; dist.: those of
+each program; look: bytes of tables and single numbers, an element; waits: loads that the first gradient's waits for
+issue, memory: shares of issue slots and of bandwidth where one of both is used to the full; machine: time to issue
+over time to move if executed machine code has to PTX the proportion that it has in the text
+{ARITHMETIC}"""
 
 
 def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
@@ -122,19 +118,10 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
     result = Table(title=f"{target}: counts and a bound, no measurement", title_justify="left")
     options = ("kernel", "weights", "moments", "path", "width", "limited", "rule", "rounding", "level")
     for head in options:
-        result.add_column(head)
-    for head in (
-        *CLASSES,
-        "all",
-        "slots",
-        "bytes",
-        "requested",
-        "distinct",
-        "look-ups",
-        "waits",
-        "issue",
-        "memory",
-    ):
+        result.add_column(HEADS.get(head, head))
+    for head in (*CLASSES, "all", "slots", "bytes", "requested", "distinct", "look-ups", "waits"):
+        result.add_column(HEADS.get(head, head), justify="right")
+    for head in ("issue", "memory", "machine"):
         result.add_column(head, justify="right")
     for row in rows:
         look_ups = row["sectors"].get(f"{LOOK_UPS} load", 0.0)
@@ -144,6 +131,12 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
             *(f"{row[k]:.1f}" for k in ("executed", "slots", "bytes")),
             *(f"{x:.2f}" for x in (row["requested"], row["distinct"], look_ups)),
             "" if row["dependent_loads"] is None else str(row["dependent_loads"]),
-            *(f"{row[k]:.0%}" for k in ("issue_share", "bandwidth_share")),
+            *(f"{row[k]:.0%}" for k in ("issue_share", "bandwidth_share", "machine_demand")),
         )
     return result
+
+
+HEADS = {
+    "weights": "p, g", "moments": "m, v", "memory": "mem", "integer": "int", "conversion": "cvt", "special": "spec",
+    "shuffle": "shfl", "requested": "req.", "distinct": "dist.", "look-ups": "look", "width": "row",
+}  # fmt: skip

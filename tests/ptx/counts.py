@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ LOOK_UPS = "look-ups"
 """The name of accesses outside of all arrays that a counter is given: tables, and numbers of tensors."""
 
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
-_ARITHMETIC = frozenset(
-    "add sub mul mad fma min max neg abs copysign and or xor not shl shr shf bfe bfi lop3 popc clz prmt".split()
+_ARITHMETIC = re.compile(
+    "add|sub|mul|mad|fma|min|max|neg|abs|copysign|and|or|xor|not|shl|shr|shf|bfe|bfi|lop3|popc|clz|prmt"
 )
 _CLASS = {
     **dict.fromkeys(("ld", "st", "ldmatrix", "stmatrix"), "memory"),
@@ -49,7 +50,7 @@ def class_of(opcode: str) -> str:
     name, *modifiers = opcode.split(".")
     if modifiers[:1] == ["param"] or modifiers[-1:] == ["pred"]:
         return "other"
-    if name in _ARITHMETIC:
+    if _ARITHMETIC.fullmatch(name):
         return "float" if modifiers[-1] in _FLOATS else "integer"
     if name not in _CLASS:
         raise PtxError(f"{opcode} is of no class that is known")
@@ -242,14 +243,20 @@ class _CountingMachine(Machine):
             return
         own = np.broadcast_to(address, np.broadcast_shapes(address.shape, taken.shape))
         name = self._counter.name_of(int(own[np.broadcast_to(taken, own.shape)][0]))
-        # Accesses are aligned to their sizes, so each lies in one sector.
-        sectors = np.sort(np.where(self._warps_of(taken), self._warps_of(address // SECTOR), -1), axis=2)
-        new = np.diff(sectors, axis=2, prepend=-1) != 0
+        seen = self._seen.setdefault((name, kind), [])
         traffic = self._tally.traffic.setdefault((name, kind), Traffic())
         traffic.bytes += size * int(self._threads_in(mask))
-        traffic.sectors += int(np.count_nonzero(new))
-        program = np.broadcast_to(np.arange(self.programs)[:, None, None], new.shape)[new]
-        self._seen.setdefault((name, kind), []).append(np.unique(sectors[new] * self.programs + program))
+        # Accesses are aligned to their sizes, so each lies in one sector.
+        sectors, program = own // SECTOR, np.arange(self.programs)[:, None]
+        if own.shape[1] == 1:  # a program's threads all in one place
+            taken, sectors = (np.broadcast_to(x, (self.programs, 1)) for x in (taken, sectors))
+            traffic.sectors += self.warps * int(np.count_nonzero(taken))
+            seen.append((sectors * self.programs + program)[taken])
+        else:
+            sectors = np.sort(np.where(self._warps_of(taken), self._warps_of(sectors), -1), axis=2)
+            new = np.diff(sectors, axis=2, prepend=-1) != 0
+            traffic.sectors += int(np.count_nonzero(new))
+            seen.append((sectors * self.programs + program[:, :, None])[new])
         if kind == "load" and name == self._counter.awaited:
             self._arrived = np.where((self._arrived < 0) & self._some(mask), self._depth, self._arrived)
 

@@ -57,6 +57,7 @@ class Options:
             given the same; None for none.
         backwards: Whether the last programs run first, since nothing says in which order a GPU runs them.
         counter: Counts what is executed; None counts nothing, and costs nothing.
+        machine_code: Whether kernels are compiled to the end, into what a GPU would run and nothing here does.
     """
 
     threads: int = 1 << 13
@@ -64,15 +65,17 @@ class Options:
     disturb: int | None = None
     backwards: bool = False
     counter: ExecutionCounter | None = None
+    machine_code: bool = False
 
 
 @dataclass
 class Counts:
-    """What has been run: launches by kernel, kernels whose products may be contracted, and programs."""
+    """What has been run: launches by kernel, kernels whose products may be contracted, programs, machine code."""
 
     launches: dict[str, int] = field(default_factory=dict)
     contracted: set[str] = field(default_factory=set)
     programs: list[Program] = field(default_factory=list)
+    machine_code: dict[Program, bytes] = field(default_factory=dict)
 
 
 class Driver(DriverBase):
@@ -99,7 +102,9 @@ class Driver(DriverBase):
         self._before, self._threshold = driver._active, gc.get_threshold()
         gc.set_threshold(self._threshold[0], 10_000, 10_000)  # see LiveTensors
         knobs.runtime.kernel_load_start_hook.add(self._begin_load)
-        self._stages, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, _stages
+        self._stages = knobs.runtime.add_stages_inspection_hook
+        if not self.options.machine_code:
+            knobs.runtime.add_stages_inspection_hook = _stages
         driver.set_active(self)
         return self
 
@@ -149,6 +154,8 @@ class Driver(DriverBase):
         if digest not in self._programs:
             self._programs[digest] = Program(path.read_text())
             self.counts.programs.append(self._programs[digest])
+            if self.options.machine_code:
+                self.counts.machine_code[self._programs[digest]] = binary
         return self, self._programs[digest], 0, 0, 1024
 
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:

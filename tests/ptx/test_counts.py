@@ -128,7 +128,7 @@ $end:
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_loops_count_as_often_as_they_run(at_once: int) -> None:
-    """Thread t of 64 goes round t + 1 times; its warp as often as its last thread. What nothing reaches counts 0."""
+    """Thread t of 64 goes round t + 1 times, and its warp as often as its last thread."""
     tally = count(LOOP, [], {}, threads=64, grid=3, at_once=at_once)
     rounds = 3 * sum(range(1, 65))
     assert tally.threads.tolist() == [192, 192, rounds, rounds, rounds, 192, 0, 192]
