@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from bench import records
 from bench.launches import DTYPES, DWT, IDWT, KERNELS, MOMENTS, NORM, STEP
 from bench.machine_code import LIMITS, Accesses, find_tools, read
-from bench.measure import facts
+from bench.variant_runs import (
+    NOTHING,
+    VariantError,
+    measure_all,
+    record,
+    refuse,
+    report_failures,
+    report_violations,
+    wide_console,
+)
 from bench.variants import PATHS, TARGETS, Variant, compile_variant, variants
 
 # Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
@@ -33,12 +37,6 @@ LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
 STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
 GATED = ("sm_80", "sm_90", "sm_100")
 WIDE = "128"
-NOTHING = "no kernel has such a variant: level 0 has neither a limiter nor a transform kernel"
-WIDTH = 220  # columns of the table where no terminal sets them
-
-
-class VariantError(Exception):
-    """A variant does not compile, or cannot be executed; names it, and says why."""
 
 
 def gated(row: dict[str, Any]) -> bool:
@@ -140,24 +138,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return _refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
+        return refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
     if options.executed:
-        return _execute(options, arguments)
+        from bench.executed_command import execute  # needs tests/, which the rest does not
+
+        return execute(options, arguments)
+    if options.gate:
+        return refuse("--gate chooses among executed variants: add --executed")
     chosen = list(
         variants(options.target, options.kernel, options.weights, options.moments, options.levels, options.path)
     )
     if not chosen:
-        return _refuse(NOTHING)
+        return refuse(NOTHING)
     overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
     overrides |= {name: True for name in ("SKIPPABLE", "LOOKS") if getattr(options, name.lower())}
     try:
         if any(TARGETS[v.target].backend == "cuda" for v in chosen):
             find_tools()
     except RuntimeError as error:
-        return _refuse(str(error))
-    rows, failures = _measure_all([functools.partial(measure, v, overrides) for v in chosen], options.jobs)
+        return refuse(str(error))
+    rows, failures = measure_all([functools.partial(measure, v, overrides) for v in chosen], options.jobs)
 
-    console = _console()
+    console = wide_console()
     for target in options.target:
         if of_target := [row for row in rows if row["target"] == target]:
             console.print(table(target, of_target))
@@ -167,106 +169,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for row in rows:
         row["violations"] = violations(row) if row["kernel"] in LOADED else None
-    _record(rows, "codegen", arguments, options.record, console)
-    _report_failures(failures, console)
+    record(rows, "codegen", arguments, options.record, console)
+    report_failures(failures, console)
     return max(_report_gate(rows, console), int(bool(failures)))
-
-
-def _execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Execute the variants asked for, and show what they execute; 1 where one faults, 2 where none can be."""
-    from bench import executed  # needs tests/, which the rest of the command does not
-
-    if given := [name for name in ("align", "skippable", "looks") if getattr(options, name)]:
-        return _refuse(f"--executed runs launches as they are: leave out --{' --'.join(given)}")
-    if unknown := [name for name in options.target if name not in executed.CHIPS]:
-        return _refuse(f"--executed knows {', '.join(executed.CHIPS)}, not {', '.join(unknown)}")
-    if unknown := [name for name in options.kernel if name not in executed.COUNTED]:
-        return _refuse(
-            f"--executed counts by element, and {', '.join(unknown)} passes over none: "
-            f"give {', '.join(executed.COUNTED)}"
-        )
-    chosen = variants(
-        options.target, options.kernel, options.weights, options.moments, options.levels, options.path
-    )
-    work = [functools.partial(_count, v, width) for v in chosen for width in executed.widths(v)]
-    if not work:
-        return _refuse(NOTHING)
-    rows, failures = _measure_all(work, options.jobs)
-    console = _console()
-    for target in options.target:
-        if of_target := [row for row in rows if row["target"] == target]:
-            console.print(executed.table(target, of_target))
-    console.print(executed.ABOUT, highlight=False)
-    _record(rows, "executed", arguments, options.record, console)
-    _report_failures(failures, console)
-    return int(bool(failures))
-
-
-def _count(variant: Variant, width: int) -> dict[str, Any]:
-    from bench import executed
-
-    try:
-        return executed.count(variant, width)
-    except Exception as error:  # a compiler raises anything
-        raise VariantError(f"cannot be executed: {variant}, rows of {width}\n  {error}") from error
-
-
-def _record(
-    rows: list[dict[str, Any]], benchmark: str, arguments: Sequence[str], folder: Path | None, console: Console
-) -> None:
-    """Say in each row where it comes from, and write all to a record where a folder is given."""
-    origin = facts(torch.device("cpu"), "bench.codegen", arguments)
-    for row in rows:
-        row |= origin
-    if folder and rows:
-        # The machine code is of the compiler's making, wherever it ran, so that is what the file is named by.
-        path = records.new_path(benchmark, origin | {"device": f"triton {triton.__version__}"}, folder)
-        records.append(path, benchmark, rows)
-        console.print(f"raw measurements: {path.name}", highlight=False)
-
-
-def _report_failures(failures: Iterable[VariantError], console: Console) -> None:
-    for failure in failures:
-        console.print(str(failure), style="red", markup=False, highlight=False)
-
-
-def _console() -> Console:
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=WIDTH)
-
-
-def _measure_all(
-    work: list[Callable[[], dict[str, Any]]], jobs: int
-) -> tuple[list[dict[str, Any]], list[VariantError]]:
-    """Return the rows of all variants that do not fail, in order, and why the others do."""
-    rows, failures = [], []
-    # Forked workers, for they need no second import of torch; nothing here has started a thread.
-    pool = ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("fork"))
-    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
-        futures = [pool.submit(each) for each in work]
-        try:
-            for future in progress.track(futures, description=f"triton {triton.__version__}"):
-                try:
-                    rows.append(future.result())
-                except VariantError as error:
-                    failures.append(error)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return rows, failures
 
 
 def _report_gate(rows: list[dict[str, Any]], console: Console) -> int:
     promised = [row for row in rows if gated(row)]
-    broken = [row for row in promised if row["violations"]]
-    for row in broken:
-        name = Variant(*(row[field] for field in Variant._fields))
-        console.print(f"[bold red]violated[/] {name}\n  " + "\n  ".join(row["violations"]), highlight=False)
+    broken = report_violations(promised, lambda row: row["violations"], console)
     if not promised:
         console.print("gate: none of these variants is promised anything")
     elif not broken:
         console.print(f"gate: passed by all {len(promised)} variants of the flat path on {', '.join(GATED)}")
-    return 1 if broken else 0
+    return broken
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -276,6 +191,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     text = "execute variants and count, instead of reading their machine code"
     parser.add_argument("--executed", action="store_true", help=text)
     executed = parser.parse_known_args(arguments)[0].executed
+    text = "with --executed: those variants alone whose counts are limited"
+    parser.add_argument("--gate", action="store_true", help=text)
     usual = {"moments": ["fp32", "bf16", "int8"]}
     if executed:
         usual |= {"target": ["sm_90"], "kernel": [STEP, NORM, DWT, IDWT], "weights": ["bf16", "fp32"]}
@@ -319,11 +236,6 @@ def _widths(counts: Iterable[dict[str, int]]) -> str:
         for bits, n in widths.items():
             total[int(bits)] = total.get(int(bits), 0) + n
     return " ".join(f"{n}x{bits}" for bits, n in sorted(total.items()))
-
-
-def _refuse(message: str) -> int:
-    print(f"bench.codegen: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
