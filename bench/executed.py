@@ -15,7 +15,7 @@ from bench.variants import Variant
 from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
 from tests.ptx.driver import CHIPS, Driver, Options
 
-__all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "table", "widths"]
+__all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of", "table", "widths"]
 
 COUNTED = (STEP, NORM, DWT, IDWT)
 """Kernels that pass over tensors; the others take one number of a tile."""
@@ -37,16 +37,21 @@ def widths(variant: Variant) -> list[int]:
     return [ODD_WIDTH] + [EVEN_WIDTH] * (EVEN_WIDTH % 2 ** (variant.level or 0) > 0)
 
 
+def shapes_of(variant: Variant, width: int) -> list[tuple[int, int]]:
+    """Shapes of the tensors of one launch: a bucket, or the one tensor of a transform."""
+    rows = FLAT_SHAPE[0] if variant.path == "flat" else ROWS[width]
+    if variant.kernel in (STEP, NORM):
+        return [(rows, width)] * TENSORS
+    return [(16 * rows + (variant.path == "row"), width)]
+
+
 def count(variant: Variant, width: int) -> dict[str, Any]:
     """Run a variant on full tiles of rows of a width, and return its row.
 
     Raises:
         Fault: the kernel does what a GPU would stop at, or leave undefined.
     """
-    shape = FLAT_SHAPE if variant.path == "flat" else (ROWS[width], width)
-    shapes = [shape] * (TENSORS if variant.kernel in (STEP, NORM) else 1)
-    if len(shapes) == 1:  # one tensor a launch: as much in all
-        shapes = [(shape[0] * 8 + (variant.path == "row"), width)]
+    shapes = shapes_of(variant, width)
     arrays = arrays_of(variant, shapes, torch.device("cpu"))
     awaited = {DWT: "x", IDWT: "coefficients"}.get(variant.kernel, "g")
     # A transform looks nothing up, so what is in no array that was made here is what it makes.
@@ -74,7 +79,9 @@ def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
     level = variant.level or 0
     bands = [level, *range(level, 0, -1)]
     if variant.kernel == IDWT:
-        return size["coefficients"] + sum(x.shape[0] * width * x.element_size() for x in arrays["coefficients"][:1])
+        return size["coefficients"] + sum(
+            x.shape[0] * width * x.element_size() for x in arrays["coefficients"][:: 1 + level]
+        )
     coefficients = sum(x.shape[0] * -(-width // 2**band) * x.element_size() for x in arrays["x"] for band in bands)
     return size["x"] + coefficients
 

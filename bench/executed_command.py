@@ -37,9 +37,9 @@ def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not options.gate:
         asked = options.target, options.kernel, options.weights, options.moments, options.levels, options.path
         chosen = list(dict.fromkeys([*variants(*asked), *chosen]))
-    work = [functools.partial(_count, v, width) for v in chosen for width in executed.widths(v)]
+    work = [functools.partial(count, v, width) for v in chosen for width in executed.widths(v)]
     if not work:
-        return refuse(NOTHING)
+        return refuse("none of these variants is limited" if options.gate else NOTHING)
     rows, failures = measure_all(work, options.jobs)
     console = wide_console()
     for target in options.target:
@@ -64,7 +64,12 @@ def _asked_for(variant: Variant, options: argparse.Namespace) -> bool:
     )
 
 
-def _count(variant: Variant, width: int) -> dict[str, Any]:
+def count(variant: Variant, width: int) -> dict[str, Any]:
+    """Return the row of a variant.
+
+    Raises:
+        VariantError: it does not compile, or faults.
+    """
     try:
         return executed.count(variant, width)
     except Exception as error:  # a compiler raises anything

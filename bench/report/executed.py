@@ -1,4 +1,4 @@
-"""The tables of what each kernel executes, requests and waits for, and whether issue slots or bandwidth bound it."""
+"""The tables of what each kernel executes, requests and waits for, and of what bounds it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from bench.report.rows import Row, Run
 CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
 
 ABOUT = f"""\
-**Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX is executed on a
-CPU and counted, over 64 tensors (transforms: one), so that the search for a tile's tensor is a real one: 4 rows of 4,096
-on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
+**Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX is executed
+on a CPU and counted, over 64 tensors (transforms: one), so that the search for a tile's tensor is a real one: 4
+rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
 
-- *instructions*: executed PTX instructions for each element, over all threads. The classes add up to it; *special* is
-  divisions, roots and reciprocals, *other* is control: comparisons, selections, moves, parameters, barriers and jumps.
-- *slots*: {LANES} for each instruction that a warp issues, whatever number of its lanes takes part, for each element.
-- *sectors*: the sectors of 32 bytes that the instructions of warps request of weights, gradients, moments, scales and low
-  halves, over the bytes that must move of them (1.00 is ideal); *apart*: those that a program requests, each once.
+- *instructions*: PTX instructions that threads execute, over elements. The classes add up to it; *special* is
+  divisions, roots and reciprocals, *other* is comparisons, selections, moves, parameters, barriers and jumps.
+- *slots*: {LANES} for each instruction that a warp issues, whatever number of its lanes takes part, over elements.
+- *sectors*: the sectors of 32 bytes that instructions of warps request of weights, gradients, moments, scales and
+  low halves, over the bytes that must move of them (1.00 is ideal); *apart*: those of a program, each once.
 - *waits*: the longest chain of dependent loads that the first load of a gradient waits for.
 - *issue*, *bandwidth*: an H100 issues {MULTIPROCESSORS} × {SCHEDULERS} × {LANES} lanes' instructions a cycle at
-  {CLOCK / 1e9:.1f} GHz, and its memory was measured to move {BANDWIDTH / 1e12:.1f} TB/s. The time to issue the slots, and
-  the time to move the bytes: the longer one bounds the kernel, and its share is 100 %; the other's is what it needs of it.
-- *machine code*: the time to issue over the time to move, if the machine code executes as many more instructions than PTX
-  as there are in its text, without the subroutines of rare numbers. A division is one instruction of PTX and some ten of
-  the machine's. *bound* is `bandwidth` where this too is below 100 %, `issue slots` where PTX's count alone suffices, and
-  `either` between the two."""
+  {CLOCK / 1e9:.1f} GHz, and its memory was measured to move {BANDWIDTH / 1e12:.1f} TB/s. Of the time to issue the
+  slots and the time to move the bytes the longer one bounds the kernel: its share is 100 %, and the other's is what
+  is needed of it.
+- *machine code*: the time to issue over the time to move, if the machine code executes as many more instructions
+  than PTX as there are in its text, without the subroutines of rare numbers: a division is one instruction of PTX
+  and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `issue slots` where PTX's
+  count alone suffices, and `either` between the two."""
 
 
 def section(runs: Sequence[Run]) -> list[str]:
@@ -40,7 +41,17 @@ def section(runs: Sequence[Run]) -> list[str]:
     for target in dict.fromkeys(row["target"] for row in run.rows):
         rows = [row for row in run.rows if row["target"] == target]
         what = ["kernel", "dtypes", "path", "level"]
-        headings = [*what, "instructions", "bytes", "sectors", "apart", "waits", "issue", "bandwidth", "machine code"]
+        headings = [
+            *what,
+            "instructions",
+            "bytes",
+            "sectors",
+            "apart",
+            "waits",
+            "issue",
+            "bandwidth",
+            "machine code",
+        ]
         parts.append(f"### On {target}")
         parts.append(table([*headings, "bound"], [[*_what(row), *_bound(row)] for row in rows], left=4))
         headings = [*what, *CLASSES, "instructions", "slots", "look-ups, bytes"]

@@ -38,8 +38,8 @@ run, with commit, device, versions and the exact command; newest runs come first
 NO_GPU = """\
 **No GPU was at hand, so no time on a GPU is known yet.** On a CUDA machine `make bench-gpu` checks and measures
 everything here, and the next report shows it by device. Until then the [machine code](#machine-code) of the kernels
-stands in its place: what each would load, store and occupy; and [what they execute](#executed-instructions) when they
-run without a GPU: counts, and the bound that follows from them."""
+stands in its place, what each would load, store and occupy, and [what they execute](#executed-instructions):
+counts, and the bound that follows from them."""
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
