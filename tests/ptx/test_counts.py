@@ -214,6 +214,23 @@ def test_sectors_of_warps_and_programs_add_up() -> None:
         assert tally.traffic == {("g", "load"): Traffic(3 * 256, 6, 3)}
 
 
+def test_an_address_that_no_thread_computes_for_itself() -> None:
+    """All 64 threads load one number, then those of the second warp alone, then those of program 1."""
+    x = aligned(64)
+    body = """
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, %ctaid.x;
+    setp.ge.u32 %p0, %r0, 32;
+    setp.eq.u32 %p1, %r1, 1;
+    ld.param.b64 %l0, [p0];
+    ld.global.b32 %r2, [%l0];
+    @%p0 ld.global.b32 %r3, [%l0+32];
+    @%p1 ld.global.b32 %r4, [%l0+64];
+"""
+    tally = count(body, [x], {"g": [x]}, threads=64, grid=2)
+    assert tally.traffic == {("g", "load"): Traffic(512 + 256 + 256, 4 + 2 + 2, 2 + 2 + 1)}
+
+
 def test_a_sector_that_is_asked_for_again() -> None:
     """The second of two loads, by the same program, is a request and no further sector."""
     x = aligned(64)
@@ -350,6 +367,23 @@ def test_chains_go_through_lanes_and_shared_memory() -> None:
 
 def test_the_first_gradient_counts_alone() -> None:
     assert chain(LAST.format(offset=0) + "ld.global.b64 %l1, [%l0];\n", "%l1") == [0]
+
+
+def test_the_first_gradient_of_each_program() -> None:
+    """Program 0 loads one at once, and both one that waits."""
+    table, g = aligned(64, torch.int64), aligned(64)
+    table[:] = 0
+    body = """
+    mov.u32 %r0, %ctaid.x;
+    setp.eq.u32 %p0, %r0, 0;
+    ld.param.b64 %l0, [p0];
+    ld.param.b64 %l1, [p1];
+    @%p0 ld.global.b32 %r1, [%l1];
+    ld.global.b64 %l2, [%l0];
+    add.s64 %l3, %l1, %l2;
+    ld.global.b32 %r2, [%l3];
+"""
+    assert count(body, [table, g], {"g": [g]}, grid=2).waits == {0: 1, 1: 1}
 
 
 def test_a_kernel_that_did_not_run_is_named() -> None:
