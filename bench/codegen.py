@@ -1,26 +1,35 @@
-"""Compile every kernel variant without a GPU, show its machine code's costs, and gate the flat path."""
+"""Compile every kernel variant without a GPU, show its machine code's costs, and gate the flat path.
+
+With --executed, execute variants instead, and count instructions, sectors of memory and dependent loads an element.
+"""
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import functools
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from bench import records
+from bench.launches import DTYPES, DWT, IDWT, KERNELS, MOMENTS, NORM, STEP
 from bench.machine_code import LIMITS, Accesses, find_tools, read
-from bench.measure import facts
-from bench.variants import DTYPES, KERNELS, MOMENTS, NORM, PATHS, STEP, TARGETS, Variant, compile_variant, variants
+from bench.variant_runs import (
+    NOTHING,
+    VariantError,
+    measure_all,
+    record,
+    refuse,
+    report_failures,
+    report_violations,
+    wide_console,
+)
+from bench.variants import PATHS, TARGETS, Variant, compile_variant, variants
 
 # Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
 ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
@@ -28,11 +37,6 @@ LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
 STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
 GATED = ("sm_80", "sm_90", "sm_100")
 WIDE = "128"
-WIDTH = 220  # columns of the table where no terminal sets them
-
-
-class CompileError(Exception):
-    """A variant does not compile; names it, and says why."""
 
 
 def gated(row: dict[str, Any]) -> bool:
@@ -91,12 +95,12 @@ def measure(variant: Variant, overrides: dict[str, Any] | None = None) -> dict[s
     """Compile a variant and return its row: its options, its constants and what :func:`read` finds.
 
     Raises:
-        CompileError: it does not compile.
+        VariantError: it does not compile.
     """
     try:
         kernel, constants = compile_variant(variant, overrides)
     except Exception as error:  # a compiler raises anything
-        raise CompileError(f"{variant}\n  {error}") from error
+        raise VariantError(f"does not compile: {variant}\n  {error}") from error
     row = {**variant._asdict(), "constants": constants, **read(kernel, variant.target)}
     return {**row, "lanes": row["warps"] * TARGETS[variant.target].warp_size}
 
@@ -131,25 +135,31 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 where a variant fails the gate or to compile, 2 where nothing can be measured."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return _refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
+        return refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
+    if options.executed:
+        from bench.executed_command import execute  # needs tests/, which the rest does not
+
+        return execute(options, arguments)
+    if options.gate:
+        return refuse("--gate chooses among executed variants: add --executed")
     chosen = list(
         variants(options.target, options.kernel, options.weights, options.moments, options.levels, options.path)
     )
     if not chosen:
-        return _refuse("no kernel has such a variant: level 0 has neither a limiter nor a transform kernel")
+        return refuse(NOTHING)
     overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
     overrides |= {name: True for name in ("SKIPPABLE", "LOOKS") if getattr(options, name.lower())}
     try:
         if any(TARGETS[v.target].backend == "cuda" for v in chosen):
             find_tools()
     except RuntimeError as error:
-        return _refuse(str(error))
-    rows, failures = _measure_all(chosen, overrides, options.jobs)
+        return refuse(str(error))
+    rows, failures = measure_all([functools.partial(measure, v, overrides) for v in chosen], options.jobs)
 
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=WIDTH)
+    console = wide_console()
     for target in options.target:
         if of_target := [row for row in rows if row["target"] == target]:
             console.print(table(target, of_target))
@@ -157,56 +167,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "loads, stores: instructions x bits a lane, by array; look-ups: the same for tables and single numbers; "
         "spills: instructions\nresident: warps on a multiprocessor at once, by registers, shared memory and warps"
     )
-    origin = facts(torch.device("cpu"), "bench.codegen", sys.argv[1:] if arguments is None else arguments)
     for row in rows:
         row["violations"] = violations(row) if row["kernel"] in LOADED else None
-        row |= origin
-    if options.record:
-        # The machine code is of the compiler's making, wherever it ran, so that is what the file is named by.
-        path = records.new_path("codegen", origin | {"device": f"triton {triton.__version__}"}, options.record)
-        records.append(path, "codegen", rows)
-        console.print(f"raw measurements: {path.name}", highlight=False)
-    for failure in failures:
-        console.print(f"does not compile: {failure}", style="red", markup=False, highlight=False)
+    record(rows, "codegen", arguments, options.record, console)
+    report_failures(failures, console)
     return max(_report_gate(rows, console), int(bool(failures)))
-
-
-def _measure_all(
-    chosen: list[Variant], overrides: dict[str, Any], jobs: int
-) -> tuple[list[dict[str, Any]], list[CompileError]]:
-    """Return the rows of all variants that compile, in order, and why the others do not."""
-    rows, failures = [], []
-    # Forked workers, for they need no second import of torch; nothing here has started a thread.
-    pool = ProcessPoolExecutor(min(jobs, len(chosen)), multiprocessing.get_context("fork"))
-    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
-        futures = [pool.submit(measure, variant, overrides) for variant in chosen]
-        try:
-            for future in progress.track(futures, description=f"triton {triton.__version__}"):
-                try:
-                    rows.append(future.result())
-                except CompileError as error:
-                    failures.append(error)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return rows, failures
 
 
 def _report_gate(rows: list[dict[str, Any]], console: Console) -> int:
     promised = [row for row in rows if gated(row)]
-    broken = [row for row in promised if row["violations"]]
-    for row in broken:
-        name = Variant(*(row[field] for field in Variant._fields))
-        console.print(f"[bold red]violated[/] {name}\n  " + "\n  ".join(row["violations"]), highlight=False)
+    broken = report_violations(promised, lambda row: row["violations"], console)
     if not promised:
         console.print("gate: none of these variants is promised anything")
     elif not broken:
         console.print(f"gate: passed by all {len(promised)} variants of the flat path on {', '.join(GATED)}")
-    return 1 if broken else 0
+    return broken
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=__doc__)
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = "execute variants and count, instead of reading their machine code"
+    parser.add_argument("--executed", action="store_true", help=text)
+    executed = parser.parse_known_args(arguments)[0].executed
+    text = "with --executed: those variants alone whose counts are limited"
+    parser.add_argument("--gate", action="store_true", help=text)
+    usual = {"moments": ["fp32", "bf16", "int8"]}
+    if executed:
+        usual |= {"target": ["sm_90"], "kernel": [STEP, NORM, DWT, IDWT], "weights": ["bf16", "fp32"]}
     for name, values, description in (
         ("target", TARGETS, "architectures"),
         ("kernel", KERNELS, "kernels"),
@@ -214,10 +203,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("moments", MOMENTS, "dtypes of exp_avg and exp_avg_sq"),
         ("path", PATHS, "where a block's elements lie"),
     ):
-        default = ["fp32", "bf16", "int8"] if name == "moments" else list(values)
+        default = usual.get(name, list(values))
         text = f"{description} (default: {' '.join(default)})"
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
-    parser.add_argument("--levels", type=_levels, default="0-6", help="levels, such as 2 or 0,1,4-6 (default: 0-6)")
+    levels = "0,2,4" if executed else "0-6"
+    text = f"levels, such as 2 or 0,1,4-6 (default: {levels})"
+    parser.add_argument("--levels", type=_levels, default=levels, help=text)
     parser.add_argument("--skippable", action="store_true", help="as under clipping: what the device may skip")
     parser.add_argument("--looks", action="store_true", help="as where norms look at gradients: skip_nonfinite")
     parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
@@ -245,11 +236,6 @@ def _widths(counts: Iterable[dict[str, int]]) -> str:
         for bits, n in widths.items():
             total[int(bits)] = total.get(int(bits), 0) + n
     return " ".join(f"{n}x{bits}" for bits, n in sorted(total.items()))
-
-
-def _refuse(message: str) -> int:
-    print(f"bench.codegen: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

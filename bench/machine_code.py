@@ -49,6 +49,7 @@ LIMITS = {
 # Accesses by array, then by width in bits: {"p": {"128": 2}}. Text, since JSON has no other keys.
 Accesses = dict[str, dict[str, int]]
 
+_OPERATION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _WORDS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
@@ -107,6 +108,26 @@ def find_tools() -> tuple[str, str]:
     return paths[0], paths[1]
 
 
+def body_instructions(cubin: bytes) -> int:
+    """Count the instructions of a kernel itself: not those that fill a line, nor subroutines.
+
+    These compute what divisions and roots of the smallest and the largest numbers take, which are rare, and
+    divisions of 64 bits.
+
+    Raises:
+        RuntimeError: the disassembler is missing, or finds no instruction.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        code = _run(find_tools()[1], "--print-code", str(path))
+    body = re.split(r"^\$__internal_[^\n]*:$", code, maxsplit=1, flags=re.MULTILINE)[0]
+    n = sum(found[1] != "NOP" for found in map(_OPERATION.match, body.splitlines()) if found)
+    if not n:
+        raise RuntimeError(f"nvdisasm printed no instruction: {code[:200]!r}")
+    return n
+
+
 def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
     cuobjdump, nvdisasm = find_tools()
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +145,7 @@ def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
     for line in code.splitlines():
         if found := re.search(r'//## File "[^"]*", line (\d+)', line):
             place = int(found[1])
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+        elif found := _OPERATION.match(line):
             name, *modifiers = found[1].split(".")
             operations[name] += 1
             if name in ("LDG", "STG", "LD", "ST"):

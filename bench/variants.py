@@ -12,23 +12,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from gwt_kernels.core.bucket import Bucket, StepInputs
-from gwt_kernels.hyper import Hyper, quantum
-from gwt_kernels.triton_backend import haar_launch, launch
-from gwt_kernels.triton_backend.runner import TritonRunner
+from bench.launches import (
+    DWT,
+    IDWT,
+    KERNELS,
+    LAUNCHED_FROM,
+    LIMITER,
+    NORM,
+    OBSERVE,
+    STEP,
+    SUM,
+    arrays_of,
+    launch_variant,
+)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-MOMENTS = {**DTYPES, "int8": torch.int8}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-STEP, NORM, LIMITER, OBSERVE = "step_kernel", "norm_kernel", "limiter_kernel", "observe_kernel"
-SUM, DWT, IDWT = "sum_kernel", "dwt_kernel", "idwt_kernel"
-LAUNCHED_FROM = dict.fromkeys((STEP, NORM, LIMITER, SUM, OBSERVE), launch) | {DWT: haar_launch, IDWT: haar_launch}
-KERNELS = tuple(LAUNCHED_FROM)
 PATHS = ("flat", "row")
 
 
@@ -144,58 +147,10 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
 
     module = LAUNCHED_FROM[variant.kernel]
     recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS if LAUNCHED_FROM[name] is module}
+    shape = _shape(2 if variant.level is None else variant.level, variant.path)
     with patch.multiple(module, **recorders):
-        if variant.kernel in (DWT, IDWT):
-            _launch_haar(variant)
-        else:
-            _launch_step(variant)
+        launch_variant(variant, arrays_of(variant, [shape], torch.device("meta")), shape[-1])
     return calls
-
-
-def _launch_step(variant: Variant) -> None:
-    level = 2 if variant.level is None else variant.level
-    weights, moments = DTYPES[variant.weights or "bf16"], MOMENTS[variant.moments or "fp32"]
-    limited = variant.limited or variant.kernel in (NORM, LIMITER)
-    shape = _shape(level, variant.path)
-    n_blocks = -(-shape[-1] // 2**level)
-    p, g = (torch.empty(shape, dtype=weights, device="meta") for _ in range(2))
-    second = torch.uint8 if moments == torch.int8 else moments
-    m, v = (torch.empty(shape[0], n_blocks, dtype=dtype, device="meta") for dtype in (moments, second))
-    quanta = -(-m.numel() // quantum(level))
-    scales = (torch.empty(quanta, device="meta"), torch.empty(quanta, device="meta"))
-    norm = torch.empty((), device="meta") if limited else None
-    rule: Any = variant.rule or "gwt"
-    rounding: Any = variant.rounding or "nearest"
-    low = torch.empty(shape, dtype=torch.int16, device="meta") if rounding == "split" else None
-    if variant.kernel == SUM:
-        runner = TritonRunner(Bucket([p], [m], [v], level=level, grad_dtype=g.dtype))
-        runner.reduce(StepInputs([g], [1], [Hyper()]), update_sums=True)
-        return
-    bucket = Bucket(
-        [p],
-        [m],
-        [v],
-        level=level,
-        grad_dtype=g.dtype,
-        limiter_norms=[norm],
-        rule=rule,
-        rounding=rounding,
-        keys=[0],
-        lows=[low],
-        scales=[scales if moments == torch.int8 else None],
-        telemetry=torch.empty(1, 6, dtype=torch.float64, device="meta") if variant.kernel == OBSERVE else None,
-    )
-    with torch.no_grad():
-        TritonRunner(bucket).apply(StepInputs([g], [1], [Hyper()]))
-
-
-def _launch_haar(variant: Variant) -> None:
-    level = variant.level or 0
-    shape = _shape(level, variant.path)
-    x = torch.empty(shape, dtype=DTYPES[variant.weights or "bf16"], device="meta")
-    coeffs = haar_launch.haar_dwt(x, level)
-    if variant.kernel == IDWT:
-        haar_launch.haar_idwt(coeffs, shape[-1])
 
 
 def _shape(level: int, path: str | None) -> tuple[int, int]:

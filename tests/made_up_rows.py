@@ -145,6 +145,27 @@ def codegen_rows(about: Row) -> list[Row]:
     ]
 
 
+def executed_rows(about: Row) -> list[Row]:
+    classes = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
+    what = {"target": "sm_90", "kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "limited": False}
+    what |= {
+        "level": 2,
+        "instructions": dict.fromkeys(classes, 4.0),
+        "executed": 28.0,
+        "slots": 28.5,
+        "bytes": 10.0,
+    }
+    what |= {"sectors": {"look-ups load": 1.25, "g load": 2.0}, "distinct": 1.0, "dependent_loads": 7}
+    flat = {"path": "flat", "width": 4096, "requested": 1.0, "rule": "gwt", "rounding": "nearest"}
+    row = {"path": "row", "width": 5461, "requested": 1.241, "rule": "foam", "rounding": "stochastic"}
+    return [
+        what | own | {"issue_share": issue, "bandwidth_share": bandwidth, "machine_demand": machine} | about
+        for own, issue, bandwidth, machine in (
+            (flat, 0.3, 1.0, 0.35), (row, 0.8, 1.0, 1.25), (row | {"width": 1000}, 1.0, 0.58, 1.98)
+        )
+    ]  # fmt: skip
+
+
 MAKERS = {
     "optimizers": optimizer_rows,
     "kernels": kernel_rows,
@@ -152,5 +173,6 @@ MAKERS = {
     "sweep": sweep_rows,
     "host": host_rows,
     "codegen": codegen_rows,
+    "executed": executed_rows,
     "gpu": gpu_rows,
 }

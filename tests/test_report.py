@@ -78,6 +78,14 @@ def test_everything_is_shown(place: Path) -> None:
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
     assert "| step | flat | 1 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
     assert "| step, foam, split | flat | 2 | p 2×128 |" in speed
+    assert (
+        "| step | bf16/fp32 | flat | 2 | 28.0 | 10.0 | 1.00 | 1.00 | 7 | 30 % | 100 % | 35 % | bandwidth |" in speed
+    )
+    row = "| step, foam, stochastic | bf16/fp32 | row,"
+    assert f"{row} 5,461 | 2 | 28.0 | 10.0 | 1.24 | 1.00 | 7 | 80 % | 100 % | 125 % | either |" in speed
+    assert f"{row} 1,000 | 2 | 28.0 | 10.0 | 1.24 | 1.00 | 7 | 100 % | 58 % | 198 % | issue slots |" in speed
+    assert f"{row} 1,000 | 2 | {7 * '4.0 | '}28.0 | 28.5 | 1.25 |" in speed
+    assert "132 × 4 × 32 lanes' instructions a cycle" in speed
     assert "| kernels | stopped after 120 s | 90.0 |" in speed
     assert "24 of 32" in speed  # a compute unit's own limit
     assert (
@@ -154,7 +162,7 @@ def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFi
     speed, models = page(place, "performance.md"), page(place, "quality.md")
     assert "No GPU was at hand" in speed
     assert "make bench-gpu" in speed
-    assert speed.count("Nothing is recorded yet") == 4
+    assert speed.count("Nothing is recorded yet") == 5
     assert models.count("Nothing is recorded yet") == 2
     assert images(place) == {"state"}
     assert report(place, "--check") == 0

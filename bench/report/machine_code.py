@@ -39,12 +39,9 @@ def section(runs: Sequence[Run]) -> list[str]:
 def _line(row: Row, target: str, dtypes: bool) -> list[str]:
     from bench.machine_code import LIMITS  # needs Triton, as this table's rows did
 
-    kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
-    usual = ("gwt", "nearest", None)
-    kernel = ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
     resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
     return [
-        kernel,
+        kernel_name(row),
         *([f"{row['weights']}/{row['moments'] or '-'}"] if dtypes else []),
         str(row["path"]),
         str(row["level"]),
@@ -54,6 +51,13 @@ def _line(row: Row, target: str, dtypes: bool) -> list[str]:
         str(row["spills"]) + (f", {row['stack']} bytes of stack" if row["stack"] else ""),
         resident,
     ]
+
+
+def kernel_name(row: Row) -> str:
+    """Write a kernel with those of its options that are not the usual ones."""
+    kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
+    usual = ("gwt", "nearest", None)
+    return ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
 
 
 def _accesses(row: Row, what: str) -> str:

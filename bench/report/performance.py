@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from bench.report.executed import section as executed_section
 from bench.report.machine_code import section as machine_code_section
 from bench.report.markdown import (
     cell,
@@ -37,7 +38,8 @@ run, with commit, device, versions and the exact command; newest runs come first
 NO_GPU = """\
 **No GPU was at hand, so no time on a GPU is known yet.** On a CUDA machine `make bench-gpu` checks and measures
 everything here, and the next report shows it by device. Until then the [machine code](#machine-code) of the kernels
-stands in its place: what each would load, store and occupy."""
+stands in its place, what each would load, store and occupy, and [what they execute](#executed-instructions):
+counts, and the bound that follows from them."""
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
@@ -57,6 +59,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             write(device, own, parts, plots)
     parts += _checks(of(runs, "gpu"))
     parts += machine_code_section(of(runs, "codegen"))
+    parts += executed_section(of(runs, "executed"))
     return "\n\n".join(parts) + "\n", plots
 
 

@@ -19,6 +19,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from tests.ptx.checks import GLOBAL, Access, check_races
+from tests.ptx.counts import ExecutionCounter
 from tests.ptx.machine import Launch, Machine
 from tests.ptx.memory import HostMemory
 from tests.ptx.program import Program
@@ -55,21 +56,26 @@ class Options:
         disturb: A seed for errors of approximate instructions within what is documented, the same whenever one is
             given the same; None for none.
         backwards: Whether the last programs run first, since nothing says in which order a GPU runs them.
+        counter: Counts what is executed; None counts nothing, and costs nothing.
+        machine_code: Whether kernels are compiled to the end, into what a GPU would run and nothing here does.
     """
 
     threads: int = 1 << 13
     races: bool = True
     disturb: int | None = None
     backwards: bool = False
+    counter: ExecutionCounter | None = None
+    machine_code: bool = False
 
 
 @dataclass
 class Counts:
-    """What has been run: launches by kernel, kernels whose products may be contracted, and programs."""
+    """What has been run: launches by kernel, kernels whose products may be contracted, programs, machine code."""
 
     launches: dict[str, int] = field(default_factory=dict)
     contracted: set[str] = field(default_factory=set)
     programs: list[Program] = field(default_factory=list)
+    machine_code: dict[Program, bytes] = field(default_factory=dict)
 
 
 class Driver(DriverBase):
@@ -96,7 +102,9 @@ class Driver(DriverBase):
         self._before, self._threshold = driver._active, gc.get_threshold()
         gc.set_threshold(self._threshold[0], 10_000, 10_000)  # see LiveTensors
         knobs.runtime.kernel_load_start_hook.add(self._begin_load)
-        self._stages, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, _stages
+        self._stages = knobs.runtime.add_stages_inspection_hook
+        if not self.options.machine_code:
+            knobs.runtime.add_stages_inspection_hook = _stages
         driver.set_active(self)
         return self
 
@@ -146,6 +154,8 @@ class Driver(DriverBase):
         if digest not in self._programs:
             self._programs[digest] = Program(path.read_text())
             self.counts.programs.append(self._programs[digest])
+            if self.options.machine_code:
+                self.counts.machine_code[self._programs[digest]] = binary
         return self, self._programs[digest], 0, 0, 1024
 
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -195,10 +205,11 @@ class Driver(DriverBase):
         together = max(1, self.options.threads // program.threads)
         parts = [(first, min(together, grid[0] - first)) for first in range(0, grid[0], together)]
         log: list[Access] = []
+        make = Machine if self.options.counter is None else self.options.counter.machine
         for first, count in reversed(parts) if self.options.backwards else parts:
-            machine = Machine(launch, first, count)
+            machine = make(launch, first, count)
             machine.run()
-            log += machine.log[GLOBAL]
+            log += machine.log[GLOBAL] if self.options.races else []
         if self.options.races:
             check_races(program, log, GLOBAL, self.memory.tensors.nearest)
 

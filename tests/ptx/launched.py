@@ -19,6 +19,7 @@ from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.runner import TritonRunner
+from tests.ptx.counts import ExecutionCounter, Traffic
 from tests.ptx.driver import Driver, Options
 from tests.ptx.types import Fault
 
@@ -134,6 +135,16 @@ def check_options(chip: str) -> None:
             x = torch.zeros(64)
             overwrite_kernel[(3,)](x, BLOCK=64)
             assert (x == (0 if backwards else 2)).all()
+    x = torch.arange(64, dtype=torch.float32)
+    counter = ExecutionCounter({"x": [x]}, "x")
+    with Driver(chip, Options(counter=counter, machine_code=True)) as d:
+        overwrite_kernel[(1,)](x, BLOCK=64)
+    tally = counter.of("overwrite_kernel")
+    assert tally.traffic == {("x", "store"): Traffic(bytes=256, sectors=8, distinct=8)}
+    assert d.counts.machine_code[tally.program].startswith(b"\x7fELF")
+    with Driver(chip) as d:
+        overwrite_kernel[(1,)](x, BLOCK=64)
+        assert not d.counts.machine_code
 
 
 def check_optimizer() -> None:

@@ -1,0 +1,89 @@
+"""The tables of what each kernel executes, requests and waits for, and of what bounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.bounds import BANDWIDTH, CLOCK, LANES, MULTIPROCESSORS, SCHEDULERS
+from bench.report.machine_code import kernel_name
+from bench.report.markdown import details, number, origin, percent, table
+from bench.report.rows import Row, Run
+
+CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
+
+ABOUT = f"""\
+**Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX is executed
+on a CPU and counted, over 64 tensors (transforms: one), so that the search for a tile's tensor is a real one: 4
+rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
+
+- *instructions*: PTX instructions that threads execute, over elements. The classes add up to it; *special* is
+  divisions, roots and reciprocals, *other* is comparisons, selections, moves, parameters, barriers and jumps.
+- *slots*: {LANES} for each instruction that a warp issues, whatever number of its lanes takes part, over elements.
+- *sectors*: the sectors of 32 bytes that instructions of warps request of weights, gradients, moments, scales and
+  low halves, over the bytes that must move of them (1.00 is ideal); *apart*: those of a program, each once.
+- *waits*: the longest chain of dependent loads that the first load of a gradient waits for.
+- *issue*, *bandwidth*: an H100 issues {MULTIPROCESSORS} × {SCHEDULERS} × {LANES} lanes' instructions a cycle at
+  {CLOCK / 1e9:.1f} GHz, and its memory was measured to move {BANDWIDTH / 1e12:.1f} TB/s. Of the time to issue the
+  slots and the time to move the bytes the longer one bounds the kernel: its share is 100 %, and the other's is what
+  is needed of it.
+- *machine code*: the time to issue over the time to move, if the machine code executes as many more instructions
+  than PTX as there are in its text, without the subroutines of rare numbers: a division is one instruction of PTX
+  and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `issue slots` where PTX's
+  count alone suffices, and `either` between the two."""
+
+
+def section(runs: Sequence[Run]) -> list[str]:
+    """Return the section from the newest record."""
+    parts = ["## Executed instructions", ABOUT]
+    if not runs:
+        return [*parts, "Nothing is recorded yet: `python -m bench.codegen --executed --record` counts them."]
+    run = runs[0]
+    for target in dict.fromkeys(row["target"] for row in run.rows):
+        rows = [row for row in run.rows if row["target"] == target]
+        what = ["kernel", "dtypes", "path", "level"]
+        headings = [
+            *what,
+            "instructions",
+            "bytes",
+            "sectors",
+            "apart",
+            "waits",
+            "issue",
+            "bandwidth",
+            "machine code",
+        ]
+        parts.append(f"### On {target}")
+        parts.append(table([*headings, "bound"], [[*_what(row), *_bound(row)] for row in rows], left=4))
+        headings = [*what, *CLASSES, "instructions", "slots", "look-ups, bytes"]
+        classes = table(headings, [[*_what(row), *_classes(row)] for row in rows], left=4)
+        parts.append(details(f"{target}, instructions by class ({len(rows)} kernels)", classes))
+    return [*parts, origin(run)]
+
+
+def bound(row: Row) -> str:
+    """Say which of the two bounds a kernel."""
+    if row["issue_share"] >= 1:
+        return "issue slots"
+    return "bandwidth" if row["machine_demand"] < 1 else "either"
+
+
+def _what(row: Row) -> list[str]:
+    path = "flat" if row["path"] == "flat" else f"row, {row['width']:,}"
+    return [kernel_name(row), f"{row['weights']}/{row['moments'] or '-'}", path, str(row["level"])]
+
+
+def _bound(row: Row) -> list[str]:
+    return [
+        number(row["executed"]),
+        number(row["bytes"]),
+        f"{row['requested']:.2f}",
+        f"{row['distinct']:.2f}",
+        str(row["dependent_loads"]),
+        *(percent(row[name]) for name in ("issue_share", "bandwidth_share", "machine_demand")),
+        bound(row),
+    ]
+
+
+def _classes(row: Row) -> list[str]:
+    counts = [*(row["instructions"][name] for name in CLASSES), row["executed"], row["slots"]]
+    return [*(f"{n:.1f}" for n in counts), number(row["sectors"].get("look-ups load", 0.0))]
