@@ -2,7 +2,7 @@
 
 Philox4x32-7 (Salmon et al., SC 2011) is counter-based. The counter is (index of the call: 64 bits; step; purpose).
 The key is what :func:`gwt_kernels.hyper.key_of` makes of seed and parameter. A call gives four words of 32 bits.
-A word serves a moment coefficient: its lower half ``exp_avg``, its upper half ``exp_avg_sq``. A half serves a weight.
+The lower half of a word serves ``exp_avg`` of a coefficient, the upper half ``exp_avg_sq``. A half serves a weight.
 """
 
 from __future__ import annotations

@@ -9,13 +9,21 @@ Per element, with ``m`` and ``v`` the moments (Loshchilov and Hutter, arXiv 1711
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
+from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Hyper
 from gwt_kernels.rules.rule import Rule
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
 __all__ = ["ADAMW"]
+
+# In PyTorch ------------------------------------------------------------------------------------------------
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
@@ -42,4 +50,21 @@ def _update(
         notes.update(m / denominator, float(step_size))
 
 
-ADAMW = Rule("adamw", _moments, _update)
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, b2, rest2, _ = numbers
+    m = b1 * m + rest1 * g
+    v = b2 * v + rest2 * (g * g)
+    return g, g, m, v
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    denominator = tl.sqrt_rn(v) + numbers[4]
+    return m * tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
+
+
+ADAMW = Rule("adamw", __name__, _moments, _update)

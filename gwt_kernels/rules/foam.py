@@ -11,15 +11,23 @@ There is no limiter.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Hyper
-from gwt_kernels.rules.blocks import block_sums, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, kernel_block_sums, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
 __all__ = ["FOAM"]
+
+# In PyTorch ------------------------------------------------------------------------------------------------
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
@@ -51,4 +59,23 @@ def _update(
         notes.update(update, float(step_size))
 
 
-FOAM = Rule("foam", _moments, _update)
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, b2, rest2, _ = numbers
+    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+    square = kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
+    m = b1 * m + rest1 * mean
+    v = b2 * v + rest2 * square
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    denominators = tl.sqrt_rn(v[:, None] + residual * residual) + numbers[4]  # [NB, W]
+    return tl.div_rn(step_size * (residual + m[:, None]), denominators)
+
+
+FOAM = Rule("foam", __name__, _moments, _update)

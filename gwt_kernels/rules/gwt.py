@@ -14,16 +14,23 @@ The limiter compares the norm of ``m / (sqrt(v) + eps)``.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Hyper
-from gwt_kernels.rules.blocks import block_sums, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, kernel_block_sums, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 
+if TYPE_CHECKING:
+    import triton.language as tl
+
 __all__ = ["GWT"]
+
+# In PyTorch ------------------------------------------------------------------------------------------------
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
@@ -65,4 +72,29 @@ def _direction(parts: tuple[Tensor, ...]) -> Tensor:
     return m * gain
 
 
-GWT = Rule("gwt", _moments, _update, _direction, norm_growth_limit=1.01, is_literal=True)
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, b2, rest2, _ = numbers
+    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+    a = mean * W**0.5
+    m = b1 * m + rest1 * a
+    v = b2 * v + rest2 * (a * a)
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    denominator = tl.sqrt_rn(v) + numbers[4]
+    gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
+    return (residual + (m * W**-0.5)[:, None]) * gain[:, None]
+
+
+@statement
+def kernel_direction(m, v, numbers):
+    return m / (tl.sqrt_rn(v) + numbers[4])
+
+
+GWT = Rule("gwt", __name__, _moments, _update, direction=_direction, norm_growth_limit=1.01, is_literal=True)

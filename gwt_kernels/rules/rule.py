@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gwt_kernels.core import kernel
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.hyper import Hyper
 
-__all__ = ["Moments", "Rule", "Update"]
+__all__ = ["Kernel", "Moments", "Rule", "Update"]
 
 Moments = Callable[[Tensor, Tensor, Tensor, Hyper, int, Notes | None], tuple[Tensor, ...]]
 """Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes)``.
@@ -27,12 +30,31 @@ Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, in
 """
 
 
+class Kernel(NamedTuple):
+    """A rule in Triton's language, on the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
+
+    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps``; ``KIND`` is the kind of the tile (``tiles.py``).
+
+    Attributes:
+        moments: ``kernel_moments(g, m, v, numbers, W, NB, KIND)``, of ``g [NB * W]``, ``m`` and ``v`` ``[NB]``: the
+            means ``[NB]``, the residuals ``[NB, W]``, and the new ``m`` and ``v``.
+        update: ``kernel_update(residual, m, v, step_size, numbers, W, NB)``: what is subtracted from the weights,
+            ``[NB, W]``.
+        direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
+    """
+
+    moments: Any
+    update: Any
+    direction: Any
+
+
 @dataclass(frozen=True)
 class Rule:
     """An element-wise update rule on the block means of a gradient.
 
     Attributes:
         name: The option ``rule`` of an optimizer.
+        module: Where its statements stand; those in Triton's language as :class:`Kernel` names them.
         moments: The PyTorch statement of its moments.
         update_: The PyTorch statement of its update.
         direction: The part of the update whose norm the limiter compares, from what ``moments`` returned, as a
@@ -42,8 +64,16 @@ class Rule:
     """
 
     name: str
+    module: str
     moments: Moments
     update_: Update
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     norm_growth_limit: float | None = None
     is_literal: bool = False
+
+    @property
+    def kernel(self) -> Kernel:
+        """Its statements in Triton's language, which are Triton's own functions from now on."""
+        kernel.load()
+        module = sys.modules[self.module]
+        return Kernel(module.kernel_moments, module.kernel_update, getattr(module, "kernel_direction", None))

@@ -1,0 +1,34 @@
+"""Functions in Triton's language that stand beside their PyTorch statement, and wait there for Triton.
+
+Nothing but a backend imports Triton. So a statement is kept as it is written, and :func:`load` makes of it what
+``triton.jit`` would have made of it, under its name in its module, where other kernels find it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["load", "statement"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_WAITING: list[Callable[..., Any]] = []
+
+
+def statement(function: _Function) -> _Function:
+    """Mark a module's function as one in Triton's language, which it knows as ``tl``; it calls others by name."""
+    _WAITING.append(function)
+    return function
+
+
+def load() -> None:
+    """Give all that wait to Triton, before a kernel that calls them is compiled."""
+    import triton
+    import triton.language as tl
+
+    while _WAITING:
+        function = _WAITING.pop()
+        names = vars(sys.modules[function.__module__])
+        names["tl"] = tl
+        names[function.__name__] = triton.jit(function)
