@@ -66,7 +66,8 @@ def gwt_adamw_(
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
                 and ``boundary="zero"`` alone; or None.
             spans: Where the tensors are shards: of what elements of the whole parameters, and of their moments, so
-                that random bits are those of the whole; None for whole tensors.
+                that random bits are those of the whole, rows padded as :func:`gwt_kernels.hyper.padded_spans` says;
+                None for whole tensors.
             limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
                 decided them; ``limiter_norms`` are None then. None to leave it to the ``limiter_norms``.
             wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets (torch backend only).

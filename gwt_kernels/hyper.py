@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "check_rule",
     "key_of",
     "literal_alone",
+    "padded_spans",
     "quantum",
 ]
 
@@ -44,6 +45,26 @@ class Span(NamedTuple):
     first: int
     run: int
     pitch: int
+
+
+def padded_spans(shape: Sequence[int], level: int, first_row: int = 0) -> tuple[Span, Span] | None:
+    """Where weights and coefficients of a tensor lie among those that random bits are indexed by, if not end to end.
+
+    Rows that are no whole blocks of ``2**level`` count as padded to a multiple of 4 blocks, so that a call of
+    Philox serves 4 coefficients, and 8 weights, of one row alone. None where rows are whole blocks.
+
+    Args:
+        shape: Of the tensor, or of some rows of it.
+        level: Of the transform.
+        first_row: Of all rows of the whole tensor, the first of these.
+    """
+    width = shape[-1] if len(shape) else 1
+    if width % 2**level == 0:
+        return None
+    blocks = -(-width // 2**level)
+    padded = -(-blocks // 4) * 4
+    weights = Span(first_row * padded << level, width, padded << level)
+    return weights, Span(first_row * padded, blocks, padded)
 
 
 def key_of(seed: int, stream: int) -> int:

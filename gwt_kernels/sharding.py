@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
-from gwt_kernels.hyper import Span
+from gwt_kernels.hyper import Span, padded_spans
 
 __all__ = [
     "ROWS_STAY",
@@ -114,14 +114,25 @@ def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     )
 
 
-def spans_of(p: Any, shape: Sequence[int]) -> tuple[Span, Span]:
+def spans_of(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span]:
     """Where the shard of ``p`` lies in the whole, and that of its moments of the global ``shape``."""
+    spans = _spans(p, shape, level)
+    assert spans is not None  # check_sharding has seen to it
+    return spans
+
+
+def _spans(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span] | None:
+    """As :func:`spans_of`; None where there is no one rule for it."""
     start = _start(p)
+    if p.dim() and p.shape[-1] % 2**level:  # whole rows, in the padded order of random bits
+        sharded = _sharded_dims(p)
+        if sharded and (_span(p, p.shape, start) is None or math.prod(p.shape[: max(sharded)]) > 1):
+            return None
+        row = sum(i * math.prod(p.shape[d + 1 : -1]) for d, i in enumerate(start[:-1]))
+        return padded_spans(p.shape, level, row)
     first = [*start[:-1], start[-1] * shape[-1] // max(p.shape[-1], 1)] if start else []
     weights, coefficients = _span(p, p.shape, start), _span(p, shape, first)
-    assert weights is not None  # check_sharding has seen to it
-    assert coefficients is not None
-    return weights, coefficients
+    return None if weights is None or coefficients is None else (weights, coefficients)
 
 
 def check_sharding(
@@ -163,11 +174,11 @@ def check_sharding(
             f"{name} has a shard of shape {local} here, where {placements} on {mesh} means {expected}: "
             f"distribute it with torch.distributed.tensor.distribute_tensor, whose division all tools share"
         )
-    if random and _span(p, p.shape, _start(p)) is None:
+    if random and _spans(p, shape, group["level"]) is None:
         raise ValueError(
             f"{name} is sharded as {placements} on {mesh}, where the indices of a shard's elements, on which "
             f"random bits depend, follow no rule: use state_dtype=None and weight_rounding=None, or make every "
-            f"dimension a multiple of the processes that share it"
+            f"dimension a multiple of the processes that share it, and the last one of 2**level"
         )
     if block_size > 1 and not _holds_whole_quanta(p, shape, block_size):
         raise ValueError(

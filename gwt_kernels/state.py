@@ -228,7 +228,7 @@ def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
     """Where what this process holds of ``p``, and of its moments, lies in the whole."""
-    return spans_of(p, state_shape(p, group))
+    return spans_of(p, state_shape(p, group), group["level"])
 
 
 def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:

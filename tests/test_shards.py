@@ -35,8 +35,12 @@ def tensors(width: int, level: int, on: torch.device, dtype: torch.dtype, moment
 def spans(rows: slice, columns: slice, width: int, level: int) -> tuple[Span, Span]:
     """Where a part of rows and columns lies among the weights and among the moments."""
     row, column = rows.start or 0, columns.start or 0
+    if width % 2**level:  # in rows of whole groups of 4 blocks
+        padded = -(-width // (4 * 2**level)) * 4
+        weights = Span(row * padded * 2**level, width, padded * 2**level)
+        return weights, Span(row * padded, -(-width // 2**level), padded)
     if columns == slice(None):
-        return Span(row * width, 1, 1), Span(row * -(-width // 2**level), 1, 1)
+        return Span(row * width, 1, 1), Span(row * (width >> level), 1, 1)
     own = columns.stop - column
     weights = Span(row * width + column, own, width)
     return weights, Span(*(x >> level for x in weights))

@@ -64,7 +64,7 @@ def test_split_weights_of_any_layout(backend, device):
     split = GWTAdamW([torch.nn.Parameter(start.t().contiguous().t())], weight_rounding="split", **options)
     for t in range(3):
         for optimizer in (wide, split):
-            step(optimizer, gradients(t, BF16, [(6, 20)]))
+            step(optimizer, [g.to(parameters_of(optimizer)[0].dtype) for g in gradients(t, BF16, [(6, 20)])])
     (p,), (q,) = parameters_of(split), parameters_of(wide)
     assert not p.is_contiguous()
     assert_same_bits(float32_of(p, split.state[p]), q.detach())

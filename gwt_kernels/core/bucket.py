@@ -9,7 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import Boundary, Hyper, Rounding, Rule, Span, check_rounding, check_rule, literal_alone
+from gwt_kernels.hyper import (
+    Boundary,
+    Hyper,
+    Rounding,
+    Rule,
+    Span,
+    check_rounding,
+    check_rule,
+    literal_alone,
+    padded_spans,
+)
 from gwt_kernels.single import Single
 
 __all__ = ["Bucket", "StepInputs"]
@@ -83,6 +93,9 @@ class Bucket:
         self.limiter_norms = absent if limiter_norms is None else limiter_norms
         self.lows = absent if lows is None else lows
         self.scales = absent if scales is None else scales
+        self._places: Sequence[tuple[Span, Span] | None] = absent if spans is None else spans
+        if spans is None and self.params and self.is_random:
+            self._places = [padded_spans(p.shape, level) for p in params]
         self._check_lengths()
         self._check_transform()
         self._check_state()
@@ -143,7 +156,7 @@ class Bucket:
             self.keys,
             self.lows,
             self.scales,
-            absent if self.spans is None else self.spans,
+            self._places,
             absent if divisors is None else divisors.unbind(),
             absent if self.telemetry is None else self.telemetry.unbind(),
         )

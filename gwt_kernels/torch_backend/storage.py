@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -93,22 +94,34 @@ class Storage(NamedTuple):
             _copy(chunk.p, p)
 
     def _random_halves(self, first: int, n: int, device: torch.device) -> Tensor:
-        if self.spans is None or self.spans[0].run == self.spans[0].pitch:
-            first += self.spans[0].first if self.spans else 0
-            return random_halves(first, n, self.step, self.key, device)
-        return random_halves_at(_indices(self.spans[0], first, n, device), self.step, self.key)
+        span = None if self.spans is None else self.spans[0]
+        return _drawn(random_halves, random_halves_at, span, first, n, self.step, self.key, device)
 
     def _random_words(self, first: int, n: int, device: torch.device) -> Tensor:
-        if self.spans is None or self.spans[1].run == self.spans[1].pitch:
-            first += self.spans[1].first if self.spans else 0
-            return random_words(first, n, self.step, self.key, device)
-        return random_words_at(_indices(self.spans[1], first, n, device), self.step, self.key)
+        span = None if self.spans is None else self.spans[1]
+        return _drawn(random_words, random_words_at, span, first, n, self.step, self.key, device)
 
 
-def _indices(span: Span, first: int, n: int, device: torch.device) -> Tensor:
-    """The indices in the whole tensor of ``n`` elements of a shard, from ``first`` on."""
+def _drawn(
+    draw: Callable[..., Tensor],
+    draw_at: Callable[..., Tensor],
+    span: Span | None,
+    first: int,
+    n: int,
+    step: int,
+    key: int,
+    device: torch.device,
+) -> Tensor:
+    """Random bits of ``n`` elements of a tensor, or shard, from ``first`` on."""
+    if span is None or span.run == span.pitch:
+        return draw(first + (span.first if span else 0), n, step, key, device)
     element = torch.arange(first, first + n, dtype=torch.int64, device=device)
-    return span.first + element // span.run * span.pitch + element % span.run
+    index = element // span.run * span.pitch + element % span.run
+    if span.pitch > 2 * span.run:
+        return draw_at(span.first + index, step, key)
+    # Fewer calls draw what lies between runs too than one for each element.
+    low, high = (i // span.run * span.pitch + i % span.run for i in (first, first + n - 1))
+    return draw(span.first + low, high - low + 1, step, key, device)[index - low]
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.triton_backend.tiles import array_ptr, owner
+from gwt_kernels.triton_backend.tiles import array_ptr
 
 __all__ = ["N_CONSTANTS", "N_SCALARS", "decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
 
@@ -15,6 +15,7 @@ N_SCALARS = tl.constexpr(10)
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks", "tiles_per_chunk"])
 def squares_kernel(
+    owners_ptr,
     table_ptr,
     partials_ptr,
     n_tensors,
@@ -27,14 +28,14 @@ def squares_kernel(
 ):
     """Sum of squares of a chunk of one gradient, and how many of its elements are infinite or NaN.
 
-    ``table`` int64 ``[3 n + 1]``: addresses of gradients (multiples of ``ALIGN`` bytes), their sizes (multiples of
-    ``MULTIPLE`` elements), their first chunks and the number of chunks. ``partials`` float32 ``[2, n_chunks]``.
+    ``owners`` int32 ``[n_chunks]``: each chunk's gradient.
+    ``table`` int64 ``[3, n]``: addresses of gradients (multiples of ``ALIGN`` bytes), their sizes (multiples of
+    ``MULTIPLE`` elements) and their first chunks. ``partials`` float32 ``[2, n_chunks]``.
     """
     chunk = tl.program_id(0)
-    first_chunk_ptr = table_ptr + 2 * n_tensors
-    i = owner(first_chunk_ptr, chunk, n_tensors)
+    i = tl.load(owners_ptr + chunk)
     g_ptr = array_ptr(table_ptr, 0, i, n_tensors, G, ALIGN)
-    start = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * TILE
+    start = (chunk - tl.load(table_ptr + 2 * n_tensors + i)) * tiles_per_chunk * TILE
     size = tl.load(table_ptr + n_tensors + i)
     end = tl.minimum(start + tiles_per_chunk * TILE, size)
     elements = tl.arange(0, TILE)

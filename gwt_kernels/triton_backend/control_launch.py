@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.control import N_SCALARS, decide_kernel, rows_kernel, squares_kernel, total_kernel
-from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of
+from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of, owners
 
 __all__ = ["decide", "rows", "squares"]
 
@@ -37,23 +37,40 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
     total = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         for (dtype, aligned), tensors in kinds.items():
-            sizes = [g.numel() for g in tensors]
-            tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
-            firsts = [0, *accumulate(-(-n // (TILE * tiles_per_chunk)) for n in sizes)]
-            n_chunks = firsts[-1]
-            table = array("q", [*map(Tensor.data_ptr, tensors), *sizes, *firsts]).tobytes()
-            sender = workspace.setdefault(f"{dtype}, {aligned}", Sender())
-            sent = sender.send(table, device, capturable=True)
+            chunks = workspace.setdefault(f"{dtype}, {aligned}", _Chunks())
+            chunks.cut([g.numel() for g in tensors], device)
+            sent = chunks.sender.send(addresses(tensors) + chunks.numbers, device, capturable=True)
+            n_chunks = chunks.n
             partials = torch.empty(2, n_chunks, dtype=torch.float32, device=device)
             align, multiple = (16, 8) if aligned else (dtype.itemsize, 1)
             squares_kernel[(n_chunks,)](
-                sent, partials, len(tensors), n_chunks, tiles_per_chunk,
+                chunks.owners, sent, partials, len(tensors), n_chunks, chunks.tiles_per_chunk,
                 G=TRITON_DTYPES[dtype], TILE=TILE, ALIGN=align, MULTIPLE=multiple, num_warps=WARPS, **UNFUSED,
             )  # fmt: skip
             parts.append(partials)
         for i, partials in enumerate(parts):
             total_kernel[(2,)](partials, total, partials.shape[1], FIRST=i == 0, BLOCK=TOTAL_BLOCK, **UNFUSED)
     return total
+
+
+class _Chunks:
+    """Runs of tiles of tensors, a program's each: what stays as long as sizes do."""
+
+    def __init__(self) -> None:
+        self.sender = Sender()
+        self.sizes: list[int] = []
+
+    def cut(self, sizes: list[int], device: torch.device) -> None:
+        """Cut tensors of these sizes, none of them 0, unless that was done."""
+        if sizes == self.sizes:
+            return
+        self.tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
+        counts = [-(-n // (TILE * self.tiles_per_chunk)) for n in sizes]
+        firsts = [0, *accumulate(counts)]
+        self.n = firsts[-1]
+        self.numbers = array("q", sizes + firsts[:-1]).tobytes()
+        self.owners = owners(Sender().send(array("q", counts).tobytes(), device), self.n)
+        self.sizes = sizes
 
 
 def decide(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.haar import dwt_kernel, idwt_kernel
-from gwt_kernels.triton_backend.layout import block_layout, check_row, is_flat, variant
+from gwt_kernels.triton_backend.layout import is_flat, rows_of, variant
 from gwt_kernels.triton_backend.tables import addresses, device_guard, offs_of
 
 __all__ = ["haar_dwt", "haar_idwt"]
@@ -41,13 +41,12 @@ def _launch(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
     if x.numel() == 0:
         return
     level = len(coeffs) - 1
-    check_row(x.shape[-1], level)
     flat = is_flat(x, any(offs_of(addresses([x, *coeffs]))), level)
     options = variant(level, flat)
-    n_blocks, row_width, row_blocks = block_layout(x, 2**level)
-    width = options.pop("W")
-    multiple = max(1, 8 // width) if flat else 1
+    rows = rows_of(x, 2**level)
+    multiple = max(1, 8 // options.pop("W"))
     with device_guard(x.device):
-        kernel[(-(-n_blocks // options["NB"]),)](
-            x, tuple(coeffs), n_blocks, row_width, row_blocks, LEVEL=level, MULTIPLE=multiple, **options, **UNFUSED
-        )
+        kernel[(-(-rows.n_blocks // options["NB"]),)](
+            x, tuple(coeffs), rows.n_blocks, rows.width, rows.row_blocks, rows.reciprocal, LEVEL=level,
+            MULTIPLE=multiple, **options, **UNFUSED,
+        )  # fmt: skip

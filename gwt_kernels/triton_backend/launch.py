@@ -12,10 +12,11 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from gwt_kernels.core.bucket import Bucket, StepInputs
-from gwt_kernels.hyper import quantum
+from gwt_kernels.hyper import padded_spans, quantum
+from gwt_kernels.rules import rule_of
 from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
-from gwt_kernels.triton_backend.layout import alignment, block_layout, variant
+from gwt_kernels.triton_backend.layout import DRAWN_TOGETHER, alignment, rows_of, variant
 from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.triton_backend.step import norm_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import (
@@ -23,6 +24,7 @@ from gwt_kernels.triton_backend.tables import (
     Sender,
     constant_rows,
     lr_addresses,
+    owners,
     scalar_rows,
 )
 
@@ -79,26 +81,33 @@ class Launch:
         self.flat = flat
         level, device = bucket.level, bucket.device
         self._bucket = bucket
+        self._rule = rule_of(bucket.rule, level).kernel
         self._path = variant(level, flat, bucket.is_quantized)
         self._quantum = quantum(level) if bucket.is_quantized else 0
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        layout = [block_layout(bucket.params[i], 2**level) for i in chosen]
-        tiles = [-(-n_blocks // self._path["NB"]) for n_blocks, _, _ in layout]
+        # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
+        together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
+        self.rows = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
+        tiles = [-(-rows.n_blocks // self._path["NB"]) for rows in self.rows]
         first_tiles = [0, *accumulate(tiles)]
         self.n_tiles = first_tiles[-1]
-        columns = chain(first_tiles[:-1], *zip(*layout, strict=True))
-        self._layout = self._sender.send(array("q", columns).tobytes(), device)
+        layout = chain(*([first, *rows] for first, rows in zip(first_tiles, self.rows, strict=False)))
+        self._layout = self._sender.send(array("q", layout).tobytes(), device)
+        self._owners = owners(self._sender.send(array("q", tiles).tobytes(), device), self.n_tiles)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
         self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
         self.n_chunks = first_chunks[-1]
         self._first_chunks = self._sender.send(array("q", first_chunks).tobytes(), device)
+        self._chunk_owners = owners(self._first_chunks.diff(), self.n_chunks)
         indices = array("q", self._chosen or ()).tobytes()
         self._index = self._sender.send(indices, device) if indices else None
         # A random bit's index is that of the whole tensor.
         spans = bucket.spans if bucket.is_random else None
         self._spans = [] if spans is None else [[*spans[i][0], *spans[i][1]] for i in chosen]
+        padded = [padded_spans(bucket.params[i].shape, level) for i in chosen]
+        self._span_kind = _span_kind(self._spans, [(*own[0][1:], *own[1][1:]) if own else None for own in padded])
         self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
@@ -172,9 +181,10 @@ class Launch:
             sent.grad_stats = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
         self._start(
-            norm_kernel, self.n_chunks, self._layout, sent.pointers, sent.scalars, self._first_chunks,
-            sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m, Q=self._quantum,
-            SKIPPABLE=sent.can_skip, LOOKS=grad_stats, **self._path, **self._norm_alignment,
+            norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
+            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m, Q=self._quantum,
+            SKIPPABLE=sent.can_skip, LOOKS=grad_stats, MOMENTS=self._rule.moments,
+            DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
@@ -202,9 +212,9 @@ class Launch:
         if self._rows:
             sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
         self._start(
-            step_kernel, self.n_tiles, self._layout, sent.pointers, sent.scalars, factors, sums,
+            step_kernel, self.n_tiles, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            SPAN=_span_kind(self._spans, self.flat), LIMITED=limited, FOLDED=bucket.rule == "foam",
+            SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
             ROUNDING=bucket.rounding, Q=self._quantum, **self._path, **self._step_alignment,
         )  # fmt: skip
         if self._rows:
@@ -235,12 +245,17 @@ class Launch:
         return column if self._chosen is None else b"".join([column[8 * i : 8 * i + 8] for i in self._chosen])
 
 
-def _span_kind(spans: Sequence[Sequence[int]], flat: bool) -> int:
-    """How shards lie in whole tensors: 0 they are whole, 1 a shift that leaves random bits in order, 2 anyhow."""
+def _span_kind(spans: Sequence[Sequence[int]], padded: Sequence[tuple[int, ...] | None]) -> int:
+    """How shards lie in whole tensors: 0 they are whole, 1 a shift that leaves calls in order, 2 anyhow.
+
+    Args:
+        spans: First element, run and pitch, of weights and of moments; of no tensor where all are whole.
+        padded: Runs and pitches of weights and moments whose rows are padded, None where they are not.
+    """
     if not spans:
         return 0
-    shifted = all(
-        run == pitch and run_c == pitch_c and first_c % 4 == 0 and (not flat or first % 8 == 0)
-        for first, run, pitch, first_c, run_c, pitch_c in spans
-    )
-    return 1 if shifted else 2
+    for (first, run, pitch, first_c, run_c, pitch_c), rows in zip(spans, padded, strict=True):
+        in_order = (run, pitch, run_c, pitch_c) == rows if rows else run == pitch and run_c == pitch_c
+        if first % 8 or first_c % 4 or not in_order:
+            return 2
+    return 1

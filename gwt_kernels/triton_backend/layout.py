@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["alignment", "block_layout", "check_row", "is_flat", "variant"]
+__all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
-ROW_TILE, ROW_WARPS = 1024, 4  # a row takes more registers per element: offsets, masks and a division
-MAX_ROW = 1 << 29  # width up to which offsets within a tile of the row path fit 32 bits
+# A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. In one warp what
+# lanes exchange needs no barriers, and a short tile seldom holds the end of a row.
+ROW_TILE, ROW_WARPS = 512, 1
+DRAWN_TOGETHER = 4  # blocks of a row whose random bits come of whole calls, of 4 words
 
 
 def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
@@ -19,6 +21,8 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
     if flat and quantized and level < 2:
         tile //= 2  # of a whole one a lane would encode 8 moments or more at once, for which registers run out
+    if not flat and (quantized or 2**level > tile):
+        tile, warps = 2 * tile, 2 * warps  # for whole quanta, and for no more elements a lane in the longest blocks
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
 
@@ -37,19 +41,30 @@ def is_flat(p: Tensor, misaligned: bool, level: int) -> bool:
     return whole_blocks and not misaligned and p.numel() % 8 == 0
 
 
-def block_layout(p: Tensor, width: int) -> tuple[int, int, int]:
-    """Number of blocks, elements per row and blocks per row. Whole blocks lie end to end: any row will do."""
+class Rows(NamedTuple):
+    """How a tensor's blocks are counted: see ``tiles.py``."""
+
+    n_blocks: int
+    """With those that pad rows."""
+    width: int
+    row_blocks: int
+    padded: int
+    """Blocks of a row with those that pad it."""
+    reciprocal: int
+    """``(2**64 - 1) // padded``, as a signed number of as many bits."""
+
+
+def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
+    """Count the blocks of ``width`` elements of a tensor that is not empty, in rows of a multiple of ``together``.
+
+    Whole blocks lie end to end, and count as one row.
+    """
     n = p.shape[-1] if p.dim() else 1
     if n % width == 0:
-        return p.numel() // width, width, 1
+        n = p.numel()
+        together = 1
     row_blocks = -(-n // width)
-    return p.numel() // n * row_blocks, n, row_blocks
-
-
-def check_row(width: int, level: int) -> None:
-    """Raise unless offsets within a tile of such rows fit 32 bits."""
-    if width % 2**level and width > MAX_ROW:
-        raise RuntimeError(
-            f"the Triton backend takes rows of up to {MAX_ROW} elements where 2**level does not divide them, "
-            f"got {width}: use backend='torch'"
-        )
+    padded = -(-row_blocks // together) * together
+    reciprocal = ((1 << 64) - 1) // padded
+    signed = reciprocal - (1 << 64) if reciprocal >> 63 else reciprocal
+    return Rows(p.numel() // n * padded, n, row_blocks, padded, signed)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gwt_kernels.triton_backend.control import N_SCALARS
+from gwt_kernels.triton_backend.tiles import N_LAYOUT
 
 __all__ = ["limiter_kernel", "observe_kernel", "sum_kernel"]
 
@@ -91,8 +92,8 @@ def observe_kernel(
         if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
             tl.store(row_ptr + 4, tl.load(row_ptr + 4) + 1.0)
             return
-    tile = tl.load(layout_ptr + i)
-    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1))
+    tile = tl.load(layout_ptr + i * N_LAYOUT)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT)
     end = tl.where(i + 1 < n_tensors, end, n_tiles)
     details = tl.zeros((BLOCK,), tl.float64)
     approximation = tl.zeros((BLOCK,), tl.float64)

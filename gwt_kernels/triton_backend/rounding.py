@@ -9,6 +9,7 @@ __all__ = [
     "join_low",
     "random_halves",
     "random_halves_at",
+    "random_halves_of_blocks",
     "random_words",
     "random_words_at",
     "round_at_random",
@@ -51,9 +52,33 @@ def random_words_at(index, step, key):
 def random_halves(first, N: tl.constexpr, step, key):
     """16 random bits for each of ``N`` weights from ``first`` on; 8 divides both: ``[N]``."""
     w0, w1, w2, w3 = _philox(first // 8 + tl.arange(0, N // 8), step, _WEIGHTS, key)
-    lower = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-    upper = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-    return tl.reshape(tl.join(lower, upper), (N,))
+    return tl.reshape(_halves(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (N,))
+
+
+@triton.jit
+def random_halves_of_blocks(index, W: tl.constexpr, NB: tl.constexpr, step, key):
+    """16 random bits for each of the ``W`` weights, 2 or more, of ``NB`` blocks: ``[NB * W]``.
+
+    ``index [NB]`` (int64) are those of their first weights, multiples of ``min(W, 8)``.
+    """
+    if W >= 8:
+        calls = tl.reshape((index // 8)[:, None] + tl.arange(0, W // 8)[None, :], (NB * W // 8,))
+        w0, w1, w2, w3 = _philox(calls, step, _WEIGHTS, key)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    else:
+        w0, w1, w2, w3 = _philox(index // 8, step, _WEIGHTS, key)
+        if W == 4:
+            second = index % 8 == 4
+            words = tl.join(tl.where(second, w2, w0), tl.where(second, w3, w1))
+        else:
+            words = _choose(w0, w1, w2, w3, index % 8 // 2)
+    return tl.reshape(_halves(words), (NB * W,))
+
+
+@triton.jit
+def _halves(words):
+    """The lower and the upper half of each word: one more dimension, the last."""
+    return tl.join(words & 0xFFFF, words >> 16)
 
 
 @triton.jit

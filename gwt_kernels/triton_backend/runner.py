@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.triton_backend.launch import Launch, Sent
-from gwt_kernels.triton_backend.layout import check_row, is_flat
+from gwt_kernels.triton_backend.layout import is_flat
 from gwt_kernels.triton_backend.tables import addresses, device_guard, offs_of
 from gwt_kernels.trust import check_bucket, check_lows, check_scales
 
@@ -44,7 +44,6 @@ class TritonRunner:
 
     Raises:
         ValueError: the kernels could not trust the tensors.
-        RuntimeError: a row is too wide for them.
     """
 
     collects_grad_stats = True
@@ -57,8 +56,6 @@ class TritonRunner:
         self._launches: list[Launch] = []
         self._begun: _Begun | None = None
         self._empty = [i for i, p in enumerate(bucket.params) if not p.numel()]
-        for p in bucket.params:
-            check_row(p.shape[-1] if p.dim() else 1, bucket.level)
         if bucket.rounding == "split":
             check_lows(bucket.params, bucket.lows)  # type: ignore[arg-type]
         absent = bytes(8 * len(bucket))

@@ -2,7 +2,9 @@
 
 A bucket is described by tables in device memory with one entry per tensor:
 
-``layout``    int64 ``[4, n]``: first tile, number of blocks, width of a row, blocks per row
+``owners``    int32 ``[n_tiles]``: each tile's tensor
+``layout``    int64 ``[n, 6]``: first tile; number of blocks; and of a row: width, blocks, blocks with padding, and
+              ``(2**64 - 1) //`` these
 ``pointers``  int64 ``[up to 16, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
               the key of the random bits, the addresses of the weights' low halves and of the scales of m and v,
               the step, and for shards first element, run and pitch in the whole tensor, of p and of m and v; as
@@ -14,7 +16,13 @@ A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``N
 updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
 whose rows are whole blocks, whose size is a multiple of 8 and whose addresses are multiples of 16 bytes: there
 blocks lie end to end, and a tile is one contiguous, aligned run. The *row* path takes any tensor: the last
-block of a row may be cut short, and what lies beyond the row counts as zero.
+block of a row may be cut short, and what lies beyond the row counts as zero. There a lane takes one element at a
+time, and one block's moments at a time, so that the lanes of a warp access neighbours.
+
+The index of a random bit counts rows that are no whole blocks as padded to a multiple of 4 blocks
+(``hyper.padded_spans``). Tiles of launches that draw count such padding as blocks, so that a call of Philox serves
+4 coefficients and 8 weights that lie side by side in a tile; with moments in codes they cannot, as a quantum runs
+on from row to row.
 
 ``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
 that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
@@ -26,22 +34,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.core import kernel
+from gwt_kernels.rules import blocks
 from gwt_kernels.triton_backend.control import N_SCALARS
 from gwt_kernels.triton_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.triton_backend.rounding import (
     join_low,
     random_halves,
     random_halves_at,
+    random_halves_of_blocks,
     random_words,
     random_words_at,
     round_at_random,
     split_low,
 )
+from gwt_kernels.triton_backend.tiles import FLAT as _FLAT
+from gwt_kernels.triton_backend.tiles import (
+    N_LAYOUT,
+    ROWS,
+    RUN,
+    index_in_array,
+    inside_tile,
+    is_run,
+    load_tile,
+    rows_passed,
+    store_tile,
+    tile_of,
+)
 from gwt_kernels.triton_backend.tiles import array_ptr as _array
-from gwt_kernels.triton_backend.tiles import owner as _owner
-from gwt_kernels.triton_backend.tiles import tile_offsets
 
 __all__ = ["norm_kernel", "step_kernel"]
+
+kernel.load()
+kernel_block_sums = blocks.kernel_block_sums
 
 _P = tl.constexpr(0)
 _G = tl.constexpr(1)
@@ -58,6 +83,7 @@ _MOMENTS_SPAN = tl.constexpr(13)
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def step_kernel(
+    owners_ptr,
     layout_ptr,
     pointers_ptr,
     scalars_ptr,
@@ -73,7 +99,8 @@ def step_kernel(
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     LIMITED: tl.constexpr,
-    FOLDED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    UPDATE: tl.constexpr,
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
     Q: tl.constexpr,
@@ -82,114 +109,154 @@ def step_kernel(
 ):
     """Transform, moments, inverse transform and weights of one tile, everything read and written once.
 
-    With ``mean`` the mean of a block of ``W`` gradients::
+    With the update ``u`` of the rule, whose statements are ``MOMENTS`` and ``UPDATE`` (``rules/``)::
 
-        A = sqrt(W) * mean
-        m = b1*m + (1-b1)*A
-        v = b2*v + (1-b2)*A*A
-        u_i = (g_i - mean + m / sqrt(W)) / (sqrt(v) + eps)         at W = 1: m / (sqrt(v) + eps)
         p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
 
-    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. The folded rule
-    (``FOLDED``, with ``W`` above 1) has, with ``r_i = g_i - mean``::
-
-        m = b1*m + (1-b1)*mean
-        v = b2*v + (1-b2)*mean(g*g)
-        u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
     scale per ``Q`` of them (``quantized.py``), and round stochastically too. Random bits depend on the index in
-    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights, on
-    the flat path) and of 4 (moments), and 2 where it is any.
+    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of
+    4 (moments), and 2 where it is any.
 
     Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
     approximation coefficients and of its update, weight decay apart.
     """
-    tile = tl.program_id(0)
+    program = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
-        tile = tl.num_programs(0) - 1 - tile
-    i = _owner(layout_ptr, tile, n_tensors)
+        program = tl.num_programs(0) - 1 - program
+    i = tl.load(owners_ptr + program)
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
             return
-    first_block = (tile - tl.load(layout_ptr + i)) * NB
-    start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, first_block, W, NB, FLAT)
-    p_ptrs = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN) + start + elements
-    g_ptrs = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN) + start + elements
+    n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
+    first_block = (program - tl.load(layout_ptr + i * N_LAYOUT)) * NB
+    tile = tile_of(n_blocks, padded, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, 8 // W if W < 8 else 1)
+    if FLAT:
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
+            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, _FLAT,
+        )  # fmt: skip
+    elif is_run(tile, width, padded, W, NB):
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
+            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, RUN,
+        )  # fmt: skip
+    else:
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
+            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, ROWS,
+        )  # fmt: skip
 
-    p = tl.load(p_ptrs, mask=inside, other=0.0)
+
+@triton.jit
+def _update(
+    tile,
+    width,
+    row_blocks,
+    padded,
+    i,
+    program,
+    pointers_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SPAN: tl.constexpr,
+    Q: tl.constexpr,
+    OBSERVED: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """The step of one tile of a kind: see ``step_kernel``."""
+    first_block = tile[0]
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    p_ptr = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN)
+    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+
+    p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
     if ROUNDING == "split":
-        low_ptrs = _array(pointers_ptr, _LOW, i, n_tensors, tl.int16, ALIGN) + start + elements
-        p = join_low(p, tl.load(low_ptrs, mask=inside, other=0))
+        low_ptr = _array(pointers_ptr, _LOW, i, n_tensors, tl.int16, ALIGN)
+        p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
     else:
         p = p.to(tl.float32)
     if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
         key = tl.load(pointers_ptr + _KEY * n_tensors + i)
         step = tl.load(pointers_ptr + _STEP * n_tensors + i)
-    m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs = _moment_ptrs(
-        pointers_ptr, i, n_tensors, first_block, blocks, M, MOMENT_ALIGN, NB, Q
-    )
-    m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
-    g = _gradient(g_ptrs, inside, scalars_ptr + i * N_SCALARS)
-    mean, residual, m, v, denominator = _moments(g, m, v, scalars_ptr + i * N_SCALARS, W, NB, FOLDED)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + 8)
+    # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
+    # load does that it is computed from.
+    moments = _moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
+    m, v = _load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
-            index = _in_whole(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, first_block + blocks)
-            bits = random_words_at(index, step, key)
+            index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
+            bits = random_words_at(_in_whole(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, index), step, key)
+        elif Q and KIND != _FLAT:
+            index = _block_index(tile, row_blocks, NB)
+            bits = random_words_at(index + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN), step, key)
         else:
-            bits = random_words(
-                first_block + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN), NB, step, key
-            )
+            first = first_block + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN)
+            bits = random_words(first, NB, step, key)
     else:
         bits = 0
-    _store_moments(m, v, bits, m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, M, NB, Q)
+    if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
+        tl.debug_barrier()
+    _store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
 
     decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
     step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
-    if FOLDED and W > 1:
-        eps = tl.load(scalars_ptr + i * N_SCALARS + 4)
-        denominators = tl.sqrt_rn(v[:, None] + residual * residual) + eps  # [NB, W]
-        update = tl.div_rn(step_size * (residual + m[:, None]), denominators)
-    else:
-        gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
-        if W == 1:
-            update = m * gain
-        else:
-            update = (residual + (m * W**-0.5)[:, None]) * gain[:, None]  # [NB, W]
+    update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
     if OBSERVED:
-        row_ptr = sums_ptr + tile.to(tl.int64) * 3
+        row_ptr = sums_ptr + program.to(tl.int64) * 3
         if W == 1:
             tl.store(row_ptr, 0.0)
         else:
             tl.store(row_ptr, tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0))
         tl.store(row_ptr + 1, tl.sum(mean * mean, axis=0) * W)
-        applied = tl.where(inside, tl.reshape(update, p.shape), 0.0)
-        tl.store(row_ptr + 2, tl.sum(tl.reshape(applied * applied, (NB * W,)), axis=0))
-    p = p - decay * p - tl.reshape(update, p.shape)
+        applied = tl.where(inside_tile(tile, width, padded, W, NB, KIND), update, 0.0)
+        tl.store(row_ptr + 2, tl.sum(applied * applied, axis=0))
+    p = p - decay * p - update
     if ROUNDING == "split":
         weight, low = split_low(p)
-        tl.store(low_ptrs, low, mask=inside)
-        tl.store(p_ptrs, weight, mask=inside)
+        store_tile(low_ptr, low, tile, width, padded, W, NB, KIND, MULTIPLE)
+        store_tile(p_ptr, weight, tile, width, padded, W, NB, KIND, MULTIPLE)
     elif ROUNDING == "stochastic":
         if SPAN == 2:
-            index = _in_whole(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, start + elements)
-            bits = random_halves_at(index, step, key)
+            index = index_in_array(tile, width, padded, W, NB, KIND)
+            bits = random_halves_at(_in_whole(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, index), step, key)
+        elif Q and KIND != _FLAT and W > 1:
+            index = _block_index(tile, row_blocks, NB) * W
+            index += _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
+            bits = random_halves_of_blocks(index, W, NB, step, key)
         else:
-            start += _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
-            if FLAT:
-                bits = random_halves(start, NB * W, step, key)
-            else:
-                bits = random_halves_at(start + elements, step, key)
-        tl.store(p_ptrs, round_at_random(p, bits, P), mask=inside)
+            first = first_block * W + _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
+            bits = random_halves(first, NB * W, step, key)
+        store_tile(p_ptr, round_at_random(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
     else:
-        tl.store(p_ptrs, p.to(P), mask=inside)
+        store_tile(p_ptr, p.to(P), tile, width, padded, W, NB, KIND, MULTIPLE)
 
 
 @triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk", "n_chunks"])
 def norm_kernel(
+    owners_ptr,
     layout_ptr,
     pointers_ptr,
     scalars_ptr,
@@ -209,44 +276,92 @@ def norm_kernel(
     Q: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     LOOKS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
 ):
-    """One partial sum of ``(m / (sqrt(v) + eps))**2`` over a chunk of tiles, with the moments of this step.
+    """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with the moments of this step.
 
+    ``owners`` int32 ``[n_chunks]`` are the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the tensors' chunks.
     Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. Where it
     ``LOOKS`` at the gradients, ``seen [2, n_chunks]`` receives what ``squares_kernel`` would find of them: the sum
     of their squares, and more than 0 where one is infinite or NaN.
     """
     chunk = tl.program_id(0)
-    i = _owner(first_chunk_ptr, chunk, n_tensors)
+    i = tl.load(owners_ptr + chunk)
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
             return
+    n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
-    end = tl.minimum(block + tiles_per_chunk * NB, tl.load(layout_ptr + n_tensors + i))
-    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+    end = tl.minimum(block + tiles_per_chunk * NB, n_blocks)
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     total = tl.zeros((NB,), tl.float32)
     squares = tl.zeros((NB,), tl.float32)
     largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
     while block < end:
-        start, elements, inside, blocks, block_inside = _tile(layout_ptr, i, n_tensors, block, W, NB, FLAT)
-        m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs = _moment_ptrs(
-            pointers_ptr, i, n_tensors, block, blocks, M, MOMENT_ALIGN, NB, Q
-        )
-        m, v = _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, block_inside, NB, Q)
-        g = _gradient(g_ptr + start + elements, inside, scalars_ptr + i * N_SCALARS)
-        # The folded rule has no limiter.
-        _, _, m, _, denominator = _moments(g, m, v, scalars_ptr + i * N_SCALARS, W, NB, False)
-        a = m / tl.where(block_inside, denominator, float("inf"))  # 0 where there is no block
+        tile = tile_of(n_blocks, padded, reciprocal, block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
+        if FLAT:
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, _FLAT,
+            )  # fmt: skip
+        elif is_run(tile, width, padded, W, NB):
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, RUN,
+            )  # fmt: skip
+        else:
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, ROWS,
+            )  # fmt: skip
         total += a * a
         if LOOKS:
-            squares += tl.sum(tl.reshape(g * g, (NB, W)), axis=1)
+            squares += kernel_block_sums(g * g, W, NB, _FLAT)
             sizes = tl.reshape(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (NB, W))
             largest = tl.maximum(largest, tl.max(sizes, axis=1))
         block += NB
-    tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
+    # Pairs here too, so that the limiter's divisor is the same whatever the dtypes of what is read.
+    tl.store(partials_ptr + chunk, tl.sum(kernel_block_sums(total, NB, 1, _FLAT), axis=0))
     if LOOKS:
-        tl.store(seen_ptr + chunk, tl.sum(squares, axis=0))
+        tl.store(seen_ptr + chunk, tl.sum(kernel_block_sums(squares, NB, 1, _FLAT), axis=0))
         tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
+
+
+@triton.jit
+def _parts(
+    tile,
+    width,
+    row_blocks,
+    padded,
+    i,
+    pointers_ptr,
+    scalars_ptr,
+    n_tensors,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    Q: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``: 0 where no block is."""
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + 8)
+    moments = _moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
+    m, v = _load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
+    direction = DIRECTION(m, v, numbers)
+    if KIND != RUN:
+        direction = tl.where(inside_tile(tile, row_blocks, padded, 1, NB, KIND), direction, 0.0)
+    return g, direction
 
 
 @triton.jit
@@ -268,74 +383,54 @@ def _in_whole(pointers_ptr, which, i, n_tensors, index):
 
 
 @triton.jit
-def _gradient(g_ptrs, inside, scalars_ptr):
-    """A tile's gradients in float32, times their factor."""
-    return tl.load(g_ptrs, mask=inside, other=0.0).to(tl.float32) * tl.load(scalars_ptr + 8)
+def _numbers(scalars_ptr):
+    """``b1, 1 - b1, b2, 1 - b2, eps`` of a tensor."""
+    b1, rest1 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
+    b2, rest2 = tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + 4)
 
 
 @triton.jit
-def _moments(
-    g,
-    m,
-    v,
-    scalars_ptr,
-    W: tl.constexpr,
-    NB: tl.constexpr,
-    FOLDED: tl.constexpr,
-):
-    """``mean`` ``[NB]``, ``g - mean`` ``[NB, W]``, the new ``m``, ``v`` and ``sqrt(v) + eps`` ``[NB]``: float32."""
-    if W == 1:
-        a = tl.reshape(g, (NB,))
-        square = a * a
-        mean = a
-        residual = g
-    else:
-        g = tl.reshape(g, (NB, W))
-        mean = tl.sum(g, axis=1) * (1.0 / W)
-        if FOLDED:
-            a = mean
-            square = tl.sum(g * g, axis=1) * (1.0 / W)
-        else:
-            a = mean * W**0.5
-            square = a * a
-        residual = g - mean[:, None]
-    m = tl.load(scalars_ptr) * m + tl.load(scalars_ptr + 1) * a
-    v = tl.load(scalars_ptr + 2) * v + tl.load(scalars_ptr + 3) * square
-    return mean, residual, m, v, tl.sqrt_rn(v) + tl.load(scalars_ptr + 4)
-
-
-@triton.jit
-def _moment_ptrs(
+def _moment_arrays(
     pointers_ptr,
     i,
     n_tensors,
     first_block,
-    blocks,
     M: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     NB: tl.constexpr,
     Q: tl.constexpr,
 ):
-    """Where ``m`` and ``v`` of a tile's blocks lie ``[NB]``, and the scales of codes ``[NB // Q]``."""
-    m_ptrs = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
+    """Where ``m`` and ``v`` of a tensor lie, and the scales of a tile's codes ``[NB // Q]``."""
+    m_ptr = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN)
     if Q:
         quanta = first_block // Q + tl.arange(0, NB // Q)
-        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN) + first_block + blocks
+        v_ptr = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN)
         m_scale_ptrs = _array(pointers_ptr, _M_SCALES, i, n_tensors, tl.float32, 4) + quanta
         v_scale_ptrs = _array(pointers_ptr, _V_SCALES, i, n_tensors, tl.float32, 4) + quanta
     else:
-        v_ptrs = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN) + first_block + blocks
-        m_scale_ptrs, v_scale_ptrs = m_ptrs, v_ptrs  # not read
-    return m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs
+        v_ptr = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN)
+        m_scale_ptrs, v_scale_ptrs = m_ptr, v_ptr  # not read
+    return m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs
 
 
 @triton.jit
-def _load_moments(m_ptrs, v_ptrs, m_scale_ptrs, v_scale_ptrs, inside, NB: tl.constexpr, Q: tl.constexpr):
-    """``m`` and ``v`` of a tile's blocks, in float32; zeros beyond the last."""
-    m = tl.load(m_ptrs, mask=inside, other=0).to(tl.float32)
-    v = tl.load(v_ptrs, mask=inside, other=0).to(tl.float32)
+def _load_moments(
+    moments,
+    tile,
+    row_blocks,
+    padded,
+    NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """``m`` and ``v`` of a tile's blocks, in float32; zeros where there is no block."""
+    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
+    m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
+    v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     if Q:
-        known = _quanta_inside(inside, NB, Q)
+        known = tl.arange(0, NB // Q) * Q < tile[1]
         m = decode_first(m, tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
         v = decode_second(v, tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB)
     return m, v
@@ -346,18 +441,21 @@ def _store_moments(
     m,
     v,
     bits,
-    m_ptrs,
-    v_ptrs,
-    m_scale_ptrs,
-    v_scale_ptrs,
-    inside,
+    moments,
+    tile,
+    row_blocks,
+    padded,
     M: tl.constexpr,
     NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     Q: tl.constexpr,
 ):
     """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
+    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
     if Q:
-        known = _quanta_inside(inside, NB, Q)
+        inside = tl.arange(0, NB) < tile[1]
+        known = tl.arange(0, NB // Q) * Q < tile[1]
         m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
         v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
         tl.store(m_scale_ptrs, m_scales, mask=known)
@@ -366,21 +464,27 @@ def _store_moments(
         m, v = round_at_random(m, bits & 0xFFFF, M), round_at_random(v, bits >> 16, M)
     else:
         m, v = m.to(M), v.to(M)
-    tl.store(m_ptrs, m, mask=inside)
-    tl.store(v_ptrs, v, mask=inside)
+    store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
+    store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
 
 
 @triton.jit
-def _quanta_inside(inside, NB: tl.constexpr, Q: tl.constexpr):
-    """Which quanta have a coefficient that is inside."""
-    return tl.max(tl.reshape(inside, (NB // Q, Q)).to(tl.int32), axis=1) > 0
+def _layout(layout_ptr, i, FLAT: tl.constexpr):
+    """A tensor's number of blocks, and of its rows width, blocks, blocks with padding, and the reciprocal of these."""
+    ptr = layout_ptr + i * N_LAYOUT
+    n_blocks = tl.load(ptr + 1)
+    width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
+    if not FLAT:  # where nothing asks for rows
+        width, row_blocks, padded, reciprocal = (
+            tl.load(ptr + 2),
+            tl.load(ptr + 3),
+            tl.load(ptr + 4),
+            tl.load(ptr + 5),
+        )
+    return n_blocks, width, row_blocks, padded, reciprocal
 
 
 @triton.jit
-def _tile(layout_ptr, i, n_tensors, first_block, W: tl.constexpr, NB: tl.constexpr, FLAT: tl.constexpr):
-    """Where the tile that starts with ``first_block`` lies in tensor ``i``: see ``tile_offsets``."""
-    n_blocks = tl.load(layout_ptr + n_tensors + i)
-    width = tl.load(layout_ptr + 2 * n_tensors + i)
-    row_blocks = tl.load(layout_ptr + 3 * n_tensors + i)
-    MULTIPLE: tl.constexpr = 8 // W if FLAT and W < 8 else 1
-    return tile_offsets(n_blocks, width, row_blocks, first_block, W, NB, FLAT, MULTIPLE)
+def _block_index(tile, row_blocks, NB: tl.constexpr):
+    """The indices by which a tile's blocks draw, in rows that are padded to whole groups of 4: int64 ``[NB]``."""
+    return tile[0] + tl.arange(0, NB) + (tile[2] + rows_passed(tile, 1, NB)) * ((0 - row_blocks) & 3)

@@ -23,6 +23,7 @@ __all__ = [
     "device_guard",
     "lr_addresses",
     "offs_of",
+    "owners",
     "scalar_rows",
 ]
 
@@ -86,6 +87,17 @@ class Sender:
         if capturable and (self._spare is None or len(self._spare) < len(host)):
             self._spare = torch.empty_like(host, pin_memory=True)
         return host.pin_memory().to(device, non_blocking=True)  # the allocator keeps it until it is read
+
+
+def owners(counts: Tensor, total: int) -> Tensor:
+    """The tensor of each tile, or chunk: int32 ``[total]``, made on the device.
+
+    Args:
+        counts: How many each of the tensors has: int64, on the device.
+        total: Their sum.
+    """
+    tensors = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
+    return torch.repeat_interleave(tensors, counts, output_size=total)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:

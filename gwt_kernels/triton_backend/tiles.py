@@ -1,62 +1,178 @@
-"""Where a table's tensors and a tile's elements lie in memory: the index arithmetic that all kernels share."""
+"""Where a table's tensors and a tile's elements lie in memory: the index arithmetic that all kernels share.
+
+A tile is ``NB`` blocks of a tensor, one after the other. On the flat path blocks lie end to end. On the row path a
+row is ``row_blocks`` blocks, the last of which may be cut short, or lie beyond the row as a whole: it is padding
+then. What lies beyond a row counts as zero.
+
+``KIND`` is what is known of a tile when a kernel is compiled. ``FLAT``: it is of the flat path. ``RUN``: it is whole,
+and lies within one row, as most do, so that no element has to be asked for. ``ROWS``: it is any; rows are found by a
+product in place of a division.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["array_ptr", "owner", "tile_offsets"]
+__all__ = [
+    "FLAT",
+    "N_LAYOUT",
+    "ROWS",
+    "RUN",
+    "array_ptr",
+    "index_in_array",
+    "inside_tile",
+    "is_run",
+    "load_tile",
+    "rows_passed",
+    "store_tile",
+    "tile_of",
+]
+
+FLAT, RUN, ROWS = tl.constexpr("flat"), tl.constexpr("run"), tl.constexpr("rows")
+N_LAYOUT = tl.constexpr(6)  # numbers of a tensor in the table of a launch: see ``step.py``
 
 
 @triton.jit
-def tile_offsets(
+def tile_of(
     n_blocks,
-    width,
     row_blocks,
+    reciprocal,
     first_block,
-    W: tl.constexpr,
     NB: tl.constexpr,
-    FLAT: tl.constexpr,
+    KIND: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """Offsets and masks of the ``NB`` blocks of ``W`` elements that start with block ``first_block``.
+    """The tile that starts with block ``first_block``, for the functions below.
 
-    The array has ``n_blocks`` blocks. On the flat path they lie end to end, and ``n_blocks`` is a multiple of
-    ``MULTIPLE``. On the row path a row of ``width`` elements is ``row_blocks`` blocks, the last one cut short.
+    It is a tuple: its first block, the blocks from there to the tensor's end or the tile's (32 bits), the first
+    block's row, the period ``c`` of rows in this tile, and where in it the first block lies (both 32 bits): the row
+    of block ``b`` of the tile is ``(b + place) // c`` rows below the first one's. ``c`` is ``row_blocks`` but for
+    rows longer than two tiles, of which only the end, with less than 4 blocks of padding, may matter to one.
 
-    Returns the offset of the tile's origin (64 bits), then relative to that origin (32 bits; the host has
-    checked that they suffice) the elements and which of them are inside, ``[NB * W]`` on the flat path and
-    ``[NB, W]`` on the row path, then the blocks and which of them are inside, ``[NB]``.
+    Args:
+        n_blocks: of the tensor; on the flat path a multiple of ``MULTIPLE``.
+        row_blocks: of a row, at least 1.
+        reciprocal: ``(2**64 - 1) // row_blocks``, as 64 bits.
+        first_block: of the tile.
     """
-    here = tl.multiple_of(tl.minimum(n_blocks - first_block, NB).to(tl.int32), MULTIPLE)
-    blocks = tl.arange(0, NB)
-    if FLAT:
-        start = first_block * W
-        elements = tl.arange(0, NB * W)
-        # A run of MULTIPLE * W elements is inside or outside as a whole, so one access can take all of it.
-        inside = elements < tl.multiple_of(here * W, MULTIPLE * W)
-    else:
-        first_row = first_block // row_blocks
-        start = first_row * width
-        block = (first_block - first_row * row_blocks).to(tl.int32) + blocks
-        row = block // row_blocks.to(tl.int32)
-        column = (block - row * row_blocks.to(tl.int32))[:, None] * W + tl.arange(0, W)[None, :]
-        elements = row[:, None] * width.to(tl.int32) + column
-        inside = (blocks < here)[:, None] & (column < width.to(tl.int32))
-    return start, elements, inside, blocks, blocks < here
+    here = tl.multiple_of(tl.minimum(n_blocks - first_block, NB).to(tl.int32), MULTIPLE if KIND == FLAT else 1)
+    row = first_block - first_block
+    period = here
+    place = here - here
+    if KIND != FLAT:
+        row = tl.umulhi(first_block.to(tl.uint64), reciprocal.to(tl.uint64)).to(tl.int64)  # or one less
+        left = (row + 1) * row_blocks - first_block
+        row = tl.where(left > 0, row, row + 1)
+        left = tl.where(left > 0, left, left + row_blocks)
+        period = tl.minimum(row_blocks, 2 * NB + 4).to(tl.int32)
+        place = period - tl.minimum(left, period).to(tl.int32)
+    return first_block, here, row, period, place
 
 
 @triton.jit
-def owner(first_ptr, index, n_tensors):
-    """The tensor that tile (or chunk) ``index`` belongs to: the last whose first one is not above it."""
-    low = 0
-    high = n_tensors
-    while high - low > 1:
-        middle = (low + high) // 2
-        after = tl.load(first_ptr + middle) > index
-        low = tl.where(after, low, middle)
-        high = tl.where(after, middle, high)
-    return low
+def rows_passed(tile, SIZE: tl.constexpr, NB: tl.constexpr):
+    """How many rows below the tile's first row each of its elements lies ``[NB * SIZE]``."""
+    _, _, _, period, place = tile
+    # x // d is the upper half of (x + 1) * ((2**32 - 1) // d), where x * d is far below 2**32 as here.
+    reciprocal = 0xFFFFFFFF // (period * SIZE).to(tl.uint32)
+    return tl.umulhi((tl.arange(0, NB * SIZE) + (place * SIZE + 1)).to(tl.uint32), reciprocal).to(tl.int32)
+
+
+@triton.jit
+def _places(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr):
+    """Where an array's elements lie from the tile's first on (32 bits), and which are inside ``[NB * SIZE]``."""
+    _, here, _, period, place = tile
+    missing = (row_blocks * SIZE - width).to(tl.int32)
+    elements = tl.arange(0, NB * SIZE)
+    passed = rows_passed(tile, SIZE, NB)
+    column = elements + place * SIZE - passed * (period * SIZE)
+    inside = (elements < here * SIZE) & (column < period * SIZE - missing)
+    return elements - passed * missing, inside
+
+
+@triton.jit
+def is_run(tile, width, row_blocks, W: tl.constexpr, NB: tl.constexpr):
+    """Whether a tile of the row path is a ``RUN``: whole, in one row, and without what is missing at its end."""
+    _, here, _, period, place = tile
+    return (here == NB) & ((period - place - NB) * W >= row_blocks * W - width)
+
+
+@triton.jit
+def _start(tile, width, row_blocks, SIZE: tl.constexpr, KIND: tl.constexpr):
+    """Which element of an array is the tile's first."""
+    start = tile[0] * SIZE
+    if KIND != FLAT:
+        start -= tile[2] * (row_blocks * SIZE - width)
+    return start
+
+
+@triton.jit
+def index_in_array(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """Which elements of an array a tile's are: int64 ``[NB * SIZE]``."""
+    places = tl.arange(0, NB * SIZE)
+    if KIND == ROWS:
+        places, _ = _places(tile, width, row_blocks, SIZE, NB)
+    return _start(tile, width, row_blocks, SIZE, KIND) + places
+
+
+@triton.jit
+def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """Which elements of a tile are inside an array: ``[NB * SIZE]``."""
+    if KIND == ROWS:
+        _, inside = _places(tile, width, row_blocks, SIZE, NB)
+    else:
+        inside = tl.arange(0, NB * SIZE) < tile[1] * SIZE
+    return inside
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    tile,
+    width,
+    row_blocks,
+    SIZE: tl.constexpr,
+    NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):
+    """A tile's elements of an array that has ``SIZE`` of them a block and ``width`` a row: ``[NB * SIZE]``."""
+    ptr += _start(tile, width, row_blocks, SIZE, KIND)
+    places = tl.arange(0, NB * SIZE)
+    if KIND == RUN:
+        x = tl.load(ptr + places)
+    elif KIND == ROWS:
+        places, inside = _places(tile, width, row_blocks, SIZE, NB)
+        x = tl.load(ptr + places, mask=inside, other=0)
+    else:
+        # A run of MULTIPLE * SIZE elements is inside or outside as a whole, so one access can take all of it.
+        x = tl.load(ptr + places, mask=places < tl.multiple_of(tile[1] * SIZE, MULTIPLE * SIZE), other=0)
+    return x
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    x,
+    tile,
+    width,
+    row_blocks,
+    SIZE: tl.constexpr,
+    NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):
+    """Store ``x [NB * SIZE]`` where :func:`load_tile` would read it."""
+    ptr += _start(tile, width, row_blocks, SIZE, KIND)
+    places = tl.arange(0, NB * SIZE)
+    if KIND == RUN:
+        tl.store(ptr + places, x)
+    elif KIND == ROWS:
+        places, inside = _places(tile, width, row_blocks, SIZE, NB)
+        tl.store(ptr + places, x, mask=inside)
+    else:
+        tl.store(ptr + places, x, mask=places < tl.multiple_of(tile[1] * SIZE, MULTIPLE * SIZE))
 
 
 @triton.jit

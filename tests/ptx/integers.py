@@ -69,6 +69,19 @@ def multiply_high(operands: Operands, parts: list[str]) -> Execute:
     return _alike(operands, parts[2], lambda a, b: ((a.astype(wide) * b) >> bits).astype(dtype))
 
 
+@forms("mul.hi.u64")
+def multiply_high_of_64_bits(operands: Operands, parts: list[str]) -> Execute:
+    operands.count(3)
+    half, low = U64.type(32), U64.type(0xFFFFFFFF)
+
+    def upper(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        (a1, a0), (b1, b0) = (a >> half, a & low), (b >> half, b & low)
+        middle = a1 * b0 + (a0 * b0 >> half)
+        return a1 * b1 + (middle >> half) + (a0 * b1 + (middle & low) >> half)
+
+    return _alike(operands, "u64", upper)
+
+
 @forms("mul.wide.{s16,u16,s32,u32}")
 def multiply_wide(operands: Operands, parts: list[str]) -> Execute:
     dtype, wide = DTYPES[parts[2]], WIDE[parts[2]]

@@ -397,3 +397,28 @@ def test_faults_name_kernel_instruction_and_threads() -> None:
         r"and 128 of other programs",
         text,
     )
+
+
+def test_what_other_threads_have_not_written_yet_is_not_unknown() -> None:
+    """Of two warps one comes to a jump and to a shuffle first, by registers that the other has not written yet."""
+    body = """
+    mov.u32 %r0, %tid.x;
+    setp.lt.s32 %p0, %r0, 32;
+    @%p0 bra $LATE;
+$USE:
+    mov.b32 %r1, 1;
+    shfl.sync.bfly.b32 %r2, %r0, %r1, 31, -1;
+    ld.param.b64 %l0, [p0];
+    mad.wide.u32 %l1, %r0, 4, %l0;
+    setp.lt.s32 %p1, %r0, 64;
+    @%p1 bra $STORE;
+    bra.uni $END;
+$LATE:
+    bra.uni $USE;
+$STORE:
+    st.global.b32 [%l1], %r2;
+$END:
+"""
+    x = torch.zeros(64, dtype=torch.int32)
+    execute(kernel(body, parameters=1, threads=64), [x])
+    assert x.tolist() == [i ^ 1 for i in range(64)]

@@ -78,6 +78,8 @@ def test_arithmetic(name: str, kind: str) -> None:
         ("mul.lo.s32", "s32", 65536, 65537, 65536),
         ("mul.hi.u32", "u32", 4294967295, 4294967295, 4294967294),
         ("mul.hi.s32", "s32", -1, 1, -1),
+        ("mul.hi.u64", "u64", -1, -1, 18446744073709551614),
+        ("mul.hi.u64", "u64", 1 << 33, 3 << 32, 6),
         ("div.s32", "s32", -7, 2, -3),
         ("div.u32", "u32", -7, 2, 2147483644),
         ("rem.s32", "s32", -7, 2, -1),
@@ -95,6 +97,10 @@ def test_saturation(name: str) -> None:
     low, high = limits("s32")
     rows = list(pairs("s32"))
     check(f"{name}.sat.s32", ["s32", "s32"], "s32", rows, lambda a, b: min(max(BINARY[name](a, b), low), high))
+
+
+def test_upper_halves_of_128_bits() -> None:
+    check("mul.hi.u64", ["u64", "u64"], "u64", list(pairs("u64")), lambda a, b: (a * b) >> 64)
 
 
 @pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32"])

@@ -7,7 +7,7 @@ import torch
 
 from gwt_kernels import haar_dwt, haar_idwt
 from gwt_kernels.functional import Hyper
-from gwt_kernels.triton_backend import haar_launch, launch, layout
+from gwt_kernels.triton_backend import haar_launch, launch
 from tests.poisoned import Poisoned
 from tests.steps import Bucket
 
@@ -158,18 +158,6 @@ def test_tensors_that_do_not_fit_are_refused(device, name, change, message):
     with pytest.raises(ValueError, match=message):
         bucket.step(HYPER, 1, backend="triton")
     assert all(map(torch.equal, before, bucket.results()))
-
-
-def test_rows_past_32_bit_offsets_are_refused(device, monkeypatch):
-    """Only those that whole blocks do not fill: the others take 64-bit offsets anyway."""
-    monkeypatch.setattr(layout, "MAX_ROW", 15)
-    fits = Bucket([(4, 16), (3, 13)], 2, device=device)
-    fits.check_step(HYPER, 1, backend="triton")
-    bucket = Bucket([(2, 17)], 2, device=device)
-    with pytest.raises(RuntimeError, match=r"rows of up to 15 elements .* got 17: use backend='torch'"):
-        bucket.step(HYPER, 1, backend="triton")
-    with pytest.raises(RuntimeError, match=r"rows of up to 15 elements .* got 17"):
-        haar_dwt(torch.zeros(2, 17, device=device), 2, backend="triton")
 
 
 def test_what_was_refused_once_is_refused_again(device):
