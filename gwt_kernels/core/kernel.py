@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 __all__ = ["load", "statement"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WAITING: list[Callable[..., Any]] = []
+_LOADED: dict[Callable[..., Any], Any] = {}
 
 
 def statement(function: _Function) -> _Function:
@@ -24,11 +26,20 @@ def statement(function: _Function) -> _Function:
 
 def load() -> None:
     """Give all that wait to Triton, before a kernel that calls them is compiled."""
+    if not _WAITING:
+        return
     import triton
     import triton.language as tl
 
+    modules = {function.__module__ for function in (*_WAITING, *_LOADED)}
     while _WAITING:
         function = _WAITING.pop()
-        names = vars(sys.modules[function.__module__])
+        _LOADED[function] = triton.jit(function)
+    for module in modules:  # where a statement stands, and where another one calls it
+        names = vars(sys.modules[module])
         names["tl"] = tl
-        names[function.__name__] = triton.jit(function)
+        names.update({name: _LOADED[x] for name, x in names.items() if _is_known(x)})
+
+
+def _is_known(x: Any) -> bool:
+    return isinstance(x, FunctionType) and x in _LOADED
