@@ -23,9 +23,9 @@ rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 o
   low halves, over the bytes that must move of them (1.00 is ideal); *apart*: those of a program, each once.
 - *waits*: the longest chain of dependent loads that the first load of a gradient waits for.
 - *issue*, *bandwidth*: an H100 issues {MULTIPROCESSORS} × {SCHEDULERS} × {LANES} lanes' instructions a cycle at
-  {CLOCK / 1e9:.1f} GHz, and its memory was measured to move {BANDWIDTH / 1e12:.1f} TB/s. Of the time to issue the
-  slots and the time to move the bytes the longer one bounds the kernel: its share is 100 %, and the other's is what
-  is needed of it.
+  {CLOCK / 1e9:.1f} GHz, and its memory is taken to move {BANDWIDTH / 1e12:.1f} TB/s (its data sheet says 3.35). Of
+  the time to issue the slots and the time to move the bytes the longer one bounds the kernel: its share is 100 %,
+  and the other's is what is needed of it.
 - *machine code*: the time to issue over the time to move, if the machine code executes as many more instructions
   than PTX as there are in its text, without the subroutines of rare numbers: a division is one instruction of PTX
   and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `issue slots` where PTX's
