@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.notes import COLUMNS
+
 __all__ = ["joined", "named", "read"]
 
 
@@ -72,6 +74,6 @@ def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
 
 
 def _new_row(device: torch.device) -> Tensor:
-    row = torch.zeros(6, dtype=torch.float64, device=device)
-    row[3].fill_(1.0)
+    row = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
+    row[COLUMNS.index("limit")].fill_(1.0)
     return row

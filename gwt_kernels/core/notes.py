@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Notes"]
+__all__ = ["COLUMNS", "Notes"]
+
+COLUMNS = ("details", "approximation", "update", "limit", "nonfinite", "steps")
+"""Of a row of telemetry: see :mod:`gwt_kernels.telemetry`."""
+_DETAILS, _APPROXIMATION, _UPDATE, _LIMIT, _NONFINITE, _STEPS = range(len(COLUMNS))
 
 
 class Notes:
@@ -13,9 +17,9 @@ class Notes:
 
     def __init__(self, row: Tensor) -> None:
         self._row = row
-        row[:3] = 0
-        row[3] = 1
-        row[5] += 1
+        row[:_LIMIT] = 0
+        row[_LIMIT] = 1
+        row[_STEPS] += 1
 
     def gradient(self, g: Tensor, factor: float, mean: Tensor, width: int) -> None:
         """A chunk of the gradient, what it is multiplied by, and the means of its blocks after that."""
@@ -23,8 +27,8 @@ class Notes:
 
     def squares_of_gradient(self, squares: Tensor, approximation: Tensor) -> None:
         """Sums over a chunk: of the gradient's squares, and of those of its approximation."""
-        self._row[0] += (squares - approximation).clamp(min=0)
-        self._row[1] += approximation
+        self._row[_DETAILS] += (squares - approximation).clamp(min=0)
+        self._row[_APPROXIMATION] += approximation
 
     def update(self, update: Tensor, factor: float = 1.0) -> None:
         """A chunk of the update over ``factor``."""
@@ -32,15 +36,15 @@ class Notes:
 
     def squares_of_update(self, squares: Tensor) -> None:
         """The sum over a chunk."""
-        self._row[2] += squares
+        self._row[_UPDATE] += squares
 
     def limit(self, limit: Tensor) -> None:
         """The limiter's divisor."""
-        self._row[3] = limit
+        self._row[_LIMIT] = limit
 
     def close(self) -> None:
         """After the last chunk."""
-        self._row[4] += ~torch.isfinite(self._row[:2].sum())
+        self._row[_NONFINITE] += ~torch.isfinite(self._row[:_UPDATE].sum())
 
 
 def _square(x: Tensor) -> Tensor:

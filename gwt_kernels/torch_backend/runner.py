@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.single import Single
 from gwt_kernels.torch_backend import literal
 from gwt_kernels.torch_backend import step as folded
@@ -51,7 +52,7 @@ class TorchRunner:
                 factor, go, _ = decision.tolist()
                 if not go:
                     if self.bucket.telemetry is not None:
-                        self.bucket.telemetry[:, 4:].add_(1)
+                        self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
                     return
                 inputs = _scaled(inputs, factor)
             inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))

@@ -5,12 +5,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.triton_backend.schema import (
+    B1,
+    B1_C,
+    B2,
+    B2_C,
+    CORRECTS_BIAS_C,
+    DECAY,
+    EPS,
+    EPS_C,
+    GAMMA,
+    GAMMA_C,
+    GRAD_SCALE,
+    LR_C,
+    N_CONSTANTS,
+    N_SCALARS,
+    REST1,
+    REST2,
+    SCALE_C,
+    SIGN_C,
+    STEP_SIZE,
+    TAKEN,
+    WEIGHT_DECAY_C,
+)
 from gwt_kernels.triton_backend.tiles import array_ptr
 
-__all__ = ["N_CONSTANTS", "N_SCALARS", "decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
-
-N_CONSTANTS = tl.constexpr(9)
-N_SCALARS = tl.constexpr(10)
+__all__ = ["decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks", "tiles_per_chunk"])
@@ -120,23 +140,23 @@ def rows_kernel(
     Without ``COUNTS`` the row is written as if the step were counted.
 
     ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
-    ``constants`` float64 ``[n, 9]``: lr, b1, b2, eps, weight decay, scale, gamma, sign, whether to correct the bias
+    ``constants`` float64 ``[n, 9]``: see ``schema.py``
     ``control``   float64 ``[3]``, where ``CONTROLLED``: factor on gradients, whether to step, norm
     ``steps``     int64 ``[n]``, written: the number of this step
-    ``scalars``   float32 ``[n, 10]``, written: see ``step.py``
+    ``scalars``   float32 ``[n, 10]``, written: see ``schema.py``
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
     count_ptrs = tl.load(addresses_ptr + i, mask=inside, other=0).to(tl.pointer_type(tl.float64))
     lr_address = tl.load(addresses_ptr + n_tensors + i, mask=inside, other=0)
     row = constants_ptr + i * N_CONSTANTS
-    lr = tl.load(row, mask=inside, other=0.0)
+    lr = tl.load(row + LR_C, mask=inside, other=0.0)
     moving = inside & (lr_address != 0)
     lr_read = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=moving, other=0.0).to(tl.float64)
     lr = tl.where(moving, lr_read, lr)
-    b1 = tl.load(row + 1, mask=inside, other=0.5)
-    b2 = tl.load(row + 2, mask=inside, other=0.5)
-    sign = tl.load(row + 7, mask=inside, other=0.0)
+    b1 = tl.load(row + B1_C, mask=inside, other=0.5)
+    b2 = tl.load(row + B2_C, mask=inside, other=0.5)
+    sign = tl.load(row + SIGN_C, mask=inside, other=0.0)
     go = tl.full((), 1.0, tl.float64)
     if CONTROLLED:
         sign *= tl.load(control_ptr)
@@ -147,17 +167,17 @@ def rows_kernel(
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))
-    corrects = tl.load(row + 8, mask=inside, other=0.0) != 0.0
+    corrects = tl.load(row + CORRECTS_BIAS_C, mask=inside, other=0.0) != 0.0
     step_size = tl.where(corrects, lr * tl.sqrt(correction2) / correction1, lr)
-    step_size *= tl.load(row + 5, mask=inside, other=0.0)
+    step_size *= tl.load(row + SCALE_C, mask=inside, other=0.0)
     out = scalars_ptr + i * N_SCALARS
-    tl.store(out, b1.to(tl.float32), mask=inside)
-    tl.store(out + 1, (1.0 - b1).to(tl.float32), mask=inside)
-    tl.store(out + 2, b2.to(tl.float32), mask=inside)
-    tl.store(out + 3, (1.0 - b2).to(tl.float32), mask=inside)
-    tl.store(out + 4, tl.load(row + 3, mask=inside, other=0.0).to(tl.float32), mask=inside)
-    tl.store(out + 5, (lr * tl.load(row + 4, mask=inside, other=0.0)).to(tl.float32), mask=inside)
-    tl.store(out + 6, step_size.to(tl.float32), mask=inside)
-    tl.store(out + 7, tl.load(row + 6, mask=inside, other=0.0).to(tl.float32), mask=inside)
-    tl.store(out + 8, sign.to(tl.float32), mask=inside)
-    tl.store(out + 9, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)
+    tl.store(out + B1, b1.to(tl.float32), mask=inside)
+    tl.store(out + REST1, (1.0 - b1).to(tl.float32), mask=inside)
+    tl.store(out + B2, b2.to(tl.float32), mask=inside)
+    tl.store(out + REST2, (1.0 - b2).to(tl.float32), mask=inside)
+    tl.store(out + EPS, tl.load(row + EPS_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + DECAY, (lr * tl.load(row + WEIGHT_DECAY_C, mask=inside, other=0.0)).to(tl.float32), mask=inside)
+    tl.store(out + STEP_SIZE, step_size.to(tl.float32), mask=inside)
+    tl.store(out + GAMMA, tl.load(row + GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + GRAD_SCALE, sign.to(tl.float32), mask=inside)
+    tl.store(out + TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)

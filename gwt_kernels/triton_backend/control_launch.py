@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.triton_backend.compiling import UNFUSED
-from gwt_kernels.triton_backend.control import N_SCALARS, decide_kernel, rows_kernel, squares_kernel, total_kernel
+from gwt_kernels.triton_backend.control import decide_kernel, rows_kernel, squares_kernel, total_kernel
+from gwt_kernels.triton_backend.schema import SCALARS
 from gwt_kernels.triton_backend.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of, owners
 
 __all__ = ["decide", "rows", "squares"]
@@ -99,7 +100,7 @@ def rows(
     addresses: Tensor, constants: Tensor, steps: Tensor, n: int, control: Tensor | None, counts: bool = True
 ) -> Tensor:
     """The tensors' rows of numbers, float32 ``[n * 10]``, their steps counted: see ``rows_kernel``."""
-    scalars = torch.empty(n * N_SCALARS.value, dtype=torch.float32, device=addresses.device)
+    scalars = torch.empty(n * len(SCALARS), dtype=torch.float32, device=addresses.device)
     rows_kernel[(-(-n // ROWS_BLOCK),)](
         addresses, constants, constants if control is None else control, steps, scalars, n,
         CONTROLLED=control is not None, COUNTS=counts, BLOCK=ROWS_BLOCK, **UNFUSED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from gwt_kernels.triton_backend.compiling import UNFUSED
 from gwt_kernels.triton_backend.control_launch import rows as rows_on_device
 from gwt_kernels.triton_backend.layout import DRAWN_TOGETHER, alignment, rows_of, variant
 from gwt_kernels.triton_backend.norms import limiter_kernel, observe_kernel, sum_kernel
+from gwt_kernels.triton_backend.schema import DEVICE_SCALARS, POINTERS
 from gwt_kernels.triton_backend.step import norm_kernel, step_kernel
 from gwt_kernels.triton_backend.tables import (
     TRITON_DTYPES,
@@ -33,6 +34,9 @@ __all__ = ["Launch", "Sent"]
 MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
 LIMITER_BLOCK = 1024
 OBSERVE_BLOCK = 1024
+
+_TENSORS = POINTERS[: POINTERS.index("norm") + 1]
+_STATE = POINTERS[: POINTERS.index("step") + 1]  # and behind it where shards lie
 
 
 class Sent:
@@ -61,8 +65,9 @@ class Sent:
     def decide(self, decision: Tensor | None, *, counts: bool = True) -> None:
         """Make the numbers of a step that the device counts; without ``counts`` as if it were counted."""
         n = self._n
-        constants = self._rest[2 * n :].view(torch.float64)
-        self.scalars = rows_on_device(self._rest, constants, self.pointers[9 * n :], n, decision, counts=counts)
+        constants = self._rest[len(DEVICE_SCALARS) * n :].view(torch.float64)
+        steps = self.pointers[POINTERS.index("step") * n :]
+        self.scalars = rows_on_device(self._rest, constants, steps, n, decision, counts=counts)
         self.can_skip = decision is not None
 
 
@@ -117,20 +122,9 @@ class Launch:
         self._norm_alignment = alignment(g, m, level, flat)
         self._step_alignment = alignment(narrower, m, level, flat)
 
-    def set_pointers(self, params: bytes, others: Sequence[bytes]) -> None:
-        """Take the columns of the pointers' table that stay from step to step: all but gradients and step.
-
-        Args:
-            params: Addresses of the parameters.
-            others: Of first moments, second moments, limiter norms, Philox keys, low bits and scales.
-        """
-        self._before_grads, *rest = map(self._own_words, [params, *others])
-        bucket = self._bucket
-        self._after_grads = {
-            # As many as are read: with a step of its own behind them, all; else no keys and what follows.
-            True: b"".join(rest),
-            False: b"".join(rest[: 3 if bucket.is_limited else 2]),
-        }
+    def set_pointers(self, columns: Mapping[str, bytes]) -> None:
+        """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""
+        self._columns = {name: self._own_words(column) for name, column in columns.items()}
 
     def send(self, grad_ptrs: bytes, inputs: StepInputs, decision: Tensor | None, counts: bool) -> Sent:
         """Send the tables of a step.
@@ -155,9 +149,11 @@ class Launch:
         else:
             rows = scalar_rows(inputs.hypers, inputs.steps, bucket.level)
             counts_of = list(inputs.steps) if bucket.is_random else []
-        table = self._before_grads + self._own_words(grad_ptrs) + self._after_grads[random or counted]
-        table += array("q", self._own(counts_of)).tobytes() if counts_of else b""
-        table += self._span_words
+        columns = self._columns
+        columns["g"] = self._own_words(grad_ptrs)
+        columns["step"] = array("q", self._own(counts_of)).tobytes() if counts_of else b""
+        read = _STATE if random or counted else _TENSORS if bucket.is_limited else _TENSORS[:-1]
+        table = b"".join([*map(columns.__getitem__, read), self._span_words])
         table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
         telemetry = array("q", self._own(self._rows)).tobytes() if self._rows else b""
         telemetry += bytes(-len(telemetry) % 16)

@@ -8,12 +8,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.triton_backend.control import N_SCALARS
-from gwt_kernels.triton_backend.tiles import N_LAYOUT
+from gwt_kernels.triton_backend.schema import (
+    APPROXIMATION,
+    DETAILS,
+    FIRST_TILE,
+    GAMMA,
+    LIMIT,
+    N_LAYOUT,
+    N_SCALARS,
+    NONFINITE,
+    NORM_PTR,
+    STEPS,
+    TAKEN,
+    UPDATE,
+)
 
 __all__ = ["limiter_kernel", "observe_kernel", "sum_kernel"]
-
-_NORM = tl.constexpr(4)  # which row of the pointers
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -37,11 +47,11 @@ def limiter_kernel(
     """
     i = tl.program_id(0)
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
-    gamma = tl.load(scalars_ptr + i * N_SCALARS + 7)
-    previous_ptr = tl.load(pointers_ptr + _NORM * n_tensors + i).to(tl.pointer_type(tl.float32))
+    gamma = tl.load(scalars_ptr + i * N_SCALARS + GAMMA)
+    previous_ptr = tl.load(pointers_ptr + NORM_PTR * n_tensors + i).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_ptr)
     limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
     limit = tl.where(previous == 0.0, 1.0, limit)
@@ -87,13 +97,13 @@ def observe_kernel(
     """
     i = tl.program_id(0)
     row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
-    tl.store(row_ptr + 5, tl.load(row_ptr + 5) + 1.0)
+    tl.store(row_ptr + STEPS, tl.load(row_ptr + STEPS) + 1.0)
     if SKIPPABLE:  # noqa: SIM102
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
-            tl.store(row_ptr + 4, tl.load(row_ptr + 4) + 1.0)
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + 1.0)
             return
-    tile = tl.load(layout_ptr + i * N_LAYOUT)
-    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT)
+    tile = tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT + FIRST_TILE)
     end = tl.where(i + 1 < n_tensors, end, n_tiles)
     details = tl.zeros((BLOCK,), tl.float64)
     approximation = tl.zeros((BLOCK,), tl.float64)
@@ -105,10 +115,10 @@ def observe_kernel(
         update += tl.load(sums_ptr + tiles * 3 + 2, mask=tiles < end, other=0.0)
         tile += BLOCK
     energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
-    tl.store(row_ptr, tl.sum(details, axis=0))
-    tl.store(row_ptr + 1, tl.sum(approximation, axis=0))
-    tl.store(row_ptr + 2, tl.sum(update, axis=0))
+    tl.store(row_ptr + DETAILS, tl.sum(details, axis=0))
+    tl.store(row_ptr + APPROXIMATION, tl.sum(approximation, axis=0))
+    tl.store(row_ptr + UPDATE, tl.sum(update, axis=0))
     if LIMITED:
-        tl.store(row_ptr + 3, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
+        tl.store(row_ptr + LIMIT, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
     finite = (energy == energy) & (energy < float("inf"))
-    tl.store(row_ptr + 4, tl.load(row_ptr + 4) + tl.where(finite, 0.0, 1.0))
+    tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + tl.where(finite, 0.0, 1.0))

@@ -59,17 +59,24 @@ class TritonRunner:
         if bucket.rounding == "split":
             check_lows(bucket.params, bucket.lows)  # type: ignore[arg-type]
         absent = bytes(8 * len(bucket))
-        scales: list[bytes] = [absent, absent]
+        scales = [absent, absent]
         if bucket.is_quantized:
             both: list[Any] = list(zip(*bucket.scales, strict=True))
             check_scales(bucket.exp_avgs, both, bucket.level)
             scales = list(map(addresses, both))
         norms = addresses(bucket.limiter_norms) if bucket.is_limited else absent  # type: ignore[arg-type]
         lows = addresses(bucket.lows) if bucket.rounding == "split" else absent  # type: ignore[arg-type]
-        moments = [addresses(bucket.exp_avgs), addresses(bucket.exp_avg_sqs)]
-        self._columns = [*moments, norms, array("q", bucket.keys).tobytes(), lows, *scales]
-        self._params = addresses(bucket.params)
-        own = [self._params, *moments, lows] if self._packed else [*moments, lows]
+        self._columns = {
+            "p": addresses(bucket.params),
+            "m": addresses(bucket.exp_avgs),
+            "v": addresses(bucket.exp_avg_sqs),
+            "norm": norms,
+            "key": array("q", bucket.keys).tobytes(),
+            "low": lows,
+            "m_scales": scales[0],
+            "v_scales": scales[1],
+        }
+        own = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
         self._own_misaligned = [any(each) for each in zip(*map(offs_of, own), strict=True)]
 
     @property
@@ -146,10 +153,10 @@ class TritonRunner:
             _NULL in grad_ptrs and bucket.device.type != "meta"
         ):  # whose launches are recorded, and read from nowhere
             _check_memory(grads, grad_ptrs)
-        param_ptrs = self._params
+        param_ptrs = self._columns["p"]
         if not self._packed:
             params = [p.contiguous() for p in params]
-            param_ptrs = addresses(params)
+            param_ptrs = self._columns["p"] = addresses(params)
         self._aim(grad_ptrs, param_ptrs)
         with device_guard(bucket.device):
             sent = [launch.send(grad_ptrs, inputs, decision, counts) for launch in self._launches]
@@ -173,10 +180,10 @@ class TritonRunner:
                 self._misaligned = misaligned
                 self._launches = self._plan(misaligned)
                 for launch in self._launches:
-                    launch.set_pointers(param_ptrs, self._columns)
+                    launch.set_pointers(self._columns)
         if not self._packed:
             for launch in self._launches:
-                launch.set_pointers(param_ptrs, self._columns)
+                launch.set_pointers(self._columns)
 
     def _plan(self, misaligned: list[bool]) -> list[Launch]:
         """Group the tensors that are not empty by path."""

@@ -3,14 +3,7 @@
 A bucket is described by tables in device memory with one entry per tensor:
 
 ``owners``    int32 ``[n_tiles]``: each tile's tensor
-``layout``    int64 ``[n, 6]``: first tile; number of blocks; and of a row: width, blocks, blocks with padding, and
-              ``(2**64 - 1) //`` these
-``pointers``  int64 ``[up to 16, n]``: addresses of p, g, m (exp_avg), v (exp_avg_sq) and the limiter's norm; then
-              the key of the random bits, the addresses of the weights' low halves and of the scales of m and v,
-              the step, and for shards first element, run and pitch in the whole tensor, of p and of m and v; as
-              many as are read
-``scalars``   float32 ``[n, 10]``: b1, 1-b1, b2, 1-b2, eps, lr*weight_decay, step size, gamma, factor on the
-              gradient (negative to ascend it), and 0 where the step is skipped, which is read if ``SKIPPABLE``
+``layout``, ``pointers``, ``scalars``: see ``schema.py``; of the pointers' columns as many as are read
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
 updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
@@ -36,7 +29,6 @@ import triton.language as tl
 
 from gwt_kernels.core import kernel
 from gwt_kernels.rules import blocks
-from gwt_kernels.triton_backend.control import N_SCALARS
 from gwt_kernels.triton_backend.quantized import decode_first, decode_second, encode_first, encode_second
 from gwt_kernels.triton_backend.rounding import (
     join_low,
@@ -48,9 +40,38 @@ from gwt_kernels.triton_backend.rounding import (
     round_at_random,
     split_low,
 )
+from gwt_kernels.triton_backend.schema import (
+    B1,
+    B2,
+    DECAY,
+    EPS,
+    FIRST_TILE,
+    G_PTR,
+    GRAD_SCALE,
+    KEY,
+    LOW_PTR,
+    M_PTR,
+    M_SCALES_PTR,
+    MOMENTS_SPAN,
+    N_BLOCKS,
+    N_LAYOUT,
+    N_SCALARS,
+    P_PTR,
+    PADDED,
+    RECIPROCAL,
+    REST1,
+    REST2,
+    ROW_BLOCKS,
+    STEP,
+    STEP_SIZE,
+    TAKEN,
+    V_PTR,
+    V_SCALES_PTR,
+    WEIGHTS_SPAN,
+    WIDTH,
+)
 from gwt_kernels.triton_backend.tiles import FLAT as _FLAT
 from gwt_kernels.triton_backend.tiles import (
-    N_LAYOUT,
     ROWS,
     RUN,
     index_in_array,
@@ -67,18 +88,6 @@ __all__ = ["norm_kernel", "step_kernel"]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
-
-_P = tl.constexpr(0)
-_G = tl.constexpr(1)
-_M = tl.constexpr(2)
-_V = tl.constexpr(3)
-_KEY = tl.constexpr(5)
-_LOW = tl.constexpr(6)
-_M_SCALES = tl.constexpr(7)
-_V_SCALES = tl.constexpr(8)
-_STEP = tl.constexpr(9)
-_WEIGHTS_SPAN = tl.constexpr(10)
-_MOMENTS_SPAN = tl.constexpr(13)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -129,10 +138,10 @@ def step_kernel(
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
-    first_block = (program - tl.load(layout_ptr + i * N_LAYOUT)) * NB
+    first_block = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)) * NB
     tile = tile_of(n_blocks, padded, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, 8 // W if W < 8 else 1)
     if FLAT:
         _update(
@@ -183,20 +192,20 @@ def _update(
     """The step of one tile of a kind: see ``step_kernel``."""
     first_block = tile[0]
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    p_ptr = _array(pointers_ptr, _P, i, n_tensors, P, ALIGN)
-    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
 
     p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
     if ROUNDING == "split":
-        low_ptr = _array(pointers_ptr, _LOW, i, n_tensors, tl.int16, ALIGN)
+        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
         p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
     else:
         p = p.to(tl.float32)
     if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
-        key = tl.load(pointers_ptr + _KEY * n_tensors + i)
-        step = tl.load(pointers_ptr + _STEP * n_tensors + i)
+        key = tl.load(pointers_ptr + KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + STEP * n_tensors + i)
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
-    g *= tl.load(scalars_ptr + i * N_SCALARS + 8)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
     moments = _moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
@@ -206,12 +215,12 @@ def _update(
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
-            bits = random_words_at(_in_whole(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, index), step, key)
+            bits = random_words_at(_in_whole(pointers_ptr, MOMENTS_SPAN, i, n_tensors, index), step, key)
         elif Q and KIND != _FLAT:
             index = _block_index(tile, row_blocks, NB)
-            bits = random_words_at(index + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN), step, key)
+            bits = random_words_at(index + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN), step, key)
         else:
-            first = first_block + _shift(pointers_ptr, _MOMENTS_SPAN, i, n_tensors, SPAN)
+            first = first_block + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
             bits = random_words(first, NB, step, key)
     else:
         bits = 0
@@ -219,8 +228,8 @@ def _update(
         tl.debug_barrier()
     _store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
 
-    decay = tl.load(scalars_ptr + i * N_SCALARS + 5)
-    step_size = tl.load(scalars_ptr + i * N_SCALARS + 6)
+    decay = tl.load(scalars_ptr + i * N_SCALARS + DECAY)
+    step_size = tl.load(scalars_ptr + i * N_SCALARS + STEP_SIZE)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
     update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
@@ -241,13 +250,13 @@ def _update(
     elif ROUNDING == "stochastic":
         if SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
-            bits = random_halves_at(_in_whole(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, index), step, key)
+            bits = random_halves_at(_in_whole(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, index), step, key)
         elif Q and KIND != _FLAT and W > 1:
             index = _block_index(tile, row_blocks, NB) * W
-            index += _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
+            index += _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
             bits = random_halves_of_blocks(index, W, NB, step, key)
         else:
-            first = first_block * W + _shift(pointers_ptr, _WEIGHTS_SPAN, i, n_tensors, SPAN)
+            first = first_block * W + _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
             bits = random_halves(first, NB * W, step, key)
         store_tile(p_ptr, round_at_random(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
     else:
@@ -289,7 +298,7 @@ def norm_kernel(
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
     if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + 9) == 0.0:
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
@@ -351,9 +360,9 @@ def _parts(
 ):
     """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``: 0 where no block is."""
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    g_ptr = _array(pointers_ptr, _G, i, n_tensors, G, ALIGN)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
-    g *= tl.load(scalars_ptr + i * N_SCALARS + 8)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
     moments = _moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
     m, v = _load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
     numbers = _numbers(scalars_ptr + i * N_SCALARS)
@@ -385,9 +394,9 @@ def _in_whole(pointers_ptr, which, i, n_tensors, index):
 @triton.jit
 def _numbers(scalars_ptr):
     """``b1, 1 - b1, b2, 1 - b2, eps`` of a tensor."""
-    b1, rest1 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1)
-    b2, rest2 = tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
-    return b1, rest1, b2, rest2, tl.load(scalars_ptr + 4)
+    b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
+    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS)
 
 
 @triton.jit
@@ -402,14 +411,14 @@ def _moment_arrays(
     Q: tl.constexpr,
 ):
     """Where ``m`` and ``v`` of a tensor lie, and the scales of a tile's codes ``[NB // Q]``."""
-    m_ptr = _array(pointers_ptr, _M, i, n_tensors, M, MOMENT_ALIGN)
+    m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
     if Q:
         quanta = first_block // Q + tl.arange(0, NB // Q)
-        v_ptr = _array(pointers_ptr, _V, i, n_tensors, tl.uint8, MOMENT_ALIGN)
-        m_scale_ptrs = _array(pointers_ptr, _M_SCALES, i, n_tensors, tl.float32, 4) + quanta
-        v_scale_ptrs = _array(pointers_ptr, _V_SCALES, i, n_tensors, tl.float32, 4) + quanta
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
+        m_scale_ptrs = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
+        v_scale_ptrs = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
     else:
-        v_ptr = _array(pointers_ptr, _V, i, n_tensors, M, MOMENT_ALIGN)
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, M, MOMENT_ALIGN)
         m_scale_ptrs, v_scale_ptrs = m_ptr, v_ptr  # not read
     return m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs
 
@@ -472,15 +481,11 @@ def _store_moments(
 def _layout(layout_ptr, i, FLAT: tl.constexpr):
     """A tensor's number of blocks, and of its rows width, blocks, blocks with padding, and the reciprocal of these."""
     ptr = layout_ptr + i * N_LAYOUT
-    n_blocks = tl.load(ptr + 1)
+    n_blocks = tl.load(ptr + N_BLOCKS)
     width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
     if not FLAT:  # where nothing asks for rows
-        width, row_blocks, padded, reciprocal = (
-            tl.load(ptr + 2),
-            tl.load(ptr + 3),
-            tl.load(ptr + 4),
-            tl.load(ptr + 5),
-        )
+        width, row_blocks = tl.load(ptr + WIDTH), tl.load(ptr + ROW_BLOCKS)
+        padded, reciprocal = tl.load(ptr + PADDED), tl.load(ptr + RECIPROCAL)
     return n_blocks, width, row_blocks, padded, reciprocal
 
 

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels.hyper import Hyper
-from gwt_kernels.triton_backend.control import N_CONSTANTS, N_SCALARS
 from gwt_kernels.triton_backend.native import quickest
+from gwt_kernels.triton_backend.schema import CONSTANTS, SCALARS
 
 __all__ = [
     "TRITON_DTYPES",
@@ -35,8 +35,8 @@ TRITON_DTYPES = {
 }
 
 _OFFS = bytes(i & 15 for i in range(256))  # of an address by its lowest byte
-_pack_constants = struct.Struct(f"{N_CONSTANTS.value}d").pack
-_pack_scalars = struct.Struct(f"{N_SCALARS.value}f").pack
+_pack_constants = struct.Struct(f"{len(CONSTANTS)}d").pack
+_pack_scalars = struct.Struct(f"{len(SCALARS)}f").pack
 
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
@@ -127,17 +127,18 @@ def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
     for hyper in hypers:
         if hyper is not last:
             last = hyper
-            row = _pack_constants(
-                0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
-                hyper.beta1,
-                hyper.beta2,
-                hyper.eps,
-                hyper.weight_decay,
-                hyper.scale if level else 1.0,
-                hyper.norm_growth_limit or 0.0,
-                hyper.signed_factor,
-                hyper.correct_bias,
-            )
+            numbers = {
+                "lr": 0.0 if isinstance(hyper.lr, Tensor) else hyper.lr,
+                "b1": hyper.beta1,
+                "b2": hyper.beta2,
+                "eps": hyper.eps,
+                "weight_decay": hyper.weight_decay,
+                "scale": hyper.scale if level else 1.0,
+                "gamma": hyper.norm_growth_limit or 0.0,
+                "sign": hyper.signed_factor,
+                "corrects_bias": hyper.correct_bias,
+            }
+            row = _pack_constants(*map(numbers.__getitem__, CONSTANTS))
         rows.append(row)
     return rows
 
@@ -148,15 +149,16 @@ def lr_addresses(hypers: Sequence[Hyper]) -> list[int]:
 
 
 def _row(hyper: Hyper, step: int, level: int) -> bytes:
-    return _pack_scalars(
-        hyper.beta1,
-        1 - hyper.beta1,
-        hyper.beta2,
-        1 - hyper.beta2,
-        hyper.eps,
-        float(hyper.lr) * hyper.weight_decay,
-        hyper.step_size(step, level),
-        hyper.norm_growth_limit or 0.0,
-        hyper.signed_factor,
-        1.0,
-    )
+    numbers = {
+        "b1": hyper.beta1,
+        "rest1": 1 - hyper.beta1,
+        "b2": hyper.beta2,
+        "rest2": 1 - hyper.beta2,
+        "eps": hyper.eps,
+        "decay": float(hyper.lr) * hyper.weight_decay,
+        "step_size": hyper.step_size(step, level),
+        "gamma": hyper.norm_growth_limit or 0.0,
+        "grad_scale": hyper.signed_factor,
+        "taken": 1.0,
+    }
+    return _pack_scalars(*map(numbers.__getitem__, SCALARS))

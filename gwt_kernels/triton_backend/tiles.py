@@ -16,7 +16,6 @@ import triton.language as tl
 
 __all__ = [
     "FLAT",
-    "N_LAYOUT",
     "ROWS",
     "RUN",
     "array_ptr",
@@ -30,7 +29,6 @@ __all__ = [
 ]
 
 FLAT, RUN, ROWS = tl.constexpr("flat"), tl.constexpr("run"), tl.constexpr("rows")
-N_LAYOUT = tl.constexpr(6)  # numbers of a tensor in the table of a launch: see ``step.py``
 
 
 @triton.jit

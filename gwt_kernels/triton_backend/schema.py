@@ -1,0 +1,50 @@
+"""The tables that kernels read, column by column: what the host packs and what kernels index come from these lists."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from gwt_kernels.core.notes import COLUMNS as TELEMETRY
+
+__all__ = ["CONSTANTS", "DEVICE_SCALARS", "LAYOUT", "POINTERS", "SCALARS", "TELEMETRY", "column_bytes"]
+
+
+def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
+    return [tl.constexpr(i) for i in range(len(columns))]
+
+
+def column_bytes(columns: tuple[str, ...], name: str, n: int) -> int:
+    """Where a column of ``n`` words of 8 bytes begins in a table that holds column after column, in bytes."""
+    return 8 * n * columns.index(name)
+
+
+# Addresses of a tensor's arrays, and whole numbers: int64 [columns, n], of which as many are sent as are read.
+POINTERS = (
+    "p", "g", "m", "v", "norm", "key", "low", "m_scales", "v_scales", "step",
+    "weights_first", "weights_run", "weights_pitch", "moments_first", "moments_run", "moments_pitch",
+)  # fmt: skip
+(
+    P_PTR, G_PTR, M_PTR, V_PTR, NORM_PTR, KEY, LOW_PTR, M_SCALES_PTR, V_SCALES_PTR, STEP,
+    WEIGHTS_SPAN, _, _, MOMENTS_SPAN, _, _,
+) = _indices(POINTERS)  # fmt: skip
+
+# The numbers that a step goes by: float32 [n, columns].
+SCALARS = ("b1", "rest1", "b2", "rest2", "eps", "decay", "step_size", "gamma", "grad_scale", "taken")
+B1, REST1, B2, REST2, EPS, DECAY, STEP_SIZE, GAMMA, GRAD_SCALE, TAKEN = _indices(SCALARS)
+N_SCALARS = tl.constexpr(len(SCALARS))
+
+# What a device makes those of that counts steps by itself: float64 [n, columns].
+CONSTANTS = ("lr", "b1", "b2", "eps", "weight_decay", "scale", "gamma", "sign", "corrects_bias")
+LR_C, B1_C, B2_C, EPS_C, WEIGHT_DECAY_C, SCALE_C, GAMMA_C, SIGN_C, CORRECTS_BIAS_C = _indices(CONSTANTS)
+N_CONSTANTS = tl.constexpr(len(CONSTANTS))
+
+# Addresses of numbers that only the device knows, before its constants: int64 [columns, n].
+DEVICE_SCALARS = ("count", "lr")
+
+# How a tensor is cut into tiles: int64 [n, columns]. See tiles.py.
+LAYOUT = ("first_tile", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
+FIRST_TILE, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
+N_LAYOUT = tl.constexpr(len(LAYOUT))
+
+# What telemetry notes of a tensor: float64 [columns].
+DETAILS, APPROXIMATION, UPDATE, LIMIT, NONFINITE, STEPS = _indices(TELEMETRY)
