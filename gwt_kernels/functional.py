@@ -179,7 +179,14 @@ def gwt_adamw_(
         beside = (keys, lows, scales, absent if spans is None else spans, divisors, rows)
         parts = zip(*tensors, steps, hypers, *beside, strict=True)
         singles = list(starmap(Single, parts))
-        _on_host(singles, level, backend).gwt_adamw_(singles, level=level, rule=rule, rounding=rounding)
+        how: dict[str, Any] = {"level": level, "rule": rule, "rounding": rounding}
+        compiled_step = _in_c(singles, level, backend, workspace if same_tensors else None)
+        if compiled_step is not None:
+            compiled_step.gwt_adamw_(singles, **how, workspace=workspace, same_tensors=same_tensors)
+        else:
+            from gwt_kernels.torch_backend import step as torch_step
+
+            torch_step.gwt_adamw_(singles, **how)
     if counts is not None:
         counts.add_(1)
     return None
@@ -242,7 +249,12 @@ def update_sums(
     if "torch" in choices:
         parts = zip(*tensors, hypers, scales, strict=True)
         singles = [Single(p, g, m, v, None, 0, hyper, scales=scale) for p, g, m, v, hyper, scale in parts]
-        return Begun([], None, _on_host(singles, level, backend).update_sums(singles, level=level))
+        compiled_step = _in_c(singles, level, backend)
+        if compiled_step is not None:
+            return Begun([], None, compiled_step.update_sums(singles, level=level))
+        from gwt_kernels.torch_backend import step as torch_step
+
+        return Begun([], None, torch_step.update_sums(singles, level=level))
     from gwt_kernels.triton_backend import launch
 
     return launch.update_sums(
@@ -262,16 +274,21 @@ def update_sums(
     )
 
 
-def _on_host(singles: Sequence[Single], level: int, backend: backends.Backend | None) -> ModuleType:
-    """What steps a bucket where Triton does not: the step in C, or PyTorch's operators."""
-    if backends.is_compiled(backend, singles[0].p.device):
-        from gwt_kernels.compiled_backend import step as compiled_step
+def _in_c(
+    singles: Sequence[Single],
+    level: int,
+    backend: backends.Backend | None,
+    workspace: dict[str, Any] | None = None,
+) -> ModuleType | None:
+    """The step in C where it takes a bucket that Triton does not; None where PyTorch's operators do.
 
-        if compiled_step.knows(singles, level):
-            return compiled_step
-    from gwt_kernels.torch_backend import step as torch_step
+    Given the ``workspace`` of a call with the same tensors, what that one found out is not asked again.
+    """
+    if not backends.is_compiled(backend, singles[0].p.device):
+        return None
+    from gwt_kernels.compiled_backend import step
 
-    return torch_step
+    return step if step.kept(workspace) is not None or step.knows(singles, level) else None
 
 
 def _choices(

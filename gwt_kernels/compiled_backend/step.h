@@ -29,11 +29,12 @@ typedef struct {
     int64_t rows, width;            /* of p and g; one row where blocks may run on from row to row */
     gwt_span weights, coefficients; /* where these lie in the whole tensor, for random bits */
     uint64_t key;
-    uint32_t step;
     int32_t p_type, g_type, m_type, rounding, level, folded, observed;
+    /* From here on: what is another in another step, but for the gradient. */
+    uint32_t step;
     float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum, per_root, gamma;
-    float limit;      /* divisor of the update; the limiter's, once it has decided */
-    float step_size;  /* over the limit, from full_step */
+    float limit;     /* divisor of the update; the limiter's, once it has decided */
+    float step_size; /* over the limit, from full_step */
     double full_step;
     double sums[SUMS]; /* UPDATES of what was added to the weights; the first by the limiter, others if observed */
 } gwt_step;

@@ -19,12 +19,13 @@ from gwt_kernels.single import Single
 from gwt_kernels.torch_backend.telemetry import Notes
 from gwt_kernels.trust import check_bucket, check_lows, check_scales
 
-__all__ = ["gwt_adamw_", "knows", "update_sums"]
+__all__ = ["gwt_adamw_", "kept", "knows", "update_sums"]
 
 # In the order of step.h's.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
+KEPT = "packed"  # in a workspace
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
@@ -32,16 +33,17 @@ FIELDS = {
     **dict.fromkeys(("rows", "width"), "q"),
     **dict.fromkeys(("weights", "coefficients"), "qqq"),
     "key": "Q",
-    "step": "I",
     **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed"), "i"),
+    "step": "I",
     **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "keep", "factor", "per_sum", "per_root"), "f"),
     **dict.fromkeys(("gamma", "limit", "step_size"), "f"),
     "full_step": "d",
     "sums": "dddd",
 }
 STEP = struct.Struct("".join(FIELDS.values()))
-RESULTS = struct.Struct("f4xddddd")  # from the limit on
-RESULTS_AT = STEP.size - RESULTS.size
+# Parts of it: the gradient's address, the numbers of a step up to ``full_step``, and from ``limit`` on what C says.
+GRADIENT, NUMBERS, RESULTS = struct.Struct("P"), struct.Struct("=I12fd"), struct.Struct("=ff5d")
+GRADIENT_AT, NUMBERS_AT, RESULTS_AT = GRADIENT.size, STEP.size - NUMBERS.size - 32, STEP.size - RESULTS.size
 
 
 @functools.cache
@@ -77,6 +79,7 @@ class Result(NamedTuple):
     """What C says of one tensor: the divisor of its update, and sums of squares in double."""
 
     limit: float
+    step_size: float
     full_step: float
     norm: float
     """Of ``m / (sqrt(v) + eps)``, where the limiter or :func:`update_sums` asked for it."""
@@ -85,35 +88,49 @@ class Result(NamedTuple):
     updates: float
 
 
-def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: Rounding) -> None:
+def gwt_adamw_(
+    singles: Sequence[Single],
+    *,
+    level: int,
+    rule: Rule,
+    rounding: Rounding,
+    workspace: dict[str, Any] | None = None,
+    same_tensors: bool = False,
+) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    _check(singles, level)
-    packed = Packed(singles, level, rule, rounding)
-    results = packed.run(functions().gwt_update)
-    changed = []
-    for own, p in zip(packed.singles, packed.params, strict=True):
-        if p is own.p:
-            changed.append(p)
-        else:
-            own.p.copy_(p)
-    increment_version(changed)  # for autograd, which else knows of no change
-    for own, norm in packed.norms:
-        own.copy_(norm)
-    for own, result in zip(packed.singles, results, strict=True):
-        if own.row is not None:
-            notes = Notes(own.row)
-            squares = torch.tensor(result, dtype=torch.float64, device="cpu")
-            notes.squares_of_gradient(squares[3], squares[4])
-            notes.squares_of_update(squares[5])
-            notes.limit(squares[0])
-            notes.close()
+    packed = kept(workspace) if same_tensors else None
+    if packed is not None:
+        packed.renew(singles)
+    else:
+        _check(singles, level)
+        packed = Packed(singles, level, rule, rounding)
+        if workspace is not None:
+            workspace[KEPT] = (workspace.get("choices"), packed) if packed.lasts else None
+    packed.run(functions().gwt_update)
+    packed.write_back()
+    for row, result in packed.observed():
+        notes = Notes(row)
+        squares = torch.tensor(result, dtype=torch.float64, device="cpu")
+        notes.squares_of_gradient(squares[-3], squares[-2])
+        notes.squares_of_update(squares[-1])
+        notes.limit(squares[0])
+        notes.close()
+
+
+def kept(workspace: dict[str, Any] | None) -> Packed | None:
+    """The array of the last call with a workspace; None where that did not leave one for calls with its tensors."""
+    if workspace is None or workspace.get(KEPT) is None:
+        return None
+    choices, packed = workspace[KEPT]
+    return packed if choices is workspace.get("choices") else None
 
 
 def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     _check(singles, level)
     packed = Packed(singles, level, "gwt", "nearest")
-    sums = iter(packed.run(functions().gwt_sum))
+    packed.run(functions().gwt_sum)
+    sums = iter(packed.results())
     totals = [next(sums).norm if own.p.numel() else 0.0 for own in singles]
     return torch.tensor(totals, dtype=torch.float32, device="cpu")
 
@@ -137,64 +154,105 @@ class Packed:
 
     def __init__(self, singles: Sequence[Single], level: int, rule: Rule, rounding: Rounding) -> None:
         self.singles = [own for own in singles if own.p.numel()]
-        self.params: list[Tensor] = []
-        """What C writes to: copies of those that are not contiguous."""
-        self.norms: list[tuple[Tensor, Tensor]] = []
-        """Of the limiter, each with a copy in float32 that C writes to."""
-        self._kept: list[Tensor] = []
+        self.lasts = True
+        """Whether another call with the same tensors can use it: nothing had to be copied."""
+        self._level, self._rule = level, rule
+        self._is_divided = level > 0 and rule == "gwt"
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
         self._buffer = bytearray(STEP.size * len(self.singles))
+        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.singles else None
         types = [TYPES.index(x.dtype) for x in singles[0][:3]]
         kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
-        shared: dict[tuple[int, int], tuple[tuple[float, ...], float]] = {}  # by most tensors
         for i, own in enumerate(self.singles):
-            key = id(own.hyper), own.step
-            if key not in shared:
-                step_size = own.hyper.step_size(own.step, level) if own.step else 0.0  # for sums alone
-                shared[key] = _numbers(own.hyper, level, rule), step_size
-            self._pack(i * STEP.size, own, kind, *shared[key], level > 0 and rule == "gwt")
+            self._pack(i * STEP.size, own, kind)
+        self._pack_numbers()
 
-    def _pack(
-        self, at: int, own: Single, kind: Any, numbers: tuple[float, ...], step_size: float, is_divided: bool
-    ) -> None:
-        p, g, m, v = own.p.resolve_neg().contiguous(), own.g.resolve_neg().contiguous(), own.m, own.v
-        self.params.append(p)
-        self._kept.append(g)
-        hyper, block, count = own.hyper, 1 << kind[4], p.numel()
-        width = p.shape[-1] if p.dim() and p.shape[-1] % block else count
+    def _pack(self, at: int, own: Single, kind: tuple[int, ...]) -> None:
+        """Pack all of a tensor but the numbers of a step."""
+        p, g, m, v = self._plain(own.p, True), self._plain(own.g, False), own.m, own.v
+        count = p.numel()
+        width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
         low = 0 if own.low is None else own.low.data_ptr()
         scales = (0, 0) if own.scales is None else (own.scales[0].data_ptr(), own.scales[1].data_ptr())
         addresses = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())
         if not all(addresses):
-            raise ValueError(
-                f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so "
-                f"bring it back before the step"
-            )
-        norm, gamma, limit = 0, 0.0, 1.0
-        if is_divided and own.limit is not None:
-            limit = float(own.limit)
-        if is_divided and own.norm is not None and hyper.norm_growth_limit is not None:
-            norm, gamma = self._norm(own.norm), hyper.norm_growth_limit
+            raise _no_memory(p)
+        norm = 0
+        if self._is_divided and own.norm is not None and own.hyper.norm_growth_limit is not None:
+            norm = self._plain(own.norm, True, torch.float32).data_ptr()
         weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if own.span is None else own.span
+        numbers = (0,) * 18
         STEP.pack_into(
             *(self._buffer, at, *addresses, low, *scales, norm, count // width, width, *weights, *coefficients),
-            *(own.key, own.step & 0xFFFFFFFF, *kind, own.row is not None, *numbers, gamma, limit, 0.0),
-            *(step_size, 0.0, 0.0, 0.0, 0.0),
+            *(own.key, *kind, own.row is not None, *numbers),
         )
 
-    def _norm(self, norm: Tensor) -> int:
-        if norm.dtype != torch.float32 or norm.is_neg():
-            own, norm = norm, norm.to(torch.float32).resolve_neg()
-            self.norms.append((own, norm))
-        return norm.data_ptr()
+    def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, or a copy that C can take."""
+        if x.is_contiguous() and not x.is_neg() and (dtype is None or x.dtype == dtype):
+            return x
+        copy = x.resolve_neg().to(dtype or x.dtype).contiguous()
+        self._copies.append((x if is_written else copy, copy))
+        self.lasts = False
+        return copy
 
-    def run(self, function: Any) -> list[Result]:
-        """Call a function of bucket.c on all tensors; what it says of each."""
+    def renew(self, singles: Sequence[Single]) -> None:
+        """Take gradients and numbers of another step with the same tensors."""
+        self.singles = [own for own in singles if own.p.numel()]
+        for i, own in enumerate(self.singles):
+            address = own.g.data_ptr()
+            if not address:
+                raise _no_memory(own.p)
+            GRADIENT.pack_into(self._buffer, i * STEP.size + GRADIENT_AT, address)
+        self._pack_numbers()
+
+    def _pack_numbers(self) -> None:
+        """Pack the numbers of a step, which most tensors share."""
+        shared: dict[tuple[int, int], bytes] = {}
+        for i, own in enumerate(self.singles):
+            key = id(own.hyper), own.step
+            if (packed := shared.get(key)) is None:
+                packed = shared[key] = self._numbers(own)
+            if own.limit is not None and self._is_divided:
+                packed = self._numbers(own, float(own.limit))
+            at = i * STEP.size + NUMBERS_AT
+            self._buffer[at : at + NUMBERS.size] = packed
+
+    def _numbers(self, own: Single, limit: float = 1.0) -> bytes:
+        numbers, gamma = _numbers(own.hyper, self._level, self._rule), own.hyper.norm_growth_limit or 0.0
+        step_size = own.hyper.step_size(own.step, self._level) if own.step else 0.0  # for sums alone
+        return NUMBERS.pack(own.step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
+
+    def run(self, function: Any) -> None:
+        """Call a function of bucket.c on all tensors."""
         count = len(self.singles)
-        if not count:
-            return []
-        if function((ctypes.c_char * len(self._buffer)).from_buffer(self._buffer), count, torch.get_num_threads()):
+        if count and function(self._address, count, torch.get_num_threads()):
             raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
-        return [Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT)) for i in range(count)]
+
+    def write_back(self) -> None:
+        """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
+        increment_version([own.p for own in self.singles])
+        for x, copy in self._copies:
+            if x is not copy:
+                x.copy_(copy)
+
+    def results(self) -> list[Result]:
+        """What C says of each tensor."""
+        return [self._result(i) for i in range(len(self.singles))]
+
+    def observed(self) -> list[tuple[Tensor, Result]]:
+        """Telemetry's rows, and what C says of their tensors."""
+        return [(own.row, self._result(i)) for i, own in enumerate(self.singles) if own.row is not None]
+
+    def _result(self, i: int) -> Result:
+        return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))
+
+
+def _no_memory(p: Tensor) -> ValueError:
+    return ValueError(
+        f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring it "
+        f"back before the step"
+    )
 
 
 def _numbers(hyper: Hyper, level: int, rule: Rule) -> tuple[float, ...]:
