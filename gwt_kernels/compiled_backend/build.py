@@ -1,4 +1,4 @@
-"""Compiles step.c with the machine's C compiler, once, and keeps the library for other processes."""
+"""Compiles the step in C with the machine's C compiler, once, and keeps the library for other processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import torch
 
 __all__ = ["compiler", "library"]
 
-SOURCE = Path(__file__).with_name("step.c")
+SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "threads")]
 # What gcc and clang both know; clang refuses what it does not.
 FLAGS = [
     *("-std=c11", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
     "-ffp-contract=off",  # products that are not fused with sums: the same results on every machine
 ]
-LINK = ["-fPIC", "-shared", "-fvisibility=hidden", "-lm"]
+LINK = ["-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-lm"]
 # No more than PyTorch has looked for before it says so.
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 VECTORS = {"AVX2": AVX2, "AVX512": AVX512}
 
@@ -43,7 +43,7 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of step.c.
+    """The functions of bucket.c.
 
     Raises:
         RuntimeError: there is no compiler, or it fails; the message ends with what it said.
@@ -55,7 +55,7 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"it needs a C compiler, and there is {asked}: install one, or name another in CC")
     # What the vectors of PyTorch are made for, this machine has.
     command += FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    digest = hashlib.sha256("\0".join([SOURCE.read_text(), *command, *LINK]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([*_texts(), *command, *LINK]).encode()).hexdigest()
     with contextlib.suppress(OSError):  # where homes cannot be written to, each process has its own
         folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,12 @@ def library() -> ctypes.CDLL:
         path = Path(folder_of_its_own) / "step.so"
         _compile(command, path)
         return ctypes.CDLL(str(path))  # a library that is loaded needs its file no more
+
+
+def _texts() -> list[str]:
+    """All that is compiled: the sources, and what they include."""
+    included = (path for kind in ("*.h", "*.inc") for path in sorted(SOURCES[0].parent.glob(kind)))
+    return [path.read_text() for path in (*SOURCES, *included)]
 
 
 def _cache() -> Path:
@@ -83,7 +89,7 @@ def _compile(command: list[str], path: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command, str(SOURCE), "-o", made, *LINK], capture_output=True, errors="replace", check=False
+            [*command, *map(str, SOURCES), "-o", made, *LINK], capture_output=True, errors="replace", check=False
         )
         if done.returncode:
             said = done.stderr.strip()[-2000:]

@@ -14,14 +14,21 @@ __all__ = ["CompiledRunner"]
 
 
 class CompiledRunner(TorchRunner):
-    """See :class:`gwt_kernels.backends.runner.Runner`."""
+    """See :class:`gwt_kernels.backends.runner.Runner`. Keeps what C takes of a bucket from step to step."""
+
+    _packed: step.Packed | None = None
 
     def _update(self, singles: Sequence[Single]) -> None:
-        bucket = self.bucket
-        if step.knows(singles, bucket.level):
-            step.gwt_adamw_(singles, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
+        bucket, packed = self.bucket, self._packed
+        if packed is not None:
+            packed.renew(singles)
+        elif step.knows(singles, bucket.level):
+            packed = step.Packed(singles, bucket.level, bucket.rule, bucket.rounding)
         else:
             super()._update(singles)
+            return
+        packed.step()
+        self._packed = packed if packed.lasts else None
 
     def _sums(self, singles: Sequence[Single]) -> Tensor:
         if step.knows(singles, self.bucket.level):

@@ -1,14 +1,13 @@
-"""Calls step.c for one tensor after another, each shared out among threads."""
+"""Hands a bucket to bucket.c: one call of C a step, whatever the number of tensors."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,55 +15,49 @@ from torch.autograd.graph import increment_version
 
 from gwt_kernels.compiled_backend.build import library
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Rounding, Rule, Span
-from gwt_kernels.rules.limiter import limit_
+from gwt_kernels.hyper import Hyper, Rounding, Rule
 from gwt_kernels.single import Single
 from gwt_kernels.trust import check_bucket, check_lows, check_scales
 
-__all__ = ["gwt_adamw_", "knows", "update_sums"]
+__all__ = ["Packed", "knows", "update_sums"]
 
-# In the order of step.c's.
+# In the order of step.h's.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
-SUMS = 4  # numbers a tile
 MAX_LEVEL = 10
-SHARE = 64  # tiles, below which a thread is not worth its start
 
-
-class CSpan(ctypes.Structure):
-    """``gwt_span`` of step.c: a :class:`gwt_kernels.hyper.Span`."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in Span._fields)
-
-
-class CStep(ctypes.Structure):
-    """``gwt_step`` of step.c, field by field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("p", "g", "m", "v", "low", "m_scales", "v_scales", "sums")),
-        *((name, ctypes.c_int64) for name in ("rows", "width")),
-        *((name, CSpan) for name in ("weights", "coefficients")),
-        ("key", ctypes.c_uint64),
-        ("step", ctypes.c_uint32),
-        *((x, ctypes.c_int32) for x in ("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed")),
-        *((name, ctypes.c_float) for name in ("beta1", "rest1", "beta2", "rest2", "eps")),
-        *((name, ctypes.c_float) for name in ("keep", "step_size", "factor", "per_sum", "per_root")),
-    )
+# ``gwt_step`` of step.h, field by field, with the formats of the struct module.
+FIELDS = {
+    **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm"), "P"),
+    **dict.fromkeys(("rows", "width"), "q"),
+    **dict.fromkeys(("weights", "coefficients"), "qqq"),
+    "key": "Q",
+    **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed"), "i"),
+    "step": "I",
+    **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "keep", "factor", "per_sum", "per_root"), "f"),
+    **dict.fromkeys(("gamma", "limit", "step_size"), "f"),
+    "full_step": "d",
+    "sums": "dddd",
+}
+STEP = struct.Struct("".join(FIELDS.values()))
+# Parts of it: the gradient's address, the numbers of a step up to ``full_step``, and from ``limit`` on what C says.
+GRADIENT, NUMBERS, RESULTS = struct.Struct("P"), struct.Struct("=I12fd"), struct.Struct("=ff5d")
+GRADIENT_AT, NUMBERS_AT, RESULTS_AT = GRADIENT.size, STEP.size - NUMBERS.size - 32, STEP.size - RESULTS.size
 
 
 @functools.cache
 def functions() -> ctypes.CDLL:
-    """Those of step.c."""
+    """Those of bucket.c."""
     lib = library()
-    lib.gwt_tiles.restype = ctypes.c_int64
-    lib.gwt_sum.restype = lib.gwt_update_weights.restype = None
-    lib.gwt_tiles.argtypes = (ctypes.POINTER(CStep),)
-    lib.gwt_sum.argtypes = lib.gwt_update_weights.argtypes = (ctypes.POINTER(CStep), ctypes.c_int64, ctypes.c_int64)
+    for function in (lib.gwt_update, lib.gwt_sum):
+        function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        function.restype = ctypes.c_int
     return lib
 
 
 def knows(singles: Sequence[Single], level: int) -> bool:
-    """Whether step.c can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an address."""
+    """Whether the step in C can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an
+    address."""
     p, g, m, *_ = singles[0]
     return (
         level <= MAX_LEVEL
@@ -81,56 +74,30 @@ def _has_memory(x: Tensor) -> bool:
     return plain and torch._C._has_storage(x) and not x._is_zerotensor()
 
 
-def gwt_adamw_(singles: Sequence[Single], *, level: int, rule: Rule, rounding: Rounding) -> None:
-    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    _check(singles, level)
-    lib = functions()
-    with _threads() as run:
-        for own in singles:
-            if own.p.numel() == 0:
-                continue
-            p, g = own.p.resolve_neg().contiguous(), own.g.resolve_neg().contiguous()
-            hyper, limit = own.hyper, own.limit
-            given, sums = _step(lib, own._replace(p=p, g=g), level, rule)
-            given.rounding = ROUNDINGS.index(rounding)
-            gamma = hyper.norm_growth_limit
-            if not level or rule != "gwt":
-                limit = None
-            elif own.norm is not None and gamma is not None:
-                run(lib.gwt_sum, given, len(sums))
-                limit = limit_(own.norm, sums[:, 0].sum().sqrt_().to(own.norm.dtype), gamma)
-            given.step_size = hyper.step_size(own.step, level) / (1.0 if limit is None else float(limit))
-            run(lib.gwt_update_weights, given, len(sums))
-            if p is own.p:
-                increment_version(p)  # for autograd, which else knows of no change
-            else:
-                own.p.copy_(p)
-            if own.row is not None:
-                notes = Notes(own.row)
-                _, squares, means, updates = sums.sum(0)
-                notes.squares_of_gradient(squares * hyper.signed_factor**2, means * 2**level)
-                notes.squares_of_update(updates)
-                if limit is not None:
-                    notes.limit(limit)
-                notes.close()
+class Result(NamedTuple):
+    """What C says of one tensor: the divisor of its update, and sums of squares in double."""
+
+    limit: float
+    step_size: float
+    full_step: float
+    norm: float
+    """Of ``m / (sqrt(v) + eps)``, where the limiter or :func:`update_sums` asked for it."""
+    gradients: float
+    means: float
+    updates: float
 
 
 def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
-    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    _check(singles, level)
-    lib, totals = functions(), torch.zeros(len(singles), dtype=torch.float32, device="cpu")
-    with _threads() as run:
-        for total, own in zip(totals, singles, strict=True):
-            if own.p.numel():
-                g = own.g.resolve_neg().contiguous()
-                given, sums = _step(lib, own._replace(g=g), level, "gwt")
-                run(lib.gwt_sum, given, len(sums))
-                total.copy_(sums[:, 0].sum())
-    return totals
+    """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
+    packed = Packed(singles, level, "gwt", "nearest")
+    packed.run(functions().gwt_sum)
+    sums = iter(packed.results())
+    totals = [next(sums).norm if own.p.numel() else 0.0 for own in singles]
+    return torch.tensor(totals, dtype=torch.float32, device="cpu")
 
 
 def _check(singles: Sequence[Single], level: int) -> None:
-    """Raise unless step.c may trust the tensors: it writes to their addresses."""
+    """Raise unless C may trust the tensors: it writes to their addresses."""
     params, exp_avgs = [own.p for own in singles], [own.m for own in singles]
     check_bucket((params, [own.g for own in singles], exp_avgs, [own.v for own in singles]), level)
     lows = [own.low for own in singles if own.low is not None]
@@ -143,75 +110,131 @@ def _check(singles: Sequence[Single], level: int) -> None:
         check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
 
 
-def _step(lib: ctypes.CDLL, own: Single, level: int, rule: Rule) -> tuple[CStep, Tensor]:
-    """What both passes need, and the tensor of the sums of its tiles."""
-    p, g, m, v = own[:4]
-    hyper, block = own.hyper, 2**level
-    width = p.shape[-1] if p.dim() and p.shape[-1] % block else p.numel()
-    given = CStep(
-        p=p.data_ptr(),
-        g=g.data_ptr(),
-        m=m.data_ptr(),
-        v=v.data_ptr(),
-        low=None if own.low is None else own.low.data_ptr(),
-        rows=p.numel() // width,
-        width=width,
-        weights=CSpan(0, p.numel(), 0),
-        coefficients=CSpan(0, m.numel(), 0),
-        key=own.key,
-        step=own.step & 0xFFFFFFFF,
-        p_type=TYPES.index(p.dtype),
-        g_type=TYPES.index(g.dtype),
-        m_type=TYPES.index(m.dtype),
-        level=level,
-        folded=rule == "foam",
-        observed=own.row is not None,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        eps=hyper.eps,
-        keep=1 - float(hyper.lr) * hyper.weight_decay,
-        factor=hyper.signed_factor,
-    )
-    if rule == "foam" and level:  # the gradient is multiplied by the factor first
-        given.rest1, given.rest2, given.per_sum = 1 - hyper.beta1, (1 - hyper.beta2) / block, 1 / block
-    else:
-        given.rest1, given.rest2 = (1 - hyper.beta1) * math.sqrt(block), (1 - hyper.beta2) * block
-        given.per_sum, given.per_root = hyper.signed_factor / block, 1 / math.sqrt(block)
-    if own.span is not None:
-        given.weights, given.coefficients = CSpan(*own.span[0]), CSpan(*own.span[1])
-    if own.scales is not None:
-        given.m_scales, given.v_scales = own.scales[0].data_ptr(), own.scales[1].data_ptr()
-    if not (given.p and given.g and given.m and given.v):
-        raise ValueError(
-            f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring "
-            f"it back before the step"
+class Packed:
+    """A bucket as C takes it: an array of ``gwt_step``, without the tensors that are empty."""
+
+    def __init__(self, singles: Sequence[Single], level: int, rule: Rule, rounding: Rounding) -> None:
+        _check(singles, level)
+        self.singles = [own for own in singles if own.p.numel()]
+        self.lasts = True
+        """Whether another call with the same tensors can use it: nothing had to be copied."""
+        self._level, self._rule = level, rule
+        self._is_divided = level > 0 and rule == "gwt"
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
+        self._buffer = bytearray(STEP.size * len(self.singles))
+        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.singles else None
+        types = [TYPES.index(x.dtype) for x in singles[0][:3]]
+        kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
+        for i, own in enumerate(self.singles):
+            self._pack(i * STEP.size, own, kind)
+        self._pack_numbers()
+
+    def _pack(self, at: int, own: Single, kind: tuple[int, ...]) -> None:
+        """Pack all of a tensor but the numbers of a step."""
+        p, g, m, v = self._plain(own.p, True), self._plain(own.g, False), own.m, own.v
+        count = p.numel()
+        width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
+        low = 0 if own.low is None else own.low.data_ptr()
+        scales = (0, 0) if own.scales is None else (own.scales[0].data_ptr(), own.scales[1].data_ptr())
+        addresses = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())
+        if not all(addresses):
+            raise _no_memory(p)
+        norm = 0
+        if self._is_divided and own.norm is not None and own.hyper.norm_growth_limit is not None:
+            norm = self._plain(own.norm, True, torch.float32).data_ptr()
+        weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if own.span is None else own.span
+        numbers = (0,) * 18
+        STEP.pack_into(
+            *(self._buffer, at, *addresses, low, *scales, norm, count // width, width, *weights, *coefficients),
+            *(own.key, *kind, own.row is not None, *numbers),
         )
-    sums = torch.empty(lib.gwt_tiles(given), SUMS, dtype=torch.float64, device="cpu")
-    given.sums = sums.data_ptr()
-    return given, sums
+
+    def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, or a copy that C can take."""
+        if x.is_contiguous() and not x.is_neg() and (dtype is None or x.dtype == dtype):
+            return x
+        copy = x.resolve_neg().to(dtype or x.dtype).contiguous()
+        self._copies.append((x if is_written else copy, copy))
+        self.lasts = False
+        return copy
+
+    def renew(self, singles: Sequence[Single]) -> None:
+        """Take gradients and numbers of another step with the same tensors."""
+        self.singles = [own for own in singles if own.p.numel()]
+        for i, own in enumerate(self.singles):
+            address = own.g.data_ptr()
+            if not address:
+                raise _no_memory(own.p)
+            GRADIENT.pack_into(self._buffer, i * STEP.size + GRADIENT_AT, address)
+        self._pack_numbers()
+
+    def _pack_numbers(self) -> None:
+        """Pack the numbers of a step, which most tensors share."""
+        shared: dict[tuple[int, int], bytes] = {}
+        for i, own in enumerate(self.singles):
+            key = id(own.hyper), own.step
+            if (packed := shared.get(key)) is None:
+                packed = shared[key] = self._numbers(own)
+            if own.limit is not None and self._is_divided:
+                packed = self._numbers(own, float(own.limit))
+            at = i * STEP.size + NUMBERS_AT
+            self._buffer[at : at + NUMBERS.size] = packed
+
+    def _numbers(self, own: Single, limit: float = 1.0) -> bytes:
+        numbers, gamma = _numbers(own.hyper, self._level, self._rule), own.hyper.norm_growth_limit or 0.0
+        step_size = own.hyper.step_size(own.step, self._level) if own.step else 0.0  # for sums alone
+        return NUMBERS.pack(own.step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
+
+    def step(self) -> None:
+        """Take a step of all tensors."""
+        self.run(functions().gwt_update)
+        self.write_back()
+        for row, result in self.observed():
+            notes = Notes(row)
+            squares = torch.tensor(result, dtype=torch.float64, device="cpu")
+            notes.squares_of_gradient(squares[-3], squares[-2])
+            notes.squares_of_update(squares[-1])
+            notes.limit(squares[0])
+            notes.close()
+
+    def run(self, function: Any) -> None:
+        """Call a function of bucket.c on all tensors."""
+        count = len(self.singles)
+        if count and function(self._address, count, torch.get_num_threads()):
+            raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
+
+    def write_back(self) -> None:
+        """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
+        increment_version([own.p for own in self.singles])
+        for x, copy in self._copies:
+            if x is not copy:
+                x.copy_(copy)
+
+    def results(self) -> list[Result]:
+        """What C says of each tensor."""
+        return [self._result(i) for i in range(len(self.singles))]
+
+    def observed(self) -> list[tuple[Tensor, Result]]:
+        """Telemetry's rows, and what C says of their tensors."""
+        return [(own.row, self._result(i)) for i, own in enumerate(self.singles) if own.row is not None]
+
+    def _result(self, i: int) -> Result:
+        return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))
 
 
-@contextlib.contextmanager
-def _threads() -> Iterator[Callable[[Any, CStep, int], None]]:
-    """What calls a function on all tiles, by as many threads as PyTorch's operators would use."""
-    count = torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
-        pool: list[Executor] = []
+def _no_memory(p: Tensor) -> ValueError:
+    return ValueError(
+        f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring it "
+        f"back before the step"
+    )
 
-        def run(function: Any, step: CStep, tiles: int) -> None:
-            shares = min(count, tiles // SHARE)
-            if shares < 2:
-                function(step, 0, tiles)
-                return
-            if not pool:  # of this step alone: a process may fork between two
-                executor = stack.enter_context(ThreadPoolExecutor(count))
-                try:
-                    executor.submit(int)
-                except RuntimeError:  # no more threads once the main one has ended, though others may still train
-                    function(step, 0, tiles)
-                    return
-                pool.append(executor)
-            bounds = [tiles * i // shares for i in range(shares + 1)]
-            list(pool[0].map(lambda first, stop: function(step, first, stop), bounds[:-1], bounds[1:]))
 
-        yield run
+def _numbers(hyper: Hyper, level: int, rule: Rule) -> tuple[float, ...]:
+    """From ``beta1`` to ``per_root``."""
+    block, factor = 2**level, hyper.signed_factor
+    keep = 1 - float(hyper.lr) * hyper.weight_decay
+    rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
+    if level and rule == "foam":  # the gradient is multiplied by the factor first
+        return hyper.beta1, rest1, hyper.beta2, rest2 / block, hyper.eps, keep, factor, 1 / block, 0.0
+    rest1, rest2, root = rest1 * math.sqrt(block), rest2 * block, math.sqrt(block)
+    return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, factor / block, 1 / root

@@ -49,7 +49,7 @@ def compiler_that_counts(folder: Path) -> Path:
 
 def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
-    code = "from gwt_kernels.compiled_backend import build; print(build.library().gwt_tiles is not None)"
+    code = "from gwt_kernels.compiled_backend import build; print(build.library().gwt_update is not None)"
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "True"
@@ -60,13 +60,18 @@ def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
 def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
     build.library()
-    monkeypatch.setattr(build, "SOURCE", tmp_path / "step.c")
-    build.SOURCE.write_text("int gwt_answer(void) { return 42; }\n")
+    monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
+    build.SOURCES[0].write_text('#include "answer.h"\n#include "answer.inc"\n')
+    (tmp_path / "answer.h").write_text("#define ANSWER 42\n")
+    (tmp_path / "answer.inc").write_text("int gwt_answer(void) { return ANSWER; }\n")
     assert build.library.__wrapped__().gwt_answer() == 42
     assert len(kept(cache)) == 2
-    monkeypatch.setenv("CC", f"{build.compiler()[0]} -DNOTHING")
-    assert build.library.__wrapped__().gwt_answer() == 42
+    (tmp_path / "answer.h").write_text("#define ANSWER 43\n")
+    assert build.library.__wrapped__().gwt_answer() == 43
     assert len(kept(cache)) == 3
+    monkeypatch.setenv("CC", f"{build.compiler()[0]} -DNOTHING")
+    assert build.library.__wrapped__().gwt_answer() == 43
+    assert len(kept(cache)) == 4
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
         return load(path)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert build.library().gwt_tiles
+    assert build.library().gwt_update
 
 
 def test_no_compiler(cache, monkeypatch):

@@ -258,9 +258,9 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
     assert same(narrow.v, stochastic.round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
-def steps(**options: object) -> list[object]:
+def steps(dtype: torch.dtype = BF16, **options: object) -> list[object]:
     """Weights, state and telemetry after each of some steps."""
-    params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=BF16)
+    params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=dtype)
     groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
     optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=True, **options)
     history: list[object] = []
@@ -272,23 +272,25 @@ def steps(**options: object) -> list[object]:
     return history
 
 
-def test_any_number_of_threads(monkeypatch):
+@pytest.fixture
+def threads():
+    """Sets the number of PyTorch's threads, for the time of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_any_number_of_threads(threads):
     """The same bits, telemetry's too."""
-    threads, runs = torch.get_num_threads(), []
-    started: list[int] = []
-    monkeypatch.setattr(compiled_step, "SHARE", 8)
-    pool = compiled_step.ThreadPoolExecutor
-    monkeypatch.setattr(compiled_step, "ThreadPoolExecutor", lambda n: started.append(n) or pool(n))
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            runs.append(steps(weight_rounding="stochastic", state_dtype="int8"))
-    finally:
-        torch.set_num_threads(threads)
-    assert set(started) == {2, 5}
+    options: dict[str, object] = {"weight_rounding": "stochastic", "state_dtype": "int8"}
+    runs = []
+    for n in (1, 2, 5):
+        threads(n)
+        runs.append(steps(**options))
+        assert compiled_step.functions().gwt_threads() >= n - 1
     assert_same_bits(runs[0], runs[1])
     assert_same_bits(runs[0], runs[2])
-    assert_differ(runs[0], steps(weight_rounding="stochastic", state_dtype="int8", seed=1))
+    assert_differ(runs[0], steps(**options, seed=1))
 
 
 def vectors_of(capability: str) -> list[str]:
@@ -310,36 +312,40 @@ def on_a_cpu_with(vectors: str) -> pytest.MarkDecorator:
     ],
 )
 def test_any_vectors(monkeypatch, tmp_path, vectors):
-    """Weights and moments are the same on every machine, but for the last place of the limiter's norm."""
-    options = {"weight_rounding": "stochastic", "state_dtype": "int8", "norm_growth_limit": None}
-    expected = [each[:2] for each in steps(**options)]
+    """All that is stored is the same on every machine, the limiter's norm and telemetry's sums too."""
+    runs = [{"weight_rounding": r, "state_dtype": s} for r, s in (("stochastic", "int8"), ("split", "bfloat16"))]
+    runs += [
+        {"dtype": dtype, "rule": rule, "level": 1}
+        for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"))
+    ]
+    runs += [{"level": level} for level in (3, 4, 7)]
+    expected = [steps(**options) for options in runs]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "VECTORS", dict.fromkeys(build.VECTORS, vectors))
     lib = build.library.__wrapped__()
     monkeypatch.setattr(compiled_step, "library", lambda: lib)
     monkeypatch.setattr(compiled_step, "functions", compiled_step.functions.__wrapped__)
-    assert_same_bits([each[:2] for each in steps(**options)], expected)
+    assert_same_bits([steps(**options) for options in runs], expected)
     assert len(list((tmp_path / "gwt_kernels").iterdir())) == 1
 
 
 def test_the_struct_is_the_one_in_c():
-    """Names in their order; a size that is off would shift what follows it."""
-    source = build.SOURCE.read_text()
-    for structure, name in ((compiled_step.CStep, "gwt_step"), (compiled_step.CSpan, "gwt_span")):
-        body = re.search(r"typedef struct \{([^{}]*)\} " + name, source)[1]
-        body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
-        fields = [
-            field.strip(" *")
-            for line in body.split(";")
-            if line.strip()
-            for field in re.sub(r"^\s*(const )?\w+ ", "", line.strip()).split(",")
-        ]
-        assert fields == [field for field, _ in structure._fields_]
+    """Names and kinds in their order; a size that is off would shift what follows it."""
+    source = re.sub(r"/\*.*?\*/", "", build.SOURCES[0].with_suffix(".h").read_text(), flags=re.DOTALL)
+    kinds = {"uint64_t": "Q", "uint32_t": "I", "int64_t": "q", "int32_t": "i", "float": "f", "double": "d"}
+    fields = {}
+    for line in re.search(r"typedef struct \{([^{}]*)\} gwt_step", source)[1].split(";"):
+        kind, _, names = line.strip().removeprefix("const ").partition(" ")
+        for name in filter(None, names.split(", ")):
+            format_ = "qqq" if kind == "gwt_span" else "P" if "*" in name else kinds[kind]
+            fields[name.strip("*").removesuffix("[SUMS]")] = format_ * (4 if name.endswith("[SUMS]") else 1)
+    assert list(fields.items()) == list(compiled_step.FIELDS.items())
     size = ctypes.c_int64.in_dll(build.library(), "gwt_step_size").value
-    assert size == ctypes.sizeof(compiled_step.CStep)
+    assert size == compiled_step.STEP.size
     enums = re.findall(r"enum \{ ([\w, ]*) \}", source)
     assert enums[0].split(", ") == ["FLOAT32", "BFLOAT16", "FLOAT16", "INT8"]
     assert enums[1].lower().split(", ") == list(compiled_step.ROUNDINGS)
+    assert enums[-1].lower().split(", ")[:-1] == list(compiled_step.Result._fields[-4:])
 
 
 # What it leaves to PyTorch's operators, and what it refuses -----------------------------------------------------

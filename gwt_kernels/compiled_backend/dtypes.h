@@ -1,0 +1,94 @@
+/* float32 numbers in 16 bits: read, rounded to the nearest and at random, and with the other bits beside them. */
+#ifndef GWT_DTYPES_H
+#define GWT_DTYPES_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Without a branch, which would cost the vectors. */
+static inline uint32_t choose(int condition, uint32_t yes, uint32_t no)
+{
+    const uint32_t mask = 0u - (uint32_t)condition;
+    return (yes & mask) | (no & ~mask);
+}
+
+static inline float of_bfloat16(uint16_t h)
+{
+    return float_of((uint32_t)h << 16);
+}
+
+static inline float of_half(uint16_t h)
+{
+    const uint32_t size = h & 0x7FFF, sign = (uint32_t)(h & 0x8000) << 16;
+    const uint32_t normal = (size << 13) + choose(size >= 0x7C00, 0x70000000, 0x38000000);
+    const uint32_t small = bits_of((float)(int32_t)size * 0x1p-24f); /* exact, and without denormal floats */
+    return float_of(choose(size < 0x400, small, normal) | sign);
+}
+
+/* To the nearest, of two the even one. */
+static inline uint16_t to_half(float x)
+{
+    const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
+    const uint32_t normal = ((size + 0xFFF + (size >> 13 & 1)) >> 13) - (112 << 10);
+    /* Adding 1/2 leaves units of 2**-24, its float's last place, in the lower bits. */
+    const uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3F000000;
+    const uint32_t large = choose(size > 0x7F800000, 0x7E00, 0x7C00);
+    const uint32_t finite = choose(size < 0x38800000, small, normal);
+    return (uint16_t)(choose(size < 0x477FF000, finite, large) | (raw >> 16 & 0x8000));
+}
+
+static inline uint16_t to_bfloat16(float x)
+{
+    const uint32_t raw = bits_of(x), rounded = (raw + 0x7FFF + (raw >> 16 & 1)) >> 16;
+    return (uint16_t)choose((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded);
+}
+
+/* What lies beyond the largest number becomes that; infinity stays, and NaN. */
+static inline uint16_t to_bfloat16_at_random(float x, uint32_t bits)
+{
+    const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
+    const uint32_t rounded = (raw + choose(size < 0x7F7F0000, bits, 0)) >> 16;
+    return (uint16_t)choose(size > 0x7F800000, 0x7FC0, rounded);
+}
+
+static inline uint16_t to_half_at_random(float x, uint32_t bits)
+{
+    const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
+    /* 13 bits fall away, and round up what they exceed. Below 2**-14 the last place is fixed. */
+    const uint32_t within = size < 0x477FE000 ? size : 0x477FE000;
+    const uint32_t normal = ((within + 0x1FFF - (bits >> 3)) >> 13) - (112 << 10);
+    const float units = float_of(size < 0x38800000 ? size : 0x38800000) * 0x1p24f;
+    const int32_t whole = (int32_t)units;
+    const int up = (float)(int32_t)bits < (units - (float)whole) * 65536.0f;
+    const uint32_t finite = choose(size < 0x38800000, (uint32_t)(whole + up), normal);
+    const uint32_t large = choose(size > 0x7F800000, 0x7E00, 0x7C00);
+    return (uint16_t)(choose(size < 0x7F800000, finite, large) | (raw >> 16 & 0x8000));
+}
+
+/* The float32 of a weight in bfloat16 and the other half of its bits, a signed number. */
+static inline float joined(uint16_t weight, int16_t low)
+{
+    return float_of(((uint32_t)weight << 16) + (uint32_t)(int32_t)low);
+}
+
+/* The bits of a number, with those of one NaN for every NaN, whose other bits would carry into a number's. */
+static inline uint32_t one_nan(uint32_t raw)
+{
+    return choose((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, raw);
+}
+
+#endif
