@@ -48,7 +48,7 @@ class Span(NamedTuple):
 
 
 def padded_spans(shape: Sequence[int], level: int, first_row: int = 0) -> tuple[Span, Span] | None:
-    """Where weights and coefficients of a tensor lie among those that random bits are indexed by, if not end to end.
+    """Where weights and coefficients of a tensor lie in the order of random bits' indices, if not end to end.
 
     Rows that are no whole blocks of ``2**level`` count as padded to a multiple of 4 blocks, so that a call of
     Philox serves 4 coefficients, and 8 weights, of one row alone. None where rows are whole blocks.

@@ -93,11 +93,11 @@ class Launch:
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
         together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
-        self.rows = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
-        tiles = [-(-rows.n_blocks // self._path["NB"]) for rows in self.rows]
+        rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
+        tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
         first_tiles = [0, *accumulate(tiles)]
         self.n_tiles = first_tiles[-1]
-        layout = chain(*([first, *rows] for first, rows in zip(first_tiles, self.rows, strict=False)))
+        layout = chain(*([first, *own] for first, own in zip(first_tiles, rows_, strict=False)))
         self._layout = self._sender.send(array("q", layout).tobytes(), device)
         self._owners = owners(self._sender.send(array("q", tiles).tobytes(), device), self.n_tiles)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
@@ -178,8 +178,8 @@ class Launch:
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
         self._start(
             norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
-            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m, Q=self._quantum,
-            SKIPPABLE=sent.can_skip, LOOKS=grad_stats, MOMENTS=self._rule.moments,
+            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
+            Q=self._quantum, SKIPPABLE=sent.can_skip, LOOKS=grad_stats, MOMENTS=self._rule.moments,
             DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 

@@ -10,8 +10,8 @@ from torch import Tensor
 __all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
-# A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. In one warp what
-# lanes exchange needs no barriers, and a short tile seldom holds the end of a row.
+# A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. What lanes
+# of one warp exchange needs no barriers, and a short tile seldom holds the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
 DRAWN_TOGETHER = 4  # blocks of a row whose random bits come of whole calls, of 4 words
 

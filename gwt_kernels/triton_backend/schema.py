@@ -1,4 +1,4 @@
-"""The tables that kernels read, column by column: what the host packs and what kernels index come from these lists."""
+"""The tables that kernels read, column by column: what the host packs and what kernels index comes from here."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from gwt_kernels.core import kernel
 from gwt_kernels.rules import blocks
-from gwt_kernels.triton_backend.quantized import decode_first, decode_second, encode_first, encode_second
+from gwt_kernels.triton_backend.moments import load_moments, moment_arrays, store_moments
 from gwt_kernels.triton_backend.rounding import (
     join_low,
     random_halves,
@@ -50,8 +50,6 @@ from gwt_kernels.triton_backend.schema import (
     GRAD_SCALE,
     KEY,
     LOW_PTR,
-    M_PTR,
-    M_SCALES_PTR,
     MOMENTS_SPAN,
     N_BLOCKS,
     N_LAYOUT,
@@ -65,8 +63,6 @@ from gwt_kernels.triton_backend.schema import (
     STEP,
     STEP_SIZE,
     TAKEN,
-    V_PTR,
-    V_SCALES_PTR,
     WEIGHTS_SPAN,
     WIDTH,
 )
@@ -127,8 +123,8 @@ def step_kernel(
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
     scale per ``Q`` of them (``quantized.py``), and round stochastically too. Random bits depend on the index in
-    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of
-    4 (moments), and 2 where it is any.
+    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and
+    of 4 (moments), and 2 where it is any.
 
     Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
     approximation coefficients and of its update, weight decay apart.
@@ -145,18 +141,21 @@ def step_kernel(
     tile = tile_of(n_blocks, padded, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, 8 // W if W < 8 else 1)
     if FLAT:
         _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
-            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, _FLAT,
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, _FLAT,
         )  # fmt: skip
     elif is_run(tile, width, padded, W, NB):
         _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
-            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, RUN,
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, RUN,
         )  # fmt: skip
     else:
         _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr, n_tensors,
-            P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q, OBSERVED, ROWS,
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, ROWS,
         )  # fmt: skip
 
 
@@ -208,8 +207,8 @@ def _update(
     g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
-    moments = _moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
-    m, v = _load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
     numbers = _numbers(scalars_ptr + i * N_SCALARS)
     mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     if M == tl.bfloat16 or Q:
@@ -226,7 +225,7 @@ def _update(
         bits = 0
     if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
         tl.debug_barrier()
-    _store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
+    store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
 
     decay = tl.load(scalars_ptr + i * N_SCALARS + DECAY)
     step_size = tl.load(scalars_ptr + i * N_SCALARS + STEP_SIZE)
@@ -288,7 +287,7 @@ def norm_kernel(
     MOMENTS: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with the moments of this step.
+    """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
 
     ``owners`` int32 ``[n_chunks]`` are the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the tensors' chunks.
     Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. Where it
@@ -358,13 +357,13 @@ def _parts(
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``: 0 where no block is."""
+    """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last."""
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
     g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
-    moments = _moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
-    m, v = _load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
     numbers = _numbers(scalars_ptr + i * N_SCALARS)
     _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     direction = DIRECTION(m, v, numbers)
@@ -400,86 +399,8 @@ def _numbers(scalars_ptr):
 
 
 @triton.jit
-def _moment_arrays(
-    pointers_ptr,
-    i,
-    n_tensors,
-    first_block,
-    M: tl.constexpr,
-    MOMENT_ALIGN: tl.constexpr,
-    NB: tl.constexpr,
-    Q: tl.constexpr,
-):
-    """Where ``m`` and ``v`` of a tensor lie, and the scales of a tile's codes ``[NB // Q]``."""
-    m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
-    if Q:
-        quanta = first_block // Q + tl.arange(0, NB // Q)
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
-        m_scale_ptrs = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
-        v_scale_ptrs = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
-    else:
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, M, MOMENT_ALIGN)
-        m_scale_ptrs, v_scale_ptrs = m_ptr, v_ptr  # not read
-    return m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs
-
-
-@triton.jit
-def _load_moments(
-    moments,
-    tile,
-    row_blocks,
-    padded,
-    NB: tl.constexpr,
-    KIND: tl.constexpr,
-    MULTIPLE: tl.constexpr,
-    Q: tl.constexpr,
-):
-    """``m`` and ``v`` of a tile's blocks, in float32; zeros where there is no block."""
-    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
-    m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
-    v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
-    if Q:
-        known = tl.arange(0, NB // Q) * Q < tile[1]
-        m = decode_first(m, tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
-        v = decode_second(v, tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB)
-    return m, v
-
-
-@triton.jit
-def _store_moments(
-    m,
-    v,
-    bits,
-    moments,
-    tile,
-    row_blocks,
-    padded,
-    M: tl.constexpr,
-    NB: tl.constexpr,
-    KIND: tl.constexpr,
-    MULTIPLE: tl.constexpr,
-    Q: tl.constexpr,
-):
-    """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
-    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
-    if Q:
-        inside = tl.arange(0, NB) < tile[1]
-        known = tl.arange(0, NB // Q) * Q < tile[1]
-        m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
-        v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
-        tl.store(m_scale_ptrs, m_scales, mask=known)
-        tl.store(v_scale_ptrs, v_scales, mask=known)
-    elif M == tl.bfloat16:
-        m, v = round_at_random(m, bits & 0xFFFF, M), round_at_random(v, bits >> 16, M)
-    else:
-        m, v = m.to(M), v.to(M)
-    store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
-    store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
-
-
-@triton.jit
 def _layout(layout_ptr, i, FLAT: tl.constexpr):
-    """A tensor's number of blocks, and of its rows width, blocks, blocks with padding, and the reciprocal of these."""
+    """A tensor's number of blocks, and of its rows width, blocks, blocks with padding and their reciprocal."""
     ptr = layout_ptr + i * N_LAYOUT
     n_blocks = tl.load(ptr + N_BLOCKS)
     width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks

@@ -4,9 +4,9 @@ A tile is ``NB`` blocks of a tensor, one after the other. On the flat path block
 row is ``row_blocks`` blocks, the last of which may be cut short, or lie beyond the row as a whole: it is padding
 then. What lies beyond a row counts as zero.
 
-``KIND`` is what is known of a tile when a kernel is compiled. ``FLAT``: it is of the flat path. ``RUN``: it is whole,
-and lies within one row, as most do, so that no element has to be asked for. ``ROWS``: it is any; rows are found by a
-product in place of a division.
+``KIND`` is what is known of a tile when a kernel is compiled. ``FLAT``: it is of the flat path. ``RUN``: it is
+whole, and lies within one row, as most do, so that no element has to be asked for. ``ROWS``: it is any; rows are
+found by a product in place of a division.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
 )
 def test_who_steps_on_a_cpu(monkeypatch, backend, dtype, calls):
     """Where no backend is asked for, C, for all that it knows."""
-    seen, own = [], step.gwt_adamw_
-    monkeypatch.setattr(step, "gwt_adamw_", lambda *args, **options: (seen.append(1), own(*args, **options)))
+    seen, own = [], step.Packed.step
+    monkeypatch.setattr(step.Packed, "step", lambda self: (seen.append(1), own(self)))
     train(GWTAdamW(parameters([(4, 8), (3, 5)], dtype=dtype), level=1, backend=backend), range(1))
     assert len(seen) == calls
 

@@ -87,7 +87,8 @@ def shuffle(operands: Operands, parts: list[str]) -> Execute:
         return source, valid
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
-        if b in m.unknown or c in m.unknown:
+        given = [m.unknown[x] for x in (b, c) if x in m.unknown]
+        if any((x if mask is None else x * mask).any() for x in given):  # of threads that take part
             return np.full((1, 1), ALL)
         if value not in m.unknown:
             return None

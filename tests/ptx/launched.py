@@ -187,7 +187,7 @@ def check_products(chip: str) -> None:
         assert not d.counts.contracted
         scale_kernel[(1,)](p, p, 128, 1.0, 1, False, BLOCK=128)
         assert d.counts.contracted == {"scale_kernel"}  # the control: what Triton does unless it is told
-        with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "step_kernel", "a race in shared memory"):
+        with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "_kernel", "a race in shared memory"):
             step()
 
 

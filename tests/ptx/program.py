@@ -97,8 +97,11 @@ class Program:
         instruction = self.kernel.instructions[i]
         guard, negated = self._guard(instruction)
         execute, operands = self.operands.make(instruction), self.operands
-        unknown = operands.unknown or any_unknown(operands.sources)
-        sources = operands.sources if guard is None else [*operands.sources, guard]
+        own = list(
+            operands.sources
+        )  # a list of its own: the guard of a jump, which is read later, is none of these
+        unknown = operands.unknown or any_unknown(own)
+        sources = own if guard is None else [*own, guard]
         return Step(execute, guard, negated, i, sources, operands.targets, operands.sinks, unknown)
 
     def _guard(self, instruction: Instruction) -> tuple[int | None, bool]:

@@ -116,7 +116,8 @@ def _where(rows_ptr, firsts_ptr, index_ptr, inside_ptr, run_ptr, W: tl.constexpr
 
 @pytest.mark.parametrize(
     "shape",
-    [(5, 33), (70, 3), (9, 1), (3, 1025), (2, 4 * 32 + 1), (1, 2**40), (2**36, 3), (3, 2**38 + 1), (2**19 + 1, 2**19 + 1)],
+    [(5, 33), (70, 3), (9, 1), (3, 1025), (2, 4 * 32 + 1), (1, 2**40), (2**36, 3), (3, 2**38 + 1),
+     (2**19 + 1, 2**19 + 1)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize(("together", "blocks"), [(1, 32), (4, 32), (4, 1), (1, 2)])
