@@ -19,6 +19,7 @@ from rich.table import Table
 from bench import records
 from bench.launches import DTYPES, DWT, IDWT, KERNELS, MOMENTS, NORM, STEP
 from bench.machine_code import LIMITS, Accesses, find_tools, read
+from bench.variant import Variant
 from bench.variant_runs import (
     NOTHING,
     VariantError,
@@ -29,7 +30,7 @@ from bench.variant_runs import (
     report_violations,
     wide_console,
 )
-from bench.variants import PATHS, TARGETS, Variant, compile_variant, variants
+from bench.variants import PATHS, TARGETS, compile_variant, variants
 
 # Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
 ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")

@@ -11,7 +11,7 @@ from rich.table import Table
 from bench.bounds import ARITHMETIC, LANES, demand, shares
 from bench.launches import DWT, IDWT, NORM, STEP, Arrays, arrays_of, launch_variant
 from bench.machine_code import body_instructions
-from bench.variants import Variant
+from bench.variant import Variant
 from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
 from tests.ptx.driver import CHIPS, Driver, Options
 

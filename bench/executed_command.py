@@ -9,6 +9,7 @@ from typing import Any
 
 from bench import executed
 from bench.execution_limits import LIMITS, excesses, limit_of
+from bench.variant import Variant
 from bench.variant_runs import (
     NOTHING,
     VariantError,
@@ -19,7 +20,7 @@ from bench.variant_runs import (
     report_violations,
     wide_console,
 )
-from bench.variants import Variant, variants
+from bench.variants import variants
 
 
 def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:

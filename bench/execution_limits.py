@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bench.launches import STEP
-from bench.variants import Variant
+from bench.variant import Variant
 
 
 class Limit(NamedTuple):

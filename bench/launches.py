@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.variant import Variant
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.hyper import Hyper, quantum
 from gwt_kernels.triton_backend import haar_launch, launch
 from gwt_kernels.triton_backend.runner import TritonRunner
-
-if TYPE_CHECKING:
-    from bench.variants import Variant
 
 Arrays = dict[str, list[Tensor]]
 """Tensors by the name that a kernel has for them, one for each tensor of the bucket."""

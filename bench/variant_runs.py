@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from bench import records
 from bench.measure import facts
-from bench.variants import Variant
+from bench.variant import Variant
 
 NOTHING = "no kernel has such a variant: level 0 has neither a limiter nor a transform kernel"
 WIDTH = 220  # columns of the table where no terminal sets them

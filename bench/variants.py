@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,6 +25,7 @@ from bench.launches import (
     arrays_of,
     launch_variant,
 )
+from bench.variant import Variant
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,25 +34,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PATHS = ("flat", "row")
-
-
-class Variant(NamedTuple):
-    """One compiled kernel; an option that it does not depend on is None."""
-
-    target: str
-    kernel: str
-    weights: str | None = None
-    moments: str | None = None
-    level: int | None = None
-    path: str | None = None
-    limited: bool | None = None
-    rule: str | None = None
-    rounding: str | None = None
-
-    def __str__(self) -> str:
-        words = [self.kernel, self.target]
-        words += [f"{k} {v}" for k, v in self._asdict().items() if k not in ("kernel", "target") and v is not None]
-        return ", ".join(words)
 
 
 def variants(

@@ -21,7 +21,8 @@ from bench import codegen, machine_code, records
 from bench.access_names import Frame, array_name, parse_comment, parse_locations
 from bench.launches import DWT, IDWT, KERNELS, LAUNCHED_FROM, LIMITER, NORM, STEP
 from bench.machine_code import LIMITS, resident_warps
-from bench.variants import TARGETS, Variant, variants
+from bench.variant import Variant
+from bench.variants import TARGETS, variants
 from gwt_kernels.triton_backend import haar_launch, launch, step
 
 Row = dict[str, Any]

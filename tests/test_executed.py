@@ -23,8 +23,8 @@ from bench.execution_limits import LIMITS, excesses, limit_of
 from bench.launches import DTYPES, DWT, IDWT, LIMITER, MOMENTS, NORM, STEP, arrays_of
 from bench.report.executed import CLASSES as SHOWN
 from bench.report.executed import bound
+from bench.variant import Variant
 from bench.variant_runs import VariantError
-from bench.variants import Variant
 from tests.ptx.counts import CLASSES
 
 Row = dict[str, Any]

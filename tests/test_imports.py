@@ -29,9 +29,10 @@ ROOMS = {  # a module belongs to the room that names it, or the nearest package 
         gwt_kernels.control gwt_kernels.joined gwt_kernels.trust
     """,
     "rules": "gwt_kernels.rules",
+    "formats": "gwt_kernels.formats",
     "core": "gwt_kernels.core gwt_kernels.hyper gwt_kernels.single",
 }
-OPTIM_AND_BELOW = {"optim", "functional", "distributed", "backends", "rules", "core"}
+OPTIM_AND_BELOW = {"optim", "functional", "distributed", "backends", "rules", "formats", "core"}
 BELOW = {  # what a room may import besides itself
     "face": {"planner", "migration", "integrations"} | OPTIM_AND_BELOW,
     "command line": {"face", "planner", "migration", "models"} | OPTIM_AND_BELOW,
@@ -42,8 +43,9 @@ BELOW = {  # what a room may import besides itself
     "optim": OPTIM_AND_BELOW,
     "functional": {"backends", "core"},
     "distributed": {"rules", "core"},
-    "backends": {"rules", "core"},
+    "backends": {"rules", "formats", "core"},
     "rules": {"core"},
+    "formats": {"core"},
     "core": set(),
 }
 Imports = Mapping[str, set[str]]

@@ -21,7 +21,7 @@ from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.formats import split as split_
 from gwt_kernels.formats import stochastic
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from gwt_kernels.hyper import Span, key_of, quantum
+from gwt_kernels.hyper import Span, key_of, padded_spans, quantum
 from gwt_kernels.single import Single
 from tests.native import needs_step_in_c
 from tests.poisoned import LAYOUTS
@@ -93,14 +93,23 @@ def levels_of(shape: tuple[int, ...]) -> list[int]:
 # What is stored is what a step in float32 gives, rounded as the torch backend would --------------------------
 
 
+def drawn(shape: tuple[int, ...], of: tuple[int, ...], level: int, which: int) -> torch.Tensor:
+    """The indices by which weights (0) or coefficients (1) draw random bits: rows that are cut short are padded."""
+    i = torch.arange(math.prod(of))
+    spans = padded_spans(shape, level)
+    if spans is not None:
+        i = i // spans[which].run * spans[which].pitch + i % spans[which].run
+    return i.view(of)
+
+
 @shapes
 @rules
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
     """To the nearest and at random, of all sizes, infinite and not a number; all of a gradient's dtypes."""
     n = math.prod(shape)
-    bits = philox.random_halves(0, n, STEP, KEY, CPU).view(shape)
     for level in levels_of(shape):
+        bits = philox.random_halves_at(drawn(shape, shape, level, 0), STEP, KEY).to(torch.int32)
         p = all_kinds(shape, level).to(dtype)
         for g_dtype in (FP32, BF16, FP16):
             wide = State(shape, level, rule, p.float(), g_dtype).step().p
@@ -157,7 +166,7 @@ def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
         wide.m, wide.v = narrow.m.float(), narrow.v.float()
-        words = philox.random_words(0, wide.m.numel(), STEP, KEY, CPU).view(wide.m.shape)
+        words = philox.random_words_at(drawn(shape, wide.m.shape, level, 1), STEP, KEY).to(torch.int32)
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
@@ -172,8 +181,8 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
     """Ordinary quanta, of zeros, of tiny and of large numbers; spoiled ones with an infinity or a NaN."""
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
-        n, q = narrow.m.numel(), quantum(level)
-        words = philox.random_words(0, n, STEP, KEY, CPU).view(narrow.m.shape)
+        q = quantum(level)
+        words = philox.random_words_at(drawn(shape, narrow.m.shape, level, 1), STEP, KEY).to(torch.int32)
         for each in (wide, narrow):
             g = each.g.view(-1)
             for i, x in enumerate((0.0, 1e-45, 1e-20, 1e18, *((math.inf, math.nan) if spoiled else ()))):

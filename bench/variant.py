@@ -1,0 +1,26 @@
+"""One kernel variant: what of a launch decides which machine code runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Variant"]
+
+
+class Variant(NamedTuple):
+    """One compiled kernel; an option that it does not depend on is None."""
+
+    target: str
+    kernel: str
+    weights: str | None = None
+    moments: str | None = None
+    level: int | None = None
+    path: str | None = None
+    limited: bool | None = None
+    rule: str | None = None
+    rounding: str | None = None
+
+    def __str__(self) -> str:
+        words = [self.kernel, self.target]
+        words += [f"{k} {v}" for k, v in self._asdict().items() if k not in ("kernel", "target") and v is not None]
+        return ", ".join(words)
