@@ -1,4 +1,4 @@
-"""Starts the processes of a run from one that has imported everything, so that many can be started and killed."""
+"""Starts processes that talk over gloo from one that has imported everything, so that they are cheap to start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.parallel_runs"])
+# What takes long to import and starts no threads, which a fork would lose.
+_context.set_forkserver_preload(["tests.parallel_runs", "tests.resharded", "tests.wrapped"])
 
 
 class Processes:
