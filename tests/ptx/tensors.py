@@ -127,7 +127,8 @@ class LiveTensors:
         if self._looks % 512 == 0:
             gc.collect()  # while the driver is active, Python hardly ever does by itself
         young = self._collections == _collections()
-        objects = [x for g in (0, 1) for x in gc.get_objects(generation=g)] if young else gc.get_objects()
+        objects = gc.get_objects(generation=0) if young else gc.get_objects()
+        objects += gc.get_objects(generation=1) if young else []
         kinds: dict[type, bool] = {}
         found = []
         for x in objects:
@@ -136,7 +137,7 @@ class LiveTensors:
                 kinds[kind] = issubclass(kind, Tensor)
             if kinds[kind]:
                 found.append(x)
-        del objects
+        objects.clear()  # it may be one of them, and would keep them all
         gc.freeze()
         gc.unfreeze()  # from where these two put them: into the oldest generation
         self._collections = _collections()
