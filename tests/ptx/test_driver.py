@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tests.ptx import plugin
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +48,16 @@ def test_options_that_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 4
     assert "--disturb needs --compiled" in done.stderr
     assert "invalid choice: 'sm_70'" in pytest_run("--compiled", "sm_70", cache=tmp_path).stderr
+
+
+def test_a_cuda_device_runs_kernels_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("GWT_KERNELS_COMPILED", "sm_80")  # of a run that started this one
+    before = plugin.driver()
+    options = {"--compiled": "sm_90", "--disturb": None}
+    assert not plugin.configure(SimpleNamespace(getoption=options.get))
+    assert plugin.driver() is before
+    assert "GWT_KERNELS_COMPILED" not in os.environ
+    options["--disturb"] = 1
+    with pytest.raises(pytest.UsageError, match="CUDA_VISIBLE_DEVICES=''"):
+        plugin.configure(SimpleNamespace(getoption=options.get))
