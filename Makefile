@@ -7,9 +7,9 @@ PEERS := build/peers
 TORCHTITAN := build/torchtitan
 CC ?= cc
 
-# Tests that launch the same kernels often: quicker compiled than interpreted, and more is seen. The others that
-# take Triton launch many kernels, each a few times, in its interpreter.
-COMPILED := tests/triton_backend
+# Tests of the kernels themselves and those that launch the same ones often run compiled, since more is seen so. The
+# others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
+COMPILED := tests/triton_backend tests/test_precision.py
 
 .PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
