@@ -7,6 +7,10 @@ PEERS := build/peers
 TORCHTITAN := build/torchtitan
 CC ?= cc
 
+# Tests of the kernels themselves and those that launch the same ones often run compiled, since more is seen so. The
+# others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
+COMPILED := tests/triton_backend tests/test_precision.py
+
 .PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,7 +33,8 @@ reference-sanitize: ## the C oracle's self-test under the address and undefined-
 	$(MAKE) -C csrc_reference CC=$(CC) sanitize
 
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --compiled sm_90 $(COMPILED)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --ignore=,$(COMPILED))
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/test_bench_peers.py tests/test_bench_low_rank.py
 	PYTHONPATH="$(CURDIR)/$(TORCHTITAN)" $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/test_examples.py -k torchtitan
 

@@ -134,7 +134,7 @@ def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(cuobjdump, "-res-usage", str(cubin))
-        code = _run(nvdisasm, "--print-line-info", "--print-code", str(cubin))
+        code = _run(nvdisasm, "--print-line-info", "--print-code", "--no-dataflow", str(cubin))
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {kernel.metadata.name}: {usage!r}")

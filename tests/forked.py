@@ -1,4 +1,4 @@
-"""Starts the processes of a run from one that has imported everything, so that many can be started and killed."""
+"""Starts processes that talk over gloo from one that has imported everything, so that they are cheap to start."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from tests.ptx import plugin
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.parallel_runs"])
+# What takes long to import and starts no threads, which a fork would lose.
+_context.set_forkserver_preload(["tests.parallel_runs", "tests.resharded", "tests.wrapped"])
 
 
 class Processes:
@@ -26,6 +31,7 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name) / str(rank) for rank in range(world)]
         store = Path(self._folder.name) / "store"
+        _start_server()
         self.started: list[ForkServerProcess] = [
             _context.Process(target=_main, args=(store, rank, world, output, function, arguments))
             for rank, output in enumerate(self._outputs)
@@ -52,6 +58,12 @@ class Processes:
             process.kill()
             process.join()
         return not hung
+
+
+def _start_server() -> None:
+    """Start the process that the others are forked from, unless it runs; Triton is imported there."""
+    with mock.patch.dict(os.environ, {} if plugin.driver() else {"TRITON_INTERPRET": "1"}):  # see plugin.begin
+        forkserver.ensure_running()
 
 
 def _main(

@@ -84,9 +84,9 @@ def assert_continues(run: Run, reference: Run) -> None:
             close(a["state"][name][key], value, f"{name}: {key}")
 
 
-def main(folder: str) -> None:
+def main(folder: Path) -> None:
     """From four processes to one, two and three, and back."""
-    root, rank = Path(folder), dist.get_rank()
+    root, rank = folder, dist.get_rank()
     meshes = {n: mesh_of(n) for n in (1, 2, 3, 4)}
     reference = build(None)
     train(reference, 0, 8)

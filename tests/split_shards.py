@@ -49,7 +49,7 @@ def load(run: Run, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
     set_optimizer_state_dict(*run, optimizer, options=FULL)
 
 
-def main(folder: str) -> None:
+def main(folder: Path) -> None:
     """A run that is gathered goes on in one process, and shared out again in two, with the same bits."""
     line = mesh_of(2)
     run, alone = fresh(line), fresh(None)
@@ -59,13 +59,13 @@ def main(folder: str) -> None:
     runs.assert_same_bits(saved, gathered(alone))
     lows = [state["weight_low"] for state in saved["state"].values()]
     assert all(low.any() for low in lows)
-    dcp.save(state_of(run), checkpoint_id=Path(folder) / "files")
+    dcp.save(state_of(run), checkpoint_id=folder / "files")
     full = copy.deepcopy((get_model_state_dict(run[0], options=FULL), get_optimizer_state_dict(*run, options=FULL)))
     others = [fresh(None), fresh(line), fresh(None), fresh(line)]
     for other in others[:2]:
         load(other, *full)
-    resume(others[2], Path(folder) / "files")
-    resume(others[3], Path(folder) / "files", dist.group.WORLD)
+    resume(others[2], folder / "files")
+    resume(others[3], folder / "files", dist.group.WORLD)
     for other in others:
         runs.assert_same_bits(gathered(other), saved)
     for each in (run, alone, *others):

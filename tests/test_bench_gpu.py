@@ -305,6 +305,7 @@ def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [[*timed, "--kernels", "step", "--threads", "1"], host]
 
     monkeypatch.setattr(gpu, "commands", fewer)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as in a shell: nothing is interpreted
     arguments = ["--device", "cpu", "--parts", "kernels", "--out", str(tmp_path), "--commit", "abc"]
     assert gpu.main(arguments) == 0
     (path,) = tmp_path.glob("kernels_*.json")

@@ -60,7 +60,7 @@ def state_of(container: Any) -> dict[str, Any]:
     return {key: whole(value) for key, value in container.state_dict().items()}
 
 
-def main(folder: str) -> None:
+def main(folder: Path) -> None:
     """Sharded and resumed through torchtitan's container, as GWTAdamW alone on the whole model."""
     titan = example()
     mesh = mesh_of(2)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gwt_kernels import GWTAdamW
-from tests import accelerate_runs, processes
+from tests import accelerate_runs, forked
 from tests.runs import assert_same_bits
 from tests.tiny import assert_same_run, llama, optimizer_of, sentences
 
@@ -198,4 +198,4 @@ def test_elsewhere_a_scaler_is_not_waited_for():
 
 def test_parameters_that_it_shards_train_as_a_plain_loop():
     """Its FSDP2 puts shards into an optimizer that was made of whole parameters."""
-    processes.run(1, accelerate_runs.fsdp2)
+    forked.run(1, accelerate_runs.fsdp2)

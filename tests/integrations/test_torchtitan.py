@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes, torchtitan_runs
+from tests import forked, torchtitan_runs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None,
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_sharded_and_resumed_as_the_optimizer_alone(tmp_path: Path) -> None:
-    processes.run(2, torchtitan_runs.main, tmp_path)
+    forked.run(2, torchtitan_runs.main, tmp_path)
 
 
 def test_groups_of_its_own_are_refused() -> None:

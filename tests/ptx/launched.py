@@ -213,4 +213,6 @@ def main(chip: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for each in sys.argv[1:]:
+        print(f"for {each}", flush=True)
+        main(each)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from tests.ptx.driver import Driver
 
+CACHE = Path(__file__).parents[2] / "build" / "triton"
+"""Where Triton keeps what it has compiled, for later runs too: to compile takes longer than to run."""
 _CHIP = "GWT_KERNELS_COMPILED"  # of the environment: what processes that tests start are to compile for
 CHIPS = ("sm_80", "sm_90", "sm_100")
 _driver: Driver | None = None
@@ -22,7 +24,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--compiled",
         choices=CHIPS,
-        help="compile Triton's kernels for a GPU and run their PTX on the CPU, in place of Triton's interpreter",
+        help="compile Triton's kernels for a GPU and run their PTX on the CPU, in place of Triton's interpreter; "
+        "where there is a CUDA device, it runs them",
     )
     group.addoption(
         "--disturb",
@@ -33,11 +36,17 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def configure(config: pytest.Config) -> bool:
-    """Run Triton's kernels as the command line asks, and tell whether it asks for compiled ones."""
+    """Run Triton's kernels as the command line asks, and tell whether they are compiled for a chip.
+
+    A CUDA device runs them itself: tensors are then where no interpreter of PTX reads.
+    """
     chip, disturb = config.getoption("--compiled"), config.getoption("--disturb")
-    if chip is None:
-        if disturb is not None:
-            raise pytest.UsageError("--disturb needs --compiled: Triton's interpreter approximates nothing")
+    os.environ.pop(_CHIP, None)
+    if chip is None and disturb is not None:
+        raise pytest.UsageError("--disturb needs --compiled: Triton's interpreter approximates nothing")
+    if disturb is not None and torch.cuda.is_available():
+        raise pytest.UsageError("--disturb needs kernels on the CPU: set CUDA_VISIBLE_DEVICES=''")
+    if chip is None or torch.cuda.is_available():
         return False
     os.environ[_CHIP] = chip
     _start(chip, disturb)
@@ -47,7 +56,7 @@ def configure(config: pytest.Config) -> bool:
 def begin() -> None:
     """Run Triton's kernels, in a process that a test has started, as that test's own process runs them.
 
-    Triton has not been imported yet: it is then that it reads the environment.
+    Kernels have not been imported yet: it is then that Triton reads the environment.
     """
     if chip := os.environ.get(_CHIP):
         _start(chip, None)
@@ -59,9 +68,7 @@ def _start(chip: str, disturb: int | None) -> None:
     """Make the interpreter of PTX the device that Triton launches on."""
     global _driver
     os.environ.pop("TRITON_INTERPRET", None)
-    # Compiling takes longer than running: what one run, or one process of it, has compiled serves the others.
-    cache = Path(tempfile.gettempdir()) / f"gwt_kernels-compiled-{os.getuid()}"
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     from tests.ptx.driver import Driver, Options  # imports Triton, which reads the variables
 
     _driver = Driver(chip, Options(disturb=disturb)).__enter__()

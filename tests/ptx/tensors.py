@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 import weakref
 from typing import NamedTuple
@@ -17,24 +18,28 @@ class _Range(NamedTuple):
     end: int
     owners: list[weakref.ref]
 
-    def is_alive(self) -> bool:
-        """Whether a tensor still has memory that begins here; a storage may have been given up, or resized."""
-        return any(_extent(x) is not None for owner in self.owners if (x := owner()) is not None)
+    def alive(self) -> list[weakref.ref]:
+        """Which tensors still have their memory here; a storage may have been given up, or moved."""
+        found = [(owner, _extent(x)) for owner in self.owners if (x := owner()) is not None]
+        return [owner for owner, at in found if at is not None and self.start <= at[0] and at[1] <= self.end]
 
 
 class LiveTensors:
     """The memory of all CPU tensors; looked up anew when an address is in none that is known.
 
     Python's collector knows all objects. To look only through those that are new, a look moves all to the oldest
-    generation, where later looks need not go unless a collection has moved others there.
+    generation, where later looks need not go unless a collection has moved others there. A look takes time for
+    the tensors that are new, however many are known.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, _Range] = {}  # of each tensor, by its identity
+        self._known: dict[int, weakref.ref] = {}  # by identity; a tensor that goes takes itself out
         self._collections: list[int] | None = None
         self._looks = 0
-        self._ranges: list[_Range] = []
-        self._starts = self._ends = np.zeros(0, S64)
+        self._ranges: list[_Range] = []  # in order, apart from each other
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._bounds = np.zeros((2, 0), S64)  # both, to look many addresses up
         self._checked: set[int] = set()
 
     def begin(self) -> None:
@@ -45,11 +50,13 @@ class LiveTensors:
         """Whether each run of bytes from ``low`` up to ``high`` lies in one storage of a tensor that is alive."""
         found = self._find(low, high)
         new = set(found.tolist()) - self._checked - {-1}
-        gone = any(not self._ranges[i].is_alive() for i in new)
+        gone = [i for i in new if not self._ranges[i].alive()]
         if gone or (found < 0).any():
-            self._renew(everything=gone)
+            for i in sorted(gone, reverse=True):
+                self._replace(i, i + 1)
+            self._renew(everything=False)
             found = self._find(low, high)
-            if (found < 0).any() and not gone:  # a tensor that is known may have other memory now
+            if (found < 0).any():  # a tensor that is known may have other memory now
                 self._renew(everything=True)
                 found = self._find(low, high)
             new = set(found.tolist()) - {-1}
@@ -77,31 +84,42 @@ class LiveTensors:
         return f"{where} {_name(found)}the {kind} tensor of shape {tuple(found.shape)} at {start:#x}"
 
     def _find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        if not len(self._starts):
+        starts, ends = self._bounds
+        if not len(starts):
             return np.full(low.shape, -1)
-        i = np.searchsorted(self._starts, low, "right") - 1
-        return np.where((i >= 0) & (high <= self._ends[i]), i, -1)
+        i = np.searchsorted(starts, low, "right") - 1
+        return np.where((i >= 0) & (high <= ends[i]), i, -1)
 
     def _renew(self, everything: bool) -> None:
         """Look for new tensors, or look at those that are known again, too."""
-        known = {i: each for i, each in self._known.items() if each.owners[0]() is not None}
-        new = [x for x in self._new() if id(x) not in known]
+        new = [x for x in self._new() if id(x) not in self._known]
         if everything:
-            known, new = {}, [*new, *(x for each in known.values() if (x := each.owners[0]()) is not None)]
+            new += [x for owner in list(self._known.values()) if (x := owner()) is not None]
             new += [x.grad for x in new if x.is_leaf and x.grad is not None]  # C++ alone may know them
+            self._known.clear()
+            self._replace(0, len(self._ranges))
         for x in new:
-            start, end = _extent(x) or (0, 0)
-            known[id(x)] = _Range(start, end, [weakref.ref(x)])
-        self._known, self._ranges = known, []
-        for each in sorted((each for each in known.values() if each.end), key=lambda each: each[:2]):
-            last = self._ranges[-1] if self._ranges else None
-            if last is not None and each.start < last.end:  # storages may share memory
-                self._ranges[-1] = _Range(last.start, max(last.end, each.end), [*last.owners, *each.owners])
-            else:
-                self._ranges.append(each)
-        self._starts = np.array([each.start for each in self._ranges], S64)
-        self._ends = np.array([each.end for each in self._ranges], S64)
+            key = id(x)
+            owner = weakref.ref(x, lambda _, key=key: self._known.pop(key, None))
+            self._known[key] = owner
+            if (at := _extent(x)) is not None:
+                self._add(_Range(*at, [owner]))
+        self._bounds = np.array([self._starts, self._ends], S64)
         self._checked.clear()
+
+    def _add(self, new: _Range) -> None:
+        """Put a range in its place; with those that share memory with it, as storages may, it is one."""
+        first = bisect.bisect_right(self._ends, new.start)
+        last = bisect.bisect_left(self._starts, new.end)
+        for each in self._ranges[first:last]:
+            if owners := each.alive():
+                new = _Range(min(new.start, each.start), max(new.end, each.end), [*owners, *new.owners])
+        self._replace(first, last, new)
+
+    def _replace(self, first: int, last: int, *ranges: _Range) -> None:
+        self._ranges[first:last] = ranges
+        self._starts[first:last] = [each.start for each in ranges]
+        self._ends[first:last] = [each.end for each in ranges]
 
     def _new(self) -> list[Tensor]:
         """Tensors that the last look has not seen, and perhaps others."""
@@ -109,7 +127,8 @@ class LiveTensors:
         if self._looks % 512 == 0:
             gc.collect()  # while the driver is active, Python hardly ever does by itself
         young = self._collections == _collections()
-        objects = [x for g in (0, 1) for x in gc.get_objects(generation=g)] if young else gc.get_objects()
+        objects = gc.get_objects(generation=0) if young else gc.get_objects()
+        objects += gc.get_objects(generation=1) if young else []
         kinds: dict[type, bool] = {}
         found = []
         for x in objects:
@@ -118,7 +137,7 @@ class LiveTensors:
                 kinds[kind] = issubclass(kind, Tensor)
             if kinds[kind]:
                 found.append(x)
-        del objects
+        objects.clear()  # it may be one of them, and would keep them all
         gc.freeze()
         gc.unfreeze()  # from where these two put them: into the oldest generation
         self._collections = _collections()

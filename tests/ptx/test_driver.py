@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tests.ptx import plugin
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +24,10 @@ def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
-def test_launches(chip: str, tmp_path: Path) -> None:
-    done = run("-m", "tests.ptx.launched", chip, cache=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_launches(tmp_path: Path) -> None:
+    done = run("-m", "tests.ptx.launched", *plugin.CHIPS, cache=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [word for chip in plugin.CHIPS for word in ("for", chip)]
 
 
 def pytest_run(*options: str, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -39,8 +43,26 @@ def test_the_option_of_pytest(tmp_path: Path) -> None:
     assert any(tmp_path.rglob("step_kernel.ptx"))
 
 
-def test_options_that_are_refused(tmp_path: Path) -> None:
-    done = pytest_run("--disturb", "1", cache=tmp_path)
+def configure(**options: object) -> bool:
+    """What a command line with these options and no other begins with, in this process."""
+    return plugin.configure(SimpleNamespace(getoption=lambda name: options.get(name.removeprefix("--"))))
+
+
+def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GWT_KERNELS_COMPILED", "")  # which is put back
+    with pytest.raises(pytest.UsageError, match="--disturb needs --compiled"):
+        configure(disturb=1)
+    done = pytest_run("--compiled", "sm_70", cache=tmp_path)
     assert done.returncode == 4
-    assert "--disturb needs --compiled" in done.stderr
-    assert "invalid choice: 'sm_70'" in pytest_run("--compiled", "sm_70", cache=tmp_path).stderr
+    assert "invalid choice: 'sm_70'" in done.stderr
+
+
+def test_a_cuda_device_runs_kernels_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("GWT_KERNELS_COMPILED", "sm_80")  # of a run that started this one
+    before = plugin.driver()
+    assert not configure(compiled="sm_90")
+    assert plugin.driver() is before
+    assert "GWT_KERNELS_COMPILED" not in os.environ
+    with pytest.raises(pytest.UsageError, match="CUDA_VISIBLE_DEVICES=''"):
+        configure(compiled="sm_90", disturb=1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from tests.ptx.running import execute, kernel
+from tests.ptx.tensors import LiveTensors
 from tests.ptx.types import Fault
 
 # Two warps turn their elements of x around through shared memory, add up a warp's, and store y.
@@ -120,10 +122,23 @@ def test_tensors_that_are_gone() -> None:
     execute(ptx, [x, y], shared=256)
     address = x.data_ptr()
     execute(ptx, [address, y], shared=256)  # the control: it is still there
-    del x
-    gc.collect()
+    del x  # without a collection: what looks for tensors must not keep them
     with pytest.raises(Fault, match="outside of every tensor"):
         execute(ptx, [address, y], shared=256)
+
+
+def test_a_look_for_tensors_keeps_nothing_alive() -> None:
+    tensors, nowhere = LiveTensors(), np.zeros(1, np.int64)
+    gc.disable()
+    try:
+        for _ in range(3):  # at all objects, then at those that are new
+            x = torch.zeros(1)
+            seen = weakref.ref(x)
+            assert not tensors.inside(nowhere, nowhere + 1).any()
+            del x
+            assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_storages_that_are_given_up() -> None:

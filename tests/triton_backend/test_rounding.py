@@ -52,24 +52,24 @@ def bits_kernel(arguments_ptr, out_ptr, N: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def round_kernel(x_ptr, bits_ptr, out_ptr, N: tl.constexpr, DTYPE: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * N + tl.arange(0, N)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
     tl.store(out_ptr + i, round_at_random(tl.load(x_ptr + i), bits, DTYPE))
 
 
 @triton.jit
 def split_kernel(x_ptr, weight_ptr, low_ptr, joined_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
+    i = tl.program_id(0) * N + tl.arange(0, N)
     weight, low = split_low(tl.load(x_ptr + i))
     tl.store(weight_ptr + i, weight)
     tl.store(low_ptr + i, low)
     tl.store(joined_ptr + i, join_low(weight, low))
 
 
-def run(kernel, *tensors, **constants):
-    """A launch of one program, as on a GPU."""
+def run(kernel, *tensors, programs=1, **constants):
+    """A launch, as on a GPU."""
     with interpreter.like_a_gpu():
-        kernel[(1,)](*tensors, **constants)
+        kernel[(programs,)](*tensors, **constants)
 
 
 def bits_of(kind: str, first: int, n: int, step: int, key: int, device: torch.device) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_rounding_is_that_of_the_torch_backend(device, dtype):
     random = expected.random_halves(0, n, 1, KEYS[1], CPU)
     for bits in (random, torch.zeros_like(random), torch.full_like(random, 0xFFFF)):
         out = torch.zeros(n, dtype=dtype, device=device)
-        run(round_kernel, x.to(device), bits.to(device), out, N=n, DTYPE=TRITON_DTYPES[dtype])
+        run(round_kernel, x.to(device), bits.to(device), out, programs=8, N=n // 8, DTYPE=TRITON_DTYPES[dtype])
         got, wanted = out.cpu(), stochastic.round_at_random(x, bits, dtype)
         assert torch.equal(got.isnan(), wanted.isnan())
         assert int(wanted.isnan().sum()) == 3
@@ -140,7 +140,7 @@ def test_halves_of_numbers_are_those_of_the_torch_backend(device):
     x[-2:] = torch.tensor([0x7F800001, -1], dtype=torch.int32).view(torch.float32)
     weight = torch.zeros(n, dtype=torch.bfloat16, device=device)
     low, joined = (torch.zeros(n, dtype=d, device=device) for d in (torch.int16, torch.float32))
-    run(split_kernel, x.to(device), weight, low, joined, N=n)
+    run(split_kernel, x.to(device), weight, low, joined, programs=8, N=n // 8)
     wanted, wanted_low = split.split_low(x)
     assert torch.equal(weight.cpu().view(torch.int16), wanted.view(torch.int16))
     assert torch.equal(low.cpu(), wanted_low)
