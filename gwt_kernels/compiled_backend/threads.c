@@ -132,7 +132,7 @@ static int started(int threads)
 void share_out(gwt_work *work, void *context, int64_t count, int threads)
 {
     range ranges[MOST];
-    share job = {work, context, ranges, threads < MOST ? threads : MOST, {0}};
+    share job = {.work = work, .context = context, .ranges = ranges, .threads = threads < MOST ? threads : MOST};
     if (job.threads > count)
         job.threads = (int)count;
     const int shared = job.threads > 1 && pthread_mutex_trylock(&pool.held) == 0;
