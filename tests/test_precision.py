@@ -35,15 +35,25 @@ narrow = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 # At random ---------------------------------------------------------------------------------------------
 
 
-def rounded(x: Tensor, dtype: torch.dtype, t: int, key: int, what: str = "weights") -> Tensor:
-    """What is to be stored of float32 results, by the published generator and the element's index alone."""
-    n, on = x.numel(), CPU
+def rounded(
+    x: Tensor, dtype: torch.dtype, t: int, key: int, width: int, level: int, what: str = "weights"
+) -> Tensor:
+    """What is to be stored of float32 results, by the published generator and the element's index alone.
+
+    Rows of ``width`` weights that are no whole blocks count as padded to whole groups of 4 blocks.
+    """
+    own, on = x.shape[-1] if x.dim() else 1, CPU
+    pitch = (
+        own if width % 2**level == 0 else -(-width // (4 * 2**level)) * 4 * (2**level if what == "weights" else 1)
+    )
+    n = x.numel() // own * pitch
     if what == "weights":
         bits = random_halves(0, n, t, key, on)
     else:
         words = random_words(0, n, t, key, on)
         bits = words & 0xFFFF if what == "exp_avg" else words >> 16 & 0xFFFF
-    return round_at_random(x.detach().cpu(), bits.view(x.shape), dtype)
+    bits = bits.view(-1, pitch)[:, :own].reshape(x.shape)
+    return round_at_random(x.detach().cpu(), bits, dtype)
 
 
 @narrow
@@ -70,13 +80,15 @@ def test_what_is_stored_is_the_float32_result_rounded_by_seed_step_and_index(
         step(twin, [g.float() for g in grads])
         for place_, (p, q) in enumerate(zip(own, parameters_of(twin), strict=True)):
             key = key_of(7, place_)
-            assert_same_bits(p.detach().cpu(), rounded(q, dtype, t, key), f"step {t}, parameter {place_}")
+            assert_same_bits(
+                p.detach().cpu(), rounded(q, dtype, t, key, p.shape[-1], level), f"step {t}, parameter {place_}"
+            )
             if state_dtype:
                 for name in ("exp_avg", "exp_avg_sq"):
                     state, expected = optimizer.state[p][name], twin.state[q][name]
-                    assert_same_bits(state.cpu(), rounded(expected, BF16, t, key, name))
+                    assert_same_bits(state.cpu(), rounded(expected, BF16, t, key, p.shape[-1], level, name))
             for wrong in ((t + 1, key), (t, key_of(8, place_)), (t, key_of(7, place_ + 1))):
-                assert_differ(p.detach().cpu(), rounded(q, dtype, *wrong))
+                assert_differ(p.detach().cpu(), rounded(q, dtype, *wrong, p.shape[-1], level))
 
 
 def named(names: list[str], on: torch.device, dtype: torch.dtype = BF16) -> list[tuple[str, torch.nn.Parameter]]:

@@ -25,14 +25,15 @@ OTHERS = [(1, 4099), (1500, 3), (257, 7), (4, 5, 33), (2, 3, 5, 9), (1, 1)]
 KEY, STEP = key_of(3, 4), 7
 
 
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shapes", [NARROW, ABOUT_A_TILE, OTHERS], ids=["narrow", "about a tile", "others"])
 @pytest.mark.parametrize("level", [1, 2, 5])
 def test_rows_of_any_width(device, shapes, level, moments):
     """Against the exact step; a shape may be a row, rows of a block, or rows that end within one."""
+    shapes = [s for s in shapes if 2**level < 2 * s[-1]]
     options = {"dtype": torch.bfloat16, "moment_dtype": moments, "device": device}
     bucket = Bucket(shapes, level, limited=True, **options)
-    bucket.check_step(HYPER, 3, backend="triton", rounding="stochastic", keys=list(range(len(shapes))))
+    bucket.check_step(HYPER, 3, backend="triton", keys=list(range(len(shapes))))
 
 
 def expected(p: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int) -> list[Tensor]:
