@@ -9,7 +9,7 @@ CC ?= cc
 
 # Tests of the kernels themselves and those that launch the same ones often run compiled, since more is seen so. The
 # others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
-COMPILED := tests/triton_backend tests/test_precision.py
+COMPILED := tests/backends/triton tests/formats/test_precision.py
 
 .PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
@@ -22,8 +22,8 @@ $(PEERS)/.made: bench/peers.txt $(VENV)/.installed ## optimizers to compare with
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) --requirement bench/peers.txt
 	touch $@
 
-$(TORCHTITAN)/.made: tests/torchtitan.txt $(VENV)/.installed ## torchtitan for its example, apart, without what it only downloads data and logs with
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TORCHTITAN) --requirement tests/torchtitan.txt
+$(TORCHTITAN)/.made: tests/integrations/torchtitan.txt $(VENV)/.installed ## torchtitan for its example, apart, without what it only downloads data and logs with
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TORCHTITAN) --requirement tests/integrations/torchtitan.txt
 	touch $@
 
 reference: ## the C oracle, as a shared library
@@ -35,8 +35,8 @@ reference-sanitize: ## the C oracle's self-test under the address and undefined-
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --compiled sm_90 $(COMPILED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --ignore=,$(COMPILED))
-	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/test_bench_peers.py tests/test_bench_low_rank.py
-	PYTHONPATH="$(CURDIR)/$(TORCHTITAN)" $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/test_examples.py -k torchtitan
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/bench/test_peers.py tests/bench/test_low_rank.py
+	PYTHONPATH="$(CURDIR)/$(TORCHTITAN)" $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/docs/test_examples.py -k torchtitan
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import records
-from bench.measure import facts
+from bench.common import records
+from bench.common.measure import facts
 
 BENCHMARK = "gpu"
 ROOT = Path(__file__).parent.parent
@@ -69,9 +69,9 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         parallel = ["--numprocesses", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
         pytest = ["-m", "pytest", "-q", "--exitfirst", *parallel]
         if small:
-            return [[*pytest, "tests/torch_backend/test_step.py"]]
-        kernels = ["tests/triton_backend", "tests/test_haar.py", "tests/test_functional.py"]
-        kernels += ["tests/test_control.py", "tests/test_clipping.py", "tests/test_telemetry.py"]
+            return [[*pytest, "tests/backends/torch/test_step.py"]]
+        kernels = ["tests/backends/triton", "tests/haar/test_haar.py", "tests/test_functional.py"]
+        kernels += ["test_control.py", "test_clipping.py", "test_telemetry.py"]
         return [[*pytest, "-m", "gpu"], [*pytest, "-m", "not gpu", *kernels]]
     if part == "kernels":
         some = ["--parts", "sizes", "--sizes", "16"] if small else []

@@ -27,8 +27,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench import records
-from bench.measure import Spread, facts
+from bench.common import records
+from bench.common.measure import Spread, facts
 from gwt_kernels import GWTAdamW, backends
 
 SIZE = (8, 64)  # small: on a CPU the copies of a clipped gradient must not count

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from gwt_kernels.model_files import presets
+from gwt_kernels.models.files import presets
 from gwt_kernels.plan import Plan, plan
 
 MODELS = {name.removeprefix("llama_").upper(): name for name in presets()}

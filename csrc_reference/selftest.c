@@ -1,6 +1,6 @@
 /* Drives the oracle over many shapes and every level, in buffers of the exact size, under sanitizers.
  *
- * What the numbers should be is the business of tests/test_reference.py; here are only the properties that
+ * What the numbers should be is the business of tests/csrc_reference/test_reference.py; here are only the properties that
  * need no second implementation. Prints the number of configurations; exits 1 at the first that fails. */
 #include "gwt_reference.h"
 

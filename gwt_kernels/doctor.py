@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gwt_kernels import __version__, backends
-from gwt_kernels.compiled_backend.step import TYPES
+from gwt_kernels.backends.cpu.step import TYPES
+from gwt_kernels.backends.torch import literal
+from gwt_kernels.core.tensor_step import Single
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from gwt_kernels.single import Single
-from gwt_kernels.torch_backend import literal
 
 __all__ = ["report", "self_check"]
 

@@ -12,7 +12,7 @@ from gwt_kernels import backends
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.bucket import Bucket, StepInputs
-from gwt_kernels.hyper import Boundary, Hyper, Rounding, Rule, Span
+from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
 
@@ -54,19 +54,19 @@ def gwt_adamw_(
             float16; or
                 ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
                 rounded stochastically.
-            keys: Of the random bits, per parameter (:func:`gwt_kernels.hyper.key_of`); None for 0.
+            keys: Of the random bits, per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
             lows: The low halves of the weights, contiguous int16 tensors of the parameters' shapes, which are
             updated
                 too; only where ``rounding="split"``.
             scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a pair of float32 tensors
-                ``[ceil(coefficients / quantum(level))]`` (:func:`gwt_kernels.hyper.quantum`), which are updated
+                ``[ceil(coefficients / quantum(level))]`` (:func:`gwt_kernels.core.hyper.quantum`), which are updated
                 too; None for moments in floating point.
             control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
                 factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
                 and ``boundary="zero"`` alone; or None.
             spans: Where the tensors are shards: of what elements of the whole parameters, and of their moments, so
-                that random bits are those of the whole, rows padded as :func:`gwt_kernels.hyper.padded_spans` says;
+                that random bits are those of the whole, rows padded as :func:`gwt_kernels.core.hyper.padded_spans` says;
                 None for whole tensors.
             limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
                 decided them; ``limiter_norms`` are None then. None to leave it to the ``limiter_norms``.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gwt_kernels import __main__, doctor
+from gwt_kernels import cli, doctor
 from gwt_kernels.rules import gwt
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,6 @@ def test_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        __main__.main(["cure"])
+        cli.main(["cure"])
     assert error.value.code == 2
     assert "cure" in capsys.readouterr().err

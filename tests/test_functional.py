@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from tests import golden, steps
-from tests.poisoned import LAYOUTS
-from tests.steps import Bucket
+from tests.support import golden, steps
+from tests.support.poisoned import LAYOUTS
+from tests.support.steps import Bucket
 
 BACKENDS = ("torch", "compiled", "triton")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {

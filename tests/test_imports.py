@@ -12,25 +12,18 @@ ROOT = Path(__file__).parents[1]
 
 ROOMS = {  # a module belongs to the room that names it, or the nearest package around it
     "face": "gwt_kernels",
-    "command line": "gwt_kernels.__main__ gwt_kernels.doctor",
+    "command line": "gwt_kernels.__main__ gwt_kernels.cli gwt_kernels.doctor",
     "planner": "gwt_kernels.planner gwt_kernels.plan gwt_kernels.plan_sharded gwt_kernels.mesh",
-    "migration": "gwt_kernels.migration gwt_kernels.conversion gwt_kernels.checkpoints gwt_kernels.unpickling",
+    "migration": "gwt_kernels.migration",
     "integrations": "gwt_kernels.integrations",
-    "models": "gwt_kernels.model_files",
-    "optim": """
-        gwt_kernels.optim gwt_kernels.optimizer gwt_kernels.release gwt_kernels.options gwt_kernels.state
-        gwt_kernels.checks gwt_kernels.loading gwt_kernels.names gwt_kernels.param_groups gwt_kernels.blocks
-        gwt_kernels.added gwt_kernels.scaler gwt_kernels.telemetry
-    """,
-    "functional": "gwt_kernels.functional gwt_kernels.haar gwt_kernels.haar_operators",
-    "distributed": "gwt_kernels.sharding gwt_kernels.reduction",
-    "backends": """
-        gwt_kernels.backends gwt_kernels.torch_backend gwt_kernels.triton_backend gwt_kernels.compiled_backend
-        gwt_kernels.control gwt_kernels.joined gwt_kernels.trust
-    """,
+    "models": "gwt_kernels.models",
+    "optim": "gwt_kernels.optim gwt_kernels.optimizer gwt_kernels.release gwt_kernels.telemetry",
+    "functional": "gwt_kernels.functional gwt_kernels.haar",
+    "distributed": "gwt_kernels.distributed",
+    "backends": "gwt_kernels.backends gwt_kernels.control",
     "rules": "gwt_kernels.rules",
     "formats": "gwt_kernels.formats",
-    "core": "gwt_kernels.core gwt_kernels.hyper gwt_kernels.single",
+    "core": "gwt_kernels.core",
 }
 OPTIM_AND_BELOW = {"optim", "functional", "distributed", "backends", "rules", "formats", "core"}
 BELOW = {  # what a room may import besides itself
@@ -145,7 +138,10 @@ def test_imports_in_functions_and_for_type_checkers_close_a_circle():
 
 
 def test_an_import_upwards_is_found():
-    up = {"gwt_kernels.hyper": {"gwt_kernels.state"}, "gwt_kernels.optimizer": {"gwt_kernels.hyper"}}
-    assert against(up) == {("gwt_kernels.hyper", "gwt_kernels.state")}
+    up = {
+        "gwt_kernels.core.hyper": {"gwt_kernels.optim.state"},
+        "gwt_kernels.optim.adamw": {"gwt_kernels.core.hyper"},
+    }
+    assert against(up) == {("gwt_kernels.core.hyper", "gwt_kernels.optim.state")}
     assert against({"gwt_kernels.planner.plan": {"gwt_kernels.migration"}}) != set()
-    assert room_of("gwt_kernels.triton_backend.step") == "backends"
+    assert room_of("gwt_kernels.backends.triton.step") == "backends"

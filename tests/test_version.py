@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import gwt_kernels
-from gwt_kernels import __main__, doctor
+from gwt_kernels import cli, doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +43,6 @@ def test_doctor_and_the_command_line_say_it(
     assert doctor.report()
     assert re.search(r"^  gwt-kernels +7\.8\.9$", capsys.readouterr().out, re.MULTILINE)
     with pytest.raises(SystemExit) as left:
-        __main__.main(["--version"])
+        cli.main(["--version"])
     assert left.value.code == 0
     assert capsys.readouterr().out == f"gwt-kernels {gwt_kernels.__version__}\n"

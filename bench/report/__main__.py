@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import records
+from bench.common import records
 from bench.report import blocks, performance, plots, quality, rows, state
 
 ROOT = Path(__file__).parents[2]

@@ -90,7 +90,7 @@ def _parts_of(run: Run) -> str:
 def _codes(runs: Sequence[Run], root: str) -> str:
     found = of(runs, "codes")
     if not found:
-        return "Nothing is recorded yet: `python -m bench.codes` measures it."
+        return "Nothing is recorded yet: `python -m bench.studies.int8` measures it."
     errors = {(row["moment"], row["power"], row["quantum"]): row["median"] for row in found[0].rows}
     moments, powers, quanta = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
     headings = ["power", *(f"`{moment}`, {quantum}" for moment in moments for quantum in quanta)]
@@ -122,7 +122,7 @@ def _roundings(runs: Sequence[Run], root: str) -> str:
     """Steps on a CPU over the float32 step of the same rule and backend; then the times of these."""
     found = of(runs, "roundings")
     if not found:
-        return "Nothing is recorded yet: `python -m bench.roundings` measures it."
+        return "Nothing is recorded yet: `python -m bench.studies.roundings` measures it."
     columns = [(rule, backend) for rule in ("gwt", "foam") for backend in ("torch", "compiled")]
     ratios: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     times = {}

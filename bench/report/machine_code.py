@@ -37,7 +37,7 @@ def section(runs: Sequence[Run]) -> list[str]:
 
 
 def _line(row: Row, target: str, dtypes: bool) -> list[str]:
-    from bench.machine_code import LIMITS  # needs Triton, as this table's rows did
+    from bench.codegen.machine_code import LIMITS  # needs Triton, as this table's rows did
 
     resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
     return [

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import records
+from bench.common import records
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
     @property
     def cuda(self) -> bool:
-        """Whether the device is no CPU: `bench.measure.facts` names a driver for every other one."""
+        """Whether the device is no CPU: `bench.common.measure.facts` names a driver for every other one."""
         return any(row.get("driver") not in (None, "none") for row in self.rows)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.report.markdown import details, number, origin, spread, table
 from bench.report.rows import Row, Run, of
-from bench.scaling import REFERENCES
+from bench.scaling.__main__ import REFERENCES
 from gwt_kernels.mesh import Mesh, mesh_of
 from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded

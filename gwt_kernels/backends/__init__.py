@@ -127,7 +127,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
     """Why the step in C cannot take tensors on ``device``; None where it can, and then it is compiled."""
     if device.type != "cpu":
         return f"the tensors are on {device}, and the step in C is for a CPU"
-    from gwt_kernels.compiled_backend import build
+    from gwt_kernels.backends.cpu import build
 
     try:
         build.library()

@@ -23,14 +23,14 @@ def prepare(bucket: Bucket, backend: backends.Backend | None) -> Runner:
         ValueError: the backend is unknown, or its kernels could not trust the tensors.
     """
     if is_on_triton(bucket, backend):
-        from gwt_kernels.triton_backend.runner import TritonRunner
+        from gwt_kernels.backends.triton.runner import TritonRunner
 
         return TritonRunner(bucket)
     if not bucket.is_literal and backends.is_compiled(backend, bucket.device):
-        from gwt_kernels.compiled_backend.runner import CompiledRunner
+        from gwt_kernels.backends.cpu.runner import CompiledRunner
 
         return CompiledRunner(bucket)
-    from gwt_kernels.torch_backend.runner import TorchRunner
+    from gwt_kernels.backends.torch.runner import TorchRunner
 
     return TorchRunner(bucket)
 

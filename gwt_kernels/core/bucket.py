@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.hyper import (
+from gwt_kernels.core.hyper import (
     Boundary,
     Hyper,
     Rounding,
@@ -20,7 +20,7 @@ from gwt_kernels.hyper import (
     literal_alone,
     padded_spans,
 )
-from gwt_kernels.single import Single
+from gwt_kernels.core.tensor_step import Single
 
 __all__ = ["Bucket", "StepInputs"]
 

@@ -24,7 +24,7 @@ Tensors = list[Tensor] | list[Tensor | None]
 
 
 class Survey(NamedTuple):
-    """How to look at tensors: through Python, or through C (triton_backend/native.py), with the same results."""
+    """How to look at tensors: through Python, or through C (backends/triton/native.py), with the same results."""
 
     addresses: Callable[[Sequence[Tensor]], bytes]
     """Eight bytes for each tensor's."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.hyper import quantum
+from gwt_kernels.core.hyper import quantum
 
 __all__ = ["decode", "decode_first", "decode_second", "encode", "encode_first", "encode_second"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.hyper import quantum
 from gwt_kernels.formats import int8
-from gwt_kernels.hyper import quantum
 
 __all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "wide"]
 

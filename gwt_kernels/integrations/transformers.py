@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gwt_kernels.integrations.telemetry import HasTelemetry, check_every, missing, scalars, with_telemetry
-from gwt_kernels.optimizer import GWTAdamW
-from gwt_kernels.param_groups import gwt_param_groups
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.param_groups import gwt_param_groups
 
 try:
     import accelerate  # noqa: F401  # Trainer cannot be built without it

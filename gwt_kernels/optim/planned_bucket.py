@@ -15,11 +15,11 @@ from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.dtensor import is_sharded, local_of
-from gwt_kernels.hyper import Hyper, key_of
-from gwt_kernels.joined import Joined
-from gwt_kernels.options import rounding_of
-from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.state import halves_of, is_limited, moment_format, shard_spans
+from gwt_kernels.core.hyper import Hyper, key_of
+from gwt_kernels.distributed.reduction import Limits, Totals
+from gwt_kernels.optim.joined import Joined
+from gwt_kernels.optim.options import rounding_of
+from gwt_kernels.optim.state import halves_of, is_limited, moment_format, shard_spans
 
 __all__ = ["Member", "PlannedBucket", "stream_of"]
 
@@ -114,7 +114,7 @@ class PlannedBucket:
         return self.runner.reduce(inputs, decision, grad_stats=grad_stats, update_sums=self.limits is not None)
 
     def update_sums(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """Places and values of its sums among those that :class:`gwt_kernels.reduction.Limits` adds up."""
+        """Places and values of its sums among those that :class:`gwt_kernels.distributed.reduction.Limits` adds up."""
         assert reduction.update_sums is not None
         return self._limited_places, reduction.update_sums
 

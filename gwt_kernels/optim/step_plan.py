@@ -12,16 +12,16 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.backends.runner import Reduction
-from gwt_kernels.control import Asked, control_, send
+from gwt_kernels.backends.step_decision import Asked, control_, send
 from gwt_kernels.core.bucket import StepInputs
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON, Survey
-from gwt_kernels.hyper import Hyper
+from gwt_kernels.distributed.reduction import Limits, Totals
+from gwt_kernels.distributed.sharding import reduced_over
+from gwt_kernels.optim.fingerprint import Snapshot
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_of
-from gwt_kernels.optim.snapshot import Snapshot
-from gwt_kernels.reduction import Limits, Totals
-from gwt_kernels.sharding import reduced_over
-from gwt_kernels.state import is_limited
+from gwt_kernels.optim.state import is_limited
 
 __all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
 
@@ -234,6 +234,6 @@ def _survey_for(buckets: Iterable[PlannedBucket]) -> Survey:
     """How to survey the tensors of a step: through C where kernels are launched, which needs a compiler anyway."""
     if not any(bucket.runner.collects_grad_stats for bucket in buckets):
         return PYTHON
-    from gwt_kernels.triton_backend.native import quickest
+    from gwt_kernels.backends.triton.native import quickest
 
     return quickest()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.formats.moments import MOMENTS, SCALES
-from gwt_kernels.options import state_dtype_name
-from gwt_kernels.state import complete
+from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.state import complete
 
 __all__ = [
     "adamw_state",

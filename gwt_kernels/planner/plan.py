@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.formats.moments import FORMATS
-from gwt_kernels.options import state_dtype_name
-from gwt_kernels.param_groups import Decision, describe
+from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.param_groups import Decision, describe
 from gwt_kernels.planner.costs import bytes_of, name_of_dtype, names_of
 from gwt_kernels.planner.tables import aligned, amount, three_digits, unit_of
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gwt_kernels.checks import check_initialized, name_of
+from gwt_kernels.core.hyper import Rule
 from gwt_kernels.formats.moments import FORMATS, format_of
-from gwt_kernels.hyper import Rule
-from gwt_kernels.model_files import build_on_meta
-from gwt_kernels.optimizer import GWTAdamW
-from gwt_kernels.options import state_dtype_of
-from gwt_kernels.param_groups import Decision, decide
+from gwt_kernels.models.files import build_on_meta
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.checks import check_initialized, name_of
+from gwt_kernels.optim.options import state_dtype_of
+from gwt_kernels.optim.param_groups import Decision, decide
 from gwt_kernels.planner.costs import (
     adamw_state,
     bytes_of,
@@ -73,7 +73,7 @@ def plan(
         bandwidth: Bytes per second that memory moves, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.model_files.build_on_meta`.
+        FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.models.files.build_on_meta`.
         TypeError: the model is none of these, or a parameter or an option has a type that the optimizer refuses.
         ValueError: the file is no model's, or an option is out of range.
         RuntimeError: a parameter of a lazy module has no shape before the first forward pass.

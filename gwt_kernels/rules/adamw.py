@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Hyper
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:

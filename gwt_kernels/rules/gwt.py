@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Hyper
 from gwt_kernels.rules.blocks import block_sums, kernel_block_sums, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gwt_kernels.core import kernel
+from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.hyper import Hyper
 
 __all__ = ["Kernel", "Moments", "Rule", "Update"]
 

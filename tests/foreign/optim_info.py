@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW
-from tests.runs import parameters
+from tests.support.runs import parameters
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it: pip install expecttest")
 common = importlib.import_module("torch.testing._internal.common_optimizers")

@@ -15,7 +15,15 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from gwt_kernels import GWTAdamW
-from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, parameters_of, results, train
+from tests.support.runs import (
+    assert_differ,
+    assert_same_bits,
+    give_gradients,
+    parameters,
+    parameters_of,
+    results,
+    train,
+)
 
 
 def halved(t: int) -> float:

@@ -19,7 +19,15 @@ from torch.profiler import profile
 
 from gwt_kernels import GWTAdamW
 from tests.foreign.optim_info import INFO, INPUTS, SHAPES, common, each_input, error_inputs, make
-from tests.runs import assert_differ, assert_same_bits, give_gradients, parameters, parameters_of, results, train
+from tests.support.runs import (
+    assert_differ,
+    assert_same_bits,
+    give_gradients,
+    parameters,
+    parameters_of,
+    results,
+    train,
+)
 
 
 def regression(weight: Tensor, bias: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gwt_kernels import GWTAdamW
-from tests import accelerate_runs, forked
-from tests.runs import assert_same_bits
-from tests.tiny import assert_same_run, llama, optimizer_of, sentences
+from tests.support import accelerate_runs, forked
+from tests.support.runs import assert_same_bits
+from tests.support.tiny import assert_same_run, llama, optimizer_of, sentences
 
 accelerate = pytest.importorskip("accelerate", reason="needs Accelerate: pip install accelerate")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW
-from tests.lightning_runs import Language, ModelCheckpoint, fit, pl
-from tests.runs import assert_same_bits
-from tests.tiny import assert_close_runs, assert_same_run, sentences
+from tests.support.lightning_runs import Language, ModelCheckpoint, fit, pl
+from tests.support.runs import assert_same_bits
+from tests.support.tiny import assert_close_runs, assert_same_run, sentences
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -12,9 +12,9 @@ from transformers.integrations import TensorBoardCallback
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.integrations.telemetry import scalars, with_telemetry
-from tests.lightning_runs import fit, pl
-from tests.tiny import llama, sentences
-from tests.trainer_runs import arguments, with_mixin
+from tests.support.lightning_runs import fit, pl
+from tests.support.tiny import llama, sentences
+from tests.support.trainer_runs import arguments, with_mixin
 
 pytest.importorskip("tensorboard", reason="needs TensorBoard: pip install tensorboard")
 

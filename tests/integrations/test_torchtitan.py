@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked, torchtitan_runs
+from tests.support import forked, torchtitan_runs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torchtitan") is None,

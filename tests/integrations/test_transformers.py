@@ -12,9 +12,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from gwt_kernels import GWTAdamW
-from tests.runs import assert_same_bits
-from tests.tiny import assert_close_runs, assert_same_run, llama, optimizer_of, sentences
-from tests.trainer_runs import GWTTrainerMixin, MixedTrainer, arguments, gwt_optimizer, with_factory, with_mixin
+from tests.support.runs import assert_same_bits
+from tests.support.tiny import assert_close_runs, assert_same_run, llama, optimizer_of, sentences
+from tests.support.trainer_runs import (
+    GWTTrainerMixin,
+    MixedTrainer,
+    arguments,
+    gwt_optimizer,
+    with_factory,
+    with_mixin,
+)
 
 routes = pytest.mark.parametrize("route", [with_mixin, with_factory])
 

@@ -15,10 +15,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels.backends.triton.compiling import UNFUSED
+from gwt_kernels.backends.triton.runner import TritonRunner
 from gwt_kernels.core.bucket import Bucket, StepInputs
-from gwt_kernels.hyper import Hyper
-from gwt_kernels.triton_backend.compiling import UNFUSED
-from gwt_kernels.triton_backend.runner import TritonRunner
+from gwt_kernels.core.hyper import Hyper
 from tests.ptx.counts import ExecutionCounter, Traffic
 from tests.ptx.driver import Driver, Options
 from tests.ptx.types import Fault

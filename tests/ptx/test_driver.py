@@ -31,7 +31,7 @@ def test_launches(tmp_path: Path) -> None:
 
 
 def pytest_run(*options: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    test = "tests/triton_backend/test_step.py::test_number_of_tensors[2-1]"
+    test = "tests/backends/triton/test_step.py::test_number_of_tensors[2-1]"
     return run("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, test, cache=cache)
 
 

@@ -1,0 +1,1 @@
+"""The machine code of every kernel variant, compiled without a GPU."""

@@ -1,0 +1,243 @@
+"""Compile every kernel variant without a GPU, show its machine code's costs, and gate the flat path.
+
+With --executed, execute variants instead, and count instructions, sectors of memory and dependent loads an element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.codegen.launches import DTYPES, DWT, IDWT, KERNELS, MOMENTS, NORM, STEP
+from bench.codegen.machine_code import LIMITS, Accesses, find_tools, read
+from bench.codegen.variant import Variant
+from bench.codegen.variant_runs import (
+    NOTHING,
+    VariantError,
+    measure_all,
+    record,
+    refuse,
+    report_failures,
+    report_violations,
+    wide_console,
+)
+from bench.codegen.variants import PATHS, TARGETS, compile_variant, variants
+from bench.common import records
+
+# Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
+ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
+LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
+STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
+GATED = ("sm_80", "sm_90", "sm_100")
+WIDE = "128"
+
+
+def gated(row: dict[str, Any]) -> bool:
+    """Tell whether the project promises that :func:`violations` finds nothing in a row."""
+    return (
+        row["target"] in GATED
+        and row["kernel"] in LOADED
+        and row["path"] == "flat"
+        and row["weights"] in ("bf16", "fp32")
+        and 1 <= row["level"] <= 5
+    )
+
+
+def violations(row: dict[str, Any]) -> list[str]:
+    """Return what keeps a row of ``step_kernel`` or ``norm_kernel`` from being one optimal pass.
+
+    Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words,
+    moments in codes by none narrower than the codes of the blocks in 16 bytes of weights; nothing spills; no
+    product is contracted with a sum; in the intermediate code, each array is loaded once and what changes is stored
+    once.
+    """
+    found = []
+    if row["stack"] or row["spills"]:
+        found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+    if row["contracts"]:
+        found.append("products are contracted with sums: launch with UNFUSED of backends/triton/compiling.py")
+    others = {"low"} if row["rounding"] == "split" else set()
+    others |= {"m_scale", "v_scale"} if row["moments"] == "int8" else set()
+    for what, arrays in (("loads", LOADED), ("stores", STORED)):
+        expected = arrays[row["kernel"]] | (others if arrays[row["kernel"]] else set())
+        accesses, in_code = row[what], row[f"tensor_{what}"]
+        if in_code != dict.fromkeys(expected, 1):
+            found.append(f"{what} in the intermediate code: {in_code} instead of each of {sorted(expected)} once")
+        strange = [name for name in accesses if not name.isidentifier()]
+        if strange:
+            found.append(f"{what} of arrays that are not told apart: {_text(accesses, strange)}")
+        touched = set(accesses) & set(ARRAYS)
+        if touched != expected:
+            found.append(f"machine code {what} {sorted(touched)} instead of {sorted(expected)}")
+        if row["moments"] == "int8":
+            widest = str(8 * row["constants"]["MOMENT_ALIGN"])
+            narrow = [name for name in sorted(expected & {"m", "v"}) if set(accesses.get(name, {})) != {widest}]
+            found += [
+                f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of x{widest}" for name in narrow
+            ]
+        for name in sorted(expected & {"p", "g", "low"}):
+            # The tile's bytes over those of one instruction of all lanes.
+            needed = row["constants"]["W"] * row["constants"]["NB"] * DTYPES[row["weights"]].itemsize
+            needed //= 16 * row["lanes"]
+            if accesses.get(name) != {WIDE: needed}:
+                found.append(f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of {needed}x{WIDE}")
+    return found
+
+
+def measure(variant: Variant, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Compile a variant and return its row: its options, its constants and what :func:`read` finds.
+
+    Raises:
+        VariantError: it does not compile.
+    """
+    try:
+        kernel, constants = compile_variant(variant, overrides)
+    except Exception as error:  # a compiler raises anything
+        raise VariantError(f"does not compile: {variant}\n  {error}") from error
+    row = {**variant._asdict(), "constants": constants, **read(kernel, variant.target)}
+    return {**row, "lanes": row["warps"] * TARGETS[variant.target].warp_size}
+
+
+def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
+    """Lay out the rows of one target."""
+    result = Table(title=f"{target}: {LIMITS[target]}", title_justify="left", caption_justify="left")
+    for head in ("kernel", "weights", "moments", "path", "limited", "rule", "rounding", "level"):
+        result.add_column(head)
+    for head in ("warps", "regs", "stack", "spills", "shared", "barriers", "instr", "resident"):
+        result.add_column(head, justify="right")
+    for head in ("loads", "stores", "look-ups"):
+        result.add_column(head, no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous is not None and row["kernel"] != previous:
+            result.add_section()
+        previous = row["kernel"]
+        tensors = {**row["tensor_loads"], **row["tensor_stores"]}
+        look_ups = [widths for name, widths in row["loads"].items() if name not in tensors]
+        options = ("kernel", "weights", "moments", "path", "limited", "rule", "rounding", "level")
+        result.add_row(
+            *("" if row[k] is None else str(row[k]).removesuffix("_kernel") for k in options),
+            *(str(row[k]) for k in ("warps", "registers", "stack", "spills", "shared", "barriers", "instructions")),
+            f"{row['resident_warps']} ({row['resident_warps'] / LIMITS[target].warps:.0%})",
+            _text(row["loads"], row["tensor_loads"]),
+            _text(row["stores"], row["stores"]),
+            _widths(look_ups),
+        )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 where a variant fails the gate or to compile, 2 where nothing can be measured."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return refuse("TRITON_INTERPRET is set, so Triton interprets kernels and compiles none: unset it")
+    if options.executed:
+        from bench.codegen.executed_command import execute  # needs tests/, which the rest does not
+
+        return execute(options, arguments)
+    if options.gate:
+        return refuse("--gate chooses among executed variants: add --executed")
+    chosen = list(
+        variants(options.target, options.kernel, options.weights, options.moments, options.levels, options.path)
+    )
+    if not chosen:
+        return refuse(NOTHING)
+    overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
+    overrides |= {name: True for name in ("SKIPPABLE", "LOOKS") if getattr(options, name.lower())}
+    try:
+        if any(TARGETS[v.target].backend == "cuda" for v in chosen):
+            find_tools()
+    except RuntimeError as error:
+        return refuse(str(error))
+    rows, failures = measure_all([functools.partial(measure, v, overrides) for v in chosen], options.jobs)
+
+    console = wide_console()
+    for target in options.target:
+        if of_target := [row for row in rows if row["target"] == target]:
+            console.print(table(target, of_target))
+    console.print(
+        "loads, stores: instructions x bits a lane, by array; look-ups: the same for tables and single numbers; "
+        "spills: instructions\nresident: warps on a multiprocessor at once, by registers, shared memory and warps"
+    )
+    for row in rows:
+        row["violations"] = violations(row) if row["kernel"] in LOADED else None
+    record(rows, "codegen", arguments, options.record, console)
+    report_failures(failures, console)
+    return max(_report_gate(rows, console), int(bool(failures)))
+
+
+def _report_gate(rows: list[dict[str, Any]], console: Console) -> int:
+    promised = [row for row in rows if gated(row)]
+    broken = report_violations(promised, lambda row: row["violations"], console)
+    if not promised:
+        console.print("gate: none of these variants is promised anything")
+    elif not broken:
+        console.print(f"gate: passed by all {len(promised)} variants of the flat path on {', '.join(GATED)}")
+    return broken
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.codegen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    text = "execute variants and count, instead of reading their machine code"
+    parser.add_argument("--executed", action="store_true", help=text)
+    executed = parser.parse_known_args(arguments)[0].executed
+    text = "with --executed: those variants alone whose counts are limited"
+    parser.add_argument("--gate", action="store_true", help=text)
+    usual = {"moments": ["fp32", "bf16", "int8"]}
+    if executed:
+        usual |= {"target": ["sm_90"], "kernel": [STEP, NORM, DWT, IDWT], "weights": ["bf16", "fp32"]}
+    for name, values, description in (
+        ("target", TARGETS, "architectures"),
+        ("kernel", KERNELS, "kernels"),
+        ("weights", DTYPES, "dtypes of weights and gradients"),
+        ("moments", MOMENTS, "dtypes of exp_avg and exp_avg_sq"),
+        ("path", PATHS, "where a block's elements lie"),
+    ):
+        default = usual.get(name, list(values))
+        text = f"{description} (default: {' '.join(default)})"
+        parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
+    levels = "0,2,4" if executed else "0-6"
+    text = f"levels, such as 2 or 0,1,4-6 (default: {levels})"
+    parser.add_argument("--levels", type=_levels, default=levels, help=text)
+    parser.add_argument("--skippable", action="store_true", help="as under clipping: what the device may skip")
+    parser.add_argument("--looks", action="store_true", help="as where norms look at gradients: skip_nonfinite")
+    parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
+    text = "also write a record of one row a variant into FOLDER (default: bench/results)"
+    parser.add_argument("--record", nargs="?", type=Path, const=records.RESULTS, metavar="FOLDER", help=text)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="variants compiled at once")
+    return parser.parse_args(arguments)
+
+
+def _levels(text: str) -> list[int]:
+    levels: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        levels.update(range(int(first), int(last or first) + 1))
+    return sorted(levels)
+
+
+def _text(accesses: Accesses, names: Iterable[str]) -> str:
+    return "  ".join(f"{name} {_widths([accesses[name]])}" for name in names if name in accesses)
+
+
+def _widths(counts: Iterable[dict[str, int]]) -> str:
+    total: dict[int, int] = {}
+    for widths in counts:
+        for bits, n in widths.items():
+            total[int(bits)] = total.get(int(bits), 0) + n
+    return " ".join(f"{n}x{bits}" for bits, n in sorted(total.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

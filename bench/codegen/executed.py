@@ -1,0 +1,149 @@
+"""Executes kernel variants without a GPU, and counts instructions, sectors and dependent loads an element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bench.codegen.bounds import ARITHMETIC, LANES, demand, shares
+from bench.codegen.launches import DWT, IDWT, NORM, STEP, Arrays, arrays_of, launch_variant
+from bench.codegen.machine_code import body_instructions
+from bench.codegen.variant import Variant
+from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
+from tests.ptx.driver import CHIPS, Driver, Options
+
+__all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of", "table", "widths"]
+
+COUNTED = (STEP, NORM, DWT, IDWT)
+"""Kernels that pass over tensors; the others take one number of a tile."""
+TENSORS = 64
+"""In one launch, so that finding a tile's tensor is a real search."""
+FLAT_SHAPE = 4, 4096
+ODD_WIDTH = 5461
+"""Of LLaMA-1B's MLP, whose last block of a row is cut short at every level."""
+EVEN_WIDTH = 1000
+"""Of which blocks of 16 and more do not come out."""
+ROWS = {ODD_WIDTH: 5, EVEN_WIDTH: 16}
+"""So many that tiles across rows are full but for one in a hundred; of an odd number of elements where all are."""
+
+
+def widths(variant: Variant) -> list[int]:
+    """Row widths that a variant is counted at."""
+    if variant.path == "flat":
+        return [FLAT_SHAPE[1]]
+    return [ODD_WIDTH] + [EVEN_WIDTH] * (EVEN_WIDTH % 2 ** (variant.level or 0) > 0)
+
+
+def shapes_of(variant: Variant, width: int) -> list[tuple[int, int]]:
+    """Shapes of the tensors of one launch: a bucket, or the one tensor of a transform."""
+    rows = FLAT_SHAPE[0] if variant.path == "flat" else ROWS[width]
+    if variant.kernel in (STEP, NORM):
+        return [(rows, width)] * TENSORS
+    return [(16 * rows + (variant.path == "row"), width)]
+
+
+def count(variant: Variant, width: int) -> dict[str, Any]:
+    """Run a variant on full tiles of rows of a width, and return its row.
+
+    Raises:
+        Fault: the kernel does what a GPU would stop at, or leave undefined.
+    """
+    shapes = shapes_of(variant, width)
+    arrays = arrays_of(variant, shapes, torch.device("cpu"))
+    awaited = {DWT: "x", IDWT: "coefficients"}.get(variant.kernel, "g")
+    # A transform looks nothing up, so what is in no array that was made here is what it makes.
+    others = LOOK_UPS if variant.kernel in (STEP, NORM) else "result"
+    counter = ExecutionCounter(arrays, awaited, others)
+    with Driver(variant.target, Options(races=False, counter=counter, machine_code=True)) as driver:
+        launch_variant(variant, arrays, width)
+    tally = counter.of(variant.kernel)
+    machine = body_instructions(driver.counts.machine_code[tally.program])
+    elements, moved = sum(rows * n for rows, n in shapes), bytes_that_move(variant, arrays, width)
+    return {**variant._asdict(), "width": width, **_numbers(tally, machine, elements, moved)}
+
+
+def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
+    """Bytes that a launch must move: everything read once, and what changes written once.
+
+    A step reads gradients, and reads and writes weights, moments, scales and low halves; the norm reads gradients,
+    moments and scales. A transform reads its tensor and writes the coefficients, its inverse the other way round.
+    """
+    size = {name: sum(x.numel() * x.element_size() for x in own) for name, own in arrays.items()}
+    if variant.kernel == STEP:
+        return 2 * sum(size.values()) - size["g"]
+    if variant.kernel == NORM:
+        return sum(size.values()) - size["p"]
+    level = variant.level or 0
+    bands = [level, *range(level, 0, -1)]
+    if variant.kernel == IDWT:
+        return size["coefficients"] + sum(
+            x.shape[0] * width * x.element_size() for x in arrays["coefficients"][:: 1 + level]
+        )
+    coefficients = sum(x.shape[0] * -(-width // 2**band) * x.element_size() for x in arrays["x"] for band in bands)
+    return size["x"] + coefficients
+
+
+def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str, Any]:
+    """What a tally says of each element; ``machine`` is the number of instructions of the machine code."""
+    instructions = tally.by_class(tally.threads)
+    slots, size = LANES * int(tally.issued.sum()) / elements, moved / elements
+    text = len(tally.program.kernel.instructions)
+    return {
+        "elements": elements,
+        "programs": tally.programs,
+        "instructions": {name: n / elements for name, n in instructions.items()},
+        "executed": sum(instructions.values()) / elements,
+        "slots": slots,
+        "machine_ratio": machine / text,
+        "dominant": {name: n / elements for name, n in tally.by_opcode().most_common(12)},
+        "bytes": size,
+        "sectors": {
+            f"{name} {kind}": SECTOR * own.sectors / elements for (name, kind), own in tally.traffic.items()
+        },
+        "requested": SECTOR * tally.sectors() / moved,
+        "distinct": SECTOR * tally.sectors(distinct=True) / moved,
+        "dependent_loads": max(tally.waits, default=None),
+        **{f"{name}_share": share for name, share in shares(slots, size)._asdict().items()},
+        "machine_demand": demand(slots * machine / text, size),
+    }
+
+
+ABOUT = f"""\
+by class: executed PTX instructions of threads, an element; slots: 32 x instructions that warps issue, an element
+bytes: that must move, of an element; req.: 32-byte sectors of each warp's instruction over these; dist.: those of
+each program; look: bytes of tables and single numbers, an element; waits: loads that the first gradient's waits for
+issue, memory: shares of issue slots and of bandwidth where one of both is used to the full; machine: time to issue
+over time to move if executed machine code has to PTX the proportion that it has in the text
+{ARITHMETIC}"""
+
+
+def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
+    """Lay out the rows of one target."""
+    result = Table(title=f"{target}: counts and a bound, no measurement", title_justify="left")
+    options = ("kernel", "weights", "moments", "path", "width", "limited", "rule", "rounding", "level")
+    for head in options:
+        result.add_column(HEADS.get(head, head))
+    for head in (*CLASSES, "all", "slots", "bytes", "requested", "distinct", "look-ups", "waits"):
+        result.add_column(HEADS.get(head, head), justify="right")
+    for head in ("issue", "memory", "machine"):
+        result.add_column(head, justify="right")
+    for row in rows:
+        look_ups = row["sectors"].get(f"{LOOK_UPS} load", 0.0)
+        result.add_row(
+            *("" if row[k] is None else str(row[k]).removesuffix("_kernel") for k in options),
+            *(f"{row['instructions'][name]:.1f}" for name in CLASSES),
+            *(f"{row[k]:.1f}" for k in ("executed", "slots", "bytes")),
+            *(f"{x:.2f}" for x in (row["requested"], row["distinct"], look_ups)),
+            "" if row["dependent_loads"] is None else str(row["dependent_loads"]),
+            *(f"{row[k]:.0%}" for k in ("issue_share", "bandwidth_share", "machine_demand")),
+        )
+    return result
+
+
+HEADS = {
+    "weights": "p, g", "moments": "m, v", "memory": "mem", "integer": "int", "conversion": "cvt", "special": "spec",
+    "shuffle": "shfl", "requested": "req.", "distinct": "dist.", "look-ups": "look", "width": "row",
+}  # fmt: skip

@@ -1,0 +1,90 @@
+"""Runs of work on many variants, in several processes: their rows, how they are shown, recorded and gated."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.codegen.variant import Variant
+from bench.common import records
+from bench.common.measure import facts
+
+NOTHING = "no kernel has such a variant: level 0 has neither a limiter nor a transform kernel"
+WIDTH = 220  # columns of the table where no terminal sets them
+
+
+class VariantError(Exception):
+    """A variant does not compile, or cannot be executed; names it, and says why."""
+
+
+def measure_all(
+    work: list[Callable[[], dict[str, Any]]], jobs: int
+) -> tuple[list[dict[str, Any]], list[VariantError]]:
+    """Return the rows of all variants that do not fail, in order, and why the others do."""
+    rows, failures = [], []
+    # Forked workers, for they need no second import of torch; nothing here has started a thread.
+    pool = ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("fork"))
+    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
+        futures = [pool.submit(each) for each in work]
+        try:
+            for future in progress.track(futures, description=f"triton {triton.__version__}"):
+                try:
+                    rows.append(future.result())
+                except VariantError as error:
+                    failures.append(error)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return rows, failures
+
+
+def record(
+    rows: list[dict[str, Any]], benchmark: str, arguments: Sequence[str], folder: Path | None, console: Console
+) -> None:
+    """Say in each row where it comes from, and write all to a record where a folder is given."""
+    origin = facts(torch.device("cpu"), "bench.codegen", arguments)
+    for row in rows:
+        row |= origin
+    if folder and rows:
+        # The machine code is of the compiler's making, wherever it ran, so that is what the file is named by.
+        path = records.new_path(benchmark, origin | {"device": f"triton {triton.__version__}"}, folder)
+        records.append(path, benchmark, rows)
+        console.print(f"raw measurements: {path.name}", highlight=False)
+
+
+def report_failures(failures: Iterable[VariantError], console: Console) -> None:
+    """Print what each variant that failed says."""
+    for failure in failures:
+        console.print(str(failure), style="red", markup=False, highlight=False)
+
+
+def report_violations(
+    rows: list[dict[str, Any]], find: Callable[[dict[str, Any]], list[str]], console: Console
+) -> int:
+    """Print what is found of each row; 1 where anything is."""
+    broken = [(row, found) for row in rows if (found := find(row))]
+    for row, found in broken:
+        name = Variant(*(row[field] for field in Variant._fields))
+        console.print(f"[bold red]violated[/] {name}\n  " + "\n  ".join(found), highlight=False)
+    return int(bool(broken))
+
+
+def wide_console() -> Console:
+    """Return where tables go: as wide as they are where there is no terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=WIDTH)
+
+
+def refuse(message: str) -> int:
+    """Print why nothing can be measured, and return the status that says so."""
+    print(f"bench.codegen: {message}", file=sys.stderr)
+    return 2

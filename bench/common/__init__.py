@@ -1,0 +1,1 @@
+"""What every benchmark shares: models, measurements, and records of raw results."""

@@ -1,0 +1,245 @@
+"""How every benchmark times, and what it records of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, supported_activities
+
+from gwt_kernels import backends
+
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
+
+
+class Spread(NamedTuple):
+    """Median and 20th and 80th percentile of repeated measurements."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        p20, median, p80 = np.percentile(values, [20, 50, 80])
+        return cls(float(median), float(p20), float(p80), len(values))
+
+
+def clock(work: Callable[[], object], device: torch.device, *, lead: float = 0.01) -> tuple[float, float]:
+    """Run `work` once and return its seconds on the device and on the host.
+
+    On CUDA the first is the time between two events around the work, and the second how long the call kept the
+    host; on a CPU both are the time of the call. The CUDA work is queued behind some idling, so that the device
+    does not wait for the host and the events enclose device work alone; where the work itself waits for the
+    device, or launches more than the queue takes (about a thousand kernels), launch latency remains in it.
+
+    Args:
+        work: What to time.
+        device: Where it runs.
+        lead: Seconds of idling, which should be longer than the work takes to launch.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        elapsed = time.perf_counter() - start
+        return elapsed, elapsed
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(lead * _CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+    begin.record()
+    start = time.perf_counter()
+    work()
+    host = time.perf_counter() - start
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3, host
+
+
+def wall_clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Run `work` once on an idle device; return how long the call kept the host, and when the device was done.
+
+    Both in seconds from the start of the call; on a CPU they are the same.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    host = wall = time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        wall = time.perf_counter() - start
+    return host, wall
+
+
+def kernel_launches(work: Callable[[], object], device: torch.device) -> int | None:
+    """Run `work` once and count its CUDA kernels; None on a CPU, or where the profiler sees none.
+
+    Copies and fills by the driver are no kernels.
+    """
+    if device.type != "cuda" or ProfilerActivity.CUDA not in supported_activities():
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize(device)
+    kernels = [
+        event
+        for event in profiler.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset", "Optimizer."))  # torch.optim annotates its steps
+    ]
+    return len(kernels) or None
+
+
+def plain_tensors(holder: object) -> Iterator[Tensor]:
+    """Every tensor that an object holds, once each: in containers and attributes, subclasses taken apart."""
+    seen: dict[int, object] = {}
+    pending = [holder]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # kept, as the id of an object that is gone may come back
+        if isinstance(item, Tensor):
+            if hasattr(item, "__tensor_flatten__"):  # quantised states wrap their codes and scales this way
+                names, _ = item.__tensor_flatten__()
+                pending += [getattr(item, name) for name in names]
+            else:
+                yield item
+        elif isinstance(item, Mapping):
+            pending += item.values()
+        elif isinstance(item, list | tuple | set | frozenset):
+            pending += item
+        elif not isinstance(item, type | types.ModuleType | types.FunctionType | types.MethodType):
+            pending += getattr(item, "__dict__", {}).values()
+
+
+def held_bytes(holder: object, apart: Iterable[Tensor] = ()) -> int:
+    """Bytes of the memory that the tensors of an object keep, shared memory once, without that of `apart`."""
+    sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in plain_tensors(holder))}
+    for tensor in apart:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
+
+
+def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions: int = 20) -> Spread:
+    """Measure bytes moved per second (read plus written) by a copy within the device's memory.
+
+    Args:
+        device: Where to copy.
+        size: Bytes of the buffer; None for 4 GiB on CUDA (less where less is free) and 256 MiB on a CPU, both
+            far above any cache.
+        repetitions: Timed copies, after three for warming up.
+    """
+    if size is None:
+        size = min(4 * 2**30, available_bytes(device) // 4) if device.type == "cuda" else 256 * 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [clock(lambda: target.copy_(source), device)[0] for _ in range(3 + repetitions)][3:]
+    return Spread.of([2 * size / second for second in seconds])
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name, by default CUDA where there is one; a CUDA device always with its number.
+
+    PyTorch makes no device the current one that has no number, and events and streams are the current device's.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device("cuda", 0) if device == torch.device("cuda") else device
+
+
+def is_present(device: torch.device) -> bool:
+    """Whether PyTorch finds a device; the CPU always is."""
+    return device.type == "cpu" or (device.type == "cuda" and device.index < torch.cuda.device_count())
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("/proc/meminfo has no MemAvailable line; this benchmark knows Linux only")
+    return int(found[1]) * 1024
+
+
+def facts(device: torch.device, module: str, arguments: Iterable[str], commit: str | None = None) -> dict[str, Any]:
+    """Return what every row of results says of its origin.
+
+    Args:
+        device: Where the benchmark runs.
+        module: The module that was run, for the exact command.
+        arguments: Its command line.
+        commit: The commit measured, where the tree is no git checkout; None asks git.
+    """
+    return {
+        "commit": commit or commit_of_checkout(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(("python -m", module, *arguments)),
+        "device": device_name(device),
+        "driver": _driver(device),
+        "threads": torch.get_num_threads(),
+        "own_backend": own_backend(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+    }
+
+
+def own_backend(device: torch.device) -> str:
+    """Return the backend that `GWTAdamW` takes on a device where none is asked for."""
+    if device.type == "cpu" and backends.is_compiled(None, device):
+        return "compiled"
+    return backends.resolve(None, device, torch.float32, level=2)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def commit_of_checkout() -> str:
+    """The commit that the code is at, with "-dirty" where Python files differ from it; "unknown" without git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parents[1]
+
+        def git(*words: str) -> str:
+            return subprocess.run(
+                ("git", *words), cwd=here, check=True, capture_output=True, text=True
+            ).stdout.strip()
+
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    return "unknown"
+
+
+def _driver(device: torch.device) -> str:
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    return "none" if device.type == "cpu" else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,70 @@
+"""LLaMA models and their shapes, from configuration files: presets, those of `bench/configs`, or a path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gwt_kernels
+from gwt_kernels import gwt_param_groups
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FOLDERS = (Path(gwt_kernels.__file__).parent / "models" / "configs", CONFIGS)
+
+
+class Shape(NamedTuple):
+    """One tensor of a model, as `gwt_param_groups` sorts it."""
+
+    name: str
+    size: tuple[int, ...]
+    transformed: bool
+    decayed: bool
+
+
+def load_config(model: str) -> LlamaConfig:
+    """The model configuration named `model` (`llama_60m`), or in the JSON file of that path.
+
+    Raises:
+        FileNotFoundError: There is no such configuration; the message lists those there are.
+    """
+    named = {file.stem: file for folder in FOLDERS for file in folder.glob("llama_*.json")}
+    path = named.get(model, Path(model))
+    if not path.is_file():
+        known = ", ".join(sorted(named))
+        raise FileNotFoundError(f"--model {model}: no such configuration; choose from {known}, or give a JSON file")
+    fields = json.loads(path.read_text())
+    for label in ("about", "model_type"):
+        fields.pop(label, None)
+    return LlamaConfig(**fields)
+
+
+def build_model(config: LlamaConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A freshly initialised model; the same seed gives the same weights on one kind of device."""
+    torch.manual_seed(seed)
+    with device:
+        model = LlamaForCausalLM(config)
+    return model.to(dtype=dtype)
+
+
+def shapes_of(model: str, *, layers: int | None = None, embeddings: bool = True) -> list[Shape]:
+    """Return the tensors of a model of `bench/configs`; nothing is allocated.
+
+    Args:
+        model: Name of a configuration file, without ".json".
+        layers: Number of layers to take; None for all.
+        embeddings: Whether embedding, output head and last norm are part of it.
+    """
+    config = load_config(model)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    with torch.device("meta"):
+        on_meta = LlamaForCausalLM(config)
+    return [
+        Shape(name, tuple(parameter.shape), group["level"] > 0, group["weight_decay"] > 0)
+        for group in gwt_param_groups(on_meta, level=1, weight_decay=1.0)
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if embeddings or ".layers." in name
+    ]

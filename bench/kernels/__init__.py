@@ -1,0 +1,1 @@
+"""Each kernel alone: cases, the oracle that checks them, and the ratios to reach."""

@@ -1,0 +1,198 @@
+"""What bench.kernels measures: kernels by shape, level and dtype, and the bytes that each call must move."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from bench.common.models import shapes_of
+from gwt_kernels import backends
+from gwt_kernels.core.hyper import quantum
+from gwt_kernels.haar.transform import deepest_level
+
+KERNELS = ("step", "step_limiter", "haar_dwt", "haar_idwt")
+PARTS = ("matrices", "sizes", "grid")
+MODELS = ("llama_60m", "llama_350m", "llama_1b", "llama_7b", "llama_70b")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
+
+EXPERTS = {"mixtral-like": (8, 14336, 4096), "deepseek-like": (64, 1408, 2048)}
+"""Experts stacked in one tensor, by the mixture-of-experts model whose proportions they have."""
+
+ROW = 4096  # width of a tensor of the sweep over sizes
+MAX_SETS = 1024
+
+Shape = tuple[int, ...]
+
+
+class Case(NamedTuple):
+    """One kernel on one tensor."""
+
+    kernel: str
+    shape: Shape
+    level: int
+    data: torch.dtype
+    """Of weights and gradients, or of what is transformed."""
+    moments: torch.dtype | None
+    """None for a transform."""
+
+    @property
+    def is_step(self) -> bool:
+        return self.moments is not None
+
+    @property
+    def coded(self) -> bool:
+        """Whether the moments are codes of one byte, with scales."""
+        return self.moments == torch.int8
+
+    @property
+    def limited(self) -> bool:
+        return self.kernel == "step_limiter"
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> str:
+        """ "flat" where blocks lie end to end, "odd" where the last block of each row is cut short."""
+        return "odd" if self.shape[-1] % 2**self.level else "flat"
+
+    def band(self, level: int) -> int:
+        """Elements of the approximation, or of the details, at a level."""
+        return math.prod(self.shape[:-1]) * -(-self.shape[-1] // 2**level)
+
+    def __str__(self) -> str:
+        dtypes = short(self.data) + (f"/{short(self.moments)}" if self.moments else "")
+        return f"{self.kernel} {'x'.join(map(str, self.shape))} level {self.level} {dtypes}"
+
+
+def short(dtype: torch.dtype) -> str:
+    """The dtype's name without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def bytes_held(case: Case) -> int:
+    """Bytes of one set of buffers: weights, gradients and moments, or a tensor and its coefficients."""
+    if case.is_step:
+        return 2 * case.elements * case.data.itemsize + _moment_bytes(case)
+    coefficients = case.band(case.level) + sum(map(case.band, range(1, case.level + 1)))
+    return (case.elements + coefficients) * case.data.itemsize
+
+
+def _moment_bytes(case: Case) -> int:
+    """Bytes of both moments, with the scales of codes."""
+    assert case.moments is not None
+    coefficients = case.band(case.level)
+    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.coded else 0
+    return 2 * (coefficients * case.moments.itemsize + scales)
+
+
+def bytes_moved(case: Case) -> int:
+    """Bytes that a call must move.
+
+    A step reads the gradients, and reads and writes weights and moments, all once. The limiter needs the norm of
+    the whole normalised approximation before any weight is written, so it reads gradients and moments a second
+    time. A transform reads its tensor and writes the coefficients, its inverse the other way round.
+    """
+    if case.moments is None:
+        return bytes_held(case)
+    return 3 * case.elements * case.data.itemsize + 2 * _moment_bytes(case) + bytes_read_twice(case)
+
+
+def bytes_read_twice(case: Case) -> int:
+    """Bytes of gradients and moments, which a step with limiter reads a second time."""
+    if case.moments is None or not case.limited:
+        return 0
+    return case.elements * case.data.itemsize + _moment_bytes(case)
+
+
+def set_count(case: Case, cache: int) -> int:
+    """How many sets of buffers take turns, so that what came in between fills a cache of this many bytes twice.
+
+    At least two, since the second shows what the first held before a step; at most `MAX_SETS`.
+    """
+    return min(MAX_SETS, max(2, 1 + -(-2 * cache // bytes_held(case))))
+
+
+def obstacle(case: Case, device: torch.device, backend: backends.Backend | None) -> str | None:
+    """Why a case cannot run, or None."""
+    for dtype, known in ((case.data, DTYPES), (case.moments, (*DTYPES, torch.int8, None))):
+        if dtype is not None and dtype not in known:
+            taken = ", ".join(short(each) for each in known if each)
+            return f"not supported: the kernels take {taken}, not {short(dtype)}"
+    if case.level > deepest_level(case.shape[-1]):
+        return f"not possible: level {case.level} is too deep for rows of {case.shape[-1]}"
+    if backend == "triton" or (backend is None and device.type == "cuda"):
+        why = backends.triton_obstacle(device, case.data, case.level)
+        return why and f"no kernel: {why}"
+    return None
+
+
+class Grid(NamedTuple):
+    """A cross product."""
+
+    source: str
+    shapes: Sequence[Shape]
+    levels: Sequence[int]
+    data: Sequence[torch.dtype]
+    moments: Sequence[torch.dtype]
+
+    def cases(self, kernels: Sequence[str]) -> Iterator[Case]:
+        """What there is of the product, dtype by dtype: level 0 has no transform and no limiter."""
+        product = itertools.product(self.data, self.moments, self.shapes, self.levels, kernels)
+        for data, moments, shape, level, kernel in product:
+            if level or kernel == "step":
+                yield Case(kernel, shape, level, data, moments if kernel.startswith("step") else None)
+
+
+def plan(options: argparse.Namespace) -> dict[Case, str]:
+    """Return the cases that the command line asks for, each with where its shape is from."""
+    full = options.full
+    small = options.device.type == "cpu" and not full
+    levels, data, moments = options.levels, options.weights, options.moments
+    one = (
+        levels or (range(7) if full else (2,)),
+        data or (DTYPES if full else DTYPES[:1]),
+        moments or (MOMENTS if full else MOMENTS[:1]),
+    )
+    every = (
+        levels or ((0, 1, 2, 3) if small else range(7)),
+        data or (DTYPES[:2] if small else DTYPES),
+        moments or MOMENTS,
+    )
+    grids: list[Grid] = []
+    if options.shapes:
+        grids.append(Grid("command line", options.shapes, *one))
+    elif "matrices" in options.parts:
+        for model in options.models or (MODELS[:1] if small else MODELS):
+            shapes = [shape for shape in shapes_of(model, layers=1) if len(shape.size) > 1]
+            grids.append(Grid(model, [shape.size for shape in shapes if shape.transformed], *one))
+            # Embedding and head stay at level 0, and on a CPU they would take longer than all else together.
+            if not small and (levels is None or 0 in levels):
+                grids.append(Grid(model, [shape.size for shape in shapes if not shape.transformed], (0,), *one[1:]))
+        if not small and not options.models:
+            grids += [Grid(name, [shape], *one) for name, shape in EXPERTS.items()]
+    if not options.shapes and "sizes" in options.parts:
+        sizes = options.sizes or ((16, 18) if small else range(16, 32))
+        grids.append(Grid("sizes", [_tensor_of(2**size, ROW) for size in sizes], *one))
+        if full:
+            grids.append(Grid("sizes", [_tensor_of(2**size, ROW + 1) for size in sizes], *one))
+    if not options.shapes and "grid" in options.parts:
+        grids.append(Grid("grid", ((256, 256), (256, 341)) if small else ((4096, 4096), (2048, 5461)), *every))
+    cases: dict[Case, list[str]] = {}
+    for grid in grids:
+        for case in grid.cases(options.kernels):
+            if case.width in options.widths:
+                cases.setdefault(case, []).append(grid.source)
+    return {case: ", ".join(dict.fromkeys(sources)) for case, sources in cases.items()}
+
+
+def _tensor_of(elements: int, width: int) -> Shape:
+    """Rows of `width`, of `elements` elements in all or a little more."""
+    return -(-elements // width), width

@@ -1,0 +1,267 @@
+"""A kernel's buffers, and the comparison of what it leaves there with the literal algorithm in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels import quantized
+from bench.kernels.cases import Case, bytes_held
+from gwt_kernels import backends, haar_dwt, haar_idwt
+from gwt_kernels.backends.torch import literal
+from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.functional import Hyper, gwt_adamw_
+
+# Rate and step at which an update stands far above the rounding of bfloat16 weights.
+HYPER = Hyper(lr=1.0, weight_decay=0.1)
+STEP = 1000
+
+CHUNK = 1 << 22  # elements compared at a time: float64 copies of 2**31 elements would not fit
+TEMPORARIES = 40  # float64 arrays of a chunk's size that a comparison holds at most
+EPS = torch.finfo(torch.float32).eps
+NORM_ROUNDING = 32 * EPS  # of a float32 sum of squares, added up in trees
+
+_HAAR = literal.filter_bank("haar")
+
+
+class Buffers:
+    """All that one call of a kernel reads and writes.
+
+    Args:
+        case: What is to run.
+        device: Where.
+        backend: As for :func:`gwt_kernels.functional.gwt_adamw_`.
+    """
+
+    def __init__(self, case: Case, device: torch.device, backend: backends.Backend | None) -> None:
+        self.case, self.backend = case, backend
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: Sequence[int], dtype: torch.dtype, mean: float, deviation: float) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device).normal_(mean, deviation, generator=generator)
+
+        def band(level: int) -> tuple[int, ...]:
+            return (*case.shape[:-1], -(-case.shape[-1] // 2**level))
+
+        self.inputs: list[Tensor]
+        """What the kernel may not change."""
+        self.outputs: list[Tensor] = []
+        """What it changes or makes: weights, moments, their scales where they are codes, and the limiter's norm; or
+        the transform's result."""
+        self.workspace: dict[str, Any] = {}
+        if case.moments is not None:
+            # Gradients with an offset, so that the mean of a block is as large as the differences within it;
+            # moments as in mid-training, since a denominator of nearly nothing would leave no tolerance a meaning.
+            self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
+            if case.coded:
+                moments = quantized.draw(band(case.level), case.level, device, generator)
+            else:
+                moments = [normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2)]
+                moments[1].uniform_(0.5, 1.5, generator=generator)
+            self.outputs = [normal(case.shape, case.data, 0.0, 1.0), *moments]
+            if case.limited:  # a previous norm far enough below the next one for the limiter to act
+                norm = 0.1 * math.sqrt(case.band(case.level))
+                self.outputs.append(torch.tensor(norm, dtype=torch.float32, device=device))
+        elif case.kernel == "haar_dwt":
+            self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
+        else:
+            levels = (case.level, *range(case.level, 0, -1))
+            self.inputs = [normal(band(level), case.data, 0.5, 1.0) for level in levels]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """Of both moments, where they are codes."""
+        return self.outputs[3:5] if self.case.coded else []
+
+    def clone(self) -> Buffers:
+        """Buffers of their own with the same values."""
+        other = copy.copy(self)
+        other.inputs, other.outputs = ([x.clone() for x in tensors] for tensors in (self.inputs, self.outputs))
+        other.workspace = {}
+        return other
+
+    def run(self) -> None:
+        """Call the kernel; a transform's result is kept until the next call, so that results take turns too."""
+        case = self.case
+        if case.kernel == "haar_dwt":
+            self.outputs = haar_dwt(self.inputs[0], case.level, backend=self.backend)
+        elif case.kernel == "haar_idwt":
+            self.outputs = [haar_idwt(self.inputs, case.shape[-1], backend=self.backend)]
+        else:
+            p, m, v, *others = self.outputs
+            gwt_adamw_(
+                params=[p],
+                grads=self.inputs,
+                exp_avgs=[m],
+                exp_avg_sqs=[v],
+                limiter_norms=others[-1:] if case.limited else [None],
+                steps=[STEP],
+                hypers=[HYPER],
+                level=case.level,
+                scales=[(others[0], others[1])] if case.coded else None,
+                backend=self.backend,
+                workspace=self.workspace,
+            )
+
+
+def bytes_needed(case: Case, sets: int) -> int:
+    """Estimate the most that a check and timed calls hold, with `sets` sets of buffers."""
+    chunk = min(case.elements, max(CHUNK, case.shape[-1])) * 8 * TEMPORARIES
+    compared = case.elements  # torch.equal makes a byte of each element
+    return (sets if case.is_step else sets + 1) * bytes_held(case) + max(chunk, compared)
+
+
+def check(after: Buffers, before: Buffers) -> float:
+    """Run `after` once, and compare every element with what the literal algorithm makes of `before` in float64.
+
+    Args:
+        after: What the kernel runs on.
+        before: Buffers of the same values; they are left as they are.
+
+    Returns:
+        The largest error over its bound, which is what rounding explains: above 1, or infinite, is wrong.
+    """
+    with _poisoned_memory():
+        after.run()
+    if not all(map(torch.equal, after.inputs, before.inputs)):
+        return math.inf
+    ratio = float(_step_error(after, before) if after.case.is_step else _transform_error(after))
+    return math.inf if math.isnan(ratio) else ratio
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Within it, what is allocated without a value is full of NaN."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
+def _step_error(after: Buffers, before: Buffers) -> Tensor:
+    level = after.case.level
+    hyper, rounding, worst = HYPER, 0.0, torch.zeros((), dtype=torch.float64, device=after.outputs[0].device)
+    if after.case.limited:
+        squares = torch.zeros_like(worst)
+        for _, chunk in _exact_chunks(before):
+            _, m, v = _expected(*chunk, level, HYPER)
+            squares += (m / (v.sqrt() + HYPER.eps)).square().sum()
+        assert HYPER.norm_growth_limit is not None
+        norm, gamma = float(squares.sqrt()), HYPER.norm_growth_limit
+        limit = max(norm / (float(before.outputs[-1]) + 1e-8), gamma) / gamma
+        hyper, rounding = HYPER._replace(scale=HYPER.scale / limit), NORM_ROUNDING
+        worst = (after.outputs[-1].double() - norm / limit).abs() / (2 * NORM_ROUNDING * norm / limit)
+    # Of each quantum the largest magnitude, which is its scale, and the largest bound on it.
+    peaks = [[torch.zeros_like(x, dtype=torch.float64) for _ in range(2)] for x in after.scales]
+    pairs = zip(_exact_chunks(before), _chunks(*after.outputs[:3]), strict=True)
+    for (first, (g, *start)), found in pairs:
+        exact = _expected(g, *start, level, hyper)
+        bounds = _step_bounds(g, *start, exact[2], after.case, hyper, rounding)
+        worst = torch.maximum(worst, _ratio(found[0], exact[0], bounds[0]))
+        for i, (stored, value, bound) in enumerate(zip(found[1:], exact[1:], bounds[1:], strict=True)):
+            if after.case.coded:
+                scales = quantized.spread(after.scales[i], stored, first, level)
+                error = quantized.ratio(quantized.CODES[i], stored, scales, value, bound)
+                for x, peak in zip((value.abs(), bound), peaks[i], strict=True):
+                    quantized.largest(x, peak, first, level)
+            else:  # weights are rounded to the nearest, bf16 moments are not
+                error = _ratio(stored, value, bound, at_random=stored.dtype == torch.bfloat16)
+            worst = torch.maximum(worst, error)
+    for scales, (value, bound) in zip(after.scales, peaks, strict=True):
+        worst = torch.maximum(worst, _ratio(scales, value, bound))
+    return worst
+
+
+def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Runs of rows in float64, gradients, weights and both moments, and where their first coefficient lies."""
+    first = 0
+    for g, p, *stored in _chunks(*buffers.inputs, *buffers.outputs[:3]):
+        m, v = (x.double() for x in stored)
+        if buffers.case.coded:
+            scales = [quantized.spread(x, m, first, buffers.case.level) for x in buffers.scales]
+            m, v = (code.values(*pair) for code, *pair in zip(quantized.CODES, stored, scales, strict=True))
+        yield first, (g.double(), p.double(), m, v)
+        first += m.numel()
+
+
+def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyper) -> tuple[Tensor, ...]:
+    """Weights and moments after a step without limiter: transform, divide, invert, level by level."""
+    p, m, v = (x.clone() for x in (p, m, v))
+    literal.gwt_adamw_([Single(p, g, m, v, None, STEP, hyper)], level=level, wavelet="haar")
+    return p, m, v
+
+
+def _step_bounds(
+    g: Tensor, p: Tensor, m: Tensor, v: Tensor, new_v: Tensor, case: Case, hyper: Hyper, rounding: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How far float32 arithmetic may end from the exact weights and moments, all operands taken by magnitude.
+
+    `rounding` is the relative error of a factor on the whole update, which is that of the limiter's norm.
+    """
+    level, width = case.level, 2**case.level
+    once = (level + 4) * EPS  # a sum of W terms in a tree, and a few products
+    once += quantized.DECODING if case.coded else 0.0
+    a = literal.wavedec(g.abs(), _HAAR, level)[0]
+    m_size = hyper.beta1 * m.abs() + (1 - hyper.beta1) * a
+    v_size = hyper.beta2 * v + (1 - hyper.beta2) * a * a
+    gain = hyper.step_size(STEP, level) / (new_v.sqrt() + hyper.eps)
+    gain_error = once * v_size / new_v + 2 * EPS + rounding
+
+    def spread(x: Tensor) -> Tensor:
+        return x.repeat_interleave(width, dim=-1)[..., : p.shape[-1]]
+
+    size = g.abs() + spread((a + m_size) / math.sqrt(width)) if level else m_size
+    return spread(gain) * size * (once + spread(gain_error)) + 2 * EPS * p.abs(), once * m_size, 2 * once * v_size
+
+
+def _transform_error(after: Buffers) -> Tensor:
+    """Compare a transform; each level is an addition, a product and a rounded constant."""
+    case = after.case
+    once = 1.5 * EPS
+    worst = torch.zeros((), dtype=torch.float64, device=after.inputs[0].device)
+    n = len(after.inputs)
+    for chunk in _chunks(*after.inputs, *after.outputs):
+        given, found = [x.double() for x in chunk[:n]], chunk[n:]
+        if case.kernel == "haar_dwt":
+            exact = literal.wavedec(given[0], _HAAR, case.level)
+            sizes = [literal.wavedec(given[0].abs(), _HAAR, level)[0] for level in range(case.level + 1)]
+            levels = (case.level, *range(case.level, 0, -1))
+            bounds = [once * level * sizes[level] for level in levels]
+        else:
+            exact = [literal.waverec(given, _HAAR)[..., : case.shape[-1]]]
+            bounds = [once * case.level * _magnitude(given)[..., : case.shape[-1]]]
+        for stored, value, bound in zip(found, exact, bounds, strict=True):
+            worst = torch.maximum(worst, _ratio(stored, value, bound))
+    return worst
+
+
+def _magnitude(coeffs: Sequence[Tensor]) -> Tensor:
+    """The inverse transform with every operand taken by magnitude."""
+    x = coeffs[0].abs()
+    for detail in coeffs[1:]:
+        x = ((x[..., : detail.shape[-1]] + detail.abs()) * math.sqrt(0.5)).repeat_interleave(2, dim=-1)
+    return x
+
+
+def _ratio(found: Tensor, exact: Tensor, bound: Tensor, *, at_random: bool = False) -> Tensor:
+    """The largest error over its bound, storing in `found`'s dtype included; NaN where anything is NaN.
+
+    Rounding to the nearest is off by half a unit in the last place, rounding at random by a whole one.
+    """
+    info = torch.finfo(found.dtype)
+    stored = (exact.abs() + bound).clamp(min=info.smallest_normal) * (info.eps * (1.0 if at_random else 0.5))
+    return ((found.double() - exact).abs() / (bound + stored)).max()
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Runs of rows of all tensors, about `CHUNK` elements of the widest; the tensors have the same rows."""
+    rows = max(1, CHUNK // max(x.shape[-1] for x in tensors))
+    yield from zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)

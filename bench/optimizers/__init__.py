@@ -1,0 +1,1 @@
+"""Whole steps of GWTAdamW and of the optimizers that a user would pick instead."""

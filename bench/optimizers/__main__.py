@@ -1,0 +1,265 @@
+"""Time `step()` of GWTAdamW over LLaMA shapes against the optimizers that a user would pick instead."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import records
+from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
+from bench.common.models import Shape, load_config, shapes_of
+from bench.kernels.targets import Aim, aims, compared
+from bench.optimizers.candidate import Candidate
+from bench.optimizers.peers import PEERS, suite
+from bench.optimizers.timing import SECONDS, Result, measure, release
+
+MODELS = ["llama_60m", "llama_7b", "llama_1b", "llama_350m", "llama_130m"]  # those that the aims name come first
+EMPTY = {
+    **dict.fromkeys(("model", "optimizer", "peer", "weights", "level", "limiter", "clipped", "check")),
+    **dict.fromkeys(("metric", "unit", "median", "p20", "p80")),
+    "samples": 0,
+    "note": "",
+}
+
+
+def rows(result: Result, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a result in long format: one row a quantity, each with all it takes to place it."""
+    candidate = result.candidate
+    head = EMPTY | {
+        "model": result.model,
+        "optimizer": candidate.name,
+        "peer": candidate.peer,
+        "weights": candidate.weights,
+        "level": candidate.level,
+        "limiter": candidate.limiter,
+        "clipped": False,
+        "check": candidate.check,
+        "note": result.note,
+    }
+    if not result.metrics:
+        return [head | {"metric": "step_time", "unit": "s"} | about]
+    return [
+        head
+        | {"metric": metric.name, "unit": metric.unit, "clipped": metric.clipped}
+        | metric.spread._asdict()
+        | about
+        for metric in result.metrics
+    ]
+
+
+def row(metric: str, unit: str, spread: Spread, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a quantity of the machine."""
+    return EMPTY | {"metric": metric, "unit": unit} | spread._asdict() | about
+
+
+def aim_rows(promised: Sequence[Aim], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each aim; its note says whether it is met."""
+    return [
+        EMPTY
+        | {"model": aim.model, "metric": "ratio", "unit": aim.unit, "median": aim.value, "samples": 1}
+        | {"note": str(aim)}
+        | about
+        for aim in promised
+    ]
+
+
+def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Aim]:
+    """Return the aims for all models, of what was measured."""
+    measured: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    for result in results:
+        if result.seconds is not None:
+            key = result.candidate.name, result.candidate.weights
+            measured.setdefault(result.model, {})[key] = result.medians
+    return [
+        aim
+        for model, found in measured.items()
+        for aim in aims(model, found, device.type, None if latency is None else latency.median)
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the results as an aligned table; times in milliseconds, sizes in MiB."""
+    columns = {
+        "step": ("step_time", False, "{:.3f}", 1e3),
+        "wall": ("wall_time", False, "{:.3f}", 1e3),
+        "host": ("host_time", False, "{:.3f}", 1e3),
+        "clipped": ("step_time", True, "{:.3f}", 1e3),
+        "roofline": ("roofline_time", False, "{:.3f}", 1e3),
+        "of copy": ("copy_bandwidth_fraction", False, "{:.0f} %", 100),
+        "launches": ("kernel_launches", False, "{:.0f}", 1),
+        "state B/param": ("state_bytes_per_parameter", False, "{:.3f}", 1),
+        "extra MiB": ("peak_extra_bytes", False, "{:.2f}", 2**-20),
+        "error": ("check_error", False, "{:.2f}", 1),
+    }
+    lines: list[tuple[str, ...]] = [("model", "optimizer", "weights", *columns)]
+    for result in results:
+        head = (result.model, result.candidate.name, result.candidate.weights)
+        if not result.metrics:
+            lines.append((*head, result.note))
+            continue
+        value = {(metric.name, metric.clipped): metric.spread.median for metric in result.metrics}
+        cells = (
+            form.format(value[name, clipped] * factor) if (name, clipped) in value else "-"
+            for name, clipped, form, factor in columns.values()
+        )
+        lines.append((*head, *cells))
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(len(line[i]) for line in (full if i > 2 else lines)) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 3 or len(line) < len(lines[0]) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; what is not given depends on the device."""
+    parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__)
+    add = parser.add_argument
+    add("--device", help="cpu or cuda; by default CUDA where there is one")
+    add("--models", nargs="+", help=f"configurations in bench/configs (CPU: llama_350m; CUDA: {' '.join(MODELS)})")
+    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"packages to time: {' '.join(PEERS)} (all)")
+    add("--levels", nargs="+", type=int, help="levels of GWT (CPU: 2; CUDA: 0 1 2 3)")
+    add("--layers", type=int, help="number of layers (CPU: 1, they are all alike; CUDA: all)")
+    add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
+    add("--repetitions", type=int, help="timed steps (CPU: 15; CUDA: 50)")
+    add("--minutes", type=float, help="what has not begun after this time is left out, and a row says so")
+    add("--quick", action="store_true", help="5 steps, level 2 and the models that the aims name, unless given")
+    add("--threads", type=int, help="threads of PyTorch on a CPU (default: PyTorch's own)")
+    add("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON (default: bench/results)")
+    add("--commit", help="the commit measured, where the tree is no git checkout")
+    options = parser.parse_args(arguments)
+
+    options.device = chosen_device(options.device)
+    on_cpu = options.device.type == "cpu"
+    if options.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {options.device}: must be cpu or cuda")
+    defaults = {
+        "models": ["llama_350m"] if on_cpu else MODELS[: 2 if options.quick else None],
+        "peers": list(PEERS),
+        "levels": [2] if on_cpu or options.quick else [0, 1, 2, 3],
+        "layers": 1 if on_cpu else None,
+        "embeddings": not on_cpu,
+        "repetitions": 5 if options.quick else 15 if on_cpu else 50,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for name in ("layers", "repetitions", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: must be at least 1")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: must be above 0")
+    for model in options.models:
+        try:
+            load_config(model)
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    return options
+
+
+def batches(
+    models: Sequence[str], candidates: Sequence[Candidate], device: torch.device
+) -> list[tuple[str, list[Candidate]]]:
+    """Return what is measured together, in the order in which a time budget is best spent.
+
+    On a CPU that is what the aims compare, so that other load meets it alike; on CUDA each alone, for its memory,
+    and what the aims compare first, on the models that they name.
+    """
+    named = compared(device.type)
+    if device.type == "cpu":
+        together = [c for c in candidates if c.peer == "gwt" or (c.name, c.weights) in named]
+        groups = [together] * bool(together) + [[c] for c in candidates if c not in together]
+        return [(model, group) for model in models for group in groups]
+    pairs = [(model, [c]) for model in models for c in candidates]
+    return sorted(
+        pairs, key=lambda pair: (pair[1][0].name, pair[1][0].weights) not in named or pair[0] not in MODELS[:2]
+    )
+
+
+def run(
+    options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: float
+) -> Iterator[tuple[Sequence[Shape], list[Result]]]:
+    """Measure batch after batch, and yield each as soon as it is done, until the time is up."""
+    device, begin = options.device, time.monotonic()
+    shapes = {
+        path: shapes_of(path, layers=options.layers, embeddings=options.embeddings) for path in options.models
+    }
+    for path, batch in batches(options.models, candidates, device):
+        model = Path(path).stem
+        if options.minutes is not None and time.monotonic() - begin > 60 * options.minutes:
+            note = f"left out: --minutes {options.minutes:g} were over"
+            yield shapes[path], [Result(model, candidate, (), note) for candidate in batch]
+            continue
+        print(f"  {model}: " + ", ".join(f"{c.name} {c.weights}" for c in batch), file=sys.stderr, flush=True)
+        found = measure(
+            *(model, batch, shapes[path], device),
+            repetitions=options.repetitions,
+            bandwidth=bandwidth,
+            seconds=SECONDS / 2 if options.quick else SECONDS,
+        )
+        release(device)
+        yield shapes[path], found
+
+
+def launch_latency(device: torch.device) -> Spread:
+    """Measure seconds from the launch of one small kernel until the host knows that it is done."""
+    one = torch.zeros(1, device=device)
+    return Spread.of([wall_clock(lambda: one.add_(1), device)[1] for _ in range(120)][20:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite of a device; return 1 where this package failed its check or did not run, or without device."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    device, present = options.device, is_present(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    about = facts(device if present else torch.device("cpu"), "bench.optimizers", arguments, options.commit)
+    path = records.new_path("optimizers", about, options.out)
+    if not present:
+        note = f"no device: PyTorch finds no {device} here, so nothing was measured"
+        records.append(path, "optimizers", [EMPTY | {"metric": "step_time", "unit": "s", "note": note} | about])
+        print(note)
+        return 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bandwidth = copy_bandwidth(device)
+    release(device)
+    print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
+    low, high = bandwidth.p20 / 1e9, bandwidth.p80 / 1e9
+    print(f"copy bandwidth {bandwidth.median / 1e9:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
+
+    about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}
+    machine = [row("copy_bandwidth", "B/s", bandwidth, about)]
+    latency = launch_latency(device) if device.type == "cuda" else None
+    if latency is not None:
+        machine.append(row("launch_latency", "s", latency, about))
+    records.append(path, "optimizers", machine)
+
+    results: list[Result] = []
+    try:
+        for shapes, found in run(options, suite(options.peers, options.levels, device), bandwidth.median):
+            elements = sum(torch.Size(shape.size).numel() for shape in shapes)
+            results += found
+            fresh = [each for result in found for each in rows(result, about | {"parameters": elements})]
+            records.append(path, "optimizers", fresh)
+    finally:  # an interrupted run, too, says how what it measured compares
+        promised = promises(results, device, latency)
+        records.append(path, "optimizers", aim_rows(promised, about))
+        print(table(results), *promised, sep="\n")
+        print(f"raw measurements: {path.name}", flush=True)
+    return int(any(result.failed for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

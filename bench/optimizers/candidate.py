@@ -1,0 +1,246 @@
+"""One optimizer on one model's shapes: built on random data, given fresh gradients, its bytes counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from bench.common.measure import plain_tensors
+from bench.common.models import Shape
+from gwt_kernels import GWTAdamW
+from gwt_kernels.functional import Rule
+
+WEIGHT_DECAY = 0.1
+NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
+
+Group = dict[str, Any]
+
+
+class Likeness(NamedTuple):
+    """How near an optimizer's update must come to AdamW's, where there is no oracle of its own."""
+
+    cosine: float
+    """Least cosine of the angle between the two updates of a tensor."""
+    shortest: float
+    longest: float
+    """Bounds of the update's length over AdamW's."""
+
+
+class Candidate(NamedTuple):
+    """An optimizer to be timed, and what its step is checked against."""
+
+    name: str
+    dtype: torch.dtype
+    level: int | None
+    """Levels of the transform; None for optimizers that know none."""
+    limiter: bool
+    build: Callable[[list[Group]], Optimizer]
+    """Takes parameter groups with a key "transformed": whether these are attention and MLP matrices."""
+    oracle: Callable[[list[Group]], Optimizer] | None
+    """The same computation in plain PyTorch, for a float64 check; None where there is only a likeness."""
+    peer: str = "gwt"
+    """The package it comes from, as `--peers` names it."""
+    likeness: Likeness | None = None
+    state_bytes: float | None = None
+    """Bytes of state for each element at most; None: two moments as GWT or torch keep them."""
+
+    @property
+    def check(self) -> str:
+        return "sanity" if self.oracle is None else "oracle"
+
+    @property
+    def weights(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+class Trial(NamedTuple):
+    """A candidate on the tensors of a model, its state allocated."""
+
+    candidate: Candidate
+    shapes: Sequence[Shape]
+    tensors: list[nn.Parameter]
+    optimizer: Optimizer
+    gradients: dict[tuple[int, ...], Tensor]
+    """One gradient for each size, as first given; some optimizers overwrite those they are handed."""
+
+    @property
+    def clips(self) -> bool:
+        """Whether the step reads gradients for their norm, to clip them by itself."""
+        return getattr(self.optimizer, "max_grad_norm", None) is not None
+
+    def clipped_step(self) -> None:
+        """What a training loop that clips does: the framework's own function and a step, or a step that clips."""
+        if self.clips:
+            self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.optimizer.max_grad_norm = NO_NORM  # type: ignore[attr-defined]
+            return
+        nn.utils.clip_grad_norm_(self.tensors, 1.0)
+        self.optimizer.step()
+
+
+def gwt(
+    level: int,
+    dtype: torch.dtype,
+    *,
+    limiter: bool,
+    rule: Rule = "gwt",
+    moments: torch.dtype | None = None,
+    clips: bool = False,
+    skips: bool = False,
+    telemetry: bool = False,
+) -> Candidate:
+    """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
+    options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
+    own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
+    words = [f"GWTAdamW level {level}"]
+    words += ["foam"] if rule == "foam" else []
+    words += ["limiter"] if limiter else []
+    words += ["clips in the step"] if clips else []
+    words += ["skips bad batches"] if skips else []
+    words += ["telemetry"] if telemetry else []
+    words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
+    return Candidate(
+        ", ".join(words),
+        dtype,
+        level,
+        limiter,
+        lambda groups: GWTAdamW(groups, state_dtype=moments, **options, **own),
+        lambda groups: GWTAdamW(groups, backend="torch", **options),
+    )
+
+
+def ptwt(level: int, dtype: torch.dtype) -> Candidate:
+    """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
+
+    def build_literal(groups: list[Group]) -> Optimizer:
+        from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be there
+
+        return LiteralGWTAdamW(groups)
+
+    name = f"ptwt level {level}, limiter"
+    return gwt(level, dtype, limiter=True)._replace(name=name, build=build_literal, peer="ptwt")
+
+
+def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
+    """torch.optim.AdamW by the one implementation named; its oracle is the plain loop.
+
+    On narrow dtypes only the fused one computes in float32; the others round in between, and have a likeness.
+    """
+    ((key, value),) = implementation.items()
+    exact = dtype == torch.float32 or implementation.get("fused", False)
+    return Candidate(
+        f"AdamW({key}={value})",
+        dtype,
+        None,
+        False,
+        lambda groups: AdamW(groups, **implementation),  # type: ignore[arg-type]
+        (lambda groups: AdamW(groups, foreach=False)) if exact else None,
+        peer="torch",
+        likeness=None if exact else Likeness(0.999, 0.98, 1.02),
+    )
+
+
+def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
+    """Estimate what a trial holds at its peak: weights, gradients, moments, its largest check."""
+    total = 0.0
+    largest = 0
+    moment = candidate.dtype.itemsize if candidate.level is None else max(candidate.dtype.itemsize, 4)
+    for shape in shapes:
+        elements = torch.Size(shape.size).numel()
+        width = 2 ** (candidate.level or 0) if shape.transformed else 1
+        state = 2 * moment / width if candidate.state_bytes is None else candidate.state_bytes
+        total += elements * (2 * candidate.dtype.itemsize + state)
+        largest = max(largest, elements)
+    return int(total) + 12 * 8 * largest
+
+
+def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> Trial:
+    """Allocate the weights and gradients with random values, and the optimizer with its state."""
+    generator = torch.Generator(device).manual_seed(0)
+    gradients: dict[tuple[int, ...], Tensor] = {}
+    tensors = []
+    for shape in shapes:
+        p = nn.Parameter(torch.empty(shape.size, dtype=candidate.dtype, device=device))
+        p.data.normal_(std=0.02, generator=generator)
+        if shape.size not in gradients:
+            gradients[shape.size] = torch.empty_like(p.data).normal_(generator=generator)
+        tensors.append(p)
+    trial = Trial(
+        candidate, shapes, tensors, candidate.build(groups_of(shapes, tensors, candidate.level)), gradients
+    )
+    renew_gradients(trial)
+    trial.optimizer.step()
+    return trial
+
+
+def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
+    """Parameter groups by whether tensors are transformed and whether they decay."""
+    groups: dict[tuple[bool, bool], Group] = {}
+    for shape, tensor in zip(shapes, tensors, strict=True):
+        fresh: Group = {
+            "params": [],
+            "weight_decay": WEIGHT_DECAY if shape.decayed else 0.0,
+            "transformed": shape.transformed,
+        }
+        if level is not None:
+            fresh["level"] = level if shape.transformed else 0
+        groups.setdefault((shape.transformed, shape.decayed), fresh)["params"].append(tensor)
+    return list(groups.values())
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group a learning rate; torchao keeps it in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def renew_gradients(trial: Trial) -> None:
+    """Give every tensor a new gradient buffer, as a backward pass does."""
+    for p in trial.tensors:
+        p.grad = trial.gradients[tuple(p.shape)].clone()
+
+
+def bytes_moved(trial: Trial) -> int:
+    """Return the bytes a step must move: gradients read, weights and state read and written, all once.
+
+    Projections are only read. The limiter needs the norm of the whole normalised approximation before any
+    weight is written, so it reads gradients and moments a second time. The norm to clip to reads gradients before
+    that; whether they are finite, the limiter's first reading tells.
+    """
+    skips = getattr(trial.optimizer, "skip_nonfinite", False)
+    total = 0
+    for p in trial.tensors:
+        state = trial.optimizer.state[p]
+        moments = _bytes_of([value for key, value in state.items() if key != "projector"])
+        gradient = p.numel() * p.element_size()
+        total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
+        if "limiter_norm" in state:
+            total += gradient + moments
+        if trial.clips or (skips and "limiter_norm" not in state):
+            total += gradient
+    return total
+
+
+def _bytes_of(holder: object) -> int:
+    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are no traffic
+
+
+def peak_extra_bytes(trial: Trial, device: torch.device) -> int | None:
+    """Return the bytes a step allocates beyond what it finds; None where the allocator does not tell."""
+    if device.type != "cuda":
+        return None
+    renew_gradients(trial)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    trial.optimizer.step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

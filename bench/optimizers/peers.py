@@ -1,0 +1,255 @@
+"""Optimizers of other packages as candidates; each is imported only when it is built, as it may not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bench.common.measure import clock
+from bench.optimizers.candidate import Candidate, Group, Likeness, Trial, adamw, gwt, ptwt
+
+BETAS = (0.9, 0.999)  # some packages have others by default
+REFRESH_GAP = 200  # steps between two projections of GaLore and APOLLO, as published
+NEVER = 2**62  # refreshing is timed on its own, so the steps that are timed must have none
+
+# With fresh random gradients in every step, as `checks.against_adamw` has them.
+ADAMW = Likeness(0.999, 0.98, 1.02)
+EIGHT_BIT = Likeness(0.99, 0.95, 1.05)
+FOUR_BIT = Likeness(0.9, 0.7, 1.3)
+
+
+def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> list[Candidate]:
+    """Return the candidates of the packages named; what the aims are about comes first."""
+    on_cpu = device.type == "cpu"
+    main = torch.float32 if on_cpu else torch.bfloat16
+    chosen: list[Candidate] = []
+    for name in PEERS:
+        if name in names:
+            chosen += PEERS[name](main, list(levels))
+            if name in ("torch", "flashoptim") and not on_cpu:
+                chosen += PEERS[name](torch.float32, list(levels))
+    return chosen
+
+
+def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
+    ordered = sorted(levels, key=lambda level: (level != 2, level))  # level 2 is what the aims are about
+    found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
+    if 2 in levels:
+        found += [gwt(2, dtype, limiter=on, clips=True) for on in (False, True)]
+        found += [gwt(2, dtype, limiter=True, skips=True), gwt(2, dtype, limiter=False, telemetry=True)]
+    if dtype == torch.bfloat16 and 2 in levels:  # what 16-bit training would use of it
+        kept = (None, torch.bfloat16, torch.int8)
+        found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]
+        found += [gwt(2, dtype, limiter=False, rule="foam", moments=moments) for moments in kept]
+    return found
+
+
+def _torch(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    return [adamw(dtype, fused=True), adamw(dtype, foreach=True), adamw(dtype, foreach=False)]
+
+
+def _ptwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
+    """At level 2, which the aims are about, or where that is not asked for at the levels that are."""
+    return [ptwt(level, dtype) for level in levels if level == 2 or (level and 2 not in levels)]
+
+
+def _bitsandbytes(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    def build(groups: list[Group]) -> Optimizer:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, betas=BETAS)
+
+    return [_peer("bitsandbytes", "AdamW8bit", dtype, build, EIGHT_BIT, 2.1)]
+
+
+def _torchao(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    """With `bf16_stochastic_round` as by default, off: on, the same kernels do more."""
+
+    def builder(name: str) -> Callable[[list[Group]], Optimizer]:
+        def build(groups: list[Group]) -> Optimizer:
+            import torchao.optim
+
+            return getattr(torchao.optim, name)(groups, betas=BETAS)
+
+        return build
+
+    kinds = [("AdamW8bit", EIGHT_BIT, 2.1), ("AdamW4bit", FOUR_BIT, 1.1), ("AdamWFp8", EIGHT_BIT, 2.1)]
+    return [_peer("torchao", name, dtype, builder(name), likeness, size) for name, likeness, size in kinds]
+
+
+def _optimi(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    def builder(options: Group) -> Callable[[list[Group]], Optimizer]:
+        def build(groups: list[Group]) -> Optimizer:
+            import optimi
+
+            return optimi.AdamW(groups, lr=1e-3, betas=BETAS, eps=1e-8, **options)
+
+        return build
+
+    settings: list[Group] = [{"triton": True}, {"foreach": True}, {"triton": False, "foreach": False}]
+    if dtype != torch.float32:  # where it sums with Kahan's compensation unless told not to
+        settings.insert(1, {"triton": True, "kahan_sum": False})
+    return [
+        _peer("optimi", f"AdamW({_options(options)})", dtype, builder(options), ADAMW, 3 * dtype.itemsize)
+        for options in settings
+    ]
+
+
+def _flashoptim(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    def builder(options: Group) -> Callable[[list[Group]], Optimizer]:
+        def build(groups: list[Group]) -> Optimizer:
+            from flashoptim import FlashAdamW
+
+            return FlashAdamW(groups, betas=BETAS, **options)
+
+        return build
+
+    bits: list[int | None] = [None] if dtype == torch.float32 else [24, 32, None]
+    settings: list[Group] = [{"master_weight_bits": n, "quantize": q} for q in (True, False) for n in bits]
+    if dtype == torch.float32:
+        settings.append({"master_weight_bits": None, "quantize": False, "fused": False})  # runs on a CPU too
+    return [
+        _peer(
+            *("flashoptim", f"FlashAdamW({_options(options)})", dtype, builder(options)),
+            *(
+                EIGHT_BIT if options["quantize"] else ADAMW,
+                (2.2 if options["quantize"] else 2 * dtype.itemsize) + 2,
+            ),
+        )
+        for options in settings
+    ]
+
+
+def _galore(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    """Rank a quarter of the hidden size, scale 0.25, as published.
+
+    The projections are random ones and the count of steps begins at 1, so that building the optimizer takes no
+    singular value decomposition of every matrix; a step takes as long with any projection. The 8-bit optimizer
+    hands bitsandbytes arguments by position that mean other things in later versions: the check decides on it.
+    """
+
+    def builder(name: str) -> Callable[[list[Group]], Optimizer]:
+        def build(groups: list[Group]) -> Optimizer:
+            import galore_torch
+            from galore_torch.galore_projector import GaLoreProjector
+
+            rank = _rank(groups)
+            options = {"rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
+            quiet = {"no_deprecation_warning": True} if name == "GaLoreAdamW" else {}
+            optimizer = getattr(galore_torch, name)(_low_rank(groups, options), betas=BETAS, **quiet)
+            for group in optimizer.param_groups:
+                for p in group["params"] if "rank" in group else []:
+                    projector = GaLoreProjector(**options)
+                    projector.ortho_matrix = _orthonormal(p, rank)
+                    optimizer.state[p].update(step=1, projector=projector)
+            return optimizer
+
+        return build
+
+    # Of a random gradient, a projection to a quarter of the directions keeps a quarter of the square; the update
+    # is scaled by 0.25 besides. Embeddings and norms take AdamW's whole step.
+    likeness = Likeness(0.3, 0.05, 1.5)
+    return [
+        _peer("galore", name, dtype, builder(name), likeness, size)
+        for name, size in (("GaLoreAdamW", 2 * dtype.itemsize), ("GaLoreAdamW8bit", 3 * dtype.itemsize))
+    ]
+
+
+def _apollo(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    """Rank a quarter of the hidden size with a scale per channel, and Mini: rank 1 with one per tensor."""
+
+    def builder(rank: int | None, kind: str, scale: float) -> Callable[[list[Group]], Optimizer]:
+        def build(groups: list[Group]) -> Optimizer:
+            from apollo_torch import APOLLOAdamW
+
+            options = {
+                "rank": rank or _rank(groups),
+                "scale": scale,
+                "scale_type": kind,
+                "proj": "random",
+                "proj_type": "std",
+                "update_proj_gap": NEVER,
+            }
+            return APOLLOAdamW(_low_rank(groups, options), betas=BETAS)
+
+        return build
+
+    # The update is the gradient, rescaled by channel or as a whole: of AdamW's direction by its sign alone.
+    likeness = Likeness(0.3, 0.1, 10.0)
+    quarter = _peer("apollo", "APOLLOAdamW", dtype, builder(None, "channel", 1.0), likeness, 2 * dtype.itemsize)
+    mini = _peer("apollo", "APOLLOAdamW Mini", dtype, builder(1, "tensor", 128.0), likeness, 2 * dtype.itemsize)
+    return [quarter, mini]
+
+
+PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
+    "gwt": _gwt,
+    "torch": _torch,
+    "ptwt": _ptwt,
+    "bitsandbytes": _bitsandbytes,
+    "flashoptim": _flashoptim,
+    "optimi": _optimi,
+    "torchao": _torchao,
+    "galore": _galore,
+    "apollo": _apollo,
+}
+
+
+def projection_time(trial: Trial, device: torch.device) -> float | None:
+    """Seconds in which GaLore or APOLLO renews all its projections; None for others.
+
+    One tensor of each shape is timed, and counted as often as there are tensors of its shape.
+    """
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for p in trial.tensors:
+        if "projector" in trial.optimizer.state[p]:
+            alike.setdefault(p.shape, []).append(p)
+    if not alike:
+        return None
+    total = 0.0
+    for tensors in alike.values():
+        projector, gradient = trial.optimizer.state[tensors[0]]["projector"], torch.randn_like(tensors[0])
+
+        def seconds(step: int, projector: Any = projector, gradient: Tensor = gradient) -> float:
+            return clock(lambda: projector.project(gradient, step), device)[0]
+
+        # It renews itself when the step is a multiple of the gap; the first decomposition sets up a library, too.
+        renewed, plain = (min(seconds(step) for _ in range(2)) for step in (0, 1))
+        total += max(0.0, renewed - plain) * len(tensors)
+    return total
+
+
+def _peer(
+    package: str,
+    name: str,
+    dtype: torch.dtype,
+    build: Callable[[list[Group]], Optimizer],
+    likeness: Likeness,
+    state_bytes: float,
+) -> Candidate:
+    return Candidate(
+        f"{package} {name}", dtype, None, False, build, None, package, likeness, state_bytes=state_bytes
+    )
+
+
+def _options(options: Group) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _rank(groups: list[Group]) -> int:
+    """A quarter of the hidden size, which is the smaller side of every matrix of a layer."""
+    return max(1, min(min(p.shape) for group in groups if group["transformed"] for p in group["params"]) // 4)
+
+
+def _low_rank(groups: list[Group], options: Group) -> list[Group]:
+    return [group | (options if group["transformed"] else {}) for group in groups]
+
+
+def _orthonormal(p: Tensor, rank: int) -> Tensor:
+    """A random projection in GaLore's layout: of the columns of a tall matrix, of the rows of a wide one."""
+    rows, columns = p.shape
+    q = torch.linalg.qr(torch.randn(min(rows, columns), rank, device=p.device)).Q.to(p.dtype)
+    return q.T.contiguous() if rows >= columns else q.contiguous()

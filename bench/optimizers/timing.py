@@ -1,0 +1,214 @@
+"""Candidates on one model: built, checked and timed in turns; what cannot be done becomes a note."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from bench.common.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
+from bench.common.models import Shape
+from bench.optimizers.candidate import (
+    Candidate,
+    Trial,
+    build,
+    bytes_moved,
+    bytes_needed,
+    peak_extra_bytes,
+    renew_gradients,
+)
+from bench.optimizers.checks import check
+from bench.optimizers.peers import REFRESH_GAP, projection_time
+
+WARM_UP = 3
+FEWEST = 3  # timed steps, where the time for a candidate is up
+SECONDS = 10.0  # for the timed steps of a candidate
+
+
+class Metric(NamedTuple):
+    """One measured quantity; exact ones are a spread of a single sample."""
+
+    name: str
+    unit: str
+    spread: Spread
+    clipped: bool = False
+
+
+class Result(NamedTuple):
+    """What was found for one candidate on one model; no metrics, and a note, where it could not be timed."""
+
+    model: str
+    candidate: Candidate
+    metrics: Sequence[Metric]
+    note: str = ""
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """Medians by metric, without clipping."""
+        return {metric.name: metric.spread.median for metric in self.metrics if not metric.clipped}
+
+    @property
+    def seconds(self) -> float | None:
+        """Median time of a step, or None."""
+        return self.medians.get("step_time")
+
+    @property
+    def failed(self) -> bool:
+        """Whether a result was wrong, or this package did not run; another package may well be missing."""
+        wrong = self.candidate.oracle is not None and self.note.startswith("not timed")
+        return wrong or (self.candidate.peer == "gwt" and self.note.startswith("cannot run"))
+
+
+class _Sample(NamedTuple):
+    """Seconds of one step, named as the metrics are."""
+
+    step_time: float
+    host_time: float
+    wall_time: float
+
+
+def measure(
+    model: str,
+    candidates: Sequence[Candidate],
+    shapes: Sequence[Shape],
+    device: torch.device,
+    *,
+    repetitions: int,
+    bandwidth: float,
+    seconds: float = SECONDS,
+) -> list[Result]:
+    """Build, check and time candidates; those built together take turns, so that other load meets them alike.
+
+    Args:
+        model: For the results.
+        candidates: What to time. A CPU holds several at once; pass one at a time where memory is short.
+        shapes: The tensors of the model.
+        device: Where to run.
+        repetitions: Timed steps of each, after the warm-up; fewer where they take too long.
+        bandwidth: Bytes per second of a copy on this device.
+        seconds: The time for the timed steps of each.
+    """
+    notes: dict[str, str] = {}
+    trials: dict[str, Trial] = {}
+    errors: dict[str, float] = {}
+    for candidate in candidates:
+        needed, available = bytes_needed(candidate, shapes), available_bytes(device)
+        if needed > available:
+            gigabytes = f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB free"
+            notes[candidate.name] = f"does not fit: needs about {gigabytes}"
+            continue
+        trial = None
+        try:
+            trial = build(candidate, shapes, device)
+            error = errors[candidate.name] = check(trial)
+            if error <= 1:
+                trials[candidate.name] = trial
+            else:
+                notes[candidate.name] = _refusal(candidate, error)
+        except Exception as error:  # whatever a package raises that cannot run here
+            notes[candidate.name] = _excuse(error, device)
+        del trial
+        release(device)
+
+    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in trials}
+    begin, patience = time.monotonic(), seconds * len(trials)
+    for round_ in range(WARM_UP + repetitions):
+        for name, trial in list(trials.items()):
+            try:
+                taken = _sample(trial, device, samples[name], clipped=False)
+                samples[name].append((taken, _sample(trial, device, samples[name], clipped=True)))
+            except Exception as error:
+                notes[name] = _excuse(error, device)
+                del trials[name], trial
+                release(device)
+        if round_ + 1 >= WARM_UP + FEWEST and time.monotonic() - begin > patience:
+            break
+
+    metrics: dict[str, list[Metric]] = {name: [] for name in trials}
+    for name, trial in trials.items():
+        try:
+            for metric in _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth):
+                metrics[name].append(metric)  # one by one, so that the times stay where something later fails
+        except Exception as error:
+            notes[name] = _excuse(error, device)
+    return [Result(model, c, metrics.get(c.name, ()), notes.get(c.name, "")) for c in candidates]
+
+
+def _sample(
+    trial: Trial, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
+) -> _Sample:
+    """Time one step, with new gradients; on CUDA two, as the one that hides launch latency blurs the others."""
+    work = trial.clipped_step if clipped else trial.optimizer.step
+    renew_gradients(trial)
+    if device.type != "cuda":
+        seconds, _ = clock(work, device)
+        return _Sample(seconds, seconds, seconds)
+    host, wall = wall_clock(work, device)
+    usual = min(sample[clipped].host_time for sample in before) if before else host
+    renew_gradients(trial)
+    on_device, _ = clock(work, device, lead=min(max(0.01, 2 * usual), 0.5))
+    return _Sample(on_device, host, wall)
+
+
+def _metrics(
+    trial: Trial,
+    device: torch.device,
+    samples: Sequence[tuple[_Sample, _Sample]],
+    error: float,
+    bandwidth: float,
+) -> Iterator[Metric]:
+    def exact(name: str, unit: str, value: float, clipped: bool = False) -> Metric:
+        return Metric(name, unit, Spread(value, value, value, 1), clipped)
+
+    for clipped in (False, True):
+        for index, name in enumerate(_Sample._fields):
+            yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
+
+    moved = bytes_moved(trial)
+    yield exact("bytes_moved", "B", moved)
+    yield exact("roofline_time", "s", moved / bandwidth)
+    yield Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.step_time for s, _ in samples]))
+
+    weights_and_gradients = [t for p in trial.tensors for t in (p, p.grad) if t is not None]
+    state = held_bytes(trial.optimizer, weights_and_gradients)
+    yield exact("state_bytes", "B", state)
+    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in trial.tensors))
+    yield exact("check_error", "bounds", error)
+
+    extra = peak_extra_bytes(trial, device)
+    if extra is not None:
+        yield exact("peak_extra_bytes", "B", extra)
+    projection = projection_time(trial, device)
+    if projection is not None:
+        each = projection / REFRESH_GAP
+        step = Spread.of([sample.step_time for sample, _ in samples]).median
+        yield exact("projection_time", "s", projection)
+        yield exact("projection_share", "1", each / (each + step))
+    for clipped in (False, True):
+        renew_gradients(trial)
+        launches = kernel_launches(trial.clipped_step if clipped else trial.optimizer.step, device)
+        if launches is not None:
+            yield exact("kernel_launches", "1", launches, clipped)
+
+
+def _refusal(candidate: Candidate, error: float) -> str:
+    if candidate.oracle is not None:
+        return f"not timed: differs from float64 by {error:.3g} times what rounding explains"
+    return f"not timed: differs from AdamW's update by {error:.3g} times what its method explains"
+
+
+def _excuse(error: Exception, device: torch.device) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"does not fit: out of memory with {available_bytes(device) / 2**30:.1f} GiB free"
+    text = " ".join(str(error).split())
+    return f"cannot run here: {type(error).__name__}: {text[:300]}".rstrip(": ")
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of trials that are over."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,302 @@
+"""Pre-trains a LLaMA model on real text with one optimizer, or with several on the same batches.
+
+python -m bench.pretrain                                          # one run of the cpu preset with gwt2
+python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
+python -m bench.pretrain --preset llama_60m --optimizer gwt2 --steps 1000
+python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the cpu preset's settings come from
+torchrun --standalone --nproc-per-node 2 -m bench.pretrain --parallel fsdp2 --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.common.measure import chosen_device, facts, is_present
+from bench.common.models import CONFIGS
+from bench.common.records import RESULTS
+from bench.pretrain import low_rank, parallel, quality
+from bench.pretrain.compare import compare
+from bench.pretrain.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.pretrain.optimizers import check_name, swept_name
+from bench.pretrain.sweep import best_settings, read_runs, sweep
+from bench.pretrain.training import RunConfig, train
+
+_DEFAULT_RECORD = Path()  # stands for the preset's own, which the parser does not know yet
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: give a share between 0 and 1")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every option; those that a preset sets have no default here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
+    add("--preset", default="cpu", choices=presets, help="where the other options' defaults come from")
+    add("--optimizer", default="gwt2", help="adamw, gwtL with a level L, galore, apollo or apollo_mini")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="OPTIMIZER",
+        help="run each on the same batches, then a table and a figure",
+    )
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="OPTIMIZER",
+        help="run the preset's grid of settings and record every run",
+    )
+    add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
+    add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
+    add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
+    add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
+    add(
+        "--record",
+        type=Path,
+        nargs="?",
+        const=_DEFAULT_RECORD,
+        metavar="FILE",
+        help="add every finished run to this record of raw results; quality_PRESET.json without FILE",
+    )
+    add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
+
+    group = parser.add_argument_group("model and text")
+    add = group.add_argument
+    add("--model", help="a name such as llama_60m, or a JSON file of LlamaConfig fields")
+    add("--text", type=Path, help="a file or folder of text; by default the Python standard library's sources")
+    add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
+    add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
+    add("--dataset-config", help="its configuration, such as en")
+    add("--heldout-split", default="validation", help="its split to evaluate on")
+    add("--tokenizer", help="a transformers tokenizer; by default each byte is a token")
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--lr", type=float, help="peak rate of embeddings, head and norms")
+    add("--scale", type=float, help="rate of attention and MLP matrices over --lr")
+    add("--steps", type=_positive, help="optimizer steps")
+    add("--batch", type=_positive, help="windows per forward pass")
+    add("--accumulate", type=_positive, help="forward passes per optimizer step")
+    add("--context", type=_positive, help="tokens predicted per window")
+    add("--warmup", type=_share, help="share of the steps over which the rate rises")
+    add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
+    add("--weight-decay", type=float)
+    add("--projection-gap", type=_positive, help="steps between new projections of GaLore and APOLLO")
+    add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
+    add("--evals", type=_positive, help="evaluations, evenly spaced")
+    add("--eval-windows", type=_positive, help="held-out windows per evaluation")
+    add("--seed", type=int, default=0, help="decides initial weights and order of the text")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--parallel", choices=parallel.MODES, help="divide the run among the processes that torchrun starts")
+    add("--precision", choices=("float32", "bfloat16", "mixed"), help="bfloat16 on CUDA, float32 on a CPU")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out where there is one")
+    add("--stop-at", type=_positive, help="end early after this step, to be resumed")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for one at the end only")
+    add("--log-every", type=_positive, default=10, help="steps between lines of training loss in the log")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options, with the preset's values where none were given, and the preset's sweep grids."""
+    parser = make_parser()
+    preset = parser.parse_known_args(argv)[0].preset
+    values = json.loads((CONFIGS / f"preset_{preset}.json").read_text())
+    del values["about"]
+    grids = values.pop("grids", {})
+    if "sweep_record" in values:
+        values["sweep_record"] = RESULTS / values["sweep_record"]
+    defaults = {key: value for key, value in values.items() if key not in ("lr", "scale")}
+    parser.set_defaults(heldout_fraction=0.05)
+    parser.set_defaults(**defaults)
+    options = parser.parse_args(argv)
+    if options.precision is None:
+        options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    if options.record == _DEFAULT_RECORD:
+        options.record = quality.default_path(options.preset)
+    options.preset_rates = {"lr": values["lr"], "scale": values["scale"]}
+    return options, grids
+
+
+def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = None) -> RunConfig:
+    """The settings of one run, under `--seed` where no other is given.
+
+    `lr` and `scale` are those given, else the best of the model's sweep, else the preset's.
+    """
+    record = read_runs(options.sweep_record) if options.sweep_record else []
+    of_this_model = [run for run in record if run["model"] == options.model]
+    tuned = best_settings(of_this_model, swept_name(optimizer)) or options.preset_rates
+    return RunConfig(
+        model=options.model,
+        optimizer=check_name(optimizer),
+        lr=tuned["lr"] if options.lr is None else options.lr,
+        scale=tuned["scale"] if options.scale is None else options.scale,
+        steps=options.steps,
+        batch=options.batch,
+        accumulate=options.accumulate,
+        context=options.context,
+        warmup=options.warmup,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        grad_clip=options.grad_clip,
+        evals=options.evals,
+        seed=options.seed if seed is None else seed,
+        precision=options.precision,
+        projection_gap=options.projection_gap if optimizer in low_rank.NAMES else None,
+    )
+
+
+def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
+    """The text that the options ask for, at its beginning."""
+    tokenizer = PretrainedTokenizer(options.tokenizer) if options.tokenizer else ByteTokenizer()
+    sizes = {"context": options.context, "eval_windows": options.eval_windows}
+    if options.dataset:
+        split = options.heldout_split
+        return load_stream(options.dataset, options.dataset_config, tokenizer, heldout_split=split, **sizes)
+    return load_text(options.text, tokenizer, heldout_fraction=options.heldout_fraction, seed=seed, **sizes)
+
+
+def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
+    """Sweep the optimizers that `--sweep` names.
+
+    Raises:
+        ValueError: There is no record to write to.
+    """
+    if options.sweep_record is None:
+        raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
+
+    def once(config: RunConfig) -> dict[str, Any]:
+        corpus = load_corpus(options, config.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            where = {"device": device, "compiled": options.compile}
+            return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
+
+    base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
+    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device)
+
+
+def run_one(
+    options: argparse.Namespace,
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    processes: parallel.Processes | None = None,
+) -> dict[str, Any]:
+    """Train under one configuration.
+
+    Returns:
+        What `train` does. In a comparison, which goes on without it, a run that diverges, or needs a package that
+        is not installed or more memory than there is, comes back as its settings with `failed` and `note`.
+    """
+    corpus = load_corpus(options, config.seed)
+    try:
+        result = train(
+            config,
+            corpus,
+            out,
+            device=device,
+            compiled=options.compile,
+            resume=options.resume,
+            stop_at=options.stop_at,
+            save_every=options.save_every,
+            log_every=options.log_every,
+            progress=not options.quiet and (processes is None or processes.is_first),
+            processes=processes,
+        )
+    except (FloatingPointError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
+        if not options.compare:
+            raise
+        kinds = {FloatingPointError: "diverged", ModuleNotFoundError: "package missing"}
+        about = facts(device, "bench.pretrain", sys.argv[1:])
+        failure = {"failed": kinds.get(type(error), "out of memory"), "note": str(error)}
+        result = {**asdict(config), **corpus.facts, **about, "heldout_loss": None, **failure}
+        print(f"{config.optimizer}, seed {config.seed}: {failure['failed']}; going on", file=sys.stderr)
+    if options.record and result.get("step", result["steps"]) == result["steps"]:
+        quality.record(options.record, options.preset, result)
+    return result
+
+
+def run_on_several(options: argparse.Namespace) -> None:
+    """This process's part of a run that `--parallel` divides.
+
+    Raises:
+        ValueError: It cannot be divided so.
+    """
+    if options.sweep or options.compare:
+        raise ValueError("--parallel divides a single run: leave out --sweep and --compare")
+    if options.parallel != "ddp" and options.optimizer in low_rank.NAMES:
+        raise ValueError(f"--optimizer {options.optimizer} needs whole matrices: use --parallel ddp")
+    processes = parallel.start(options.parallel, options.device)
+    try:
+        config = run_config(options, options.optimizer)
+        if not processes.is_first:
+            options.record = None
+        result = run_one(options, config, options.out, processes.device, processes)
+        if processes.is_first:
+            compare([result], options.out)
+    finally:
+        dist.destroy_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    options, grids = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.parallel:
+        run_on_several(options)
+        return
+    if parallel.started_by_torchrun():
+        raise ValueError("torchrun has started several processes: say how they divide the run with --parallel")
+    device = chosen_device(options.device)
+    if device.type == "cuda" and not is_present(device):
+        raise ValueError(f"--device {options.device}: PyTorch sees no such CUDA device here; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if options.sweep:
+        run_sweep(options, grids, device)
+    elif options.compare:
+        seeds = range(options.seed, options.seed + options.seeds)
+        configs = [run_config(options, name, seed) for seed in seeds for name in options.compare]
+        folders = [options.out / config.optimizer / f"seed{config.seed}" for config in configs]
+        pairs = zip(configs, folders, strict=True)
+        compare([run_one(options, config, folder, device) for config, folder in pairs], options.out)
+    else:
+        compare([run_one(options, run_config(options, options.optimizer), options.out, device)], options.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

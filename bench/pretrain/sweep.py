@@ -1,0 +1,122 @@
+"""Sweeps of learning rate and scale, recorded run by run, and the best settings read back from the record."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.common import records
+from bench.common.measure import facts
+from bench.pretrain.training import RunConfig
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Every recorded run; none where there is no record."""
+    return records.rows_of(path, "sweep")
+
+
+def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] | None:
+    """The run of `optimizer` with the lowest held-out loss among those of the sweep's first seed, or None."""
+    own = [run for run in runs if run["optimizer"] == optimizer and run["heldout_loss"] is not None]
+    if not own:
+        return None
+    first_seed = min(run["seed"] for run in own)
+    return min((run for run in own if run["seed"] == first_seed), key=lambda run: run["heldout_loss"])
+
+
+def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
+    """How many settings each optimizer was given on the first seed, diverged ones included."""
+    first_seed = min((run["seed"] for run in runs), default=0)
+    tried = {(run["optimizer"], run["lr"], run["scale"]) for run in runs if run["seed"] == first_seed}
+    return dict(Counter(optimizer for optimizer, _, _ in tried))
+
+
+def sweep(
+    optimizers: list[str],
+    grids: dict[str, dict[str, list[float]]],
+    base: RunConfig,
+    path: Path,
+    run: Callable[[RunConfig], dict[str, Any]],
+    *,
+    seeds: int,
+    device: torch.device,
+) -> None:
+    """Run every setting of each optimizer's grid, then the best of each under further seeds.
+
+    A run that `path` already holds is not repeated, so a sweep can be stopped, continued and extended.
+
+    Args:
+        optimizers: Which to sweep.
+        grids: For each optimizer the values of `lr` and of `scale`; every pair is run.
+        base: All other settings.
+        path: The record; runs are added to it one by one.
+        run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
+        seeds: Seeds for the best setting of each, the sweep's own included.
+        device: Where the runs are made, for the record.
+
+    Raises:
+        ValueError: There is no grid for an optimizer.
+    """
+
+    def once(config: RunConfig) -> None:
+        key = {name: value for name, value in asdict(config).items() if name != "evals"}
+        if any(all(done.get(name) == value for name, value in key.items()) for done in read_runs(path)):
+            return
+        try:
+            result = run(config)
+        except FloatingPointError as error:
+            about = facts(device, "bench.pretrain", sys.argv[1:])
+            result = {**key, "heldout_loss": None, "diverged": str(error), **about}
+        result.pop("evaluations", None)
+        records.append(path, "sweep", [result])
+        loss = result["heldout_loss"]
+        print(
+            f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",
+            flush=True,
+        )
+
+    for optimizer in optimizers:
+        if optimizer not in grids:
+            raise ValueError(f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one")
+        for lr, scale in product(grids[optimizer]["lr"], grids[optimizer]["scale"]):
+            once(replace(base, optimizer=optimizer, lr=lr, scale=scale))
+        best = best_settings(read_runs(path), optimizer)
+        for seed in range(base.seed + 1, base.seed + seeds):
+            if best is not None:
+                once(replace(base, optimizer=optimizer, lr=best["lr"], scale=best["scale"], seed=seed))
+    report(path)
+
+
+def report(path: Path) -> None:
+    """Print, for each optimizer recorded in `path`, its best setting and the loss over seeds."""
+    runs = read_runs(path)
+    tried = settings_tried(runs)
+    table = Table(
+        "optimizer", "settings tried", "best lr", "best scale", "held-out loss over seeds", title=str(path)
+    )
+    for optimizer in dict.fromkeys(run["optimizer"] for run in runs):
+        best = best_settings(runs, optimizer)
+        if best is None:
+            table.add_row(optimizer, "all diverged")
+            continue
+        losses = [
+            run["heldout_loss"]
+            for run in runs
+            if all(run[name] == best[name] for name in ("optimizer", "lr", "scale"))
+            and run["heldout_loss"] is not None
+        ]
+        spread = (
+            f"{mean(losses):.4f} ± {stdev(losses):.4f} ({len(losses)} seeds)" if losses[1:] else f"{losses[0]:.4f}"
+        )
+        table.add_row(optimizer, str(tried[optimizer]), f"{best['lr']:g}", f"{best['scale']:g}", spread)
+    Console(width=100).print(table)

@@ -1,0 +1,403 @@
+"""One pre-training run: schedule, accumulation, evaluation, log, checkpoint and exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from tqdm import tqdm
+
+from bench.common.measure import facts
+from bench.common.models import load_config
+from bench.pretrain import checkpoint, sharded_checkpoint
+from bench.pretrain.clocks import OptimizerTimer, Stopwatch
+from bench.pretrain.data import Corpus
+from bench.pretrain.optimizers import build_optimizer, measured_state_bytes, predicted_state_bytes
+from bench.pretrain.parallel import Processes
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers; a run resumes only under the same values."""
+
+    model: str
+    optimizer: str
+    lr: float
+    scale: float
+    steps: int
+    batch: int
+    """Windows per forward pass."""
+    accumulate: int
+    """Forward passes per optimizer step."""
+    context: int
+    warmup: float
+    """Share of the steps over which the rate rises."""
+    min_lr: float
+    """Share of the peak rate that the cosine ends at."""
+    weight_decay: float
+    grad_clip: float
+    """Largest gradient norm; 0 for no clipping."""
+    evals: int
+    """Evaluations, evenly spaced; the last one after the last step."""
+    seed: int
+    precision: str
+    """`float32`, `bfloat16` (weights too), or `mixed` (float32 weights, bfloat16 activations)."""
+    projection_gap: int | None = None
+    """Steps between new projections, for the optimizers that have them."""
+
+
+def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
+    """Share of the peak rate at `step` (1 for the first): a linear rise, then a cosine down to `min_lr`."""
+    rise = max(1, round(warmup * steps))
+    if step <= rise:
+        return step / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return min_lr + (1.0 - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, in float32, over windows `[batch, context + 1]` of token ids."""
+    windows = windows.long()
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+class Run:
+    """A run in memory: model, optimizer, text and the step it has reached; one process's part of them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        self.config, self.corpus, self.device = config, corpus, device
+        self.processes = processes or Processes(None, device)
+        self.processes.check_batch(config.batch)
+        model_config = load_config(config.model)
+        self.vocabulary: int = model_config.vocab_size
+        self._check_ids(corpus.heldout)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.model = self.processes.build(model_config, seed=config.seed, dtype=dtype)
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            self.model,
+            lr=config.lr,
+            scale=config.scale,
+            weight_decay=config.weight_decay,
+            projection_gap=config.projection_gap,
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self._forward = self.processes.wrap(self.model, compiled=compiled)
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=device)
+        """Training loss of this process's windows, summed since the last line of the log."""
+        self.loss_count = 0
+        self.data_digest = 0
+        self.timer = OptimizerTimer(device)
+        self.stopwatch = Stopwatch(device)
+
+    def _check_ids(self, windows: Tensor) -> None:
+        largest = int(windows.max())
+        if largest >= self.vocabulary:
+            raise ValueError(
+                f"token id {largest} is outside the vocabulary of --model {self.config.model}, "
+                f"{self.vocabulary} ids; choose another --tokenizer, or a model with a larger vocab_size"
+            )
+
+    def _autocast(self) -> Any:
+        if self.config.precision == "mixed":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def train_step(self) -> None:
+        """One optimizer step over `accumulate` batches."""
+        config = self.config
+        self.model.train()
+        self.step += 1
+        for _ in range(config.accumulate):
+            windows = self.corpus.train.take(config.batch)
+            self._check_ids(windows)
+            self.data_digest = zlib.crc32(windows.contiguous().numpy().data, self.data_digest)
+            with self._autocast():
+                own = self.processes.share(windows).to(self.device)
+                loss = loss_of(self._forward, own) / config.accumulate
+            loss.backward()
+            self.loss_sum += loss.detach()
+        self.loss_count += 1
+        if config.grad_clip > 0:
+            self.processes.clip(self.model.parameters(), config.grad_clip)
+        factor = lr_factor(self.step, steps=config.steps, warmup=config.warmup, min_lr=config.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        try:
+            with self.timer:
+                self.optimizer.step()
+        except torch.linalg.LinAlgError as error:  # GaLore's decomposition of a gradient that is not finite
+            raise FloatingPointError(self._diverged(f"{error}")) from error
+        self.optimizer.zero_grad()
+
+    def train_loss(self) -> float:
+        """Mean training loss since this was last asked; the only wait for the device in training."""
+        loss = float(self.processes.mean(self.loss_sum)) / max(1, self.loss_count)
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        if not math.isfinite(loss):
+            raise FloatingPointError(self._diverged(f"the loss is {loss}"))
+        return loss
+
+    def _diverged(self, what: str) -> str:
+        config = self.config
+        rates = f"lower --lr ({config.lr:g}) or --scale ({config.scale:g})"
+        return f"{config.optimizer}: {what} at step {self.step}; {rates}"
+
+    @torch.no_grad()
+    def heldout_loss(self) -> float:
+        """Mean loss over the held-out windows, in nats per token."""
+        self.model.eval()
+        parts = self.corpus.heldout.split(self.config.batch)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with self._autocast():
+            for part in parts:
+                own, counting = self.processes.weighted_share(part)
+                total += loss_of(self._forward, own.to(self.device)).double() * counting
+        return float(self.processes.total(total)) / len(self.corpus.heldout)
+
+    def _identity(self) -> dict[str, Any]:
+        return asdict(self.config) | dict(self.corpus.facts)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint from which `load` continues bit for bit, on as many processes as wrote it."""
+        about = {
+            "run": self._identity(),
+            "step": self.step,
+            "loss_sum": self.processes.mean(self.loss_sum),
+            "loss_count": self.loss_count,
+            "data_digest": self.data_digest,
+            "seconds": self.stopwatch.seconds,
+            "data": self.corpus.train.state_dict(),
+        }
+        if self.processes.mode is not None:
+            # Training draws no random numbers of torch's own, which would differ from process to process.
+            sharded_checkpoint.save(path, self._state(), about, self.step, self.processes)
+            return
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.write_atomically(path, {**about, **state, "random": random})
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: It belongs to a run with other settings or another text, or is damaged.
+        """
+        if self.processes.mode is not None:
+            path, saved = sharded_checkpoint.read_about(path, self.processes)
+        else:
+            saved = checkpoint.read(path)
+        checkpoint.check_same_run(path, saved["run"], self._identity())
+        if self.processes.mode is not None:
+            state = sharded_checkpoint.read_state(path, self._state())
+            set_model_state_dict(self.model, state["model"])
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        else:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in saved["random"]:
+                torch.cuda.set_rng_state(saved["random"]["cuda"], self.device)
+        self.step, self.loss_count, self.data_digest = (
+            saved["step"],
+            saved["loss_count"],
+            saved["data_digest"],
+        )
+        self.stopwatch.seconds = saved["seconds"]
+        self.loss_sum.copy_(saved["loss_sum"])
+        self.corpus.train.load_state_dict(saved["data"])
+
+
+class Log:
+    """A JSON-lines file; on resume, lines past the checkpoint's step are dropped, since they come again.
+
+    Args:
+        path: The file.
+        upto: The step of the checkpoint; None for a new file.
+        writes: False for the processes that leave the log to another.
+    """
+
+    def __init__(self, path: Path, *, upto: int | None, writes: bool = True) -> None:
+        self._file = None
+        self.empty = False
+        if not writes:
+            return
+        kept = []
+        if upto is not None and path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= upto]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a")
+        self.empty = not kept
+
+    def write(self, **fields: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(fields) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind (`run`, `train`, `eval`) of a run's log."""
+    return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["kind"] == kind]
+
+
+def read_result(out: Path) -> dict[str, Any]:
+    """What `train` left in the folder of a run."""
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+def train(
+    config: RunConfig,
+    corpus: Corpus,
+    out: Path,
+    *,
+    device: torch.device,
+    compiled: bool = False,
+    resume: bool = False,
+    stop_at: int | None = None,
+    save_every: int = 0,
+    log_every: int = 10,
+    progress: bool = True,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Train, or go on training, and leave `log.jsonl`, `result.json` and `checkpoint.pt` in `out`.
+
+    Of several processes each calls this; the first writes, and the checkpoints, which all write together, are
+    in the folder `checkpoints`.
+
+    Args:
+        config: What decides the numbers.
+        corpus: The text; one freshly loaded for this run.
+        out: Folder of the run; created.
+        device: Where to train.
+        compiled: Run the model through `torch.compile`.
+        resume: Continue from `checkpoint.pt` in `out` where there is one.
+        stop_at: End early after this step, with a checkpoint to resume from.
+        save_every: Steps between checkpoints; 0 for one at the end only.
+        log_every: Steps between lines of training loss.
+        progress: Show a progress bar.
+        processes: This one among several; None for a run of its own.
+
+    Returns:
+        What `result.json` holds: the settings, the losses, the bytes of optimizer state predicted and held,
+        the time per optimizer step, the seconds of training, and the facts about machine and versions.
+
+    Raises:
+        FloatingPointError: The loss is no longer finite.
+        ValueError: `resume` is set, and `out` holds a run with other settings, one of another kind of checkpoint
+            or a damaged one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(config, corpus, device, compiled=compiled, processes=processes)
+    processes = run.processes
+    predicted = predicted_state_bytes(run.optimizer)
+    path, resumed = _checkpoint_of(out, processes, resume)
+    if resumed:
+        run.load(path)
+        if run.step == config.steps and (out / "result.json").exists():
+            return read_result(out)
+    log = Log(out / "log.jsonl", upto=run.step if resumed else None, writes=processes.is_first)
+    if log.empty:
+        log.write(kind="run", step=0, **asdict(config), **corpus.facts)
+    last = config.steps if stop_at is None else min(stop_at, config.steps)
+    every = max(1, math.ceil(config.steps / config.evals))
+    heldout = math.nan
+    tokens_a_step = config.batch * config.accumulate * config.context
+    with tqdm(total=config.steps, initial=run.step, desc=config.optimizer, disable=not progress) as bar:
+        run.stopwatch.start()
+        while run.step < last:
+            run.train_step()
+            bar.update()
+            if run.step % log_every == 0 or run.step == config.steps:
+                loss = run.train_loss()
+                rates = [group["lr"] for group in run.optimizer.param_groups]
+                log.write(kind="train", step=run.step, loss=loss, lr=rates)
+                bar.set_postfix(loss=f"{loss:.3f}", heldout=f"{heldout:.3f}", refresh=False)
+            if run.step % every == 0 or run.step == config.steps:
+                seconds = run.stopwatch.stop()
+                heldout = run.heldout_loss()
+                tokens = run.step * tokens_a_step
+                log.write(kind="eval", step=run.step, loss=heldout, tokens=tokens, seconds=seconds)
+                run.stopwatch.start()
+            if run.step == last or (save_every and run.step % save_every == 0):
+                run.stopwatch.stop()
+                run.save(path)
+                run.stopwatch.start()
+        run.stopwatch.stop()
+    log.close()
+    evaluations = read_log(out / "log.jsonl", "eval") if processes.is_first else []
+    result = {
+        **asdict(config),
+        **corpus.facts,
+        "step": run.step,
+        "heldout_loss": evaluations[-1]["loss"] if evaluations else None,
+        "evaluations": evaluations,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "state_bytes_predicted": predicted,
+        "state_bytes_measured": measured_state_bytes(run.optimizer),
+        "optimizer_ms": run.timer.milliseconds(),
+        "seconds": run.stopwatch.seconds,
+        "data_digest": f"{run.data_digest:08x}",
+        "processes": processes.world,
+        "parallel": processes.mode,
+        **facts(device, "bench.pretrain", sys.argv[1:]),
+    }
+    if processes.is_first:
+        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _checkpoint_of(out: Path, processes: Processes, resume: bool) -> tuple[Path, bool]:
+    """Where a run's checkpoint belongs, and whether to continue from one that is there."""
+    single, several = out / "checkpoint.pt", out / "checkpoints"
+    if processes.mode is None:
+        if resume and sharded_checkpoint.exists(several) and not single.exists():
+            raise ValueError(
+                f"{several} is of several processes: resume with torchrun and --parallel, on any number"
+            )
+        return single, resume and single.exists()
+    found = processes.first_says(lambda: (sharded_checkpoint.exists(several), single.exists()))
+    if resume and found == (False, True):
+        raise ValueError(
+            f"{single} is of a single process: resume without --parallel, or start anew in another --out"
+        )
+    return several, resume and found[0]

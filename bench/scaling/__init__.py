@@ -1,0 +1,1 @@
+"""Steps on several processes, beside what the planner predicts of them."""

@@ -1,0 +1,136 @@
+"""What one of several processes does: shard a model by FSDP2, count what a step holds and sends, and time it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig
+
+from bench.common.models import build_model, load_config
+from bench.scaling.collectives import Recorder
+from gwt_kernels import GWTAdamW, gwt_param_groups
+
+LEVEL = 2
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no limiter": {"norm_growth_limit": None},
+    "foam": {"rule": "foam"},
+    "limiter": {},
+    "limiter, max_grad_norm": {"max_grad_norm": 1.0},
+}
+"""What steps are timed: options of `GWTAdamW`."""
+NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2} | {
+    "head_dim": 8,
+    "vocab_size": 16,
+}
+"""A configuration of as many tensors that hold next to nothing, so that the host's work alone is left."""
+COPIED = 64 * 2**20  # bytes of a buffer, far above what a core's cache holds
+LARGE = 4 * 2**20  # bytes of an all-reduce of which the link's bandwidth is most of the time
+WARM_UP = 3
+
+
+class Job(NamedTuple):
+    """What all processes are told."""
+
+    store: str
+    """A file to meet at."""
+    results: str
+    """A folder; each process leaves a JSON file there, named by its rank."""
+    model: str
+    """As `bench.common.models.load_config` takes it."""
+    numbers: tuple[int, ...]
+    """Of processes that share the model; the largest is how many there are."""
+    payloads: tuple[int, ...]
+    """Bytes of the all-reduces to be timed by themselves."""
+    repetitions: int
+
+
+def work(rank: int, job: Job) -> None:
+    """Take part in everything that this process belongs to; others wait at a barrier, which takes no core."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{job.store}", rank=rank, world_size=job.numbers[-1])
+    config = load_config(job.model)
+    meshes = {n: DeviceMesh("cpu", torch.arange(n)) for n in job.numbers}  # made by all, belonged to or not
+    mine = {n: mesh for n, mesh in meshes.items() if rank < n}
+    narrow = LlamaConfig(**{**config.to_dict(), **NARROW})
+    counted: dict[str, Any] = {}
+    turns: dict[int, dict[str, Callable[[], object]]] = defaultdict(dict)
+    for n, mesh in mine.items():
+        for setting, optimizer in _optimizers(config, mesh).items():
+            counted[f"{n}/{setting}"] = _count(optimizer)
+            turns[n][f"step/{setting}"] = optimizer.step
+        turns[n] |= {f"host/{setting}": optimizer.step for setting, optimizer in _optimizers(narrow, mesh).items()}
+        turns[n] |= _pieces(mesh, job.payloads)
+    times = _take_turns(mine, job, turns)
+    Path(job.results, f"{rank}.json").write_text(json.dumps({"counted": counted, "times": times}))
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def _optimizers(config: LlamaConfig, mesh: DeviceMesh) -> dict[str, GWTAdamW]:
+    """An optimizer for each setting, all over the same shards of rows, with gradients."""
+    model = build_model(config, seed=0, device=torch.device("meta"), dtype=torch.float32)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            assert isinstance(p, DTensor)
+            p.grad = torch.zeros_like(p)
+            for x, size in ((p, 1.0), (p.grad, 1e-2)):
+                x.to_local().normal_(std=size)
+    return {
+        setting: GWTAdamW(gwt_param_groups(model, level=LEVEL), lr=1e-4, **options)
+        for setting, options in SETTINGS.items()
+    }
+
+
+def _count(optimizer: GWTAdamW) -> dict[str, Any]:
+    """The bytes of state that are here after a step, and the collectives of one."""
+    optimizer.step()
+    with Recorder() as recorder:
+        optimizer.step()
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    held = sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in states)
+    return {"state_bytes": held, "collectives": recorder.calls}
+
+
+def _pieces(mesh: DeviceMesh, payloads: tuple[int, ...]) -> dict[str, Callable[[], object]]:
+    """What a step is made of, by itself: all-reduces, and a copy in the memory that the processes share."""
+    group, source = mesh.get_group(), torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    pieces: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+    if mesh.size() > 1:
+        for size in (*payloads, LARGE):
+            x = torch.zeros(size // 4)
+            pieces[f"all-reduce/{size}"] = lambda x=x: dist.all_reduce(x, group=group)
+    return pieces
+
+
+def _take_turns(
+    meshes: dict[int, DeviceMesh], job: Job, turns: dict[int, dict[str, Callable[[], object]]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of everything in turns, so that other load meets all alike: by the wall, and of this thread's CPU."""
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for round_ in range(WARM_UP + job.repetitions):
+        for n in job.numbers:
+            dist.barrier()
+            names = list(turns[n])
+            first = round_ % max(len(names), 1)  # none is always the first after the others' turn
+            for name in names[first:] + names[:first]:
+                dist.barrier(group=meshes[n].get_group())  # as backward's last reduce-scatter leaves them
+                wall, cpu = time.perf_counter(), time.thread_time()
+                turns[n][name]()
+                taken = time.perf_counter() - wall, time.thread_time() - cpu
+                if round_ >= WARM_UP:
+                    times[f"{n}/{name}"].append(taken)
+    return times

@@ -1,0 +1,150 @@
+/* The step of a whole bucket: its tensors cut into items that threads share, and the limiter, which needs the sum over
+ * a tensor before it changes one weight of it.
+ *
+ * Tensors that the limiter waits for are taken in lots, so that the second pass finds in the caches what the first has
+ * read. Sums are those of items, in their order: the same for any number of threads. Memory is read forwards alone,
+ * as the processor then reads ahead: half the time of the other way. */
+#include "step.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ITEM = 1 << 14 };  /* elements of an item, about */
+enum { SHARE = 1 << 15 }; /* below which a thread is not worth its start */
+enum { LOT = 1 << 20 };   /* at the least; what is read of it fits the outer caches */
+
+enum { SUM, UPDATE };
+
+typedef struct {
+    const gwt_step *steps;
+    const int64_t *starts; /* the first item of each tensor, and behind the last one's last */
+    int64_t count;
+    double (*sums)[SUMS]; /* of items; NULL where none are asked for */
+    int pass;
+    int all; /* sums of all tensors, not of those with a limiter alone */
+} job;
+
+static int64_t tiles_of_item(const gwt_step *s)
+{
+    const int64_t most = ITEM / tile_elements(s);
+    return most > 1 ? most : 1;
+}
+
+static int64_t items_of(const gwt_step *s)
+{
+    return (tiles_of(s) + tiles_of_item(s) - 1) / tiles_of_item(s);
+}
+
+static int is_limited(const gwt_step *s)
+{
+    return s->norm != NULL;
+}
+
+static void work_on(void *context, int64_t item)
+{
+    const job *own = context;
+    int64_t low = 0, high = own->count; /* the tensor is among these */
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (own->starts[middle] <= item)
+            low = middle;
+        else
+            high = middle;
+    }
+    const gwt_step *s = &own->steps[low];
+    const int64_t first = (item - own->starts[low]) * tiles_of_item(s), all = tiles_of(s);
+    const int64_t stop = first + tiles_of_item(s) < all ? first + tiles_of_item(s) : all;
+    double unasked[SUMS] = {0}, *sums = own->sums ? own->sums[item] : unasked;
+    if (own->pass == UPDATE)
+        update_tiles(s, first, stop, sums);
+    else if (own->all || is_limited(s))
+        sum_tiles(s, first, stop, sums);
+}
+
+static void pass_over(job *own, int pass, int threads, int64_t elements)
+{
+    const int64_t useful = elements / SHARE;
+    own->pass = pass;
+    share_out(work_on, own, own->starts[own->count], threads < useful ? threads : (int)useful);
+}
+
+static void add_up(const job *own, gwt_step *steps, int first, int stop)
+{
+    for (int64_t i = 0; i < own->count; ++i)
+        for (int sum = first; sum < stop; ++sum) {
+            steps[i].sums[sum] = 0;
+            for (int64_t item = own->starts[i]; item < own->starts[i + 1]; ++item)
+                steps[i].sums[sum] += own->sums[item][sum];
+        }
+}
+
+/* Fira's limiter, as in gwt_kernels/backends/torch/step.py: a previous norm of 0 is none. */
+static void limit(gwt_step *s)
+{
+    const float norm = (float)sqrt(s->sums[NORM]), previous = *s->norm, growth = norm / (previous + 1e-8f);
+    s->limit = previous == 0 ? 1 : (growth < s->gamma ? s->gamma : growth) / s->gamma;
+    *s->norm = norm / s->limit;
+}
+
+static int run_lot(gwt_step *steps, int64_t count, int64_t *starts, int threads, int updates)
+{
+    int64_t elements = 0;
+    int limited = !updates, observed = 0;
+    starts[0] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        elements += steps[i].rows * steps[i].width;
+        limited |= is_limited(&steps[i]);
+        observed |= steps[i].observed;
+        starts[i + 1] = starts[i] + items_of(&steps[i]);
+    }
+    job own = {steps, starts, count, NULL, SUM, !updates};
+    if (limited || observed) {
+        own.sums = calloc((size_t)starts[count] + 1, sizeof *own.sums);
+        if (own.sums == NULL)
+            return -1;
+    }
+    if (limited) {
+        pass_over(&own, SUM, threads, elements);
+        add_up(&own, steps, NORM, NORM + 1);
+    }
+    if (updates) {
+        for (int64_t i = 0; i < count; ++i) {
+            if (is_limited(&steps[i]))
+                limit(&steps[i]);
+            steps[i].step_size = (float)(steps[i].full_step / (double)steps[i].limit);
+        }
+        pass_over(&own, UPDATE, threads, elements);
+        if (observed)
+            add_up(&own, steps, NORM + 1, SUMS);
+    }
+    free(own.sums);
+    return 0;
+}
+
+/* All tensors, or only their sums for the limiter; not 0 where there is no memory, and then the rest is not done. */
+static int run_all(gwt_step *steps, int64_t count, int threads, int updates)
+{
+    int64_t *starts = malloc(((size_t)count + 1) * sizeof *starts);
+    int failed = starts == NULL;
+    for (int64_t first = 0, stop; first < count && !failed; first = stop) {
+        int64_t elements = 0;
+        for (stop = first; stop < count && elements < LOT; ++stop)
+            elements += is_limited(&steps[stop]) && updates ? steps[stop].rows * steps[stop].width : 0;
+        failed = run_lot(steps + first, stop - first, starts, threads, updates);
+    }
+    free(starts);
+    return failed;
+}
+
+EXPORT const int64_t gwt_step_size = sizeof(gwt_step);
+
+EXPORT int gwt_update(gwt_step *steps, int64_t count, int threads)
+{
+    return run_all(steps, count, threads, 1);
+}
+
+EXPORT int gwt_sum(gwt_step *steps, int64_t count, int threads)
+{
+    return run_all(steps, count, threads, 0);
+}

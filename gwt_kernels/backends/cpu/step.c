@@ -1,0 +1,476 @@
+/* One step on a CPU: GWT-Adam in one pass over weights, gradients and moments, a tile at a time.
+ *
+ * A tile is a run of coefficients, those of some hundred elements, and stays in the first cache from stage to
+ * stage. Each stage is a plain loop over floats that a compiler makes vectors of: sums of blocks (level.inc),
+ * moments, updates of elements (level.inc), weights. What is stored in float32 is read and written where it lies;
+ * other dtypes cost a stage that reads or writes them (dtypes.h, codes.h), so that a stage is compiled for each level
+ * or for each dtype, and for no two of them together. With W = 2**level neighbours in block k of gradient g,
+ *
+ *     mean = sum(g) / W        m = b1*m + (1-b1)*sqrt(W)*mean        v = b2*v + (1-b2)*W*mean*mean
+ *     p_i = p_i*keep - step_size * (g_i - mean + m/sqrt(W)) / (sqrt(v) + eps)
+ *
+ * and for the folded rule, with r_i = g_i - mean,
+ *
+ *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
+ *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
+ *
+ * (docs/algorithm.md); level 0 is Adam. All arithmetic is float's, each product rounded, so that what is stored is the
+ * same with all vectors; what random bits decide is decided as in gwt_kernels/backends/torch/rounding.py and
+ * quantized.py, bit for bit. Tiles are independent: threads may take ranges of them. Nothing here allocates or fails;
+ * the caller has checked everything. */
+#if defined(__GNUC__) && !defined(__clang__) /* which refuses an option of that name */
+/* No memcpy for what comes from far: it took twice the time. */
+#pragma GCC optimize("no-tree-loop-distribute-patterns")
+#endif
+
+#include "step.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "codes.h"
+#include "dtypes.h"
+#include "random.h"
+#include "vectors.h"
+
+/* Elements of a tile at the most, and where nothing asks for more: memory is read ahead by the processor while it
+ * works on the tile before, if that is short, and waited for if it is long. */
+enum { LARGEST = 1024, TILE = 512 };
+
+/* The length of an array of a tile: arrays a multiple of 4 KiB apart would drive each other from the first cache. */
+enum { SPACED = LARGEST + 144 };
+
+/* What a tile needs between stages, blocks padded with zeros. */
+typedef struct {
+    float g[SPACED], update[SPACED];                     /* of elements */
+    float sum[SPACED], square[SPACED];                   /* of blocks, from here on */
+    float m[SPACED], v[SPACED];                          /* where they are not stored in float32 */
+    float mean[SPACED], offset[SPACED], gain[SPACED];
+    uint64_t words[LARGEST / 2 + 2 * (LONGS + 1)];       /* random ones, of what is rounded and of a vector's rest */
+    uint32_t bits[SPACED];                               /* of them, where they are of several runs of a shard */
+} tile;
+
+/* Blocks of a tile that lie in one row, so that their elements are neighbours in memory. */
+typedef struct {
+    int64_t element; /* the first */
+    int held;        /* elements; the others that pad the last block to its full width are not there */
+    int padded;
+} run;
+
+static run run_of(const gwt_step *s, int64_t k, int64_t stop)
+{
+    const int64_t w = (int64_t)1 << s->level, per_row = (s->width + w - 1) >> s->level;
+    const int64_t row = s->rows == 1 ? 0 : k / per_row, block = k - row * per_row;
+    const int64_t blocks = stop - k < per_row - block ? stop - k : per_row - block;
+    const int64_t left = s->width - block * w, padded = blocks * w;
+    return (run){row * s->width + block * w, (int)(left < padded ? left : padded), (int)padded};
+}
+
+/* Of n floats, in an order that no vectors change. */
+static double sum_of_squares(const float *restrict x, int n)
+{
+    enum { LANES = 16 };
+    double part[LANES] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; ++lane)
+            part[lane] += (double)x[i + lane] * (double)x[i + lane];
+    for (int lane = 0; lane < n - i; ++lane)
+        part[lane] += (double)x[i + lane] * (double)x[i + lane];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; ++lane)
+            part[lane] += part[lane + half];
+    return part[0];
+}
+
+/* -- reading ----------------------------------------------------------------------------------------------- */
+
+static void load_half_floats(float *restrict to, const uint16_t *restrict from, int n)
+{
+    int i = 0;
+#ifdef HAS_HALVES
+    for (; i + FLOATS <= n; i += FLOATS)
+        *(floats *)(to + i) = load_halves(from + i);
+#endif
+    for (; i < n; ++i)
+        to[i] = of_half(from[i]);
+}
+
+static void load(float *restrict to, const void *from, int64_t first, int n, int type)
+{
+    const float *restrict floats = (const float *)from + first;
+    const uint16_t *restrict halves = (const uint16_t *)from + first;
+    if (type == FLOAT32)
+        for (int i = 0; i < n; ++i)
+            to[i] = floats[i];
+    else if (type == BFLOAT16)
+        for (int i = 0; i < n; ++i)
+            to[i] = of_bfloat16(halves[i]);
+    else
+        load_half_floats(to, halves, n);
+}
+
+/* Gradients of n blocks from k on: where they lie, or in the tile. */
+static const float *gradients(const gwt_step *s, int64_t k, int n, tile *t)
+{
+    const run all = run_of(s, k, k + n);
+    if (s->g_type == FLOAT32 && all.held == n << s->level)
+        return (const float *)s->g + all.element;
+    float *g = t->g;
+    for (int64_t at = k; at < k + n;) {
+        const run r = run_of(s, at, k + n);
+        load(g, s->g, r.element, r.held, s->g_type);
+        memset(g + r.held, 0, (size_t)(r.padded - r.held) * sizeof *g);
+        g += r.padded;
+        at += r.padded >> s->level;
+    }
+    return t->g;
+}
+
+/* Moments of n coefficients from k on: where they lie, or in the tile. */
+static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, float **v)
+{
+    const int64_t quantum = k / quantum_of(s->level);
+    if (s->m_type == FLOAT32) {
+        *m = (float *)s->m + k;
+        *v = (float *)s->v + k;
+        return;
+    }
+    *m = t->m;
+    *v = t->v;
+    if (s->m_type == INT8)
+        decode(t->m, t->v, (const int8_t *)s->m + k, (const uint8_t *)s->v + k, s->m_scales + quantum,
+               s->v_scales + quantum, n, s->level);
+    else {
+        load(t->m, s->m, k, n, s->m_type);
+        load(t->v, s->v, k, n, s->m_type);
+    }
+}
+
+/* Bits for n elements of a shard from `first` on, `size` bytes each: 2 for a weight, 4 for a coefficient, of which
+ * the lower half is exp_avg's. What comes first in a call lies first in memory: the machine is little-endian. */
+static const void *draw_bits(tile *t, int size, int64_t first, int n, const gwt_span *span, uint32_t purpose,
+                             const gwt_step *s)
+{
+    const int per_call = 16 / size;
+    for (int done = 0; done < n;) {
+        const int64_t place = (first + done) % span->run, left = span->run - place;
+        const int64_t index = span->first + (first + done) / span->run * span->pitch + place;
+        const int own = left < n - done ? (int)left : n - done, skipped = (int)(index % per_call);
+        const int calls = (skipped + own + per_call - 1) / per_call;
+        const char *drawn = (const char *)t->words + skipped * size;
+        draw(t->words, (uint64_t)(index / per_call), calls, s->step, purpose, s->key);
+        if (own == n)
+            return drawn;
+        memcpy((char *)t->bits + done * size, drawn, (size_t)(own * size));
+        done += own;
+    }
+    return t->bits;
+}
+
+/* -- writing ----------------------------------------------------------------------------------------------- */
+
+static void round_moments(const float *restrict m, const float *restrict v, uint16_t *restrict m_to,
+                          uint16_t *restrict v_to, int n, const uint32_t *restrict words)
+{
+    for (int i = 0; i < n; ++i) {
+        m_to[i] = to_bfloat16_at_random(m[i], words[i] & 0xFFFF);
+        v_to[i] = to_bfloat16_at_random(v[i], words[i] >> 16);
+    }
+}
+
+static void store_moments(const gwt_step *s, int64_t k, int n, tile *t)
+{
+    const int64_t quantum = k / quantum_of(s->level);
+    if (s->m_type == FLOAT32)
+        return;
+    const uint32_t *words = draw_bits(t, sizeof *words, k, n, &s->coefficients, MOMENTS, s);
+    if (s->m_type == BFLOAT16)
+        round_moments(t->m, t->v, (uint16_t *)s->m + k, (uint16_t *)s->v + k, n, words);
+    else
+        encode(t->m, t->v, (int8_t *)s->m + k, (uint8_t *)s->v + k, s->m_scales + quantum,
+               s->v_scales + quantum, n, words, s->level);
+}
+
+static void add_to_floats(float *restrict p, const float *restrict update, float keep, int n)
+{
+    for (int i = 0; i < n; ++i)
+        p[i] = p[i] * keep + update[i];
+}
+
+static void add_to_bfloats(uint16_t *restrict p, const float *restrict update, float keep, int n)
+{
+    for (int i = 0; i < n; ++i)
+        p[i] = to_bfloat16(of_bfloat16(p[i]) * keep + update[i]);
+}
+
+static void add_to_halves(uint16_t *restrict p, const float *restrict update, float keep, int n)
+{
+    int i = 0;
+#ifdef HAS_HALVES
+    for (; i + FLOATS <= n; i += FLOATS) {
+        const floats sum = load_halves(p + i) * keep + *(const floats *)(update + i);
+        store_halves(p + i, sum);
+    }
+#endif
+    for (; i < n; ++i)
+        p[i] = to_half(of_half(p[i]) * keep + update[i]);
+}
+
+static void add_to_bfloats_at_random(uint16_t *restrict p, const float *restrict update, float keep, int n,
+                                     const uint16_t *restrict bits)
+{
+    for (int i = 0; i < n; ++i)
+        p[i] = to_bfloat16_at_random(of_bfloat16(p[i]) * keep + update[i], bits[i]);
+}
+
+static void add_to_halves_at_random(uint16_t *restrict p, const float *restrict update, float keep, int n,
+                                    const uint16_t *restrict bits, float *restrict wide)
+{
+    load_half_floats(wide, p, n);
+    for (int i = 0; i < n; ++i)
+        p[i] = to_half_at_random(wide[i] * keep + update[i], bits[i]);
+}
+
+static void add_to_split(uint16_t *restrict p, int16_t *restrict low, const float *restrict update, float keep, int n)
+{
+    for (int i = 0; i < n; ++i) {
+        const uint32_t raw = one_nan(bits_of(joined(p[i], low[i]) * keep + update[i]));
+        low[i] = (int16_t)raw;
+        p[i] = (uint16_t)((raw + 0x8000) >> 16);
+    }
+}
+
+/* Weights of n blocks from k on; returns what is asked of the updates. */
+static double add_updates(const gwt_step *s, int64_t k, int n, tile *t)
+{
+    const float *update = t->update;
+    double squares = 0;
+    for (int64_t at = k; at < k + n;) {
+        const run r = run_of(s, at, k + n);
+        uint16_t *halves = (uint16_t *)s->p + r.element;
+        const uint16_t *bits = s->rounding == STOCHASTIC
+                                   ? draw_bits(t, sizeof *bits, r.element, r.held, &s->weights, WEIGHTS, s)
+                                   : NULL;
+        if (s->p_type == FLOAT32)
+            add_to_floats((float *)s->p + r.element, update, s->keep, r.held);
+        else if (s->rounding == SPLIT)
+            add_to_split(halves, s->low + r.element, update, s->keep, r.held);
+        else if (s->p_type == BFLOAT16)
+            bits ? add_to_bfloats_at_random(halves, update, s->keep, r.held, bits)
+                 : add_to_bfloats(halves, update, s->keep, r.held);
+        else
+            bits ? add_to_halves_at_random(halves, update, s->keep, r.held, bits, t->g)
+                 : add_to_halves(halves, update, s->keep, r.held);
+        if (s->observed)
+            squares += sum_of_squares(update, r.held);
+        update += r.padded;
+        at += r.padded >> s->level;
+    }
+    return squares;
+}
+
+/* -- levels ------------------------------------------------------------------------------------------------ */
+
+#define LEVEL 1
+#include "level.inc"
+#define LEVEL 2
+#include "level.inc"
+#define LEVEL 3
+#include "level.inc"
+#define LEVEL 4
+#include "level.inc"
+#define LEVEL 5
+#include "level.inc"
+#define LEVEL 6
+#include "level.inc"
+#define LEVEL 7
+#include "level.inc"
+#define LEVEL 8
+#include "level.inc"
+#define LEVEL 9
+#include "level.inc"
+#define LEVEL 10
+#include "level.inc"
+
+typedef void fold_of(const float *x, float *sums, int n);
+typedef void fold_both_of(const float *g, float factor, float *sums, float *squares, int n);
+typedef void spread_of(const float *, float, const float *, const float *, float *, int);
+typedef void spread_folded_of(const gwt_step *, const float *, const float *, const float *, const float *, float *,
+                              int);
+
+static fold_of *const fold_at[] = {0, fold_1, fold_2, fold_3};
+static fold_both_of *const fold_both_at[] = {0, fold_both_1, fold_both_2, fold_both_3};
+static spread_of *const spread_at[] = {0,        spread_1, spread_2, spread_3, spread_4, spread_5,
+                                       spread_6, spread_7, spread_8, spread_9, spread_10};
+static spread_folded_of *const spread_folded_at[] = {0,
+                                                     spread_folded_1,
+                                                     spread_folded_2,
+                                                     spread_folded_3,
+                                                     spread_folded_4,
+                                                     spread_folded_5,
+                                                     spread_folded_6,
+                                                     spread_folded_7,
+                                                     spread_folded_8,
+                                                     spread_folded_9,
+                                                     spread_folded_10};
+
+/* Sums of n blocks, of eight neighbours at a time. */
+static void fold(const float *x, float *sums, int n, int level)
+{
+    float part[2][LARGEST / 8];
+    for (int turn = 0; level > 3; turn ^= 1) {
+        level -= 3;
+        fold_3(x, part[turn], n << level);
+        x = part[turn];
+    }
+    fold_at[level](x, sums, n);
+}
+
+static void fold_both(const float *g, float factor, float *sums, float *squares, int n, int level)
+{
+    float part[2][LARGEST / 8];
+    if (level <= 3) {
+        fold_both_at[level](g, factor, sums, squares, n);
+        return;
+    }
+    fold_both_3(g, factor, part[0], part[1], n << (level - 3));
+    fold(part[0], sums, n, level - 3);
+    fold(part[1], squares, n, level - 3);
+}
+
+/* -- rules: moments in place, and the updates of elements ----------------------------------------------------- */
+
+typedef struct {
+    float m, v;
+} pair;
+
+/* Both moments after a block of this mean. */
+static inline pair averaged(float m, float v, float mean, const gwt_step *restrict s)
+{
+    return (pair){m * s->beta1 + mean * s->rest1, v * s->beta2 + s->rest2 * mean * mean};
+}
+
+static inline float gain_of(float v, const gwt_step *restrict s)
+{
+    return 1 / (sqrtf(v) + s->eps);
+}
+
+/* The published rule up to the blocks' own: the update of element i will be offset - g_i * factor * gain. */
+static void average(const gwt_step *restrict s, const float *restrict sum, float *restrict m, float *restrict v,
+                    float *restrict means, float *restrict offset, float *restrict gain, int n)
+{
+    for (int k = 0; k < n; ++k) {
+        const float mean = sum[k] * s->per_sum;
+        const pair now = averaged(m[k], v[k], mean, s);
+        m[k] = now.m;
+        v[k] = now.v;
+        means[k] = mean;
+        gain[k] = gain_of(now.v, s) * s->step_size;
+        offset[k] = (mean - now.m * s->per_root) * gain[k];
+    }
+}
+
+/* What the limiter sums the squares of; nothing changes. */
+static void directions(const gwt_step *restrict s, const float *restrict sum, const float *restrict m,
+                       const float *restrict v, float *restrict direction, int n)
+{
+    for (int k = 0; k < n; ++k) {
+        const pair next = averaged(m[k], v[k], sum[k] * s->per_sum, s);
+        direction[k] = gain_of(next.v, s) * next.m;
+    }
+}
+
+/* The folded rule, likewise. */
+static void average_folded(const gwt_step *restrict s, const float *restrict sum, const float *restrict square,
+                           float *restrict m, float *restrict v, float *restrict means, int n)
+{
+    for (int k = 0; k < n; ++k) {
+        means[k] = sum[k] * s->per_sum;
+        m[k] = m[k] * s->beta1 + means[k] * s->rest1;
+        v[k] = v[k] * s->beta2 + square[k] * s->rest2;
+    }
+}
+
+/* Level 0: Adam, without bias correction inside the root. */
+static void adam(const gwt_step *restrict s, const float *restrict g, float *restrict m, float *restrict v,
+                 float *restrict update, int n)
+{
+    for (int i = 0; i < n; ++i) {
+        const pair now = averaged(m[i], v[i], g[i] * s->factor, s);
+        m[i] = now.m;
+        v[i] = now.v;
+        update[i] = -s->step_size * now.m / (sqrtf(now.v) + s->eps);
+    }
+}
+
+/* -- tiles ------------------------------------------------------------------------------------------------- */
+
+/* Coefficients of a tile: whole blocks, and whole quanta of codes. */
+static int at_once(const gwt_step *s)
+{
+    const int least = s->m_type == INT8 ? quantum_of(s->level) : 1;
+    return TILE >> s->level > least ? TILE >> s->level : least;
+}
+
+static int64_t all_coefficients(const gwt_step *s)
+{
+    const int64_t w = (int64_t)1 << s->level;
+    return s->rows * ((s->width + w - 1) >> s->level);
+}
+
+int64_t tiles_of(const gwt_step *s)
+{
+    return (all_coefficients(s) + at_once(s) - 1) / at_once(s);
+}
+
+int64_t tile_elements(const gwt_step *s)
+{
+    return (int64_t)at_once(s) << s->level;
+}
+
+void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
+{
+    tile t;
+    float *m, *v;
+    const int64_t all = all_coefficients(s), most = at_once(s);
+    for (int64_t i = first; i < stop; ++i) {
+        const int64_t k = i * most;
+        const int n = (int)(most < all - k ? most : all - k);
+        fold(gradients(s, k, n, &t), t.sum, n, s->level);
+        moments(s, k, n, &t, &m, &v);
+        directions(s, t.sum, m, v, t.offset, n);
+        sums[NORM] += sum_of_squares(t.offset, n);
+    }
+}
+
+void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
+{
+    tile t;
+    float *m, *v;
+    const int64_t all = all_coefficients(s), most = at_once(s);
+    for (int64_t i = first; i < stop; ++i) {
+        const int64_t k = i * most;
+        const int n = (int)(most < all - k ? most : all - k);
+        const float *g = gradients(s, k, n, &t);
+        moments(s, k, n, &t, &m, &v);
+        if (s->level == 0) {
+            adam(s, g, m, v, t.update, n);
+        } else if (s->folded) {
+            fold_both(g, s->factor, t.sum, t.square, n, s->level);
+            average_folded(s, t.sum, t.square, m, v, t.mean, n);
+            spread_folded_at[s->level](s, g, t.mean, m, v, t.update, n);
+        } else {
+            fold(g, t.sum, n, s->level);
+            average(s, t.sum, m, v, t.mean, t.offset, t.gain, n);
+            spread_at[s->level](g, s->factor, t.offset, t.gain, t.update, n);
+        }
+        if (s->observed) {
+            const double factor = s->factor, squares = sum_of_squares(g, n << s->level) * factor * factor;
+            sums[GRADIENTS] += squares;
+            sums[MEANS] += s->level ? sum_of_squares(t.mean, n) * (1 << s->level) : squares;
+        }
+        store_moments(s, k, n, &t);
+        sums[UPDATES] += add_updates(s, k, n, &t);
+    }
+}

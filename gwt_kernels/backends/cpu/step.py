@@ -1,0 +1,240 @@
+"""Hands a bucket to bucket.c: one call of C a step, whatever the number of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gwt_kernels.backends.bucket_validation import check_bucket, check_lows, check_scales
+from gwt_kernels.backends.cpu.build import library
+from gwt_kernels.core.hyper import Hyper, Rounding, Rule
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.core.tensor_step import Single
+
+__all__ = ["Packed", "knows", "update_sums"]
+
+# In the order of step.h's.
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
+MAX_LEVEL = 10
+
+# ``gwt_step`` of step.h, field by field, with the formats of the struct module.
+FIELDS = {
+    **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm"), "P"),
+    **dict.fromkeys(("rows", "width"), "q"),
+    **dict.fromkeys(("weights", "coefficients"), "qqq"),
+    "key": "Q",
+    **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed"), "i"),
+    "step": "I",
+    **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "keep", "factor", "per_sum", "per_root"), "f"),
+    **dict.fromkeys(("gamma", "limit", "step_size"), "f"),
+    "full_step": "d",
+    "sums": "dddd",
+}
+STEP = struct.Struct("".join(FIELDS.values()))
+# Parts of it: the gradient's address, the numbers of a step up to ``full_step``, and from ``limit`` on what C says.
+GRADIENT, NUMBERS, RESULTS = struct.Struct("P"), struct.Struct("=I12fd"), struct.Struct("=ff5d")
+GRADIENT_AT, NUMBERS_AT, RESULTS_AT = GRADIENT.size, STEP.size - NUMBERS.size - 32, STEP.size - RESULTS.size
+
+
+@functools.cache
+def functions() -> ctypes.CDLL:
+    """Those of bucket.c."""
+    lib = library()
+    for function in (lib.gwt_update, lib.gwt_sum):
+        function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        function.restype = ctypes.c_int
+    return lib
+
+
+def knows(singles: Sequence[Single], level: int) -> bool:
+    """Whether the step in C can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an
+    address."""
+    p, g, m, *_ = singles[0]
+    return (
+        level <= MAX_LEVEL
+        and p.dtype in TYPES[:3]
+        and g.dtype in TYPES[:3]
+        and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
+        and all(_has_memory(x) for own in singles for x in (own.p, own.g))
+    )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether the address of ``x`` is that of its numbers: not so of fakes, wrappers, and what ``vmap`` batches."""
+    plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return plain and torch._C._has_storage(x) and not x._is_zerotensor()
+
+
+class Result(NamedTuple):
+    """What C says of one tensor: the divisor of its update, and sums of squares in double."""
+
+    limit: float
+    step_size: float
+    full_step: float
+    norm: float
+    """Of ``m / (sqrt(v) + eps)``, where the limiter or :func:`update_sums` asked for it."""
+    gradients: float
+    means: float
+    updates: float
+
+
+def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
+    """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
+    packed = Packed(singles, level, "gwt", "nearest")
+    packed.run(functions().gwt_sum)
+    sums = iter(packed.results())
+    totals = [next(sums).norm if own.p.numel() else 0.0 for own in singles]
+    return torch.tensor(totals, dtype=torch.float32, device="cpu")
+
+
+def _check(singles: Sequence[Single], level: int) -> None:
+    """Raise unless C may trust the tensors: it writes to their addresses."""
+    params, exp_avgs = [own.p for own in singles], [own.m for own in singles]
+    check_bucket((params, [own.g for own in singles], exp_avgs, [own.v for own in singles]), level)
+    lows = [own.low for own in singles if own.low is not None]
+    if lows:
+        check_lows(params, lows)
+    scales = [own.scales for own in singles if own.scales is not None]
+    if exp_avgs[0].dtype == torch.int8:
+        if len(scales) != len(singles):
+            raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
+        check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
+
+
+class Packed:
+    """A bucket as C takes it: an array of ``gwt_step``, without the tensors that are empty."""
+
+    def __init__(self, singles: Sequence[Single], level: int, rule: Rule, rounding: Rounding) -> None:
+        _check(singles, level)
+        self.singles = [own for own in singles if own.p.numel()]
+        self.lasts = True
+        """Whether another call with the same tensors can use it: nothing had to be copied."""
+        self._level, self._rule = level, rule
+        self._is_divided = level > 0 and rule == "gwt"
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
+        self._buffer = bytearray(STEP.size * len(self.singles))
+        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.singles else None
+        types = [TYPES.index(x.dtype) for x in singles[0][:3]]
+        kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
+        for i, own in enumerate(self.singles):
+            self._pack(i * STEP.size, own, kind)
+        self._pack_numbers()
+
+    def _pack(self, at: int, own: Single, kind: tuple[int, ...]) -> None:
+        """Pack all of a tensor but the numbers of a step."""
+        p, g, m, v = self._plain(own.p, True), self._plain(own.g, False), own.m, own.v
+        count = p.numel()
+        width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
+        low = 0 if own.low is None else own.low.data_ptr()
+        scales = (0, 0) if own.scales is None else (own.scales[0].data_ptr(), own.scales[1].data_ptr())
+        addresses = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())
+        if not all(addresses):
+            raise _no_memory(p)
+        norm = 0
+        if self._is_divided and own.norm is not None and own.hyper.norm_growth_limit is not None:
+            norm = self._plain(own.norm, True, torch.float32).data_ptr()
+        weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if own.span is None else own.span
+        numbers = (0,) * 18
+        STEP.pack_into(
+            *(self._buffer, at, *addresses, low, *scales, norm, count // width, width, *weights, *coefficients),
+            *(own.key, *kind, own.row is not None, *numbers),
+        )
+
+    def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, or a copy that C can take."""
+        if x.is_contiguous() and not x.is_neg() and (dtype is None or x.dtype == dtype):
+            return x
+        copy = x.resolve_neg().to(dtype or x.dtype).contiguous()
+        self._copies.append((x if is_written else copy, copy))
+        self.lasts = False
+        return copy
+
+    def renew(self, singles: Sequence[Single]) -> None:
+        """Take gradients and numbers of another step with the same tensors."""
+        self.singles = [own for own in singles if own.p.numel()]
+        for i, own in enumerate(self.singles):
+            address = own.g.data_ptr()
+            if not address:
+                raise _no_memory(own.p)
+            GRADIENT.pack_into(self._buffer, i * STEP.size + GRADIENT_AT, address)
+        self._pack_numbers()
+
+    def _pack_numbers(self) -> None:
+        """Pack the numbers of a step, which most tensors share."""
+        shared: dict[tuple[int, int], bytes] = {}
+        for i, own in enumerate(self.singles):
+            key = id(own.hyper), own.step
+            if (packed := shared.get(key)) is None:
+                packed = shared[key] = self._numbers(own)
+            if own.limit is not None and self._is_divided:
+                packed = self._numbers(own, float(own.limit))
+            at = i * STEP.size + NUMBERS_AT
+            self._buffer[at : at + NUMBERS.size] = packed
+
+    def _numbers(self, own: Single, limit: float = 1.0) -> bytes:
+        numbers, gamma = _numbers(own.hyper, self._level, self._rule), own.hyper.norm_growth_limit or 0.0
+        step_size = own.hyper.step_size(own.step, self._level) if own.step else 0.0  # for sums alone
+        return NUMBERS.pack(own.step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
+
+    def step(self) -> None:
+        """Take a step of all tensors."""
+        self.run(functions().gwt_update)
+        self.write_back()
+        for row, result in self.observed():
+            notes = Notes(row)
+            squares = torch.tensor(result, dtype=torch.float64, device="cpu")
+            notes.squares_of_gradient(squares[-3], squares[-2])
+            notes.squares_of_update(squares[-1])
+            notes.limit(squares[0])
+            notes.close()
+
+    def run(self, function: Any) -> None:
+        """Call a function of bucket.c on all tensors."""
+        count = len(self.singles)
+        if count and function(self._address, count, torch.get_num_threads()):
+            raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
+
+    def write_back(self) -> None:
+        """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
+        increment_version([own.p for own in self.singles])
+        for x, copy in self._copies:
+            if x is not copy:
+                x.copy_(copy)
+
+    def results(self) -> list[Result]:
+        """What C says of each tensor."""
+        return [self._result(i) for i in range(len(self.singles))]
+
+    def observed(self) -> list[tuple[Tensor, Result]]:
+        """Telemetry's rows, and what C says of their tensors."""
+        return [(own.row, self._result(i)) for i, own in enumerate(self.singles) if own.row is not None]
+
+    def _result(self, i: int) -> Result:
+        return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))
+
+
+def _no_memory(p: Tensor) -> ValueError:
+    return ValueError(
+        f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring it "
+        f"back before the step"
+    )
+
+
+def _numbers(hyper: Hyper, level: int, rule: Rule) -> tuple[float, ...]:
+    """From ``beta1`` to ``per_root``."""
+    block, factor = 2**level, hyper.signed_factor
+    keep = 1 - float(hyper.lr) * hyper.weight_decay
+    rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
+    if level and rule == "foam":  # the gradient is multiplied by the factor first
+        return hyper.beta1, rest1, hyper.beta2, rest2 / block, hyper.eps, keep, factor, 1 / block, 0.0
+    rest1, rest2, root = rest1 * math.sqrt(block), rest2 * block, math.sqrt(block)
+    return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, factor / block, 1 / root

@@ -1,0 +1,176 @@
+"""The published algorithm literally, for any discrete wavelet: transform, divide, limit, invert, update.
+
+Slow, and the only path for wavelets other than Haar and for rows that go on beyond their ends with anything but
+zeros. With ``wavelet="haar"`` and ``boundary="zero"`` it is a second, independent statement of what the folded step
+computes. Notation of docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gwt_kernels.backends.torch.haar import compute_dtype
+from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.rules.limiter import limit_
+
+__all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "wavedec", "waverec"]
+
+FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+
+
+def gwt_adamw_(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> None:
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
+    bank = filter_bank(wavelet)
+    for own in singles:
+        if own.p.numel() == 0:
+            continue
+        m, v, denominator, details = _moments(own, bank, level, boundary)
+        dtype, hyper = m.dtype, own.hyper
+        coeffs = [m / denominator]
+        for i, detail in enumerate(details):
+            if i:
+                denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
+            coeffs.append(detail / denominator)
+        limit: Tensor | float = 1.0 if own.limit is None else own.limit
+        if own.norm is not None and hyper.norm_growth_limit is not None:
+            limit = limit_(own.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
+        update = waverec(coeffs, bank)[..., : own.p.shape[-1]] * (hyper.step_size(own.step, level) / limit)
+        own.p.copy_(own.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
+        own.m.copy_(m)
+        own.v.copy_(v)
+
+
+def update_sums(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
+    """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
+    bank, first = filter_bank(wavelet), singles[0].p
+    sums = torch.zeros(len(singles), dtype=compute_dtype(first.dtype), device=first.device)
+    for total, own in zip(sums, singles, strict=True):
+        if own.p.numel():
+            m, _, denominator, _ = _moments(own, bank, level, boundary)
+            total += (m / denominator).square().sum()
+    return sums
+
+
+def _moments(
+    own: Single, bank: FilterBank, level: int, boundary: str
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """New moments, ``sqrt(v) + eps`` and the gradient's details."""
+    hyper = own.hyper
+    dtype = compute_dtype(torch.promote_types(own.p.dtype, own.m.dtype))
+    approximation, *details = wavedec(own.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
+    m = own.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+    v = own.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+    return m, v, v.sqrt() + hyper.eps, details
+
+
+@functools.lru_cache(maxsize=32)
+def filter_bank(wavelet: str) -> FilterBank:
+    """Decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
+
+    Raises:
+        ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
+        ValueError: the name is unknown, or not that of a discrete wavelet.
+    """
+    if wavelet == "haar":
+        root = math.sqrt(0.5)
+        return (root, root), (-root, root), (root, root), (root, -root)
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"wavelet={wavelet!r} takes its filters from PyWavelets, which is not installed: "
+            f"pip install 'gwt-kernels[wavelets]', or use wavelet='haar'"
+        ) from error
+    if wavelet not in pywt.wavelist(kind="discrete"):
+        raise ValueError(
+            f"unknown wavelet {wavelet!r}: use 'haar', or a name of pywt.wavelist(kind='discrete') such as 'db2'"
+        )
+    low, high, low_inverse, high_inverse = (tuple(map(float, f)) for f in pywt.Wavelet(wavelet).filter_bank)
+    return low, high, low_inverse, high_inverse
+
+
+def approximation_width(width: int, level: int, wavelet: str) -> int:
+    """Width of the approximation of a row of ``width`` elements, whatever the boundary.
+
+    For Haar ``ceil(width / 2**level)``.
+    """
+    if wavelet == "haar":
+        return -(-width // (1 << level))
+    taps = len(filter_bank(wavelet)[0])
+    for _ in range(level):
+        width = (width + taps - 1) // 2
+    return width
+
+
+def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> list[Tensor]:
+    """``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
+    details = []
+    for _ in range(level):
+        x, detail = _analyse(x, bank, boundary)
+        details.append(detail)
+    return [x, *reversed(details)]
+
+
+def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
+    """``pywt.waverec(coeffs, wavelet, mode=boundary, axis=-1)``, which is the same for every boundary.
+
+    May be one element longer than the original.
+    """
+    x = coeffs[0]
+    for detail in coeffs[1:]:
+        x = _synthesise(x[..., : detail.shape[-1]], detail, bank)
+    return x
+
+
+def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor]:
+    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, ``x`` continued beyond its ends."""
+    low, high = bank[:2]
+    taps, n = len(low), x.shape[-1]
+    out = (n + taps - 1) // 2
+    # The padding makes index 2k + 1 - j start at 2 - taps. No convolution: CUDA's may round to TF32.
+    padded = _continued(x, taps - 2, 2 * out - n, boundary)
+    shifted = [padded[..., taps - 1 - j :: 2][..., :out] for j in range(taps)]
+    approximation, detail = torch.zeros_like(shifted[0]), torch.zeros_like(shifted[0])
+    for j, column in enumerate(shifted):
+        approximation.add_(column, alpha=low[j])
+        detail.add_(column, alpha=high[j])
+    return approximation, detail
+
+
+def _continued(x: Tensor, before: int, after: int, boundary: str) -> Tensor:
+    """Rows with ``before`` and ``after`` more elements at their ends, as ``pywt.pad(x, ..., mode=boundary)``.
+
+    For a row ``a b c``: ``constant`` goes on as ``a a|a b c|c c``, ``symmetric`` as ``b a|a b c|c b``,
+    ``reflect`` as ``c b|a b c|b a`` and ``periodic`` as ``b c|a b c|a b``, over and over where a row is short.
+    """
+    if boundary == "zero":
+        return F.pad(x, (before, after))
+    n = x.shape[-1]
+    place = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
+    if boundary == "constant":
+        place = place.clamp(0, n - 1)
+    elif boundary == "periodic":
+        place = place.remainder(n)
+    else:  # there and back: the ends come twice, or once
+        twice = boundary == "symmetric"
+        last = 2 * n - 2 + twice
+        place = place.remainder(max(last + twice, 1))
+        place = torch.minimum(place, last - place)
+    return x.index_select(-1, place)
+
+
+def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
+    """One level up: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
+    low, high = bank[2:]
+    taps, n = len(low), detail.shape[-1]
+    x = detail.new_zeros(*detail.shape[:-1], 2 * n + taps - 2)
+    for j in range(taps):
+        column = x[..., j::2][..., :n]
+        column.add_(approximation, alpha=low[j]).add_(detail, alpha=high[j])
+    return x[..., taps - 2 : x.shape[-1] - (taps - 2)]

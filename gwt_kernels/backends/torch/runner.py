@@ -1,0 +1,86 @@
+"""Runs a bucket's steps by PyTorch's operators, one tensor after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.backends.torch import literal
+from gwt_kernels.backends.torch import step as folded
+from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.core.notes import COLUMNS
+from gwt_kernels.core.tensor_step import Single
+
+__all__ = ["TorchRunner"]
+
+
+class TorchRunner:
+    """See :class:`gwt_kernels.backends.runner.Runner`.
+
+    Where a device counts steps, the host waits to learn of them.
+    """
+
+    collects_grad_stats = False
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+
+    def reduce(
+        self,
+        inputs: StepInputs,
+        decision: Tensor | None = None,
+        *,
+        grad_stats: bool = False,
+        update_sums: bool = False,
+    ) -> Reduction:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        if grad_stats:
+            raise ValueError("the first pass reads gradients for the step's decision on the Triton backend alone")
+        if not update_sums:
+            return Reduction([], None)
+        factor = 1.0 if decision is None else float(decision[0])
+        inputs = inputs._replace(steps=[0] * len(self.bucket))  # which the sums do not depend on
+        return Reduction([], self._sums(self.bucket.singles(_scaled(inputs, factor))))
+
+    def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        counts = inputs.steps
+        if isinstance(counts, Tensor):
+            if decision is not None:  # on a CUDA device the one place that waits for it
+                factor, go, _ = decision.tolist()
+                if not go:
+                    if self.bucket.telemetry is not None:
+                        self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
+                    return
+                inputs = _scaled(inputs, factor)
+            inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))
+        self._update(self.bucket.singles(inputs, divisors))
+        if isinstance(counts, Tensor):
+            counts.add_(1)
+
+    def memory(self) -> list[object]:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        return []
+
+    def _update(self, singles: Sequence[Single]) -> None:
+        bucket = self.bucket
+        if bucket.is_literal:
+            literal.gwt_adamw_(singles, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
+        else:
+            folded.gwt_adamw_(singles, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
+
+    def _sums(self, singles: Sequence[Single]) -> Tensor:
+        bucket = self.bucket
+        if bucket.is_literal:
+            return literal.update_sums(
+                singles, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
+            )
+        return folded.update_sums(singles, level=bucket.level)
+
+
+def _scaled(inputs: StepInputs, factor: float) -> StepInputs:
+    """The step with gradients multiplied by ``factor``."""
+    hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in inputs.hypers]
+    return inputs._replace(hypers=hypers)

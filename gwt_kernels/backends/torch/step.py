@@ -1,0 +1,153 @@
+"""A step in plain PyTorch, one tensor after another and a chunk of it at a time, by the rules' own statements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.backends.torch.haar import compute_dtype
+from gwt_kernels.backends.torch.storage import Chunk, Storage
+from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.core.hyper import Rule as RuleName
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.formats.moments import MomentFormat, format_of
+from gwt_kernels.rules import Rule, rule_of
+from gwt_kernels.rules.limiter import limit_
+
+__all__ = ["gwt_adamw_", "update_sums"]
+
+CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
+
+
+def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: RuleName, rounding: Rounding) -> None:
+    """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
+    for own in singles:
+        if own.p.numel() == 0:
+            continue
+        own = _scaled_ahead(own)
+        notes = None if own.row is None else Notes(own.row)
+        storage = Storage(level, _stored(own), rounding, own.step, own.key, own.span, notes)
+        _step(_chunks(own, _stored(own).block_size(level)), own, rule_of(rule, level), storage)
+        if notes is not None:
+            notes.close()
+
+
+def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
+    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
+    rule, p = rule_of("gwt", level), singles[0].p
+    direction = rule.direction
+    if direction is None:
+        raise ValueError(f"level {level} has no limiter, and no sums of its update's squares")
+    sums = torch.zeros(len(singles), dtype=compute_dtype(p.dtype), device=p.device)
+    for total, own in zip(sums, singles, strict=True):
+        if own.p.numel() == 0:
+            continue
+        own = _scaled_ahead(own)
+        storage = Storage(level, _stored(own), "nearest", step=0, key=0)
+        for chunk in _chunks(own, _stored(own).block_size(level)):
+            m, v = (x.clone() for x in storage.load_moments(chunk, _dtype_of(own)))
+            total += _sum_of_squares(direction(rule.moments(chunk.g, m, v, own.hyper, level, None)))
+    return sums
+
+
+def _stored(own: Single) -> MomentFormat:
+    """How its moments are stored: to the nearest, where no format has their dtype."""
+    return format_of(own.m.dtype) or MomentFormat(str(own.m.dtype), (own.m.dtype, own.v.dtype))
+
+
+def _dtype_of(own: Single) -> torch.dtype:
+    """The dtype of its arithmetic."""
+    return compute_dtype(own.p.dtype if own.scales else torch.promote_types(own.p.dtype, own.m.dtype))
+
+
+def _scaled_ahead(own: Single) -> Single:
+    """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
+    factor = own.hyper.grad_factor
+    if not isinstance(factor, Tensor):
+        return own
+    return own._replace(g=own.g.to(_dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
+
+
+def _step(chunks: Iterable[Chunk], own: Single, rule: Rule, storage: Storage) -> None:
+    """One tensor: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
+    hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, _dtype_of(own)
+    limits = rule.direction is not None
+    gamma = hyper.norm_growth_limit if limits and own.norm is not None else None
+    step_size: Tensor | float = hyper.step_size(storage.step, level)
+    limit = own.limit if limits else None
+    if limit is not None:
+        step_size = step_size / limit
+    total: Tensor | None = None  # squared norm of the rule's direction
+    pending = []
+    for chunk in chunks:
+        m, v = storage.load_moments(chunk, dtype)
+        parts = rule.moments(chunk.g, m, v, hyper, level, notes)
+        if gamma is None or rule.direction is None:
+            _update(chunk, parts, step_size, own, rule, storage)
+        else:
+            # On a CPU sum adds in a tree, vector_norm one by one and so less exactly.
+            part = _sum_of_squares(rule.direction(parts))
+            total = part if total is None else total + part
+            pending.append((chunk, parts))
+        storage.store_moments(chunk, m, v)
+    if own.norm is not None and gamma is not None and total is not None:
+        limit = limit_(own.norm, total.sqrt_(), gamma)
+        step_size = step_size / limit
+    if limit is not None and notes is not None:
+        notes.limit(limit)
+    for chunk, parts in pending:
+        _update(chunk, parts, step_size, own, rule, storage)
+
+
+def _update(
+    chunk: Chunk,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    own: Single,
+    rule: Rule,
+    storage: Storage,
+) -> None:
+    """Weight decay, and the rule's update, of a chunk's weights."""
+    p = storage.load_weights(chunk, _dtype_of(own))
+    if own.hyper.weight_decay:
+        p.mul_(1 - float(own.hyper.lr) * own.hyper.weight_decay)
+    rule.update_(p, chunk.g, parts, step_size, own.hyper, storage.level, storage.notes)
+    storage.store_weights(chunk, p)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Of all elements; overwrites them. ``square_``, which is the same, knows no functionalization."""
+    return x.mul_(x).sum()
+
+
+def _chunks(own: Single, q: int) -> Iterator[Chunk]:
+    """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
+    p, m, scales = own.p, own.m, own.scales
+    tensors = [x for x in (p, own.g, m, own.v, own.low) if x is not None]
+    contiguous = all(x.is_contiguous() for x in tensors)
+    whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
+    if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
+        parts = [[x] for x in tensors]
+    elif contiguous and m.shape == p.shape:
+        parts = [list(torch.split(x.view(-1), CHUNK)) for x in tensors]
+    elif contiguous:
+        rows = _multiple(CHUNK // p.shape[-1], q // math.gcd(q, m.shape[-1]) if scales else 1)
+        parts = [list(torch.split(x.view(-1, x.shape[-1]), rows)) for x in tensors]
+    else:
+        parts = [list(torch.split(x, _multiple(CHUNK * p.shape[0] // p.numel(), whole))) for x in tensors]
+    first = coefficient = 0
+    for p_, g_, m_, v_, *low_ in zip(*parts, strict=True):
+        quanta = slice(coefficient // q, -(-(coefficient + m_.numel()) // q))
+        parts_ = None if scales is None else (scales[0][quanta], scales[1][quanta])
+        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, parts_, first, coefficient)
+        first += p_.numel()
+        coefficient += m_.numel()
+
+
+def _multiple(n: int, of: int) -> int:
+    """The largest multiple that is not above ``n``, and at least one."""
+    return max(of, n // of * of)

@@ -1,0 +1,183 @@
+"""Kernels of what is decided on the device before a step, and of the numbers that the step then goes by."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.schema import (
+    B1,
+    B1_C,
+    B2,
+    B2_C,
+    CORRECTS_BIAS_C,
+    DECAY,
+    EPS,
+    EPS_C,
+    GAMMA,
+    GAMMA_C,
+    GRAD_SCALE,
+    LR_C,
+    N_CONSTANTS,
+    N_SCALARS,
+    REST1,
+    REST2,
+    SCALE_C,
+    SIGN_C,
+    STEP_SIZE,
+    TAKEN,
+    WEIGHT_DECAY_C,
+)
+from gwt_kernels.backends.triton.tiles import array_ptr
+
+__all__ = ["decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "tiles_per_chunk"])
+def squares_kernel(
+    owners_ptr,
+    table_ptr,
+    partials_ptr,
+    n_tensors,
+    n_chunks,
+    tiles_per_chunk,
+    G: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+):
+    """Sum of squares of a chunk of one gradient, and how many of its elements are infinite or NaN.
+
+    ``owners`` int32 ``[n_chunks]``: each chunk's gradient.
+    ``table`` int64 ``[3, n]``: addresses of gradients (multiples of ``ALIGN`` bytes), their sizes (multiples of
+    ``MULTIPLE`` elements) and their first chunks. ``partials`` float32 ``[2, n_chunks]``.
+    """
+    chunk = tl.program_id(0)
+    i = tl.load(owners_ptr + chunk)
+    g_ptr = array_ptr(table_ptr, 0, i, n_tensors, G, ALIGN)
+    start = (chunk - tl.load(table_ptr + 2 * n_tensors + i)) * tiles_per_chunk * TILE
+    size = tl.load(table_ptr + n_tensors + i)
+    end = tl.minimum(start + tiles_per_chunk * TILE, size)
+    elements = tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    bad = tl.zeros((TILE,), tl.float32)
+    while start < end:
+        inside = elements < tl.multiple_of(tl.minimum(end - start, TILE).to(tl.int32), MULTIPLE)
+        g = tl.load(g_ptr + start + elements, mask=inside, other=0.0).to(tl.float32)
+        total += g * g
+        bad += tl.where((g.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000, 1.0, 0.0)
+        start += TILE
+    tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
+    tl.store(partials_ptr + n_chunks + chunk, tl.sum(bad, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_chunks"])
+def total_kernel(partials_ptr, total_ptr, n_chunks, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Set ``total`` float64 ``[2]`` to the sums of ``partials [2, n_chunks]``, or add them where not ``FIRST``."""
+    which = tl.program_id(0)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    chunk = 0
+    while chunk < n_chunks:
+        chunks = chunk + tl.arange(0, BLOCK)
+        part = tl.load(partials_ptr + which * n_chunks + chunks, mask=chunks < n_chunks, other=0.0)
+        sums += part.to(tl.float64)
+        chunk += BLOCK
+    total = tl.sum(sums, axis=0)
+    if not FIRST:
+        total += tl.load(total_ptr + which)
+    tl.store(total_ptr + which, total)
+
+
+@triton.jit(do_not_specialize=["max_norm"])
+def decide_kernel(
+    total_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    skipped_ptr,
+    control_ptr,
+    max_norm,
+    SUMMED: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOUND: tl.constexpr,
+):
+    """See :func:`gwt_kernels.control.decide`; a pointer whose flag is off is not read."""
+    inverse = tl.full((), 1.0, tl.float64)
+    if SCALED:
+        inverse = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
+    norm = tl.full((), float("nan"), tl.float64)
+    if SUMMED:
+        norm = tl.sqrt(tl.load(total_ptr)) * inverse
+    factor = inverse
+    if CLIPPED:
+        factor *= tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    go = tl.full((), 1.0, tl.float64)
+    if CHECKED:
+        go = tl.where(tl.load(total_ptr + 1) > 0.0, 0.0, go)
+    if FOUND:
+        go = tl.where(tl.load(found_inf_ptr) > 0.0, 0.0, go)
+    tl.store(skipped_ptr, tl.load(skipped_ptr) + 1.0 - go)
+    tl.store(control_ptr, factor)
+    tl.store(control_ptr + 1, go)
+    tl.store(control_ptr + 2, norm)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "steps_ptr"])
+def rows_kernel(
+    addresses_ptr,
+    constants_ptr,
+    control_ptr,
+    steps_ptr,
+    scalars_ptr,
+    n_tensors,
+    CONTROLLED: tl.constexpr,
+    COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count the step of every tensor, unless it is skipped, and write the row of numbers that the step goes by.
+
+    Without ``COUNTS`` the row is written as if the step were counted.
+
+    ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
+    ``constants`` float64 ``[n, 9]``: see ``schema.py``
+    ``control``   float64 ``[3]``, where ``CONTROLLED``: factor on gradients, whether to step, norm
+    ``steps``     int64 ``[n]``, written: the number of this step
+    ``scalars``   float32 ``[n, 10]``, written: see ``schema.py``
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n_tensors
+    count_ptrs = tl.load(addresses_ptr + i, mask=inside, other=0).to(tl.pointer_type(tl.float64))
+    lr_address = tl.load(addresses_ptr + n_tensors + i, mask=inside, other=0)
+    row = constants_ptr + i * N_CONSTANTS
+    lr = tl.load(row + LR_C, mask=inside, other=0.0)
+    moving = inside & (lr_address != 0)
+    lr_read = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=moving, other=0.0).to(tl.float64)
+    lr = tl.where(moving, lr_read, lr)
+    b1 = tl.load(row + B1_C, mask=inside, other=0.5)
+    b2 = tl.load(row + B2_C, mask=inside, other=0.5)
+    sign = tl.load(row + SIGN_C, mask=inside, other=0.0)
+    go = tl.full((), 1.0, tl.float64)
+    if CONTROLLED:
+        sign *= tl.load(control_ptr)
+        go = tl.load(control_ptr + 1)
+    step = tl.load(count_ptrs, mask=inside, other=0.0) + go
+    if COUNTS:
+        tl.store(count_ptrs, step, mask=inside)
+    tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
+    correction1 = 1.0 - tl.exp(step * tl.log(b1))
+    correction2 = 1.0 - tl.exp(step * tl.log(b2))
+    corrects = tl.load(row + CORRECTS_BIAS_C, mask=inside, other=0.0) != 0.0
+    step_size = tl.where(corrects, lr * tl.sqrt(correction2) / correction1, lr)
+    step_size *= tl.load(row + SCALE_C, mask=inside, other=0.0)
+    out = scalars_ptr + i * N_SCALARS
+    tl.store(out + B1, b1.to(tl.float32), mask=inside)
+    tl.store(out + REST1, (1.0 - b1).to(tl.float32), mask=inside)
+    tl.store(out + B2, b2.to(tl.float32), mask=inside)
+    tl.store(out + REST2, (1.0 - b2).to(tl.float32), mask=inside)
+    tl.store(out + EPS, tl.load(row + EPS_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + DECAY, (lr * tl.load(row + WEIGHT_DECAY_C, mask=inside, other=0.0)).to(tl.float32), mask=inside)
+    tl.store(out + STEP_SIZE, step_size.to(tl.float32), mask=inside)
+    tl.store(out + GAMMA, tl.load(row + GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + GRAD_SCALE, sign.to(tl.float32), mask=inside)
+    tl.store(out + TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)

@@ -1,0 +1,257 @@
+"""Launches of the step's kernels for the tensors of a bucket that take one path: their tables, and the kernels."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from gwt_kernels.backends.triton.compiling import UNFUSED
+from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
+from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, variant
+from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
+from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
+from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
+from gwt_kernels.backends.triton.tables import (
+    TRITON_DTYPES,
+    Sender,
+    constant_rows,
+    lr_addresses,
+    owners,
+    scalar_rows,
+)
+from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.core.hyper import padded_spans, quantum
+from gwt_kernels.rules import rule_of
+
+__all__ = ["Launch", "Sent"]
+
+MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
+LIMITER_BLOCK = 1024
+OBSERVE_BLOCK = 1024
+
+_TENSORS = POINTERS[: POINTERS.index("norm") + 1]
+_STATE = POINTERS[: POINTERS.index("step") + 1]  # and behind it where shards lie
+
+
+class Sent:
+    """The tables of one step on the device, and what its first phase made of them.
+
+    Attributes:
+        pointers: int64: addresses of the tensors' arrays.
+        scalars: float32 ``[n, 10]``: the numbers that the step goes by.
+        telemetry: int64 ``[n]``: addresses of telemetry's rows.
+        factors: float32 ``[n]``: reciprocals of the limiter's divisors, where the step decides them.
+        partials: float32 ``[chunks]``: partial sums of the update's squares.
+        grad_stats: float32 ``[2, chunks]``: what the first phase read of the gradients.
+        can_skip: Whether the device may decide to skip the step.
+    """
+
+    factors: Tensor
+    partials: Tensor | None = None
+    grad_stats: Tensor | None = None
+
+    def __init__(self, pointers: Tensor, telemetry: Tensor, rest: Tensor, n: int, counted: bool) -> None:
+        self.pointers, self.telemetry, self._rest, self._n = pointers, telemetry, rest, n
+        self.can_skip = False
+        if not counted:
+            self.scalars = rest.view(torch.float32)
+
+    def decide(self, decision: Tensor | None, *, counts: bool = True) -> None:
+        """Make the numbers of a step that the device counts; without ``counts`` as if it were counted."""
+        n = self._n
+        constants = self._rest[len(DEVICE_SCALARS) * n :].view(torch.float64)
+        steps = self.pointers[POINTERS.index("step") * n :]
+        self.scalars = rows_on_device(self._rest, constants, steps, n, decision, counts=counts)
+        self.can_skip = decision is not None
+
+
+class Launch:
+    """Tensors of one bucket and one path: what stays the same from step to step.
+
+    Args:
+        bucket: Whose tensors these are.
+        chosen: Places of the tensors in the bucket.
+        flat: Whether they take the flat path.
+    """
+
+    def __init__(self, bucket: Bucket, chosen: list[int], flat: bool) -> None:
+        self._chosen = chosen if len(chosen) < len(bucket) else None  # None: all of them, in order
+        self.n = len(chosen)
+        self.flat = flat
+        level, device = bucket.level, bucket.device
+        self._bucket = bucket
+        self._rule = rule_of(bucket.rule, level).kernel
+        self._path = variant(level, flat, bucket.is_quantized)
+        self._quantum = quantum(level) if bucket.is_quantized else 0
+        self._sender = Sender()
+        self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+        # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
+        together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
+        rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
+        tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
+        first_tiles = [0, *accumulate(tiles)]
+        self.n_tiles = first_tiles[-1]
+        layout = chain(*([first, *own] for first, own in zip(first_tiles, rows_, strict=False)))
+        self._layout = self._sender.send(array("q", layout).tobytes(), device)
+        self._owners = owners(self._sender.send(array("q", tiles).tobytes(), device), self.n_tiles)
+        # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
+        self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
+        first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
+        self.n_chunks = first_chunks[-1]
+        self._first_chunks = self._sender.send(array("q", first_chunks).tobytes(), device)
+        self._chunk_owners = owners(self._first_chunks.diff(), self.n_chunks)
+        indices = array("q", self._chosen or ()).tobytes()
+        self._index = self._sender.send(indices, device) if indices else None
+        # A random bit's index is that of the whole tensor.
+        spans = bucket.spans if bucket.is_random else None
+        self._spans = [] if spans is None else [[*spans[i][0], *spans[i][1]] for i in chosen]
+        padded = [padded_spans(bucket.params[i].shape, level) for i in chosen]
+        self._span_kind = _span_kind(self._spans, [(*own[0][1:], *own[1][1:]) if own else None for own in padded])
+        self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
+        rows = bucket.telemetry
+        self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
+        p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.exp_avgs[0].dtype))
+        self._dtypes = p, g, m
+        narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
+        self._norm_alignment = alignment(g, m, level, flat)
+        self._step_alignment = alignment(narrower, m, level, flat)
+
+    def set_pointers(self, columns: Mapping[str, bytes]) -> None:
+        """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""
+        self._columns = {name: self._own_words(column) for name, column in columns.items()}
+
+    def send(self, grad_ptrs: bytes, inputs: StepInputs, decision: Tensor | None, counts: bool) -> Sent:
+        """Send the tables of a step.
+
+        Args:
+            grad_ptrs: Addresses of the bucket's gradients.
+            inputs: Of the step.
+            decision: What was decided about it, if anything.
+            counts: Whether a device that counts steps counts this one now.
+        """
+        bucket, n = self._bucket, self.n
+        counted = isinstance(inputs.steps, Tensor)
+        random = bucket.is_random or bucket.rounding == "split"
+        device_scalars: list[Any] = []
+        if isinstance(inputs.steps, Tensor):
+            rows, counts_of = (
+                constant_rows(inputs.hypers, bucket.level),
+                [0] * len(bucket),
+            )  # the device writes these
+            first = inputs.steps.data_ptr()
+            device_scalars = [range(first, first + 8 * len(bucket), 8), lr_addresses(inputs.hypers)]
+        else:
+            rows = scalar_rows(inputs.hypers, inputs.steps, bucket.level)
+            counts_of = list(inputs.steps) if bucket.is_random else []
+        columns = self._columns
+        columns["g"] = self._own_words(grad_ptrs)
+        columns["step"] = array("q", self._own(counts_of)).tobytes() if counts_of else b""
+        read = _STATE if random or counted else _TENSORS if bucket.is_limited else _TENSORS[:-1]
+        table = b"".join([*map(columns.__getitem__, read), self._span_words])
+        table += bytes(-len(table) % 16)  # one alignment whatever the number of tensors, so one compiled variant
+        telemetry = array("q", self._own(self._rows)).tobytes() if self._rows else b""
+        telemetry += bytes(-len(telemetry) % 16)
+        rows = self._own(rows)
+        alike = rows.count(rows[0]) == n  # as most are, and then multiplied faster than joined
+        numbers = rows[0] * n if alike else b"".join(rows)
+        pieces = [table, telemetry, *(array("q", self._own(x)).tobytes() for x in device_scalars), numbers]
+        sent = self._sender.send(b"".join(pieces), bucket.device, capturable=counted)
+        after_table, after_telemetry = len(table) // 8, (len(table) + len(telemetry)) // 8
+        result = Sent(sent, sent[after_table:], sent[after_telemetry:], n, counted)
+        if counted:
+            result.decide(decision, counts=counts)
+        return result
+
+    def norms(self, sent: Sent, grad_stats: bool) -> None:
+        """Make the partial sums of the update's squares, and read the gradients for ``grad_stats``."""
+        device = self._layout.device
+        _, g, m = self._dtypes
+        sent.partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
+        if grad_stats:
+            sent.grad_stats = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
+        stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
+        self._start(
+            norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
+            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
+            Q=self._quantum, SKIPPABLE=sent.can_skip, LOOKS=grad_stats, MOMENTS=self._rule.moments,
+            DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
+        )  # fmt: skip
+
+    def add_up(self, sent: Sent, sums: Tensor) -> None:
+        """Add up the partial sums of each tensor in ``sums``, float32 ``[len(bucket)]``."""
+        own = torch.empty(self.n, dtype=torch.float32, device=self._layout.device)
+        self._start(sum_kernel, self.n, self._first_chunks, sent.partials, own, BLOCK=LIMITER_BLOCK)
+        sums[slice(None) if self._index is None else self._index] = own
+
+    def update(self, sent: Sent, divisors: Tensor | None) -> None:
+        """Update weights and moments, by the limiter's ``divisors`` where the caller has decided them."""
+        bucket, device = self._bucket, self._layout.device
+        p, g, m = self._dtypes
+        limited = bucket.is_limited or divisors is not None
+        factors = sums = sent.scalars  # pointers that are not read
+        if divisors is not None:
+            factors = (divisors if self._index is None else divisors[self._index]).float().reciprocal()
+        elif limited:
+            if sent.partials is None:
+                self.norms(sent, grad_stats=False)
+            factors = torch.empty(self.n, dtype=torch.float32, device=device)
+            self._start(
+                limiter_kernel, self.n, sent.pointers, sent.scalars, self._first_chunks, sent.partials, factors,
+                self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=sent.can_skip,
+            )  # fmt: skip
+        if self._rows:
+            sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
+        self._start(
+            step_kernel, self.n_tiles, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
+            self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
+            SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
+            ROUNDING=bucket.rounding, Q=self._quantum, **self._path, **self._step_alignment,
+        )  # fmt: skip
+        if self._rows:
+            self._start(
+                observe_kernel, self.n, self._layout, sent.telemetry, sent.scalars, factors, sums,
+                self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip,
+            )  # fmt: skip
+
+    def _start(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:
+        """Launch a kernel; what Triton compiled the first time is used again without binding arguments anew.
+
+        It serves as long as Triton would find it: sizes are this launch's own, and all pointers multiples of 16.
+        """
+        key = (kernel, *constants.values())
+        compiled, rest = self._kernels.get(key, (None, ()))
+        if compiled is not None:
+            compiled[programs, 1, 1](*arguments, *rest)
+            return
+        compiled = kernel[(programs,)](*arguments, **constants, **UNFUSED)
+        if isinstance(compiled, CompiledKernel):  # interpreted kernels give nothing
+            rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
+            self._kernels[key] = compiled, rest
+
+    def _own(self, column: Any) -> Any:
+        return column if self._chosen is None else [column[i] for i in self._chosen]
+
+    def _own_words(self, column: bytes) -> bytes:
+        return column if self._chosen is None else b"".join([column[8 * i : 8 * i + 8] for i in self._chosen])
+
+
+def _span_kind(spans: Sequence[Sequence[int]], padded: Sequence[tuple[int, ...] | None]) -> int:
+    """How shards lie in whole tensors: 0 they are whole, 1 a shift that leaves calls in order, 2 anyhow.
+
+    Args:
+        spans: First element, run and pitch, of weights and of moments; of no tensor where all are whole.
+        padded: Runs and pitches of weights and moments whose rows are padded, None where they are not.
+    """
+    if not spans:
+        return 0
+    for (first, run, pitch, first_c, run_c, pitch_c), rows in zip(spans, padded, strict=True):
+        in_order = (run, pitch, run_c, pitch_c) == rows if rows else run == pitch and run_c == pitch_c
+        if first % 8 or first_c % 4 or not in_order:
+            return 2
+    return 1

@@ -1,0 +1,92 @@
+"""What a step does with the moments of a tile's blocks: where they lie, how they are read and stored."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.quantized import decode_first, decode_second, encode_first, encode_second
+from gwt_kernels.backends.triton.rounding import round_at_random
+from gwt_kernels.backends.triton.schema import M_PTR, M_SCALES_PTR, V_PTR, V_SCALES_PTR
+from gwt_kernels.backends.triton.tiles import array_ptr as _array
+from gwt_kernels.backends.triton.tiles import load_tile, store_tile
+
+__all__ = ["load_moments", "moment_arrays", "store_moments"]
+
+
+@triton.jit
+def moment_arrays(
+    pointers_ptr,
+    i,
+    n_tensors,
+    first_block,
+    M: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    NB: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Where ``m`` and ``v`` of a tensor lie, and the scales of a tile's codes ``[NB // Q]``."""
+    m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
+    if Q:
+        quanta = first_block // Q + tl.arange(0, NB // Q)
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
+        m_scale_ptrs = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
+        v_scale_ptrs = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4) + quanta
+    else:
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, M, MOMENT_ALIGN)
+        m_scale_ptrs, v_scale_ptrs = m_ptr, v_ptr  # not read
+    return m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs
+
+
+@triton.jit
+def load_moments(
+    moments,
+    tile,
+    row_blocks,
+    padded,
+    NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """``m`` and ``v`` of a tile's blocks, in float32; zeros where there is no block."""
+    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
+    m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
+    v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
+    if Q:
+        known = tl.arange(0, NB // Q) * Q < tile[1]
+        m = decode_first(m, tl.load(m_scale_ptrs, mask=known, other=0.0), Q, NB)
+        v = decode_second(v, tl.load(v_scale_ptrs, mask=known, other=0.0), Q, NB)
+    return m, v
+
+
+@triton.jit
+def store_moments(
+    m,
+    v,
+    bits,
+    moments,
+    tile,
+    row_blocks,
+    padded,
+    M: tl.constexpr,
+    NB: tl.constexpr,
+    KIND: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
+    m_ptr, v_ptr, m_scale_ptrs, v_scale_ptrs = moments
+    if Q:
+        inside = tl.arange(0, NB) < tile[1]
+        known = tl.arange(0, NB // Q) * Q < tile[1]
+        m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
+        v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
+        tl.store(m_scale_ptrs, m_scales, mask=known)
+        tl.store(v_scale_ptrs, v_scales, mask=known)
+    elif M == tl.bfloat16:
+        m, v = round_at_random(m, bits & 0xFFFF, M), round_at_random(v, bits >> 16, M)
+    else:
+        m, v = m.to(M), v.to(M)
+    store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
+    store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)

@@ -1,0 +1,124 @@
+"""Kernels that add up one tensor's partial sums in a fixed order: the update's norm and its limiter, and telemetry.
+
+The tables are those of ``step.py``, whose kernels write the partial sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.schema import (
+    APPROXIMATION,
+    DETAILS,
+    FIRST_TILE,
+    GAMMA,
+    LIMIT,
+    N_LAYOUT,
+    N_SCALARS,
+    NONFINITE,
+    NORM_PTR,
+    STEPS,
+    TAKEN,
+    UPDATE,
+)
+
+__all__ = ["limiter_kernel", "observe_kernel", "sum_kernel"]
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def limiter_kernel(
+    pointers_ptr,
+    scalars_ptr,
+    first_chunk_ptr,
+    partials_ptr,
+    factors_ptr,
+    n_tensors,
+    BLOCK: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+):
+    """Fira's norm-growth limiter for one tensor, from its partial sums in a fixed order::
+
+        n = sqrt(sum of partials)
+        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
+        n_prev = n / limit
+
+    ``factors [n]`` receives ``1 / limit``.
+    """
+    i = tl.program_id(0)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            return
+    norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
+    gamma = tl.load(scalars_ptr + i * N_SCALARS + GAMMA)
+    previous_ptr = tl.load(pointers_ptr + NORM_PTR * n_tensors + i).to(tl.pointer_type(tl.float32))
+    previous = tl.load(previous_ptr)
+    limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
+    limit = tl.where(previous == 0.0, 1.0, limit)
+    tl.store(previous_ptr, norm / limit)
+    tl.store(factors_ptr + i, 1.0 / limit)
+
+
+@triton.jit
+def sum_kernel(first_chunk_ptr, partials_ptr, sums_ptr, BLOCK: tl.constexpr):
+    """The partial sums of one tensor added up, as the limiter does: ``sums [n]``."""
+    i = tl.program_id(0)
+    tl.store(sums_ptr + i, _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
+
+
+@triton.jit
+def _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK: tl.constexpr):
+    chunk = tl.load(first_chunk_ptr + i)
+    end = tl.load(first_chunk_ptr + i + 1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    while chunk < end:
+        chunks = chunk + tl.arange(0, BLOCK)
+        total += tl.load(partials_ptr + chunks, mask=chunks < end, other=0.0)
+        chunk += BLOCK
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_tiles"])
+def observe_kernel(
+    layout_ptr,
+    rows_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+):
+    """Add up the sums of one tensor's tiles, in a fixed order, and count the step: see ``telemetry.py``.
+
+    ``rows`` int64 ``[n]``: addresses of float64 ``[6]``, written.
+    """
+    i = tl.program_id(0)
+    row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
+    tl.store(row_ptr + STEPS, tl.load(row_ptr + STEPS) + 1.0)
+    if SKIPPABLE:  # noqa: SIM102
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + 1.0)
+            return
+    tile = tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT + FIRST_TILE)
+    end = tl.where(i + 1 < n_tensors, end, n_tiles)
+    details = tl.zeros((BLOCK,), tl.float64)
+    approximation = tl.zeros((BLOCK,), tl.float64)
+    update = tl.zeros((BLOCK,), tl.float64)
+    while tile < end:
+        tiles = tile + tl.arange(0, BLOCK)
+        details += tl.load(sums_ptr + tiles * 3, mask=tiles < end, other=0.0)
+        approximation += tl.load(sums_ptr + tiles * 3 + 1, mask=tiles < end, other=0.0)
+        update += tl.load(sums_ptr + tiles * 3 + 2, mask=tiles < end, other=0.0)
+        tile += BLOCK
+    energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
+    tl.store(row_ptr + DETAILS, tl.sum(details, axis=0))
+    tl.store(row_ptr + APPROXIMATION, tl.sum(approximation, axis=0))
+    tl.store(row_ptr + UPDATE, tl.sum(update, axis=0))
+    if LIMITED:
+        tl.store(row_ptr + LIMIT, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
+    finite = (energy == energy) & (energy < float("inf"))
+    tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + tl.where(finite, 0.0, 1.0))

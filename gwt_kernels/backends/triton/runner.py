@@ -1,0 +1,204 @@
+"""Runs a bucket's steps by Triton's kernels: one launch per pass and path, and nothing waits for the device."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gwt_kernels.backends.bucket_validation import check_bucket, check_lows, check_scales
+from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.backends.triton.launch import Launch, Sent
+from gwt_kernels.backends.triton.layout import is_flat
+from gwt_kernels.backends.triton.tables import addresses, device_guard, offs_of
+from gwt_kernels.core.bucket import Bucket, StepInputs
+
+__all__ = ["TritonRunner"]
+
+_NULL = bytes(8)
+
+
+class _Begun(NamedTuple):
+    """A step between its two phases."""
+
+    inputs: StepInputs
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    """The gradients, or copies of them, whose addresses were sent."""
+    sent: list[Sent]
+    counted: bool
+
+
+class TritonRunner:
+    """See :class:`gwt_kernels.backends.runner.Runner`.
+
+    Tensors that the flat path can take share one launch per pass, the others a second one. A parameter that is not
+    contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
+
+    Args:
+        bucket: What it updates. Gradients of all steps have the shapes and the dtype of the first one's.
+
+    Raises:
+        ValueError: the kernels could not trust the tensors.
+    """
+
+    collects_grad_stats = True
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self._packed = all(map(Tensor.is_contiguous, bucket.params))
+        self._plain: bool | None = None  # whether gradients are contiguous and mean what they hold
+        self._misaligned: list[bool] | None = None
+        self._launches: list[Launch] = []
+        self._begun: _Begun | None = None
+        self._empty = [i for i, p in enumerate(bucket.params) if not p.numel()]
+        if bucket.rounding == "split":
+            check_lows(bucket.params, bucket.lows)  # type: ignore[arg-type]
+        absent = bytes(8 * len(bucket))
+        scales = [absent, absent]
+        if bucket.is_quantized:
+            both: list[Any] = list(zip(*bucket.scales, strict=True))
+            check_scales(bucket.exp_avgs, both, bucket.level)
+            scales = list(map(addresses, both))
+        norms = addresses(bucket.limiter_norms) if bucket.is_limited else absent  # type: ignore[arg-type]
+        lows = addresses(bucket.lows) if bucket.rounding == "split" else absent  # type: ignore[arg-type]
+        self._columns = {
+            "p": addresses(bucket.params),
+            "m": addresses(bucket.exp_avgs),
+            "v": addresses(bucket.exp_avg_sqs),
+            "norm": norms,
+            "key": array("q", bucket.keys).tobytes(),
+            "low": lows,
+            "m_scales": scales[0],
+            "v_scales": scales[1],
+        }
+        own = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
+        self._own_misaligned = [any(each) for each in zip(*map(offs_of, own), strict=True)]
+
+    @property
+    def launches(self) -> list[Launch]:
+        """One for each path that a tensor takes, after the first step."""
+        return self._launches
+
+    def reduce(
+        self,
+        inputs: StepInputs,
+        decision: Tensor | None = None,
+        *,
+        grad_stats: bool = False,
+        update_sums: bool = False,
+    ) -> Reduction:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        if not self.bucket.level or self.bucket.rule != "gwt":
+            raise ValueError(
+                f"level {self.bucket.level} of rule={self.bucket.rule!r} has no limiter, and no first pass"
+            )
+        if grad_stats and (decision is not None or not isinstance(inputs.steps, Tensor)):
+            raise ValueError(
+                "a first pass that reads gradients for the decision needs steps that the device counts, and no "
+                "decision"
+            )
+        begun = self._begun = self._send(inputs, decision, counts=not grad_stats)
+        sums = (
+            torch.zeros(len(self.bucket), dtype=torch.float32, device=self.bucket.device) if update_sums else None
+        )
+        stats = []
+        with device_guard(self.bucket.device):
+            for launch, sent in zip(self._launches, begun.sent, strict=True):
+                launch.norms(sent, grad_stats)
+                if sums is not None:
+                    launch.add_up(sent, sums)
+                if sent.grad_stats is not None:
+                    stats.append(sent.grad_stats)
+        return Reduction(stats, sums)
+
+    def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        begun, self._begun = self._begun, None
+        if begun is None or begun.inputs is not inputs:
+            begun = self._send(inputs, decision, counts=True)
+        elif not begun.counted:
+            with device_guard(self.bucket.device):
+                for sent in begun.sent:
+                    sent.decide(decision)
+        with device_guard(self.bucket.device):
+            for launch, sent in zip(self._launches, begun.sent, strict=True):
+                launch.update(sent, divisors)
+        if isinstance(inputs.steps, Tensor):
+            for i in self._empty:  # in no launch
+                inputs.steps[i].add_(1.0 if decision is None else decision[1])
+        increment_version(self.bucket.params)  # for autograd, which else knows of no change
+        if begun.params is not self.bucket.params:
+            for p, x in zip(self.bucket.params, begun.params, strict=True):
+                if x is not p:
+                    p.copy_(x)
+
+    def memory(self) -> list[object]:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        return list(self._launches)
+
+    def _send(self, inputs: StepInputs, decision: Tensor | None, *, counts: bool) -> _Begun:
+        """Send the tables of a step; launch nothing yet but what makes a device's own numbers."""
+        bucket, grads, params = self.bucket, inputs.grads, self.bucket.params
+        if self._plain is None:
+            self._check(grads)
+        if not self._plain:
+            grads = [g.resolve_neg().contiguous() for g in grads]
+        grad_ptrs = addresses(grads)
+        if (
+            _NULL in grad_ptrs and bucket.device.type != "meta"
+        ):  # whose launches are recorded, and read from nowhere
+            _check_memory(grads, grad_ptrs)
+        param_ptrs = self._columns["p"]
+        if not self._packed:
+            params = [p.contiguous() for p in params]
+            param_ptrs = self._columns["p"] = addresses(params)
+        self._aim(grad_ptrs, param_ptrs)
+        with device_guard(bucket.device):
+            sent = [launch.send(grad_ptrs, inputs, decision, counts) for launch in self._launches]
+        return _Begun(inputs, params, grads, sent, counts)
+
+    def _check(self, grads: Sequence[Tensor]) -> None:
+        """Check what kernels trust of all tensors, once."""
+        bucket = self.bucket
+        limited = [bucket.limiter_norms] if bucket.is_limited else []
+        check_bucket([bucket.params, grads, bucket.exp_avgs, bucket.exp_avg_sqs, *limited], bucket.level)  # type: ignore[list-item]
+        self._plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
+
+    def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:
+        """Bring the tensors into launches by path, if one that was aligned is no longer, or the other way round."""
+        given = offs_of(grad_ptrs)
+        if not self._packed:
+            given = bytes(map(max, given, offs_of(param_ptrs)))
+        if any(given) or self._misaligned is None or self._misaligned != self._own_misaligned:
+            misaligned = [bool(off) or own for off, own in zip(given, self._own_misaligned, strict=True)]
+            if misaligned != self._misaligned:
+                self._misaligned = misaligned
+                self._launches = self._plan(misaligned)
+                for launch in self._launches:
+                    launch.set_pointers(self._columns)
+        if not self._packed:
+            for launch in self._launches:
+                launch.set_pointers(self._columns)
+
+    def _plan(self, misaligned: list[bool]) -> list[Launch]:
+        """Group the tensors that are not empty by path."""
+        chosen: dict[bool, list[int]] = {True: [], False: []}
+        for i, p in enumerate(self.bucket.params):
+            if p.numel():
+                chosen[is_flat(p, misaligned[i], self.bucket.level)].append(i)
+        return [Launch(self.bucket, places, flat) for flat, places in chosen.items() if places]
+
+
+def _check_memory(grads: Sequence[Tensor], words: bytes) -> None:
+    """Raise if the memory of a gradient was freed, so that a kernel would read from nowhere."""
+    for i, g in enumerate(grads):
+        if words[8 * i : 8 * i + 8] == _NULL and g.numel():
+            raise ValueError(
+                f"a gradient of shape {tuple(g.shape)} has no memory: it was freed, so bring it back before the "
+                f"step"
+            )

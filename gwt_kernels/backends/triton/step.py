@@ -1,0 +1,416 @@
+"""Kernels of the fused GWT-Adam step: one launch per pass for a whole bucket of tensors.
+
+A bucket is described by tables in device memory with one entry per tensor:
+
+``owners``    int32 ``[n_tiles]``: each tile's tensor
+``layout``, ``pointers``, ``scalars``: see ``schema.py``; of the pointers' columns as many as are read
+
+A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
+updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
+whose rows are whole blocks, whose size is a multiple of 8 and whose addresses are multiples of 16 bytes: there
+blocks lie end to end, and a tile is one contiguous, aligned run. The *row* path takes any tensor: the last
+block of a row may be cut short, and what lies beyond the row counts as zero. There a lane takes one element at a
+time, and one block's moments at a time, so that the lanes of a warp access neighbours.
+
+The index of a random bit counts rows that are no whole blocks as padded to a multiple of 4 blocks
+(``hyper.padded_spans``). Tiles of launches that draw count such padding as blocks, so that a call of Philox serves
+4 coefficients and 8 weights that lie side by side in a tile; with moments in codes they cannot, as a quantum runs
+on from row to row.
+
+``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
+that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
+blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.moments import load_moments, moment_arrays, store_moments
+from gwt_kernels.backends.triton.rounding import (
+    join_low,
+    random_halves,
+    random_halves_at,
+    random_halves_of_blocks,
+    random_words,
+    random_words_at,
+    round_at_random,
+    split_low,
+)
+from gwt_kernels.backends.triton.schema import (
+    B1,
+    B2,
+    DECAY,
+    EPS,
+    FIRST_TILE,
+    G_PTR,
+    GRAD_SCALE,
+    KEY,
+    LOW_PTR,
+    MOMENTS_SPAN,
+    N_BLOCKS,
+    N_LAYOUT,
+    N_SCALARS,
+    P_PTR,
+    PADDED,
+    RECIPROCAL,
+    REST1,
+    REST2,
+    ROW_BLOCKS,
+    STEP,
+    STEP_SIZE,
+    TAKEN,
+    WEIGHTS_SPAN,
+    WIDTH,
+)
+from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
+from gwt_kernels.backends.triton.tiles import (
+    ROWS,
+    RUN,
+    index_in_array,
+    inside_tile,
+    is_run,
+    load_tile,
+    rows_passed,
+    store_tile,
+    tile_of,
+)
+from gwt_kernels.backends.triton.tiles import array_ptr as _array
+from gwt_kernels.core import kernel
+from gwt_kernels.rules import blocks
+
+__all__ = ["norm_kernel", "step_kernel"]
+
+kernel.load()
+kernel_block_sums = blocks.kernel_block_sums
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def step_kernel(
+    owners_ptr,
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SPAN: tl.constexpr,
+    Q: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+    OBSERVED: tl.constexpr,
+):
+    """Transform, moments, inverse transform and weights of one tile, everything read and written once.
+
+    With the update ``u`` of the rule, whose statements are ``MOMENTS`` and ``UPDATE`` (``rules/``)::
+
+        p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
+
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
+
+    ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
+    weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
+    scale per ``Q`` of them (``quantized.py``), and round stochastically too. Random bits depend on the index in
+    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and
+    of 4 (moments), and 2 where it is any.
+
+    Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
+    approximation coefficients and of its update, weight decay apart.
+    """
+    program = tl.program_id(0)
+    if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
+        program = tl.num_programs(0) - 1 - program
+    i = tl.load(owners_ptr + program)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            return
+    n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
+    first_block = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)) * NB
+    tile = tile_of(n_blocks, padded, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, 8 // W if W < 8 else 1)
+    if FLAT:
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, _FLAT,
+        )  # fmt: skip
+    elif is_run(tile, width, padded, W, NB):
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, RUN,
+        )  # fmt: skip
+    else:
+        _update(
+            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
+            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
+            OBSERVED, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _update(
+    tile,
+    width,
+    row_blocks,
+    padded,
+    i,
+    program,
+    pointers_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SPAN: tl.constexpr,
+    Q: tl.constexpr,
+    OBSERVED: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """The step of one tile of a kind: see ``step_kernel``."""
+    first_block = tile[0]
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+
+    p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
+    if ROUNDING == "split":
+        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
+        p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
+    else:
+        p = p.to(tl.float32)
+    if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
+        key = tl.load(pointers_ptr + KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + STEP * n_tensors + i)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
+    # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
+    # load does that it is computed from.
+    moments = moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
+    if M == tl.bfloat16 or Q:
+        if SPAN == 2:
+            index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
+            bits = random_words_at(_in_whole(pointers_ptr, MOMENTS_SPAN, i, n_tensors, index), step, key)
+        elif Q and KIND != _FLAT:
+            index = _block_index(tile, row_blocks, NB)
+            bits = random_words_at(index + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN), step, key)
+        else:
+            first = first_block + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
+            bits = random_words(first, NB, step, key)
+    else:
+        bits = 0
+    if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
+        tl.debug_barrier()
+    store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
+
+    decay = tl.load(scalars_ptr + i * N_SCALARS + DECAY)
+    step_size = tl.load(scalars_ptr + i * N_SCALARS + STEP_SIZE)
+    if LIMITED:
+        step_size *= tl.load(factors_ptr + i)
+    update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
+    if OBSERVED:
+        row_ptr = sums_ptr + program.to(tl.int64) * 3
+        if W == 1:
+            tl.store(row_ptr, 0.0)
+        else:
+            tl.store(row_ptr, tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0))
+        tl.store(row_ptr + 1, tl.sum(mean * mean, axis=0) * W)
+        applied = tl.where(inside_tile(tile, width, padded, W, NB, KIND), update, 0.0)
+        tl.store(row_ptr + 2, tl.sum(applied * applied, axis=0))
+    p = p - decay * p - update
+    if ROUNDING == "split":
+        weight, low = split_low(p)
+        store_tile(low_ptr, low, tile, width, padded, W, NB, KIND, MULTIPLE)
+        store_tile(p_ptr, weight, tile, width, padded, W, NB, KIND, MULTIPLE)
+    elif ROUNDING == "stochastic":
+        if SPAN == 2:
+            index = index_in_array(tile, width, padded, W, NB, KIND)
+            bits = random_halves_at(_in_whole(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, index), step, key)
+        elif Q and KIND != _FLAT and W > 1:
+            index = _block_index(tile, row_blocks, NB) * W
+            index += _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
+            bits = random_halves_of_blocks(index, W, NB, step, key)
+        else:
+            first = first_block * W + _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
+            bits = random_halves(first, NB * W, step, key)
+        store_tile(p_ptr, round_at_random(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
+    else:
+        store_tile(p_ptr, p.to(P), tile, width, padded, W, NB, KIND, MULTIPLE)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk", "n_chunks"])
+def norm_kernel(
+    owners_ptr,
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    first_chunk_ptr,
+    partials_ptr,
+    seen_ptr,
+    n_tensors,
+    tiles_per_chunk,
+    n_chunks,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    Q: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+    LOOKS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
+
+    ``owners`` int32 ``[n_chunks]`` are the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the tensors' chunks.
+    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. Where it
+    ``LOOKS`` at the gradients, ``seen [2, n_chunks]`` receives what ``squares_kernel`` would find of them: the sum
+    of their squares, and more than 0 where one is infinite or NaN.
+    """
+    chunk = tl.program_id(0)
+    i = tl.load(owners_ptr + chunk)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            return
+    n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
+    block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
+    end = tl.minimum(block + tiles_per_chunk * NB, n_blocks)
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    total = tl.zeros((NB,), tl.float32)
+    squares = tl.zeros((NB,), tl.float32)
+    largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
+    while block < end:
+        tile = tile_of(n_blocks, padded, reciprocal, block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
+        if FLAT:
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, _FLAT,
+            )  # fmt: skip
+        elif is_run(tile, width, padded, W, NB):
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, RUN,
+            )  # fmt: skip
+        else:
+            g, a = _parts(
+                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
+                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, ROWS,
+            )  # fmt: skip
+        total += a * a
+        if LOOKS:
+            squares += kernel_block_sums(g * g, W, NB, _FLAT)
+            sizes = tl.reshape(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (NB, W))
+            largest = tl.maximum(largest, tl.max(sizes, axis=1))
+        block += NB
+    # Pairs here too, so that the limiter's divisor is the same whatever the dtypes of what is read.
+    tl.store(partials_ptr + chunk, tl.sum(kernel_block_sums(total, NB, 1, _FLAT), axis=0))
+    if LOOKS:
+        tl.store(seen_ptr + chunk, tl.sum(kernel_block_sums(squares, NB, 1, _FLAT), axis=0))
+        tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
+
+
+@triton.jit
+def _parts(
+    tile,
+    width,
+    row_blocks,
+    padded,
+    i,
+    pointers_ptr,
+    scalars_ptr,
+    n_tensors,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    Q: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DIRECTION: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last."""
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
+    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
+    direction = DIRECTION(m, v, numbers)
+    if KIND != RUN:
+        direction = tl.where(inside_tile(tile, row_blocks, padded, 1, NB, KIND), direction, 0.0)
+    return g, direction
+
+
+@triton.jit
+def _shift(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
+    """How far a shard's first element is from the whole tensor's."""
+    shift = tl.zeros((), tl.int64)
+    if SPAN:
+        shift += tl.load(pointers_ptr + which * n_tensors + i)
+    return shift
+
+
+@triton.jit
+def _in_whole(pointers_ptr, which, i, n_tensors, index):
+    """The indices in the whole tensor of a shard's elements (int64, any shape)."""
+    first = tl.load(pointers_ptr + which * n_tensors + i)
+    run = tl.load(pointers_ptr + (which + 1) * n_tensors + i)
+    pitch = tl.load(pointers_ptr + (which + 2) * n_tensors + i)
+    return first + index // run * pitch + index % run
+
+
+@triton.jit
+def _numbers(scalars_ptr):
+    """``b1, 1 - b1, b2, 1 - b2, eps`` of a tensor."""
+    b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
+    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS)
+
+
+@triton.jit
+def _layout(layout_ptr, i, FLAT: tl.constexpr):
+    """A tensor's number of blocks, and of its rows width, blocks, blocks with padding and their reciprocal."""
+    ptr = layout_ptr + i * N_LAYOUT
+    n_blocks = tl.load(ptr + N_BLOCKS)
+    width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
+    if not FLAT:  # where nothing asks for rows
+        width, row_blocks = tl.load(ptr + WIDTH), tl.load(ptr + ROW_BLOCKS)
+        padded, reciprocal = tl.load(ptr + PADDED), tl.load(ptr + RECIPROCAL)
+    return n_blocks, width, row_blocks, padded, reciprocal
+
+
+@triton.jit
+def _block_index(tile, row_blocks, NB: tl.constexpr):
+    """The indices by which a tile's blocks draw, in rows that are padded to whole groups of 4: int64 ``[NB]``."""
+    return tile[0] + tl.arange(0, NB) + (tile[2] + rows_passed(tile, 1, NB)) * ((0 - row_blocks) & 3)

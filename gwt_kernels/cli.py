@@ -1,0 +1,279 @@
+"""The command line: ``gwt-kernels`` and ``python -m gwt_kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gwt_kernels import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from gwt_kernels.plan import Plan
+    from gwt_kernels.plan_sharded import ShardedPlan
+
+__all__ = ["main"]
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status.
+
+    Returns:
+        0 for success, 1 for a failed check, 2 for bad arguments, and 141 where nobody reads the output any more,
+        which a shell says of every program that writes into a closed pipe.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it can be caught: argparse's help, too, waits until Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 128 + 13  # SIGPIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="gwt-kernels", description="Fused GWT-Adam optimizers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"gwt-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "doctor",
+        help="versions, devices, backends and a self-check, for bug reports",
+        description="Print versions, devices and which backend each gets, then check the fused step against the "
+        "literal algorithm. Without a CUDA device the Triton kernels are checked through Triton's interpreter.",
+    )
+    _add_plan(commands)
+    _add_migrate(commands)
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        return _doctor()
+    return _plan(options) if options.command == "plan" else _migrate(options)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a model will cost: states, bytes moved per step, time per step",
+        description="Say what each parameter of a model gets and why, what every level and dtype of the moments "
+        "keeps next to AdamW, and how long a step takes that does nothing but move its bytes. The model is built "
+        "without memory, from its configuration alone.",
+    )
+    add = parser.add_argument
+    add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_405b")
+    _add_options(parser)
+    speed = parser.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--bandwidth",
+        metavar="B/s",
+        help="of memory: bytes per second (3.35e12), or with a unit: 3350GB/s, 3.35TB/s",
+    )
+    speed.add_argument("--measure", action="store_true", help="measure the bandwidth of a copy on this machine")
+    many = parser.add_argument_group(
+        "several processes",
+        "what each holds, what they send each other, and how long that takes if links are as given; all predicted",
+    )
+    many.add_argument("--world-size", type=int, metavar="N", help="processes; without --mesh all shard by FSDP2")
+    many.add_argument("--mesh", metavar="AXES", help="replicas, FSDP2, tensor parallelism: dp=2,fsdp=4,tp=8")
+    many.add_argument("--clip", action="store_true", help="with max_grad_norm")
+    many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
+    many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
+    many.add_argument("--host-time", metavar="S", help="of the host, for each tensor: 5e-6 or 5us (assumed: 5us)")
+    add("--json", action="store_true", help="print everything as JSON instead of tables")
+    add("--verbose", action="store_true", help="a row for every parameter, not one for all layers")
+
+
+def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "migrate",
+        help="a checkpoint of AdamW, or of other options, as one that GWTAdamW loads",
+        description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW over the groups "
+        "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps, "
+        "weight decay, wavelet, boundary and bias correction are the checkpoint's unless given. Nothing in the "
+        "file is executed but what --allow names.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="what torch.save wrote: the optimizer's state, or a dict that holds it")
+    add(
+        "--config",
+        required=True,
+        metavar="MODEL",
+        help="a Hugging Face config.json, a folder with one, or a preset",
+    )
+    add("--out", required=True, metavar="FILE", help="to write; must not exist")
+    _add_options(parser)
+    add("--weight-rounding", choices=("nearest", "stochastic", "split"), help="as for GWTAdamW")
+    for number in ("--lr", "--eps", "--weight-decay"):
+        add(number, type=float, metavar="X", help="default: the checkpoint's")
+    add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="default: the checkpoint's")
+    add("--scale", type=float, metavar="X", help="default: the checkpoint's, or 0.25")
+    add("--wavelet", metavar="NAME", help="default: the checkpoint's, or haar")
+    add(
+        "--boundary",
+        choices=("zero", "constant", "symmetric", "reflect", "periodic"),
+        help="default: the checkpoint's, or zero",
+    )
+    add("--correct-bias", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, or yes")
+    add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
+    add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
+        "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
+    add("--key", help="where in the file the state is, if in several places")
+    add("--allow", action="append", metavar="CLASS", help="module.Class that the file may hold beside tensors and "
+        "plain data; imported and executed, so trust the file; may be repeated")  # fmt: skip
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """What the commands that build an optimizer have in common."""
+    add = parser.add_argument
+    add("--level", type=int, default=2, help="levels of the transform (default: 2)")
+    add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
+        "(default: the configuration's, or bf16)")  # fmt: skip
+    add(
+        "--state-dtype",
+        choices=[*DTYPES, "int8"],
+        metavar="DTYPE",
+        help="of the moments, int8 too (default: the optimizer's)",
+    )
+    add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
+    add("--no-limiter", action="store_true", help="norm_growth_limit=None")
+    add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
+    add(
+        "--exclude", action="append", metavar="RE", help="leave parameters of this name at level 0; may be repeated"
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, DTYPES.get(name, name))
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from gwt_kernels.migration.checkpoints import migrate_file
+
+    out, checkpoint = Path(options.out), Path(options.checkpoint)
+    try:
+        migration = migrate_file(
+            checkpoint,
+            out,
+            options.config,
+            level=options.level,
+            dtype=_dtype(options.dtype),
+            include=options.include,
+            exclude=options.exclude,
+            names=None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
+            renamed=_renamed(options.rename or ()),
+            key=options.key,
+            allow=options.allow or (),
+            rule=options.rule,
+            norm_growth_limit=None if options.no_limiter else "published",
+            state_dtype=_dtype(options.state_dtype),
+            weight_rounding=options.weight_rounding,
+            lr=options.lr,
+            betas=options.betas and tuple(options.betas),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            scale=options.scale,
+            wavelet=options.wavelet,
+            boundary=options.boundary,
+            correct_bias=options.correct_bias,
+        )
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        return _refuse("migrate", error)
+    print(migration)
+    print(f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {checkpoint.stat().st_size:,} bytes, unchanged")
+    return 0
+
+
+def _refuse(command: str, error: Exception) -> int:
+    """Print an error, in which nothing that a file holds can steer a terminal, and return the exit status."""
+    said = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+    print(f"gwt-kernels {command}: {said}", file=sys.stderr)
+    return 2
+
+
+def _renamed(pairs: Sequence[str]) -> dict[str, str | None]:
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (old, equals, _) in zip(pairs, split, strict=True) if not (old and equals)]:
+        raise ValueError(f"--rename {wrong[0]!r} is not OLD=NEW, such as norm=limiter_norm")
+    return {old: new or None for old, _, new in split}
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from gwt_kernels.plan import measure_bandwidth, parse_bandwidth, plan
+
+    try:
+        bandwidth = parse_bandwidth(options.bandwidth) if options.bandwidth else None
+        planned = plan(
+            options.model,
+            level=options.level,
+            state_dtype=_dtype(options.state_dtype),
+            rule=options.rule,
+            norm_growth_limit=None if options.no_limiter else "published",
+            include=options.include,
+            exclude=options.exclude,
+            dtype=_dtype(options.dtype),
+            bandwidth=measure_bandwidth() if options.measure else bandwidth,
+        )
+        if planned.too_narrow and not any(entry.level for entry in planned.entries):
+            names = ", ".join(planned.too_narrow[:3]) + (" and so on" if len(planned.too_narrow) > 3 else "")
+            raise ValueError(
+                f"level {options.level} is too deep for all {len(planned.too_narrow)} matrices of the recipe, so "
+                f"that nothing would be transformed: {names} would stay at level 0; use a lower level"
+            )
+        sharded = _sharded(planned, options)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        return _refuse("plan", error)
+    if options.json:
+        parts = {} if sharded is None else {"sharded": sharded.as_dict()}
+        print(json.dumps(planned.as_dict() | parts, indent=1))
+    else:
+        print(planned.text(verbose=options.verbose), *(() if sharded is None else (sharded,)), sep="\n\n")
+    return 0
+
+
+def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
+    """The plan on several processes; None where nobody asked for it."""
+    from gwt_kernels.mesh import mesh_of
+    from gwt_kernels.plan import parse_bandwidth
+    from gwt_kernels.plan_sharded import HOST_TIME, LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded
+
+    if options.world_size is None and options.mesh is None:
+        unused = [name for name in ("clip", "link_bandwidth", "latency", "host_time") if getattr(options, name)]
+        if unused:
+            raise ValueError(f"--{unused[0].replace('_', '-')} needs --world-size or --mesh")
+        return None
+    link, latency, host = options.link_bandwidth, options.latency, options.host_time
+    return plan_sharded(
+        planned,
+        mesh_of(options.world_size, options.mesh),
+        clip=options.clip,
+        link_bandwidth=LINK_BANDWIDTH if link is None else parse_bandwidth(link),
+        latency=LATENCY if latency is None else parse_seconds(latency),
+        host_time=HOST_TIME if host is None else parse_seconds(host, "host time"),
+    )
+
+
+def _doctor() -> int:
+    import torch
+
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, and for this process alone
+    from gwt_kernels import doctor
+
+    return 0 if doctor.report() else 1

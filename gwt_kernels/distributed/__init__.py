@@ -1,0 +1,1 @@
+"""Shards of DTensors, and reductions over processes."""

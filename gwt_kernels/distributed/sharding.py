@@ -1,0 +1,308 @@
+"""What a process holds of a tensor that is sharded over several (a DTensor), and where that lies in the whole."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.core.hyper import Span, padded_spans
+
+__all__ = [
+    "ROWS_STAY",
+    "check_place_of",
+    "check_sharding",
+    "local_parts",
+    "made_by_a_getter",
+    "reduced_over",
+    "spans_of",
+    "zeros_like_shard",
+]
+
+ROWS_STAY = "use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards keep their rows"
+
+
+def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """What this process holds of parameters and of their gradients, laid out alike.
+
+    A gradient with other placements is redistributed first, which is a collective; as layouts are the same on
+    every process, all of them take part.
+
+    Raises:
+        RuntimeError: a DTensor's gradient is none, or lies on another mesh.
+    """
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
+    if {*map(type, params)} == {kind}:
+        held: list[Tensor] = [p._local_tensor for p in params]
+        local: list[Any] = [
+            g._local_tensor if type(g) is kind and g._spec is p._spec else _local_part(p, g, kind)
+            for p, g in zip(params, grads, strict=True)
+        ]
+    else:
+        held = [p._local_tensor if isinstance(p, kind) else p for p in params]
+        local = [_local_part(p, g, kind) if isinstance(p, kind) else g for p, g in zip(params, grads, strict=True)]
+    if set(map(type, local)) - {Tensor, type(None)}:  # a collective of backward may not have ended
+        local = [g.wait() if hasattr(g, "wait") else g for g in local]
+    return held, local
+
+
+def _local_part(p: Any, g: Any, kind: type) -> Any:
+    """What this process holds of the gradient of a DTensor."""
+    return None if g is None else _laid_out_as(p, g, isinstance(g, kind))._local_tensor
+
+
+def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:
+    """The gradient with the parameter's placements."""
+    if not is_sharded or (g.device_mesh is not p.device_mesh and g.device_mesh != p.device_mesh):
+        where = f"on {g.device_mesh}" if is_sharded else "no DTensor"
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} is on {p.device_mesh}, its gradient {where}: run backward "
+            f"through the sharded parameter"
+        )
+    return g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements)
+
+
+def made_by_a_getter() -> bool:
+    """Whether ``step()`` runs only because PyTorch's checkpoints, or torchtitan's, want a fresh optimizer's state.
+
+    It then sets the learning rate to 0 and gradients to zeros, so that an optimizer which knows no better
+    counts a step that its user never took.
+    """
+    frame = sys._getframe(1)
+    for _ in range(8):  # step() is wrapped by torch's hooks and by no_grad
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_code.co_name in ("_init_optim_state", "init_optim_state"):
+            return True
+    return False
+
+
+def reduced_over(p: Any) -> list[tuple[Any, int]]:
+    """The dimensions (mesh, index) over which sums over a parameter's shards have to be added up."""
+    if not is_sharded(p):
+        return []
+    mesh = p.device_mesh
+    return [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
+
+
+def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
+
+    Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
+    dimension is sharded as ``p``'s rows are.
+    """
+    if not is_sharded(p):
+        return torch.zeros(tuple(shape), dtype=dtype, device=p.device)
+    from torch.distributed.tensor import DTensor
+
+    local = torch.zeros(_local_shape(p, shape), dtype=dtype, device=p.device)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(
+        local,
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=strides,
+    )
+
+
+def spans_of(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span]:
+    """Where the shard of ``p`` lies in the whole, and that of its moments of the global ``shape``."""
+    spans = _spans(p, shape, level)
+    assert spans is not None  # check_sharding has seen to it
+    return spans
+
+
+def _spans(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span] | None:
+    """As :func:`spans_of`; None where there is no one rule for it."""
+    start = _start(p)
+    if p.dim() and p.shape[-1] % 2**level:  # whole rows, in the padded order of random bits
+        sharded = _sharded_dims(p)
+        if sharded and (_span(p, p.shape, start) is None or math.prod(p.shape[: max(sharded)]) > 1):
+            return None
+        row = sum(i * math.prod(p.shape[d + 1 : -1]) for d, i in enumerate(start[:-1]))
+        return padded_spans(p.shape, level, row)
+    first = [*start[:-1], start[-1] * shape[-1] // max(p.shape[-1], 1)] if start else []
+    weights, coefficients = _span(p, p.shape, start), _span(p, shape, first)
+    return None if weights is None or coefficients is None else (weights, coefficients)
+
+
+def check_sharding(
+    p: Any, group: Mapping[str, Any], name: str, shape: Sequence[int], block_size: int, random: bool
+) -> None:
+    """Raise unless a step can work on the shards of ``p`` alone, with moments of the global ``shape``.
+
+    What is decided depends on the whole tensor, so that all processes decide alike.
+
+    Raises:
+        TypeError: the parameter is a flat buffer of FSDP1 or ZeRO, which keeps no rows.
+        ValueError: it is sharded in a way that the transform or the options cannot follow.
+    """
+    if getattr(p, "_is_flat_param", False):
+        raise TypeError(f"{name} is a flat parameter of FSDP1, in which many tensors lie end to end: {ROWS_STAY}")
+    if hasattr(p, "ds_id"):
+        raise TypeError(f"{name} is partitioned by ZeRO stage 3, which keeps no rows: {ROWS_STAY}")
+    if not is_sharded(p):
+        if group["level"] and p.dim() == 1 and _is_part_of_a_buffer(p):
+            raise TypeError(
+                f"{name} is a part of a flat buffer, as of FSDP1, and not rows of a matrix ({ROWS_STAY}), or a "
+                f"view: use level 0 or clone() it"
+            )
+        return
+    mesh, placements = p.device_mesh, p.placements
+    unknown = [x for x in placements if _dim(x) is None and not x.is_replicate()]
+    if unknown:
+        raise ValueError(
+            f"{name} has the placement {unknown[0]!r}: a parameter's shards have to be numbers of its own, so "
+            f"redistribute it to Shard or Replicate before it is given to the optimizer"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name} is on {mesh}, to which this process does not belong: leave it out here")
+    if p.dim() and any(_dim(x) == p.dim() - 1 for x in placements):
+        _check_columns(p, group, name)
+    local, expected = tuple(local_of(p).shape), _local_shape(p, p.shape)
+    if local != expected:
+        raise ValueError(
+            f"{name} has a shard of shape {local} here, where {placements} on {mesh} means {expected}: "
+            f"distribute it with torch.distributed.tensor.distribute_tensor, whose division all tools share"
+        )
+    if random and _spans(p, shape, group["level"]) is None:
+        raise ValueError(
+            f"{name} is sharded as {placements} on {mesh}, where the indices of a shard's elements, on which "
+            f"random bits depend, follow no rule: use state_dtype=None and weight_rounding=None, or make every "
+            f"dimension a multiple of the processes that share it, and the last one of 2**level"
+        )
+    if block_size > 1 and not _holds_whole_quanta(p, shape, block_size):
+        raise ValueError(
+            f"int8 moments of {name} have a scale per {block_size} of them, which {placements} on "
+            f"{mesh} would tear apart: they need equal shards of rows, each of whole scales; use "
+            f"state_dtype=torch.bfloat16"
+        )
+
+
+def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
+    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is."""
+    if is_sharded(x) != is_sharded(p):
+        held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
+        raise ValueError(
+            f"{key} of {name} is {held}, the parameter {other}: load the state by torch.distributed.checkpoint."
+            f"state_dict.set_optimizer_state_dict, with full_state_dict=True if it was gathered"
+        )
+    if is_sharded(p) and (x.device_mesh, x.placements) != (p.device_mesh, p.placements):
+        raise ValueError(
+            f"{key} of {name} is sharded as {x.placements} on {x.device_mesh}, the parameter as {p.placements} on "
+            f"{p.device_mesh}: redistribute it, or load it by torch.distributed.checkpoint"
+        )
+
+
+def _is_part_of_a_buffer(p: Tensor) -> bool:
+    """Whether a one-dimensional tensor lies next to other numbers, as in a flat buffer, where all strides are 1."""
+    if p.device.type == "meta" or p.stride(0) != 1 or not p.numel():
+        return False
+    return p.untyped_storage().nbytes() > p.numel() * p.element_size()
+
+
+def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless every shard of a row is whole blocks."""
+    level, width = group["level"], p.shape[-1]
+    if not level:
+        return
+    mesh, last = p.device_mesh, p.dim() - 1
+    if group["wavelet"] != "haar":
+        raise ValueError(
+            f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
+            f"reach: use wavelet='haar', or shard its rows"
+        )
+    widths = {width}
+    for i, placement in enumerate(p.placements):
+        if _dim(placement) == last:
+            parts = mesh.size(i) * getattr(placement, "split_factor", 1)
+            widths = {part for w in widths for part in _parts(w, parts)}
+    common = math.gcd(*widths)
+    if common % 2**level:
+        fits = (common & -common).bit_length() - 1
+        raise ValueError(
+            f"{name} is sharded along its last dimension into widths of {sorted(widths - {0})}, which level "
+            f"{level} needs to be multiples of {2**level}: use level {fits} at most for it, or shard its rows"
+        )
+
+
+def _parts(length: int, n: int) -> set[int]:
+    """The lengths that ``torch.chunk`` divides ``length`` into, which DTensor's division follows."""
+    each = -(-length // n)
+    return {max(0, min(each, length - i * each)) for i in {0, length // max(each, 1), n - 1}}
+
+
+def _holds_whole_quanta(p: Any, shape: Sequence[int], q: int) -> bool:
+    """Whether the scales of ``q`` coefficients each are divided among processes just as the rows are."""
+    if any(_dim(x) not in (None, 0) for x in p.placements):
+        return False
+    n = math.prod(int(mesh.size(i)) for mesh, i in reduced_over(p))
+    return shape[0] % n == 0 and math.prod(shape) // n % q == 0
+
+
+def _dim(placement: Any) -> int | None:
+    """The dimension that a placement shards, in either of torch's ways; None if it does not."""
+    if placement.is_replicate() or placement.is_partial():
+        return None
+    return getattr(placement, "dim", None)
+
+
+def _indices(p: Any, dim: int, length: int) -> Tensor:
+    """Which of ``length`` indices along ``dim`` this process holds of a tensor sharded as ``p`` is."""
+    held = torch.arange(length, dtype=torch.int64, device="cpu")
+    coordinate = p.device_mesh.get_coordinate()
+    for i, placement in enumerate(p.placements):
+        if _dim(placement) != dim:
+            continue
+        # Tensor parallelism divides before FSDP does, though its mesh dimension comes later.
+        divided = held.chunk(placement.split_factor) if hasattr(placement, "split_factor") else [held]
+        n, own = p.device_mesh.size(i), coordinate[i]
+        parts = [part.chunk(n)[own] for part in divided if own < len(part.chunk(n))]
+        held = torch.cat(parts) if parts else held[:0]
+    return held
+
+
+def _sharded_dims(p: Any) -> set[int]:
+    dims = {_dim(p.placements[i]) for _, i in reduced_over(p)}
+    return {dim for dim in dims if dim is not None}
+
+
+def _local_shape(p: Any, shape: Sequence[int]) -> tuple[int, ...]:
+    sharded = _sharded_dims(p)
+    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in enumerate(shape))
+
+
+def _start(p: Any) -> list[int]:
+    """The index of the first element that this process holds, per dimension."""
+    held = {d: _indices(p, d, p.shape[d]) for d in _sharded_dims(p)}
+    return [int(held[d][0]) if d in held and len(held[d]) else 0 for d in range(p.dim())]
+
+
+def _span(p: Any, shape: Sequence[int], start: Sequence[int]) -> Span | None:
+    """Where a shard of a tensor of the global ``shape`` lies in it; None where there is no one rule for it."""
+    sharded = _sharded_dims(p)
+    n_shards = {
+        d: math.prod(mesh.size(i) for mesh, i in reduced_over(p) if _dim(p.placements[i]) == d) for d in sharded
+    }
+    strided = {_dim(x) for x in p.placements if hasattr(x, "split_factor")}
+    if any(d in strided and shape[d] % n_shards[d] for d in sharded):
+        return None
+    if not sharded:
+        return Span(0, 1, 1)
+    last = max(sharded)
+    if any(math.prod(shape[:d]) > 1 for d in sharded - {last}):
+        return None
+    first = sum(i * math.prod(shape[d + 1 :]) for d, i in enumerate(start))
+    if math.prod(shape[:last]) == 1:
+        return Span(first, 1, 1)
+    local = _local_shape(p, shape)
+    return Span(first, max(1, math.prod(local[last:])), math.prod(shape[last:]))

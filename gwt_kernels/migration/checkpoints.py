@@ -1,0 +1,224 @@
+"""``gwt-kernels migrate``: the optimizer's state in a checkpoint file made into GWTAdamW's, in another file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gwt_kernels.migration.states import Migration, is_state, migrate, names_in
+from gwt_kernels.migration.unpickling import load
+from gwt_kernels.models.files import build_on_meta
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.param_groups import gwt_param_groups
+
+__all__ = ["find_state", "migrate_file", "read", "write"]
+
+CARRIED = (
+    *("lr", "betas", "eps", "maximize", "correct_bias", "wavelet", "boundary"),
+    *("seed", "max_grad_norm", "skip_nonfinite"),
+)
+"""Options that go on as they are in the checkpoint unless another value is asked for."""
+
+
+def migrate_file(
+    checkpoint: Path,
+    out: Path,
+    config: str | Path,
+    *,
+    level: int = 2,
+    dtype: torch.dtype | None = None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    names: list[str] | None = None,
+    renamed: dict[str, str | None] | None = None,
+    key: str | None = None,
+    allow: Iterable[str] = (),
+    **options: Any,
+) -> Migration:
+    """Write a copy of a checkpoint in which the optimizer's state is that of `GWTAdamW`; nothing else differs.
+
+    The state is made for ``GWTAdamW(gwt_param_groups(model, level=..., include=..., exclude=...), ...)`` over the
+    model that the configuration says. Learning rate, betas, eps, bias correction, wavelet and boundary are the
+    checkpoint's unless given, and weight decay is its largest, on the tensors that `gwt_param_groups` decays. A
+    state without names is taken to be of an optimizer over ``model.parameters()`` if it has one group, and of
+    Hugging Face's Trainer if it has two.
+
+    Args:
+        checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read
+            without executing anything in it but the classes in ``allow``.
+        out: Written whole or not at all. Must not exist.
+        config: A preset's name, a Hugging Face ``config.json``, or its folder.
+        level: As for `gwt_param_groups`.
+        dtype: Of the weights; None for the configuration's.
+        include: As for `gwt_param_groups`.
+        exclude: As for `gwt_param_groups`.
+        names: Of the parameters in the state's order, where it has none and neither order above is its own.
+        renamed: ``keys`` of :func:`gwt_kernels.migrate`.
+        key: Where in the dict the state is, if in several places.
+        allow: As for :func:`read`.
+        options: Of `GWTAdamW`.
+
+    Returns:
+        What was done; ``str()`` says it.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError, TypeError: as :func:`gwt_kernels.migrate`, or the file is no checkpoint.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent}: make it, or give --out another name")
+    payload = read(checkpoint, allow)
+    place, state = find_state(payload, checkpoint, key)
+    model = build_on_meta(config, dtype)
+    if names is None and names_in(state) is None:
+        names = _likely_names(model, state)
+    optimizer = _optimizer(model, state, level, include, exclude, options)
+    migration = migrate(state, optimizer, names=names, keys=renamed)
+    write(out, _replaced(payload, place, migration.state_dict))
+    return migration
+
+
+def read(path: Path, allow: Iterable[str] = ()) -> Any:
+    """What ``torch.save`` wrote, on the CPU; only plain data is read, and nothing is executed.
+
+    Args:
+        path: The file.
+        allow: Further classes that it may hold, ``module.Class``; these are imported and executed.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such file, is cut short, or holds more than tensors and plain data.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give the file in it that holds the optimizer's state")
+    with path.open("rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{path} is empty: the checkpoint was never written whole; take another")
+    return load(path, allow)
+
+
+def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Where in a checkpoint the optimizer's state is, as the keys that lead to it, and the state.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if is_state(payload) else {}
+    if not found and isinstance(payload, Mapping):
+        for name, value in payload.items():
+            members = enumerate(value) if isinstance(value, list | tuple) else ()  # as Lightning keeps them
+            found |= {(name, i): each for i, each in members if is_state(each)}
+            found |= {(name,): value} if is_state(value) else {}
+    if key is not None:
+        found = {place: state for place, state in found.items() if ".".join(map(str, place)) == key}
+    if not found:
+        top = sorted(map(str, payload))[:8] if isinstance(payload, Mapping) else type(payload).__name__
+        where = f" at {key!r}" if key is not None else ""
+        raise ValueError(
+            f"{path} holds no optimizer's state{where}, which has 'state' and 'param_groups', but {top}: give the "
+            f"file that it is in, such as optimizer.pt beside a model's weights"
+        )
+    if len(found) > 1:
+        places = ", ".join(".".join(map(str, place)) for place in found)
+        raise ValueError(f"{path} holds several optimizers' states, at {places}: say which with --key")
+    return next(iter(found.items()))
+
+
+def write(path: Path, payload: Any) -> None:
+    """``torch.save``, after which the file is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("xb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    """A copy of nested containers, as far as the place goes, with the state there."""
+    if not place:
+        return state
+    within = payload[place[0]]
+    if isinstance(payload, Mapping):
+        return {**payload, place[0]: _replaced(within, place[1:], state)}
+    return [*payload[: place[0]], _replaced(within, place[1:], state), *payload[place[0] + 1 :]]
+
+
+def _likely_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """The names of a state's parameters, from the number of its groups.
+
+    Raises:
+        ValueError: neither order fits.
+    """
+    every = [name for name, p in model.named_parameters() if p.requires_grad]
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    decayed = _decayed_by_trainer(model) & set(every) if len(sizes) == 2 else set()
+    likely = {
+        1: every,
+        2: [name for name in every if name in decayed] + [name for name in every if name not in decayed],
+    }.get(len(sizes))
+    expected = [len(every)] if len(sizes) == 1 else [len(decayed), len(every) - len(decayed)]
+    if likely is None or sizes != expected:
+        raise ValueError(
+            f"the state has groups of {sizes} parameters without names, neither the {len(every)} of the model in "
+            f"one group nor Trainer's two of {expected if len(sizes) == 2 else 'decayed and other ones'}: is the "
+            f"configuration that of its model? Otherwise give --names, a file with a name per line, in its order"
+        )
+    return likely
+
+
+def _decayed_by_trainer(model: nn.Module) -> set[str]:
+    """What Hugging Face's Trainer puts into the first of its two groups."""
+    trainer: Any = importlib.import_module("transformers").Trainer
+    return set(trainer.get_decay_parameter_names(None, model))
+
+
+def _optimizer(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    level: int,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    options: dict[str, Any],
+) -> GWTAdamW:
+    """An optimizer over the model with the options asked for, and for the rest the checkpoint's."""
+    for option in CARRIED:
+        if options.get(option) is None:
+            options[option] = _agreed(state, option)
+    decays = {float(group.get("weight_decay", 0.0)) for group in state["param_groups"]} - {0.0}
+    decay = options.pop("weight_decay", None)
+    if decay is None:
+        if len(decays) > 1:
+            raise ValueError(f"the state's groups have the weight decays {sorted(decays)}: say --weight-decay")
+        decay = max(decays, default=0.0)
+    scale = options.pop("scale", None)
+    if scale is None:
+        scale = next((group["scale"] for group in state["param_groups"] if group.get("level")), 0.25)
+    groups = gwt_param_groups(model, level=level, scale=scale, weight_decay=decay, include=include, exclude=exclude)
+    given = {key: value for key, value in options.items() if value is not None or key == "norm_growth_limit"}
+    return GWTAdamW(groups, **given)
+
+
+def _agreed(state: Mapping[str, Any], option: str) -> Any:
+    """The value that all groups of a state have; None if none says it."""
+    values = [group[option] for group in state["param_groups"] if group.get(option) is not None]
+    plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v for v in values]
+    if len(set(plain)) > 1:
+        flag = option.replace("_", "-")
+        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain))}; say one with --{flag}")
+    return plain[0] if plain else None

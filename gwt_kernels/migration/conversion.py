@@ -1,0 +1,189 @@
+"""One tensor's moments from one level, rule, wavelet and dtype to another, and what of that is exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.backends.torch.literal import filter_bank, wavedec
+from gwt_kernels.core.hyper import Rule, literal_alone
+from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, format_of
+
+__all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
+
+
+class Form(NamedTuple):
+    """What the moments of a tensor are averages of, and how they are kept."""
+
+    level: int
+    rule: Rule
+    wavelet: str
+    boundary: str
+    dtype: torch.dtype
+    """Of ``exp_avg``."""
+
+    @property
+    def kind(self) -> tuple[int, Rule, str, str]:
+        """What the moments are averages of."""
+        return self[:4]
+
+    @property
+    def stored(self) -> MomentFormat:
+        """How they are stored: as floating-point numbers, where no format has the dtype."""
+        return format_of(self.dtype) or MomentFormat(str(self.dtype), (self.dtype, self.dtype))
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.level == 0:
+            return f"AdamW, {dtype}"
+        wavelet = "" if self.wavelet == "haar" else f"{self.wavelet} "
+        boundary = "" if self.boundary == "zero" else f", {self.boundary} boundary"
+        return f"{self.rule} {wavelet}level {self.level}{boundary}, {dtype}"
+
+
+def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> Form:
+    """The form that a group's options give the moments of a tensor.
+
+    In it all rules, wavelets and boundaries of level 0 are one, and all boundaries of rows that are whole blocks.
+    """
+    level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
+    if not level:
+        return Form(0, "gwt", "haar", "zero", dtype)
+    width = shape[-1] if shape else 1
+    return Form(level, rule, wavelet, "zero" if _is_whole_blocks(width, level, wavelet) else boundary, dtype)
+
+
+def _is_whole_blocks(width: int, level: int, wavelet: str) -> bool:
+    """Whether the transform of a row never looks beyond its ends."""
+    return wavelet == "haar" and width % 2**level == 0
+
+
+def convert(
+    state: Mapping[str, Tensor], old: Form, new: Form, width: int, factors: tuple[float, float] = (1.0, 1.0)
+) -> dict[str, Tensor]:
+    """The moments of a state in another form, with their scales where they are codes.
+
+    With ``mu`` the average that belongs to the mean of a block of ``2**level`` neighbours (``exp_avg`` of
+    ``rule="foam"`` and of level 0; ``exp_avg / sqrt(2**level)`` of ``rule="gwt"``), a higher level's ``mu`` is the
+    mean of its parts, zeros beyond a row's end among them. A lower level's is unknown but for its mean, and becomes
+    that, with the details taken as zero: of all averages with this mean the one of least norm. ``exp_avg_sq`` goes
+    the same way under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so that its square has
+    the expectation of the mean of the elements' squares if they are uncorrelated. With another wavelet, or another
+    boundary than zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter,
+    times what a biorthogonal wavelet makes of white noise by correlating it.
+
+    Args:
+        state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and where they are codes their scales.
+        old: Of ``state``.
+        new: Wanted.
+        width: Last dimension of the parameter.
+        factors: On the two moments.
+
+    Raises:
+        ValueError: no average of the old form says anything of the new one.
+    """
+    if (old, factors) == (new, (1.0, 1.0)):
+        return {key: state[key].detach().clone() for key in (*MOMENTS, *SCALES) if key in state}
+    moments = _carry(*_decoded(state, old), old, new, width)
+    return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
+
+
+def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
+    """``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
+    m, v = _decoded(state, form)
+    return float((m / (v.sqrt() + eps)).nan_to_num().square().sum().sqrt())  # 0 / 0 where eps is 0
+
+
+def describe(old: Form, new: Form) -> dict[str, str]:
+    """For either moment whether :func:`convert` is exact, and the way that it goes."""
+    raised = new.level >= old.level
+    if old.kind == new.kind:
+        first = second = "exact"
+    elif raised:
+        first = "exact: " + ("the same average in another unit" if old.level == new.level else "sums of blocks")
+        of_elements = old.level == 0 or old.rule == "foam"
+        if new.rule == "foam" and of_elements:
+            second = "exact: the mean of its blocks"
+        else:
+            what = "as it is" if old.level == new.level else "the mean of its blocks"
+            second = f"approximate: {what}, as if gradients of neighbours were uncorrelated"
+    else:
+        first = "approximate: spread evenly over each block, whose details nobody kept"
+        second = "approximate: spread evenly over each block"
+    floats = [form.stored.arithmetic for form in (old, new)]
+    if torch.promote_types(*floats) != floats[1] or (new.stored.scales and old != new):
+        to = f"rounded to the nearest {str(new.dtype).removeprefix('torch.')}"
+        first, second = (to if how == "exact" else f"{how}; {to}" for how in (first, second))
+    return dict(zip(MOMENTS, (first, second), strict=True))
+
+
+def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
+    if old.kind == new.kind or m.numel() == 0:
+        return m, v
+    if any(literal_alone(form.wavelet, form.boundary) for form in (old, new)):
+        same = old.wavelet == new.wavelet
+        same &= old.boundary == new.boundary or _is_whole_blocks(width, old.level, old.wavelet)
+        if old.level and not (same and new.level >= old.level):
+            raise ValueError(
+                f"has moments of {old}, of which those of {new} cannot be made: build the optimizer with the "
+                f"state's wavelet and boundary and at least its level, or begin with a fresh state"
+            )
+        bank = filter_bank(new.wavelet)
+        squares = tuple(tuple(h * h for h in taps) for taps in bank)
+        further = new.level - old.level
+        moments = ((m * (math.sqrt(2**old.level) / _unit(old)), bank), (v, squares))
+        first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
+        if bank[0] != bank[2][::-1]:  # not orthogonal, so that coefficients are correlated where gradients are not
+            second *= _energy(bank[0], new.level) / _energy(bank[0], old.level)
+        return first, second
+    mean = _resample(m / _unit(old), old.level, new.level, width)
+    return mean * _unit(new), _resample(v, old.level, new.level, width)
+
+
+def _energy(low: Sequence[float], level: int) -> float:
+    """The mean square of white noise after ``level`` low-pass filters, over what each alone would make of it."""
+    taps = torch.tensor(low, dtype=torch.float64, device="cpu")
+    whole = torch.ones(1, 1, 1, dtype=torch.float64, device="cpu")
+    for i in range(level):
+        stretched = torch.zeros(1, 1, (len(low) - 1) * 2**i + 1, dtype=torch.float64, device="cpu")
+        stretched[..., :: 2**i] = taps
+        whole = torch.nn.functional.conv1d(whole, stretched.flip(-1), padding=stretched.shape[-1] - 1)
+    return float(whole.square().sum() / taps.square().sum() ** level)
+
+
+def _unit(form: Form) -> float:
+    """What an approximation coefficient is of the mean of its block."""
+    return math.sqrt(2**form.level) if form.rule == "gwt" else 1.0
+
+
+def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
+    """Means of blocks of ``2**new`` elements from those of ``2**old``, zeros beyond the ``width`` among them."""
+    if new >= old:
+        parts = 2 ** (new - old)
+        padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % parts))
+        return padded.view(*x.shape[:-1], -1, parts).mean(-1)
+    # Zeros beyond the end have no share of the mean: what is spread over the elements keeps the block's sum.
+    elements = torch.full((width,), 1.0, dtype=x.dtype, device=x.device)
+    share = _resample(elements, 0, new, width)
+    whole = _resample(elements, 0, old, width)
+    parts = 2 ** (old - new)
+    return (x / whole).repeat_interleave(parts, dim=-1)[..., : share.numel()] * share
+
+
+def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    m, v = (state[key].detach() for key in MOMENTS)
+    stored = form.stored
+    m, v = stored.decode(m, v, [state[key] for key in stored.scales], form.level)
+    return m.to(torch.float64), v.to(torch.float64)
+
+
+def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
+    stored = form.stored
+    if stored.encode is None:
+        return {key: x.to(form.dtype).contiguous() for key, x in zip(MOMENTS, (m, v), strict=True)}
+    encoded = stored.encode(m.float(), v.float(), None, form.level)
+    return dict(zip((*MOMENTS, *stored.scales), encoded, strict=True))

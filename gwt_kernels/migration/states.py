@@ -1,0 +1,441 @@
+"""``gwt_kernels.migrate``: the state of another optimizer, level, rule or dtype as one that a GWTAdamW loads."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from gwt_kernels.core.hyper import Boundary, Rule, check_rule
+from gwt_kernels.formats.moments import MOMENTS, SCALES
+from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.names import check_names, plain_names
+from gwt_kernels.optim.options import ADDED, check_group
+from gwt_kernels.optim.state import check_state, complete, state_keys, state_shape, upgraded
+
+__all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
+
+_KNOWN = {"step", *MOMENTS, *SCALES, "limiter_norm", "weight_low", "max_exp_avg_sq"}
+
+
+class Migrated(NamedTuple):
+    """How one tensor's state was carried over."""
+
+    name: str
+    """Of the parameter, or its place among all where nobody named it."""
+    before: Form
+    after: Form
+    notes: dict[str, str]
+    """By entry of the state: ``exact``, ``approximate``, ``new`` or ``dropped``, and how."""
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What :func:`migrate` made. ``str()`` says for each kind of tensor what is exact and what approximate."""
+
+    state_dict: dict[str, Any]
+    """For ``optimizer.load_state_dict``."""
+    tensors: tuple[Migrated, ...]
+    """In the optimizer's order, those that have a state."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing was approximated, rounded or dropped."""
+        notes = [note for tensor in self.tensors for note in tensor.notes.values()]
+        return not any(note.startswith(("approximate", "dropped")) or "rounded" in note for note in notes)
+
+    def __str__(self) -> str:
+        alike: dict[Any, list[Migrated]] = defaultdict(list)
+        for tensor in self.tensors:
+            alike[(tensor.before, tensor.after, *tensor.notes.items())].append(tensor)
+        lines = []
+        for members in alike.values():
+            first, n = members[0], len(members)
+            others = f" and {n - 1} more" if n > 1 else ""
+            lines.append(f"{first.before} -> {first.after}: {first.name}{others}")
+            lines += [f"    {key:<14}{note}" for key, note in first.notes.items()]
+        before, after = (sum(getattr(t, key) for t in self.tensors) for key in ("bytes_before", "bytes_after"))
+        return "\n".join([*lines, f"state: {before:,} bytes before, {after:,} after"])
+
+
+class _Source(NamedTuple):
+    """What a state holds of one parameter."""
+
+    name: str | None
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    size: int
+    """Bytes of it as it came."""
+
+
+class _Target(NamedTuple):
+    """One parameter of the optimizer."""
+
+    name: str | None
+    label: str
+    param: Tensor
+    group: dict[str, Any]
+
+
+def migrate(
+    state_dict: Mapping[str, Any],
+    optimizer: GWTAdamW,
+    *,
+    names: nn.Module | Sequence[str] | None = None,
+    rule: Rule = "gwt",
+    wavelet: str = "haar",
+    boundary: Boundary = "zero",
+    keys: Mapping[str, str | None] | None = None,
+) -> Migration:
+    """Make a state that ``optimizer`` loads out of one that it would refuse; neither of them is changed.
+
+    Takes the state of ``torch.optim.AdamW`` or ``Adam``, of a `GWTAdamW` with another level, rule, dtype of
+    moments, weight rounding, limiter, bias correction, wavelet, boundary or grouping, and of other optimizers that
+    keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one. What is exact and what
+    approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options (learning rate, betas and so
+    on) are the optimizer's own; moments made with other betas are rescaled, so that what bias correction makes of
+    them stays the same.
+
+    Parameters are matched by name. The optimizer's groups and the state's have names if they were built from named
+    parameters, as by `gwt_param_groups`; ``names`` says those that are missing. Where neither has any, they are
+    matched by place, which needs groups of the same sizes.
+
+    Args:
+        state_dict: As ``torch.optim.Optimizer.state_dict`` returns it.
+        optimizer: Over the same parameters, on any device (``"meta"`` too), with the options to go on with.
+        names: The model, where the state is of an optimizer over ``model.parameters()``, in one group; otherwise
+            the names of the state's parameters, group after group, which win over its own.
+        rule: Of a state with fewer coefficients than weights that does not say its rule.
+        wavelet: Of such a state.
+        boundary: Of such a state.
+        keys: What the entries of a parameter's state are called here if not so there, such as
+            ``{"norm": "limiter_norm"}``; None for those to leave behind.
+
+    Returns:
+        The new state, its tensors on the device of the old ones, and how each was made.
+
+    Raises:
+        ValueError: the state is none, holds nothing, or does not fit; the message names the parameter, the value
+            and the remedy.
+        TypeError: an argument has the wrong type.
+    """
+    if not isinstance(optimizer, GWTAdamW):
+        raise TypeError(f"optimizer must be a GWTAdamW, got {type(optimizer).__name__}")
+    if names is not None and (isinstance(names, str) or not isinstance(names, nn.Module | Sequence)):
+        raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
+    check_rule(rule, wavelet, boundary)
+    unsaid = {"rule": rule, "wavelet": wavelet, "boundary": boundary}
+    sources = _sources(state_dict, names, keys or {})
+    if not any(source.state for source in sources):
+        raise ValueError(
+            "the state holds nothing of any parameter, so there is nothing to migrate: take one saved after a "
+            "step, or begin with a fresh optimizer"
+        )
+    made: dict[int, dict[str, Tensor]] = {}
+    tensors = []
+    for i, (source, target) in enumerate(_pairs(sources, _targets(optimizer, names))):
+        if source.state:
+            try:
+                made[i], how = _migrated(source, target, unsaid)
+            except ValueError as error:
+                raise ValueError(f"{target.label}: {error}") from None
+            tensors.append(how)
+    return Migration({**optimizer.state_dict(), "state": made}, tuple(tensors))
+
+
+def is_state(value: object) -> bool:
+    """Whether this is what an optimizer's ``state_dict()`` returns, whatever the optimizer."""
+    if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
+        return False
+    states, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(states, Mapping)
+        and all(isinstance(state, Mapping) for state in states.values())
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+    )
+
+
+def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
+    """The names of a state's parameters, group after group; None if it has none."""
+    groups = state_dict["param_groups"]
+    if any(group.get("param_names") is None for group in groups):
+        return None
+    for group in groups:
+        check_names(group["param_names"])
+    return [name for group in groups for name in group["param_names"]]
+
+
+# Who is who -----------------------------------------------------------------------------------------------
+
+
+def _sources(
+    state_dict: Mapping[str, Any], names: nn.Module | Sequence[str] | None, keys: Mapping[str, str | None]
+) -> list[_Source]:
+    if not is_state(state_dict):
+        found = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"no optimizer's state, of which 'state' and 'param_groups' hold dicts, but {found}: pass what "
+            f"state_dict() of an optimizer returned"
+        )
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    members = [(group, key) for group in groups for key in group["params"]]
+    if isinstance(names, Sequence):
+        own: list[str] | None = list(names)
+    else:
+        own = names_in(state_dict)
+        if own is None and names is not None:
+            own = _names_by_order(names, [len(group["params"]) for group in groups])
+    if own is not None and len(own) != len(members):
+        raise ValueError(
+            f"there are {len(own)} names for the {len(members)} parameters of the state: give one for each, group "
+            f"after group"
+        )
+    stray = states.keys() - {key for _, key in members}
+    if stray:
+        raise ValueError(
+            f"the state holds {sorted(map(str, stray))[:5]}, which are in none of its groups: it is damaged, or "
+            f"not a whole state; take another"
+        )
+    plain = [None] * len(members) if own is None else plain_names(own)
+    held = [_entries(states.get(key, {}), keys) for _, key in members]
+    return [
+        _Source(name, group, upgraded(state), _bytes(state))
+        for name, (group, _), state in zip(plain, members, held, strict=True)
+    ]
+
+
+def _entries(state: Mapping[str, Any], keys: Mapping[str, str | None]) -> dict[str, Any]:
+    """A parameter's state by the names that are used here, without what is to be left behind or is not there."""
+    named = ((keys.get(key, key), value) for key, value in state.items())
+    return {key: value for key, value in named if key is not None and value is not None}
+
+
+def _names_by_order(model: nn.Module, sizes: list[int]) -> list[str]:
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the state has {len(sizes)} groups, of {sizes} parameters, without names, so that the model's order "
+            f"does not tell who is who: pass names=[...], the names in the state's order, group after group"
+        )
+    every = dict(model.named_parameters())
+    for parameters in (every, {name: p for name, p in every.items() if p.requires_grad}):
+        if len(parameters) == sizes[0]:
+            return list(parameters)
+    raise ValueError(
+        f"the state is of {sizes[0]} parameters, the model has {len(every)}: pass the model that it was made with, "
+        f"or names=[...]"
+    )
+
+
+def _targets(optimizer: GWTAdamW, names: nn.Module | Sequence[str] | None) -> list[_Target]:
+    in_model = {p: name for name, p in names.named_parameters()} if isinstance(names, nn.Module) else {}
+    found: list[tuple[str | None, Tensor, dict[str, Any]]] = []
+    for group in optimizer.param_groups:
+        own = group.get("param_names") or [in_model.get(p) for p in group["params"]]
+        found += [(name, p, group) for name, p in zip(own, group["params"], strict=True)]
+    given = [name for name, _, _ in found if name is not None]
+    plain: list[Any] = list(plain_names(given) if len(given) == len(found) else [None] * len(found))
+    return [
+        _Target(name, f"parameter {i if name is None else repr(name)} of shape {tuple(p.shape)}", p, group)
+        for i, (name, (_, p, group)) in enumerate(zip(plain, found, strict=True))
+    ]
+
+
+def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source, _Target]]:
+    named = [members[0].name is not None for members in (sources, targets)]
+    if all(named):
+        by_name = {source.name: source for source in sources}
+        for target in targets:
+            if target.name not in by_name:
+                raise ValueError(
+                    f"the state has nothing named {target.name!r}, but for example {sources[0].name!r}: build the "
+                    f"optimizer from the model that the state was made with, or pass names=[...]"
+                )
+        extra = [s for s in sources if s.name not in {target.name for target in targets} and s.state]
+        if extra:
+            raise ValueError(
+                f"the state has moments of {extra[0].name!r}, which is not in the optimizer: build it from the "
+                f"same model, frozen in the same places"
+            )
+        return [(by_name[target.name], target) for target in targets]
+    if any(named):
+        without = "the optimizer's groups have" if named[0] else "the state has"
+        remedy = (
+            "build them from model.named_parameters() or gwt_param_groups(model), or pass names=model"
+            if named[0]
+            else "pass names=model for a state of an optimizer over model.parameters(), or the names in its order"
+        )
+        raise ValueError(f"{without} no names, and the order need not be the same: {remedy}")
+    sizes = [list(Counter(id(member.group) for member in members).values()) for members in (sources, targets)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the state has groups of {sizes[0]} parameters without names, the optimizer of {sizes[1]}, so that "
+            f"their places do not tell who is who: pass names=model, or build the same groups"
+        )
+    return list(zip(sources, targets, strict=True))
+
+
+# One parameter --------------------------------------------------------------------------------------------
+
+
+def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
+    """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
+    p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
+    old = _form(source, p, target.group, unsaid)
+    step = _checked(source.state, p, old)
+    _check_finite(source.state, old)
+    template: dict[str, Tensor] = {}
+    complete(template, p, target.group)
+    new = form_of(target.group, p.shape, template["exp_avg"].dtype)
+    factors = _other_bias(source.group.get("betas"), target.group["betas"], step)
+    width = p.shape[-1] if p.dim() else 1
+    state = {
+        "step": torch.tensor(step, dtype=torch.float64, device="cpu"),
+        **convert(source.state, old, new, width, factors),
+    }
+    notes = describe(old, new)
+    if factors != (1.0, 1.0):
+        notes = {key: f"approximate: rescaled for other betas; {note}" for key, note in notes.items()}
+    _check_finite(state, new)
+    device = source.state["exp_avg"].device
+    same = old.kind == new.kind and factors == (1.0, 1.0)
+    if "limiter_norm" in template:
+        norm, notes["limiter_norm"] = _limiter_norm(source, state, old, new, target.group["eps"], same)
+        state["limiter_norm"] = torch.tensor(norm, dtype=template["limiter_norm"].dtype, device=device)
+    elif "limiter_norm" in source.state:
+        notes["limiter_norm"] = "dropped: the optimizer has no limiter here"
+    if "weight_low" in template:
+        low = source.state.get("weight_low")
+        fresh = torch.zeros_like(template["weight_low"], device=device)
+        state["weight_low"] = fresh if low is None else low.detach().clone()
+        notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
+    elif "weight_low" in source.state:
+        notes["weight_low"] = "dropped: the weights go on from their 16 bits"
+    if "max_exp_avg_sq" in source.state:
+        notes["max_exp_avg_sq"] = "dropped: there is no amsgrad here"
+    if source.group.get("decoupled_weight_decay") is False and source.group.get("weight_decay"):
+        notes["weight_decay"] = "approximate: Adam's is part of the moments, and fades from them with the betas"
+    check_state(state, p, target.group, target.label, state_keys(p, target.group))
+    name = target.label.split(" ")[1] if target.name is None else target.name
+    return state, Migrated(name, old, new, notes, source.size, _bytes(state))
+
+
+def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:
+    """The form of a state's moments: as its group says, or else by their shape."""
+    group, m = source.group, source.state.get("exp_avg")
+    if not isinstance(m, Tensor):
+        raise ValueError(
+            f"its state has no tensor exp_avg, but {sorted(map(str, source.state))}: pass the state of an Adam, or "
+            f"say with keys={{...}} what its entries are called"
+        )
+    if "level" in group:
+        options = {**defaults, **ADDED, **group, "backend": None}
+        try:
+            check_group(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the options of its state are damaged: {error}") from None
+        return form_of(options, p.shape, m.dtype)
+    for level in range(64):
+        shape = state_shape(p, {**unsaid, "level": level}) if p.dim() or not level else ()
+        if tuple(m.shape) == shape:
+            return form_of({**unsaid, "level": level}, p.shape, m.dtype)
+        if level and (not p.dim() or 2**level >= 2 * p.shape[-1]):
+            break
+    raise ValueError(
+        f"its exp_avg has shape {tuple(m.shape)}, which no level makes of this parameter: the state is of another "
+        f"model, or its parameters came in another order; pass names=[...] in the state's order"
+    )
+
+
+def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
+    """The step count of a state that is whole and fits; raises a ValueError about any other."""
+    unknown = sorted(map(str, state.keys() - _KNOWN))
+    if unknown:
+        raise ValueError(
+            f"its state has {unknown[0]!r}, whose meaning is unknown: say it with "
+            f"keys={{{unknown[0]!r}: 'limiter_norm'}} or another name, or leave it behind with "
+            f"keys={{{unknown[0]!r}: None}}"
+        )
+    stored = form.stored
+    numbers = ("step", "limiter_norm")
+    needed = {"step", *MOMENTS, *stored.scales}
+    missing = sorted(
+        key for key in needed | state.keys()
+        if not isinstance(state.get(key), Tensor | float | int if key in numbers else Tensor)
+    )  # fmt: skip
+    if missing:
+        raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
+    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
+    shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
+    for key in shapes.keys() & state.keys():
+        if tuple(state[key].shape) != shapes[key]:
+            raise ValueError(
+                f"its {key} has shape {tuple(state[key].shape)}, but {form} needs {shapes[key]}: build the "
+                f"optimizer from the model that the state was made with"
+            )
+    found = tuple(cast(Tensor, state[key]).dtype for key in MOMENTS)
+    dense = all(state[key].layout == torch.strided for key in MOMENTS)
+    if found != stored.dtypes or not dense or not stored.arithmetic.is_floating_point:
+        layouts = "" if dense else ", not dense"
+        raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
+    if stored.scales:
+        check_state(
+            {key: state[key] for key in (*MOMENTS, *stored.scales)} | {"step": torch.zeros((), dtype=torch.float64,
+            device="cpu")}, p, {"level": form.level, "wavelet": form.wavelet, "state_dtype": stored.name,
+            "norm_growth_limit": None}, "its moments", stored.scales,
+        )  # fmt: skip
+    for key in numbers:
+        value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
+        if value.numel() != 1 or not 0 <= float(value) < math.inf:
+            raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
+    return float(state["step"])
+
+
+def _limiter_norm(
+    source: _Source, state: Mapping[str, Tensor], old: Form, new: Form, eps: float, same: bool
+) -> tuple[float, str]:
+    """The norm that the limiter goes on from, and how it was made."""
+    norm = float(source.state.get("limiter_norm", 0.0))
+    if "limiter_norm" in source.state and same:
+        return norm, "exact"
+    size = update_norm(source.state, old, float(source.group.get("eps", eps)))
+    if not norm or not size:
+        return 0.0, "new: none yet, as at a first step, which is not limited"
+    # The limiter may have held the norm far below that of the moments: it goes on doing so.
+    return norm * update_norm(state, new, eps) / size, "approximate: the same share of the norm of the moments"
+
+
+def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:
+    for key in form.stored.scales or MOMENTS:
+        x = state[key]
+        if not x.isfinite().all() or (key != "exp_avg" and (x < 0).any()):
+            raise ValueError(
+                f"its {key} holds numbers that are not finite in {form.dtype}, or below 0 where only squares can "
+                f"be: take the state of an earlier step"
+            )
+
+
+def _other_bias(old: Any, new: tuple[float, float], step: float) -> tuple[float, float]:
+    """What makes averages that began ``step`` steps ago as biased towards 0 as the optimizer takes them to be."""
+    if old is None or not step:
+        return 1.0, 1.0
+    if not isinstance(old, list | tuple) or len(old) != 2 or not all(0 <= float(beta) < 1 for beta in old):
+        raise ValueError(
+            f"the betas of its state are {old!r}, not two numbers below 1: it is damaged; take another"
+        )
+    if tuple(map(float, old)) == tuple(map(float, new)):
+        return 1.0, 1.0
+    first, second = ((1 - float(b) ** step) / (1 - float(a) ** step) for a, b in zip(old, new, strict=True))
+    return first, second
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))

@@ -1,0 +1,1 @@
+"""Models from presets and configuration files, on the meta device."""

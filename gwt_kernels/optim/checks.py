@@ -1,0 +1,204 @@
+"""Checks of a parameter and its gradient before they are stepped: each error names the parameter and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from gwt_kernels import backends
+from gwt_kernels.backends.step_decision import Asked
+from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.hyper import literal_alone
+from gwt_kernels.distributed.sharding import ROWS_STAY
+from gwt_kernels.haar.transform import check_level
+from gwt_kernels.optim.options import rounding_of
+from gwt_kernels.optim.state import (
+    check_memory,
+    check_place,
+    check_shards,
+    check_state,
+    moment_format,
+    state_keys,
+    upgraded,
+)
+
+__all__ = [
+    "check_backend",
+    "check_before_step",
+    "check_capturable",
+    "check_grad",
+    "check_initialized",
+    "check_observable",
+    "check_param",
+    "check_replaced",
+    "check_rounding_of",
+    "check_traceable",
+    "is_captured",
+    "name_of",
+]
+
+_ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
+
+
+def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
+    """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
+    p = group["params"][index]
+    names = group.get("param_names")
+    label = repr(names[index]) if names and index < len(names) else f"{index} of group {group_index}"
+    return f"parameter {label}" + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
+
+
+def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise if a parameter has no shape yet, as a lazy module's before its first forward pass."""
+    for name, p in named:
+        if is_lazy(p):
+            raise RuntimeError(
+                f"{name} is uninitialized, as a lazy module's parameters are before its first forward pass, and "
+                f"has no shape yet: run one forward pass of the model first"
+            )
+
+
+def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    check_initialized([(name, p)])
+    if not p.is_floating_point():
+        raise TypeError(
+            f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
+    if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
+    if p.numel():
+        check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    check_rounding_of(p, group, name)
+    check_shards(p, group, name)
+    if p.device.type != "meta":
+        check_backend(p, name, p.dtype, group)
+
+
+def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    try:
+        rounding_of(p, group["weight_rounding"])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_grad(g: Tensor, p: Tensor, name: str) -> None:
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
+            f"embedding, or give it to torch.optim.SparseAdam"
+        )
+    if not g.is_floating_point():
+        raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real floating-point gradient")
+    if g.shape != p.shape or g.device != p.device:
+        raise RuntimeError(
+            f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
+            f"since backward, which has to run again"
+        )
+
+
+def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
+    """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
+    moments = moment_format(p, group).arithmetic
+    for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
+        try:
+            backends.resolve_update(
+                group["backend"], p.device, dtype, group["level"], group["wavelet"], group["boundary"]
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"{name} ({what} {dtype}): {error}") from None
+
+
+def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless a parameter, its gradient, which is there, and its state, if there is one, belong together."""
+    assert p.grad is not None
+    check_param(p, group, name)
+    check_grad(p.grad, p, name)
+    check_backend(p, name, p.grad.dtype, group)
+    check_memory(p, name)
+    check_memory(p.grad, f"the gradient of {name}")
+    if state:
+        state = upgraded(state, p)
+        check_state(state, p, group, name, [key for key in state_keys(p, group) if key not in _ADDED])
+        check_place(state, p, name)
+
+
+def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group_index: int) -> None:
+    """Raise if a flat buffer, in which no rows are left, has taken the place of parameters, as under ZeRO.
+
+    A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is
+    one of another model.
+
+    Args:
+        group: Whose parameters may be others than they were.
+        shapes: Of those that were there.
+        group_index: Of the group, for the message.
+
+    Raises:
+        TypeError: as said.
+    """
+    if not group["level"]:
+        return
+    params = group["params"]
+    for k, p in enumerate(params):
+        if p.dim() != 1 or p.shape in shapes or is_sharded(p):
+            continue
+        replaced = shapes[k] if k < len(shapes) else ()
+        if len(params) < len(shapes) or len(replaced) > 1:
+            raise TypeError(
+                f"{name_of(group, k, group_index)} was put in the place of others since the optimizer was made, as "
+                f"ZeRO does with flat buffers, in which no rows are left: {ROWS_STAY}, or give its group level 0"
+            )
+
+
+def check_observable(group: Mapping[str, Any]) -> None:
+    """Raise unless telemetry can tell about the group's parameters."""
+    if unknown := literal_alone(group["wavelet"], group["boundary"]):
+        raise ValueError(
+            f"telemetry=True knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
+        )
+    if any_sharded(group["params"]):
+        raise ValueError("telemetry=True knows no sharded parameters: turn it off")
+
+
+def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless a CUDA graph can capture the parameter's step."""
+    if p.device.type != "cuda":
+        return
+    kind = (p.device, p.dtype, group["level"], group["wavelet"], group["boundary"])
+    if backends.resolve(group["backend"], *kind) == "torch":
+        raise RuntimeError(
+            f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
+            f"host's numbers, but {backends.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+        )
+    if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
+        raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
+
+
+def check_traceable(asked: Asked) -> None:
+    """Raise if a graph is being made of a step that may have to be skipped."""
+    if backends.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
+        raise RuntimeError(
+            f"GWTAdamW.step() is being traced by {backends.tracer()}, and a graph cannot skip a step: take "
+            f"skip_nonfinite=True or the GradScaler away while tracing"
+        )
+
+
+def is_captured(capturable: bool) -> bool:
+    """Whether a CUDA graph captures the step.
+
+    Raises:
+        RuntimeError: it does, and the optimizer was not built for that.
+    """
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    if capturing and not capturable:
+        raise RuntimeError(
+            "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
+            "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
+        )
+    return capturing

@@ -1,0 +1,130 @@
+"""Gradient release: each tensor is updated in the backward pass, and its gradient freed at once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.checks import check_initialized
+
+__all__ = ["GradientRelease", "release_gradients"]
+
+
+def release_gradients(model: nn.Module, optimizer: GWTAdamW) -> GradientRelease:
+    """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.
+
+    The gradients of the whole model never exist together, which saves their memory. ``optimizer.step()`` may go on
+    being called, by loops and frameworks, and finds nothing left to do. The result is that of ordinary steps,
+    bit for bit. A parameter whose gradient one backward pass completes several times (a tied weight under reentrant
+    checkpointing) would be updated each time: use ``torch.utils.checkpoint(..., use_reentrant=False)``.
+
+    Args:
+        model: Its parameters that need gradients must all be the optimizer's.
+        optimizer: What updates them.
+
+    Returns:
+        The hooks' handle: accumulate micro-batches within :meth:`GradientRelease.accumulate`, and end with
+        :meth:`GradientRelease.remove`.
+
+    Raises:
+        RuntimeError: something needs all gradients at once or reduces them elsewhere: clipping to a global norm,
+            ``skip_nonfinite``, a ``GradScaler``, DDP; a parameter has another optimizer or a gradient already; or
+            gradients are released already.
+    """
+    _check(model, optimizer)
+    return GradientRelease(optimizer)
+
+
+class GradientRelease:
+    """Hooks that update parameters in the backward pass; made by :func:`release_gradients`.
+
+    Attributes:
+        accumulating: Whether gradients are only added up now: see :meth:`accumulate`.
+    """
+
+    def __init__(self, optimizer: GWTAdamW) -> None:
+        self._optimizer = optimizer
+        self.accumulating = False
+        self._scalers_looked_for = False
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in dict.fromkeys(params)]
+        optimizer.gradient_release = self
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within the block, backward passes add to the gradients and nothing is updated.
+
+        Run all micro-batches but the last within it; the last one's backward pass, outside, updates with the sum.
+        ``optimizer.step()`` and ``optimizer.zero_grad()`` do nothing in the block, so that a loop may call them
+        after every micro-batch. Where no backward pass follows, ``optimizer.step()`` outside updates with the sum
+        and frees it, and ``optimizer.zero_grad()`` outside drops it; ``model.zero_grad()`` drops it anywhere.
+        """
+        before, self.accumulating = self.accumulating, True
+        try:
+            yield
+        finally:
+            self.accumulating = before
+
+    def remove(self) -> None:
+        """Take the hooks away: from now on ``optimizer.step()`` updates, as before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._optimizer.gradient_release is self:  # not a later handle's
+            self._optimizer.gradient_release = None
+
+    def _step(self, p: Tensor) -> None:
+        if self.accumulating:
+            return
+        if not self._scalers_looked_for:  # one may have been made since
+            self._scalers_looked_for = True
+            _refuse_scalers()
+        self._optimizer.step_parameter(p)
+        p.grad = None
+
+
+def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
+    if not isinstance(optimizer, GWTAdamW):
+        raise TypeError(f"gradients are released to a GWTAdamW, got {type(optimizer).__name__}")
+    if optimizer.gradient_release is not None:
+        raise RuntimeError("gradients are released to this optimizer already: call remove() on that handle first")
+    for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
+        if value:
+            raise RuntimeError(
+                f"{name}={value!r} needs all gradients before the first update, but released ones never exist "
+                f"together: build the optimizer without it"
+            )
+    if optimizer.capturable:
+        raise RuntimeError(
+            "capturable=True is for a step in a CUDA graph, released gradients are updated outside it"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                "DDP reduces gradients in buckets after the hooks that release them have run: use fully_shard, or "
+                "ordinary steps"
+            )
+    _refuse_scalers()
+    check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in own:
+            raise RuntimeError(f"parameter {name!r} is not the optimizer's: add it, or freeze it")
+        if p.requires_grad and not p.is_leaf:
+            raise RuntimeError(f"parameter {name!r} is no leaf, so that backward accumulates no gradient in it")
+        if p.grad is not None:
+            raise RuntimeError(f"parameter {name!r} has a gradient already: step, or call zero_grad(), before this")
+
+
+def _refuse_scalers() -> None:
+    # A scaler multiplies the loss before the backward pass and tells the optimizer after it: too late.
+    if any(issubclass(type(x), torch.amp.GradScaler) and x.is_enabled() for x in gc.get_objects()):
+        raise RuntimeError(
+            "an enabled torch.amp.GradScaler is alive, but released gradients are used before it could unscale "
+            "them: train in bfloat16, delete the scaler or build it with enabled=False, or use ordinary steps"
+        )

@@ -1,0 +1,65 @@
+"""Checks of a state dict before an optimizer loads it, and copies of its tensors that keep every bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.optimizer import Optimizer
+
+from gwt_kernels.optim.checks import check_rounding_of, name_of
+from gwt_kernels.optim.names import in_order_of
+from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
+from gwt_kernels.optim.state import check_state, exact_copy, state_keys, upgraded
+
+__all__ = ["check_and_set_aside"]
+
+
+def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
+            f"pass what GWTAdamW.state_dict() returned"
+        )
+    added, groups = ADDED.items(), optimizer.param_groups
+    saved_groups = [
+        {**g, **{k: v for k, v in added if k not in g}} for g in in_order_of(groups, state_dict["param_groups"])
+    ]
+    if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in groups]:
+        raise ValueError(
+            f"the state has groups of {[len(g['params']) for g in saved_groups]} parameters, the optimizer of "
+            f"{[len(g['params']) for g in groups]}: build the optimizer from the same model and groups, or "
+            f"convert the state with gwt_kernels.migrate"
+        )
+    set_aside: dict[Any, Any] = {}
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for option in STRUCTURAL:
+            if option not in saved:
+                raise ValueError(
+                    f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW; gwt_kernels.migrate "
+                    f"takes over an AdamW's"
+                )
+            if saved[option] != group[option]:
+                raise ValueError(
+                    f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
+                    f"{option}={group[option]!r}: build the optimizer with the state's value, or convert the state "
+                    f"with gwt_kernels.migrate"
+                )
+        if (saved.get("weight_rounding") == "split") != (group["weight_rounding"] == "split"):
+            raise ValueError(
+                f"group {i} of the state has weight_rounding={saved.get('weight_rounding')!r}, the optimizer "
+                f"weight_rounding={group['weight_rounding']!r}: with 'split' half of each weight is in the state, "
+                f"so build the optimizer with the state's value, or convert the state with gwt_kernels.migrate"
+            )
+        options = {**optimizer.defaults, **saved, "backend": group["backend"]}
+        check_group(options, capturable=getattr(optimizer, "capturable", False))
+        for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+            check_rounding_of(p, options, name_of(group, k, i))
+            if state := upgraded(state_dict["state"].get(key, {}), p):
+                check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
+                set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
+    unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
+    set_aside.update({key: state_dict["state"][key] for key in unknown})
+    optimizer.__dict__["_set_aside"] = set_aside
+    own = [{**saved, "backend": group["backend"]} for saved, group in zip(saved_groups, groups, strict=True)]
+    return {**state_dict, "state": {}, "param_groups": own}

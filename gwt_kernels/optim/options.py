@@ -1,0 +1,243 @@
+"""Checks of a parameter group's options: each error names the option, its value and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from numbers import Real
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.backends.torch.literal import filter_bank
+from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, check_rule, literal_alone
+from gwt_kernels.formats.moments import FORMATS, wide
+
+__all__ = [
+    "ADDED",
+    "STRUCTURAL",
+    "check_group",
+    "check_max_grad_norm",
+    "hyper_of",
+    "published_limit",
+    "rounding_of",
+    "state_dtype_name",
+    "state_dtype_of",
+]
+
+SLACK = 1e-12
+"""What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
+_LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
+
+_numbers = itemgetter(
+    "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
+)
+_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool) for gamma in (float, type(None))}
+
+STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
+"""Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
+
+ADDED: dict[str, Any] = {"boundary": "zero", "correct_bias": True}
+"""Options that groups in older checkpoints and pickles lack, and what these mean by it."""
+
+
+def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> None:
+    """Raise unless every option of the group is one that the optimizer can honour.
+
+    Args:
+        group: All of its options.
+        capturable: Whether a learning rate may be a tensor on the device.
+        slack: How far below 0 a number may be that means 0: not at all in what a user asks for.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option has a value that is out of range or unknown.
+        ModuleNotFoundError: the wavelet needs PyWavelets, which is not installed.
+    """
+    hyper_of(group, capturable=capturable, slack=slack)
+    level = group["level"]
+    if isinstance(level, bool) or not isinstance(level, int):
+        raise TypeError(f"level must be an integer, got {level!r}")
+    if level < 0:
+        raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
+    check_rule(group["rule"], "haar")
+    if group["rule"] == "foam" and group["norm_growth_limit"] is not None:
+        raise ValueError(
+            f"norm_growth_limit is {group['norm_growth_limit']}, but rule='foam' has no limiter: leave it out, or "
+            f"pass None"
+        )
+    if not isinstance(group["wavelet"], str):
+        raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
+    if group["wavelet"] != "haar":
+        filter_bank(group["wavelet"])
+    check_rule(group["rule"], group["wavelet"], group["boundary"])
+    name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
+    if name is not None and FORMATS[name].is_random and unknown:
+        raise ValueError(
+            f"state_dtype=torch.{name} knows no {unknown}: use None, or wavelet='haar' and boundary='zero'"
+        )
+    if group["weight_rounding"] is not None:
+        check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"], group["boundary"])
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
+    backends.check_name(group["backend"])
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise unless gradients can be clipped to this global norm."""
+    if max_grad_norm is not None and not _number("max_grad_norm", max_grad_norm) > 0:
+        raise ValueError(
+            f"max_grad_norm must be above 0, got {max_grad_norm}: None turns clipping off, and float('inf') "
+            f"measures the norm alone"
+        )
+
+
+def published_limit(rule: str) -> float | None:
+    """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
+    return None if rule == "foam" else 1.01
+
+
+def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
+    """How a parameter's updated weights are stored: to the nearest by default.
+
+    Raises:
+        ValueError: weights of this dtype cannot be rounded so.
+    """
+    rounding = "nearest" if weight_rounding is None else weight_rounding
+    check_rounding(rounding, param.dtype, "haar")
+    return rounding
+
+
+def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> Hyper:
+    """The group's numbers as floats, checked; a learning rate on the device as it is where ``capturable``.
+
+    A number that is below 0 by ``slack`` at the most is 0.
+
+    Raises:
+        TypeError: a number is not a real number, or a tensor that only the device could read.
+        ValueError: a number is out of range, or a tensor holds several.
+    """
+    numbers = _numbers(group)
+    if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
+        return _remembered(numbers, slack)  # of no tensor, which might change where it lies
+    return _checked(numbers, slack, capturable)
+
+
+def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:
+    """See :func:`hyper_of`."""
+    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias = numbers
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    for name, value in (("maximize", maximize), ("correct_bias", correct_bias)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    hyper = Hyper(
+        lr=_from_zero("lr", _learning_rate(lr, capturable), slack),
+        beta1=_from_zero("betas[0]", _number("betas[0]", betas[0]), slack),
+        beta2=_from_zero("betas[1]", _number("betas[1]", betas[1]), slack),
+        eps=_from_zero("eps", _number("eps", eps), slack),
+        weight_decay=_from_zero("weight_decay", _number("weight_decay", weight_decay), slack),
+        scale=_number("scale", scale),
+        norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
+        maximize=maximize,
+        correct_bias=correct_bias,
+    )
+    for i, beta in enumerate((hyper.beta1, hyper.beta2)):
+        if not beta < 1.0:
+            raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
+    if not 0.0 < hyper.scale <= _LARGEST:
+        raise ValueError(f"scale must be finite and above 0, got {hyper.scale}: the published value is 0.25")
+    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit <= _LARGEST:
+        raise ValueError(
+            f"norm_growth_limit must be finite and at least 1, got {hyper.norm_growth_limit}: "
+            f"the published value is 1.01, and None turns the limiter off"
+        )
+    return hyper
+
+
+_remembered = functools.lru_cache(maxsize=256)(_checked)
+
+
+def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
+    """The option as a checkpoint holds it: a plain name, or None for the default.
+
+    Raises:
+        ValueError: moments of this dtype are not offered.
+    """
+    if state_dtype is None:
+        return None
+    name = str(state_dtype).removeprefix("torch.")
+    if name not in FORMATS:
+        raise ValueError(
+            f"state_dtype must be None, torch.float32, torch.bfloat16, torch.int8 or torch.float64, "
+            f"got {state_dtype!r}"
+        )
+    return name
+
+
+def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
+    name = state_dtype_name(state_dtype)
+    return (wide(param.dtype) if name is None else FORMATS[name]).dtypes[0]
+
+
+def _from_zero(name: str, value: Any, slack: float) -> Any:
+    """The number, or 0 where it is below that by no more than ``slack``."""
+    if isinstance(value, Tensor) or 0.0 <= value <= _LARGEST:
+        return value
+    if -slack <= value < 0.0:
+        return 0.0
+    if name.startswith("betas"):
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
+    """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
+    if not (capturable and isinstance(lr, Tensor)):
+        return _number("lr", lr)
+    if lr.device.type == "cpu" and not backends.launches_on("cpu"):  # where Triton does, that is its device
+        return _number("lr", lr)
+    if lr.dtype != torch.float32:
+        raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")
+    _check_single("lr", lr)
+    return lr
+
+
+def _check_single(name: str, value: Tensor) -> None:
+    if value.numel() != 1:  # PyTorch's optimizers raise the same type of error
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A numpy array of numbers as a tensor; everything else is refused."""
+    if hasattr(value, "__array__"):
+        with contextlib.suppress(TypeError, ValueError):  # an array of anything
+            return torch.from_numpy(value.__array__())
+    raise TypeError(f"{name} must be a real number, got {value!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) is float:  # which the other checks take a while to say
+        return value
+    if isinstance(value, Tensor):
+        _check_single(name, value)
+        if value.is_complex():
+            raise TypeError(f"{name} must be a real number, got a {value.dtype} tensor")
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, which step() would have to wait for: pass a float or a "
+                f"tensor on the CPU" + (", or capturable=True" if name == "lr" else "")
+            )
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return _number(name, _as_tensor(name, value))
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer of {len(str(value))} digits") from None

@@ -1,0 +1,242 @@
+"""One parameter's optimizer state: what it holds, how it begins, and whether a given one fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels import backends
+from gwt_kernels.backends.torch.literal import approximation_width
+from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.core.hyper import Span
+from gwt_kernels.distributed.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
+from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, wide
+from gwt_kernels.optim.options import state_dtype_name
+
+__all__ = [
+    "check_memory",
+    "check_place",
+    "check_shards",
+    "check_state",
+    "complete",
+    "exact_copy",
+    "halves_of",
+    "is_limited",
+    "moment_format",
+    "shard_spans",
+    "state_keys",
+    "state_shape",
+    "upgraded",
+]
+
+
+def is_limited(group: Mapping[str, Any]) -> bool:
+    """Whether the group's tensors have a limiter: level 0 has none."""
+    return bool(group["level"]) and group["norm_growth_limit"] is not None
+
+
+def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
+    """How a parameter's moments are stored: as the group says, or in float32 where that does not fit them."""
+    asked = state_dtype_name(group["state_dtype"])
+    if asked is None:
+        return wide(p.dtype)
+    fits = FORMATS[asked].fits(state_shape(p, group), group["level"])
+    return FORMATS[asked] if fits else wide(torch.float32)
+
+
+def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a parameter's state under the group's options holds."""
+    keys = ["step", *MOMENTS, *moment_format(p, group).scales]
+    keys += ["limiter_norm"] if is_limited(group) else []
+    keys += ["weight_low"] if group["weight_rounding"] == "split" else []
+    return tuple(keys)
+
+
+def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
+    """Make the state of a first step; of a later one, what an option turned on since then needs."""
+    state.update(upgraded(state, p))
+    if not state:
+        shape, stored = state_shape(p, group), moment_format(p, group)
+        moments = {
+            key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(MOMENTS, stored.dtypes, strict=True)
+        }
+        state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
+        n = stored.n_scales(shape, group["level"])
+        state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales})
+    if is_limited(group) and "limiter_norm" not in state:
+        state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
+    if group["weight_rounding"] == "split" and "weight_low" not in state:
+        state["weight_low"] = zeros_like_shard(p, (*p.shape, 2), torch.uint8)
+
+
+def halves_of(low: Tensor) -> Tensor:
+    """What this process holds of ``weight_low``, int16 of the weights' shape: the same memory."""
+    return local_of(low).view(torch.int16).squeeze(-1)
+
+
+def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, Any]:
+    """A state as it is kept now, from an older or a foreign checkpoint; the very same where nothing has to change.
+
+    ``step`` is a float64 tensor, ``limiter_norm`` one of its own dtype if it is known whose (``p``), and
+    ``weight_low`` bytes: others hold plain numbers, counts of another dtype, and int16, which no process can send
+    another.
+    """
+    changed: dict[str, Any] = {}
+    if not isinstance(state, Mapping):
+        return state  # something of the user's own
+    if _is_number(state.get("step")):
+        changed["step"] = torch.as_tensor(state["step"], dtype=torch.float64, device="cpu")
+    if p is not None and _is_number(state.get("limiter_norm")):
+        changed["limiter_norm"] = torch.as_tensor(state["limiter_norm"], dtype=_norm_dtype(p), device=p.device)
+    step: Any = changed.get("step", state.get("step"))
+    if _is_scalar(step) and (step.dtype, step.shape) != (torch.float64, ()):
+        changed["step"] = step.detach().reshape(()).to(torch.float64)
+    low = state.get("weight_low")
+    if isinstance(low, Tensor) and low.dtype == torch.int16:
+        changed["weight_low"] = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
+        halves_of(changed["weight_low"]).copy_(local_of(low))
+    return {**state, **changed} if changed else state
+
+
+def _is_scalar(x: object) -> bool:
+    """Whether ``x`` is a tensor of one real number that can be read."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
+    return dense and isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a number of Python or NumPy."""
+    return (isinstance(value, Real) and not isinstance(value, bool)) or type(value).__module__ == "numpy"
+
+
+def check_state(
+    state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str, keys: Iterable[str]
+) -> None:
+    """Raise unless ``state`` has the ``keys`` and is what a step of ``p`` under the group's options takes."""
+    missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
+    if missing:
+        raise ValueError(
+            f"the state of {name} lacks {', '.join(missing)}: it was not made by GWTAdamW with these options "
+            f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
+            f"clear it to begin anew"
+        )
+    shape, stored = state_shape(p, group), moment_format(p, group)
+    for key, dtype in zip(MOMENTS, stored.dtypes, strict=True):
+        if tuple(state[key].shape) != shape:
+            raise ValueError(
+                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
+                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with, "
+                f"or gwt_kernels.migrate for other options"
+            )
+        if state[key].dtype != dtype:
+            raise ValueError(
+                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: give it "
+                f"state_dtype={state[key].dtype}, or convert the state with gwt_kernels.migrate"
+            )
+    n = stored.n_scales(shape, group["level"])
+    for key in [key for key in SCALES if key in state]:
+        if key not in stored.scales:
+            raise ValueError(
+                f"the state of {name} has {key}, but no int8 moments: load the state that it belongs to"
+            )
+        if tuple(state[key].shape) != (n,) or state[key].dtype != torch.float32:
+            raise ValueError(
+                f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
+                f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} codes"
+            )
+    for key in {*MOMENTS, *SCALES, "weight_low"} & state.keys():
+        check_place_of(state[key], key, p, name)
+    for key in {"step", "limiter_norm"} & state.keys():
+        if state[key].numel() != 1:
+            raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
+        if not _is_scalar(state[key]) and p.device.type != "meta":
+            raise ValueError(
+                f"{key} of {name} is a {state[key].dtype} tensor, {state[key].layout}, on {state[key].device}: "
+                f"make it a dense tensor of one real number"
+            )
+    if "weight_low" in state:
+        if group["weight_rounding"] != "split":
+            raise ValueError(
+                f"the state of {name} has weight_low, half of each float32 weight, which the optimizer would drop: "
+                f"give it weight_rounding='split', or let gwt_kernels.migrate drop it"
+            )
+        low, expected = state["weight_low"], (*p.shape, 2)
+        if tuple(low.shape) != expected or low.dtype != torch.uint8:
+            raise ValueError(
+                f"weight_low of {name} is {low.dtype} of shape {tuple(low.shape)}, but needs to be uint8 of shape "
+                f"{expected}: use the model that the state was made with"
+            )
+    if "limiter_norm" in state and state["limiter_norm"].dtype != _norm_dtype(p):
+        raise ValueError(
+            f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
+            f"convert the state with gwt_kernels.migrate"
+        )
+    told = state["step"].device.type == "cpu" and not backends.is_symbolic()  # without waiting for a device
+    if told and not 0 <= float(state["step"]) < math.inf:
+        raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
+
+
+def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
+    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
+        if state[key].device != p.device or not local_of(state[key]).is_contiguous():
+            raise ValueError(
+                f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
+                f"{p.device} and make it contiguous"
+            )
+    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low", "step"} & state.keys():
+        check_memory(state[key], f"{key} of {name}")
+
+
+def check_memory(x: Tensor, name: str) -> None:
+    """Raise unless the memory of a tensor, whose address goes to C or to a kernel, is there."""
+    x = local_of(x)
+    if not x.numel() or backends.is_symbolic() or not torch._C._has_storage(x):
+        return
+    end = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    held = x.untyped_storage().nbytes()
+    if held < end * x.element_size():
+        raise ValueError(
+            f"{name} needs {end * x.element_size()} bytes of memory, of which {held} are there: it was freed, so "
+            f"bring it back before the step"
+        )
+
+
+def exact_copy(name: str, value: Any, p: Tensor) -> Any:
+    """A copy of one entry of a state, bit for bit, where ``p``'s state keeps it."""
+    if not isinstance(value, Tensor):
+        return value
+    device = torch.device("cpu") if name == "step" else p.device
+    if is_sharded(value):
+        copy = zeros_like_shard(p, value.shape, value.dtype)
+        local_of(copy).copy_(local_of(value))
+        return copy
+    return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
+
+
+def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless what this process holds of ``p`` is what the group's options can be applied to."""
+    stored = moment_format(p, group)
+    random = stored.is_random or group["weight_rounding"] == "stochastic"
+    check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
+
+
+def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
+    """Where what this process holds of ``p``, and of its moments, lies in the whole."""
+    return spans_of(p, state_shape(p, group), group["level"])
+
+
+def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the moments of a parameter."""
+    if group["level"] == 0:
+        return tuple(p.shape)
+    return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
+
+
+def _norm_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)

@@ -1,0 +1,79 @@
+"""What an optimizer that observes its steps tells about them, tensor by tensor.
+
+A step leaves a row of six float64 numbers per tensor on its device:
+
+    0  sum of squares of the gradient's details        ``sum (g - mean)**2``, after clipping
+    1  sum of squares of its approximation             ``W * sum mean**2``
+    2  sum of squares of the update                    learning rate and limiter included, weight decay apart
+    3  the limiter's divisor                           1 where it did not limit, or where there is none
+    4  number of steps whose gradient was not finite   or that were skipped
+    5  number of steps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.notes import COLUMNS
+
+__all__ = ["joined", "named", "read"]
+
+
+def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
+    """The rows of these parameters as one tensor ``[n, 6]``, which ``known`` then holds views of.
+
+    They go on from where they were; the row of a tensor that has taken no step is new.
+    """
+    rows = torch.stack([known[p] if p in known else _new_row(p.device) for p in params])
+    known.update(zip(params, rows.unbind(), strict=True))
+    return rows
+
+
+def named(rows: Mapping[Tensor, Tensor], groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Tensor, int]]:
+    """What :func:`read` takes: by a parameter's name, or else its place in the groups, as in ``"0.3"``."""
+    found = {}
+    for i, group in enumerate(groups):
+        names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
+        found.update(
+            {name: (rows[p], p.numel()) for name, p in zip(names, group["params"], strict=True) if p in rows}
+        )
+    return found
+
+
+def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
+    """The scalars worth logging, by parameter; one copy from each device, which waits for it.
+
+    Args:
+        rows: A tensor's row and number of elements by its name.
+
+    Returns:
+        For each name ``detail_energy``, the share of the gradient's energy that lies in the details (0 for a
+        gradient of zeros); ``update_rms``, the root of the update's mean square; ``limiter``, the limiter's
+        divisor; and ``nonfinite``, the share of steps whose gradient was not finite or that were skipped.
+    """
+    by_device: dict[torch.device, list[str]] = {}
+    for name, (row, _) in rows.items():
+        by_device.setdefault(row.device, []).append(name)
+    found = {}
+    for names in by_device.values():
+        for name, numbers in zip(names, torch.stack([rows[name][0] for name in names]).tolist(), strict=True):
+            details, approximation, update, limit, nonfinite, steps = numbers
+            energy = details + approximation
+            found[name] = {
+                "detail_energy": details / energy if energy else 0.0,
+                "update_rms": math.sqrt(update / max(rows[name][1], 1)),
+                "limiter": limit,
+                "nonfinite": nonfinite / max(steps, 1.0),
+            }
+    return {name: found[name] for name in rows}
+
+
+def _new_row(device: torch.device) -> Tensor:
+    row = torch.zeros(len(COLUMNS), dtype=torch.float64, device=device)
+    row[COLUMNS.index("limit")].fill_(1.0)
+    return row

@@ -1,0 +1,1 @@
+"""What gwt_param_groups does with the architectures of transformers."""

@@ -1,0 +1,50 @@
+"""What gwt_param_groups does with transformers' architectures: the names of those in use, and a rule for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.architectures import __main__ as architectures
+
+RELEASE, EXPECTED = architectures.expected()
+EVERY = 3
+"""Which part of all architectures is tried; ``python -m tests.architectures`` tries them all."""
+
+
+@pytest.mark.skipif(architectures.version() != RELEASE, reason=f"the names are those of transformers {RELEASE}")
+@pytest.mark.parametrize("name", architectures.USED)
+def test_the_architectures_that_people_use(name: str) -> None:
+    model = architectures.build_class(name)
+    assert list(architectures.listing(model)) == EXPECTED[name]
+    assert not architectures.broken(model)
+
+
+def test_the_table_has_the_architectures_that_people_use() -> None:
+    assert tuple(EXPECTED) == architectures.USED
+    for name in ("RobertaForMaskedLM", "ElectraForPreTraining", "MPNetForMaskedLM"):
+        transformed = [line.partition(".encoder.")[2] for line in EXPECTED[name][: EXPECTED[name].index("  left")]]
+        assert {"layer.*.intermediate: dense", "layer.*.output: dense"} <= set(transformed)
+
+
+def test_every_linear_of_a_repeated_block_is_transformed_or_has_a_reason() -> None:
+    """Besides, no embedding, head, norm, convolution or bias is transformed, and reasons are of a fixed set."""
+    kinds = architectures.model_types()[::EVERY]
+    built, faults = 0, []
+    for kind in kinds:
+        try:
+            model = architectures.build(kind)
+        except ValueError:  # needs a package that is missing, or more than a default configuration
+            continue
+        built += 1
+        faults += [f"{kind}: {fault}" for fault in architectures.broken(model)]
+    assert not faults
+    assert built > 0.8 * len(kinds) > 50
+
+
+def test_every_reason_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.endswith((" 0 |", " asked for |"))]
+    listed = {reason for row in rows for reason in row.split(" | ")[0].removeprefix("| ").split("; ")}
+    assert listed >= architectures.REASONS

@@ -1,0 +1,203 @@
+"""Tests how the step in C is compiled, kept and shared, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gwt_kernels import GWTAdamW, backends
+from gwt_kernels.backends.cpu import build, step
+from tests.support.native import needs_step_in_c
+from tests.support.runs import assert_same_bits, give_gradients, parameters, train
+
+CPU = torch.device("cpu")
+
+pytestmark = needs_step_in_c
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache of its own, and nothing remembered; afterwards too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remembered = (build.library, backends.compiler_obstacle)
+    for function in remembered:
+        function.cache_clear()
+    yield tmp_path / "cache" / "gwt_kernels"
+    for function in remembered:
+        function.cache_clear()
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir()) if cache.exists() else []
+
+
+def compiler_that_counts(folder: Path) -> Path:
+    """A compiler that writes a line each time that it is called."""
+    script = folder / "counting-cc"
+    script.write_text(f'#!/bin/sh\necho called >> {folder}/calls\nexec {build.compiler()[0]} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
+    code = "from gwt_kernels.backends.cpu import build; print(build.library().gwt_update is not None)"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "True"
+    assert len(kept(cache)) == 1
+    assert (tmp_path / "calls").read_text().splitlines() == ["called"]
+
+
+def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
+    build.library()
+    monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
+    build.SOURCES[0].write_text('#include "answer.h"\n#include "answer.inc"\n')
+    (tmp_path / "answer.h").write_text("#define ANSWER 42\n")
+    (tmp_path / "answer.inc").write_text("int gwt_answer(void) { return ANSWER; }\n")
+    assert build.library.__wrapped__().gwt_answer() == 42
+    assert len(kept(cache)) == 2
+    (tmp_path / "answer.h").write_text("#define ANSWER 43\n")
+    assert build.library.__wrapped__().gwt_answer() == 43
+    assert len(kept(cache)) == 3
+    monkeypatch.setenv("CC", f"{build.compiler()[0]} -DNOTHING")
+    assert build.library.__wrapped__().gwt_answer() == 43
+    assert len(kept(cache)) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            "gcc", marks=pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc: apt-get install gcc")
+        ),
+        pytest.param(
+            "clang",
+            marks=pytest.mark.skipif(not shutil.which("clang"), reason="needs clang: apt-get install clang"),
+        ),
+    ],
+)
+def test_compilers_that_are_promised(cache, monkeypatch, tmp_path, name):
+    """They know the same flags, and what they make gives the same bits."""
+    taken = []
+    for command in (None, name):
+        if command:
+            monkeypatch.setenv("CC", command)
+            library = build.library.__wrapped__()
+            monkeypatch.setattr(step, "functions", step.functions.__wrapped__)
+            monkeypatch.setattr(step, "library", lambda own=library: own)
+        params = parameters([(40, 256), (30, 37)], dtype=torch.bfloat16)
+        options = {"level": 2, "weight_rounding": "stochastic", "state_dtype": "int8", "norm_growth_limit": None}
+        train(GWTAdamW(params, backend="compiled", **options), range(3))
+        taken.append([p.detach().clone() for p in params])
+    assert_same_bits(*taken)
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    """Or else a crash may leave part of it there, and what loads that is ended."""
+    calls = []
+    for name in ("fsync", "replace"):
+        own = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (calls.append(name), own(*args)))
+    build.library()
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_home_that_cannot_be_written_to(cache, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    assert isinstance(build.library(), ctypes.CDLL)
+    assert backends.compiler_obstacle(CPU) is None
+
+
+def test_no_home_at_all(cache, monkeypatch):
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", fail)
+    assert isinstance(build.library(), ctypes.CDLL)
+
+
+def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
+    """As on a file system that executes nothing."""
+    load = ctypes.CDLL
+
+    def refuse(path: str) -> ctypes.CDLL:
+        if str(cache) in path:
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert build.library().gwt_update
+
+
+def test_no_compiler(cache, monkeypatch):
+    """Named: an error that says so. Not named: PyTorch's operators."""
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
+        GWTAdamW(parameters([(4, 8)]), backend="compiled")
+    assert not backends.is_compiled(None, CPU)
+    params = parameters([(4, 8)])
+    give_gradients(params, seed=0)
+    GWTAdamW(params, level=1).step()
+    backends.compiler_obstacle.cache_clear()
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="none of cc, gcc and clang"):
+        GWTAdamW(parameters([(4, 8)]), backend="compiled")
+
+
+def test_a_compiler_that_is_no_command(cache, monkeypatch):
+    monkeypatch.setenv("CC", "gcc '-O2")
+    assert build.compiler() is None
+    assert not backends.is_compiled(None, CPU)
+
+
+def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
+    """What it said is the end of the message, in whatever encoding, and nothing is left behind."""
+    script = tmp_path / "failing-cc"
+    script.write_bytes(b"#!/bin/sh\necho '\xe9: the disk is full' >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: .: the disk is full; use backend='torch'"):
+        backends.resolve("compiled", CPU, torch.float32, 2)
+    assert not backends.is_compiled(None, CPU)
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "calls"),
+    [
+        (None, torch.float32, 1),
+        ("compiled", torch.bfloat16, 1),
+        (None, torch.float64, 0),
+        ("torch", torch.float32, 0),
+    ],
+)
+def test_who_steps_on_a_cpu(monkeypatch, backend, dtype, calls):
+    """Where no backend is asked for, C, for all that it knows."""
+    seen, own = [], step.Packed.step
+    monkeypatch.setattr(step.Packed, "step", lambda self: (seen.append(1), own(self)))
+    train(GWTAdamW(parameters([(4, 8), (3, 5)], dtype=dtype), level=1, backend=backend), range(1))
+    assert len(seen) == calls
+
+
+def test_not_for_a_gpu():
+    with pytest.raises(RuntimeError, match=r"backend='compiled' cannot run here: the tensors are on cuda"):
+        backends.resolve("compiled", torch.device("cuda"), torch.float32, 2)
+    assert not backends.is_compiled(None, torch.device("cuda"))
+
+
+def test_importing_compiles_nothing(cache):
+    code = "import torch, gwt_kernels; gwt_kernels.GWTAdamW([torch.nn.Parameter(torch.zeros(4, 8))])"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"CC": "false"}, check=True)
+    assert kept(cache) == []

@@ -1,0 +1,236 @@
+"""Tests the threads of the step in C: kept, safe when a process forks, and the caller's in all that they do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gwt_kernels import GWTAdamW
+from gwt_kernels.backends.cpu import step as compiled_step
+from tests.support.native import needs_step_in_c
+from tests.support.runs import assert_same_bits, give_gradients, parameters, snapshot
+
+pytestmark = needs_step_in_c
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def optimizer_of(seed: int, *, size: int = 512) -> GWTAdamW:
+    params = parameters([(size, 512), (3, 40)], seed=seed)
+    give_gradients(params, seed=seed)
+    return GWTAdamW(params, lr=0.01, backend="compiled")
+
+
+def started() -> int:
+    found: int = compiled_step.functions().gwt_threads()
+    return found
+
+
+def tasks() -> int:
+    """Threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_threads_are_started_once():
+    optimizer = optimizer_of(seed=1)
+    optimizer.step()
+    before = started(), tasks()
+    assert before[0] >= 1
+    for _ in range(5):
+        optimizer.step()
+    assert (started(), tasks()) == before
+
+
+BUCKETS = """
+import torch
+from gwt_kernels import GWTAdamW
+from gwt_kernels.compiled_backend import step
+torch.set_num_threads(4)
+for shapes in ([(100, 100)], [(8, 8)] * 100, [(64, 64)] * 30, [(512, 512)]):
+    params = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    GWTAdamW(params, backend="compiled").step()
+    print(step.functions().gwt_threads())
+"""
+
+
+def test_no_thread_where_there_is_nothing_to_gain():
+    """Of a bucket as a whole: many small tensors are as much work as a large one."""
+    done = subprocess.run([sys.executable, "-c", BUCKETS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0", "2", "3"]
+
+
+def in_a_child(work) -> str:
+    """What a forked child says; it must end by itself."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, work().encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    end = time.monotonic() + 60
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    with os.fdopen(reader) as file:
+        return file.read()
+
+
+def fingerprint(optimizer: GWTAdamW) -> str:
+    """Of the weights, without PyTorch's operators: in a child they wait for threads that are not there."""
+    parts = [p.detach().numpy().tobytes() for group in optimizer.param_groups for p in group["params"]]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_of_a_fork_starts_threads_of_its_own():
+    """The parent's are not there; and the parent goes on with its own."""
+    optimizer, twin = optimizer_of(seed=2), optimizer_of(seed=2)
+    optimizer.step()
+    twin.step()
+    assert started() >= 1
+
+    def work() -> str:
+        before = started()
+        optimizer.step()
+        return f"{before} {started()} {fingerprint(optimizer)}"
+
+    said = in_a_child(work)
+    twin.step()
+    assert said == f"0 1 {fingerprint(twin)}"
+    optimizer.step()
+    assert fingerprint(optimizer) == fingerprint(twin)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forks_while_others_step():
+    """Of whatever a child finds half done, it waits for nothing."""
+    stop = threading.Event()
+    others = optimizer_of(seed=3, size=2048)
+
+    def train() -> None:
+        while not stop.is_set():
+            others.step()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for seed in range(5):
+            optimizer, twin = optimizer_of(seed), optimizer_of(seed)
+            for own in (optimizer, twin, twin):  # the state is made by PyTorch's operators
+                own.step()
+            assert in_a_child(lambda own=optimizer: (own.step(), fingerprint(own))[1]) == fingerprint(twin)
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        optimizer = optimizer_of(seed=i)  # a worker may train, too
+        optimizer.step()
+        return optimizer.param_groups[0]["params"][0].detach()[0].clone()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_that_fork_between_steps():
+    def train() -> list[object]:
+        optimizer = optimizer_of(seed=4)
+        seen = []
+        for _ in range(2):
+            for batch in torch.utils.data.DataLoader(Numbers(), num_workers=2, batch_size=4, timeout=60):
+                optimizer.step()
+                seen.append(batch)
+        return [seen, snapshot(optimizer)]
+
+    expected = [[Numbers()[i] for i in range(4 * k, 4 * k + 4)] for k in (0, 1)]
+    seen, taken = train()
+    for batch, own in zip(seen, expected * 2, strict=True):
+        assert torch.equal(batch, torch.stack(own))
+    twin = optimizer_of(seed=4)
+    for _ in range(4):
+        twin.step()
+    assert_same_bits(taken, snapshot(twin))
+
+
+def test_callers_at_the_same_time():
+    """One has the threads, the others work alone: the same bits."""
+    optimizers, twins = ([optimizer_of(seed) for seed in range(4)] for _ in range(2))
+
+    def train(optimizer: GWTAdamW) -> None:
+        for _ in range(10):
+            optimizer.step()
+
+    workers = [threading.Thread(target=train, args=(each,)) for each in optimizers]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    for each in twins:
+        train(each)
+    assert_same_bits(list(map(snapshot, optimizers)), list(map(snapshot, twins)))
+
+
+def test_numbers_that_are_flushed_are_flushed_by_all_threads():
+    """``torch.set_flush_denormal`` is for the thread that calls it, and the step is one."""
+
+    def moments(flush: bool, threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        p = torch.nn.Parameter(torch.ones(1024, 512))
+        p.grad = torch.full_like(p, 1e-38)
+        optimizer = GWTAdamW([p], level=0, betas=(0.9, 0.999), backend="compiled")
+        try:
+            assert torch.set_flush_denormal(flush)
+            optimizer.step()
+        finally:
+            torch.set_flush_denormal(False)
+        return optimizer.state[p]["exp_avg"].clone()
+
+    moments(False, 2)  # threads from a time when nothing was flushed
+    assert torch.equal(moments(True, 2), torch.zeros(1024, 512))
+    assert torch.equal(moments(False, 2), moments(False, 1))
+    assert (moments(False, 2) > 0).all()  # control
+
+
+NONE_TO_BE_HAD = """
+import resource, torch
+from gwt_kernels import GWTAdamW
+from gwt_kernels.compiled_backend import step
+step.functions()
+torch.set_num_threads(3)
+p = torch.nn.Parameter(torch.ones(512, 512))
+p.grad = torch.ones_like(p)
+optimizer = GWTAdamW([p], backend="compiled")
+resource.setrlimit(resource.RLIMIT_AS, (2**22,) * 2)  # no room for a stack
+optimizer.step()
+print(step.functions().gwt_threads(), bool((p != 1).all()))
+"""
+
+
+def test_a_process_without_room_for_threads_works_alone():
+    done = subprocess.run([sys.executable, "-c", NONE_TO_BE_HAD], capture_output=True, text=True, check=False)
+    assert done.stdout == "0 True\n", done.stderr

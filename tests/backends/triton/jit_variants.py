@@ -1,0 +1,56 @@
+"""Run by test_jit.py in a process of its own: compiles what launches would launch on sm_90, and prints it as JSON.
+
+The arguments go through Triton's own binder, which decides from them what is specialised and so how often a user's
+first steps compile. Only the driver is replaced: there is no device to ask.
+"""
+
+import json
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+from bench.host import NoDevice
+from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels.backends.triton import haar_launch, launch
+
+
+class NoLauncher(NoDevice):
+    """A kernel that is not ``Compiled`` fails here: what a launch needs of the driver is missing."""
+
+    launcher_cls = utils = None  # type: ignore[assignment]
+
+
+class Compiled:
+    """Stands for a kernel where it is launched: compiles at each call, launches nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_only(*args: Any, **options: Any) -> None:
+            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            seen.append((self.kernel.fn.__name__, options.get("FLAT", True), compiled.hash))
+
+        return compile_only
+
+
+seen: list[tuple[str, bool, str]] = []
+driver.set_active(NoLauncher())
+backends.triton_obstacle = lambda *args, **kwargs: None  # type: ignore[assignment]
+for name in ("step_kernel", "norm_kernel", "limiter_kernel"):
+    setattr(launch, name, Compiled(getattr(launch, name)))
+for name in ("dwt_kernel", "idwt_kernel"):
+    setattr(haar_launch, name, Compiled(getattr(haar_launch, name)))
+
+for n in (1, 2, 3, 16):
+    flat = [torch.nn.Parameter(torch.randn(64, 16 * n, dtype=torch.bfloat16)) for _ in range(n)]
+    rows = [torch.nn.Parameter(torch.randn(5, 61, dtype=torch.bfloat16)) for _ in range(n)]
+    optimizer = GWTAdamW([*flat, *rows], backend="triton")
+    for _ in range(2):
+        for p in (*flat, *rows):
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+for shape in ((8, 64), (16, 48), (1, 8)):
+    haar_idwt(haar_dwt(torch.randn(shape), 2, backend="triton"), shape[-1], backend="triton")
+print(json.dumps(seen))

@@ -1,0 +1,145 @@
+"""What a CUDA graph would do with a capturable step, in the interpreter: the same launches again, and nothing else.
+
+A graph replays kernels with the arguments of the capture; what changes from step to step has to lie in memory that
+these arguments point to. Here launches are recorded while a step runs, and run again in their order.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from gwt_kernels import GWTAdamW
+from gwt_kernels.backends.triton import control_launch, launch
+from tests.support import interpreter
+from tests.support.runs import assert_differ, assert_same_bits, parameters, results
+
+if torch.cuda.is_available():
+    pytest.skip(
+        "needs kernels that run on the CPU: test_gpu_capture.py captures real graphs here", allow_module_level=True
+    )
+
+KERNELS = {
+    launch: ("norm_kernel", "limiter_kernel", "step_kernel", "observe_kernel"),
+    control_launch: ("squares_kernel", "total_kernel", "decide_kernel", "rows_kernel"),
+}
+SHAPES = [(8, 64), (3, 37), (64,)]
+
+
+class Graph:
+    """Launches, in order, with what they were given."""
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def capture(self, step) -> None:
+        graph = self
+
+        class Recorder:
+            def __init__(self, kernel) -> None:
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                def call(*args, **kwargs):
+                    graph.calls.append((self.kernel, grid, args, kwargs))
+                    self.kernel[grid](*args, **kwargs)
+
+                return call
+
+        patches = [
+            patch.object(module, name, Recorder(getattr(module, name)))
+            for module, names in KERNELS.items()
+            for name in names
+        ]
+        for one in patches:
+            one.start()
+        try:
+            step()
+        finally:
+            for one in patches:
+                one.stop()
+
+    def replay(self) -> None:
+        with interpreter.like_a_gpu():
+            for kernel, grid, args, kwargs in self.calls:
+                kernel[grid](*args, **kwargs)
+
+
+class Training:
+    """Parameters with gradients in memory that stays, as a graph needs them, and a rate in memory too."""
+
+    def __init__(self, **options) -> None:
+        self.params = parameters(SHAPES)
+        self.lr = torch.tensor(0.01)
+        groups = [{"params": self.params[:2], "level": 2}, {"params": self.params[2:], "level": 0}]
+        self.optimizer = GWTAdamW(groups, lr=self.lr, backend="triton", capturable=True, **options)
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+
+    def batch(self, t: int) -> None:
+        generator = torch.Generator().manual_seed(t)
+        for p in self.params:
+            p.grad.copy_(torch.randn(p.shape, generator=generator) * (1 + t % 4))
+        if t % 5 == 4:
+            self.params[1].grad[1, 2] = float("nan")
+        self.lr.fill_(0.01 / (1 + t % 3))
+
+    def step(self) -> None:
+        with interpreter.like_a_gpu():
+            self.optimizer.step()
+
+    def results(self):
+        return results(self.optimizer) | {"skipped": self.optimizer.skipped_steps.clone()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_nonfinite": True},
+        {"skip_nonfinite": True, "max_grad_norm": 2.0, "weight_decay": 0.1, "telemetry": True},
+        {"skip_nonfinite": True, "rule": "foam", "state_dtype": "bfloat16"},
+        {"skip_nonfinite": True, "correct_bias": False},
+    ],
+    ids=["limiter", "clipped", "random bits", "no bias correction"],
+)
+def test_replays_equal_eager_steps(options):
+    eager, captured = Training(**options), Training(**options)
+    for training in (eager, captured):
+        for t in range(2):
+            training.batch(t)
+            training.step()
+    graph = Graph()
+    for t in range(2, 14):
+        eager.batch(t)
+        eager.step()
+        captured.batch(t)
+        if t == 2:
+            graph.capture(captured.step)
+        else:
+            graph.replay()
+        assert_same_bits(captured.results(), eager.results())
+    assert captured.optimizer.skipped_steps == 2
+    assert len(graph.calls) > 2
+    if options.get("telemetry"):
+        assert captured.optimizer.telemetry() == eager.optimizer.telemetry()
+
+
+def test_a_step_that_is_not_capturable_would_repeat_itself():
+    """The control: with counts and rates of the host a replay is not the next step."""
+    eager, captured = Training(), Training()
+    for training in (eager, captured):
+        training.optimizer.capturable = False
+        training.batch(0)
+        training.step()
+    graph = Graph()
+    for t in (1, 2):
+        for training in (eager, captured):
+            training.batch(t)
+        eager.step()
+        if t == 1:
+            graph.capture(captured.step)
+        else:
+            graph.replay()
+    assert_differ(captured.results(), eager.results())

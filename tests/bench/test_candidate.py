@@ -1,0 +1,98 @@
+"""A candidate before it is timed: its step is right, clips where it must, and moves the bytes that are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bench.common.models import shapes_of
+from bench.optimizers.candidate import WEIGHT_DECAY, Candidate, adamw, build, bytes_moved, gwt, ptwt
+from bench.optimizers.checks import check
+from gwt_kernels import GWTAdamW
+from tests.support.candidates import CPU, HALF, SHAPES, SINGLE, needs_ptwt
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        *(gwt(level, dtype, limiter=level == 2) for level in range(4) for dtype in (SINGLE, HALF)),
+        *(gwt(2, dtype, limiter=False, rule="foam") for dtype in (SINGLE, HALF)),
+        *(gwt(2, HALF, limiter=on, moments=moments) for on in (False, True) for moments in (HALF, torch.int8)),
+        adamw(SINGLE, foreach=True),
+        *(adamw(HALF, **how) for how in ({"fused": True}, {"foreach": True}, {"foreach": False})),
+        *(pytest.param(ptwt(3, dtype), marks=needs_ptwt) for dtype in (SINGLE, HALF)),
+    ],
+    ids=lambda candidate: f"{candidate.name} {candidate.dtype}",
+)
+def test_right_results_pass_the_check(candidate: Candidate) -> None:
+    error = check(build(candidate, SHAPES, CPU))
+    assert 0 < error <= 1
+
+
+def test_clipping_is_part_of_the_timed_step() -> None:
+    trial = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
+    steps = []
+    trial.optimizer.register_step_pre_hook(
+        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in trial.tensors))
+    )
+    trial.optimizer.step()
+    trial.clipped_step()
+    assert steps[0] > 100
+    assert steps[1] == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "per_parameter"),
+    [
+        (adamw(HALF, fused=True), 14),  # g 2, p 4, m and v 8
+        (adamw(SINGLE, fused=True), 28),
+        (
+            gwt(2, HALF, limiter=False),
+            10,
+        ),  # g 2, p 4, float32 m and v read and written for each four elements 4
+        (gwt(2, HALF, limiter=True), 14),  # g, m and v once more
+        (gwt(0, HALF, limiter=False), 22),
+        (gwt(2, HALF, limiter=False, clips=True), 12),
+        (gwt(2, HALF, limiter=True, clips=True), 16),
+        (gwt(2, HALF, limiter=False, skips=True), 12),
+        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass looks
+        (gwt(3, SINGLE, limiter=False), 14),
+    ],
+    ids=lambda value: value.name if isinstance(value, Candidate) else str(value),
+)
+def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
+    trial = build(candidate, SHAPES[:1], CPU)
+    assert bytes_moved(trial) == per_parameter * 6 * 16
+
+
+@needs_ptwt
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("width", [16, 37, 41])
+@pytest.mark.parametrize("gamma", [1.01, None])
+def test_the_ptwt_step_is_the_folded_step(level: int, width: int, gamma: float | None) -> None:
+    from bench.optimizers.ptwt_step import LiteralGWTAdamW
+
+    torch.manual_seed(level * width)
+    start = torch.randn(4, width, dtype=torch.float64)
+    literal, folded = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    options = {"lr": 0.1, "weight_decay": WEIGHT_DECAY, "level": level, "norm_growth_limit": gamma}
+    steps = [LiteralGWTAdamW([literal], **options), GWTAdamW([folded], **options)]
+    for growth in (1.0, 3.0, 0.2, 5.0):  # the limiter acts on a growing gradient
+        grad = growth * torch.randn_like(start)
+        for p, optimizer in zip((literal, folded), steps, strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+        torch.testing.assert_close(literal, folded, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(literal, start, rtol=0.01)
+
+
+def test_shapes_of_a_published_model() -> None:
+    shapes = shapes_of("llama_60m")
+    assert sum(torch.Size(shape.size).numel() for shape in shapes) == 58_073_600
+    assert sum(shape.transformed for shape in shapes) == 7 * 8
+    layer = shapes_of("llama_1b", layers=1, embeddings=False)
+    assert sorted(shape.size for shape in layer if shape.transformed) == sorted(
+        [(2048, 2048)] * 4 + [(5461, 2048)] * 2 + [(2048, 5461)]
+    )
+    assert [shape.decayed for shape in layer if not shape.transformed] == [False, False]

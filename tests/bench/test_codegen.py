@@ -1,0 +1,330 @@
+"""The machine-code gate: the flat path passes, what is known to be worse does not, every target compiles."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+
+from bench.codegen import __main__ as codegen
+from bench.codegen import machine_code
+from bench.codegen.access_names import Frame, array_name, parse_comment, parse_locations
+from bench.codegen.launches import DWT, IDWT, KERNELS, LAUNCHED_FROM, LIMITER, NORM, STEP
+from bench.codegen.machine_code import LIMITS, resident_warps
+from bench.codegen.variant import Variant
+from bench.codegen.variants import TARGETS, variants
+from bench.common import records
+from gwt_kernels.backends.triton import haar_launch, launch, step
+
+Row = dict[str, Any]
+Run = Callable[..., tuple[int, list[Row], str]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run the command in a process of its own, since this one's kernels are interpreted.
+
+    Triton's cache starts empty. What one of several workers of this test run has measured, the others read.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def command(*arguments: str) -> tuple[int, list[Row], str]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
+        name = hashlib.sha256(" ".join(arguments).encode()).hexdigest()
+        path, out = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}"
+        with open(folder / "codegen_lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                done = subprocess.run(
+                    [sys.executable, "-m", "bench.codegen", "--record", str(out), "--jobs", "2", *arguments],
+                    capture_output=True,
+                    text=True,
+                    cwd=Path(__file__).parents[2],
+                    env=environment,
+                    timeout=500,
+                )
+                files = list(out.glob("codegen_triton-*.json"))
+                assert len(files) == 1, done.stderr
+                path.write_text(json.dumps([done.returncode, records.rows_of(files[0], "codegen"), done.stdout]))
+        status, measured, text = json.loads(path.read_text())
+        return status, measured, text
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def promised(run: Run) -> list[Row]:
+    """The rows of every variant that the project promises to be one optimal pass."""
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-5"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32"),
+    )
+    assert status == 0, text
+    return rows
+
+
+def test_flat_path_passes_the_gate(promised: list[Row]) -> None:
+    options = ("kernel", "weights", "limited", "rule", "rounding", "level")
+    found = {tuple(row[option] for option in options): codegen.violations(row) for row in promised}
+    either = [(STEP, False, "gwt", "nearest"), (STEP, False, "foam", "nearest"), (STEP, True, "gwt", "nearest")]
+    either.append((NORM, None, None, None))
+    kernels = {"fp32": either}
+    kernels["bf16"] = [*either, (STEP, False, "foam", "stochastic"), (STEP, False, "foam", "split")]
+    assert found == {
+        (kernel, weights, *rest, level): []
+        for weights in kernels
+        for kernel, *rest in kernels[weights]
+        for level in range(1, 6)
+    }
+    assert all(codegen.gated(row) for row in promised)
+
+
+def test_every_access_is_attributed(promised: list[Row]) -> None:
+    for row in promised:
+        if row["kernel"] == STEP:
+            factors = {"factors"} if row["limited"] else set()
+            low = {"low"} if row["rounding"] == "split" else set()
+            assert set(row["loads"]) == {*"pgmv", "layout", "pointers", "scalars"} | factors | low
+            assert set(row["stores"]) == set("pmv") | low
+            # The look-ups: four addresses, and all numbers but gamma; the low halves' address; of random bits the
+            # key, and the step, of which the compiler loads the lower half alone.
+            addresses = {"split": {"64": 5}, "stochastic": {"32": 1, "64": 5}}
+            assert row["loads"]["pointers"] == addresses.get(row["rounding"], {"64": 4})
+            assert row["loads"]["scalars"] == {"32": 8}
+
+
+def test_worked_example(promised: list[Row]) -> None:
+    """bf16 at level 2: 4096 weights of 2 bytes in 256 lanes are two words of 16 bytes a lane."""
+    row = next(r for r in promised if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2))
+    assert (row["warps"], row["lanes"], row["constants"]["W"], row["constants"]["NB"]) == (8, 256, 4, 1024)
+    assert row["loads"]["p"] == row["loads"]["g"] == row["stores"]["p"] == {"128": 2}
+    assert row["loads"]["m"] == row["loads"]["v"] == row["stores"]["m"] == row["stores"]["v"] == {"64": 2}
+    assert row["tensor_loads"] == {"p": 1, "g": 1, "m": 1, "v": 1}
+    assert row["triton"]
+
+
+@pytest.fixture(scope="module")
+def coded(run: Run) -> list[Row]:
+    """The rows of moments in one byte."""
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,2,5"),
+        *("--weights", "bf16", "fp32", "--moments", "int8"),
+    )
+    assert status == 0, text
+    return rows
+
+
+def test_moments_in_one_byte_pass_the_gate(coded: list[Row]) -> None:
+    assert [codegen.violations(row) for row in coded] == [[]] * 3 * (6 + 4)
+    assert all(codegen.gated(row) for row in coded)
+    for row in coded:
+        blocks = max(1, 128 // {"bf16": 16, "fp32": 32}[row["weights"]] >> row["level"])  # in 16 bytes of weights
+        assert set(row["loads"]["m"]) == set(row["loads"]["v"]) == {str(8 * blocks)}
+        stored = dict.fromkeys(["p", "m", "v", "m_scale", "v_scale", *["low"] * (row["rounding"] == "split")], 1)
+        assert row["tensor_stores"] == (stored if row["kernel"] == STEP else {})
+        assert row["tensor_loads"]["m_scale"] == row["tensor_loads"]["v_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("loads in the intermediate code", lambda r: r["tensor_loads"].update(m_scale=2)),
+        ("stores in the intermediate code", lambda r: r["tensor_stores"].pop("v_scale")),
+        ("machine code stores", lambda r: r["stores"].pop("m_scale")),
+        ("loads of m: 4x8 instead of x16", lambda r: r["loads"].update(m={"8": 4})),
+        ("stores of v: 2x8 1x16 instead of x16", lambda r: r["stores"].update(v={"16": 1, "8": 2})),
+        ("spills: 8 bytes", lambda r: r.update(stack=8)),
+    ],
+)
+def test_each_promise_of_codes_can_be_broken(
+    coded: list[Row], message: str, change: Callable[[Row], object]
+) -> None:
+    row = copy.deepcopy(next(r for r in coded if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
+    change(row)
+    assert [text for text in codegen.violations(row) if text.startswith(message)]
+
+
+def test_steps_that_the_device_may_skip_are_one_optimal_pass_too(run: Run) -> None:
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--skippable"),
+        *("--weights", "bf16", "--moments", "fp32"),
+    )
+    assert status == 0, text
+    assert len(rows) == 3 * 6
+    assert all(row["constants"]["SKIPPABLE"] and codegen.violations(row) == [] for row in rows)
+
+
+def test_norms_that_look_at_the_gradients_read_them_once_all_the_same(run: Run) -> None:
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--looks"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
+    )
+    assert status == 0, text
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        assert (codegen.gated(row), codegen.violations(row)) == (True, [])
+        assert row["stores"] == {"partials": {"32": 1}, "seen": {"32": 2}}
+
+
+def test_row_path_is_rejected(run: Run) -> None:
+    status, rows, _ = run(
+        *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
+        *("--weights", "bf16", "--moments", "fp32"),
+    )
+    assert status == 0  # nothing is promised of it
+    assert len(rows) == 5
+    for row in rows:
+        assert not codegen.gated(row)
+        wrong = [text.split(":")[0] for text in codegen.violations(row)]
+        low = row["rounding"] == "split"
+        loads, stores = (["g", "low", "p"], ["low", "p"]) if low else (["g", "p"], ["p"])
+        assert wrong == [f"loads of {name}" for name in loads] + [f"stores of {name}" for name in stores]
+
+
+def test_a_broken_hint_is_rejected(run: Run) -> None:
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", STEP, "--path", "flat", "--levels", "2", "--align", "2"),
+        *("--weights", "bf16", "--moments", "fp32"),
+    )
+    assert status == 1
+    assert len(rows) == 5
+    for row in rows:
+        assert row["constants"]["ALIGN"] == 2
+        assert row["loads"]["p"] == row["loads"]["g"] == {"16": 16}
+        assert row["violations"] == codegen.violations(row) != []
+    assert "violated" in text
+
+
+TAMPERED: dict[str, Callable[[Row], object]] = {
+    "spills: 8 bytes": lambda r: r.update(stack=8),
+    "products are contracted": lambda r: r.update(contracts=True),
+    "spills: 0 bytes of stack, 2": lambda r: r.update(spills=2),
+    "loads of p: 2x64 1x128": lambda r: r["loads"].update(p={"128": 1, "64": 2}),
+    "loads of g: 3x128": lambda r: r["loads"].update(g={"128": 3}),
+    "stores of p: 1x16 2x128": lambda r: r["stores"]["p"].update({"16": 1}),
+    "loads in the intermediate code: .*'p': 2": lambda r: r["tensor_loads"].update(p=2),
+    "loads in the intermediate code: .*'partials'": lambda r: r["tensor_loads"].update(partials=1),
+    "stores in the intermediate code": lambda r: r["tensor_stores"].pop("v"),
+    "machine code stores .*'g'": lambda r: r["stores"].update(g={"128": 2}),
+    r"not told apart: \? 1x32": lambda r: r["loads"].update({"?": {"32": 1}}),
+    r"not told apart: g\|scalars 9x32": lambda r: r["loads"].update({"g|scalars": {"32": 9}}),
+}
+
+
+@pytest.mark.parametrize("message", TAMPERED)
+def test_each_promise_can_be_broken(promised: list[Row], message: str) -> None:
+    row = copy.deepcopy(next(r for r in promised if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
+    assert codegen.violations(row) == []
+    TAMPERED[message](row)
+    with pytest.raises(AssertionError, match=message):
+        assert not codegen.violations(row), "\n".join(codegen.violations(row))
+
+
+def test_every_kernel_compiles_for_every_target(run: Run) -> None:
+    status, rows, text = run("--levels", "3", "--path", "flat", "--weights", "bf16", "--moments", "bf16")
+    assert status == 0, text
+    chosen = list(variants(list(TARGETS), KERNELS, ["bf16"], ["bf16"], [3], ["flat"]))
+    assert [Variant(*(row[field] for field in Variant._fields)) for row in rows] == chosen
+    assert {(row["target"], row["kernel"]) for row in rows} == {(t, k) for t in TARGETS for k in KERNELS}
+    for row in rows:
+        assert row["registers"] > 0
+        assert row["stack"] == row["spills"] == 0
+        assert row["contracts"] is False
+        assert 0 < row["resident_warps"] <= LIMITS[row["target"]].warps
+        assert all(name.isidentifier() for name in (*row["loads"], *row["stores"]))
+        if row["kernel"] in (STEP, NORM):
+            assert codegen.violations(row) == []
+        elif row["kernel"] in (DWT, IDWT):
+            wide = row["loads"] if row["kernel"] == DWT else row["stores"]
+            assert set(wide["x"]) == {"128"}
+
+
+def test_every_kernel_that_is_launched_is_covered() -> None:
+    launched = [
+        (name, module) for module in (launch, haar_launch) for name in vars(module) if name.endswith("_kernel")
+    ]
+    assert sorted(name for name, _ in launched) == sorted(KERNELS)
+    assert dict(launched) == LAUNCHED_FROM
+
+
+@pytest.mark.parametrize("target", LIMITS)
+def test_resident_warps(target: str) -> None:
+    limits = LIMITS[target]
+    assert resident_warps(limits, 8, 32, 0) == limits.warps
+    assert resident_warps(limits, 8, 255, 0) == 8  # two warps for each of four schedulers
+    assert resident_warps(limits, 4, 61, 0) == min(limits.warps, 32)  # 61 registers count as 64
+    assert resident_warps(limits, 8, 65, 0) == 24  # 72: seven a scheduler, 28 in all, three programs
+    assert resident_warps(limits, 1, 16, 0) == limits.programs
+    assert resident_warps(limits, 4, 16, limits.shared // 2 - limits.shared_reserved) == 8
+    assert resident_warps(limits, 4, 16, limits.shared // 2) == (8 if target == "gfx942" else 4)
+
+
+def test_names_follow_a_helper_to_its_caller() -> None:
+    def place(text: str, file: str = "step.py") -> Frame:
+        lines = Path(step.__file__).with_name(file).read_text().splitlines()
+        line = next(i for i, content in enumerate(lines) if text in content)
+        return Frame(file, line + 1, lines[line].index(text) + len(text) - 1)
+
+    look_up = place("tl.load(first_ptr + middle)", "tiles.py")  # `owner`, which the kernels import as `_owner`
+    assert array_name((place("tl.load(g_ptrs"),)) == "g"
+    assert array_name((look_up,)) == "first"
+    assert array_name((look_up, place("_owner(layout_ptr"))) == "layout"
+    assert array_name((look_up, place("_owner(first_chunk_ptr"))) == "first_chunk"
+    assert array_name((place("tl.program_id(0)"),)) == "?"
+    assert array_name((Frame("standard.py", 10, 4),)) == "?"
+    assert array_name(()) == "?"
+
+
+def test_places_are_read_from_both_notations() -> None:
+    frames = (Frame("step.py", 209, 36), Frame("step.py", 68, 33))
+    assert parse_comment(" step.py:209:36 @[ step.py:68:33 ]") == frames
+    module = """
+#loc = loc("/a/step.py":209:36)
+#loc1 = loc("/a/step.py":68:33)
+#loc2 = loc("after"(#loc))
+#loc3 = loc("i"(#loc1))
+#loc4 = loc(callsite(#loc2 at #loc3))
+#loc5 = loc(unknown)
+"""
+    assert parse_locations(module)("#loc4") == frames
+    assert parse_locations(module)("#loc5") == parse_locations(module)("#loc9") == ()
+
+
+def test_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert codegen.main([]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cuobjdump", "nvdisasm"])
+def test_missing_disassembler_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = machine_code.knobs.NvidiaTool
+    present = tool.from_path
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tool, "from_path", lambda path: None if Path(path).name == name else present(path))
+    assert codegen.main(["--target", "sm_90", "--kernel", LIMITER]) == 2
+    assert f"TRITON_{name.upper()}_PATH" in capsys.readouterr().err
+
+
+def test_choice_without_variants_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert codegen.main(["--kernel", NORM, "--levels", "0"]) == 2
+    assert "level 0" in capsys.readouterr().err

@@ -1,0 +1,449 @@
+"""The kernel benchmark on tiny shapes: what it runs, counts, refuses and keeps, and that its buffers take turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.common import records
+from bench.common.measure import Spread
+from bench.kernels import __main__ as kernels
+from bench.kernels import oracle
+from bench.kernels.cases import EXPERTS, MAX_SETS, Case, bytes_held, bytes_moved, obstacle, set_count
+from bench.kernels.oracle import Buffers, bytes_needed, check
+from tests.support import interpreter
+
+CPU = torch.device("cpu")
+HALF, SINGLE = torch.bfloat16, torch.float32
+BANDWIDTH = Spread(1e9, 0.9e9, 1.1e9, 20)
+TINY = ["--device", "cpu", "--shapes", "6x16", "5x37", "--repetitions", "2", "--commit", "abc"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is not measured, and a cache that a few sets of tiny buffers fill."""
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: BANDWIDTH)
+    monkeypatch.setattr(kernels, "CPU_CACHE", 4096)
+
+
+def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """The status and the rows of a run."""
+    status = kernels.main([*arguments, "--out", str(folder / "out")])
+    (path,) = (folder / "out").iterdir()
+    benchmark, rows = records.read(path)
+    assert benchmark == "kernels"
+    return status, rows
+
+
+def step(
+    level: int = 2, *, limited: bool = False, shape: tuple[int, ...] = (6, 16), data: torch.dtype = SINGLE
+) -> Case:
+    return Case("step_limiter" if limited else "step", shape, level, data, SINGLE)
+
+
+def coded(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
+    return step(level, limited=limited, shape=shape, data=HALF)._replace(moments=torch.int8)
+
+
+def test_from_command_line_to_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, rows = run(tmp_path, *TINY, "--levels", "0", "2", "--weights", "bfloat16", "float32")
+    assert status == 0
+    expected = {
+        (kernel, shape, level, weights)
+        for kernel in ("step", "step_limiter", "haar_dwt", "haar_idwt")
+        for shape in ("6x16", "5x37")
+        for level in (0, 2)
+        for weights in ("bfloat16", "float32")
+        if level or kernel == "step"  # level 0 has neither transform nor limiter
+    }
+    timed = [row for row in rows if row["metric"] == "time"]
+    assert {(row["kernel"], row["shape"], row["level"], row["weights"]) for row in timed} == expected
+    assert len(timed) == len(expected) == 20
+    assert "20 of 20 cases timed, 0 failed, 0 left out for lack of time" in capsys.readouterr().out
+
+
+def test_rows_say_all_there_is_to_know(tmp_path: Path) -> None:
+    _, rows = run(tmp_path, *TINY, "--kernels", "step_limiter", "haar_dwt")
+    fields = {"commit", "date", "command", "device", "driver", "threads", "own_backend"}
+    fields |= {"python", "torch", "triton"}
+    fields |= {"kernel", "source", "shape", "elements", "width", "level", "weights", "moments", "sets"}
+    fields |= {"metric", "unit", "median", "p20", "p80", "samples", "note"}
+    assert all(set(row) == fields for row in rows)
+    assert {row["commit"] for row in rows} == {"abc"}
+    copied, *rest = rows
+    assert (copied["metric"], copied["median"], copied["kernel"]) == ("copy_bandwidth", 1e9, None)
+    found = {(row["kernel"], row["shape"], row["metric"]): row for row in rest}
+    assert len(found) == len(rest) == 4 * 5
+    for kernel in ("step_limiter", "haar_dwt"):
+        for shape, width in (("6x16", "flat"), ("5x37", "odd")):
+            time, moved, speed, fraction, error = (
+                found[kernel, shape, metric]
+                for metric in ("time", "bytes_moved", "bandwidth", "copy_bandwidth_fraction", "check_error")
+            )
+            assert time["width"] == width
+            assert time["moments"] == ("float32" if kernel == "step_limiter" else None)
+            assert 0 < time["p20"] <= time["median"] <= time["p80"]
+            assert time["samples"] == 2
+            assert speed["median"] == pytest.approx(moved["median"] / time["median"])
+            assert speed["p20"] == pytest.approx(moved["median"] / time["p80"])
+            assert fraction["median"] == pytest.approx(speed["median"] / 1e9)
+            assert 0 < error["median"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("case", "held", "moved"),
+    [
+        # 96 weights and gradients of 2 bytes; 24 blocks with two moments of 4: g + 2p + 2(m + v)
+        (step(data=HALF), 2 * 192 + 192, 3 * 192 + 2 * 192),
+        (step(data=HALF, limited=True), 2 * 192 + 192, 3 * 192 + 2 * 192 + 192 + 192),  # g, m, v once more
+        (step(0), 2 * 384 + 768, 3 * 384 + 2 * 768),
+        (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks a row, the last one of one element
+        (step(1, shape=(2, 3, 8))._replace(moments=HALF), 2 * 192 + 96, 3 * 192 + 2 * 96),
+        # Codes of one byte, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
+        (coded((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
+        (coded((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
+        (coded((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
+        # rows of 37 have bands of 10, 10 and 19
+        (Case("haar_dwt", (5, 37), 2, SINGLE, None), 4 * 5 * (37 + 39), 4 * 5 * (37 + 39)),
+        (Case("haar_idwt", (6, 16), 3, HALF, None), 2 * 2 * 96, 2 * 2 * 96),
+    ],
+    ids=str,
+)
+def test_bytes(case: Case, held: int, moved: int) -> None:
+    assert bytes_held(case) == held
+    assert bytes_moved(case) == moved
+    buffers = Buffers(case, CPU, None)
+    if not case.is_step:
+        buffers.run()
+    tensors = [x for x in (*buffers.inputs, *buffers.outputs) if x.dim()]  # the limiter's norm is a scalar
+    assert sum(x.nbytes for x in tensors) == held
+
+
+def test_enough_sets_to_fill_the_cache_twice_between_two_turns_of_one() -> None:
+    case = step()  # 960 bytes
+    assert set_count(case, 4800) == 1 + 10
+    assert set_count(case, 4801) == 1 + 11
+    assert set_count(case, 100) == 2  # the second shows what the first held
+    assert set_count(case, 2**40) == MAX_SETS
+
+
+@pytest.mark.parametrize("kernel", ["step", "step_limiter", "haar_dwt", "haar_idwt"])
+def test_buffers_take_turns(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = step()._replace(kernel=kernel) if kernel.startswith("step") else Case(kernel, (6, 16), 2, SINGLE, None)
+    turns: list[tuple[int, int]] = []
+    timed = 0
+    original_run, original_clock = Buffers.run, kernels.clock
+
+    def watch(self: Buffers) -> None:
+        original_run(self)
+        turns.append((self.inputs[0].data_ptr(), self.outputs[0].data_ptr()))
+
+    def count(*arguments: Any) -> tuple[float, float]:
+        nonlocal timed
+        timed += 1
+        return original_clock(*arguments)
+
+    monkeypatch.setattr(Buffers, "run", watch)
+    monkeypatch.setattr(kernels, "clock", count)
+    result = kernels.measure(case, "", CPU, repetitions=40)
+    assert result.seconds is not None
+    assert result.seconds.samples == 40
+    assert result.sets == set_count(case, 4096) > 2
+    assert timed == 43
+    read = [x for x, _ in turns[-43:]]
+    assert len(set(read)) == result.sets
+    assert all(len(set(read[i : i + result.sets])) == result.sets for i in range(43 - result.sets))
+    written = [y for _, y in turns[-43:]]
+    assert all(len(set(written[i : i + result.sets])) == result.sets for i in range(43 - result.sets))
+
+
+@pytest.mark.parametrize("data", [HALF, SINGLE, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 64), (5, 37), (2, 3, 41)], ids=str)
+@pytest.mark.parametrize("level", range(7))
+def test_right_results_pass(level: int, shape: tuple[int, ...], data: torch.dtype) -> None:
+    for moments in (SINGLE, HALF, torch.int8):
+        for kernel in ("step", "step_limiter") if level else ("step",):
+            assert 0 < error_of(Case(kernel, shape, level, data, moments)) <= 1
+    for kernel in ("haar_dwt", "haar_idwt") if level else ():
+        assert 0 < error_of(Case(kernel, shape, level, data, None)) <= 1
+
+
+def error_of(case: Case, device: torch.device = CPU, backend: Any = None) -> float:
+    before = Buffers(case, device, backend)
+    return check(before.clone(), before)
+
+
+def test_comparing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [
+        step(limited=True, shape=(7, 37), data=HALF),
+        coded((70, 37), limited=True),
+        Case("haar_idwt", (7, 37), 2, SINGLE, None),
+    ]
+    whole = [error_of(case) for case in cases]
+    monkeypatch.setattr(oracle, "CHUNK", 75)  # two rows of 37, and one left over
+    assert [error_of(case) for case in cases] == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("kernel", ["step", "step_limiter", "haar_dwt", "haar_idwt"])
+@pytest.mark.parametrize("shape", [(6, 16), (5, 37)], ids=str)
+def test_through_the_triton_kernels(kernel: str, shape: tuple[int, ...], device: torch.device) -> None:
+    case = step(shape=shape)._replace(kernel=kernel)
+    case = case if kernel.startswith("step") else case._replace(moments=None)
+    with interpreter.like_a_gpu():
+        result = kernels.measure(case, "", device, backend="triton", repetitions=2)
+    assert result.note == ""
+    assert result.seconds is not None
+
+
+def scaled_wrong(**arguments: Any) -> None:
+    """A step whose update is one per cent too large."""
+    hypers = [hyper._replace(scale=1.01 * hyper.scale) for hyper in arguments.pop("hypers")]
+    STEP(**arguments, hypers=hypers)
+
+
+def forgets_the_limiter(**arguments: Any) -> None:
+    """A step that limits nothing."""
+    STEP(**(arguments | {"limiter_norms": [None]}))
+
+
+def forgets_the_norm(**arguments: Any) -> None:
+    """A step that limits, and does not store the norm."""
+    kept = [norm if norm is None else norm.clone() for norm in arguments["limiter_norms"]]
+    STEP(**(arguments | {"limiter_norms": kept}))
+
+
+def skips_the_last_element(**arguments: Any) -> None:
+    """A step that leaves the last weight as it was."""
+    p = arguments["params"][0].view(-1)
+    kept = p[-1].clone()
+    STEP(**arguments)
+    p[-1] = kept
+
+
+def spoils_a_moment(**arguments: Any) -> None:
+    """A step that makes one second moment NaN."""
+    STEP(**arguments)
+    arguments["exp_avg_sqs"][0].view(-1)[3] = float("nan")
+
+
+def changes_the_gradient(**arguments: Any) -> None:
+    """A step that scales the gradients in place afterwards."""
+    STEP(**arguments)
+    arguments["grads"][0].mul_(2)
+
+
+STEP = oracle.gwt_adamw_
+
+
+@pytest.mark.parametrize("data", [SINGLE, HALF], ids=str)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        scaled_wrong,
+        forgets_the_limiter,
+        forgets_the_norm,
+        skips_the_last_element,
+        spoils_a_moment,
+        changes_the_gradient,
+    ],
+)
+def test_a_wrong_step_gets_no_time(
+    broken: Any, data: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oracle, "gwt_adamw_", broken)
+    status, rows = run(
+        tmp_path, *TINY, "--kernels", "step_limiter", "haar_dwt", "--weights", str(data).removeprefix("torch.")
+    )
+    assert status == 1
+    for row in rows:
+        if row["kernel"] == "step_limiter":
+            assert (row["metric"], row["median"], row["samples"]) == ("time", None, 0)
+            assert row["note"].startswith("not timed: differs from float64 by ")
+    assert sum(row["kernel"] == "haar_dwt" and row["metric"] == "time" for row in rows) == 2  # the run went on
+    assert all(row["median"] is not None for row in rows if row["kernel"] == "haar_dwt")
+
+
+def test_a_wrong_transform_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = oracle.haar_dwt, oracle.haar_idwt
+
+    def leaves_one_out(x: torch.Tensor, level: int, **options: Any) -> list[torch.Tensor]:
+        bands = [torch.empty_like(band) for band in right[0](x, level, **options)]
+        for band, exact in zip(bands, right[0](x, level, **options), strict=True):
+            band.view(-1)[: band.numel() - 1].copy_(exact.view(-1)[: band.numel() - 1])
+        return bands
+
+    monkeypatch.setattr(oracle, "haar_dwt", leaves_one_out)
+    monkeypatch.setattr(oracle, "haar_idwt", lambda *a, **k: right[1](*a, **k) * 1.00001)
+    for kernel in ("haar_dwt", "haar_idwt"):
+        result = kernels.measure(Case(kernel, (6, 16), 2, SINGLE, None), "", CPU, repetitions=2)
+        assert result.failed
+        assert result.seconds is None
+    assert error_of(Case("haar_dwt", (6, 16), 2, SINGLE, None)) == float("inf")  # what was not written is NaN
+
+
+def test_what_throws_is_a_row_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def throw(**_: Any) -> None:
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(oracle, "gwt_adamw_", throw)
+    status, rows = run(tmp_path, *TINY, "--kernels", "step", "haar_idwt")
+    assert status == 1
+    assert {row["note"] for row in rows if row["kernel"] == "step"} == {"failed: RuntimeError: no such instruction"}
+    assert sum(row["metric"] == "time" and row["median"] is not None for row in rows) == 2
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = step(shape=(2**30, 2**10))
+    monkeypatch.setattr(kernels, "Buffers", lambda *_: pytest.fail("was allocated"))
+    result = kernels.measure(case, "", CPU)
+    assert result.note.startswith(f"does not fit: needs about {bytes_needed(case, 2) / 2**30:.1f} GiB, ")
+    assert not result.failed
+
+
+def test_the_estimate_covers_all_sets_and_a_comparison() -> None:
+    sweep = step(data=HALF, shape=(2**19, 2**12))
+    assert 2 * bytes_held(sweep) < bytes_needed(sweep, 2) < 2 * bytes_held(sweep) + 4 * 2**30
+    transform = Case("haar_dwt", (2**19, 2**12), 2, HALF, None)
+    assert bytes_needed(transform, 2) > 3 * bytes_held(transform)
+
+
+def test_running_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "Buffers", exhausted)
+    result = kernels.measure(step(), "", CPU)
+    assert result.note.startswith("does not fit: out of memory with ")
+    assert not result.failed
+
+
+@pytest.mark.parametrize(
+    ("case", "note"),
+    [
+        (step(data=torch.float64), "not supported: the kernels take bfloat16, float32, float16, not float64"),
+        (step(data=torch.int8), "not supported: the kernels take bfloat16, float32, float16, not int8"),
+        (step()._replace(moments=torch.uint8), "not supported: the kernels take .*, int8, not uint8"),
+        (step(5, shape=(6, 16)), "not possible: level 5 is too deep for rows of 16"),
+    ],
+)
+def test_what_cannot_be_says_why(case: Case, note: str) -> None:
+    result = kernels.measure(case, "", CPU)
+    assert result.seconds is None
+    assert not result.failed
+    with pytest.raises(AssertionError, match=note):
+        raise AssertionError(result.note)
+
+
+def test_no_kernel_is_no_reason_to_time_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from gwt_kernels import backends
+
+    backends.triton_obstacle.cache_clear()
+    why = obstacle(step(11, shape=(1, 2048)), torch.device("cuda"), None)
+    backends.triton_obstacle.cache_clear()
+    assert why is not None
+    assert why.startswith("no kernel: level 11 is above 10")
+
+
+def test_a_missing_device_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status, rows = run(tmp_path, "--device", "cuda", "--shapes", "6x16")
+    assert status == 1
+    (row,) = rows
+    assert row["median"] is None
+    assert row["note"] == "no device: PyTorch finds no cuda:0 here, so nothing was measured"
+
+
+def test_an_interruption_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, calls = kernels.measure, 0
+
+    def interrupt(*arguments: Any, **options: Any) -> kernels.Result:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "measure", interrupt)
+    status, rows = run(tmp_path, *TINY)
+    assert status == 130
+    assert [row["kernel"] for row in rows if row["metric"] == "time"] == ["step", "step_limiter"]
+    assert "2 of 8 cases timed, 0 failed, 0 left out for lack of time" in capsys.readouterr().out
+
+
+def test_what_the_time_did_not_reach_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10**6, 60))  # a look at the clock takes a minute
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(now))
+    status, rows = run(tmp_path, *TINY, "--minutes", "3")
+    assert status == 0
+    times = [row for row in rows if row["metric"] == "time"]
+    assert [row["note"] for row in times] == [""] * 3 + ["left out: 3 minutes were used up"] * 5
+    assert [row["median"] is None for row in times] == [False] * 3 + [True] * 5
+
+
+def test_the_suite_of_a_gpu() -> None:
+    cases = kernels.parse(["--device", "cuda"]).cases
+    shapes = {case.shape for case in cases}
+    for model in ((1376, 512), (2736, 1024), (2048, 5461), (11008, 4096), (8192, 28672), (1024, 8192)):
+        assert model in shapes
+    assert set(EXPERTS.values()) <= shapes
+    assert {case.elements for case, source in cases.items() if "sizes" in source} == {2**e for e in range(16, 32)}
+    for shape, width in (((4096, 4096), "flat"), ((2048, 5461), "odd")):
+        here = [case for case in cases if case.shape == shape]
+        assert {case.width for case in here if case.level} == {width}
+        steps = {(case.kernel, case.level, case.data, case.moments) for case in here if case.is_step}
+        assert len(steps) == (7 + 6) * 3 * 3  # levels 0 to 6, and the limiter from 1 on
+        assert sum(not case.is_step for case in here) == 2 * 6 * 3
+    embedding = {case for case in cases if case.shape == (32000, 4096)}
+    assert {(case.kernel, case.level) for case in embedding} == {("step", 0)}
+    assert cases[Case("step", (4096, 4096), 2, HALF, SINGLE)] == "llama_7b, sizes, grid"
+
+    full = kernels.parse(["--device", "cuda", "--full"]).cases
+    assert set(cases) <= set(full)
+    assert Case("step_limiter", (8192, 28672), 6, torch.float16, HALF) in full
+
+
+def test_options_choose() -> None:
+    def chosen(*options: str) -> set[Case]:
+        return set(kernels.parse(["--device", "cuda", *options]).cases)
+
+    assert {case.kernel for case in chosen("--kernels", "haar_idwt")} == {"haar_idwt"}
+    assert {case.width for case in chosen("--widths", "odd")} == {"odd"}
+    assert {case.shape for case in chosen("--parts", "sizes", "--sizes", "20")} == {(256, 4096)}
+    assert {case.shape[-1] for case in chosen("--parts", "matrices", "--models", "llama_1b")} == {2048, 5461}
+    assert {case.level for case in chosen("--levels", "3")} == {3}
+    assert {case.moments for case in chosen("--moments", "bfloat16")} == {HALF, None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repetitions", "-1"], "--repetitions -1: must be at least 1"),
+        (["--minutes", "-1"], "--minutes -1.0: must be at least 0"),
+        (["--levels", "-1"], "--levels -1: must be from 0 to 16"),
+        (["--weights", "bf17"], "bf17: PyTorch has no such dtype"),
+        (["--shapes", "0x3"], "0x3: sizes must be positive"),
+        (["--models", "llama_9t"], "llama_9t: no such configuration"),
+        (["--device", "meta"], "--device meta: must be cpu or cuda"),
+        (["--levels", "0", "--kernels", "haar_dwt"], "nothing is left to measure"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        kernels.parse(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    shapes = ["--shapes", "1024x1024", "2048x5461", "64x37"]
+    dtypes = ["--levels", "0", "2", "5", "--weights", "bfloat16", "float32", "--moments", "float32", "bfloat16"]
+    status, rows = run(tmp_path, "--device", "cuda", *shapes, *dtypes, "--repetitions", "3")
+    assert status == 0
+    assert all(row["median"] is not None for row in rows)

@@ -1,0 +1,60 @@
+"""What every benchmark measures with: bytes held, the spread of samples, and the facts about a machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.common.measure import Spread, facts, held_bytes, plain_tensors
+from bench.optimizers.candidate import build, gwt
+from tests.support.candidates import CPU, SHAPES, SINGLE
+
+
+def test_held_bytes() -> None:
+    trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
+    (p,) = trial.tensors
+    moments_and_scalars = 2 * 5 * 10 * 4 + 8 + 4  # moments of ceil(37/4) columns; step and limiter norm
+    assert held_bytes(trial.optimizer, [p, p.grad]) == moments_and_scalars
+    assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
+
+
+def test_held_bytes_are_those_of_wrappers_too() -> None:
+    class Wrapped(torch.Tensor):
+        """A tensor that claims 4 bytes an element and holds one, as quantised states do."""
+
+        @staticmethod
+        def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=SINGLE)
+
+        def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+            self.codes, self.scale = codes, scale
+
+        def __tensor_flatten__(self) -> tuple[list[str], None]:
+            return ["codes", "scale"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, *_: object) -> None:
+            pytest.fail("its bytes are counted without an operation")
+
+    class Object:
+        def __init__(self, *parts: object) -> None:
+            self.parts = parts
+
+    shared = torch.zeros(50, dtype=torch.uint8)
+    wrapped = Wrapped(torch.zeros(100, dtype=torch.uint8), torch.zeros(2))
+    cyclic: list[object] = [shared[10:]]
+    cyclic.append(cyclic)
+    holder = {"a": Object(wrapped, [shared]), "b": cyclic, "c": torch.nn.Linear, "d": None}
+    assert held_bytes(holder) == 100 + 8 + 50
+    assert len(list(plain_tensors(holder))) == 4
+    assert held_bytes(holder, [shared]) == 108
+
+
+def test_spread() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0, 6)
+
+
+def test_facts() -> None:
+    about = facts(CPU, "bench.optimizers", ["--device", "cpu"])
+    assert about["command"] == "python -m bench.optimizers --device cpu"
+    assert about["torch"] == torch.__version__

@@ -1,0 +1,181 @@
+"""The peers of the optimizer benchmark: one that is not there is a row, one that is there moves as AdamW does."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+
+from bench.common.measure import held_bytes
+from bench.common.models import Shape
+from bench.optimizers import timing
+from bench.optimizers.candidate import Candidate, Likeness, build, bytes_moved
+from bench.optimizers.checks import check
+from bench.optimizers.peers import ADAMW, EIGHT_BIT, PEERS, projection_time, suite
+
+CPU = torch.device("cpu")
+PACKAGES = {
+    "ptwt": "ptwt",
+    "bitsandbytes": "bitsandbytes",
+    "flashoptim": "flashoptim",
+    "optimi": "optimi",
+    "torchao": "torchao",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+}
+SHAPES = [
+    Shape("square", (64, 64), True, True),
+    Shape("tall", (171, 64), True, True),
+    Shape("wide", (64, 171), True, True),
+    Shape("embedding", (128, 64), False, True),
+    Shape("norm", (64,), False, False),
+]
+
+
+def peers(name: str, dtype: torch.dtype = torch.float32) -> list[Candidate]:
+    return PEERS[name](dtype, [2])
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_is_not_there_is_a_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+    for module in [*sys.modules]:
+        if module.split(".")[0] == PACKAGES[name] or module == "bench.optimizers.ptwt_step":
+            monkeypatch.delitem(sys.modules, module)
+
+    def absent(module: str, *args: Any, **options: Any) -> Any:
+        if module.split(".")[0] == PACKAGES[name]:
+            raise ModuleNotFoundError(f"No module named {module!r}")
+        return original(module, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    results = timing.measure("tiny", peers(name), SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    assert results
+    for result in results:
+        assert result.note.startswith(f"cannot run here: ModuleNotFoundError: No module named '{PACKAGES[name]}")
+        assert not result.failed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(PACKAGES[name]) is None,
+                reason="needs this peer on the path: `make test` installs the peers into build/peers and runs this "
+                "file with them; apollo_torch is the user's to install, for its licence (CC BY-NC)",
+            ),
+        )
+        for name in sorted(set(PACKAGES) - {"ptwt", "torchao"})
+    ],
+)
+def test_a_package_that_is_there_is_checked_and_timed(name: str, dtype: torch.dtype) -> None:
+    results = timing.measure("tiny", peers(name, dtype), SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    for result in results:
+        assert bool(result.metrics) != bool(result.note)
+        assert not result.note or result.note.startswith("cannot run here: "), result.note
+    if name != "flashoptim" or dtype == torch.float32:  # FlashOptim has no other setting for a CPU
+        assert any(result.metrics for result in results)
+
+
+def test_names_tell_all_candidates_apart() -> None:
+    for device in ("cpu", "cuda"):
+        candidates = suite(PEERS, [0, 1, 2, 3], torch.device(device))
+        keys = [(candidate.name, candidate.dtype) for candidate in candidates]
+        assert len(set(keys)) == len(keys)
+        assert {candidate.peer for candidate in candidates} == set(PEERS)
+        assert all((c.oracle is None) != (c.likeness is None) for c in candidates)
+    assert [candidate.name for candidate in suite(["torch"], [2], CPU)] == [
+        *("AdamW(fused=True)", "AdamW(foreach=True)", "AdamW(foreach=False)")
+    ]
+
+
+def like(build: Callable[[list[dict]], Optimizer], likeness: Likeness = ADAMW) -> Candidate:
+    return Candidate("other AdamW", torch.float32, None, False, build, None, "other", likeness)
+
+
+def verdict(candidate: Candidate) -> float:
+    return check(build(candidate, SHAPES, CPU))
+
+
+class SkipsTheLast(AdamW):
+    def step(self, closure: None = None) -> None:
+        last = self.param_groups[-1]["params"][-1]
+        kept, last.grad = last.grad, None
+        super().step()
+        last.grad = kept
+
+
+class OverwritesGradients(AdamW):
+    def step(self, closure: None = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.zero_()
+
+
+class NotANumber(AdamW):
+    def step(self, closure: None = None) -> None:
+        super().step()
+        self.param_groups[0]["params"][0].data[0] = float("nan")
+
+
+def test_what_moves_as_adamw_does_passes() -> None:
+    assert verdict(like(lambda groups: AdamW(groups))) <= 1
+    assert verdict(like(lambda groups: OverwritesGradients(groups))) <= 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda groups: SGD(groups),
+        lambda groups: AdamW(groups, maximize=True),
+        lambda groups: AdamW(groups, betas=(0.5, 0.999)),
+        lambda groups: AdamW(groups, betas=(0.9, 0.1)),
+        SkipsTheLast,
+        NotANumber,
+    ],
+    ids=["sgd", "ascent", "momentum", "second moment", "a tensor left out", "nan"],
+)
+@pytest.mark.parametrize("likeness", [ADAMW, EIGHT_BIT], ids=["exact", "8 bits"])
+def test_what_moves_otherwise_fails(broken: Callable[[list[dict]], Optimizer], likeness: Likeness) -> None:
+    (result,) = timing.measure("tiny", [like(broken, likeness)], SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    assert not result.metrics
+    assert result.note.startswith("not timed: differs from AdamW's update by ")
+    assert not result.failed  # of this package
+
+
+class Projector:
+    """As GaLore's: renewed when the step is a multiple of the gap."""
+
+    def __init__(self) -> None:
+        self.ortho_matrix, self.renewals = torch.ones(10, 3), 0
+
+    def project(self, gradient: torch.Tensor, step: int) -> None:
+        if step % 200 == 0:
+            self.renewals += 1
+            torch.linalg.svd(torch.randn(300, 300))
+
+
+def test_projections_are_state_that_is_read_and_their_renewal_is_timed() -> None:
+    trial = build(like(lambda groups: AdamW(groups)), [*SHAPES, SHAPES[0]], CPU)
+    assert projection_time(trial, CPU) is None
+    moved, held = bytes_moved(trial), held_bytes(trial.optimizer.state)
+    first, twin = trial.tensors[0], trial.tensors[-1]
+    projectors = [Projector(), Projector()]
+    for p, projector in zip((first, twin), projectors, strict=True):
+        trial.optimizer.state[p]["projector"] = projector
+    once = projection_time(trial, CPU)
+    assert once is not None
+    assert once > 0
+    assert [projector.renewals for projector in projectors] == [2, 0]  # both are of one shape
+    assert bytes_moved(trial) - moved == 2 * 30 * 4
+    assert held_bytes(trial.optimizer.state) - held == 2 * 30 * 4

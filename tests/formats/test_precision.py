@@ -1,0 +1,330 @@
+"""Shows that weights and moments rounded at random train as wide ones do on average, in every company and range."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import zlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from gwt_kernels import GWTAdamW
+from gwt_kernels.core.hyper import key_of
+from gwt_kernels.core.philox import random_halves, random_words
+from gwt_kernels.formats.stochastic import round_at_random
+from tests.support.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
+from tests.support.runs import (
+    BACKENDS,
+    CPU,
+    assert_differ,
+    assert_same_bits,
+    backends,
+    checked_step,
+    give_gradients,
+    parameters,
+    parameters_of,
+    place,
+)
+
+narrow = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+
+
+# At random ---------------------------------------------------------------------------------------------
+
+
+def rounded(
+    x: Tensor, dtype: torch.dtype, t: int, key: int, width: int, level: int, what: str = "weights"
+) -> Tensor:
+    """What is to be stored of float32 results, by the published generator and the element's index alone.
+
+    Rows of ``width`` weights that are no whole blocks count as padded to whole groups of 4 blocks.
+    """
+    own, on = x.shape[-1] if x.dim() else 1, CPU
+    pitch = (
+        own if width % 2**level == 0 else -(-width // (4 * 2**level)) * 4 * (2**level if what == "weights" else 1)
+    )
+    n = x.numel() // own * pitch
+    if what == "weights":
+        bits = random_halves(0, n, t, key, on)
+    else:
+        words = random_words(0, n, t, key, on)
+        bits = words & 0xFFFF if what == "exp_avg" else words >> 16 & 0xFFFF
+    bits = bits.view(-1, pitch)[:, :own].reshape(x.shape)
+    return round_at_random(x.detach().cpu(), bits, dtype)
+
+
+@narrow
+@rules
+@levels
+@pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)
+@backends
+def test_what_is_stored_is_the_float32_result_rounded_by_seed_step_and_index(
+    backend, device, state_dtype, level, rule, dtype
+):
+    """Each step beside one of a float32 twin in the same state; controls: another step, seed or parameter."""
+    on = place(backend, device)
+    options = {**OPTIONS, "rule": rule, "level": level, "backend": backend, "seed": 7}
+    own = parameters(SHAPES, on, dtype)
+    optimizer = GWTAdamW(own, weight_rounding="stochastic", state_dtype=state_dtype, **options)
+    twin = GWTAdamW([torch.nn.Parameter(p.detach().float()) for p in own], **options)
+    for t in range(1, 4):
+        for p, q in zip(own, parameters_of(twin), strict=True):
+            q.data.copy_(p.detach())
+            for name, value in optimizer.state[p].items():
+                twin.state[q][name].copy_(value)
+        grads = gradients(t, dtype)
+        step(optimizer, grads)
+        step(twin, [g.float() for g in grads])
+        for place_, (p, q) in enumerate(zip(own, parameters_of(twin), strict=True)):
+            key = key_of(7, place_)
+            assert_same_bits(
+                p.detach().cpu(), rounded(q, dtype, t, key, p.shape[-1], level), f"step {t}, parameter {place_}"
+            )
+            if state_dtype:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state, expected = optimizer.state[p][name], twin.state[q][name]
+                    assert_same_bits(state.cpu(), rounded(expected, BF16, t, key, p.shape[-1], level, name))
+            for wrong in ((t + 1, key), (t, key_of(8, place_)), (t, key_of(7, place_ + 1))):
+                assert_differ(p.detach().cpu(), rounded(q, dtype, *wrong, p.shape[-1], level))
+
+
+def named(names: list[str], on: torch.device, dtype: torch.dtype = BF16) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters whose weights and gradients depend on their names alone."""
+    index = sorted({"a", "b", "c", "d"})
+    return [(name, parameters([SHAPES[index.index(name)]], on, dtype, seed=ord(name))[0]) for name in names]
+
+
+def train_named(optimizer: GWTAdamW, steps: range) -> dict[str, Tensor]:
+    pairs = [pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)]
+    for t in steps:
+        step(optimizer, [gradients(100 * t + ord(name), p.dtype, [p.shape])[0] for name, p in pairs])
+    return {name: [p.detach().clone(), copy.deepcopy(dict(optimizer.state[p]))] for name, p in sorted(pairs)}
+
+
+@backends
+def test_the_same_bits_in_any_company(backend, device):
+    """Named parameters alone, in another order, in other groups: same names, same bits. Another seed: others."""
+    on = place(backend, device)
+    options = {**OPTIONS, "weight_rounding": "stochastic", "state_dtype": BF16, "backend": backend}
+
+    def run(*groups: str, **changed: object) -> dict[str, Tensor]:
+        lists = [{"params": named(list(names), on), "lr": 0.03} for names in groups]
+        return train_named(GWTAdamW(lists, **options | changed), range(3))
+
+    together = run("abcd")
+    assert_same_bits(run("dcba"), together)
+    assert_same_bits(run("ca", "db"), together)
+    for name in "abcd":
+        assert_same_bits(run(name), {name: together[name]})
+        assert_differ(run(name, seed=1), {name: together[name]})
+    assert key_of(0, zlib.crc32(b"a")) != key_of(0, zlib.crc32(b"b"))
+
+
+@backends
+def test_equal_parameters_draw_different_bits(backend, device):
+    """Or the errors of tied or equal tensors would add up."""
+    on = place(backend, device)
+    twice = [torch.nn.Parameter(torch.ones(8, 32, dtype=BF16, device=on)) for _ in range(2)]
+    optimizer = GWTAdamW(twice, lr=1e-3, level=0, weight_rounding="stochastic", backend=backend)
+    for _ in range(3):
+        step(optimizer, [torch.ones(8, 32, dtype=BF16)] * 2)
+    assert 0.1 < float((twice[0] != twice[1]).float().mean()) < 0.9
+
+
+@rules
+@pytest.mark.parametrize("weight_rounding", ["stochastic", "split"])
+@backends
+def test_a_restart_goes_on_with_the_same_bits(backend, device, weight_rounding, rule):
+    on = place(backend, device)
+
+    def new() -> GWTAdamW:
+        return GWTAdamW(
+            parameters(SHAPES, on, BF16),
+            **OPTIONS,
+            rule=rule,
+            weight_rounding=weight_rounding,
+            state_dtype=BF16,
+            seed=3,
+            backend=backend,
+        )
+
+    whole, first, second, amnesiac = new(), new(), new(), new()
+    for t in range(6):
+        step(whole, gradients(t, BF16))
+        if t < 3:
+            step(first, gradients(t, BF16))
+    for other in (second, amnesiac):
+        for p, q in zip(parameters_of(other), parameters_of(first), strict=True):
+            p.data.copy_(q.detach())
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(saved)
+    for state in saved["state"].values():  # control: the count of steps enters
+        state["step"] += 1
+    amnesiac.load_state_dict(saved)
+    for t in range(3, 6):
+        step(second, gradients(t, BF16))
+        step(amnesiac, gradients(t, BF16))
+    for p, q, r in zip(*map(parameters_of, (whole, second, amnesiac)), strict=True):
+        assert_same_bits([q.detach(), dict(second.state[q])], [p.detach(), dict(whole.state[p])])
+        assert_differ(r.detach(), p.detach())
+
+
+@narrow
+def test_all_backends_decide_alike_for_the_same_float32_value(device, dtype):
+    """From one state, where the float32 results agree to the bit, what is stored does."""
+    shapes = [(16, 64), (9, 37)]
+    stored, wide = {}, {}
+    for backend in BACKENDS:
+        on = place(backend, device)
+        for target, kind, options in ((stored, dtype, {"weight_rounding": "stochastic"}), (wide, FP32, {})):
+            weights = [p.detach().to(on, kind) for p in parameters(shapes, CPU, dtype)]
+            optimizer = GWTAdamW([torch.nn.Parameter(p) for p in weights], backend=backend, **OPTIONS, **options)
+            step(optimizer, [g.to(kind) for g in gradients(1, dtype, shapes)])
+            target[backend] = [p.detach().cpu() for p in parameters_of(optimizer)]
+    for one, other in itertools.combinations(BACKENDS, 2):
+        for p, q, x, y in zip(stored[one], stored[other], wide[one], wide[other], strict=True):
+            agree = x == y
+            assert float(agree.float().mean()) > 0.3
+            assert torch.equal(p[agree], q[agree])
+            assert float((p.float() != x).float().mean()) > 0.9  # control: there was something to decide
+
+
+# On average --------------------------------------------------------------------------------------------
+
+
+@rules
+@levels
+@pytest.mark.parametrize("size", [0.0, 0.1, 1.5])
+@backends
+def test_a_bfloat16_second_moment_decays_as_it_should(backend, device, size, level, rule):
+    """b2 = 0.999 changes it by less than half an ulp a step, so that to the nearest it never moves at all."""
+    steps, beta = 40, 0.999
+    p = torch.nn.Parameter(torch.zeros(64, 64, device=place(backend, device), dtype=BF16))
+    optimizer = GWTAdamW([p], lr=0.0, betas=(0.9, beta), rule=rule, level=level, state_dtype=BF16, backend=backend)
+    g = torch.full(p.shape, size, dtype=BF16)
+    step(optimizer, [g])
+    state = optimizer.state[p]
+    state["exp_avg_sq"].fill_(1.0)
+    nearest, exact = torch.ones((), dtype=BF16), 1.0
+    square = float(g[0, 0]) ** 2 * (2**level if rule == "gwt" else 1)
+    for _ in range(steps):
+        step(optimizer, [g])
+        exact = beta * exact + (1 - beta) * square
+        nearest = (beta * nearest.float() + (1 - beta) * square).to(BF16)
+    v = state["exp_avg_sq"].double()
+    deviation = 0.5 * 2**-7 * math.sqrt(steps)  # of one element, at most: the ulp is 2**-7 up to 2
+    tolerance = 5 * deviation / math.sqrt(v.numel())
+    assert abs(float(v.mean()) - exact) < tolerance
+    if square < 4:  # control
+        assert float(nearest) == 1.0
+        assert abs(1.0 - exact) > 5 * tolerance
+
+
+@narrow
+@backends
+def test_tiny_updates_of_narrow_weights_accumulate_on_average(backend, device, dtype):
+    """Updates of a sixteenth of an ulp: at random they add up as in float32, to the nearest they vanish."""
+    on, steps = place(backend, device), 48
+    ulp = torch.finfo(dtype).eps / 2  # below 1
+    end = {}
+    for kind, rounding in ((dtype, "stochastic"), (dtype, "nearest"), (FP32, "nearest")):
+        p = torch.nn.Parameter(torch.ones(32, 128, dtype=kind, device=on))
+        optimizer = GWTAdamW([p], lr=ulp / 16, level=0, weight_rounding=rounding, backend=backend)
+        for _ in range(steps):
+            step(optimizer, [torch.ones(p.shape, dtype=kind)])
+        end[kind, rounding] = p.detach().double()
+    moved = 1 - float(end[FP32, "nearest"].mean())
+    assert moved == pytest.approx(steps * ulp / 16, rel=0.01)
+    assert bool((end[dtype, "nearest"] == 1).all())
+    deviation = ulp * math.sqrt(steps / 16)  # of one element, at most
+    tolerance = 5 * deviation / math.sqrt(32 * 128)
+    assert tolerance < moved / 5
+    assert abs(1 - float(end[dtype, "stochastic"].mean()) - moved) < tolerance
+
+
+# At the ends of the range ------------------------------------------------------------------------------
+
+
+@narrow
+@pytest.mark.parametrize("sign", [1, -1])
+@backends
+def test_the_largest_weight_stays_finite(backend, device, dtype, sign):
+    """Pushed outwards by most of the way to infinity: the nearest, as control, gets there."""
+    on, largest = place(backend, device), torch.finfo(dtype).max
+    outwards = {BF16: 1e36, FP16: 20.0}[dtype]
+    for rounding, infinite in (("stochastic", False), ("nearest", True)):
+        p = torch.nn.Parameter(torch.full((4, 32), sign * largest, dtype=dtype, device=on))
+        optimizer = GWTAdamW([p], lr=outwards, level=0, weight_rounding=rounding, backend=backend)
+        for _ in range(2 if rounding == "stochastic" else 1):
+            step(optimizer, [torch.full(p.shape, -sign, dtype=dtype)])
+        assert bool((p.isinf() if infinite else p == sign * largest).all())
+
+
+@rules
+@levels
+@pytest.mark.parametrize(("dtype", "rounding"), [(FP32, None), (BF16, None), (BF16, "stochastic"), (BF16, "split")])
+@backends
+def test_denormal_gradients_move_weights(backend, device, dtype, rounding, level, rule):
+    """Their squares vanish, their first moment does not: the update is ``m / eps``, or ``(m + r) / eps``."""
+    on, small, lr, eps = place(backend, device), 1e-39, 1.0, 1e-6
+    p = torch.nn.Parameter(torch.zeros(4, 32, dtype=dtype, device=on))
+    optimizer = GWTAdamW(
+        [p], lr=lr, eps=eps, level=level, rule=rule, scale=1.0, weight_rounding=rounding, backend=backend
+    )
+    g = torch.full(p.shape, small, dtype=dtype)
+    assert 0 < float(g[0, 0]) < torch.finfo(dtype).smallest_normal
+    step(optimizer, [g])
+    got = float32_of(p, optimizer.state[p]) if rounding == "split" else p.detach()
+    expected = -math.sqrt(1 - 0.999) / (1 - 0.9) * 0.1 * float(g[0, 0]) / eps
+    coarse = 2**-7 if dtype == BF16 and rounding != "split" else 0.0
+    torch.testing.assert_close(
+        got.double().cpu(), torch.full(p.shape, expected, dtype=torch.float64), rtol=2**-10 + coarse, atol=0
+    )
+
+
+# Rules side by side ------------------------------------------------------------------------------------
+
+
+@backends
+def test_groups_of_both_rules_and_of_every_rounding(backend, device):
+    """Each judged by the oracle on its own, limiter or none as the rule has it."""
+    on = place(backend, device)
+    groups = [
+        {"params": parameters(SHAPES[:2], on, BF16, seed=0)},
+        {"params": parameters(SHAPES[:2], on, BF16, seed=1), "rule": "foam", "weight_rounding": "split"},
+        {"params": parameters(SHAPES[:2], on, FP16, seed=2), "rule": "foam", "weight_rounding": "stochastic"},
+        {"params": parameters(SHAPES[:2], on, BF16, seed=3), "state_dtype": BF16, "weight_rounding": "stochastic"},
+        {"params": parameters(SHAPES[:2], on, FP32, seed=4), "level": 0, "rule": "foam"},
+    ]
+    optimizer = GWTAdamW(groups, **OPTIONS, level=1, backend=backend)
+    assert [g["norm_growth_limit"] for g in optimizer.param_groups] == [1.01, None, None, 1.01, None]
+    for t in range(3):
+        give_gradients(parameters_of(optimizer), seed=t)
+        assert checked_step(optimizer) == 10
+    kinds = [sorted(set(optimizer.state[g["params"][0]]) - {"step"}) for g in optimizer.param_groups]
+    moments = ["exp_avg", "exp_avg_sq"]
+    assert kinds == [
+        [*moments, "limiter_norm"],
+        [*moments, "weight_low"],
+        moments,
+        [*moments, "limiter_norm"],
+        moments,
+    ]
+
+
+def test_steps_are_counted_past_the_integers_of_float32():
+    """float32 has no 2**24 + 1: a count in it would stand still there, and with it the random bits."""
+    p = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16))
+    optimizer = GWTAdamW([p], state_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(2.0**24)
+    for count in (1, 2, 3):
+        optimizer.step()
+        assert int(optimizer.state[p]["step"]) == 2**24 + count
+    other = GWTAdamW([p], state_dtype=torch.bfloat16)
+    other.load_state_dict(optimizer.state_dict())
+    assert int(other.state[p]["step"]) == 2**24 + 3

@@ -1,0 +1,370 @@
+"""``gwt-kernels migrate`` on checkpoint files: whose they are, what is written, and which are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
+from gwt_kernels.cli import main
+from gwt_kernels.migration.checkpoints import read as read_checkpoint
+from gwt_kernels.migration.checkpoints import write
+from tests.support.runs import assert_same_bits
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 40,
+    "intermediate_size": 45,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model, its configuration's file, and what AdamW holds after two steps over ``model.parameters()``."""
+    folder = tmp_path_factory.mktemp("model")
+    config = folder / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", **LLAMA}))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
+    step(model, optimizer, 0, 1)
+    return SimpleNamespace(config=config, model=model, state=optimizer.state_dict())
+
+
+def step(model, optimizer, *seeds):
+    for seed in seeds:
+        torch.manual_seed(seed)
+        tokens = torch.randint(0, 61, (2, 16))
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+
+def run(checkpoint, out, config, *more):
+    return main(["migrate", str(checkpoint), "--config", str(config), "--out", str(out), *map(str, more)])
+
+
+def file_of(folder, payload, name="optimizer.pt"):
+    torch.save(payload, folder / name)
+    return folder / name
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def groups_of(trained, **options):
+    return GWTAdamW(
+        gwt_param_groups(trained.model, weight_decay=0.1), lr=0.003, betas=(0.8, 0.9), eps=1e-7, **options
+    )
+
+
+# What is written --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--state-dtype", "bf16"], {"state_dtype": torch.bfloat16}),
+        (["--state-dtype", "int8", "--rule", "foam"], {"state_dtype": "int8", "rule": "foam"}),
+        (["--no-limiter"], {"norm_growth_limit": None}),
+        (["--dtype", "bf16", "--weight-rounding", "split"], {"weight_rounding": "split"}),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_a_file_of_adamw_becomes_what_the_library_makes_of_it(flags, options, trained, tmp_path, capsys):
+    checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
+    bytes_before = checkpoint.read_bytes()
+    assert run(checkpoint, out, trained.config, *flags) == 0
+    model = trained.model
+    if "split" in flags:
+        trained = SimpleNamespace(
+            model=AutoModelForCausalLM.from_config(model.config).bfloat16(), state=trained.state
+        )
+    optimizer = groups_of(trained, **options)
+    migration = migrate(trained.state, optimizer, names=trained.model)
+    written = read(out)
+    assert_same_bits(written["state"], migration.state_dict["state"])
+    assert written["param_groups"] == migration.state_dict["param_groups"]
+    optimizer.load_state_dict(written)
+    step(trained.model, optimizer, 3)
+    said = capsys.readouterr().out
+    assert said.startswith(str(migration))
+    assert f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {len(bytes_before):,} bytes, unchanged" in said
+    assert checkpoint.read_bytes() == bytes_before
+    assert sorted(os.listdir(tmp_path)) == ["gwt.pt", "optimizer.pt"]  # nothing half-written stays
+
+
+def test_numbers_are_the_checkpoint_s_unless_given(trained, tmp_path):
+    checkpoint = file_of(tmp_path, trained.state)
+    run(checkpoint, tmp_path / "a.pt", trained.config, "--level", 1)
+    run(
+        checkpoint, tmp_path / "b.pt", trained.config, "--lr", 0.01, "--betas", 0.7, 0.6, "--eps", 1e-5,
+        "--weight-decay", 0.5, "--scale", 2, "--exclude", "self_attn",
+    )  # fmt: skip
+    a, b = (read(tmp_path / name)["param_groups"] for name in ("a.pt", "b.pt"))
+    keys = ("level", "lr", "betas", "eps", "weight_decay", "scale")
+    assert [a[0][key] for key in keys] == [1, 0.003, (0.8, 0.9), 1e-7, 0.1, 0.25]
+    assert [b[0][key] for key in keys] == [2, 0.01, (0.7, 0.6), 1e-5, 0.5, 2]
+    assert [group["weight_decay"] for group in a] == [0.1, 0.1, 0]
+    assert not any("self_attn" in name for name in b[0]["param_names"])
+
+
+@pytest.mark.parametrize("place", [("optimizer",), ("optimizer_states", 0)], ids=str)
+def test_the_rest_of_a_checkpoint_stays_as_it_is(place, trained, tmp_path):
+    inner = trained.state if len(place) == 1 else [trained.state]
+    rest = {"model": {"weight": torch.ones(3)}, "epoch": 3, "lr_scheduler": {"state": {"last": [0.1]}}}
+    out = tmp_path / "out.pt"
+    assert run(file_of(tmp_path, {**rest, place[0]: inner}), out, trained.config) == 0
+    written = read(out)
+    found = written.pop(place[0])
+    assert_same_bits(written, rest)
+    groups_of(trained).load_state_dict(found if len(place) == 1 else found[0])
+
+
+def test_a_checkpoint_of_trainer(trained, tmp_path):
+    """The two groups of Hugging Face's Trainer, made by Trainer itself."""
+    names = {p: name for name, p in trained.model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"), weight_decay=0.1, learning_rate=0.003, report_to=[]
+    )
+    optimizer = Trainer(trained.model, arguments).create_optimizer()
+    step(trained.model, optimizer, 5, 6)
+    out = tmp_path / "gwt.pt"
+    assert run(file_of(tmp_path, optimizer.state_dict()), out, trained.config, "--level", 0) == 0
+    written = read(out)
+    order = [name for group in written["param_groups"] for name in group["param_names"]]
+    by_name = {names[p]: state["exp_avg"] for p, state in optimizer.state.items()}
+    assert len(order) == len(by_name) == len(names)
+    for i, name in enumerate(order):
+        assert torch.equal(written["state"][i]["exp_avg"], by_name[name]), name
+
+
+def test_from_one_level_to_another_and_its_scale_stays(trained, tmp_path):
+    first = GWTAdamW(gwt_param_groups(trained.model, level=1, scale=0.5), lr=0.003, seed=7)
+    step(trained.model, first, 8)
+    out = tmp_path / "gwt.pt"
+    assert run(file_of(tmp_path, first.state_dict()), out, trained.config, "--level", 3) == 0
+    group = read(out)["param_groups"][0]
+    assert (group["level"], group["scale"], group["seed"]) == (3, 0.5, 7)
+
+
+def test_wavelet_boundary_and_bias_correction_stay_unless_others_are_asked_for(trained, tmp_path):
+    options = {"wavelet": "bior2.2", "boundary": "periodic", "correct_bias": False}
+    first = GWTAdamW(gwt_param_groups(trained.model, level=1), lr=0.003, **options)
+    step(trained.model, first, 8)
+    checkpoint = file_of(tmp_path, first.state_dict())
+    written = {}
+    for name, more in {"kept": (), "corrected": ("--correct-bias",), "left": ("--wavelet", "haar")}.items():
+        out = tmp_path / f"{name}.pt"
+        written[name] = (run(checkpoint, out, trained.config, "--level", 2, *more), out.exists() and read(out))
+    assert [status for status, _ in written.values()] == [0, 0, 2]  # from bior2.2 no way leads to Haar
+    for name, correct_bias in (("kept", False), ("corrected", True)):
+        groups = written[name][1]["param_groups"]
+        assert {(g["wavelet"], g["boundary"], g["correct_bias"]) for g in groups} == {
+            ("bior2.2", "periodic", correct_bias)
+        }
+    resumed = GWTAdamW(gwt_param_groups(trained.model, level=2), lr=0.003, **options)
+    resumed.load_state_dict(written["kept"][1])
+    step(trained.model, resumed, 9)
+
+
+def test_options_of_the_new_optimizer_may_be_others_than_adamw_s(trained, tmp_path):
+    out = tmp_path / "gwt.pt"
+    more = ("--wavelet", "db2", "--boundary", "symmetric", "--no-correct-bias")
+    assert run(file_of(tmp_path, trained.state), out, trained.config, *more) == 0
+    options = {"wavelet": "db2", "boundary": "symmetric", "correct_bias": False}
+    resumed = GWTAdamW(gwt_param_groups(trained.model, level=2), lr=0.003, **options)
+    resumed.load_state_dict(read(out))
+
+
+def test_foreign_names_of_entries_and_of_parameters(trained, tmp_path):
+    source = GWTAdamW([{"params": [p], "level": 0} for p in reversed(list(trained.model.parameters()))], lr=0.003)
+    step(trained.model, source, 9)
+    state = source.state_dict()
+    for each in state["state"].values():
+        each["norm"], each["note"] = 0.0, "left behind"
+    for group in state["param_groups"]:
+        for ours in ("level", "rule", "wavelet"):
+            del group[ours]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(name for name, _ in reversed(list(trained.model.named_parameters()))))
+    out = tmp_path / "gwt.pt"
+    renames = ("--rename", "norm=limiter_norm", "--rename", "note=")
+    assert run(file_of(tmp_path, state), out, trained.config, "--names", names, *renames) == 0
+    assert len(read(out)["state"]) == len(list(trained.model.parameters()))
+
+
+def test_as_a_command(trained, tmp_path):
+    checkpoint = file_of(tmp_path, trained.state)
+    command = [sys.executable, "-m", "gwt_kernels", "migrate", str(checkpoint), "--config", str(trained.config)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "gwt.pt")],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "exp_avg_sq    approximate" in done.stdout
+
+
+def test_the_example_of_the_page(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:2]
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(code, names)
+    assert capsys.readouterr().out == printed
+    assert names["after"] < names["before"]
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled carelessly, this would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def truncated(folder, trained):
+    path = file_of(folder, trained.state)
+    whole = path.read_bytes()
+    for length in range(1, len(whole), len(whole) // 40):  # wherever it is cut
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cut short"):
+            read_checkpoint(path)
+    return path
+
+
+def text(folder, content="not a checkpoint"):
+    (folder / "optimizer.pt").write_text(content)
+    return folder / "optimizer.pt"
+
+
+def two_states(folder, trained):
+    return file_of(folder, {"first": trained.state, "second": trained.state})
+
+
+def with_two_rates(state):
+    """The same parameters in two groups."""
+    group = state["param_groups"][0]
+    parts = (group["params"][:3], 1.0), (group["params"][3:], 2.0)
+    return {**state, "param_groups": [{**group, "params": part, "lr": lr} for part, lr in parts]}
+
+
+def cut(trained):
+    state = trained.state
+    short = {**state["state"][0], "exp_avg": state["state"][0]["exp_avg"][:5]}
+    return {**state, "state": {**state["state"], 0: short}}
+
+
+FILES = {
+    "truncated": (truncated, [], ("optimizer.pt", "cut short")),
+    "empty": (lambda folder, _: text(folder, ""), [], ("optimizer.pt", "empty")),
+    "text": (lambda folder, _: text(folder), [], ("optimizer.pt", "not a checkpoint")),
+    "code in it": (lambda folder, _: file_of(folder, {"state": Trap()}), [], ("optimizer.pt", "plain data")),
+    "no file": (lambda folder, _: folder / "nowhere.pt", [], ("nowhere.pt", "No such file")),
+    "a folder": (lambda folder, _: folder, [], ("directory",)),
+    "a model's": (
+        lambda folder, trained: file_of(folder, trained.model.state_dict()),
+        [],
+        ("holds no optimizer's state", "lm_head.weight", "optimizer.pt"),
+    ),
+    "a tensor": (lambda folder, _: file_of(folder, torch.ones(3)), [], ("holds no optimizer's state", "Tensor")),
+    "two states": (two_states, [], ("first, second", "--key")),
+    "a key that is not there": (two_states, ["--key", "third"], ("'third'", "first")),
+    "no steps yet": (
+        lambda folder, trained: file_of(folder, torch.optim.AdamW(trained.model.parameters()).state_dict()),
+        [],
+        ("nothing to migrate",),
+    ),
+    "another model's": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--config", "llama_60m"],
+        ("[20]", "--names"),
+    ),
+    "a tensor cut short": (
+        lambda folder, trained: file_of(folder, cut(trained)),
+        [],
+        ("'model.embed_tokens.weight'", "(5, 40)", "(61, 40)"),
+    ),
+    "too deep": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--level", "9", "--include", "up_proj"],
+        ("up_proj", "level 9"),
+    ),
+    "two learning rates": (
+        lambda folder, trained: file_of(folder, with_two_rates(trained.state)),
+        ["--names", "NAMES"],
+        ("lr", "1.0", "2.0", "--lr"),
+    ),
+    "a rename that is none": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--rename", "norm"],
+        ("'norm'", "OLD=NEW"),
+    ),
+    "no configuration": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--config", "nowhere.json"],
+        ("'nowhere.json'", "config.json"),
+    ),
+    "split weights of float32": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--weight-rounding", "split", "--dtype", "fp32"],
+        ("split", "float32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_cannot_be_migrated_is_refused_by_name_and_nothing_is_written(
+    kind, trained, tmp_path, monkeypatch, capsys
+):
+    make, flags, words = FILES[kind]
+    names = tmp_path / "names"
+    names.write_text("\n".join(name for name, _ in trained.model.named_parameters()))
+    checkpoint = make(tmp_path, trained)
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    flags = [str(names) if flag == "NAMES" else flag for flag in flags]
+    assert run(checkpoint, tmp_path / "gwt.pt", trained.config, *flags) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("gwt-kernels migrate: ")
+    for word in words:
+        assert word in said.err, said.err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and the trap is not sprung
+
+
+def test_nothing_is_overwritten(trained, tmp_path, capsys):
+    checkpoint = file_of(tmp_path, trained.state)
+    before = checkpoint.read_bytes()
+    os.symlink(checkpoint, tmp_path / "link.pt")
+    for out in (checkpoint, tmp_path / "link.pt"):
+        assert run(checkpoint, out, trained.config) == 2
+        assert f"{out} exists" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def half(payload, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path / "gwt.pt", {})
+    assert not list(tmp_path.iterdir())

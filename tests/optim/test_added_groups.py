@@ -1,0 +1,221 @@
+"""Groups and parameters that others add, or put in the place of what an optimizer was made with."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from gwt_kernels import GWTAdamW
+from tests.support import runs
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "embed_tokens": nn.Embedding(10, 16),
+            "proj": nn.Linear(16, 16),
+            "norm": nn.LayerNorm(16),
+            "narrow": nn.Linear(2, 16),
+            "lm_head": nn.Linear(16, 10, bias=False),
+        }
+    )
+
+
+def shapes(optimizer: torch.optim.Optimizer) -> list[tuple[int, list[tuple[int, ...]]]]:
+    return [(group["level"], [tuple(p.shape) for p in group["params"]]) for group in optimizer.param_groups]
+
+
+def base(named: bool = True, **options) -> GWTAdamW:
+    p = nn.Parameter(torch.ones(8, 8))
+    return GWTAdamW([("first", p)] if named else [p], lr=0.1, **options)
+
+
+def step(optimizer: GWTAdamW) -> None:
+    runs.give_gradients(runs.parameters_of(optimizer), seed=1)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*without a level")
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_without_names_and_level_are_taken(named):
+    optimizer = base(named)
+    added = {"params": model()["proj"].parameters(), "lr": 0.5}
+    optimizer.add_param_group(added)
+    assert shapes(optimizer) == [(2, [(8, 8)]), (2, [(16, 16)]), (0, [(16,)])]
+    assert optimizer.param_groups[1] is added
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5, 0.5]
+    names = [group.get("param_names") for group in optimizer.param_groups]
+    assert names == ([["first"], ["added.1.0"], ["added.1.1"]] if named else [None] * 3)
+    step(optimizer)
+    assert [tuple(optimizer.state[p]["exp_avg"].shape) for p in runs.parameters_of(optimizer)] == [
+        (8, 2),
+        (16, 4),
+        (16,),
+    ]
+    torch.optim.AdamW([("first", nn.Parameter(torch.ones(2)))]).state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*without a level")
+def test_named_embeddings_and_heads_are_left_to_adamw():
+    optimizer = base()
+    optimizer.add_param_group({"params": model().named_parameters()})
+    transformed, plain = optimizer.param_groups[1:]
+    assert transformed["param_names"] == ["proj.weight"]
+    expected = ["embed_tokens.weight", "proj.bias", "norm.weight", "norm.bias", "narrow.weight", "narrow.bias"]
+    assert plain["param_names"] == [*expected, "lm_head.weight"]
+    assert plain["level"] == 0
+    step(optimizer)
+
+
+def test_it_warns_once():
+    optimizer = base()
+    with pytest.warns(UserWarning, match=r"^1 of the parameters added .* level 0"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(8))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(8))})
+        base().add_param_group({"params": nn.Parameter(torch.ones(8, 8))})
+        base().add_param_group({"params": nn.Parameter(torch.ones(8)), "level": 1})
+        base(level=0).add_param_group({"params": nn.Parameter(torch.ones(8))})
+
+
+def test_a_level_that_is_said_is_kept_or_refused():
+    optimizer = base()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8))], "level": 1})
+    assert shapes(optimizer)[1] == (1, [(8,)])
+    with pytest.raises(ValueError, match="too deep"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8, 2))], "level": 2})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_the_constructors_groups_keep_the_optimizers_level():
+    assert shapes(GWTAdamW([nn.Parameter(torch.ones(8))])) == [(2, [(8,)])]
+    with pytest.raises(ValueError, match="too deep"):
+        GWTAdamW([nn.Parameter(torch.ones(8, 2))])
+
+
+@pytest.mark.filterwarnings("ignore:.*without a level")
+def test_a_bad_group_changes_nothing():
+    optimizer = base()
+    first = runs.parameters_of(optimizer)[0]
+    for bad in ([nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8).long(), requires_grad=False)], [first]):
+        group = {"params": list(bad)}
+        before = dict(group)
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+        assert all(a is b for a, b in zip(group["params"], before["params"], strict=True))
+    step(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*without a level")
+def test_added_groups_are_saved_loaded_copied_and_pickled():
+    first, second = base(), base()
+    for optimizer in (first, second):
+        optimizer.add_param_group({"params": model()["proj"].parameters()})
+    step(first)
+    second.load_state_dict(first.state_dict())
+    runs.assert_same_bits(runs.snapshot(second)["state"], runs.snapshot(first)["state"])
+    other = copy.deepcopy(first)
+    other.add_param_group({"params": model()["norm"].parameters()})
+    assert shapes(other)[-1] == (0, [(16,), (16,)])
+    step(other)
+
+
+def swap(optimizer: GWTAdamW, *params: torch.Tensor) -> None:
+    optimizer.param_groups[0]["params"] = list(params)
+
+
+def two(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(s)) for s in shapes]
+
+
+def test_parameters_of_another_model_are_taken():
+    optimizer = GWTAdamW(two((8, 8), (8,)))
+    step(optimizer)
+    for new in (two((8, 8), (8,)), two((16, 16), (16,)), two((8, 8), (8,), (4, 4), (12,)), two((8, 8))):
+        swap(optimizer, *new)
+        step(optimizer)
+        assert all(p in optimizer.state for p in new)
+
+
+@pytest.mark.parametrize("flat", [[(64,)], [(72,)], [(72,), (8, 8)], [(36,), (36,)]])
+def test_flat_buffers_are_refused(flat):
+    optimizer = GWTAdamW(two((8, 8), (8,)))
+    swap(optimizer, *two(*flat))
+    runs.give_gradients(runs.parameters_of(optimizer), seed=1)
+    with runs.refused(optimizer, TypeError, "flat buffers", "level 0"):
+        optimizer.step()
+
+
+def test_one_matrix_flattened_is_refused():
+    optimizer = GWTAdamW(two((8, 8)))
+    swap(optimizer, *two((64,)))
+    runs.give_gradients(runs.parameters_of(optimizer), seed=1)
+    with runs.refused(optimizer, TypeError, "flat buffers"):
+        optimizer.step()
+
+
+def test_one_dimensional_views_are_told_from_buffers():
+    base = torch.randn(10, 2)
+    GWTAdamW([nn.Parameter(base[..., 0])], level=1)
+    column = nn.Parameter(torch.randn(10, 2)[..., 1])
+    other = nn.Parameter(column.detach().clone())
+    for p in (column, other):
+        optimizer = GWTAdamW([p], level=1)
+        runs.train(optimizer, range(3))
+    assert torch.equal(column, other)
+    with pytest.raises(TypeError, match=r"or a view: use level 0 or clone\(\)"):
+        GWTAdamW([nn.Parameter(torch.randn(20)[4:14])], level=1)
+    GWTAdamW([nn.Parameter(torch.randn(20)[4:14])], level=0)
+
+
+def sharded_in_place_of_plain() -> None:
+    """Run by tests/distributed/test_sharding.py in one process: what Accelerate does under FSDP2."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    plain = copy.deepcopy(network)
+    optimizer, expected = GWTAdamW(network.parameters(), lr=0.1), GWTAdamW(plain.parameters(), lr=0.1)
+    old = {name: p.data_ptr() for name, p in network.named_parameters()}
+    for group in optimizer.param_groups:
+        placeholders = []
+        for p in group["params"]:
+            placeholder = torch.empty(1)
+            placeholder.data_ptr = p.data_ptr()
+            placeholders.append(placeholder)
+        group["params"] = placeholders
+    fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
+    new = {old[name]: p for name, p in network.named_parameters()}
+    fsdp2_switch_optimizer_parameters(optimizer, new)
+    for _ in range(3):
+        for net, each in ((network, optimizer), (plain, expected)):
+            each.zero_grad()
+            net(torch.linspace(-1, 1, 64).view(4, 16)).square().sum().backward()
+            each.step()
+    for p, q in zip(network.parameters(), plain.parameters(), strict=True):
+        assert isinstance(p, DTensor)
+        assert torch.equal(p.full_tensor(), q)
+
+
+def test_more_parameters_than_names_are_taken():
+    optimizer = GWTAdamW([(str(i), p) for i, p in enumerate(two((8, 8), (8, 8)))])
+    step(optimizer)
+    swap(optimizer, *two((8, 8), (8, 8), (8, 8)))
+    step(optimizer)
+    optimizer.param_groups[0]["params"].append(two((8, 8))[0])
+    step(optimizer)
+    assert all(p in optimizer.state for p in runs.parameters_of(optimizer))
+
+
+def test_nothing_is_no_part_of_a_buffer():
+    GWTAdamW([nn.Parameter(torch.randn(10)[:0])], level=1)

@@ -1,0 +1,371 @@
+"""Shows that GWTAdamW's state survives saving, loading, copying and pickling to the bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from gwt_kernels import GWTAdamW
+from tests.support.runs import (
+    CPU,
+    assert_differ,
+    assert_same_bits,
+    backends,
+    checked_step,
+    give_gradients,
+    parameters,
+    parameters_of,
+    place,
+    refused,
+    results,
+    snapshot,
+    train,
+)
+
+SHAPES = ((4, 8), (3, 6), (2, 3, 5))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def model(on=CPU, backend=None, dtypes=DTYPES[:3], lr=0.1, **options):
+    """An optimizer over groups of level 0, 1 and 2 in several dtypes, and one parameter that is never used."""
+    if backend == "triton":  # the interpreter is slow
+        dtypes = dtypes[1:2]
+    groups = [
+        {
+            "params": [p for d in dtypes for p in parameters(SHAPES[:2], on, d)],
+            "level": level,
+            "weight_decay": 0.1 * level,
+        }
+        for level in (0, 1, 2)
+    ]
+    groups.append({"params": parameters([(2, 2)], on), "level": 1, "norm_growth_limit": None})
+    return GWTAdamW(groups, lr=lr, backend=backend, **options)
+
+
+def used(optimizer):
+    return parameters_of(optimizer)[:-1]
+
+
+def through_a_file(state_dict, **options):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, **options)
+
+
+def copy_weights(source, target):
+    with torch.no_grad():
+        for p, q in zip(parameters_of(source), parameters_of(target), strict=True):
+            q.copy_(p)
+
+
+# Save and load --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float64, torch.bfloat16])
+def test_saving_and_loading_changes_no_dtype_and_no_bit(dtype, state_dtype):
+    saved = model(dtypes=[dtype], state_dtype=state_dtype)
+    train(saved, range(3), params=used(saved))
+    loaded = model(dtypes=[dtype], state_dtype=state_dtype, lr=7.0)
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    a, b = snapshot(saved), snapshot(loaded)
+    assert_same_bits(a["state"], b["state"])
+    assert_same_bits(a["groups"], b["groups"])
+    assert_same_bits(copy.deepcopy(saved.state_dict()), copy.deepcopy(loaded.state_dict()))
+    expected = state_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(s["exp_avg"].dtype == s["exp_avg_sq"].dtype == expected for s in loaded.state.values())
+    assert loaded.param_groups[0]["lr"] == 0.1
+
+
+@backends
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(backend, device):
+    on = place(backend, device)
+    whole = model(on, backend)
+    train(whole, range(6), params=used(whole))
+    first = model(on, backend)
+    train(first, range(3), params=used(first))
+    file = through_a_file(first.state_dict())
+    resumed, control = model(on, backend, lr=7.0), model(on, backend)
+    copy_weights(first, resumed)
+    copy_weights(first, control)
+    resumed.load_state_dict(file)
+    for optimizer in (resumed, control):
+        train(optimizer, range(3, 6), params=used(optimizer))
+    assert_same_bits(results(resumed), results(whole))
+    for p, q in zip(used(control), used(whole), strict=True):
+        assert not torch.equal(p, q)
+
+
+@backends
+def test_a_loaded_state_is_a_copy(backend, device):
+    on = place(backend, device)
+    source, target = model(on, backend), model(on, backend)
+    train(source, range(2), params=used(source))
+    state_dict = source.state_dict()
+    kept = copy.deepcopy(state_dict)
+    target.load_state_dict(state_dict)
+    assert_same_bits(copy.deepcopy(state_dict), kept)
+    copy_weights(source, target)
+    before = snapshot(source)
+    train(target, [2], params=used(target))
+    assert_same_bits(snapshot(source), before)
+    train(source, [2], params=used(source))
+    assert_same_bits(snapshot(source), snapshot(target))
+    before = snapshot(target)
+    for state in source.state.values():
+        for value in state.values():
+            value.fill_(torch.nan)
+    source.param_groups[0]["lr"] = 9.0
+    assert_same_bits(snapshot(target), before)
+
+
+def test_loading_ones_own_state_and_an_older_one_rolls_back():
+    optimizer = model()
+    train(optimizer, range(2), params=used(optimizer))
+    older = copy.deepcopy(optimizer.state_dict())
+    weights = [p.detach().clone() for p in parameters_of(optimizer)]
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(optimizer, [2], params=used(optimizer))
+    expected = snapshot(optimizer)
+    with torch.no_grad():
+        for p, w in zip(parameters_of(optimizer), weights, strict=True):
+            p.copy_(w)
+    optimizer.load_state_dict(older)
+    train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(snapshot(optimizer), expected)
+
+
+def test_a_state_before_the_first_step_and_one_touched_but_unused():
+    fresh = model()
+    fresh.load_state_dict(model().state_dict())
+    assert not fresh.state
+    saved = model()
+    train(saved, range(2), params=used(saved))
+    assert saved.state[parameters_of(saved)[-1]] == {}  # looking it up makes an empty one
+    fresh.load_state_dict(through_a_file(saved.state_dict()))
+    assert_same_bits(snapshot(fresh)["state"], snapshot(saved)["state"])
+    give_gradients(parameters_of(fresh), seed=5)
+    assert checked_step(fresh) == len(parameters_of(fresh))
+
+
+def test_a_state_of_a_run_with_some_parameters_frozen():
+    saved, loaded = model(), model()
+    train(saved, range(2), params=used(saved)[::2])
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    copy_weights(saved, loaded)
+    for optimizer in (saved, loaded):
+        train(optimizer, range(2, 4), params=used(optimizer))
+    assert_same_bits(snapshot(saved), snapshot(loaded))
+    assert [int(loaded.state[p]["step"]) for p in used(loaded)[:4]] == [4, 2, 4, 2]
+
+
+def test_options_come_from_the_state_but_the_backend_from_the_optimizer(device):
+    saved = GWTAdamW(parameters(SHAPES, device), lr=0.3, betas=(0.5, 0.6), maximize=True, level=1, backend="triton")
+    train(saved, range(1))
+    loaded = GWTAdamW(parameters(SHAPES), lr=0.1, level=1, backend="torch")
+    file = through_a_file(saved.state_dict(), map_location="cpu")
+    assert file["param_groups"][0]["backend"] == "triton"
+    loaded.load_state_dict(file)
+    group = loaded.param_groups[0]
+    assert (group["lr"], group["betas"], group["maximize"]) == (0.3, (0.5, 0.6), True)
+    assert group["backend"] == "torch"
+    assert file["param_groups"][0]["backend"] == "triton"
+
+
+def test_a_tensor_learning_rate_and_names_survive():
+    net = nn.Linear(6, 5)
+    saved = GWTAdamW(net.named_parameters(), lr=torch.tensor(0.25), level=1)
+    train(saved, range(2))
+    loaded = GWTAdamW(copy.deepcopy(net).named_parameters(), lr=1.0, level=1)
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    assert_same_bits(snapshot(loaded), snapshot(saved))
+    saved.param_groups[0]["lr"].fill_(9.0)
+    assert loaded.param_groups[0]["lr"] == 0.25
+    assert loaded.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_users_own_entries_are_kept():
+    saved, loaded = model(), model()
+    train(saved, range(2), params=used(saved))
+    saved.state[used(saved)[0]]["note"] = torch.arange(3)
+    saved.state[used(saved)[0]]["count"] = 5
+    saved.state["for all"] = {"seed": 3}
+    saved.param_groups[0]["label"] = "embeddings"
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    assert_same_bits(snapshot(loaded)["state"], snapshot(saved)["state"])
+    assert loaded.state["for all"] == {"seed": 3}
+    assert loaded.param_groups[0]["label"] == "embeddings"
+    for optimizer in (saved, loaded):
+        train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(snapshot(loaded)["state"], snapshot(saved)["state"])
+
+
+def test_hooks_run_in_torchs_order_and_the_checks_see_their_result():
+    saved, loaded = model(), model()
+    train(saved, range(2), params=used(saved))
+    calls = []
+
+    def halve(optimizer, state_dict):
+        calls.append("pre 1")
+        assert not optimizer.state
+        first = {**state_dict["state"][0], "exp_avg": state_dict["state"][0]["exp_avg"] / 2}
+        return {**state_dict, "state": {**state_dict["state"], 0: first}}
+
+    def look(_, state_dict):
+        calls.append("pre 2")
+        assert torch.equal(state_dict["state"][0]["exp_avg"], saved.state[used(saved)[0]]["exp_avg"] / 2)
+
+    loaded.register_load_state_dict_pre_hook(look)
+    handle = loaded.register_load_state_dict_pre_hook(halve, prepend=True)
+    loaded.register_load_state_dict_post_hook(lambda o: calls.append(f"post {len(o.state)}"))
+    loaded.load_state_dict(saved.state_dict())
+    assert calls == ["pre 1", "pre 2", f"post {len(used(saved))}"]
+    assert torch.equal(loaded.state[used(loaded)[0]]["exp_avg"], saved.state[used(saved)[0]]["exp_avg"] / 2)
+    assert torch.equal(loaded.state[used(loaded)[1]]["exp_avg"], saved.state[used(saved)[1]]["exp_avg"])
+    handle.remove()
+    loaded._optimizer_load_state_dict_pre_hooks.clear()
+    loaded.load_state_dict(saved.state_dict())
+    assert calls[3:] == [f"post {len(used(saved))}"]
+    assert not loaded._optimizer_load_state_dict_pre_hooks
+    loaded.register_load_state_dict_pre_hook(lambda _, sd: {**sd, "param_groups": sd["param_groups"][:1]})
+    with refused(loaded, ValueError, "groups of [6]", "the same model and groups"):
+        loaded.load_state_dict(saved.state_dict())
+    assert len(loaded._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_state_dict_hooks():
+    optimizer = model()
+    optimizer.register_state_dict_pre_hook(lambda o: o.param_groups[0].update(seen=True))
+    optimizer.register_state_dict_post_hook(lambda _, sd: {**sd, "version": 1})
+    state_dict = optimizer.state_dict()
+    assert (state_dict["version"], state_dict["param_groups"][0]["seen"]) == (1, True)
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_moves_between_devices(device):
+    on_gpu = model(device)
+    train(on_gpu, range(2), params=used(on_gpu))
+    on_cpu, back = model(), model(device)
+    on_cpu.load_state_dict(through_a_file(on_gpu.state_dict()))
+    assert all(x.device.type == "cpu" for s in on_cpu.state.values() for x in s.values())
+    back.load_state_dict(through_a_file(on_cpu.state_dict()))
+    assert_same_bits(snapshot(back)["state"], snapshot(on_gpu)["state"])
+
+
+# Copies ---------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_the_optimizer_goes_on_like_the_original(backend, device, way):
+    original = model(place(backend, device), backend)
+    train(original, range(3), params=used(original))
+    other = way(original)
+    assert_same_bits(snapshot(other), snapshot(original))
+    before = snapshot(original)
+    train(other, range(3, 5), params=used(other))
+    assert_same_bits(snapshot(original), before)
+    assert_differ(results(other), results(original))
+    train(original, range(3, 5), params=used(original))
+    assert_same_bits(snapshot(other), snapshot(original))
+    assert [int(s["step"]) for s in other.state.values() if s] == [5] * len(used(other))
+    other.add_param_group({"params": parameters([(4, 8)], place(backend, device))})
+    assert "differentiable" not in other.param_groups[-1]
+
+
+def test_a_model_and_its_optimizer_copied_together_stay_tied():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    optimizer = GWTAdamW(net.parameters(), lr=0.1, level=1)
+    train(optimizer, range(2))
+    net2, optimizer2 = copy.deepcopy((net, optimizer))
+    assert all(p is q for p, q in zip(net2.parameters(), parameters_of(optimizer2), strict=True))
+    for o in (optimizer, optimizer2):
+        train(o, range(2, 4))
+    assert_same_bits(snapshot(optimizer), snapshot(optimizer2))
+    assert_same_bits([p.detach() for p in net2.parameters()], snapshot(optimizer)["params"])
+
+
+def test_a_shallow_copy_shares_the_state_and_both_count_its_steps():
+    a = GWTAdamW(parameters([(4, 8), (3, 6)]), lr=0.1, level=1)
+    train(a, range(2))
+    b = copy.copy(a)
+    for optimizer in (a, b, b, a, b):
+        give_gradients(parameters_of(a), seed=1)
+        assert checked_step(optimizer) == 2
+    assert {int(s["step"]) for s in a.state.values()} == {7}
+
+
+# Options that older checkpoints and pickles lack -----------------------------------------------------------
+
+
+def without_new_options(options):
+    return {key: value for key, value in options.items() if key not in ("boundary", "correct_bias")}
+
+
+def older(state_dict):
+    return {**state_dict, "param_groups": [without_new_options(group) for group in state_dict["param_groups"]]}
+
+
+def test_an_older_checkpoint_is_of_zeros_beyond_the_ends_and_of_corrected_steps():
+    source, resumed = model(), model(lr=5.0)
+    train(source, range(2), params=used(source))
+    copy_weights(source, resumed)
+    resumed.load_state_dict(through_a_file(older(source.state_dict())))
+    for optimizer in (source, resumed):
+        train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(results(source), results(resumed))
+    assert [dict(sorted(g.items())) for g in resumed.state_dict()["param_groups"]] == [
+        dict(sorted(g.items())) for g in source.state_dict()["param_groups"]
+    ]
+    for options in ({"boundary": "reflect"}, {"correct_bias": False}):
+        ((name, value),) = options.items()
+        with refused(other := model(**options), ValueError, f"the optimizer {name}={value!r}"):
+            other.load_state_dict(older(source.state_dict()))
+
+
+def test_what_a_group_of_an_older_checkpoint_lacks_is_not_the_optimizer_s_default():
+    def build(**options):
+        return GWTAdamW([{"params": parameters([(4, 7)]), "boundary": "zero", "correct_bias": True}], **options)
+
+    source, resumed = build(), build(boundary="reflect", correct_bias=False)
+    train(source, range(1))
+    resumed.load_state_dict(older(source.state_dict()))
+    group = resumed.param_groups[0]
+    assert (group["boundary"], group["correct_bias"]) == ("zero", True)
+    assert (resumed.defaults["boundary"], resumed.defaults["correct_bias"]) == ("reflect", False)
+
+
+def test_an_older_pickle_goes_on():
+    source = model()
+    train(source, range(2), params=used(source))
+    state = copy.deepcopy(source).__getstate__()
+    state["defaults"] = without_new_options(state["defaults"])
+    state["param_groups"] = [without_new_options(group) for group in state["param_groups"]]
+    back = GWTAdamW.__new__(GWTAdamW)
+    back.__setstate__(state)
+    assert back.defaults == source.defaults
+    for optimizer in (source, back):
+        train(optimizer, [2], params=used(optimizer))
+    assert_same_bits(results(source), results(back))
+
+
+@pytest.mark.parametrize("options", [{"boundary": "reflect"}, {"wavelet": "rbio2.2"}, {"correct_bias": False}])
+def test_a_resumed_run_with_the_new_options_is_the_uninterrupted_one(options):
+    whole, begun, resumed = (model(dtypes=DTYPES, **options) for _ in range(3))
+    train(whole, range(4), params=used(whole))
+    train(begun, range(2), params=used(begun))
+    copy_weights(begun, resumed)
+    resumed.load_state_dict(through_a_file(begun.state_dict()))
+    train(resumed, range(2, 4), params=used(resumed))
+    assert_same_bits(results(whole), results(resumed))
+    plain = model(dtypes=DTYPES)
+    train(plain, range(4), params=used(plain))
+    assert_differ(results(whole), results(plain))

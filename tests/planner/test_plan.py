@@ -1,0 +1,400 @@
+"""A plan against the bytes that optimizers really hold, against counts by hand, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from gwt_kernels import GWTAdamW, gwt_param_groups
+from gwt_kernels.cli import main
+from gwt_kernels.models.files import presets
+from gwt_kernels.plan import Plan, measure_bandwidth, parse_bandwidth, plan, predicted_state_bytes
+
+ROOT = Path(__file__).parents[2]
+TINY = {"vocab_size": 61, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {  # 45 and 27 columns: blocks that no level divides
+    "llama": {**TINY, "intermediate_size": 45},
+    "qwen2": {**TINY, "intermediate_size": 45, "num_key_value_heads": 2},  # attention biases
+    "mixtral": {**TINY, "intermediate_size": 45, "num_key_value_heads": 2, "num_local_experts": 3},  # 3-D experts
+    "gpt2": {"vocab_size": 61, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_inner": 45, "n_positions": 16},  # tied
+    "t5": {
+        "vocab_size": 61,
+        "d_model": 27,
+        "d_kv": 9,
+        "d_ff": 45,
+        "num_layers": 1,
+        "num_heads": 3,
+    },  # no causal model
+}
+
+
+class Small(nn.Module):
+    """An MLP of odd widths whose last layer is too narrow for level 3, beside tied weights and a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 27)
+        self.mlp = nn.ModuleList([nn.Linear(27, 19), nn.Linear(3, 7)])
+        self.norm = nn.LayerNorm(27)
+        self.lm_head = nn.Linear(27, 11, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.frozen = nn.Linear(8, 4, bias=False).requires_grad_(False)
+
+
+def config_file(folder: Path, kind: str, **fields: object) -> Path:
+    """A configuration as Hugging Face saves it."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_type": kind, **FAMILIES.get(kind, {}), **fields}))
+    return path
+
+
+def step_once(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, int]:
+    """Bytes of the state of each parameter after a step, counted in what each state's tensors hold."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+    held = {p: [x for x in state.values() if isinstance(x, torch.Tensor)] for p, state in optimizer.state.items()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in held.values() for x in xs}
+    each = {p: sum(x.numel() * x.element_size() for x in xs) for p, xs in held.items()}
+    assert sum(storages.values()) == sum(each.values())  # nothing is hidden behind a view
+    return each
+
+
+def check_against_allocations(planned: Plan, model: nn.Module, **options: object) -> None:
+    """The planned bytes are those of real optimizers over `model` after a step, parameter by parameter."""
+    names = {p: name for name, p in model.named_parameters()}
+    groups = gwt_param_groups(model, level=planned.chosen.level)
+    held = step_once(GWTAdamW(groups, norm_growth_limit=options["limit"], state_dtype=options["moments"]))
+    assert {entry.name: entry.state_bytes for entry in planned.entries} == {names[p]: n for p, n in held.items()}
+    assert planned.state_bytes == sum(held.values())
+    assert planned.chosen in planned.options
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert planned.adamw[0].state_bytes == sum(step_once(torch.optim.AdamW(trainable)).values())
+    assert planned.gradient_bytes == sum(p.grad.nbytes for p in trainable)
+    assert planned.weight_bytes == sum(p.nbytes for p in model.parameters())
+
+
+def small_cases() -> list[object]:
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for level in range(4):
+            for limit in (1.01, None):
+                for moments in (None, torch.float32, torch.float64):
+                    name = f"{dtype}-{level}-{'limiter' if limit else 'free'}-{moments}".replace("torch.", "")
+                    cases.append(pytest.param(dtype, level, limit, moments, id=name))
+    return cases
+
+
+@pytest.mark.parametrize(("dtype", "level", "limit", "moments"), small_cases())
+@pytest.mark.filterwarnings("ignore:gwt_param_groups found nothing")
+def test_live_module_against_what_is_allocated(
+    dtype: torch.dtype, level: int, limit: float | None, moments: torch.dtype | None
+) -> None:
+    model = Small().to(dtype)
+    planned = plan(model, level=level, norm_growth_limit=limit, state_dtype=moments)
+    check_against_allocations(planned, model, limit=limit, moments=moments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_configuration_file_against_what_is_allocated(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model(kind, **FAMILIES[kind])
+    family = transformers.AutoModel if kind == "t5" else transformers.AutoModelForCausalLM
+    model = family.from_config(config).to(dtype)
+    for level in range(4):
+        planned = plan(config_file(tmp_path, kind), level=level, dtype=dtype)
+        assert planned.model == type(model).__name__
+        check_against_allocations(planned, model, limit=1.01, moments=None)
+    assert any(entry.level for entry in planned.entries)
+    assert any(len(entry.shape) == 3 and entry.level for entry in planned.entries) == (kind == "mixtral")
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float16], ids=str)
+def test_moments_that_the_optimizer_refuses_are_marked(moments: torch.dtype) -> None:
+    planned = plan(Small(), level=2, state_dtype=moments, norm_growth_limit=None)
+    full = plan(Small(), level=2, norm_growth_limit=None)
+    scalars = 8 * len(full.entries)
+    assert planned.state_bytes - scalars == (full.state_bytes - scalars) / 2
+    if planned.chosen.offered:
+        optimizer = GWTAdamW(gwt_param_groups(Small()), state_dtype=moments, norm_growth_limit=None)
+        assert sum(step_once(optimizer).values()) == planned.state_bytes
+        assert "computed only" not in str(planned)
+    else:
+        with pytest.raises(ValueError, match="state_dtype"):
+            GWTAdamW(gwt_param_groups(Small()), state_dtype=moments)
+        assert f"takes no {planned.chosen.moments} moments; their rows are computed only" in str(planned)
+
+
+def test_prediction_for_an_optimizer() -> None:
+    model = Small()
+    for make in (
+        lambda: GWTAdamW(gwt_param_groups(model, level=2), lr=0.01),
+        lambda: GWTAdamW(gwt_param_groups(model, level=1), norm_growth_limit=None, state_dtype=torch.float64),
+        lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+        lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], amsgrad=True),
+    ):
+        predicted = predicted_state_bytes(make())
+        assert predicted == sum(step_once(make()).values())
+
+
+def test_small_model_by_hand() -> None:
+    model = Small()
+    planned = plan(model, level=2)
+    entries = {entry.name: entry for entry in planned.entries}
+    assert list(entries) == [
+        "embed.weight", "mlp.0.weight", "mlp.0.bias", "mlp.1.weight", "mlp.1.bias", "norm.weight", "norm.bias"
+    ]  # fmt: skip
+    assert "tied to lm_head.weight" in entries["embed.weight"].reason
+    assert planned.frozen_bytes == 8 * 4 * 4
+    assert planned.weight_bytes == 4 * (11 * 27 + 19 * 27 + 19 + 7 * 3 + 7 + 27 + 27 + 8 * 4)
+    matrix = entries["mlp.0.weight"]  # 27 columns are 7 blocks of 4
+    assert (matrix.level, matrix.weight_bytes, matrix.state_bytes) == (2, 4 * 19 * 27, 4 * (2 * 19 * 7 + 1) + 8)
+    # gradients 4 and weights 8 bytes each, moments 8 and once more 4 each; then gradients and moments again
+    assert matrix.moved_bytes == 12 * 19 * 27 + 16 * 19 * 7 + (4 * 19 * 27 + 8 * 19 * 7)
+    assert entries["norm.bias"].moved_bytes == 27 * (12 + 16)
+    assert entries["norm.bias"].state_bytes == 27 * 8 + 8
+    assert sum(entry.moved_bytes for entry in planned.entries) == planned.chosen.moved_bytes
+    assert sum(entry.state_bytes for entry in planned.entries) == planned.state_bytes
+
+
+@pytest.mark.parametrize(
+    ("level", "moments", "free", "limiter"),
+    [  # docs/algorithm.md, "One pass": bytes per parameter with bf16 weights and gradients
+        (0, torch.float32, 22, 0),
+        (1, torch.float32, 14, 2 + 4),
+        (2, torch.float32, 10, 2 + 2),
+        (3, torch.float32, 8, 2 + 1),
+        (2, torch.bfloat16, 8, 2 + 1),
+    ],
+)
+def test_bytes_moved_per_parameter(level: int, moments: torch.dtype, free: float, limiter: float) -> None:
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 32, bias=False)}).to(torch.bfloat16)
+    planned = plan(model, level=level, state_dtype=moments)
+    assert planned.chosen.moved_bytes == (free + limiter) * 64 * 32
+    assert planned.chosen.limiter_bytes == limiter * 64 * 32
+    unlimited = plan(model, level=level, state_dtype=moments, norm_growth_limit=None).chosen
+    assert (unlimited.moved_bytes, unlimited.limiter_bytes) == (free * 64 * 32, 0)
+    assert [cost.moved_bytes for cost in planned.adamw] == [14 * 64 * 32, 22 * 64 * 32]
+    assert plan(model, dtype=torch.float32).adamw[0].moved_bytes == 28 * 64 * 32
+
+
+def test_step_time_is_bytes_over_bandwidth() -> None:
+    planned = plan(Small(), bandwidth=2e9)
+    assert planned.seconds(planned.chosen) == planned.chosen.moved_bytes / 2e9
+    assert plan(Small()).seconds(planned.chosen) is None
+    for bad in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="bandwidth"):
+            plan(Small(), bandwidth=bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3.35e12", 3.35e12), ("3350GB/s", 3.35e12), (" 3.35 TB/s ", 3.35e12), ("500MB/s", 5e8), ("2e9", 2e9)],
+)
+def test_bandwidth_with_and_without_unit(text: str, value: float) -> None:
+    assert parse_bandwidth(text) == pytest.approx(value, rel=1e-15)
+
+
+@pytest.mark.parametrize("text", ["3000", "fast", "3.3.5e12", "-3e12", "3GiB/s", "", "1e999", "nan"])
+def test_bandwidth_that_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"bytes per second, such as 3\.35e12"):
+        parse_bandwidth(text)
+
+
+def test_measured_bandwidth_is_of_this_world() -> None:
+    assert 1e7 < measure_bandwidth(torch.device("cpu"), size=2**24) < 1e14
+
+
+def test_presets_are_the_published_sizes() -> None:
+    sizes = ("60m", "130m", "350m", "1b", "7b", "13b", "70b", "405b")
+    assert list(presets()) == [f"llama_{size}" for size in sizes]
+    thirteen = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
+    assert plan("llama_13b", dtype=torch.bfloat16).weight_bytes == 2 * thirteen
+    seventy = 2 * 32000 * 8192 + 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192) + 8192
+    assert plan("llama_70b", dtype=torch.bfloat16).weight_bytes == 2 * seventy
+    layer = 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248 + 2 * 16384
+    largest = 2 * 128256 * 16384 + 126 * layer + 16384
+    assert plan("llama_405b", dtype=torch.bfloat16).weight_bytes == 2 * largest
+
+
+def test_dtype_is_the_files_unless_it_is_given(tmp_path: Path) -> None:
+    assert {e.dtype for e in plan(config_file(tmp_path, "llama")).entries} == {torch.bfloat16}
+    saved = config_file(tmp_path, "llama", torch_dtype="float16")
+    assert {e.dtype for e in plan(saved).entries} == {torch.float16}
+    assert {e.dtype for e in plan(saved, dtype=torch.float32).entries} == {torch.float32}
+    live = Small()
+    assert {e.dtype for e in plan(live, dtype=torch.bfloat16).entries} == {torch.bfloat16}
+    assert {p.dtype for p in live.parameters()} == {torch.float32}
+
+
+def test_class_is_the_one_that_the_file_names(tmp_path: Path) -> None:
+    assert plan(tmp_path if config_file(tmp_path, "t5") else "").model == "T5Model"
+    path = config_file(tmp_path, "t5", architectures=["T5ForConditionalGeneration"])
+    assert plan(path).model == "T5ForConditionalGeneration"
+    path = config_file(tmp_path, "llama", architectures=["SomebodysModel"], auto_map={"AutoModel": "code.Model"})
+    assert plan(path).model == "LlamaForCausalLM"
+    path = config_file(tmp_path, "llama", quantization_config={"quant_method": "fp8"}, _attn_implementation="x")
+    assert {e.dtype for e in plan(path).entries} == {torch.bfloat16}
+
+
+def test_patterns_overrule_the_recipe() -> None:
+    levels = {e.name: e.level for e in plan(Small(), include=[r"^embed"], exclude=[r"mlp\.0"]).entries}
+    assert (levels["embed.weight"], levels["mlp.0.weight"], levels["mlp.1.weight"]) == (2, 0, 2)
+    narrow = plan(Small(), include=[r"^mlp\.1"])  # three columns hold level 2 and not level 3
+    assert sorted({cost.level for cost in narrow.options}) == [0, 1, 2]
+    with pytest.raises(ValueError, match="too narrow for level 3"):
+        plan(Small(), level=3, include=[r"^mlp\.1"])
+
+
+def test_tensors_too_narrow_are_named() -> None:
+    planned = plan(Small(), level=3)
+    assert planned.too_narrow == ("mlp.1.weight",)
+    assert "Too narrow for level 3, so at level 0: mlp.*.weight (1 tensors)" in str(planned)
+    assert "Nothing is transformed" not in str(planned)
+    assert plan(Small(), level=2).too_narrow == plan(Small(), level=0).too_narrow == ()
+
+
+def test_model_without_anything_to_transform_says_so() -> None:
+    planned = plan(nn.Linear(8, 4))
+    assert "Nothing is transformed" in str(planned)
+    assert len({cost.moved_bytes for cost in planned.options if cost.moments == "float32"}) == 1
+    assert "Nothing is transformed" not in str(plan(nn.Linear(8, 4), level=0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "error", "match"),
+    [
+        ({"model": 3}, TypeError, "got int"),
+        ({"dtype": torch.int8}, TypeError, r"dtype must be.*int8"),
+        ({"state_dtype": "bf16"}, TypeError, r"state_dtype must be.*'bf16'"),
+        ({"level": -1}, ValueError, "level"),
+        ({"norm_growth_limit": 0.5}, ValueError, "norm_growth_limit"),
+        ({"model": nn.Linear(4, 4).requires_grad_(False)}, ValueError, "no trainable parameter"),
+        ({"model": nn.Linear(4, 4, dtype=torch.complex64)}, TypeError, "complex64"),
+    ],
+)
+def test_bad_arguments(argument: dict[str, object], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        plan(**{"model": Small(), **argument})
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_llama_1b_from_its_configuration_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "llama_1b")
+    weights_and_states = {
+        (found[1], found[2]): found[3]
+        for found in re.finditer(
+            r"^>? +(AdamW|GWT level \d+) +(\w+)(?: \*)? +[\d.]+ +([\d.]+) +[\d.]+ %$", text, re.M
+        )
+    }
+    assert "Memory, GiB" in text
+    assert weights_and_states["AdamW", "bfloat16"] == "7.48"
+    assert weights_and_states["GWT level 2", "bfloat16"] == "4.11"
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj\.weight +24 +\(2048, 5461\) +2 +yes +MLP matrix", text)
+    assert "transformed: 168 tensors, 1,207,910,400 elements (90.2 %)" in text
+
+
+def test_command_prints_step_times_and_every_parameter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = config_file(tmp_path, "llama")
+    planned = plan(path, level=1, norm_growth_limit=None)
+    text = printed(capsys, str(path), "--level", "1", "--no-limiter", "--bandwidth", "1MB/s", "--verbose")
+    assert "layers.0.mlp.up_proj.weight" in text
+    assert "layers.1.mlp.up_proj.weight" in text
+    assert f"{planned.chosen.moved_bytes / 1e3:.0f}" in re.search(r"^>.*\d$", text, re.M)[0].split()
+    assert "A step (give --bandwidth or --measure for its time)" in printed(capsys, str(path))
+    assert "GB/s" in printed(capsys, str(path), "--measure")
+
+
+def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = config_file(tmp_path, "llama")
+    arguments = ("--dtype", "fp32", "--state-dtype", "fp64", "--exclude", r"layers\.0", "--include", "lm_head")
+    found = json.loads(printed(capsys, str(path), *arguments, "--bandwidth", "1GB/s", "--json"))
+    planned = plan(
+        path, dtype=torch.float32, state_dtype=torch.float64, exclude=[r"layers\.0"], include=["lm_head"],
+        bandwidth=1e9,
+    )  # fmt: skip
+    assert found == json.loads(json.dumps(planned.as_dict()))
+    assert (found["chosen"]["moments"], found["chosen"]["seconds"]) == ("float64", planned.chosen.moved_bytes / 1e9)
+    assert {p["level"] for p in found["parameters"] if ".layers.0." in p["name"]} == {0}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, ["nowhere.json"], "no file or preset 'nowhere.json'.*one of llama_60m, .*llama_405b"),
+        (None, ["FOLDER"], "no file or preset"),
+        ("{", ["FILE"], "is not JSON"),
+        ("\x80", ["FILE"], "is not JSON"),
+        ("[1]", ["FILE"], "no model configuration.*'model_type'"),
+        ('{"name": "left-pad"}', ["FILE"], "no model configuration.*'model_type'"),
+        ('{"model_type": "abacus"}', ["FILE"], "model_type 'abacus' is unknown to transformers"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', ["FILE"], "cannot build a 'llama' model.*hidden_size"),
+        (
+            '{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}',
+            ["FILE"],
+            "cannot build.*multiple",
+        ),
+        (None, ["llama_60m", "--level", "40"], r"level 40 is too deep for all 56.*model\.layers\.0\..*level 0"),
+        (None, ["llama_60m", "--level", "-1"], "level must be an integer of at least 0"),
+        (None, ["llama_60m", "--include", "("], "not a regular expression"),
+        (None, ["llama_60m", "--exclude", "nothing"], "matches no parameter"),
+        (None, ["llama_60m", "--bandwidth", "3000"], "such as 3350GB/s"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    content: str | None, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.json").write_text(content or "", encoding="latin-1")
+    places = {"FILE": str(tmp_path / "file.json"), "FOLDER": str(tmp_path)}
+    assert main(["plan", *(places.get(argument, argument) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("gwt-kernels plan: ")
+    assert re.search(message, captured.err)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["plan", "llama_60m"]) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+    assert plan(Small()).state_bytes > 0
+
+
+def test_package_imports_no_transformers_and_keeps_plan_a_module() -> None:
+    code = (
+        "import sys, gwt_kernels, gwt_kernels.plan, gwt_kernels.__main__;"
+        "from gwt_kernels.plan import plan;"
+        "assert callable(plan) and gwt_kernels.plan.plan is plan;"
+        "assert 'transformers' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_docs_show_what_the_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.memory import level_table
+
+    page = (ROOT / "docs" / "memory.md").read_text()
+    assert re.search(r"<!-- levels -->\n(.*)\n<!-- /levels -->", page, re.DOTALL)[1] == level_table()
+    command, shown = re.search(r"```console\n\$ gwt-kernels plan ([^\n]*)\n(.*?)```", page, re.DOTALL).groups()
+    assert shown == printed(capsys, *command.split())

@@ -1,0 +1,236 @@
+"""A plan on several processes against what PyTorch's engines and the optimizer really hold and send there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gwt_kernels.cli import main
+from gwt_kernels.mesh import Mesh, mesh_of
+from gwt_kernels.plan import Plan, plan
+from gwt_kernels.plan_sharded import Collective, Held, parse_seconds, plan_sharded
+from tests.support import meshes
+
+MESHES = [
+    Mesh(fsdp=9),  # more processes than most tensors have rows: some hold nothing
+    Mesh(dp=2, fsdp=4),
+    Mesh(tp=2),
+    Mesh(fsdp=3, tp=2),
+    Mesh(dp=2),
+]
+
+
+def small(**options: Any) -> Plan:
+    return plan(meshes.Small().to(torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_process_holds_what_is_planned(mesh: Mesh) -> None:
+    moments = (None, torch.bfloat16)
+    found = meshes.on_every_rank(meshes.shares, mesh, *moments)
+    for i, each in enumerate(moments):
+        sharded = plan_sharded(small(state_dtype=each), mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
+        shares = []
+        for (_, fsdp, tp), real in found.items():
+            share = sharded.held_by(fsdp, tp)
+            assert sharded.shapes(fsdp, tp) == real["shapes"]
+            assert share.weight_bytes == real["weights"]
+            assert share.gradient_bytes == real["gradients"]
+            assert share.state_bytes == real["states"][i]
+            assert share.adamw_state_bytes == real["adamw"]
+            shares.append(share)
+        assert sharded.largest == Held(*map(max, zip(*shares, strict=True)))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=3, tp=2)], ids=str)
+@pytest.mark.parametrize("clip", [False, True], ids=["limited", "clipped"])
+def test_collectives_are_those_that_are_sent(mesh: Mesh, clip: bool) -> None:
+    sharded = plan_sharded(small(), mesh, clip=clip, tensor_parallel=meshes.TENSOR_PARALLEL)
+    options = {"max_grad_norm": 1.0} if clip and mesh.tp == 1 else {}
+    ((engine, step),) = meshes.on_every_rank(meshes.sent, mesh, options, ranks=[0]).values()
+    planned = [(c.kind, c.processes, c.total_bytes) for c in sharded.collectives if not c.engine]
+    assert step == (planned if options or not clip else planned[1:])
+    for collective in (c for c in sharded.collectives if c.engine):
+        same = [c for c in sharded.collectives if c.engine and c[2:4] == collective[2:4]]
+        real = [size for kind, n, size in engine if (kind, n) == (collective.kind, collective.processes)]
+        assert len(real) == sum(c.calls for c in same)
+        assert sum(real) == sum(c.total_bytes for c in same)
+
+
+@pytest.mark.parametrize("sizes", [[10, 3, 400_000, 9, 2_000_000, 14_000_000, 70, 30_000_000], [3], [600_000] * 90])
+def test_buckets_are_ddp_s(sizes: list[int]) -> None:
+    model = nn.ParameterList(torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    (sent,) = plan_sharded(plan(model, level=0), Mesh(dp=2)).collectives
+    buckets, _ = dist._compute_bucket_assignment_by_size(list(reversed(list(model))), [2**20, 25 * 2**20])
+    assert (sent.calls, sent.total_bytes) == (len(buckets), 2 * sum(sizes))
+
+
+def test_time_of_collectives_by_hand() -> None:
+    gather = Collective("weights, forward", True, "all-gather", 6, 10, 600)
+    assert gather.seconds(100.0, 0.5) == 10 * 3 * 0.5 + 500 / 100
+    assert gather._replace(kind="all-reduce").seconds(100.0, 0.5) == 2 * gather.seconds(100.0, 0.5)
+    sharded = plan_sharded(small(bandwidth=1e9), Mesh(fsdp=8), clip=True, link_bandwidth=1e6, latency=1e-3)
+    assert sharded.collective_seconds == pytest.approx(2 * 2 * 3 * 1e-3 + 2 * (16 + 4 * 4) * 7 / 8 / 1e6, rel=1e-12)
+    assert sharded.memory_seconds == sharded.largest.moved_bytes / 1e9
+    assert sharded.seconds == sharded.memory_seconds + sharded.collective_seconds
+    slow = plan_sharded(small(bandwidth=1e9), Mesh(fsdp=8), host_time=1.0)
+    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # of the tensors that train, whatever their size
+    unclipped = plan_sharded(small(), Mesh(fsdp=8))
+    assert sharded.largest.moved_bytes == unclipped.largest.moved_bytes + unclipped.largest.gradient_bytes
+    assert unclipped.seconds is None
+
+
+def test_one_process_is_the_whole_plan() -> None:
+    planned = small()
+    sharded = plan_sharded(planned, Mesh())
+    chosen, adamw = planned.chosen, planned.adamw[0]
+    costs = (chosen.state_bytes, chosen.moved_bytes, adamw.state_bytes, adamw.moved_bytes)
+    assert sharded.largest == (planned.weight_bytes, planned.gradient_bytes, *costs)
+    assert sharded.even_bytes == planned.weight_bytes + planned.gradient_bytes + chosen.state_bytes
+    assert sharded.collectives == ()
+
+
+@pytest.mark.parametrize("options", [{"rule": "foam"}, {"norm_growth_limit": None}, {"level": 0}], ids=str)
+def test_only_the_limiter_needs_a_collective(options: dict[str, Any]) -> None:
+    sharded = plan_sharded(small(**options), Mesh(fsdp=8))
+    assert [c.purpose for c in sharded.collectives if not c.engine] == []
+    assert plan_sharded(small(), Mesh(fsdp=8)).collectives[0].total_bytes == 4 * 4
+
+
+@pytest.mark.parametrize("preset", ["llama_7b", "llama_70b", "llama_405b"])
+def test_the_step_s_collective_stays_below_four_kilobytes(preset: str) -> None:
+    sharded = plan_sharded(plan(preset), Mesh(fsdp=512, tp=8))
+    assert [(c.processes, c.calls) for c in sharded.collectives if not c.engine] == [(4096, 1)]
+    assert max(c.total_bytes for c in sharded.collectives if not c.engine) < 4096
+
+
+def test_torn_blocks_are_refused_with_the_level_that_works() -> None:
+    message = (
+        r"mesh tp=2 divides the columns of model\.layers\.0\.mlp\.down_proj\.weight .*and 23 more.*use level 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_sharded(plan("llama_1b"), Mesh(tp=2))  # 5461 columns
+    with pytest.raises(ValueError, match=r"widths of \[344\]; level 4 needs multiples of 16.*use level 3 at most"):
+        plan_sharded(plan("llama_60m", level=4), Mesh(tp=4))
+    plan_sharded(plan("llama_60m", level=3), Mesh(tp=4))
+    plan_sharded(plan("llama_1b", exclude=["down_proj"]), Mesh(tp=2))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "moments", "message"),
+    [
+        (
+            Mesh(fsdp=5, tp=2),
+            torch.bfloat16,
+            r"12 rows of embed\.weight are divided by tp and by fsdp into 10 uneven",
+        ),
+        (Mesh(fsdp=5), torch.int8, r"int8 moments of big\.weight have a scale per 128"),
+    ],
+)
+def test_the_optimizer_refuses_what_the_plan_refuses(mesh: Mesh, moments: torch.dtype, message: str) -> None:
+    model = meshes.Small().to(torch.bfloat16)
+    if moments == torch.int8:
+        model.add_module("big", nn.Linear(128, 128, bias=False, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        plan_sharded(plan(model, state_dtype=moments), mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
+    for error in meshes.on_every_rank(meshes.refusal, mesh, moments, ranks=[0]).values():
+        assert re.search(r"random bits depend|int8 moments of", error)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": Mesh(fsdp=0)}, "axis without processes"),
+        ({"mesh": Mesh(tp=2)}, "Small has no plan for tensor parallelism"),
+        ({"mesh": Mesh(tp=2), "tensor_parallel": {"embed": "diagonal"}}, r"embed\.weight .*'diagonal'.*no rule"),
+        ({"mesh": Mesh(), "link_bandwidth": 0.0}, "link_bandwidth"),
+        ({"mesh": Mesh(), "latency": -1.0}, "latency"),
+        ({"mesh": Mesh(), "host_time": float("nan")}, "host_time"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_sharded(small(), **options)
+
+
+def test_mesh_and_latency_are_read() -> None:
+    assert mesh_of(64, "tp=8, dp=2,fsdp=4") == mesh_of(None, "dp=2,fsdp=4,tp=8") == Mesh(2, 4, 8)
+    assert mesh_of(64) == Mesh(fsdp=64)
+    assert str(Mesh(2, 4, 8)) == "dp=2,fsdp=4,tp=8"
+    assert [parse_seconds(text) for text in ("1e-5", "10us", "0.01ms", "0")] == pytest.approx([1e-5] * 3 + [0])
+    for text in ("10", "fast", "-1e-5", "10ns", "1e999", ""):
+        with pytest.raises(ValueError, match="such as 1e-5 or 10us"):
+            parse_seconds(text)
+
+
+def test_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "plan",
+        "llama_60m",
+        "--world-size",
+        "8",
+        "--mesh",
+        "fsdp=4,tp=2",
+        "--bandwidth",
+        "1TB/s",
+        "--clip",
+    ]
+    assert main([*arguments, "--link-bandwidth", "25GB/s", "--latency", "5us", "--host-time", "2us"]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "The largest of 8 processes (fsdp=4,tp=2), MiB (times predicted for memory of 1,000.0 GB/s and a host"
+        in text
+    )
+    assert "a host that takes 2.0 us a tensor)" in text
+    assert "times predicted for links of 25.0 GB/s and 5.0 us a message" in text
+    sharded = plan_sharded(plan("llama_60m", bandwidth=1e12), Mesh(fsdp=4, tp=2), clip=True)
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sharded"]
+    assert found == json.loads(json.dumps(sharded.as_dict()))
+    assert found["largest"]["state_bytes"] == sharded.largest.state_bytes
+    assert main(["plan", "llama_60m", "--json"]) == 0
+    assert "sharded" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "0"], "world size 0 is no number of processes"),
+        (["--world-size", "8", "--mesh", "fsdp=2,tp=2"], "2 x 2 = 4 processes, but the world size is 8"),
+        (["--mesh", "fsdp=2,fsdp=2"], "not understood at 'fsdp=2'"),
+        (["--mesh", "pp=2"], "not understood at 'pp=2'"),
+        (["--mesh", "fsdp=0"], "not understood at 'fsdp=0'"),
+        (["--mesh", "fsdp=2", "--latency", "10"], "latency '10'"),
+        (["--mesh", "fsdp=2", "--host-time", "10"], "host time '10'"),
+        (["--host-time", "10us"], "--host-time needs --world-size or --mesh"),
+        (["--mesh", "fsdp=2", "--link-bandwidth", "50"], "bandwidth '50'"),
+        (["--clip"], "--clip needs --world-size or --mesh"),
+        (["--level", "4", "--mesh", "tp=4"], "use level 3 at most"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "llama_60m", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_page_shows_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    runs = re.findall(r"```console\n\$ gwt-kernels ([^\n]*)\n(.*?)```", page, re.DOTALL)
+    assert len(runs) == 2
+    for command, shown in runs:
+        main(command.split())
+        captured = capsys.readouterr()
+        printed = captured.out or captured.err
+        assert shown == "...\n" + printed[printed.index("The largest of") :] if captured.out else shown == printed

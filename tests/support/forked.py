@@ -1,0 +1,90 @@
+"""Starts processes that talk over gloo from one that has imported everything, so that they are cheap to start."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tests.ptx import plugin
+
+_context = multiprocessing.get_context("forkserver")
+# What takes long to import and starts no threads, which a fork would lose.
+_context.set_forkserver_preload(["tests.support.parallel_runs", "tests.support.resharded", "tests.support.wrapped"])
+
+
+class Processes:
+    """Processes that have met over gloo and call one function, with what they print kept in a file each."""
+
+    def __init__(self, world: int, function: Callable[..., object], *arguments: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name) / str(rank) for rank in range(world)]
+        store = Path(self._folder.name) / "store"
+        _start_server()
+        self.started: list[ForkServerProcess] = [
+            _context.Process(target=_main, args=(store, rank, world, output, function, arguments))
+            for rank, output in enumerate(self._outputs)
+        ]
+        for process in self.started:
+            process.start()
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.started)
+
+    def printed(self) -> str:
+        """What all of them printed."""
+        texts = [output.read_text() if output.exists() else "" for output in self._outputs]
+        return "\n".join(f"--- process {rank}\n{text}" for rank, text in enumerate(texts))
+
+    def wait(self, seconds: float = 120) -> bool:
+        """Whether all ended in time; those that did not are killed."""
+        end = time.monotonic() + seconds
+        for process in self.started:
+            process.join(max(0.0, end - time.monotonic()))
+        hung = [process for process in self.started if process.is_alive()]
+        for process in hung:
+            process.kill()
+            process.join()
+        return not hung
+
+
+def _start_server() -> None:
+    """Start the process that the others are forked from, unless it runs; Triton is imported there."""
+    with mock.patch.dict(os.environ, {} if plugin.driver() else {"TRITON_INTERPRET": "1"}):  # see plugin.begin
+        forkserver.ensure_running()
+
+
+def _main(
+    store: Path, rank: int, world: int, output: Path, function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    # A file for the processes to meet at: no port that another run may have taken.
+    how = {"rank": rank, "world_size": world, "timeout": datetime.timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", **how)
+    function(*arguments)
+    dist.barrier()  # none leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def run(world: int, function: Callable[..., object], *arguments: Any) -> None:
+    """Let processes do something, and raise AssertionError with what they printed unless all succeed."""
+    processes = Processes(world, function, *arguments)
+    in_time = processes.wait()
+    codes = [process.exitcode for process in processes.started]
+    assert in_time, f"a process hung:\n{processes.printed()}"
+    assert not any(codes), f"exit codes {codes}:\n{processes.printed()}"

@@ -1,0 +1,152 @@
+"""Loads the golden vectors: what the authors' published optimizers computed in float64.
+
+Each case is a run of a few steps on one tensor: of GWT-Adam or plain AdamW in `data/official_adamw.npz`, of FOAM in
+`data/official_foam.npz`, and of either with further options in `data/official_variants.npz`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its settings, what went in, and what came out. Every array is float64 and read-only.
+
+    Attributes:
+        name: unique in the file; fit for a test id.
+        rule: "gwt" or "foam".
+        level: 0 for plain AdamW.
+        wavelet: PyWavelets' name. "haar" for "foam" (the same blocks).
+        boundary: PyWavelets' name of the mode. "zero" for "foam".
+        lr: the learning rate of each of the `T` steps.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment, which is not bias-corrected.
+        scale: factor on the update.
+        correct_bias: whether the update was multiplied by `sqrt(1-b2**t) / (1-b1**t)`.
+        weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this
+            package before it.
+        norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
+        p0: the weights at the start, `[...]`.
+        grads: the gradients, `[T, ...]`.
+        params: the weights after each step, `[T, ...]`.
+        exp_avg: the first moment after the last step, `[..., blocks]`.
+        exp_avg_sq: the second moment after the last step, `[..., blocks]`.
+        limiter_norm: the limiter's norm after each step, `[T]`; NaN where there is none, at level 0 and for "foam".
+    """
+
+    name: str
+    rule: str
+    level: int
+    wavelet: str
+    boundary: str
+    correct_bias: bool
+    lr: tuple[float, ...]
+    betas: tuple[float, float]
+    eps: float
+    scale: float
+    weight_decay: float
+    norm_growth_limit: float | None
+    p0: np.ndarray
+    grads: np.ndarray
+    params: np.ndarray
+    exp_avg: np.ndarray
+    exp_avg_sq: np.ndarray
+    limiter_norm: np.ndarray
+
+    def decayed(self, p: Any, lr: float) -> Any:
+        """What weight decay in the published order makes of the weights after an update without it."""
+        return p - lr * self.weight_decay * p
+
+    @property
+    def limiter_active(self) -> np.ndarray:
+        """`[T]` bool: at which steps the limiter divided the update by more than 1.
+
+        Then, and only then, the new norm is exactly gamma times the old one (plus the limiter's 1e-8).
+        """
+        if self.level == 0 or self.norm_growth_limit is None:
+            return np.zeros(len(self.lr), bool)
+        bound = self.norm_growth_limit * (self.limiter_norm[:-1] + 1e-8)
+        return np.concatenate([[False], np.isclose(self.limiter_norm[1:], bound, rtol=1e-12, atol=0)])
+
+
+@functools.cache
+def adamw_cases(wavelet: str | None = None) -> tuple[Case, ...]:
+    """The cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
+    configurations, arrays = _load("official_adamw.npz")
+    return tuple(
+        _case(configuration, arrays, "gwt")
+        for configuration in configurations
+        if _is(configuration, "mode", "zero")
+        and _is(configuration, "weight_decay", 0.0)
+        and wavelet in (None, configuration["wavelet"])
+    )
+
+
+@functools.cache
+def foam_cases() -> tuple[Case, ...]:
+    """The cases of `official_foam.npz`."""
+    configurations, arrays = _load("official_foam.npz")
+    return tuple(
+        _case(configuration, arrays, "foam")
+        for configuration in configurations
+        if _is(configuration, "variant", "foam") and _is(configuration, "weight_decay", 0.0)
+    )
+
+
+@functools.cache
+def variant_cases() -> tuple[Case, ...]:
+    """The cases of `official_variants.npz` that are GWT-Adam's, or FOAM's with a `res_scale` of 1."""
+    configurations, arrays = _load("official_variants.npz")
+    rules = {"adamw": "gwt", "foam": "foam"}
+    return tuple(
+        _case(configuration, arrays, rules[configuration["family"]])
+        for configuration in configurations
+        if configuration["family"] in rules and configuration.get("res_scale", 1.0) == 1.0
+    )
+
+
+def _load(file: str) -> tuple[list[dict], dict[str, np.ndarray]]:
+    with np.load(DATA / file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for array in arrays.values():
+        array.setflags(write=False)
+    return json.loads(str(arrays["cases"])), arrays
+
+
+def _is(configuration: dict, key: str, expected: object) -> bool:
+    """True; raises where the file holds what its loader was not written for."""
+    if configuration[key] != expected:
+        name, found = configuration["name"], configuration[key]
+        raise ValueError(f"golden case {name!r} has {key} {found!r}, expected {expected!r}")
+    return True
+
+
+def _case(configuration: dict, arrays: dict[str, np.ndarray], rule: str) -> Case:
+    if rule == "foam":
+        configuration = {"wavelet": "haar", "mode": "zero", "limiter_gamma": None} | configuration
+    name = configuration["name"]
+    return Case(
+        name=name,
+        rule=rule,
+        level=configuration["level"],
+        lr=tuple(configuration["lr"]),
+        betas=tuple(configuration["betas"]),
+        eps=configuration["eps"],
+        scale=configuration["scale"],
+        weight_decay=configuration["weight_decay"],
+        wavelet=configuration["wavelet"],
+        boundary=configuration["mode"],
+        correct_bias=configuration.get("correct_bias", True),
+        norm_growth_limit=configuration["limiter_gamma"],
+        limiter_norm=arrays.get(f"{name}/limiter_norm", np.full(len(configuration["lr"]), np.nan)),
+        **{key: arrays[f"{name}/{key}"] for key in ("p0", "grads", "params", "exp_avg", "exp_avg_sq")},
+    )

@@ -1,0 +1,99 @@
+"""Pre-training runs small enough for tests: a model of one layer and ten steps on real text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.pretrain import __main__ as pretrain
+from bench.pretrain.optimizers import measured_state_bytes, predicted_state_bytes
+from bench.pretrain.training import Run, RunConfig, train
+
+TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
+
+
+def tiny_model(folder: Path, **changed: Any) -> Path:
+    """The configuration of a model of one layer; its odd MLP width leaves a block half filled."""
+    fields = {
+        "vocab_size": 256,
+        "hidden_size": 16,
+        "intermediate_size": 27,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": False,
+        **changed,
+    }
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(fields))
+    return path
+
+
+def tiny_options(folder: Path) -> list[str]:
+    """A command line of ten small steps on the CPU."""
+    line = f"--model {tiny_model(folder)} --text {TEXT} --device cpu --threads 1 --steps 10 --batch 2 --context 16"
+    return [*line.split(), "--evals", "5", "--eval-windows", "4", "--log-every", "4", "--quiet"]
+
+
+def config_of(options: list[str], optimizer: str = "gwt2", *more: str) -> RunConfig:
+    """The settings that a command line gives an optimizer."""
+    return pretrain.run_config(pretrain.parse([*options, *more])[0], optimizer)
+
+
+def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
+    """A run in memory that has made no step."""
+    parsed = pretrain.parse([*options, *more])[0]
+    config = pretrain.run_config(parsed, optimizer)
+    return Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"))
+
+
+def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
+    """One run without the table and the figure."""
+    parsed = pretrain.parse(options)[0]
+    config = pretrain.run_config(parsed, parsed.optimizer)
+    corpus = pretrain.load_corpus(parsed, config.seed)
+    return train(config, corpus, out, device=torch.device("cpu"), log_every=4, progress=False, **how)
+
+
+def tensors(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a nested structure by their path."""
+    if isinstance(tree, dict):
+        pairs = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list | tuple):
+        pairs = [(str(i), value) for i, value in enumerate(tree)]
+    else:
+        return {path: tree}
+    return {key: leaf for name, value in pairs for key, leaf in tensors(value, f"{path}/{name}").items()}
+
+
+def assert_predicted_state_bytes(run: Run) -> None:
+    """Raise AssertionError unless two steps make as much state as was predicted before the first."""
+    predicted = predicted_state_bytes(run.optimizer)
+    assert measured_state_bytes(run.optimizer) == 0
+    run.train_step()
+    run.train_step()
+    assert measured_state_bytes(run.optimizer) == predicted
+
+
+def assert_same_leaves(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise AssertionError unless all tensors and numbers are equal to the bit, under the same names."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == theirs[name].dtype, name
+            assert torch.equal(value, theirs[name]), name
+        else:
+            assert value == theirs[name], name
+
+
+def assert_same_run(one: Any, other: Any) -> None:
+    """Raise AssertionError unless two checkpoints are equal to the bit, the seconds they took left out."""
+    # torch.optim.Optimizer may add its own default `differentiable` to the groups it loads.
+    ours, theirs = (
+        {n: leaf for n, leaf in tensors(tree).items() if n != "/seconds" and not n.endswith("/differentiable")}
+        for tree in (one, other)
+    )
+    assert_same_leaves(ours, theirs)
