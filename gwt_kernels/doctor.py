@@ -16,7 +16,7 @@ from torch import Tensor
 from gwt_kernels import __version__, backends
 from gwt_kernels.backends.cpu.step import TYPES
 from gwt_kernels.backends.torch import literal
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
 
 __all__ = ["report", "self_check"]
@@ -136,8 +136,8 @@ class _Run:
                 tensors[:] = [x.double().cpu() for x in tensors]
         norms = self.norms if self.level else [None] * len(grads)
         columns = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, norms)
-        singles = [Single(*own, step, hyper) for own in zip(*columns, strict=True)]
-        literal.gwt_adamw_(singles, level=self.level, wavelet="haar")
+        tensor_steps = [TensorStep(*own, step, hyper) for own in zip(*columns, strict=True)]
+        literal.gwt_adamw_(tensor_steps, level=self.level, wavelet="haar")
 
 
 def _devices() -> Iterator[tuple[torch.device, str]]:

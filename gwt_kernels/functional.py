@@ -49,36 +49,32 @@ def gwt_adamw_(
 
             limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
                 (0: none yet); None for a parameter without limiter. Either all are None or none is.
-            rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), which has no
-            limiter. rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or
-            float16; or
+            rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), without limiter.
+            rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or float16; or
                 ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
                 rounded stochastically.
-            keys: Of the random bits, per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
-            lows: The low halves of the weights, contiguous int16 tensors of the parameters' shapes, which are
-            updated
-                too; only where ``rounding="split"``.
+            keys: Philox keys, per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
+            lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes,
+                which are updated too.
             scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a pair of float32 tensors
-                ``[ceil(coefficients / quantum(level))]`` (:func:`gwt_kernels.core.hyper.quantum`), which are updated
+                ``[ceil(coefficients / n)]`` with ``n`` of :func:`gwt_kernels.core.hyper.quantum`, which are updated
                 too; None for moments in floating point.
             control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
                 factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
                 and ``boundary="zero"`` alone; or None.
-            spans: Where the tensors are shards: of what elements of the whole parameters, and of their moments, so
-                that random bits are those of the whole, rows padded as :func:`gwt_kernels.core.hyper.padded_spans` says;
-                None for whole tensors.
+            spans: Where shards lie in the whole parameters, and in the whole of their moments, so that random bits
+                are those of the whole, with rows padded as :func:`gwt_kernels.core.hyper.padded_spans` says; None
+                for whole tensors.
             limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
                 decided them; ``limiter_norms`` are None then. None to leave it to the ``limiter_norms``.
             wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets (torch backend only).
-            boundary: How the transform continues a row beyond its ends, by PyWavelets' names; other than ``"zero"``
-            on
-                the torch backend only.
+            boundary: How the transform continues a row beyond its ends, by PyWavelets' names; other than
+                ``"zero"`` on the torch backend only.
             backend: ``"triton"``, ``"torch"``, ``"compiled"``, or None for Triton on CUDA tensors, the compiled
-            step on
-                CPUs where it can be compiled, and torch elsewhere.
-            workspace: A dict that the backend may keep launch tables in between calls with the same tensors;
-                None makes them anew.
+                step on CPUs where it can be compiled, and torch elsewhere.
+            workspace: A dict that the backend may keep launch tables in between calls with the same tensors; None
+                makes them anew.
 
     Raises:
         RuntimeError: the backend asked for cannot run on these tensors.

@@ -15,7 +15,7 @@ from bench.kernels import quantized
 from bench.kernels.cases import Case, bytes_held
 from gwt_kernels import backends, haar_dwt, haar_idwt
 from gwt_kernels.backends.torch import literal
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
 
 # Rate and step at which an update stands far above the rounding of bfloat16 weights.
@@ -195,7 +195,7 @@ def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor,
 def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyper) -> tuple[Tensor, ...]:
     """Weights and moments after a step without limiter: transform, divide, invert, level by level."""
     p, m, v = (x.clone() for x in (p, m, v))
-    literal.gwt_adamw_([Single(p, g, m, v, None, STEP, hyper)], level=level, wavelet="haar")
+    literal.gwt_adamw_([TensorStep(p, g, m, v, None, STEP, hyper)], level=level, wavelet="haar")
     return p, m, v
 
 

@@ -19,7 +19,7 @@ from bench.common import records
 from bench.common.measure import Spread, facts
 from gwt_kernels import GWTAdamW
 from gwt_kernels.formats.split import join_low
-from gwt_kernels.optim.state import halves_of
+from gwt_kernels.optim.state import low_bits_of
 
 BACKENDS = ("torch", "compiled")
 RULES = ("gwt", "foam")
@@ -73,7 +73,7 @@ def agree(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
         p = optimizer.param_groups[0]["params"][0]
         state = dict(optimizer.state[p])
         low = state.pop("weight_low", None)
-        p = p.detach() if low is None else join_low(p.detach(), halves_of(low))
+        p = p.detach() if low is None else join_low(p.detach(), low_bits_of(low))
         held.append([p, *(x for _, x in sorted(state.items()))])
     for x, y in zip(*held, strict=True):
         place = torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 1 / 127

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import quantum
 
-__all__ = ["check_bucket", "check_lows", "check_scales"]
+__all__ = ["check_bucket", "check_low_bits", "check_scales"]
 
 
 def check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
@@ -50,7 +50,7 @@ def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]],
                 )
 
 
-def check_lows(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
+def check_low_bits(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
     """Raise unless each weight in bfloat16 has a low half beside it."""
     for p, low in zip(params, lows, strict=True):
         if (p.dtype, low.dtype, low.shape, low.device) != (torch.bfloat16, torch.int16, p.shape, p.device):

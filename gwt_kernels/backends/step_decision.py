@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gwt_kernels import backends
 
-__all__ = ["Asked", "control_", "decide", "send", "squares"]
+__all__ = ["ClipRequest", "control_", "decide", "send", "squares"]
 
 
-class Asked(NamedTuple):
+class ClipRequest(NamedTuple):
     """What a step asks of all gradients, and what it is told of them.
 
     Attributes:
@@ -50,7 +50,7 @@ class Asked(NamedTuple):
 @torch.no_grad()
 def control_(
     buckets: Sequence[tuple[Sequence[Tensor], backends.Backend | None]],
-    asked: Asked,
+    asked: ClipRequest,
     *,
     skipped: Tensor,
     workspace: dict[Any, dict[str, Any]] | None = None,

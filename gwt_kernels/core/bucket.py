@@ -20,7 +20,7 @@ from gwt_kernels.core.hyper import (
     literal_alone,
     padded_spans,
 )
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["Bucket", "StepInputs"]
 
@@ -142,7 +142,7 @@ class Bucket:
         options = [self.level, self.rule, self.rounding, self.wavelet, self.boundary, self.grad_dtype]
         return [*options, list(self.keys), self.spans and list(self.spans), places]
 
-    def singles(self, inputs: StepInputs, divisors: Tensor | None = None) -> list[Single]:
+    def tensor_steps(self, inputs: StepInputs, divisors: Tensor | None = None) -> list[TensorStep]:
         """The step, tensor by tensor; ``divisors`` are the limiter's where the caller has decided them."""
         absent = [None] * len(self)
         columns: Any = (
@@ -160,7 +160,7 @@ class Bucket:
             absent if divisors is None else divisors.unbind(),
             absent if self.telemetry is None else self.telemetry.unbind(),
         )
-        return list(starmap(Single, zip(*columns, strict=True)))
+        return list(starmap(TensorStep, zip(*columns, strict=True)))
 
     def check_inputs(self, inputs: StepInputs) -> None:
         """Raise a ValueError unless ``inputs`` belong to this bucket; shapes are the backend's to check."""

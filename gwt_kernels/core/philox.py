@@ -1,7 +1,7 @@
 """Random bits by Philox, which depend on a seed, the parameter, the step and the element's index alone.
 
 Philox4x32-7 (Salmon et al., SC 2011) is counter-based. The counter is (index of the call: 64 bits; step; purpose).
-The key is what :func:`gwt_kernels.core.hyper.key_of` makes of seed and parameter. A call gives four words of 32 bits.
+The key is what :func:`gwt_kernels.core.hyper.key_of` makes of seed and parameter. A call gives four words.
 The lower half of a word serves ``exp_avg`` of a coefficient, the upper half ``exp_avg_sq``. A half serves a weight.
 """
 

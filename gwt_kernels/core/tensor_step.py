@@ -8,10 +8,10 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper, Span
 
-__all__ = ["Single"]
+__all__ = ["TensorStep"]
 
 
-class Single(NamedTuple):
+class TensorStep(NamedTuple):
     """Each as :func:`gwt_kernels.functional.gwt_adamw_` takes a list of it."""
 
     p: Tensor

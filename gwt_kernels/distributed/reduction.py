@@ -12,10 +12,10 @@ from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["Limits", "Totals"]
+__all__ = ["GradNormReduction", "LimiterReduction"]
 
 
-class Limits:
+class LimiterReduction:
     """Sums of squares of all limited, sharded parameters on one device, and the limiter's divisors from them.
 
     Every process makes it of the same parameters in the same order, and takes part in every step's collective
@@ -91,7 +91,7 @@ class Limits:
         return torch.tensor(gammas, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
 
 
-class Totals:
+class GradNormReduction:
     """Sums over the elements of all parameters, each counted by one process of those that hold it.
 
     Args:

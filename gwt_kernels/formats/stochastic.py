@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["round_at_random"]
+__all__ = ["stochastic_round"]
 
 _LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def round_at_random(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels import backends
-from gwt_kernels.backends.step_decision import Asked
+from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Boundary, Rounding, Rule
 from gwt_kernels.core.survey import PYTHON
@@ -362,7 +362,7 @@ class GWTAdamW(Optimizer):
             plan = self._lone[p] = StepPlan(
                 sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
             )
-        plan.step(grads, hypers, Asked(), None)
+        plan.step(grads, hypers, ClipRequest(), None)
 
     def _place_of(self, p: Tensor) -> tuple[int, int, int]:
         """A parameter's place among all, its group's, and its place in that."""
@@ -462,10 +462,10 @@ class GWTAdamW(Optimizer):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
 
     @property
-    def _asked(self) -> Asked:
+    def _asked(self) -> ClipRequest:
         """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
         own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
-        return Asked(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
+        return ClipRequest(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
 
     def _plan_options(self, groups: Sequence[Mapping[str, Any]], decides: bool) -> list[Any]:
         """What the checks before a step depend on, beside tensors and gradients."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gwt_kernels import backends
-from gwt_kernels.backends.step_decision import Asked
+from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import literal_alone
 from gwt_kernels.distributed.sharding import ROWS_STAY
@@ -180,7 +180,7 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
 
 
-def check_traceable(asked: Asked) -> None:
+def check_traceable(asked: ClipRequest) -> None:
     """Raise if a graph is being made of a step that may have to be skipped."""
     if backends.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
         raise RuntimeError(

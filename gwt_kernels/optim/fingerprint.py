@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gwt_kernels.core.survey import PYTHON, Survey
 
-__all__ = ["Snapshot"]
+__all__ = ["Fingerprint"]
 
 
-class Snapshot:
+class Fingerprint:
     """Parameters, options, gradients' kinds and states of all groups as they were.
 
     Args:

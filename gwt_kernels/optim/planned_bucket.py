@@ -16,12 +16,12 @@ from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
-from gwt_kernels.distributed.reduction import Limits, Totals
+from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.options import rounding_of
-from gwt_kernels.optim.state import halves_of, is_limited, moment_format, shard_spans
+from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans
 
-__all__ = ["Member", "PlannedBucket", "stream_of"]
+__all__ = ["Member", "PlannedBucket", "stream_id_of"]
 
 
 class Member(NamedTuple):
@@ -60,8 +60,8 @@ class PlannedBucket:
         groups: Sequence[Mapping[str, Any]],
         on_device: bool,
         telemetry: Tensor | None,
-        limits: Limits | None = None,
-        totals: Totals | None = None,
+        limits: LimiterReduction | None = None,
+        totals: GradNormReduction | None = None,
     ) -> None:
         params = [member.param for member in members]
         own = [states[p] for p in params]
@@ -114,7 +114,7 @@ class PlannedBucket:
         return self.runner.reduce(inputs, decision, grad_stats=grad_stats, update_sums=self.limits is not None)
 
     def update_sums(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """Places and values of its sums among those that :class:`gwt_kernels.distributed.reduction.Limits` adds up."""
+        """Places of its sums among those that its ``LimiterReduction`` adds up, and their values."""
         assert reduction.update_sums is not None
         return self._limited_places, reduction.update_sums
 
@@ -167,7 +167,7 @@ def _bucket_of(
         rule=group["rule"],
         rounding=rounding,
         keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
-        lows=[halves_of(s["weight_low"]) for s in own] if rounding == "split" else None,
+        lows=[low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
         scales=scales,
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
@@ -176,7 +176,7 @@ def _bucket_of(
     )
 
 
-def stream_of(group: Mapping[str, Any], index: int, place: int) -> int:
+def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:
     """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
     names = group.get("param_names")
     return zlib.crc32(str(names[index]).encode()) if names and index < len(names) else place

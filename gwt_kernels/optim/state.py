@@ -25,8 +25,8 @@ __all__ = [
     "check_state",
     "complete",
     "exact_copy",
-    "halves_of",
     "is_limited",
+    "low_bits_of",
     "moment_format",
     "shard_spans",
     "state_keys",
@@ -74,7 +74,7 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
         state["weight_low"] = zeros_like_shard(p, (*p.shape, 2), torch.uint8)
 
 
-def halves_of(low: Tensor) -> Tensor:
+def low_bits_of(low: Tensor) -> Tensor:
     """What this process holds of ``weight_low``, int16 of the weights' shape: the same memory."""
     return local_of(low).view(torch.int16).squeeze(-1)
 
@@ -99,7 +99,7 @@ def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, 
     low = state.get("weight_low")
     if isinstance(low, Tensor) and low.dtype == torch.int16:
         changed["weight_low"] = zeros_like_shard(low, (*low.shape, 2), torch.uint8)
-        halves_of(changed["weight_low"]).copy_(local_of(low))
+        low_bits_of(changed["weight_low"]).copy_(local_of(low))
     return {**state, **changed} if changed else state
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from gwt_kernels import backends
 from gwt_kernels.backends.runner import Reduction
-from gwt_kernels.backends.step_decision import Asked, control_, send
+from gwt_kernels.backends.step_decision import ClipRequest, control_, send
 from gwt_kernels.core.bucket import StepInputs
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON, Survey
-from gwt_kernels.distributed.reduction import Limits, Totals
+from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.distributed.sharding import reduced_over
-from gwt_kernels.optim.fingerprint import Snapshot
-from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_of
+from gwt_kernels.optim.fingerprint import Fingerprint
+from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
 from gwt_kernels.optim.state import is_limited
 
 __all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
@@ -68,7 +68,7 @@ class StepPlan:
     ) -> None:
         groups, states = sources.groups, sources.states
         self._limits = _limits_of(groups)
-        self._totals = Totals(sources.params) if decides and any_sharded(sources.params) else None
+        self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
         self.buckets = [
             PlannedBucket(
@@ -89,7 +89,7 @@ class StepPlan:
         self.survey = _survey_for(self.buckets)
         self._snapshot = None
         if not backends.is_symbolic():  # nothing that stands for numbers here may be found by a later step
-            self._snapshot = Snapshot(
+            self._snapshot = Fingerprint(
                 sources.params, sources.grads, sources.options, states, sources.held, self.survey
             )
 
@@ -113,7 +113,7 @@ class StepPlan:
         return not self.buckets and self._totals is None
 
     def step(
-        self, grads: Sequence[Tensor | None], hypers: Sequence[Hyper], asked: Asked, skipped: Tensor | None
+        self, grads: Sequence[Tensor | None], hypers: Sequence[Hyper], asked: ClipRequest, skipped: Tensor | None
     ) -> dict[torch.device, Tensor] | None:
         """Take one step.
 
@@ -161,7 +161,7 @@ class StepPlan:
         self,
         inputs: Sequence[StepInputs],
         reductions: Sequence[Reduction | None],
-        asked: Asked,
+        asked: ClipRequest,
         skipped: Tensor,
     ) -> dict[torch.device, Tensor]:
         """What the device decides about a step, per device: see :func:`gwt_kernels.control.control_`."""
@@ -216,18 +216,20 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
             reduced = is_limited(group) and bool(reduced_over(p))
             dtypes = (p.dtype, p.grad.dtype, sources.states[p]["exp_avg"].dtype)
             key = (reduced, options, p.device, dtypes, is_sharded(p))
-            chosen.setdefault(key, []).append(Member(p, place, i, stream_of(group, k, sources.first_place + place)))
+            chosen.setdefault(key, []).append(
+                Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
+            )
     return ((key[0], members) for key, members in chosen.items())
 
 
-def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, Limits]:
+def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, LimiterReduction]:
     """One per device, of all parameters that need it: whether they have gradients here does not matter."""
     chosen: dict[torch.device, dict[int, Tensor]] = {}
     for group in groups:
         for p in group["params"] if is_limited(group) else ():
             if p.requires_grad and reduced_over(p):
                 chosen.setdefault(p.device, {})[id(p)] = p
-    return {device: Limits(list(params.values())) for device, params in chosen.items()}
+    return {device: LimiterReduction(list(params.values())) for device, params in chosen.items()}
 
 
 def _survey_for(buckets: Iterable[PlannedBucket]) -> Survey:

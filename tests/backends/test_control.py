@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gwt_kernels.backends.step_decision import Asked, control_, decide, squares
+from gwt_kernels.backends.step_decision import ClipRequest, control_, decide, squares
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import interpreter
 from tests.support.poisoned import LAYOUTS, Poisoned
@@ -144,7 +144,7 @@ def test_a_norm_that_is_no_number_clips_to_none(backend):
 def test_without_a_question_gradients_are_not_read(backend):
     with interpreter.like_a_gpu():
         grads = [torch.full((4,), math.nan)]
-        control = control_([(grads, backend)], Asked(), skipped=torch.zeros((), dtype=torch.float64))
+        control = control_([(grads, backend)], ClipRequest(), skipped=torch.zeros((), dtype=torch.float64))
     factor, go, norm = control[torch.device("cpu")].tolist()
     assert (factor, go, math.isnan(norm)) == (1, 1, True)
 
@@ -160,7 +160,7 @@ def test_sums_over_backends_and_processes():
     with interpreter.like_a_gpu():
         control = control_(
             [(grads[:2], "torch"), (grads[2:], "triton")],
-            Asked(max_norm=math.inf),
+            ClipRequest(max_norm=math.inf),
             skipped=torch.zeros((), dtype=torch.float64),
             reduce=twice,
         )

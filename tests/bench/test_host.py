@@ -25,7 +25,7 @@ def test_every_scenario_is_a_row(tmp_path):
         [*command, "--out", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "snapshot.py: holds" in result.stdout
+    assert "fingerprint.py: holds" in result.stdout
     (path,) = tmp_path.iterdir()
     every = records.rows_of(path, "host")
     rows = [row for row in every if row["metric"] == "host_time"]

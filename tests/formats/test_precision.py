@@ -14,7 +14,7 @@ from torch import Tensor
 from gwt_kernels import GWTAdamW
 from gwt_kernels.core.hyper import key_of
 from gwt_kernels.core.philox import random_halves, random_words
-from gwt_kernels.formats.stochastic import round_at_random
+from gwt_kernels.formats.stochastic import stochastic_round
 from tests.support.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
 from tests.support.runs import (
     BACKENDS,
@@ -53,7 +53,7 @@ def rounded(
         words = random_words(0, n, t, key, on)
         bits = words & 0xFFFF if what == "exp_avg" else words >> 16 & 0xFFFF
     bits = bits.view(-1, pitch)[:, :own].reshape(x.shape)
-    return round_at_random(x.detach().cpu(), bits, dtype)
+    return stochastic_round(x.detach().cpu(), bits, dtype)
 
 
 @narrow

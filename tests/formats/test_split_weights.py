@@ -10,7 +10,7 @@ import torch
 
 from gwt_kernels import GWTAdamW, migrate
 from gwt_kernels.formats.split import split_low
-from gwt_kernels.optim.state import halves_of
+from gwt_kernels.optim.state import low_bits_of
 from tests.support.narrow import BF16, FP16, FP32, OPTIONS, SHAPES, float32_of, gradients, levels, rules, step
 from tests.support.runs import (
     assert_same_bits,
@@ -44,7 +44,7 @@ def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, 
         for p, q in zip(parameters_of(split), parameters_of(wide), strict=True):
             state = split.state[p]
             assert_same_bits(float32_of(p, state), q.detach(), f"step {t}")
-            assert_same_bits([p.detach(), halves_of(state["weight_low"])], list(split_low(q.detach())))
+            assert_same_bits([p.detach(), low_bits_of(state["weight_low"])], list(split_low(q.detach())))
             assert_same_bits({k: v for k, v in state.items() if k != "weight_low"}, dict(wide.state[q]))
             norms.append(float(state.get("limiter_norm", 0.0)))
     if rule == "gwt" and level:
@@ -124,7 +124,7 @@ def test_older_checkpoints_hold_int16_of_the_same_bits():
     optimizer = trained_split()
     old = copy.deepcopy(optimizer.state_dict())
     for state in old["state"].values():
-        state["weight_low"] = halves_of(state["weight_low"]).clone()
+        state["weight_low"] = low_bits_of(state["weight_low"]).clone()
         assert (state["weight_low"].dtype, state["weight_low"].any()) == (torch.int16, True)
     start = [torch.nn.Parameter(p.detach().clone()) for p in parameters_of(optimizer)]
     for taken in (old, migrate(old, GWTAdamW(start, **OPTIONS, weight_rounding="split")).state_dict):
@@ -137,7 +137,7 @@ def test_older_pickles_hold_int16_of_the_same_bits():
     optimizer = trained_split()
     old = copy.deepcopy(optimizer)
     for state in old.state.values():
-        state["weight_low"] = halves_of(state["weight_low"]).clone()
+        state["weight_low"] = low_bits_of(state["weight_low"]).clone()
     taken = pickle.loads(pickle.dumps(old))
     assert_same_bits(snapshot(taken), snapshot(optimizer))
     for o in (taken, optimizer):

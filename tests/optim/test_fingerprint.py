@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gwt_kernels.backends.triton.native import compiled
 from gwt_kernels.core import survey
 from gwt_kernels.core.survey import PYTHON, Survey
-from gwt_kernels.optim.fingerprint import Snapshot
+from gwt_kernels.optim.fingerprint import Fingerprint
 from tests.support.native import needs_compiler
 
 
@@ -40,7 +40,7 @@ class Held:
         self.remember()
 
     def remember(self) -> None:
-        self.snapshot = Snapshot(
+        self.snapshot = Fingerprint(
             list(self.params), self.grads(), list(self.options), self.state, survey=self.survey
         )
 

@@ -319,8 +319,8 @@ def test_approximations(name: str, ftz: str) -> None:
     some = random.Random(3)
     rows = [tuple(some.uniform(0.7, 9) for _ in range(2 if "div" in name else 1)) for _ in range(300)]
     columns = [("f32", column) for column in zip(*rows, strict=True)]
-    singles = list(zip(*(np.array(column, np.float32).tolist() for _, column in columns), strict=True))
-    exact = np.array([function(*row) for row in singles], np.float32)
+    tensor_steps = list(zip(*(np.array(column, np.float32).tolist() for _, column in columns), strict=True))
+    exact = np.array([function(*row) for row in tensor_steps], np.float32)
     assert apply(f"{name}{ftz}.f32", columns, "f32").tolist() == exact.tolist()
     off = np.array(bits(apply(f"{name}{ftz}.f32", columns, "f32", disturb=0))) - np.array(bits(exact))
     assert set(off.tolist()) == set(range(-ulps, ulps + 1))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.formats.split import join_low
-from gwt_kernels.optim.state import halves_of
+from gwt_kernels.optim.state import low_bits_of
 from tests.support import interpreter
 from tests.support.runs import parameters_of
 
@@ -37,4 +37,4 @@ def gradients(t: int, dtype: torch.dtype, shapes=SHAPES, factor: float = 1.0) ->
 
 
 def float32_of(p: Tensor, state: dict[str, Tensor]) -> Tensor:
-    return join_low(p.detach(), halves_of(state["weight_low"]))
+    return join_low(p.detach(), low_bits_of(state["weight_low"]))

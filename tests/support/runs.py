@@ -15,7 +15,7 @@ from torch import Tensor
 from gwt_kernels import GWTAdamW
 from gwt_kernels.formats.split import join_low
 from gwt_kernels.optim.options import hyper_of
-from gwt_kernels.optim.state import halves_of
+from gwt_kernels.optim.state import low_bits_of
 from tests.support import interpreter, reference, rounding
 from tests.support.steps import assert_within
 
@@ -193,7 +193,7 @@ def _compare(
 
 def _whole(p: Tensor, state: dict[str, Tensor]) -> Tensor:
     """A copy of the weights; float32 where the other half of each lies in the state."""
-    return join_low(p.detach(), halves_of(state["weight_low"])) if "weight_low" in state else p.detach().clone()
+    return join_low(p.detach(), low_bits_of(state["weight_low"])) if "weight_low" in state else p.detach().clone()
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.distributed.sharding import zeros_like_shard
-from gwt_kernels.optim.state import halves_of
+from gwt_kernels.optim.state import low_bits_of
 from tests.support import runs
 from tests.support.resharded import FOAM, Run, build, gathered, resume, state_of
 from tests.support.sharded import COLUMNS, mesh_of, shard, whole
@@ -89,7 +89,7 @@ def _columns(line: DeviceMesh) -> None:
     runs.assert_same_bits(whole(low), optimizers[1].state[q]["weight_low"])
     old = copy.deepcopy(optimizers[0].state_dict())
     old["state"][0]["weight_low"] = zeros_like_shard(p, p.shape, torch.int16)
-    old["state"][0]["weight_low"]._local_tensor.copy_(halves_of(low))
+    old["state"][0]["weight_low"]._local_tensor.copy_(low_bits_of(low))
     other = GWTAdamW([shard(start, line, [COLUMNS])], **options)
     other.load_state_dict(old)
     (loaded,) = other.state.values()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["CompiledRunner"]
 
@@ -18,19 +18,19 @@ class CompiledRunner(TorchRunner):
 
     _packed: step.Packed | None = None
 
-    def _update(self, singles: Sequence[Single]) -> None:
+    def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket, packed = self.bucket, self._packed
         if packed is not None:
-            packed.renew(singles)
-        elif step.knows(singles, bucket.level):
-            packed = step.Packed(singles, bucket.level, bucket.rule, bucket.rounding)
+            packed.renew(tensor_steps)
+        elif step.knows(tensor_steps, bucket.level):
+            packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
         else:
-            super()._update(singles)
+            super()._update(tensor_steps)
             return
         packed.step()
         self._packed = packed if packed.lasts else None
 
-    def _sums(self, singles: Sequence[Single]) -> Tensor:
-        if step.knows(singles, self.bucket.level):
-            return step.update_sums(singles, level=self.bucket.level)
-        return super()._sums(singles)
+    def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
+        if step.knows(tensor_steps, self.bucket.level):
+            return step.update_sums(tensor_steps, level=self.bucket.level)
+        return super()._sums(tensor_steps)

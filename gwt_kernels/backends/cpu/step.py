@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gwt_kernels.backends.bucket_validation import check_bucket, check_lows, check_scales
+from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
 from gwt_kernels.core.hyper import Hyper, Rounding, Rule
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["Packed", "knows", "update_sums"]
 
@@ -55,16 +55,16 @@ def functions() -> ctypes.CDLL:
     return lib
 
 
-def knows(singles: Sequence[Single], level: int) -> bool:
+def knows(tensor_steps: Sequence[TensorStep], level: int) -> bool:
     """Whether the step in C can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an
     address."""
-    p, g, m, *_ = singles[0]
+    p, g, m, *_ = tensor_steps[0]
     return (
         level <= MAX_LEVEL
         and p.dtype in TYPES[:3]
         and g.dtype in TYPES[:3]
         and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
-        and all(_has_memory(x) for own in singles for x in (own.p, own.g))
+        and all(_has_memory(x) for own in tensor_steps for x in (own.p, own.g))
     )
 
 
@@ -87,25 +87,25 @@ class Result(NamedTuple):
     updates: float
 
 
-def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
-    packed = Packed(singles, level, "gwt", "nearest")
+    packed = Packed(tensor_steps, level, "gwt", "nearest")
     packed.run(functions().gwt_sum)
     sums = iter(packed.results())
-    totals = [next(sums).norm if own.p.numel() else 0.0 for own in singles]
+    totals = [next(sums).norm if own.p.numel() else 0.0 for own in tensor_steps]
     return torch.tensor(totals, dtype=torch.float32, device="cpu")
 
 
-def _check(singles: Sequence[Single], level: int) -> None:
+def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
     """Raise unless C may trust the tensors: it writes to their addresses."""
-    params, exp_avgs = [own.p for own in singles], [own.m for own in singles]
-    check_bucket((params, [own.g for own in singles], exp_avgs, [own.v for own in singles]), level)
-    lows = [own.low for own in singles if own.low is not None]
+    params, exp_avgs = [own.p for own in tensor_steps], [own.m for own in tensor_steps]
+    check_bucket((params, [own.g for own in tensor_steps], exp_avgs, [own.v for own in tensor_steps]), level)
+    lows = [own.low for own in tensor_steps if own.low is not None]
     if lows:
-        check_lows(params, lows)
-    scales = [own.scales for own in singles if own.scales is not None]
+        check_low_bits(params, lows)
+    scales = [own.scales for own in tensor_steps if own.scales is not None]
     if exp_avgs[0].dtype == torch.int8:
-        if len(scales) != len(singles):
+        if len(scales) != len(tensor_steps):
             raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
         check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
 
@@ -113,23 +113,23 @@ def _check(singles: Sequence[Single], level: int) -> None:
 class Packed:
     """A bucket as C takes it: an array of ``gwt_step``, without the tensors that are empty."""
 
-    def __init__(self, singles: Sequence[Single], level: int, rule: Rule, rounding: Rounding) -> None:
-        _check(singles, level)
-        self.singles = [own for own in singles if own.p.numel()]
+    def __init__(self, tensor_steps: Sequence[TensorStep], level: int, rule: Rule, rounding: Rounding) -> None:
+        _check(tensor_steps, level)
+        self.tensor_steps = [own for own in tensor_steps if own.p.numel()]
         self.lasts = True
         """Whether another call with the same tensors can use it: nothing had to be copied."""
         self._level, self._rule = level, rule
         self._is_divided = level > 0 and rule == "gwt"
         self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
-        self._buffer = bytearray(STEP.size * len(self.singles))
-        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.singles else None
-        types = [TYPES.index(x.dtype) for x in singles[0][:3]]
+        self._buffer = bytearray(STEP.size * len(self.tensor_steps))
+        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.tensor_steps else None
+        types = [TYPES.index(x.dtype) for x in tensor_steps[0][:3]]
         kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
-        for i, own in enumerate(self.singles):
+        for i, own in enumerate(self.tensor_steps):
             self._pack(i * STEP.size, own, kind)
         self._pack_numbers()
 
-    def _pack(self, at: int, own: Single, kind: tuple[int, ...]) -> None:
+    def _pack(self, at: int, own: TensorStep, kind: tuple[int, ...]) -> None:
         """Pack all of a tensor but the numbers of a step."""
         p, g, m, v = self._plain(own.p, True), self._plain(own.g, False), own.m, own.v
         count = p.numel()
@@ -158,10 +158,10 @@ class Packed:
         self.lasts = False
         return copy
 
-    def renew(self, singles: Sequence[Single]) -> None:
+    def renew(self, tensor_steps: Sequence[TensorStep]) -> None:
         """Take gradients and numbers of another step with the same tensors."""
-        self.singles = [own for own in singles if own.p.numel()]
-        for i, own in enumerate(self.singles):
+        self.tensor_steps = [own for own in tensor_steps if own.p.numel()]
+        for i, own in enumerate(self.tensor_steps):
             address = own.g.data_ptr()
             if not address:
                 raise _no_memory(own.p)
@@ -171,7 +171,7 @@ class Packed:
     def _pack_numbers(self) -> None:
         """Pack the numbers of a step, which most tensors share."""
         shared: dict[tuple[int, int], bytes] = {}
-        for i, own in enumerate(self.singles):
+        for i, own in enumerate(self.tensor_steps):
             key = id(own.hyper), own.step
             if (packed := shared.get(key)) is None:
                 packed = shared[key] = self._numbers(own)
@@ -180,7 +180,7 @@ class Packed:
             at = i * STEP.size + NUMBERS_AT
             self._buffer[at : at + NUMBERS.size] = packed
 
-    def _numbers(self, own: Single, limit: float = 1.0) -> bytes:
+    def _numbers(self, own: TensorStep, limit: float = 1.0) -> bytes:
         numbers, gamma = _numbers(own.hyper, self._level, self._rule), own.hyper.norm_growth_limit or 0.0
         step_size = own.hyper.step_size(own.step, self._level) if own.step else 0.0  # for sums alone
         return NUMBERS.pack(own.step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
@@ -199,24 +199,24 @@ class Packed:
 
     def run(self, function: Any) -> None:
         """Call a function of bucket.c on all tensors."""
-        count = len(self.singles)
+        count = len(self.tensor_steps)
         if count and function(self._address, count, torch.get_num_threads()):
             raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
 
     def write_back(self) -> None:
         """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
-        increment_version([own.p for own in self.singles])
+        increment_version([own.p for own in self.tensor_steps])
         for x, copy in self._copies:
             if x is not copy:
                 x.copy_(copy)
 
     def results(self) -> list[Result]:
         """What C says of each tensor."""
-        return [self._result(i) for i in range(len(self.singles))]
+        return [self._result(i) for i in range(len(self.tensor_steps))]
 
     def observed(self) -> list[tuple[Tensor, Result]]:
         """Telemetry's rows, and what C says of their tensors."""
-        return [(own.row, self._result(i)) for i, own in enumerate(self.singles) if own.row is not None]
+        return [(own.row, self._result(i)) for i, own in enumerate(self.tensor_steps) if own.row is not None]
 
     def _result(self, i: int) -> Result:
         return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))

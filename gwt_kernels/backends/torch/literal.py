@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gwt_kernels.backends.torch.haar import compute_dtype
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.limiter import limit_
 
 __all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "wavedec", "waverec"]
@@ -24,10 +24,10 @@ __all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "w
 FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
-def gwt_adamw_(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> None:
+def gwt_adamw_(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
-    for own in singles:
+    for own in tensor_steps:
         if own.p.numel() == 0:
             continue
         m, v, denominator, details = _moments(own, bank, level, boundary)
@@ -46,11 +46,11 @@ def gwt_adamw_(singles: Sequence[Single], *, level: int, wavelet: str, boundary:
         own.v.copy_(v)
 
 
-def update_sums(singles: Sequence[Single], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
-    bank, first = filter_bank(wavelet), singles[0].p
-    sums = torch.zeros(len(singles), dtype=compute_dtype(first.dtype), device=first.device)
-    for total, own in zip(sums, singles, strict=True):
+    bank, first = filter_bank(wavelet), tensor_steps[0].p
+    sums = torch.zeros(len(tensor_steps), dtype=compute_dtype(first.dtype), device=first.device)
+    for total, own in zip(sums, tensor_steps, strict=True):
         if own.p.numel():
             m, _, denominator, _ = _moments(own, bank, level, boundary)
             total += (m / denominator).square().sum()
@@ -58,7 +58,7 @@ def update_sums(singles: Sequence[Single], *, level: int, wavelet: str, boundary
 
 
 def _moments(
-    own: Single, bank: FilterBank, level: int, boundary: str
+    own: TensorStep, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """New moments, ``sqrt(v) + eps`` and the gradient's details."""
     hyper = own.hyper

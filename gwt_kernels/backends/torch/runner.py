@@ -11,7 +11,7 @@ from gwt_kernels.backends.torch import literal
 from gwt_kernels.backends.torch import step as folded
 from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.notes import COLUMNS
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["TorchRunner"]
 
@@ -42,7 +42,7 @@ class TorchRunner:
             return Reduction([], None)
         factor = 1.0 if decision is None else float(decision[0])
         inputs = inputs._replace(steps=[0] * len(self.bucket))  # which the sums do not depend on
-        return Reduction([], self._sums(self.bucket.singles(_scaled(inputs, factor))))
+        return Reduction([], self._sums(self.bucket.tensor_steps(_scaled(inputs, factor))))
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -56,7 +56,7 @@ class TorchRunner:
                     return
                 inputs = _scaled(inputs, factor)
             inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))
-        self._update(self.bucket.singles(inputs, divisors))
+        self._update(self.bucket.tensor_steps(inputs, divisors))
         if isinstance(counts, Tensor):
             counts.add_(1)
 
@@ -64,20 +64,20 @@ class TorchRunner:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
         return []
 
-    def _update(self, singles: Sequence[Single]) -> None:
+    def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
         if bucket.is_literal:
-            literal.gwt_adamw_(singles, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
+            literal.gwt_adamw_(tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
         else:
-            folded.gwt_adamw_(singles, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
+            folded.gwt_adamw_(tensor_steps, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
 
-    def _sums(self, singles: Sequence[Single]) -> Tensor:
+    def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
         bucket = self.bucket
         if bucket.is_literal:
             return literal.update_sums(
-                singles, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
+                tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
             )
-        return folded.update_sums(singles, level=bucket.level)
+        return folded.update_sums(tensor_steps, level=bucket.level)
 
 
 def _scaled(inputs: StepInputs, factor: float) -> StepInputs:

@@ -13,7 +13,7 @@ from gwt_kernels.backends.torch.storage import Chunk, Storage
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.hyper import Rule as RuleName
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import MomentFormat, format_of
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
@@ -23,9 +23,9 @@ __all__ = ["gwt_adamw_", "update_sums"]
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
 
-def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: RuleName, rounding: Rounding) -> None:
+def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName, rounding: Rounding) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
-    for own in singles:
+    for own in tensor_steps:
         if own.p.numel() == 0:
             continue
         own = _scaled_ahead(own)
@@ -36,14 +36,14 @@ def gwt_adamw_(singles: Iterable[Single], *, level: int, rule: RuleName, roundin
             notes.close()
 
 
-def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    rule, p = rule_of("gwt", level), singles[0].p
+    rule, p = rule_of("gwt", level), tensor_steps[0].p
     direction = rule.direction
     if direction is None:
         raise ValueError(f"level {level} has no limiter, and no sums of its update's squares")
-    sums = torch.zeros(len(singles), dtype=compute_dtype(p.dtype), device=p.device)
-    for total, own in zip(sums, singles, strict=True):
+    sums = torch.zeros(len(tensor_steps), dtype=compute_dtype(p.dtype), device=p.device)
+    for total, own in zip(sums, tensor_steps, strict=True):
         if own.p.numel() == 0:
             continue
         own = _scaled_ahead(own)
@@ -54,17 +54,17 @@ def update_sums(singles: Sequence[Single], *, level: int) -> Tensor:
     return sums
 
 
-def _stored(own: Single) -> MomentFormat:
+def _stored(own: TensorStep) -> MomentFormat:
     """How its moments are stored: to the nearest, where no format has their dtype."""
     return format_of(own.m.dtype) or MomentFormat(str(own.m.dtype), (own.m.dtype, own.v.dtype))
 
 
-def _dtype_of(own: Single) -> torch.dtype:
+def _dtype_of(own: TensorStep) -> torch.dtype:
     """The dtype of its arithmetic."""
     return compute_dtype(own.p.dtype if own.scales else torch.promote_types(own.p.dtype, own.m.dtype))
 
 
-def _scaled_ahead(own: Single) -> Single:
+def _scaled_ahead(own: TensorStep) -> TensorStep:
     """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
     factor = own.hyper.grad_factor
     if not isinstance(factor, Tensor):
@@ -72,7 +72,7 @@ def _scaled_ahead(own: Single) -> Single:
     return own._replace(g=own.g.to(_dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
 
 
-def _step(chunks: Iterable[Chunk], own: Single, rule: Rule, storage: Storage) -> None:
+def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage) -> None:
     """One tensor: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
     hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, _dtype_of(own)
     limits = rule.direction is not None
@@ -107,7 +107,7 @@ def _update(
     chunk: Chunk,
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
-    own: Single,
+    own: TensorStep,
     rule: Rule,
     storage: Storage,
 ) -> None:
@@ -124,7 +124,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return x.mul_(x).sum()
 
 
-def _chunks(own: Single, q: int) -> Iterator[Chunk]:
+def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
     p, m, scales = own.p, own.m, own.scales
     tensors = [x for x in (p, own.g, m, own.v, own.low) if x is not None]

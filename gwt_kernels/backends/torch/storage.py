@@ -13,7 +13,7 @@ from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.philox import blocks, random_halves, random_halves_at, random_words, random_words_at
 from gwt_kernels.formats.moments import MomentFormat
 from gwt_kernels.formats.split import join_low, split_low_
-from gwt_kernels.formats.stochastic import round_at_random
+from gwt_kernels.formats.stochastic import stochastic_round
 
 __all__ = ["Chunk", "Storage"]
 
@@ -70,8 +70,8 @@ class Storage(NamedTuple):
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
             if self.stored.encode is None:
-                first[part] = round_at_random(m[part], bits[0], torch.bfloat16)
-                second[part] = round_at_random(v[part], bits[1], torch.bfloat16)
+                first[part] = stochastic_round(m[part], bits[0], torch.bfloat16)
+                second[part] = stochastic_round(v[part], bits[1], torch.bfloat16)
                 continue
             first[part], second[part], *scales = self.stored.encode(m[part], v[part], bits, self.level)
             q = self.stored.block_size(self.level)
@@ -87,7 +87,7 @@ class Storage(NamedTuple):
             rounded = chunk.p.contiguous().view(-1)
             for part in blocks(flat.numel(), 8, p.device):
                 bits = self._random_halves(chunk.first + part.start, part.stop - part.start, p.device)
-                rounded[part] = round_at_random(flat[part], bits, chunk.p.dtype)
+                rounded[part] = stochastic_round(flat[part], bits, chunk.p.dtype)
             if not chunk.p.is_contiguous():
                 chunk.p.copy_(rounded.view(chunk.p.shape))
         else:

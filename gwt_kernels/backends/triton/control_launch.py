@@ -13,7 +13,7 @@ from torch import Tensor
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control import decide_kernel, rows_kernel, squares_kernel, total_kernel
 from gwt_kernels.backends.triton.schema import SCALARS
-from gwt_kernels.backends.triton.tables import TRITON_DTYPES, Sender, addresses, device_guard, offs_of, owners
+from gwt_kernels.backends.triton.tables import TRITON_DTYPES, Sender, addresses, device_guard, misalignments, owners
 
 __all__ = ["decide", "rows", "squares"]
 
@@ -29,7 +29,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
     for g in grads:
         if g.numel():
             g = g.resolve_neg().contiguous()
-            aligned = not (any(offs_of(addresses([g]))) or g.numel() % 8)
+            aligned = not (any(misalignments(addresses([g]))) or g.numel() % 8)
             kinds.setdefault((g.dtype, aligned), []).append(g)
     device = (*grads, *seen)[0].device
     if not (kinds or seen):

@@ -11,7 +11,7 @@ from torch import Tensor
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.backends.triton.layout import is_flat, rows_of, variant
-from gwt_kernels.backends.triton.tables import addresses, device_guard, offs_of
+from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
 
 __all__ = ["haar_dwt", "haar_idwt"]
 
@@ -41,7 +41,7 @@ def _launch(kernel: Any, x: Tensor, coeffs: Sequence[Tensor]) -> None:
     if x.numel() == 0:
         return
     level = len(coeffs) - 1
-    flat = is_flat(x, any(offs_of(addresses([x, *coeffs]))), level)
+    flat = is_flat(x, any(misalignments(addresses([x, *coeffs]))), level)
     options = variant(level, flat)
     rows = rows_of(x, 2**level)
     multiple = max(1, 8 // options.pop("W"))

@@ -21,7 +21,7 @@ from gwt_kernels.backends.triton.tables import (
     TRITON_DTYPES,
     Sender,
     constant_rows,
-    lr_addresses,
+    lr_ptrs,
     owners,
     scalar_rows,
 )
@@ -145,7 +145,7 @@ class Launch:
                 [0] * len(bucket),
             )  # the device writes these
             first = inputs.steps.data_ptr()
-            device_scalars = [range(first, first + 8 * len(bucket), 8), lr_addresses(inputs.hypers)]
+            device_scalars = [range(first, first + 8 * len(bucket), 8), lr_ptrs(inputs.hypers)]
         else:
             rows = scalar_rows(inputs.hypers, inputs.steps, bucket.level)
             counts_of = list(inputs.steps) if bucket.is_random else []

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from gwt_kernels.backends.triton.quantized import decode_first, decode_second, encode_first, encode_second
-from gwt_kernels.backends.triton.rounding import round_at_random
+from gwt_kernels.backends.triton.rounding import stochastic_round
 from gwt_kernels.backends.triton.schema import M_PTR, M_SCALES_PTR, V_PTR, V_SCALES_PTR
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.backends.triton.tiles import load_tile, store_tile
@@ -85,7 +85,7 @@ def store_moments(
         tl.store(m_scale_ptrs, m_scales, mask=known)
         tl.store(v_scale_ptrs, v_scales, mask=known)
     elif M == tl.bfloat16:
-        m, v = round_at_random(m, bits & 0xFFFF, M), round_at_random(v, bits >> 16, M)
+        m, v = stochastic_round(m, bits & 0xFFFF, M), stochastic_round(v, bits >> 16, M)
     else:
         m, v = m.to(M), v.to(M)
     store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)

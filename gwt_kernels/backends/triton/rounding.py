@@ -12,8 +12,8 @@ __all__ = [
     "random_halves_of_blocks",
     "random_words",
     "random_words_at",
-    "round_at_random",
     "split_low",
+    "stochastic_round",
 ]
 
 _WEIGHTS = tl.constexpr(0)
@@ -96,7 +96,7 @@ def _choose(w0, w1, w2, w3, which):
 
 
 @triton.jit
-def round_at_random(x, bits, dtype: tl.constexpr):
+def stochastic_round(x, bits, dtype: tl.constexpr):
     """``x`` (float32) in bfloat16 or float16, up or down at random by 16 ``bits``, without bias."""
     raw = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from gwt_kernels.backends.bucket_validation import check_bucket, check_lows, check_scales
+from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
-from gwt_kernels.backends.triton.tables import addresses, device_guard, offs_of
+from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
 from gwt_kernels.core.bucket import Bucket, StepInputs
 
 __all__ = ["TritonRunner"]
@@ -57,7 +57,7 @@ class TritonRunner:
         self._begun: _Begun | None = None
         self._empty = [i for i, p in enumerate(bucket.params) if not p.numel()]
         if bucket.rounding == "split":
-            check_lows(bucket.params, bucket.lows)  # type: ignore[arg-type]
+            check_low_bits(bucket.params, bucket.lows)  # type: ignore[arg-type]
         absent = bytes(8 * len(bucket))
         scales = [absent, absent]
         if bucket.is_quantized:
@@ -77,7 +77,7 @@ class TritonRunner:
             "v_scales": scales[1],
         }
         own = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
-        self._own_misaligned = [any(each) for each in zip(*map(offs_of, own), strict=True)]
+        self._own_misaligned = [any(each) for each in zip(*map(misalignments, own), strict=True)]
 
     @property
     def launches(self) -> list[Launch]:
@@ -171,9 +171,9 @@ class TritonRunner:
 
     def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:
         """Bring the tensors into launches by path, if one that was aligned is no longer, or the other way round."""
-        given = offs_of(grad_ptrs)
+        given = misalignments(grad_ptrs)
         if not self._packed:
-            given = bytes(map(max, given, offs_of(param_ptrs)))
+            given = bytes(map(max, given, misalignments(param_ptrs)))
         if any(given) or self._misaligned is None or self._misaligned != self._own_misaligned:
             misaligned = [bool(off) or own for off, own in zip(given, self._own_misaligned, strict=True)]
             if misaligned != self._misaligned:

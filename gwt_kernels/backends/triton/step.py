@@ -35,8 +35,8 @@ from gwt_kernels.backends.triton.rounding import (
     random_halves_of_blocks,
     random_words,
     random_words_at,
-    round_at_random,
     split_low,
+    stochastic_round,
 )
 from gwt_kernels.backends.triton.schema import (
     B1,
@@ -257,7 +257,7 @@ def _update(
         else:
             first = first_block * W + _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
             bits = random_halves(first, NB * W, step, key)
-        store_tile(p_ptr, round_at_random(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
+        store_tile(p_ptr, stochastic_round(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
     else:
         store_tile(p_ptr, p.to(P), tile, width, padded, W, NB, KIND, MULTIPLE)
 

@@ -21,8 +21,8 @@ __all__ = [
     "addresses",
     "constant_rows",
     "device_guard",
-    "lr_addresses",
-    "offs_of",
+    "lr_ptrs",
+    "misalignments",
     "owners",
     "scalar_rows",
 ]
@@ -44,7 +44,7 @@ def addresses(tensors: Sequence[Tensor]) -> bytes:
     return quickest().addresses(tensors)
 
 
-def offs_of(words: bytes) -> bytes:
+def misalignments(words: bytes) -> bytes:
     """For each of these addresses the number of bytes that it is off a multiple of 16."""
     return words[::8].translate(_OFFS)
 
@@ -143,7 +143,7 @@ def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
     return rows
 
 
-def lr_addresses(hypers: Sequence[Hyper]) -> list[int]:
+def lr_ptrs(hypers: Sequence[Hyper]) -> list[int]:
     """Where the learning rates that are tensors lie, 0 for those that are numbers."""
     return [hyper.lr.data_ptr() if isinstance(hyper.lr, Tensor) else 0 for hyper in hypers]
 

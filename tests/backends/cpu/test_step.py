@@ -18,7 +18,7 @@ from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.cpu import step as compiled_step
 from gwt_kernels.core import philox
 from gwt_kernels.core.hyper import Span, key_of, padded_spans, quantum
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.formats import split as split_
 from gwt_kernels.formats import stochastic
@@ -115,7 +115,7 @@ def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
             wide = State(shape, level, rule, p.float(), g_dtype).step().p
             assert same(State(shape, level, rule, p, g_dtype).step().p, wide.to(dtype))
             got = State(shape, level, rule, p, g_dtype).step(rounding="stochastic").p
-            assert same(got, stochastic.round_at_random(wide, bits, dtype))
+            assert same(got, stochastic.stochastic_round(wide, bits, dtype))
             if n > 1000:
                 assert not same(got, wide.to(dtype))  # control
 
@@ -170,8 +170,8 @@ def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        assert same(narrow.m, stochastic.round_at_random(wide.m, words & 0xFFFF, BF16))
-        assert same(narrow.v, stochastic.round_at_random(wide.v, words >> 16 & 0xFFFF, BF16))
+        assert same(narrow.m, stochastic.stochastic_round(wide.m, words & 0xFFFF, BF16))
+        assert same(narrow.v, stochastic.stochastic_round(wide.v, words >> 16 & 0xFFFF, BF16))
 
 
 @shapes
@@ -261,10 +261,10 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
     )
     words = philox.random_words_at(blocks, STEP, KEY)
     assert same(
-        narrow.p, stochastic.round_at_random(wide.p, philox.random_halves_at(elements, STEP, KEY).int(), BF16)
+        narrow.p, stochastic.stochastic_round(wide.p, philox.random_halves_at(elements, STEP, KEY).int(), BF16)
     )
-    assert same(narrow.m, stochastic.round_at_random(wide.m, (words & 0xFFFF).int(), BF16))
-    assert same(narrow.v, stochastic.round_at_random(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
+    assert same(narrow.m, stochastic.stochastic_round(wide.m, (words & 0xFFFF).int(), BF16))
+    assert same(narrow.v, stochastic.stochastic_round(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
 def steps(dtype: torch.dtype = BF16, **options: object) -> list[object]:
@@ -378,7 +378,7 @@ def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
 
 def test_it_knows_what_is_said():
     p, m = torch.zeros(2, 2048), torch.zeros(2, 2)
-    one = Single(p=p, g=p, m=m, v=m, norm=None, step=1, hyper=Hyper())
+    one = TensorStep(p=p, g=p, m=m, v=m, norm=None, step=1, hyper=Hyper())
     assert compiled_step.knows([one], 10)
     assert not compiled_step.knows([one], 11)
     for name, half, byte in (("p", True, False), ("g", True, False), ("m", False, True)):

@@ -12,7 +12,7 @@ import torch
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.backends.torch import literal
-from gwt_kernels.core.tensor_step import Single
+from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Boundary, Hyper
 from tests.support import steps
 from tests.support.poisoned import LAYOUTS
@@ -78,8 +78,8 @@ def test_the_step_follows_the_oracle(monkeypatch, dtype, layout):
 
     def literally(*, level, **arguments):
         assert arguments.pop("rule") == "gwt"
-        singles = [Single(*own) for own in zip(*arguments.values(), strict=True)]
-        literal.gwt_adamw_(singles, level=level, wavelet="haar")
+        tensor_steps = [TensorStep(*own) for own in zip(*arguments.values(), strict=True)]
+        literal.gwt_adamw_(tensor_steps, level=level, wavelet="haar")
 
     monkeypatch.setattr(steps, "gwt_adamw_", literally)
     bucket = Bucket([(4, 32), (3, 37), (2, 3, 10)], 2, dtype=dtype, layouts=[layout], limited=True)
@@ -100,8 +100,8 @@ def test_the_folding_identity(level, limited):
             bucket.renew_gradients(size)
         arrays = [one.tensors(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")]
         norms = one.tensors("norms") if limited else [None] * len(shapes)
-        singles = [Single(*own, t, hyper) for *own, hyper in zip(*arrays, norms, hypers, strict=True)]
-        literal.gwt_adamw_(singles, level=level, wavelet="haar")
+        tensor_steps = [TensorStep(*own, t, hyper) for *own, hyper in zip(*arrays, norms, hypers, strict=True)]
+        literal.gwt_adamw_(tensor_steps, level=level, wavelet="haar")
         other.step(hypers, t, backend="torch")
         for got, folded in zip(one.results(), other.results(), strict=True):
             torch.testing.assert_close(got, folded, rtol=1e-12, atol=1e-12 * float(folded.abs().max()))
@@ -115,7 +115,7 @@ def test_wavelets_differ():
     for wavelet in WAVELETS:
         width = literal.approximation_width(32, 2, wavelet)
         p, moments = start.clone(), torch.zeros(2, 4, width, dtype=torch.float64)
-        one = Single(p, bucket.tensors("grads")[0], *moments, None, 1, Hyper())
+        one = TensorStep(p, bucket.tensors("grads")[0], *moments, None, 1, Hyper())
         literal.gwt_adamw_([one], level=2, wavelet=wavelet)
         updates.append(p)
     for i, p in enumerate(updates):

@@ -11,7 +11,7 @@ from torch import Tensor
 from gwt_kernels.core.hyper import key_of
 from gwt_kernels.core.philox import MOMENTS, WEIGHTS, philox, random_halves, random_words
 from gwt_kernels.formats.split import join_low, split_low
-from gwt_kernels.formats.stochastic import round_at_random
+from gwt_kernels.formats.stochastic import stochastic_round
 from tests.support import philox as oracle
 
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_a_number_becomes_one_of_its_two_neighbours(dtype):
     generator = torch.Generator().manual_seed(1)
     for bits in (0, 0xFFFF, None):
         bits = torch.randint(0, 2**16, x.shape, generator=generator) if bits is None else torch.full(x.shape, bits)
-        got = round_at_random(x, bits, dtype)
+        got = stochastic_round(x, bits, dtype)
         assert got.dtype == dtype
         raw = got.view(torch.int16)
         assert bool(((raw == below) | (raw == above)).all())
@@ -160,7 +160,7 @@ def test_what_the_dtype_holds_stays_to_the_bit(dtype):
     every = torch.arange(2**16).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for bits in (0, 1, 0x7FFF, 0xFFFF):
-        got = round_at_random(every.float(), torch.full(every.shape, bits), dtype)
+        got = stochastic_round(every.float(), torch.full(every.shape, bits), dtype)
         assert torch.equal(got.view(torch.int16), every.view(torch.int16))
 
 
@@ -171,14 +171,14 @@ def test_finite_stays_finite_and_nan_stays_nan(dtype):
     beyond = beyond.float()
     for sign in (1, -1):
         for bits in (0, 0x8000, 0xFFFF):
-            got = round_at_random(sign * beyond, torch.full(beyond.shape, bits), dtype)
+            got = stochastic_round(sign * beyond, torch.full(beyond.shape, bits), dtype)
             assert bool((got == sign * largest).all())
     assert bool(beyond[1:].to(dtype).isinf().any())  # control: to the nearest, some are infinite
     raw = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFFF], dtype=torch.int32)
     for bits in (0, 0xFFFF):
-        assert bool(round_at_random(raw.view(torch.float32), torch.full(raw.shape, bits), dtype).isnan().all())
+        assert bool(stochastic_round(raw.view(torch.float32), torch.full(raw.shape, bits), dtype).isnan().all())
     infinite = torch.tensor([math.inf, -math.inf])
-    assert round_at_random(infinite, torch.tensor([0xFFFF, 0xFFFF]), dtype).tolist() == infinite.tolist()
+    assert stochastic_round(infinite, torch.tensor([0xFFFF, 0xFFFF]), dtype).tolist() == infinite.tolist()
 
 
 def values(dtype: torch.dtype, n: int = 300) -> Tensor:
@@ -199,7 +199,7 @@ def test_the_mean_over_all_noise_is_the_number(dtype):
     x = values(dtype)
     x = torch.cat((x, patterns(2**10)[-200:])) if dtype == torch.bfloat16 else x  # subnormal ones
     for one in x:
-        rounded = round_at_random(one.expand(2**16), noise, dtype).double()
+        rounded = stochastic_round(one.expand(2**16), noise, dtype).double()
         assert float(rounded.mean()) == float(one)
 
 
@@ -207,7 +207,7 @@ def test_subnormal_float16_is_unbiased_to_the_resolution_of_the_noise():
     noise = torch.arange(2**16)
     for one in (3e-8, -1.234567e-6, 5.9e-5, 2**-24 * (1 + 2**-17), 1e-30):
         x = torch.tensor(one)
-        mean = float(round_at_random(x.expand(2**16), noise, torch.float16).double().mean())
+        mean = float(stochastic_round(x.expand(2**16), noise, torch.float16).double().mean())
         assert abs(mean - float(x)) <= 2**-24 * 2**-16  # an ulp, in steps of the noise
 
 
@@ -227,12 +227,12 @@ def test_rounding_with_the_generators_bits_is_unbiased(dtype):
     bits = random_halves(0, n * len(x), 9, KEY, CPU).view(n, len(x))
     words = random_words(0, n * len(x), 9, KEY, CPU).view(n, len(x))
     for noise in (bits, words & 0xFFFF, words >> 16 & 0xFFFF):
-        fair = round_at_random(x.expand_as(noise), noise, dtype)
+        fair = stochastic_round(x.expand_as(noise), noise, dtype)
         assert float(biases(x, dtype, fair).abs().max()) < 5
     controls = {
-        "truncated": round_at_random(x.expand_as(bits), torch.zeros_like(bits), dtype),
+        "truncated": stochastic_round(x.expand_as(bits), torch.zeros_like(bits), dtype),
         "nearest": x.to(dtype).expand_as(bits),
-        "8 bits": round_at_random(x.expand_as(bits), bits & 0xFF00, dtype),
+        "8 bits": stochastic_round(x.expand_as(bits), bits & 0xFF00, dtype),
     }
     for name, rounded in controls.items():
         assert float(biases(x, dtype, rounded).abs().max()) > 7, name
@@ -242,8 +242,8 @@ def test_rounding_with_the_generators_bits_is_unbiased(dtype):
 def test_any_strides(dtype):
     x = values(dtype, 60)
     bits = random_halves(0, x.numel(), 1, KEY, CPU)
-    expected = round_at_random(x, bits, dtype).view(8, 8).t()
-    got = round_at_random(x.view(8, 8).t(), bits.view(8, 8).t(), dtype)
+    expected = stochastic_round(x, bits, dtype).view(8, 8).t()
+    got = stochastic_round(x.view(8, 8).t(), bits.view(8, 8).t(), dtype)
     assert torch.equal(got, expected)
 
 

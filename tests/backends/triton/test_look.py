@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdamW
-from gwt_kernels.backends.step_decision import Asked, squares
+from gwt_kernels.backends.step_decision import ClipRequest, squares
 from gwt_kernels.backends.triton import control_launch, launch
 from gwt_kernels.functional import Hyper
 from gwt_kernels.optim import step_plan
@@ -140,8 +140,8 @@ def test_steps_are_those_without_a_look(device, monkeypatch, options):
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     runs = []
-    for can_wait in (Asked.can_wait, False):  # the control reads all gradients before it begins
-        monkeypatch.setattr(Asked, "can_wait", can_wait)
+    for can_wait in (ClipRequest.can_wait, False):  # the control reads all gradients before it begins
+        monkeypatch.setattr(ClipRequest, "can_wait", can_wait)
         params = parameters([(64, 512), (3, 37), (0, 8), (16, 8)], place("triton", device), dtype)
         params[1] = torch.nn.Parameter(params[1].detach().t().contiguous().t())  # updated in a copy
         groups = [{"params": params[:3], "level": 2}, {"params": params[3:], "level": 0}]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gwt_kernels import GWTAdamW, survey
+from gwt_kernels import GWTAdamW
 from gwt_kernels.backends.triton import native
+from gwt_kernels.core import survey
 from gwt_kernels.core.survey import PYTHON, Survey
 from tests.support import interpreter
 from tests.support.native import needs_compiler

@@ -13,8 +13,8 @@ from gwt_kernels.backends.triton.rounding import (
     random_halves,
     random_halves_at,
     random_words,
-    round_at_random,
     split_low,
+    stochastic_round,
 )
 from gwt_kernels.backends.triton.tables import TRITON_DTYPES
 from gwt_kernels.core import philox as expected
@@ -54,7 +54,7 @@ def bits_kernel(arguments_ptr, out_ptr, N: tl.constexpr, KIND: tl.constexpr):
 def round_kernel(x_ptr, bits_ptr, out_ptr, N: tl.constexpr, DTYPE: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
-    tl.store(out_ptr + i, round_at_random(tl.load(x_ptr + i), bits, DTYPE))
+    tl.store(out_ptr + i, stochastic_round(tl.load(x_ptr + i), bits, DTYPE))
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def test_rounding_is_that_of_the_torch_backend(device, dtype):
     for bits in (random, torch.zeros_like(random), torch.full_like(random, 0xFFFF)):
         out = torch.zeros(n, dtype=dtype, device=device)
         run(round_kernel, x.to(device), bits.to(device), out, programs=8, N=n // 8, DTYPE=TRITON_DTYPES[dtype])
-        got, wanted = out.cpu(), stochastic.round_at_random(x, bits, dtype)
+        got, wanted = out.cpu(), stochastic.stochastic_round(x, bits, dtype)
         assert torch.equal(got.isnan(), wanted.isnan())
         assert int(wanted.isnan().sum()) == 3
         number = ~wanted.isnan()
