@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gwt_kernels import __version__, backends
+from gwt_kernels import __version__
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.cpu.step import TYPES
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.core.tensor_step import TensorStep
@@ -39,15 +40,15 @@ def report() -> bool:
     print("Devices")
     for device, description in _devices():
         print(f"  {device}: {description}")
-        if device.type == "cpu" and (missing := backends.compiler_obstacle(device)):
+        if device.type == "cpu" and (missing := choice.compiler_obstacle(device)):
             print(f"    {missing}")
         for dtype in DTYPES:
-            obstacle = backends.triton_obstacle(device, dtype)
-            chosen = backends.resolve(None, device, dtype, level=2)
+            obstacle = choice.triton_obstacle(device, dtype)
+            chosen = choice.resolve(None, device, dtype, level=2)
             reason = f": {obstacle}" if obstacle else ""
             if chosen == "torch" and not obstacle:
                 reason = ": Triton runs on CUDA devices; here its interpreter serves the self-check below"
-            if chosen == "torch" and dtype in TYPES and backends.is_compiled(None, device):
+            if chosen == "torch" and dtype in TYPES and choice.is_compiled(None, device):
                 chosen = "compiled"
             print(f"    {str(dtype).removeprefix('torch.'):<9} -> {chosen}{reason}")
 
@@ -76,9 +77,9 @@ def self_check() -> Iterator[tuple[str, float, float]]:
             ("compiled", torch.float32, 1e-5),
             ("triton", torch.float32, 1e-5),
         ):
-            if backend == "triton" and backends.triton_obstacle(device, dtype):
+            if backend == "triton" and choice.triton_obstacle(device, dtype):
                 continue
-            if backend == "compiled" and backends.compiler_obstacle(device):
+            if backend == "compiled" and choice.compiler_obstacle(device):
                 continue
             for level in (0, 2, 3):
                 label = f"{backend}, {str(dtype).removeprefix('torch.')}, level {level}, on {device}"

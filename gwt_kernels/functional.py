@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.bucket import Bucket, StepInputs
@@ -87,7 +87,7 @@ def gwt_adamw_(
         return
     control, limits = options.pop("control", None), options.pop("limits", None)
     backend, workspace = options.pop("backend", None), options.pop("workspace", None)
-    backends.check_name(backend)
+    choice.check_name(backend)
     if not len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(params):
         lengths = [len(grads), len(exp_avgs), len(exp_avg_sqs)]
         raise ValueError(f"{len(params)} params need as many of all else, got {lengths}")
@@ -103,11 +103,11 @@ def gwt_adamw_(
 
 
 def _runner(
-    bucket: Bucket, grads: Sequence[Tensor], backend: backends.Backend | None, workspace: dict[str, Any]
+    bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None, workspace: dict[str, Any]
 ) -> Runner:
     """What ran the last step of the same tensors with this workspace, or a new runner."""
     kinds = [(g.dtype, g.shape, g.is_contiguous(), g.is_neg()) for g in grads]
-    known = bucket.fingerprint(), kinds, backend, backends.tracer()
+    known = bucket.fingerprint(), kinds, backend, choice.tracer()
     if workspace.get("fingerprint") != known:
         workspace["runner"] = prepare(bucket, backend)
         workspace["fingerprint"] = known

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 
 _CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
 
@@ -203,9 +203,9 @@ def facts(device: torch.device, module: str, arguments: Iterable[str], commit: s
 
 def own_backend(device: torch.device) -> str:
     """Return the backend that `GWTAdamW` takes on a device where none is asked for."""
-    if device.type == "cpu" and backends.is_compiled(None, device):
+    if device.type == "cpu" and choice.is_compiled(None, device):
         return "compiled"
-    return backends.resolve(None, device, torch.float32, level=2)
+    return choice.resolve(None, device, torch.float32, level=2)
 
 
 def device_name(device: torch.device) -> str:

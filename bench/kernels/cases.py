@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from bench.common.models import shapes_of
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import quantum
 from gwt_kernels.haar.transform import deepest_level
 
@@ -120,7 +120,7 @@ def set_count(case: Case, cache: int) -> int:
     return min(MAX_SETS, max(2, 1 + -(-2 * cache // bytes_held(case))))
 
 
-def obstacle(case: Case, device: torch.device, backend: backends.Backend | None) -> str | None:
+def obstacle(case: Case, device: torch.device, backend: choice.Backend | None) -> str | None:
     """Why a case cannot run, or None."""
     for dtype, known in ((case.data, DTYPES), (case.moments, (*DTYPES, torch.int8, None))):
         if dtype is not None and dtype not in known:
@@ -129,7 +129,7 @@ def obstacle(case: Case, device: torch.device, backend: backends.Backend | None)
     if case.level > deepest_level(case.shape[-1]):
         return f"not possible: level {case.level} is too deep for rows of {case.shape[-1]}"
     if backend == "triton" or (backend is None and device.type == "cuda"):
-        why = backends.triton_obstacle(device, case.data, case.level)
+        why = choice.triton_obstacle(device, case.data, case.level)
         return why and f"no kernel: {why}"
     return None
 

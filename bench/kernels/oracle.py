@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.kernels import quantized
 from bench.kernels.cases import Case, bytes_held
-from gwt_kernels import backends, haar_dwt, haar_idwt
+from gwt_kernels import haar_dwt, haar_idwt
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
@@ -39,7 +40,7 @@ class Buffers:
         backend: As for :func:`gwt_kernels.functional.gwt_adamw_`.
     """
 
-    def __init__(self, case: Case, device: torch.device, backend: backends.Backend | None) -> None:
+    def __init__(self, case: Case, device: torch.device, backend: choice.Backend | None) -> None:
         self.case, self.backend = case, backend
         generator = torch.Generator(device).manual_seed(0)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.bucket import Bucket
 
 __all__ = ["is_on_triton", "prepare"]
 
 
-def prepare(bucket: Bucket, backend: backends.Backend | None) -> Runner:
+def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
     """The runner of a bucket.
 
     Args:
@@ -26,7 +26,7 @@ def prepare(bucket: Bucket, backend: backends.Backend | None) -> Runner:
         from gwt_kernels.backends.triton.runner import TritonRunner
 
         return TritonRunner(bucket)
-    if not bucket.is_literal and backends.is_compiled(backend, bucket.device):
+    if not bucket.is_literal and choice.is_compiled(backend, bucket.device):
         from gwt_kernels.backends.cpu.runner import CompiledRunner
 
         return CompiledRunner(bucket)
@@ -35,11 +35,11 @@ def prepare(bucket: Bucket, backend: backends.Backend | None) -> Runner:
     return TorchRunner(bucket)
 
 
-def is_on_triton(bucket: Bucket, backend: backends.Backend | None) -> bool:
+def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
     """Whether kernels update a bucket: all of its arrays have to suit them, not the parameters alone.
 
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.
     """
     kind = bucket.level, bucket.wavelet, bucket.boundary
-    return {backends.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}
+    return {choice.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 
 __all__ = ["ClipRequest", "control_", "decide", "send", "squares"]
 
@@ -49,7 +49,7 @@ class ClipRequest(NamedTuple):
 
 @torch.no_grad()
 def control_(
-    buckets: Sequence[tuple[Sequence[Tensor], backends.Backend | None]],
+    buckets: Sequence[tuple[Sequence[Tensor], choice.Backend | None]],
     asked: ClipRequest,
     *,
     skipped: Tensor,
@@ -74,8 +74,8 @@ def control_(
     by_place: dict[tuple[torch.device, str], tuple[list[Tensor], list[Tensor]]] = {}  # gradients; what is seen
     for grads, backend in buckets:
         device = grads[0].device
-        choice = backends.resolve_update(backend, device, grads[0].dtype, 0)
-        by_place.setdefault((device, choice), ([], []))[0].extend(grads)
+        name = choice.resolve_update(backend, device, grads[0].dtype, 0)
+        by_place.setdefault((device, name), ([], []))[0].extend(grads)
     for part in seen:
         by_place.setdefault((part.device, "triton"), ([], []))[1].append(part)
     home = skipped.device

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch import haar as statement
 from gwt_kernels.haar.transform import band_widths, check_coefficients, check_tensor
 
@@ -41,7 +41,7 @@ def _idwt(coeffs: list[Tensor], length: int) -> Tensor:
 
 
 def _implementation(x: Tensor, level: int) -> Any:
-    if backends.triton_obstacle(x.device, x.dtype, level) is not None:
+    if choice.triton_obstacle(x.device, x.dtype, level) is not None:
         return statement
     from gwt_kernels.backends.triton import haar_launch
 

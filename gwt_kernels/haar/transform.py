@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 
 __all__ = ["haar_dwt", "haar_idwt"]
 
 
-def haar_dwt(x: Tensor, level: int, *, backend: backends.Backend | None = None) -> list[Tensor]:
+def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) -> list[Tensor]:
     """Multi-level orthonormal Haar transform of the last dimension.
 
     The coefficients equal ``pywt.wavedec(x, "haar", mode="zero", level=level, axis=-1)``: an odd
@@ -46,7 +46,7 @@ def haar_dwt(x: Tensor, level: int, *, backend: backends.Backend | None = None) 
 
 
 def haar_idwt(
-    coeffs: Sequence[Tensor], length: int | None = None, *, backend: backends.Backend | None = None
+    coeffs: Sequence[Tensor], length: int | None = None, *, backend: choice.Backend | None = None
 ) -> Tensor:
     """Inverse of :func:`haar_dwt`.
 
@@ -77,12 +77,12 @@ def haar_idwt(
 
 
 def _resolve(
-    backend: backends.Backend | None, device: torch.device, dtype: torch.dtype, level: int
-) -> backends.Backend:
-    """The backend as :func:`gwt_kernels.backends.resolve` has it; meta tensors need no device that runs kernels."""
+    backend: choice.Backend | None, device: torch.device, dtype: torch.dtype, level: int
+) -> choice.Backend:
+    """The backend as :func:`choice.resolve` has it; meta tensors need no device that runs kernels."""
     if device.type == "meta" and backend == "triton":
-        device = torch.device("cpu" if backends.launches_on("cpu") else "cuda")
-    return backends.resolve(backend, device, dtype, level)
+        device = torch.device("cpu" if choice.launches_on("cpu") else "cuda")
+    return choice.resolve(backend, device, dtype, level)
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import the compiler.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Boundary, Rounding, Rule
@@ -159,7 +159,7 @@ class GWTAdamW(Optimizer):
         skip_nonfinite: bool = False,
         capturable: bool = False,
         telemetry: bool = False,
-        backend: backends.Backend | None = None,
+        backend: choice.Backend | None = None,
     ) -> None:
         self._limiter_is_published = norm_growth_limit == "published"
         if self._limiter_is_published:
@@ -287,7 +287,7 @@ class GWTAdamW(Optimizer):
             )
         capturing = is_captured(self.capturable)
         self._check_options()
-        symbolic = backends.tracer() is not None and backends.is_symbolic()
+        symbolic = choice.tracer() is not None and choice.is_symbolic()
         if symbolic:  # nothing that stands for numbers here may be found by a later step
             self._forget_plans()
         groups, capturable = self.param_groups, self.capturable
@@ -312,8 +312,8 @@ class GWTAdamW(Optimizer):
         self._grad_norm = skipped = None
         if asked.anything and not plan.is_idle:
             check_traceable(asked)
-            skipped = count_of_skipped(None if backends.is_symbolic() else self._skipped, plan.devices)
-            if not backends.is_symbolic():
+            skipped = count_of_skipped(None if choice.is_symbolic() else self._skipped, plan.devices)
+            if not choice.is_symbolic():
                 self._skipped = skipped
         decisions = plan.step(grads, hypers, asked, skipped)
         if skipped is not None and decisions is not None and asked.of_gradients:
@@ -473,7 +473,7 @@ class GWTAdamW(Optimizer):
             *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
             self.capturable,
             decides,
-            backends.tracer(),
+            choice.tracer(),
             *(getattr(g["lr"], "device", None) for g in groups),
         ]
 
@@ -528,7 +528,7 @@ class GWTAdamW(Optimizer):
 
     def _telemetry_rows(self, members: Sequence[Member]) -> Tensor | None:
         """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
-        if not self._observed or backends.is_symbolic():
+        if not self._observed or choice.is_symbolic():
             return None
         for gone in self._rows.keys() - set(chain.from_iterable(group["params"] for group in self.param_groups)):
             del self._rows[gone]  # a parameter that another took the place of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import literal_alone
@@ -107,7 +107,7 @@ def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[
     moments = moment_format(p, group).arithmetic
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
-            backends.resolve_update(
+            choice.resolve_update(
                 group["backend"], p.device, dtype, group["level"], group["wavelet"], group["boundary"]
             )
         except RuntimeError as error:
@@ -171,10 +171,10 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.device.type != "cuda":
         return
     kind = (p.device, p.dtype, group["level"], group["wavelet"], group["boundary"])
-    if backends.resolve(group["backend"], *kind) == "torch":
+    if choice.resolve(group["backend"], *kind) == "torch":
         raise RuntimeError(
             f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
-            f"host's numbers, but {backends.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+            f"host's numbers, but {choice.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
         )
     if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
         raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")
@@ -182,9 +182,9 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
 def check_traceable(asked: ClipRequest) -> None:
     """Raise if a graph is being made of a step that may have to be skipped."""
-    if backends.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
+    if choice.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
         raise RuntimeError(
-            f"GWTAdamW.step() is being traced by {backends.tracer()}, and a graph cannot skip a step: take "
+            f"GWTAdamW.step() is being traced by {choice.tracer()}, and a graph cannot skip a step: take "
             f"skip_nonfinite=True or the GradScaler away while tracing"
         )
 

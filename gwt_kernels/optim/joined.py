@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import send
 
 __all__ = ["Joined"]
@@ -117,6 +117,6 @@ def _number(x: Tensor) -> float:
     try:
         return float(x)
     except RuntimeError:  # of which what a meta tensor raises is one
-        if backends.is_graph():
+        if choice.is_graph():
             raise
         return 0.0

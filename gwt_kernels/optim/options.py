@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import filter_bank
 from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, check_rule, literal_alone
 from gwt_kernels.formats.moments import FORMATS, wide
@@ -85,7 +85,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
-    backends.check_name(group["backend"])
+    choice.check_name(group["backend"])
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
@@ -201,7 +201,7 @@ def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
     """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
     if not (capturable and isinstance(lr, Tensor)):
         return _number("lr", lr)
-    if lr.device.type == "cpu" and not backends.launches_on("cpu"):  # where Triton does, that is its device
+    if lr.device.type == "cpu" and not choice.launches_on("cpu"):  # where Triton does, that is its device
         return _number("lr", lr)
     if lr.dtype != torch.float32:
         raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")

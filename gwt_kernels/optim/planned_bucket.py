@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.bucket import Bucket, StepInputs
@@ -71,14 +71,14 @@ class PlannedBucket:
         self._owner = self._owners[0] if len(set(self._owners)) == 1 else None
         self.bucket = _bucket_of(members, own, groups, telemetry, limits is None)
         self.device = self.bucket.device
-        self.backend: backends.Backend | None = group["backend"]
+        self.backend: choice.Backend | None = group["backend"]
         self.runner = prepare(self.bucket, self.backend)
         self._counted = None if totals is None else list(map(totals.counts, params))
         # Whether the limiter's first pass can read gradients for the step's decision. Another process counts those
         # that this one does not.
         self.collects_grad_stats = is_limited(group) and self.runner.collects_grad_stats
         self.collects_grad_stats &= self._counted is None or all(self._counted)
-        symbolic = backends.is_symbolic()
+        symbolic = choice.is_symbolic()
         self.limits = limits
         if limits is not None:
             self._limited_places = limits.places_of(params)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import approximation_width
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span
@@ -176,7 +176,7 @@ def check_state(
             f"limiter_norm of {name} is {state['limiter_norm'].dtype}, but the optimizer keeps {_norm_dtype(p)}: "
             f"convert the state with gwt_kernels.migrate"
         )
-    told = state["step"].device.type == "cpu" and not backends.is_symbolic()  # without waiting for a device
+    told = state["step"].device.type == "cpu" and not choice.is_symbolic()  # without waiting for a device
     if told and not 0 <= float(state["step"]) < math.inf:
         raise ValueError(f"step of {name} is {float(state['step'])}: it must be the number of steps so far")
 
@@ -196,7 +196,7 @@ def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
 def check_memory(x: Tensor, name: str) -> None:
     """Raise unless the memory of a tensor, whose address goes to C or to a kernel, is there."""
     x = local_of(x)
-    if not x.numel() or backends.is_symbolic() or not torch._C._has_storage(x):
+    if not x.numel() or choice.is_symbolic() or not torch._C._has_storage(x):
         return
     end = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     held = x.untyped_storage().nbytes()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.step_decision import ClipRequest, control_, send
 from gwt_kernels.core.bucket import StepInputs
@@ -88,7 +88,7 @@ class StepPlan:
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         self.survey = _survey_for(self.buckets)
         self._snapshot = None
-        if not backends.is_symbolic():  # nothing that stands for numbers here may be found by a later step
+        if not choice.is_symbolic():  # nothing that stands for numbers here may be found by a later step
             self._snapshot = Fingerprint(
                 sources.params, sources.grads, sources.options, states, sources.held, self.survey
             )
@@ -175,7 +175,7 @@ class StepPlan:
                 totals.add_up(found_inf)
                 asked = asked._replace(found_inf=found_inf)
         seen = list(chain.from_iterable(each.grad_stats for each in reductions if each is not None))
-        chosen: list[tuple[Sequence[Tensor], backends.Backend | None]] = [
+        chosen: list[tuple[Sequence[Tensor], choice.Backend | None]] = [
             (own, bucket.backend)
             for own, bucket, each in zip(grads, self.buckets, reductions, strict=True)
             if each is None or not each.grad_stats  # of empty tensors

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, backends, haar_dwt
+from gwt_kernels import GWTAdamW, haar_dwt
+from gwt_kernels.backends import choice
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support.runs import assert_same_bits, checked_step, give_gradients, parameters, refused
 
@@ -21,9 +22,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def _fresh_cache():
     """What Triton can do is remembered; these tests change it."""
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
     yield
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
 
 
 def python(code, **environment):
@@ -39,36 +40,36 @@ def python(code, **environment):
 
 def test_none_chooses_torch_on_a_cpu_even_under_the_interpreter():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert backends.resolve(None, CPU, dtype, 2) == "torch"
+        assert choice.resolve(None, CPU, dtype, 2) == "torch"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monkeypatch):
-    monkeypatch.setattr(backends, "interpreted", lambda: False)
-    monkeypatch.setattr(backends, "triton_obstacle", backends.triton_obstacle.__wrapped__)  # without its memory
+    monkeypatch.setattr(choice, "interpreted", lambda: False)
+    monkeypatch.setattr(choice, "triton_obstacle", choice.triton_obstacle.__wrapped__)  # without its memory
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for level in (0, 2, backends.MAX_TRITON_LEVEL):
-            assert backends.resolve(None, CUDA, dtype, level) == "triton"
-            assert backends.resolve("torch", CUDA, dtype, level) == "torch"
-    assert backends.resolve(None, CUDA, torch.float64, 2) == "torch"
-    assert backends.resolve(None, CUDA, torch.float32, backends.MAX_TRITON_LEVEL + 1) == "torch"
-    assert backends.resolve(None, CUDA, torch.float32, 2, "db2") == "torch"
-    assert backends.resolve(None, CUDA, torch.float32, 2, "haar", "reflect") == "torch"
-    assert backends.resolve(None, CUDA, torch.float32, 0, "bior2.2", "reflect") == "triton"
+        for level in (0, 2, choice.MAX_TRITON_LEVEL):
+            assert choice.resolve(None, CUDA, dtype, level) == "triton"
+            assert choice.resolve("torch", CUDA, dtype, level) == "torch"
+    assert choice.resolve(None, CUDA, torch.float64, 2) == "torch"
+    assert choice.resolve(None, CUDA, torch.float32, choice.MAX_TRITON_LEVEL + 1) == "torch"
+    assert choice.resolve(None, CUDA, torch.float32, 2, "db2") == "torch"
+    assert choice.resolve(None, CUDA, torch.float32, 2, "haar", "reflect") == "torch"
+    assert choice.resolve(None, CUDA, torch.float32, 0, "bior2.2", "reflect") == "triton"
 
 
 @pytest.mark.parametrize(
     ("dtype", "level", "wavelet", "words"),
     [
         (torch.float64, 2, "haar", ["torch.float64", "float32"]),
-        (torch.float32, backends.MAX_TRITON_LEVEL + 1, "haar", ["level 11", "10"]),
+        (torch.float32, choice.MAX_TRITON_LEVEL + 1, "haar", ["level 11", "10"]),
         (torch.float32, 2, "db2", ["'db2'", "Haar"]),
     ],
 )
 @pytest.mark.parametrize("on", [CPU, CUDA])
 def test_triton_asked_for_where_its_kernels_cannot_take_the_tensors(on, dtype, level, wavelet, words):
     with pytest.raises(RuntimeError) as caught:
-        backends.resolve("triton", on, dtype, level, wavelet)
+        choice.resolve("triton", on, dtype, level, wavelet)
     for word in ("backend='triton'", "backend='torch'", *words):
         assert word in str(caught.value)
 
@@ -76,7 +77,7 @@ def test_triton_asked_for_where_its_kernels_cannot_take_the_tensors(on, dtype, l
 @pytest.mark.parametrize("on", [CPU, CUDA])
 def test_triton_knows_no_rows_that_go_on_with_anything_but_zeros(on):
     with pytest.raises(RuntimeError, match=r"boundary='zero' only, not 'reflect'; use backend='torch'"):
-        backends.resolve("triton", on, torch.float32, 2, "haar", "reflect")
+        choice.resolve("triton", on, torch.float32, 2, "haar", "reflect")
 
 
 @pytest.fixture
@@ -90,36 +91,36 @@ def no_interpreter(monkeypatch):
 
 def test_triton_asked_for_on_a_cpu_without_the_interpreter(no_interpreter):
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .* on cpu, .* use backend='torch'"):
-        backends.resolve("triton", CPU, torch.float32, 2)
+        choice.resolve("triton", CPU, torch.float32, 2)
 
 
 def test_another_driver_takes_tensors_on_its_device(no_interpreter, monkeypatch):
     """One for CPUs, say, that the user has made active."""
     other = SimpleNamespace(get_active_torch_device=lambda: torch.device("cpu"))
     monkeypatch.setattr(no_interpreter, "_active", other)
-    assert backends.resolve("triton", CPU, torch.float32, 2) == "triton"
-    assert backends.resolve(None, CPU, torch.float32, 2) == "torch"
-    assert backends.resolve(None, CUDA, torch.float32, 2) == "triton"
+    assert choice.resolve("triton", CPU, torch.float32, 2) == "triton"
+    assert choice.resolve(None, CPU, torch.float32, 2) == "torch"
+    assert choice.resolve(None, CUDA, torch.float32, 2) == "triton"
     with pytest.raises(RuntimeError, match=r"the tensors are on xpu, and Triton runs on CUDA devices"):
-        backends.resolve("triton", torch.device("xpu"), torch.float32, 2)
+        choice.resolve("triton", torch.device("xpu"), torch.float32, 2)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        backends.resolve("triton", CUDA, torch.float32, 2)
+        choice.resolve("triton", CUDA, torch.float32, 2)
 
 
 @pytest.mark.parametrize("value", ["1", "true", "on", "YES"])
 def test_the_interpreter_takes_tensors_on_a_cpu(monkeypatch, value):
     monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert backends.resolve("triton", CPU, torch.float32, 2) == "triton"
+    assert choice.resolve("triton", CPU, torch.float32, 2) == "triton"
 
 
 def test_unknown_names():
     for name in ("cuda", "", "Torch", 1):
         with pytest.raises(ValueError, match=r"unknown backend .*'triton', 'torch', 'compiled', or None"):
-            backends.resolve(name, CPU, torch.float32, 2)
+            choice.resolve(name, CPU, torch.float32, 2)
     for name in (None, "triton", "torch"):
-        backends.check_name(name)
+        choice.check_name(name)
 
 
 # What the optimizer makes of it ---------------------------------------------------------------------------

@@ -339,11 +339,11 @@ def test_what_cannot_be_says_why(case: Case, note: str) -> None:
 
 def test_no_kernel_is_no_reason_to_time_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from gwt_kernels import backends
+    from gwt_kernels.backends import choice
 
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
     why = obstacle(step(11, shape=(1, 2048)), torch.device("cuda"), None)
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
     assert why is not None
     assert why.startswith("no kernel: level 11 is above 10")
 

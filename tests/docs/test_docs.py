@@ -18,7 +18,8 @@ from torch import nn
 
 from bench.common import records
 from bench.pretrain.optimizers import check_name
-from gwt_kernels import GWTAdamW, backends, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients
+from gwt_kernels import GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.torch import literal
 
@@ -77,12 +78,12 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
-    backends.resolve("compiled", torch.device("cpu"), torch.float32, 2)
+    choice.resolve("compiled", torch.device("cpu"), torch.float32, 2)
 
 
 def interpreted_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    raise RuntimeError(backends.triton_obstacle(torch.device("cuda"), torch.float32))
+    raise RuntimeError(choice.triton_obstacle(torch.device("cuda"), torch.float32))
 
 
 def interpreted_codegen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_messages_are_real(part: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(messages) == len(PROVOKED)  # none that nothing here provokes
     (message,) = (text for text in messages if part in text)
     provoke = foreign_record(tmp_path) if part == "has the format" else PROVOKED[part]
-    remembered = (backends.triton_obstacle, backends.compiler_obstacle)
+    remembered = (choice.triton_obstacle, choice.compiler_obstacle)
     for obstacle in remembered:
         obstacle.cache_clear()
     try:

@@ -310,14 +310,14 @@ def test_a_backend_that_cannot_run_says_why(device):
 def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
     from triton.runtime import driver
 
-    from gwt_kernels import backends
+    from gwt_kernels.backends import choice
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(driver, "_active", None)  # but Triton's own
-    backends.triton_obstacle.cache_clear()
+    choice.triton_obstacle.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="the tensors are on cpu, and Triton runs on CUDA devices"):
             haar_dwt(torch.zeros(8), 1, backend="triton")
     finally:
         monkeypatch.undo()
-        backends.triton_obstacle.cache_clear()
+        choice.triton_obstacle.cache_clear()

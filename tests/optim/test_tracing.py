@@ -11,7 +11,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gwt_kernels import GWTAdamW, backends
+from gwt_kernels import GWTAdamW
+from gwt_kernels.backends import choice
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import runs
 from tests.support.steps import update_sums
@@ -231,7 +232,7 @@ def test_a_memory_tracker_sees_the_step():
     with tracker:
         model(torch.ones(2, 64)).sum().backward()
         optimizer.step()
-        assert backends.tracer() == "MemTracker"
+        assert choice.tracer() == "MemTracker"
     snapshot = tracker.get_tracker_snapshot("current")
     states = {str(kind): size for kind, size in snapshot[torch.device("cpu")].items()}
     assert sum(size for kind, size in states.items() if "Optstate" in kind or "OPT" in kind) >= 2 * 4 * 64 * 65
@@ -239,8 +240,8 @@ def test_a_memory_tracker_sees_the_step():
 
 def test_a_step_of_functional_tensors_is_pytorchs():
     with FunctionalTensorMode():
-        assert backends.tracer() == "FunctionalTensorMode"
-        assert backends.resolve_update(None, torch.device("cuda"), torch.float32, 2) == "torch"
+        assert choice.tracer() == "FunctionalTensorMode"
+        assert choice.resolve_update(None, torch.device("cuda"), torch.float32, 2) == "torch"
 
 
 def test_sums_of_fakes_have_their_shapes():

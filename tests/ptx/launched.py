@@ -14,7 +14,8 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels import GWTAdamW, haar_dwt, haar_idwt
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.runner import TritonRunner
 from gwt_kernels.core.bucket import Bucket, StepInputs
@@ -192,20 +193,20 @@ def check_products(chip: str) -> None:
 
 
 def main(chip: str) -> None:
-    assert not backends.launches_on("cpu")
+    assert not choice.launches_on("cpu")
     before = driver._active
     with Driver(chip) as d:
         assert driver.active is d
-        assert backends.launches_on("cpu")
-        assert not backends.launches_on("meta")
+        assert choice.launches_on("cpu")
+        assert not choice.launches_on("meta")
         check_launches(d)
         check_hooks()
         check_faults()
         check_optimizer()
         assert d.counts.launches["step_kernel"] == 6
     assert driver._active is before
-    backends.triton_obstacle.cache_clear()
-    assert not backends.launches_on("cpu")
+    choice.triton_obstacle.cache_clear()
+    assert not choice.launches_on("cpu")
     check_options(chip)
     check_products(chip)
     with refused(ValueError, "sm_70"):

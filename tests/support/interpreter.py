@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def like_a_gpu() -> Iterator[None]:
 
     The interpreter truncates float32 to bfloat16, and makes subnormal bfloat16 larger when it widens them.
     """
-    if not backends.interpreted():
+    if not choice.interpreted():
         yield
         return
     import triton.language as tl

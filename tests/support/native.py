@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 
 _found = [
     importlib.util.find_spec("triton"),
@@ -22,6 +22,6 @@ needs_compiler = pytest.mark.skipif(
     not all(_found), reason="needs Triton, a C compiler and Python's headers: install triton, gcc and python3-dev"
 )
 needs_step_in_c = pytest.mark.skipif(
-    backends.compiler_obstacle(torch.device("cpu")) is not None,
+    choice.compiler_obstacle(torch.device("cpu")) is not None,
     reason="needs a C compiler: apt-get install gcc, or set CC",
 )

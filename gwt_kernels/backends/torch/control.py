@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels import backends
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.haar import compute_dtype
 
 __all__ = ["decide", "squares"]
@@ -31,7 +31,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
         torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
     )
     # The squares of finite numbers may overflow, so only the elements themselves can tell that one is not finite.
-    told = total.device.type == "cpu" and not backends.is_symbolic()  # by the host, now
+    told = total.device.type == "cpu" and not choice.is_symbolic()  # by the host, now
     if not norms or (told and total.isfinite()):
         bad = torch.zeros_like(total)
     else:

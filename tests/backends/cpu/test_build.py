@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, backends
+from gwt_kernels import GWTAdamW
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.cpu import build, step
 from tests.support.native import needs_step_in_c
 from tests.support.runs import assert_same_bits, give_gradients, parameters, train
@@ -27,7 +28,7 @@ pytestmark = needs_step_in_c
 def cache(monkeypatch, tmp_path):
     """A cache of its own, and nothing remembered; afterwards too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    remembered = (build.library, backends.compiler_obstacle)
+    remembered = (build.library, choice.compiler_obstacle)
     for function in remembered:
         function.cache_clear()
     yield tmp_path / "cache" / "gwt_kernels"
@@ -115,7 +116,7 @@ def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     assert isinstance(build.library(), ctypes.CDLL)
-    assert backends.compiler_obstacle(CPU) is None
+    assert choice.compiler_obstacle(CPU) is None
 
 
 def test_no_home_at_all(cache, monkeypatch):
@@ -145,11 +146,11 @@ def test_no_compiler(cache, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
-    assert not backends.is_compiled(None, CPU)
+    assert not choice.is_compiled(None, CPU)
     params = parameters([(4, 8)])
     give_gradients(params, seed=0)
     GWTAdamW(params, level=1).step()
-    backends.compiler_obstacle.cache_clear()
+    choice.compiler_obstacle.cache_clear()
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="none of cc, gcc and clang"):
@@ -159,7 +160,7 @@ def test_no_compiler(cache, monkeypatch):
 def test_a_compiler_that_is_no_command(cache, monkeypatch):
     monkeypatch.setenv("CC", "gcc '-O2")
     assert build.compiler() is None
-    assert not backends.is_compiled(None, CPU)
+    assert not choice.is_compiled(None, CPU)
 
 
 def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
@@ -169,8 +170,8 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: .: the disk is full; use backend='torch'"):
-        backends.resolve("compiled", CPU, torch.float32, 2)
-    assert not backends.is_compiled(None, CPU)
+        choice.resolve("compiled", CPU, torch.float32, 2)
+    assert not choice.is_compiled(None, CPU)
     assert kept(cache) == []
 
 
@@ -193,8 +194,8 @@ def test_who_steps_on_a_cpu(monkeypatch, backend, dtype, calls):
 
 def test_not_for_a_gpu():
     with pytest.raises(RuntimeError, match=r"backend='compiled' cannot run here: the tensors are on cuda"):
-        backends.resolve("compiled", torch.device("cuda"), torch.float32, 2)
-    assert not backends.is_compiled(None, torch.device("cuda"))
+        choice.resolve("compiled", torch.device("cuda"), torch.float32, 2)
+    assert not choice.is_compiled(None, torch.device("cuda"))
 
 
 def test_importing_compiles_nothing(cache):

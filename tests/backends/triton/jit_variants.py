@@ -11,7 +11,8 @@ import torch
 from triton.runtime import driver
 
 from bench.host import NoDevice
-from gwt_kernels import GWTAdamW, backends, haar_dwt, haar_idwt
+from gwt_kernels import GWTAdamW, haar_dwt, haar_idwt
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.triton import haar_launch, launch
 
 
@@ -37,7 +38,7 @@ class Compiled:
 
 seen: list[tuple[str, bool, str]] = []
 driver.set_active(NoLauncher())
-backends.triton_obstacle = lambda *args, **kwargs: None  # type: ignore[assignment]
+choice.triton_obstacle = lambda *args, **kwargs: None  # type: ignore[assignment]
 for name in ("step_kernel", "norm_kernel", "limiter_kernel"):
     setattr(launch, name, Compiled(getattr(launch, name)))
 for name in ("dwt_kernel", "idwt_kernel"):

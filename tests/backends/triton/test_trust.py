@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, backends
+from gwt_kernels import GWTAdamW
+from gwt_kernels.backends import choice
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.optim.options import check_group
 
@@ -114,15 +115,15 @@ def test_negated_views_are_taken_with_their_sign(device: torch.device) -> None:
 
 
 def test_the_interpreter_is_kept_from_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "interpreted", lambda: True)
-    backends.triton_obstacle.cache_clear()
+    monkeypatch.setattr(choice, "interpreted", lambda: True)
+    choice.triton_obstacle.cache_clear()
     try:
         cuda = torch.device("cuda")
-        assert backends.resolve(None, cuda, torch.float32, 2) == "torch"
+        assert choice.resolve(None, cuda, torch.float32, 2) == "torch"
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-            backends.resolve("triton", cuda, torch.float32, 2)
+            choice.resolve("triton", cuda, torch.float32, 2)
     finally:
-        backends.triton_obstacle.cache_clear()
+        choice.triton_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("option", ["lr", "eps", "weight_decay", "scale", "norm_growth_limit"])
