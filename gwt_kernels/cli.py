@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gwt_kernels import __version__
+from gwt_kernels.rules import RULES
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +150,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="of the moments, int8 too (default: the optimizer's)",
     )
-    add("--rule", choices=("gwt", "foam"), default="gwt", help="as for GWTAdamW (default: gwt)")
+    add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW (default: gwt)")
     add("--no-limiter", action="store_true", help="norm_growth_limit=None")
     add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
     add(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.codegen.variant import Variant
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton import haar_launch, launch
 from gwt_kernels.backends.triton.runner import TritonRunner
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.hyper import Hyper, quantum
 
 Arrays = dict[str, list[Tensor]]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.backends.runner import Runner
-from gwt_kernels.core.bucket import Bucket
 
 __all__ = ["is_on_triton", "prepare"]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 
 __all__ = ["Reduction", "Runner"]
 

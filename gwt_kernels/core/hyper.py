@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "Begun",
     "Boundary",
     "Hyper",
     "Rounding",
     "Rule",
     "Span",
     "check_rounding",
-    "check_rule",
     "key_of",
     "literal_alone",
     "padded_spans",
@@ -102,36 +100,6 @@ def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str, boundary:
         raise ValueError(
             f"weight_rounding={rounding!r} knows no {unknown}: use 'nearest', or wavelet='haar' and boundary='zero'"
         )
-
-
-def check_rule(rule: object, wavelet: str, boundary: str = "zero") -> None:
-    """Raise a ValueError unless there is such a rule and such a boundary, and the rule for this and the wavelet."""
-    if boundary not in get_args(Boundary):
-        raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
-    if rule not in get_args(Rule):
-        raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, get_args(Rule)))}")
-    unknown = literal_alone(wavelet, boundary)
-    if rule == "foam" and unknown:
-        raise ValueError(
-            f"rule='foam' folds blocks of neighbours and knows no {unknown}: use wavelet='haar' and boundary='zero'"
-        )
-
-
-class Begun(NamedTuple):
-    """A step that waits, after its first pass, for what this leads to; no weight or moment has changed.
-
-    Attributes:
-        seen: Where it has looked at the gradients, of parts of them the sum of squares, and more than 0 where an
-            element is not finite: float32 ``[2, parts]``, several times.
-        finish: Takes the rest of the step, once, given what :func:`gwt_kernels.control.control_` decided, if the
-            step has looked, and the limiter's divisors, if it has summed; None where the backend has begun nothing.
-        sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(params)]``, in float32, or
-            in float64 for float64 parameters. Empty where they were not asked for.
-    """
-
-    seen: list[Tensor]
-    finish: Callable[[Tensor | None, Tensor | None], None] | None
-    sums: Tensor
 
 
 class Hyper(NamedTuple):

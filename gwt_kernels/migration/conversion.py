@@ -12,6 +12,7 @@ from torch import Tensor
 from gwt_kernels.backends.torch.literal import filter_bank, wavedec
 from gwt_kernels.core.hyper import Rule, literal_alone
 from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, format_of
+from gwt_kernels.rules import rule_of
 
 __all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
 
@@ -105,8 +106,8 @@ def describe(old: Form, new: Form) -> dict[str, str]:
         first = second = "exact"
     elif raised:
         first = "exact: " + ("the same average in another unit" if old.level == new.level else "sums of blocks")
-        of_elements = old.level == 0 or old.rule == "foam"
-        if new.rule == "foam" and of_elements:
+        of_elements = rule_of(old.rule, old.level).is_of_elements
+        if rule_of(new.rule, new.level).is_of_elements and of_elements:
             second = "exact: the mean of its blocks"
         else:
             what = "as it is" if old.level == new.level else "the mean of its blocks"
@@ -157,7 +158,7 @@ def _energy(low: Sequence[float], level: int) -> float:
 
 def _unit(form: Form) -> float:
     """What an approximation coefficient is of the mean of its block."""
-    return math.sqrt(2**form.level) if form.rule == "gwt" else 1.0
+    return 1.0 if rule_of(form.rule, form.level).is_of_elements else math.sqrt(2**form.level)
 
 
 def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gwt_kernels.core.hyper import Boundary, Rule, check_rule
+from gwt_kernels.core.hyper import Boundary, Rule
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.options import ADDED, check_group
 from gwt_kernels.optim.state import check_state, complete, state_keys, state_shape, upgraded
+from gwt_kernels.rules import check_rule
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 

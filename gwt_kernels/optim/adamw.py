@@ -227,7 +227,7 @@ class GWTAdamW(Optimizer):
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else
             rule = param_group.get("rule", self.defaults["rule"])
-            if rule != self.defaults["rule"] and (rule == "foam" or self._limiter_is_published):
+            if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):
                 param_group.setdefault("norm_growth_limit", "published")
             if param_group.get("norm_growth_limit") == "published":
                 param_group["norm_growth_limit"] = published_limit(rule)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import filter_bank
-from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, check_rule, literal_alone
+from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, literal_alone
 from gwt_kernels.formats.moments import FORMATS, wide
+from gwt_kernels.rules import RULES, check_rule
 
 __all__ = [
     "ADDED",
@@ -65,10 +66,10 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     if level < 0:
         raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
     check_rule(group["rule"], "haar")
-    if group["rule"] == "foam" and group["norm_growth_limit"] is not None:
+    if published_limit(group["rule"]) is None and group["norm_growth_limit"] is not None:
         raise ValueError(
-            f"norm_growth_limit is {group['norm_growth_limit']}, but rule='foam' has no limiter: leave it out, or "
-            f"pass None"
+            f"norm_growth_limit is {group['norm_growth_limit']}, but rule={group['rule']!r} has no limiter: leave it "
+            f"out, or pass None"
         )
     if not isinstance(group["wavelet"], str):
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
@@ -99,7 +100,7 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
 
 def published_limit(rule: str) -> float | None:
     """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
-    return None if rule == "foam" else 1.01
+    return RULES[rule].norm_growth_limit if rule in RULES else None  # which check_group refuses
 
 
 def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.step_decision import ClipRequest, control_, send
-from gwt_kernels.core.bucket import StepInputs
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON, Survey

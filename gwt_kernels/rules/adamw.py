@@ -67,4 +67,4 @@ def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.co
     return m * tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
 
 
-ADAMW = Rule("adamw", __name__, _moments, _update)
+ADAMW = Rule("adamw", __name__, _moments, _update, is_of_elements=True)

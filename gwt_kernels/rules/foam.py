@@ -78,4 +78,4 @@ def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.co
     return tl.div_rn(step_size * (residual + m[:, None]), denominators)
 
 
-FOAM = Rule("foam", __name__, _moments, _update)
+FOAM = Rule("foam", __name__, _moments, _update, is_of_elements=True)

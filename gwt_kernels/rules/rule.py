@@ -61,6 +61,8 @@ class Rule:
             tensor of its own; None for a rule without limiter.
         norm_growth_limit: The limiter's default gamma; None for none.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
+        is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
+            else of its approximation coefficient.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Rule:
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     norm_growth_limit: float | None = None
     is_literal: bool = False
+    is_of_elements: bool = False
 
     @property
     def kernel(self) -> Kernel:

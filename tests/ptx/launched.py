@@ -16,9 +16,9 @@ from triton.runtime import driver
 
 from gwt_kernels import GWTAdamW, haar_dwt, haar_idwt
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.runner import TritonRunner
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.hyper import Hyper
 from tests.ptx.counts import ExecutionCounter, Traffic
 from tests.ptx.driver import Driver, Options

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gwt_kernels.backends.bucket import Bucket as Tensors
+from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
-from gwt_kernels.core.bucket import Bucket as Tensors
-from gwt_kernels.core.bucket import StepInputs
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import interpreter, poisoned, reference, rounding
 from tests.support.poisoned import Poisoned

@@ -22,7 +22,7 @@ class CompiledRunner(TorchRunner):
         bucket, packed = self.bucket, self._packed
         if packed is not None:
             packed.renew(tensor_steps)
-        elif step.knows(tensor_steps, bucket.level):
+        elif bucket.rule in step.RULES and step.knows(tensor_steps, bucket.level):
             packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
         else:
             super()._update(tensor_steps)

@@ -19,12 +19,13 @@ from gwt_kernels.core.hyper import Hyper, Rounding, Rule
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 
-__all__ = ["Packed", "knows", "update_sums"]
+__all__ = ["RULES", "Packed", "knows", "update_sums"]
 
 # In the order of step.h's.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
+RULES: tuple[Rule, ...] = ("gwt", "foam")
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.backends.torch import step as folded
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.tensor_step import TensorStep
 
@@ -77,7 +77,7 @@ class TorchRunner:
             return literal.update_sums(
                 tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
             )
-        return folded.update_sums(tensor_steps, level=bucket.level)
+        return folded.update_sums(tensor_steps, level=bucket.level, rule=bucket.rule)
 
 
 def _scaled(inputs: StepInputs, factor: float) -> StepInputs:

@@ -36,10 +36,10 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName
             notes.close()
 
 
-def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleName) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
-    rule, p = rule_of("gwt", level), tensor_steps[0].p
-    direction = rule.direction
+    stated, p = rule_of(rule, level), tensor_steps[0].p
+    direction = stated.direction
     if direction is None:
         raise ValueError(f"level {level} has no limiter, and no sums of its update's squares")
     sums = torch.zeros(len(tensor_steps), dtype=compute_dtype(p.dtype), device=p.device)
@@ -50,7 +50,7 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
         storage = Storage(level, _stored(own), "nearest", step=0, key=0)
         for chunk in _chunks(own, _stored(own).block_size(level)):
             m, v = (x.clone() for x in storage.load_moments(chunk, _dtype_of(own)))
-            total += _sum_of_squares(direction(rule.moments(chunk.g, m, v, own.hyper, level, None)))
+            total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None)))
     return sums
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
 from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, variant
@@ -25,7 +26,6 @@ from gwt_kernels.backends.triton.tables import (
     owners,
     scalar_rows,
 )
-from gwt_kernels.core.bucket import Bucket, StepInputs
 from gwt_kernels.core.hyper import padded_spans, quantum
 from gwt_kernels.rules import rule_of
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
-from gwt_kernels.core.bucket import Bucket, StepInputs
+from gwt_kernels.rules import rule_of
 
 __all__ = ["TritonRunner"]
 
@@ -93,7 +94,7 @@ class TritonRunner:
         update_sums: bool = False,
     ) -> Reduction:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
-        if not self.bucket.level or self.bucket.rule != "gwt":
+        if rule_of(self.bucket.rule, self.bucket.level).direction is None:
             raise ValueError(
                 f"level {self.bucket.level} of rule={self.bucket.rule!r} has no limiter, and no first pass"
             )

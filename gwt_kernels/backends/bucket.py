@@ -16,11 +16,11 @@ from gwt_kernels.core.hyper import (
     Rule,
     Span,
     check_rounding,
-    check_rule,
     literal_alone,
     padded_spans,
 )
 from gwt_kernels.core.tensor_step import TensorStep
+from gwt_kernels.rules import RULES, check_rule
 
 __all__ = ["Bucket", "StepInputs"]
 
@@ -214,5 +214,5 @@ class Bucket:
             raise ValueError(
                 "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
             )
-        if self.rule == "foam" and not absent:
-            raise ValueError("rule='foam' has no limiter: pass None in limiter_norms for every parameter")
+        if RULES[self.rule].norm_growth_limit is None and not absent:
+            raise ValueError(f"rule={self.rule!r} has no limiter: pass None in limiter_norms for every parameter")
