@@ -68,8 +68,8 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     check_rule(group["rule"], "haar")
     if published_limit(group["rule"]) is None and group["norm_growth_limit"] is not None:
         raise ValueError(
-            f"norm_growth_limit is {group['norm_growth_limit']}, but rule={group['rule']!r} has no limiter: leave it "
-            f"out, or pass None"
+            f"norm_growth_limit is {group['norm_growth_limit']}, but rule={group['rule']!r} has no limiter: "
+            f"leave it out, or pass None"
         )
     if not isinstance(group["wavelet"], str):
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
