@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["join_low", "split_low", "split_low_"]
+from gwt_kernels.core.kernel import statement
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["join_low", "kernel_join_low", "kernel_split_low", "split_low", "split_low_"]
 
 
 def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,3 +34,22 @@ def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
 def join_low(weight: Tensor, low: Tensor) -> Tensor:
     """The float32 that :func:`split_low` made two tensors of."""
     return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)
+
+
+# In Triton ---------------------------------------------------------------------------------------------------
+
+
+@statement
+def kernel_split_low(x):
+    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
+    raw = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
+    high = (raw + 0x8000) >> 16
+    low = (raw - (high << 16)).to(tl.int32, bitcast=True)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(tl.int16)
+
+
+@statement
+def kernel_join_low(weight, low):
+    """The float32 that ``kernel_split_low`` made two of."""
+    high = weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    return (high + low.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-__all__ = ["stochastic_round"]
+from gwt_kernels.core.kernel import statement
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["kernel_stochastic_round", "stochastic_round"]
 
 _LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
 _LARGEST = torch.finfo(torch.float32).max
@@ -41,3 +47,27 @@ def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def _one_nan(x: Tensor) -> Tensor:
     """A copy with the NaN of bits ``0x7FC00000`` for every NaN, so that half of the bits are one too."""
     return torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf)
+
+
+# In Triton ---------------------------------------------------------------------------------------------------
+
+
+@statement
+def kernel_stochastic_round(x, bits, dtype: tl.constexpr):
+    """``x`` (float32) in bfloat16 or float16, up or down at random by 16 ``bits``, without bias."""
+    raw = x.to(tl.uint32, bitcast=True)
+    if dtype == tl.bfloat16:
+        noise = tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, bits, 0)
+        raw = tl.where(x != x, 0x7FC00000, raw + noise)
+        rounded = (raw >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        magnitude = tl.minimum(tl.abs(x), 65504.0)
+        exponent = tl.maximum(magnitude.to(tl.uint32, bitcast=True) >> 23, 113)
+        per_unit = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
+        units = magnitude * per_unit
+        whole = tl.floor(units)
+        up = bits.to(tl.float32) < (units - whole) * 65536.0
+        rounded = tl.div_rn(whole + up.to(tl.float32), per_unit).to(tl.uint32, bitcast=True) | (raw & 0x80000000)
+        finite = (raw & 0x7FFFFFFF) < 0x7F800000
+        rounded = tl.where(finite, rounded, raw).to(tl.float32, bitcast=True).to(tl.float16)
+    return rounded

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
-from gwt_kernels.backends.triton import quantized as kernels
+from gwt_kernels.core import kernel
 from gwt_kernels.core.hyper import quantum
 from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.plan import predicted_state_bytes
@@ -18,6 +18,7 @@ from tests.support import interpreter
 needs_kernels_here = pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs kernels on the CPU: hide the CUDA devices, CUDA_VISIBLE_DEVICES=''"
 )
+kernel.load()
 FIRST = [quantized.encode_first, quantized.decode_first]
 SECOND = [quantized.encode_second, quantized.decode_second]
 
@@ -28,13 +29,13 @@ def _both(m_ptr, v_ptr, bits_ptr, out_ptr, N: tl.constexpr, Q: tl.constexpr):
     i = tl.arange(0, N)
     j = tl.arange(0, N // Q)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
-    codes, scales = kernels.encode_first(tl.load(m_ptr + i), bits, Q, N)
+    codes, scales = quantized.kernel_encode_first(tl.load(m_ptr + i), bits, Q, N)
     tl.store(out_ptr + i, codes.to(tl.float32))
-    tl.store(out_ptr + N + i, kernels.decode_first(codes, scales, Q, N))
+    tl.store(out_ptr + N + i, quantized.kernel_decode_first(codes, scales, Q, N))
     tl.store(out_ptr + 4 * N + j, scales)
-    codes, scales = kernels.encode_second(tl.load(v_ptr + i), bits, Q, N)
+    codes, scales = quantized.kernel_encode_second(tl.load(v_ptr + i), bits, Q, N)
     tl.store(out_ptr + 2 * N + i, codes.to(tl.float32))
-    tl.store(out_ptr + 3 * N + i, kernels.decode_second(codes, scales, Q, N))
+    tl.store(out_ptr + 3 * N + i, quantized.kernel_decode_second(codes, scales, Q, N))
     tl.store(out_ptr + 4 * N + N // Q + j, scales)
 
 
@@ -75,7 +76,7 @@ def test_both_backends_make_the_same_codes(level):
 @triton.jit
 def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    codes = kernels.first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
+    codes = quantized.kernel_first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
     tl.store(out_ptr + i, codes.to(tl.int8))
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.quantized import decode_first, decode_second, encode_first, encode_second
-from gwt_kernels.backends.triton.rounding import stochastic_round
 from gwt_kernels.backends.triton.schema import M_PTR, M_SCALES_PTR, V_PTR, V_SCALES_PTR
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.backends.triton.tiles import load_tile, store_tile
+from gwt_kernels.core import kernel
+from gwt_kernels.formats import int8, stochastic
 
 __all__ = ["load_moments", "moment_arrays", "store_moments"]
+
+kernel.load()
+decode_first, decode_second = int8.kernel_decode_first, int8.kernel_decode_second
+encode_first, encode_second = int8.kernel_encode_first, int8.kernel_encode_second
+stochastic_round = stochastic.kernel_stochastic_round
 
 
 @triton.jit

@@ -28,15 +28,12 @@ import triton
 import triton.language as tl
 
 from gwt_kernels.backends.triton.moments import load_moments, moment_arrays, store_moments
-from gwt_kernels.backends.triton.rounding import (
-    join_low,
+from gwt_kernels.backends.triton.philox import (
     random_halves,
     random_halves_at,
     random_halves_of_blocks,
     random_words,
     random_words_at,
-    split_low,
-    stochastic_round,
 )
 from gwt_kernels.backends.triton.schema import (
     B1,
@@ -78,12 +75,15 @@ from gwt_kernels.backends.triton.tiles import (
 )
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.core import kernel
+from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
 
 __all__ = ["norm_kernel", "step_kernel"]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
+join_low, split_low = split.kernel_join_low, split.kernel_split_low
+stochastic_round = stochastic.kernel_stochastic_round
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -122,7 +122,7 @@ def step_kernel(
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
-    scale per ``Q`` of them (``quantized.py``), and round stochastically too. Random bits depend on the index in
+    scale per ``Q`` of them (``formats/int8.py``), and round stochastically too. Random bits depend on the index in
     the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and
     of 4 (moments), and 2 where it is any.
 

@@ -7,21 +7,23 @@ import torch
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.rounding import (
+from gwt_kernels.backends.triton.philox import (
     _philox,
-    join_low,
     random_halves,
     random_halves_at,
     random_words,
-    split_low,
-    stochastic_round,
 )
 from gwt_kernels.backends.triton.tables import TRITON_DTYPES
+from gwt_kernels.core import kernel
 from gwt_kernels.core import philox as expected
 from gwt_kernels.core.hyper import key_of
 from gwt_kernels.formats import split, stochastic
 from tests.backends.torch.test_rounding import NARROW, patterns
 from tests.support import interpreter, philox
+
+kernel.load()
+join_low, split_low = split.kernel_join_low, split.kernel_split_low
+stochastic_round = stochastic.kernel_stochastic_round
 
 CPU = torch.device("cpu")
 KEYS = (0, key_of(3, 5), key_of(2**32 - 1, 2**31 - 1))

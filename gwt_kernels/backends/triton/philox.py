@@ -1,4 +1,4 @@
-"""Random bits by Philox, and float32 values stored in 16 bits, bit for bit as in ``backends/torch/rounding.py``."""
+"""Random bits by Philox, bit for bit as in ``core/philox.py``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "join_low",
     "random_halves",
     "random_halves_at",
     "random_halves_of_blocks",
     "random_words",
     "random_words_at",
-    "split_low",
-    "stochastic_round",
 ]
 
 _WEIGHTS = tl.constexpr(0)
@@ -93,40 +90,3 @@ def random_halves_at(index, step, key):
 @triton.jit
 def _choose(w0, w1, w2, w3, which):
     return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-
-
-@triton.jit
-def stochastic_round(x, bits, dtype: tl.constexpr):
-    """``x`` (float32) in bfloat16 or float16, up or down at random by 16 ``bits``, without bias."""
-    raw = x.to(tl.uint32, bitcast=True)
-    if dtype == tl.bfloat16:
-        noise = tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, bits, 0)
-        raw = tl.where(x != x, 0x7FC00000, raw + noise)
-        rounded = (raw >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        magnitude = tl.minimum(tl.abs(x), 65504.0)
-        exponent = tl.maximum(magnitude.to(tl.uint32, bitcast=True) >> 23, 113)
-        per_unit = ((264 - exponent) << 23).to(tl.float32, bitcast=True)
-        units = magnitude * per_unit
-        whole = tl.floor(units)
-        up = bits.to(tl.float32) < (units - whole) * 65536.0
-        rounded = tl.div_rn(whole + up.to(tl.float32), per_unit).to(tl.uint32, bitcast=True) | (raw & 0x80000000)
-        finite = (raw & 0x7FFFFFFF) < 0x7F800000
-        rounded = tl.where(finite, rounded, raw).to(tl.float32, bitcast=True).to(tl.float16)
-    return rounded
-
-
-@triton.jit
-def split_low(x):
-    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
-    raw = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
-    high = (raw + 0x8000) >> 16
-    low = (raw - (high << 16)).to(tl.int32, bitcast=True)
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), low.to(tl.int16)
-
-
-@triton.jit
-def join_low(weight, low):
-    """The float32 that ``split_low`` made two of."""
-    high = weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return (high + low.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
