@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bench.trial import Candidate, Likeness, Shape, Trial, groups_of, renew_gradients, set_rate
+from gwt_kernels.state import halves_of
 from gwt_kernels.torch_backend.quantized import decode_first, decode_second
 from gwt_kernels.torch_backend.rounding import join_low
 
@@ -134,7 +135,7 @@ def _values(p: Tensor, optimizer: Optimizer, level: int = 0) -> dict[str, Tensor
         if scales is not None:
             values[key] = decode(values[key], scales, level)
     low = values.pop("weight_low", None)  # with which they are float32 weights
-    return {"weights": p.detach().clone() if low is None else join_low(p.detach(), low), **values}
+    return {"weights": p.detach().clone() if low is None else join_low(p.detach(), halves_of(low)), **values}
 
 
 def _oracle_step(candidate: Candidate, shape: Shape, start: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:

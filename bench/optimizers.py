@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import records
+from bench import records, sources
 from bench.aims import Aim, aims, compared
 from bench.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.models import load_config
@@ -249,6 +249,7 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
     print(f"copy bandwidth {bandwidth.median / 1e9:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
 
     about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}
+    about["sources"] = sources.digest(about["own_backend"])
     machine = [row("copy_bandwidth", "B/s", bandwidth, about)]
     latency = launch_latency(device) if device.type == "cuda" else None
     if latency is not None:
