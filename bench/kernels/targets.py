@@ -21,6 +21,23 @@ TELEMETRY = f"{FREE}, telemetry"
 FREE_HALF = "GWTAdamW level 2, bfloat16 moments"  # AdamW keeps its moments in bfloat16 too
 
 
+# On a CPU: what, which optimizer, dtype of weights, and how many times as long as the fused AdamW at most.
+_BESIDE_FUSED = [
+    ("level 2", FREE, "float32", 0.7),
+    ("level 2, limiter", LIMITED, "float32", 1.05),
+    ("level 2, folded rule", f"{FREE}, foam", "float32", 0.85),
+    ("level 0", "GWTAdamW level 0", "float32", 0.9),
+    ("level 2, bfloat16", FREE, "bfloat16", 0.8),
+    ("level 2, bfloat16 moments", FREE_HALF, "float32", 1.5),
+    ("level 2, int8 moments", f"{FREE}, int8 moments", "float32", 1.5),
+    ("level 2, bfloat16, stochastic", f"{FREE}, stochastic rounding", "bfloat16", 1.5),
+    ("level 2, bfloat16, split", f"{FREE}, split rounding", "bfloat16", 1.5),
+    ("level 2, bfloat16, stochastic, bfloat16 moments", f"{FREE_HALF}, stochastic rounding", "bfloat16", 1.5),
+    ("level 2, bfloat16, stochastic, int8 moments", f"{FREE}, int8 moments, stochastic rounding", "bfloat16", 1.5),
+    ("level 2, float16, stochastic", f"{FREE}, stochastic rounding", "float16", 1.5),
+]
+
+
 class Aim(NamedTuple):
     """A figure that has a bound."""
 
@@ -63,6 +80,16 @@ _PROMISES = {
         _Promise(
             *("times as long as AdamW(foreach=False)", _single(LIMITED), _single("AdamW(foreach=False)")),
             *(1.2, False),
+        ),
+        *(
+            _Promise(
+                f"{label}, times as long as AdamW(fused=True) on the same weights",
+                (own, weights),
+                ("AdamW(fused=True)", weights),
+                bound,
+                at_least=False,
+            )
+            for label, own, weights, bound in _BESIDE_FUSED
         ),
     ],
     "cuda": [

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.common import records
+from bench.common import records, sources
 from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
 from bench.kernels.targets import Aim, aims, compared
@@ -127,13 +127,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--device", help="cpu or cuda; by default CUDA where there is one")
     add("--models", nargs="+", help=f"configurations in bench/configs (CPU: llama_350m; CUDA: {' '.join(MODELS)})")
     add("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"packages to time: {' '.join(PEERS)} (all)")
-    add("--levels", nargs="+", type=int, help="levels of GWT (CPU: 2; CUDA: 0 1 2 3)")
+    add("--levels", nargs="+", type=int, help="levels of GWT (0 1 2 3)")
     add("--layers", type=int, help="number of layers (CPU: 1, they are all alike; CUDA: all)")
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
     add("--repetitions", type=int, help="timed steps (CPU: 15; CUDA: 50)")
     add("--minutes", type=float, help="what has not begun after this time is left out, and a row says so")
     add("--quick", action="store_true", help="5 steps, level 2 and the models that the aims name, unless given")
-    add("--threads", type=int, help="threads of PyTorch on a CPU (default: PyTorch's own)")
+    add("--threads", nargs="+", type=int, help="threads on a CPU, a run for each (default: PyTorch's own)")
     add("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON (default: bench/results)")
     add("--commit", help="the commit measured, where the tree is no git checkout")
     options = parser.parse_args(arguments)
@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     defaults = {
         "models": ["llama_350m"] if on_cpu else MODELS[: 2 if options.quick else None],
         "peers": list(PEERS),
-        "levels": [2] if on_cpu or options.quick else [0, 1, 2, 3],
+        "levels": [2] if options.quick else [0, 1, 2, 3],
         "layers": 1 if on_cpu else None,
         "embeddings": not on_cpu,
         "repetitions": 5 if options.quick else 15 if on_cpu else 50,
@@ -155,8 +155,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             setattr(options, name, value)
     for name in ("layers", "repetitions", "threads"):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each < 1:
+                parser.error(f"--{name} {each}: must be at least 1")
     if options.minutes is not None and not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be above 0")
     for model in options.models:
@@ -172,14 +173,14 @@ def batches(
 ) -> list[tuple[str, list[Candidate]]]:
     """Return what is measured together, in the order in which a time budget is best spent.
 
-    On a CPU that is what the aims compare, so that other load meets it alike; on CUDA each alone, for its memory,
-    and what the aims compare first, on the models that they name.
+    On a CPU that is all on weights of one dtype, so that other load meets them alike; on CUDA each alone, for its
+    memory, and what the aims compare first, on the models that they name.
     """
-    named = compared(device.type)
     if device.type == "cpu":
-        together = [c for c in candidates if c.peer == "gwt" or (c.name, c.weights) in named]
-        groups = [together] * bool(together) + [[c] for c in candidates if c not in together]
+        dtypes = dict.fromkeys(c.dtype for c in candidates)
+        groups = [[c for c in candidates if c.dtype == dtype] for dtype in dtypes]
         return [(model, group) for model in models for group in groups]
+    named = compared(device.type)
     pairs = [(model, [c]) for model in models for c in candidates]
     return sorted(
         pairs, key=lambda pair: (pair[1][0].name, pair[1][0].weights) not in named or pair[0] not in MODELS[:2]
@@ -221,9 +222,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite of a device; return 1 where this package failed its check or did not run, or without device."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    before = torch.get_num_threads()
+    try:
+        return max(_run_with(threads, options, arguments) for threads in options.threads or [before])
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run the suite with a number of threads, for a record of its own."""
     device, present = options.device, is_present(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(threads)
     about = facts(device if present else torch.device("cpu"), "bench.optimizers", arguments, options.commit)
     path = records.new_path("optimizers", about, options.out)
     if not present:
@@ -240,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"copy bandwidth {bandwidth.median / 1e9:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
 
     about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}
+    about["sources"] = sources.digest(about["own_backend"])
     machine = [row("copy_bandwidth", "B/s", bandwidth, about)]
     latency = launch_latency(device) if device.type == "cuda" else None
     if latency is not None:

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from bench.common.measure import plain_tensors
 from bench.common.models import Shape
 from gwt_kernels import GWTAdamW
-from gwt_kernels.functional import Rule
+from gwt_kernels.functional import Rounding, Rule
 
 WEIGHT_DECAY = 0.1
 NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
@@ -90,6 +90,7 @@ def gwt(
     limiter: bool,
     rule: Rule = "gwt",
     moments: torch.dtype | None = None,
+    rounding: Rounding | None = None,
     clips: bool = False,
     skips: bool = False,
     telemetry: bool = False,
@@ -104,12 +105,13 @@ def gwt(
     words += ["skips bad batches"] if skips else []
     words += ["telemetry"] if telemetry else []
     words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
+    words += [f"{rounding} rounding"] if rounding else []
     return Candidate(
         ", ".join(words),
         dtype,
         level,
         limiter,
-        lambda groups: GWTAdamW(groups, state_dtype=moments, **options, **own),
+        lambda groups: GWTAdamW(groups, state_dtype=moments, weight_rounding=rounding, **options, **own),
         lambda groups: GWTAdamW(groups, backend="torch", **options),
     )
 

@@ -12,6 +12,8 @@ from torch.optim import AdamW, Optimizer
 from bench.common.models import Shape
 from bench.optimizers.candidate import Candidate, Likeness, Trial, groups_of, renew_gradients, set_rate
 from gwt_kernels.formats.int8 import decode_first, decode_second
+from gwt_kernels.formats.split import join_low
+from gwt_kernels.optim.state import low_bits_of
 
 
 def check(trial: Trial) -> float:
@@ -60,6 +62,7 @@ def against_oracle(trial: Trial) -> float:
             if f"{key}_scale" in stored:
                 continue  # a code is as far from the value as codes lie apart: tests/formats/test_quantized.py
             at_random = key in ("exp_avg", "exp_avg_sq") and value.dtype == torch.bfloat16
+            at_random |= key == "weights" and _rounding_of(tensors[index], optimizer) == "stochastic"
             worst = max(worst, _error(value, expected[key], old[key], at_random=at_random))
     return worst
 
@@ -98,6 +101,12 @@ def _watched(shapes: Sequence[Shape]) -> list[int]:
     return sorted({index for kind in kinds.values() for index in (kind[0], kind[-1])})
 
 
+def _rounding_of(p: Tensor, optimizer: Optimizer) -> str | None:
+    group = next(group for group in optimizer.param_groups if any(p is own for own in group["params"]))
+    found: str | None = group.get("weight_rounding")
+    return found
+
+
 def _draw_gradients(trial: Trial) -> None:
     """Gradients of their own for all tensors, so that a mix-up among tensors of a size shows."""
     renew_gradients(trial)
@@ -126,7 +135,8 @@ def _values(p: Tensor, optimizer: Optimizer, level: int = 0) -> dict[str, Tensor
         scales = values.pop(f"{key}_scale", None)
         if scales is not None:
             values[key] = decode(values[key], scales, level)
-    return {"weights": p.detach().clone(), **values}
+    low = values.pop("weight_low", None)  # with which they are float32 weights
+    return {"weights": p.detach().clone() if low is None else join_low(p.detach(), low_bits_of(low)), **values}
 
 
 def _oracle_step(candidate: Candidate, shape: Shape, start: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:

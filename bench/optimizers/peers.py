@@ -32,6 +32,8 @@ def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> 
             chosen += PEERS[name](main, list(levels))
             if name in ("torch", "flashoptim") and not on_cpu:
                 chosen += PEERS[name](torch.float32, list(levels))
+            if on_cpu:
+                chosen += _ON_CPU.get(name, lambda levels: [])(list(levels))
     return chosen
 
 
@@ -46,6 +48,24 @@ def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
         found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]
         found += [gwt(2, dtype, limiter=False, rule="foam", moments=moments) for moments in kept]
     return found
+
+
+def _gwt_on_cpu(levels: list[int]) -> list[Candidate]:
+    """What else the step in C knows: the folded rule, narrow weights, and narrow moments and weights' roundings."""
+    single, half, other = torch.float32, torch.bfloat16, torch.float16
+    found = [gwt(level, single, limiter=False, rule="foam") for level in levels if level]
+    if 2 not in levels:
+        return found
+    found += [gwt(2, single, limiter=False, moments=moments) for moments in (half, torch.int8)]
+    found += [gwt(2, half, limiter=on) for on in (False, True)] + [gwt(2, half, limiter=False, rule="foam")]
+    found += [gwt(2, half, limiter=False, rounding=rounding) for rounding in ("stochastic", "split")]
+    found += [gwt(2, half, limiter=False, moments=m, rounding="stochastic") for m in (half, torch.int8)]
+    return found + [gwt(2, other, limiter=False, rounding=rounding) for rounding in (None, "stochastic")]
+
+
+def _torch_on_cpu(_: list[int]) -> list[Candidate]:
+    """The one that computes in float32, for each dtype of weights."""
+    return [adamw(dtype, fused=True) for dtype in (torch.bfloat16, torch.float16)]
 
 
 def _torch(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
@@ -185,6 +205,17 @@ def _apollo(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
     return [quarter, mini]
 
 
+def _deepspeed(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
+    """Its Adam for CPUs, which is compiled when it is built."""
+
+    def build(groups: list[Group]) -> Optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=1e-3, betas=BETAS, eps=1e-8, adamw_mode=True)
+
+    return [_peer("deepspeed", "DeepSpeedCPUAdam", dtype, build, ADAMW, 8)]
+
+
 PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
     "gwt": _gwt,
     "torch": _torch,
@@ -195,7 +226,11 @@ PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
     "torchao": _torchao,
     "galore": _galore,
     "apollo": _apollo,
+    "deepspeed": _deepspeed,
 }
+
+
+_ON_CPU: dict[str, Callable[[list[int]], list[Candidate]]] = {"gwt": _gwt_on_cpu, "torch": _torch_on_cpu}
 
 
 def projection_time(trial: Trial, device: torch.device) -> float | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from bench.common import sources
 from bench.report.rows import Row, Run
 
 
@@ -111,7 +112,20 @@ def setting(run: Run) -> str:
         words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
     if run.date:
         words.append(run.date[:10])
-    return ", ".join([*words, *_commit(row)])
+    words += _commit(row)
+    return ", ".join([*words, *(["**the step's sources have changed since**"] if has_changed(run) else [])])
+
+
+def has_changed(run: Run) -> bool:
+    """Whether the sources of the step that a run timed are others by now.
+
+    Runs of the step in C that have no digest of them are older than all of what it is now.
+    """
+    row = run.rows[-1]
+    backend, then = row.get("own_backend"), row.get("sources")
+    if run.benchmark != "optimizers" or not backend or (then is None and backend != "compiled"):
+        return False
+    return then != sources.digest(backend)
 
 
 def _commit(row: Row) -> list[str]:

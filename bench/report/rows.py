@@ -11,7 +11,10 @@ from bench.common import records
 Row = dict[str, Any]
 
 MEASURED = ("metric", "unit", "median", "p20", "p80", "samples", "note")
-ORIGIN = ("commit", "date", "command", "device", "driver", "threads", "own_backend", "python", "torch", "triton")
+ORIGIN = (
+    *("commit", "date", "command", "device", "driver", "threads", "own_backend", "sources"),
+    *("python", "torch", "triton"),
+)
 
 
 class Run(NamedTuple):

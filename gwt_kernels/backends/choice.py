@@ -139,11 +139,17 @@ def compiler_obstacle(device: torch.device) -> str | None:
 def is_compiled(backend: str | None, device: torch.device) -> bool:
     """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was.
 
+    Warns once where no backend was, there is a compiler, and what it should make cannot be had.
     What is traced without asking for it goes through PyTorch's operators, of which a graph can be made.
     """
-    if backend is None and tracer() is None:
-        return compiler_obstacle(device) is None
-    return backend == "compiled"
+    if backend is not None or tracer() is not None:
+        return backend == "compiled"
+    obstacle = compiler_obstacle(device)
+    if obstacle is not None and device.type == "cpu":
+        from gwt_kernels.backends.cpu import build
+
+        build.warn_of(obstacle)
+    return obstacle is None
 
 
 def tracer() -> str | None:

@@ -22,7 +22,18 @@ def tiny_model(tmp_path: Path) -> str:
 @needs_ptwt
 def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
-    arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "2", "--commit", "abc"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--models",
+        tiny_model,
+        "--repetitions",
+        "2",
+        "--commit",
+        "abc",
+        "--levels",
+        "2",
+    ]
     assert optimizers.main([*arguments, "--peers", "gwt", "torch", "ptwt", "--out", str(out)]) == 0
 
     printed = capsys.readouterr().out
@@ -35,7 +46,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     _, rows = records.read(path)
     fields = set(rows[0])
     origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads"}
-    origin |= {"own_backend"}
+    origin |= {"own_backend", "sources"}
     place = {"model", "optimizer", "peer", "weights", "level", "limiter", "clipped", "check"}
     place |= {"layers", "embeddings", "parameters"}
     assert origin | place | {"metric", "unit", "median", "p20", "p80", "samples", "note"} == fields
@@ -46,6 +57,9 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     names = ["GWTAdamW level 2, limiter", "GWTAdamW level 2", "ptwt level 2, limiter"]
     names += [f"{name}, clips in the step" for name in names[:2]] + ["GWTAdamW level 2, telemetry"]
     names.append("GWTAdamW level 2, limiter, skips bad batches")
+    names += [f"GWTAdamW level 2, {what}" for what in ("foam", "stochastic rounding", "split rounding")]
+    names += [f"GWTAdamW level 2, {dtype} moments" for dtype in ("bfloat16", "int8")]
+    names += [f"{name}, stochastic rounding" for name in names[-2:]]
     names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
     times = {"step_time", "host_time", "wall_time"}
     metrics = times | {"bytes_moved", "roofline_time", "copy_bandwidth_fraction"}
@@ -54,10 +68,25 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     assert found == {(name, metric, False) for name in names for metric in metrics} | {
         (name, metric, True) for name in names for metric in times
     }
-    assert [row["metric"] for row in rows if not row["optimizer"]] == ["copy_bandwidth", "ratio", "ratio"]
+    assert [row["metric"] for row in rows if not row["optimizer"]] == ["copy_bandwidth", *["ratio"] * 13]
+    assert {row["weights"] for row in rows if row["optimizer"]} == {"float32", "bfloat16", "float16"}
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows if row["metric"] == "step_time")
     assert all(row["samples"] == 2 for row in rows if row["metric"] == "step_time")
     assert {row["check"] for row in rows if row["optimizer"]} == {"oracle"}
+
+
+def test_a_run_for_each_number_of_threads(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a record of its own each; and afterwards there are as many as before."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
+    dates = iter(["2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00"])
+    own = optimizers.facts
+    monkeypatch.setattr(optimizers, "facts", lambda *args: own(*args) | {"date": next(dates)})
+    arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
+    assert optimizers.main([*arguments, "--threads", "1", "2"]) == 0
+    counts = [{row["threads"] for row in records.read(path)[1]} for path in sorted((tmp_path / "out").iterdir())]
+    assert counts == [{1}, {2}]
+    assert torch.get_num_threads() == before
 
 
 def test_a_failed_check_fails_the_run(
@@ -86,7 +115,7 @@ def test_an_interrupted_run_keeps_what_it_had(
         raise KeyboardInterrupt
 
     good, loop = gwt(2, SINGLE, limiter=True), adamw(SINGLE, foreach=False)
-    last = good._replace(name="last", peer="other", build=interrupt)
+    last = good._replace(name="last", dtype=HALF, peer="other", build=interrupt)
     monkeypatch.setattr(optimizers, "suite", lambda *_: [good, loop, last])
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(KeyboardInterrupt):
@@ -113,6 +142,7 @@ def test_what_the_minutes_do_not_reach_becomes_rows(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--threads", "2", "0"], "--threads 0: must be at least 1"),
         (["--layers", "0"], "--layers 0: must be at least 1"),
         (["--repetitions", "-1"], "--repetitions -1: must be at least 1"),
         (["--minutes", "0"], "--minutes 0.0: must be above 0"),

@@ -28,6 +28,7 @@ PACKAGES = {
     "torchao": "torchao",
     "galore": "galore_torch",
     "apollo": "apollo_torch",
+    "deepspeed": "deepspeed",
 }
 SHAPES = [
     Shape("square", (64, 64), True, True),
@@ -93,8 +94,9 @@ def test_names_tell_all_candidates_apart() -> None:
         assert len(set(keys)) == len(keys)
         assert {candidate.peer for candidate in candidates} == set(PEERS)
         assert all((c.oracle is None) != (c.likeness is None) for c in candidates)
-    assert [candidate.name for candidate in suite(["torch"], [2], CPU)] == [
-        *("AdamW(fused=True)", "AdamW(foreach=True)", "AdamW(foreach=False)")
+    assert [(candidate.name, candidate.weights) for candidate in suite(["torch"], [2], CPU)] == [
+        *((f"AdamW({how})", "float32") for how in ("fused=True", "foreach=True", "foreach=False")),
+        *(("AdamW(fused=True)", dtype) for dtype in ("bfloat16", "float16")),
     ]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.common import records
+from bench.common import records, sources
 from bench.report import markdown, performance, plots, quality, rows
 from bench.report.__main__ import main
+from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, Row, measured, optimizer_rows, quality_rows
 
 README = """# Made up
@@ -329,3 +330,35 @@ def test_a_new_column_keeps_cases_apart() -> None:
     found = rows.cases([what | {"graph": on} | measured("step_time", "s", 1.0 + on) for on in (False, True)])
     assert len(found) == 2
     assert rows.telling_columns(found, ["optimizer"]) == ["optimizer", "graph"]
+
+
+def test_a_run_whose_sources_have_changed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run of the step in C that says nothing of them; one of another benchmark is not about them."""
+    now = sources.digest("compiled")
+    assert now == sources.digest("compiled") != sources.digest("torch")
+
+    def said(benchmark: str = "optimizers", **row: str | None) -> str:
+        own = {"own_backend": "compiled", "date": "2026", "commit": "abc"} | row
+        return markdown.setting(Run("file", benchmark, "device", [own]))
+
+    assert "changed since" not in said(sources=now)
+    assert "changed since" in said(sources="another")
+    assert "changed since" in said()
+    assert "changed since" not in said(own_backend="triton")
+    assert "changed since" in said(own_backend="triton", sources=now)
+    assert "changed since" not in said(benchmark="host", sources="another")
+    monkeypatch.setattr(sources, "PACKAGE", sources.PACKAGE / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.c or \*\.h.* in .*absent"):
+        said(sources=now)
+
+
+def test_a_digest_is_of_all_that_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "compiled_backend"
+    folder.mkdir()
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path)
+    seen = set()
+    for name in ("step.c", "step.h", "level.inc"):
+        for text in ("one", "two"):
+            (folder / name).write_text(text)
+            seen.add(sources.digest("compiled"))
+    assert len(seen) == 6

@@ -66,7 +66,7 @@ static void pass_over(job *own, int pass, int threads, int64_t elements)
 {
     const int64_t useful = elements / SHARE;
     own->pass = pass;
-    share_out(work_on, own, own->starts[own->count], threads < useful ? threads : (int)useful);
+    share_out(work_on, own, own->starts[own->count], useful < threads ? (int)useful : threads, threads);
 }
 
 static void add_up(const job *own, gwt_step *steps, int first, int stop)

@@ -7,15 +7,17 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
-__all__ = ["compiler", "library"]
+__all__ = ["compiler", "library", "warn_of"]
 
 SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "threads")]
 # What gcc and clang both know; clang refuses what it does not.
@@ -55,18 +57,39 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(f"it needs a C compiler, and there is {asked}: install one, or name another in CC")
     # What the vectors of PyTorch are made for, this machine has.
     command += FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    digest = hashlib.sha256("\0".join([*_texts(), *command, *LINK]).encode()).hexdigest()
-    with contextlib.suppress(OSError):  # where homes cannot be written to, each process has its own
+    # Machines of several kinds may share a home.
+    parts = [*_texts(), *command, *LINK, platform.machine()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    try:
         folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{digest[:16]}.so"
         if not path.exists():
             _compile(command, path)
         return ctypes.CDLL(str(path))
+    except OSError as error:  # where homes cannot be written to, each process has its own
+        obstacle = str(error)
     with tempfile.TemporaryDirectory() as folder_of_its_own:
         path = Path(folder_of_its_own) / "step.so"
         _compile(command, path)
-        return ctypes.CDLL(str(path))  # a library that is loaded needs its file no more
+        loaded = ctypes.CDLL(str(path))  # which needs its file no more
+    warnings.warn(
+        f"the step in C cannot be kept for other processes ({obstacle}), so each one compiles it: name a folder "
+        f"that can be written to in XDG_CACHE_HOME",
+        stacklevel=2,
+    )
+    return loaded
+
+
+@functools.cache
+def warn_of(obstacle: str) -> None:
+    """Warn, once, that PyTorch's operators take the steps on a CPU that has a compiler, and why."""
+    if compiler() is not None or os.environ.get("CC"):
+        warnings.warn(
+            f"{obstacle}. PyTorch's operators take the steps on this CPU, at several times the time; to ask for "
+            f"them, and not be told, pass backend='torch'",
+            stacklevel=2,
+        )
 
 
 def _texts() -> list[str]:

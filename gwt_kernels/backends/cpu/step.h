@@ -47,9 +47,9 @@ int64_t tile_elements(const gwt_step *s);
 void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums);
 void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums);
 
-/* Call work(context, i) for all i below `count`, each once, by at most `threads` threads. Each begins with a range
- * of its own, and then helps the others. */
+/* Call work(context, i) for all i below `count`, each once, by `useful` ones of `threads` threads. Each begins with a
+ * range of its own, and then helps the others. */
 typedef void gwt_work(void *context, int64_t i);
-void share_out(gwt_work *work, void *context, int64_t count, int threads);
+void share_out(gwt_work *work, void *context, int64_t count, int useful, int threads);
 
 #endif

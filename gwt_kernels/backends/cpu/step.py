@@ -7,6 +7,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from gwt_kernels.core.hyper import Hyper, Rounding, Rule
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 
-__all__ = ["RULES", "Packed", "knows", "update_sums"]
+__all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 
 # In the order of step.h's.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -53,7 +54,19 @@ def functions() -> ctypes.CDLL:
     for function in (lib.gwt_update, lib.gwt_sum):
         function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
         function.restype = ctypes.c_int
+    lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p,), None
+    lib.gwt_lend(threads_of_pytorch())
     return lib
+
+
+def threads_of_pytorch() -> int | None:
+    """The address of what starts work on PyTorch's threads; None where that cannot be found."""
+    try:
+        # Found in what the library was linked with: a GNU, an LLVM or an Intel OpenMP.
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(parallel, ctypes.c_void_p).value
 
 
 def knows(tensor_steps: Sequence[TensorStep], level: int) -> bool:

@@ -1,8 +1,10 @@
 /* Threads that are started once, and wait for work that a caller shares with them.
  *
- * One caller at a time has them; another one meanwhile, and a process in which none can be started, works alone. A
- * child of a fork has none, and starts its own. They take over the caller's floating-point environment, so that a
- * number below the smallest normal one is what it is for the caller. */
+ * They are PyTorch's where those can be had: OpenMP's wait for more work without sleeping, and others beside them would
+ * have to share the cores with them, at up to twice the time of a step. A child of a fork has none of them, and what
+ * asked for them there would wait forever; so it has threads of this file, which one caller at a time has: another one
+ * meanwhile, and a process in which none can be started, works alone. All take over the caller's floating-point
+ * environment, so that a number below the smallest normal one is what it is for the caller. */
 #define _POSIX_C_SOURCE 200809L
 #include "step.h"
 
@@ -25,8 +27,15 @@ typedef struct {
     void *context;
     range *ranges;
     int threads;
+    atomic_int joined; /* of PyTorch's */
     fenv_t environment;
 } share;
+
+/* GOMP_parallel of the OpenMP that PyTorch was linked with; NULL for none. */
+typedef void gwt_team(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+static _Atomic(gwt_team *) team;
+static atomic_int forked;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static struct {
     pthread_mutex_t held; /* by the caller that has the threads */
@@ -103,6 +112,7 @@ static void forget(void)
     pool.job = NULL;
     pool.started = pool.inside = 0;
     atomic_store(&pool.round, 0);
+    atomic_store(&forked, 1);
 }
 
 static void forget_after_forks(void)
@@ -113,9 +123,7 @@ static void forget_after_forks(void)
 /* At most as many as are asked for, with the lock held; signals are for the threads of others. */
 static int started(int threads)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     sigset_t all, before;
-    pthread_once(&once, forget_after_forks);
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
     while (pool.started < threads) {
@@ -129,33 +137,47 @@ static int started(int threads)
     return pool.started < threads ? pool.started : threads;
 }
 
-void share_out(gwt_work *work, void *context, int64_t count, int threads)
+/* One of PyTorch's threads; more may come than have something to do. */
+static void join(void *context)
 {
-    range ranges[MOST];
-    share job = {.work = work, .context = context, .ranges = ranges, .threads = threads < MOST ? threads : MOST};
-    if (job.threads > count)
-        job.threads = (int)count;
-    const int shared = job.threads > 1 && pthread_mutex_trylock(&pool.held) == 0;
-    if (shared) {
-        pthread_mutex_lock(&pool.lock);
-        job.threads = 1 + started(job.threads - 1);
-    } else
-        job.threads = 1;
-    for (int i = 0; i < job.threads; ++i) {
-        atomic_init(&ranges[i].taken, 0);
-        ranges[i].first = count * i / job.threads;
-        ranges[i].stop = count * (i + 1) / job.threads;
-    }
-    if (shared) {
-        fegetenv(&job.environment);
-        pool.job = &job;
-        atomic_fetch_add(&pool.round, 1);
-        pthread_cond_broadcast(&pool.begun);
-        pthread_mutex_unlock(&pool.lock);
-    }
-    take_part(&job, 0);
-    if (!shared)
+    share *job = context;
+    const int self = atomic_fetch_add_explicit(&job->joined, 1, memory_order_relaxed);
+    fenv_t own;
+    if (self >= job->threads)
         return;
+    fegetenv(&own);
+    fesetenv(&job->environment);
+    take_part(job, self);
+    fesetenv(&own);
+}
+
+static void divide(share *job, int64_t count)
+{
+    for (int i = 0; i < job->threads; ++i) {
+        atomic_init(&job->ranges[i].taken, 0);
+        job->ranges[i].first = count * i / job->threads;
+        job->ranges[i].stop = count * (i + 1) / job->threads;
+    }
+}
+
+/* By threads of this file, or alone. */
+static void share_with_own(share *job, int64_t count)
+{
+    const int shared = job->threads > 1 && pthread_mutex_trylock(&pool.held) == 0;
+    if (!shared) {
+        job->threads = 1;
+        divide(job, count);
+        take_part(job, 0);
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    job->threads = 1 + started(job->threads - 1);
+    divide(job, count);
+    pool.job = job;
+    atomic_fetch_add(&pool.round, 1);
+    pthread_cond_broadcast(&pool.begun);
+    pthread_mutex_unlock(&pool.lock);
+    take_part(job, 0);
     pthread_mutex_lock(&pool.lock);
     pool.job = NULL; /* who comes now comes too late */
     while (pool.inside)
@@ -164,6 +186,32 @@ void share_out(gwt_work *work, void *context, int64_t count, int threads)
     pthread_mutex_unlock(&pool.held);
 }
 
+void share_out(gwt_work *work, void *context, int64_t count, int useful, int threads)
+{
+    range ranges[MOST];
+    share job = {.work = work, .context = context, .ranges = ranges, .threads = useful < threads ? useful : threads};
+    if (job.threads > MOST)
+        job.threads = MOST;
+    if (job.threads > count)
+        job.threads = (int)count;
+    gwt_team *const lent = atomic_load(&team);
+    pthread_once(&once, forget_after_forks);
+    fegetenv(&job.environment);
+    if (job.threads > 1 && lent != NULL && !atomic_load(&forked)) {
+        divide(&job, count);
+        lent(join, &job, (unsigned)threads, 0); /* all of them: it would end those that it is not asked for */
+    } else
+        share_with_own(&job, count);
+}
+
+/* Use the threads behind a function like GOMP_parallel; NULL for those of this file. */
+EXPORT void gwt_lend(gwt_team *parallel)
+{
+    pthread_once(&once, forget_after_forks); /* before it is used, so that a child always knows */
+    atomic_store(&team, parallel);
+}
+
+/* Threads of this file. */
 EXPORT int gwt_threads(void)
 {
     pthread_mutex_lock(&pool.lock);

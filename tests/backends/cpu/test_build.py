@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,21 @@ pytestmark = needs_step_in_c
 def cache(monkeypatch, tmp_path):
     """A cache of its own, and nothing remembered; afterwards too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    remembered = (build.library, choice.compiler_obstacle)
+    remembered = (build.library, build.warn_of, choice.compiler_obstacle)
     for function in remembered:
         function.cache_clear()
     yield tmp_path / "cache" / "gwt_kernels"
     for function in remembered:
         function.cache_clear()
+
+
+def take_steps() -> None:
+    """Several, by several optimizers."""
+    params = parameters([(4, 8)])
+    give_gradients(params, seed=0)
+    for _ in range(2):
+        GWTAdamW(params, level=1).step()
+    assert not torch.equal(params[0], parameters([(4, 8)])[0])
 
 
 def kept(cache: Path) -> list[Path]:
@@ -114,9 +125,21 @@ def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
 
 
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):
+    """Compiled for this process alone, which is said, once."""
     (tmp_path / "cache").write_text("in the way")
+    with pytest.warns(UserWarning, match=r"cannot be kept .*cache.* XDG_CACHE_HOME") as told:
+        take_steps()
+    assert len(told) == 1
     assert isinstance(build.library(), ctypes.CDLL)
     assert choice.compiler_obstacle(CPU) is None
+
+
+def test_nothing_can_be_written_at_all(cache, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache" / "absent"))
+    with pytest.warns(UserWarning, match="PyTorch's operators") as told:
+        take_steps()
+    assert len(told) == 1
 
 
 def test_no_home_at_all(cache, monkeypatch):
@@ -125,7 +148,8 @@ def test_no_home_at_all(cache, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", fail)
-    assert isinstance(build.library(), ctypes.CDLL)
+    with pytest.warns(UserWarning, match="Could not determine home"):
+        assert isinstance(build.library(), ctypes.CDLL)
 
 
 def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
@@ -138,7 +162,16 @@ def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
         return load(path)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert build.library().gwt_update
+    with pytest.warns(UserWarning, match="failed to map segment"):
+        assert build.library().gwt_update
+
+
+def test_machines_that_share_a_home(cache, monkeypatch):
+    """Each loads what was compiled for its kind."""
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr(platform, "machine", lambda own=machine: own)
+        build.library.__wrapped__()
+    assert len(kept(cache)) == 2
 
 
 def test_no_compiler(cache, monkeypatch):
@@ -146,13 +179,14 @@ def test_no_compiler(cache, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
+    with pytest.warns(UserWarning, match=r"'no-such-compiler'.*PyTorch's operators") as told:
+        take_steps()
+    assert len(told) == 1
     assert not choice.is_compiled(None, CPU)
-    params = parameters([(4, 8)])
-    give_gradients(params, seed=0)
-    GWTAdamW(params, level=1).step()
     choice.compiler_obstacle.cache_clear()
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    take_steps()  # nothing to be told: it is a machine without one
     with pytest.raises(RuntimeError, match="none of cc, gcc and clang"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
 
@@ -160,7 +194,8 @@ def test_no_compiler(cache, monkeypatch):
 def test_a_compiler_that_is_no_command(cache, monkeypatch):
     monkeypatch.setenv("CC", "gcc '-O2")
     assert build.compiler() is None
-    assert not choice.is_compiled(None, CPU)
+    with pytest.warns(UserWarning, match="gcc '-O2"):
+        assert not choice.is_compiled(None, CPU)
 
 
 def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
@@ -171,7 +206,9 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(script))
     with pytest.raises(RuntimeError, match=r"failing-cc .* ended with 3: .: the disk is full; use backend='torch'"):
         choice.resolve("compiled", CPU, torch.float32, 2)
-    assert not choice.is_compiled(None, CPU)
+    with pytest.warns(UserWarning, match=r"the disk is full\. PyTorch's operators.*backend='torch'") as told:
+        take_steps()
+    assert len(told) == 1
     assert kept(cache) == []
 
 
