@@ -20,9 +20,9 @@ def digest(backend: str) -> str:
     Raises:
         FileNotFoundError: there are none, as after a move that this module has not followed.
     """
-    found = {kind: sorted(PACKAGE.glob(kind)) for kind in _OF_BACKENDS[backend]}
-    if missing := [kind for kind, paths in found.items() if not paths]:
-        raise FileNotFoundError(f"no {missing[0]} in {PACKAGE}: say in {__file__} where they are")
-    paths = [path for own in found.values() for path in own]
+    kinds = _OF_BACKENDS[backend]
+    paths = [path for kind in kinds for path in sorted(PACKAGE.glob(kind))]
+    if not paths:
+        raise FileNotFoundError(f"no {' or '.join(kinds)} in {PACKAGE}: say in {__file__} where they are")
     parts = (part for path in paths for part in (path.name.encode(), path.read_bytes()))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

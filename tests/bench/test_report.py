@@ -348,13 +348,13 @@ def test_a_run_whose_sources_have_changed_is_marked(monkeypatch: pytest.MonkeyPa
     assert "changed since" in said(own_backend="triton", sources=now)
     assert "changed since" not in said(benchmark="host", sources="another")
     monkeypatch.setattr(sources, "PACKAGE", sources.PACKAGE / "absent")
-    with pytest.raises(FileNotFoundError, match=r"no \*\.c or \*\.h.* in .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"no backends/cpu/\*\.c or .*\*\.h.* in .*absent"):
         said(sources=now)
 
 
 def test_a_digest_is_of_all_that_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "compiled_backend"
-    folder.mkdir()
+    folder = tmp_path / "backends" / "cpu"
+    folder.mkdir(parents=True)
     monkeypatch.setattr(sources, "PACKAGE", tmp_path)
     seen = set()
     for name in ("step.c", "step.h", "level.inc"):
