@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.core.survey import Survey
 
 __all__ = ["Reduction", "Runner"]
 
@@ -32,10 +33,12 @@ class Runner(Protocol):
     Attributes:
         bucket: What it updates.
         collects_grad_stats: Whether :meth:`reduce` can read gradients for what decides about the step at no cost.
+        survey: How it looks at many tensors at once: through Python, or through C where that can be had.
     """
 
     bucket: Bucket
     collects_grad_stats: bool
+    survey: Survey
 
     def reduce(
         self,

@@ -16,7 +16,7 @@ from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.step_decision import ClipRequest, control_, send
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Hyper
-from gwt_kernels.core.survey import PYTHON, Survey
+from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.optim.fingerprint import Fingerprint
@@ -86,7 +86,8 @@ class StepPlan:
         waiting = [bucket.limits is not None for bucket in self.buckets]
         self._order = sorted(range(len(waiting)), key=waiting.__getitem__)
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
-        self.survey = _survey_for(self.buckets)
+        surveys = [bucket.runner.survey for bucket in self.buckets]
+        self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
         self._snapshot = None
         if not choice.is_symbolic():  # nothing that stands for numbers here may be found by a later step
             self._snapshot = Fingerprint(
@@ -230,12 +231,3 @@ def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, Limite
             if p.requires_grad and reduced_over(p):
                 chosen.setdefault(p.device, {})[id(p)] = p
     return {device: LimiterReduction(list(params.values())) for device, params in chosen.items()}
-
-
-def _survey_for(buckets: Iterable[PlannedBucket]) -> Survey:
-    """How to survey the tensors of a step: through C where kernels are launched, which needs a compiler anyway."""
-    if not any(bucket.runner.collects_grad_stats for bucket in buckets):
-        return PYTHON
-    from gwt_kernels.backends.triton.native import quickest
-
-    return quickest()

@@ -11,6 +11,7 @@ from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.backends.torch import step as folded
 from gwt_kernels.core.notes import COLUMNS
+from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["TorchRunner"]
@@ -23,6 +24,7 @@ class TorchRunner:
     """
 
     collects_grad_stats = False
+    survey = PYTHON
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket

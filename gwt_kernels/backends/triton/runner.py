@@ -15,6 +15,7 @@ from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits,
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
+from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
 from gwt_kernels.rules import rule_of
 
@@ -51,6 +52,7 @@ class TritonRunner:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
+        self.survey = quickest()
         self._packed = all(map(Tensor.is_contiguous, bucket.params))
         self._plain: bool | None = None  # whether gradients are contiguous and mean what they hold
         self._misaligned: list[bool] | None = None
