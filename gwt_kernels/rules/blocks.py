@@ -37,8 +37,8 @@ def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
     """The sum of each block of ``x [NB * W]``: of pairs of neighbours, then of pairs of these sums, and so on.
 
     So the sums are the same to the bit in any layout, as ``a + b`` is ``b + a``. On the row path a block's elements
-    lie in as many lanes, and one of them is to compute what there is one of a block. Where there is a block for each
-    lane or more, a block's elements all go to that lane; else lanes add up, and one gets the last sum.
+    lie in as many lanes, and one of them is to compute what there is one of a block. Where there is a block for
+    each lane, a block's elements all go to that lane; else lanes add up, and one gets the last sum.
     """
     for i in tl.static_range(0, 12):
         if W >> i > 1:
@@ -55,8 +55,8 @@ def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
 def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
     """The mean of each block of ``g [NB * W]``, and ``m [NB]`` as it is.
 
-    On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in all of
-    its lanes, for what each needs of the mean, than to send them what the lane found that holds the moments.
+    On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in
+    all of its lanes, for what each needs of the mean, than to send them what the lane found that holds ``m``.
     """
     mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
     if KIND != "flat":
