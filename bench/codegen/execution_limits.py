@@ -27,13 +27,13 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("bf16", "fp32", "flat", "nearest", 28.0, 1.0, 7),
-    Limit("bf16", "fp32", "flat", "stochastic", 44.5, 1.0, 7),
-    Limit("bf16", "fp32", "row", "nearest", 75.0, 1.25, 8),
-    Limit("bf16", "fp32", "row", "stochastic", 165.0, 1.25, 8),
-    Limit("bf16", "int8", "flat", "stochastic", 81.0, 1.04, 7),
-    Limit("fp32", "fp32", "flat", "nearest", 27.5, 1.0, 7),
-    Limit("fp32", "fp32", "row", "nearest", 72.0, 1.16, 8),
+    Limit("bf16", "fp32", "flat", "nearest", 23.0, 1.0, 2),
+    Limit("bf16", "fp32", "flat", "stochastic", 39.5, 1.0, 2),
+    Limit("bf16", "fp32", "row", "nearest", 32.0, 1.25, 2),
+    Limit("bf16", "fp32", "row", "stochastic", 56.0, 1.31, 2),
+    Limit("bf16", "int8", "flat", "stochastic", 72.0, 1.04, 2),
+    Limit("fp32", "fp32", "flat", "nearest", 22.5, 1.0, 2),
+    Limit("fp32", "fp32", "row", "nearest", 29.0, 1.16, 2),
 )
 
 

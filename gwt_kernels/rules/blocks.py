@@ -12,7 +12,7 @@ from gwt_kernels.core.kernel import statement
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["block_sums", "kernel_block_sums", "pad_to_multiple"]
+__all__ = ["block_sums", "kernel_block_means", "kernel_block_sums", "pad_to_multiple"]
 
 
 def block_sums(g: Tensor, level: int) -> Tensor:
@@ -37,15 +37,28 @@ def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
     """The sum of each block of ``x [NB * W]``: of pairs of neighbours, then of pairs of these sums, and so on.
 
     So the sums are the same to the bit in any layout, as ``a + b`` is ``b + a``. On the row path a block's elements
-    lie in as many lanes, which all hold its sum; the last step gives it to one of them, which then computes what
-    there is one of a block.
+    lie in as many lanes, and one of them is to compute what there is one of a block. Where there is a block for
+    each lane, a block's elements all go to that lane; else lanes add up, and one gets the last sum.
     """
     for i in tl.static_range(0, 12):
         if W >> i > 1:
             pairs = tl.reshape(x, (NB * (W >> i + 1), 2))
-            if W >> i == 2 and KIND != "flat":
+            if KIND != "flat" and (NB >= 32 or W >> i == 2):
                 even, odd = tl.split(pairs)
                 x = even + odd
             else:
                 x = tl.sum(pairs, axis=1)
     return x
+
+
+@statement
+def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """The mean of each block of ``g [NB * W]``, and ``m [NB]`` as it is.
+
+    On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in
+    all of its lanes, for what each needs of the mean, than to send them what the lane found that holds ``m``.
+    """
+    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+    if KIND != "flat":
+        mean, m = tl.split(tl.join(mean, m))
+    return mean, m

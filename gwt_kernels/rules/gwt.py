@@ -22,7 +22,7 @@ from torch import Tensor
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, kernel_block_sums, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _direction(parts: tuple[Tensor, ...]) -> Tensor:
 @statement
 def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
     b1, rest1, b2, rest2, _ = numbers
-    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
     a = mean * W**0.5
     m = b1 * m + rest1 * a
     v = b2 * v + rest2 * (a * a)

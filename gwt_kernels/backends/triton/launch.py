@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
-from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, variant
+from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, tiles_of_program, variant
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
@@ -95,11 +95,13 @@ class Launch:
         together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
         rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
         tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
-        first_tiles = [0, *accumulate(tiles)]
-        self.n_tiles = first_tiles[-1]
-        layout = chain(*([first, *own] for first, own in zip(first_tiles, rows_, strict=False)))
+        self._tiles = tiles_of_program(flat)
+        programs = [-(-n // self._tiles) for n in tiles]
+        first_programs = [0, *accumulate(programs)]
+        self.n_tiles, self.n_programs = sum(tiles), first_programs[-1]
+        layout = chain(*([first, *own] for first, own in zip(first_programs, rows_, strict=False)))
         self._layout = self._sender.send(array("q", layout).tobytes(), device)
-        self._owners = owners(self._sender.send(array("q", tiles).tobytes(), device), self.n_tiles)
+        self._owners = owners(self._sender.send(array("q", programs).tobytes(), device), self.n_programs)
         # Chunks: runs of tiles of one tensor, whose partial norms the limiter adds up.
         self.tiles_per_chunk = -(-self.n_tiles // MAX_CHUNKS)
         first_chunks = [0, *accumulate(-(-t // self.tiles_per_chunk) for t in tiles)]
@@ -206,17 +208,17 @@ class Launch:
                 self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=sent.can_skip,
             )  # fmt: skip
         if self._rows:
-            sums = torch.empty(3 * self.n_tiles, dtype=torch.float32, device=device)
+            sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
         self._start(
-            step_kernel, self.n_tiles, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
+            step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
             SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
-            ROUNDING=bucket.rounding, Q=self._quantum, **self._path, **self._step_alignment,
+            ROUNDING=bucket.rounding, Q=self._quantum, TILES=self._tiles, **self._path, **self._step_alignment,
         )  # fmt: skip
         if self._rows:
             self._start(
                 observe_kernel, self.n, self._layout, sent.telemetry, sent.scalars, factors, sums,
-                self.n, self.n_tiles, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip,
+                self.n, self.n_programs, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip,
             )  # fmt: skip
 
     def _start(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "variant"]
+__all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "tiles_of_program", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 # A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. What lanes
 # of one warp exchange needs no barriers, and a short tile seldom holds the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
+ROW_TILES = 4  # that a program takes one after the other, for what it looks up of their tensor
 DRAWN_TOGETHER = 4  # blocks of a row whose random bits come of whole calls, of 4 words
 
 
@@ -22,8 +23,14 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     if flat and quantized and level < 2:
         tile //= 2  # of a whole one a lane would encode 8 moments or more at once, for which registers run out
     if not flat and (quantized or 2**level > tile):
-        tile, warps = 2 * tile, 2 * warps  # for whole quanta, and for no more elements a lane in the longest blocks
+        # For whole quanta, but where registers run out here too; for no more elements a lane in the longest blocks.
+        tile, warps = 2 * tile if level else tile, 2 * warps
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
+
+
+def tiles_of_program(flat: bool) -> int:
+    """How many tiles of a tensor a program of the step takes, one after the other."""
+    return 1 if flat else ROW_TILES
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict[str, int]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from gwt_kernels.backends.triton.schema import (
     APPROXIMATION,
     DETAILS,
-    FIRST_TILE,
+    FIRST_PROGRAM,
     GAMMA,
     LIMIT,
     N_LAYOUT,
@@ -78,7 +78,7 @@ def _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_tiles"])
+@triton.jit(do_not_specialize=["n_tensors", "n_programs"])
 def observe_kernel(
     layout_ptr,
     rows_ptr,
@@ -86,12 +86,12 @@ def observe_kernel(
     factors_ptr,
     sums_ptr,
     n_tensors,
-    n_tiles,
+    n_programs,
     BLOCK: tl.constexpr,
     LIMITED: tl.constexpr,
     SKIPPABLE: tl.constexpr,
 ):
-    """Add up the sums of one tensor's tiles, in a fixed order, and count the step: see ``telemetry.py``.
+    """Add up the sums of one tensor's programs, in a fixed order, and count the step: see ``telemetry.py``.
 
     ``rows`` int64 ``[n]``: addresses of float64 ``[6]``, written.
     """
@@ -102,18 +102,18 @@ def observe_kernel(
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + 1.0)
             return
-    tile = tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)
-    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT + FIRST_TILE)
-    end = tl.where(i + 1 < n_tensors, end, n_tiles)
+    program = tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT + FIRST_PROGRAM)
+    end = tl.where(i + 1 < n_tensors, end, n_programs)
     details = tl.zeros((BLOCK,), tl.float64)
     approximation = tl.zeros((BLOCK,), tl.float64)
     update = tl.zeros((BLOCK,), tl.float64)
-    while tile < end:
-        tiles = tile + tl.arange(0, BLOCK)
-        details += tl.load(sums_ptr + tiles * 3, mask=tiles < end, other=0.0)
-        approximation += tl.load(sums_ptr + tiles * 3 + 1, mask=tiles < end, other=0.0)
-        update += tl.load(sums_ptr + tiles * 3 + 2, mask=tiles < end, other=0.0)
-        tile += BLOCK
+    while program < end:
+        programs = program + tl.arange(0, BLOCK)
+        details += tl.load(sums_ptr + programs * 3, mask=programs < end, other=0.0)
+        approximation += tl.load(sums_ptr + programs * 3 + 1, mask=programs < end, other=0.0)
+        update += tl.load(sums_ptr + programs * 3 + 2, mask=programs < end, other=0.0)
+        program += BLOCK
     energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
     tl.store(row_ptr + DETAILS, tl.sum(details, axis=0))
     tl.store(row_ptr + APPROXIMATION, tl.sum(approximation, axis=0))

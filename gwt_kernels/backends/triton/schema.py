@@ -42,8 +42,8 @@ N_CONSTANTS = tl.constexpr(len(CONSTANTS))
 DEVICE_SCALARS = ("count", "lr")
 
 # How a tensor is cut into tiles: int64 [n, columns]. See tiles.py.
-LAYOUT = ("first_tile", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
-FIRST_TILE, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
+LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
+FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
 N_LAYOUT = tl.constexpr(len(LAYOUT))
 
 # What telemetry notes of a tensor: float64 [columns].

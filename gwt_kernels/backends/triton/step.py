@@ -2,7 +2,7 @@
 
 A bucket is described by tables in device memory with one entry per tensor:
 
-``owners``    int32 ``[n_tiles]``: each tile's tensor
+``owners``    int32 ``[programs]``: each program's tensor
 ``layout``, ``pointers``, ``scalars``: see ``schema.py``; of the pointers' columns as many as are read
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
@@ -40,7 +40,7 @@ from gwt_kernels.backends.triton.schema import (
     B2,
     DECAY,
     EPS,
-    FIRST_TILE,
+    FIRST_PROGRAM,
     G_PTR,
     GRAD_SCALE,
     KEY,
@@ -100,6 +100,7 @@ def step_kernel(
     M: tl.constexpr,
     W: tl.constexpr,
     NB: tl.constexpr,
+    TILES: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
@@ -112,7 +113,7 @@ def step_kernel(
     SKIPPABLE: tl.constexpr,
     OBSERVED: tl.constexpr,
 ):
-    """Transform, moments, inverse transform and weights of one tile, everything read and written once.
+    """Transform, moments, inverse transform and weights of tiles, everything read and written once.
 
     With the update ``u`` of the rule, whose statements are ``MOMENTS`` and ``UPDATE`` (``rules/``)::
 
@@ -126,8 +127,9 @@ def step_kernel(
     the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and
     of 4 (moments), and 2 where it is any.
 
-    Where ``OBSERVED``, ``sums`` float32 ``[n_tiles, 3]`` receives the sums of squares of the tile's details, of its
-    approximation coefficients and of its update, weight decay apart.
+    A program of the row path takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they
+    share. Where ``OBSERVED``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of
+    their approximation coefficients and of their update, weight decay apart.
     """
     program = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -137,26 +139,45 @@ def step_kernel(
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
-    first_block = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_TILE)) * NB
-    tile = tile_of(n_blocks, padded, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, 8 // W if W < 8 else 1)
+    first = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)) * (TILES * NB)
+    row_ptr = scalars_ptr + i * N_SCALARS
+    step_size = tl.load(row_ptr + STEP_SIZE)
+    if LIMITED:
+        step_size *= tl.load(factors_ptr + i)
+    numbers = _numbers(row_ptr)
+    rates = tl.load(row_ptr + GRAD_SCALE), tl.load(row_ptr + DECAY), step_size
+    arrays = _arrays(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q)
+    draws = _draws(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
+    MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     if FLAT:
-        _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
-            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
-            OBSERVED, _FLAT,
-        )  # fmt: skip
-    elif is_run(tile, width, padded, W, NB):
-        _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
-            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
-            OBSERVED, RUN,
+        tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
+        sums = _update(
+            tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE, ROUNDING,
+            SPAN, Q, OBSERVED, _FLAT,
         )  # fmt: skip
     else:
-        _update(
-            tile, width, row_blocks, padded, i, program, pointers_ptr, scalars_ptr, factors_ptr, sums_ptr,
-            n_tensors, P, G, M, W, NB, ALIGN, MOMENT_ALIGN, LIMITED, MOMENTS, UPDATE, ROUNDING, SPAN, Q,
-            OBSERVED, ROWS,
-        )  # fmt: skip
+        zero = tl.zeros((), tl.float32)
+        sums = zero, zero, zero
+        here = tl.minimum(TILES * NB, n_blocks - first)
+        # The compiler is to move nothing out of the loop: every lane's places would take its registers throughout.
+        for passed in tl.range(0, here, NB, disable_licm=True):
+            tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, ROWS, MULTIPLE)
+            if is_run(tile, width, padded, W, NB):
+                own = _update(
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
+                    ROUNDING, SPAN, Q, OBSERVED, RUN,
+                )  # fmt: skip
+            else:
+                own = _update(
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
+                    ROUNDING, SPAN, Q, OBSERVED, ROWS,
+                )  # fmt: skip
+            sums = sums[0] + own[0], sums[1] + own[1], sums[2] + own[2]
+    if OBSERVED:
+        sums_ptr += program.to(tl.int64) * 3
+        tl.store(sums_ptr, sums[0])
+        tl.store(sums_ptr + 1, sums[1])
+        tl.store(sums_ptr + 2, sums[2])
 
 
 @triton.jit
@@ -165,21 +186,14 @@ def _update(
     width,
     row_blocks,
     padded,
-    i,
-    program,
-    pointers_ptr,
-    scalars_ptr,
-    factors_ptr,
-    sums_ptr,
-    n_tensors,
+    arrays,
+    numbers,
+    rates,
+    draws,
     P: tl.constexpr,
-    G: tl.constexpr,
     M: tl.constexpr,
     W: tl.constexpr,
     NB: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MOMENT_ALIGN: tl.constexpr,
-    LIMITED: tl.constexpr,
     MOMENTS: tl.constexpr,
     UPDATE: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -188,59 +202,46 @@ def _update(
     OBSERVED: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """The step of one tile of a kind: see ``step_kernel``."""
+    """The step of one tile of a kind, and the sums that are observed of it: see ``step_kernel``."""
     first_block = tile[0]
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    p_ptr, g_ptr, low_ptr, moments = arrays
+    grad_scale, decay, step_size = rates
+    key, step, weights_span, moments_span = draws
 
     p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
     if ROUNDING == "split":
-        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
         p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
     else:
         p = p.to(tl.float32)
-    if ROUNDING == "stochastic" or M == tl.bfloat16 or Q:
-        key = tl.load(pointers_ptr + KEY * n_tensors + i)
-        step = tl.load(pointers_ptr + STEP * n_tensors + i)
-    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
-    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
-    moments = moment_arrays(pointers_ptr, i, n_tensors, first_block, M, MOMENT_ALIGN, NB, Q)
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
-    numbers = _numbers(scalars_ptr + i * N_SCALARS)
     mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
-            bits = random_words_at(_in_whole(pointers_ptr, MOMENTS_SPAN, i, n_tensors, index), step, key)
+            bits = random_words_at(_in_whole(moments_span, index), step, key)
         elif Q and KIND != _FLAT:
-            index = _block_index(tile, row_blocks, NB)
-            bits = random_words_at(index + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN), step, key)
+            bits = random_words_at(_block_index(tile, row_blocks, NB) + moments_span[0], step, key)
         else:
-            first = first_block + _shift(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
-            bits = random_words(first, NB, step, key)
+            bits = random_words(first_block + moments_span[0], NB, step, key)
     else:
         bits = 0
     if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
         tl.debug_barrier()
     store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
 
-    decay = tl.load(scalars_ptr + i * N_SCALARS + DECAY)
-    step_size = tl.load(scalars_ptr + i * N_SCALARS + STEP_SIZE)
-    if LIMITED:
-        step_size *= tl.load(factors_ptr + i)
     update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
+    details = tl.zeros((), tl.float32)
+    approximation, applied = details, details
     if OBSERVED:
-        row_ptr = sums_ptr + program.to(tl.int64) * 3
-        if W == 1:
-            tl.store(row_ptr, 0.0)
-        else:
-            tl.store(row_ptr, tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0))
-        tl.store(row_ptr + 1, tl.sum(mean * mean, axis=0) * W)
-        applied = tl.where(inside_tile(tile, width, padded, W, NB, KIND), update, 0.0)
-        tl.store(row_ptr + 2, tl.sum(applied * applied, axis=0))
+        if W > 1:
+            details = tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0)
+        approximation = tl.sum(mean * mean, axis=0) * W
+        inside = tl.where(inside_tile(tile, width, padded, W, NB, KIND), update, 0.0)
+        applied = tl.sum(inside * inside, axis=0)
     p = p - decay * p - update
     if ROUNDING == "split":
         weight, low = split_low(p)
@@ -249,17 +250,16 @@ def _update(
     elif ROUNDING == "stochastic":
         if SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
-            bits = random_halves_at(_in_whole(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, index), step, key)
+            bits = random_halves_at(_in_whole(weights_span, index), step, key)
         elif Q and KIND != _FLAT and W > 1:
-            index = _block_index(tile, row_blocks, NB) * W
-            index += _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
+            index = _block_index(tile, row_blocks, NB) * W + weights_span[0]
             bits = random_halves_of_blocks(index, W, NB, step, key)
         else:
-            first = first_block * W + _shift(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
-            bits = random_halves(first, NB * W, step, key)
+            bits = random_halves(first_block * W + weights_span[0], NB * W, step, key)
         store_tile(p_ptr, stochastic_round(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
     else:
         store_tile(p_ptr, p.to(P), tile, width, padded, W, NB, KIND, MULTIPLE)
+    return details, approximation, applied
 
 
 @triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk", "n_chunks"])
@@ -303,6 +303,10 @@ def norm_kernel(
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
     end = tl.minimum(block + tiles_per_chunk * NB, n_blocks)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
+    grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
+    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q)
     total = tl.zeros((NB,), tl.float32)
     squares = tl.zeros((NB,), tl.float32)
     largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
@@ -310,18 +314,18 @@ def norm_kernel(
         tile = tile_of(n_blocks, padded, reciprocal, block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
         if FLAT:
             g, a = _parts(
-                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
-                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, _FLAT,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
+                _FLAT,
             )  # fmt: skip
         elif is_run(tile, width, padded, W, NB):
             g, a = _parts(
-                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
-                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, RUN,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
+                RUN,
             )  # fmt: skip
         else:
             g, a = _parts(
-                tile, width, row_blocks, padded, i, pointers_ptr, scalars_ptr, n_tensors,
-                G, M, W, NB, ALIGN, MOMENT_ALIGN, Q, MOMENTS, DIRECTION, ROWS,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
+                ROWS,
             )  # fmt: skip
         total += a * a
         if LOOKS:
@@ -342,16 +346,12 @@ def _parts(
     width,
     row_blocks,
     padded,
-    i,
-    pointers_ptr,
-    scalars_ptr,
-    n_tensors,
-    G: tl.constexpr,
-    M: tl.constexpr,
+    g_ptr,
+    moments,
+    grad_scale,
+    numbers,
     W: tl.constexpr,
     NB: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
     MOMENTS: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -359,12 +359,8 @@ def _parts(
 ):
     """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last."""
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
-    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32)
-    g *= tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
-    moments = moment_arrays(pointers_ptr, i, n_tensors, tile[0], M, MOMENT_ALIGN, NB, Q)
+    g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
-    numbers = _numbers(scalars_ptr + i * N_SCALARS)
     _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     direction = DIRECTION(m, v, numbers)
     if KIND != RUN:
@@ -373,20 +369,56 @@ def _parts(
 
 
 @triton.jit
-def _shift(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
-    """How far a shard's first element is from the whole tensor's."""
-    shift = tl.zeros((), tl.int64)
-    if SPAN:
-        shift += tl.load(pointers_ptr + which * n_tensors + i)
-    return shift
+def _arrays(
+    pointers_ptr,
+    i,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Where a tensor's weights, gradients, low halves and moments lie."""
+    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
+    low_ptr = p_ptr  # not read
+    if ROUNDING == "split":
+        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q)
 
 
 @triton.jit
-def _in_whole(pointers_ptr, which, i, n_tensors, index):
+def _draws(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr):
+    """What a tensor's random bits depend on: its key and step, and where its weights and its moments lie."""
+    key = tl.zeros((), tl.int64)
+    step = key
+    if DRAWS:
+        key = tl.load(pointers_ptr + KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + STEP * n_tensors + i)
+    weights = _span(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
+    return key, step, weights, _span(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
+
+
+@triton.jit
+def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
+    """A shard's first element in the whole tensor, its run and its pitch, as far as ``SPAN`` asks for them."""
+    first = tl.zeros((), tl.int64)
+    run, pitch = first, first
+    if SPAN:
+        first += tl.load(pointers_ptr + which * n_tensors + i)
+    if SPAN == 2:
+        run += tl.load(pointers_ptr + (which + 1) * n_tensors + i)
+        pitch += tl.load(pointers_ptr + (which + 2) * n_tensors + i)
+    return first, run, pitch
+
+
+@triton.jit
+def _in_whole(span, index):
     """The indices in the whole tensor of a shard's elements (int64, any shape)."""
-    first = tl.load(pointers_ptr + which * n_tensors + i)
-    run = tl.load(pointers_ptr + (which + 1) * n_tensors + i)
-    pitch = tl.load(pointers_ptr + (which + 2) * n_tensors + i)
+    first, run, pitch = span
     return first + index // run * pitch + index % run
 
 
