@@ -68,13 +68,14 @@ static inline uint16_t to_bfloat16_at_random(float x, uint32_t bits)
 static inline uint16_t to_half_at_random(float x, uint32_t bits)
 {
     const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
-    /* 13 bits fall away, and round up what they exceed. Below 2**-14 the last place is fixed. */
+    /* 13 bits fall away, and round up what they exceed. */
     const uint32_t within = size < 0x477FE000 ? size : 0x477FE000;
-    const uint32_t normal = ((within + 0x1FFF - (bits >> 3)) >> 13) - (112 << 10);
-    const float units = float_of(size < 0x38800000 ? size : 0x38800000) * 0x1p24f;
-    const int32_t whole = (int32_t)units;
-    const int up = (float)(int32_t)bits < (units - (float)whole) * 65536.0f;
-    const uint32_t finite = choose(size < 0x38800000, (uint32_t)(whole + up), normal);
+    const uint32_t normal = (within + 0x1FFF - (112u << 23) - (bits >> 3)) >> 13;
+    /* Below 2**-14 the last place is fixed: in units of its 2**-16th part, rounded up, 16 bits fall away. */
+    const float parts = float_of(size < 0x38800000 ? size : 0x38800000) * 0x1p40f;
+    const int32_t whole = (int32_t)parts;
+    const uint32_t small = ((uint32_t)(whole + ((float)whole < parts)) + 0xFFFF - bits) >> 16;
+    const uint32_t finite = choose(size < 0x38800000, small, normal);
     const uint32_t large = choose(size > 0x7F800000, 0x7E00, 0x7C00);
     return (uint16_t)(choose(size < 0x7F800000, finite, large) | (raw >> 16 & 0x8000));
 }

@@ -30,12 +30,9 @@
 
 #include "codes.h"
 #include "dtypes.h"
+#include "levels.h"
 #include "random.h"
 #include "vectors.h"
-
-/* Elements of a tile at the most, and where nothing asks for more: memory is read ahead by the processor while it
- * works on the tile before, if that is short, and waited for if it is long. */
-enum { LARGEST = 1024, TILE = 512 };
 
 /* The length of an array of a tile: arrays a multiple of 4 KiB apart would drive each other from the first cache. */
 enum { SPACED = LARGEST + 144 };
@@ -268,75 +265,6 @@ static double add_updates(const gwt_step *s, int64_t k, int n, tile *t)
         at += r.padded >> s->level;
     }
     return squares;
-}
-
-/* -- levels ------------------------------------------------------------------------------------------------ */
-
-#define LEVEL 1
-#include "level.inc"
-#define LEVEL 2
-#include "level.inc"
-#define LEVEL 3
-#include "level.inc"
-#define LEVEL 4
-#include "level.inc"
-#define LEVEL 5
-#include "level.inc"
-#define LEVEL 6
-#include "level.inc"
-#define LEVEL 7
-#include "level.inc"
-#define LEVEL 8
-#include "level.inc"
-#define LEVEL 9
-#include "level.inc"
-#define LEVEL 10
-#include "level.inc"
-
-typedef void fold_of(const float *x, float *sums, int n);
-typedef void fold_both_of(const float *g, float factor, float *sums, float *squares, int n);
-typedef void spread_of(const float *, float, const float *, const float *, float *, int);
-typedef void spread_folded_of(const gwt_step *, const float *, const float *, const float *, const float *, float *,
-                              int);
-
-static fold_of *const fold_at[] = {0, fold_1, fold_2, fold_3};
-static fold_both_of *const fold_both_at[] = {0, fold_both_1, fold_both_2, fold_both_3};
-static spread_of *const spread_at[] = {0,        spread_1, spread_2, spread_3, spread_4, spread_5,
-                                       spread_6, spread_7, spread_8, spread_9, spread_10};
-static spread_folded_of *const spread_folded_at[] = {0,
-                                                     spread_folded_1,
-                                                     spread_folded_2,
-                                                     spread_folded_3,
-                                                     spread_folded_4,
-                                                     spread_folded_5,
-                                                     spread_folded_6,
-                                                     spread_folded_7,
-                                                     spread_folded_8,
-                                                     spread_folded_9,
-                                                     spread_folded_10};
-
-/* Sums of n blocks, of eight neighbours at a time. */
-static void fold(const float *x, float *sums, int n, int level)
-{
-    float part[2][LARGEST / 8];
-    for (int turn = 0; level > 3; turn ^= 1) {
-        level -= 3;
-        fold_3(x, part[turn], n << level);
-        x = part[turn];
-    }
-    fold_at[level](x, sums, n);
-}
-
-static void fold_both(const float *g, float factor, float *sums, float *squares, int n, int level)
-{
-    float part[2][LARGEST / 8];
-    if (level <= 3) {
-        fold_both_at[level](g, factor, sums, squares, n);
-        return;
-    }
-    fold_both_3(g, factor, part[0], part[1], n << (level - 3));
-    fold(part[0], sums, n, level - 3);
-    fold(part[1], squares, n, level - 3);
 }
 
 /* -- rules: moments in place, and the updates of elements ----------------------------------------------------- */
