@@ -98,7 +98,7 @@ def test_every_access_is_attributed(promised: list[Row]) -> None:
         if row["kernel"] == STEP:
             factors = {"factors"} if row["limited"] else set()
             low = {"low"} if row["rounding"] == "split" else set()
-            assert set(row["loads"]) == {*"pgmv", "layout", "pointers", "scalars"} | factors | low
+            assert set(row["loads"]) == {*"pgmv", "layout", "owners", "pointers", "scalars"} | factors | low
             assert set(row["stores"]) == set("pmv") | low
             # The look-ups: four addresses, and all numbers but gamma; the low halves' address; of random bits the
             # key, and the step, of which the compiler loads the lower half alone.
@@ -192,7 +192,13 @@ def test_row_path_is_rejected(run: Run) -> None:
         wrong = [text.split(":")[0] for text in codegen.violations(row)]
         low = row["rounding"] == "split"
         loads, stores = (["g", "low", "p"], ["low", "p"]) if low else (["g", "p"], ["p"])
-        assert wrong == [f"loads of {name}" for name in loads] + [f"stores of {name}" for name in stores]
+        # The code has a body for tiles within one row, and one for others.
+        of_loads, of_stores = (
+            [f"{what} of {name}" for name in own] for what, own in (("loads", loads), ("stores", stores))
+        )
+        assert wrong == [
+            *("loads in the intermediate code", *of_loads, "stores in the intermediate code", *of_stores),
+        ]
 
 
 def test_a_broken_hint_is_rejected(run: Run) -> None:
@@ -279,11 +285,11 @@ def test_names_follow_a_helper_to_its_caller() -> None:
         line = next(i for i, content in enumerate(lines) if text in content)
         return Frame(file, line + 1, lines[line].index(text) + len(text) - 1)
 
-    look_up = place("tl.load(first_ptr + middle)", "tiles.py")  # `owner`, which the kernels import as `_owner`
-    assert array_name((place("tl.load(g_ptrs"),)) == "g"
-    assert array_name((look_up,)) == "first"
-    assert array_name((look_up, place("_owner(layout_ptr"))) == "layout"
-    assert array_name((look_up, place("_owner(first_chunk_ptr"))) == "first_chunk"
+    look_up = place("x = tl.load(ptr + places", "tiles.py")  # of `load_tile`
+    assert array_name((place("tl.load(owners_ptr"),)) == "owners"
+    assert array_name((look_up,)) == "ptr"
+    assert array_name((look_up, place("load_tile(p_ptr"))) == "p"
+    assert array_name((look_up, place("load_tile(low_ptr"))) == "low"
     assert array_name((place("tl.program_id(0)"),)) == "?"
     assert array_name((Frame("standard.py", 10, 4),)) == "?"
     assert array_name(()) == "?"

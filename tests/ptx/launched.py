@@ -188,8 +188,8 @@ def check_products(chip: str) -> None:
         assert not d.counts.contracted
         scale_kernel[(1,)](p, p, 128, 1.0, 1, False, BLOCK=128)
         assert d.counts.contracted == {"scale_kernel"}  # the control: what Triton does unless it is told
-        with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "_kernel", "a race in shared memory"):
-            step()
+        with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "_kernel", "a race"):
+            step(level=5)  # of whose blocks several lanes hold one
 
 
 def main(chip: str) -> None:

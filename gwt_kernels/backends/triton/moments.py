@@ -32,12 +32,12 @@ def moment_arrays(
     m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
     if Q:
         v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
-        m_scales_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
-        v_scales_ptr = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4)
+        m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+        v_scale_ptr = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4)
     else:
         v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, M, MOMENT_ALIGN)
-        m_scales_ptr, v_scales_ptr = m_ptr, v_ptr  # not read
-    return m_ptr, v_ptr, m_scales_ptr, v_scales_ptr
+        m_scale_ptr, v_scale_ptr = m_ptr, v_ptr  # not read
+    return m_ptr, v_ptr, m_scale_ptr, v_scale_ptr
 
 
 @triton.jit
@@ -52,13 +52,13 @@ def load_moments(
     Q: tl.constexpr,
 ):
     """``m`` and ``v`` of a tile's blocks, in float32; zeros where there is no block."""
-    m_ptr, v_ptr, m_scales_ptr, v_scales_ptr = moments
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     if Q:
         quanta, known = _quanta(tile, NB, Q)
-        m = decode_first(m, tl.load(m_scales_ptr + quanta, mask=known, other=0.0), Q, NB)
-        v = decode_second(v, tl.load(v_scales_ptr + quanta, mask=known, other=0.0), Q, NB)
+        m = decode_first(m, tl.load(m_scale_ptr + quanta, mask=known, other=0.0), Q, NB)
+        v = decode_second(v, tl.load(v_scale_ptr + quanta, mask=known, other=0.0), Q, NB)
     return m, v
 
 
@@ -78,14 +78,14 @@ def store_moments(
     Q: tl.constexpr,
 ):
     """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
-    m_ptr, v_ptr, m_scales_ptr, v_scales_ptr = moments
+    m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     if Q:
         inside = tl.arange(0, NB) < tile[1]
         quanta, known = _quanta(tile, NB, Q)
         m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
         v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
-        tl.store(m_scales_ptr + quanta, m_scales, mask=known)
-        tl.store(v_scales_ptr + quanta, v_scales, mask=known)
+        tl.store(m_scale_ptr + quanta, m_scales, mask=known)
+        tl.store(v_scale_ptr + quanta, v_scales, mask=known)
     elif M == tl.bfloat16:
         m, v = stochastic_round(m, bits & 0xFFFF, M), stochastic_round(v, bits >> 16, M)
     else:

@@ -140,12 +140,12 @@ def step_kernel(
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
     first = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)) * (TILES * NB)
-    row_ptr = scalars_ptr + i * N_SCALARS
-    step_size = tl.load(row_ptr + STEP_SIZE)
+    scalars_ptr += i * N_SCALARS
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
-    numbers = _numbers(row_ptr)
-    rates = tl.load(row_ptr + GRAD_SCALE), tl.load(row_ptr + DECAY), step_size
+    numbers = _numbers(scalars_ptr)
+    rates = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY), step_size
     arrays = _arrays(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q)
     draws = _draws(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
@@ -433,12 +433,12 @@ def _numbers(scalars_ptr):
 @triton.jit
 def _layout(layout_ptr, i, FLAT: tl.constexpr):
     """A tensor's number of blocks, and of its rows width, blocks, blocks with padding and their reciprocal."""
-    ptr = layout_ptr + i * N_LAYOUT
-    n_blocks = tl.load(ptr + N_BLOCKS)
+    layout_ptr += i * N_LAYOUT
+    n_blocks = tl.load(layout_ptr + N_BLOCKS)
     width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
     if not FLAT:  # where nothing asks for rows
-        width, row_blocks = tl.load(ptr + WIDTH), tl.load(ptr + ROW_BLOCKS)
-        padded, reciprocal = tl.load(ptr + PADDED), tl.load(ptr + RECIPROCAL)
+        width, row_blocks = tl.load(layout_ptr + WIDTH), tl.load(layout_ptr + ROW_BLOCKS)
+        padded, reciprocal = tl.load(layout_ptr + PADDED), tl.load(layout_ptr + RECIPROCAL)
     return n_blocks, width, row_blocks, padded, reciprocal
 
 
