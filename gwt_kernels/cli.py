@@ -165,7 +165,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    from gwt_kernels.migration.checkpoints import migrate_file
+    from gwt_kernels.migration.checkpoints import Reading, Recipe, migrate_file
 
     out, checkpoint = Path(options.out), Path(options.checkpoint)
     try:
@@ -173,14 +173,14 @@ def _migrate(options: argparse.Namespace) -> int:
             checkpoint,
             out,
             options.config,
-            level=options.level,
             dtype=_dtype(options.dtype),
-            include=options.include,
-            exclude=options.exclude,
-            names=None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
-            renamed=_renamed(options.rename or ()),
-            key=options.key,
-            allow=options.allow or (),
+            recipe=Recipe(options.level, options.include, options.exclude),
+            reading=Reading(
+                None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
+                _renamed(options.rename or ()),
+                options.key,
+                options.allow or (),
+            ),
             rule=options.rule,
             norm_growth_limit=None if options.no_limiter else "published",
             state_dtype=_dtype(options.state_dtype),

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from gwt_kernels.models.files import build_on_meta
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.param_groups import gwt_param_groups
 
-__all__ = ["find_state", "migrate_file", "read", "write"]
+__all__ = ["Reading", "Recipe", "find_state", "migrate_file", "read", "write"]
 
 CARRIED = (
     *("lr", "betas", "eps", "maximize", "correct_bias", "wavelet", "boundary"),
@@ -26,19 +26,38 @@ CARRIED = (
 """Options that go on as they are in the checkpoint unless another value is asked for."""
 
 
+class Reading(NamedTuple):
+    """How a checkpoint is read.
+
+    Attributes:
+        names: Of the parameters in the state's order, where it has none and neither known order is its own.
+        renamed: ``keys`` of :func:`gwt_kernels.migrate`.
+        key: Where in the dict the state is, if in several places.
+        allow: As for :func:`read`.
+    """
+
+    names: list[str] | None = None
+    renamed: dict[str, str | None] | None = None
+    key: str | None = None
+    allow: Iterable[str] = ()
+
+
+class Recipe(NamedTuple):
+    """What `gwt_param_groups` is asked for."""
+
+    level: int = 2
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+
+
 def migrate_file(
     checkpoint: Path,
     out: Path,
     config: str | Path,
     *,
-    level: int = 2,
     dtype: torch.dtype | None = None,
-    include: list[str] | None = None,
-    exclude: list[str] | None = None,
-    names: list[str] | None = None,
-    renamed: dict[str, str | None] | None = None,
-    key: str | None = None,
-    allow: Iterable[str] = (),
+    recipe: Recipe,
+    reading: Reading,
     **options: Any,
 ) -> Migration:
     """Write a copy of a checkpoint in which the optimizer's state is that of `GWTAdamW`; nothing else differs.
@@ -51,17 +70,12 @@ def migrate_file(
 
     Args:
         checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read
-            without executing anything in it but the classes in ``allow``.
+            without executing anything in it but the classes in ``reading.allow``.
         out: Written whole or not at all. Must not exist.
         config: A preset's name, a Hugging Face ``config.json``, or its folder.
-        level: As for `gwt_param_groups`.
         dtype: Of the weights; None for the configuration's.
-        include: As for `gwt_param_groups`.
-        exclude: As for `gwt_param_groups`.
-        names: Of the parameters in the state's order, where it has none and neither order above is its own.
-        renamed: ``keys`` of :func:`gwt_kernels.migrate`.
-        key: Where in the dict the state is, if in several places.
-        allow: As for :func:`read`.
+        recipe: Which parameters are transformed, and how deep.
+        reading: How the checkpoint is read.
         options: Of `GWTAdamW`.
 
     Returns:
@@ -75,13 +89,13 @@ def migrate_file(
         raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent}: make it, or give --out another name")
-    payload = read(checkpoint, allow)
-    place, state = find_state(payload, checkpoint, key)
-    model = build_on_meta(config, dtype)
+    payload = read(checkpoint, reading.allow)
+    place, state = find_state(payload, checkpoint, reading.key)
+    model, names = build_on_meta(config, dtype), reading.names
     if names is None and names_in(state) is None:
         names = _likely_names(model, state)
-    optimizer = _optimizer(model, state, level, include, exclude, options)
-    migration = migrate(state, optimizer, names=names, keys=renamed)
+    optimizer = _optimizer(model, state, recipe, options)
+    migration = migrate(state, optimizer, names=names, keys=reading.renamed)
     write(out, _replaced(payload, place, migration.state_dict))
     return migration
 
@@ -188,14 +202,7 @@ def _decayed_by_trainer(model: nn.Module) -> set[str]:
     return set(trainer.get_decay_parameter_names(None, model))
 
 
-def _optimizer(
-    model: nn.Module,
-    state: Mapping[str, Any],
-    level: int,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    options: dict[str, Any],
-) -> GWTAdamW:
+def _optimizer(model: nn.Module, state: Mapping[str, Any], recipe: Recipe, options: dict[str, Any]) -> GWTAdamW:
     """An optimizer over the model with the options asked for, and for the rest the checkpoint's."""
     for option in CARRIED:
         if options.get(option) is None:
@@ -209,7 +216,7 @@ def _optimizer(
     scale = options.pop("scale", None)
     if scale is None:
         scale = next((group["scale"] for group in state["param_groups"] if group.get("level")), 0.25)
-    groups = gwt_param_groups(model, level=level, scale=scale, weight_decay=decay, include=include, exclude=exclude)
+    groups = gwt_param_groups(model, scale=scale, weight_decay=decay, **recipe._asdict())
     given = {key: value for key, value in options.items() if value is not None or key == "norm_growth_limit"}
     return GWTAdamW(groups, **given)
 

@@ -1,67 +1,25 @@
-"""GWTAdamW, a torch.optim optimizer: checks arguments, owns state, hands lists of tensors to functional.py."""
+"""GWTAdamW, a torch.optim optimizer: its options and what they mean; how it steps is base.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, Literal, Protocol, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from gwt_kernels.backends import choice
-from gwt_kernels.backends.step_decision import ClipRequest
-from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Boundary, Rounding, Rule
-from gwt_kernels.core.survey import PYTHON
-from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
-from gwt_kernels.optim import telemetry as telemetry_rows
-from gwt_kernels.optim.added_groups import divided, warn_of_level_0
-from gwt_kernels.optim.checks import (
-    check_before_step,
-    check_capturable,
-    check_observable,
-    check_param,
-    check_replaced,
-    check_traceable,
-    is_captured,
-    name_of,
-)
-from gwt_kernels.optim.grad_scaler import FoundInf
-from gwt_kernels.optim.loading import check_and_set_aside
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import (
-    ADDED,
-    SLACK,
-    check_group,
-    check_max_grad_norm,
-    hyper_of,
     published_limit,
     state_dtype_name,
 )
-from gwt_kernels.optim.planned_bucket import Member
-from gwt_kernels.optim.state import complete, upgraded
-from gwt_kernels.optim.step_plan import Sources, StepPlan, bucket_options, count_of_skipped
 
 __all__ = ["GWTAdamW"]
 
-_NO_CONTROL = {
-    "max_grad_norm": None,
-    "skip_nonfinite": False,
-    "capturable": False,
-    "_observed": False,
-    "_skipped": None,
-}  # what older pickles lack
-_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_rows", *_NO_CONTROL)
 
-
-class _Release(Protocol):
-    """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
-
-    accumulating: bool
-
-
-class GWTAdamW(Optimizer):
+class GWTAdamW(PlannedOptimizer):
     """AdamW whose moments live on the wavelet approximation of each gradient.
 
     Implements GWT-Adam (arXiv 2501.07237, algorithm 1) with decoupled weight decay in
@@ -120,22 +78,6 @@ class GWTAdamW(Optimizer):
             lazy module's parameter has no shape before the first forward pass.
     """
 
-    # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.
-    _step_supports_amp_scaling = True
-    found_inf = FoundInf()
-    _grad_norm: Tensor | None = None
-    _skipped: Tensor | None = None
-    _captured: list[Any]
-    _rows: dict[Tensor, Tensor]
-    _is_sharded = False  # whether there are DTensors among the parameters
-    _is_built = False  # whether groups that are added come after the constructor's
-    _has_warned = False
-    _release: _Release | None = None
-    _plan: StepPlan | None
-    _lone: dict[Tensor, StepPlan]
-    """Of parameters that are updated one by one."""
-    _places: dict[Tensor, tuple[int, int, int]]
-
     def __init__(
         self,
         params: ParamsT,
@@ -161,8 +103,8 @@ class GWTAdamW(Optimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        self._limiter_is_published = norm_growth_limit == "published"
-        if self._limiter_is_published:
+        limiter_is_published = norm_growth_limit == "published"
+        if limiter_is_published:
             norm_growth_limit = published_limit(rule)
         defaults = {
             "lr": lr,
@@ -186,350 +128,4 @@ class GWTAdamW(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self._observed = telemetry
-        self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
-        self._check_options()
-        check_group(defaults, capturable=capturable, slack=0.0)
-        self._rows = {}
-        self._captured = []
-        self._forget_plans()
-        super().__init__(params, defaults)
-        self._is_built = True
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.
-
-        A group that says no ``level`` of its own, as callbacks that unfreeze layers add them to an optimizer, takes
-        the optimizer's for its matrices. Its one-dimensional tensors, what its names call embeddings or heads, and
-        what is too narrow for the level become a second group of level 0, with a warning, once. Where the other
-        groups have names and this one has none, its parameters are named by their places.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as the constructor.
-        """
-        count = len(self.param_groups)
-        parts, rest = [param_group], None
-        if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
-            group, rest = divided(param_group, self.param_groups, self.defaults["level"])
-            parts = [part for part in (group, rest) if part is not None]
-        try:
-            for part in parts:
-                self._add_group(part)
-        except BaseException:
-            del self.param_groups[count:]
-            self._forget_plans()
-            raise
-        if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
-            param_group.update(self.param_groups[count])
-            self.param_groups[count] = param_group
-        if not self._has_warned:
-            self._has_warned = warn_of_level_0(rest, self.defaults["level"])
-
-    def _add_group(self, param_group: dict[str, Any]) -> None:
-        if isinstance(param_group, dict):  # the base class refuses anything else
-            rule = param_group.get("rule", self.defaults["rule"])
-            if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):
-                param_group.setdefault("norm_growth_limit", "published")
-            if param_group.get("norm_growth_limit") == "published":
-                param_group["norm_growth_limit"] = published_limit(rule)
-        super().add_param_group(param_group)
-        self._check_new_group(self.param_groups[-1])
-        self._note_shapes()
-        self._forget_plans()
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one optimization step; parameters without gradient are left alone.
-
-        Never waits for a CUDA device. Everything is checked before anything is changed. Within
-        ``GradientRelease.accumulate`` nothing is updated.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss.
-
-        Raises:
-            RuntimeError: a gradient is sparse, the backend asked for cannot run on a parameter, or a CUDA graph is
-                being captured.
-            TypeError, ValueError: a group's options were changed to something that cannot be honoured.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._release is not None and self._release.accumulating:
-            return loss
-        if torch.compiler.is_compiling():
-            self._update_outside_graphs()
-        else:
-            self._update()
-        if self._release is not None:  # sums that no backward pass outside accumulate() has used
-            self.zero_grad()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset all gradients, as in ``torch.optim.Optimizer``; within ``GradientRelease.accumulate`` they stay."""
-        if self._release is None or not self._release.accumulating:
-            super().zero_grad(set_to_none)
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
-    def _update_outside_graphs(self) -> None:
-        self._update()
-
-    def _update(self) -> None:
-        if self._release is not None and "found_inf" in self.__dict__:
-            raise RuntimeError(
-                "a GradScaler's gradients were released before it unscaled them: see release_gradients"
-            )
-        capturing = is_captured(self.capturable)
-        self._check_options()
-        symbolic = choice.tracer() is not None and choice.is_symbolic()
-        if symbolic:  # nothing that stands for numbers here may be found by a later step
-            self._forget_plans()
-        groups, capturable = self.param_groups, self.capturable
-        hypers = [hyper_of(group, capturable=capturable) for group in groups]
-        params = list(chain.from_iterable(group["params"] for group in groups))
-        held, grads = params, (PYTHON if self._plan is None else self._plan.survey).grads(params)
-        if not self.state and made_by_a_getter():
-            self._check_before_step()
-            self._complete_states()  # and that is all that is wanted
-            return
-        if self._plan is None or not self._plan.is_of(params):
-            self._is_sharded = any_sharded(params)
-        if self._is_sharded:
-            held, grads = local_parts(params, grads)
-        asked = self._asked
-        sources = Sources(groups, self.state, params, held, grads, self._plan_options(groups, asked.anything))
-        plan = self._plan
-        if plan is None or not plan.holds(sources):
-            plan = self._renew_plan(sources, capturing)
-        if capturing and any(device.type != "cuda" for device in plan.devices):
-            raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
-        self._grad_norm = skipped = None
-        if asked.anything and not plan.is_idle:
-            check_traceable(asked)
-            skipped = count_of_skipped(None if choice.is_symbolic() else self._skipped, plan.devices)
-            if not choice.is_symbolic():
-                self._skipped = skipped
-        decisions = plan.step(grads, hypers, asked, skipped)
-        if skipped is not None and decisions is not None and asked.of_gradients:
-            self._grad_norm = decisions[skipped.device][2]
-        if capturing:  # replays go on using this memory, whatever becomes of the plan
-            self._captured.append((plan.memory(), decisions, self._skipped))
-        if symbolic:
-            self._forget_plans()
-
-    @property
-    def gradient_release(self) -> _Release | None:
-        """What updates parameters in the backward pass (:func:`gwt_kernels.release_gradients`), or None."""
-        return self._release
-
-    @gradient_release.setter
-    def gradient_release(self, release: _Release | None) -> None:
-        self._release = release
-        self._forget_plans()
-
-    @torch._disable_dynamo  # type: ignore[attr-defined]
-    @torch.no_grad()
-    def step_parameter(self, p: Tensor) -> None:
-        """Update one parameter alone, with all the checks of a step: for gradients that never exist together.
-
-        Raises:
-            RuntimeError: the options or a ``GradScaler`` decide about a step by all gradients.
-            TypeError, ValueError, RuntimeError: as :meth:`step`.
-        """
-        if self._asked.anything:
-            raise RuntimeError(
-                "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
-                "are released: take the options away, or call remove() on what release_gradients returned"
-            )
-        place, i, k = self._place_of(p)
-        group = self.param_groups[i]
-        hypers = [hyper_of(group)]
-        held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
-        names = group.get("param_names")
-        alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
-        sources = Sources([alone], {p: self.state[p]}, [p], held, grads, self._plan_options([group], False), place)
-        plan = self._lone.get(p)
-        if plan is None or not plan.holds(sources):
-            self._check_group(group)
-            self._check_one(p, group, name_of(group, k, i))
-            complete(self.state[p], p, group)
-            plan = self._lone[p] = StepPlan(
-                sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
-            )
-        plan.step(grads, hypers, ClipRequest(), None)
-
-    def _place_of(self, p: Tensor) -> tuple[int, int, int]:
-        """A parameter's place among all, its group's, and its place in that."""
-        groups = self.param_groups
-        _, i, k = self._places.get(p, (0, len(groups), 0))
-        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
-            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
-            self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
-        return self._places[p]
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        """Global norm of the last step's gradients, before clipping, unscaled: a float64 scalar on their device.
-
-        None where neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. To read it waits for the device.
-        """
-        return self._grad_norm
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        """Number of steps skipped so far, by ``skip_nonfinite`` or a ``GradScaler``: float64, on the device."""
-        return torch.zeros((), dtype=torch.float64, device="cpu") if self._skipped is None else self._skipped
-
-    def telemetry(self) -> dict[str, dict[str, float]]:
-        """What the last steps did to each tensor that took one; waits for the device, so ask every n steps.
-
-        Returns:
-            By parameter, its name or else its place such as ``"0.3"`` (the fourth of group 0), numbers that
-            :func:`gwt_kernels.telemetry.read` explains: ``detail_energy``, ``update_rms``, ``limiter`` and
-            ``nonfinite``. Empty unless the optimizer was built with ``telemetry=True``.
-        """
-        return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
-
-        Differs from ``torch.optim.Optimizer`` where that would lose something: moments keep their dtype
-        instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
-        rule, wavelet, boundary, dtype, shapes or bias correction do not belong to these parameters is refused
-        before anything changes.
-        A group's options are taken from the state, but for ``backend``, which belongs to the machine.
-
-        Raises:
-            ValueError: the state does not fit; the message names the group or the parameter.
-            TypeError: an option in the state has the wrong type.
-        """
-        # Registered last, so that it sees what the user's own hooks have made of the state.
-        handle = self.register_load_state_dict_pre_hook(check_and_set_aside)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self.__dict__.pop("_set_aside", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _KEPT}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._is_built = True
-        for name, value in _NO_CONTROL.items():
-            self.__dict__.setdefault(name, value)
-        self.__dict__.setdefault("_rows", {})
-        self.__dict__.setdefault("_captured", [])
-        for key, value in self.__dict__.pop("_set_aside", {}).items():
-            self.state[key] = value
-        for p, own in self.state.items():
-            self.state[p] = upgraded(own, p if isinstance(p, Tensor) else None)
-        self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
-        for options in (self.defaults, *self.param_groups):
-            options.update(ADDED | options)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-        self._note_shapes()
-        self._forget_plans()
-
-    def _forget_plans(self) -> None:
-        self._plan = None
-        self._lone = {}
-        self._places = {}
-
-    def _check_new_group(self, group: dict[str, Any]) -> None:
-        group["state_dtype"] = state_dtype_name(group["state_dtype"])
-        self._check_group(group, slack=0.0)
-        for i, p in enumerate(group["params"]):
-            name = name_of(group, i, len(self.param_groups) - 1)
-            check_param(p, group, name)
-            if self.capturable:
-                check_capturable(p, group, name)
-
-    def _check_options(self) -> None:
-        check_max_grad_norm(self.max_grad_norm)
-        for name in ("skip_nonfinite", "capturable", "_observed"):
-            if not isinstance(getattr(self, name), bool):
-                name, value = name.replace("_observed", "telemetry"), getattr(self, name)
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-
-    @property
-    def _asked(self) -> ClipRequest:
-        """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
-        own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
-        return ClipRequest(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
-
-    def _plan_options(self, groups: Sequence[Mapping[str, Any]], decides: bool) -> list[Any]:
-        """What the checks before a step depend on, beside tensors and gradients."""
-        return [
-            *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
-            self.capturable,
-            decides,
-            choice.tracer(),
-            *(getattr(g["lr"], "device", None) for g in groups),
-        ]
-
-    def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
-        """Check everything, and plan steps of what is there now."""
-        if capturing:
-            raise RuntimeError(
-                "GWTAdamW.step() is being captured in a CUDA graph with parameters, gradients or options that it "
-                "has not stepped before: take a few steps before the capture, on a side stream"
-            )
-        self._check_before_step()
-        self._complete_states()
-        decides = self._asked.anything
-        self._plan = None  # and its memory, before another takes some
-        self._plan = StepPlan(
-            sources,
-            on_device=self.capturable or decides,
-            decides=decides,
-            telemetry_of=self._telemetry_rows,
-        )
-        return self._plan
-
-    def _check_before_step(self) -> None:
-        self._check_options()
-        for i, group in enumerate(self.param_groups):
-            self._check_group(group)
-            check_replaced(group, self._shapes[i] if i < len(self._shapes) else [], i)
-            for k, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self._check_one(p, group, name_of(group, k, i))
-        self._note_shapes()
-
-    def _note_shapes(self) -> None:
-        self._shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
-
-    def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
-        check_group(group, capturable=self.capturable, slack=slack)
-        if self._observed:
-            check_observable(group)
-
-    def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
-        """Raise unless a parameter that has a gradient can be stepped."""
-        check_before_step(p, self.state.get(p), group, name)
-        if self.capturable:
-            check_capturable(p, group, name)
-
-    def _complete_states(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    complete(self.state[p], p, group)
-
-    def _telemetry_rows(self, members: Sequence[Member]) -> Tensor | None:
-        """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
-        if not self._observed or choice.is_symbolic():
-            return None
-        for gone in self._rows.keys() - set(chain.from_iterable(group["params"] for group in self.param_groups)):
-            del self._rows[gone]  # a parameter that another took the place of
-        return telemetry_rows.joined(self._rows, [member.param for member in members])
+        super().__init__(params, defaults, limiter_is_published=limiter_is_published)
