@@ -23,7 +23,7 @@ def gwt_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor] | None,
     steps: Sequence[int] | Tensor,
     hypers: Sequence[Hyper],
     level: int,
@@ -40,7 +40,7 @@ def gwt_adamw_(
         grads: Dense gradients of the parameters' shapes, any strides.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]`` with ``nb = ceil(N / 2**level)``
             for Haar and the approximation's width otherwise.
-        exp_avg_sqs: Second moments, like ``exp_avgs``.
+        exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that keeps none (``"lion"``).
         steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
             tensor ``[n]`` on it with the number of steps taken before this one, which is counted there.
         hypers: Options per parameter.
@@ -49,16 +49,17 @@ def gwt_adamw_(
 
             limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
                 (0: none yet); None for a parameter without limiter. Either all are None or none is.
-            rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one (arXiv 2512.07112), without limiter.
+            rule: ``"gwt"``, the published rule; ``"foam"``, the folded one (arXiv 2512.07112), without limiter;
+                ``"adamw"`` at level 0, which these are there; or ``"lion"`` (arXiv 2302.06675 on block means).
             rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or float16; or
                 ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
                 rounded stochastically.
             keys: Philox keys, per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
             lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes,
                 which are updated too.
-            scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a pair of float32 tensors
-                ``[ceil(coefficients / n)]`` with ``n`` of :func:`gwt_kernels.core.hyper.quantum`, which are updated
-                too; None for moments in floating point.
+            scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a float32 tensor
+                ``[ceil(coefficients / n)]`` for each of them, with ``n`` of
+                :func:`gwt_kernels.core.hyper.quantum`, which are updated too; None for moments in floating point.
             control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
                 factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
@@ -88,8 +89,8 @@ def gwt_adamw_(
     control, limits = options.pop("control", None), options.pop("limits", None)
     backend, workspace = options.pop("backend", None), options.pop("workspace", None)
     choice.check_name(backend)
-    if not len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(params):
-        lengths = [len(grads), len(exp_avgs), len(exp_avg_sqs)]
+    lengths = [len(x) for x in (grads, exp_avgs, exp_avg_sqs) if x is not None]
+    if lengths.count(len(params)) != len(lengths):
         raise ValueError(f"{len(params)} params need as many of all else, got {lengths}")
     bucket = Bucket(params, exp_avgs, exp_avg_sqs, level=level, grad_dtype=grads[0].dtype, **options)
     inputs = StepInputs(grads, steps, hypers)

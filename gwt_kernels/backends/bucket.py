@@ -20,7 +20,9 @@ from gwt_kernels.core.hyper import (
     padded_spans,
 )
 from gwt_kernels.core.tensor_step import TensorStep
-from gwt_kernels.rules import RULES, check_rule
+from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
+from gwt_kernels.rules import RULES, check_rule, rule_of
+from gwt_kernels.rules import Rule as RuleOf
 
 __all__ = ["Bucket", "StepInputs"]
 
@@ -46,7 +48,7 @@ class Bucket:
     Args:
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]``.
-        exp_avg_sqs: Second moments, like ``exp_avgs``.
+        exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that has none.
         level: Levels of the transform.
         grad_dtype: dtype of the gradients.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
@@ -54,7 +56,7 @@ class Bucket:
         rounding: How updated weights are stored.
         keys: Philox keys per parameter; None for 0.
         lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes.
-        scales: Of int8 moments, a pair of float32 tensors per parameter.
+        scales: Of moments that have them, float32 tensors per parameter, one for each moment.
         spans: Where shards of parameters, and of their moments, lie in the whole; None for whole tensors.
         telemetry: Float64 ``[n, 6]``: see :mod:`gwt_kernels.telemetry`.
         wavelet: Name of the wavelet.
@@ -70,7 +72,7 @@ class Bucket:
         self,
         params: Sequence[Tensor],
         exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor | None] | None,
         *,
         level: int,
         grad_dtype: torch.dtype,
@@ -79,14 +81,15 @@ class Bucket:
         rounding: Rounding = "nearest",
         keys: Sequence[int] | None = None,
         lows: Sequence[Tensor | None] | None = None,
-        scales: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+        scales: Sequence[tuple[Tensor, ...] | None] | None = None,
         spans: Sequence[tuple[Span, Span]] | None = None,
         telemetry: Tensor | None = None,
         wavelet: str = "haar",
         boundary: Boundary = "zero",
     ) -> None:
         absent = [None] * len(params)
-        self.params, self.exp_avgs, self.exp_avg_sqs = params, exp_avgs, exp_avg_sqs
+        self.params, self.exp_avgs = params, exp_avgs
+        self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
         self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
         self.keys = [0] * len(params) if keys is None else keys
@@ -114,14 +117,30 @@ class Bucket:
         return self.level > 0 and self.limiter_norms[0] is not None
 
     @property
+    def stored(self) -> MomentFormat:
+        """How moments are stored: as floating-point numbers to the nearest, where no format has their dtype."""
+        return stored_as(self.exp_avgs[0].dtype)
+
+    @property
+    def stated(self) -> RuleOf:
+        """The rule at its level."""
+        return rule_of(self.rule, self.level)
+
+    @property
+    def moments(self) -> list[Sequence[Tensor]]:
+        """First moments, and the second ones if there are any."""
+        arrays: list[Any] = [self.exp_avgs, self.exp_avg_sqs]
+        return arrays[: len(self.stated.slots)]
+
+    @property
     def is_quantized(self) -> bool:
-        """Whether moments are int8 values with scales."""
-        return self.exp_avgs[0].dtype == torch.int8
+        """Whether moments are stored with scales."""
+        return bool(self.stored.scales)
 
     @property
     def is_random(self) -> bool:
         """Whether weights or moments are rounded stochastically."""
-        return self.rounding == "stochastic" or self.exp_avgs[0].dtype in (torch.int8, torch.bfloat16)
+        return self.rounding == "stochastic" or self.stored.is_random
 
     @property
     def is_literal(self) -> bool:
@@ -131,12 +150,12 @@ class Bucket:
     @property
     def dtypes(self) -> set[torch.dtype]:
         """Of the floating-point arrays, the gradients among them."""
-        return {self.params[0].dtype, self.grad_dtype, self.exp_avgs[0].dtype} - {torch.int8}
+        return {self.params[0].dtype, self.grad_dtype, self.stored.arithmetic}
 
     def fingerprint(self) -> list[Any]:
         """What tells this bucket from another: its options, its tensors' objects, and where their memory lies."""
         arrays: list[Any] = [self.params, self.exp_avgs, self.exp_avg_sqs, self.limiter_norms, self.lows]
-        tensors = [x for array in arrays for x in array] + [x for pair in self.scales for x in pair or ()]
+        tensors = [x for array in arrays for x in array] + [x for own in self.scales for x in own or ()]
         tensors.append(self.telemetry)
         places = [None if x is None else (id(x), x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
         options = [self.level, self.rule, self.rounding, self.wavelet, self.boundary, self.grad_dtype]
@@ -196,18 +215,24 @@ class Bucket:
                 f"telemetry knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
             )
         check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
-        if unknown and self.exp_avgs[0].dtype in (torch.bfloat16, torch.int8):
+        if unknown and self.stored.is_random:
             raise ValueError(f"moments in {self.exp_avgs[0].dtype} know no {unknown}: keep them in float32")
 
     def _check_state(self) -> None:
-        n = len(self)
+        n, slots = len(self), self.stated.slots
+        if list(self.exp_avg_sqs).count(None) != (0 if len(slots) > 1 else n):
+            raise ValueError(
+                f"rule={self.rule!r} keeps {' and '.join(slots)}: pass exp_avg_sqs for every parameter where it "
+                f"keeps them, and None otherwise"
+            )
         if list(self.lows).count(None) != (0 if self.rounding == "split" else n):
             raise ValueError(
                 "lows must hold a tensor for every parameter where rounding='split', and None otherwise"
             )
         if list(self.scales).count(None) != (0 if self.is_quantized else n):
             raise ValueError(
-                "scales must hold a pair of tensors for every parameter whose moments are int8, else None"
+                f"scales must hold a tensor for each moment of every parameter whose moments are "
+                f"{' or '.join(x.name for x in FORMATS.values() if x.scales)}, else None"
             )
         absent = [norm is None for norm in self.limiter_norms].count(True)
         if 0 < absent < n:

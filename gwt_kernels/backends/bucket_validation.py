@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import quantum
+from gwt_kernels.formats.moments import stored_as
 
 __all__ = ["check_bucket", "check_low_bits", "check_scales"]
 
 
-def check_bucket(arrays: Sequence[Sequence[Tensor]], level: int) -> None:
-    """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step."""
-    params, grads, exp_avgs, exp_avg_sqs, *norms = arrays
-    for name, tensors in zip(("params", "grads", "exp_avgs", "exp_avg_sqs", "limiter_norms"), arrays, strict=False):
+def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
+    """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.
+
+    Args:
+        arrays: ``params``, ``grads``, ``exp_avgs`` and, where there are any, ``exp_avg_sqs`` and ``limiter_norms``.
+        level: Levels of the transform.
+    """
+    params = arrays["params"]
+    for name, tensors in arrays.items():
         kinds = {(x.dtype, x.device) for x in tensors}
         if len(kinds) > 1 or tensors[0].device != params[0].device:
             raise ValueError(
                 f"{name} are of {sorted(map(str, kinds))}, params on {params[0].device}: a bucket has one device, "
                 f"and one dtype each of parameters, gradients and moments"
             )
-    second = torch.uint8 if exp_avgs[0].dtype == torch.int8 else exp_avgs[0].dtype
-    if exp_avg_sqs[0].dtype != second or (norms and norms[0][0].dtype != torch.float32):
+    moments = [arrays[name] for name in ("exp_avgs", "exp_avg_sqs") if name in arrays]
+    found = tuple(tensors[0].dtype for tensors in moments)
+    expected = stored_as(found[0]).dtypes[: len(moments)]
+    norms = arrays.get("limiter_norms")
+    if found != expected or (norms and norms[0].dtype != torch.float32):
         raise ValueError(
-            "exp_avgs and exp_avg_sqs must have one dtype, or int8 and uint8, and limiter_norms must be float32"
+            f"exp_avgs and exp_avg_sqs of {' and '.join(map(str, found))} do not go together: they must be of "
+            f"{' and '.join(map(str, expected))}, and limiter_norms float32"
         )
-    for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        expected = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
-        if g.shape != p.shape or m.shape != expected or v.shape != expected:
+    for p, g, *own in zip(params, arrays["grads"], *moments, strict=True):
+        shape = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
+        if g.shape != p.shape or any(x.shape != shape for x in own):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
-                f"of shape {expected}, got {tuple(g.shape)}, {tuple(m.shape)} and {tuple(v.shape)}"
+                f"of shape {shape}, got {tuple(g.shape)}, {' and '.join(str(tuple(x.shape)) for x in own)}"
             )
-        if not (m.is_contiguous() and v.is_contiguous()):
+        if not all(x.is_contiguous() for x in own):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
 def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: int) -> None:
-    """Raise unless each tensor of codes has scales for all of its quanta beside it."""
-    for m, *both in zip(exp_avgs, *scales, strict=True):
-        expected = (-(-m.numel() // quantum(level)),)
-        for x in both:
-            if (x.dtype, tuple(x.shape), x.device, x.is_contiguous()) != (torch.float32, expected, m.device, True):
+    """Raise unless each quantized tensor has the scales of all of its blocks beside it, for each moment."""
+    for m, own in zip(exp_avgs, scales, strict=True):
+        shape = (stored_as(m.dtype).n_scales(m.shape, level),)
+        for x in own:
+            if (x.dtype, tuple(x.shape), x.device, x.is_contiguous()) != (torch.float32, shape, m.device, True):
                 raise ValueError(
-                    f"int8 moments of shape {tuple(m.shape)} at level {level} need contiguous float32 scales of "
-                    f"shape {expected} on {m.device}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+                    f"{str(m.dtype).removeprefix('torch.')} moments of shape {tuple(m.shape)} at level {level} "
+                    f"need contiguous float32 scales of shape {shape} on {m.device}, got {x.dtype} of shape "
+                    f"{tuple(x.shape)} on {x.device}"
                 )
 
 

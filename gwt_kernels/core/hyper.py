@@ -22,8 +22,9 @@ __all__ = [
     "quantum",
 ]
 
-Rule = Literal["gwt", "foam"]
-"""``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112."""
+Rule = Literal["gwt", "foam", "adamw", "lion"]
+"""``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
+which these are at level 0; ``"lion"``: Lion, arXiv 2302.06675, on block means."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]
@@ -111,12 +112,13 @@ class Hyper(NamedTuple):
         beta2: Decay of ``exp_avg_sq``, in [0, 1).
         eps: Added to the root of ``exp_avg_sq``, at least 0; there is no bias correction inside the root.
         weight_decay: Decoupled weight decay, at least 0.
-        scale: Factor on the update of a transformed tensor; level 0 ignores it.
+        scale: Factor on the update of a transformed tensor; AdamW, and so level 0 of its rules, ignores it.
         norm_growth_limit: The limiter's ``gamma``, at least 1; None for no limiter. Level 0 ignores it.
         maximize: Ascend the gradient instead.
         grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale. A scalar
             tensor on the torch backend where what is traced has no numbers.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
+        detail_scale: Factor on what an element differs by from the mean of its block, for rules that take one.
     """
 
     lr: float | Tensor = 1e-3
@@ -129,6 +131,7 @@ class Hyper(NamedTuple):
     maximize: bool = False
     grad_factor: float | Tensor = 1.0
     correct_bias: bool = True
+    detail_scale: float = 1.0
 
     @property
     def signed_factor(self) -> Any:
@@ -139,15 +142,15 @@ class Hyper(NamedTuple):
         """A gradient times its factor; the very same where that is 1."""
         return g if self.signed_factor == 1.0 else g * self.signed_factor
 
-    def step_size(self, step: int, level: int) -> float:
+    def step_size(self, step: int, is_scaled: bool | int, corrects_bias: bool = True) -> float:
         """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
 
-        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root; ``correct_bias=False``
-        leaves it out.
+        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root; ``correct_bias=False``, or
+        a rule that knows none, leaves it out.
         """
-        if not self.correct_bias:
-            return float(self.lr) * (self.scale if level else 1.0)
+        if not (self.correct_bias and corrects_bias):
+            return float(self.lr) * (self.scale if is_scaled else 1.0)
         # 1 - b**t through expm1 keeps its digits where b**t is close to 1.
         correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
         correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0
-        return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if level else 1.0)
+        return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if is_scaled else 1.0)

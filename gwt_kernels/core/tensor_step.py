@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,16 +18,21 @@ class TensorStep(NamedTuple):
     g: Tensor
     m: Tensor
     """``exp_avg``."""
-    v: Tensor
-    """``exp_avg_sq``."""
+    v: Any
+    """``exp_avg_sq``; None under a rule without second moment."""
     norm: Tensor | None
     """The limiter's previous one."""
     step: int
     hyper: Hyper
     key: int = 0
     low: Tensor | None = None
-    scales: tuple[Tensor, Tensor] | None = None
+    scales: tuple[Tensor, ...] | None = None
     span: tuple[Span, Span] | None = None
     limit: Tensor | None = None
     row: Tensor | None = None
     """Telemetry's."""
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """The first moment, and the second if there is one."""
+        return [self.m] if self.v is None else [self.m, self.v]

@@ -9,7 +9,6 @@ exact zero becomes zero. The decision is made in integers, so that all backends 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +22,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 __all__ = [
-    "decode",
     "decode_first",
     "decode_second",
-    "encode",
     "encode_first",
     "encode_second",
     "kernel_decode_first",
@@ -36,27 +33,8 @@ __all__ = [
     "kernel_first_code",
 ]
 
-NEAREST = 0x8000
-"""Bits that round to the nearest."""
-
 _FIRST = 127 * 127  # largest code to its power
 _SECOND = 255**4
-
-
-def decode(m: Tensor, v: Tensor, scales: Sequence[Tensor], level: int) -> tuple[Tensor, Tensor]:
-    """Both moments in float32, from their values and the scales of their blocks."""
-    return decode_first(m, scales[0], level), decode_second(v, scales[1], level)
-
-
-def encode(
-    m: Tensor, v: Tensor, bits: tuple[Tensor, Tensor] | None, level: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values of both moments (float32), then their scales, rounded by random ``bits``, or to the nearest."""
-    if bits is None:
-        bits = (torch.full(m.shape, NEAREST, dtype=torch.int32, device=m.device),) * 2
-    first, first_scale = encode_first(m, bits[0], level)
-    second, second_scale = encode_second(v, bits[1], level)
-    return first, second, first_scale, second_scale
 
 
 def decode_first(codes: Tensor, scales: Tensor, level: int) -> Tensor:

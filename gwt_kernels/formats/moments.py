@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from torch import Tensor
 from gwt_kernels.core.hyper import quantum
 from gwt_kernels.formats import int8
 
-__all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "wide"]
+__all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "stored_as", "wide"]
+
+NEAREST = 0x8000
+"""Bits that round to the nearest."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State entries that hold the first and the second moment."""
+"""State entries that hold the first and the second moment, of which a rule may keep the first alone."""
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 """State entries that hold the scales of quantized moments, one for each block of values."""
 
@@ -31,9 +35,11 @@ class MomentFormat:
         is_random: Whether values are rounded stochastically.
         smallest: Coefficients below which a tensor keeps float32 moments.
         deepest: Level above which it does.
-        decode: ``decode(m, v, scales, level)``: both moments as the numbers that they stand for.
-        encode: ``encode(m, v, bits, level)``: both moments, and their scales, as they are stored; ``bits`` are 16
-            random bits for each value of either, or None to round to the nearest.
+        decoders: ``decode(values, scales, level)`` of the first and of the second moment: the numbers that stored
+        values
+            stand for. None where they are these numbers.
+        encoders: ``encode(x, bits, level)`` of either: stored values and their scales, with 16 random ``bits`` for
+        each.
     """
 
     name: str
@@ -42,10 +48,24 @@ class MomentFormat:
     is_random: bool = False
     smallest: int = 0
     deepest: int | None = None
-    decode: Callable[[Tensor, Tensor, Sequence[Tensor], int], tuple[Tensor, Tensor]] = field(
-        default=lambda m, v, scales, level: (m, v)
-    )
-    encode: Callable[[Tensor, Tensor, tuple[Tensor, Tensor] | None, int], tuple[Tensor, ...]] | None = None
+    decoders: tuple[Callable[[Tensor, Tensor, int], Tensor], ...] | None = None
+    encoders: tuple[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], ...] | None = None
+
+    def decode(self, moments: Sequence[Tensor], scales: Sequence[Tensor], level: int) -> list[Tensor]:
+        """The numbers that stored moments, the first and, if there is one, the second, stand for."""
+        if self.decoders is None:
+            return list(moments)
+        return [f(x, own, level) for f, x, own in zip(self.decoders, moments, scales, strict=False)]
+
+    def encode(
+        self, moments: Sequence[Tensor], bits: Sequence[Tensor] | None, level: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Moments (float32) as they are stored, and their scales, rounded by random ``bits``, or to the nearest."""
+        assert self.encoders is not None
+        if bits is None:
+            bits = [torch.full(x.shape, NEAREST, dtype=torch.int32, device=x.device) for x in moments]
+        stored = [f(x, own, level) for f, x, own in zip(self.encoders, moments, bits, strict=False)]
+        return [values for values, _ in stored], [scales for _, scales in stored]
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -59,6 +79,10 @@ class MomentFormat:
     def block_size(self, level: int) -> int:
         """Values that share a scale; 1 where there are none."""
         return quantum(level) if self.scales else 1
+
+    def scales_of(self, slots: Sequence[str]) -> tuple[str, ...]:
+        """State entries that hold the scales of these moments."""
+        return self.scales[: len(slots)]
 
     def n_scales(self, shape: Sequence[int], level: int) -> int:
         """Scales of moments of this shape, each of the two."""
@@ -82,17 +106,23 @@ FORMATS = {
             is_random=True,
             smallest=4096,
             deepest=6,
-            decode=int8.decode,
-            encode=int8.encode,
+            decoders=(int8.decode_first, int8.decode_second),
+            encoders=(int8.encode_first, int8.encode_second),
         ),
     )
 }
 """By the option ``state_dtype``. A new format adds a line."""
 
 
+@functools.lru_cache(maxsize=32)
 def format_of(dtype: torch.dtype) -> MomentFormat | None:
     """The format whose first moment has this dtype; None where there is none."""
     return next((each for each in FORMATS.values() if each.dtypes[0] == dtype), None)
+
+
+def stored_as(dtype: torch.dtype) -> MomentFormat:
+    """How moments whose first one has this dtype are stored: to the nearest, where no format has it."""
+    return format_of(dtype) or _floating(dtype)
 
 
 def wide(dtype: torch.dtype) -> MomentFormat:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gwt_kernels.backends.torch.literal import filter_bank, wavedec
 from gwt_kernels.core.hyper import Rule, literal_alone
-from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, format_of
+from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as
 from gwt_kernels.rules import rule_of
 
 __all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
 
 
 class Form(NamedTuple):
-    """What the moments of a tensor are averages of, and how they are kept."""
+    """What the moments of a tensor are averages of, and how they are stored."""
 
     level: int
     rule: Rule
@@ -33,14 +33,19 @@ class Form(NamedTuple):
         return self[:4]
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        """State entries that hold them."""
+        return rule_of(self.rule, self.level).slots
+
+    @property
     def stored(self) -> MomentFormat:
         """How they are stored: as floating-point numbers, where no format has the dtype."""
-        return format_of(self.dtype) or MomentFormat(str(self.dtype), (self.dtype, self.dtype))
+        return stored_as(self.dtype)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.level == 0:
-            return f"AdamW, {dtype}"
+            return f"{'AdamW' if rule_of(self.rule, 0).name == 'adamw' else self.rule}, {dtype}"
         wavelet = "" if self.wavelet == "haar" else f"{self.wavelet} "
         boundary = "" if self.boundary == "zero" else f", {self.boundary} boundary"
         return f"{self.rule} {wavelet}level {self.level}{boundary}, {dtype}"
@@ -49,11 +54,13 @@ class Form(NamedTuple):
 def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> Form:
     """The form that a group's options give the moments of a tensor.
 
-    In it all rules, wavelets and boundaries of level 0 are one, and all boundaries of rows that are whole blocks.
+    In it all rules that are AdamW at level 0, all wavelets and boundaries there are one, and all boundaries of rows
+    that are whole blocks.
     """
     level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
     if not level:
-        return Form(0, "gwt", "haar", "zero", dtype)
+        plain: Any = rule_of(rule, 0).name
+        return Form(0, plain, "haar", "zero", dtype)
     width = shape[-1] if shape else 1
     return Form(level, rule, wavelet, "zero" if _is_whole_blocks(width, level, wavelet) else boundary, dtype)
 
@@ -88,7 +95,12 @@ def convert(
         ValueError: no average of the old form says anything of the new one.
     """
     if (old, factors) == (new, (1.0, 1.0)):
-        return {key: state[key].detach().clone() for key in (*MOMENTS, *SCALES) if key in state}
+        return {key: state[key].detach().clone() for key in (*new.slots, *SCALES) if key in state}
+    if missing := [key for key in new.slots if key not in old.slots]:
+        raise ValueError(
+            f"has moments of {old}, which keeps no {missing[0]}: begin with a fresh state, or build the optimizer "
+            f"that the state was made with"
+        )
     moments = _carry(*_decoded(state, old), old, new, width)
     return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
 
@@ -119,7 +131,9 @@ def describe(old: Form, new: Form) -> dict[str, str]:
     if torch.promote_types(*floats) != floats[1] or (new.stored.scales and old != new):
         to = f"rounded to the nearest {str(new.dtype).removeprefix('torch.')}"
         first, second = (to if how == "exact" else f"{how}; {to}" for how in (first, second))
-    return dict(zip(MOMENTS, (first, second), strict=True))
+    notes = dict(zip(MOMENTS, (first, second), strict=True))
+    dropped = dict.fromkeys(set(old.slots) - set(new.slots), f"dropped: rule={new.rule!r} keeps none")
+    return {key: note for key, note in notes.items() if key in new.slots} | dropped
 
 
 def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
@@ -176,15 +190,17 @@ def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
 
 
 def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
-    m, v = (state[key].detach() for key in MOMENTS)
-    stored = form.stored
-    m, v = stored.decode(m, v, [state[key] for key in stored.scales], form.level)
-    return m.to(torch.float64), v.to(torch.float64)
+    """Both moments in float64; zeros for a second one that the rule does not keep."""
+    stored, slots = form.stored, form.slots
+    scales = [state[key] for key in stored.scales_of(slots)]
+    m, *rest = stored.decode([state[key].detach() for key in slots], scales, form.level)
+    return m.to(torch.float64), (rest[0] if rest else torch.zeros_like(m)).to(torch.float64)
 
 
 def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
-    stored = form.stored
-    if stored.encode is None:
-        return {key: x.to(form.dtype).contiguous() for key, x in zip(MOMENTS, (m, v), strict=True)}
-    encoded = stored.encode(m.float(), v.float(), None, form.level)
-    return dict(zip((*MOMENTS, *stored.scales), encoded, strict=True))
+    stored, slots = form.stored, form.slots
+    moments = dict(zip(slots, (m, v), strict=False))
+    if stored.encoders is None:
+        return {key: x.to(form.dtype).contiguous() for key, x in moments.items()}
+    values, scales = stored.encode([x.float() for x in moments.values()], None, form.level)
+    return dict(zip((*slots, *stored.scales_of(slots)), (*values, *scales), strict=True))

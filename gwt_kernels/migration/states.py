@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gwt_kernels.core.hyper import Boundary, Rule
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
-from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.options import ADDED, check_group
 from gwt_kernels.optim.state import check_state, complete, state_keys, state_shape, upgraded
-from gwt_kernels.rules import check_rule
+from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
@@ -88,7 +88,7 @@ class _Target(NamedTuple):
 
 def migrate(
     state_dict: Mapping[str, Any],
-    optimizer: GWTAdamW,
+    optimizer: PlannedOptimizer,
     *,
     names: nn.Module | Sequence[str] | None = None,
     rule: Rule = "gwt",
@@ -128,8 +128,8 @@ def migrate(
             and the remedy.
         TypeError: an argument has the wrong type.
     """
-    if not isinstance(optimizer, GWTAdamW):
-        raise TypeError(f"optimizer must be a GWTAdamW, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, PlannedOptimizer):
+        raise TypeError(f"optimizer must be a GWTAdamW or another of this package, got {type(optimizer).__name__}")
     if names is not None and (isinstance(names, str) or not isinstance(names, nn.Module | Sequence)):
         raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
     check_rule(rule, wavelet, boundary)
@@ -236,7 +236,7 @@ def _names_by_order(model: nn.Module, sizes: list[int]) -> list[str]:
     )
 
 
-def _targets(optimizer: GWTAdamW, names: nn.Module | Sequence[str] | None) -> list[_Target]:
+def _targets(optimizer: PlannedOptimizer, names: nn.Module | Sequence[str] | None) -> list[_Target]:
     in_model = {p: name for name, p in names.named_parameters()} if isinstance(names, nn.Module) else {}
     found: list[tuple[str | None, Tensor, dict[str, Any]]] = []
     for group in optimizer.param_groups:
@@ -296,7 +296,8 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
     template: dict[str, Tensor] = {}
     complete(template, p, target.group)
     new = form_of(target.group, p.shape, template["exp_avg"].dtype)
-    factors = _other_bias(source.group.get("betas"), target.group["betas"], step)
+    corrects = all(rule_of(form.rule, form.level).corrects_bias for form in (old, new))
+    factors = _other_bias(source.group.get("betas"), target.group["betas"], step) if corrects else (1.0, 1.0)
     width = p.shape[-1] if p.dim() else 1
     state = {
         "step": torch.tensor(step, dtype=torch.float64, device="cpu"),
@@ -367,7 +368,8 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
         )
     stored = form.stored
     numbers = ("step", "limiter_norm")
-    needed = {"step", *MOMENTS, *stored.scales}
+    slots = form.slots
+    needed = {"step", *slots, *stored.scales_of(slots)}
     missing = sorted(
         key for key in needed | state.keys()
         if not isinstance(state.get(key), Tensor | float | int if key in numbers else Tensor)
@@ -382,16 +384,18 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
                 f"its {key} has shape {tuple(state[key].shape)}, but {form} needs {shapes[key]}: build the "
                 f"optimizer from the model that the state was made with"
             )
-    found = tuple(cast(Tensor, state[key]).dtype for key in MOMENTS)
-    dense = all(state[key].layout == torch.strided for key in MOMENTS)
-    if found != stored.dtypes or not dense or not stored.arithmetic.is_floating_point:
+    found = tuple(cast(Tensor, state[key]).dtype for key in slots)
+    dense = all(state[key].layout == torch.strided for key in slots)
+    if found != stored.dtypes[: len(slots)] or not dense or not stored.arithmetic.is_floating_point:
         layouts = "" if dense else ", not dense"
-        raise ValueError(f"its moments are {found[0]} and {found[1]}{layouts}: the state is damaged; take another")
+        raise ValueError(
+            f"its moments are {' and '.join(map(str, found))}{layouts}: the state is damaged; take another"
+        )
     if stored.scales:
         check_state(
-            {key: state[key] for key in (*MOMENTS, *stored.scales)} | {"step": torch.zeros((), dtype=torch.float64,
-            device="cpu")}, p, {"level": form.level, "wavelet": form.wavelet, "state_dtype": stored.name,
-            "norm_growth_limit": None}, "its moments", stored.scales,
+            {key: state[key] for key in needed - {"step"}} | {"step": torch.zeros((), dtype=torch.float64,
+            device="cpu")}, p, {"level": form.level, "rule": form.rule, "wavelet": form.wavelet,
+            "state_dtype": stored.name, "norm_growth_limit": None}, "its moments", stored.scales_of(slots),
         )  # fmt: skip
     for key in numbers:
         value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
@@ -415,7 +419,7 @@ def _limiter_norm(
 
 
 def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:
-    for key in form.stored.scales or MOMENTS:
+    for key in form.stored.scales_of(form.slots) or form.slots:
         x = state[key]
         if not x.isfinite().all() or (key != "exp_avg" and (x < 0).any()):
             raise ValueError(

@@ -39,7 +39,8 @@ class GWTAdamW(PlannedOptimizer):
         level: Levels of the transform; moments shrink by ``2**level``. ``2**level`` must be below twice the
             last dimension of every tensor in the group.
         scale: Factor on the update of transformed tensors; level 0 ignores it.
-        rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one, whose updates are bounded.
+        rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one, whose updates are bounded; of a group
+            that stays at level 0 ``"adamw"``, which both are there.
         norm_growth_limit: The limiter's gamma, at least 1; None for no limiter. By default the published 1.01
             where ``rule="gwt"``; the folded rule and level 0 have none.
         wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets, orthogonal or biorthogonal (torch
@@ -53,6 +54,7 @@ class GWTAdamW(PlannedOptimizer):
             place otherwise), the step and the element's index alone; at least 0 and below ``2**32``.
         maximize: Ascend instead of descend.
         correct_bias: Multiply updates by Adam's bias correction, ``sqrt(1-b2**t) / (1-b1**t)``.
+        res_scale: Factor on what an element differs by from the mean of its block, under ``rule="foam"``.
         boundary: How the transform continues a row beyond its ends: ``"zero"``, or PyWavelets' ``"constant"``,
             ``"symmetric"``, ``"reflect"`` or ``"periodic"`` (torch backend only).
         max_grad_norm: Global norm over all parameters to clip to within the step, as
@@ -78,6 +80,8 @@ class GWTAdamW(PlannedOptimizer):
             lazy module's parameter has no shape before the first forward pass.
     """
 
+    rules = ("gwt", "foam", "adamw")
+
     def __init__(
         self,
         params: ParamsT,
@@ -96,6 +100,7 @@ class GWTAdamW(PlannedOptimizer):
         seed: int = 0,
         maximize: bool = False,
         correct_bias: bool = True,
+        res_scale: float = 1.0,
         boundary: Boundary = "zero",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -122,6 +127,7 @@ class GWTAdamW(PlannedOptimizer):
             "seed": seed,
             "maximize": maximize,
             "correct_bias": correct_bias,
+            "res_scale": res_scale,
             "backend": backend,
         }
         self.max_grad_norm = max_grad_norm

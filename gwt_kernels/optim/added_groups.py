@@ -77,7 +77,7 @@ def _split_by_level(group: dict[str, Any], level: int) -> tuple[dict[str, Any] |
 
     if all(fits):
         return group, None
-    return those(True) if any(fits) else None, {**those(False), "level": 0}
+    return those(True) if any(fits) else None, {**those(False), "level": 0, "rule": "adamw"}
 
 
 def _is_transformed(p: Any, name: str, level: int) -> bool:

@@ -41,6 +41,7 @@ from gwt_kernels.optim.options import (
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
 from gwt_kernels.optim.step_plan import Sources, StepPlan, bucket_options, count_of_skipped
+from gwt_kernels.rules import ADAMW, check_rule
 
 __all__ = ["PlannedOptimizer"]
 
@@ -51,7 +52,7 @@ _NO_CONTROL = {
     "_observed": False,
     "_skipped": None,
 }  # what older pickles lack
-_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_rows", *_NO_CONTROL)
+_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_adamw", "_rows", *_NO_CONTROL)
 
 
 class _Release(Protocol):
@@ -63,13 +64,18 @@ class _Release(Protocol):
 class PlannedOptimizer(Optimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
-    A subclass sets ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and ``_observed`` before this constructor.
+    A subclass sets ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and ``_observed`` before this constructor,
+    and says which ``rules`` its groups may have.
 
     Args:
         params: What ``torch.optim.AdamW`` takes.
         defaults: Options of groups.
         limiter_is_published: Whether a group's rule decides about its limiter.
+        adamw: Options of groups at ``rule="adamw"`` that differ from the defaults.
     """
+
+    rules: tuple[str, ...]
+    """What a group's ``rule`` may be."""
 
     max_grad_norm: float | None
     skip_nonfinite: bool
@@ -91,11 +97,22 @@ class PlannedOptimizer(Optimizer):
     """Of parameters that are updated one by one."""
     _places: dict[Tensor, tuple[int, int, int]]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, limiter_is_published: bool) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        limiter_is_published: bool = False,
+        adamw: Mapping[str, Any] | None = None,
+    ) -> None:
         self._limiter_is_published = limiter_is_published
+        self._adamw = dict(adamw or {})
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
+        self._check_rule(defaults)
         check_group(defaults, capturable=self.capturable, slack=0.0)
+        if defaults["rule"] != ADAMW.name:
+            check_group({**defaults, **self._adamw}, capturable=self.capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()
@@ -114,6 +131,8 @@ class PlannedOptimizer(Optimizer):
             TypeError, ValueError, RuntimeError: as the constructor.
         """
         count = len(self.param_groups)
+        if isinstance(param_group, dict) and param_group.get("rule") == ADAMW.name:
+            param_group.setdefault("level", 0)
         parts, rest = [param_group], None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
             group, rest = divided(param_group, self.param_groups, self.defaults["level"])
@@ -134,6 +153,8 @@ class PlannedOptimizer(Optimizer):
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else
             rule = param_group.get("rule", self.defaults["rule"])
+            if rule == ADAMW.name:
+                param_group.update({key: value for key, value in self._adamw.items() if key not in param_group})
             if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):
                 param_group.setdefault("norm_growth_limit", "published")
             if param_group.get("norm_growth_limit") == "published":
@@ -333,6 +354,7 @@ class PlannedOptimizer(Optimizer):
         for name, value in _NO_CONTROL.items():
             self.__dict__.setdefault(name, value)
         self.__dict__.setdefault("_rows", {})
+        self.__dict__.setdefault("_adamw", {})
         self.__dict__.setdefault("_captured", [])
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
@@ -416,7 +438,16 @@ class PlannedOptimizer(Optimizer):
     def _note_shapes(self) -> None:
         self._shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
 
+    def _check_rule(self, group: Mapping[str, Any]) -> None:
+        check_rule(group["rule"], "haar")
+        if group["rule"] not in self.rules:
+            raise ValueError(
+                f"rule={group['rule']!r} is no rule of {type(self).__name__}: use one of "
+                f"{', '.join(map(repr, self.rules))}"
+            )
+
     def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
+        self._check_rule(group)
         check_group(group, capturable=self.capturable, slack=slack)
         if self._observed:
             check_observable(group)

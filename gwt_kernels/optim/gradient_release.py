@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.checks import check_initialized
 
 __all__ = ["GradientRelease", "release_gradients"]
 
 
-def release_gradients(model: nn.Module, optimizer: GWTAdamW) -> GradientRelease:
+def release_gradients(model: nn.Module, optimizer: PlannedOptimizer) -> GradientRelease:
     """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.
 
     The gradients of the whole model never exist together, which saves their memory. ``optimizer.step()`` may go on
@@ -47,7 +47,7 @@ class GradientRelease:
         accumulating: Whether gradients are only added up now: see :meth:`accumulate`.
     """
 
-    def __init__(self, optimizer: GWTAdamW) -> None:
+    def __init__(self, optimizer: PlannedOptimizer) -> None:
         self._optimizer = optimizer
         self.accumulating = False
         self._scalers_looked_for = False
@@ -88,9 +88,9 @@ class GradientRelease:
         p.grad = None
 
 
-def _check(model: nn.Module, optimizer: GWTAdamW) -> None:
-    if not isinstance(optimizer, GWTAdamW):
-        raise TypeError(f"gradients are released to a GWTAdamW, got {type(optimizer).__name__}")
+def _check(model: nn.Module, optimizer: PlannedOptimizer) -> None:
+    if not isinstance(optimizer, PlannedOptimizer):
+        raise TypeError(f"gradients are released to this package's optimizers, got {type(optimizer).__name__}")
     if optimizer.gradient_release is not None:
         raise RuntimeError("gradients are released to this optimizer already: call remove() on that handle first")
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):

@@ -10,6 +10,7 @@ from gwt_kernels.optim.checks import check_rounding_of, name_of
 from gwt_kernels.optim.names import in_order_of
 from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
 from gwt_kernels.optim.state import check_state, exact_copy, state_keys, upgraded
+from gwt_kernels.rules import RULES, rule_of
 
 __all__ = ["check_and_set_aside"]
 
@@ -39,6 +40,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                     f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW; gwt_kernels.migrate "
                     f"takes over an AdamW's"
                 )
+            if option == "rule" and _name_at_level(saved) == _name_at_level(group):
+                continue  # as of groups at level 0 in older checkpoints
             if saved[option] != group[option]:
                 raise ValueError(
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
@@ -51,7 +54,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                 f"weight_rounding={group['weight_rounding']!r}: with 'split' half of each weight is in the state, "
                 f"so build the optimizer with the state's value, or convert the state with gwt_kernels.migrate"
             )
-        options = {**optimizer.defaults, **saved, "backend": group["backend"]}
+        options = {**optimizer.defaults, **saved, "rule": group["rule"], "backend": group["backend"]}
         check_group(options, capturable=getattr(optimizer, "capturable", False))
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
@@ -61,5 +64,13 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
     optimizer.__dict__["_set_aside"] = set_aside
-    own = [{**saved, "backend": group["backend"]} for saved, group in zip(saved_groups, groups, strict=True)]
+    own = [
+        {**saved, "rule": group["rule"], "backend": group["backend"]}
+        for saved, group in zip(saved_groups, groups, strict=True)
+    ]
     return {**state_dict, "state": {}, "param_groups": own}
+
+
+def _name_at_level(group: dict[str, Any]) -> Any:
+    """What the group's rule is called at its level."""
+    return rule_of(group["rule"], group["level"]).name if group["rule"] in RULES else group["rule"]

@@ -16,7 +16,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import filter_bank
 from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, literal_alone
 from gwt_kernels.formats.moments import FORMATS, wide
-from gwt_kernels.rules import RULES, check_rule
+from gwt_kernels.rules import ADAMW, RULES, check_rule
 
 __all__ = [
     "ADDED",
@@ -37,7 +37,7 @@ _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
 )
-_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool) for gamma in (float, type(None))}
+_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, float) for gamma in (float, type(None))}
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
 """Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
@@ -66,6 +66,13 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     if level < 0:
         raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
     check_rule(group["rule"], "haar")
+    if level and group["rule"] == ADAMW.name:
+        raise ValueError(f"level is {level}, but rule='adamw' transforms nothing: give the group level 0")
+    if level and not RULES[group["rule"]].takes_detail_scale and _detail_scale(group) != 1.0:
+        raise ValueError(
+            f"{'detail_scale' if 'detail_scale' in group else 'res_scale'} is {_detail_scale(group)}, but "
+            f"rule={group['rule']!r} takes none: leave it out"
+        )
     if published_limit(group["rule"]) is None and group["norm_growth_limit"] is not None:
         raise ValueError(
             f"norm_growth_limit is {group['norm_growth_limit']}, but rule={group['rule']!r} has no limiter: "
@@ -99,7 +106,7 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
 
 
 def published_limit(rule: str) -> float | None:
-    """The limiter's gamma that belongs to a rule: the folded one has no limiter."""
+    """The limiter's gamma that belongs to a rule; None for a rule that has no limiter."""
     return RULES[rule].norm_growth_limit if rule in RULES else None  # which check_group refuses
 
 
@@ -123,7 +130,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or a tensor that only the device could read.
         ValueError: a number is out of range, or a tensor holds several.
     """
-    numbers = _numbers(group)
+    numbers = *_numbers(group), _detail_scale(group)
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         return _remembered(numbers, slack)  # of no tensor, which might change where it lies
     return _checked(numbers, slack, capturable)
@@ -131,7 +138,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
 
 def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:
     """See :func:`hyper_of`."""
-    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias = numbers
+    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias, detail_scale = numbers
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("maximize", maximize), ("correct_bias", correct_bias)):
@@ -147,6 +154,7 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
         norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
         maximize=maximize,
         correct_bias=correct_bias,
+        detail_scale=_from_zero("detail_scale", _number("detail_scale", detail_scale), slack),
     )
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not beta < 1.0:
@@ -159,6 +167,11 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
             f"the published value is 1.01, and None turns the limiter off"
         )
     return hyper
+
+
+def _detail_scale(group: Mapping[str, Any]) -> Any:
+    """The factor on details, which FOAM's authors call ``res_scale``."""
+    return group["detail_scale"] if "detail_scale" in group else group.get("res_scale", 1.0)
 
 
 _remembered = functools.lru_cache(maxsize=256)(_checked)
@@ -175,8 +188,8 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
     name = str(state_dtype).removeprefix("torch.")
     if name not in FORMATS:
         raise ValueError(
-            f"state_dtype must be None, torch.float32, torch.bfloat16, torch.int8 or torch.float64, "
-            f"got {state_dtype!r}"
+            f"state_dtype must be None or one of {', '.join(f'torch.{known}' for known in FORMATS)}, got "
+            f"{state_dtype!r}"
         )
     return name
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gwt_kernels.core.hyper import Rule
 from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import deepest_level
 from gwt_kernels.optim.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
@@ -66,6 +67,8 @@ class Decision(NamedTuple):
     decayed: bool
     """Whether weight decay applies."""
     reason: str
+    is_transformed: bool = False
+    """Whether it is a matrix for the rule of the optimizer, at level 0 too."""
 
 
 class _Use(NamedTuple):
@@ -86,14 +89,16 @@ def gwt_param_groups(
     weight_decay: float = 0.0,
     include: Sequence[str | re.Pattern[str]] | None = None,
     exclude: Sequence[str | re.Pattern[str]] | None = None,
+    rule: Rule | None = None,
+    adamw_lr: float | None = None,
     verbose: bool = False,
 ) -> list[dict[str, Any]]:
-    """Split a model's trainable parameters into groups for `GWTAdamW`, by the published recipe.
+    """Split a model's trainable parameters into groups for this package's optimizers, by the published recipe.
 
     The matrices of experts and of the Linears in repeated blocks (attention, MLPs, mixers) are transformed, and
     elsewhere those of modules that are called attention or MLP. Embeddings, the output head, MoE routers and what
-    is no Linear stay at level 0 (plain AdamW) with weight decay; norms, biases and other 1-D tensors stay at level
-    0 without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
+    is no Linear stay at level 0 (``rule="adamw"``) with weight decay; norms, biases and other 1-D tensors stay at
+    level 0 without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
@@ -103,13 +108,17 @@ def gwt_param_groups(
         include: Regular expressions, tried with `re.search` on the qualified names, of matrices to transform
             besides those of the recipe. Only tensors with two or more dimensions are affected, and no biases.
         exclude: Regular expressions of parameters to leave at level 0. Wins over `include`.
+        rule: Of the transformed matrices, which are then a group of their own at level 0 too, as a rule needs that is
+            not AdamW there; None for the optimizer's.
+        adamw_lr: Learning rate of what is not transformed, where it is not the optimizer's.
         verbose: Print a table of what was decided, and why.
 
     Returns:
-        The groups that are not empty, as plain dicts with "params", "param_names", "level", "scale" and
-        "weight_decay": the transformed matrices, the other decayed tensors, the tensors without decay. Each
-        trainable parameter appears exactly once, tied weights under their first name; frozen ones are left
-        out. Names carry no wrapper prefix: they do not change when a model is compiled or wrapped in DDP.
+        The groups that are not empty, as plain dicts with "params", "param_names", "level", "scale",
+        "weight_decay" and, of what is not transformed, "rule", which is "adamw", and "lr" if `adamw_lr` says it:
+        the transformed matrices, the other decayed tensors, the tensors without decay. Each trainable parameter
+        appears exactly once, tied weights under their first name; frozen ones are left out. Names carry no wrapper
+        prefix: they do not change when a model is compiled or wrapped in DDP.
 
     Raises:
         TypeError: `model` is no module, or `include` or `exclude` is a single string.
@@ -123,6 +132,10 @@ def gwt_param_groups(
         raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
+    if rule is not None:
+        check_rule(rule, "haar")
+    if adamw_lr is not None and not (math.isfinite(adamw_lr) and adamw_lr >= 0):
+        raise ValueError(f"adamw_lr must be a finite number of at least 0, got {adamw_lr!r}")
     decided = decide(model, level=level, include=include, exclude=exclude)
     if verbose:
         print(describe(decision for _, decision in decided))
@@ -136,17 +149,23 @@ def gwt_param_groups(
 
     groups: list[dict[str, Any]] = []
     for transformed, decayed in ((True, True), (False, True), (False, False)):
-        members = [(p, d) for p, d in decided if (d.level > 0, d.decayed) == (transformed, decayed)]
+        apart = level > 0 or rule is not None
+        members = [(p, d) for p, d in decided if (d.is_transformed and apart, d.decayed) == (transformed, decayed)]
         if members:
-            groups.append(
-                {
-                    "params": [parameter for parameter, _ in members],
-                    "param_names": [decision.name for _, decision in members],
-                    "level": level if transformed else 0,
-                    "scale": scale if transformed else 1.0,
-                    "weight_decay": weight_decay if decayed else 0.0,
-                }
-            )
+            group = {
+                "params": [parameter for parameter, _ in members],
+                "param_names": [decision.name for _, decision in members],
+                "level": level if transformed else 0,
+                "scale": scale if transformed else 1.0,
+                "weight_decay": weight_decay if decayed else 0.0,
+            }
+            if transformed and rule is not None:
+                group["rule"] = rule
+            elif apart and not transformed:
+                group["rule"] = ADAMW.name
+            if not transformed and adamw_lr is not None:
+                group["lr"] = adamw_lr
+            groups.append(group)
     return groups
 
 
@@ -234,12 +253,12 @@ def _decide(
                 f"{name} was included but its width of {shape[-1]} is too narrow for level {level}: the "
                 f"deepest level that fits is {deepest}; lower the level or exclude the tensor"
             )
-        return Decision(name, shape, level, True, f"included by pattern ({reason})")
+        return Decision(name, shape, level, True, f"included by pattern ({reason})", True)
     if in_recipe and level > deepest:
         return Decision(
             name, shape, 0, decayed, f"{reason}, but a width of {shape[-1]} holds at most level {deepest}"
         )
-    return Decision(name, shape, level if in_recipe else 0, decayed, reason)
+    return Decision(name, shape, level if in_recipe else 0, decayed, reason, in_recipe)
 
 
 def _role(parameter: nn.Parameter, use: _Use, layout: Layout) -> tuple[bool, bool, str]:

@@ -19,7 +19,7 @@ from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.options import rounding_of
-from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans
+from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans, slots_of
 
 __all__ = ["Member", "PlannedBucket", "stream_id_of"]
 
@@ -150,17 +150,19 @@ def _bucket_of(
     """What a backend takes of the members, of shards what this process holds; ``decides``: on the limiter, too."""
     params, group = [member.param for member in members], groups[members[0].group]
     local = list(map(local_of, params))
-    exp_avgs = [local_of(s["exp_avg"]) for s in own]
+    slots = slots_of(group)
+    moments = [[local_of(s[key]) for s in own] for key in slots]
     rounding = rounding_of(local[0], group["weight_rounding"])
     stored = [moment_format(p, group) for p in params]
     random = rounding == "stochastic" or stored[0].is_random
     scales: list[Any] = [
-        tuple(local_of(s[key]) for key in each.scales) or None for each, s in zip(stored, own, strict=True)
+        tuple(local_of(s[key]) for key in each.scales_of(slots)) or None
+        for each, s in zip(stored, own, strict=True)
     ]
     return Bucket(
         local,
-        exp_avgs,
-        [local_of(s["exp_avg_sq"]) for s in own],
+        moments[0],
+        moments[1] if len(slots) > 1 else None,
         level=group["level"],
         grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),
         limiter_norms=[s["limiter_norm"] for s in own] if is_limited(group) and decides else None,

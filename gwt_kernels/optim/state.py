@@ -17,6 +17,7 @@ from gwt_kernels.core.hyper import Span
 from gwt_kernels.distributed.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
 from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, wide
 from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.rules import rule_of
 
 __all__ = [
     "check_memory",
@@ -29,6 +30,7 @@ __all__ = [
     "low_bits_of",
     "moment_format",
     "shard_spans",
+    "slots_of",
     "state_keys",
     "state_shape",
     "upgraded",
@@ -38,6 +40,11 @@ __all__ = [
 def is_limited(group: Mapping[str, Any]) -> bool:
     """Whether the group's tensors have a limiter: level 0 has none."""
     return bool(group["level"]) and group["norm_growth_limit"] is not None
+
+
+def slots_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """State entries that hold the moments of the group's tensors."""
+    return rule_of(group["rule"], group["level"]).slots
 
 
 def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
@@ -51,7 +58,8 @@ def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
 
 def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a parameter's state under the group's options holds."""
-    keys = ["step", *MOMENTS, *moment_format(p, group).scales]
+    slots = slots_of(group)
+    keys = ["step", *slots, *moment_format(p, group).scales_of(slots)]
     keys += ["limiter_norm"] if is_limited(group) else []
     keys += ["weight_low"] if group["weight_rounding"] == "split" else []
     return tuple(keys)
@@ -61,13 +69,11 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     """Make the state of a first step; of a later one, what an option turned on since then needs."""
     state.update(upgraded(state, p))
     if not state:
-        shape, stored = state_shape(p, group), moment_format(p, group)
-        moments = {
-            key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(MOMENTS, stored.dtypes, strict=True)
-        }
+        shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
+        moments = {key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(slots, stored.dtypes, strict=False)}
         state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
         n = stored.n_scales(shape, group["level"])
-        state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales})
+        state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales_of(slots)})
     if is_limited(group) and "limiter_norm" not in state:
         state["limiter_norm"] = torch.zeros((), dtype=_norm_dtype(p), device=p.device)
     if group["weight_rounding"] == "split" and "weight_low" not in state:
@@ -125,8 +131,13 @@ def check_state(
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
-    shape, stored = state_shape(p, group), moment_format(p, group)
-    for key, dtype in zip(MOMENTS, stored.dtypes, strict=True):
+    shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
+    if stray := [key for key in MOMENTS if key in state and key not in slots]:
+        raise ValueError(
+            f"the state of {name} has {stray[0]}, which rule={group['rule']!r} does not keep: load the state that "
+            f"belongs to it, or convert it with gwt_kernels.migrate"
+        )
+    for key, dtype in zip(slots, stored.dtypes, strict=False):
         if tuple(state[key].shape) != shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
@@ -140,14 +151,14 @@ def check_state(
             )
     n = stored.n_scales(shape, group["level"])
     for key in [key for key in SCALES if key in state]:
-        if key not in stored.scales:
+        if key not in stored.scales_of(slots):
             raise ValueError(
-                f"the state of {name} has {key}, but no int8 moments: load the state that it belongs to"
+                f"the state of {name} has {key}, but no moments with such scales: load the state that it belongs to"
             )
         if tuple(state[key].shape) != (n,) or state[key].dtype != torch.float32:
             raise ValueError(
                 f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
-                f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} codes"
+                f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} values"
             )
     for key in {*MOMENTS, *SCALES, "weight_low"} & state.keys():
         check_place_of(state[key], key, p, name)

@@ -19,6 +19,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.distributed.sharding import reduced_over
+from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
 from gwt_kernels.optim.state import is_limited
@@ -215,7 +216,7 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
                 continue
             seen.add(id(p))
             reduced = is_limited(group) and bool(reduced_over(p))
-            dtypes = (p.dtype, p.grad.dtype, sources.states[p]["exp_avg"].dtype)
+            dtypes = (p.dtype, p.grad.dtype, sources.states[p][MOMENTS[0]].dtype)
             key = (reduced, options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))

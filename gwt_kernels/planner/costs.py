@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.optim.options import state_dtype_name
-from gwt_kernels.optim.state import complete
+from gwt_kernels.optim.state import complete, slots_of
 
 __all__ = [
     "adamw_state",
@@ -41,7 +41,7 @@ def first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype | 
     own = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
     complete(state, stand_in(p), {**group, "state_dtype": own})
     if not offered:
-        state |= {key: state[key].to(state_dtype) for key in MOMENTS}
+        state |= {key: state[key].to(state_dtype) for key in slots_of(group)}
     return state
 
 

@@ -12,13 +12,14 @@ from gwt_kernels.rules.rule import Rule
 
 __all__ = ["ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
 
-RULES = {rule.name: rule for rule in (GWT, FOAM)}
-"""By the option ``rule``. At level 0 each of them is :data:`ADAMW`."""
+RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW)}
+"""By the option ``rule``."""
 
 
 def rule_of(name: str, level: int = 1) -> Rule:
     """The rule of that name at a level."""
-    return ADAMW if level == 0 or name == ADAMW.name else RULES[name]
+    rule = RULES[name]
+    return rule if level or rule.plain is None else rule.plain
 
 
 def check_rule(rule: object, wavelet: str, boundary: str = "zero") -> None:

@@ -55,7 +55,7 @@ def _update(
 
 @statement
 def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    b1, rest1, b2, rest2, _ = numbers
+    b1, rest1, b2, rest2, _, _ = numbers
     m = b1 * m + rest1 * g
     v = b2 * v + rest2 * (g * g)
     return g, g, m, v
@@ -67,4 +67,4 @@ def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.co
     return m * tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
 
 
-ADAMW = Rule("adamw", __name__, _moments, _update, is_of_elements=True)
+ADAMW = Rule("adamw", __name__, _moments, _update, is_scaled=False, is_literal=True, is_of_elements=True)

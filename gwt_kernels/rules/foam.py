@@ -4,7 +4,9 @@ For a block of ``W = 2**level`` neighbours with mean ``mean``, with ``r_i = g_i 
 
     m = b1*m + (1-b1)*mean
     v = b2*v + (1-b2)*mean(g*g)
-    u_i = (m + r_i) / (sqrt(v + r_i*r_i) + eps)
+    u_i = (m + s*r_i) / (sqrt(v + s*s*r_i*r_i) + eps)
+
+with ``s = detail_scale``, which the authors call ``res_scale``.
 
 There is no limiter.
 """
@@ -19,6 +21,7 @@ from torch import Tensor
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.blocks import block_sums, kernel_block_means, kernel_block_sums, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 
@@ -38,6 +41,8 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: N
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     v.mul_(hyper.beta2).add_(block_sums(g.square(), level), alpha=(1 - hyper.beta2) / width)
     residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    if hyper.detail_scale != 1.0:
+        residual.mul_(hyper.detail_scale)
     denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
     if notes is not None:
         notes.gradient(g, 1.0, mean, width)
@@ -64,7 +69,7 @@ def _update(
 
 @statement
 def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    b1, rest1, b2, rest2, _ = numbers
+    b1, rest1, b2, rest2, _, _ = numbers
     mean, m = kernel_block_means(g, m, W, NB, KIND)
     square = kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
     m = b1 * m + rest1 * mean
@@ -74,8 +79,9 @@ def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl
 
 @statement
 def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    residual *= numbers[5]
     denominators = tl.sqrt_rn(v[:, None] + residual * residual) + numbers[4]  # [NB, W]
     return tl.div_rn(step_size * (residual + m[:, None]), denominators)
 
 
-FOAM = Rule("foam", __name__, _moments, _update, is_of_elements=True)
+FOAM = Rule("foam", __name__, _moments, _update, plain=ADAMW, takes_detail_scale=True, is_of_elements=True)

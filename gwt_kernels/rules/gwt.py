@@ -22,6 +22,7 @@ from torch import Tensor
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
 from gwt_kernels.rules.rule import Rule
 
@@ -77,7 +78,7 @@ def _direction(parts: tuple[Tensor, ...]) -> Tensor:
 
 @statement
 def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    b1, rest1, b2, rest2, _ = numbers
+    b1, rest1, b2, rest2, _, _ = numbers
     mean, m = kernel_block_means(g, m, W, NB, KIND)
     a = mean * W**0.5
     m = b1 * m + rest1 * a
@@ -97,4 +98,4 @@ def kernel_direction(m, v, numbers):
     return m / (tl.sqrt_rn(v) + numbers[4])
 
 
-GWT = Rule("gwt", __name__, _moments, _update, direction=_direction, norm_growth_limit=1.01, is_literal=True)
+GWT = Rule("gwt", __name__, _moments, _update, _direction, plain=ADAMW, norm_growth_limit=1.01, is_literal=True)

@@ -15,10 +15,11 @@ from gwt_kernels.core.notes import Notes
 
 __all__ = ["Kernel", "Moments", "Rule", "Update"]
 
-Moments = Callable[[Tensor, Tensor, Tensor, Hyper, int, Notes | None], tuple[Tensor, ...]]
+Moments = Callable[[Tensor, Tensor, Any, Hyper, int, Notes | None], tuple[Tensor, ...]]
 """Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes)``.
 
-``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., ceil(N / 2**level)]`` in the arithmetic's.
+``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., ceil(N / 2**level)]`` in the arithmetic's; ``v`` is
+None for a rule without second moment.
 Returns what :data:`Update` takes.
 """
 
@@ -33,11 +34,12 @@ Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, in
 class Kernel(NamedTuple):
     """A rule in Triton's language, on the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
 
-    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps``; ``KIND`` is the kind of the tile (``tiles.py``).
+    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``; ``KIND`` is the kind of the tile (``tiles.py``).
 
     Attributes:
         moments: ``kernel_moments(g, m, v, numbers, W, NB, KIND)``, of ``g [NB * W]``, ``m`` and ``v`` ``[NB]``: the
-            means ``[NB]``, the residuals ``[NB, W]``, and the new ``m`` and ``v``.
+            means ``[NB]``, the residuals ``[NB, W]``, and the new ``m`` and ``v``. A rule without second moment
+            gets any ``v``, and returns as ``v`` what its update takes of a block.
         update: ``kernel_update(residual, m, v, step_size, numbers, W, NB)``: what is subtracted from the weights,
             ``[NB, W]``.
         direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
@@ -59,7 +61,12 @@ class Rule:
         update_: The PyTorch statement of its update.
         direction: The part of the update whose norm the limiter compares, from what ``moments`` returned, as a
             tensor of its own; None for a rule without limiter.
+        slots: State entries that hold its moments, in order.
+        plain: The rule that it is at level 0; None for itself.
         norm_growth_limit: The limiter's default gamma; None for none.
+        is_scaled: Whether the option ``scale`` multiplies its update.
+        corrects_bias: Whether it knows Adam's bias correction.
+        takes_detail_scale: Whether it takes a factor on details.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
@@ -70,7 +77,12 @@ class Rule:
     moments: Moments
     update_: Update
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
+    slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    plain: Rule | None = None
     norm_growth_limit: float | None = None
+    is_scaled: bool = True
+    corrects_bias: bool = True
+    takes_detail_scale: bool = False
     is_literal: bool = False
     is_of_elements: bool = False
 

@@ -388,7 +388,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind):
 
 
 def test_arguments_of_the_wrong_type():
-    with pytest.raises(TypeError, match="must be a GWTAdamW, got AdamW"):
+    with pytest.raises(TypeError, match="must be a GWTAdamW or another of this package, got AdamW"):
         migrate(saved(), adamw(Tied()))
     with pytest.raises(TypeError, match="module or a sequence of names, got str"):
         migrate(saved(), wider(), names="0.weight")

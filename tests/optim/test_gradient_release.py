@@ -307,7 +307,7 @@ def test_a_scaler_is_refused_at_set_up_and_before_the_first_update():
 
 def test_what_else_is_refused():
     model, optimizer = build("torch", torch.device("cpu"))
-    with pytest.raises(TypeError, match="released to a GWTAdamW, got SGD"):
+    with pytest.raises(TypeError, match="released to this package's optimizers, got SGD"):
         release_gradients(model, torch.optim.SGD(model.parameters()))
     with refused(optimizer, RuntimeError, "'0.weight' is not the optimizer's", "freeze"):
         release_gradients(torch.nn.Sequential(torch.nn.Linear(2, 2)), optimizer)

@@ -240,7 +240,9 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_group_options() -> None:
     groups = gwt_param_groups(nanogpt(), level=3, scale=0.5, weight_decay=0.1)
     keys = {"params", "param_names", "level", "scale", "weight_decay"}
-    assert all(type(group) is dict and set(group) == keys for group in groups)
+    assert [set(group) - keys for group in groups] == [set(), {"rule"}, {"rule"}]
+    assert all(type(group) is dict and keys <= set(group) for group in groups)
+    assert [group.get("rule") for group in groups] == [None, "adamw", "adamw"]
     options = [(group["level"], group["scale"], group["weight_decay"]) for group in groups]
     assert options == [(3, 0.5, 0.1), (0, 1.0, 0.1), (0, 1.0, 0.0)]
     without_extras = gwt_param_groups(linears("attn"))
@@ -251,6 +253,19 @@ def test_level_zero_is_plain_adamw_for_all(recwarn: pytest.WarningsRecorder) -> 
     groups = gwt_param_groups(nanogpt(), level=0)
     assert [group["level"] for group in groups] == [0, 0]
     assert not recwarn.list
+
+
+def test_a_rule_keeps_its_matrices_apart_at_level_zero_too() -> None:
+    groups = gwt_param_groups(nanogpt(), level=0, rule="lion", adamw_lr=0.5)
+    assert [(group["level"], group["rule"], group.get("lr")) for group in groups] == [
+        (0, "lion", None), (0, "adamw", 0.5), (0, "adamw", 0.5)
+    ]  # fmt: skip
+    matrices = gwt_param_groups(nanogpt(), level=2)[0]["param_names"]
+    assert groups[0]["param_names"] == matrices
+    with pytest.raises(ValueError, match="unknown rule 'sgd'"):
+        gwt_param_groups(nanogpt(), rule="sgd")
+    with pytest.raises(ValueError, match="adamw_lr must be a finite number of at least 0, got -1"):
+        gwt_param_groups(nanogpt(), adamw_lr=-1)
 
 
 def test_compiled_and_checkpointed_models_keep_their_names() -> None:

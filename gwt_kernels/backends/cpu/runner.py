@@ -20,9 +20,12 @@ class CompiledRunner(TorchRunner):
 
     def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket, packed = self.bucket, self._packed
+        if any(own.hyper.detail_scale != 1.0 for own in tensor_steps):  # which C does not know
+            super()._update(tensor_steps)
+            return
         if packed is not None:
             packed.renew(tensor_steps)
-        elif bucket.rule in step.RULES and step.knows(tensor_steps, bucket.level):
+        elif bucket.stated.name in step.RULES and step.knows(tensor_steps, bucket.level):
             packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
         else:
             super()._update(tensor_steps)

@@ -26,7 +26,7 @@ __all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
-RULES: tuple[Rule, ...] = ("gwt", "foam")
+RULES: tuple[Rule, ...] = ("gwt", "foam", "adamw")
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
@@ -113,7 +113,14 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
 def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
     """Raise unless C may trust the tensors: it writes to their addresses."""
     params, exp_avgs = [own.p for own in tensor_steps], [own.m for own in tensor_steps]
-    check_bucket((params, [own.g for own in tensor_steps], exp_avgs, [own.v for own in tensor_steps]), level)
+    seconds: Any = [own.v for own in tensor_steps]
+    arrays = {
+        "params": params,
+        "grads": [own.g for own in tensor_steps],
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": seconds,
+    }
+    check_bucket(arrays, level)
     lows = [own.low for own in tensor_steps if own.low is not None]
     if lows:
         check_low_bits(params, lows)
@@ -121,7 +128,7 @@ def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
     if exp_avgs[0].dtype == torch.int8:
         if len(scales) != len(tensor_steps):
             raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
-        check_scales(exp_avgs, list(zip(*scales, strict=True)), level)
+        check_scales(exp_avgs, scales, level)
 
 
 class Packed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.hyper import Rule as RuleName
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
-from gwt_kernels.formats.moments import MomentFormat, format_of
+from gwt_kernels.formats.moments import stored_as
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
 
@@ -30,8 +31,9 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName
             continue
         own = _scaled_ahead(own)
         notes = None if own.row is None else Notes(own.row)
-        storage = Storage(level, _stored(own), rounding, own.step, own.key, own.span, notes)
-        _step(_chunks(own, _stored(own).block_size(level)), own, rule_of(rule, level), storage)
+        stored = stored_as(own.m.dtype)
+        storage = Storage(level, stored, rounding, own.step, own.key, own.span, notes)
+        _step(_chunks(own, stored.block_size(level)), own, rule_of(rule, level), storage)
         if notes is not None:
             notes.close()
 
@@ -47,16 +49,17 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleNam
         if own.p.numel() == 0:
             continue
         own = _scaled_ahead(own)
-        storage = Storage(level, _stored(own), "nearest", step=0, key=0)
-        for chunk in _chunks(own, _stored(own).block_size(level)):
-            m, v = (x.clone() for x in storage.load_moments(chunk, _dtype_of(own)))
+        stored = stored_as(own.m.dtype)
+        storage = Storage(level, stored, "nearest", step=0, key=0)
+        for chunk in _chunks(own, stored.block_size(level)):
+            m, v = _both([x.clone() for x in storage.load_moments(chunk, _dtype_of(own))])
             total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None)))
     return sums
 
 
-def _stored(own: TensorStep) -> MomentFormat:
-    """How its moments are stored: to the nearest, where no format has their dtype."""
-    return format_of(own.m.dtype) or MomentFormat(str(own.m.dtype), (own.m.dtype, own.v.dtype))
+def _both(moments: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The first moment, and the second or None."""
+    return moments[0], moments[1] if len(moments) > 1 else None
 
 
 def _dtype_of(own: TensorStep) -> torch.dtype:
@@ -77,15 +80,15 @@ def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage
     hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, _dtype_of(own)
     limits = rule.direction is not None
     gamma = hyper.norm_growth_limit if limits and own.norm is not None else None
-    step_size: Tensor | float = hyper.step_size(storage.step, level)
+    step_size: Tensor | float = hyper.step_size(storage.step, rule.is_scaled, rule.corrects_bias)
     limit = own.limit if limits else None
     if limit is not None:
         step_size = step_size / limit
     total: Tensor | None = None  # squared norm of the rule's direction
     pending = []
     for chunk in chunks:
-        m, v = storage.load_moments(chunk, dtype)
-        parts = rule.moments(chunk.g, m, v, hyper, level, notes)
+        moments = storage.load_moments(chunk, dtype)
+        parts = rule.moments(chunk.g, *_both(moments), hyper, level, notes)
         if gamma is None or rule.direction is None:
             _update(chunk, parts, step_size, own, rule, storage)
         else:
@@ -93,7 +96,7 @@ def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage
             part = _sum_of_squares(rule.direction(parts))
             total = part if total is None else total + part
             pending.append((chunk, parts))
-        storage.store_moments(chunk, m, v)
+        storage.store_moments(chunk, moments)
     if own.norm is not None and gamma is not None and total is not None:
         limit = limit_(own.norm, total.sqrt_(), gamma)
         step_size = step_size / limit
@@ -127,6 +130,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
     p, m, scales = own.p, own.m, own.scales
+    places = [x is not None for x in (p, own.g, m, own.v, own.low)]
     tensors = [x for x in (p, own.g, m, own.v, own.low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
     whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
@@ -140,10 +144,12 @@ def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     else:
         parts = [list(torch.split(x, _multiple(CHUNK * p.shape[0] // p.numel(), whole))) for x in tensors]
     first = coefficient = 0
-    for p_, g_, m_, v_, *low_ in zip(*parts, strict=True):
+    for views in zip(*parts, strict=True):
+        held: Any = iter(views)
+        p_, g_, m_, v_, low_ = (next(held) if there else cast(Any, None) for there in places)
         quanta = slice(coefficient // q, -(-(coefficient + m_.numel()) // q))
-        parts_ = None if scales is None else (scales[0][quanta], scales[1][quanta])
-        yield Chunk(p_, g_, m_, v_, low_[0] if low_ else None, parts_, first, coefficient)
+        parts_ = None if scales is None else tuple(x[quanta] for x in scales)
+        yield Chunk(p_, g_, m_, v_, low_, parts_, first, coefficient)
         first += p_.numel()
         coefficient += m_.numel()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,19 @@ class Chunk(NamedTuple):
     p: Tensor
     g: Tensor
     m: Tensor
-    v: Tensor
+    v: Any
     low: Tensor | None
-    scales: tuple[Tensor, Tensor] | None
-    """Of the quanta of ``m`` and ``v``, where these are codes; a chunk begins with a whole quantum."""
+    scales: tuple[Tensor, ...] | None
+    """Of the moments' blocks of values, where these are quantized; a chunk begins with a whole block."""
     first: int
     """Index of the first weight in the whole parameter."""
     first_coefficient: int
     """Index of the first coefficient in the whole of the moments."""
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """The first moment, and the second if there is one."""
+        return [self.m] if self.v is None else [self.m, self.v]
 
 
 class Storage(NamedTuple):
@@ -47,36 +52,36 @@ class Storage(NamedTuple):
     notes: Notes | None = None
     """What is told about the step."""
 
-    def load(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights and moments in ``dtype``: views where that is what they are kept in."""
-        return self.load_weights(chunk, dtype), *self.load_moments(chunk, dtype)
-
-    def load_moments(self, chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        m, v = self.stored.decode(chunk.m, chunk.v, chunk.scales or (), self.level)
-        return m.to(dtype), v.to(dtype)
+    def load_moments(self, chunk: Chunk, dtype: torch.dtype) -> list[Tensor]:
+        """The moments that there are, in ``dtype``: views where that is what they are kept in."""
+        return [x.to(dtype) for x in self.stored.decode(chunk.moments, chunk.scales or (), self.level)]
 
     def load_weights(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         return chunk.p.to(dtype) if chunk.low is None else join_low(chunk.p, chunk.low).to(dtype)
 
-    def store_moments(self, chunk: Chunk, m: Tensor, v: Tensor) -> None:
-        """Moments in bfloat16 and int8 are rounded at random, others to the nearest."""
+    def store_moments(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
+        """Store moments as their format says: rounded at random, or to the nearest."""
         if not self.stored.is_random:
-            _copy(chunk.m, m)
-            _copy(chunk.v, v)
+            for place, x in zip(chunk.moments, moments, strict=True):
+                _copy(place, x)
             return
-        first, second = chunk.m.view(-1), chunk.v.view(-1)
-        m, v = m.float().reshape(-1), v.float().reshape(-1)
-        for part in blocks(m.numel(), 4, m.device):  # of whole quanta but for the last
-            words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, m.device)
+        places = [x.view(-1) for x in chunk.moments]
+        flat = [x.float().reshape(-1) for x in moments]
+        n, device = flat[0].numel(), flat[0].device
+        for part in blocks(n, 4, device):  # of whole blocks of values but for the last
+            words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
-            if self.stored.encode is None:
-                first[part] = stochastic_round(m[part], bits[0], torch.bfloat16)
-                second[part] = stochastic_round(v[part], bits[1], torch.bfloat16)
+            own = [x[part] for x in flat]
+            if self.stored.encoders is None:
+                for place, x, draws in zip(places, own, bits, strict=False):
+                    place[part] = stochastic_round(x, draws, place.dtype)
                 continue
-            first[part], second[part], *scales = self.stored.encode(m[part], v[part], bits, self.level)
+            values, scales = self.stored.encode(own, bits, self.level)
             q = self.stored.block_size(self.level)
-            for place, values in zip(chunk.scales or (), scales, strict=True):
-                place[part.start // q : -(-part.stop // q)] = values
+            for place, x in zip(places, values, strict=True):
+                place[part] = x
+            for place, x in zip(chunk.scales or (), scales, strict=True):
+                place[part.start // q : -(-part.stop // q)] = x
 
     def store_weights(self, chunk: Chunk, p: Tensor) -> None:
         """``p`` may be overwritten."""

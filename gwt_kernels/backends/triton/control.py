@@ -12,6 +12,8 @@ from gwt_kernels.backends.triton.schema import (
     B2_C,
     CORRECTS_BIAS_C,
     DECAY,
+    DETAIL_SCALE,
+    DETAIL_SCALE_C,
     EPS,
     EPS_C,
     GAMMA,
@@ -140,10 +142,10 @@ def rows_kernel(
     Without ``COUNTS`` the row is written as if the step were counted.
 
     ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
-    ``constants`` float64 ``[n, 9]``: see ``schema.py``
+    ``constants`` float64 ``[n, 10]``: see ``schema.py``
     ``control``   float64 ``[3]``, where ``CONTROLLED``: factor on gradients, whether to step, norm
     ``steps``     int64 ``[n]``, written: the number of this step
-    ``scalars``   float32 ``[n, 10]``, written: see ``schema.py``
+    ``scalars``   float32 ``[n, 12]``, written: see ``schema.py``
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
@@ -180,4 +182,5 @@ def rows_kernel(
     tl.store(out + STEP_SIZE, step_size.to(tl.float32), mask=inside)
     tl.store(out + GAMMA, tl.load(row + GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
     tl.store(out + GRAD_SCALE, sign.to(tl.float32), mask=inside)
+    tl.store(out + DETAIL_SCALE, tl.load(row + DETAIL_SCALE_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
     tl.store(out + TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)

@@ -99,7 +99,7 @@ def decide(
 def rows(
     addresses: Tensor, constants: Tensor, steps: Tensor, n: int, control: Tensor | None, counts: bool = True
 ) -> Tensor:
-    """The tensors' rows of numbers, float32 ``[n * 10]``, their steps counted: see ``rows_kernel``."""
+    """The tensors' rows of numbers, float32 ``[n * 12]``, their steps counted: see ``rows_kernel``."""
     scalars = torch.empty(n * len(SCALARS), dtype=torch.float32, device=addresses.device)
     rows_kernel[(-(-n // ROWS_BLOCK),)](
         addresses, constants, constants if control is None else control, steps, scalars, n,

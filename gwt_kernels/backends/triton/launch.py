@@ -27,7 +27,6 @@ from gwt_kernels.backends.triton.tables import (
     scalar_rows,
 )
 from gwt_kernels.core.hyper import padded_spans, quantum
-from gwt_kernels.rules import rule_of
 
 __all__ = ["Launch", "Sent"]
 
@@ -44,7 +43,7 @@ class Sent:
 
     Attributes:
         pointers: int64: addresses of the tensors' arrays.
-        scalars: float32 ``[n, 10]``: the numbers that the step goes by.
+        scalars: float32 ``[n, 12]``: the numbers that the step goes by.
         telemetry: int64 ``[n]``: addresses of telemetry's rows.
         factors: float32 ``[n]``: reciprocals of the limiter's divisors, where the step decides them.
         partials: float32 ``[chunks]``: partial sums of the update's squares.
@@ -86,7 +85,7 @@ class Launch:
         self.flat = flat
         level, device = bucket.level, bucket.device
         self._bucket = bucket
-        self._rule = rule_of(bucket.rule, level).kernel
+        self._rule, self._slots = bucket.stated.kernel, len(bucket.moments)
         self._path = variant(level, flat, bucket.is_quantized)
         self._quantum = quantum(level) if bucket.is_quantized else 0
         self._sender = Sender()
@@ -143,13 +142,13 @@ class Launch:
         device_scalars: list[Any] = []
         if isinstance(inputs.steps, Tensor):
             rows, counts_of = (
-                constant_rows(inputs.hypers, bucket.level),
+                constant_rows(inputs.hypers, bucket.stated),
                 [0] * len(bucket),
             )  # the device writes these
             first = inputs.steps.data_ptr()
             device_scalars = [range(first, first + 8 * len(bucket), 8), lr_ptrs(inputs.hypers)]
         else:
-            rows = scalar_rows(inputs.hypers, inputs.steps, bucket.level)
+            rows = scalar_rows(inputs.hypers, inputs.steps, bucket.stated)
             counts_of = list(inputs.steps) if bucket.is_random else []
         columns = self._columns
         columns["g"] = self._own_words(grad_ptrs)
@@ -181,8 +180,8 @@ class Launch:
         self._start(
             norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
             self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
-            Q=self._quantum, SKIPPABLE=sent.can_skip, LOOKS=grad_stats, MOMENTS=self._rule.moments,
-            DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
+            Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip, LOOKS=grad_stats,
+            MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
@@ -213,7 +212,8 @@ class Launch:
             step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
             SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
-            ROUNDING=bucket.rounding, Q=self._quantum, TILES=self._tiles, **self._path, **self._step_alignment,
+            ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots, TILES=self._tiles, **self._path,
+            **self._step_alignment,
         )  # fmt: skip
         if self._rows:
             self._start(

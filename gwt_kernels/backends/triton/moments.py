@@ -27,10 +27,15 @@ def moment_arrays(
     M: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Where ``m`` and ``v`` of a tensor lie, and the scales of their codes."""
+    """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values."""
     m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
-    if Q:
+    if SLOTS == 1:
+        v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
+        if Q:
+            m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+    elif Q:
         v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
         m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
         v_scale_ptr = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4)
@@ -50,15 +55,19 @@ def load_moments(
     KIND: tl.constexpr,
     MULTIPLE: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32; zeros where there is no block."""
+    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; of 1 ``SLOTS``, ``m`` stands for ``v``."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
-    v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
+    v = m
+    if SLOTS == 2:
+        v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     if Q:
         quanta, known = _quanta(tile, NB, Q)
         m = decode_first(m, tl.load(m_scale_ptr + quanta, mask=known, other=0.0), Q, NB)
-        v = decode_second(v, tl.load(v_scale_ptr + quanta, mask=known, other=0.0), Q, NB)
+        if SLOTS == 2:
+            v = decode_second(v, tl.load(v_scale_ptr + quanta, mask=known, other=0.0), Q, NB)
     return m, v
 
 
@@ -76,22 +85,28 @@ def store_moments(
     KIND: tl.constexpr,
     MULTIPLE: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Store ``m`` and ``v``: to the nearest, or by random ``bits``, of which ``m`` gets the lower half."""
+    """Store ``m`` and, of 2 ``SLOTS``, ``v``: to the nearest, or by random ``bits``; ``m`` takes the lower half."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     if Q:
         inside = tl.arange(0, NB) < tile[1]
         quanta, known = _quanta(tile, NB, Q)
         m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
-        v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
+        if SLOTS == 2:
+            v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
         tl.store(m_scale_ptr + quanta, m_scales, mask=known)
-        tl.store(v_scale_ptr + quanta, v_scales, mask=known)
+        if SLOTS == 2:
+            tl.store(v_scale_ptr + quanta, v_scales, mask=known)
     elif M == tl.bfloat16:
-        m, v = stochastic_round(m, bits & 0xFFFF, M), stochastic_round(v, bits >> 16, M)
+        m = stochastic_round(m, bits & 0xFFFF, M)
+        if SLOTS == 2:
+            v = stochastic_round(v, bits >> 16, M)
     else:
         m, v = m.to(M), v.to(M)
     store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
-    store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
+    if SLOTS == 2:
+        store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
 
 
 @triton.jit

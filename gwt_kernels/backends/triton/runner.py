@@ -17,7 +17,6 @@ from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
-from gwt_kernels.rules import rule_of
 
 __all__ = ["TritonRunner"]
 
@@ -64,23 +63,23 @@ class TritonRunner:
         absent = bytes(8 * len(bucket))
         scales = [absent, absent]
         if bucket.is_quantized:
-            both: list[Any] = list(zip(*bucket.scales, strict=True))
-            check_scales(bucket.exp_avgs, both, bucket.level)
-            scales = list(map(addresses, both))
+            own: list[Any] = list(bucket.scales)
+            check_scales(bucket.exp_avgs, own, bucket.level)
+            scales = [*map(addresses, zip(*own, strict=True)), absent]
         norms = addresses(bucket.limiter_norms) if bucket.is_limited else absent  # type: ignore[arg-type]
         lows = addresses(bucket.lows) if bucket.rounding == "split" else absent  # type: ignore[arg-type]
         self._columns = {
             "p": addresses(bucket.params),
             "m": addresses(bucket.exp_avgs),
-            "v": addresses(bucket.exp_avg_sqs),
+            "v": addresses(bucket.moments[1]) if len(bucket.moments) > 1 else absent,
             "norm": norms,
             "key": array("q", bucket.keys).tobytes(),
             "low": lows,
             "m_scales": scales[0],
             "v_scales": scales[1],
         }
-        own = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
-        self._own_misaligned = [any(each) for each in zip(*map(misalignments, own), strict=True)]
+        arrays = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
+        self._own_misaligned = [any(each) for each in zip(*map(misalignments, arrays), strict=True)]
 
     @property
     def launches(self) -> list[Launch]:
@@ -96,7 +95,7 @@ class TritonRunner:
         update_sums: bool = False,
     ) -> Reduction:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
-        if rule_of(self.bucket.rule, self.bucket.level).direction is None:
+        if self.bucket.stated.direction is None:
             raise ValueError(
                 f"level {self.bucket.level} of rule={self.bucket.rule!r} has no limiter, and no first pass"
             )
@@ -168,8 +167,9 @@ class TritonRunner:
     def _check(self, grads: Sequence[Tensor]) -> None:
         """Check what kernels trust of all tensors, once."""
         bucket = self.bucket
-        limited = [bucket.limiter_norms] if bucket.is_limited else []
-        check_bucket([bucket.params, grads, bucket.exp_avgs, bucket.exp_avg_sqs, *limited], bucket.level)  # type: ignore[list-item]
+        arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
+        arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
+        check_bucket(arrays | ({"limiter_norms": bucket.limiter_norms} if bucket.is_limited else {}), bucket.level)
         self._plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
 
     def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:

@@ -29,13 +29,18 @@ POINTERS = (
 ) = _indices(POINTERS)  # fmt: skip
 
 # The numbers that a step goes by: float32 [n, columns].
-SCALARS = ("b1", "rest1", "b2", "rest2", "eps", "decay", "step_size", "gamma", "grad_scale", "taken")
-B1, REST1, B2, REST2, EPS, DECAY, STEP_SIZE, GAMMA, GRAD_SCALE, TAKEN = _indices(SCALARS)
+SCALARS = (
+    "b1", "rest1", "b2", "rest2", "eps", "decay", "step_size", "gamma", "grad_scale", "taken",
+    "detail_scale", "spare",  # an even number, as rows are sent in words of 8 bytes
+)  # fmt: skip
+B1, REST1, B2, REST2, EPS, DECAY, STEP_SIZE, GAMMA, GRAD_SCALE, TAKEN, DETAIL_SCALE, _ = _indices(SCALARS)
 N_SCALARS = tl.constexpr(len(SCALARS))
 
 # What a device makes those of that counts steps by itself: float64 [n, columns].
-CONSTANTS = ("lr", "b1", "b2", "eps", "weight_decay", "scale", "gamma", "sign", "corrects_bias")
-LR_C, B1_C, B2_C, EPS_C, WEIGHT_DECAY_C, SCALE_C, GAMMA_C, SIGN_C, CORRECTS_BIAS_C = _indices(CONSTANTS)
+CONSTANTS = ("lr", "b1", "b2", "eps", "weight_decay", "scale", "gamma", "sign", "corrects_bias", "detail_scale")
+LR_C, B1_C, B2_C, EPS_C, WEIGHT_DECAY_C, SCALE_C, GAMMA_C, SIGN_C, CORRECTS_BIAS_C, DETAIL_SCALE_C = _indices(
+    CONSTANTS
+)
 N_CONSTANTS = tl.constexpr(len(CONSTANTS))
 
 # Addresses of numbers that only the device knows, before its constants: int64 [columns, n].

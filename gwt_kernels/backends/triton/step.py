@@ -39,6 +39,7 @@ from gwt_kernels.backends.triton.schema import (
     B1,
     B2,
     DECAY,
+    DETAIL_SCALE,
     EPS,
     FIRST_PROGRAM,
     G_PTR,
@@ -110,6 +111,7 @@ def step_kernel(
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     OBSERVED: tl.constexpr,
 ):
@@ -146,14 +148,14 @@ def step_kernel(
         step_size *= tl.load(factors_ptr + i)
     numbers = _numbers(scalars_ptr)
     rates = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY), step_size
-    arrays = _arrays(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q)
+    arrays = _arrays(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
     draws = _draws(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     if FLAT:
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
             tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE, ROUNDING,
-            SPAN, Q, OBSERVED, _FLAT,
+            SPAN, Q, SLOTS, OBSERVED, _FLAT,
         )  # fmt: skip
     else:
         zero = tl.zeros((), tl.float32)
@@ -165,12 +167,12 @@ def step_kernel(
             if is_run(tile, width, padded, W, NB):
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, OBSERVED, RUN,
+                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, RUN,
                 )  # fmt: skip
             else:
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, OBSERVED, ROWS,
+                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, ROWS,
                 )  # fmt: skip
             sums = sums[0] + own[0], sums[1] + own[1], sums[2] + own[2]
     if OBSERVED:
@@ -199,6 +201,7 @@ def _update(
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
     OBSERVED: tl.constexpr,
     KIND: tl.constexpr,
 ):
@@ -217,7 +220,7 @@ def _update(
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
-    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
     mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
@@ -231,7 +234,7 @@ def _update(
         bits = 0
     if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
         tl.debug_barrier()
-    store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q)
+    store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q, SLOTS)
 
     update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
     details = tl.zeros((), tl.float32)
@@ -282,6 +285,7 @@ def norm_kernel(
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     LOOKS: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -306,7 +310,7 @@ def norm_kernel(
     grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
     numbers = _numbers(scalars_ptr + i * N_SCALARS)
     g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
-    moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
     total = tl.zeros((NB,), tl.float32)
     squares = tl.zeros((NB,), tl.float32)
     largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
@@ -314,18 +318,18 @@ def norm_kernel(
         tile = tile_of(n_blocks, padded, reciprocal, block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
         if FLAT:
             g, a = _parts(
-                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
-                _FLAT,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
+                DIRECTION, _FLAT,
             )  # fmt: skip
         elif is_run(tile, width, padded, W, NB):
             g, a = _parts(
-                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
-                RUN,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
+                DIRECTION, RUN,
             )  # fmt: skip
         else:
             g, a = _parts(
-                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, MOMENTS, DIRECTION,
-                ROWS,
+                tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
+                DIRECTION, ROWS,
             )  # fmt: skip
         total += a * a
         if LOOKS:
@@ -353,6 +357,7 @@ def _parts(
     W: tl.constexpr,
     NB: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
     MOMENTS: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
@@ -360,7 +365,7 @@ def _parts(
     """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last."""
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
-    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q)
+    m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
     _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
     direction = DIRECTION(m, v, numbers)
     if KIND != RUN:
@@ -380,6 +385,7 @@ def _arrays(
     MOMENT_ALIGN: tl.constexpr,
     ROUNDING: tl.constexpr,
     Q: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     """Where a tensor's weights, gradients, low halves and moments lie."""
     p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
@@ -387,7 +393,7 @@ def _arrays(
     if ROUNDING == "split":
         low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
     g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
-    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q)
+    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
 
 
 @triton.jit
@@ -424,10 +430,10 @@ def _in_whole(span, index):
 
 @triton.jit
 def _numbers(scalars_ptr):
-    """``b1, 1 - b1, b2, 1 - b2, eps`` of a tensor."""
+    """``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
     b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
     b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
-    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS), tl.load(scalars_ptr + DETAIL_SCALE)
 
 
 @triton.jit

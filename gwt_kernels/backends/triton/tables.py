@@ -14,6 +14,7 @@ from torch import Tensor
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.schema import CONSTANTS, SCALARS
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.rules import Rule
 
 __all__ = [
     "TRITON_DTYPES",
@@ -105,22 +106,22 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], level: int) -> list[bytes]:
+def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], rule: Rule) -> list[bytes]:
     """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
     if steps.count(steps[0]) == hypers.count(hypers[0]) == len(steps):
-        return [_row(hypers[0], steps[0], level)] * len(steps)
+        return [_row(hypers[0], steps[0], rule)] * len(steps)
     rows: list[bytes] = []
     last: tuple[Hyper, int] | None = None
     for hyper, step in zip(hypers, steps, strict=True):
         if last is not None and hyper is last[0] and step == last[1]:
             rows.append(rows[-1])
         else:
-            rows.append(_row(hyper, step, level))
+            rows.append(_row(hyper, step, rule))
             last = (hyper, step)
     return rows
 
 
-def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
+def constant_rows(hypers: Sequence[Hyper], rule: Rule) -> list[bytes]:
     """One row per tensor of what `rows_kernel` takes; rows of neighbours that share options are made once."""
     rows: list[bytes] = []
     last: Hyper | None = None
@@ -133,10 +134,11 @@ def constant_rows(hypers: Sequence[Hyper], level: int) -> list[bytes]:
                 "b2": hyper.beta2,
                 "eps": hyper.eps,
                 "weight_decay": hyper.weight_decay,
-                "scale": hyper.scale if level else 1.0,
+                "scale": hyper.scale if rule.is_scaled else 1.0,
                 "gamma": hyper.norm_growth_limit or 0.0,
                 "sign": hyper.signed_factor,
-                "corrects_bias": hyper.correct_bias,
+                "corrects_bias": hyper.correct_bias and rule.corrects_bias,
+                "detail_scale": hyper.detail_scale,
             }
             row = _pack_constants(*map(numbers.__getitem__, CONSTANTS))
         rows.append(row)
@@ -148,7 +150,7 @@ def lr_ptrs(hypers: Sequence[Hyper]) -> list[int]:
     return [hyper.lr.data_ptr() if isinstance(hyper.lr, Tensor) else 0 for hyper in hypers]
 
 
-def _row(hyper: Hyper, step: int, level: int) -> bytes:
+def _row(hyper: Hyper, step: int, rule: Rule) -> bytes:
     numbers = {
         "b1": hyper.beta1,
         "rest1": 1 - hyper.beta1,
@@ -156,9 +158,11 @@ def _row(hyper: Hyper, step: int, level: int) -> bytes:
         "rest2": 1 - hyper.beta2,
         "eps": hyper.eps,
         "decay": float(hyper.lr) * hyper.weight_decay,
-        "step_size": hyper.step_size(step, level),
+        "step_size": hyper.step_size(step, rule.is_scaled, rule.corrects_bias),
         "gamma": hyper.norm_growth_limit or 0.0,
         "grad_scale": hyper.signed_factor,
         "taken": 1.0,
+        "detail_scale": hyper.detail_scale,
+        "spare": 0.0,
     }
     return _pack_scalars(*map(numbers.__getitem__, SCALARS))
