@@ -5,8 +5,18 @@ from gwt_kernels.haar.transform import haar_dwt, haar_idwt
 from gwt_kernels.migration.states import migrate
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.gradient_release import release_gradients
+from gwt_kernels.optim.lion import GWTLion
 from gwt_kernels.optim.param_groups import gwt_param_groups
 
 __version__ = "0.1.0"
 
-__all__ = ["GWTAdamW", "__version__", "gwt_param_groups", "haar_dwt", "haar_idwt", "migrate", "release_gradients"]
+__all__ = [
+    "GWTAdamW",
+    "GWTLion",
+    "__version__",
+    "gwt_param_groups",
+    "haar_dwt",
+    "haar_idwt",
+    "migrate",
+    "release_gradients",
+]

@@ -8,11 +8,12 @@ from gwt_kernels.core.hyper import Boundary, literal_alone
 from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.foam import FOAM
 from gwt_kernels.rules.gwt import GWT
+from gwt_kernels.rules.lion import LION
 from gwt_kernels.rules.rule import Rule
 
 __all__ = ["ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
 
-RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW)}
+RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION)}
 """By the option ``rule``."""
 
 

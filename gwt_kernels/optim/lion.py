@@ -1,0 +1,91 @@
+"""GWTLion, Lion with its moment on the means of blocks: its options; how it steps is base.py's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gwt_kernels.backends import choice
+from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.options import state_dtype_name
+
+__all__ = ["GWTLion"]
+
+
+class GWTLion(PlannedOptimizer):
+    """Lion (arXiv 2302.06675) whose one moment lives on the block means of each gradient.
+
+    A block is ``2**level`` neighbours along the last dimension. Its state is one number a block, where Adam keeps
+    two an element. Level 0 is Lion. The formulas are in docs/algorithm.md.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
+            ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
+            AdamW's.
+        lr: Learning rate: for Lion 3 to 10 times smaller than for AdamW.
+        betas: Weight of the moment in the update, and its decay, each in [0, 1).
+        weight_decay: Decoupled weight decay: for Lion 3 to 10 times larger than for AdamW.
+        level: Levels of the transform.
+        scale: Factor on updates.
+        detail_scale: Factor on what an element differs by from the mean of its block.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
+        state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
+
+    State per parameter: ``step`` and ``exp_avg`` (``[..., ceil(N / 2**level)]``); of AdamW's groups ``exp_avg_sq``
+    too.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.
+    """
+
+    rules = ("lion", "adamw")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        level: int = 2,
+        scale: float = 1.0,
+        detail_scale: float = 1.0,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        state_dtype: torch.dtype | str | None = None,
+        weight_rounding: Rounding | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
+        telemetry: bool = False,
+        backend: choice.Backend | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": adamw_eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "rule": "lion",
+            "norm_growth_limit": None,
+            "wavelet": "haar",
+            "boundary": "zero",
+            "state_dtype": state_dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "maximize": maximize,
+            "correct_bias": True,
+            "detail_scale": detail_scale,
+            "backend": backend,
+        }
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._observed = telemetry
+        super().__init__(params, defaults, adamw={"betas": adamw_betas})

@@ -1,0 +1,89 @@
+"""Lion (arXiv 2302.06675) on the means of blocks: one moment, and the sign of an interpolation as the update.
+
+For a block of ``W = 2**level`` neighbours with mean ``mean`` and moment ``m``, with ``r_i = g_i - mean`` and
+``s = detail_scale``::
+
+    u_i = sign(b1*m + (1-b1)*mean + s*r_i)
+    m = b2*m + (1-b2)*mean
+
+Level 0 is Lion. There is neither limiter nor bias correction. The sign of 0 is 0, as is that of NaN in PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.rule import Rule
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["LION"]
+
+# In PyTorch ------------------------------------------------------------------------------------------------
+
+
+def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    """The updates of the elements, padded to whole blocks and not yet multiplied."""
+    width = 2**level
+    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    mean = block_sums(g, level).div_(width) if level else g
+    direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
+    m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
+    if notes is not None:
+        notes.gradient(g, 1.0, mean, width)
+    if not level:
+        return (direction.sign_(),)
+    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    return (direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).sign_().view(g.shape),)
+
+
+def _update(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    update = parts[0][..., : p.shape[-1]] if level else parts[0]
+    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
+    if notes is not None:
+        notes.update(update, float(step_size))
+
+
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, b2, rest2, _, _ = numbers
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    direction = b1 * m + rest1 * mean
+    m = b2 * m + rest2 * mean
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, direction
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    u = v[:, None] + numbers[5] * residual  # [NB, W]
+    return tl.where(u > 0.0, step_size, tl.where(u < 0.0, -step_size, 0.0))
+
+
+LION = Rule(
+    "lion",
+    __name__,
+    _moments,
+    _update,
+    slots=("exp_avg",),
+    corrects_bias=False,
+    takes_detail_scale=True,
+    is_of_elements=True,
+)
