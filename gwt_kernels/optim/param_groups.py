@@ -16,6 +16,7 @@ from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import deepest_level
 from gwt_kernels.optim.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
 from gwt_kernels.optim.checks import check_initialized
+from gwt_kernels.rules import ADAMW, check_rule
 
 # Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
 # SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention, feed_forward,
@@ -108,8 +109,8 @@ def gwt_param_groups(
         include: Regular expressions, tried with `re.search` on the qualified names, of matrices to transform
             besides those of the recipe. Only tensors with two or more dimensions are affected, and no biases.
         exclude: Regular expressions of parameters to leave at level 0. Wins over `include`.
-        rule: Of the transformed matrices, which are then a group of their own at level 0 too, as a rule needs that is
-            not AdamW there; None for the optimizer's.
+        rule: Of the transformed matrices, which are then a group of their own at level 0 too, as a rule needs
+            that is not AdamW there; None for the optimizer's.
         adamw_lr: Learning rate of what is not transformed, where it is not the optimizer's.
         verbose: Print a table of what was decided, and why.
 

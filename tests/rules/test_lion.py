@@ -54,7 +54,8 @@ def check(level, backend, *, dtype=torch.float32, hyper=HYPER, moment_dtype=None
     before = [[x.tensor.detach().to("cpu", torch.float64, copy=True) for x in own] for own in arrays]
     with interpreter.like_a_gpu(), poisoned.uninitialized():
         gwt_adamw_(
-            params=[x.tensor for x in params], grads=[x.tensor for x in grads], exp_avgs=[x.tensor for x in moments],
+            params=[x.tensor for x in params], grads=[x.tensor for x in grads],
+            exp_avgs=[x.tensor for x in moments],
             exp_avg_sqs=None, steps=[3] * len(SHAPES), hypers=[hyper] * len(SHAPES), level=level, rule="lion",
             backend=backend, **options,
         )  # fmt: skip
@@ -159,7 +160,8 @@ def test_int8_moments_follow_float32_ones_within_their_step():
     optimizer = GWTLion(large, lr=1e-3, state_dtype=torch.int8)
     steps(optimizer, large, 4)
     state = optimizer.state[large[0]]
-    assert set(state) == {"step", "exp_avg", "exp_avg_scale"} and state["exp_avg"].dtype == torch.int8
+    assert set(state) == {"step", "exp_avg", "exp_avg_scale"}
+    assert state["exp_avg"].dtype == torch.int8
     decoded = decode_first(state["exp_avg"], state["exp_avg_scale"], 2)
     again = [torch.nn.Parameter(torch.randn(256, 128))]
     reference = GWTLion(again, lr=1e-3)
