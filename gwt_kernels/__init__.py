@@ -6,6 +6,7 @@ from gwt_kernels.migration.states import migrate
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.gradient_release import release_gradients
 from gwt_kernels.optim.lion import GWTLion
+from gwt_kernels.optim.muon import GWTMuon
 from gwt_kernels.optim.param_groups import gwt_param_groups
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GWTAdamW",
     "GWTLion",
+    "GWTMuon",
     "__version__",
     "gwt_param_groups",
     "haar_dwt",

@@ -21,8 +21,8 @@ from gwt_kernels.core.hyper import (
 )
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
-from gwt_kernels.rules import RULES, check_rule, rule_of
 from gwt_kernels.rules import Rule as RuleOf
+from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Bucket", "StepInputs"]
 
@@ -47,7 +47,7 @@ class Bucket:
 
     Args:
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
-        exp_avgs: First moments of the approximation, contiguous ``[..., nb]``.
+        exp_avgs: First moments of the approximation, contiguous ``[..., nb]``; None under a rule that has none.
         exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that has none.
         level: Levels of the transform.
         grad_dtype: dtype of the gradients.
@@ -71,7 +71,7 @@ class Bucket:
     def __init__(
         self,
         params: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor] | None,
         exp_avg_sqs: Sequence[Tensor | None] | None,
         *,
         level: int,
@@ -88,7 +88,8 @@ class Bucket:
         boundary: Boundary = "zero",
     ) -> None:
         absent = [None] * len(params)
-        self.params, self.exp_avgs = params, exp_avgs
+        self.params = params
+        self.exp_avgs: Sequence[Any] = absent if exp_avgs is None else exp_avgs
         self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
         self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
@@ -119,7 +120,7 @@ class Bucket:
     @property
     def stored(self) -> MomentFormat:
         """How moments are stored: as floating-point numbers to the nearest, where no format has their dtype."""
-        return stored_as(self.exp_avgs[0].dtype)
+        return stored_as(self.exp_avgs[0].dtype if self.stated.slots else torch.float32)
 
     @property
     def stated(self) -> RuleOf:
@@ -216,14 +217,15 @@ class Bucket:
             )
         check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
         if unknown and self.stored.is_random:
-            raise ValueError(f"moments in {self.exp_avgs[0].dtype} know no {unknown}: keep them in float32")
+            raise ValueError(f"moments in {self.stored.dtypes[0]} know no {unknown}: keep them in float32")
 
     def _check_state(self) -> None:
         n, slots = len(self), self.stated.slots
-        if list(self.exp_avg_sqs).count(None) != (0 if len(slots) > 1 else n):
+        found = [name for name in ("exp_avgs", "exp_avg_sqs") if None not in getattr(self, name)]
+        if found != [f"{slot}s" for slot in slots]:
             raise ValueError(
-                f"rule={self.rule!r} keeps {' and '.join(slots)}: pass exp_avg_sqs for every parameter where it "
-                f"keeps them, and None otherwise"
+                f"rule={self.rule!r} keeps {' and '.join(slots) or 'nothing'}: pass tensors for every parameter of what "
+                f"it keeps, and None for the rest, got {' and '.join(found) or 'none'}"
             )
         if list(self.lows).count(None) != (0 if self.rounding == "split" else n):
             raise ValueError(
@@ -239,5 +241,5 @@ class Bucket:
             raise ValueError(
                 "limiter_norms must hold a tensor for every parameter of the bucket, or None for every one"
             )
-        if RULES[self.rule].norm_growth_limit is None and not absent:
+        if rule_of(self.rule).norm_growth_limit is None and not absent:
             raise ValueError(f"rule={self.rule!r} has no limiter: pass None in limiter_norms for every parameter")

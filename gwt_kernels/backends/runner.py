@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -39,6 +40,10 @@ class Runner(Protocol):
     bucket: Bucket
     collects_grad_stats: bool
     survey: Survey
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """Take other tensors of the same shapes, dtype and layouts in place of the bucket's parameters."""
+        ...
 
     def reduce(
         self,

@@ -22,9 +22,9 @@ __all__ = [
     "quantum",
 ]
 
-Rule = Literal["gwt", "foam", "adamw", "lion"]
+Rule = Literal["gwt", "foam", "adamw", "lion", "muon"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; ``"lion"``: Lion, arXiv 2302.06675, on block means."""
+which these are at level 0; ``"lion"`` (arXiv 2302.06675) and ``"muon"``: theirs, on block means."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]

@@ -16,8 +16,8 @@ class TensorStep(NamedTuple):
 
     p: Tensor
     g: Tensor
-    m: Tensor
-    """``exp_avg``."""
+    m: Any
+    """``exp_avg``; None under a rule without moments."""
     v: Any
     """``exp_avg_sq``; None under a rule without second moment."""
     norm: Tensor | None
@@ -35,4 +35,4 @@ class TensorStep(NamedTuple):
     @property
     def moments(self) -> list[Tensor]:
         """The first moment, and the second if there is one."""
-        return [self.m] if self.v is None else [self.m, self.v]
+        return [x for x in (self.m, self.v) if x is not None]

@@ -29,6 +29,7 @@ from gwt_kernels.optim.checks import (
 )
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.loading import check_and_set_aside
+from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices
 from gwt_kernels.optim.options import (
     ADDED,
     SLACK,
@@ -110,6 +111,8 @@ class PlannedOptimizer(Optimizer):
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
         self._check_rule(defaults)
+        if has_matrices(defaults):
+            check_matrix_options(defaults)
         check_group(defaults, capturable=self.capturable, slack=0.0)
         if defaults["rule"] != ADAMW.name:
             check_group({**defaults, **self._adamw}, capturable=self.capturable, slack=0.0)
@@ -380,6 +383,7 @@ class PlannedOptimizer(Optimizer):
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, len(self.param_groups) - 1)
             check_param(p, group, name)
+            check_matrix(p, group, name)
             if self.capturable:
                 check_capturable(p, group, name)
 
@@ -448,6 +452,8 @@ class PlannedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
         self._check_rule(group)
+        if has_matrices(group):
+            check_matrix_options(group)
         check_group(group, capturable=self.capturable, slack=slack)
         if self._observed:
             check_observable(group)

@@ -132,8 +132,15 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
     """
     numbers = *_numbers(group), _detail_scale(group)
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
-        return _remembered(numbers, slack)  # of no tensor, which might change where it lies
-    return _checked(numbers, slack, capturable)
+        hyper = _remembered(numbers, slack)  # of no tensor, which might change where it lies
+    else:
+        hyper = _checked(numbers, slack, capturable)
+    if "momentum" not in group or group["rule"] == ADAMW.name:
+        return hyper
+    momentum = _from_zero("momentum", _number("momentum", group["momentum"]), slack)
+    if not momentum < 1.0:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+    return hyper._replace(beta1=momentum, beta2=momentum if group["nesterov"] else 1.0)
 
 
 def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.matrix_runner import MatrixRunner
 from gwt_kernels.backends.prepare import prepare
-from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.backends.runner import Reduction, Runner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
+from gwt_kernels.optim.checks import name_of
 from gwt_kernels.optim.joined import Joined
+from gwt_kernels.optim.matrices import matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
 from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans, slots_of
 
@@ -72,7 +75,7 @@ class PlannedBucket:
         self.bucket = _bucket_of(members, own, groups, telemetry, limits is None)
         self.device = self.bucket.device
         self.backend: choice.Backend | None = group["backend"]
-        self.runner = prepare(self.bucket, self.backend)
+        self.runner = _runner_of(self.bucket, members, groups)
         self._counted = None if totals is None else list(map(totals.counts, params))
         # Whether the limiter's first pass can read gradients for the step's decision. Another process counts those
         # that this one does not.
@@ -176,6 +179,24 @@ def _bucket_of(
         wavelet=group["wavelet"],
         boundary=group["boundary"],
     )
+
+
+def _runner_of(bucket: Bucket, members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> Runner:
+    """What updates the bucket: a backend's runner, or one with a matrix stage between two of these."""
+    group = groups[members[0].group]
+    options = matrix_options(group)
+    if options is None:
+        return prepare(bucket, group["backend"])
+    names = [_name_of(member, groups[member.group]) for member in members]
+    return MatrixRunner(
+        bucket, group["backend"], matrix_stage([member.param for member in members], names, options)
+    )
+
+
+def _name_of(member: Member, group: Mapping[str, Any]) -> str:
+    """What errors call a member."""
+    index = next(i for i, p in enumerate(group["params"]) if p is member.param)
+    return name_of(group, index, member.group)
 
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:

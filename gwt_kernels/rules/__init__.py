@@ -9,17 +9,20 @@ from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.foam import FOAM
 from gwt_kernels.rules.gwt import GWT
 from gwt_kernels.rules.lion import LION
+from gwt_kernels.rules.muon import MUON
 from gwt_kernels.rules.rule import Rule
 
 __all__ = ["ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
 
-RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION)}
+RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON)}
 """By the option ``rule``."""
+_BUCKETS = RULES | {rule.last_stage.name: rule.last_stage for rule in RULES.values() if rule.last_stage}
+"""What a bucket's rule may be: a stage of one, too."""
 
 
 def rule_of(name: str, level: int = 1) -> Rule:
     """The rule of that name at a level."""
-    rule = RULES[name]
+    rule = _BUCKETS[name]
     return rule if level or rule.plain is None else rule.plain
 
 
@@ -27,10 +30,10 @@ def check_rule(rule: object, wavelet: str, boundary: str = "zero") -> None:
     """Raise a ValueError unless rule and boundary are known, and the rule knows boundary and wavelet."""
     if boundary not in get_args(Boundary):
         raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
-    if rule not in list(RULES):
+    if rule not in list(_BUCKETS):
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, RULES))}")
     unknown = literal_alone(wavelet, boundary)
-    if unknown and not RULES[str(rule)].is_literal:
+    if unknown and not _BUCKETS[str(rule)].is_literal:
         raise ValueError(
             f"rule={rule!r} folds blocks of neighbours and knows no {unknown}: use wavelet='haar' and "
             f"boundary='zero'"

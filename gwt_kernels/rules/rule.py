@@ -63,6 +63,10 @@ class Rule:
             tensor of its own; None for a rule without limiter.
         slots: State entries that hold its moments, in order.
         plain: The rule that it is at level 0; None for itself.
+        statements: Names of ``kernel_moments`` and ``kernel_update`` in the module.
+        last_stage: The rule that takes what becomes of this one's result, a batch of matrices, as gradients; None where
+            the update is element-wise.
+        reads_weights: Whether an update changes weights; else it takes their place, without weight decay.
         norm_growth_limit: The limiter's default gamma; None for none.
         is_scaled: Whether the option ``scale`` multiplies its update.
         corrects_bias: Whether it knows Adam's bias correction.
@@ -79,6 +83,9 @@ class Rule:
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     plain: Rule | None = None
+    statements: tuple[str, str] = ("kernel_moments", "kernel_update")
+    last_stage: Rule | None = None
+    reads_weights: bool = True
     norm_growth_limit: float | None = None
     is_scaled: bool = True
     corrects_bias: bool = True
@@ -91,4 +98,5 @@ class Rule:
         """Its statements in Triton's language, which are Triton's own functions from now on."""
         kernel.load()
         module = sys.modules[self.module]
-        return Kernel(module.kernel_moments, module.kernel_update, getattr(module, "kernel_direction", None))
+        moments, update = (getattr(module, name) for name in self.statements)
+        return Kernel(moments, update, getattr(module, "kernel_direction", None))

@@ -29,6 +29,10 @@ class TorchRunner:
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
 
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """See :class:`gwt_kernels.backends.triton.runner.TritonRunner`."""
+        self.bucket.params = params
+
     def reduce(
         self,
         inputs: StepInputs,

@@ -15,7 +15,7 @@ from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.hyper import Rule as RuleName
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
-from gwt_kernels.formats.moments import stored_as
+from gwt_kernels.formats.moments import MomentFormat, stored_as
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
 
@@ -31,7 +31,7 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName
             continue
         own = _scaled_ahead(own)
         notes = None if own.row is None else Notes(own.row)
-        stored = stored_as(own.m.dtype)
+        stored = _stored(own)
         storage = Storage(level, stored, rounding, own.step, own.key, own.span, notes)
         _step(_chunks(own, stored.block_size(level)), own, rule_of(rule, level), storage)
         if notes is not None:
@@ -49,7 +49,7 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleNam
         if own.p.numel() == 0:
             continue
         own = _scaled_ahead(own)
-        stored = stored_as(own.m.dtype)
+        stored = _stored(own)
         storage = Storage(level, stored, "nearest", step=0, key=0)
         for chunk in _chunks(own, stored.block_size(level)):
             m, v = _both([x.clone() for x in storage.load_moments(chunk, _dtype_of(own))])
@@ -57,14 +57,21 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleNam
     return sums
 
 
-def _both(moments: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The first moment, and the second or None."""
-    return moments[0], moments[1] if len(moments) > 1 else None
+def _stored(own: TensorStep) -> MomentFormat:
+    """How its moments are stored, if it has any."""
+    return stored_as(torch.float32 if own.m is None else own.m.dtype)
+
+
+def _both(moments: Sequence[Tensor]) -> tuple[Any, Any]:
+    """The first moment, or None, and the second, or None."""
+    m, v, *_ = *moments, None, None
+    return m, v
 
 
 def _dtype_of(own: TensorStep) -> torch.dtype:
     """The dtype of its arithmetic."""
-    return compute_dtype(own.p.dtype if own.scales else torch.promote_types(own.p.dtype, own.m.dtype))
+    stored = own.p.dtype if own.m is None or own.scales else own.m.dtype
+    return compute_dtype(torch.promote_types(own.p.dtype, stored))
 
 
 def _scaled_ahead(own: TensorStep) -> TensorStep:
@@ -115,8 +122,11 @@ def _update(
     storage: Storage,
 ) -> None:
     """Weight decay, and the rule's update, of a chunk's weights."""
-    p = storage.load_weights(chunk, _dtype_of(own))
-    if own.hyper.weight_decay:
+    if rule.reads_weights:
+        p = storage.load_weights(chunk, _dtype_of(own))
+    else:
+        p = torch.empty_like(chunk.p, dtype=_dtype_of(own))
+    if own.hyper.weight_decay and rule.reads_weights:
         p.mul_(1 - float(own.hyper.lr) * own.hyper.weight_decay)
     rule.update_(p, chunk.g, parts, step_size, own.hyper, storage.level, storage.notes)
     storage.store_weights(chunk, p)
@@ -129,9 +139,10 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
-    p, m, scales = own.p, own.m, own.scales
-    places = [x is not None for x in (p, own.g, m, own.v, own.low)]
-    tensors = [x for x in (p, own.g, m, own.v, own.low) if x is not None]
+    p, scales = own.p, own.scales
+    m = p if own.m is None else own.m  # whose rows and widths are those of what is kept
+    places = [x is not None for x in (p, own.g, own.m, own.v, own.low)]
+    tensors = [x for x in (p, own.g, own.m, own.v, own.low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
     whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
     if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
@@ -147,11 +158,12 @@ def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     for views in zip(*parts, strict=True):
         held: Any = iter(views)
         p_, g_, m_, v_, low_ = (next(held) if there else cast(Any, None) for there in places)
-        quanta = slice(coefficient // q, -(-(coefficient + m_.numel()) // q))
+        count = p_.numel() if m_ is None else m_.numel()
+        quanta = slice(coefficient // q, -(-(coefficient + count) // q))
         parts_ = None if scales is None else tuple(x[quanta] for x in scales)
         yield Chunk(p_, g_, m_, v_, low_, parts_, first, coefficient)
         first += p_.numel()
-        coefficient += m_.numel()
+        coefficient += count
 
 
 def _multiple(n: int, of: int) -> int:

@@ -23,7 +23,7 @@ class Chunk(NamedTuple):
 
     p: Tensor
     g: Tensor
-    m: Tensor
+    m: Any
     v: Any
     low: Tensor | None
     scales: tuple[Tensor, ...] | None
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     @property
     def moments(self) -> list[Tensor]:
         """The first moment, and the second if there is one."""
-        return [self.m] if self.v is None else [self.m, self.v]
+        return [x for x in (self.m, self.v) if x is not None]
 
 
 class Storage(NamedTuple):

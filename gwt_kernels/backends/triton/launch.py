@@ -117,7 +117,7 @@ class Launch:
         self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
-        p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.exp_avgs[0].dtype))
+        p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.stored.dtypes[0]))
         self._dtypes = p, g, m
         narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
         self._norm_alignment = alignment(g, m, level, flat)
@@ -211,7 +211,7 @@ class Launch:
         self._start(
             step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
+            READS=bucket.stated.reads_weights, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
             ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots, TILES=self._tiles, **self._path,
             **self._step_alignment,
         )  # fmt: skip

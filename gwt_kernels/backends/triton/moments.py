@@ -31,7 +31,7 @@ def moment_arrays(
 ):
     """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values."""
     m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
-    if SLOTS == 1:
+    if SLOTS < 2:
         v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
         if Q:
             m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
@@ -57,9 +57,11 @@ def load_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; of 1 ``SLOTS``, ``m`` stands for ``v``."""
+    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; 0 for what is not kept, or ``m`` for ``v``."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
-    m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
+    m = tl.zeros((NB,), tl.float32)
+    if SLOTS:
+        m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     v = m
     if SLOTS == 2:
         v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
@@ -103,8 +105,11 @@ def store_moments(
         if SLOTS == 2:
             v = stochastic_round(v, bits >> 16, M)
     else:
-        m, v = m.to(M), v.to(M)
-    store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
+        m = m.to(M)
+        if SLOTS == 2:
+            v = v.to(M)
+    if SLOTS:
+        store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
     if SLOTS == 2:
         store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
 

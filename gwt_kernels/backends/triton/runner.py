@@ -66,20 +66,33 @@ class TritonRunner:
             own: list[Any] = list(bucket.scales)
             check_scales(bucket.exp_avgs, own, bucket.level)
             scales = [*map(addresses, zip(*own, strict=True)), absent]
+        moments = [*map(addresses, bucket.moments), absent, absent]
         norms = addresses(bucket.limiter_norms) if bucket.is_limited else absent  # type: ignore[arg-type]
         lows = addresses(bucket.lows) if bucket.rounding == "split" else absent  # type: ignore[arg-type]
         self._columns = {
             "p": addresses(bucket.params),
-            "m": addresses(bucket.exp_avgs),
-            "v": addresses(bucket.moments[1]) if len(bucket.moments) > 1 else absent,
+            "m": moments[0],
+            "v": moments[1],
             "norm": norms,
             "key": array("q", bucket.keys).tobytes(),
             "low": lows,
             "m_scales": scales[0],
             "v_scales": scales[1],
         }
+        self._own_misaligned = self._find_misaligned()
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """Take other tensors of the same shapes, dtype and layouts in place of the bucket's parameters."""
+        self.bucket.params = params
+        self._columns["p"] = addresses(params)
+        self._own_misaligned = self._find_misaligned()
+        for launch in self._launches:
+            launch.set_pointers(self._columns)
+
+    def _find_misaligned(self) -> list[bool]:
+        """Whether any of a tensor's arrays that stay from step to step is misaligned."""
         arrays = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
-        self._own_misaligned = [any(each) for each in zip(*map(misalignments, arrays), strict=True)]
+        return [any(each) for each in zip(*map(misalignments, arrays), strict=True)]
 
     @property
     def launches(self) -> list[Launch]:

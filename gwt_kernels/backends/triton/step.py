@@ -114,6 +114,7 @@ def step_kernel(
     SLOTS: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     OBSERVED: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of tiles, everything read and written once.
 
@@ -121,7 +122,8 @@ def step_kernel(
 
         p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
 
-    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter.
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. Where the rule ``READS`` no
+    weights, ``u_i`` takes their place.
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
@@ -155,7 +157,7 @@ def step_kernel(
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
             tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE, ROUNDING,
-            SPAN, Q, SLOTS, OBSERVED, _FLAT,
+            SPAN, Q, SLOTS, OBSERVED, READS, _FLAT,
         )  # fmt: skip
     else:
         zero = tl.zeros((), tl.float32)
@@ -167,12 +169,12 @@ def step_kernel(
             if is_run(tile, width, padded, W, NB):
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, RUN,
+                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, RUN,
                 )  # fmt: skip
             else:
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, ROWS,
+                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, ROWS,
                 )  # fmt: skip
             sums = sums[0] + own[0], sums[1] + own[1], sums[2] + own[2]
     if OBSERVED:
@@ -203,6 +205,7 @@ def _update(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
     OBSERVED: tl.constexpr,
+    READS: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """The step of one tile of a kind, and the sums that are observed of it: see ``step_kernel``."""
@@ -212,11 +215,12 @@ def _update(
     grad_scale, decay, step_size = rates
     key, step, weights_span, moments_span = draws
 
-    p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
-    if ROUNDING == "split":
-        p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
-    else:
-        p = p.to(tl.float32)
+    if READS:
+        p = load_tile(p_ptr, tile, width, padded, W, NB, KIND, MULTIPLE)
+        if ROUNDING == "split":
+            p = join_low(p, load_tile(low_ptr, tile, width, padded, W, NB, KIND, MULTIPLE))
+        else:
+            p = p.to(tl.float32)
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
@@ -245,7 +249,10 @@ def _update(
         approximation = tl.sum(mean * mean, axis=0) * W
         inside = tl.where(inside_tile(tile, width, padded, W, NB, KIND), update, 0.0)
         applied = tl.sum(inside * inside, axis=0)
-    p = p - decay * p - update
+    if READS:
+        p = p - decay * p - update
+    else:
+        p = update
     if ROUNDING == "split":
         weight, low = split_low(p)
         store_tile(low_ptr, low, tile, width, padded, W, NB, KIND, MULTIPLE)

@@ -1,0 +1,269 @@
+"""Runs steps with a matrix stage: an element-wise stage makes matrices, and another takes what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.prepare import is_on_triton, prepare
+from gwt_kernels.backends.runner import Reduction, Runner
+from gwt_kernels.core.hyper import Hyper, Span, padded_spans
+from gwt_kernels.core.notes import COLUMNS
+from gwt_kernels.core.survey import PYTHON, Survey
+
+__all__ = ["MatrixRunner", "MatrixStage", "Piece"]
+
+_Spans = tuple[Span, Span]
+
+
+class Piece(Protocol):
+    """What of a parameter is computed at once: ``length`` of its first dimension from ``start`` on."""
+
+    @property
+    def param(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+
+_Stage = Callable[[Sequence[Any], Sequence[Tensor]], None]
+
+
+class MatrixStage(NamedTuple):
+    """What happens to matrices between the two element-wise stages.
+
+    Attributes:
+        run: ``run(make, use)`` calls both for each batch: ``make(pieces, values)`` writes matrices into ``values``, and
+            ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
+        dtype: Of ``values``.
+        scales: Per parameter factors on the update, one for each of its ``views``.
+        views: ``views(value, param)``: a piece's matrices that have factors of their own.
+    """
+
+    run: Callable[[_Stage, _Stage], None]
+    dtype: torch.dtype
+    scales: Sequence[Sequence[float]]
+    views: Callable[[Tensor, int], Sequence[Tensor]]
+
+
+class _Batch(NamedTuple):
+    """The runners of both stages for some pieces.
+
+    Attributes:
+        pieces: Whose; kept alive, as they tell batches apart.
+        make: Runs the first stage.
+        use: Runs the last one.
+        params: Their places, int64 on the device.
+        rows: Telemetry of the pieces, or None.
+        factors: Of their matrices that are multiplied one by one.
+    """
+
+    pieces: Sequence[Piece]
+    make: Runner
+    use: Runner
+    params: Tensor
+    rows: Tensor | None
+    factors: list[tuple[int, int, float]]
+
+
+class MatrixRunner:
+    """See :class:`gwt_kernels.backends.runner.Runner`. Each stage is one launch for a batch on the Triton backend.
+
+    Args:
+        bucket: What it updates, under a rule that has a last stage.
+        backend: What was asked for, for both stages.
+        stage: The matrix stage.
+    """
+
+    collects_grad_stats = False
+
+    def __init__(self, bucket: Bucket, backend: choice.Backend | None, stage: MatrixStage) -> None:
+        self.bucket, self._backend, self._stage = bucket, backend, stage
+        self._batches: dict[int, _Batch] = {}
+        self.survey: Survey = PYTHON
+        if is_on_triton(bucket, backend):
+            from gwt_kernels.backends.triton.native import quickest
+
+            self.survey = quickest()
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        raise NotImplementedError("a matrix stage rests on the parameters that it was made for")
+
+    def reduce(
+        self,
+        inputs: StepInputs,
+        decision: Tensor | None = None,
+        *,
+        grad_stats: bool = False,
+        update_sums: bool = False,
+    ) -> Reduction:
+        """See :class:`gwt_kernels.backends.runner.Runner`. There is neither limiter nor a first pass."""
+        if grad_stats or update_sums:
+            raise ValueError(f"rule={self.bucket.rule!r} has no limiter, and no first pass")
+        return Reduction([], None)
+
+    def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        unscaled = None  # the first stage has scaled the gradients
+        if decision is not None:
+            unscaled = torch.cat((torch.ones_like(decision[:1]), decision[1:]))
+        adjusted = self._adjusted(inputs.hypers)
+
+        def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+            batch = self._batch(pieces, values, inputs)
+            batch.make.set_params(values)
+            grads = [_part(inputs.grads[piece.param], piece) for piece in pieces]
+            batch.make.apply(_inputs(batch, grads, inputs.steps, inputs.hypers), decision)
+
+        def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+            batch = self._batches[id(pieces)]
+            for place, view, factor in batch.factors:
+                self._stage.views(values[place], pieces[place].param)[view].mul_(factor)
+            if batch.rows is not None:
+                batch.rows.zero_()
+            batch.use.apply(_inputs(batch, values, inputs.steps, adjusted), unscaled)
+
+        self._stage.run(make, use)
+        if self.bucket.telemetry is not None:
+            self._observe(decision)
+        if isinstance(inputs.steps, Tensor):
+            inputs.steps.add_(1.0 if decision is None else decision[1])
+
+    def memory(self) -> list[object]:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
+        runners = chain.from_iterable((batch.make, batch.use) for batch in self._batches.values())
+        return [self._stage, *chain.from_iterable(runner.memory() for runner in runners)]
+
+    def _adjusted(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+        """The options of the last stage, one for each parameter."""
+        made: dict[tuple[int, float], Hyper] = {}
+        adjusted = []
+        for hyper, scales in zip(hypers, self._stage.scales, strict=True):
+            key = id(hyper), scales[0]
+            if key not in made:
+                made[key] = hyper._replace(scale=hyper.scale * scales[0], grad_factor=1.0, maximize=False)
+            adjusted.append(made[key])
+        return adjusted
+
+    def _batch(self, pieces: Sequence[Piece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
+        """The runners of a batch, made for the first step that has it."""
+        known = self._batches.get(id(pieces))
+        if known is not None:
+            return known
+        bucket = self.bucket
+        last = bucket.stated.last_stage
+        assert last is not None
+        spans = [self._spans_of(piece) for piece in pieces]
+        shared: Any = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
+        if bucket.is_random and any(span is not None for span in spans):
+            shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
+        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
+        scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
+        first = Bucket(
+            values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
+        )
+        rows = None
+        if bucket.telemetry is not None:
+            rows = torch.zeros(len(pieces), len(COLUMNS), dtype=torch.float64, device=bucket.device)
+        lows: Any = [bucket.lows[piece.param] for piece in pieces]
+        second = Bucket(
+            [_part(bucket.params[piece.param], piece) for piece in pieces],
+            None,
+            None,
+            grad_dtype=self._stage.dtype,
+            rule=last.name,  # type: ignore[arg-type]  # a stage's, which no user names
+            rounding=bucket.rounding,
+            lows=[_part(low, x) for low, x in zip(lows, pieces, strict=True)]
+            if bucket.rounding == "split"
+            else None,
+            telemetry=rows,
+            **shared,
+        )
+        factors = [
+            (place, view, scale / own[0])
+            for place, piece in enumerate(pieces)
+            for own in [self._stage.scales[piece.param]]
+            for view, scale in enumerate(own)
+            if scale != own[0]
+        ]
+        index = torch.tensor([piece.param for piece in pieces], dtype=torch.int64, device=bucket.device)
+        made = _Batch(pieces, prepare(first, self._backend), prepare(second, self._backend), index, rows, factors)
+        self._batches[id(pieces)] = made
+        return made
+
+    def _spans_of(self, piece: Piece) -> _Spans | None:
+        """Where a piece, and its moments, lie in the whole tensor; None where it is the whole."""
+        p, bucket = self.bucket.params[piece.param], self.bucket
+        span: _Spans | None = None if bucket.spans is None else bucket.spans[piece.param]
+        if piece.length == (len(p) if p.dim() else 1):
+            return span
+        own = span or self._ends(piece.param)
+        per_index = p[0].numel(), bucket.exp_avgs[piece.param][0].numel()
+        weights, moments = (_from(x, piece.start * n) for x, n in zip(own, per_index, strict=True))
+        return weights, moments
+
+    def _ends(self, param: int) -> _Spans:
+        """Where a whole tensor, and its moments, lie."""
+        p, m = self.bucket.params[param], self.bucket.exp_avgs[param]
+        whole = Span(0, p.numel(), p.numel()), Span(0, m.numel(), m.numel())
+        return padded_spans(p.shape, self.bucket.level) or whole
+
+    def _scales_of(self, piece: Piece) -> tuple[Tensor, ...] | None:
+        """The scales of a piece's moments."""
+        m, scales = self.bucket.exp_avgs[piece.param], self.bucket.scales[piece.param]
+        if scales is None or piece.length == len(m):
+            return scales
+        size = self.bucket.stored.block_size(self.bucket.level)
+        first, last = (at * m[0].numel() for at in (piece.start, piece.start + piece.length))
+        if first % size or (last % size and piece.start + piece.length < len(m)):
+            raise ValueError(
+                f"a parameter of shape {tuple(self.bucket.params[piece.param].shape)} is too large for workspace_bytes, "
+                f"and cannot be cut where {size} of its {self.bucket.stored.name} moments share a scale: allow more "
+                f"workspace_bytes, or keep its moments in bfloat16"
+            )
+        return tuple(x[first // size : -(-last // size)] for x in scales)
+
+    def _observe(self, decision: Tensor | None) -> None:
+        """Gather the pieces' rows of telemetry in the parameters' own."""
+        rows = self.bucket.telemetry
+        assert rows is not None
+        limit = COLUMNS.index("limit")
+        taken = 1.0 if decision is None else decision[1]
+        sums = torch.zeros_like(rows)
+        for batch in self._batches.values():
+            if batch.rows is not None:
+                sums.index_add_(0, batch.params, batch.rows)
+        rows[:, :limit] = torch.where(
+            torch.as_tensor(taken, device=rows.device) > 0, sums[:, :limit], rows[:, :limit]
+        )
+        rows[:, limit] = 1.0
+        rows[:, COLUMNS.index("nonfinite")] += sums[:, COLUMNS.index("nonfinite")].clamp(max=1.0)
+        rows[:, COLUMNS.index("steps")] += 1.0
+
+
+def _inputs(
+    batch: _Batch, grads: Sequence[Tensor], steps: Sequence[int] | Tensor, hypers: Sequence[Hyper]
+) -> StepInputs:
+    """What a step brings to a stage; counts of the device's own are copies, as each stage counts."""
+    places = [piece.param for piece in batch.pieces]
+    counts = steps.index_select(0, batch.params) if isinstance(steps, Tensor) else [steps[i] for i in places]
+    return StepInputs(grads, counts, [hypers[i] for i in places])
+
+
+def _part(x: Tensor, piece: Piece) -> Tensor:
+    return x if piece.length == len(x) else x.narrow(0, piece.start, piece.length)
+
+
+def _from(span: Span, offset: int) -> Span:
+    """The span of what begins at element ``offset`` of another one."""
+    if span.run == span.pitch:
+        return span._replace(first=span.first + offset)
+    return span._replace(first=span.first + offset // span.run * span.pitch + offset % span.run)

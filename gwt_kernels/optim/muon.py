@@ -1,0 +1,128 @@
+"""GWTMuon, Muon with its momentum on the means of blocks: its options; how it steps is base.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gwt_kernels.backends import choice
+from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
+
+__all__ = ["GWTMuon"]
+
+
+class GWTMuon(PlannedOptimizer):
+    """Muon whose momentum lives on the block means of each gradient.
+
+    A block is ``2**level`` neighbours along the last dimension. What an element differs by from the mean of its block goes
+    into the update as it is. Its state is one number a block, where Adam keeps two an element. Level 0 is
+    ``torch.optim.Muon``, for batches of matrices, shards and 16-bit weights too. The formulas are in docs/algorithm.md.
+
+    Matrices alone are Muon's: tensors of two dimensions, and of more as batches of matrices, as of experts
+    ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups at ``rule="adamw"`` of
+    embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, scale=1.0, adamw_lr=3e-4)``.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes. Every option below, but for ``workspace_bytes``, may be overridden per
+            group.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        momentum: Decay of the momentum, in [0, 1).
+        nesterov: Whether the update looks ahead by the gradient's part of the momentum.
+        ns_coefficients: Of the Newton-Schulz iteration's quintic.
+        eps: The smallest norm that a matrix is divided by before the iteration.
+        ns_steps: Iterations, below 100.
+        adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``, or
+            ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
+        level: Levels of the transform.
+        scale: Factor on the update of matrices, at level 0 too.
+        detail_scale: Factor on what an element differs by from the mean of its block.
+        ns_dtype: dtype of the iteration, and of matrices that travel between processes: bfloat16, float32 or float64.
+        workspace_bytes: What matrices that are computed at once may take, with the iteration's temporaries.
+        flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of convolutions.
+        row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of queries, keys and values.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
+        state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
+
+    State per parameter: ``step`` and ``exp_avg``, the momentum (``[..., ceil(N / 2**level)]``); of AdamW's groups
+    ``exp_avg_sq`` too. On DTensors every process takes part in every step.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`; a tensor is no matrix, or a matrix needs
+            more than ``workspace_bytes``.
+    """
+
+    rules = ("muon", "adamw")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        level: int = 2,
+        scale: float = 1.0,
+        detail_scale: float = 1.0,
+        ns_dtype: torch.dtype | str = torch.bfloat16,
+        workspace_bytes: int = WORKSPACE_BYTES,
+        flatten: bool = False,
+        row_splits: tuple[int, ...] | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        state_dtype: torch.dtype | str | None = None,
+        weight_rounding: Rounding | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
+        telemetry: bool = False,
+        backend: choice.Backend | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": adamw_betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
+            "ns_dtype": str(ns_dtype).removeprefix("torch."),
+            "adjust_lr_fn": adjust_lr_fn,
+            "workspace_bytes": workspace_bytes,
+            "flatten": flatten,
+            "row_splits": row_splits,
+            "level": level,
+            "scale": scale,
+            "rule": "muon",
+            "norm_growth_limit": None,
+            "wavelet": "haar",
+            "boundary": "zero",
+            "state_dtype": state_dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "maximize": maximize,
+            "correct_bias": True,
+            "detail_scale": detail_scale,
+            "backend": backend,
+        }
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._observed = telemetry
+        super().__init__(params, defaults, adamw={"eps": adamw_eps})

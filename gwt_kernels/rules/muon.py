@@ -1,0 +1,131 @@
+"""GWT-Muon: momentum on the means of blocks, orthogonalised by Newton-Schulz (newton_schulz.py) with its details.
+
+For a block of ``W = 2**level`` neighbours of a matrix's row with mean ``mean``, with ``r_i = g_i - mean`` and
+``s = detail_scale``::
+
+    m = mu*m + (1-mu)*mean
+    M_i = mu*m + (1-mu)*mean + s*r_i        with Nesterov's momentum; m + s*r_i without
+    p = p - lr*weight_decay*p - lr*scale*adjust*NewtonSchulz(M)
+
+Level 0 is Muon (K. Jordan, 2024) as in ``torch.optim.Muon``. ``b1`` is ``mu``; ``b2`` is ``mu`` too, or 1 without
+Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes its result as
+a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.rule import Rule
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["MUON", "ORTHOGONAL"]
+
+# In PyTorch ------------------------------------------------------------------------------------------------
+
+
+def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    """``M``, padded to whole blocks."""
+    width = 2**level
+    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    mean = block_sums(g, level).div_(width) if level else g
+    m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
+    direction = (m * hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
+    if not level:
+        return (direction,)
+    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    return (direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).view(g.shape),)
+
+
+def _write(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    p.copy_(parts[0][..., : p.shape[-1]] if level else parts[0])
+
+
+def _means(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+    """Nothing; telemetry is told of the update's details."""
+    if notes is not None:
+        width = 2**level
+        mean = block_sums(g.float(), level).div_(width) if level else g
+        notes.gradient(g, 1.0, mean, width)
+    return ()
+
+
+def _apply(
+    p: Tensor,
+    g: Tensor,
+    parts: tuple[Tensor, ...],
+    step_size: Tensor | float,
+    hyper: Hyper,
+    level: int,
+    notes: Notes | None,
+) -> None:
+    p.sub_(g, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
+    if notes is not None:
+        notes.update(g, float(step_size))
+
+
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, b2, rest2, _, _ = numbers
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    m = b1 * m + rest1 * mean
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, b2 * m + rest2 * mean
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    return v[:, None] + numbers[5] * residual
+
+
+@statement
+def kernel_means(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    elements = tl.reshape(g, (NB, W))
+    return mean, elements - mean[:, None], m, elements
+
+
+@statement
+def kernel_apply(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    return v * step_size
+
+
+ORTHOGONAL = Rule(
+    "orthogonal",
+    __name__,
+    _means,
+    _apply,
+    statements=("kernel_means", "kernel_apply"),
+    slots=(),
+    corrects_bias=False,
+)
+MUON = Rule(
+    "muon",
+    __name__,
+    _moments,
+    _write,
+    slots=("exp_avg",),
+    last_stage=ORTHOGONAL,
+    reads_weights=False,
+    corrects_bias=False,
+    takes_detail_scale=True,
+    is_of_elements=True,
+)
