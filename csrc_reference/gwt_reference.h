@@ -93,7 +93,7 @@ typedef struct {
     int32_t maximize;          /* not 0: ascend, that is, take -g for g */
     int32_t rule;              /* GWT_RULE_GWT or GWT_RULE_FOAM; level 0 is the same for both */
     int32_t correct_bias;      /* not 0: the update times sqrt(1 - beta2**t) / (1 - beta1**t) */
-    double res_scale;          /* factor on the residuals of GWT_RULE_FOAM, which alone has it; finite, at least 0 */
+    double res_scale;          /* factor on the residuals of GWT_RULE_FOAM alone; finite, at least 0 */
     const gwt_wavelet *wavelet; /* NULL: Haar, zeros beyond the ends, as GWT_RULE_FOAM and GWT_LEVEL_ROW want it */
 } gwt_adamw_options;
 

@@ -70,7 +70,7 @@ int64_t gwt_detail_offset(const gwt_bands *b, int l)
 
 int64_t gwt_scratch_elements(const gwt_bands *b)
 {
-    /* A band is longer than the row it comes from where that is shorter than the filter, and then shorter than it. */
+    /* A band is no longer than the row or the filter, whichever is longer. */
     return b->wavelet ? 2 * (b->width + b->wavelet->taps) : b->width;
 }
 

@@ -36,7 +36,8 @@ static void iterate(const double *x, double *o, double *memory, int64_t rows, in
 {
     const int tall = rows > width;
     const int64_t n = tall ? width : rows, m = tall ? rows : width;
-    double *const y = memory, *const product = y + n * m, *const gram = product + n * m, *const square = gram + n * n;
+    double *const y = memory, *const product = y + n * m;
+    double *const gram = product + n * m, *const square = gram + n * n;
 
     double squares = 0;
     for (int64_t i = 0; i < n * m; ++i)

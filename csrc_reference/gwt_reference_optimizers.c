@@ -162,7 +162,8 @@ int gwt_adam_mini_step_d(double *p, const double *g, double *exp_avg, double *ex
     int status = gwt_check_work(&w, rows, width, &o.common);
     if (status != GWT_OK)
         return status;
-    if (o.step < 1 || !is_decay(o.beta1) || !is_decay(o.beta2) || !gwt_finite_from(0, o.eps) || o.rows_per_group < 1)
+    if (o.step < 1 || !is_decay(o.beta1) || !is_decay(o.beta2) || !gwt_finite_from(0, o.eps)
+        || o.rows_per_group < 1)
         return GWT_BAD_OPTION;
     if (rows % o.rows_per_group)
         return GWT_BAD_SHAPE;

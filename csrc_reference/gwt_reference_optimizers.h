@@ -17,9 +17,9 @@ extern "C" {
 
 /* How every optimizer of this file transforms a gradient, and what each does to the weights. */
 typedef struct {
-    int32_t level;    /* 0: the gradient itself; or GWT_LEVEL_ROW */
-    int32_t maximize; /* not 0: ascend */
-    double lr;        /* finite, at least 0, as the next two */
+    int32_t level;              /* 0: the gradient itself; or GWT_LEVEL_ROW */
+    int32_t maximize;           /* not 0: ascend */
+    double lr;                  /* finite, at least 0, as the next two */
     double weight_decay;
     double scale;               /* factor on the update; ignored at level 0, but not by Muon */
     const gwt_wavelet *wavelet; /* NULL: Haar, zeros beyond the ends */
@@ -32,8 +32,8 @@ typedef struct {
  *     p = p * (1 - lr * weight_decay) - lr * scale * u */
 typedef struct {
     gwt_common_options common;
-    double beta1, beta2;  /* in [0, 1) */
-    double detail_scale;  /* finite, at least 0 */
+    double beta1, beta2; /* in [0, 1) */
+    double detail_scale; /* finite, at least 0 */
 } gwt_lion_options;
 
 int gwt_lion_step_d(double *p, const double *g, double *exp_avg, int64_t rows, int64_t width,
@@ -43,10 +43,10 @@ int gwt_lion_step_d(double *p, const double *g, double *exp_avg, int64_t rows, i
  * Frobenius norm: by the larger of norm and eps (torch.optim.Muon), or by norm + eps. A matrix of more rows than
  * columns is transposed for it. */
 typedef struct {
-    double a, b, c;     /* finite */
-    double eps;         /* finite, at least 0; with 0, and a matrix of zeros, the result is NaN */
-    int32_t steps;      /* 0 to 99 */
-    int32_t add_eps;    /* not 0: norm + eps */
+    double a, b, c;  /* finite */
+    double eps;      /* finite, at least 0; with 0, and a matrix of zeros, the result is NaN */
+    int32_t steps;   /* 0 to 99 */
+    int32_t add_eps; /* not 0: norm + eps */
 } gwt_newton_schulz_options;
 
 /* x [batch, rows, width], read; o, of the same shape, written. */
@@ -61,13 +61,12 @@ enum { GWT_ADJUST_ORIGINAL = 0, GWT_ADJUST_MATCH_RMS_ADAMW = 1 };
  *     M = IDWT(momentum * m + (1 - momentum) * A with nesterov, else m; detail_scale * D)
  *     p = p * (1 - lr * weight_decay) - lr * scale * adjust * NewtonSchulz(M)
  *
- * where adjust is sqrt(max(1, rows / width)) or 0.2 * sqrt(max(rows, width)). With `summed` A enters, and so do the
- * details, at 1 in place of (1 - momentum): m = momentum * m + A, M from momentum * m + A or m, and
- * detail_scale * D / (1 - momentum), which is the same M over (1 - momentum). */
+ * where adjust is sqrt(max(1, rows / width)) or 0.2 * sqrt(max(rows, width)). With `summed` the buffer is a sum,
+ * m = momentum * m + A, and M is that above over (1 - momentum): the iteration sees the difference in eps alone. */
 typedef struct {
     gwt_common_options common;
-    double momentum;      /* in [0, 1) */
-    double detail_scale;  /* finite, at least 0 */
+    double momentum;     /* in [0, 1) */
+    double detail_scale; /* finite, at least 0 */
     gwt_newton_schulz_options newton_schulz;
     int32_t nesterov;
     int32_t adjust;
@@ -92,14 +91,14 @@ int gwt_muon_step_d(double *p, const double *g, double *momentum_buffer, int64_t
  * max(eps2, rms(p)). */
 typedef struct {
     gwt_common_options common;
-    int64_t step;           /* at least 1 */
-    double beta1;           /* in [0, 1), or NaN: no first moment */
-    double eps1, eps2;      /* finite, at least 0 */
-    double clip_threshold;  /* finite, above 0 */
-    double decay_rate;      /* finite, at most 0 */
+    int64_t step;          /* at least 1 */
+    double beta1;          /* in [0, 1), or NaN: no first moment */
+    double eps1, eps2;     /* finite, at least 0 */
+    double clip_threshold; /* finite, above 0 */
+    double decay_rate;     /* finite, at most 0 */
     int32_t scale_parameter;
     int32_t relative_step;
-    int32_t warmup_init;    /* wants relative_step */
+    int32_t warmup_init;   /* wants relative_step */
     int32_t divided;
 } gwt_adafactor_options;
 

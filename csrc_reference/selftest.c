@@ -1,7 +1,7 @@
 /* Drives the oracle over many shapes and every level, in buffers of the exact size, under sanitizers.
  *
- * What the numbers should be is the business of tests/csrc_reference/test_reference.py; here are only the properties that
- * need no second implementation. Prints the number of configurations; exits 1 at the first that fails. */
+ * What the numbers should be is the business of tests/csrc_reference/; here are only the properties that need no
+ * second implementation. Prints the number of configurations; exits 1 at the first that fails. */
 #include "selftest.h"
 
 #include <float.h>

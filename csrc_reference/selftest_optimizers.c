@@ -7,10 +7,14 @@
 #include <math.h>
 #include <string.h>
 
-static const double dec_lo[4] = {-0.12940952255126037, 0.22414386804201339, 0.83651630373780790, 0.48296291314453416};
-static const double dec_hi[4] = {-0.48296291314453416, 0.83651630373780790, -0.22414386804201339, -0.12940952255126037};
-static const double rec_lo[4] = {0.48296291314453416, 0.83651630373780790, 0.22414386804201339, -0.12940952255126037};
-static const double rec_hi[4] = {-0.12940952255126037, -0.22414386804201339, 0.83651630373780790, -0.48296291314453416};
+static const double dec_lo[4] = {-0.12940952255126037, 0.22414386804201339,
+                                  0.83651630373780790, 0.48296291314453416};
+static const double dec_hi[4] = {-0.48296291314453416, 0.83651630373780790,
+                                  -0.22414386804201339, -0.12940952255126037};
+static const double rec_lo[4] = {0.48296291314453416, 0.83651630373780790,
+                                  0.22414386804201339, -0.12940952255126037};
+static const double rec_hi[4] = {-0.12940952255126037, -0.22414386804201339,
+                                  0.83651630373780790, -0.48296291314453416};
 const gwt_wavelet daubechies = {4, dec_lo, dec_hi, rec_lo, rec_hi, GWT_BOUNDARY_ZERO};
 
 enum { LION, MUON, ADAFACTOR, VECTOR, ADAM_MINI, OPTIMIZERS, SLOTS = 3 };
@@ -166,8 +170,8 @@ static void check_refusals(void)
     REFUSES(gwt_adafactor_options, adafactor,                                                   \
             gwt_adafactor_step_d(p, g, state[0], state[1], state[2], NULL, 1, ROWS, WIDTH, &o), code, field, value)
 #define MINI_REFUSES(code, field, value)                                                        \
-    REFUSES(gwt_adam_mini_options, mini, gwt_adam_mini_step_d(p, g, state[0], state[1], ROWS, WIDTH, &o), code, field, \
-            value)
+    REFUSES(gwt_adam_mini_options, mini,                                                        \
+            gwt_adam_mini_step_d(p, g, state[0], state[1], ROWS, WIDTH, &o), code, field, value)
 #define ALL_REFUSE(code, field, value)                                                          \
     LION_REFUSES(code, field, value);                                                           \
     MUON_REFUSES(code, field, value);                                                           \
@@ -203,6 +207,7 @@ static void check_refusals(void)
     MINI_REFUSES(GWT_BAD_SHAPE, rows_per_group, 3);
 
     const int64_t huge = (int64_t)1 << 57;
+#define ADAFACTOR(code, ...) CHECK(gwt_adafactor_step_d(p, g, __VA_ARGS__) == code)
     CHECK(gwt_lion_step_d(p, g, NULL, ROWS, WIDTH, &lion) == GWT_NULL_POINTER);
     CHECK(gwt_lion_step_d(p, g, state[0], ROWS, WIDTH, NULL) == GWT_NULL_POINTER);
     CHECK(gwt_lion_step_d(p, g, state[0], -1, WIDTH, &lion) == GWT_BAD_SHAPE);
@@ -216,12 +221,12 @@ static void check_refusals(void)
     CHECK(gwt_newton_schulz_d(g, NULL, 1, ROWS, WIDTH, &iteration) == GWT_NULL_POINTER);
     CHECK(gwt_newton_schulz_d(g, p, 1, ROWS, WIDTH, NULL) == GWT_NULL_POINTER);
     CHECK(gwt_newton_schulz_d(g, p, 1, ROWS, -1, &iteration) == GWT_BAD_SHAPE);
-    CHECK(gwt_adafactor_step_d(p, g, NULL, state[1], state[2], NULL, 1, ROWS, WIDTH, &adafactor) == GWT_NULL_POINTER);
-    CHECK(gwt_adafactor_step_d(p, g, state[0], state[1], NULL, NULL, 1, ROWS, WIDTH, &adafactor) == GWT_NULL_POINTER);
-    CHECK(gwt_adafactor_step_d(p, g, state[0], NULL, NULL, NULL, 1, 1, WIDTH, &adafactor) == GWT_NULL_POINTER);
-    CHECK(gwt_adafactor_step_d(p, g, state[0], NULL, NULL, state[1], 1, ROWS, WIDTH, &adafactor) == GWT_BAD_SHAPE);
-    CHECK(gwt_adafactor_step_d(p, g, state[0], state[1], state[2], NULL, 1, ROWS, WIDTH, NULL) == GWT_NULL_POINTER);
-    CHECK(gwt_adafactor_step_d(p, g, state[0], state[1], state[2], NULL, 1, 1, huge, &adafactor) == GWT_OUT_OF_MEMORY);
+    ADAFACTOR(GWT_NULL_POINTER, NULL, state[1], state[2], NULL, 1, ROWS, WIDTH, &adafactor);
+    ADAFACTOR(GWT_NULL_POINTER, state[0], state[1], NULL, NULL, 1, ROWS, WIDTH, &adafactor);
+    ADAFACTOR(GWT_NULL_POINTER, state[0], NULL, NULL, NULL, 1, 1, WIDTH, &adafactor);
+    ADAFACTOR(GWT_BAD_SHAPE, state[0], NULL, NULL, state[1], 1, ROWS, WIDTH, &adafactor);
+    ADAFACTOR(GWT_NULL_POINTER, state[0], state[1], state[2], NULL, 1, ROWS, WIDTH, NULL);
+    ADAFACTOR(GWT_OUT_OF_MEMORY, state[0], state[1], state[2], NULL, 1, 1, huge, &adafactor);
     CHECK(gwt_adam_mini_step_d(p, NULL, state[0], state[1], ROWS, WIDTH, &mini) == GWT_NULL_POINTER);
     CHECK(gwt_adam_mini_step_d(p, g, state[0], state[1], ROWS, WIDTH, NULL) == GWT_NULL_POINTER);
     CHECK(gwt_adam_mini_step_d(p, g, state[0], state[1], 1, huge, &mini) == GWT_OUT_OF_MEMORY);
