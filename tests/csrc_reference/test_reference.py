@@ -443,4 +443,5 @@ def test_sanitizers_find_nothing():
     every_level = 2 + sum(len(levels(width)) + 1 for width in widths)  # width 0 has one, and "row" as all have
     rows, precisions = 4, 2
     assert f"{every_level * rows * precisions} configurations passed" in done.stdout
+    assert "3066 of the other optimizers passed" in done.stdout
     assert "runtime error" not in done.stderr
