@@ -1,8 +1,8 @@
 /* Drives the oracle over many shapes and every level, in buffers of the exact size, under sanitizers.
  *
- * What the numbers should be is the business of tests/csrc_reference/test_reference.py; here are only the properties that
- * need no second implementation. Prints the number of configurations; exits 1 at the first that fails. */
-#include "gwt_reference.h"
+ * What the numbers should be is the business of tests/csrc_reference/; here are only the properties that need no
+ * second implementation. Prints the number of configurations; exits 1 at the first that fails. */
+#include "selftest.h"
 
 #include <float.h>
 #include <math.h>
@@ -11,16 +11,7 @@
 
 static long configurations = 0;
 
-#define CHECK(condition)                                                                        \
-    do {                                                                                        \
-        if (!(condition)) {                                                                     \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);           \
-            exit(1);                                                                            \
-        }                                                                                       \
-    } while (0)
-
-/* A reproducible number in [-1, 1), by a 64-bit linear congruential generator (Knuth's MMIX constants). */
-static double noise(void)
+double noise(void)
 {
     static uint64_t state = 1;
     state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
@@ -29,11 +20,12 @@ static double noise(void)
 
 static gwt_adamw_options usual_options(int level)
 {
-    const gwt_adamw_options o = {1, 0.01, 0.9, 0.999, 1e-6, 0.1, 0.25, 1.01, level, 0, GWT_RULE_GWT, 1};
+    const gwt_adamw_options o = {1,     0.01, 0.9,          0.999, 1e-6, 0.1, 0.25, 1.01,
+                                 level, 0,    GWT_RULE_GWT, 1,     0.75, NULL};
     return o;
 }
 
-static int deepest(int64_t width)
+int deepest(int64_t width)
 {
     int level = 0;
     while (width > 1 && ((int64_t)1 << level) < width)
@@ -62,9 +54,13 @@ static void check_sizes(void)
     CHECK(gwt_haar_length(13, 0) == 13 && gwt_haar_length(13, 1) == 7 && gwt_haar_length(13, 3) == 2);
     CHECK(gwt_haar_length(0, 62) == 0 && gwt_haar_length(INT64_MAX, 62) == 2);
     CHECK(gwt_haar_length(-1, 0) == -1 && gwt_haar_length(8, -1) == -1 && gwt_haar_length(8, 63) == -1);
-    CHECK(gwt_haar_coefficient_count(2, 13, 3) == 2 * (2 + 2 + 4 + 7));
-    CHECK(gwt_haar_coefficient_count(INT64_MAX, 2, 1) == -1);
-    CHECK(gwt_haar_coefficient_count(1, 8, 4) == -1 && gwt_haar_coefficient_count(1, 8, 3) == 8);
+    CHECK(gwt_coefficient_count(2, 13, 3, NULL) == 2 * (2 + 2 + 4 + 7));
+    CHECK(gwt_coefficient_count(INT64_MAX, 2, 1, NULL) == -1);
+    CHECK(gwt_coefficient_count(1, 8, 4, NULL) == -1 && gwt_coefficient_count(1, 8, 3, NULL) == 8);
+    CHECK(gwt_coefficient_count(2, 13, GWT_LEVEL_ROW, NULL) == 2 * (1 + 13));
+    CHECK(gwt_length(13, GWT_LEVEL_ROW, NULL) == 1 && gwt_length(0, GWT_LEVEL_ROW, NULL) == 0);
+    CHECK(gwt_length(13, 2, &daubechies) == 5 && gwt_coefficient_count(2, 13, 2, &daubechies) == 2 * (5 + 5 + 8));
+    CHECK(gwt_length(0, 2, &daubechies) == 0 && gwt_length(13, GWT_LEVEL_ROW, &daubechies) == -1);
 }
 
 int main(void)
@@ -84,5 +80,6 @@ int main(void)
     check_refusals_f();
     check_refusals_d();
     printf("%ld configurations passed\n", configurations);
+    printf("%ld of the other optimizers passed\n", check_optimizers());
     return 0;
 }

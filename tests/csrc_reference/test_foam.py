@@ -225,7 +225,7 @@ def test_the_limiter_and_its_norm_have_no_part_in_it(gamma, norm):
     p, (m, v) = np.zeros((2, 8)), np.zeros((2, 2, 2))
     number = math.nan if gamma is None else gamma
     folded = reference.RULES.index("foam")
-    options = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, number, 2, 0, folded, 1)
+    options = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, number, 2, 0, folded, 1, 1.0)
     pointers = [a.ctypes.data for a in (p, g, m, v)]
     stored = None if norm is None else ctypes.c_double(norm)
     reference.call("gwt_adamw_step", p.dtype, *pointers, stored, 2, 8, options)

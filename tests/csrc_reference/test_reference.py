@@ -18,9 +18,13 @@ from tests.support import golden, reference
 
 pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
 
-GOLDEN = golden.adamw_cases("haar")
+GOLDEN = golden.adamw_cases()
 FOAM = golden.foam_cases()
-VARIANTS = tuple(c for c in golden.variant_cases() if (c.wavelet, c.boundary) == ("haar", "zero"))
+VARIANTS = golden.variant_cases(res_scaled=True)
+SETTINGS = (
+    *("rule", "level", "betas", "eps", "scale", "correct_bias", "norm_growth_limit"),
+    *("res_scale", "wavelet", "boundary"),
+)
 DTYPES = (np.float64, np.float32)
 WIDTHS = (*range(1, 34), 61, 64, 100, 127, 128, 129, 255, 1000)
 ROOT2, ROOT8 = math.sqrt(2), math.sqrt(8)
@@ -38,17 +42,9 @@ def band_tolerance(x: np.ndarray, level: int) -> float:
 
 def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
     """All steps of a case, with some settings changed, decayed in the published order."""
-    settings = {
-        "rule": case.rule,
-        "level": case.level,
-        "betas": case.betas,
-        "eps": case.eps,
-        "scale": case.scale,
-        "correct_bias": case.correct_bias,
-        "norm_growth_limit": case.norm_growth_limit,
-    } | changed
+    settings = {name: getattr(case, name) for name in SETTINGS} | changed
     p = case.p0.copy()
-    m, v = np.zeros((2, *reference.moment_shape(p.shape, settings["level"])))
+    m, v = np.zeros((2, *reference.moment_shape(p.shape, settings["level"], settings["wavelet"])))
     params, norms = np.full_like(case.params, np.nan), np.full(len(case.lr), np.nan)
     norm = 0.0
     for i, (g, lr) in enumerate(zip(case.grads, case.lr, strict=True)):
@@ -73,7 +69,7 @@ def test_golden_vectors(case):
 
 
 def test_golden_vectors_hold_what_the_tests_rely_on():
-    assert len(GOLDEN) == 16
+    assert len(GOLDEN) == 20
     assert {case.level for case in GOLDEN} == {0, 1, 2, 3, 4, 5}
     assert any(case.p0.shape[-1] % 2 for case in GOLDEN)
     assert sum(case.limiter_active.sum() for case in GOLDEN) >= 20
@@ -81,7 +77,10 @@ def test_golden_vectors_hold_what_the_tests_rely_on():
     assert {case.level for case in FOAM} == {1, 2, 3, 5}
     assert {case.p0.ndim for case in FOAM} == {1, 2}
     assert sum(case.p0.shape[-1] % 2**case.level > 0 for case in FOAM) == 2  # a last block that is padded
-    assert len(VARIANTS) == 8
+    assert [sum(case.rule == rule for case in VARIANTS) for rule in reference.RULES] == [10, 8]
+    assert {case.boundary for case in VARIANTS} == set(reference.BOUNDARIES)
+    assert {case.wavelet for case in GOLDEN + VARIANTS} == {"haar", "db2", "sym4", "bior2.2"}
+    assert {case.res_scale for case in VARIANTS} == {0, 0.5, 1, 1.5}
     assert {(case.rule, case.level > 0) for case in VARIANTS if not case.correct_bias} == {
         ("gwt", False), ("gwt", True), ("foam", True)
     }  # fmt: skip
@@ -412,10 +411,10 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
         assert refusal.value.code == code, (name, arguments)
 
     for rows, width in ((-1, 8), (1, -8), (2**62, 8), (1, 2**62), (2**32, 2**32), (2**63 - 1, 2**63 - 1)):
-        refused(reference.BAD_SHAPE, "gwt_haar_dwt", g, p, rows, width, 1)
-        refused(reference.BAD_SHAPE, "gwt_haar_idwt", g, p, rows, width, 1)
+        refused(reference.BAD_SHAPE, "gwt_dwt", g, p, rows, width, 1, None)
+        refused(reference.BAD_SHAPE, "gwt_idwt", g, p, rows, width, 1, None)
         refused(reference.BAD_SHAPE, "gwt_adamw_step", p, g, m, v, norm, rows, width, options)
-    refused(reference.OUT_OF_MEMORY, "gwt_haar_dwt", g, p, 1, 2**57, 1)
+    refused(reference.OUT_OF_MEMORY, "gwt_dwt", g, p, 1, 2**57, 1, None)
     refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 2**54, 8, options)
     refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 1, 2**57, options)
     refused(reference.OUT_OF_MEMORY, "gwt_adamw_step", p, g, m, v, norm, 1, 2**57, folded)
@@ -423,8 +422,8 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
         unknown = reference.Options(1, 0.1, 0.9, 0.999, 1e-6, 0.0, 0.25, 0.0, 1, 0, rule)
         refused(reference.BAD_OPTION, "gwt_adamw_step", p, g, m, v, norm, 1, 8, unknown)
     for pair in ((None, p), (g, None)):
-        refused(reference.NULL_POINTER, "gwt_haar_dwt", *pair, 1, 8, 1)
-        refused(reference.NULL_POINTER, "gwt_haar_idwt", *pair, 1, 8, 1)
+        refused(reference.NULL_POINTER, "gwt_dwt", *pair, 1, 8, 1, None)
+        refused(reference.NULL_POINTER, "gwt_idwt", *pair, 1, 8, 1, None)
     whole = [p, g, m, v, norm, 1, 8, options]
     for missing in (0, 1, 2, 3, 4, 7):
         arguments = [None if i == missing else a for i, a in enumerate(whole)]
@@ -441,7 +440,8 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
 def test_sanitizers_find_nothing():
     done = reference.make("sanitize")
     widths = (*range(1, 41), 64, 65, 100, 127, 128, 129, 257, 1000)
-    every_level = 1 + sum(len(levels(width)) for width in widths)  # width 0 has one
+    every_level = 2 + sum(len(levels(width)) + 1 for width in widths)  # width 0 has one, and "row" as all have
     rows, precisions = 4, 2
     assert f"{every_level * rows * precisions} configurations passed" in done.stdout
+    assert "3066 of the other optimizers passed" in done.stdout
     assert "runtime error" not in done.stderr

@@ -1,7 +1,8 @@
 """Loads the golden vectors: what the authors' published optimizers computed in float64.
 
 Each case is a run of a few steps on one tensor: of GWT-Adam or plain AdamW in `data/official_adamw.npz`, of FOAM in
-`data/official_foam.npz`, and of either with further options in `data/official_variants.npz`.
+`data/official_foam.npz`, and in `data/official_variants.npz` of either with further options, of GWT-Adafactor, and
+of Muon and Adam-mini without a transform.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Case:
         weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this
             package before it.
         norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
+        res_scale: factor on the residuals of "foam"; 1 for "gwt".
         p0: the weights at the start, `[...]`.
         grads: the gradients, `[T, ...]`.
         params: the weights after each step, `[T, ...]`.
@@ -55,6 +57,7 @@ class Case:
     scale: float
     weight_decay: float
     norm_growth_limit: float | None
+    res_scale: float
     p0: np.ndarray
     grads: np.ndarray
     params: np.ndarray
@@ -103,14 +106,94 @@ def foam_cases() -> tuple[Case, ...]:
 
 
 @functools.cache
-def variant_cases() -> tuple[Case, ...]:
-    """The cases of `official_variants.npz` that are GWT-Adam's, or FOAM's with a `res_scale` of 1."""
+def variant_cases(res_scaled: bool = False) -> tuple[Case, ...]:
+    """The cases of `official_variants.npz` that are GWT-Adam's or FOAM's, with `res_scaled` of any `res_scale`."""
     configurations, arrays = _load("official_variants.npz")
     rules = {"adamw": "gwt", "foam": "foam"}
     return tuple(
         _case(configuration, arrays, rules[configuration["family"]])
         for configuration in configurations
-        if configuration["family"] in rules and configuration.get("res_scale", 1.0) == 1.0
+        if configuration["family"] in rules and (res_scaled or configuration.get("res_scale", 1.0) == 1.0)
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """One run of an optimizer beyond Adam. Every array is float64 and read-only. Weight decay came first.
+
+    Attributes:
+        name: unique; fit for a test id.
+        level: 0 for all but "adafactor".
+        wavelet: PyWavelets' name.
+        boundary: PyWavelets' name of the mode.
+        lr: the learning rate of each of the `T` steps.
+        weight_decay: decoupled.
+        options: what else its optimizer was given, by the names of this package's interface. Of "muon": `momentum`,
+            `nesterov`, `ns_steps`, `adjust_lr_fn`; its buffer was a sum, and Newton-Schulz in float64 divided by
+            `norm + 1e-7`. Of "adafactor": `beta1`, `eps` (two numbers), `clip_threshold`, `decay_rate`, `scale`,
+            `scale_parameter`, `relative_step`, `warmup_init`; its details are those of `details="published"`. Of
+            "adam_mini": `betas`, `eps`.
+        p0: the weights at the start, `[...]`.
+        grads: the gradients, `[T, ...]`.
+        params: the weights after each step, `[T, ...]`.
+        state: after the last step. Of "muon": `momentum_buffer`. Of "adafactor": `exp_avg` where there is `beta1`,
+            and `exp_avg_sq` in one dimension, `exp_avg_sq_row` and `exp_avg_sq_col` in more. Of "adam_mini":
+            `exp_avg`, of the shape of the weights, and `exp_avg_sq` `[groups]`: rows, or heads of as many rows.
+    """
+
+    name: str
+    level: int
+    wavelet: str
+    boundary: str
+    lr: tuple[float, ...]
+    weight_decay: float
+    options: dict[str, Any]
+    p0: np.ndarray
+    grads: np.ndarray
+    params: np.ndarray
+    state: dict[str, np.ndarray]
+
+
+_OPTIONS = {
+    "muon": ("momentum", "nesterov", "ns_steps"),
+    "adafactor": (
+        *("beta1", "eps", "clip_threshold", "decay_rate", "scale"),
+        *("scale_parameter", "relative_step", "warmup_init"),
+    ),
+    "adam_mini": ("betas", "eps"),
+}
+_SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+
+
+@functools.cache
+def optimizer_cases(family: str) -> tuple[OptimizerCase, ...]:
+    """The cases of `official_variants.npz` of one family: "muon", "adafactor" or "adam_mini"."""
+    configurations, arrays = _load("official_variants.npz")
+    return tuple(_optimizer_case(c, arrays) for c in configurations if c["family"] == family)
+
+
+def _optimizer_case(configuration: dict, arrays: dict[str, np.ndarray]) -> OptimizerCase:
+    name, family = configuration["name"], configuration["family"]
+    options = {key: configuration[key] for key in _OPTIONS[family]}
+    options |= {key: tuple(options[key]) for key in ("eps", "betas") if isinstance(options.get(key), list)}
+    state = {slot: arrays[f"{name}/{slot}"] for slot in _SLOTS if f"{name}/{slot}" in arrays}
+    p0, grads, params = (arrays[f"{name}/{key}"] for key in ("p0", "grads", "params"))
+    if family == "muon":
+        options["adjust_lr_fn"] = "match_rms_adamw"
+    elif family == "adam_mini":
+        state = {"exp_avg": state["exp_avg"].reshape(p0.shape), "exp_avg_sq": state["exp_avg_sq"].ravel()}
+    return OptimizerCase(
+        name=name,
+        level=configuration["level"],
+        wavelet=configuration.get("wavelet", "haar"),
+        boundary=configuration.get("mode", "zero"),
+        lr=tuple(configuration["lr"]),
+        weight_decay=configuration["weight_decay"],
+        options=options,
+        p0=p0,
+        grads=grads,
+        params=params,
+        state=state,
     )
 
 
@@ -147,6 +230,7 @@ def _case(configuration: dict, arrays: dict[str, np.ndarray], rule: str) -> Case
         boundary=configuration["mode"],
         correct_bias=configuration.get("correct_bias", True),
         norm_growth_limit=configuration["limiter_gamma"],
+        res_scale=configuration.get("res_scale", 1.0),
         limiter_norm=arrays.get(f"{name}/limiter_norm", np.full(len(configuration["lr"]), np.nan)),
         **{key: arrays[f"{name}/{key}"] for key in ("p0", "grads", "params", "exp_avg", "exp_avg_sq")},
     )

@@ -13,6 +13,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,9 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc_reference"
 LIBRARY = SOURCES / "build" / "libgwt_reference.so"
 
 RULES = ("gwt", "foam")  # in the order of GWT_RULE_GWT and GWT_RULE_FOAM
+BOUNDARIES = ("zero", "constant", "symmetric", "reflect", "periodic")  # in that of GWT_BOUNDARY_ZERO and the others
+LEVEL_ROW = 1000  # GWT_LEVEL_ROW
+Level = int | Literal["row"]
 OK, BAD_SHAPE, BAD_LEVEL, BAD_OPTION, NULL_POINTER, OUT_OF_MEMORY = range(6)
 _NAMES = ("OK", "BAD_SHAPE", "BAD_LEVEL", "BAD_OPTION", "NULL_POINTER", "OUT_OF_MEMORY")
 _SUFFIX = {np.dtype(np.float32): "f", np.dtype(np.float64): "d"}
@@ -31,6 +35,16 @@ class OracleError(ValueError):
     def __init__(self, code: int) -> None:
         super().__init__(f"the C oracle returned {code} (GWT_{_NAMES[code]})")
         self.code = code
+
+
+class Wavelet(ctypes.Structure):
+    """`gwt_wavelet` of `gwt_reference.h`, field by field."""
+
+    _fields_ = (
+        ("taps", ctypes.c_int64),
+        *((name, ctypes.POINTER(ctypes.c_double)) for name in ("dec_lo", "dec_hi", "rec_lo", "rec_hi")),
+        ("boundary", ctypes.c_int32),
+    )
 
 
 class Options(ctypes.Structure):
@@ -49,6 +63,8 @@ class Options(ctypes.Structure):
         ("maximize", ctypes.c_int32),
         ("rule", ctypes.c_int32),
         ("correct_bias", ctypes.c_int32),
+        ("res_scale", ctypes.c_double),
+        ("wavelet", ctypes.POINTER(Wavelet)),
     )
 
 
@@ -72,13 +88,16 @@ def library() -> ctypes.CDLL:
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime_ns < newest:
         make("all")
     lib = ctypes.CDLL(str(LIBRARY))
-    pointer, int64, level = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    lib.gwt_haar_length.restype = lib.gwt_haar_coefficient_count.restype = int64
-    lib.gwt_haar_length.argtypes = (int64, level)
-    lib.gwt_haar_coefficient_count.argtypes = (int64, int64, level)
+    pointer, int64, level, wavelet = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.POINTER(Wavelet)
+    for name, arguments in {
+        "gwt_haar_length": (int64, level),
+        "gwt_length": (int64, level, wavelet),
+        "gwt_coefficient_count": (int64, int64, level, wavelet),
+    }.items():
+        getattr(lib, name).restype, getattr(lib, name).argtypes = int64, arguments
     for suffix in _SUFFIX.values():
-        for transform in ("dwt", "idwt"):
-            getattr(lib, f"gwt_haar_{transform}_{suffix}").argtypes = (pointer, pointer, int64, int64, level)
+        for way in ("dwt", "idwt"):
+            getattr(lib, f"gwt_{way}_{suffix}").argtypes = (pointer, pointer, int64, int64, level, wavelet)
         getattr(lib, f"gwt_adamw_step_{suffix}").argtypes = (
             *(pointer,) * 4,
             ctypes.POINTER(ctypes.c_double),
@@ -101,50 +120,105 @@ def rows_and_width(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def moment_shape(shape: Sequence[int], level: int) -> tuple[int, ...]:
-    """The shape of `exp_avg` and `exp_avg_sq` for a tensor of this shape."""
-    return (*shape[:-1], library().gwt_haar_length(shape[-1], level)) if shape else ()
+def level_code(level: Level) -> int:
+    """The level as the oracle takes it: `GWT_LEVEL_ROW` for "row"."""
+    return LEVEL_ROW if level == "row" else level
 
 
-def haar_dwt(x: np.ndarray, level: int) -> list[np.ndarray]:
-    """The Haar coefficients of the last axis, zero-padded.
+@functools.cache
+def wavelet_of(name: str, boundary: str = "zero") -> Wavelet | None:
+    """The filters of a wavelet by PyWavelets' names; None for Haar with zeros beyond the ends.
+
+    Raises:
+        ValueError: there is no such wavelet, or no such boundary.
+    """
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"unknown boundary {boundary!r}: use one of {BOUNDARIES}")
+    if (name, boundary) == ("haar", "zero"):
+        return None
+    import pywt
+
+    filters = pywt.Wavelet(name).filter_bank
+    taps = len(filters[0])
+    arrays = [(ctypes.c_double * taps)(*taken) for taken in filters]
+    pointers = [ctypes.cast(array, ctypes.POINTER(ctypes.c_double)) for array in arrays]
+    return Wavelet(taps, *pointers, BOUNDARIES.index(boundary))
+
+
+def moment_shape(shape: Sequence[int], level: Level, wavelet: str = "haar") -> tuple[int, ...]:
+    """The shape of the approximation, and so of moments, of a tensor of this shape; -1 where there is none."""
+    if not shape:
+        return ()
+    if level != "row" and wavelet == "haar":
+        return *shape[:-1], library().gwt_haar_length(shape[-1], level)
+    return *shape[:-1], library().gwt_length(shape[-1], level_code(level), wavelet_of(wavelet))
+
+
+def block_width(shape: Sequence[int], level: Level) -> int:
+    """The elements `W` of a block: an approximation coefficient of Haar is `sqrt(W)` times the block's mean."""
+    return rows_and_width(shape)[1] if level == "row" else 2**level
+
+
+def _band_shapes(shape: Sequence[int], level: Level, wavelet: str) -> list[tuple[int, ...]]:
+    """The shapes of `[A, D_L, ..., D_1]`."""
+    if level == "row":
+        return [moment_shape(shape, level), tuple(shape)]
+    return [moment_shape(shape, depth, wavelet) for depth in (level, *range(level, 0, -1))]
+
+
+def dwt(x: np.ndarray, level: Level, wavelet: str = "haar", boundary: str = "zero") -> list[np.ndarray]:
+    """The wavelet coefficients of the last axis.
 
     Args:
         x: `[..., N]`, float64 or float32.
-        level: 0 (the result is `[x]`) or more.
+        level: 0 (the result is `[x]`) or more; or "row".
+        wavelet: PyWavelets' name.
+        boundary: PyWavelets' name of the mode.
 
     Returns:
-        `[A, D_L, ..., D_1]` in PyWavelets' order and sign, `D_l` of shape `[..., ceil(N / 2**l)]`.
+        `[A, D_L, ..., D_1]` in PyWavelets' order and sign; for Haar `D_l` is `[..., ceil(N / 2**l)]`. For "row"
+        `[A, D]`, `[..., 1]` and `[..., N]`: the sum over `sqrt(N)`, and the row less its mean.
     """
     x = np.ascontiguousarray(x)
     rows, width = rows_and_width(x.shape)
-    count = library().gwt_haar_coefficient_count(rows, width, level)
-    packed = np.full(max(count, 0), np.nan, x.dtype)
-    call("gwt_haar_dwt", x.dtype, x.ctypes.data, packed.ctypes.data, rows, width, level)
-    shapes = [moment_shape(x.shape, depth) for depth in (level, *range(level, 0, -1))]
+    code, filters = level_code(level), wavelet_of(wavelet, boundary)
+    packed = np.full(max(library().gwt_coefficient_count(rows, width, code, filters), 0), np.nan, x.dtype)
+    call("gwt_dwt", x.dtype, x.ctypes.data, packed.ctypes.data, rows, width, code, filters)
+    shapes = _band_shapes(x.shape, level, wavelet)
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return [band.reshape(shape) for band, shape in zip(np.split(packed, ends[:-1]), shapes, strict=True)]
 
 
-def haar_idwt(coeffs: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """The inverse of `haar_dwt`, cut to `length` columns.
+def idwt(coeffs: Sequence[np.ndarray], length: int, level: Level, wavelet: str = "haar") -> np.ndarray:
+    """The inverse of `dwt`, cut to `length` columns.
 
     Args:
-        coeffs: `[A, D_L, ..., D_1]` as `haar_dwt` returns them for rows of `length` elements.
+        coeffs: `[A, D_L, ..., D_1]` as `dwt` returns them for rows of `length` elements.
         length: `N`, the columns of the result.
+        level: of the coefficients.
+        wavelet: PyWavelets' name.
 
     Returns:
         `[..., N]`, in the coefficients' dtype.
     """
-    level, shape = len(coeffs) - 1, (*coeffs[0].shape[:-1], length)
-    depths = (level, *range(level, 0, -1))
-    if [c.shape for c in coeffs] != [moment_shape(shape, depth) for depth in depths]:
+    shape = (*coeffs[0].shape[:-1], length)
+    if [c.shape for c in coeffs] != _band_shapes(shape, level, wavelet):
         raise ValueError(f"shapes {[c.shape for c in coeffs]} are not those of rows of {length} elements")
     packed = np.concatenate([c.ravel() for c in coeffs])
     x = np.full(shape, np.nan, packed.dtype)
-    rows, width = rows_and_width(shape)
-    call("gwt_haar_idwt", x.dtype, packed.ctypes.data, x.ctypes.data, rows, width, level)
+    sizes = *rows_and_width(shape), level_code(level)
+    call("gwt_idwt", x.dtype, packed.ctypes.data, x.ctypes.data, *sizes, wavelet_of(wavelet))
     return x
+
+
+def haar_dwt(x: np.ndarray, level: int) -> list[np.ndarray]:
+    """The Haar coefficients of the last axis, zero-padded: `dwt` as it is by default."""
+    return dwt(x, level)
+
+
+def haar_idwt(coeffs: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """The inverse of `haar_dwt`, cut to `length` columns."""
+    return idwt(coeffs, length, len(coeffs) - 1)
 
 
 def adamw_step(
@@ -154,7 +228,7 @@ def adamw_step(
     exp_avg_sq: np.ndarray,
     limiter_norm: float = 0.0,
     *,
-    level: int,
+    level: Level,
     step: int,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -165,16 +239,19 @@ def adamw_step(
     maximize: bool = False,
     rule: str = "gwt",
     correct_bias: bool = True,
+    res_scale: float = 1.0,
+    wavelet: str = "haar",
+    boundary: str = "zero",
 ) -> float:
     """One step of GWT-Adam or FOAM; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
 
     Args:
         p: weights `[..., N]`, float64 or float32, C-contiguous like all arrays here.
         g: gradient `[..., N]`.
-        exp_avg: first moment, of shape `moment_shape(p.shape, level)`; zeros before the first step.
+        exp_avg: first moment, of shape `moment_shape(p.shape, level, wavelet)`; zeros before the first step.
         exp_avg_sq: second moment, of the same shape; zeros before the first step.
         limiter_norm: what the previous step returned; 0 before the first step.
-        level: 0 is plain AdamW, whatever the rule: no transform, no scale, no limiter.
+        level: 0 is plain AdamW, whatever the rule: no transform, no scale, no limiter. "row" is one block a row.
         step: 1 for the first step.
         lr: learning rate.
         betas: decay of the first and of the second moment.
@@ -185,6 +262,9 @@ def adamw_step(
         maximize: follow the gradient up.
         rule: one of `RULES`: "gwt", or "foam", the folded rule.
         correct_bias: multiply the update by `sqrt(1-b2**t) / (1-b1**t)`.
+        res_scale: factor on the residuals of "foam".
+        wavelet: PyWavelets' name; "haar" for "foam" and "row".
+        boundary: PyWavelets' name of the mode; "zero" for "foam" and "row".
 
     Returns:
         The new `limiter_norm`; the old one where the limiter is off.
@@ -196,8 +276,9 @@ def adamw_step(
     arrays = (p, g, exp_avg, exp_avg_sq)
     if any(a.dtype != p.dtype or not a.flags.c_contiguous for a in arrays):
         raise ValueError("the arrays have to be C-contiguous and of one dtype")
-    valid_level = p.ndim == 0 or library().gwt_haar_length(p.shape[-1], level) >= 0
-    moments = moment_shape(p.shape, level) if valid_level else exp_avg.shape
+    moments = moment_shape(p.shape, level, wavelet)
+    if moments and moments[-1] < 0:
+        moments = exp_avg.shape  # the oracle says what is wrong
     if g.shape != p.shape or exp_avg.shape != moments or exp_avg_sq.shape != moments:
         raise ValueError(f"shapes {[a.shape for a in arrays]} do not fit together at level {level}")
     if rule not in RULES:
@@ -211,11 +292,15 @@ def adamw_step(
         weight_decay=weight_decay,
         scale=scale,
         norm_growth_limit=math.nan if norm_growth_limit is None else norm_growth_limit,
-        level=level,
+        level=level_code(level),
         maximize=maximize,
         rule=RULES.index(rule),
         correct_bias=correct_bias,
+        res_scale=res_scale,
     )
+    filters = wavelet_of(wavelet, boundary)
+    if filters is not None:
+        options.wavelet = ctypes.pointer(filters)
     norm = ctypes.c_double(limiter_norm)
     pointers = [a.ctypes.data for a in arrays]
     call("gwt_adamw_step", p.dtype, *pointers, norm, *rows_and_width(p.shape), options)
