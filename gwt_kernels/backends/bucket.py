@@ -224,8 +224,8 @@ class Bucket:
         found = [name for name in ("exp_avgs", "exp_avg_sqs") if None not in getattr(self, name)]
         if found != [f"{slot}s" for slot in slots]:
             raise ValueError(
-                f"rule={self.rule!r} keeps {' and '.join(slots) or 'nothing'}: pass tensors for every parameter of what "
-                f"it keeps, and None for the rest, got {' and '.join(found) or 'none'}"
+                f"rule={self.rule!r} keeps {' and '.join(slots) or 'nothing'}: pass tensors for every parameter of "
+                f"what it keeps, and None for the rest, got {' and '.join(found) or 'none'}"
             )
         if list(self.lows).count(None) != (0 if self.rounding == "split" else n):
             raise ValueError(

@@ -40,7 +40,8 @@ class MatrixStage(NamedTuple):
     """What happens to matrices between the two element-wise stages.
 
     Attributes:
-        run: ``run(make, use)`` calls both for each batch: ``make(pieces, values)`` writes matrices into ``values``, and
+        run: ``run(make, use)`` calls both for each batch: ``make(pieces, values)`` writes matrices into ``values``,
+        and
             ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
         dtype: Of ``values``.
         scales: Per parameter factors on the update, one for each of its ``views``.
@@ -225,9 +226,9 @@ class MatrixRunner:
         first, last = (at * m[0].numel() for at in (piece.start, piece.start + piece.length))
         if first % size or (last % size and piece.start + piece.length < len(m)):
             raise ValueError(
-                f"a parameter of shape {tuple(self.bucket.params[piece.param].shape)} is too large for workspace_bytes, "
-                f"and cannot be cut where {size} of its {self.bucket.stored.name} moments share a scale: allow more "
-                f"workspace_bytes, or keep its moments in bfloat16"
+                f"a parameter of shape {tuple(self.bucket.params[piece.param].shape)} is too large for "
+                f"workspace_bytes, and cannot be cut where {size} of its {self.bucket.stored.name} moments share a "
+                f"scale: allow more workspace_bytes, or keep its moments in bfloat16"
             )
         return tuple(x[first // size : -(-last // size)] for x in scales)
 

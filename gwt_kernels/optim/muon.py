@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -21,16 +18,19 @@ __all__ = ["GWTMuon"]
 class GWTMuon(PlannedOptimizer):
     """Muon whose momentum lives on the block means of each gradient.
 
-    A block is ``2**level`` neighbours along the last dimension. What an element differs by from the mean of its block goes
-    into the update as it is. Its state is one number a block, where Adam keeps two an element. Level 0 is
-    ``torch.optim.Muon``, for batches of matrices, shards and 16-bit weights too. The formulas are in docs/algorithm.md.
+    A block is ``2**level`` neighbours along the last dimension. What an element differs by from the mean of its
+    block goes into the update as it is. Its state is one number a block, where Adam keeps two an element. Level 0
+    is ``torch.optim.Muon``, for batches of matrices, shards and 16-bit weights too. The formulas are in
+    docs/algorithm.md.
 
     Matrices alone are Muon's: tensors of two dimensions, and of more as batches of matrices, as of experts
-    ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups at ``rule="adamw"`` of
-    embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, scale=1.0, adamw_lr=3e-4)``.
+    ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups at ``rule="adamw"``
+    of embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, scale=1.0,
+    adamw_lr=3e-4)``.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option below, but for ``workspace_bytes``, may be overridden per
+        params: What ``torch.optim.AdamW`` takes. Every option below, but for ``workspace_bytes``, may be overridden
+        per
             group.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
@@ -39,16 +39,17 @@ class GWTMuon(PlannedOptimizer):
         ns_coefficients: Of the Newton-Schulz iteration's quintic.
         eps: The smallest norm that a matrix is divided by before the iteration.
         ns_steps: Iterations, below 100.
-        adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``, or
+        adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``,
+        or
             ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
         level: Levels of the transform.
         scale: Factor on the update of matrices, at level 0 too.
         detail_scale: Factor on what an element differs by from the mean of its block.
-        ns_dtype: dtype of the iteration, and of matrices that travel between processes: bfloat16, float32 or float64.
-        workspace_bytes: What matrices that are computed at once may take, with the iteration's temporaries.
-        flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of convolutions.
-        row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of queries, keys and values.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        ns_dtype: dtype of the iteration, and of matrices that travel between processes: bfloat16, float32 or
+        float64. workspace_bytes: What matrices that are computed at once may take, with the iteration's
+        temporaries. flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of
+        convolutions. row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of
+        queries, keys and values. adamw_betas: ``betas`` of groups at ``rule="adamw"``.
         adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
         state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
 
@@ -56,7 +57,8 @@ class GWTMuon(PlannedOptimizer):
     ``exp_avg_sq`` too. On DTensors every process takes part in every step.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`; a tensor is no matrix, or a matrix needs
+        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`; a tensor is no matrix, or a matrix
+        needs
             more than ``workspace_bytes``.
     """
 

@@ -8,8 +8,8 @@ For a block of ``W = 2**level`` neighbours of a matrix's row with mean ``mean``,
     p = p - lr*weight_decay*p - lr*scale*adjust*NewtonSchulz(M)
 
 Level 0 is Muon (K. Jordan, 2024) as in ``torch.optim.Muon``. ``b1`` is ``mu``; ``b2`` is ``mu`` too, or 1 without
-Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes its result as
-a gradient.
+Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes its result
+as a gradient.
 """
 
 from __future__ import annotations

@@ -64,7 +64,8 @@ class Rule:
         slots: State entries that hold its moments, in order.
         plain: The rule that it is at level 0; None for itself.
         statements: Names of ``kernel_moments`` and ``kernel_update`` in the module.
-        last_stage: The rule that takes what becomes of this one's result, a batch of matrices, as gradients; None where
+        last_stage: The rule that takes what becomes of this one's result, a batch of matrices, as gradients; None
+        where
             the update is element-wise.
         reads_weights: Whether an update changes weights; else it takes their place, without weight decay.
         norm_growth_limit: The limiter's default gamma; None for none.

@@ -211,9 +211,9 @@ class Launch:
         self._start(
             step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
             self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            READS=bucket.stated.reads_weights, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
-            ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots, TILES=self._tiles, **self._path,
-            **self._step_alignment,
+            READS=bucket.stated.reads_weights, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments,
+            UPDATE=self._rule.update, ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots,
+            TILES=self._tiles, **self._path, **self._step_alignment,
         )  # fmt: skip
         if self._rows:
             self._start(

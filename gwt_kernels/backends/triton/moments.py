@@ -57,7 +57,7 @@ def load_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; 0 for what is not kept, or ``m`` for ``v``."""
+    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; where no ``v`` is kept, any."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     m = tl.zeros((NB,), tl.float32)
     if SLOTS:

@@ -122,8 +122,8 @@ def step_kernel(
 
         p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
 
-    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. Where the rule ``READS`` no
-    weights, ``u_i`` takes their place.
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. Where the rule ``READS``
+    no weights, ``u_i`` takes their place.
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
     weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
