@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ __all__ = [
     "ROWS_STAY",
     "check_place_of",
     "check_sharding",
+    "check_shards",
+    "held_runs",
     "local_parts",
     "made_by_a_getter",
     "reduced_over",
@@ -146,10 +149,7 @@ def check_sharding(
         TypeError: the parameter is a flat buffer of FSDP1 or ZeRO, which keeps no rows.
         ValueError: it is sharded in a way that the transform or the options cannot follow.
     """
-    if getattr(p, "_is_flat_param", False):
-        raise TypeError(f"{name} is a flat parameter of FSDP1, in which many tensors lie end to end: {ROWS_STAY}")
-    if hasattr(p, "ds_id"):
-        raise TypeError(f"{name} is partitioned by ZeRO stage 3, which keeps no rows: {ROWS_STAY}")
+    check_shards(p, name)
     if not is_sharded(p):
         if group["level"] and p.dim() == 1 and _is_part_of_a_buffer(p):
             raise TypeError(
@@ -158,22 +158,8 @@ def check_sharding(
             )
         return
     mesh, placements = p.device_mesh, p.placements
-    unknown = [x for x in placements if _dim(x) is None and not x.is_replicate()]
-    if unknown:
-        raise ValueError(
-            f"{name} has the placement {unknown[0]!r}: a parameter's shards have to be numbers of its own, so "
-            f"redistribute it to Shard or Replicate before it is given to the optimizer"
-        )
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"{name} is on {mesh}, to which this process does not belong: leave it out here")
     if p.dim() and any(_dim(x) == p.dim() - 1 for x in placements):
         _check_columns(p, group, name)
-    local, expected = tuple(local_of(p).shape), _local_shape(p, p.shape)
-    if local != expected:
-        raise ValueError(
-            f"{name} has a shard of shape {local} here, where {placements} on {mesh} means {expected}: "
-            f"distribute it with torch.distributed.tensor.distribute_tensor, whose division all tools share"
-        )
     if random and _spans(p, shape, group["level"]) is None:
         raise ValueError(
             f"{name} is sharded as {placements} on {mesh}, where the indices of a shard's elements, on which "
@@ -185,6 +171,36 @@ def check_sharding(
             f"int8 moments of {name} have a scale per {block_size} of them, which {placements} on "
             f"{mesh} would tear apart: they need equal shards of rows, each of whole scales; use "
             f"state_dtype=torch.bfloat16"
+        )
+
+
+def check_shards(p: Any, name: str) -> None:
+    """Raise unless this process holds all of ``p``, or the shard of it that its placements say.
+
+    Raises:
+        TypeError: the parameter is a flat buffer of FSDP1 or ZeRO, which keeps no rows.
+        ValueError: its placements are no division of it, or not that of the shard here.
+    """
+    if getattr(p, "_is_flat_param", False):
+        raise TypeError(f"{name} is a flat parameter of FSDP1, in which many tensors lie end to end: {ROWS_STAY}")
+    if hasattr(p, "ds_id"):
+        raise TypeError(f"{name} is partitioned by ZeRO stage 3, which keeps no rows: {ROWS_STAY}")
+    if not is_sharded(p):
+        return
+    mesh, placements = p.device_mesh, p.placements
+    unknown = [x for x in placements if _dim(x) is None and not x.is_replicate()]
+    if unknown:
+        raise ValueError(
+            f"{name} has the placement {unknown[0]!r}: a parameter's shards have to be numbers of its own, so "
+            f"redistribute it to Shard or Replicate before it is given to the optimizer"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"{name} is on {mesh}, to which this process does not belong: leave it out here")
+    local, expected = tuple(local_of(p).shape), _local_shape(p, p.shape)
+    if local != expected:
+        raise ValueError(
+            f"{name} has a shard of shape {local} here, where {placements} on {mesh} means {expected}: "
+            f"distribute it with torch.distributed.tensor.distribute_tensor, whose division all tools share"
         )
 
 
@@ -256,10 +272,14 @@ def _dim(placement: Any) -> int | None:
     return getattr(placement, "dim", None)
 
 
-def _indices(p: Any, dim: int, length: int) -> Tensor:
-    """Which of ``length`` indices along ``dim`` this process holds of a tensor sharded as ``p`` is."""
+def _indices(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = None) -> Tensor:
+    """Which of ``length`` indices along ``dim`` a process holds of a tensor sharded as ``p`` is, in rising order.
+
+    That is the process at ``coordinate`` of the mesh; by default this one.
+    """
     held = torch.arange(length, dtype=torch.int64, device="cpu")
-    coordinate = p.device_mesh.get_coordinate()
+    if coordinate is None:
+        coordinate = p.device_mesh.get_coordinate()
     for i, placement in enumerate(p.placements):
         if _dim(placement) != dim:
             continue
@@ -269,6 +289,20 @@ def _indices(p: Any, dim: int, length: int) -> Tensor:
         parts = [part.chunk(n)[own] for part in divided if own < len(part.chunk(n))]
         held = torch.cat(parts) if parts else held[:0]
     return held
+
+
+def held_runs(p: Any, coordinate: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    """What the process at ``coordinate`` of the mesh holds of ``p``: index and length of runs, per dimension."""
+    return [_runs(_indices(p, d, n, coordinate)) for d, n in enumerate(p.shape)]
+
+
+def _runs(indices: Tensor) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive ones among rising indices."""
+    if not len(indices):
+        return ()
+    ends = (indices.diff() != 1).nonzero().flatten().add_(1).tolist()
+    bounds = [0, *ends, len(indices)]
+    return tuple((int(indices[i]), j - i) for i, j in itertools.pairwise(bounds))
 
 
 def _sharded_dims(p: Any) -> set[int]:

@@ -1,0 +1,403 @@
+"""Orthogonalises matrices of which each process holds a part: gathers them, computes, and scatters the results.
+
+Every matrix has one owner among the processes that share it, a replicated one too: that divides the work, and
+replicas get the same bits. It travels in the dtype of the iteration. While batches travel, others are computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.distributed import matrix_plan
+from gwt_kernels.distributed.matrix_plan import Layout, Part, Unit
+from gwt_kernels.distributed.sharding import check_shards, held_runs, reduced_over
+from gwt_kernels.rules.newton_schulz import (
+    WORKSPACE_BYTES,
+    NewtonSchulz,
+    check_workspace,
+    orthogonalize_,
+    views_of,
+)
+
+__all__ = ["MatrixExchange", "MatrixParameter", "MatrixPiece"]
+
+
+class MatrixParameter(NamedTuple):
+    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
+
+    Attributes:
+        name: What errors call it.
+        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
+        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Likewise.
+    """
+
+    name: str
+    tensor: Tensor
+    flatten: bool = False
+    row_splits: tuple[int, ...] | None = None
+
+
+class MatrixPiece(NamedTuple):
+    """What is exchanged at once of this process's part of a parameter: ``part[start : start + length]``.
+
+    Attributes:
+        param: The parameter's index.
+        start: An index of the first dimension of this process's part.
+        length: All of that dimension, unless it is one of a batch of matrices.
+    """
+
+    param: int
+    start: int
+    length: int
+
+
+Stage = Callable[[Sequence[MatrixPiece], Sequence[Tensor]], None]
+
+
+class MatrixExchange:
+    """The stage of a step between two that are element-wise: from each matrix ``M`` to its orthogonal ``O``.
+
+    All processes construct it of the same parameters in the same order, and take part in every :meth:`run`,
+    whether they have gradients or not. Owners follow from order, shapes and placements alone.
+
+    Args:
+        params: Plain tensors and DTensors, of any meshes.
+        newton_schulz: The iteration.
+        workspace_bytes: What matrices that are computed may take with their temporaries; those that travel
+            meanwhile may take as much again.
+
+    Raises:
+        TypeError, ValueError: a parameter cannot be gathered, has no matrices, or one needs more than
+            ``workspace_bytes``; or an option has no meaning.
+
+    Attributes:
+        owners: The processes that orthogonalise each parameter, in the order of its units; none for plain ones.
+        loads: The work of each process, as :meth:`NewtonSchulz.work` measures it, of matrices that are shared.
+        peak_bytes: The most that this process needs at once, besides the parameters.
+        sent_bytes: What this process sends in a step to the owners, and as one.
+        reduced_bytes: What it adds up in a step with those that hold replicas.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[MatrixParameter],
+        newton_schulz: NewtonSchulz,
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
+        newton_schulz.check()
+        for p in params:
+            check_shards(p.tensor, p.name)
+            check_workspace(p.name, p.tensor.shape, newton_schulz, workspace_bytes, p.flatten, p.row_splits)
+        self._n_params = len(params)
+        self.owners: list[list[int]] = [[] for _ in params]
+        self.loads: Counter[int] = Counter()
+        self._batches: list[_Batch] = []
+        self._order: list[int] = []
+        # Each set of processes by itself, so that nothing rests on matrices that some of them do not know.
+        for shares in _units(params, newton_schulz, workspace_bytes):
+            loads: Counter[int] = Counter()
+            batches: list[_Batch] = []
+            travelling = []
+            for peers, units in shares:
+                owners = matrix_plan.assign(units, peers.ranks, loads)
+                for unit, owner in zip(units, owners, strict=True):
+                    self.owners[unit.index] += [owner] * peers.shared
+                for batch in matrix_plan.batches_of(units, owners, peers.ranks, workspace_bytes):
+                    batches.append(_Batch(batch, peers, params, newton_schulz, workspace_bytes))
+                    travelling.append(batch.travelling * peers.shared)
+            order = matrix_plan.schedule([batch.stages for batch in batches], travelling, workspace_bytes)
+            self._order += [len(self._batches) + i for i in order]
+            self._batches += batches
+            self.loads += loads if shares[0][0].shared else Counter()
+        self.peak_bytes = self._peak()
+        self.sent_bytes = sum(batch.sent_bytes for batch in self._batches)
+        self.reduced_bytes = sum(batch.reduced_bytes for batch in self._batches)
+
+    @torch.no_grad()
+    def run(self, make: Stage, use: Stage) -> None:
+        """One step, batch after batch.
+
+        Args:
+            make: ``make(pieces, values)`` writes ``M`` into ``values``: contiguous, of the iteration's dtype; zeros
+                where there is no gradient.
+            use: ``use(pieces, values)`` gets the same tensors, which now hold ``O``, until it returns.
+        """
+        under_way: dict[int, Iterator[None]] = {}
+        for i in self._order:
+            if i not in under_way:
+                under_way[i] = self._batches[i].steps(make, use)
+            next(under_way[i], None)
+
+    def orthogonalize_(self, parts: Sequence[Tensor]) -> None:
+        """Replace this process's parts of all parameters' matrices; they may have any dtype."""
+        if len(parts) != self._n_params:
+            raise ValueError(f"{len(parts)} parts of {self._n_params} parameters")
+
+        def of(pieces: Sequence[MatrixPiece]) -> list[Tensor]:
+            return [parts[piece.param].narrow(0, piece.start, piece.length) for piece in pieces]
+
+        self.run(
+            lambda pieces, values: torch._foreach_copy_(list(values), of(pieces)),
+            lambda pieces, values: torch._foreach_copy_(of(pieces), list(values)),
+        )
+
+    def _peak(self) -> int:
+        done: Counter[int] = Counter()
+        alive: dict[int, int] = {}
+        peak = 0
+        for i in self._order:
+            batch = self._batches[i]
+            alive[i] = batch.own_bytes
+            computes = done[i] == batch.travels
+            peak = max(peak, sum(alive.values()) + computes * batch.computing_bytes)
+            done[i] += 1
+            if done[i] == batch.stages:
+                del alive[i]
+        return peak
+
+
+class _Peers:
+    """The processes that share parameters in one way, and this one's place among them.
+
+    Attributes:
+        ranks: Processes ``[replica][position]``.
+        shared: Whether there is more than this process.
+        place: This process's replica and position.
+        group: The process group of its replica, in the order of ranks; None where it is alone.
+        replicas: A process group for each dimension of the mesh with replicas.
+    """
+
+    def __init__(self, p: Any, groups: dict[tuple[int, ...], Any]) -> None:
+        self.shared = is_sharded(p) and p.device_mesh.size() > 1
+        self.device = local_of(p).device
+        self.ranks: tuple[tuple[int, ...], ...] = ((0,),)
+        self.place = 0, 0
+        self.group, self.replicas = None, []
+        if not self.shared:
+            return
+        import torch.distributed as dist
+
+        mesh, rank = p.device_mesh, dist.get_rank()
+        sharding = _sharding(p)
+        others = [i for i in range(mesh.ndim) if i not in sharding]
+        n_positions = math.prod(mesh.size(i) for i in sharding)
+        self.ranks = tuple(map(tuple, mesh.mesh.permute(*others, *sharding).reshape(-1, n_positions).tolist()))
+        replica = next(i for i, ranks in enumerate(self.ranks) if rank in ranks)
+        own = self.ranks[replica]
+        self.place = replica, own.index(rank)
+        self.replicas = [mesh.get_group(i) for i in others if mesh.size(i) > 1]
+        if n_positions > 1:
+            self.group = _group_of(mesh, sharding, sorted(own), groups)
+
+
+def _sharding(p: Any) -> list[int]:
+    """The dimensions of the mesh that divide ``p``."""
+    return [i for _, i in reduced_over(p)]
+
+
+def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int], groups: dict[tuple[int, ...], Any]) -> Any:
+    """The process group of ``ranks``, this process's replica; made by these alone where there is none."""
+    import torch.distributed as dist
+
+    known = [dist.group.WORLD, *([mesh.get_group(sharding[0])] if len(sharding) == 1 else []), *groups.values()]
+    for group in known:
+        if dist.get_process_group_ranks(group) == ranks:
+            return group
+    groups[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
+    return groups[tuple(ranks)]
+
+
+def _units(
+    params: Sequence[MatrixParameter], newton_schulz: NewtonSchulz, workspace_bytes: int
+) -> list[list[tuple[_Peers, list[Unit]]]]:
+    """For each set of processes the units of parameters that they share in the same way; plain ones last."""
+    groups: dict[tuple[int, ...], Any] = {}
+    peers: dict[tuple[object, ...], _Peers] = {}
+    units: dict[tuple[object, ...], list[Unit]] = {}
+    known: dict[tuple[object, ...], list[Unit]] = {}  # of parameters that are alike, as those of layers are
+    for index, p in enumerate(params):
+        x: Any = p.tensor
+        mesh = (x.device_mesh, *_sharding(x)) if is_sharded(x) and x.device_mesh.size() > 1 else ()
+        key: tuple[object, ...] = mesh, local_of(x).device
+        if key not in peers:
+            peers[key], units[key] = _Peers(x, groups), []
+        splits = None if p.row_splits is None else tuple(p.row_splits)
+        alike = key, tuple(x.shape), tuple(x.placements) if mesh else (), p.flatten, splits
+        if alike not in known:
+            layout = Layout(tuple(x.shape), p.flatten, splits, _held(x, peers[key]), peers[key].ranks)
+            known[alike] = matrix_plan.units_of(0, layout, newton_schulz, workspace_bytes)
+        units[key] += [replace(unit, index=index) for unit in known[alike]]
+    shares: dict[tuple[int, ...], list[tuple[_Peers, list[Unit]]]] = {}
+    for own, found in zip(peers.values(), units.values(), strict=True):
+        members = tuple(sorted(itertools.chain(*own.ranks))) if own.shared else ()
+        shares.setdefault(members, []).append((own, matrix_plan.in_order(found)))
+    return sorted(shares.values(), key=lambda alike: not alike[0][0].shared)
+
+
+def _held(p: Any, peers: _Peers) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
+    """What each position holds of ``p``: runs of indices per dimension."""
+    if not peers.shared:
+        return (tuple(((0, n),) for n in p.shape),)
+    mesh, sharding = p.device_mesh, _sharding(p)
+    held = []
+    for at in itertools.product(*(range(mesh.size(i)) for i in sharding)):
+        coordinate = [0] * mesh.ndim
+        for i, place in zip(sharding, at, strict=True):
+            coordinate[i] = place
+        held.append(tuple(held_runs(p, coordinate)))
+    return tuple(held)
+
+
+class _Whole(NamedTuple):
+    """A unit that this process orthogonalises.
+
+    Attributes:
+        at: Where it lies among the batch's matrices; or, as this process holds all of it, among its parts.
+        is_held: Which of both.
+        parts: What it is put together from: whether that arrives, where it lies, and the part.
+    """
+
+    unit: Unit
+    at: int
+    is_held: bool
+    parts: list[tuple[bool, int, Part]]
+
+
+class _Batch:
+    """What this process does for a batch, planned once: sizes, places in its buffers, and whom to talk to."""
+
+    def __init__(
+        self,
+        batch: matrix_plan.Batch,
+        peers: _Peers,
+        params: Sequence[MatrixParameter],
+        newton_schulz: NewtonSchulz,
+        workspace_bytes: int,
+    ) -> None:
+        self._peers, self._params, self._newton_schulz = peers, params, newton_schulz
+        self._workspace_bytes = workspace_bytes
+        self.travels = batch.travels
+        self.stages = 1 + 2 * batch.travels + len(peers.replicas)
+        replica, position = peers.place
+        ranks = sorted(peers.ranks[replica])
+        own = peers.ranks[replica][position]
+        place_of = {rank: (i, at) for i, ranks in enumerate(peers.ranks) for at, rank in enumerate(ranks)}
+        # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
+        # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
+        parts = [unit.parts[position] for unit in batch.units]
+        order = sorted(
+            (i for i, part in enumerate(parts) if part.numel),
+            key=lambda i: (place_of[batch.owners[i]][0], place_of[batch.owners[i]][1] == position, batch.owners[i]),
+        )
+        starts = _starts([parts[i].numel for i in order])
+        place = dict(zip(order, starts, strict=False))
+        self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
+        self._values = [(place[i], parts[i].shape) for i in order]
+        self._n_held = starts[-1]
+        sizes = Counter[int]()
+        for i in order:
+            sizes[batch.owners[i]] += parts[i].numel
+        self._first = sum(n for rank, n in sizes.items() if place_of[rank][0] < replica)
+        self._last = self._first + sum(sizes[rank] for rank in ranks)
+        self._sent = [sizes[rank] * (rank != own) for rank in ranks]
+        # Parts arrive in the order of the processes that send them.
+        owned = [i for i, owner in enumerate(batch.owners) if owner == own]
+        arriving = [(i, place_of[rank][1]) for rank in ranks if rank != own for i in owned]
+        arrived = [batch.units[i].parts[sender].numel for i, sender in arriving]
+        arrival = dict(zip(arriving, _starts(arrived), strict=False))
+        self._arriving = [
+            sum(batch.units[i].parts[place_of[rank][1]].numel for i in owned) * (rank != own) for rank in ranks
+        ]
+        self._wholes: list[_Whole] = []
+        at = 0
+        for i in owned:
+            unit = batch.units[i]
+            if unit.holder == position:
+                self._wholes.append(_Whole(unit, place[i], True, []))
+                continue
+            found = [(True, arrival[i, j], part) for j, part in enumerate(unit.parts) if j != position]
+            found += [(False, place[i], parts[i])] if i in place else []
+            self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
+            at += unit.numel
+        self._n_whole = at
+        itemsize = newton_schulz.dtype.itemsize
+        self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
+        held = sum(unit.nbytes for unit, _, is_held, _ in self._wholes if is_held)
+        self.computing_bytes = min(batch.needed[own], workspace_bytes) - held
+        self.sent_bytes = (sum(self._sent) + sum(self._arriving)) * itemsize * batch.travels
+        self.reduced_bytes = self._n_held * itemsize * len(peers.replicas)
+
+    def steps(self, make: Stage, use: Stage) -> Iterator[None]:
+        """Go through the batch, stopping where other batches may go on while this one travels."""
+        import torch.distributed as dist
+
+        held = self._empty(self._n_held)
+        values = [_view(held, at, shape) for at, shape in self._values]
+        if self.pieces:
+            make(self.pieces, values)
+        arrived = self._empty(sum(self._arriving))
+        sent = held[self._first : self._first + sum(self._sent)]
+        if self.travels:
+            work = dist.all_to_all_single(
+                arrived, sent, self._arriving, self._sent, group=self._peers.group, async_op=True
+            )
+            yield
+            work.wait()
+        self._orthogonalize(held, arrived)
+        if self.travels:
+            work = dist.all_to_all_single(
+                sent, arrived, self._sent, self._arriving, group=self._peers.group, async_op=True
+            )
+            yield
+            work.wait()
+        if self._peers.replicas:
+            held[: self._first].zero_()
+            held[self._last :].zero_()
+        for group in self._peers.replicas:  # one of them has a number, the others have 0
+            work = dist.all_reduce(held, group=group, async_op=True)
+            yield
+            work.wait()
+        if self.pieces:
+            use(self.pieces, values)
+
+    def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
+        """Put the matrices together, and replace their parts by the results."""
+        whole = self._empty(self._n_whole)
+        matrices, inside, outside = [], [], []
+        for unit, at, is_held, parts in self._wholes:
+            x = _view(held if is_held else whole, at, unit.shape)
+            p = self._params[unit.index]
+            matrices += views_of(x, p.flatten, p.row_splits)
+            for arrives, start, part in parts:
+                y = _view(arrived if arrives else held, start, part.shape)
+                inside += [x[to] for _, to in part.boxes]
+                outside += [y[of] for of, _ in part.boxes]
+        if inside:
+            torch._foreach_copy_(inside, outside)
+        taken = sum(unit.nbytes for unit, *_ in self._wholes)
+        orthogonalize_(matrices, self._newton_schulz, self._workspace_bytes - taken)
+        if inside:
+            torch._foreach_copy_(outside, inside)
+
+    def _empty(self, n: int) -> Tensor:
+        return torch.empty(n, dtype=self._newton_schulz.dtype, device=self._peers.device)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    """Where things of these sizes begin that lie end to end, and where the last ends."""
+    return [0, *itertools.accumulate(sizes)]
+
+
+def _view(buffer: Tensor, at: int, shape: Sequence[int]) -> Tensor:
+    """The contiguous tensor of ``shape`` that begins at an element of ``buffer``."""
+    return buffer[at : at + math.prod(shape)].view(shape)

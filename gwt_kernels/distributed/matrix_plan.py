@@ -1,0 +1,289 @@
+"""Who orthogonalises which matrices, and in which batches: decided from shapes and placements, without a process.
+
+A *unit* is what one process orthogonalises: a parameter's matrix, or of a batch of matrices some of the first
+dimension. The processes of a mesh are replicas of *positions*: the positions of one replica share out a parameter.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from gwt_kernels.rules.newton_schulz import NewtonSchulz, matrix_shapes
+
+__all__ = ["Batch", "Layout", "Part", "Unit", "assign", "batches_of", "in_order", "schedule", "units_of"]
+
+OVERLAPPED = 3
+"""Batches that are under way at once: one arrives while the next is computed and the one after it is collected."""
+FEWEST_BATCHES = 4
+"""Into how many batches matrices that travel are cut at least, where every process gets one of each."""
+
+Runs = tuple[tuple[int, int], ...]
+"""First index and length of each run of indices, in rising order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter is shared out, the same on every process.
+
+    Attributes:
+        shape: The whole parameter's.
+        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Likewise.
+        held: What each position holds: runs of indices per dimension.
+        ranks: The processes ``[replica][position]``.
+    """
+
+    shape: tuple[int, ...]
+    flatten: bool
+    row_splits: tuple[int, ...] | None
+    held: tuple[tuple[Runs, ...], ...]
+    ranks: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the first dimension is one of a batch of matrices."""
+        return len(self.shape) > 2 and not self.flatten
+
+
+class Part(NamedTuple):
+    """What a position holds of a unit: ``shape[0]`` indices of its shard's first dimension, from ``start`` on.
+
+    Attributes:
+        start: The first of these.
+        shape: All other dimensions are the shard's.
+        boxes: Pairs of slices, of the part and of the unit, that are the same elements.
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[tuple[slice, ...], tuple[slice, ...]], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process orthogonalises.
+
+    Attributes:
+        index: Which parameter.
+        shape: The unit's, of the parameter's number of dimensions.
+        parts: What each position holds of it.
+        work: A measure of the time that it takes.
+        workspace: Bytes of temporaries, all its matrices at once.
+        itemsize: Bytes of an element.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    work: int
+    workspace: int
+    itemsize: int
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+    @cached_property
+    def held(self) -> int:
+        """Bytes of the largest part."""
+        return max(part.numel for part in self.parts) * self.itemsize
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def holder(self) -> int | None:
+        """The position that holds all of it."""
+        return next((i for i, part in enumerate(self.parts) if part.numel == self.numel), None)
+
+
+def units_of(index: int, layout: Layout, newton_schulz: NewtonSchulz, workspace_bytes: int) -> list[Unit]:
+    """The units of a parameter; none where it has no elements.
+
+    A batch is cut where shards of its first dimension end, and further, so that there is a unit for every process
+    and each fits into ``workspace_bytes`` with its temporaries, where that can be.
+    """
+    if not math.prod(layout.shape):
+        return []
+    return [
+        _unit(index, layout, first, stop, newton_schulz)
+        for first, stop in _cuts(layout, newton_schulz, workspace_bytes)
+    ]
+
+
+def _cuts(layout: Layout, newton_schulz: NewtonSchulz, workspace_bytes: int) -> Iterator[tuple[int, int]]:
+    if not layout.is_batch:
+        yield 0, layout.shape[0]
+        return
+    owners = len(layout.ranks) * len(layout.ranks[0])
+    runs = sorted({run for dims in layout.held for run in dims[0]})
+    one = _unit(0, layout, 0, 1, newton_schulz)
+    fits = max(1, workspace_bytes // (one.nbytes + one.workspace))
+    for first, length in runs:
+        each = min(fits, -(-length // -(-owners // len(runs))))
+        yield from ((i, min(i + each, first + length)) for i in range(first, first + length, each))
+
+
+def _unit(index: int, layout: Layout, first: int, stop: int, newton_schulz: NewtonSchulz) -> Unit:
+    shape = (stop - first, *layout.shape[1:])
+    matrices = matrix_shapes(shape, layout.flatten, layout.row_splits)
+    numbers = [(math.prod(s[:-2]), s[-2], s[-1]) for s in matrices]
+    return Unit(
+        index,
+        shape,
+        tuple(_part(dims, first, stop) for dims in layout.held),
+        sum(n * newton_schulz.work(r, c) for n, r, c in numbers),
+        sum(n * newton_schulz.temporary_bytes(r, c) for n, r, c in numbers),
+        newton_schulz.dtype.itemsize,
+    )
+
+
+def _part(held: Sequence[Runs], first: int, stop: int) -> Part:
+    """What of the indices ``first`` to ``stop`` of the first dimension is held."""
+    clipped = [(max(i, first), min(i + n, stop)) for i, n in held[0]]
+    rows = tuple((i - first, end - i) for i, end in clipped if i < end)
+    start = sum(min(n, max(0, first - i)) for i, n in held[0])
+    dims = (rows, *held[1:])
+    boxes = [tuple(zip(*box, strict=True)) for box in itertools.product(*map(_placed, dims))]
+    return Part(start, tuple(sum(n for _, n in dim) for dim in dims), tuple((own, whole) for own, whole in boxes))
+
+
+def _placed(runs: Runs) -> Iterator[tuple[slice, slice]]:
+    """Where each run lies among the held indices and among all."""
+    own = 0
+    for first, length in runs:
+        yield slice(own, own + length), slice(first, first + length)
+        own += length
+
+
+def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter[int]) -> list[int]:
+    """The process that orthogonalises each of ``units``, which come in the order of :func:`in_order`.
+
+    A unit that one position holds goes to the replica of it that has least to do, unless that is more than a fair
+    share; all others, the most work first, to the process that has least to do.
+
+    Args:
+        units: Those of one mesh.
+        ranks: The processes ``[replica][position]``.
+        loads: The work of each process so far, which this adds to.
+    """
+    everyone = [rank for replica in ranks for rank in replica]
+    work = sum(unit.work for unit in units) + sum(loads[rank] for rank in everyone)
+    share = max([-(-work // len(everyone)), *(unit.work for unit in units)])
+    owners: dict[int, int] = {}
+    for i, unit in enumerate(units):
+        position = unit.holder
+        if position is not None and len(ranks[0]) > 1:
+            least = min((replica[position] for replica in ranks), key=lambda rank: loads[rank])
+            if loads[least] + unit.work <= share:
+                owners[i] = least
+                loads[least] += unit.work
+    heap = [(loads[rank], i, rank) for i, rank in enumerate(everyone)]
+    heapq.heapify(heap)
+    for i, unit in enumerate(units):
+        if i not in owners:
+            load, place, owners[i] = heap[0]
+            heapq.heapreplace(heap, (load + unit.work, place, owners[i]))
+    loads.update({rank: load for load, _, rank in heap})
+    return [owners[i] for i in range(len(units))]
+
+
+def in_order(units: Sequence[Unit]) -> list[Unit]:
+    """The most work first; of as much work, the same shapes together, in the order of the parameters."""
+    return sorted(units, key=lambda unit: (-unit.work, unit.shape))
+
+
+@dataclass
+class Batch:
+    """Units that travel and are computed together.
+
+    Attributes:
+        units: In the order of :func:`in_order`.
+        owners: The process that orthogonalises each.
+        travels: Whether any process sends a part of one to another of its replica.
+        held: Bytes of the shards on a process, at most.
+        needed: Bytes of matrices and temporaries, by owner.
+        arriving: Bytes of matrices that come from other processes, by owner.
+    """
+
+    units: list[Unit] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    travels: bool = False
+    held: int = 0
+    needed: Counter[int] = field(default_factory=Counter)
+    arriving: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def travelling(self) -> int:
+        """The most bytes that a process keeps while the batch is under way."""
+        return self.held + max(self.arriving.values(), default=0)
+
+    def add(self, unit: Unit, owner: int, moves: bool) -> None:
+        self.units.append(unit)
+        self.owners.append(owner)
+        self.travels |= moves
+        self.held += unit.held
+        self.needed[owner] += unit.nbytes + unit.workspace
+        self.arriving[owner] += unit.nbytes * moves
+
+
+def batches_of(
+    units: Sequence[Unit], owners: Sequence[int], ranks: Sequence[Sequence[int]], workspace_bytes: int
+) -> list[Batch]:
+    """Consecutive units in batches, each of which fits with its temporaries, and some of which travel at once.
+
+    A unit that takes more alone is a batch of its own.
+    """
+    position = {rank: i for replica in ranks for i, rank in enumerate(replica)}
+    alone = len(position) == 1
+    limit = len(units) if alone else max(len(position), -(-len(units) // FEWEST_BATCHES))
+    batches = [Batch()]
+    for unit, owner in zip(units, owners, strict=True):
+        moves, last = unit.holder != position[owner], batches[-1]
+        arriving = max(last.travelling - last.held, last.arriving[owner] + unit.nbytes * moves)
+        travelling = OVERLAPPED * (last.held + unit.held + arriving)
+        fits = last.needed[owner] + unit.nbytes + unit.workspace <= workspace_bytes
+        if last.units and not (len(last.units) < limit and fits and (alone or travelling <= workspace_bytes)):
+            batches.append(Batch())
+        batches[-1].add(unit, owner, moves)
+    return batches if units else []
+
+
+def schedule(stages: Sequence[int], travelling: Sequence[int], workspace_bytes: int) -> list[int]:
+    """The order in which batches go on by a stage, each as often as it has stages.
+
+    A batch starts, then those before it go on, the newest first, so that what one waits for travels while another
+    is computed. Before that, as many end as have to for all under way to take ``workspace_bytes`` at most, or one
+    to be alone.
+    """
+    order: list[int] = []
+    left: dict[int, int] = {}
+
+    def go_on(batch: int) -> None:
+        order.append(batch)
+        left[batch] -= 1
+        if not left[batch]:
+            del left[batch]
+
+    for batch, count in enumerate(stages):
+        while left and sum(travelling[i] for i in left) + travelling[batch] > workspace_bytes:
+            go_on(min(left))
+        left[batch] = count
+        for i in sorted(left, reverse=True):
+            go_on(i)
+    while left:
+        for i in sorted(left, reverse=True):
+            go_on(i)
+    return order
