@@ -196,7 +196,8 @@ def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter
         if i not in owners:
             load, place, owners[i] = heap[0]
             heapq.heapreplace(heap, (load + unit.work, place, owners[i]))
-    loads.update({rank: load for load, _, rank in heap})
+    for load, _, rank in heap:
+        loads[rank] = load
     return [owners[i] for i in range(len(units))]
 
 

@@ -76,7 +76,7 @@ OPTIONS: dict[int, list[tuple[bool, tuple[int, ...] | None]]] = {
     3: [(False, None), (True, None), (False, (2, -2)), (True, (1, -1))],
     4: [(False, None), (True, None)],
 }
-"""``flatten`` and ``row_splits`` to try, by the number of dimensions; a negative number is what is left of the rows."""
+"""``flatten`` and ``row_splits`` to try, by the number of dimensions; of the splits the first counts."""
 
 
 def parameters_of(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[MatrixParameter], list[Tensor]]:
@@ -279,7 +279,7 @@ def refusals() -> None:
 
 
 def a_dead_process() -> None:
-    """One process ends in the middle of a step: the other's collective raises, and leaves what it cannot compute."""
+    """One process ends in the middle of a step: the other's collective raises."""
     line = mesh_of(2)
     params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(8)]
     exchange = MatrixExchange(params, FP64)
