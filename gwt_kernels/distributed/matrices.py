@@ -24,6 +24,7 @@ from gwt_kernels.rules.newton_schulz import (
     WORKSPACE_BYTES,
     NewtonSchulz,
     check_workspace,
+    matrix_shapes,
     orthogonalize_,
     views_of,
 )
@@ -302,7 +303,8 @@ class _Batch:
         starts = _starts([parts[i].numel for i in order])
         place = dict(zip(order, starts, strict=False))
         self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
-        self._values = [(place[i], parts[i].shape) for i in order]
+        self._shapes = [parts[i].shape for i in order]
+        self._sizes = [parts[i].numel for i in order]
         self._n_held = starts[-1]
         sizes = Counter[int]()
         for i in order:
@@ -330,6 +332,8 @@ class _Batch:
             self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
             at += unit.numel
         self._n_whole = at
+        self._cut = [x for x in self._wholes if params[x.unit.index].row_splits is not None]
+        self._runs = _runs([x for x in self._wholes if x not in self._cut], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
         held = sum(unit.nbytes for unit, _, is_held, _ in self._wholes if is_held)
@@ -342,7 +346,8 @@ class _Batch:
         import torch.distributed as dist
 
         held = self._empty(self._n_held)
-        values = [_view(held, at, shape) for at, shape in self._values]
+        parts = held.split_with_sizes(self._sizes) if self._sizes else ()
+        values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         if self.pieces:
             make(self.pieces, values)
         arrived = self._empty(sum(self._arriving))
@@ -373,11 +378,13 @@ class _Batch:
     def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
-        matrices, inside, outside = [], [], []
-        for unit, at, is_held, parts in self._wholes:
-            x = _view(held if is_held else whole, at, unit.shape)
-            p = self._params[unit.index]
+        matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
+        for unit, at, is_held, _ in self._cut:
+            p, x = self._params[unit.index], _view(held if is_held else whole, at, unit.shape)
             matrices += views_of(x, p.flatten, p.row_splits)
+        inside, outside = [], []
+        for unit, at, is_held, parts in self._wholes:
+            x = held if is_held else _view(whole, at, unit.shape)
             for arrives, start, part in parts:
                 y = _view(arrived if arrives else held, start, part.shape)
                 inside += [x[to] for _, to in part.boxes]
@@ -391,6 +398,21 @@ class _Batch:
 
     def _empty(self, n: int) -> Tensor:
         return torch.empty(n, dtype=self._newton_schulz.dtype, device=self._peers.device)
+
+
+def _runs(wholes: Sequence[_Whole], params: Sequence[MatrixParameter]) -> list[tuple[bool, int, tuple[int, ...]]]:
+    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape."""
+    runs: list[tuple[bool, int, tuple[int, ...]]] = []
+    for unit, at, is_held, _ in wholes:
+        *_, rows, cols = matrix_shapes(unit.shape, params[unit.index].flatten)[0]
+        n = unit.numel // (rows * cols)
+        if runs and runs[-1][0] == is_held:
+            _, start, (more, *kind) = runs[-1]
+            if kind == [rows, cols] and start + more * rows * cols == at:
+                runs[-1] = is_held, start, (more + n, rows, cols)
+                continue
+        runs.append((is_held, at, (n, rows, cols)))
+    return runs
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

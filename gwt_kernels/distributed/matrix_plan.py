@@ -245,18 +245,20 @@ def batches_of(
 ) -> list[Batch]:
     """Consecutive units in batches, each of which fits with its temporaries, and some of which travel at once.
 
-    A unit that takes more alone is a batch of its own.
+    Where units are too large for that, a batch is one of each owner, as far as they can travel; or else one alone.
     """
     position = {rank: i for replica in ranks for i, rank in enumerate(replica)}
     alone = len(position) == 1
     limit = len(units) if alone else max(len(position), -(-len(units) // FEWEST_BATCHES))
     batches = [Batch()]
     for unit, owner in zip(units, owners, strict=True):
-        moves, last = unit.holder != position[owner], batches[-1]
+        last = batches[-1]
+        moves = unit.holder != position[owner]
         arriving = max(last.travelling - last.held, last.arriving[owner] + unit.nbytes * moves)
-        travelling = OVERLAPPED * (last.held + unit.held + arriving)
-        fits = last.needed[owner] + unit.nbytes + unit.workspace <= workspace_bytes
-        if last.units and not (len(last.units) < limit and fits and (alone or travelling <= workspace_bytes)):
+        at_once = OVERLAPPED if owner in last.needed else 1
+        travels = alone or at_once * (last.held + unit.held + arriving) <= workspace_bytes
+        fits = owner not in last.needed or last.needed[owner] + unit.nbytes + unit.workspace <= workspace_bytes
+        if last.units and not (travels and fits and len(last.units) < limit):
             batches.append(Batch())
         batches[-1].add(unit, owner, moves)
     return batches if units else []
