@@ -58,7 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
     add("--preset", default="cpu", choices=presets, help="where the other options' defaults come from")
-    add("--optimizer", default="gwt2", help="adamw, gwtL with a level L, galore, apollo or apollo_mini")
+    add(
+        "--optimizer",
+        default="gwt2",
+        help="adamw, gwtL, foamL, lionL or muonL with a level L, galore, apollo or apollo_mini",
+    )
     add(
         "--compare",
         nargs="+",
@@ -106,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=_share, help="share of the steps over which the rate rises")
     add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
     add("--weight-decay", type=float)
+    add("--momentum", type=float, help="Muon's; by default that of the sweep, or 0.95")
     add("--projection-gap", type=_positive, help="steps between new projections of GaLore and APOLLO")
     add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
     add("--evals", type=_positive, help="evaluations, evenly spaced")
@@ -173,6 +178,7 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
         seed=options.seed if seed is None else seed,
         precision=options.precision,
         projection_gap=options.projection_gap if optimizer in low_rank.NAMES else None,
+        momentum=tuned.get("momentum") if options.momentum is None else options.momentum,
     )
 
 

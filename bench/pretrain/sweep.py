@@ -37,8 +37,12 @@ def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] 
 def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
     """How many settings each optimizer was given on the first seed, diverged ones included."""
     first_seed = min((run["seed"] for run in runs), default=0)
-    tried = {(run["optimizer"], run["lr"], run["scale"]) for run in runs if run["seed"] == first_seed}
-    return dict(Counter(optimizer for optimizer, _, _ in tried))
+    tried = {
+        (run["optimizer"], run["lr"], run["scale"], run.get("momentum"))
+        for run in runs
+        if run["seed"] == first_seed
+    }
+    return dict(Counter(optimizer for optimizer, *_ in tried))
 
 
 def sweep(
@@ -57,7 +61,7 @@ def sweep(
 
     Args:
         optimizers: Which to sweep.
-        grids: For each optimizer the values of `lr` and of `scale`; every pair is run.
+        grids: For each optimizer the values of `lr`, of `scale` and, of Muon, of `momentum`; all products are run.
         base: All other settings.
         path: The record; runs are added to it one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
@@ -81,19 +85,22 @@ def sweep(
         records.append(path, "sweep", [result])
         loss = result["heldout_loss"]
         print(
-            f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",
+            f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} momentum={config.momentum} "
+            f"seed={config.seed}: {loss}",
             flush=True,
         )
 
     for optimizer in optimizers:
         if optimizer not in grids:
             raise ValueError(f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one")
-        for lr, scale in product(grids[optimizer]["lr"], grids[optimizer]["scale"]):
-            once(replace(base, optimizer=optimizer, lr=lr, scale=scale))
+        grid = grids[optimizer]
+        for lr, scale, momentum in product(grid["lr"], grid["scale"], grid.get("momentum", [None])):
+            once(replace(base, optimizer=optimizer, lr=lr, scale=scale, momentum=momentum))
         best = best_settings(read_runs(path), optimizer)
         for seed in range(base.seed + 1, base.seed + seeds):
             if best is not None:
-                once(replace(base, optimizer=optimizer, lr=best["lr"], scale=best["scale"], seed=seed))
+                own = {name: best.get(name) for name in ("lr", "scale", "momentum")}
+                once(replace(base, optimizer=optimizer, seed=seed, **own))
     report(path)
 
 
@@ -112,7 +119,7 @@ def report(path: Path) -> None:
         losses = [
             run["heldout_loss"]
             for run in runs
-            if all(run[name] == best[name] for name in ("optimizer", "lr", "scale"))
+            if all(run.get(name) == best.get(name) for name in ("optimizer", "lr", "scale", "momentum"))
             and run["heldout_loss"] is not None
         ]
         spread = (

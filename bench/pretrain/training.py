@@ -59,6 +59,8 @@ class RunConfig:
     """`float32`, `bfloat16` (weights too), or `mixed` (float32 weights, bfloat16 activations)."""
     projection_gap: int | None = None
     """Steps between new projections, for the optimizers that have them."""
+    momentum: float | None = None
+    """Muon's; None for its default, and for the others."""
 
 
 def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
@@ -104,6 +106,7 @@ class Run:
             scale=config.scale,
             weight_decay=config.weight_decay,
             projection_gap=config.projection_gap,
+            momentum=config.momentum,
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -83,14 +83,15 @@ class Variant(NamedTuple):
 
 def variant(optimizer: str) -> Variant | None:
     """Take a name apart; None for an optimizer that is not ours."""
-    found = re.fullmatch(r"(gwt|foam)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
+    found = re.fullmatch(r"(gwt|foam|lion|muon)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
     return Variant(found[1], int(found[2]), found[3] or "", found[4] or "") if found else None
 
 
 def optimizer_name(optimizer: str) -> str:
     """Write an optimizer of `bench.pretrain` as people call it: gwt2 is GWT level 2."""
     if own := variant(optimizer):
-        words = [f"{own.rule.upper()} level {own.level}"]
+        name = {"lion": "Lion", "muon": "Muon"}.get(own.rule, own.rule.upper())
+        words = [name if not own.level else f"{'' if name.isupper() else 'GWT-'}{name} level {own.level}"]
         words += [f"{own.moments} moments"] if own.moments else []
         words += [f"{own.rounding} weights"] if own.rounding else []
         return ", ".join(words)

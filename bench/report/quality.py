@@ -276,7 +276,7 @@ def storage_table(comparison: Comparison) -> str:
     return table(headings, rows)
 
 
-RULES = ("gwt", "foam")
+RULES = ("gwt", "foam", "lion", "muon")
 STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
 STATE = ("state_bytes", "state_bytes_measured")
 STEP = ("optimizer_step", "step_time", "optimizer_time")
@@ -322,7 +322,8 @@ def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
     if not tried:
         return None
     chosen = min(tried, key=lambda row: _loss(row) or 0.0)
-    own = [row for row in rows if (row["lr"], row["scale"]) == (chosen["lr"], chosen["scale"])]
+    keys = ("lr", "scale", "momentum")
+    own = [row for row in rows if all(row.get(key) == chosen.get(key) for key in keys)]
     return chosen, [loss for row in own if (loss := _loss(row)) is not None]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -275,12 +276,14 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_runs_the_best_of_its_sweep(path: Path) -> None:
     parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
-    assert len({len(grid["lr"]) * len(grid["scale"]) for grid in grids.values()}) <= 1  # as many settings for each
+    sizes = {math.prod(map(len, grid.values())) for grid in grids.values()}
+    assert len(sizes) <= 1, "each has as many settings"
     runs = read_runs(parsed.sweep_record) if parsed.sweep_record else []
     for name in {*grids, "adamw", "gwt2"}:
         expected = best_settings(runs, name) or json.loads(path.read_text())
         config = pretrain.run_config(parsed, name)
         assert (config.lr, config.scale) == (expected["lr"], expected["scale"])
+        assert config.momentum == expected.get("momentum")
 
 
 # Errors
