@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
 from gwt_kernels.core.tensor_step import TensorStep
@@ -18,15 +19,19 @@ class CompiledRunner(TorchRunner):
 
     _packed: step.Packed | None = None
 
-    def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
-        bucket, packed = self.bucket, self._packed
-        if packed is not None:
-            packed.renew(tensor_steps)
-        elif bucket.rule in step.RULES and step.knows(tensor_steps, bucket.level):
-            packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
-        else:
-            super()._update(tensor_steps)
+    def _update(self, inputs: StepInputs, divisors: Tensor | None) -> None:
+        if self._packed is None:
+            super()._update(inputs, divisors)
             return
+        self._packed.renew(inputs, divisors)
+        self._packed.step()
+
+    def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
+        bucket = self.bucket
+        if bucket.rule not in step.RULES or not step.knows(tensor_steps, bucket.level):
+            super()._take(tensor_steps)
+            return
+        packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
         packed.step()
         self._packed = packed if packed.lasts else None
 
