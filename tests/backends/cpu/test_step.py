@@ -25,7 +25,7 @@ from gwt_kernels.formats import stochastic
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support.native import needs_step_in_c
 from tests.support.poisoned import LAYOUTS
-from tests.support.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
+from tests.support.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot, train
 from tests.support.steps import Bucket, update_sums
 
 CPU, BF16, FP16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
@@ -267,11 +267,11 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
     assert same(narrow.v, stochastic.stochastic_round(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
-def steps(dtype: torch.dtype = BF16, **options: object) -> list[object]:
+def steps(dtype: torch.dtype = BF16, *, telemetry: bool = True, **options: object) -> list[object]:
     """Weights, state and telemetry after each of some steps."""
     params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=dtype)
     groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=True, **options)
+    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=telemetry, **options)
     history: list[object] = []
     for t in range(3):
         give_gradients(params, seed=t)
@@ -301,6 +301,22 @@ def test_any_number_of_threads(threads):
     assert_differ(runs[0], steps(**options, seed=1))
 
 
+@pytest.mark.parametrize("level", range(11))
+@rules
+def test_what_is_observed_is_the_same(rule, level):
+    """Updates of weights in float32 are added at once, or by way of the tile where they are observed."""
+
+    def run(observed: bool, seed: int = 0) -> list[Tensor]:
+        params = parameters([(70, 2048), (3, 1030), (4099,)])
+        groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
+        options = {"rule": rule, "level": level, "lr": 0.03, "weight_decay": 0.1}
+        train(GWTAdamW(groups, backend="compiled", telemetry=observed, **options), range(seed, seed + 3))
+        return [p.detach() for p in params]
+
+    assert_same_bits(run(False), run(True))
+    assert_differ(run(False), run(True, seed=1))
+
+
 def vectors_of(capability: str) -> list[str]:
     """Those that a machine of this capability of PyTorch's has."""
     return {"AVX512": ["AVX2", "AVX512"], "AVX2": ["AVX2"]}.get(capability, [])
@@ -327,6 +343,9 @@ def test_any_vectors(monkeypatch, tmp_path, vectors):
         for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"))
     ]
     runs += [{"level": level} for level in (3, 4, 7)]
+    # What is not observed is added to weights in float32 at once.
+    runs += [{"dtype": FP32, "level": level, "telemetry": False} for level in (1, 2, 4)]
+    runs += [{"dtype": FP32, "level": level, "telemetry": False, "rule": "foam"} for level in (1, 2, 5)]
     expected = [steps(**options) for options in runs]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "VECTORS", dict.fromkeys(build.VECTORS, vectors))
