@@ -1,4 +1,4 @@
-"""Moments in one byte, for the kernel oracle: made, decoded and compared with exact values, in float64."""
+"""Int8 moments for the kernel oracle: generated, dequantized and compared with exact values in float64."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ DECODING = 3 * torch.finfo(torch.float32).eps  # relative: a constant and produc
 
 
 class Code(NamedTuple):
-    """A code ``c`` stands for ``sign(c) * (abs(c) / largest)**power * scale`` (docs/precision.md)."""
+    """A quantizer: ``c`` stands for ``sign(c) * (abs(c) / largest)**power * scale`` (docs/precision.md)."""
 
     dtype: torch.dtype
     largest: int
     power: int
     least: int
-    """Of the codes that a check starts from."""
+    """Smallest quantized value that a check starts from."""
 
     def values(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """What codes stand for, each with its own scale."""
+        """Dequantize values, each with its own scale."""
         c = codes.double()
         return c.sign() * (c.abs() / self.largest) ** self.power * scales
 
     def gap(self, magnitudes: Tensor, scales: Tensor) -> Tensor:
-        """How far apart the codes around each magnitude are: a value becomes one of them at random."""
+        """Return the distance between the quantized neighbours of each magnitude: the stochastic rounding error."""
         c = (self.largest * (magnitudes / scales) ** (1 / self.power)).floor().clamp(max=self.largest - 1)
         return ((c + 1) ** self.power - c**self.power) / self.largest**self.power * scales
 
 
 CODES = Code(torch.int8, 127, 2, -127), Code(torch.uint8, 255, 4, 215)
-"""Of ``exp_avg``, and of ``exp_avg_sq``, which as in mid-training is nowhere near zero."""
+"""Quantizers of ``exp_avg`` and ``exp_avg_sq``; as in mid-training, the latter is far from zero."""
 
 
 def draw(shape: tuple[int, ...], level: int, device: torch.device, generator: torch.Generator) -> list[Tensor]:
-    """Codes of both moments, of any values, then their scales."""
+    """Draw random quantized values of both moments, then their scales."""
     options = {"device": device, "generator": generator}
     codes = [torch.randint(code.least, code.largest + 1, shape, dtype=code.dtype, **options) for code in CODES]
     quanta = -(-codes[0].numel() // quantum(level))
@@ -45,17 +45,17 @@ def draw(shape: tuple[int, ...], level: int, device: torch.device, generator: to
 
 
 def spread(scales: Tensor, like: Tensor, first: int, level: int) -> Tensor:
-    """The scale of each coefficient of ``like``, the first of which is coefficient ``first`` of all."""
+    """Expand the scales to one per coefficient of ``like``, which begins at coefficient ``first`` of the tensor."""
     return scales.double()[_quanta(like, first, level)]
 
 
 def largest(bands: Tensor, into: Tensor, first: int, level: int) -> None:
-    """Raise the entries of ``into``, one a quantum, to the largest of its coefficients."""
+    """Raise the entries of ``into``, one per block, to the largest magnitude of the block's coefficients."""
     into.scatter_reduce_(0, _quanta(bands, first, level).reshape(-1), bands.reshape(-1), "amax")
 
 
 def ratio(code: Code, codes: Tensor, scales: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
-    """The largest error of ``codes`` over what rounding to a neighbour and ``bound`` explain; NaN where one is."""
+    """Return the largest error of ``codes`` over one rounding step plus ``bound``; NaN if any value is NaN."""
     around = code.gap(exact.abs() + bound, scales)
     return ((code.values(codes, scales) - exact).abs() / (bound + around)).max()
 

@@ -1,4 +1,4 @@
-"""The ratios that the project set itself, computed from what one run measured."""
+"""Target ratios of the project, computed from the measurements of one run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Found = Mapping[str, float]
 FREE, LIMITED = "GWTAdamW level 2", "GWTAdamW level 2, limiter"
 CLIPS, SKIPS = f"{FREE}, clips in the step", f"{LIMITED}, skips bad batches"
 TELEMETRY = f"{FREE}, telemetry"
-FREE_HALF = "GWTAdamW level 2, bfloat16 moments"  # AdamW keeps its moments in bfloat16 too
+FREE_HALF = "GWTAdamW level 2, bfloat16 moments"  # AdamW's moments are bfloat16 as well
 
 
-# On a CPU: what, which optimizer, dtype of weights, and how many times as long as the fused AdamW at most.
+# On a CPU: label, optimizer, dtype of weights, and the largest ratio to the time of the fused AdamW.
 _BESIDE_FUSED = [
     ("level 2", FREE, "float32", 0.7),
     ("level 2, limiter", LIMITED, "float32", 1.05),
@@ -39,10 +39,10 @@ _BESIDE_FUSED = [
 
 
 class Aim(NamedTuple):
-    """A figure that has a bound."""
+    """A measured value and its bound."""
 
     model: str
-    """What it is about: a model, or the tensor of a kernel."""
+    """A model, or the tensor of a kernel."""
     label: str
     value: float
     bound: float
@@ -56,7 +56,7 @@ class Aim(NamedTuple):
 
 
 class _Promise(NamedTuple):
-    """A ratio of the step times of two optimizers; on the models named, or on all."""
+    """A bound on the ratio of the step times of two optimizers, on the models named or on all."""
 
     label: str
     over: Key
@@ -117,7 +117,7 @@ _PROMISES = {
             *("level 2, time with over without clipping", _half(CLIPS), _half(FREE)),
             *(1.35, False, ("llama_1b", "llama_7b")),
         ),
-        # Nothing measurable; but level 0, a tenth of the 1B model, has no limiter whose pass could look.
+        # Expected to cost nothing, except at level 0 (a tenth of the 1B model), which has no limiter pass to use.
         _Promise(
             *("level 2, limiter, time with over without skipping", _half(SKIPS), _half(LIMITED)),
             *(1.03, False, ("llama_1b", "llama_7b")),
@@ -132,16 +132,16 @@ _PROMISES = {
 
 
 def compared(device_type: str) -> set[Key]:
-    """Return the optimizers whose step times the aims set against each other."""
+    """Return the optimizers whose step times the targets compare."""
     return {key for promise in _PROMISES[device_type] for key in (promise.over, promise.under)}
 
 
 def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Aim]:
-    """Return the ratios promised for a model, of what was measured without clipping.
+    """Return the ratios promised for a model, from measurements without clipping.
 
     Args:
         model: A name of `bench/configs`.
-        found: What was measured; an optimizer that has no time is missing.
+        found: Metrics by optimizer; optimizers without a time are missing.
         device_type: "cpu" or "cuda".
         launch_latency: Wall time of one small kernel in seconds; None on a CPU.
     """
@@ -152,7 +152,7 @@ def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latenc
 
 
 def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Aim]:
-    """Return the figures promised for the step's kernels at level 2 in bf16, each of the tensor that is worst off.
+    """Return the targets for the step's kernels at level 2 in bf16, each for the tensor farthest from it.
 
     Args:
         seconds: Median time by case.
@@ -200,7 +200,7 @@ def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | Non
     if not own:
         return
     if model in ("llama_1b", "llama_7b") and "copy_bandwidth_fraction" in own:
-        # Of the bandwidth nothing is promised for the 60M shapes, most of which is embedding at level 0.
+        # No bandwidth is promised for the 60M shapes, most of which is embedding at level 0.
         yield Aim(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
     if model == "llama_7b":
         for package in ("torchao", "flashoptim"):
@@ -211,7 +211,7 @@ def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | Non
                 yield Aim(model, label, times[fastest] / own["step_time"], 1.0, True)
     fused = found.get(_half("AdamW(fused=True)"))
     if model == "llama_60m" and fused:
-        # A small model's step is a matter of latency, so here it is wall time that counts.
+        # A small model's step is bound by latency, so wall time counts.
         speed = Aim(
             model, "level 2, times as fast as fused AdamW", fused["wall_time"] / own["wall_time"], 2.0, True
         )

@@ -24,10 +24,10 @@ class Likeness(NamedTuple):
     """How near an optimizer's update must come to AdamW's, where there is no oracle of its own."""
 
     cosine: float
-    """Least cosine of the angle between the two updates of a tensor."""
+    """Lower bound on the cosine of the angle between the two updates of a tensor."""
     shortest: float
     longest: float
-    """Bounds of the update's length over AdamW's."""
+    """Bounds on the ratio of the update's length to AdamW's."""
 
 
 class Candidate(NamedTuple):
@@ -36,17 +36,17 @@ class Candidate(NamedTuple):
     name: str
     dtype: torch.dtype
     level: int | None
-    """Levels of the transform; None for optimizers that know none."""
+    """Levels of the transform; None for optimizers without one."""
     limiter: bool
     build: Callable[[list[Group]], Optimizer]
-    """Takes parameter groups with a key "transformed": whether these are attention and MLP matrices."""
+    """Builds the optimizer from groups with a key "transformed": are they attention and MLP matrices?"""
     oracle: Callable[[list[Group]], Optimizer] | None
-    """The same computation in plain PyTorch, for a float64 check; None where there is only a likeness."""
+    """The same computation in plain PyTorch, for a float64 check; None if only a likeness is checked."""
     peer: str = "gwt"
-    """The package it comes from, as `--peers` names it."""
+    """The optimizer's package, as `--peers` names it."""
     likeness: Likeness | None = None
     state_bytes: float | None = None
-    """Bytes of state for each element at most; None: two moments as GWT or torch keep them."""
+    """Upper bound on the bytes of state per element; None: two moments as GWT or torch keep them."""
 
     @property
     def check(self) -> str:
@@ -65,7 +65,7 @@ class Trial(NamedTuple):
     tensors: list[nn.Parameter]
     optimizer: Optimizer
     gradients: dict[tuple[int, ...], Tensor]
-    """One gradient for each size, as first given; some optimizers overwrite those they are handed."""
+    """One gradient per size, never handed out itself, since some optimizers overwrite their gradients."""
 
     @property
     def clips(self) -> bool:

@@ -14,7 +14,7 @@ from gwt_kernels import gwt_param_groups
 NAMES = ("galore", "apollo", "apollo_mini")
 
 PACKAGES_GAP = 200
-"""Steps between new projections in both papers' recipes, whose shortest run has 10,000."""
+"""Steps between new projections in both papers' recipes, whose shortest run takes 10,000 steps."""
 
 
 def _package(name: str) -> Any:

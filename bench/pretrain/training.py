@@ -48,7 +48,7 @@ class RunConfig:
     warmup: float
     """Share of the steps over which the rate rises."""
     min_lr: float
-    """Share of the peak rate that the cosine ends at."""
+    """Final learning rate of the cosine over the peak."""
     weight_decay: float
     grad_clip: float
     """Largest gradient norm; 0 for no clipping."""

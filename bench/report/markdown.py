@@ -76,9 +76,9 @@ class Variant(NamedTuple):
     rule: str
     level: int
     moments: str
-    """Empty for float32."""
+    """Dtype of the moments; empty for float32."""
     rounding: str
-    """Of weights; empty for the default."""
+    """Rounding of the weights; empty for the default."""
 
 
 def variant(optimizer: str) -> Variant | None:

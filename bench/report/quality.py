@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
     model: str
     device: str
     runs: dict[Setting, dict[int, list[Row]]]
-    """Evaluations in the order of steps; what else was measured of a run is in `others`."""
+    """Evaluations in the order of steps; a run's other rows are in `others`."""
     others: dict[tuple[Setting, str], Row]
     last: Run
 

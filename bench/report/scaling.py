@@ -15,7 +15,7 @@ from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
 
 BANDWIDTH = 3e12
-"""Bytes per second of a GPU's memory: an assumption."""
+"""Assumed bandwidth of a GPU's memory, in bytes per second."""
 MODELS = ("7b", "70b", "405b")
 GPUS = (1, 8, 64, 256, 1024, 4096)
 MESHES = ("fsdp=4096", "dp=8,fsdp=512", "fsdp=512,tp=8", "dp=8,fsdp=64,tp=8")

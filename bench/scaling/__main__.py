@@ -30,7 +30,7 @@ from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
 
 REFERENCES = {"gwt": "no limiter", "foam": "foam"}
-"""The step of each rule that needs nobody: on one process it tells how fast a core moves a plan's bytes."""
+"""For each rule the step without collectives: on one process it tells how fast a core moves the plan's bytes."""
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 """Tells the C library to keep freed memory. Else, depending on their size, it gives temporaries back to the system
@@ -41,9 +41,9 @@ class Measured(NamedTuple):
     """What the processes of a run found, all of them in one order."""
 
     counted: Sequence[Mapping[str, Any]]
-    """By process: state bytes and collectives of each case, such as "2/limiter"."""
+    """For each process, state bytes and collectives by case, such as "2/limiter"."""
     times: Sequence[Mapping[str, Sequence[Sequence[float]]]]
-    """By process: seconds by the wall and of the thread's CPU, of each act, such as "2/step/limiter"."""
+    """For each process, wall and thread CPU seconds by timed call, such as "2/step/limiter"."""
 
     def spread(self, act: str, *, cpu: bool) -> Spread:
         """Seconds of the first process's CPU, whose share is what is planned; by the wall, of the slowest one."""

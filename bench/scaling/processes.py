@@ -27,12 +27,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "limiter": {},
     "limiter, max_grad_norm": {"max_grad_norm": 1.0},
 }
-"""What steps are timed: options of `GWTAdamW`."""
+"""Options of `GWTAdamW` for each timed kind of step."""
 NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2} | {
     "head_dim": 8,
     "vocab_size": 16,
 }
-"""A configuration of as many tensors that hold next to nothing, so that the host's work alone is left."""
+"""A configuration with as many but tiny tensors, so that only the host's work is left."""
 COPIED = 64 * 2**20  # bytes of a buffer, far above what a core's cache holds
 LARGE = 4 * 2**20  # bytes of an all-reduce of which the link's bandwidth is most of the time
 WARM_UP = 3
@@ -42,15 +42,15 @@ class Job(NamedTuple):
     """What all processes are told."""
 
     store: str
-    """A file to meet at."""
+    """File for the rendezvous of the processes."""
     results: str
-    """A folder; each process leaves a JSON file there, named by its rank."""
+    """Folder in which each process writes a JSON file named by its rank."""
     model: str
-    """As `bench.common.models.load_config` takes it."""
+    """Model name or path, as `bench.common.models.load_config` takes it."""
     numbers: tuple[int, ...]
-    """Of processes that share the model; the largest is how many there are."""
+    """Numbers of processes that shard the model; the largest is the number started."""
     payloads: tuple[int, ...]
-    """Bytes of the all-reduces to be timed by themselves."""
+    """Bytes of the all-reduces that are timed alone."""
     repetitions: int
 
 
