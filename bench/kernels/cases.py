@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
     @property
     def width(self) -> str:
-        """"flat" if blocks lie end to end, "odd" if the last block of each row is cut short."""
+        """ "flat" if blocks lie end to end, "odd" if the last block of each row is cut short."""
         return "odd" if self.shape[-1] % 2**self.level else "flat"
 
     def band(self, level: int) -> int:

@@ -1,4 +1,4 @@
-"""One optimizer on one model's shapes: built on random data, given fresh gradients, its bytes counted."""
+"""One optimizer on one model's shapes: construction on random data, new gradients, and its bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gwt_kernels import GWTAdamW
 from gwt_kernels.functional import Rounding, Rule
 
 WEIGHT_DECAY = 0.1
-NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
+NO_NORM = 1e30  # clips nothing, but the norm must be computed; for infinity it need not be
 
 Group = dict[str, Any]
 
 
 class Likeness(NamedTuple):
-    """How near an optimizer's update must come to AdamW's, where there is no oracle of its own."""
+    """How close an optimizer's update must come to AdamW's if there is no oracle for it."""
 
     cosine: float
     """Lower bound on the cosine of the angle between the two updates of a tensor."""
@@ -31,7 +31,7 @@ class Likeness(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """An optimizer to be timed, and what its step is checked against."""
+    """An optimizer to be timed, and the reference that its step is checked against."""
 
     name: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A candidate on the tensors of a model, its state allocated."""
+    """A candidate built on the tensors of a model, with its state allocated."""
 
     candidate: Candidate
     shapes: Sequence[Shape]
@@ -69,11 +69,11 @@ class Trial(NamedTuple):
 
     @property
     def clips(self) -> bool:
-        """Whether the step reads gradients for their norm, to clip them by itself."""
+        """Whether the step clips, which reads the gradients for their norm."""
         return getattr(self.optimizer, "max_grad_norm", None) is not None
 
     def clipped_step(self) -> None:
-        """What a training loop that clips does: the framework's own function and a step, or a step that clips."""
+        """Take a step with clipping: by the framework's function before the step, or within the step."""
         if self.clips:
             self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -95,7 +95,7 @@ def gwt(
     skips: bool = False,
     telemetry: bool = False,
 ) -> Candidate:
-    """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
+    """GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
     own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
@@ -120,7 +120,7 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
     """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
 
     def build_literal(groups: list[Group]) -> Optimizer:
-        from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be there
+        from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be installed
 
         return LiteralGWTAdamW(groups)
 
@@ -129,7 +129,10 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
 
 
 def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
-    """torch.optim.AdamW by the one implementation named; its oracle is the plain loop.
+    """torch.optim.AdamW in the named implementation; its oracle is the plain loop.
+
+    On narrow dtypes only the fused implementation computes in float32; the others round in between, and are checked
+    by likeness.
 
     On narrow dtypes only the fused one computes in float32; the others round in between, and have a likeness.
     """
@@ -148,7 +151,7 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
 
 
 def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
-    """Estimate what a trial holds at its peak: weights, gradients, moments, its largest check."""
+    """Estimate the peak bytes of a built candidate: weights, gradients, moments, its largest check."""
     total = 0.0
     largest = 0
     moment = candidate.dtype.itemsize if candidate.level is None else max(candidate.dtype.itemsize, 4)
@@ -162,7 +165,7 @@ def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
 
 
 def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> Trial:
-    """Allocate the weights and gradients with random values, and the optimizer with its state."""
+    """Allocate random weights and gradients, and the optimizer with its state."""
     generator = torch.Generator(device).manual_seed(0)
     gradients: dict[tuple[int, ...], Tensor] = {}
     tensors = []
@@ -181,7 +184,7 @@ def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -
 
 
 def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
-    """Parameter groups by whether tensors are transformed and whether they decay."""
+    """Return parameter groups by whether tensors are transformed and whether they decay."""
     groups: dict[tuple[bool, bool], Group] = {}
     for shape, tensor in zip(shapes, tensors, strict=True):
         fresh: Group = {
@@ -196,7 +199,7 @@ def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | N
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group a learning rate; torchao keeps it in a tensor."""
+    """Set the learning rate of every group; torchao keeps it in a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -211,7 +214,11 @@ def renew_gradients(trial: Trial) -> None:
 
 
 def bytes_moved(trial: Trial) -> int:
-    """Return the bytes a step must move: gradients read, weights and state read and written, all once.
+    """Return the bytes that a step must move: gradients read once, weights and state read and written once.
+
+    Projections are only read. The limiter needs the norm of the whole normalised approximation before any weight is
+    written, so it reads gradients and moments a second time. Clipping reads the gradients once more before that,
+    for their norm; the check for non-finite gradients shares the limiter's first read.
 
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any
     weight is written, so it reads gradients and moments a second time. The norm to clip to reads gradients before
@@ -232,11 +239,11 @@ def bytes_moved(trial: Trial) -> int:
 
 
 def _bytes_of(holder: object) -> int:
-    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are no traffic
+    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are not counted
 
 
 def peak_extra_bytes(trial: Trial, device: torch.device) -> int | None:
-    """Return the bytes a step allocates beyond what it finds; None where the allocator does not tell."""
+    """Return the bytes that a step allocates temporarily; None if the allocator does not report them."""
     if device.type != "cuda":
         return None
     renew_gradients(trial)

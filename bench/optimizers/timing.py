@@ -1,4 +1,4 @@
-"""Candidates on one model: built, checked and timed in turns; what cannot be done becomes a note."""
+"""Candidates on one model, built, checked and timed in turns; an error becomes a note."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bench.optimizers.checks import check
 from bench.optimizers.peers import REFRESH_GAP, projection_time
 
 WARM_UP = 3
-FEWEST = 3  # timed steps, where the time for a candidate is up
+FEWEST = 3  # fewest timed steps when a candidate's time is up
 SECONDS = 10.0  # for the timed steps of a candidate
 
 
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was found for one candidate on one model; no metrics, and a note, where it could not be timed."""
+    """The result for one candidate on one model; without metrics, and with a note, if it could not be timed."""
 
     model: str
     candidate: Candidate
@@ -47,23 +47,23 @@ class Result(NamedTuple):
 
     @property
     def medians(self) -> dict[str, float]:
-        """Medians by metric, without clipping."""
+        """Return the medians by metric, without clipping."""
         return {metric.name: metric.spread.median for metric in self.metrics if not metric.clipped}
 
     @property
     def seconds(self) -> float | None:
-        """Median time of a step, or None."""
+        """Return the median time of a step, or None."""
         return self.medians.get("step_time")
 
     @property
     def failed(self) -> bool:
-        """Whether a result was wrong, or this package did not run; another package may well be missing."""
+        """Whether a result was wrong or this package did not run; a missing peer is no failure."""
         wrong = self.candidate.oracle is not None and self.note.startswith("not timed")
         return wrong or (self.candidate.peer == "gwt" and self.note.startswith("cannot run"))
 
 
 class _Sample(NamedTuple):
-    """Seconds of one step, named as the metrics are."""
+    """Seconds of one step, with the metrics' names."""
 
     step_time: float
     host_time: float
@@ -80,16 +80,16 @@ def measure(
     bandwidth: float,
     seconds: float = SECONDS,
 ) -> list[Result]:
-    """Build, check and time candidates; those built together take turns, so that other load meets them alike.
+    """Build, check and time candidates; those built together take turns, so that all meet the same load.
 
     Args:
-        model: For the results.
-        candidates: What to time. A CPU holds several at once; pass one at a time where memory is short.
+        model: Name of the model in the results.
+        candidates: Candidates to time. A CPU holds several at once; pass one at a time if memory is short.
         shapes: The tensors of the model.
         device: Where to run.
-        repetitions: Timed steps of each, after the warm-up; fewer where they take too long.
+        repetitions: Timed steps of each, after the warm-up; fewer if they take too long.
         bandwidth: Bytes per second of a copy on this device.
-        seconds: The time for the timed steps of each.
+        seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
     trials: dict[str, Trial] = {}
@@ -108,7 +108,7 @@ def measure(
                 trials[candidate.name] = trial
             else:
                 notes[candidate.name] = _refusal(candidate, error)
-        except Exception as error:  # whatever a package raises that cannot run here
+        except Exception as error:  # any exception of a package that cannot run here
             notes[candidate.name] = _excuse(error, device)
         del trial
         release(device)
@@ -131,7 +131,7 @@ def measure(
     for name, trial in trials.items():
         try:
             for metric in _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth):
-                metrics[name].append(metric)  # one by one, so that the times stay where something later fails
+                metrics[name].append(metric)  # one by one, so that earlier metrics stay if a later one fails
         except Exception as error:
             notes[name] = _excuse(error, device)
     return [Result(model, c, metrics.get(c.name, ()), notes.get(c.name, "")) for c in candidates]
@@ -140,7 +140,7 @@ def measure(
 def _sample(
     trial: Trial, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
 ) -> _Sample:
-    """Time one step, with new gradients; on CUDA two, as the one that hides launch latency blurs the others."""
+    """Time one step with new gradients; on CUDA two, since the lead that hides launch latency spoils host time."""
     work = trial.clipped_step if clipped else trial.optimizer.step
     renew_gradients(trial)
     if device.type != "cuda":
@@ -208,7 +208,7 @@ def _excuse(error: Exception, device: torch.device) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of trials that are over."""
+    """Free the memory of candidates that are done."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
