@@ -96,8 +96,6 @@ def build(
     head.
 
     With a mesh, `fully_shard` shards the tensors over it, by rows.
-
-    With a mesh, tensors that `fully_shard` has sharded over it, by rows.
     """
     values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
     if mesh is not None:
@@ -156,8 +154,6 @@ def profile(optimizer: Optimizer, steps: int, lines: int) -> list[tuple[str, flo
     """Profile `steps` steps: the most expensive functions, their share without callees, and calls per step.
 
     Time of C code called for every tensor (`map(Tensor.data_ptr, ...)`) counts towards the calling function.
-
-    What C code calls for every tensor (`map(Tensor.data_ptr, ...)`) is in the share of the function around it.
     """
     profiler = cProfile.Profile()
     profiler.enable()

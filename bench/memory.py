@@ -19,8 +19,6 @@ def memory_table() -> str:
     """Return the README's Markdown table: GiB of bf16 weights, and of each optimizer's state.
 
     AdamW keeps its moments in the dtype of the weights; GWT keeps them in float32.
-
-    AdamW keeps its moments in the dtype of the weights that it is given; GWT keeps them in float32.
     """
     headings = ["AdamW, bf16 moments", "AdamW, fp32 moments", *(f"GWT level {level}" for level in LEVELS[:3])]
     rows = []

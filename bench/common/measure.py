@@ -157,8 +157,6 @@ def chosen_device(name: str | None) -> torch.device:
     """Return the device of a name, by default CUDA if available; a CUDA device always with its index.
 
     `torch.cuda.set_device` refuses a device without an index, and events and streams use the current device.
-
-    PyTorch makes no device the current one that has no number, and events and streams are the current device's.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     return torch.device("cuda", 0) if device == torch.device("cuda") else device

@@ -60,8 +60,6 @@ def append(
 
     Several processes may add to one record.
 
-    Several processes may add to one record.
-
     Args:
         path: The record.
         benchmark: The benchmark's name.

@@ -116,8 +116,6 @@ def set_count(case: Case, cache: int) -> int:
     """Return how many sets of buffers take turns, so that the others fill a cache of this size twice.
 
     At least two, since a second set holds the values from before the step; at most `MAX_SETS`.
-
-    At least two, since the second shows what the first held before a step; at most `MAX_SETS`.
     """
     return min(MAX_SETS, max(2, 1 + -(-2 * cache // bytes_held(case))))
 

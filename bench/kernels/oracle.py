@@ -205,8 +205,6 @@ def _step_bounds(
     """Bound the error of float32 arithmetic on weights and moments, using the magnitudes of all operands.
 
     `rounding` is the relative error of a factor on the whole update: the error of the limiter's norm.
-
-    `rounding` is the relative error of a factor on the whole update, which is that of the limiter's norm.
     """
     level, width = case.level, 2**case.level
     once = (level + 4) * EPS  # a tree sum of W terms, and a few products

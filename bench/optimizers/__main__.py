@@ -175,9 +175,6 @@ def batches(
 
     On a CPU that is everything on weights of one dtype, so that all meet the same load; on CUDA each candidate
     alone, to save memory, and first what the targets compare, on the models that they name.
-
-    On a CPU that is all on weights of one dtype, so that other load meets them alike; on CUDA each alone, for its
-    memory, and what the aims compare first, on the models that they name.
     """
     if device.type == "cpu":
         dtypes = dict.fromkeys(c.dtype for c in candidates)

@@ -133,8 +133,6 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
 
     On narrow dtypes only the fused implementation computes in float32; the others round in between, and are checked
     by likeness.
-
-    On narrow dtypes only the fused one computes in float32; the others round in between, and have a likeness.
     """
     ((key, value),) = implementation.items()
     exact = dtype == torch.float32 or implementation.get("fused", False)
@@ -219,10 +217,6 @@ def bytes_moved(trial: Trial) -> int:
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any weight is
     written, so it reads gradients and moments a second time. Clipping reads the gradients once more before that,
     for their norm; the check for non-finite gradients shares the limiter's first read.
-
-    Projections are only read. The limiter needs the norm of the whole normalised approximation before any
-    weight is written, so it reads gradients and moments a second time. The norm to clip to reads gradients before
-    that; whether they are finite, the limiter's first reading tells.
     """
     skips = getattr(trial.optimizer, "skip_nonfinite", False)
     total = 0

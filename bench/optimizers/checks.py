@@ -74,9 +74,6 @@ def against_adamw(trial: Trial) -> float:
     right length and in about the right direction, as the candidate's likeness says.
 
 
-    This is a check of sanity, for packages with a rule or a rounding of their own: the right tensors have moved,
-    by about as much as they should and in about the direction, as the candidate's likeness says.
-
     Returns:
         The largest of `(1 - cosine)`, length and reciprocal length, each over what the likeness allows.
     """

@@ -152,8 +152,6 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
     """Return the settings of one run, with `--seed` as the default seed.
 
     `lr` and `scale` come from the command line, else from the best of the model's sweep, else from the preset.
-
-    `lr` and `scale` are those given, else the best of the model's sweep, else the preset's.
     """
     record = read_runs(options.sweep_record) if options.sweep_record else []
     of_this_model = [run for run in record if run["model"] == options.model]

@@ -167,8 +167,6 @@ def read_documents(path: Path | None) -> list[str]:
 
     Documents are ordered by hash: mixed, and the same on every machine with the same files.
 
-    The order is that of the documents' hashes: mixed, and the same on every machine that has the same files.
-
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: It holds no text.

@@ -42,10 +42,6 @@ def build(
     GaLore, random projections for APOLLO. `scale` multiplies the matrices' update in all three; APOLLO takes the
     root of its own argument, so it gets the square.
 
-    The recipe: rank a quarter of the hidden size (1 for `apollo_mini`), singular vectors of the gradient for
-    GaLore, random projections for APOLLO. `scale` multiplies the matrices' update in all three; APOLLO takes the
-    root of its own argument, so it is handed the square.
-
     Args:
         name: One of `NAMES`.
         model: A transformers model; the rank comes from its hidden size.

@@ -79,8 +79,6 @@ class Processes:
         """Return this process's share of any number of windows, and how many of them count here.
 
         Every process gets at least one, since all of them have to run a sharded model together.
-
-        Every process gets some, since all of them have to run the model for it to be whole.
         """
         own = windows[self._own :: self.shares]
         return (own, len(own)) if len(own) else (windows[:1], 0)
@@ -101,9 +99,6 @@ class Processes:
 
         If it is sharded, processes start from a meta model, and the first one sends the others their parts of the
         model that a single process would build; only the first ever holds all weights.
-
-        Where it is sharded, processes begin with a model without memory, and the first sends the others their
-        parts of one that it makes as a single process would; it alone ever holds all weights.
         """
         if self._mesh is None:
             return build_model(config, seed=seed, device=self.device, dtype=dtype)

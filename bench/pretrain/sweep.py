@@ -55,8 +55,6 @@ def sweep(
 
     A run already recorded in `path` is not repeated, so a sweep can be stopped, continued and extended.
 
-    A run that `path` already holds is not repeated, so a sweep can be stopped, continued and extended.
-
     Args:
         optimizers: Names of the optimizers.
         grids: Values of `lr` and of `scale` by optimizer; every pair is run.

@@ -306,9 +306,6 @@ def train(
     With several processes each calls this; the first writes log and result, and all write the checkpoints together,
     in the folder `checkpoints`.
 
-    Of several processes each calls this; the first writes, and the checkpoints, which all write together, are
-    in the folder `checkpoints`.
-
     Args:
         config: Settings of the run.
         corpus: The text, freshly loaded for this run.

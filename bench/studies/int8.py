@@ -1,6 +1,6 @@
-"""Why int8 moments have the codes they have: the error of the update by power of the code and quantum.
+"""Error of the update by quantization of the moments: power of the quantizer and block size.
 
-A small LLaMA is trained for some steps; each of its moments in turn is stored in one byte, the other kept exact.
+A small LLaMA is trained for some steps; each of its moments in turn is quantized to one byte, the other kept exact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EPS = 1e-6
 
 
 def moments(level: int, steps: int) -> tuple[Tensor, Tensor]:
-    """First and second moments of the transformed matrices of the `cpu` preset's model, after some steps."""
+    """Return first and second moments of the transformed matrices of the `cpu` preset's model, after some steps."""
     model = build_model(load_config("llama_cpu"), seed=0, device=torch.device("cpu"), dtype=torch.float32)
     corpus = load_text(None, ByteTokenizer(), heldout_fraction=0.05, seed=0, context=128, eval_windows=8)
     optimizer = GWTAdamW(gwt_param_groups(model, level=level, scale=0.1), lr=0.01)
@@ -46,7 +46,9 @@ def moments(level: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def stored(x: Tensor, power: int, quantum: int, largest: int, *, keep_above_zero: bool) -> Tensor:
-    """What becomes of `x` as codes `sign * (c / largest)**power` of a quantum's largest, rounded at random."""
+    """Quantize `x` stochastically to values `sign * (c / largest)**power` of each block's maximum, and dequantize
+    it.
+    """
     blocks = x.view(-1, quantum)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     z = blocks.abs() / scale
@@ -58,7 +60,7 @@ def stored(x: Tensor, power: int, quantum: int, largest: int, *, keep_above_zero
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every combination, print a table, and add the rows to the results."""
+    """Measure every combination, print a table, and add the rows to the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.int8", description=__doc__)
     parser.add_argument("--level", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
