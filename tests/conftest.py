@@ -1,4 +1,4 @@
-"""Set-up of the test run: where Triton's kernels run without a CUDA device, and no silent skips of GPU tests."""
+"""Configuration of the test run: the device of Triton's kernels, and visible skips of GPU tests."""
 
 import os
 
@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where Triton's kernels run: the CUDA device where there is one, the CPU elsewhere."""
+    """The device of Triton's kernels: the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

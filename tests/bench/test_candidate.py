@@ -1,4 +1,4 @@
-"""A candidate before it is timed: its step is right, clips where it must, and moves the bytes that are counted."""
+"""Candidates before timing: checked steps, clipping, and the counted bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_clipping_is_part_of_the_timed_step() -> None:
         (gwt(2, HALF, limiter=False, clips=True), 12),
         (gwt(2, HALF, limiter=True, clips=True), 16),
         (gwt(2, HALF, limiter=False, skips=True), 12),
-        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass looks
+        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass checks the gradients
         (gwt(3, SINGLE, limiter=False), 14),
     ],
     ids=lambda value: value.name if isinstance(value, Candidate) else str(value),

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: bytes held, the spread of samples, and the facts about a machine."""
+"""The common measurements of the benchmarks: bytes held, the spread of samples, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def test_held_bytes() -> None:
     assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
 
 
-def test_held_bytes_are_those_of_wrappers_too() -> None:
+def test_held_bytes_of_tensor_subclasses() -> None:
     class Wrapped(torch.Tensor):
-        """A tensor that claims 4 bytes an element and holds one, as quantised states do."""
+        """A tensor that claims 4 bytes an element and holds one, like quantized states."""
 
         @staticmethod
         def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -50,11 +50,11 @@ def test_held_bytes_are_those_of_wrappers_too() -> None:
     assert held_bytes(holder, [shared]) == 108
 
 
-def test_spread() -> None:
+def test_spread_of_samples() -> None:
     assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0, 6)
 
 
-def test_facts() -> None:
+def test_facts_about_the_machine() -> None:
     about = facts(CPU, "bench.optimizers", ["--device", "cpu"])
     assert about["command"] == "python -m bench.optimizers --device cpu"
     assert about["torch"] == torch.__version__

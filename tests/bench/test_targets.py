@@ -1,4 +1,4 @@
-"""The aims of the benchmarks, from made-up medians."""
+"""Targets of the benchmarks, computed from made-up medians."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def found(**times: float) -> dict[str, float]:
     return {"copy_bandwidth_fraction": 0.9, "peak_extra_bytes": 2.0**20, **times}
 
 
-def test_the_aims_of_cuda() -> None:
+def test_targets_on_cuda() -> None:
     half, single = "bfloat16", "float32"
     results = {
         ("GWTAdamW level 2", half): found(step_time=1.0, wall_time=1.0),
@@ -59,24 +59,24 @@ def step(shape: tuple[int, ...], **other: object) -> Case:
     return Case("step", shape, 2, torch.bfloat16, torch.float32)._replace(**other)
 
 
-def test_what_the_limiter_reads_twice() -> None:
+def test_bytes_read_twice_by_the_limiter() -> None:
     limited = step((8, 10), kernel="step_limiter")  # 80 gradients of 2 bytes, 24 blocks with two moments of 4
     assert bytes_read_twice(limited) == 80 * 2 + 24 * 8
     assert bytes_moved(limited) - bytes_moved(step((8, 10))) == bytes_read_twice(limited)
     assert bytes_read_twice(step((8, 10))) == 0
 
 
-def test_the_aims_of_the_kernels() -> None:
+def test_targets_of_kernels() -> None:
     large, larger, row, small = step((4096, 4096)), step((8192, 8192)), step((2048, 5461)), step((512, 512))
     shares = {large: 0.95, larger: 0.9, row: 0.71, small: 0.1}
     seconds = {case: bytes_moved(case) / 1e12 / share for case, share in shares.items()}
     for case, ratio in ((large, 1.5), (larger, 1.3), (row, 9.0), (small, 1.14)):
         seconds[case._replace(kernel="step_limiter")] = ratio * seconds[case]
-    coded = step((4096, 8192), moments=torch.int8)  # none of the other aims is of codes
+    coded = step((4096, 8192), moments=torch.int8)  # none of the other targets is about int8
     seconds |= {coded: bytes_moved(coded) / 1e12 / 0.89, coded._replace(kernel="step_limiter"): 1.0}
     others = [step((8192, 4096), level=3), step((8192, 4096), data=torch.float32)]
     others.append(Case("haar_dwt", (8192, 4096), 2, torch.bfloat16, None))
-    found = kernel_aims(seconds | dict.fromkeys(others, 1.0), 1e12, 2 * 2**20)  # half of it is what `small` takes
+    found = kernel_aims(seconds | dict.fromkeys(others, 1.0), 1e12, 2 * 2**20)  # half of it is the size of `small`
     assert [str(aim) for aim in found] == [
         f"{larger}: 16M elements or more, share of the copy bandwidth: 0.90 (aim: at least 0.92, NOT met)",
         f"{coded}: 16M elements or more, int8 moments, share of the copy bandwidth: 0.89 (aim: at least 0.88, met)",
@@ -88,7 +88,7 @@ def test_the_aims_of_the_kernels() -> None:
     assert kernel_aims({}, 1e12, 2**20) == []
 
 
-def test_an_aim_says_what_it_is_of() -> None:
+def test_a_target_names_its_tensor() -> None:
     (aim,) = kernel_aims({step((4096, 4096)): 1.0}, 1e12, 0)
     assert aim.model == "step 4096x4096 level 2 bfloat16/float32"
     assert aim.value == pytest.approx(bytes_moved(step((4096, 4096))) / 1e12)
