@@ -1,4 +1,4 @@
-"""Moments in one byte: the same codes on every backend, without bias, near the exact ones, used where they pay."""
+"""Int8 moments: equal on every backend, unbiased, close to the exact ones, and used only where they save memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ SECOND = [quantized.encode_second, quantized.decode_second]
 
 @triton.jit
 def _both(m_ptr, v_ptr, bits_ptr, out_ptr, N: tl.constexpr, Q: tl.constexpr):
-    """Codes and decoded values of both moments: float32 ``[4, N]``, then the scales ``[2, N // Q]``."""
+    """Compute quantized and decoded values of both moments: float32 ``[4, N]``, then the scales ``[2, N
+
+    Q]``.
+    """
     i = tl.arange(0, N)
     j = tl.arange(0, N // Q)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
@@ -40,7 +43,7 @@ def _both(m_ptr, v_ptr, bits_ptr, out_ptr, N: tl.constexpr, Q: tl.constexpr):
 
 
 def moments(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments over many magnitudes, with zeros, whole quanta of them, and the smallest and largest numbers."""
+    """Return moments of many magnitudes, with zeros, blocks of zeros, and the smallest and largest numbers."""
     generator = torch.Generator().manual_seed(seed)
     m = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(3).exp()
     v = torch.randn(n, generator=generator).mul(4).exp() * 1e-6
@@ -54,7 +57,7 @@ def moments(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 @needs_kernels_here
 @pytest.mark.parametrize("level", [0, 3, 4, 6])
-def test_both_backends_make_the_same_codes(level):
+def test_both_backends_quantize_alike(level):
     n, q = 1024, quantum(level)
     m, v, bits = moments(n, seed=level)
     out = torch.full((4 * n + 2 * n // q,), torch.nan)
@@ -81,8 +84,8 @@ def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
 
 
 @needs_kernels_here
-def test_no_code_changes_its_sign():
-    """A moment a hair above what was found to be its quantum's largest has the largest code, and not -128."""
+def test_rounding_never_changes_the_sign():
+    """A moment slightly above its block's computed maximum gets the largest value, and not -128."""
     off = torch.tensor([-1, 0, 1, 2, 8, 64, 1024, 1 << 16])  # in the last places of 1.0
     fractions = (torch.tensor(1.0).view(torch.int32) + off.int()).view(torch.float32).repeat_interleave(2)
     bits = torch.tensor([0, 65535]).repeat(len(off))
@@ -97,8 +100,8 @@ def test_no_code_changes_its_sign():
 
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
-def test_the_mean_over_all_noise_is_the_value(encode, decode):
-    """Every one of the 65,536 draws, for values that lie between codes; nearest rounding would not pass."""
+def test_the_mean_over_all_noise_is_the_exact_value(encode, decode):
+    """Over all 65,536 draws, for values between two quantized ones; rounding to nearest would fail."""
     n = 128
     values = torch.linspace(0.002, 1.0, n, dtype=torch.float64).float()
     total = torch.zeros(n, dtype=torch.float64)
@@ -108,18 +111,18 @@ def test_the_mean_over_all_noise_is_the_value(encode, decode):
     mean = total / (65536 / 16)
     assert float(((mean - values.double()) / values.double()).abs().max()) < 2e-3
     nearest, scales = encode(values, torch.full((n,), 32768), 0)
-    assert float(((decode(nearest, scales, 0) - values) / values).abs().max()) > 2e-3  # the control
+    assert float(((decode(nearest, scales, 0) - values) / values).abs().max()) > 2e-3  # control
 
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
-def test_what_is_stored_is_a_neighbour(encode, decode):
+def test_the_stored_value_is_a_neighbour(encode, decode):
     m, v, bits = moments(1024)
     x = m if encode is quantized.encode_first else v
     lowest, scales = encode(x, torch.zeros_like(bits), 2)
     highest, _ = encode(x, torch.full_like(bits, 65535), 2)
     codes, _ = encode(x, bits, 2)
     assert bool(((codes == lowest) | (codes == highest)).all())
-    # No draw gives the lower code more often than never where the value is it, nor a code two steps away.
+    # Every draw lies between those of the least and the most noise, which are at most one step apart.
     assert int((highest.int() - lowest.int()).abs().max()) <= 1
     assert torch.equal(decode(codes, scales, 2)[x == 0], x[x == 0])
     assert bool((decode(codes, scales, 2)[:128] == 0).all())
@@ -135,8 +138,8 @@ def test_a_small_second_moment_never_becomes_zero():
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @pytest.mark.parametrize("shape", [(96, 256), (67, 333)])
-def test_a_run_stays_near_the_one_with_float32_moments(shape, rule):
-    """The update's error is that of the codes: some per cent of its norm, averaged out over steps."""
+def test_a_run_stays_close_to_the_one_with_float32_moments(shape, rule):
+    """The update's error is that of quantization: some per cent of its norm, averaged out over steps."""
 
     def run(state_dtype):
         p = torch.nn.Parameter(torch.zeros(shape))
@@ -175,8 +178,8 @@ def test_both_backends_agree(shape, level, options):
     assert float(((one - two).abs() > 1e-4).float().mean()) < 0.01
 
 
-def test_bytes_and_fall_back():
-    """0.52 bytes per parameter at level 2; small tensors and deep levels keep float32."""
+def test_bytes_and_fallback_to_float32():
+    """0.52 bytes per parameter at level 2; small tensors and deep levels keep float32 moments."""
     wide = torch.nn.Parameter(torch.zeros(512, 1024))
     small = torch.nn.Parameter(torch.zeros(63, 256))
     optimizer = GWTAdamW([wide, small], state_dtype=torch.int8)
@@ -194,7 +197,7 @@ def test_bytes_and_fall_back():
     assert deep.state[wide]["exp_avg"].dtype == torch.float32
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_do_not_change_results(monkeypatch):
     from gwt_kernels.backends.torch import step as torch_step
 
     def run(chunk):
@@ -209,7 +212,7 @@ def test_chunks_change_nothing(monkeypatch):
     assert all(map(torch.equal, run(1 << 20), run(2048)))
 
 
-def test_saving_and_loading_goes_on_bit_for_bit():
+def test_a_resumed_run_is_equal_bit_for_bit():
     def fresh():
         p = torch.nn.Parameter(torch.ones(128, 256))
         return p, GWTAdamW([p], state_dtype="int8")
@@ -231,7 +234,7 @@ def test_saving_and_loading_goes_on_bit_for_bit():
     assert all(torch.equal(optimizer.state[p][key], resumed.state[r][key]) for key in optimizer.state[p])
 
 
-def test_a_state_of_another_dtype_or_with_foreign_scales_is_refused():
+def test_a_state_of_another_dtype_or_with_wrong_scales_is_refused():
     p = torch.nn.Parameter(torch.ones(128, 256))
     p.grad = torch.ones_like(p)
     own, plain = GWTAdamW([p], state_dtype="int8"), GWTAdamW([p])
