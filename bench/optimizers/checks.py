@@ -73,7 +73,6 @@ def against_adamw(trial: Trial) -> float:
     This is a sanity check for packages with their own rule or rounding: the right tensors have moved, by about the
     right length and in about the right direction, as the candidate's likeness says.
 
-
     Returns:
         The largest of `(1 - cosine)`, length and reciprocal length, each over what the likeness allows.
     """

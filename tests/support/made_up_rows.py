@@ -1,4 +1,4 @@
-"""Rows that look like what the benchmarks record, made up for tests of the report."""
+"""Made-up rows in the form of benchmark results, for tests of the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measured(metric: str, unit: str, median: float | None, samples: int = 1, not
 
 
 def optimizer_rows(about: Row, models: tuple[str, ...] = ("llama_60m", "llama_1b", "llama_7b")) -> list[Row]:
-    """Times as a run of many peers would record them, clipped and not, with one that is not installed."""
+    """Return rows of a run of many peers, with and without clipping, one of them not installed."""
     found: list[Row] = []
     contenders = [(f"GWTAdamW level {level}", "bfloat16", 2.0 + 16 / 2**level) for level in range(4)]
     contenders += [(f"GWTAdamW level {level}, limiter", "bfloat16", 2.5 + 16 / 2**level) for level in range(1, 4)]
