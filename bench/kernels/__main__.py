@@ -25,7 +25,7 @@ from bench.common.measure import Spread, available_bytes, chosen_device, clock, 
 from bench.common.models import load_config
 from bench.kernels.cases import KERNELS, MODELS, PARTS, Case, bytes_moved, obstacle, plan, set_count, short
 from bench.kernels.oracle import Buffers, bytes_needed, check
-from bench.kernels.targets import kernel_aims
+from bench.kernels.targets import kernel_targets
 
 BENCHMARK = "kernels"
 WARM_UP = 3
@@ -281,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = True
     medians = {r.case: r.seconds.median for r in results if r.seconds is not None}
     on_gpu = device.type == "cuda"
-    promised = kernel_aims(medians, copied.median, cache_bytes(device)) if on_gpu else []
-    exact = [(_exact(aim.value), str(aim)) for aim in promised]
+    promised = kernel_targets(medians, copied.median, cache_bytes(device)) if on_gpu else []
+    exact = [(_exact(target.value), str(target)) for target in promised]
     records.append(path, BENCHMARK, [bare_row(about, "ratio", "1", *each) for each in exact])
     console = Console()
     console.width = console.width if console.is_terminal else WIDTH

@@ -46,7 +46,7 @@ class Case(NamedTuple):
         return self.moments is not None
 
     @property
-    def coded(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the moments are int8, with scales."""
         return self.moments == torch.int8
 
@@ -89,7 +89,7 @@ def _moment_bytes(case: Case) -> int:
     """Count the bytes of both moments, with the scales of int8 moments."""
     assert case.moments is not None
     coefficients = case.band(case.level)
-    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.coded else 0
+    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.quantized else 0
     return 2 * (coefficients * case.moments.itemsize + scales)
 
 

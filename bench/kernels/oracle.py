@@ -59,7 +59,7 @@ class Buffers:
             # Gradients with an offset, so that a block's mean is as large as the differences within it;
             # moments as in mid-training, since a denominator near 0 would make the tolerance meaningless.
             self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
-            if case.coded:
+            if case.quantized:
                 moments = quantized.draw(band(case.level), case.level, device, generator)
             else:
                 moments = [normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2)]
@@ -77,7 +77,7 @@ class Buffers:
     @property
     def scales(self) -> list[Tensor]:
         """Scales of both moments, if these are int8."""
-        return self.outputs[3:5] if self.case.coded else []
+        return self.outputs[3:5] if self.case.quantized else []
 
     def clone(self) -> Buffers:
         """Return independent buffers with the same values."""
@@ -104,7 +104,7 @@ class Buffers:
                 steps=[STEP],
                 hypers=[HYPER],
                 level=case.level,
-                scales=[(others[0], others[1])] if case.coded else None,
+                scales=[(others[0], others[1])] if case.quantized else None,
                 backend=self.backend,
                 workspace=self.workspace,
             )
@@ -167,9 +167,9 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
         bounds = _step_bounds(g, *start, exact[2], after.case, hyper, rounding)
         worst = torch.maximum(worst, _ratio(found[0], exact[0], bounds[0]))
         for i, (stored, value, bound) in enumerate(zip(found[1:], exact[1:], bounds[1:], strict=True)):
-            if after.case.coded:
+            if after.case.quantized:
                 scales = quantized.spread(after.scales[i], stored, first, level)
-                error = quantized.ratio(quantized.CODES[i], stored, scales, value, bound)
+                error = quantized.ratio(quantized.QUANTIZERS[i], stored, scales, value, bound)
                 for x, peak in zip((value.abs(), bound), peaks[i], strict=True):
                     quantized.largest(x, peak, first, level)
             else:  # weights are rounded to the nearest, bf16 moments stochastically
@@ -185,9 +185,9 @@ def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor,
     first = 0
     for g, p, *stored in _chunks(*buffers.inputs, *buffers.outputs[:3]):
         m, v = (x.double() for x in stored)
-        if buffers.case.coded:
+        if buffers.case.quantized:
             scales = [quantized.spread(x, m, first, buffers.case.level) for x in buffers.scales]
-            m, v = (code.values(*pair) for code, *pair in zip(quantized.CODES, stored, scales, strict=True))
+            m, v = (q.dequantize(*pair) for q, *pair in zip(quantized.QUANTIZERS, stored, scales, strict=True))
         yield first, (g.double(), p.double(), m, v)
         first += m.numel()
 
@@ -208,7 +208,7 @@ def _step_bounds(
     """
     level, width = case.level, 2**case.level
     once = (level + 4) * EPS  # a tree sum of W terms, and a few products
-    once += quantized.DECODING if case.coded else 0.0
+    once += quantized.DECODING if case.quantized else 0.0
     a = literal.wavedec(g.abs(), _HAAR, level)[0]
     m_size = hyper.beta1 * m.abs() + (1 - hyper.beta1) * a
     v_size = hyper.beta2 * v + (1 - hyper.beta2) * a * a

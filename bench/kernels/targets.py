@@ -38,7 +38,7 @@ _BESIDE_FUSED = [
 ]
 
 
-class Aim(NamedTuple):
+class Target(NamedTuple):
     """A measured value and its bound."""
 
     model: str
@@ -51,8 +51,8 @@ class Aim(NamedTuple):
 
     def __str__(self) -> str:
         met = self.value >= self.bound if self.at_least else self.value <= self.bound
-        aim = f"aim: {'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
-        return f"{self.model}: {self.label}: {self.value:.2f} ({aim})"
+        bound = f"{'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
+        return f"{self.model}: {self.label}: {self.value:.2f} (target: {bound})"
 
 
 class _Promise(NamedTuple):
@@ -136,7 +136,7 @@ def compared(device_type: str) -> set[Key]:
     return {key for promise in _PROMISES[device_type] for key in (promise.over, promise.under)}
 
 
-def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Aim]:
+def targets(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Target]:
     """Return the ratios promised for a model, from measurements without clipping.
 
     Args:
@@ -151,7 +151,7 @@ def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latenc
     ]
 
 
-def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Aim]:
+def kernel_targets(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Target]:
     """Return the targets for the step's kernels at level 2 in bf16, each for the tensor farthest from it.
 
     Args:
@@ -163,13 +163,13 @@ def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> 
     limited = {case: case._replace(kernel="step_limiter") for case in steps}
     shares = {case: bytes_moved(case) / seconds[case] / bandwidth for case in steps}
     ratios = {case: seconds[other] / seconds[case] for case, other in limited.items() if other in seconds}
-    coded = {case for case in steps if case.coded and case.elements >= 2**24}
-    steps = [case for case in steps if not case.coded]
+    quantized = {case for case in steps if case.quantized and case.elements >= 2**24}
+    steps = [case for case in steps if not case.quantized]
     large = {case for case in steps if case.elements >= 2**24}
     cached = {case for case in steps if bytes_read_twice(limited[case]) <= cache / 2}
     promises = [
         ("16M elements or more, share of the copy bandwidth", shares, large, 0.92, True),
-        ("16M elements or more, int8 moments, share of the copy bandwidth", shares, coded, 0.88, True),
+        ("16M elements or more, int8 moments, share of the copy bandwidth", shares, quantized, 0.88, True),
         ("row path, share of the copy bandwidth", shares, {c for c in steps if c.shape == (2048, 5461)}, 0.7, True),
         ("16M elements or more, time with over without limiter", ratios, large, 1.4, False),
         ("in half of the L2 cache, time with over without limiter", ratios, cached, 1.15, False),
@@ -179,50 +179,50 @@ def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> 
         own = {case: values[case] for case in cases if case in values}
         if own:
             worst = min(own, key=lambda case: own[case] if at_least else -own[case])
-            found.append(Aim(str(worst), label, own[worst], bound, at_least))
+            found.append(Target(str(worst), label, own[worst], bound, at_least))
     return found
 
 
-def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Aim]:
+def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Target]:
     for label, over, under, bound, at_least, models in promises:
         if over in found and under in found and (not models or model in models):
             ratio = found[over]["step_time"] / found[under]["step_time"]
-            yield Aim(model, label, ratio, bound, at_least)
+            yield Target(model, label, ratio, bound, at_least)
 
 
-def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | None) -> Iterator[Aim]:
+def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | None) -> Iterator[Target]:
     for name in (FREE, LIMITED):
         own = found.get(_half(name), {})
         if "peak_extra_bytes" in own:
             label = f"{name.removeprefix('GWTAdamW ')}, peak extra MiB"
-            yield Aim(model, label, own["peak_extra_bytes"] / 2**20, 1.0, False, "MiB")
+            yield Target(model, label, own["peak_extra_bytes"] / 2**20, 1.0, False, "MiB")
     own = found.get(_half(FREE), {})
     if not own:
         return
     if model in ("llama_1b", "llama_7b") and "copy_bandwidth_fraction" in own:
         # No bandwidth is promised for the 60M shapes, most of which is embedding at level 0.
-        yield Aim(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
+        yield Target(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
     if model == "llama_7b":
         for package in ("torchao", "flashoptim"):
             times = {key: each["step_time"] for key, each in found.items() if key[0].startswith(package + " ")}
             if times:
                 name, weights = fastest = min(times, key=times.__getitem__)
                 label = f"level 2, times as fast as the fastest setting of {package} ({name}, {weights})"
-                yield Aim(model, label, times[fastest] / own["step_time"], 1.0, True)
+                yield Target(model, label, times[fastest] / own["step_time"], 1.0, True)
     fused = found.get(_half("AdamW(fused=True)"))
     if model == "llama_60m" and fused:
         # A small model's step is bound by latency, so wall time counts.
-        speed = Aim(
+        speed = Target(
             model, "level 2, times as fast as fused AdamW", fused["wall_time"] / own["wall_time"], 2.0, True
         )
         easier = speed
         if launch_latency is not None:
             label = "level 2, wall time over one kernel's launch latency"
-            latency = Aim(model, label, own["wall_time"] / launch_latency, 1.3, False)
+            latency = Target(model, label, own["wall_time"] / launch_latency, 1.3, False)
             easier = max(speed, latency, key=_margin)
         yield easier
         yield speed._replace(label="level 2, never slower than fused AdamW, times as fast", bound=1.0)
 
 
-def _margin(aim: Aim) -> float:
-    return aim.value / aim.bound if aim.at_least else aim.bound / aim.value
+def _margin(target: Target) -> float:
+    return target.value / target.bound if target.at_least else target.bound / target.value

@@ -14,7 +14,7 @@ import torch
 from bench.common import records, sources
 from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
-from bench.kernels.targets import Aim, aims, compared
+from bench.kernels.targets import Target, compared, targets
 from bench.optimizers.candidate import Candidate
 from bench.optimizers.peers import PEERS, suite
 from bench.optimizers.timing import SECONDS, Result, measure, release
@@ -58,18 +58,18 @@ def row(metric: str, unit: str, spread: Spread, about: dict[str, Any]) -> dict[s
     return EMPTY | {"metric": metric, "unit": unit} | spread._asdict() | about
 
 
-def aim_rows(promised: Sequence[Aim], about: dict[str, Any]) -> list[dict[str, Any]]:
+def target_rows(promised: Sequence[Target], about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each target; its note says whether it is met."""
     return [
         EMPTY
-        | {"model": aim.model, "metric": "ratio", "unit": aim.unit, "median": aim.value, "samples": 1}
-        | {"note": str(aim)}
+        | {"model": target.model, "metric": "ratio", "unit": target.unit, "median": target.value, "samples": 1}
+        | {"note": str(target)}
         | about
-        for aim in promised
+        for target in promised
     ]
 
 
-def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Aim]:
+def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Target]:
     """Return the targets of all models, computed from the results."""
     measured: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for result in results:
@@ -77,9 +77,9 @@ def promises(results: Sequence[Result], device: torch.device, latency: Spread | 
             key = result.candidate.name, result.candidate.weights
             measured.setdefault(result.model, {})[key] = result.medians
     return [
-        aim
+        target
         for model, found in measured.items()
-        for aim in aims(model, found, device.type, None if latency is None else latency.median)
+        for target in targets(model, found, device.type, None if latency is None else latency.median)
     ]
 
 
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
     add("--repetitions", type=int, help="timed steps (CPU: 15; CUDA: 50)")
     add("--minutes", type=float, help="what has not begun after this time is left out, and a row says so")
-    add("--quick", action="store_true", help="5 steps, level 2 and the models that the aims name, unless given")
+    add("--quick", action="store_true", help="5 steps, level 2 and the models that the targets name, unless given")
     add("--threads", nargs="+", type=int, help="threads on a CPU, a run for each (default: PyTorch's own)")
     add("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON (default: bench/results)")
     add("--commit", help="the commit measured, where the tree is no git checkout")
@@ -265,7 +265,7 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
             records.append(path, "optimizers", fresh)
     finally:  # an interrupted run also reports the targets of what it measured
         promised = promises(results, device, latency)
-        records.append(path, "optimizers", aim_rows(promised, about))
+        records.append(path, "optimizers", target_rows(promised, about))
         print(table(results), *promised, sep="\n")
         print(f"raw measurements: {path.name}", flush=True)
     return int(any(result.failed for result in results))

@@ -57,7 +57,7 @@ class Candidate(NamedTuple):
         return str(self.dtype).removeprefix("torch.")
 
 
-class Trial(NamedTuple):
+class BuiltCandidate(NamedTuple):
     """A candidate built on the tensors of a model, with its state allocated."""
 
     candidate: Candidate
@@ -162,7 +162,7 @@ def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
     return int(total) + 12 * 8 * largest
 
 
-def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> Trial:
+def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> BuiltCandidate:
     """Allocate random weights and gradients, and the optimizer with its state."""
     generator = torch.Generator(device).manual_seed(0)
     gradients: dict[tuple[int, ...], Tensor] = {}
@@ -173,12 +173,12 @@ def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -
         if shape.size not in gradients:
             gradients[shape.size] = torch.empty_like(p.data).normal_(generator=generator)
         tensors.append(p)
-    trial = Trial(
+    built = BuiltCandidate(
         candidate, shapes, tensors, candidate.build(groups_of(shapes, tensors, candidate.level)), gradients
     )
-    renew_gradients(trial)
-    trial.optimizer.step()
-    return trial
+    renew_gradients(built)
+    built.optimizer.step()
+    return built
 
 
 def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
@@ -205,29 +205,29 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def renew_gradients(trial: Trial) -> None:
+def renew_gradients(built: BuiltCandidate) -> None:
     """Give every tensor a new gradient buffer, as a backward pass does."""
-    for p in trial.tensors:
-        p.grad = trial.gradients[tuple(p.shape)].clone()
+    for p in built.tensors:
+        p.grad = built.gradients[tuple(p.shape)].clone()
 
 
-def bytes_moved(trial: Trial) -> int:
+def bytes_moved(built: BuiltCandidate) -> int:
     """Return the bytes that a step must move: gradients read once, weights and state read and written once.
 
     Projections are only read. The limiter needs the norm of the whole normalised approximation before any weight is
     written, so it reads gradients and moments a second time. Clipping reads the gradients once more before that,
     for their norm; the check for non-finite gradients shares the limiter's first read.
     """
-    skips = getattr(trial.optimizer, "skip_nonfinite", False)
+    skips = getattr(built.optimizer, "skip_nonfinite", False)
     total = 0
-    for p in trial.tensors:
-        state = trial.optimizer.state[p]
+    for p in built.tensors:
+        state = built.optimizer.state[p]
         moments = _bytes_of([value for key, value in state.items() if key != "projector"])
         gradient = p.numel() * p.element_size()
         total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
             total += gradient + moments
-        if trial.clips or (skips and "limiter_norm" not in state):
+        if built.clips or (skips and "limiter_norm" not in state):
             total += gradient
     return total
 
@@ -236,14 +236,14 @@ def _bytes_of(holder: object) -> int:
     return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are not counted
 
 
-def peak_extra_bytes(trial: Trial, device: torch.device) -> int | None:
+def peak_extra_bytes(built: BuiltCandidate, device: torch.device) -> int | None:
     """Return the bytes that a step allocates temporarily; None if the allocator does not report them."""
     if device.type != "cuda":
         return None
-    renew_gradients(trial)
+    renew_gradients(built)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    trial.optimizer.step()
+    built.optimizer.step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bench.common.models import Shape
-from bench.optimizers.candidate import Candidate, Likeness, Trial, groups_of, renew_gradients, set_rate
+from bench.optimizers.candidate import BuiltCandidate, Candidate, Likeness, groups_of, renew_gradients, set_rate
 from gwt_kernels.formats.int8 import decode_first, decode_second
 from gwt_kernels.formats.split import join_low
 from gwt_kernels.optim.state import low_bits_of
 
 
-def check(trial: Trial) -> float:
+def check(built: BuiltCandidate) -> float:
     """Check a built candidate against its oracle or likeness; a result above 1 is wrong."""
-    return against_oracle(trial) if trial.candidate.oracle is not None else against_adamw(trial)
+    return against_oracle(built) if built.candidate.oracle is not None else against_adamw(built)
 
 
-def against_oracle(trial: Trial) -> float:
+def against_oracle(built: BuiltCandidate) -> float:
     """Take one step of the whole model and compare it with the oracle's in float64.
 
     The state is first set to random values in the proportions of mid-training, with the limiter active: from a
@@ -31,9 +31,9 @@ def against_oracle(trial: Trial) -> float:
     Returns:
         The largest error divided by its rounding-error bound.
     """
-    candidate, shapes, tensors, optimizer, _ = trial
+    candidate, shapes, tensors, optimizer, _ = built
     watched = _watched(shapes)
-    _draw_gradients(trial)
+    _draw_gradients(built)
     for p in tensors:
         state = optimizer.state[p]
         if "exp_avg_scale" in state:
@@ -67,7 +67,7 @@ def against_oracle(trial: Trial) -> float:
     return worst
 
 
-def against_adamw(trial: Trial) -> float:
+def against_adamw(built: BuiltCandidate) -> float:
     """Take a second step with new gradients, and compare its update with that of AdamW in float64.
 
     This is a sanity check for packages with their own rule or rounding: the right tensors have moved, by about the
@@ -76,10 +76,10 @@ def against_adamw(trial: Trial) -> float:
     Returns:
         The largest of `(1 - cosine)`, length and reciprocal length, each over what the likeness allows.
     """
-    candidate, shapes, tensors, optimizer, first = trial
+    candidate, shapes, tensors, optimizer, first = built
     assert candidate.likeness is not None, f"{candidate.name} has neither oracle nor likeness"
     watched = _watched(shapes)
-    _draw_gradients(trial)
+    _draw_gradients(built)
     second = {index: _gradient(tensors[index]).clone() for index in watched}
     starts = {index: tensors[index].detach().clone() for index in watched}
     _step_at_rate_one(optimizer)
@@ -107,10 +107,10 @@ def _rounding_of(p: Tensor, optimizer: Optimizer) -> str | None:
     return found
 
 
-def _draw_gradients(trial: Trial) -> None:
+def _draw_gradients(built: BuiltCandidate) -> None:
     """Return a separate gradient for every tensor, so that confusing tensors of equal size shows."""
-    renew_gradients(trial)
-    for p in trial.tensors:
+    renew_gradients(built)
+    for p in built.tensors:
         _gradient(p).normal_()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.common.measure import clock
-from bench.optimizers.candidate import Candidate, Group, Likeness, Trial, adamw, gwt, ptwt
+from bench.optimizers.candidate import BuiltCandidate, Candidate, Group, Likeness, adamw, gwt, ptwt
 
 BETAS = (0.9, 0.999)  # some packages have other defaults
 REFRESH_GAP = 200  # steps between two projections of GaLore and APOLLO, as published
@@ -233,20 +233,20 @@ PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
 _ON_CPU: dict[str, Callable[[list[int]], list[Candidate]]] = {"gwt": _gwt_on_cpu, "torch": _torch_on_cpu}
 
 
-def projection_time(trial: Trial, device: torch.device) -> float | None:
+def projection_time(built: BuiltCandidate, device: torch.device) -> float | None:
     """Measure the seconds in which GaLore or APOLLO renews all its projections; None for others.
 
     One tensor of each shape is timed and multiplied by the number of tensors of that shape.
     """
     alike: dict[torch.Size, list[Tensor]] = {}
-    for p in trial.tensors:
-        if "projector" in trial.optimizer.state[p]:
+    for p in built.tensors:
+        if "projector" in built.optimizer.state[p]:
             alike.setdefault(p.shape, []).append(p)
     if not alike:
         return None
     total = 0.0
     for tensors in alike.values():
-        projector, gradient = trial.optimizer.state[tensors[0]]["projector"], torch.randn_like(tensors[0])
+        projector, gradient = built.optimizer.state[tensors[0]]["projector"], torch.randn_like(tensors[0])
 
         def seconds(step: int, projector: Any = projector, gradient: Tensor = gradient) -> float:
             return clock(lambda: projector.project(gradient, step), device)[0]

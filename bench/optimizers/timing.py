@@ -12,8 +12,8 @@ import torch
 from bench.common.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
 from bench.common.models import Shape
 from bench.optimizers.candidate import (
+    BuiltCandidate,
     Candidate,
-    Trial,
     build,
     bytes_moved,
     bytes_needed,
@@ -92,7 +92,7 @@ def measure(
         seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
-    trials: dict[str, Trial] = {}
+    ready: dict[str, BuiltCandidate] = {}
     errors: dict[str, float] = {}
     for candidate in candidates:
         needed, available = bytes_needed(candidate, shapes), available_bytes(device)
@@ -100,37 +100,37 @@ def measure(
             gigabytes = f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB free"
             notes[candidate.name] = f"does not fit: needs about {gigabytes}"
             continue
-        trial = None
+        built = None
         try:
-            trial = build(candidate, shapes, device)
-            error = errors[candidate.name] = check(trial)
+            built = build(candidate, shapes, device)
+            error = errors[candidate.name] = check(built)
             if error <= 1:
-                trials[candidate.name] = trial
+                ready[candidate.name] = built
             else:
                 notes[candidate.name] = _refusal(candidate, error)
         except Exception as error:  # any exception of a package that cannot run here
             notes[candidate.name] = _excuse(error, device)
-        del trial
+        del built
         release(device)
 
-    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in trials}
-    begin, patience = time.monotonic(), seconds * len(trials)
+    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in ready}
+    begin, patience = time.monotonic(), seconds * len(ready)
     for round_ in range(WARM_UP + repetitions):
-        for name, trial in list(trials.items()):
+        for name, built in list(ready.items()):
             try:
-                taken = _sample(trial, device, samples[name], clipped=False)
-                samples[name].append((taken, _sample(trial, device, samples[name], clipped=True)))
+                taken = _sample(built, device, samples[name], clipped=False)
+                samples[name].append((taken, _sample(built, device, samples[name], clipped=True)))
             except Exception as error:
                 notes[name] = _excuse(error, device)
-                del trials[name], trial
+                del ready[name], built
                 release(device)
         if round_ + 1 >= WARM_UP + FEWEST and time.monotonic() - begin > patience:
             break
 
-    metrics: dict[str, list[Metric]] = {name: [] for name in trials}
-    for name, trial in trials.items():
+    metrics: dict[str, list[Metric]] = {name: [] for name in ready}
+    for name, built in ready.items():
         try:
-            for metric in _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth):
+            for metric in _metrics(built, device, samples[name][WARM_UP:], errors[name], bandwidth):
                 metrics[name].append(metric)  # one by one, so that earlier metrics stay if a later one fails
         except Exception as error:
             notes[name] = _excuse(error, device)
@@ -138,23 +138,23 @@ def measure(
 
 
 def _sample(
-    trial: Trial, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
+    built: BuiltCandidate, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
 ) -> _Sample:
     """Time one step with new gradients; on CUDA two, since the lead that hides launch latency spoils host time."""
-    work = trial.clipped_step if clipped else trial.optimizer.step
-    renew_gradients(trial)
+    work = built.clipped_step if clipped else built.optimizer.step
+    renew_gradients(built)
     if device.type != "cuda":
         seconds, _ = clock(work, device)
         return _Sample(seconds, seconds, seconds)
     host, wall = wall_clock(work, device)
     usual = min(sample[clipped].host_time for sample in before) if before else host
-    renew_gradients(trial)
+    renew_gradients(built)
     on_device, _ = clock(work, device, lead=min(max(0.01, 2 * usual), 0.5))
     return _Sample(on_device, host, wall)
 
 
 def _metrics(
-    trial: Trial,
+    built: BuiltCandidate,
     device: torch.device,
     samples: Sequence[tuple[_Sample, _Sample]],
     error: float,
@@ -167,29 +167,29 @@ def _metrics(
         for index, name in enumerate(_Sample._fields):
             yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
 
-    moved = bytes_moved(trial)
+    moved = bytes_moved(built)
     yield exact("bytes_moved", "B", moved)
     yield exact("roofline_time", "s", moved / bandwidth)
     yield Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.step_time for s, _ in samples]))
 
-    weights_and_gradients = [t for p in trial.tensors for t in (p, p.grad) if t is not None]
-    state = held_bytes(trial.optimizer, weights_and_gradients)
+    weights_and_gradients = [t for p in built.tensors for t in (p, p.grad) if t is not None]
+    state = held_bytes(built.optimizer, weights_and_gradients)
     yield exact("state_bytes", "B", state)
-    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in trial.tensors))
+    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in built.tensors))
     yield exact("check_error", "bounds", error)
 
-    extra = peak_extra_bytes(trial, device)
+    extra = peak_extra_bytes(built, device)
     if extra is not None:
         yield exact("peak_extra_bytes", "B", extra)
-    projection = projection_time(trial, device)
+    projection = projection_time(built, device)
     if projection is not None:
         each = projection / REFRESH_GAP
         step = Spread.of([sample.step_time for sample, _ in samples]).median
         yield exact("projection_time", "s", projection)
         yield exact("projection_share", "1", each / (each + step))
     for clipped in (False, True):
-        renew_gradients(trial)
-        launches = kernel_launches(trial.clipped_step if clipped else trial.optimizer.step, device)
+        renew_gradients(built)
+        launches = kernel_launches(built.clipped_step if clipped else built.optimizer.step, device)
         if launches is not None:
             yield exact("kernel_launches", "1", launches, clipped)
 

@@ -87,15 +87,15 @@ def _parts_of(run: Run) -> str:
     return f" ({layers} layer{'s' if layers > 1 else ''} of it)" if layers else ""
 
 
-def _codes(runs: Sequence[Run], root: str) -> str:
+def _int8(runs: Sequence[Run], root: str) -> str:
     found = of(runs, "codes")
     if not found:
         return "Nothing is recorded yet: `python -m bench.studies.int8` measures it."
     errors = {(row["moment"], row["power"], row["quantum"]): row["median"] for row in found[0].rows}
-    moments, powers, quanta = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
-    headings = ["power", *(f"`{moment}`, {quantum}" for moment in moments for quantum in quanta)]
+    moments, powers, sizes = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
+    headings = ["power", *(f"`{moment}`, {size}" for moment in moments for size in sizes)]
     rows = [
-        [str(power), *(f"{100 * errors[moment, power, quantum]:.1f} %" for moment in moments for quantum in quanta)]
+        [str(power), *(f"{100 * errors[moment, power, size]:.1f} %" for moment in moments for size in sizes)]
         for power in powers
     ]
     return table(headings, rows)
@@ -149,7 +149,7 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "manyplan": lambda runs, root: example(),
     "quality": _quality,
     "performance": _performance,
-    "codes": _codes,
+    "int8": _int8,
     "precision": _precision,
     "roundings": _roundings,
     "regimes": lambda runs, root: quality.regimes(runs),

@@ -168,10 +168,11 @@ def steps_by_model(run: Run) -> dict[str, list[Case]]:
     return {model: [case for case in found if case.what["model"] == model] for model in models}
 
 
-def aims(run: Run) -> list[str]:
+def targets(run: Run) -> list[str]:
     """Return a paragraph on the project's targets as the run recorded them; empty if it has none."""
-    stated = [f"- {row['note']}" for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
-    return ["Aims, within this run:\n\n" + "\n".join(stated)] if stated else []
+    notes = [row["note"] for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
+    stated = [f"- {note.replace('(aim: ', '(target: ')}" for note in notes]  # older runs say "aim"
+    return ["Targets, within this run:\n\n" + "\n".join(stated)] if stated else []
 
 
 def _optimizers(device: str, runs: Sequence[Run], parts: list[str], plots: list[Plot]) -> None:
@@ -196,7 +197,7 @@ def _optimizer_run(run: Run) -> str:
     for model, found in steps_by_model(run).items():
         parts += [f"**{model_name(model)}**, {setting(run)}:", steps_table(found)]
     parts += _about_machine(run)
-    return "\n\n".join([*parts, *aims(run), origin(run)])
+    return "\n\n".join([*parts, *targets(run), origin(run)])
 
 
 def _about_machine(run: Run) -> list[str]:
@@ -357,7 +358,7 @@ def _kernel_run(run: Run) -> str:
         for case in untimed:
             reasons[case.note] = reasons.get(case.note, 0) + 1
         parts.append("Not timed:\n\n" + "\n".join(f"- {n} cases: {cell(note)}" for note, n in reasons.items()))
-    return "\n\n".join([*parts, *_about_machine(run), *aims(run), origin(run)])
+    return "\n\n".join([*parts, *_about_machine(run), *targets(run), origin(run)])
 
 
 # Host time.

@@ -41,7 +41,7 @@ USED = (
     "GptOssForCausalLM", "GraniteMoeForCausalLM", "LlavaForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
 )  # fmt: skip
-"""Model classes that people train, with their heads."""
+"""Model classes in use, with their heads."""
 
 _LAYERS = re.compile(r"^(n_?layers?|num_blocks|depth)$|layers$|^num_hidden_groups$")
 _NO_LAYERS = re.compile(r"feature|conv|embed|first|dense|shared|kv|skip|drop|up|out|select|cross|every|interval")
@@ -153,7 +153,7 @@ REASONS = frozenset(
         "Linear outside of the repeated blocks",
     }
 )
-"""Why a tensor may be left at level 0, besides a width too narrow and a class that is no Linear."""
+"""Reasons to leave a tensor at level 0, besides too narrow a width and a class other than Linear."""
 
 BETWEEN = re.compile(
     r"\.downsample\.reduction\.|^tdnn\.\d+\.kernel|keypoint_encoder\.encoder\.\d+\.linear|\.patch_embedder\.proj\."

@@ -10,7 +10,7 @@ from tests.architectures import __main__ as architectures
 
 RELEASE, EXPECTED = architectures.expected()
 EVERY = 3
-"""Which part of all architectures is tried; ``python -m tests.architectures`` tries them all."""
+"""One in this many architectures is tested; ``python -m tests.architectures`` tests all of them."""
 
 
 @pytest.mark.skipif(architectures.version() != RELEASE, reason=f"the names are those of transformers {RELEASE}")

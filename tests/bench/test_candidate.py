@@ -31,13 +31,13 @@ def test_right_results_pass_the_check(candidate: Candidate) -> None:
 
 
 def test_clipping_is_part_of_the_timed_step() -> None:
-    trial = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
+    built = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
     steps = []
-    trial.optimizer.register_step_pre_hook(
-        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in trial.tensors))
+    built.optimizer.register_step_pre_hook(
+        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in built.tensors))
     )
-    trial.optimizer.step()
-    trial.clipped_step()
+    built.optimizer.step()
+    built.clipped_step()
     assert steps[0] > 100
     assert steps[1] == pytest.approx(1, rel=1e-4)
 
@@ -62,8 +62,8 @@ def test_clipping_is_part_of_the_timed_step() -> None:
     ids=lambda value: value.name if isinstance(value, Candidate) else str(value),
 )
 def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
-    trial = build(candidate, SHAPES[:1], CPU)
-    assert bytes_moved(trial) == per_parameter * 6 * 16
+    built = build(candidate, SHAPES[:1], CPU)
+    assert bytes_moved(built) == per_parameter * 6 * 16
 
 
 @needs_ptwt

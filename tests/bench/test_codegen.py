@@ -118,7 +118,7 @@ def test_worked_example(promised: list[Row]) -> None:
 
 
 @pytest.fixture(scope="module")
-def coded(run: Run) -> list[Row]:
+def int8_rows(run: Run) -> list[Row]:
     """Rows of int8 moments."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,2,5"),
@@ -128,10 +128,10 @@ def coded(run: Run) -> list[Row]:
     return rows
 
 
-def test_int8_moments_pass_the_gate(coded: list[Row]) -> None:
-    assert [codegen.violations(row) for row in coded] == [[]] * 3 * (6 + 4)
-    assert all(codegen.gated(row) for row in coded)
-    for row in coded:
+def test_int8_moments_pass_the_gate(int8_rows: list[Row]) -> None:
+    assert [codegen.violations(row) for row in int8_rows] == [[]] * 3 * (6 + 4)
+    assert all(codegen.gated(row) for row in int8_rows)
+    for row in int8_rows:
         blocks = max(1, 128 // {"bf16": 16, "fp32": 32}[row["weights"]] >> row["level"])  # per 16 bytes of weights
         assert set(row["loads"]["m"]) == set(row["loads"]["v"]) == {str(8 * blocks)}
         stored = dict.fromkeys(["p", "m", "v", "m_scale", "v_scale", *["low"] * (row["rounding"] == "split")], 1)
@@ -151,9 +151,9 @@ def test_int8_moments_pass_the_gate(coded: list[Row]) -> None:
     ],
 )
 def test_each_promise_of_int8_moments_can_be_broken(
-    coded: list[Row], message: str, change: Callable[[Row], object]
+    int8_rows: list[Row], message: str, change: Callable[[Row], object]
 ) -> None:
-    row = copy.deepcopy(next(r for r in coded if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
+    row = copy.deepcopy(next(r for r in int8_rows if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
     change(row)
     assert [text for text in codegen.violations(row) if text.startswith(message)]
 

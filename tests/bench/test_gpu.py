@@ -42,7 +42,7 @@ class Driver:
         self.out = folder / "results"
         self.scripts = {part: [FINE] for part in PARTS}
         self.minutes: dict[str, float] = {}
-        self.begun: dict[str, bool] = {}
+        self.resumed: dict[str, bool] = {}
         """Whether a part found a checkpoint."""
         monkeypatch.setattr(gpu, "ROOT", folder)
         monkeypatch.setattr(gpu, "fingerprint", lambda: "these")
@@ -52,7 +52,7 @@ class Driver:
     def _commands(self, part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
         self.minutes[part] = minutes
         assert folder.is_relative_to(gpu.ROOT / "runs")
-        self.begun[part] = (folder / "checkpoint").exists()
+        self.resumed[part] = (folder / "checkpoint").exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoint").touch()
         return [["-c", script] for script in self.scripts[part]]
@@ -119,12 +119,12 @@ def test_a_finished_part_runs_again_only_if_named(driver: Driver, capsys: pytest
 def test_a_part_resumes_until_it_has_finished(driver: Driver) -> None:
     driver.scripts["quality"] = ["raise SystemExit(3)"]
     driver("--parts", "quality")
-    assert not driver.begun["quality"]
+    assert not driver.resumed["quality"]
     driver.scripts["quality"] = [FINE]
     driver("--parts", "quality")
-    assert driver.begun["quality"]
+    assert driver.resumed["quality"]
     driver("--parts", "quality")
-    assert not driver.begun["quality"]
+    assert not driver.resumed["quality"]
 
 
 def test_parts_are_unfinished_for_other_sources(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

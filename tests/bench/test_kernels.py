@@ -44,7 +44,7 @@ def step(
     return Case("step_limiter" if limited else "step", shape, level, data, SINGLE)
 
 
-def coded(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
+def quantized(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
     return step(level, limited=limited, shape=shape, data=HALF)._replace(moments=torch.int8)
 
 
@@ -103,9 +103,9 @@ def test_columns_of_rows(tmp_path: Path) -> None:
         (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks a row, the last one of one element
         (step(1, shape=(2, 3, 8))._replace(moments=HALF), 2 * 192 + 96, 3 * 192 + 2 * 96),
         # int8 moments, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
-        (coded((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
-        (coded((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
-        (coded((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
+        (quantized((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
+        (quantized((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
+        (quantized((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
         # rows of 37 have bands of 10, 10 and 19
         (Case("haar_dwt", (5, 37), 2, SINGLE, None), 4 * 5 * (37 + 39), 4 * 5 * (37 + 39)),
         (Case("haar_idwt", (6, 16), 3, HALF, None), 2 * 2 * 96, 2 * 2 * 96),
@@ -179,7 +179,7 @@ def error_of(case: Case, device: torch.device = CPU, backend: Any = None) -> flo
 def test_chunks_of_the_comparison_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
         step(limited=True, shape=(7, 37), data=HALF),
-        coded((70, 37), limited=True),
+        quantized((70, 37), limited=True),
         Case("haar_idwt", (7, 37), 2, SINGLE, None),
     ]
     whole = [error_of(case) for case in cases]

@@ -11,11 +11,11 @@ from tests.support.candidates import CPU, SHAPES, SINGLE
 
 
 def test_held_bytes() -> None:
-    trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
-    (p,) = trial.tensors
+    built = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
+    (p,) = built.tensors
     moments_and_scalars = 2 * 5 * 10 * 4 + 8 + 4  # moments of ceil(37/4) columns; step and limiter norm
-    assert held_bytes(trial.optimizer, [p, p.grad]) == moments_and_scalars
-    assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
+    assert held_bytes(built.optimizer, [p, p.grad]) == moments_and_scalars
+    assert held_bytes(built.optimizer, [p]) >= moments_and_scalars
 
 
 def test_held_bytes_of_tensor_subclasses() -> None:
@@ -23,14 +23,14 @@ def test_held_bytes_of_tensor_subclasses() -> None:
         """A tensor that claims 4 bytes an element and holds one, like quantized states."""
 
         @staticmethod
-        def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=SINGLE)
+        def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=SINGLE)
 
-        def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
-            self.codes, self.scale = codes, scale
+        def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+            self.values, self.scale = values, scale
 
         def __tensor_flatten__(self) -> tuple[list[str], None]:
-            return ["codes", "scale"], None
+            return ["values", "scale"], None
 
         @classmethod
         def __torch_dispatch__(cls, *_: object) -> None:

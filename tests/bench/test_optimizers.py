@@ -38,9 +38,9 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
     printed = capsys.readouterr().out
     assert "times as fast as the ptwt step" in printed
-    assert "aim: at least 10" in printed
+    assert "target: at least 10" in printed
     assert "times as long as AdamW(foreach=False)" in printed
-    assert "aim: at most 1.2" in printed
+    assert "target: at most 1.2" in printed
 
     (path,) = out.iterdir()
     _, rows = records.read(path)

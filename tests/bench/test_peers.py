@@ -168,16 +168,16 @@ class Projector:
 
 
 def test_projections_are_read_only_state_with_a_timed_renewal() -> None:
-    trial = build(like(lambda groups: AdamW(groups)), [*SHAPES, SHAPES[0]], CPU)
-    assert projection_time(trial, CPU) is None
-    moved, held = bytes_moved(trial), held_bytes(trial.optimizer.state)
-    first, twin = trial.tensors[0], trial.tensors[-1]
+    built = build(like(lambda groups: AdamW(groups)), [*SHAPES, SHAPES[0]], CPU)
+    assert projection_time(built, CPU) is None
+    moved, held = bytes_moved(built), held_bytes(built.optimizer.state)
+    first, twin = built.tensors[0], built.tensors[-1]
     projectors = [Projector(), Projector()]
     for p, projector in zip((first, twin), projectors, strict=True):
-        trial.optimizer.state[p]["projector"] = projector
-    once = projection_time(trial, CPU)
+        built.optimizer.state[p]["projector"] = projector
+    once = projection_time(built, CPU)
     assert once is not None
     assert once > 0
     assert [projector.renewals for projector in projectors] == [2, 0]  # both have one shape
-    assert bytes_moved(trial) - moved == 2 * 30 * 4
-    assert held_bytes(trial.optimizer.state) - held == 2 * 30 * 4
+    assert bytes_moved(built) - moved == 2 * 30 * 4
+    assert held_bytes(built.optimizer.state) - held == 2 * 30 * 4

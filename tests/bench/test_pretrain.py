@@ -251,7 +251,7 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
 
 SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {"sweep_demo_warmup10.json": {"gwt3"}, "sweep_demo_warmup10_clipped.json": {"gwt3"}}
-"""Optimizers that a regime's sweep was given up on; docs/traps.md quotes no loss of theirs."""
+"""Optimizers whose sweep under a regime was abandoned; docs/traps.md quotes no loss of theirs."""
 
 
 @pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)

@@ -72,7 +72,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
         in speed
     )
     assert "- APOLLO, bf16: apollo_torch is not installed" in speed
-    assert "1.75 (aim: at least 1.7, met)" in speed
+    assert "1.75 (target: at least 1.7, met)" in speed
     assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed

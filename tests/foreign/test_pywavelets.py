@@ -23,7 +23,7 @@ pytest.importorskip("pywt.tests.test_multilevel", reason="needs the tests that P
 HAAR = pywt.Wavelet("haar").filter_bank
 NAMES = ["haar", "db1", "bior1.1"]  # all have those filters
 DTYPES = {"f2": np.float32, "f4": np.float32, "f8": np.float64, "i1": np.float64, "i8": np.float64}
-"""What PyWavelets computes in; complex numbers are two real ones, and all else is left to it."""
+"""Dtypes in which PyWavelets computes; complex numbers are two real ones, and other dtypes are left to it."""
 THEIRS = {
     "dwt": _dwt.dwt,
     "idwt": _dwt.idwt,
@@ -151,7 +151,7 @@ OF_NUMBERS = {
         wavelet_packet_axes
     """,
 }
-"""Tests that a transform which is wrong by a thousandth fails, by module; without their prefix, ``test_``."""
+"""Tests that fail for a transform wrong by a thousandth, by module; without their prefix, ``test_``."""
 
 OF_KINDS = {
     "test_concurrent": "concurrent_wavedec concurrent_dwt",

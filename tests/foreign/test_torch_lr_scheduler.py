@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=[0.05, 0.01], anneal_epochs=5),
 }
 LOSSES = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
-"""What ReduceLROnPlateau is told: falling, then not, twice."""
+"""Losses for ReduceLROnPlateau: falling, then not, twice."""
 SHAPES = [(4, 8), (5,)]
 
 each_scheduler = pytest.mark.parametrize("name", SCHEDULERS)

@@ -32,13 +32,13 @@ def _both(m_ptr, v_ptr, bits_ptr, out_ptr, N: tl.constexpr, Q: tl.constexpr):
     i = tl.arange(0, N)
     j = tl.arange(0, N // Q)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
-    codes, scales = quantized.kernel_encode_first(tl.load(m_ptr + i), bits, Q, N)
-    tl.store(out_ptr + i, codes.to(tl.float32))
-    tl.store(out_ptr + N + i, quantized.kernel_decode_first(codes, scales, Q, N))
+    values, scales = quantized.kernel_encode_first(tl.load(m_ptr + i), bits, Q, N)
+    tl.store(out_ptr + i, values.to(tl.float32))
+    tl.store(out_ptr + N + i, quantized.kernel_decode_first(values, scales, Q, N))
     tl.store(out_ptr + 4 * N + j, scales)
-    codes, scales = quantized.kernel_encode_second(tl.load(v_ptr + i), bits, Q, N)
-    tl.store(out_ptr + 2 * N + i, codes.to(tl.float32))
-    tl.store(out_ptr + 3 * N + i, quantized.kernel_decode_second(codes, scales, Q, N))
+    values, scales = quantized.kernel_encode_second(tl.load(v_ptr + i), bits, Q, N)
+    tl.store(out_ptr + 2 * N + i, values.to(tl.float32))
+    tl.store(out_ptr + 3 * N + i, quantized.kernel_decode_second(values, scales, Q, N))
     tl.store(out_ptr + 4 * N + N // Q + j, scales)
 
 
@@ -79,8 +79,8 @@ def test_both_backends_quantize_alike(level):
 @triton.jit
 def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    codes = quantized.kernel_first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
-    tl.store(out_ptr + i, codes.to(tl.int8))
+    values = quantized.kernel_first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
+    tl.store(out_ptr + i, values.to(tl.int8))
 
 
 @needs_kernels_here
@@ -95,8 +95,8 @@ def test_rounding_never_changes_the_sign():
     assert out.tolist() == [127] * len(bits)
     largest = torch.full((256,), 3.0).copysign(torch.tensor([1.0, -1.0]).repeat(128))
     for drawn in (0, 65535):
-        codes, _ = quantized.encode_first(largest, torch.full((256,), drawn), 2)
-        assert torch.equal(codes, largest.sign().mul(127).to(torch.int8))
+        values, _ = quantized.encode_first(largest, torch.full((256,), drawn), 2)
+        assert torch.equal(values, largest.sign().mul(127).to(torch.int8))
 
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
@@ -106,8 +106,8 @@ def test_the_mean_over_all_noise_is_the_exact_value(encode, decode):
     values = torch.linspace(0.002, 1.0, n, dtype=torch.float64).float()
     total = torch.zeros(n, dtype=torch.float64)
     for bits in range(0, 65536, 16):
-        codes, scales = encode(values, torch.full((n,), bits), 0)
-        total += decode(codes, scales, 0).double()
+        stored, scales = encode(values, torch.full((n,), bits), 0)
+        total += decode(stored, scales, 0).double()
     mean = total / (65536 / 16)
     assert float(((mean - values.double()) / values.double()).abs().max()) < 2e-3
     nearest, scales = encode(values, torch.full((n,), 32768), 0)
@@ -120,20 +120,20 @@ def test_the_stored_value_is_a_neighbour(encode, decode):
     x = m if encode is quantized.encode_first else v
     lowest, scales = encode(x, torch.zeros_like(bits), 2)
     highest, _ = encode(x, torch.full_like(bits, 65535), 2)
-    codes, _ = encode(x, bits, 2)
-    assert bool(((codes == lowest) | (codes == highest)).all())
+    values, _ = encode(x, bits, 2)
+    assert bool(((values == lowest) | (values == highest)).all())
     # Every draw lies between those of the least and the most noise, which are at most one step apart.
     assert int((highest.int() - lowest.int()).abs().max()) <= 1
-    assert torch.equal(decode(codes, scales, 2)[x == 0], x[x == 0])
-    assert bool((decode(codes, scales, 2)[:128] == 0).all())
+    assert torch.equal(decode(values, scales, 2)[x == 0], x[x == 0])
+    assert bool((decode(values, scales, 2)[:128] == 0).all())
 
 
 def test_a_small_second_moment_never_becomes_zero():
     v = torch.full((128,), 1e-20)
     v[0] = 1.0
-    codes, scales = quantized.encode_second(v, torch.full((128,), 65535), 2)
-    assert int(codes.min()) == 1
-    assert float(quantized.decode_second(codes, scales, 2).min()) > 0
+    values, scales = quantized.encode_second(v, torch.full((128,), 65535), 2)
+    assert int(values.min()) == 1
+    assert float(quantized.decode_second(values, scales, 2).min()) > 0
 
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])

@@ -253,9 +253,9 @@ def test_int8_is_rounded_to_nearest(level):
     new = taken.state[parameters_of(taken)[0]]
     assert (new["exp_avg"].dtype, new["exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
     for key, decode, low in (("exp_avg", decode_first, -127), ("exp_avg_sq", decode_second, 0)):
-        exact, codes, scales = state[key].double(), new[key].int(), new[f"{key}_scale"]
-        got = (decode(codes, scales, level).double() - exact).abs()
-        for other in (codes - 1, codes + 1):
+        exact, values, scales = state[key].double(), new[key].int(), new[f"{key}_scale"]
+        got = (decode(values, scales, level).double() - exact).abs()
+        for other in (values - 1, values + 1):
             inside = (other >= low) & (other <= (127 if low else 255)) & ~((low == 0) & (other == 0))
             error = (decode(other, scales, level).double() - exact).abs()
             allowed = 1e-6 * exact.abs() + exact.abs().max() * (2e-9 if low else 5e-10)  # the encoder's integers

@@ -340,7 +340,7 @@ REFUSED = {
         lambda: (spoilt("exp_avg", lambda x: x.half()), {}),
         (W, "float16", "float32"),
     ),
-    "codes without scales": (wider, lambda: (spoilt("exp_avg", lambda x: x.to(torch.int8)), {}), (W, "scale")),
+    "int8 without scales": (wider, lambda: (spoilt("exp_avg", lambda x: x.to(torch.int8)), {}), (W, "scale")),
     "scales cut short": (
         wider,
         lambda: (spoilt("exp_avg_scale", lambda x: x[:-1], state_dtype="int8"), {}),

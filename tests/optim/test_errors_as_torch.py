@@ -57,9 +57,9 @@ PAIRS: list[Any] = [
     *((torch.tensor(0.9), torch.tensor(0.99)), (np.float64(0.9), 0.5)),
 ]
 STRICTER = {"inf", "True", "an integer of many digits", "a meta tensor"}
-"""What AdamW's constructor takes, or stumbles over, and GWTAdamW refuses by name."""
+"""Values that AdamW's constructor accepts, or fails on by accident, and GWTAdamW refuses by name."""
 CHOSEN = (TypeError, ValueError)
-"""What AdamW raises on purpose; others come from whatever operator meets the value first."""
+"""Errors that AdamW raises on purpose; others come from the first operator that gets the value."""
 
 
 def weights() -> list[nn.Parameter]:
