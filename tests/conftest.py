@@ -1,5 +1,6 @@
 """Configuration of the test run: the device of Triton's kernels, and visible skips of GPU tests."""
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose between Triton's interpreter and compiled kernels, before a test module imports Triton."""
     if not plugin.configure(config) and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Exclude imported modules and collected tests from garbage collection, which takes 0.2 s with them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

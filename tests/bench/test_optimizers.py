@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.common import records
+from bench.common.measure import copy_bandwidth
 from bench.optimizers import __main__ as optimizers
 from bench.optimizers.candidate import adamw, gwt
 from tests.support import pretraining
@@ -17,6 +19,12 @@ from tests.support.candidates import HALF, SINGLE, ScaledWrong, needs_ptwt
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> str:
     return str(pretraining.tiny_model(tmp_path, num_hidden_layers=2))
+
+
+@pytest.fixture(autouse=True)
+def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the bandwidth on little memory."""
+    monkeypatch.setattr(optimizers, "copy_bandwidth", partial(copy_bandwidth, size=1 << 20))
 
 
 @needs_ptwt
