@@ -26,6 +26,7 @@ from bench.codegen.variant import Variant
 from bench.codegen.variants import TARGETS, variants
 from bench.common import records
 from gwt_kernels.backends.triton import haar_launch, launch, step
+from tests.ptx.plugin import CACHE
 
 Row = dict[str, Any]
 Run = Callable[..., tuple[int, list[Row], str]]
@@ -35,7 +36,7 @@ Run = Callable[..., tuple[int, list[Row], str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a function that runs the command in a new process, since this process interprets kernels.
 
-    Triton's cache starts empty. Workers of one test run share their results.
+    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def command(*arguments: str) -> tuple[int, list[Row], str]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
+        environment["TRITON_CACHE_DIR"] = str(CACHE)
         name = hashlib.sha256(" ".join(arguments).encode()).hexdigest()
         path, out = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}"
         with open(folder / "codegen_lock", "w") as lock:

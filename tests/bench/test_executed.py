@@ -29,6 +29,7 @@ from bench.kernels import cases as kernel_cases
 from bench.report.executed import CLASSES as SHOWN
 from bench.report.executed import bound
 from tests.ptx.counts import CLASSES
+from tests.ptx.plugin import CACHE
 
 Row = dict[str, Any]
 
@@ -40,7 +41,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
+    environment["TRITON_CACHE_DIR"] = str(CACHE)
     done, out = folder / "executed_done.json", folder / "executed"
     with open(folder / "executed_lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -254,11 +254,12 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     references = runs.parameters([shape for shape, _, _ in layouts])
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=True)]
     options: dict[str, Any] = {"lr": 0.01, "level": 2, "backend": "triton", "skip_nonfinite": True}
-    both = [GWTAdamW(own, **options) for own in (params, references)]
+    # A reference on the torch backend is independent of the kernels, and quicker than Triton's interpreter.
+    both = [GWTAdamW(params, **options), GWTAdamW(references, **options | {"backend": "torch"})]
     read = mock.Mock(wraps=control_launch.squares)
-    for t in range(7):
+    for t in range(5):
         runs.give_gradients(references, t, factor=(0.5, 1.0, 4.0)[t % 3])
-        if t in (1, 4):  # in one element, on one process, or in the whole tensor, on all processes
+        if t in (1, 3):  # in one element, on one process, or in the whole tensor, on all processes
             references[0 if t == 1 else -1].grad[-1, -1] = math.nan
         for p, r in zip(params, references, strict=True):
             g = r.grad.clone()
@@ -266,14 +267,13 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
             p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if sharded else g
         with interpreter.like_a_gpu(), mock.patch.object(control_launch, "squares", read):
             both[0].step()
-        with interpreter.like_a_gpu():
-            both[1].step()
+        both[1].step()
         assert torch.allclose(both[0].grad_norm, both[1].grad_norm, rtol=1e-6, equal_nan=True), (n, t)
-        assert float(both[0].skipped_steps) == float(both[1].skipped_steps) == (t >= 1) + (t >= 4)
+        assert float(both[0].skipped_steps) == float(both[1].skipped_steps) == (t >= 1) + (t >= 3)
     if grid is None or dist.get_rank() == 0:  # the others may hold replicas, which they need not check
         assert not any(g.numel() for call in read.call_args_list for g in call.args[0]), "gradients were read again"
     for p, r, layout in zip(params, references, layouts, strict=True):
         own, expected = both[0].state[p], both[1].state[r]
-        assert float(own["step"]) == float(expected["step"]) == 5, layout
+        assert float(own["step"]) == float(expected["step"]) == 3, layout
         for x, y in [(p.detach(), r.detach()), *((own[key], expected[key]) for key in expected)]:
             torch.testing.assert_close(whole(x), y, rtol=1e-5, atol=1e-6)
