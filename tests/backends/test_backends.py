@@ -231,7 +231,7 @@ BLOCK = (
 )
 
 
-def test_without_triton_and_pywavelets_the_package_works_and_says_what_is_missing():
+def test_without_triton_and_pywavelets_the_package_works_and_names_what_is_missing():
     code = "BLOCKED = ('triton', 'pywt')\n" + BLOCK + "attempt(); attempt(backend='torch'); "
     code += "attempt(backend='triton'); attempt(wavelet='db2')"
     assert python(code, TRITON_INTERPRET="1") == [

@@ -225,7 +225,7 @@ def test_rare_branches_of_machine_code_are_not_counted(monkeypatch: pytest.Monke
         ("--gate", "add --executed"),
     ],
 )
-def test_what_cannot_be_executed_is_refused(
+def test_variants_that_cannot_be_executed_are_refused(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

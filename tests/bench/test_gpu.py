@@ -91,7 +91,7 @@ def test_every_part_in_order(driver: Driver, capfd: pytest.CaptureFixture[str]) 
     assert "quality: finished (" in shown
 
 
-def test_each_part_has_its_share_of_what_is_left(driver: Driver) -> None:
+def test_each_part_gets_its_share_of_the_remaining_time(driver: Driver) -> None:
     driver("--minutes", "9")
     whole = 9 - gpu.GRACE / 60
     assert driver.minutes["correctness"] == pytest.approx(0.35 * whole, rel=0.01)
@@ -300,7 +300,7 @@ def test_commands_use_known_options(device: str, tmp_path: Path) -> None:
         assert all((gpu.ROOT / word).exists() for word in words if word.startswith("tests"))
 
 
-def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_kernels_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., list[list[str]]] = gpu.commands
 
     def fewer(*arguments: Any) -> list[list[str]]:

@@ -357,7 +357,7 @@ def test_a_missing_device_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row["note"] == "no device: PyTorch finds no cuda:0 here, so nothing was measured"
 
 
-def test_an_interruption_keeps_what_was_measured(
+def test_an_interrupted_run_keeps_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original, calls = kernels.measure, 0

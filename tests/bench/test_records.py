@@ -29,7 +29,7 @@ def test_a_missing_file_has_no_rows(tmp_path):
     assert records.rows_of(tmp_path / "none.json", "kernels") == []
 
 
-def test_a_row_that_json_cannot_hold_leaves_the_record_as_it_was(tmp_path):
+def test_a_row_that_json_cannot_represent_changes_nothing(tmp_path):
     path = tmp_path / "r.json"
     records.append(path, "kernels", [{"a": 1}])
     with pytest.raises(ValueError, match="JSON"):

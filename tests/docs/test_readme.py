@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_memory_table_is_what_the_script_prints() -> None:
+def test_memory_table_equals_the_output_of_the_script() -> None:
     from bench.memory import memory_table
 
     assert re.search(r"<!-- memory -->\n(.*)\n<!-- /memory -->", README, re.DOTALL).group(1) == memory_table()

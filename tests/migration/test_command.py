@@ -208,7 +208,7 @@ def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
     assert len(read(out)["state"]) == len(list(trained.model.parameters()))
 
 
-def test_as_a_command(trained, tmp_path):
+def test_command_in_a_new_process(trained, tmp_path):
     checkpoint = file_of(tmp_path, trained.state)
     command = [sys.executable, "-m", "gwt_kernels", "migrate", str(checkpoint), "--config", str(trained.config)]
     done = subprocess.run(

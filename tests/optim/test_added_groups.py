@@ -162,7 +162,7 @@ def test_one_matrix_flattened_is_refused():
         optimizer.step()
 
 
-def test_one_dimensional_views_are_told_from_buffers():
+def test_one_dimensional_views_are_no_flat_buffers():
     base = torch.randn(10, 2)
     GWTAdamW([nn.Parameter(base[..., 0])], level=1)
     column = nn.Parameter(torch.randn(10, 2)[..., 1])

@@ -147,7 +147,9 @@ def test_bad_options_are_refused_by_add_param_group(option, value, error, words)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @bad
-def test_options_made_bad_in_mid_run_are_refused_and_the_run_goes_on(backend, device, option, value, error, words):
+def test_options_made_bad_in_mid_run_are_refused(
+    backend, device, option, value, error, words
+):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     for group in optimizer.param_groups if (option, value) == ("level", 1.0) else ():
@@ -161,7 +163,7 @@ def test_options_made_bad_in_mid_run_are_refused_and_the_run_goes_on(backend, de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_after_a_refused_step_the_run_goes_on(backend, device):
+def test_the_run_continues_after_a_refused_step(backend, device):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     assert checked_step(optimizer) == 3

@@ -217,11 +217,11 @@ def test_hooks_run_in_torchs_order_and_the_checks_see_their_result():
         first = {**state_dict["state"][0], "exp_avg": state_dict["state"][0]["exp_avg"] / 2}
         return {**state_dict, "state": {**state_dict["state"], 0: first}}
 
-    def look(_, state_dict):
+    def inspect(_, state_dict):
         calls.append("pre 2")
         assert torch.equal(state_dict["state"][0]["exp_avg"], saved.state[used(saved)[0]]["exp_avg"] / 2)
 
-    loaded.register_load_state_dict_pre_hook(look)
+    loaded.register_load_state_dict_pre_hook(inspect)
     handle = loaded.register_load_state_dict_pre_hook(halve, prepend=True)
     loaded.register_load_state_dict_post_hook(lambda o: calls.append(f"post {len(o.state)}"))
     loaded.load_state_dict(saved.state_dict())

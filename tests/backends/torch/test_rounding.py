@@ -250,7 +250,7 @@ def test_rounding_of_strided_tensors(dtype):
 # Split weights -------------------------------------------------------------------------------------------
 
 
-def test_two_halves_are_the_whole_to_the_bit():
+def test_split_and_joined_float32_is_unchanged():
     x = patterns(100_000, seed=3)
     weight, low = split_low(x)
     assert (weight.dtype, low.dtype) == (torch.bfloat16, torch.int16)

@@ -77,7 +77,7 @@ def test_a_limiter_for_some_tensors_only_is_refused(backend, name, change, words
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda x: x[:1].clone()])
-def test_moments_swapped_under_the_optimizer_are_noticed(change: Any, device: torch.device) -> None:
+def test_replaced_moments_are_validated_again(change: Any, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(64, 32, device=device))
     optimizer = GWTAdamW([p], backend="triton")
     for _ in range(2):

@@ -160,7 +160,7 @@ def test_tensors_that_do_not_fit_are_refused(device, name, change, message):
     assert all(map(torch.equal, before, bucket.results()))
 
 
-def test_what_was_refused_once_is_refused_again(device):
+def test_refused_tensors_are_refused_again(device):
     """A failed check is not cached."""
     workspace = {}
     bucket = Bucket([(4, 16)], 2, device=device)
