@@ -1,4 +1,4 @@
-"""The optimizers a comparison may name, built on equal terms, and the state each will hold."""
+"""The optimizers of a comparison, built on equal terms, and the state each will hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STATE_DTYPES = {None: None, "bf16": "bfloat16", "int8": "int8"}
 
 
 def check_name(name: str) -> str:
-    """Return `name`, or raise a `ValueError` that says which there are."""
+    """Return `name`, or raise a `ValueError` that lists the known names."""
     if name not in ("adamw", *low_rank.NAMES) and not _OWN.fullmatch(name):
         known = ", ".join(("adamw", *low_rank.NAMES))
         raise ValueError(
@@ -32,13 +32,13 @@ def check_name(name: str) -> str:
 
 
 def level_of(name: str) -> int | None:
-    """Levels of the transform: 0 for AdamW and Muon, None for optimizers that know none."""
+    """Return the levels of the transform: 0 for AdamW and Muon, None for optimizers without one."""
     found = _OWN.fullmatch(name)
     return int(found[2]) if found else (0 if name == "adamw" else None)
 
 
 def swept_name(name: str) -> str:
-    """Whose sweep serves an optimizer: how numbers are stored is not tuned for."""
+    """Return the optimizer whose sweep applies: storage dtypes are not swept."""
     found = _OWN.fullmatch(name)
     return name if found is None else f"{found[1]}{found[2]}"
 
@@ -54,7 +54,7 @@ def build_optimizer(
     projection_gap: int | None = None,
     momentum: float | None = None,
 ) -> Optimizer:
-    """The optimizer called `name` over the parameters of `model`.
+    """Build the optimizer called `name` over the parameters of `model`.
 
     Args:
         name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, `foam2` for the folded rule, with
@@ -64,7 +64,7 @@ def build_optimizer(
         model: Its attention and MLP matrices are what GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
-            knob as a learning rate of `lr * scale` for the same matrices, so that neither has one more.
+            option as a learning rate of `lr * scale` for the same matrices, so that both have equally many.
         weight_decay: Decoupled weight decay, scaled like `torch.optim.AdamW`'s by each group's own rate.
         betas: Decay rates of the two moments.
         momentum: Muon's; None for its default.
@@ -72,7 +72,7 @@ def build_optimizer(
 
     Raises:
         ModuleNotFoundError: The optimizer's package is not installed.
-        ValueError: `name` is none of the known ones.
+        ValueError: `name` is unknown.
     """
     if name in low_rank.NAMES:
         return low_rank.build(
@@ -115,7 +115,7 @@ def build_optimizer(
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of state `optimizer` will hold after its first step, from shapes and options alone."""
+    """Predict the bytes of state of `optimizer` after its first step, from shapes and options alone."""
     if not low_rank.is_low_rank(optimizer):
         return planned_state_bytes(optimizer)
     groups = optimizer.param_groups
@@ -123,7 +123,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 
 
 def measured_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the tensors `optimizer` really holds: their own elements, whoever owns the storage."""
+    """Count the bytes of the tensors in the state of `optimizer`: their own elements, not their storages."""
 
     def held(values: Iterable[Any]) -> Iterable[torch.Tensor]:
         for value in values:
