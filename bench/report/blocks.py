@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
-from bench.report import performance, quality
+from bench.report import brief, performance, quality
 from bench.report.markdown import figure, model_name, optimizer_name, setting, slug, table
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
@@ -69,6 +69,19 @@ def _performance(runs: Sequence[Run], root: str) -> str:
     if not run.cuda:
         parts.append("No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine.")
     return "\n\n".join(parts)
+
+
+def _speed(runs: Sequence[Run], root: str) -> str:
+    shown = next(_timed(runs), None)
+    if shown is None:
+        return "Nothing is timed yet: `python -m bench.optimizers` does it."
+    run, model, found = shown
+    return brief.speed(run, model, performance._plain(found))
+
+
+def _tradeoff(runs: Sequence[Run], root: str) -> str:
+    shown = next((c for c in quality.comparisons(runs) if c.preset == "cpu"), None)
+    return quality.NOTHING if shown is None else quality.tradeoff(shown.plain, root)
 
 
 def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
@@ -149,6 +162,8 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "manyplan": lambda runs, root: example(),
     "quality": _quality,
     "performance": _performance,
+    "speed": _speed,
+    "tradeoff": _tradeoff,
     "int8": _int8,
     "precision": _precision,
     "roundings": _roundings,

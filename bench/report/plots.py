@@ -164,6 +164,33 @@ def _losses(data: Any) -> Figure:
     return figure
 
 
+def _tradeoff(data: Any) -> Figure:
+    """Draw held-out loss over bytes of state per parameter; `data`: points of label, loss, low, high, bytes, ms."""
+    figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    longest = max((point["ms"] or 0.0 for point in data), default=0.0) or 1.0
+    for i, point in enumerate(data):
+        look: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i // len(COLOURS) % len(MARKERS)],
+        }
+        size = 4.0 + 9.0 * math.sqrt((point["ms"] or 0.0) / longest)
+        axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
+        face = look["color"] if point["own"] else "white"
+        axes.plot(
+            point["bytes"], point["loss"], linestyle="none", markersize=size, markerfacecolor=face, alpha=0.85,
+            label=point["label"], **look,
+        )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_xlabel("bytes of optimizer state per parameter")
+    axes.set_ylabel("held-out loss, nats per token")
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right upper", title="filled: gwt_kernels")
+    for handle in legend.legend_handles:
+        handle.set_markersize(6)  # type: ignore[union-attr]
+    return figure
+
+
 def _sweeps(data: Any) -> Figure:
     """Draw held-out loss by learning rate, a line per scale, a panel per optimizer; `data`: panels of title and
     lines.
@@ -230,4 +257,5 @@ KINDS: dict[str, Callable[[Any], Figure]] = {
     "roofline": _roofline,
     "losses": _losses,
     "sweeps": _sweeps,
+    "tradeoff": _tradeoff,
 }

@@ -135,6 +135,14 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         if names := [_name(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
         parts.append(origin(comparison.last))
+    chosen = next((c for c in compared if c.preset == "cpu"), None)
+    if chosen is not None and (drawn := chart(chosen.plain)):
+        plots += drawn
+        parts[2:2] = [
+            "## Memory or a better model?",
+            TRADEOFF,
+            figure("Held-out loss over bytes of state", CHART),
+        ]
     parts += ["## Sweeps", SWEEPS]
     sweeps = of(runs, "sweep")
     if not sweeps:
@@ -153,6 +161,13 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 STORED_OTHERWISE = """\
 The same by how moments and weights are stored, at the rule's and level's own settings, which were not tuned again:
 held-out loss, ± over three seeds, one seed where no ± stands."""
+
+CHART = "loss_over_state"
+
+TRADEOFF = """\
+Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
+is the mean over seeds, its line reaches from the lowest to the highest; the larger the mark, the longer a step
+took."""
 
 SWEEPS = """\
 Each optimizer is tried at a grid of learning rate and scale, under one seed; the best setting of each is then
@@ -256,6 +271,55 @@ def final_table(comparison: Comparison) -> str:
     }
     made = table([*headings, "optimizer step, ms"], lines)
     return made + ("\n\nNot finished:\n\n" + "\n".join(notes) if notes else "")
+
+
+def _points(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return loss, state and time of a step by optimizer, the lowest loss first."""
+    points = []
+    for chosen, losses in final_losses(comparison).items():
+        rows = {metric: row for (s, metric), row in comparison.others.items() if s == chosen}
+        state = next((rows[metric]["median"] for metric in STATE if metric in rows), None)
+        size = next(
+            (r["parameters"] for s in comparison.runs[chosen].values() for r in s if r.get("parameters")), None
+        )
+        if not losses or state is None or size is None:
+            continue
+        points.append(
+            {
+                "label": optimizer_name(chosen.optimizer),
+                "own": variant(chosen.optimizer) is not None,
+                "loss": mean(losses),
+                "low": min(losses),
+                "high": max(losses),
+                "bytes": state / size,
+                "ms": next((rows[m]["median"] for m in STEP if m in rows and rows[m]["median"]), None),
+                "spread": with_spread(losses),
+            }
+        )
+    return sorted(points, key=lambda point: point["loss"])
+
+
+def chart(comparison: Comparison) -> list[Plot]:
+    """Return the chart of held-out loss over state, one point an optimizer; none without results."""
+    points = _points(comparison)
+    return [Plot(CHART, "tradeoff", points)] if len(points) > 1 else []
+
+
+def tradeoff(comparison: Comparison, root: str) -> str:
+    """Return the optimizers of a preset, the lowest loss first, and the chart."""
+    points = _points(comparison)
+    rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in points]
+    sizes = {
+        r["parameters"] for s in comparison.runs.values() for x in s.values() for r in x if r.get("parameters")
+    }
+    steps = max(rows_[-1].get("step") or 0 for s in comparison.runs.values() for rows_ in s.values())
+    size = f"{max(sizes) / 1e6:.2f}M parameters, " if sizes else ""
+    words = f"{size}{steps} steps, preset `{comparison.preset}`, {comparison.device}, {comparison.last.date[:10]}"
+    made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
+    parts = [f"{words}, mean ± standard deviation over seeds:", made]
+    if len(points) > 1:
+        parts.append(figure("Held-out loss over bytes of optimizer state per parameter", CHART, root))
+    return "\n\n".join(parts)
 
 
 def storage_table(comparison: Comparison) -> str:
