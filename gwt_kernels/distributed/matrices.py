@@ -286,7 +286,6 @@ class _Batch:
         workspace_bytes: int,
     ) -> None:
         self._peers, self._params, self._newton_schulz = peers, params, newton_schulz
-        self._workspace_bytes = workspace_bytes
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
@@ -336,8 +335,9 @@ class _Batch:
         self._runs = _runs([x for x in self._wholes if x not in self._cut], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
-        held = sum(unit.nbytes for unit, _, is_held, _ in self._wholes if is_held)
-        self.computing_bytes = min(batch.needed[own], workspace_bytes) - held
+        taken = sum(unit.nbytes for unit, *_ in self._wholes)
+        self._temporary_bytes = min(batch.needed[own], workspace_bytes) - taken
+        self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
         self.sent_bytes = (sum(self._sent) + sum(self._arriving)) * itemsize * batch.travels
         self.reduced_bytes = self._n_held * itemsize * len(peers.replicas)
 
@@ -391,8 +391,7 @@ class _Batch:
                 outside += [y[of] for of, _ in part.boxes]
         if inside:
             torch._foreach_copy_(inside, outside)
-        taken = sum(unit.nbytes for unit, *_ in self._wholes)
-        orthogonalize_(matrices, self._newton_schulz, self._workspace_bytes - taken)
+        orthogonalize_(matrices, self._newton_schulz, self._temporary_bytes)
         if inside:
             torch._foreach_copy_(outside, inside)
 

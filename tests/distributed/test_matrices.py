@@ -46,6 +46,10 @@ def test_models_that_engines_divide() -> None:
     forked.run(4, exchanged.engines)
 
 
+def test_memory_is_what_was_said() -> None:
+    forked.run(4, exchanged.memory)
+
+
 def test_batches_travel_while_others_are_computed() -> None:
     forked.run(2, exchanged.overlap)
 

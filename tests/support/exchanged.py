@@ -7,6 +7,8 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter, MatrixPiece
 from gwt_kernels.rules.newton_schulz import NewtonSchulz, check_workspace, orthogonalize_, views_of
@@ -120,8 +123,7 @@ def compare(
         exchange = MatrixExchange(params, newton_schulz, workspace)
         for _ in range(2):
             parts = [local(p.tensor.detach()).clone() for p in params]
-            with Peak() as peak:
-                exchange.orthogonalize_(parts)
+            exchange.orthogonalize_(parts)
             for p, part, exact in zip(params, parts, expected, strict=True):
                 x: Any = p.tensor
                 if isinstance(x, DTensor):  # not full_tensor(), which takes ranks of a mesh for sorted
@@ -130,7 +132,6 @@ def compare(
                     torch.testing.assert_close(part, exact, rtol=0, atol=1e-13, msg=f"{p.name}, {workspace}")
                 else:
                     runs.assert_same_bits(part, exact.double(), f"{p.name}, {workspace}")
-        assert peak.bytes <= exchange.peak_bytes, f"{peak.bytes} at once, {exchange.peak_bytes} said"
     return exchange
 
 
@@ -140,7 +141,7 @@ def equals_whole() -> None:
 
 def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     layouts = layouts_of(n, line, grid)
-    exchange = compare(layouts, [1 << 20, 60_000, 25_000])
+    exchange = compare(layouts, [1 << 20, 25_000])
     # Nothing but order and shapes decides, here as everywhere.
     plan = exchange.owners, exchange.loads
     again = MatrixExchange(parameters_of(layouts, seed=9)[0], FP64, 25_000)
@@ -195,6 +196,53 @@ def engines() -> None:
         MatrixExchange(params, FP64).orthogonalize_(parts)
         for p, exact in zip(params, expected, strict=True):
             torch.testing.assert_close(whole(p.tensor.detach()), exact, rtol=0, atol=1e-13, msg=f"{name}: {p.name}")
+
+
+class Elsewhere:
+    """A collective on copies that nothing counts: gloo's threads keep tensors for a moment after it has ended."""
+
+    def __init__(self, real: Any, results: Tensor, *others: Any, **options: Any) -> None:
+        with _disable_current_modes():
+            self._results, self._copy = results, results.clone()
+            given = [x.clone() if isinstance(x, Tensor) else x for x in others]
+            self._work = real(self._copy, *given, **options)
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._results.copy_(self._copy)
+        del self._results
+
+
+def memory() -> None:
+    """What is said to be needed at once is what is, and at most twice the workspace, whatever travels."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    kinds: list[Layout] = [
+        ((64, 48), line, [ROWS]),
+        ((64, 48), line, [COLUMNS]),
+        ((64, 48), grid, [WHOLE, ROWS]),
+        ((64, 48), grid, [ROWS, COLUMNS]),
+        ((64, 48), line, [WHOLE]),
+        ((4, 32, 48), line, [ROWS]),
+        ((4, 32, 48), line, [COLUMNS]),
+        ((64, 48), None, []),
+    ]
+    collectives = {
+        f"torch.distributed.{name}": partial(Elsewhere, getattr(dist, name))
+        for name in ("all_to_all_single", "all_reduce")
+    }
+    for shape, mesh, placements in kinds:
+        params = [MatrixParameter(str(i), shard(torch.randn(shape), mesh, placements)) for i in range(32)]
+        seen = []
+        for workspace in (1 << 20, 60_000, 30_000):
+            exchange = MatrixExchange(params, NewtonSchulz(), workspace)
+            with ExitStack() as patches, Peak() as peak:
+                for name, replacement in collectives.items():
+                    patches.enter_context(mock.patch(name, replacement))
+                exchange.run(lambda pieces, values: None, lambda pieces, values: None)
+            numbers = shape, placements, workspace, peak.bytes, exchange.peak_bytes
+            assert peak.bytes == exchange.peak_bytes <= 2 * workspace, numbers
+            seen.append(peak.bytes)
+        assert seen[0] > seen[1] > seen[2], (shape, placements, seen)
 
 
 def overlap() -> None:
