@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class MatrixPiece(NamedTuple):
     start: int
     length: int
 
+    def of(self, part: Tensor) -> Tensor:
+        """The piece of this process's part of the parameter, or of a state with the same first dimension."""
+        return part if self.length == part.shape[0] else part.narrow(0, self.start, self.length)
+
+
+_groups: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""Process groups made here, which last as long as the processes are connected, by the group of all of them."""
 
 Stage = Callable[[Sequence[MatrixPiece], Sequence[Tensor]], None]
 
@@ -98,6 +106,10 @@ class MatrixExchange:
         newton_schulz.check()
         for p in params:
             check_shards(p.tensor, p.name)
+            if not p.tensor.is_floating_point():
+                raise TypeError(
+                    f"{p.name} has the dtype {p.tensor.dtype}: only floating-point matrices can be taken"
+                )
             check_workspace(p.name, p.tensor.shape, newton_schulz, workspace_bytes, p.flatten, p.row_splits)
         self._n_params = len(params)
         self.owners: list[list[int]] = [[] for _ in params]
@@ -145,7 +157,7 @@ class MatrixExchange:
             raise ValueError(f"{len(parts)} parts of {self._n_params} parameters")
 
         def of(pieces: Sequence[MatrixPiece]) -> list[Tensor]:
-            return [parts[piece.param].narrow(0, piece.start, piece.length) for piece in pieces]
+            return [piece.of(parts[piece.param]) for piece in pieces]
 
         self.run(
             lambda pieces, values: torch._foreach_copy_(list(values), of(pieces)),
@@ -178,7 +190,7 @@ class _Peers:
         replicas: A process group for each dimension of the mesh with replicas.
     """
 
-    def __init__(self, p: Any, groups: dict[tuple[int, ...], Any]) -> None:
+    def __init__(self, p: Any) -> None:
         self.shared = is_sharded(p) and p.device_mesh.size() > 1
         self.device = local_of(p).device
         self.ranks: tuple[tuple[int, ...], ...] = ((0,),)
@@ -198,7 +210,7 @@ class _Peers:
         self.place = replica, own.index(rank)
         self.replicas = [mesh.get_group(i) for i in others if mesh.size(i) > 1]
         if n_positions > 1:
-            self.group = _group_of(mesh, sharding, sorted(own), groups)
+            self.group = _group_of(mesh, sharding, sorted(own))
 
 
 def _sharding(p: Any) -> list[int]:
@@ -206,23 +218,23 @@ def _sharding(p: Any) -> list[int]:
     return [i for _, i in reduced_over(p)]
 
 
-def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int], groups: dict[tuple[int, ...], Any]) -> Any:
+def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int]) -> Any:
     """The process group of ``ranks``, this process's replica; made by these alone where there is none."""
     import torch.distributed as dist
 
-    known = [dist.group.WORLD, *([mesh.get_group(sharding[0])] if len(sharding) == 1 else []), *groups.values()]
-    for group in known:
+    made = _groups.setdefault(dist.group.WORLD, [])
+    own = [mesh.get_group(sharding[0])] if len(sharding) == 1 else []
+    for group in [*own, dist.group.WORLD, *made]:
         if dist.get_process_group_ranks(group) == ranks:
             return group
-    groups[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
-    return groups[tuple(ranks)]
+    made.append(dist.new_group(ranks, use_local_synchronization=True))
+    return made[-1]
 
 
 def _units(
     params: Sequence[MatrixParameter], newton_schulz: NewtonSchulz, workspace_bytes: int
 ) -> list[list[tuple[_Peers, list[Unit]]]]:
     """For each set of processes the units of parameters that they share in the same way; plain ones last."""
-    groups: dict[tuple[int, ...], Any] = {}
     peers: dict[tuple[object, ...], _Peers] = {}
     units: dict[tuple[object, ...], list[Unit]] = {}
     known: dict[tuple[object, ...], list[Unit]] = {}  # of parameters that are alike, as those of layers are
@@ -231,7 +243,7 @@ def _units(
         mesh = (x.device_mesh, *_sharding(x)) if is_sharded(x) and x.device_mesh.size() > 1 else ()
         key: tuple[object, ...] = mesh, local_of(x).device
         if key not in peers:
-            peers[key], units[key] = _Peers(x, groups), []
+            peers[key], units[key] = _Peers(x), []
         splits = None if p.row_splits is None else tuple(p.row_splits)
         alike = key, tuple(x.shape), tuple(x.placements) if mesh else (), p.flatten, splits
         if alike not in known:
