@@ -34,6 +34,10 @@ def test_shards_equal_whole_matrices() -> None:
     forked.run(4, exchanged.equals_whole)
 
 
+def test_any_layouts() -> None:
+    forked.run(4, exchanged.any_layouts, range(8))
+
+
 def test_bits_are_those_of_whole_matrices() -> None:
     forked.run(4, exchanged.bits)
 

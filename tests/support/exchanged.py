@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import zlib
 from collections import Counter
@@ -23,7 +24,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter, MatrixPiece
-from gwt_kernels.rules.newton_schulz import NewtonSchulz, check_workspace, orthogonalize_, views_of
+from gwt_kernels.rules.newton_schulz import (
+    NewtonSchulz,
+    check_workspace,
+    matrix_shapes,
+    orthogonalize_,
+    views_of,
+    workspace_needed,
+)
 from tests.support import runs
 from tests.support.memory import Peak
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, mesh_of, on_each_number, shard, whole
@@ -129,7 +137,10 @@ def compare(
                 if isinstance(x, DTensor):  # not full_tensor(), which takes ranks of a mesh for sorted
                     exact = local(shard(exact, x.device_mesh, x.placements).detach())
                 if newton_schulz.dtype == torch.float64:
-                    torch.testing.assert_close(part, exact, rtol=0, atol=1e-13, msg=f"{p.name}, {workspace}")
+                    where = f"{p.name}, {workspace}"
+                    torch.testing.assert_close(
+                        part, exact, rtol=0, atol=1e-13, msg=lambda text, at=where: f"{at}: {text}"
+                    )
                 else:
                     runs.assert_same_bits(part, exact.double(), f"{p.name}, {workspace}")
     return exchange
@@ -147,6 +158,27 @@ def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     again = MatrixExchange(parameters_of(layouts, seed=9)[0], FP64, 25_000)
     assert (again.owners, again.loads) == plan
     assert all(other == plan for other in gathered(plan, line))
+
+
+def least(p: MatrixParameter) -> int:
+    """The fewest bytes that a parameter can be computed in."""
+    shape = p.tensor.shape[1:] if p.tensor.dim() > 2 and not p.flatten else p.tensor.shape
+    return workspace_needed(matrix_shapes(shape, p.flatten, p.row_splits), FP64)
+
+
+def any_layouts(seeds: Sequence[int]) -> None:
+    """Random shapes, placements and options, with as little memory as there may be, and more."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    for seed in seeds:
+        chance = random.Random(seed)
+        layouts: list[Layout] = []
+        for _ in range(chance.randint(1, 12)):
+            shape = [chance.randint(1, 9) for _ in range(chance.randint(2, 4))]
+            mesh = chance.choice([line, grid])
+            ways = [WHOLE, *map(Shard, range(len(shape)))]
+            layouts.append((shape, mesh, [chance.choice(ways) for _ in range(mesh.ndim)]))
+        fewest = max(map(least, parameters_of(layouts)[0]))
+        compare(layouts, [fewest, chance.randint(fewest, 8 * fewest)])
 
 
 def bits() -> None:
