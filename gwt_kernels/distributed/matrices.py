@@ -185,7 +185,8 @@ class _Peers:
     Attributes:
         ranks: Processes ``[replica][position]``.
         shared: Whether there is more than this process.
-        place: This process's replica and position.
+        place_of: Replica and position of each process.
+        place: This process's.
         group: The process group of its replica, in the order of ranks; None where it is alone.
         replicas: A process group for each dimension of the mesh with replicas.
     """
@@ -194,7 +195,7 @@ class _Peers:
         self.shared = is_sharded(p) and p.device_mesh.size() > 1
         self.device = local_of(p).device
         self.ranks: tuple[tuple[int, ...], ...] = ((0,),)
-        self.place = 0, 0
+        self.place, self.place_of = (0, 0), {0: (0, 0)}
         self.group, self.replicas = None, []
         if not self.shared:
             return
@@ -205,12 +206,11 @@ class _Peers:
         others = [i for i in range(mesh.ndim) if i not in sharding]
         n_positions = math.prod(mesh.size(i) for i in sharding)
         self.ranks = tuple(map(tuple, mesh.mesh.permute(*others, *sharding).reshape(-1, n_positions).tolist()))
-        replica = next(i for i, ranks in enumerate(self.ranks) if rank in ranks)
-        own = self.ranks[replica]
-        self.place = replica, own.index(rank)
+        self.place_of = {r: (i, at) for i, ranks in enumerate(self.ranks) for at, r in enumerate(ranks)}
+        self.place = self.place_of[rank]
         self.replicas = [mesh.get_group(i) for i in others if mesh.size(i) > 1]
         if n_positions > 1:
-            self.group = _group_of(mesh, sharding, sorted(own))
+            self.group = _group_of(mesh, sharding, sorted(self.ranks[self.place[0]]))
 
 
 def _sharding(p: Any) -> list[int]:
@@ -297,13 +297,11 @@ class _Batch:
         newton_schulz: NewtonSchulz,
         workspace_bytes: int,
     ) -> None:
-        self._peers, self._params, self._newton_schulz = peers, params, newton_schulz
+        self._peers, self._newton_schulz = peers, newton_schulz
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
-        ranks = sorted(peers.ranks[replica])
-        own = peers.ranks[replica][position]
-        place_of = {rank: (i, at) for i, ranks in enumerate(peers.ranks) for at, rank in enumerate(ranks)}
+        own, ranks, place_of = peers.ranks[replica][position], sorted(peers.ranks[replica]), peers.place_of
         # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
         # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
         parts = [unit.parts[position] for unit in batch.units]
@@ -343,8 +341,9 @@ class _Batch:
             self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
             at += unit.numel
         self._n_whole = at
-        self._cut = [x for x in self._wholes if params[x.unit.index].row_splits is not None]
-        self._runs = _runs([x for x in self._wholes if x not in self._cut], params)
+        cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
+        self._cut = [(x, p.flatten, p.row_splits) for x, p in cut]
+        self._runs = _runs([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
         taken = sum(unit.nbytes for unit, *_ in self._wholes)
@@ -391,9 +390,8 @@ class _Batch:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
         matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
-        for unit, at, is_held, _ in self._cut:
-            p, x = self._params[unit.index], _view(held if is_held else whole, at, unit.shape)
-            matrices += views_of(x, p.flatten, p.row_splits)
+        for (unit, at, is_held, _), flatten, row_splits in self._cut:
+            matrices += views_of(_view(held if is_held else whole, at, unit.shape), flatten, row_splits)
         inside, outside = [], []
         for unit, at, is_held, parts in self._wholes:
             x = held if is_held else _view(whole, at, unit.shape)
