@@ -153,7 +153,7 @@ class Packed:
 
     def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
         """Take gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
-        columns: list[Sequence[Any]] = [*inputs] if divisors is None else [*inputs, divisors.unbind()]
+        columns: list[Any] = [*inputs, *(() if divisors is None else (divisors.unbind(),))]
         if self._has_empty:
             columns = [[column[i] for i in self._places] for column in columns]
         self._take(*columns)
