@@ -147,9 +147,7 @@ def test_bad_options_are_refused_by_add_param_group(option, value, error, words)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @bad
-def test_options_made_bad_in_mid_run_are_refused(
-    backend, device, option, value, error, words
-):
+def test_options_made_bad_in_mid_run_are_refused(backend, device, option, value, error, words):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     for group in optimizer.param_groups if (option, value) == ("level", 1.0) else ():
