@@ -213,9 +213,9 @@ def test_mixin_validates_the_model_at_construction(tmp_path):
 
 
 def test_mixin_builds_the_optimizer_alone(tmp_path):
-    given = torch.optim.SGD(llama().parameters(), lr=0.1)
+    other = torch.optim.SGD(llama().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="leave out optimizers"):
-        MixedTrainer(llama(), arguments(tmp_path), optimizers=(given, None))
+        MixedTrainer(llama(), arguments(tmp_path), optimizers=(other, None))
     with pytest.raises(ValueError, match="leave out optimizers"):
         MixedTrainer(llama(), arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
 

@@ -75,14 +75,14 @@ def test_every_backend_draws_the_bits_of_an_elements_index(device, backend, leve
     p, m = torch.randn(shape, generator=generator), torch.zeros(*shape[:-1], -(-shape[-1] // 2**level))
     p, v = p.bfloat16(), torch.rand(m.shape, generator=generator).bfloat16() + 1
     m = m.bfloat16()  # an update of 0 throughout: rounding an average of 0 needs no bits
-    given = [x.clone().to(on) for x in (p, torch.zeros_like(p), m, v)]
+    arrays = [x.clone().to(on) for x in (p, torch.zeros_like(p), m, v)]
     with interpreter.like_a_gpu():
         gwt_adamw_(
-            **{name: [x] for name, x in zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), given, strict=True)},
+            **{name: [x] for name, x in zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), arrays, strict=True)},
             limiter_norms=[None], steps=[STEP], hypers=[hyper], level=level, rule="foam", rounding="stochastic",
             keys=[KEY], backend=backend,
         )  # fmt: skip
-    runs.assert_same_bits([given[0].cpu(), *(x.cpu() for x in given[2:])], expected(p, m, v, hyper, level))
+    runs.assert_same_bits([arrays[0].cpu(), *(x.cpu() for x in arrays[2:])], expected(p, m, v, hyper, level))
 
 
 @pytest.mark.parametrize("shape", [(7, 33), (3, 1025), (2, 3, 5), (300, 7)], ids=str)
@@ -94,13 +94,13 @@ def test_moments_of_rows_draw_the_bits_of_their_index(device, backend, shape):
     generator = torch.Generator().manual_seed(1)
     p, blocks = torch.zeros(shape), (*shape[:-1], -(-shape[-1] // 2**level))
     m, v = (torch.rand(blocks, generator=generator).bfloat16() + 1 for _ in range(2))
-    given = [x.clone().to(on) for x in (p, p, m, v)]
+    arrays = [x.clone().to(on) for x in (p, p, m, v)]
     with interpreter.like_a_gpu():
         gwt_adamw_(
-            **{name: [x] for name, x in zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), given, strict=True)},
+            **{name: [x] for name, x in zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), arrays, strict=True)},
             limiter_norms=[None], steps=[STEP], hypers=[hyper], level=level, keys=[KEY], backend=backend,
         )  # fmt: skip
-    runs.assert_same_bits([x.cpu() for x in given[2:]], expected(p, m, v, hyper, level)[1:])
+    runs.assert_same_bits([x.cpu() for x in arrays[2:]], expected(p, m, v, hyper, level)[1:])
 
 
 @triton.jit
