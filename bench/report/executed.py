@@ -13,7 +13,7 @@ CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "ot
 
 ABOUT = f"""\
 **Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX is executed
-on a CPU and counted, over 64 tensors (transforms: one), so that the search for a tile's tensor is a real one: 4
+on a CPU and counted, over 16 tensors (transforms: one), so that the look-up of a tile's tensor is a real one: 4
 rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
 
 - *instructions*: PTX instructions that threads execute, over elements. The classes add up to it; *special* is

@@ -98,9 +98,9 @@ def test_classes_add_up(gated: list[Row]) -> None:
 
 
 def test_a_flat_step_that_is_counted_by_hand(gated: list[Row]) -> None:
-    """64 tensors of 16,384 elements at level 2, a tile of 4,096 by 256 threads: each of 16 elements, 4 blocks."""
+    """16 tensors of 16,384 elements at level 2, a tile of 4,096 by 256 threads: each of 16 elements, 4 blocks."""
     row = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
-    assert (row["elements"], row["programs"]) == (64 * 16384, 256)
+    assert (row["elements"], row["programs"]) == (16 * 16384, 64)
     assert row["bytes"] == 10.0
     own = {
         "p load": 2.0,
@@ -121,7 +121,7 @@ def test_a_row_step_requests_what_it_shares_with_others(gated: list[Row]) -> Non
     row = the(gated, weights="bf16", path="row", rounding="nearest")
     blocks = -(-5461 // 4)
     assert row["bytes"] == pytest.approx((3 * 2 * 5461 + 4 * 4 * blocks) / 5461, rel=1e-12)
-    assert row["elements"] == 64 * 5 * 5461
+    assert row["elements"] == 16 * 5 * 5461
     assert 1.0 <= row["distinct"] <= row["requested"]
 
 
