@@ -27,7 +27,8 @@ from bench.codegen.variant_runs import VariantError
 from bench.common import records
 from bench.kernels import cases as kernel_cases
 from bench.report.executed import CLASSES as SHOWN
-from bench.report.executed import bound
+from bench.report.executed import bound, section
+from bench.report.rows import Run
 from tests.ptx.counts import CLASSES
 
 Row = dict[str, Any]
@@ -253,3 +254,14 @@ def test_a_limit_that_is_exceeded_fails_the_command(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert codegen.main(["--executed", "--gate", "--path", "row", "--weights", "fp32", "--jobs", "1"]) == 1
     assert "1e+04 instructions an element instead of at most" in capsys.readouterr().out
+
+
+def test_every_level_is_shown(gated: list[Row]) -> None:
+    """Level 2 in full, and all levels in one line a kernel, bold where issue slots bound it."""
+    flat = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
+    deeper = flat | {"level": 4, "executed": 123.0, "issue_share": 1.0}
+    text = "\n".join(section([Run("file.json", "executed", "none", [*gated, deeper])]))
+    assert f"every level ({1 + len(gated)} kernels)" in text
+    assert "| step | bf16/fp32 | flat | 22.5 · 1.00 | **123 · 1.00** |" in text
+    assert text.count("123") == 1
+    assert "every level" not in "\n".join(section([Run("file.json", "executed", "none", gated)]))
