@@ -1,4 +1,4 @@
-"""Tests GWT-Muon's formula: against the C oracle, the golden trajectories and ``torch.optim.Muon``, stage by stage."""
+"""Tests GWT-Muon's formula: against the C oracle, golden trajectories and ``torch.optim.Muon``, and each stage."""
 
 from __future__ import annotations
 
@@ -226,7 +226,8 @@ def test_level_0_is_torchs_in_float64(options, monkeypatch):
 def test_level_0_has_torchs_bits_where_momentum_and_rate_are_exact(options, dtype):
     """So they are, whatever torch's order of operations, for eighths and halves of them.
 
-    torch rounds bfloat16 weights after their decay, and their update times the rate, which this package does not.
+    torch rounds bfloat16 weights after their decay, and their update times the rate, which this package does not;
+    and without Nesterov's momentum it divides a bfloat16 buffer itself by its norm, so that one step is all there is.
     """
     options = {"momentum": 0.5, "lr": 2.0**-6, "weight_decay": 0.1, **options}
     if dtype == torch.bfloat16:
@@ -238,7 +239,8 @@ def test_level_0_has_torchs_bits_where_momentum_and_rate_are_exact(options, dtyp
     optimizer = GWTMuon(own, **options, level=0, backend="torch")
     torchs = torch.optim.Muon(other, **options)
     generator = torch.Generator().manual_seed(3)
-    for _ in range(2):
+    spoilt = dtype == torch.bfloat16 and not options.get("nesterov", True)
+    for _ in range(1 if spoilt else 2):
         for p, q in zip(own, other, strict=True):
             p.grad = torch.randint(-4, 5, p.shape, generator=generator).to(dtype) / 8
             q.grad = p.grad.clone()
@@ -246,7 +248,8 @@ def test_level_0_has_torchs_bits_where_momentum_and_rate_are_exact(options, dtyp
         torchs.step()
     for p, q in zip(own, other, strict=True):
         assert torch.equal(p, q)
-        assert torch.equal(optimizer.state[p]["exp_avg"], torchs.state[q]["momentum_buffer"].float())
+        if not spoilt:
+            assert torch.equal(optimizer.state[p]["exp_avg"], torchs.state[q]["momentum_buffer"].float())
 
 
 # Both element-wise stages, on every backend ----------------------------------------------------------------
