@@ -227,7 +227,7 @@ def test_level_0_has_torchs_bits_where_momentum_and_rate_are_exact(options, dtyp
     """So they are, whatever torch's order of operations, for eighths and halves of them.
 
     torch rounds bfloat16 weights after their decay, and their update times the rate, which this package does not;
-    and without Nesterov's momentum it divides a bfloat16 buffer itself by its norm, so that one step is all there is.
+    and without Nesterov's momentum it divides a bfloat16 buffer itself by its norm, so there one step is compared.
     """
     options = {"momentum": 0.5, "lr": 2.0**-6, "weight_decay": 0.1, **options}
     if dtype == torch.bfloat16:
