@@ -150,7 +150,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="of the moments, int8 too (default: the optimizer's)",
     )
-    add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW (default: gwt)")
+    add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW, or muon for GWTMuon and so on "
+        "(default: gwt)")  # fmt: skip
     add("--no-limiter", action="store_true", help="norm_growth_limit=None")
     add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
     add(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from gwt_kernels.rules.newton_schulz import (
     WORKSPACE_BYTES,
     NewtonSchulz,
     check_workspace,
+    matrix_shapes,
     orthogonalize_,
     views_of,
 )
@@ -99,19 +101,26 @@ class MatrixExchange:
             check_workspace(p.name, p.tensor.shape, newton_schulz, workspace_bytes, p.flatten, p.row_splits)
         self._n_params = len(params)
         self.owners: list[list[int]] = [[] for _ in params]
-        self.loads: dict[int, int] = {}
+        self.loads: Counter[int] = Counter()
         self._batches: list[_Batch] = []
-        travelling: list[int] = []
-        for peers, units in _units(params, newton_schulz, workspace_bytes):
-            owners = matrix_plan.assign(units, peers.ranks, self.loads if peers.shared else {})
-            for unit, owner in zip(units, owners, strict=True):
-                self.owners[unit.index] += [owner] * peers.shared
-            for batch in matrix_plan.batches_of(units, owners, peers.ranks, workspace_bytes):
-                self._batches.append(_Batch(batch, peers, params, newton_schulz, workspace_bytes))
-                travelling.append(batch.travelling * peers.shared)
-        stages = [batch.stages for batch in self._batches]
-        self._order = matrix_plan.schedule(stages, travelling, workspace_bytes)
-        self.peak_bytes = self._peak(stages)
+        self._order: list[int] = []
+        # Each set of processes by itself, so that nothing rests on matrices that some of them do not know.
+        for shares in _units(params, newton_schulz, workspace_bytes):
+            loads: Counter[int] = Counter()
+            batches: list[_Batch] = []
+            travelling = []
+            for peers, units in shares:
+                owners = matrix_plan.assign(units, peers.ranks, loads)
+                for unit, owner in zip(units, owners, strict=True):
+                    self.owners[unit.index] += [owner] * peers.shared
+                for batch in matrix_plan.batches_of(units, owners, peers.ranks, workspace_bytes):
+                    batches.append(_Batch(batch, peers, params, newton_schulz, workspace_bytes))
+                    travelling.append(batch.travelling * peers.shared)
+            order = matrix_plan.schedule([batch.stages for batch in batches], travelling, workspace_bytes)
+            self._order += [len(self._batches) + i for i in order]
+            self._batches += batches
+            self.loads += loads if shares[0][0].shared else Counter()
+        self.peak_bytes = self._peak()
         self.sent_bytes = sum(batch.sent_bytes for batch in self._batches)
         self.reduced_bytes = sum(batch.reduced_bytes for batch in self._batches)
 
@@ -143,17 +152,17 @@ class MatrixExchange:
             lambda pieces, values: torch._foreach_copy_(of(pieces), list(values)),
         )
 
-    def _peak(self, stages: Sequence[int]) -> int:
-        left = dict(enumerate(stages))
+    def _peak(self) -> int:
+        done: Counter[int] = Counter()
         alive: dict[int, int] = {}
         peak = 0
         for i in self._order:
             batch = self._batches[i]
             alive[i] = batch.own_bytes
-            computes = stages[i] - left[i] == batch.travels
+            computes = done[i] == batch.travels
             peak = max(peak, sum(alive.values()) + computes * batch.computing_bytes)
-            left[i] -= 1
-            if not left[i]:
+            done[i] += 1
+            if done[i] == batch.stages:
                 del alive[i]
         return peak
 
@@ -165,8 +174,7 @@ class _Peers:
         ranks: Processes ``[replica][position]``.
         shared: Whether there is more than this process.
         place: This process's replica and position.
-        group: The process group of its replica; None where it is alone.
-        turns: The rank in that group of each position.
+        group: The process group of its replica, in the order of ranks; None where it is alone.
         replicas: A process group for each dimension of the mesh with replicas.
     """
 
@@ -175,7 +183,7 @@ class _Peers:
         self.device = local_of(p).device
         self.ranks: tuple[tuple[int, ...], ...] = ((0,),)
         self.place = 0, 0
-        self.group, self.turns, self.replicas = None, [0], []
+        self.group, self.replicas = None, []
         if not self.shared:
             return
         import torch.distributed as dist
@@ -190,8 +198,7 @@ class _Peers:
         self.place = replica, own.index(rank)
         self.replicas = [mesh.get_group(i) for i in others if mesh.size(i) > 1]
         if n_positions > 1:
-            self.group = _group_of(mesh, sharding, own, groups)
-            self.turns = [dist.get_group_rank(self.group, other) for other in own]
+            self.group = _group_of(mesh, sharding, sorted(own), groups)
 
 
 def _sharding(p: Any) -> list[int]:
@@ -199,26 +206,22 @@ def _sharding(p: Any) -> list[int]:
     return [i for _, i in reduced_over(p)]
 
 
-def _group_of(
-    mesh: Any, sharding: Sequence[int], ranks: tuple[int, ...], groups: dict[tuple[int, ...], Any]
-) -> Any:
+def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int], groups: dict[tuple[int, ...], Any]) -> Any:
     """The process group of ``ranks``, this process's replica; made by these alone where there is none."""
     import torch.distributed as dist
 
-    if len(sharding) == 1:
-        return mesh.get_group(sharding[0])
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    key = tuple(sorted(ranks))
-    if key not in groups:
-        groups[key] = dist.new_group(list(key), use_local_synchronization=True)
-    return groups[key]
+    known = [dist.group.WORLD, *([mesh.get_group(sharding[0])] if len(sharding) == 1 else []), *groups.values()]
+    for group in known:
+        if dist.get_process_group_ranks(group) == ranks:
+            return group
+    groups[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
+    return groups[tuple(ranks)]
 
 
 def _units(
     params: Sequence[MatrixParameter], newton_schulz: NewtonSchulz, workspace_bytes: int
-) -> Iterator[tuple[_Peers, list[Unit]]]:
-    """The units of the parameters that the same processes share in the same way, plain ones last."""
+) -> list[list[tuple[_Peers, list[Unit]]]]:
+    """For each set of processes the units of parameters that they share in the same way; plain ones last."""
     groups: dict[tuple[int, ...], Any] = {}
     peers: dict[tuple[object, ...], _Peers] = {}
     units: dict[tuple[object, ...], list[Unit]] = {}
@@ -235,8 +238,11 @@ def _units(
             layout = Layout(tuple(x.shape), p.flatten, splits, _held(x, peers[key]), peers[key].ranks)
             known[alike] = matrix_plan.units_of(0, layout, newton_schulz, workspace_bytes)
         units[key] += [replace(unit, index=index) for unit in known[alike]]
-    for own, found in sorted(zip(peers.values(), units.values(), strict=True), key=lambda both: not both[0].shared):
-        yield own, matrix_plan.in_order(found)
+    shares: dict[tuple[int, ...], list[tuple[_Peers, list[Unit]]]] = {}
+    for own, found in zip(peers.values(), units.values(), strict=True):
+        members = tuple(sorted(itertools.chain(*own.ranks))) if own.shared else ()
+        shares.setdefault(members, []).append((own, matrix_plan.in_order(found)))
+    return sorted(shares.values(), key=lambda alike: not alike[0][0].shared)
 
 
 def _held(p: Any, peers: _Peers) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
@@ -284,32 +290,36 @@ class _Batch:
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
-        positions = {rank: i for i, rank in enumerate(peers.ranks[replica])}
+        ranks = sorted(peers.ranks[replica])
         own = peers.ranks[replica][position]
-        # Parts lie in the order of their owners in the group, then one's own, then those of other replicas' owners.
-        last = len(peers.turns)
-        turn_of = [
-            last + 1 if owner not in positions else last if owner == own else peers.turns[positions[owner]]
-            for owner in batch.owners
-        ]
+        place_of = {rank: (i, at) for i, ranks in enumerate(peers.ranks) for at, rank in enumerate(ranks)}
+        # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
+        # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
         parts = [unit.parts[position] for unit in batch.units]
-        order = sorted((i for i, part in enumerate(parts) if part.numel), key=lambda i: turn_of[i])
+        order = sorted(
+            (i for i, part in enumerate(parts) if part.numel),
+            key=lambda i: (place_of[batch.owners[i]][0], place_of[batch.owners[i]][1] == position, batch.owners[i]),
+        )
         starts = _starts([parts[i].numel for i in order])
         place = dict(zip(order, starts, strict=False))
         self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
-        self._values = [(place[i], parts[i].shape) for i in order]
+        self._shapes = [parts[i].shape for i in order]
+        self._sizes = [parts[i].numel for i in order]
         self._n_held = starts[-1]
-        self._sent = [sum(parts[i].numel for i in order if turn_of[i] == turn) for turn in range(last)]
-        self._n_kept = self._n_held - sum(parts[i].numel for i in order if turn_of[i] > last)
+        sizes = Counter[int]()
+        for i in order:
+            sizes[batch.owners[i]] += parts[i].numel
+        self._first = sum(n for rank, n in sizes.items() if place_of[rank][0] < replica)
+        self._last = self._first + sum(sizes[rank] for rank in ranks)
+        self._sent = [sizes[rank] * (rank != own) for rank in ranks]
         # Parts arrive in the order of the processes that send them.
         owned = [i for i, owner in enumerate(batch.owners) if owner == own]
-        senders = sorted((i for i in range(last) if i != position), key=lambda i: peers.turns[i])
-        arriving = [(i, sender) for sender in senders for i in owned]
-        sizes = [batch.units[i].parts[sender].numel for i, sender in arriving]
-        arrival = dict(zip(arriving, _starts(sizes), strict=False))
-        self._arriving = [0] * last
-        for (_, sender), size in zip(arriving, sizes, strict=True):
-            self._arriving[peers.turns[sender]] += size
+        arriving = [(i, place_of[rank][1]) for rank in ranks if rank != own for i in owned]
+        arrived = [batch.units[i].parts[sender].numel for i, sender in arriving]
+        arrival = dict(zip(arriving, _starts(arrived), strict=False))
+        self._arriving = [
+            sum(batch.units[i].parts[place_of[rank][1]].numel for i in owned) * (rank != own) for rank in ranks
+        ]
         self._wholes: list[_Whole] = []
         at = 0
         for i in owned:
@@ -317,11 +327,13 @@ class _Batch:
             if unit.holder == position:
                 self._wholes.append(_Whole(unit, place[i], True, []))
                 continue
-            found = [(True, arrival[i, sender], unit.parts[sender]) for sender in senders]
+            found = [(True, arrival[i, j], part) for j, part in enumerate(unit.parts) if j != position]
             found += [(False, place[i], parts[i])] if i in place else []
             self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
             at += unit.numel
         self._n_whole = at
+        self._cut = [x for x in self._wholes if params[x.unit.index].row_splits is not None]
+        self._runs = _runs([x for x in self._wholes if x not in self._cut], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
         held = sum(unit.nbytes for unit, _, is_held, _ in self._wholes if is_held)
@@ -334,11 +346,12 @@ class _Batch:
         import torch.distributed as dist
 
         held = self._empty(self._n_held)
-        values = [_view(held, at, shape) for at, shape in self._values]
+        parts = held.split_with_sizes(self._sizes) if self._sizes else ()
+        values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         if self.pieces:
             make(self.pieces, values)
         arrived = self._empty(sum(self._arriving))
-        sent = held[: sum(self._sent)]
+        sent = held[self._first : self._first + sum(self._sent)]
         if self.travels:
             work = dist.all_to_all_single(
                 arrived, sent, self._arriving, self._sent, group=self._peers.group, async_op=True
@@ -353,7 +366,8 @@ class _Batch:
             yield
             work.wait()
         if self._peers.replicas:
-            held[self._n_kept :].zero_()
+            held[: self._first].zero_()
+            held[self._last :].zero_()
         for group in self._peers.replicas:  # one of them has a number, the others have 0
             work = dist.all_reduce(held, group=group, async_op=True)
             yield
@@ -364,11 +378,13 @@ class _Batch:
     def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
-        matrices, inside, outside = [], [], []
-        for unit, at, is_held, parts in self._wholes:
-            x = _view(held if is_held else whole, at, unit.shape)
-            p = self._params[unit.index]
+        matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
+        for unit, at, is_held, _ in self._cut:
+            p, x = self._params[unit.index], _view(held if is_held else whole, at, unit.shape)
             matrices += views_of(x, p.flatten, p.row_splits)
+        inside, outside = [], []
+        for unit, at, is_held, parts in self._wholes:
+            x = held if is_held else _view(whole, at, unit.shape)
             for arrives, start, part in parts:
                 y = _view(arrived if arrives else held, start, part.shape)
                 inside += [x[to] for _, to in part.boxes]
@@ -382,6 +398,21 @@ class _Batch:
 
     def _empty(self, n: int) -> Tensor:
         return torch.empty(n, dtype=self._newton_schulz.dtype, device=self._peers.device)
+
+
+def _runs(wholes: Sequence[_Whole], params: Sequence[MatrixParameter]) -> list[tuple[bool, int, tuple[int, ...]]]:
+    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape."""
+    runs: list[tuple[bool, int, tuple[int, ...]]] = []
+    for unit, at, is_held, _ in wholes:
+        *_, rows, cols = matrix_shapes(unit.shape, params[unit.index].flatten)[0]
+        n = unit.numel // (rows * cols)
+        if runs and runs[-1][0] == is_held:
+            _, start, (more, *kind) = runs[-1]
+            if kind == [rows, cols] and start + more * rows * cols == at:
+                runs[-1] = is_held, start, (more + n, rows, cols)
+                continue
+        runs.append((is_held, at, (n, rows, cols)))
+    return runs
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

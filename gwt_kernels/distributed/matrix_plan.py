@@ -168,7 +168,7 @@ def _placed(runs: Runs) -> Iterator[tuple[slice, slice]]:
         own += length
 
 
-def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: dict[int, int]) -> list[int]:
+def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter[int]) -> list[int]:
     """The process that orthogonalises each of ``units``, which come in the order of :func:`in_order`.
 
     A unit that one position holds goes to the replica of it that has least to do, unless that is more than a fair
@@ -180,23 +180,24 @@ def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: dict[in
         loads: The work of each process so far, which this adds to.
     """
     everyone = [rank for replica in ranks for rank in replica]
-    work = sum(unit.work for unit in units) + sum(loads.get(rank, 0) for rank in everyone)
+    work = sum(unit.work for unit in units) + sum(loads[rank] for rank in everyone)
     share = max([-(-work // len(everyone)), *(unit.work for unit in units)])
     owners: dict[int, int] = {}
     for i, unit in enumerate(units):
         position = unit.holder
         if position is not None and len(ranks[0]) > 1:
-            least = min((replica[position] for replica in ranks), key=lambda rank: loads.get(rank, 0))
-            if loads.get(least, 0) + unit.work <= share:
+            least = min((replica[position] for replica in ranks), key=lambda rank: loads[rank])
+            if loads[least] + unit.work <= share:
                 owners[i] = least
-                loads[least] = loads.get(least, 0) + unit.work
-    heap = [(loads.get(rank, 0), i, rank) for i, rank in enumerate(everyone)]
+                loads[least] += unit.work
+    heap = [(loads[rank], i, rank) for i, rank in enumerate(everyone)]
     heapq.heapify(heap)
     for i, unit in enumerate(units):
         if i not in owners:
             load, place, owners[i] = heap[0]
             heapq.heapreplace(heap, (load + unit.work, place, owners[i]))
-    loads.update({rank: load for load, _, rank in heap})
+    for load, _, rank in heap:
+        loads[rank] = load
     return [owners[i] for i in range(len(units))]
 
 
@@ -244,18 +245,20 @@ def batches_of(
 ) -> list[Batch]:
     """Consecutive units in batches, each of which fits with its temporaries, and some of which travel at once.
 
-    A unit that takes more alone is a batch of its own.
+    Where units are too large for that, a batch is one of each owner, as far as they can travel; or else one alone.
     """
     position = {rank: i for replica in ranks for i, rank in enumerate(replica)}
     alone = len(position) == 1
     limit = len(units) if alone else max(len(position), -(-len(units) // FEWEST_BATCHES))
     batches = [Batch()]
     for unit, owner in zip(units, owners, strict=True):
-        moves, last = unit.holder != position[owner], batches[-1]
+        last = batches[-1]
+        moves = unit.holder != position[owner]
         arriving = max(last.travelling - last.held, last.arriving[owner] + unit.nbytes * moves)
-        travelling = OVERLAPPED * (last.held + unit.held + arriving)
-        fits = last.needed[owner] + unit.nbytes + unit.workspace <= workspace_bytes
-        if last.units and not (len(last.units) < limit and fits and (alone or travelling <= workspace_bytes)):
+        at_once = OVERLAPPED if owner in last.needed else 1
+        travels = alone or at_once * (last.held + unit.held + arriving) <= workspace_bytes
+        fits = owner not in last.needed or last.needed[owner] + unit.nbytes + unit.workspace <= workspace_bytes
+        if last.units and not (travels and fits and len(last.units) < limit):
             batches.append(Batch())
         batches[-1].add(unit, owner, moves)
     return batches if units else []

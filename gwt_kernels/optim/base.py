@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
@@ -60,6 +61,23 @@ class _Release(Protocol):
     """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
 
     accumulating: bool
+
+
+class _Step(NamedTuple):
+    """A step that is about to be taken: its plan, what :meth:`StepPlan.step` takes, and what follows it.
+
+    Attributes:
+        capturing: Whether a CUDA graph captures it.
+        symbolic: Whether tensors stand for others now.
+    """
+
+    plan: StepPlan
+    grads: list[Tensor | None]
+    hypers: list[Hyper]
+    asked: ClipRequest
+    skipped: Tensor | None
+    capturing: bool
+    symbolic: bool
 
 
 class PlannedOptimizer(Optimizer):
@@ -196,8 +214,8 @@ class PlannedOptimizer(Optimizer):
             return loss
         if torch.compiler.is_compiling():
             self._update_outside_graphs()
-        else:
-            self._update()
+        elif (now := self._begin()) is not None:
+            self._end(now, now.plan.step(now.grads, now.hypers, now.asked, now.skipped))
         if self._release is not None:  # sums that no backward pass outside accumulate() has used
             self.zero_grad()
         return loss
@@ -209,9 +227,11 @@ class PlannedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
     def _update_outside_graphs(self) -> None:
-        self._update()
+        if (now := self._begin()) is not None:
+            self._end(now, now.plan.step(now.grads, now.hypers, now.asked, now.skipped))
 
-    def _update(self) -> None:
+    def _begin(self) -> _Step | None:
+        """Check and plan a step, and change nothing but states; None where nothing but these was wanted."""
         if self._release is not None and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
@@ -228,7 +248,7 @@ class PlannedOptimizer(Optimizer):
         if not self.state and made_by_a_getter():
             self._check_before_step()
             self._complete_states()  # and that is all that is wanted
-            return
+            return None
         if self._plan is None or not self._plan.is_of(params):
             self._is_sharded = any_sharded(params)
         if self._is_sharded:
@@ -246,12 +266,15 @@ class PlannedOptimizer(Optimizer):
             skipped = count_of_skipped(None if choice.is_symbolic() else self._skipped, plan.devices)
             if not choice.is_symbolic():
                 self._skipped = skipped
-        decisions = plan.step(grads, hypers, asked, skipped)
-        if skipped is not None and decisions is not None and asked.of_gradients:
-            self._grad_norm = decisions[skipped.device][2]
-        if capturing:  # replays go on using this memory, whatever becomes of the plan
-            self._captured.append((plan.memory(), decisions, self._skipped))
-        if symbolic:
+        return _Step(plan, grads, hypers, asked, skipped, capturing, symbolic)
+
+    def _end(self, now: _Step, decisions: dict[torch.device, Tensor] | None) -> None:
+        """Note what was decided about a step that was taken."""
+        if now.skipped is not None and decisions is not None and now.asked.of_gradients:
+            self._grad_norm = decisions[now.skipped.device][2]
+        if now.capturing:  # replays go on using this memory, whatever becomes of the plan
+            self._captured.append((now.plan.memory(), decisions, self._skipped))
+        if now.symbolic:
             self._forget_plans()
 
     @property

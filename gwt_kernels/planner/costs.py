@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.formats.moments import MOMENTS, SCALES
+from gwt_kernels.optim.matrices import matrix_options
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.optim.state import complete, slots_of
 
@@ -62,9 +63,16 @@ def is_offered(state_dtype: torch.dtype | None) -> bool:
     return True
 
 
-def pass_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
-    """Bytes that a step moves of a parameter with this state: all but the limiter's second read."""
-    return 3 * bytes_of(p) + 2 * _moment_bytes(state)  # a gradient, of the weights' dtype, is read and not written
+def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] | None = None) -> int:
+    """Bytes that a step moves of a parameter with this state: all but the limiter's second read.
+
+    A matrix stage's are those of the element-wise passes: its matrices are written by one and read by the other.
+    """
+    options = None if group is None else matrix_options(group)
+    matrices = 0 if options is None else 2 * p.numel() * options.newton_schulz.dtype.itemsize
+    return (
+        3 * bytes_of(p) + 2 * _moment_bytes(state) + matrices
+    )  # a gradient, of p's dtype, is read and not written
 
 
 def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:

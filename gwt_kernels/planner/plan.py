@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     reason: str
     weight_bytes: int
     state_bytes: int
-    """Moments and scalars (``step``, ``limiter_norm``) of `GWTAdamW`."""
+    """Moments and scalars (``step``, ``limiter_norm``) of the optimizer."""
     moved_bytes: int
     """Bytes that one step must read and write."""
 
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
     """What one setting of an optimizer keeps, and what each of its steps moves."""
 
     optimizer: str
-    """``"AdamW"`` or ``"GWTAdamW"``."""
+    """``"AdamW"``, or the class of an optimizer of this package."""
     level: int | None
     """None for ``torch.optim.AdamW``."""
     moments: str
@@ -72,11 +72,11 @@ class Plan:
     tensor_parallel: Mapping[str, str]
     """How the model's own plan divides its layers, by name with ``*`` for a number; empty where it has none."""
     chosen: Cost
-    """`GWTAdamW` with the options asked for."""
+    """The optimizer with the options asked for."""
     adamw: tuple[Cost, ...]
     """``torch.optim.AdamW``: moments in the weights' dtype, and in float32."""
     options: tuple[Cost, ...]
-    """`GWTAdamW` by level and dtype of the moments, without levels that an included tensor is too narrow for."""
+    """The optimizer by level and dtype of the moments, without levels that an included tensor is too narrow for."""
     too_narrow: tuple[str, ...]
     """Tensors that the recipe transforms, but which stay at level 0 since their rows are too short."""
     float32_moments: tuple[str, ...]
@@ -234,7 +234,7 @@ def _notes(plan: Plan) -> list[str]:
         try:
             state_dtype_name(dtype)
         except ValueError as error:
-            notes.append(f"* This GWTAdamW takes no {dtype} moments; their rows are computed only: {error}.")
+            notes.append(f"* This optimizer takes no {dtype} moments; their rows are computed only: {error}.")
     if not all(cost.offered for cost in plan.adamw):
         notes.append(
             "* torch.optim.AdamW keeps its moments in the weights' dtype: float32 ones take float32 weights, or a "
@@ -264,7 +264,9 @@ def _elements(plan: Plan) -> int:
 
 def label(cost: Cost) -> str:
     """The optimizer and its level, as tables name them."""
-    return cost.optimizer if cost.level is None else f"GWT level {cost.level}"
+    if cost.level is None:
+        return cost.optimizer
+    return f"{'GWT' if cost.optimizer == 'GWTAdamW' else cost.optimizer} level {cost.level}"
 
 
 def moments_of(cost: Cost) -> str:

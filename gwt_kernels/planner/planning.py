@@ -1,4 +1,4 @@
-"""Plans of what ``GWTAdamW`` keeps and moves, made from shapes and options alone."""
+"""Plans of what an optimizer keeps and moves, made from shapes and options alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from gwt_kernels.core.hyper import Rule
 from gwt_kernels.formats.moments import FORMATS, format_of
 from gwt_kernels.models.files import build_on_meta
-from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.checks import check_initialized, name_of
 from gwt_kernels.optim.options import state_dtype_of
 from gwt_kernels.optim.param_groups import Decision, decide
@@ -51,7 +51,7 @@ def plan(
     dtype: torch.dtype | None = None,
     bandwidth: float | None = None,
 ) -> Plan:
-    """Work out what `GWTAdamW` over the groups of `gwt_param_groups` will hold and move; nothing is allocated.
+    """Work out what an optimizer over the groups of `gwt_param_groups` will hold and move; nothing is allocated.
 
     States are the optimizer's own, made on the meta device, so the numbers are those of the state after a first
     step, byte for byte (on one process; `gwt_kernels.plan_sharded` divides them). Bytes moved are those of the
@@ -66,8 +66,8 @@ def plan(
         exclude: As for `gwt_param_groups`.
         state_dtype: dtype of the moments; None for `GWTAdamW`'s default. A dtype that the optimizer does not take
             is computed all the same, and marked as not offered.
-        rule: As for `GWTAdamW`.
-        norm_growth_limit: As for `GWTAdamW`; None for no limiter.
+        rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on.
+        norm_growth_limit: As for `GWTAdamW`; None for no limiter. Other optimizers have none.
         dtype: dtype of weights and gradients. None: a module's own; a configuration's, and bfloat16 where it
             names none.
         bandwidth: Bytes per second that memory moves, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
@@ -152,12 +152,19 @@ class _Setting:
     def __init__(self, members: list[tuple[Tensor, Decision]], level: int, **options: Any) -> None:
         self.members = members
         self.level = level
+        kinds = {(d.level, d.is_transformed) for _, d in members}
         groups = [
-            {"params": [(d.name, p) for p, d in members if d.level == each], "level": each}
-            for each in sorted({d.level for _, d in members})
+            {"params": [(d.name, p) for p, d in members if (d.level, d.is_transformed) == kind], "level": kind[0]}
+            | ({} if kind[1] else {"rule": "adamw"})
+            for kind in sorted(kinds)
         ]
+        optimizer = optimizer_of(options["rule"])
+        if options["norm_growth_limit"] == "published" or optimizer is not optimizer_of("gwt"):
+            del options["norm_growth_limit"]
+        if optimizer.rules[0] == options["rule"] != "gwt":
+            del options["rule"]
         # The optimizer itself: it refuses what it would refuse later, and its groups hold its own defaults.
-        self.optimizer = GWTAdamW(groups, **options)
+        self.optimizer = optimizer(groups, **options)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
 
     def states(self, state_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Decision, dict[str, Tensor]]]:
@@ -168,20 +175,21 @@ class _Setting:
         for p, d, state in self.states(state_dtype):
             yield Entry(
                 d.name, d.shape, p.dtype, d.level, d.decayed, d.reason,
-                bytes_of(p), bytes_of(*state.values()), pass_bytes(p, state) + limiter_bytes(p, state),
+                bytes_of(p), bytes_of(*state.values()),
+                pass_bytes(p, state, self.group_of[p]) + limiter_bytes(p, state),
             )  # fmt: skip
 
     def cost(self, state_dtype: torch.dtype | None) -> Cost:
         states = list(self.states(state_dtype))
         limiter = sum(limiter_bytes(p, state) for p, _, state in states)
         return Cost(
-            optimizer="GWTAdamW",
+            optimizer=type(self.optimizer).__name__,
             level=self.level,
             moments=names_of(
                 {state_dtype_of(p, None) if state_dtype is None else state_dtype for p, _, _ in states}
             ),
             state_bytes=sum(bytes_of(*state.values()) for _, _, state in states),
-            moved_bytes=sum(pass_bytes(p, state) for p, _, state in states) + limiter,
+            moved_bytes=sum(pass_bytes(p, state, self.group_of[p]) for p, _, state in states) + limiter,
             limiter_bytes=limiter,
             offered=is_offered(state_dtype),
         )

@@ -12,6 +12,14 @@ def test_float64_equals_unsharded() -> None:
     forked.run(4, sharded.float64)
 
 
+def test_sharded_matrices_are_orthogonalised_as_whole_ones() -> None:
+    forked.run(4, sharded.matrices)
+
+
+def test_bits_of_orthogonalised_matrices_do_not_depend_on_the_number_of_processes() -> None:
+    forked.run(4, sharded.matrix_bits)
+
+
 def test_bits_do_not_depend_on_the_number_of_processes() -> None:
     forked.run(4, sharded.bits)
 

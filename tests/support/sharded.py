@@ -1,4 +1,4 @@
-"""Runs GWTAdamW on sharded parameters, in processes that test_sharding.py starts, beside the whole ones."""
+"""Runs optimizers on sharded parameters, in processes that test_sharding.py starts, beside the whole ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTLion, GWTMuon
 from tests.ptx import plugin
 from tests.support import interpreter, runs
 
@@ -67,8 +67,9 @@ def compare(
     steps: int,
     dtype: torch.dtype = torch.float64,
     groups: Sequence[dict[str, Any]] = ({},),
+    kind: Callable[..., Any] = GWTAdamW,
     **options: Any,
-) -> GWTAdamW:
+) -> Any:
     """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
 
     Parameters of every layout are in every one of the groups.
@@ -77,7 +78,7 @@ def compare(
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
     n = len(layouts)
     both = [
-        GWTAdamW([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
+        kind([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
         for own in (params, references)
     ]
     for t in range(steps):
@@ -277,3 +278,45 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         assert float(own["step"]) == float(expected["step"]) == 5, layout
         for x, y in [(p.detach(), r.detach()), *((own[key], expected[key]) for key in expected)]:
             torch.testing.assert_close(whole(x), y, rtol=1e-5, atol=1e-6)
+
+
+def matrices() -> None:
+    """Muon and Lion on every number of processes: as on whole tensors."""
+    on_each_number(_matrices, (1, 2, 3, 4))
+
+
+def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts = layouts_of(n, line, grid)
+    experts: list[Layout] = [
+        ((2 * n + 1, 5, 8), line, [ROWS]),
+        ((2, 5, 8), line, [ROWS]),
+        ((3, 4 * n, 8), line, [COLUMNS]),
+    ]
+    exact: Any = {"lr": 0.02, "ns_dtype": torch.float64, "backend": "torch"}
+    for level in (0, 2):
+        muon = compare(layouts + experts, close, steps=20, kind=GWTMuon, level=level, **exact)
+        assert len(muon.state) == len(layouts) + len(experts)
+        clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
+        compare(layouts, close, steps=4, kind=GWTMuon, level=level, **clipped, **exact)
+        # A bound that a few matrices at a time fit, so that several batches travel.
+        compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
+        compare(layouts, close, steps=4, kind=GWTLion, level=level, lr=0.02, backend="torch")
+
+
+def matrix_bits() -> None:
+    """Muon with random bits: those of whole tensors, on every number of processes."""
+    on_each_number(_matrix_bits, (1, 2, 4))
+
+
+def _matrix_bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts: list[Layout] = [
+        ((8 * n, 64), line, [ROWS]),
+        ((4 * n, 36), line, [ROWS]),
+        ((2 * n, 8, 64), line, [ROWS]),
+    ]
+    for rounding in ("stochastic", "split"):
+        for moments in (torch.bfloat16, None):
+            options: Any = {"weight_rounding": rounding, "state_dtype": moments, "ns_dtype": torch.float32}
+            compare(
+                layouts, equal, steps=3, dtype=torch.bfloat16, kind=GWTMuon, lr=0.02, backend="torch", **options
+            )

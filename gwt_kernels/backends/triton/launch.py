@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -86,6 +87,7 @@ class Launch:
         level, device = bucket.level, bucket.device
         self._bucket = bucket
         self._rule, self._slots = bucket.stated.kernel, len(bucket.moments)
+        self._reads = bucket.stated.reads_weights
         self._path = variant(level, flat, bucket.is_quantized)
         self._quantum = quantum(level) if bucket.is_quantized else 0
         self._sender = Sender()
@@ -177,17 +179,21 @@ class Launch:
         if grad_stats:
             sent.grad_stats = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
-        self._start(
-            norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
-            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
-            Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip, LOOKS=grad_stats,
-            MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
+        launch, rest = self._ready(
+            norm_kernel, self.n_chunks, G=g, M=m, Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip,
+            LOOKS=grad_stats, MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path,
+            **self._norm_alignment,
+        )  # fmt: skip
+        launch(
+            self._chunk_owners, self._layout, sent.pointers, sent.scalars, self._first_chunks, sent.partials, stats,
+            self.n, self.tiles_per_chunk, self.n_chunks, *rest,
         )  # fmt: skip
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
         """Add up the partial sums of each tensor in ``sums``, float32 ``[len(bucket)]``."""
         own = torch.empty(self.n, dtype=torch.float32, device=self._layout.device)
-        self._start(sum_kernel, self.n, self._first_chunks, sent.partials, own, BLOCK=LIMITER_BLOCK)
+        launch, rest = self._ready(sum_kernel, self.n, BLOCK=LIMITER_BLOCK)
+        launch(self._first_chunks, sent.partials, own, *rest)
         sums[slice(None) if self._index is None else self._index] = own
 
     def update(self, sent: Sent, divisors: Tensor | None) -> None:
@@ -202,39 +208,43 @@ class Launch:
             if sent.partials is None:
                 self.norms(sent, grad_stats=False)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
-            self._start(
-                limiter_kernel, self.n, sent.pointers, sent.scalars, self._first_chunks, sent.partials, factors,
-                self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=sent.can_skip,
-            )  # fmt: skip
+            launch, rest = self._ready(limiter_kernel, self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=sent.can_skip)
+            launch(sent.pointers, sent.scalars, self._first_chunks, sent.partials, factors, self.n, *rest)
         if self._rows:
             sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
-        self._start(
-            step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
-            self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            READS=bucket.stated.reads_weights, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments,
+        launch, rest = self._ready(
+            step_kernel, self.n_programs, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
+            READS=self._reads, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments,
             UPDATE=self._rule.update, ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots,
             TILES=self._tiles, **self._path, **self._step_alignment,
         )  # fmt: skip
+        launch(
+            self._owners, self._layout, sent.pointers, sent.scalars, factors, sums, self.n, *rest
+        )  # fmt: skip
         if self._rows:
-            self._start(
-                observe_kernel, self.n, self._layout, sent.telemetry, sent.scalars, factors, sums,
-                self.n, self.n_programs, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip,
+            launch, rest = self._ready(
+                observe_kernel, self.n, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip
+            )
+            launch(
+                self._layout, sent.telemetry, sent.scalars, factors, sums, self.n, self.n_programs, *rest
             )  # fmt: skip
 
-    def _start(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:
-        """Launch a kernel; what Triton compiled the first time is used again without binding arguments anew.
+    def _ready(self, kernel: Any, programs: int, **constants: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What launches a kernel, and what it takes behind the kernel's arguments.
 
-        It serves as long as Triton would find it: sizes are this launch's own, and all pointers multiples of 16.
+        What Triton compiled the first time is launched again without binding arguments anew. It serves as long as
+        Triton would find it: sizes are this launch's own, and all pointers multiples of 16.
         """
         key = (kernel, *constants.values())
-        compiled, rest = self._kernels.get(key, (None, ()))
-        if compiled is not None:
-            compiled[programs, 1, 1](*arguments, *rest)
-            return
+        return self._kernels.get(key) or (partial(self._compile, key, programs, constants), ())
+
+    def _compile(self, key: tuple[Any, ...], programs: int, constants: dict[str, Any], *arguments: Any) -> None:
+        """Launch a kernel for the first time; interpreted kernels are launched so each time."""
+        kernel = key[0]
         compiled = kernel[(programs,)](*arguments, **constants, **UNFUSED)
-        if isinstance(compiled, CompiledKernel):  # interpreted kernels give nothing
+        if isinstance(compiled, CompiledKernel):
             rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
-            self._kernels[key] = compiled, rest
+            self._kernels[key] = compiled[programs, 1, 1], rest
 
     def _own(self, column: Any) -> Any:
         return column if self._chosen is None else [column[i] for i in self._chosen]

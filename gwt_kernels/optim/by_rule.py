@@ -1,0 +1,19 @@
+"""Which optimizer has which rule."""
+
+from __future__ import annotations
+
+from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.lion import GWTLion
+from gwt_kernels.optim.muon import GWTMuon
+from gwt_kernels.rules import ADAMW
+
+__all__ = ["OPTIMIZERS", "optimizer_of"]
+
+OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon)
+_BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules if rule != ADAMW.name}
+
+
+def optimizer_of(rule: str) -> type[PlannedOptimizer]:
+    """The optimizer whose groups may have a rule; for AdamW's and unknown ones, which it refuses, ``GWTAdamW``."""
+    return _BY_RULE.get(rule, GWTAdamW)

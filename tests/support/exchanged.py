@@ -1,0 +1,299 @@
+"""Runs MatrixExchange in processes that test_matrices.py starts, beside the whole matrices."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter, MatrixPiece
+from gwt_kernels.rules.newton_schulz import NewtonSchulz, check_workspace, orthogonalize_, views_of
+from tests.support import runs
+from tests.support.memory import Peak
+from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, mesh_of, on_each_number, shard, whole
+
+FP64 = NewtonSchulz(dtype=torch.float64)
+
+
+def gathered(value: Any, mesh: DeviceMesh) -> list[Any]:
+    """What every process of a mesh of one dimension has."""
+    values: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(values, value, group=mesh.get_group())
+    return values
+
+
+def layouts_of(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
+    """Every way of sharding matrices, batches of them and convolutions that the processes allow."""
+    layouts: list[Layout] = [
+        ((4 * n, 6), line, [ROWS]),
+        ((2 * n + 1, 13), line, [ROWS]),  # uneven
+        ((1, 9), line, [ROWS]),  # empty everywhere but on the first process
+        ((n + 1, 9), line, [ROWS]),  # so that some are empty where three processes share four rows
+        ((7, 2 * n + 1), line, [COLUMNS]),
+        ((6, 10), line, [WHOLE]),
+        ((6, 10), None, []),
+        ((4 * n, 6), line, [ROWS]),
+        ((0, 4), line, [ROWS]),
+        ((2 * n + 1, 5, 4), line, [ROWS]),  # experts, whole ones on each process
+        ((2, 5, 4), line, [ROWS]),  # fewer than processes
+        ((5, 2 * n + 1, 4), line, [COLUMNS]),
+        ((3, 4, 3 * n - 1), line, [Shard(2)]),
+        ((2, 3, 5, 4), line, [ROWS]),
+        ((2, 3, 5, 2 * n), line, [Shard(3)]),
+        ((3, 5, 4), line, [WHOLE]),
+        ((5, 7, 4), None, []),
+    ]
+    if grid is not None:
+        layouts += [
+            ((10, 24), grid, [WHOLE, ROWS]),  # HSDP
+            ((10, 24), grid, [ROWS, WHOLE]),
+            ((12, 31), grid, [ROWS, COLUMNS]),  # FSDP and tensor parallelism
+            ((13, 16), grid, [ROWS, ROWS]),
+            ((13, 16), grid, [COLUMNS, COLUMNS]),
+            ((6, 8), grid, [WHOLE, WHOLE]),
+            ((5, 9, 4), grid, [ROWS, COLUMNS]),
+            ((5, 9, 4), grid, [WHOLE, ROWS]),
+            ((5, 9, 4), grid, [COLUMNS, WHOLE]),
+        ]
+    return layouts
+
+
+OPTIONS: dict[int, list[tuple[bool, tuple[int, ...] | None]]] = {
+    2: [(False, None), (False, (1, -1))],
+    3: [(False, None), (True, None), (False, (2, -2)), (True, (1, -1))],
+    4: [(False, None), (True, None)],
+}
+"""``flatten`` and ``row_splits`` to try, by the number of dimensions; of the splits the first counts."""
+
+
+def parameters_of(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[MatrixParameter], list[Tensor]]:
+    """Parameters of every layout under all options that mean something for it, and the whole ones."""
+    params: list[MatrixParameter] = []
+    wholes: list[Tensor] = []
+    seen: Counter[str] = Counter()
+    for i, (shape, mesh, placements) in enumerate(layouts):
+        for flatten, splits in OPTIONS[len(shape)]:
+            rows = shape[0] if flatten else shape[-2]
+            if splits is not None:
+                if rows <= splits[0]:
+                    continue
+                splits = (splits[0], rows - splits[0])
+            kind = f"{shape} {placements} {flatten} {splits}"
+            seen[kind] += 1
+            own_seed = seed + seen[kind] + zlib.crc32(kind.encode())  # the same where others hold more besides
+            wholes.append(runs.parameters([shape], dtype=torch.float64, seed=own_seed)[0].detach())
+            params.append(MatrixParameter(f"{i}: {kind}", shard(wholes[-1], mesh, placements), flatten, splits))
+    return params, wholes
+
+
+def local(x: Any) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def orthogonal(p: MatrixParameter, x: Tensor, newton_schulz: NewtonSchulz) -> Tensor:
+    """What becomes of a whole parameter."""
+    x = x.to(newton_schulz.dtype, copy=True, memory_format=torch.contiguous_format)
+    orthogonalize_(views_of(x, p.flatten, p.row_splits), newton_schulz)
+    return x
+
+
+def compare(
+    layouts: Sequence[Layout], workspaces: Sequence[int], newton_schulz: NewtonSchulz = FP64
+) -> MatrixExchange:
+    """The exchange of all layouts at once, in batches of several sizes, and each whole matrix by itself."""
+    params, wholes = parameters_of(layouts)
+    expected = [orthogonal(p, x, newton_schulz) for p, x in zip(params, wholes, strict=True)]
+    for workspace in workspaces:
+        exchange = MatrixExchange(params, newton_schulz, workspace)
+        for _ in range(2):
+            parts = [local(p.tensor.detach()).clone() for p in params]
+            with Peak() as peak:
+                exchange.orthogonalize_(parts)
+            for p, part, exact in zip(params, parts, expected, strict=True):
+                x: Any = p.tensor
+                if isinstance(x, DTensor):  # not full_tensor(), which takes ranks of a mesh for sorted
+                    exact = local(shard(exact, x.device_mesh, x.placements).detach())
+                if newton_schulz.dtype == torch.float64:
+                    torch.testing.assert_close(part, exact, rtol=0, atol=1e-13, msg=f"{p.name}, {workspace}")
+                else:
+                    runs.assert_same_bits(part, exact.double(), f"{p.name}, {workspace}")
+        assert peak.bytes <= exchange.peak_bytes, f"{peak.bytes} at once, {exchange.peak_bytes} said"
+    return exchange
+
+
+def equals_whole() -> None:
+    on_each_number(_equals_whole, [1, 2, 3, 4])
+
+
+def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts = layouts_of(n, line, grid)
+    exchange = compare(layouts, [1 << 20, 60_000, 25_000])
+    # Nothing but order and shapes decides, here as everywhere.
+    plan = exchange.owners, exchange.loads
+    again = MatrixExchange(parameters_of(layouts, seed=9)[0], FP64, 25_000)
+    assert (again.owners, again.loads) == plan
+    assert all(other == plan for other in gathered(plan, line))
+
+
+def bits() -> None:
+    """In bfloat16 too a matrix has the bits of the whole one, on every replica."""
+    on_each_number(_bits, [2, 4])
+
+
+def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    compare(layouts_of(n, line, grid), [1 << 20, 20_000], NewtonSchulz())
+
+
+def some_processes() -> None:
+    """Meshes of four of five processes, in any order, beside ones of two that hold other matrices each."""
+    four = DeviceMesh("cpu", [[4, 2], [1, 3]], mesh_dim_names=("a", "b"))
+    pairs = [DeviceMesh("cpu", ranks, mesh_dim_names=("a",)) for ranks in ([3, 1], [4, 2])]
+    if dist.get_rank() == 0:
+        return
+    layouts: list[Layout] = [((7, 6), four, [ROWS, COLUMNS]), ((9, 6), four, [ROWS, ROWS])]
+    layouts += [((7, 6), pairs[0], [ROWS])] * 3 if dist.get_rank() in (1, 3) else [((30, 20), pairs[1], [COLUMNS])]
+    layouts += [((7, 6), four, [WHOLE, ROWS]), ((7, 6), four, [COLUMNS, WHOLE]), ((7, 6), four, [ROWS, COLUMNS])]
+    made = mock.Mock(wraps=dist.new_group)
+    with mock.patch("torch.distributed.new_group", made):
+        compare(layouts, [1 << 20, 60_000])
+    assert [call.args[0] for call in made.call_args_list] == [[1, 2, 3, 4]] * 2  # one for each exchange
+
+
+def engines() -> None:
+    """Models that FSDP2, tensor parallelism and both have divided, whose placements are their own."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    names = ("fsdp", "fsdp columns", "tp", "hsdp", "fsdp and tp")
+    for name in names:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(12, 14, bias=False), torch.nn.Linear(16, 6, bias=False)
+        ).double()
+        expected = [FP64(p.detach()) for p in model.parameters()]
+        if "tp" in name:
+            mesh = line if name == "tp" else grid["b"]
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        if "fsdp" in name:
+            placement = (lambda p: COLUMNS) if "columns" in name else None
+            fully_shard(model, mesh=grid["a"] if "tp" in name else line, shard_placement_fn=placement)
+        elif name == "hsdp":
+            fully_shard(model, mesh=grid)
+        params = [MatrixParameter(key, p) for key, p in model.named_parameters()]
+        parts = [local(p.tensor.detach()) for p in params]
+        MatrixExchange(params, FP64).orthogonalize_(parts)
+        for p, exact in zip(params, expected, strict=True):
+            torch.testing.assert_close(whole(p.tensor.detach()), exact, rtol=0, atol=1e-13, msg=f"{name}: {p.name}")
+
+
+def overlap() -> None:
+    """While a batch is computed, the one after it has begun to travel, and the one before it goes back."""
+    line = mesh_of(2)
+    params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(16)]
+    exchange = MatrixExchange(params, NewtonSchulz())
+    events: list[str] = []
+    real = dist.all_to_all_single
+    started: list[Any] = []
+
+    class Work:
+        def __init__(self, work: Any) -> None:
+            self._work, self._number = work, len(started)
+            started.append(self)
+            events.append(f"start {self._number}")
+
+        def wait(self) -> None:
+            events.append(f"wait {self._number}")
+            self._work.wait()
+
+    def computed(*arguments: Any) -> None:
+        events.append("compute")
+        orthogonalize_(*arguments)
+
+    with (
+        mock.patch("torch.distributed.all_to_all_single", lambda *a, **k: Work(real(*a, **k))),
+        mock.patch("gwt_kernels.distributed.matrices.orthogonalize_", computed),
+    ):
+        made: list[list[MatrixPiece]] = []
+        exchange.run(lambda pieces, values: made.append(list(pieces)), lambda pieces, values: None)
+    # Four batches: gathers are 0, 1, 3, 5, and 2, 4, 6, 7 go back.
+    line_of = {event: i for i, event in enumerate(events) if event != "compute"}
+    computing = [i for i, event in enumerate(events) if event == "compute"]
+    assert len(computing) == len(made) == 4
+    assert [event for event in events if event.startswith("start")] == [f"start {i}" for i in range(8)]
+    gathers, scatters = [0, 1, 3, 5], [2, 4, 6, 7]
+    for i, when in enumerate(computing):
+        assert line_of[f"wait {gathers[i]}"] < when < line_of[f"start {scatters[i]}"]
+        if i < 3:
+            assert line_of[f"start {gathers[i + 1]}"] < when
+        if i:
+            assert line_of[f"start {scatters[i - 1]}"] < when < line_of[f"wait {scatters[i - 1]}"]
+    assert sorted(piece.param for pieces in made for piece in pieces) == list(range(16))
+    assert exchange.sent_bytes == 2 * 16 // 2 * 24 * 2  # half of each matrix of the other's, and back: bfloat16
+
+
+def refused(p: MatrixParameter, words: str, error: type[Exception] = ValueError, **options: Any) -> None:
+    with pytest.raises(error, match=re.escape(p.name) + ".*" + words):
+        MatrixExchange([p], options.pop("newton_schulz", FP64), **options)
+
+
+def refusals() -> None:
+    """On every process, by the parameter's name and with the remedy."""
+    line = mesh_of(2)
+    square = torch.randn(6, 4)
+    partial = DTensor.from_local(square, line, [Partial()], run_check=False)
+    refused(MatrixParameter("w.partial", partial), "Partial.*redistribute it to Shard or Replicate")
+    torn = DTensor.from_local(square, line, [ROWS], run_check=False, shape=torch.Size((9, 4)), stride=(4, 1))
+    refused(MatrixParameter("w.torn", torn), "shard of shape .6, 4..*distribute_tensor")
+    one = DeviceMesh("cpu", [0], mesh_dim_names=("x",))
+    away = DTensor.from_local(square, one, [ROWS], run_check=False) if dist.get_rank() == 0 else None
+    if away is None:
+        away = DTensor.from_local(square, one, [ROWS], run_check=False, shape=torch.Size((6, 4)), stride=(4, 1))
+        refused(MatrixParameter("w.away", away), "does not belong: leave it out")
+    flat = torch.nn.Parameter(torch.randn(24))
+    flat._is_flat_param = True  # type: ignore[attr-defined]
+    refused(MatrixParameter("w.flat", flat), "FSDP1.*fully_shard", TypeError)
+    zero = torch.nn.Parameter(torch.randn(6, 4))
+    zero.ds_id = 3  # type: ignore[attr-defined]
+    refused(MatrixParameter("w.zero", zero), "ZeRO.*fully_shard", TypeError)
+    sharded = shard(square, line, [ROWS])
+    refused(MatrixParameter("w.1d", shard(torch.randn(6), line, [ROWS])), "no matrix.*rule='adamw'")
+    refused(MatrixParameter("w.large", sharded), "at least workspace_bytes=", workspace_bytes=100)
+    with pytest.raises(ValueError, match=r"row_splits=.*6 rows of w\.split"):
+        MatrixExchange([MatrixParameter("w.split", sharded, False, (3, 4))], FP64)
+    with pytest.raises(ValueError, match="ns_steps=100"):
+        MatrixExchange([MatrixParameter("w", sharded)], FP64._replace(steps=100))
+    check_workspace("w", (6, 4), FP64, 1 << 20)
+    with pytest.raises(ValueError, match="2 parts of 1 parameters"):
+        MatrixExchange([MatrixParameter("w", sharded)], FP64).orthogonalize_([square, square])
+
+
+def a_dead_process() -> None:
+    """One process ends in the middle of a step: the other's collective raises."""
+    line = mesh_of(2)
+    params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(8)]
+    exchange = MatrixExchange(params, FP64)
+    calls = []
+
+    def make(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:
+        calls.append(pieces)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            os._exit(0)
+        for x in values:
+            x.fill_(1)
+
+    used: list[Sequence[MatrixPiece]] = []
+    with pytest.raises(RuntimeError):
+        exchange.run(make, lambda pieces, values: used.append(pieces))
+    assert len(used) < 4
+    os._exit(0)  # nobody is left to take leave of
