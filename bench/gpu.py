@@ -1,10 +1,10 @@
-"""Everything that a CUDA machine is needed for, in one command: correctness, then kernels, optimizers, quality.
+"""Run everything that needs a CUDA machine in one command: tests, then kernels, optimizers and quality.
 
-Each part runs in a process of its own, with its output in a log beside the results, and ends in time for the next.
-A part that has finished with these sources on this device is not run again unless it is named. Nothing is timed
-where a test fails. Tests that only ran out of time go on in the next call, when their kernels are compiled, and
-keep nothing from being timed, since every benchmark checks its own results. Peers' packages come from a folder of
-wheels, where there is no registry.
+Each part runs in its own process, with its output in a log beside the results, and within a share of the time. A
+finished part is not run again on the same device with the same sources unless it is named. Nothing is timed if a
+test fails. Tests that only ran out of time continue in the next call, when their kernels are already compiled, and
+do not prevent timing, since every benchmark checks its own results. Peers' packages are installed from a folder of
+wheels, because there may be no registry.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ BENCHMARK = "gpu"
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build" / "peers"
 
-# Shares of the time of those parts that are still to come: what one leaves over is the next ones'.
+# Shares of the remaining time; time that a part does not use goes to the next ones.
 SHARES = {"correctness": 0.35, "kernels": 0.25, "optimizers": 0.2, "quality": 0.2}
-GRACE = 15.0  # seconds that a part which is told to stop has for writing what it knows
-EARLIER = 0.8  # of a part's time, after which it is to begin nothing new
+GRACE = 15.0  # seconds that an interrupted part has to write its results
+EARLIER = 0.8  # of a part's time; after it the part starts nothing new
 
 
 class Outcome(NamedTuple):
-    """How a part ended."""
+    """The result of one part."""
 
     part: str
     finished: bool
     note: str
     seconds: float
     late: bool
-    """Whether it was stopped for lack of time, nothing having failed until then."""
+    """Whether it timed out without a failure before."""
 
 
 def commands(part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
-    """What a part runs, one after the other: arguments of Python; on a CPU, little, to try this driver itself.
+    """Return the commands of a part, in order, as arguments of Python; on a CPU tiny ones, to test this driver.
 
     Args:
         part: One of `SHARES`.
         options: The command line.
-        folder: Where a run in several calls keeps its checkpoints.
-        minutes: What the part may take.
+        folder: Folder of the checkpoints of a run that takes several calls.
+        minutes: Time limit of the part.
     """
     small = options.device.type == "cpu"
     device, out = ["--device", str(options.device)], ["--out", str(options.out)]
@@ -75,7 +75,7 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         return [[*pytest, "-m", "gpu"], [*pytest, "-m", "not gpu", *kernels]]
     if part == "kernels":
         some = ["--parts", "sizes", "--sizes", "16"] if small else []
-        few = ["--tensors", "20", "--repetitions", "2"] if small else []  # takes seconds in any case
+        few = ["--tensors", "20", "--repetitions", "2"] if small else []  # takes only seconds
         return [["-m", "bench.kernels", *device, *budget, *out, *some], ["-m", "bench.host", *commit, *out, *few]]
     if part == "optimizers":
         some = ["--models", "llama_60m", "--layers", "1", "--repetitions", "2"] if small else []
@@ -91,17 +91,17 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
 def run(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[int, bool]:
     """Run a command, its output on the terminal and at the end of a log.
 
-    After `seconds`, or a Ctrl-C, it is interrupted as by a Ctrl-C, and killed where that does not end it.
+    After `seconds`, or on Ctrl-C, the command gets SIGINT, and is killed if it does not end.
 
     Returns:
-        The exit status, and whether the time ran out.
+        The exit status, and whether it timed out.
 
     Raises:
         KeyboardInterrupt: after the command has ended.
     """
     late, interrupted = threading.Event(), False
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as nohup and shells in the background leave it
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the command would inherit that, and be deaf
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as nohup and background shells leave it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the command inherits the ignored SIGINT
     with (
         log.open("a") as file,
         subprocess.Popen(
@@ -113,7 +113,7 @@ def run(command: Sequence[str], log: Path, seconds: float, environment: dict[str
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a Ctrl-C at the terminal reaches this process alone, which passes it on
+            start_new_session=True,  # Ctrl-C at the terminal reaches this process alone, which passes it on
         ) as process,
     ):
 
@@ -121,7 +121,7 @@ def run(command: Sequence[str], log: Path, seconds: float, environment: dict[str
             _signal(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
-            _signal(process, signal.SIGKILL)  # with whatever it started that is still there
+            _signal(process, signal.SIGKILL)  # with all of its children that still run
 
         def stop_late() -> None:
             late.set()
@@ -156,7 +156,7 @@ def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 
 def install(wheels: Path, environment: dict[str, str]) -> str:
-    """Install the wheels of a folder into `build/peers`, unless they are there; return why that failed, or ""."""
+    """Install the wheels of a folder into `build/peers`, unless installed; return the error, or ""."""
     files = sorted(wheels.glob("*.whl"))
     if not files:
         return f"--wheels {wheels}: there are no wheels"
@@ -173,7 +173,7 @@ def install(wheels: Path, environment: dict[str, str]) -> str:
 
 
 def fingerprint() -> str:
-    """A digest of the sources, which says whether a part has finished with these: a checkout need not be there."""
+    """Return a digest of the sources, which tells whether a part has finished with them; needs no git checkout."""
     digest = hashlib.sha256()
     folders, names = ("gwt_kernels", "bench", "tests"), ("*.py", "*.c", "configs/*.json")
     for file in sorted(file for folder in folders for name in names for file in (ROOT / folder).rglob(name)):
@@ -201,11 +201,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, log_of: Any) -> Iterator[Outcome]:
-    """Run the parts that are to be run, in order, and yield how each ended; the last may be a failure of the tests.
+    """Run the pending parts in order, and yield the outcome of each; a failure of the tests ends the run.
 
     Args:
         options: The command line.
-        done: When each part that is finished has finished.
+        done: When each finished part ended.
         sources: What `fingerprint` returned.
         log_of: The path of a part's log.
     """
@@ -224,7 +224,7 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
         print(f"{part}: at most {seconds / 60:.1f} minutes", flush=True)
         log_of(part).unlink(missing_ok=True)
         note, late, folder = "", False, ROOT / "runs" / f"gpu_{sources}_{part}"
-        if part in done:  # whoever names a finished part wants it from the beginning, not its checkpoints
+        if part in done:  # a finished part that is named starts from the beginning, not from its checkpoints
             shutil.rmtree(folder, ignore_errors=True)
         for command in commands(part, options, folder, seconds / 60):
             remaining = started + seconds - time.monotonic()
@@ -239,7 +239,7 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; return 1 where one did not finish or there is no CUDA device, 130 if interrupted."""
+    """Run the parts; return 1 if one did not finish or there is no CUDA device, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Host time of GWTAdamW.step(): Python and Triton's launch path over many tensors, with or without a GPU.
 
-Without a CUDA device the kernels are compiled for one, and all of a launch but the driver's own call is done.
+Without a CUDA device the kernels are compiled for one, and every part of a launch but the driver call is run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from gwt_kernels.backends import choice
 
 SIZE = (8, 64)  # small: on a CPU the copies of a clipped gradient must not count
 WARM_UP = 5
-TURN = 10  # steps that a scenario takes before the next one does
+TURN = 10  # steps of a scenario before the next one's turn
 
 
 class NoDevice:
-    """What Triton asks of a driver, answered for an H100 that is not there; launches end before the device's."""
+    """A stand-in for Triton's driver on an H100 that is absent; launches end before the driver call."""
 
     def get_current_device(self) -> int:
         return 0
@@ -62,13 +62,13 @@ class NoDevice:
 
 
 class Scenario(NamedTuple):
-    """One way to call step() again and again."""
+    """One way of calling step() repeatedly."""
 
     limiter: bool
     reallocated: bool
-    """Every gradient is another tensor at another address than in the step before."""
+    """Whether every step gets new gradient tensors at new addresses."""
     sharded: bool
-    """Every parameter and gradient is a DTensor, of which this process holds what it would hold of a plain one."""
+    """Whether parameters and gradients are DTensors, whose local shard has the size of the plain tensor."""
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ SCENARIOS = [Scenario(*each) for each in itertools.product((False, True), repeat
 
 @contextlib.contextmanager
 def two_processes(device: torch.device) -> Iterator[DeviceMesh]:
-    """A mesh of this process and one that only seems to be there: a collective costs the host its call."""
+    """Return a mesh of this process and a simulated one: a collective costs only the host's call."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         yield init_device_mesh(device.type, (2,))
@@ -92,9 +92,10 @@ def two_processes(device: torch.device) -> Iterator[DeviceMesh]:
 def build(
     tensors: int, device: torch.device, *, limiter: bool, mesh: DeviceMesh | None = None
 ) -> tuple[Optimizer, list[torch.nn.Parameter]]:
-    """A model as `gwt_param_groups` sorts it: seven matrices in nine, two norms, an embedding and a head.
+    """Build parameters as `gwt_param_groups` sorts them: seven matrices in nine, two norms, an embedding and a
+    head.
 
-    With a mesh, tensors that `fully_shard` has sharded over it, by rows.
+    With a mesh, `fully_shard` shards the tensors over it, by rows.
     """
     values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
     if mesh is not None:
@@ -112,7 +113,7 @@ def build(
 
 
 def gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """New gradients; those of sharded parameters are made as FSDP2 makes them."""
+    """Return new gradients; those of sharded parameters are built as FSDP2 builds them."""
     return [
         DTensor(torch.randn_like(p._local_tensor), p._spec, requires_grad=False)
         if isinstance(p, DTensor)
@@ -122,13 +123,13 @@ def gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def time_steps(optimizer: Optimizer, params: Sequence[torch.nn.Parameter], *, reallocated: bool) -> Iterator[float]:
-    """Seconds of its thread's time that each call of step() takes, after a warm-up: other load does not count."""
+    """Measure the thread CPU time of each call of step(), after a warm-up; other load does not count."""
     sets = [gradients(params), gradients(params)]
     for i in itertools.count():
         if reallocated or i == 0:
             for p, g in zip(params, sets[i % 2], strict=True):
                 p.grad = g
-            if i > 1:  # neither the tensors nor their addresses are those of the step before
+            if i > 1:  # tensors and addresses both differ from the previous step's
                 sets[i % 2] = []
                 sets[(i + 1) % 2] = gradients(params)
         if params[0].is_cuda:
@@ -141,7 +142,7 @@ def time_steps(optimizer: Optimizer, params: Sequence[torch.nn.Parameter], *, re
 
 
 def take_turns(runs: Sequence[Iterator[float]], repetitions: int) -> list[list[float]]:
-    """So many times of each: what is to be compared meets the same load."""
+    """Repeat the runs in turns, so that all of them meet the same load."""
     times: list[list[float]] = [[] for _ in runs]
     while len(times[-1]) < repetitions:
         for own, run in zip(times, runs, strict=True):
@@ -150,9 +151,9 @@ def take_turns(runs: Sequence[Iterator[float]], repetitions: int) -> list[list[f
 
 
 def profile(optimizer: Optimizer, steps: int, lines: int) -> list[tuple[str, float, float]]:
-    """Functions that take the most time of `steps` steps: their shares, without what they call, and calls a step.
+    """Profile `steps` steps: the most expensive functions, their share without callees, and calls per step.
 
-    What C code calls for every tensor (`map(Tensor.data_ptr, ...)`) is in the share of the function around it.
+    Time of C code called for every tensor (`map(Tensor.data_ptr, ...)`) counts towards the calling function.
     """
     profiler = cProfile.Profile()
     profiler.enable()
@@ -168,7 +169,7 @@ def profile(optimizer: Optimizer, steps: int, lines: int) -> list[tuple[str, flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every scenario, print them, and add them to the results."""
+    """Measure every scenario, print the results, and add them to the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--repetitions", type=int, default=200)
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     driven = contextlib.nullcontext() if device.type == "cuda" else without_device()
     with driven, two_processes(device) as mesh:
-        for pair in zip(SCENARIOS[::2], SCENARIOS[1::2], strict=True):  # plain tensors and sharded ones
+        for pair in zip(SCENARIOS[::2], SCENARIOS[1::2], strict=True):  # plain and sharded tensors
             made = [
                 build(options.tensors, device, limiter=each.limiter, mesh=mesh if each.sharded else None)
                 for each in pair
@@ -202,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def without_device() -> Iterator[None]:
-    """Let `backend="triton"` take CPU tensors, with launches that end before the device."""
+    """Let `backend="triton"` accept CPU tensors, with launches that end before the driver call."""
     with (
         patch.object(driver, "_active", NoDevice()),
         patch.object(choice, "triton_obstacle", lambda *args, **kwargs: None),

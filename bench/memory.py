@@ -1,4 +1,4 @@
-"""The memory tables of README and docs: bytes of weights and optimizer state of the LLaMA sizes."""
+"""Tables of README and docs: bytes of weights and optimizer state of the LLaMA sizes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 def memory_table() -> str:
-    """The README's Markdown table: GiB of bf16 weights, and of the state that each optimizer keeps beside them.
+    """Return the README's Markdown table: GiB of bf16 weights, and of each optimizer's state.
 
-    AdamW keeps its moments in the dtype of the weights that it is given; GWT keeps them in float32.
+    AdamW keeps its moments in the dtype of the weights; GWT keeps them in float32.
     """
     headings = ["AdamW, bf16 moments", "AdamW, fp32 moments", *(f"GWT level {level}" for level in LEVELS[:3])]
     rows = []
@@ -30,7 +30,7 @@ def memory_table() -> str:
 
 
 def level_table() -> str:
-    """The Markdown table of docs/memory.md: every size of the package, by level and dtype of the moments."""
+    """Return the Markdown table of docs/memory.md: every size of the package, by level and dtype of the moments."""
     headings = ["AdamW, bf16", "AdamW, fp32"]
     headings += [f"level {level}, {'fp32' if d == 'float32' else 'bf16'}" for level in LEVELS for d in DTYPES]
     rows = []

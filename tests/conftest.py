@@ -1,5 +1,6 @@
-"""Set-up of the test run: where Triton's kernels run without a CUDA device, and no silent skips of GPU tests."""
+"""Configuration of the test run: the device of Triton's kernels, and visible skips of GPU tests."""
 
+import gc
 import os
 
 import pytest
@@ -20,13 +21,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_finish() -> None:
+    """Exclude imported modules and collected tests from garbage collection, which takes 0.2 s with them."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     plugin.report(terminalreporter)
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where Triton's kernels run: the CUDA device where there is one, the CPU elsewhere."""
+    """The device of Triton's kernels: the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

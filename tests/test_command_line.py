@@ -1,4 +1,4 @@
-"""The command line as a whole: what becomes of output that nobody reads."""
+"""The command line as a whole: its output to a closed pipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMANDS = (
 )
 
 
-# Commands in processes of their own, forked where what takes long is imported; each ends as Python ends.
+# Each command runs in a new process, forked with all imports; each exits as Python does.
 EACH = """
 import json, os, runpy, sys, tempfile
 import transformers.models.llama.modeling_llama, gwt_kernels
@@ -45,8 +45,8 @@ print(json.dumps(ended))
 """
 
 
-def test_a_reader_that_goes_away_ends_it_quietly() -> None:
-    """Without a reader from the start; a shell says 128 + SIGPIPE of a program that the closed pipe has ended."""
+def test_a_closed_pipe_ends_the_command_quietly() -> None:
+    """The pipe is closed from the start; a shell reports 128 + SIGPIPE for such a program."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
     environment["TRITON_INTERPRET"] = "1"  # as doctor would set it, before transformers imports Triton
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""``gwt-kernels doctor``: says what is there, and notices a kernel that is wrong."""
+"""``gwt-kernels doctor``: reports the installation, and detects a wrong kernel."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_command_reports_and_passes() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for expected in (f"torch         {torch.__version__}", "cpu:", "float64   -> torch", "All checks passed"):
         assert expected in result.stdout
-    assert "triton, float32, level 2" in result.stdout  # through the interpreter where there is no device
+    assert "triton, float32, level 2" in result.stdout  # through the interpreter if there is no device
 
 
 def test_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tests the step as a function, on every backend, against the C oracle: tensor by tensor, step by step."""
+"""The step as a function, on every backend, against the C oracle, tensor by tensor and step by step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DTYPES |= {"compiled": DTYPES["torch"], "triton": DTYPES["torch"][1:]}
 COMBINATIONS = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 combinations = pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS, ids=lambda x: str(x).split(".")[-1])
 backends = pytest.mark.parametrize("backend", BACKENDS)
-rules = pytest.mark.parametrize("rule", ["gwt", "foam"])  # the limiter goes with the first
+rules = pytest.mark.parametrize("rule", ["gwt", "foam"])  # the limiter requires the first
 
-# Whole blocks (the flat path), rows cut short, one block, one element, many dimensions, nothing at all.
+# Whole blocks (the flat path), short last blocks, one block, one element, many dimensions, an empty tensor.
 SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 64), (2, 1, 2, 35), (0, 40), (64,)]
 HYPER = Hyper(lr=0.01, weight_decay=0.1)
 
@@ -41,7 +41,7 @@ def on(backend: str) -> torch.device:
 @rules
 @combinations
 def test_steps_follow_the_oracle(backend, dtype, rule, level):
-    """From the first step on, with new gradients each time, and a spike that the limiter meets at step 3."""
+    """From the first step on, with new gradients each time, and a spike that activates the limiter at step 3."""
     shapes = [s for s in SHAPES if 2**level < 2 * s[-1]]
     limited = rule == "gwt" and level > 0
     bucket = Bucket(
@@ -63,13 +63,13 @@ def test_layouts_of_weights_and_gradients(backend, dtype, rule, layout):
 
 
 @backends
-def test_gradients_of_another_layout_and_expanded_ones(backend):
+def test_transposed_and_expanded_gradients(backend):
     bucket = Bucket([(4, 32), (6, 10)], 2, device=on(backend))
     for t, layout in enumerate(("transposed", "gaps", "misaligned"), start=1):
         bucket.renew_gradients(layouts=[layout])
         bucket.check_step(HYPER, t, backend=backend)
     for g in bucket.grads:
-        g.tensor = g.tensor[:1].expand(g.tensor.shape)  # what sum().backward() makes
+        g.tensor = g.tensor[:1].expand(g.tensor.shape)  # made by sum().backward()
     bucket.check_step(HYPER, 4, backend=backend)
 
 
@@ -95,7 +95,7 @@ def test_gradients_of_another_dtype(backend, level, dtype, grad_dtype):
 @pytest.mark.parametrize("level", [0, 1, 3])
 @combinations
 def test_moments_of_a_narrow_dtype(backend, dtype, level, moment_dtype):
-    """They are rounded when they are stored, in bfloat16 at random; the update uses them unrounded."""
+    """Rounded when stored, in bfloat16 stochastically; the update uses them unrounded."""
     bucket = Bucket(
         [(4, 32), (3, 37)], level, dtype=dtype, moment_dtype=moment_dtype, limited=level > 0, device=on(backend)
     )
@@ -135,7 +135,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @backends
 def test_options(backend, option, level):
-    """On tensors whose last tile is not full: without eps, what lies outside divides by 0 there."""
+    """The last tile is not full: without eps, elements outside it divide by 0."""
     bucket = Bucket([(3, 40), (3, 37)], level, limited=level > 0, device=on(backend))
     for t, size in enumerate((1.0, 8.0), start=5):
         bucket.renew_gradients(size)
@@ -144,7 +144,7 @@ def test_options(backend, option, level):
 
 @backends
 @pytest.mark.parametrize("level", [0, 2])
-def test_options_of_each_tensor(backend, level):
+def test_options_per_tensor(backend, level):
     hypers, at = list(OPTIONS.values()), [1, 2, 3, 10, 100, 1000]
     shapes = [s for _, s in zip(hypers, itertools.cycle([(3, 40), (2, 37), (8, 8)]), strict=False)]
     bucket = Bucket(shapes, level, limited=level > 0, device=on(backend))
@@ -200,7 +200,7 @@ def test_any_bucket(shapes, level, combination, grad_dtype, layouts, limited, hy
 
 @backends
 def test_the_limiter_holds_growth_to_gamma(backend):
-    """After a spike the norm grows by exactly gamma per step, until it has caught up; before, by what it likes."""
+    """After a spike the norm grows by exactly gamma per step until it has caught up; before, without limit."""
     bucket = Bucket([(4, 32), (3, 37)], 2, limited=True, first=True, device=on(backend))
     norms = []
     for t, size in enumerate((1, 1, 1000, 1000, 1000), start=1):
@@ -231,7 +231,7 @@ def test_no_previous_norm_does_not_limit(backend):
 
 @backends
 def test_a_gradient_of_zeros_leaves_no_norm(backend):
-    """Zeros first, then real gradients: as if the zeros had not been, for the limiter."""
+    """Zeros first, then real gradients: as without the zeros, for the limiter."""
     bucket = Bucket([(4, 32), (3, 37)], 2, limited=True, first=True, device=on(backend))
     bucket.renew_gradients(0.0)
     before = [p.clone() for p in bucket.tensors("params")]
@@ -245,7 +245,7 @@ def test_a_gradient_of_zeros_leaves_no_norm(backend):
 
 @backends
 def test_level_0_has_no_limiter(backend):
-    """Even where norms are handed over: they are left alone."""
+    """Norms passed at level 0 are unchanged."""
     plain, limited = (Bucket([(4, 32)], 0, limited=x, device=on(backend)) for x in (False, True))
     limited.norms[0].tensor.fill_(1e-3)
     for bucket in (plain, limited):
@@ -254,11 +254,11 @@ def test_level_0_has_no_limiter(backend):
     assert float(limited.norms[0].tensor) == pytest.approx(1e-3)
 
 
-# What must be the same, and what must not ---------------------------------------------------------------
+# Equal results, and controls --------------------------------------------------------------------------------
 
 
 @combinations
-def test_the_same_from_run_to_run(backend, dtype):
+def test_results_are_deterministic(backend, dtype):
     def run() -> list[torch.Tensor]:
         bucket = Bucket(SHAPES, 2, dtype=dtype, limited=True, device=on(backend))
         for t in (1, 2):
@@ -271,7 +271,7 @@ def test_the_same_from_run_to_run(backend, dtype):
 
 @backends
 def test_a_tensor_does_not_depend_on_its_neighbours(backend):
-    """Each tensor of a bucket alone gives the same bits as in company."""
+    """Each tensor of a bucket alone gives the same bits as with the others."""
     together = Bucket(SHAPES, 2, limited=True, device=on(backend))
     alone = Bucket(SHAPES, 2, limited=True, device=on(backend))
     together.step(HYPER, 3, backend=backend)
@@ -297,10 +297,10 @@ CHANGES = {
 @pytest.mark.parametrize("change", [*CHANGES, "step", "level"])
 @backends
 def test_the_comparison_notices(backend, change):
-    """Control: a bucket stepped with one thing changed is not what the oracle says."""
+    """Control: a bucket stepped with one changed argument differs from the oracle."""
     bucket = Bucket([(4, 32)], 2, limited=True, device=on(backend))
     bucket.norms[0].tensor.fill_(1.0)
-    if change == "level":  # moments of level 1 that say the same
+    if change == "level":  # equivalent moments of level 1
         moments = {name: [x.repeat_interleave(2, -1) for x in bucket.tensors(name)] for name in steps.ARRAYS[2:]}
         changed = {"level": 1} | moments
     elif change == "step":
@@ -324,7 +324,7 @@ def test_swapped_tensors_are_noticed(backend):
 
 @backends
 def test_narrow_weights_lose_small_updates(backend):
-    """Control: float32 weights move where bfloat16 ones cannot."""
+    """Control: float32 weights change where bfloat16 ones cannot."""
     hyper = Hyper(lr=1e-6)
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -344,7 +344,7 @@ CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases())
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden_vectors(case):
-    """The torch backend in float64 over a whole run, in one go: 1e-12 relative to the largest value."""
+    """The torch backend in float64 over a whole run: 1e-12 relative to the largest value."""
     p, grads = torch.from_numpy(case.p0.copy()), torch.from_numpy(case.grads.copy())
     m, v = torch.zeros(2, *case.exp_avg.shape, dtype=torch.float64)
     norm = torch.zeros((), dtype=torch.float64) if case.level and case.rule == "gwt" else None
@@ -393,7 +393,7 @@ def arguments(**changed) -> dict:
     return own | changed
 
 
-def test_no_tensors_is_fine():
+def test_empty_lists_are_accepted():
     nothing = {name: [] for name in arguments() if name != "level"}
     gwt_adamw_(**nothing, level=2)
 
@@ -419,14 +419,14 @@ def test_lists_of_different_lengths_are_refused(name):
         ({"params": [torch.ones(2, 8).double()], "backend": "triton"}, RuntimeError, "torch.float64 would lose"),
     ],
 )
-def test_what_cannot_run_is_refused(changed, error, message):
+def test_unsupported_arguments_are_refused(changed, error, message):
     before = arguments(**changed)
     with pytest.raises(error, match=message):
         gwt_adamw_(**before)
     assert torch.equal(before["params"][0], torch.ones_like(before["params"][0]))
 
 
-def test_gradients_are_not_recorded():
+def test_autograd_does_not_record_the_step():
     p = torch.ones(2, 8, requires_grad=True)
     gwt_adamw_(**arguments(params=[p]))
     assert p.grad_fn is None

@@ -1,4 +1,4 @@
-"""The imports of package and benchmarks, read from their files: no circle, and nothing against the directions."""
+"""Imports of package and benchmarks, read from their files: no circle, and only in the allowed directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-ROOMS = {  # a module belongs to the room that names it, or the nearest package around it
+COMPONENTS = {  # a module belongs to the component that names it, or to the nearest package around it
     "face": "gwt_kernels",
     "command line": "gwt_kernels.__main__ gwt_kernels.cli gwt_kernels.doctor",
     "planner": "gwt_kernels.planner gwt_kernels.plan gwt_kernels.plan_sharded gwt_kernels.mesh",
@@ -26,7 +26,7 @@ ROOMS = {  # a module belongs to the room that names it, or the nearest package 
     "core": "gwt_kernels.core",
 }
 OPTIM_AND_BELOW = {"optim", "functional", "distributed", "backends", "rules", "formats", "core"}
-BELOW = {  # what a room may import besides itself
+BELOW = {  # components that a component may import besides itself
     "face": {"planner", "migration", "integrations"} | OPTIM_AND_BELOW,
     "command line": {"face", "planner", "migration", "models"} | OPTIM_AND_BELOW,
     "planner": {"models"} | OPTIM_AND_BELOW,
@@ -45,13 +45,13 @@ Imports = Mapping[str, set[str]]
 
 
 def files_of(package: str) -> dict[str, str]:
-    """The text of a package's files, by the name of the module."""
+    """Return the source of a package's files by module name."""
     names = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / package).rglob("*.py")}
     return {".".join(parts).removesuffix(".__init__"): path.read_text() for path, parts in names.items()}
 
 
 def imports_of(sources: Mapping[str, str]) -> Imports:
-    """Which of these modules each imports anywhere: in functions, and for type checkers alone, too."""
+    """Return the modules that each module imports, in functions and for type checkers too."""
     return {name: {*_imported(text, sources)} - {name} for name, text in sources.items()}
 
 
@@ -67,7 +67,7 @@ def _imported(text: str, modules: Mapping[str, str]) -> Iterator[str]:
 
 
 def circles_of(imports: Imports) -> list[set[str]]:
-    """Sets of modules each of which imports all the others, by way of others or itself."""
+    """Return sets of modules that import each other in a circle, or themselves."""
     reached = {name: _reachable(name, imports) for name in imports}
     tied = {name: frozenset(n for n in found if name in reached[n]) for name, found in reached.items()}
     return [set(circle) for circle in {*tied.values()} if circle]
@@ -82,20 +82,20 @@ def _reachable(start: str, imports: Imports) -> set[str]:
     return found
 
 
-def room_of(module: str) -> str:
-    """The room whose names include the module's longest one."""
-    rooms = {name: room for room, names in ROOMS.items() for name in names.split()}
+def component_of(module: str) -> str:
+    """Return the component with the longest matching module name."""
+    components = {name: component for component, names in COMPONENTS.items() for name in names.split()}
     parts = module.split(".")
-    return next(room for n in range(len(parts), 0, -1) if (room := rooms.get(".".join(parts[:n]))))
+    return next(component for n in range(len(parts), 0, -1) if (component := components.get(".".join(parts[:n]))))
 
 
 def against(imports: Imports) -> set[tuple[str, str]]:
-    """The imports that no direction allows."""
+    """Return the imports against the allowed directions."""
     return {
         (name, other)
         for name, others in imports.items()
         for other in others
-        if room_of(other) not in BELOW[room_of(name)] | {room_of(name)}
+        if component_of(other) not in BELOW[component_of(name)] | {component_of(name)}
     }
 
 
@@ -108,10 +108,10 @@ def test_imports_run_from_commands_down_to_the_core():
     assert against(imports_of(files_of("gwt_kernels"))) == set()
 
 
-def test_every_module_has_a_room_of_its_own():
+def test_every_module_belongs_to_a_component():
     modules = set(files_of("gwt_kernels"))
-    assert {name for name in modules - {"gwt_kernels"} if room_of(name) == "face"} == set()
-    named = {name for names in ROOMS.values() for name in names.split()}
+    assert {name for name in modules - {"gwt_kernels"} if component_of(name) == "face"} == set()
+    named = {name for names in COMPONENTS.values() for name in names.split()}
     assert named - modules == set(), "moved, renamed or gone: say where they are now"
 
 
@@ -137,11 +137,11 @@ def test_imports_in_functions_and_for_type_checkers_close_a_circle():
     assert circles_of({name: others - {"p.b"} for name, others in found.items()}) == []
 
 
-def test_an_import_upwards_is_found():
+def test_an_import_upwards_is_detected():
     up = {
         "gwt_kernels.core.hyper": {"gwt_kernels.optim.state"},
         "gwt_kernels.optim.adamw": {"gwt_kernels.core.hyper"},
     }
     assert against(up) == {("gwt_kernels.core.hyper", "gwt_kernels.optim.state")}
     assert against({"gwt_kernels.planner.plan": {"gwt_kernels.migration"}}) != set()
-    assert room_of("gwt_kernels.backends.triton.step") == "backends"
+    assert component_of("gwt_kernels.backends.triton.step") == "backends"

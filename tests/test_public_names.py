@@ -1,4 +1,4 @@
-"""Names that others rely on: what pages import, the commands they give, and classes that older pickles name."""
+"""Public names: imports and commands on the pages, and classes named by older pickles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text_of_pages() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-def test_what_pages_import_is_there():
+def test_imports_on_pages_exist():
     lines = re.findall(r"^ *from (gwt_kernels[\w.]*) import ([\w, ]+)$", text_of_pages(), re.MULTILINE)
     names = {(module, name) for module, names in lines for name in re.findall(r"\w+", names)}
     assert ("gwt_kernels.plan_sharded", "plan_sharded") in names
@@ -31,7 +31,7 @@ def test_what_pages_import_is_there():
         assert hasattr(importlib.import_module(module), name), f"from {module} import {name}"
 
 
-def test_the_reference_names_what_is_there():
+def test_names_in_the_reference_exist():
     names = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
     assert len(names) > 20
     for whole in names:
@@ -40,7 +40,7 @@ def test_the_reference_names_what_is_there():
 
 
 def is_command(module: str) -> bool:
-    """Whether ``python -m`` runs the module: it is a package with a ``__main__``, or it does something as one."""
+    """Return whether ``python -m`` runs the module: a package with ``__main__``, or a script."""
     spec = importlib.util.find_spec(module)
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{module}.__main__")
@@ -53,11 +53,11 @@ def test_the_commands_of_the_pages_run():
     assert {module for module in found if not is_command(module)} == set()
 
 
-def test_every_benchmark_runs_under_the_name_that_it_has_had():
+def test_benchmarks_keep_their_command_names():
     assert {name for name in BENCHMARKS if not is_command(f"bench.{name}")} == set()
 
 
-def test_what_is_no_command_is_noticed():
+def test_modules_that_are_no_commands_are_detected():
     assert not is_command("bench.report.rows")
     assert not is_command("gwt_kernels.integrations")
 
@@ -66,7 +66,7 @@ def test_older_pickles_find_the_optimizer():
     assert pickle.loads(b"cgwt_kernels.optimizer\nGWTAdamW\n.") is GWTAdamW
 
 
-def test_importing_the_planner_leaves_the_public_names_alone():
+def test_importing_the_planner_changes_no_public_names():
     importlib.import_module("gwt_kernels.plan")
     assert callable(gwt_kernels.migrate)
     assert gwt_kernels.plan.plan.__module__.startswith("gwt_kernels.plan")

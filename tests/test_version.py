@@ -1,4 +1,4 @@
-"""The version stands in one place, from which the package, its metadata, doctor and the command line have it."""
+"""The version has one source, used by the package, its metadata, doctor and the command line."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def test_the_metadata_s_version_is_the_package_s() -> None:
     assert re.findall(r'^__version__ = "(.+)"$', source.read_text(), re.MULTILINE) == [gwt_kernels.__version__]
 
 
-def test_the_changelog_begins_with_it() -> None:
+def test_the_changelog_begins_with_the_version() -> None:
     assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == gwt_kernels.__version__
 
 
-def test_it_is_told_without_an_installation(tmp_path: Path) -> None:
+def test_the_version_is_known_without_an_installation(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import gwt_kernels; print(gwt_kernels.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == gwt_kernels.__version__
 
 
-def test_doctor_and_the_command_line_say_it(
+def test_doctor_and_the_command_line_print_the_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "__version__", "7.8.9")

@@ -1,1 +1,1 @@
-"""What every benchmark shares: models, measurements, and records of raw results."""
+"""Models, measurements and records of raw results, shared by all benchmarks."""

@@ -1,4 +1,4 @@
-"""How every benchmark times, and what it records of the machine."""
+"""Timing, memory and facts about the machine, the same for every benchmark."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from gwt_kernels.backends import choice
 
-_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that a lead is no shorter than asked for
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that the queue is never shorter than asked for
 
 
 class Spread(NamedTuple):
@@ -69,9 +69,9 @@ def clock(work: Callable[[], object], device: torch.device, *, lead: float = 0.0
 
 
 def wall_clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Run `work` once on an idle device; return how long the call kept the host, and when the device was done.
+    """Run `work` once on an idle device; return the host's and the device's time until they are done.
 
-    Both in seconds from the start of the call; on a CPU they are the same.
+    Both are seconds from the start of the call; on a CPU they are equal.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -87,7 +87,7 @@ def wall_clock(work: Callable[[], object], device: torch.device) -> tuple[float,
 def kernel_launches(work: Callable[[], object], device: torch.device) -> int | None:
     """Run `work` once and count its CUDA kernels; None on a CPU, or where the profiler sees none.
 
-    Copies and fills by the driver are no kernels.
+    Copies and fills by the driver are not counted.
     """
     if device.type != "cuda" or ProfilerActivity.CUDA not in supported_activities():
         return None
@@ -106,16 +106,16 @@ def kernel_launches(work: Callable[[], object], device: torch.device) -> int | N
 
 
 def plain_tensors(holder: object) -> Iterator[Tensor]:
-    """Every tensor that an object holds, once each: in containers and attributes, subclasses taken apart."""
+    """Return every plain tensor of an object, once each: in containers, attributes and tensor subclasses."""
     seen: dict[int, object] = {}
     pending = [holder]
     while pending:
         item = pending.pop()
         if id(item) in seen:
             continue
-        seen[id(item)] = item  # kept, as the id of an object that is gone may come back
+        seen[id(item)] = item  # kept alive, since the id of a freed object may be used again
         if isinstance(item, Tensor):
-            if hasattr(item, "__tensor_flatten__"):  # quantised states wrap their codes and scales this way
+            if hasattr(item, "__tensor_flatten__"):  # quantized states wrap their values and scales this way
                 names, _ = item.__tensor_flatten__()
                 pending += [getattr(item, name) for name in names]
             else:
@@ -129,7 +129,7 @@ def plain_tensors(holder: object) -> Iterator[Tensor]:
 
 
 def held_bytes(holder: object, apart: Iterable[Tensor] = ()) -> int:
-    """Bytes of the memory that the tensors of an object keep, shared memory once, without that of `apart`."""
+    """Count the bytes of memory kept by an object's tensors, shared memory once, excluding that of `apart`."""
     sizes = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in plain_tensors(holder))}
     for tensor in apart:
         sizes.pop(tensor.untyped_storage().data_ptr(), None)
@@ -154,16 +154,16 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of a name, by default CUDA where there is one; a CUDA device always with its number.
+    """Return the device of a name, by default CUDA if available; a CUDA device always with its index.
 
-    PyTorch makes no device the current one that has no number, and events and streams are the current device's.
+    `torch.cuda.set_device` refuses a device without an index, and events and streams use the current device.
     """
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     return torch.device("cuda", 0) if device == torch.device("cuda") else device
 
 
 def is_present(device: torch.device) -> bool:
-    """Whether PyTorch finds a device; the CPU always is."""
+    """Return whether PyTorch finds a device; the CPU always exists."""
     return device.type == "cpu" or (device.type == "cuda" and device.index < torch.cuda.device_count())
 
 
@@ -179,7 +179,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def facts(device: torch.device, module: str, arguments: Iterable[str], commit: str | None = None) -> dict[str, Any]:
-    """Return what every row of results says of its origin.
+    """Return the facts that every row of results records about its origin.
 
     Args:
         device: Where the benchmark runs.
@@ -202,7 +202,7 @@ def facts(device: torch.device, module: str, arguments: Iterable[str], commit: s
 
 
 def own_backend(device: torch.device) -> str:
-    """Return the backend that `GWTAdamW` takes on a device where none is asked for."""
+    """Return the backend that `GWTAdamW` chooses on a device by default."""
     if device.type == "cpu" and choice.is_compiled(None, device):
         return "compiled"
     return choice.resolve(None, device, torch.float32, level=2)
@@ -217,7 +217,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit_of_checkout() -> str:
-    """The commit that the code is at, with "-dirty" where Python files differ from it; "unknown" without git."""
+    """Return the commit of the checkout, with "-dirty" if Python files differ from it; "unknown" without git."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         here = Path(__file__).parents[1]
 

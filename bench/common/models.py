@@ -29,7 +29,7 @@ def load_config(model: str) -> LlamaConfig:
     """The model configuration named `model` (`llama_60m`), or in the JSON file of that path.
 
     Raises:
-        FileNotFoundError: There is no such configuration; the message lists those there are.
+        FileNotFoundError: There is no such configuration; the message lists the existing ones.
     """
     named = {file.stem: file for folder in FOLDERS for file in folder.glob("llama_*.json")}
     path = named.get(model, Path(model))
@@ -43,7 +43,7 @@ def load_config(model: str) -> LlamaConfig:
 
 
 def build_model(config: LlamaConfig, *, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A freshly initialised model; the same seed gives the same weights on one kind of device."""
+    """Build a freshly initialised model; the same seed gives the same weights on one kind of device."""
     torch.manual_seed(seed)
     with device:
         model = LlamaForCausalLM(config)
@@ -56,7 +56,7 @@ def shapes_of(model: str, *, layers: int | None = None, embeddings: bool = True)
     Args:
         model: Name of a configuration file, without ".json".
         layers: Number of layers to take; None for all.
-        embeddings: Whether embedding, output head and last norm are part of it.
+        embeddings: Whether to include embedding, output head and last norm.
     """
     config = load_config(model)
     config.num_hidden_layers = layers or config.num_hidden_layers

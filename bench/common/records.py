@@ -1,4 +1,4 @@
-"""The files of raw results: one format for every benchmark, whole after every addition, refused when unknown."""
+"""Files of raw results: one format for every benchmark, written atomically, checked when read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from filelock import FileLock
 RESULTS = Path(__file__).parents[1] / "results"
 
 FORMAT = "gwt_kernels results 1"
-"""A JSON object of `format`, `benchmark` and `rows`; a row is one measurement with all it takes to place it."""
+"""A JSON object of `format`, `benchmark` and `rows`; a row is one measurement and its full description."""
 
 
 def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Return the benchmark that a file is of, and its rows.
+    """Return the benchmark that a file belongs to, and its rows.
 
     Raises:
-        ValueError: the file is no such record, or of another format than this version knows.
+        ValueError: the file is no record, or has a format that this version cannot read.
     """
     try:
         content = json.loads(path.read_text())
@@ -36,7 +36,7 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def rows_of(path: Path, benchmark: str) -> list[dict[str, Any]]:
-    """Return the rows of a record of `benchmark`; none where there is no file.
+    """Return the rows of a record of `benchmark`; an empty list if there is no file.
 
     Raises:
         ValueError: the file is no record, or one of another benchmark.
@@ -56,18 +56,18 @@ def append(
     *,
     keep: Callable[[dict[str, Any]], bool] | None = None,
 ) -> None:
-    """Add rows to a record, or begin one; an interruption leaves the old file or the new one.
+    """Add rows to a record, or create one; an interruption leaves the old file or the new one.
 
     Several processes may add to one record.
 
     Args:
         path: The record.
-        benchmark: What it is a record of.
-        rows: What to add.
-        keep: Says of an old row whether it stays; None keeps them all.
+        benchmark: The benchmark's name.
+        rows: The new rows.
+        keep: Predicate on old rows: keep this one? None keeps them all.
 
     Raises:
-        ValueError: the file is no record of this benchmark, or a row holds what JSON cannot.
+        ValueError: the file is no record of this benchmark, or a row holds a value that JSON cannot represent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
@@ -75,12 +75,12 @@ def append(
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in [*old, *rows])
         head = json.dumps({"format": FORMAT, "benchmark": benchmark})[:-1]
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')  # a row a line, so that a diff shows rows
+        partial.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')  # one row a line, so that a diff shows rows
         partial.replace(path)
 
 
 def new_path(benchmark: str, about: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Return the file for a run that begins now: named by benchmark, device and date."""
+    """Return the path for a run that starts now, named by benchmark, device and date."""
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     stamp = re.sub(r"[^0-9T]", "", about["date"].partition("+")[0])
     return folder / f"{benchmark}_{device}_{stamp}.json"

@@ -1,4 +1,4 @@
-"""What a measured step is made of, as one digest: so a run is known whose sources have changed since."""
+"""A digest of the source files behind a measured step, to tell whether they have changed since a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _OF_BACKENDS = {
 
 
 def digest(backend: str) -> str:
-    """Return a digest of the files that a backend's step is made of.
+    """Return a digest of the source files that make up a backend's step.
 
     Raises:
-        FileNotFoundError: there are none, as after a move that this module has not followed.
+        FileNotFoundError: a listed file does not exist, for instance after it was moved.
     """
     kinds = _OF_BACKENDS[backend]
     paths = [path for kind in kinds for path in sorted(PACKAGE.glob(kind))]

@@ -1,1 +1,1 @@
-"""Each kernel alone: cases, the oracle that checks them, and the ratios to reach."""
+"""Benchmarks of each kernel alone: cases, their oracle, and target ratios."""

@@ -1,8 +1,8 @@
 """Time each kernel alone: the fused step with and without limiter, and the Haar transforms, by shape, level, dtype.
 
 Every case is compared with float64 before it is timed. Sets of buffers take turns, so that none is in the cache
-when its turn comes. What is timed is the work on the device of one call, on one tensor: for a step that includes
-the copy of its table of pointers. The bandwidth is that of the bytes that must move (`kernel_cases.bytes_moved`).
+when its turn comes. The time is the device time of one call on one tensor; for a step it includes the copy of its
+pointer table. The bandwidth counts the bytes that must move (`cases.bytes_moved`).
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from bench.common.measure import Spread, available_bytes, chosen_device, clock, 
 from bench.common.models import load_config
 from bench.kernels.cases import KERNELS, MODELS, PARTS, Case, bytes_moved, obstacle, plan, set_count, short
 from bench.kernels.oracle import Buffers, bytes_needed, check
-from bench.kernels.targets import kernel_aims
+from bench.kernels.targets import kernel_targets
 
 BENCHMARK = "kernels"
 WARM_UP = 3
-CPU_CACHE = 32 * 2**20  # bytes; what a core sees of a last-level cache is not to be had from PyTorch
-WIDTH = 160  # columns of the table where no terminal sets them
+CPU_CACHE = 32 * 2**20  # bytes; PyTorch does not report a core's share of the last-level cache
+WIDTH = 160  # columns of the table if the terminal sets none
 
 
 class Result(NamedTuple):
-    """What was found for a case; no times, and a note, where there are none."""
+    """The result for one case; without times, and with a note, if it could not be timed."""
 
     case: Case
     source: str
     seconds: Spread | None = None
     error: float | None = None
-    """The largest error over what rounding explains."""
+    """The largest error over its rounding-error bound."""
     sets: int = 0
     note: str = ""
     failed: bool = False
-    """Whether the kernel gave a wrong result or none, rather than that the case cannot run here."""
+    """Whether the kernel raised or gave a wrong result; False for a case that cannot run here."""
 
 
 def measure(
     case: Case, source: str, device: torch.device, *, backend: str | None = None, repetitions: int = 20
 ) -> Result:
-    """Check a case and time it; whatever keeps it from being timed is said in the result's note."""
+    """Check a case and time it; an error becomes the result's note."""
     missing = Result(case, source)
     if why := obstacle(case, device, backend):
         return missing._replace(note=why)
@@ -69,29 +69,29 @@ def measure(
         return Result(case, source, Spread.of(times(buffers, device, repetitions)), error, sets)
     except torch.OutOfMemoryError:
         return missing._replace(note=f"does not fit: out of memory with {free}")
-    except Exception as wrong:  # whatever a compiler or a driver throws, the cases that follow may still run
+    except Exception as wrong:  # whatever a compiler or a driver raises, the following cases may still run
         reason = " ".join(str(wrong).split())[:300]
         return missing._replace(note=f"failed: {type(wrong).__name__}: {reason}", failed=True)
 
 
 def times(buffers: Sequence[Buffers], device: torch.device, repetitions: int) -> list[float]:
-    """Seconds on the device of each of `repetitions` calls, the sets of buffers in turn."""
+    """Measure device seconds of `repetitions` calls, taking turns between the sets of buffers."""
     for one in buffers:
-        one.run()  # so that the tables of each are on the device
+        one.run()  # so that the tables of each set are on the device
     turns = itertools.cycle(buffers)
     seconds = [clock(next(turns).run, device)[0] for _ in range(WARM_UP + repetitions)]
     return seconds[WARM_UP:]
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the last-level cache; on a CPU a fixed figure."""
+    """Return the bytes of the last-level cache; on a CPU a fixed value."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     return CPU_CACHE
 
 
 def rows(result: Result, bandwidth: float, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a result in long format: one row a quantity, each with all it takes to place it."""
+    """Return a result in long format: one row per quantity, each with all columns of its case."""
     case, seconds = result.case, result.seconds
     head = {
         "kernel": case.kernel,
@@ -142,13 +142,13 @@ def _row(
 
 
 def bare_row(about: dict[str, Any], metric: str, unit: str, spread: Spread | None, note: str) -> dict[str, Any]:
-    """Return a row that belongs to no case."""
+    """Return a row without a case."""
     names = ("kernel", "source", "shape", "elements", "width", "level", "weights", "moments", "sets")
     return _row(dict.fromkeys(names), about, metric, unit, spread, note)
 
 
 def table(results: Sequence[Result], bandwidth: float) -> Table:
-    """Return the results for a terminal."""
+    """Format the results for a terminal."""
     shown = Table(box=box.SIMPLE_HEAD)
     for heading in ("kernel", "shape", "level", "weights", "moments"):
         shown.add_column(heading, no_wrap=True)
@@ -238,7 +238,7 @@ def _dtype(text: str) -> torch.dtype:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cases asked for; return 1 where a kernel failed or there is no such device, 130 if interrupted."""
+    """Run the selected cases; return 1 if a kernel failed or the device is missing, 130 if interrupted."""
     started = time.monotonic()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
@@ -281,8 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted = True
     medians = {r.case: r.seconds.median for r in results if r.seconds is not None}
     on_gpu = device.type == "cuda"
-    promised = kernel_aims(medians, copied.median, cache_bytes(device)) if on_gpu else []
-    exact = [(_exact(aim.value), str(aim)) for aim in promised]
+    promised = kernel_targets(medians, copied.median, cache_bytes(device)) if on_gpu else []
+    exact = [(_exact(target.value), str(target)) for target in promised]
     records.append(path, BENCHMARK, [bare_row(about, "ratio", "1", *each) for each in exact])
     console = Console()
     console.width = console.width if console.is_terminal else WIDTH

@@ -1,4 +1,4 @@
-"""What bench.kernels measures: kernels by shape, level and dtype, and the bytes that each call must move."""
+"""Cases of bench.kernels: kernels by shape, level and dtype, and the bytes that each call must move."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
 EXPERTS = {"mixtral-like": (8, 14336, 4096), "deepseek-like": (64, 1408, 2048)}
-"""Experts stacked in one tensor, by the mixture-of-experts model whose proportions they have."""
+"""Shapes of experts stacked in one tensor, by mixture-of-experts model."""
 
-ROW = 4096  # width of a tensor of the sweep over sizes
+ROW = 4096  # width of the tensors in the sweep over sizes
 MAX_SETS = 1024
 
 Shape = tuple[int, ...]
@@ -37,17 +37,17 @@ class Case(NamedTuple):
     shape: Shape
     level: int
     data: torch.dtype
-    """Of weights and gradients, or of what is transformed."""
+    """Dtype of weights and gradients, or of a transform's input."""
     moments: torch.dtype | None
-    """None for a transform."""
+    """Dtype of the moments; None for a transform."""
 
     @property
     def is_step(self) -> bool:
         return self.moments is not None
 
     @property
-    def coded(self) -> bool:
-        """Whether the moments are codes of one byte, with scales."""
+    def quantized(self) -> bool:
+        """Whether the moments are int8, with scales."""
         return self.moments == torch.int8
 
     @property
@@ -60,11 +60,11 @@ class Case(NamedTuple):
 
     @property
     def width(self) -> str:
-        """ "flat" where blocks lie end to end, "odd" where the last block of each row is cut short."""
+        """ "flat" if blocks lie end to end, "odd" if the last block of each row is cut short."""
         return "odd" if self.shape[-1] % 2**self.level else "flat"
 
     def band(self, level: int) -> int:
-        """Elements of the approximation, or of the details, at a level."""
+        """Number of elements of the approximation, or of the details, at a level."""
         return math.prod(self.shape[:-1]) * -(-self.shape[-1] // 2**level)
 
     def __str__(self) -> str:
@@ -73,12 +73,12 @@ class Case(NamedTuple):
 
 
 def short(dtype: torch.dtype) -> str:
-    """The dtype's name without the module."""
+    """Return the dtype's name without the module."""
     return str(dtype).removeprefix("torch.")
 
 
 def bytes_held(case: Case) -> int:
-    """Bytes of one set of buffers: weights, gradients and moments, or a tensor and its coefficients."""
+    """Count the bytes of one set of buffers: weights, gradients and moments, or a tensor and its coefficients."""
     if case.is_step:
         return 2 * case.elements * case.data.itemsize + _moment_bytes(case)
     coefficients = case.band(case.level) + sum(map(case.band, range(1, case.level + 1)))
@@ -86,17 +86,17 @@ def bytes_held(case: Case) -> int:
 
 
 def _moment_bytes(case: Case) -> int:
-    """Bytes of both moments, with the scales of codes."""
+    """Count the bytes of both moments, with the scales of int8 moments."""
     assert case.moments is not None
     coefficients = case.band(case.level)
-    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.coded else 0
+    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.quantized else 0
     return 2 * (coefficients * case.moments.itemsize + scales)
 
 
 def bytes_moved(case: Case) -> int:
-    """Bytes that a call must move.
+    """Count the bytes that a call must move.
 
-    A step reads the gradients, and reads and writes weights and moments, all once. The limiter needs the norm of
+    A step reads the gradients once, and reads and writes weights and moments once. The limiter needs the norm of
     the whole normalised approximation before any weight is written, so it reads gradients and moments a second
     time. A transform reads its tensor and writes the coefficients, its inverse the other way round.
     """
@@ -106,22 +106,22 @@ def bytes_moved(case: Case) -> int:
 
 
 def bytes_read_twice(case: Case) -> int:
-    """Bytes of gradients and moments, which a step with limiter reads a second time."""
+    """Count the bytes of gradients and moments, which a step with limiter reads twice."""
     if case.moments is None or not case.limited:
         return 0
     return case.elements * case.data.itemsize + _moment_bytes(case)
 
 
 def set_count(case: Case, cache: int) -> int:
-    """How many sets of buffers take turns, so that what came in between fills a cache of this many bytes twice.
+    """Return how many sets of buffers take turns, so that the others fill a cache of this size twice.
 
-    At least two, since the second shows what the first held before a step; at most `MAX_SETS`.
+    At least two, since a second set holds the values from before the step; at most `MAX_SETS`.
     """
     return min(MAX_SETS, max(2, 1 + -(-2 * cache // bytes_held(case))))
 
 
 def obstacle(case: Case, device: torch.device, backend: choice.Backend | None) -> str | None:
-    """Why a case cannot run, or None."""
+    """Return why a case cannot run, or None."""
     for dtype, known in ((case.data, DTYPES), (case.moments, (*DTYPES, torch.int8, None))):
         if dtype is not None and dtype not in known:
             taken = ", ".join(short(each) for each in known if each)
@@ -135,7 +135,7 @@ def obstacle(case: Case, device: torch.device, backend: choice.Backend | None) -
 
 
 class Grid(NamedTuple):
-    """A cross product."""
+    """A Cartesian product of shapes, levels and options."""
 
     source: str
     shapes: Sequence[Shape]
@@ -144,7 +144,7 @@ class Grid(NamedTuple):
     moments: Sequence[torch.dtype]
 
     def cases(self, kernels: Sequence[str]) -> Iterator[Case]:
-        """What there is of the product, dtype by dtype: level 0 has no transform and no limiter."""
+        """Return the cases of the product, dtype by dtype; level 0 has no transform and no limiter."""
         product = itertools.product(self.data, self.moments, self.shapes, self.levels, kernels)
         for data, moments, shape, level, kernel in product:
             if level or kernel == "step":
@@ -152,7 +152,7 @@ class Grid(NamedTuple):
 
 
 def plan(options: argparse.Namespace) -> dict[Case, str]:
-    """Return the cases that the command line asks for, each with where its shape is from."""
+    """Return the cases selected by the command line, each with the source of its shape."""
     full = options.full
     small = options.device.type == "cpu" and not full
     levels, data, moments = options.levels, options.weights, options.moments
@@ -173,7 +173,7 @@ def plan(options: argparse.Namespace) -> dict[Case, str]:
         for model in options.models or (MODELS[:1] if small else MODELS):
             shapes = [shape for shape in shapes_of(model, layers=1) if len(shape.size) > 1]
             grids.append(Grid(model, [shape.size for shape in shapes if shape.transformed], *one))
-            # Embedding and head stay at level 0, and on a CPU they would take longer than all else together.
+            # Embedding and head stay at level 0, and on a CPU they would take longer than the rest together.
             if not small and (levels is None or 0 in levels):
                 grids.append(Grid(model, [shape.size for shape in shapes if not shape.transformed], (0,), *one[1:]))
         if not small and not options.models:
@@ -194,5 +194,5 @@ def plan(options: argparse.Namespace) -> dict[Case, str]:
 
 
 def _tensor_of(elements: int, width: int) -> Shape:
-    """Rows of `width`, of `elements` elements in all or a little more."""
+    """Return a shape of rows of `width` with at least `elements` elements."""
     return -(-elements // width), width

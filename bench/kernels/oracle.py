@@ -1,4 +1,4 @@
-"""A kernel's buffers, and the comparison of what it leaves there with the literal algorithm in float64."""
+"""A kernel's buffers, and the comparison of its results with the literal algorithm in float64."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gwt_kernels.backends.torch import literal
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
 
-# Rate and step at which an update stands far above the rounding of bfloat16 weights.
+# A learning rate and a step at which the update is far above the rounding error of bfloat16 weights.
 HYPER = Hyper(lr=1.0, weight_decay=0.1)
 STEP = 1000
 
-CHUNK = 1 << 22  # elements compared at a time: float64 copies of 2**31 elements would not fit
-TEMPORARIES = 40  # float64 arrays of a chunk's size that a comparison holds at most
+CHUNK = 1 << 22  # elements per comparison: float64 copies of 2**31 elements would not fit
+TEMPORARIES = 40  # upper bound on the float64 arrays of a chunk's size in a comparison
 EPS = torch.finfo(torch.float32).eps
 NORM_ROUNDING = 32 * EPS  # of a float32 sum of squares, added up in trees
 
@@ -32,11 +32,11 @@ _HAAR = literal.filter_bank("haar")
 
 
 class Buffers:
-    """All that one call of a kernel reads and writes.
+    """All tensors that one kernel call reads and writes.
 
     Args:
-        case: What is to run.
-        device: Where.
+        case: The kernel and its shape.
+        device: Device of the tensors.
         backend: As for :func:`gwt_kernels.functional.gwt_adamw_`.
     """
 
@@ -51,22 +51,21 @@ class Buffers:
             return (*case.shape[:-1], -(-case.shape[-1] // 2**level))
 
         self.inputs: list[Tensor]
-        """What the kernel may not change."""
+        """Tensors that the kernel only reads."""
         self.outputs: list[Tensor] = []
-        """What it changes or makes: weights, moments, their scales where they are codes, and the limiter's norm; or
-        the transform's result."""
+        """Tensors that the kernel writes: weights, moments with their scales, and limiter norm; or coefficients."""
         self.workspace: dict[str, Any] = {}
         if case.moments is not None:
-            # Gradients with an offset, so that the mean of a block is as large as the differences within it;
-            # moments as in mid-training, since a denominator of nearly nothing would leave no tolerance a meaning.
+            # Gradients with an offset, so that a block's mean is as large as the differences within it;
+            # moments as in mid-training, since a denominator near 0 would make the tolerance meaningless.
             self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
-            if case.coded:
+            if case.quantized:
                 moments = quantized.draw(band(case.level), case.level, device, generator)
             else:
                 moments = [normal(band(case.level), case.moments, 0.0, 0.5) for _ in range(2)]
                 moments[1].uniform_(0.5, 1.5, generator=generator)
             self.outputs = [normal(case.shape, case.data, 0.0, 1.0), *moments]
-            if case.limited:  # a previous norm far enough below the next one for the limiter to act
+            if case.limited:  # a previous norm far enough below the next one to activate the limiter
                 norm = 0.1 * math.sqrt(case.band(case.level))
                 self.outputs.append(torch.tensor(norm, dtype=torch.float32, device=device))
         elif case.kernel == "haar_dwt":
@@ -77,18 +76,18 @@ class Buffers:
 
     @property
     def scales(self) -> list[Tensor]:
-        """Of both moments, where they are codes."""
-        return self.outputs[3:5] if self.case.coded else []
+        """Scales of both moments, if these are int8."""
+        return self.outputs[3:5] if self.case.quantized else []
 
     def clone(self) -> Buffers:
-        """Buffers of their own with the same values."""
+        """Return independent buffers with the same values."""
         other = copy.copy(self)
         other.inputs, other.outputs = ([x.clone() for x in tensors] for tensors in (self.inputs, self.outputs))
         other.workspace = {}
         return other
 
     def run(self) -> None:
-        """Call the kernel; a transform's result is kept until the next call, so that results take turns too."""
+        """Call the kernel; keep a transform's result until the next call, so that results take turns too."""
         case = self.case
         if case.kernel == "haar_dwt":
             self.outputs = haar_dwt(self.inputs[0], case.level, backend=self.backend)
@@ -105,28 +104,28 @@ class Buffers:
                 steps=[STEP],
                 hypers=[HYPER],
                 level=case.level,
-                scales=[(others[0], others[1])] if case.coded else None,
+                scales=[(others[0], others[1])] if case.quantized else None,
                 backend=self.backend,
                 workspace=self.workspace,
             )
 
 
 def bytes_needed(case: Case, sets: int) -> int:
-    """Estimate the most that a check and timed calls hold, with `sets` sets of buffers."""
+    """Estimate the peak bytes of a check and of timed calls with `sets` sets of buffers."""
     chunk = min(case.elements, max(CHUNK, case.shape[-1])) * 8 * TEMPORARIES
-    compared = case.elements  # torch.equal makes a byte of each element
+    compared = case.elements  # torch.equal allocates a byte per element
     return (sets if case.is_step else sets + 1) * bytes_held(case) + max(chunk, compared)
 
 
 def check(after: Buffers, before: Buffers) -> float:
-    """Run `after` once, and compare every element with what the literal algorithm makes of `before` in float64.
+    """Run `after` once, and compare every element with the literal algorithm on `before` in float64.
 
     Args:
-        after: What the kernel runs on.
-        before: Buffers of the same values; they are left as they are.
+        after: Buffers that the kernel updates.
+        before: Buffers of the same values, left unchanged.
 
     Returns:
-        The largest error over its bound, which is what rounding explains: above 1, or infinite, is wrong.
+        The largest error divided by its rounding-error bound; above 1 or infinite is wrong.
     """
     with _poisoned_memory():
         after.run()
@@ -138,7 +137,7 @@ def check(after: Buffers, before: Buffers) -> float:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Within it, what is allocated without a value is full of NaN."""
+    """Fill uninitialized allocations with NaN within the context."""
     strict = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -160,7 +159,7 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
         limit = max(norm / (float(before.outputs[-1]) + 1e-8), gamma) / gamma
         hyper, rounding = HYPER._replace(scale=HYPER.scale / limit), NORM_ROUNDING
         worst = (after.outputs[-1].double() - norm / limit).abs() / (2 * NORM_ROUNDING * norm / limit)
-    # Of each quantum the largest magnitude, which is its scale, and the largest bound on it.
+    # For each int8 block the largest magnitude, which is its scale, and the largest bound on it.
     peaks = [[torch.zeros_like(x, dtype=torch.float64) for _ in range(2)] for x in after.scales]
     pairs = zip(_exact_chunks(before), _chunks(*after.outputs[:3]), strict=True)
     for (first, (g, *start)), found in pairs:
@@ -168,12 +167,12 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
         bounds = _step_bounds(g, *start, exact[2], after.case, hyper, rounding)
         worst = torch.maximum(worst, _ratio(found[0], exact[0], bounds[0]))
         for i, (stored, value, bound) in enumerate(zip(found[1:], exact[1:], bounds[1:], strict=True)):
-            if after.case.coded:
+            if after.case.quantized:
                 scales = quantized.spread(after.scales[i], stored, first, level)
-                error = quantized.ratio(quantized.CODES[i], stored, scales, value, bound)
+                error = quantized.ratio(quantized.QUANTIZERS[i], stored, scales, value, bound)
                 for x, peak in zip((value.abs(), bound), peaks[i], strict=True):
                     quantized.largest(x, peak, first, level)
-            else:  # weights are rounded to the nearest, bf16 moments are not
+            else:  # weights are rounded to the nearest, bf16 moments stochastically
                 error = _ratio(stored, value, bound, at_random=stored.dtype == torch.bfloat16)
             worst = torch.maximum(worst, error)
     for scales, (value, bound) in zip(after.scales, peaks, strict=True):
@@ -182,19 +181,19 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
 
 
 def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Runs of rows in float64, gradients, weights and both moments, and where their first coefficient lies."""
+    """Yield chunks of rows in float64: gradients, weights, both moments, and their first coefficient's offset."""
     first = 0
     for g, p, *stored in _chunks(*buffers.inputs, *buffers.outputs[:3]):
         m, v = (x.double() for x in stored)
-        if buffers.case.coded:
+        if buffers.case.quantized:
             scales = [quantized.spread(x, m, first, buffers.case.level) for x in buffers.scales]
-            m, v = (code.values(*pair) for code, *pair in zip(quantized.CODES, stored, scales, strict=True))
+            m, v = (q.dequantize(*pair) for q, *pair in zip(quantized.QUANTIZERS, stored, scales, strict=True))
         yield first, (g.double(), p.double(), m, v)
         first += m.numel()
 
 
 def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyper) -> tuple[Tensor, ...]:
-    """Weights and moments after a step without limiter: transform, divide, invert, level by level."""
+    """Compute weights and moments after a step without limiter: transform, divide, invert, level by level."""
     p, m, v = (x.clone() for x in (p, m, v))
     literal.gwt_adamw_([TensorStep(p, g, m, v, None, STEP, hyper)], level=level, wavelet="haar")
     return p, m, v
@@ -203,13 +202,13 @@ def _expected(g: Tensor, p: Tensor, m: Tensor, v: Tensor, level: int, hyper: Hyp
 def _step_bounds(
     g: Tensor, p: Tensor, m: Tensor, v: Tensor, new_v: Tensor, case: Case, hyper: Hyper, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far float32 arithmetic may end from the exact weights and moments, all operands taken by magnitude.
+    """Bound the error of float32 arithmetic on weights and moments, using the magnitudes of all operands.
 
-    `rounding` is the relative error of a factor on the whole update, which is that of the limiter's norm.
+    `rounding` is the relative error of a factor on the whole update: the error of the limiter's norm.
     """
     level, width = case.level, 2**case.level
-    once = (level + 4) * EPS  # a sum of W terms in a tree, and a few products
-    once += quantized.DECODING if case.coded else 0.0
+    once = (level + 4) * EPS  # a tree sum of W terms, and a few products
+    once += quantized.DECODING if case.quantized else 0.0
     a = literal.wavedec(g.abs(), _HAAR, level)[0]
     m_size = hyper.beta1 * m.abs() + (1 - hyper.beta1) * a
     v_size = hyper.beta2 * v + (1 - hyper.beta2) * a * a
@@ -245,7 +244,7 @@ def _transform_error(after: Buffers) -> Tensor:
 
 
 def _magnitude(coeffs: Sequence[Tensor]) -> Tensor:
-    """The inverse transform with every operand taken by magnitude."""
+    """Compute the inverse transform of the operands' magnitudes."""
     x = coeffs[0].abs()
     for detail in coeffs[1:]:
         x = ((x[..., : detail.shape[-1]] + detail.abs()) * math.sqrt(0.5)).repeat_interleave(2, dim=-1)
@@ -253,9 +252,9 @@ def _magnitude(coeffs: Sequence[Tensor]) -> Tensor:
 
 
 def _ratio(found: Tensor, exact: Tensor, bound: Tensor, *, at_random: bool = False) -> Tensor:
-    """The largest error over its bound, storing in `found`'s dtype included; NaN where anything is NaN.
+    """Return the largest error over its bound, storage in `found`'s dtype included; NaN if any value is NaN.
 
-    Rounding to the nearest is off by half a unit in the last place, rounding at random by a whole one.
+    Rounding to nearest is off by up to half a unit in the last place, stochastic rounding by up to one.
     """
     info = torch.finfo(found.dtype)
     stored = (exact.abs() + bound).clamp(min=info.smallest_normal) * (info.eps * (1.0 if at_random else 0.5))
@@ -263,6 +262,6 @@ def _ratio(found: Tensor, exact: Tensor, bound: Tensor, *, at_random: bool = Fal
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Runs of rows of all tensors, about `CHUNK` elements of the widest; the tensors have the same rows."""
+    """Yield chunks of rows of all tensors, about `CHUNK` elements of the widest; all have equally many rows."""
     rows = max(1, CHUNK // max(x.shape[-1] for x in tensors))
     yield from zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)

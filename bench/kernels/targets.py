@@ -1,4 +1,4 @@
-"""The ratios that the project set itself, computed from what one run measured."""
+"""Target ratios of the project, computed from the measurements of one run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Found = Mapping[str, float]
 FREE, LIMITED = "GWTAdamW level 2", "GWTAdamW level 2, limiter"
 CLIPS, SKIPS = f"{FREE}, clips in the step", f"{LIMITED}, skips bad batches"
 TELEMETRY = f"{FREE}, telemetry"
-FREE_HALF = "GWTAdamW level 2, bfloat16 moments"  # AdamW keeps its moments in bfloat16 too
+FREE_HALF = "GWTAdamW level 2, bfloat16 moments"  # AdamW's moments are bfloat16 as well
 
 
-# On a CPU: what, which optimizer, dtype of weights, and how many times as long as the fused AdamW at most.
+# On a CPU: label, optimizer, dtype of weights, and the largest ratio to the time of the fused AdamW.
 _BESIDE_FUSED = [
     ("level 2", FREE, "float32", 0.7),
     ("level 2, limiter", LIMITED, "float32", 1.05),
@@ -38,11 +38,11 @@ _BESIDE_FUSED = [
 ]
 
 
-class Aim(NamedTuple):
-    """A figure that has a bound."""
+class Target(NamedTuple):
+    """A measured value and its bound."""
 
     model: str
-    """What it is about: a model, or the tensor of a kernel."""
+    """A model, or the tensor of a kernel."""
     label: str
     value: float
     bound: float
@@ -51,12 +51,12 @@ class Aim(NamedTuple):
 
     def __str__(self) -> str:
         met = self.value >= self.bound if self.at_least else self.value <= self.bound
-        aim = f"aim: {'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
-        return f"{self.model}: {self.label}: {self.value:.2f} ({aim})"
+        bound = f"{'at least' if self.at_least else 'at most'} {self.bound:g}, {'met' if met else 'NOT met'}"
+        return f"{self.model}: {self.label}: {self.value:.2f} (target: {bound})"
 
 
 class _Promise(NamedTuple):
-    """A ratio of the step times of two optimizers; on the models named, or on all."""
+    """A bound on the ratio of the step times of two optimizers, on the models named or on all."""
 
     label: str
     over: Key
@@ -117,7 +117,7 @@ _PROMISES = {
             *("level 2, time with over without clipping", _half(CLIPS), _half(FREE)),
             *(1.35, False, ("llama_1b", "llama_7b")),
         ),
-        # Nothing measurable; but level 0, a tenth of the 1B model, has no limiter whose pass could look.
+        # Expected to cost nothing, except at level 0 (a tenth of the 1B model), which has no limiter pass to use.
         _Promise(
             *("level 2, limiter, time with over without skipping", _half(SKIPS), _half(LIMITED)),
             *(1.03, False, ("llama_1b", "llama_7b")),
@@ -132,16 +132,16 @@ _PROMISES = {
 
 
 def compared(device_type: str) -> set[Key]:
-    """Return the optimizers whose step times the aims set against each other."""
+    """Return the optimizers whose step times the targets compare."""
     return {key for promise in _PROMISES[device_type] for key in (promise.over, promise.under)}
 
 
-def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Aim]:
-    """Return the ratios promised for a model, of what was measured without clipping.
+def targets(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Target]:
+    """Return the ratios promised for a model, from measurements without clipping.
 
     Args:
         model: A name of `bench/configs`.
-        found: What was measured; an optimizer that has no time is missing.
+        found: Metrics by optimizer; optimizers without a time are missing.
         device_type: "cpu" or "cuda".
         launch_latency: Wall time of one small kernel in seconds; None on a CPU.
     """
@@ -151,8 +151,8 @@ def aims(model: str, found: Mapping[Key, Found], device_type: str, launch_latenc
     ]
 
 
-def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Aim]:
-    """Return the figures promised for the step's kernels at level 2 in bf16, each of the tensor that is worst off.
+def kernel_targets(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Target]:
+    """Return the targets for the step's kernels at level 2 in bf16, each for the tensor farthest from it.
 
     Args:
         seconds: Median time by case.
@@ -163,13 +163,13 @@ def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> 
     limited = {case: case._replace(kernel="step_limiter") for case in steps}
     shares = {case: bytes_moved(case) / seconds[case] / bandwidth for case in steps}
     ratios = {case: seconds[other] / seconds[case] for case, other in limited.items() if other in seconds}
-    coded = {case for case in steps if case.coded and case.elements >= 2**24}
-    steps = [case for case in steps if not case.coded]
+    quantized = {case for case in steps if case.quantized and case.elements >= 2**24}
+    steps = [case for case in steps if not case.quantized]
     large = {case for case in steps if case.elements >= 2**24}
     cached = {case for case in steps if bytes_read_twice(limited[case]) <= cache / 2}
     promises = [
         ("16M elements or more, share of the copy bandwidth", shares, large, 0.92, True),
-        ("16M elements or more, int8 moments, share of the copy bandwidth", shares, coded, 0.88, True),
+        ("16M elements or more, int8 moments, share of the copy bandwidth", shares, quantized, 0.88, True),
         ("row path, share of the copy bandwidth", shares, {c for c in steps if c.shape == (2048, 5461)}, 0.7, True),
         ("16M elements or more, time with over without limiter", ratios, large, 1.4, False),
         ("in half of the L2 cache, time with over without limiter", ratios, cached, 1.15, False),
@@ -179,50 +179,50 @@ def kernel_aims(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> 
         own = {case: values[case] for case in cases if case in values}
         if own:
             worst = min(own, key=lambda case: own[case] if at_least else -own[case])
-            found.append(Aim(str(worst), label, own[worst], bound, at_least))
+            found.append(Target(str(worst), label, own[worst], bound, at_least))
     return found
 
 
-def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Aim]:
+def _ratios(model: str, found: Mapping[Key, Found], promises: Iterable[_Promise]) -> Iterator[Target]:
     for label, over, under, bound, at_least, models in promises:
         if over in found and under in found and (not models or model in models):
             ratio = found[over]["step_time"] / found[under]["step_time"]
-            yield Aim(model, label, ratio, bound, at_least)
+            yield Target(model, label, ratio, bound, at_least)
 
 
-def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | None) -> Iterator[Aim]:
+def _of_cuda(model: str, found: Mapping[Key, Found], launch_latency: float | None) -> Iterator[Target]:
     for name in (FREE, LIMITED):
         own = found.get(_half(name), {})
         if "peak_extra_bytes" in own:
             label = f"{name.removeprefix('GWTAdamW ')}, peak extra MiB"
-            yield Aim(model, label, own["peak_extra_bytes"] / 2**20, 1.0, False, "MiB")
+            yield Target(model, label, own["peak_extra_bytes"] / 2**20, 1.0, False, "MiB")
     own = found.get(_half(FREE), {})
     if not own:
         return
     if model in ("llama_1b", "llama_7b") and "copy_bandwidth_fraction" in own:
-        # Of the bandwidth nothing is promised for the 60M shapes, most of which is embedding at level 0.
-        yield Aim(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
+        # No bandwidth is promised for the 60M shapes, most of which is embedding at level 0.
+        yield Target(model, "level 2, fraction of the copy bandwidth", own["copy_bandwidth_fraction"], 0.9, True)
     if model == "llama_7b":
         for package in ("torchao", "flashoptim"):
             times = {key: each["step_time"] for key, each in found.items() if key[0].startswith(package + " ")}
             if times:
                 name, weights = fastest = min(times, key=times.__getitem__)
                 label = f"level 2, times as fast as the fastest setting of {package} ({name}, {weights})"
-                yield Aim(model, label, times[fastest] / own["step_time"], 1.0, True)
+                yield Target(model, label, times[fastest] / own["step_time"], 1.0, True)
     fused = found.get(_half("AdamW(fused=True)"))
     if model == "llama_60m" and fused:
-        # A small model's step is a matter of latency, so here it is wall time that counts.
-        speed = Aim(
+        # A small model's step is bound by latency, so wall time counts.
+        speed = Target(
             model, "level 2, times as fast as fused AdamW", fused["wall_time"] / own["wall_time"], 2.0, True
         )
         easier = speed
         if launch_latency is not None:
             label = "level 2, wall time over one kernel's launch latency"
-            latency = Aim(model, label, own["wall_time"] / launch_latency, 1.3, False)
+            latency = Target(model, label, own["wall_time"] / launch_latency, 1.3, False)
             easier = max(speed, latency, key=_margin)
         yield easier
         yield speed._replace(label="level 2, never slower than fused AdamW, times as fast", bound=1.0)
 
 
-def _margin(aim: Aim) -> float:
-    return aim.value / aim.bound if aim.at_least else aim.bound / aim.value
+def _margin(target: Target) -> float:
+    return target.value / target.bound if target.at_least else target.bound / target.value

@@ -1,1 +1,1 @@
-"""Whole steps of GWTAdamW and of the optimizers that a user would pick instead."""
+"""Benchmarks of whole steps: GWTAdamW and the optimizers that a user would choose instead."""

@@ -1,4 +1,4 @@
-"""Time `step()` of GWTAdamW over LLaMA shapes against the optimizers that a user would pick instead."""
+"""Time `step()` of GWTAdamW over LLaMA shapes against the optimizers that a user would choose instead."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from bench.common import records, sources
 from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
-from bench.kernels.targets import Aim, aims, compared
+from bench.kernels.targets import Target, compared, targets
 from bench.optimizers.candidate import Candidate
 from bench.optimizers.peers import PEERS, suite
 from bench.optimizers.timing import SECONDS, Result, measure, release
 
-MODELS = ["llama_60m", "llama_7b", "llama_1b", "llama_350m", "llama_130m"]  # those that the aims name come first
+MODELS = ["llama_60m", "llama_7b", "llama_1b", "llama_350m", "llama_130m"]  # models of the targets come first
 EMPTY = {
     **dict.fromkeys(("model", "optimizer", "peer", "weights", "level", "limiter", "clipped", "check")),
     **dict.fromkeys(("metric", "unit", "median", "p20", "p80")),
@@ -29,7 +29,7 @@ EMPTY = {
 
 
 def rows(result: Result, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a result in long format: one row a quantity, each with all it takes to place it."""
+    """Return a result in long format: one row per quantity, each with all columns of its case."""
     candidate = result.candidate
     head = EMPTY | {
         "model": result.model,
@@ -58,28 +58,28 @@ def row(metric: str, unit: str, spread: Spread, about: dict[str, Any]) -> dict[s
     return EMPTY | {"metric": metric, "unit": unit} | spread._asdict() | about
 
 
-def aim_rows(promised: Sequence[Aim], about: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each aim; its note says whether it is met."""
+def target_rows(promised: Sequence[Target], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each target; its note says whether it is met."""
     return [
         EMPTY
-        | {"model": aim.model, "metric": "ratio", "unit": aim.unit, "median": aim.value, "samples": 1}
-        | {"note": str(aim)}
+        | {"model": target.model, "metric": "ratio", "unit": target.unit, "median": target.value, "samples": 1}
+        | {"note": str(target)}
         | about
-        for aim in promised
+        for target in promised
     ]
 
 
-def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Aim]:
-    """Return the aims for all models, of what was measured."""
+def promises(results: Sequence[Result], device: torch.device, latency: Spread | None) -> list[Target]:
+    """Return the targets of all models, computed from the results."""
     measured: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for result in results:
         if result.seconds is not None:
             key = result.candidate.name, result.candidate.weights
             measured.setdefault(result.model, {})[key] = result.medians
     return [
-        aim
+        target
         for model, found in measured.items()
-        for aim in aims(model, found, device.type, None if latency is None else latency.median)
+        for target in targets(model, found, device.type, None if latency is None else latency.median)
     ]
 
 
@@ -121,7 +121,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; what is not given depends on the device."""
+    """Parse the command line; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__)
     add = parser.add_argument
     add("--device", help="cpu or cuda; by default CUDA where there is one")
@@ -132,7 +132,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
     add("--repetitions", type=int, help="timed steps (CPU: 15; CUDA: 50)")
     add("--minutes", type=float, help="what has not begun after this time is left out, and a row says so")
-    add("--quick", action="store_true", help="5 steps, level 2 and the models that the aims name, unless given")
+    add("--quick", action="store_true", help="5 steps, level 2 and the models that the targets name, unless given")
     add("--threads", nargs="+", type=int, help="threads on a CPU, a run for each (default: PyTorch's own)")
     add("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON (default: bench/results)")
     add("--commit", help="the commit measured, where the tree is no git checkout")
@@ -171,10 +171,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def batches(
     models: Sequence[str], candidates: Sequence[Candidate], device: torch.device
 ) -> list[tuple[str, list[Candidate]]]:
-    """Return what is measured together, in the order in which a time budget is best spent.
+    """Return what is measured together, most important first, so that a time budget is well spent.
 
-    On a CPU that is all on weights of one dtype, so that other load meets them alike; on CUDA each alone, for its
-    memory, and what the aims compare first, on the models that they name.
+    On a CPU that is everything on weights of one dtype, so that all meet the same load; on CUDA each candidate
+    alone, to save memory, and first what the targets compare, on the models that they name.
     """
     if device.type == "cpu":
         dtypes = dict.fromkeys(c.dtype for c in candidates)
@@ -190,7 +190,7 @@ def batches(
 def run(
     options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: float
 ) -> Iterator[tuple[Sequence[Shape], list[Result]]]:
-    """Measure batch after batch, and yield each as soon as it is done, until the time is up."""
+    """Measure batch after batch, and yield each batch when it is done, until the time is up."""
     device, begin = options.device, time.monotonic()
     shapes = {
         path: shapes_of(path, layers=options.layers, embeddings=options.embeddings) for path in options.models
@@ -213,13 +213,13 @@ def run(
 
 
 def launch_latency(device: torch.device) -> Spread:
-    """Measure seconds from the launch of one small kernel until the host knows that it is done."""
+    """Measure the seconds from the launch of one small kernel until the host sees it finished."""
     one = torch.zeros(1, device=device)
     return Spread.of([wall_clock(lambda: one.add_(1), device)[1] for _ in range(120)][20:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite of a device; return 1 where this package failed its check or did not run, or without device."""
+    """Run the suite of a device; return 1 if this package failed its check or did not run, or without device."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     before = torch.get_num_threads()
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run the suite with a number of threads, for a record of its own."""
+    """Run the suite with a number of threads, recorded in a file of its own."""
     device, present = options.device, is_present(options.device)
     torch.set_num_threads(threads)
     about = facts(device if present else torch.device("cpu"), "bench.optimizers", arguments, options.commit)
@@ -263,9 +263,9 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
             results += found
             fresh = [each for result in found for each in rows(result, about | {"parameters": elements})]
             records.append(path, "optimizers", fresh)
-    finally:  # an interrupted run, too, says how what it measured compares
+    finally:  # an interrupted run also reports the targets of what it measured
         promised = promises(results, device, latency)
-        records.append(path, "optimizers", aim_rows(promised, about))
+        records.append(path, "optimizers", target_rows(promised, about))
         print(table(results), *promised, sep="\n")
         print(f"raw measurements: {path.name}", flush=True)
     return int(any(result.failed for result in results))

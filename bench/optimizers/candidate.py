@@ -1,4 +1,4 @@
-"""One optimizer on one model's shapes: built on random data, given fresh gradients, its bytes counted."""
+"""One optimizer on one model's shapes: construction on random data, new gradients, and its bytes."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from gwt_kernels import GWTAdamW
 from gwt_kernels.functional import Rounding, Rule
 
 WEIGHT_DECAY = 0.1
-NO_NORM = 1e30  # clips nothing, but has to be compared with; infinity would not have to
+NO_NORM = 1e30  # clips nothing, but the norm must be computed; for infinity it need not be
 
 Group = dict[str, Any]
 
 
 class Likeness(NamedTuple):
-    """How near an optimizer's update must come to AdamW's, where there is no oracle of its own."""
+    """How close an optimizer's update must come to AdamW's if there is no oracle for it."""
 
     cosine: float
-    """Least cosine of the angle between the two updates of a tensor."""
+    """Lower bound on the cosine of the angle between the two updates of a tensor."""
     shortest: float
     longest: float
-    """Bounds of the update's length over AdamW's."""
+    """Bounds on the ratio of the update's length to AdamW's."""
 
 
 class Candidate(NamedTuple):
-    """An optimizer to be timed, and what its step is checked against."""
+    """An optimizer to be timed, and the reference that its step is checked against."""
 
     name: str
     dtype: torch.dtype
     level: int | None
-    """Levels of the transform; None for optimizers that know none."""
+    """Levels of the transform; None for optimizers without one."""
     limiter: bool
     build: Callable[[list[Group]], Optimizer]
-    """Takes parameter groups with a key "transformed": whether these are attention and MLP matrices."""
+    """Builds the optimizer from groups with a key "transformed": are they attention and MLP matrices?"""
     oracle: Callable[[list[Group]], Optimizer] | None
-    """The same computation in plain PyTorch, for a float64 check; None where there is only a likeness."""
+    """The same computation in plain PyTorch, for a float64 check; None if only a likeness is checked."""
     peer: str = "gwt"
-    """The package it comes from, as `--peers` names it."""
+    """The optimizer's package, as `--peers` names it."""
     likeness: Likeness | None = None
     state_bytes: float | None = None
-    """Bytes of state for each element at most; None: two moments as GWT or torch keep them."""
+    """Upper bound on the bytes of state per element; None: two moments as GWT or torch keep them."""
 
     @property
     def check(self) -> str:
@@ -57,23 +57,23 @@ class Candidate(NamedTuple):
         return str(self.dtype).removeprefix("torch.")
 
 
-class Trial(NamedTuple):
-    """A candidate on the tensors of a model, its state allocated."""
+class BuiltCandidate(NamedTuple):
+    """A candidate built on the tensors of a model, with its state allocated."""
 
     candidate: Candidate
     shapes: Sequence[Shape]
     tensors: list[nn.Parameter]
     optimizer: Optimizer
     gradients: dict[tuple[int, ...], Tensor]
-    """One gradient for each size, as first given; some optimizers overwrite those they are handed."""
+    """One gradient per size, never handed out itself, since some optimizers overwrite their gradients."""
 
     @property
     def clips(self) -> bool:
-        """Whether the step reads gradients for their norm, to clip them by itself."""
+        """Whether the step clips, which reads the gradients for their norm."""
         return getattr(self.optimizer, "max_grad_norm", None) is not None
 
     def clipped_step(self) -> None:
-        """What a training loop that clips does: the framework's own function and a step, or a step that clips."""
+        """Take a step with clipping: by the framework's function before the step, or within the step."""
         if self.clips:
             self.optimizer.max_grad_norm = 1.0  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -95,7 +95,7 @@ def gwt(
     skips: bool = False,
     telemetry: bool = False,
 ) -> Candidate:
-    """GWTAdamW on the device's own backend; its oracle is the torch backend with moments that are not rounded."""
+    """GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
     own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
@@ -120,7 +120,7 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
     """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
 
     def build_literal(groups: list[Group]) -> Optimizer:
-        from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be there
+        from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be installed
 
         return LiteralGWTAdamW(groups)
 
@@ -129,9 +129,10 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
 
 
 def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
-    """torch.optim.AdamW by the one implementation named; its oracle is the plain loop.
+    """torch.optim.AdamW in the named implementation; its oracle is the plain loop.
 
-    On narrow dtypes only the fused one computes in float32; the others round in between, and have a likeness.
+    On narrow dtypes only the fused implementation computes in float32; the others round in between, and are checked
+    by likeness.
     """
     ((key, value),) = implementation.items()
     exact = dtype == torch.float32 or implementation.get("fused", False)
@@ -148,7 +149,7 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
 
 
 def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
-    """Estimate what a trial holds at its peak: weights, gradients, moments, its largest check."""
+    """Estimate the peak bytes of a built candidate: weights, gradients, moments, its largest check."""
     total = 0.0
     largest = 0
     moment = candidate.dtype.itemsize if candidate.level is None else max(candidate.dtype.itemsize, 4)
@@ -161,8 +162,8 @@ def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
     return int(total) + 12 * 8 * largest
 
 
-def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> Trial:
-    """Allocate the weights and gradients with random values, and the optimizer with its state."""
+def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -> BuiltCandidate:
+    """Allocate random weights and gradients, and the optimizer with its state."""
     generator = torch.Generator(device).manual_seed(0)
     gradients: dict[tuple[int, ...], Tensor] = {}
     tensors = []
@@ -172,16 +173,16 @@ def build(candidate: Candidate, shapes: Sequence[Shape], device: torch.device) -
         if shape.size not in gradients:
             gradients[shape.size] = torch.empty_like(p.data).normal_(generator=generator)
         tensors.append(p)
-    trial = Trial(
+    built = BuiltCandidate(
         candidate, shapes, tensors, candidate.build(groups_of(shapes, tensors, candidate.level)), gradients
     )
-    renew_gradients(trial)
-    trial.optimizer.step()
-    return trial
+    renew_gradients(built)
+    built.optimizer.step()
+    return built
 
 
 def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | None) -> list[Group]:
-    """Parameter groups by whether tensors are transformed and whether they decay."""
+    """Return parameter groups by whether tensors are transformed and whether they decay."""
     groups: dict[tuple[bool, bool], Group] = {}
     for shape, tensor in zip(shapes, tensors, strict=True):
         fresh: Group = {
@@ -196,7 +197,7 @@ def groups_of(shapes: Sequence[Shape], tensors: Sequence[Tensor], level: int | N
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group a learning rate; torchao keeps it in a tensor."""
+    """Set the learning rate of every group; torchao keeps it in a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -204,45 +205,45 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def renew_gradients(trial: Trial) -> None:
+def renew_gradients(built: BuiltCandidate) -> None:
     """Give every tensor a new gradient buffer, as a backward pass does."""
-    for p in trial.tensors:
-        p.grad = trial.gradients[tuple(p.shape)].clone()
+    for p in built.tensors:
+        p.grad = built.gradients[tuple(p.shape)].clone()
 
 
-def bytes_moved(trial: Trial) -> int:
-    """Return the bytes a step must move: gradients read, weights and state read and written, all once.
+def bytes_moved(built: BuiltCandidate) -> int:
+    """Return the bytes that a step must move: gradients read once, weights and state read and written once.
 
-    Projections are only read. The limiter needs the norm of the whole normalised approximation before any
-    weight is written, so it reads gradients and moments a second time. The norm to clip to reads gradients before
-    that; whether they are finite, the limiter's first reading tells.
+    Projections are only read. The limiter needs the norm of the whole normalised approximation before any weight is
+    written, so it reads gradients and moments a second time. Clipping reads the gradients once more before that,
+    for their norm; the check for non-finite gradients shares the limiter's first read.
     """
-    skips = getattr(trial.optimizer, "skip_nonfinite", False)
+    skips = getattr(built.optimizer, "skip_nonfinite", False)
     total = 0
-    for p in trial.tensors:
-        state = trial.optimizer.state[p]
+    for p in built.tensors:
+        state = built.optimizer.state[p]
         moments = _bytes_of([value for key, value in state.items() if key != "projector"])
         gradient = p.numel() * p.element_size()
         total += 3 * gradient + 2 * moments + _bytes_of(state.get("projector"))
         if "limiter_norm" in state:
             total += gradient + moments
-        if trial.clips or (skips and "limiter_norm" not in state):
+        if built.clips or (skips and "limiter_norm" not in state):
             total += gradient
     return total
 
 
 def _bytes_of(holder: object) -> int:
-    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are no traffic
+    return sum(t.numel() * t.element_size() for t in plain_tensors(holder) if t.dim())  # scalars are not counted
 
 
-def peak_extra_bytes(trial: Trial, device: torch.device) -> int | None:
-    """Return the bytes a step allocates beyond what it finds; None where the allocator does not tell."""
+def peak_extra_bytes(built: BuiltCandidate, device: torch.device) -> int | None:
+    """Return the bytes that a step allocates temporarily; None if the allocator does not report them."""
     if device.type != "cuda":
         return None
-    renew_gradients(trial)
+    renew_gradients(built)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    trial.optimizer.step()
+    built.optimizer.step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

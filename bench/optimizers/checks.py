@@ -1,4 +1,4 @@
-"""Whether a candidate's step is right, before it is timed: against float64, or at least like AdamW's."""
+"""Checks of a candidate's step before it is timed: against float64, or by its likeness to AdamW."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from bench.common.models import Shape
-from bench.optimizers.candidate import Candidate, Likeness, Trial, groups_of, renew_gradients, set_rate
+from bench.optimizers.candidate import BuiltCandidate, Candidate, Likeness, groups_of, renew_gradients, set_rate
 from gwt_kernels.formats.int8 import decode_first, decode_second
 from gwt_kernels.formats.split import join_low
 from gwt_kernels.optim.state import low_bits_of
 
 
-def check(trial: Trial) -> float:
-    """Check a trial as its candidate can be checked; a result above 1 is wrong."""
-    return against_oracle(trial) if trial.candidate.oracle is not None else against_adamw(trial)
+def check(built: BuiltCandidate) -> float:
+    """Check a built candidate against its oracle or likeness; a result above 1 is wrong."""
+    return against_oracle(built) if built.candidate.oracle is not None else against_adamw(built)
 
 
-def against_oracle(trial: Trial) -> float:
+def against_oracle(built: BuiltCandidate) -> float:
     """Take one step of the whole model and compare it with the oracle's in float64.
 
-    The state is first set to random values in the proportions of mid-training, with the limiter active: from
-    a state of zeros, a block with hardly any approximation divides by nearly nothing, and no tolerance would
-    mean much. The first and the last tensor of every kind are compared, weights and moments.
+    The state is first set to random values in the proportions of mid-training, with the limiter active: from a
+    state of zeros, a block with a tiny approximation divides by nearly 0, and no tolerance would be meaningful. The
+    first and the last tensor of every kind are compared, weights and moments.
 
     Returns:
-        The largest error, over what rounding explains.
+        The largest error divided by its rounding-error bound.
     """
-    candidate, shapes, tensors, optimizer, _ = trial
+    candidate, shapes, tensors, optimizer, _ = built
     watched = _watched(shapes)
-    _draw_gradients(trial)
+    _draw_gradients(built)
     for p in tensors:
         state = optimizer.state[p]
         if "exp_avg_scale" in state:
@@ -60,26 +60,26 @@ def against_oracle(trial: Trial) -> float:
         stored = optimizer.state[tensors[index]]
         for key, value in found.items():
             if f"{key}_scale" in stored:
-                continue  # a code is as far from the value as codes lie apart: tests/formats/test_quantized.py
+                continue  # the bound is one quantization step: see tests/formats/test_quantized.py
             at_random = key in ("exp_avg", "exp_avg_sq") and value.dtype == torch.bfloat16
             at_random |= key == "weights" and _rounding_of(tensors[index], optimizer) == "stochastic"
             worst = max(worst, _error(value, expected[key], old[key], at_random=at_random))
     return worst
 
 
-def against_adamw(trial: Trial) -> float:
-    """Take a second step, with new gradients, and compare its update with that of AdamW in float64.
+def against_adamw(built: BuiltCandidate) -> float:
+    """Take a second step with new gradients, and compare its update with that of AdamW in float64.
 
-    This is a check of sanity, for packages with a rule or a rounding of their own: the right tensors have moved,
-    by about as much as they should and in about the direction, as the candidate's likeness says.
+    This is a sanity check for packages with their own rule or rounding: the right tensors have moved, by about the
+    right length and in about the right direction, as the candidate's likeness says.
 
     Returns:
         The largest of `(1 - cosine)`, length and reciprocal length, each over what the likeness allows.
     """
-    candidate, shapes, tensors, optimizer, first = trial
+    candidate, shapes, tensors, optimizer, first = built
     assert candidate.likeness is not None, f"{candidate.name} has neither oracle nor likeness"
     watched = _watched(shapes)
-    _draw_gradients(trial)
+    _draw_gradients(built)
     second = {index: _gradient(tensors[index]).clone() for index in watched}
     starts = {index: tensors[index].detach().clone() for index in watched}
     _step_at_rate_one(optimizer)
@@ -94,7 +94,7 @@ def against_adamw(trial: Trial) -> float:
 
 
 def _watched(shapes: Sequence[Shape]) -> list[int]:
-    """The first and the last tensor of every kind."""
+    """Return the first and the last tensor of every kind."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index, shape in enumerate(shapes):
         kinds.setdefault(shape[1:], []).append(index)
@@ -107,15 +107,15 @@ def _rounding_of(p: Tensor, optimizer: Optimizer) -> str | None:
     return found
 
 
-def _draw_gradients(trial: Trial) -> None:
-    """Gradients of their own for all tensors, so that a mix-up among tensors of a size shows."""
-    renew_gradients(trial)
-    for p in trial.tensors:
+def _draw_gradients(built: BuiltCandidate) -> None:
+    """Return a separate gradient for every tensor, so that confusing tensors of equal size shows."""
+    renew_gradients(built)
+    for p in built.tensors:
         _gradient(p).normal_()
 
 
 def _step_at_rate_one(optimizer: Optimizer) -> None:
-    """The update has to stand far above the rounding of bf16 weights."""
+    """Step with rate 1, so that the update is far above the rounding error of bf16 weights."""
     rate = float(optimizer.param_groups[0]["lr"])
     set_rate(optimizer, 1.0)
     optimizer.step()
@@ -128,7 +128,7 @@ def _gradient(p: Tensor) -> Tensor:
 
 
 def _values(p: Tensor, optimizer: Optimizer, level: int = 0) -> dict[str, Tensor]:
-    """Copies of what a step changes, the step's number apart; codes of one byte as what they stand for."""
+    """Copy what a step changes except the step count; int8 moments are dequantized."""
     state = optimizer.state[p]
     values = {key: value.clone() for key, value in state.items() if key != "step"}
     for key, decode in (("exp_avg", decode_first), ("exp_avg_sq", decode_second)):
@@ -145,7 +145,7 @@ def _oracle_step(candidate: Candidate, shape: Shape, start: dict[str, Tensor], g
     p.grad = grad.double()
     oracle = candidate.oracle(groups_of([shape], [p], candidate.level))
     set_rate(oracle, 1.0)
-    oracle.step()  # allocates the state and brings its step to the candidate's
+    oracle.step()  # allocates the state and advances its step count to the candidate's
     p.data.copy_(start["weights"])
     for key, value in start.items():
         if key in oracle.state[p]:
@@ -155,9 +155,9 @@ def _oracle_step(candidate: Candidate, shape: Shape, start: dict[str, Tensor], g
 
 
 def _error(found: Tensor, expected: Tensor, old: Tensor, *, at_random: bool = False) -> float:
-    """Largest error over its bound, which is what rounding explains; NaN counts as infinite.
+    """Return the largest error over its rounding-error bound; NaN counts as infinite.
 
-    The bound is half a unit in the last place of the stored dtype (a whole one where rounded at random), plus the
+    The bound is half a unit in the last place of the stored dtype (a whole one for stochastic rounding), plus the
     float32 arithmetic before it: 2 units of the value, which is decayed before it is changed, and 16 of the
     tensor's largest change (not the element's own change, since `g - mean + m` cancels).
     """
@@ -170,7 +170,7 @@ def _error(found: Tensor, expected: Tensor, old: Tensor, *, at_random: bool = Fa
 
 
 def _adamw_update(shape: Shape, start: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """How AdamW moves a tensor at rate 1 by the last gradient, the moments being those of all of them."""
+    """Return AdamW's update at rate 1 by the last gradient, with moments of all of the gradients."""
     p = nn.Parameter(start.clone())
     adamw = AdamW(groups_of([shape], [p], None), lr=0.0, foreach=False)
     for gradient in gradients:

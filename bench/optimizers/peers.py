@@ -1,4 +1,4 @@
-"""Optimizers of other packages as candidates; each is imported only when it is built, as it may not be there."""
+"""Optimizers of other packages as candidates; each is imported only when built, as it may not be installed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.common.measure import clock
-from bench.optimizers.candidate import Candidate, Group, Likeness, Trial, adamw, gwt, ptwt
+from bench.optimizers.candidate import BuiltCandidate, Candidate, Group, Likeness, adamw, gwt, ptwt
 
-BETAS = (0.9, 0.999)  # some packages have others by default
+BETAS = (0.9, 0.999)  # some packages have other defaults
 REFRESH_GAP = 200  # steps between two projections of GaLore and APOLLO, as published
-NEVER = 2**62  # refreshing is timed on its own, so the steps that are timed must have none
+NEVER = 2**62  # projections are timed separately, so the timed steps must not renew them
 
-# With fresh random gradients in every step, as `checks.against_adamw` has them.
+# For new random gradients in every step, as in `checks.against_adamw`.
 ADAMW = Likeness(0.999, 0.98, 1.02)
 EIGHT_BIT = Likeness(0.99, 0.95, 1.05)
 FOUR_BIT = Likeness(0.9, 0.7, 1.3)
 
 
 def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> list[Candidate]:
-    """Return the candidates of the packages named; what the aims are about comes first."""
+    """Return the candidates of the packages named, those of the targets first."""
     on_cpu = device.type == "cpu"
     main = torch.float32 if on_cpu else torch.bfloat16
     chosen: list[Candidate] = []
@@ -38,12 +38,12 @@ def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> 
 
 
 def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
-    ordered = sorted(levels, key=lambda level: (level != 2, level))  # level 2 is what the aims are about
+    ordered = sorted(levels, key=lambda level: (level != 2, level))  # the targets are about level 2
     found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
     if 2 in levels:
         found += [gwt(2, dtype, limiter=on, clips=True) for on in (False, True)]
         found += [gwt(2, dtype, limiter=True, skips=True), gwt(2, dtype, limiter=False, telemetry=True)]
-    if dtype == torch.bfloat16 and 2 in levels:  # what 16-bit training would use of it
+    if dtype == torch.bfloat16 and 2 in levels:  # options of a 16-bit training run
         kept = (None, torch.bfloat16, torch.int8)
         found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]
         found += [gwt(2, dtype, limiter=False, rule="foam", moments=moments) for moments in kept]
@@ -51,7 +51,7 @@ def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
 
 
 def _gwt_on_cpu(levels: list[int]) -> list[Candidate]:
-    """What else the step in C knows: the folded rule, narrow weights, and narrow moments and weights' roundings."""
+    """Return further candidates for the step in C: the folded rule, narrow weights and moments, weight rounding."""
     single, half, other = torch.float32, torch.bfloat16, torch.float16
     found = [gwt(level, single, limiter=False, rule="foam") for level in levels if level]
     if 2 not in levels:
@@ -64,7 +64,7 @@ def _gwt_on_cpu(levels: list[int]) -> list[Candidate]:
 
 
 def _torch_on_cpu(_: list[int]) -> list[Candidate]:
-    """The one that computes in float32, for each dtype of weights."""
+    """Return the implementation that computes in float32, for each dtype of weights."""
     return [adamw(dtype, fused=True) for dtype in (torch.bfloat16, torch.float16)]
 
 
@@ -73,7 +73,7 @@ def _torch(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _ptwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
-    """At level 2, which the aims are about, or where that is not asked for at the levels that are."""
+    """Return candidates at level 2, the level of the targets, or else at the levels asked for."""
     return [ptwt(level, dtype) for level in levels if level == 2 or (level and 2 not in levels)]
 
 
@@ -87,7 +87,7 @@ def _bitsandbytes(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _torchao(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
-    """With `bf16_stochastic_round` as by default, off: on, the same kernels do more."""
+    """Return torchao's optimizers with `bf16_stochastic_round` at its default, off; on, they do more work."""
 
     def builder(name: str) -> Callable[[list[Group]], Optimizer]:
         def build(groups: list[Group]) -> Optimizer:
@@ -111,7 +111,7 @@ def _optimi(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
         return build
 
     settings: list[Group] = [{"triton": True}, {"foreach": True}, {"triton": False, "foreach": False}]
-    if dtype != torch.float32:  # where it sums with Kahan's compensation unless told not to
+    if dtype != torch.float32:  # for these it uses Kahan summation by default
         settings.insert(1, {"triton": True, "kahan_sum": False})
     return [
         _peer("optimi", f"AdamW({_options(options)})", dtype, builder(options), ADAMW, 3 * dtype.itemsize)
@@ -145,11 +145,11 @@ def _flashoptim(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _galore(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
-    """Rank a quarter of the hidden size, scale 0.25, as published.
+    """Return GaLore with rank a quarter of the hidden size and scale 0.25, as published.
 
-    The projections are random ones and the count of steps begins at 1, so that building the optimizer takes no
-    singular value decomposition of every matrix; a step takes as long with any projection. The 8-bit optimizer
-    hands bitsandbytes arguments by position that mean other things in later versions: the check decides on it.
+    The projections are random and the step count starts at 1, so that building the optimizer needs no singular
+    value decompositions; a step takes equally long with any projection. The 8-bit optimizer passes positional
+    arguments whose meaning has changed in later versions of bitsandbytes: the check detects that.
     """
 
     def builder(name: str) -> Callable[[list[Group]], Optimizer]:
@@ -170,8 +170,8 @@ def _galore(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
         return build
 
-    # Of a random gradient, a projection to a quarter of the directions keeps a quarter of the square; the update
-    # is scaled by 0.25 besides. Embeddings and norms take AdamW's whole step.
+    # Projecting a random gradient to a quarter of the directions keeps a quarter of its square; the update is
+    # also scaled by 0.25. Embeddings and norms take AdamW's whole step.
     likeness = Likeness(0.3, 0.05, 1.5)
     return [
         _peer("galore", name, dtype, builder(name), likeness, size)
@@ -180,7 +180,7 @@ def _galore(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _apollo(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
-    """Rank a quarter of the hidden size with a scale per channel, and Mini: rank 1 with one per tensor."""
+    """Return APOLLO (rank a quarter of the hidden size, a scale per channel) and Mini (rank 1, one scale)."""
 
     def builder(rank: int | None, kind: str, scale: float) -> Callable[[list[Group]], Optimizer]:
         def build(groups: list[Group]) -> Optimizer:
@@ -198,7 +198,7 @@ def _apollo(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
         return build
 
-    # The update is the gradient, rescaled by channel or as a whole: of AdamW's direction by its sign alone.
+    # The update is the rescaled gradient, by channel or as a whole: it shares only the signs of AdamW's.
     likeness = Likeness(0.3, 0.1, 10.0)
     quarter = _peer("apollo", "APOLLOAdamW", dtype, builder(None, "channel", 1.0), likeness, 2 * dtype.itemsize)
     mini = _peer("apollo", "APOLLOAdamW Mini", dtype, builder(1, "tensor", 128.0), likeness, 2 * dtype.itemsize)
@@ -206,7 +206,7 @@ def _apollo(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _deepspeed(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
-    """Its Adam for CPUs, which is compiled when it is built."""
+    """Return DeepSpeed's Adam for CPUs, which compiles when it is built."""
 
     def build(groups: list[Group]) -> Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -233,25 +233,25 @@ PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
 _ON_CPU: dict[str, Callable[[list[int]], list[Candidate]]] = {"gwt": _gwt_on_cpu, "torch": _torch_on_cpu}
 
 
-def projection_time(trial: Trial, device: torch.device) -> float | None:
-    """Seconds in which GaLore or APOLLO renews all its projections; None for others.
+def projection_time(built: BuiltCandidate, device: torch.device) -> float | None:
+    """Measure the seconds in which GaLore or APOLLO renews all its projections; None for others.
 
-    One tensor of each shape is timed, and counted as often as there are tensors of its shape.
+    One tensor of each shape is timed and multiplied by the number of tensors of that shape.
     """
     alike: dict[torch.Size, list[Tensor]] = {}
-    for p in trial.tensors:
-        if "projector" in trial.optimizer.state[p]:
+    for p in built.tensors:
+        if "projector" in built.optimizer.state[p]:
             alike.setdefault(p.shape, []).append(p)
     if not alike:
         return None
     total = 0.0
     for tensors in alike.values():
-        projector, gradient = trial.optimizer.state[tensors[0]]["projector"], torch.randn_like(tensors[0])
+        projector, gradient = built.optimizer.state[tensors[0]]["projector"], torch.randn_like(tensors[0])
 
         def seconds(step: int, projector: Any = projector, gradient: Tensor = gradient) -> float:
             return clock(lambda: projector.project(gradient, step), device)[0]
 
-        # It renews itself when the step is a multiple of the gap; the first decomposition sets up a library, too.
+        # It renews itself if the step is a multiple of the gap; the first decomposition also initialises a library.
         renewed, plain = (min(seconds(step) for _ in range(2)) for step in (0, 1))
         total += max(0.0, renewed - plain) * len(tensors)
     return total
@@ -275,7 +275,7 @@ def _options(options: Group) -> str:
 
 
 def _rank(groups: list[Group]) -> int:
-    """A quarter of the hidden size, which is the smaller side of every matrix of a layer."""
+    """Return a quarter of the hidden size, which is the smaller side of every matrix of a layer."""
     return max(1, min(min(p.shape) for group in groups if group["transformed"] for p in group["params"]) // 4)
 
 
@@ -284,7 +284,7 @@ def _low_rank(groups: list[Group], options: Group) -> list[Group]:
 
 
 def _orthonormal(p: Tensor, rank: int) -> Tensor:
-    """A random projection in GaLore's layout: of the columns of a tall matrix, of the rows of a wide one."""
+    """Return a random projection in GaLore's layout: of a tall matrix's columns, or a wide one's rows."""
     rows, columns = p.shape
     q = torch.linalg.qr(torch.randn(min(rows, columns), rank, device=p.device)).Q.to(p.dtype)
     return q.T.contiguous() if rows >= columns else q.contiguous()

@@ -1,4 +1,4 @@
-"""The GWT step level by level, by a convolution-based transform: what the folded step is measured against."""
+"""The GWT step level by level, by a convolution-based transform: the baseline of the folded step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class LiteralGWTAdamW(Optimizer):
 
     def _update(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         level, (b1, b2) = group["level"], group["betas"]
-        g = g.to(torch.promote_types(g.dtype, torch.float32))  # ptwt takes no narrower dtype
+        g = g.to(torch.promote_types(g.dtype, torch.float32))  # ptwt supports no narrower dtype
         coarse, *details = wavedec(g, HAAR, mode="zero", level=level) if level else [g]
         state = self.state[p]
         if not state:

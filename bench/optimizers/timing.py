@@ -1,4 +1,4 @@
-"""Candidates on one model: built, checked and timed in turns; what cannot be done becomes a note."""
+"""Candidates on one model, built, checked and timed in turns; an error becomes a note."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from bench.common.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
 from bench.common.models import Shape
 from bench.optimizers.candidate import (
+    BuiltCandidate,
     Candidate,
-    Trial,
     build,
     bytes_moved,
     bytes_needed,
@@ -24,7 +24,7 @@ from bench.optimizers.checks import check
 from bench.optimizers.peers import REFRESH_GAP, projection_time
 
 WARM_UP = 3
-FEWEST = 3  # timed steps, where the time for a candidate is up
+FEWEST = 3  # fewest timed steps when a candidate's time is up
 SECONDS = 10.0  # for the timed steps of a candidate
 
 
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was found for one candidate on one model; no metrics, and a note, where it could not be timed."""
+    """The result for one candidate on one model; without metrics, and with a note, if it could not be timed."""
 
     model: str
     candidate: Candidate
@@ -47,23 +47,23 @@ class Result(NamedTuple):
 
     @property
     def medians(self) -> dict[str, float]:
-        """Medians by metric, without clipping."""
+        """Return the medians by metric, without clipping."""
         return {metric.name: metric.spread.median for metric in self.metrics if not metric.clipped}
 
     @property
     def seconds(self) -> float | None:
-        """Median time of a step, or None."""
+        """Return the median time of a step, or None."""
         return self.medians.get("step_time")
 
     @property
     def failed(self) -> bool:
-        """Whether a result was wrong, or this package did not run; another package may well be missing."""
+        """Whether a result was wrong or this package did not run; a missing peer is no failure."""
         wrong = self.candidate.oracle is not None and self.note.startswith("not timed")
         return wrong or (self.candidate.peer == "gwt" and self.note.startswith("cannot run"))
 
 
 class _Sample(NamedTuple):
-    """Seconds of one step, named as the metrics are."""
+    """Seconds of one step, with the metrics' names."""
 
     step_time: float
     host_time: float
@@ -80,19 +80,19 @@ def measure(
     bandwidth: float,
     seconds: float = SECONDS,
 ) -> list[Result]:
-    """Build, check and time candidates; those built together take turns, so that other load meets them alike.
+    """Build, check and time candidates; those built together take turns, so that all meet the same load.
 
     Args:
-        model: For the results.
-        candidates: What to time. A CPU holds several at once; pass one at a time where memory is short.
+        model: Name of the model in the results.
+        candidates: Candidates to time. A CPU holds several at once; pass one at a time if memory is short.
         shapes: The tensors of the model.
         device: Where to run.
-        repetitions: Timed steps of each, after the warm-up; fewer where they take too long.
+        repetitions: Timed steps of each, after the warm-up; fewer if they take too long.
         bandwidth: Bytes per second of a copy on this device.
-        seconds: The time for the timed steps of each.
+        seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
-    trials: dict[str, Trial] = {}
+    ready: dict[str, BuiltCandidate] = {}
     errors: dict[str, float] = {}
     for candidate in candidates:
         needed, available = bytes_needed(candidate, shapes), available_bytes(device)
@@ -100,61 +100,61 @@ def measure(
             gigabytes = f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB free"
             notes[candidate.name] = f"does not fit: needs about {gigabytes}"
             continue
-        trial = None
+        built = None
         try:
-            trial = build(candidate, shapes, device)
-            error = errors[candidate.name] = check(trial)
+            built = build(candidate, shapes, device)
+            error = errors[candidate.name] = check(built)
             if error <= 1:
-                trials[candidate.name] = trial
+                ready[candidate.name] = built
             else:
                 notes[candidate.name] = _refusal(candidate, error)
-        except Exception as error:  # whatever a package raises that cannot run here
+        except Exception as error:  # any exception of a package that cannot run here
             notes[candidate.name] = _excuse(error, device)
-        del trial
+        del built
         release(device)
 
-    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in trials}
-    begin, patience = time.monotonic(), seconds * len(trials)
+    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in ready}
+    begin, patience = time.monotonic(), seconds * len(ready)
     for round_ in range(WARM_UP + repetitions):
-        for name, trial in list(trials.items()):
+        for name, built in list(ready.items()):
             try:
-                taken = _sample(trial, device, samples[name], clipped=False)
-                samples[name].append((taken, _sample(trial, device, samples[name], clipped=True)))
+                taken = _sample(built, device, samples[name], clipped=False)
+                samples[name].append((taken, _sample(built, device, samples[name], clipped=True)))
             except Exception as error:
                 notes[name] = _excuse(error, device)
-                del trials[name], trial
+                del ready[name], built
                 release(device)
         if round_ + 1 >= WARM_UP + FEWEST and time.monotonic() - begin > patience:
             break
 
-    metrics: dict[str, list[Metric]] = {name: [] for name in trials}
-    for name, trial in trials.items():
+    metrics: dict[str, list[Metric]] = {name: [] for name in ready}
+    for name, built in ready.items():
         try:
-            for metric in _metrics(trial, device, samples[name][WARM_UP:], errors[name], bandwidth):
-                metrics[name].append(metric)  # one by one, so that the times stay where something later fails
+            for metric in _metrics(built, device, samples[name][WARM_UP:], errors[name], bandwidth):
+                metrics[name].append(metric)  # one by one, so that earlier metrics stay if a later one fails
         except Exception as error:
             notes[name] = _excuse(error, device)
     return [Result(model, c, metrics.get(c.name, ()), notes.get(c.name, "")) for c in candidates]
 
 
 def _sample(
-    trial: Trial, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
+    built: BuiltCandidate, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
 ) -> _Sample:
-    """Time one step, with new gradients; on CUDA two, as the one that hides launch latency blurs the others."""
-    work = trial.clipped_step if clipped else trial.optimizer.step
-    renew_gradients(trial)
+    """Time one step with new gradients; on CUDA two, since the lead that hides launch latency spoils host time."""
+    work = built.clipped_step if clipped else built.optimizer.step
+    renew_gradients(built)
     if device.type != "cuda":
         seconds, _ = clock(work, device)
         return _Sample(seconds, seconds, seconds)
     host, wall = wall_clock(work, device)
     usual = min(sample[clipped].host_time for sample in before) if before else host
-    renew_gradients(trial)
+    renew_gradients(built)
     on_device, _ = clock(work, device, lead=min(max(0.01, 2 * usual), 0.5))
     return _Sample(on_device, host, wall)
 
 
 def _metrics(
-    trial: Trial,
+    built: BuiltCandidate,
     device: torch.device,
     samples: Sequence[tuple[_Sample, _Sample]],
     error: float,
@@ -167,29 +167,29 @@ def _metrics(
         for index, name in enumerate(_Sample._fields):
             yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
 
-    moved = bytes_moved(trial)
+    moved = bytes_moved(built)
     yield exact("bytes_moved", "B", moved)
     yield exact("roofline_time", "s", moved / bandwidth)
     yield Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.step_time for s, _ in samples]))
 
-    weights_and_gradients = [t for p in trial.tensors for t in (p, p.grad) if t is not None]
-    state = held_bytes(trial.optimizer, weights_and_gradients)
+    weights_and_gradients = [t for p in built.tensors for t in (p, p.grad) if t is not None]
+    state = held_bytes(built.optimizer, weights_and_gradients)
     yield exact("state_bytes", "B", state)
-    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in trial.tensors))
+    yield exact("state_bytes_per_parameter", "B", state / sum(p.numel() for p in built.tensors))
     yield exact("check_error", "bounds", error)
 
-    extra = peak_extra_bytes(trial, device)
+    extra = peak_extra_bytes(built, device)
     if extra is not None:
         yield exact("peak_extra_bytes", "B", extra)
-    projection = projection_time(trial, device)
+    projection = projection_time(built, device)
     if projection is not None:
         each = projection / REFRESH_GAP
         step = Spread.of([sample.step_time for sample, _ in samples]).median
         yield exact("projection_time", "s", projection)
         yield exact("projection_share", "1", each / (each + step))
     for clipped in (False, True):
-        renew_gradients(trial)
-        launches = kernel_launches(trial.clipped_step if clipped else trial.optimizer.step, device)
+        renew_gradients(built)
+        launches = kernel_launches(built.clipped_step if clipped else built.optimizer.step, device)
         if launches is not None:
             yield exact("kernel_launches", "1", launches, clipped)
 
@@ -208,7 +208,7 @@ def _excuse(error: Exception, device: torch.device) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back the memory of trials that are over."""
+    """Free the memory of candidates that are done."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,1 +1,1 @@
-"""Pre-training runs: models on real text, with one optimizer or with several on the same batches."""
+"""Pre-training runs on real text, with one optimizer or with several on the same batches."""

@@ -3,7 +3,7 @@
 python -m bench.pretrain                                          # one run of the cpu preset with gwt2
 python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
 python -m bench.pretrain --preset llama_60m --optimizer gwt2 --steps 1000
-python -m bench.pretrain --sweep adamw gwt2 gwt3                  # what the cpu preset's settings come from
+python -m bench.pretrain --sweep adamw gwt2 gwt3                  # the sweep behind the cpu preset's settings
 torchrun --standalone --nproc-per-node 2 -m bench.pretrain --parallel fsdp2 --device cpu
 """
 
@@ -31,7 +31,7 @@ from bench.pretrain.optimizers import check_name, swept_name
 from bench.pretrain.sweep import best_settings, read_runs, sweep
 from bench.pretrain.training import RunConfig, train
 
-_DEFAULT_RECORD = Path()  # stands for the preset's own, which the parser does not know yet
+_DEFAULT_RECORD = Path()  # placeholder for the preset's own value, which the parser does not know yet
 
 
 def _positive(text: str) -> int:
@@ -49,7 +49,7 @@ def _share(text: str) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every option; those that a preset sets have no default here."""
+    """Return the parser with every option; those set by a preset have no default here."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.pretrain",
         description=__doc__,
@@ -58,7 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     presets = sorted(file.stem.removeprefix("preset_") for file in CONFIGS.glob("preset_*.json"))
     add("--preset", default="cpu", choices=presets, help="where the other options' defaults come from")
-    add("--optimizer", default="gwt2", help="adamw, gwtL with a level L, galore, apollo or apollo_mini")
+    add(
+        "--optimizer",
+        default="gwt2",
+        help="adamw, gwtL, foamL, lionL or muonL with a level L, galore, apollo or apollo_mini",
+    )
     add(
         "--compare",
         nargs="+",
@@ -106,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--warmup", type=_share, help="share of the steps over which the rate rises")
     add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
     add("--weight-decay", type=float)
+    add("--momentum", type=float, help="Muon's; by default that of the sweep, or 0.95")
     add("--projection-gap", type=_positive, help="steps between new projections of GaLore and APOLLO")
     add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
     add("--evals", type=_positive, help="evaluations, evenly spaced")
@@ -128,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Options, with the preset's values where none were given, and the preset's sweep grids."""
+    """Parse options, fill in the preset's values, and return them with the preset's sweep grids."""
     parser = make_parser()
     preset = parser.parse_known_args(argv)[0].preset
     values = json.loads((CONFIGS / f"preset_{preset}.json").read_text())
@@ -149,9 +154,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
 
 
 def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = None) -> RunConfig:
-    """The settings of one run, under `--seed` where no other is given.
+    """Return the settings of one run, with `--seed` as the default seed.
 
-    `lr` and `scale` are those given, else the best of the model's sweep, else the preset's.
+    `lr` and `scale` come from the command line, else from the best of the model's sweep, else from the preset.
     """
     record = read_runs(options.sweep_record) if options.sweep_record else []
     of_this_model = [run for run in record if run["model"] == options.model]
@@ -173,11 +178,12 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
         seed=options.seed if seed is None else seed,
         precision=options.precision,
         projection_gap=options.projection_gap if optimizer in low_rank.NAMES else None,
+        momentum=tuned.get("momentum") if options.momentum is None else options.momentum,
     )
 
 
 def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
-    """The text that the options ask for, at its beginning."""
+    """Load the text that the options select, at its beginning."""
     tokenizer = PretrainedTokenizer(options.tokenizer) if options.tokenizer else ByteTokenizer()
     sizes = {"context": options.context, "eval_windows": options.eval_windows}
     if options.dataset:
@@ -215,8 +221,8 @@ def run_one(
     """Train under one configuration.
 
     Returns:
-        What `train` does. In a comparison, which goes on without it, a run that diverges, or needs a package that
-        is not installed or more memory than there is, comes back as its settings with `failed` and `note`.
+        The result of `train`. In a comparison, a run that diverges, misses a package or runs out of memory is
+        returned as its settings with `failed` and `note`, and the comparison continues.
     """
     corpus = load_corpus(options, config.seed)
     try:
@@ -247,10 +253,10 @@ def run_one(
 
 
 def run_on_several(options: argparse.Namespace) -> None:
-    """This process's part of a run that `--parallel` divides.
+    """Run this process's part of a run divided by `--parallel`.
 
     Raises:
-        ValueError: It cannot be divided so.
+        ValueError: The run cannot be divided in this way.
     """
     if options.sweep or options.compare:
         raise ValueError("--parallel divides a single run: leave out --sweep and --compare")
@@ -269,7 +275,7 @@ def run_on_several(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     options, grids = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

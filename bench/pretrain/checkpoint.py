@@ -1,4 +1,4 @@
-"""Checkpoints that hold tensors, numbers and strings only, and are never half-written."""
+"""Checkpoints of tensors, numbers and strings only, written atomically."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def write_atomically(path: Path, payload: dict[str, Any]) -> None:
-    """Write `payload` with `torch.save`; after a crash `path` holds the old file or the new one, whole."""
+    """Write `payload` with `torch.save`; after a crash `path` holds the complete old or the complete new file."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         torch.save(payload, file)
@@ -20,16 +20,16 @@ def write_atomically(path: Path, payload: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, refusing anything but plain data."""
+    """Read a checkpoint to the CPU, accepting only tensors and plain data."""
     payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return payload
 
 
 def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to continue a run under other settings than it was started with.
+    """Refuse to continue a run under different settings.
 
     Raises:
-        ValueError: Names every setting that differs, with both values.
+        ValueError: Settings differ; the message names each, with both values.
     """
     differing = [
         f"{key}={saved.get(key)!r} there, {asked.get(key)!r} here"

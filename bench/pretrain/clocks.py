@@ -1,4 +1,4 @@
-"""What times a training run without slowing it down."""
+"""Timers for a training run that do not slow it down."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class OptimizerTimer:
-    """Times `optimizer.step()`; on CUDA by events, which cost no synchronisation until they are read."""
+    """Times `optimizer.step()`; on CUDA by events, which are read without synchronisation until the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -30,7 +30,7 @@ class OptimizerTimer:
         self._marks.append((self._begin, self._mark()))
 
     def milliseconds(self) -> dict[str, float] | None:
-        """Median, 20th and 80th percentile and number of steps, the first few left out; None without enough."""
+        """Return median, 20th and 80th percentile and number of steps, without the first few; None if too few."""
         marks = self._marks[3:]
         if len(marks) < 2:
             return None
@@ -44,7 +44,7 @@ class OptimizerTimer:
 
 
 class Stopwatch:
-    """Seconds of training; evaluations and checkpoints are no training, and it stands still while they last."""
+    """Seconds of training; stopped during evaluations and checkpoints."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -55,7 +55,7 @@ class Stopwatch:
         self._began = time.perf_counter()
 
     def stop(self) -> float:
-        """Stop once the device has finished what it was given, and return the seconds so far."""
+        """Stop once the device has finished its queued work, and return the seconds so far."""
         if self._began is not None:
             if self._cuda:
                 torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table, a figure, and the JSON behind both."""
+"""Comparison of several runs: a table, a figure, and the JSON behind both."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WIDTH = 120
 
 
 def check_same_batches(results: list[dict[str, Any]]) -> None:
-    """Refuse to compare runs that did not see the same batches.
+    """Refuse to compare runs that trained on different batches.
 
     Raises:
-        ValueError: Two runs of one seed differ in the checksum of the windows they trained on, or in their
+        ValueError: Two runs of one seed differ in the checksum of their training windows, or in their
             held-out text.
     """
     first_of_seed: dict[int, dict[str, Any]] = {}
@@ -34,7 +34,7 @@ def check_same_batches(results: list[dict[str, Any]]) -> None:
 
 
 def by_optimizer(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The results of each optimizer, one a seed, in the order in which optimizers first appear."""
+    """Return the results of each optimizer, one per seed, in the order of the optimizers' first appearance."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(result["optimizer"], []).append(result)
@@ -42,13 +42,13 @@ def by_optimizer(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def with_spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, where there are several values, their standard deviation."""
+    """Format the mean and, for several values, their standard deviation."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
 def make_table(results: list[dict[str, Any]]) -> Table:
-    """Losses, state and time of each optimizer; shares are of the first one that finished."""
+    """Return a table of losses, state and time by optimizer; percentages are of the first one that finished."""
     finished = [result for result in results if "failed" not in result]
     seeds = len({result["seed"] for result in results})
     caption = "scale: rate of attention and MLP matrices over lr; step: median, 20th to 80th percentile"
@@ -100,7 +100,7 @@ def _step_time(done: list[dict[str, Any]]) -> str:
 
 
 def curve(evaluations: list[list[dict[str, Any]]], x: str) -> tuple[list[float], list[float], list[float]]:
-    """The mean over runs of `x` and of the loss at each evaluation, and the loss's standard deviation."""
+    """Return the mean over runs of `x` and of the loss at each evaluation, and the loss's standard deviation."""
     points = list(zip(*evaluations, strict=True))
     losses = [[entry["loss"] for entry in point] for point in points]
     spreads = [stdev(values) if len(values) > 1 else 0.0 for values in losses]
@@ -138,12 +138,12 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def compare(results: list[dict[str, Any]], out: Path) -> None:
-    """Print the table of `results` and leave `compare.json`, `table.txt` and `losses.png` in `out`.
+    """Print the table of `results` and write `compare.json`, `table.txt` and `losses.png` to `out`.
 
     Args:
         results: What `train` returned for each optimizer and seed; for a run that could not be finished its
             settings, `failed` (in a word or two) and `note` (why).
-        out: Folder; made where there is none.
+        out: Output folder; created if missing.
 
     Raises:
         ValueError: Runs of one seed did not see the same batches.

@@ -1,4 +1,4 @@
-"""Text into batches: finds real text, sets some aside, and deals the same windows to every run."""
+"""Turn text into batches: find real text, hold some out, and deal the same windows to every run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
-_STDLIB_TESTS = {"test", "tests", "idle_test"}  # some distributions leave them out
+_STDLIB_TESTS = {"test", "tests", "idle_test"}  # some distributions omit them
 
 
 class Tokenizer(Protocol):
-    """What turns text into token ids."""
+    """Turns text into token ids."""
 
     separator: int
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte; byte 0, which no text file holds, stands between documents."""
+    """One token per UTF-8 byte; byte 0, absent from text files, separates documents."""
 
     separator = 0
     dtype = torch.uint8
@@ -57,10 +57,10 @@ class PretrainedTokenizer:
 
 
 class Source(Protocol):
-    """Deals training windows in one fixed order, and can be put back to any point of it."""
+    """Deals training windows in a fixed order, and restores any position in it."""
 
     def take(self, count: int) -> Tensor:
-        """The next `count` windows, `[count, context + 1]`."""
+        """Return the next `count` windows, `[count, context + 1]`."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -69,10 +69,10 @@ class Source(Protocol):
 
 
 class ShuffledWindows:
-    """Windows of a text held in memory, in a new order on every pass; no token is predicted twice in one.
+    """Windows of a text held in memory, in a new order on every pass; no token is predicted twice in a pass.
 
-    The order depends on the seed alone, so every optimizer of a comparison sees the same batches, and the
-    number of windows taken is all there is to save.
+    The order depends on the seed alone, so every optimizer of a comparison sees the same batches, and the number of
+    windows taken is the whole state.
     """
 
     def __init__(self, tokens: Tensor, context: int, seed: int) -> None:
@@ -104,7 +104,7 @@ class ShuffledWindows:
 
 
 class StreamedWindows:
-    """Windows of a stream of documents too large to hold; starts again where the stream ends.
+    """Windows of a stream of documents too large to hold in memory; restarts at the end of the stream.
 
     Args:
         open_documents: Called with a number of documents to skip, returns the rest of the stream.
@@ -149,7 +149,7 @@ class StreamedWindows:
 
 @dataclass
 class Corpus:
-    """Training windows, held-out windows `[n, context + 1]`, and plain facts about the text for the log."""
+    """Training windows, held-out windows `[n, context + 1]`, and facts about the text for the log."""
 
     train: Source
     heldout: Tensor
@@ -157,15 +157,15 @@ class Corpus:
 
 
 def standard_library() -> Path:
-    """The folder of the running Python's own sources: real text that every machine has."""
+    """Return the folder of the running Python's own sources: real text that every machine has."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 @lru_cache(maxsize=1)  # the runs of a comparison read the same text
 def read_documents(path: Path | None) -> list[str]:
-    """Every distinct UTF-8 text file under `path`, or the standard library's sources for None.
+    """Return every distinct UTF-8 text file under `path`, or the standard library's sources for None.
 
-    The order is that of the documents' hashes: mixed, and the same on every machine that has the same files.
+    Documents are ordered by hash: mixed, and the same on every machine with the same files.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -194,10 +194,10 @@ def read_documents(path: Path | None) -> list[str]:
 
 
 def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Set the last `fraction` of all characters aside; a document across the border is cut in two.
+    """Hold out the last `fraction` of all characters; a document across the border is split.
 
     Returns:
-        `(training, held_out)`: no character of one is in the other, for one document or many.
+        `(training, held_out)`, which share no character.
     """
     remaining = round(sum(map(len, documents)) * (1.0 - fraction))
     training: list[str] = []

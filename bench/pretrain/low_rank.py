@@ -1,4 +1,4 @@
-"""GaLore and APOLLO from their own packages, on the terms of every other contender."""
+"""GaLore and APOLLO from their own packages, configured like every other pre-training optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gwt_kernels import gwt_param_groups
 NAMES = ("galore", "apollo", "apollo_mini")
 
 PACKAGES_GAP = 200
-"""Steps between new projections in both papers' recipes, whose shortest run has 10,000."""
+"""Steps between new projections in both papers' recipes, whose shortest run takes 10,000 steps."""
 
 
 def _package(name: str) -> Any:
@@ -22,7 +22,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        wanted = f"{module.replace('_', '-')} bitsandbytes"  # both packages import bitsandbytes, whatever is used
+        wanted = f"{module.replace('_', '-')} bitsandbytes"  # both packages import bitsandbytes unconditionally
         raise ModuleNotFoundError(f"{name} needs other packages ({error}): pip install {wanted}") from error
 
 
@@ -36,11 +36,11 @@ def build(
     betas: tuple[float, float],
     projection_gap: int | None,
 ) -> Optimizer:
-    """The package's optimizer with its published recipe over the matrices that GWT would transform.
+    """Build the package's optimizer with its published recipe over the matrices that GWT would transform.
 
     The recipe: rank a quarter of the hidden size (1 for `apollo_mini`), singular vectors of the gradient for
     GaLore, random projections for APOLLO. `scale` multiplies the matrices' update in all three; APOLLO takes the
-    root of its own argument, so it is handed the square.
+    root of its own argument, so it gets the square.
 
     Args:
         name: One of `NAMES`.
@@ -75,12 +75,12 @@ def build(
 
 
 def is_low_rank(optimizer: Optimizer) -> bool:
-    """Whether `build` made it."""
+    """Return whether `build` created the optimizer."""
     return type(optimizer).__module__.startswith(("galore_torch.", "apollo_torch."))
 
 
 def predicted_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
-    """Bytes of state for one tensor: moments and projection in its own dtype, and APOLLO's limiter norm."""
+    """Return the bytes of state of a tensor: moments and projection in its dtype, and APOLLO's limiter norm."""
     if "rank" not in group:
         return 2 * p.numel() * p.element_size()
     short, long = sorted(p.shape)
@@ -89,10 +89,10 @@ def predicted_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
 
 
 def _pack(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """The projector objects as dictionaries of what changes in them, which a checkpoint may hold."""
+    """Convert the projector objects to dictionaries of their state, which a checkpoint can hold."""
 
     def plain(value: Any) -> Any:
-        # `load_state_dict` takes a string in a dictionary to pieces; those of a projector are in the group too.
+        # `load_state_dict` splits a string in a dictionary; a projector's strings are also in the group.
         return {key: item for key, item in vars(value).items() if not isinstance(item, str)}
 
     state = {
@@ -103,7 +103,7 @@ def _pack(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpack(optimizer: Optimizer) -> None:
-    """The projector objects again."""
+    """Restore the projector objects."""
     if type(optimizer).__module__.startswith("galore_torch."):
         kind = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
     else:

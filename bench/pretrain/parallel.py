@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet, what each holds of the model, and which windows each takes."""
+"""The processes of a run: their rendezvous, their part of the model, and their windows."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.common.models import build_model
 
 MODES = ("ddp", "fsdp2", "hsdp", "tp")
-_REPLICAS = 2  # of hsdp: so many copies of the model, each sharded over the rest of the processes
-_WAIT = datetime.timedelta(minutes=10)  # for the slowest process, before the others give up
+_REPLICAS = 2  # of hsdp: number of copies of the model, each sharded over the rest of the processes
+_WAIT = datetime.timedelta(minutes=10)  # seconds that the other processes wait for the slowest one
 _T = TypeVar("_T")
 
 
 class Processes:
-    """This process among those of a run; the default stands for a run of one that knows no others.
+    """This process among those of a run; by default the only one.
 
     Args:
         mode: How the model is divided: `ddp`, `fsdp2`, `hsdp`, `tp`, or None for a process of its own.
@@ -41,13 +41,13 @@ class Processes:
         self.mode, self.device = mode, device
         self.rank = 0 if mode is None else dist.get_rank()
         self.world = 1 if mode is None else dist.get_world_size()
-        # Tensor parallelism divides the layers, so that all of its processes see all windows.
+        # Tensor parallelism divides the layers, so all of its processes take all windows.
         self.shares, self._own = (1, 0) if mode == "tp" else (self.world, self.rank)
         self._mesh = self._make_mesh()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once: log, result, table."""
+        """Whether this process writes log, result and table."""
         return self.rank == 0
 
     def _make_mesh(self) -> DeviceMesh | None:
@@ -64,7 +64,7 @@ class Processes:
         return None
 
     def check_batch(self, batch: int) -> None:
-        """Raise a `ValueError` unless a batch can be divided equally."""
+        """Raise a `ValueError` unless a batch divides equally among the processes."""
         if batch % self.shares:
             raise ValueError(
                 f"--batch {batch} is that of all processes together, and no multiple of the {self.shares} here: "
@@ -72,33 +72,33 @@ class Processes:
             )
 
     def share(self, windows: Tensor) -> Tensor:
-        """The windows of a batch that this process takes; the mean of all processes' means is that of the batch."""
+        """Return this process's windows of a batch; the mean of all processes' means is that of the batch."""
         return windows.chunk(self.shares)[self._own]
 
     def weighted_share(self, windows: Tensor) -> tuple[Tensor, int]:
-        """As `share`, for any number of windows: those to look at, and how many of them count here.
+        """Return this process's share of any number of windows, and how many of them count here.
 
-        Every process gets some, since all of them have to run the model for it to be whole.
+        Every process gets at least one, since all of them have to run a sharded model together.
         """
         own = windows[self._own :: self.shares]
         return (own, len(own)) if len(own) else (windows[:1], 0)
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over processes of a number that each has of its own windows."""
+        """Return the mean over processes of a number computed from their windows."""
         return self.total(x) / self.shares
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over processes of a number that each has of its own windows."""
+        """Return the sum over processes of a number computed from their windows."""
         if self.shares > 1:
             x = x.clone()
             dist.all_reduce(x)
         return x
 
     def build(self, config: LlamaConfig, *, seed: int, dtype: torch.dtype) -> LlamaForCausalLM:
-        """The model that `build_model` makes under the same seed, or what this process holds of it.
+        """Build the model that `build_model` returns for the same seed, or this process's part of it.
 
-        Where it is sharded, processes begin with a model without memory, and the first sends the others their
-        parts of one that it makes as a single process would; it alone ever holds all weights.
+        If it is sharded, processes start from a meta model, and the first one sends the others their parts of the
+        model that a single process would build; only the first ever holds all weights.
         """
         if self._mesh is None:
             return build_model(config, seed=seed, device=self.device, dtype=dtype)
@@ -110,21 +110,21 @@ class Processes:
                 fully_shard(layer, mesh=self._mesh)
             fully_shard(model, mesh=self._mesh)
         model.to_empty(device=self.device)
-        model.tie_weights()  # to_empty has made two of one
+        model.tie_weights()  # to_empty has untied the weights
         whole = build_model(config, seed=seed, device=self.device, dtype=dtype) if self.is_first else None
         set_model_state_dict(
             model,
             whole.state_dict() if whole is not None else {},
             options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
         )
-        for name, buffer in model.named_buffers():  # rotary frequencies, which a state dict leaves out
+        for name, buffer in model.named_buffers():  # rotary frequencies, which a state dict omits
             if whole is not None:
                 buffer.copy_(whole.get_buffer(name))
             dist.broadcast(buffer, 0)
         return model
 
     def wrap(self, model: nn.Module, *, compiled: bool) -> nn.Module:
-        """What to call to run `model`."""
+        """Return the module to call to run `model`."""
         if self.mode == "ddp":
             own = [self.device] if self.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=own)
@@ -135,7 +135,7 @@ class Processes:
         if self._mesh is None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
             return
-        # Under tensor parallelism some gradients are DTensors and some are not, which clip_grad_norm_ does not mix.
+        # Under tensor parallelism some gradients are DTensors and some are not, which clip_grad_norm_ cannot mix.
         grads = [p.grad for p in parameters if p.grad is not None]
         sharded = [g for g in grads if isinstance(g, DTensor)]
         norms = [nn.utils.get_total_norm([g for g in grads if not isinstance(g, DTensor)]).to(self.device)]
@@ -146,10 +146,10 @@ class Processes:
             (g.to_local() if isinstance(g, DTensor) else g).mul_(factor)
 
     def agree(self, work: Callable[[], _T]) -> list[_T]:
-        """Do something on every process; return what each got, or raise everywhere if one failed.
+        """Call `work` on every process; return the results of all, or raise everywhere if one failed.
 
         Raises:
-            ValueError: Names the processes that failed, and why.
+            ValueError: Some processes failed; the message names them and their errors.
         """
         result: _T | None = None
         failure = ""
@@ -164,14 +164,14 @@ class Processes:
             raise ValueError("; ".join(failed))
         return [value for value, _ in everywhere]
 
-    def first_says(self, work: Callable[[], _T]) -> _T:
-        """What the first process gets from `work`, which it alone does; raises everywhere if it fails."""
+    def on_first(self, work: Callable[[], _T]) -> _T:
+        """Call `work` on the first process alone and return its result on all; raise everywhere if it fails."""
         said = self.agree(lambda: work() if self.is_first else None)[0]
         return said  # type: ignore[return-value]
 
 
 def _divide_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
-    """Attention by its heads and MLPs by their width, embedding and head by their vocabulary."""
+    """Shard attention by heads, MLPs by width, and embedding and head by vocabulary."""
     config, n = model.config, mesh.size()
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         if getattr(config, field) % n:
@@ -190,12 +190,12 @@ def _divide_layers(model: LlamaForCausalLM, mesh: DeviceMesh) -> None:
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several, by the environment that torchrun gives."""
+    """Return whether this process is one of several, according to torchrun's environment."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def start(mode: str, device: str) -> Processes:
-    """Meet the other processes that torchrun has started, over NCCL on CUDA devices, else over gloo.
+    """Join the other processes started by torchrun, over NCCL on CUDA devices, else over gloo.
 
     Raises:
         ValueError: torchrun did not start this process, or there are fewer CUDA devices than processes.
@@ -216,6 +216,6 @@ def start(mode: str, device: str) -> Processes:
         own = torch.device("cuda", local)
         torch.cuda.set_device(own)
     if not dist.is_initialized():
-        # gloo beside NCCL carries what is no tensor on a device: names of files, errors.
+        # gloo beside NCCL carries Python objects: names of files, errors.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=_WAIT)
     return Processes(mode, own)

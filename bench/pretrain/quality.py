@@ -1,4 +1,4 @@
-"""What a pre-training run leaves in the raw results: rows of the benchmark "quality"."""
+"""Rows of the benchmark "quality", recorded from pre-training runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ _FACTS = ("commit", "date", "command", "device", "driver", "threads", "python", 
 
 
 def default_path(preset: str) -> Path:
-    """The committed record of a preset."""
+    """Return the path of a preset's committed record."""
     return records.RESULTS / f"quality_{preset}.json"
 
 
 def rows_of(preset: str, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows in long format: each evaluation, the final loss, the bytes of state and the time of an optimizer step.
+    """Return rows in long format: each evaluation, the final loss, the bytes of state and the time of an optimizer
+    step.
 
     Args:
-        preset: Where the settings come from.
-        result: What `bench.pretrain.training.train` returned; or, for a run that could not be finished, its
-            settings, the facts about the machine, and `note`, which says why.
+        preset: Name of the preset of the settings.
+        result: The result of `bench.pretrain.training.train`; or, for an unfinished run, its settings, the facts
+            about the machine, and the error as `note`.
     """
     name = result["optimizer"]
     shared = {
@@ -66,7 +67,7 @@ def rows_of(preset: str, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def record(path: Path, preset: str, result: dict[str, Any]) -> None:
-    """Add a run's rows to a record, in the place of those that the same run on the same device left before."""
+    """Add a run's rows to a record, replacing those of the same run on the same device."""
     key = ("preset", *_SETTINGS, "device")
     new = rows_of(preset, result)
 

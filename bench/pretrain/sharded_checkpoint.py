@@ -1,4 +1,4 @@
-"""Checkpoints that several processes write together: aside, then named by one rename, and checked when read."""
+"""Checkpoints written by several processes together, made valid by one rename, and verified when read."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ import torch.distributed.checkpoint as dcp
 from bench.pretrain import checkpoint
 from bench.pretrain.parallel import Processes
 
-_LATEST = "latest"  # the file that names the last good checkpoint; to replace it is what makes one count
+_LATEST = "latest"  # the file that names the last complete checkpoint; replacing it commits a checkpoint
 _MANIFEST, _ABOUT = "manifest.json", "run.pt"
 _PARTIAL = ".partial"
 
 
 def exists(folder: Path) -> bool:
-    """Whether there is a checkpoint to resume from."""
+    """Return whether there is a checkpoint to resume from."""
     return (folder / _LATEST).is_file()
 
 
 def save(folder: Path, state: dict[str, Any], about: dict[str, Any], step: int, processes: Processes) -> None:
-    """Write a checkpoint; whatever happens meanwhile, `folder` holds the one before or this one, whole.
+    """Write a checkpoint; after a crash `folder` holds the complete previous or the complete new one.
 
     Args:
-        folder: Where checkpoints lie; storage that all processes share. The two last ones are kept.
-        state: Tensors, those that are sharded as DTensors; every process passes its own.
-        about: What else belongs to the run, alike on every process.
-        step: For the name.
-        processes: All of them have to call this.
+        folder: Folder of the checkpoints, shared by all processes. The last two are kept.
+        state: Tensors, sharded ones as DTensors; every process passes its own.
+        about: Further data of the run, equal on every process.
+        step: Step in the checkpoint's name.
+        processes: The processes of the run; all of them have to call this.
 
     Raises:
-        ValueError: A process could not write, on all of them; the last good checkpoint is as it was.
+        ValueError: A process could not write, raised on all; the last checkpoint is unchanged.
     """
-    name = processes.first_says(lambda: _begin(folder, f"step-{step:08d}-{secrets.token_hex(3)}"))
+    name = processes.on_first(lambda: _begin(folder, f"step-{step:08d}-{secrets.token_hex(3)}"))
     partial = folder / (name + _PARTIAL)
     try:
-        dcp.save(state, checkpoint_id=partial)  # which brings every file to the disk itself
+        dcp.save(state, checkpoint_id=partial)  # which syncs every file to disk
     except dcp.api.CheckpointException as error:
         raise ValueError(f"cannot write a checkpoint to {partial}: {error}") from error
     own = f"__{processes.rank}_*.distcp"
     sums = processes.agree(lambda: {file.name: _checksum(file) for file in partial.glob(own)})
     written = {file: value for part in sums for file, value in part.items()}
-    processes.first_says(lambda: _commit(folder, name, written, about))
+    processes.on_first(lambda: _commit(folder, name, written, about))
 
 
 def _begin(folder: Path, name: str) -> str:
@@ -77,13 +77,13 @@ def _commit(folder: Path, name: str, sums: dict[str, int], about: dict[str, Any]
 
 
 def read_about(folder: Path, processes: Processes) -> tuple[Path, dict[str, Any]]:
-    """The last good checkpoint, each of its files compared with its checksum, and what `save` was told about it.
+    """Return the `about` that was saved with the last checkpoint, after verifying the checksum of each file.
 
     Raises:
-        ValueError: A file is missing or damaged, on every process.
+        ValueError: A file is missing or damaged; raised on every process.
     """
-    path = folder / processes.first_says(lambda: (folder / _LATEST).read_text())
-    sums = processes.first_says(lambda: _read_manifest(path, folder))
+    path = folder / processes.on_first(lambda: (folder / _LATEST).read_text())
+    sums = processes.on_first(lambda: _read_manifest(path, folder))
 
     def check() -> None:
         for file in sorted(sums)[processes.rank :: processes.world]:
@@ -111,10 +111,10 @@ def _remedy(path: Path, folder: Path) -> str:
 
 
 def read_state(path: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a checkpoint, divided as those of `like` are, which stay as they were.
+    """Load a checkpoint's tensors, sharded like those of `like`, which are left unchanged.
 
     Raises:
-        ValueError: They are not those of this model and optimizer, on every process.
+        ValueError: The tensors do not fit this model and optimizer; raised on every process.
     """
     state = copy.deepcopy(like)
     try:
@@ -144,7 +144,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Sweeps of learning rate and scale, recorded run by run, and the best settings read back from the record."""
+"""Sweeps of learning rate and scale, recorded run by run, and the best recorded settings."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bench.pretrain.training import RunConfig
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Every recorded run; none where there is no record."""
+    """Return every recorded run; an empty list if there is no record."""
     return records.rows_of(path, "sweep")
 
 
 def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] | None:
-    """The run of `optimizer` with the lowest held-out loss among those of the sweep's first seed, or None."""
+    """Return the run of `optimizer` with the lowest held-out loss for the sweep's first seed, or None."""
     own = [run for run in runs if run["optimizer"] == optimizer and run["heldout_loss"] is not None]
     if not own:
         return None
@@ -35,10 +35,14 @@ def best_settings(runs: list[dict[str, Any]], optimizer: str) -> dict[str, Any] 
 
 
 def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
-    """How many settings each optimizer was given on the first seed, diverged ones included."""
+    """Count the settings tried for each optimizer on the first seed, diverged ones included."""
     first_seed = min((run["seed"] for run in runs), default=0)
-    tried = {(run["optimizer"], run["lr"], run["scale"]) for run in runs if run["seed"] == first_seed}
-    return dict(Counter(optimizer for optimizer, _, _ in tried))
+    tried = {
+        (run["optimizer"], run["lr"], run["scale"], run.get("momentum"))
+        for run in runs
+        if run["seed"] == first_seed
+    }
+    return dict(Counter(optimizer for optimizer, *_ in tried))
 
 
 def sweep(
@@ -53,16 +57,16 @@ def sweep(
 ) -> None:
     """Run every setting of each optimizer's grid, then the best of each under further seeds.
 
-    A run that `path` already holds is not repeated, so a sweep can be stopped, continued and extended.
+    A run already recorded in `path` is not repeated, so a sweep can be stopped, continued and extended.
 
     Args:
         optimizers: Which to sweep.
-        grids: For each optimizer the values of `lr` and of `scale`; every pair is run.
+        grids: For each optimizer the values of `lr`, of `scale` and, of Muon, of `momentum`; all products are run.
         base: All other settings.
-        path: The record; runs are added to it one by one.
+        path: The record, to which runs are added one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
         seeds: Seeds for the best setting of each, the sweep's own included.
-        device: Where the runs are made, for the record.
+        device: Device of the runs, for the record.
 
     Raises:
         ValueError: There is no grid for an optimizer.
@@ -81,19 +85,22 @@ def sweep(
         records.append(path, "sweep", [result])
         loss = result["heldout_loss"]
         print(
-            f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} seed={config.seed}: {loss}",
+            f"{config.optimizer} lr={config.lr:g} scale={config.scale:g} momentum={config.momentum} "
+            f"seed={config.seed}: {loss}",
             flush=True,
         )
 
     for optimizer in optimizers:
         if optimizer not in grids:
             raise ValueError(f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one")
-        for lr, scale in product(grids[optimizer]["lr"], grids[optimizer]["scale"]):
-            once(replace(base, optimizer=optimizer, lr=lr, scale=scale))
+        grid = grids[optimizer]
+        for lr, scale, momentum in product(grid["lr"], grid["scale"], grid.get("momentum", [None])):
+            once(replace(base, optimizer=optimizer, lr=lr, scale=scale, momentum=momentum))
         best = best_settings(read_runs(path), optimizer)
         for seed in range(base.seed + 1, base.seed + seeds):
             if best is not None:
-                once(replace(base, optimizer=optimizer, lr=best["lr"], scale=best["scale"], seed=seed))
+                own = {name: best.get(name) for name in ("lr", "scale", "momentum")}
+                once(replace(base, optimizer=optimizer, seed=seed, **own))
     report(path)
 
 
@@ -112,7 +119,7 @@ def report(path: Path) -> None:
         losses = [
             run["heldout_loss"]
             for run in runs
-            if all(run[name] == best[name] for name in ("optimizer", "lr", "scale"))
+            if all(run.get(name) == best.get(name) for name in ("optimizer", "lr", "scale", "momentum"))
             and run["heldout_loss"] is not None
         ]
         spread = (

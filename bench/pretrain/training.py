@@ -33,7 +33,7 @@ from bench.pretrain.parallel import Processes
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers; a run resumes only under the same values."""
+    """The settings that decide a run's numbers; a run resumes only under the same values."""
 
     model: str
     optimizer: str
@@ -48,7 +48,7 @@ class RunConfig:
     warmup: float
     """Share of the steps over which the rate rises."""
     min_lr: float
-    """Share of the peak rate that the cosine ends at."""
+    """Final learning rate of the cosine over the peak."""
     weight_decay: float
     grad_clip: float
     """Largest gradient norm; 0 for no clipping."""
@@ -59,10 +59,12 @@ class RunConfig:
     """`float32`, `bfloat16` (weights too), or `mixed` (float32 weights, bfloat16 activations)."""
     projection_gap: int | None = None
     """Steps between new projections, for the optimizers that have them."""
+    momentum: float | None = None
+    """Muon's; None for its default, and for the others."""
 
 
 def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
-    """Share of the peak rate at `step` (1 for the first): a linear rise, then a cosine down to `min_lr`."""
+    """Return the learning rate over its peak at `step` (1 for the first): linear warm-up, cosine to `min_lr`."""
     rise = max(1, round(warmup * steps))
     if step <= rise:
         return step / rise
@@ -71,14 +73,16 @@ def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, in float32, over windows `[batch, context + 1]` of token ids."""
+    """Return the mean cross-entropy in nats per token, in float32, over windows `[batch, context + 1]` of token
+    ids.
+    """
     windows = windows.long()
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 class Run:
-    """A run in memory: model, optimizer, text and the step it has reached; one process's part of them."""
+    """A run in memory: model, optimizer, text and current step; with several processes, this one's part."""
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class Run:
             scale=config.scale,
             weight_decay=config.weight_decay,
             projection_gap=config.projection_gap,
+            momentum=config.momentum,
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -130,7 +135,7 @@ class Run:
         return nullcontext()
 
     def train_step(self) -> None:
-        """One optimizer step over `accumulate` batches."""
+        """Take one optimizer step over `accumulate` batches."""
         config = self.config
         self.model.train()
         self.step += 1
@@ -152,12 +157,12 @@ class Run:
         try:
             with self.timer:
                 self.optimizer.step()
-        except torch.linalg.LinAlgError as error:  # GaLore's decomposition of a gradient that is not finite
+        except torch.linalg.LinAlgError as error:  # GaLore's decomposition of a non-finite gradient
             raise FloatingPointError(self._diverged(f"{error}")) from error
         self.optimizer.zero_grad()
 
     def train_loss(self) -> float:
-        """Mean training loss since this was last asked; the only wait for the device in training."""
+        """Return the mean training loss since the last call; the only host synchronisation in training."""
         loss = float(self.processes.mean(self.loss_sum)) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
@@ -172,7 +177,7 @@ class Run:
 
     @torch.no_grad()
     def heldout_loss(self) -> float:
-        """Mean loss over the held-out windows, in nats per token."""
+        """Return the mean loss over the held-out windows, in nats per token."""
         self.model.eval()
         parts = self.corpus.heldout.split(self.config.batch)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -186,7 +191,7 @@ class Run:
         return asdict(self.config) | dict(self.corpus.facts)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint from which `load` continues bit for bit, on as many processes as wrote it."""
+        """Write a checkpoint from which `load` continues bit for bit, on the same number of processes."""
         about = {
             "run": self._identity(),
             "step": self.step,
@@ -197,7 +202,7 @@ class Run:
             "data": self.corpus.train.state_dict(),
         }
         if self.processes.mode is not None:
-            # Training draws no random numbers of torch's own, which would differ from process to process.
+            # Training draws no random numbers from torch's own generator, whose state differs between processes.
             sharded_checkpoint.save(path, self._state(), about, self.step, self.processes)
             return
         random = {"cpu": torch.get_rng_state()}
@@ -216,7 +221,7 @@ class Run:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: It belongs to a run with other settings or another text, or is damaged.
+            ValueError: The checkpoint is damaged or belongs to a run with other settings or another text.
         """
         if self.processes.mode is not None:
             path, saved = sharded_checkpoint.read_about(path, self.processes)
@@ -244,12 +249,12 @@ class Run:
 
 
 class Log:
-    """A JSON-lines file; on resume, lines past the checkpoint's step are dropped, since they come again.
+    """A JSON-lines file; on resume, lines after the checkpoint's step are dropped, since they are written again.
 
     Args:
-        path: The file.
+        path: Path of the file.
         upto: The step of the checkpoint; None for a new file.
-        writes: False for the processes that leave the log to another.
+        writes: False on the processes that write no log.
     """
 
     def __init__(self, path: Path, *, upto: int | None, writes: bool = True) -> None:
@@ -275,12 +280,12 @@ class Log:
 
 
 def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind (`run`, `train`, `eval`) of a run's log."""
+    """Return the lines of one kind (`run`, `train`, `eval`) of a run's log."""
     return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["kind"] == kind]
 
 
 def read_result(out: Path) -> dict[str, Any]:
-    """What `train` left in the folder of a run."""
+    """Return the result that `train` left in the folder of a run."""
     result: dict[str, Any] = json.loads((out / "result.json").read_text())
     return result
 
@@ -299,26 +304,26 @@ def train(
     progress: bool = True,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
-    """Train, or go on training, and leave `log.jsonl`, `result.json` and `checkpoint.pt` in `out`.
+    """Train, or resume training, and write `log.jsonl`, `result.json` and `checkpoint.pt` to `out`.
 
-    Of several processes each calls this; the first writes, and the checkpoints, which all write together, are
+    With several processes each calls this; the first writes log and result, and all write the checkpoints together,
     in the folder `checkpoints`.
 
     Args:
-        config: What decides the numbers.
-        corpus: The text; one freshly loaded for this run.
+        config: Settings of the run.
+        corpus: The text, freshly loaded for this run.
         out: Folder of the run; created.
-        device: Where to train.
+        device: Device to train on.
         compiled: Run the model through `torch.compile`.
-        resume: Continue from `checkpoint.pt` in `out` where there is one.
+        resume: Continue from `checkpoint.pt` in `out` if it exists.
         stop_at: End early after this step, with a checkpoint to resume from.
         save_every: Steps between checkpoints; 0 for one at the end only.
         log_every: Steps between lines of training loss.
         progress: Show a progress bar.
-        processes: This one among several; None for a run of its own.
+        processes: The processes of the run; None for a single process.
 
     Returns:
-        What `result.json` holds: the settings, the losses, the bytes of optimizer state predicted and held,
+        The contents of `result.json`: the settings, the losses, the bytes of optimizer state predicted and held,
         the time per optimizer step, the seconds of training, and the facts about machine and versions.
 
     Raises:
@@ -387,7 +392,7 @@ def train(
 
 
 def _checkpoint_of(out: Path, processes: Processes, resume: bool) -> tuple[Path, bool]:
-    """Where a run's checkpoint belongs, and whether to continue from one that is there."""
+    """Return the path of a run's checkpoint, and whether to continue from it."""
     single, several = out / "checkpoint.pt", out / "checkpoints"
     if processes.mode is None:
         if resume and sharded_checkpoint.exists(several) and not single.exists():
@@ -395,7 +400,7 @@ def _checkpoint_of(out: Path, processes: Processes, resume: bool) -> tuple[Path,
                 f"{several} is of several processes: resume with torchrun and --parallel, on any number"
             )
         return single, resume and single.exists()
-    found = processes.first_says(lambda: (sharded_checkpoint.exists(several), single.exists()))
+    found = processes.on_first(lambda: (sharded_checkpoint.exists(several), single.exists()))
     if resume and found == (False, True):
         raise ValueError(
             f"{single} is of a single process: resume without --parallel, or start anew in another --out"

@@ -1,1 +1,1 @@
-"""The pages, tables and plots that are made from the raw results, and the check that they are fresh."""
+"""Pages, tables and plots generated from the raw results, and the check that they are up to date."""

@@ -1,4 +1,4 @@
-"""Write docs/performance.md, docs/quality.md, their plots and the generated parts of all pages; or check them.
+"""Write docs/performance.md, docs/quality.md, their plots and the generated blocks of all pages; or check them.
 
 python -m bench.report             # write what the results in bench/results say
 python -m bench.report --check     # fail where a page does not say it
@@ -19,10 +19,10 @@ MEND = "run `python -m bench.report` and commit what it writes"
 
 
 def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
-    """Return the text of every page under `root` that has generated parts, and all plots.
+    """Return the text of every page under `root` that has generated blocks, and all plots.
 
     Raises:
-        ValueError: a file of results is not in the known format, or a page has a block that nothing makes.
+        ValueError: a file of results is not in the known format, or a page has a block of unknown name.
     """
     runs = rows.load(results)
     pages = {page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root)}
@@ -39,7 +39,7 @@ def _to_docs(page: Path, root: Path) -> str:
 
 
 def stale(pages: dict[Path, str], drawn: Sequence[plots.Plot], images: Path) -> list[str]:
-    """Return what has to be mended, a line a file."""
+    """Return the stale files, one line of text each."""
     found = []
     for path, text in pages.items():
         if not path.exists():
@@ -56,13 +56,13 @@ def stale(pages: dict[Path, str], drawn: Sequence[plots.Plot], images: Path) -> 
 
 
 def left_over(drawn: Sequence[plots.Plot], images: Path) -> list[Path]:
-    """Return the pictures that an earlier report drew and this one does not."""
+    """Return the pictures drawn by an earlier report and no longer part of this one."""
     names = {plot.name for plot in drawn}
     return [p for p in sorted(images.glob("*.svg")) if p.stem not in names and plots.digest_in(p)]
 
 
 def write(pages: dict[Path, str], drawn: Sequence[plots.Plot], images: Path) -> None:
-    """Write the pages, and the plots that are not as they should be."""
+    """Write the pages, and the plots that are stale."""
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -74,7 +74,7 @@ def write(pages: dict[Path, str], drawn: Sequence[plots.Plot], images: Path) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 where a page is stale or the results cannot be read."""
+    """Run the command line; return 1 if a page is stale or the results cannot be read."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The generated parts of hand-written pages: what stands between `<!-- name -->` and `<!-- /name -->`."""
+"""Generated blocks of hand-written pages, between `<!-- name -->` and `<!-- /name -->`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
-from bench.report import performance, quality
+from bench.report import brief, performance, quality
 from bench.report.markdown import figure, model_name, optimizer_name, setting, slug, table
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
@@ -16,15 +16,15 @@ BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) 
 
 
 def fill(page: str, runs: Sequence[Run], root: str) -> str:
-    """Return a page with every block made anew.
+    """Return a page with every block regenerated.
 
     Args:
-        page: Its text.
+        page: Text of the page.
         runs: All results.
-        root: What leads from the page to `docs/`, such as "docs/" or "".
+        root: Path from the page to `docs/`, such as "docs/" or "".
 
     Raises:
-        ValueError: there is no block of a name that the page has.
+        ValueError: the page has a block of unknown name.
     """
 
     def made(match: re.Match[str]) -> str:
@@ -37,7 +37,7 @@ def fill(page: str, runs: Sequence[Run], root: str) -> str:
 
 
 def pages(root: Path) -> list[Path]:
-    """Return the hand-written pages, which may hold blocks."""
+    """Return the hand-written pages, which may contain blocks."""
     generated = ("performance.md", "quality.md")
     return [root / "README.md", *(p for p in sorted((root / "docs").glob("*.md")) if p.name not in generated)]
 
@@ -71,8 +71,21 @@ def _performance(runs: Sequence[Run], root: str) -> str:
     return "\n\n".join(parts)
 
 
+def _speed(runs: Sequence[Run], root: str) -> str:
+    shown = next(_timed(runs), None)
+    if shown is None:
+        return "Nothing is timed yet: `python -m bench.optimizers` does it."
+    run, model, found = shown
+    return brief.speed(run, model, performance._plain(found))
+
+
+def _tradeoff(runs: Sequence[Run], root: str) -> str:
+    shown = next((c for c in quality.comparisons(runs) if c.preset == "cpu"), None)
+    return quality.NOTHING if shown is None else quality.tradeoff(shown.plain, root)
+
+
 def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
-    """Each run that timed a step, GPUs first and the newest first, with the largest model that it timed."""
+    """Yield each run that timed a step, GPUs first and newest first, with the largest model that it timed."""
     for own in by_device(of(runs, "optimizers")).values():
         for run in own:
             models = performance.steps_by_model(run)
@@ -87,22 +100,22 @@ def _parts_of(run: Run) -> str:
     return f" ({layers} layer{'s' if layers > 1 else ''} of it)" if layers else ""
 
 
-def _codes(runs: Sequence[Run], root: str) -> str:
+def _int8(runs: Sequence[Run], root: str) -> str:
     found = of(runs, "codes")
     if not found:
         return "Nothing is recorded yet: `python -m bench.studies.int8` measures it."
     errors = {(row["moment"], row["power"], row["quantum"]): row["median"] for row in found[0].rows}
-    moments, powers, quanta = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
-    headings = ["power", *(f"`{moment}`, {quantum}" for moment in moments for quantum in quanta)]
+    moments, powers, sizes = (list(dict.fromkeys(keys)) for keys in zip(*errors, strict=True))
+    headings = ["power", *(f"`{moment}`, {size}" for moment in moments for size in sizes)]
     rows = [
-        [str(power), *(f"{100 * errors[moment, power, quantum]:.1f} %" for moment in moments for quantum in quanta)]
+        [str(power), *(f"{100 * errors[moment, power, size]:.1f} %" for moment in moments for size in sizes)]
         for power in powers
     ]
     return table(headings, rows)
 
 
 def _precision(runs: Sequence[Run], root: str) -> str:
-    """The `cpu` preset in float32 and in bfloat16: optimizers that differ in how numbers are stored."""
+    """Return a table of the `cpu` preset in float32 and in bfloat16, for optimizers that differ in storage."""
     shown = [c for c in quality.comparisons(runs) if c.preset.partition(",")[0] == "cpu"]
     rows = []
     for comparison in sorted(shown, key=lambda c: c.preset):
@@ -119,7 +132,7 @@ def _precision(runs: Sequence[Run], root: str) -> str:
 
 
 def _roundings(runs: Sequence[Run], root: str) -> str:
-    """Steps on a CPU over the float32 step of the same rule and backend; then the times of these."""
+    """Return steps on a CPU over the float32 step of the same rule and backend, and the times of the latter."""
     found = of(runs, "roundings")
     if not found:
         return "Nothing is recorded yet: `python -m bench.studies.roundings` measures it."
@@ -149,7 +162,9 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "manyplan": lambda runs, root: example(),
     "quality": _quality,
     "performance": _performance,
-    "codes": _codes,
+    "speed": _speed,
+    "tradeoff": _tradeoff,
+    "int8": _int8,
     "precision": _precision,
     "roundings": _roundings,
     "regimes": lambda runs, root: quality.regimes(runs),

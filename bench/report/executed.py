@@ -1,4 +1,4 @@
-"""The tables of what each kernel executes, requests and waits for, and of what bounds it."""
+"""Tables of what each kernel executes, requests and waits for, and of its bound."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def section(runs: Sequence[Run]) -> list[str]:
 
 
 def bound(row: Row) -> str:
-    """Say which of the two bounds a kernel."""
+    """Return which of the two bounds limits a kernel."""
     if row["issue_share"] >= 1:
         return "issue slots"
     return "bandwidth" if row["machine_demand"] < 1 else "either"

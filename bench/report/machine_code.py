@@ -1,4 +1,4 @@
-"""The table of what each kernel's machine code loads, stores and occupies, on every architecture."""
+"""The table of loads, stores and resources of each kernel's machine code, on every architecture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def section(runs: Sequence[Run]) -> list[str]:
 
 
 def _line(row: Row, target: str, dtypes: bool) -> list[str]:
-    from bench.codegen.machine_code import LIMITS  # needs Triton, as this table's rows did
+    from bench.codegen.machine_code import LIMITS  # needs Triton, as did the rows of this table
 
     resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
     return [
@@ -54,14 +54,14 @@ def _line(row: Row, target: str, dtypes: bool) -> list[str]:
 
 
 def kernel_name(row: Row) -> str:
-    """Write a kernel with those of its options that are not the usual ones."""
+    """Format a kernel's name with its unusual options."""
     kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
     usual = ("gwt", "nearest", None)
     return ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
 
 
 def _accesses(row: Row, what: str) -> str:
-    """The accesses of tensors: those that the intermediate code makes on more than one element."""
+    """Return the accesses of tensors: those that touch more than one element in the intermediate code."""
     texts = []
     for array, widths in row[what].items():
         if array in row[f"tensor_{what}"]:

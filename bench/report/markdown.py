@@ -1,4 +1,4 @@
-"""Tables, numbers and names as the pages write them."""
+"""Tables, numbers and names in the form used on the pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
 
 
 def details(summary: str, body: str) -> str:
-    """Return a part that a reader has to open, on the site and on GitHub alike."""
+    """Return a collapsed section, for the site and GitHub alike."""
     return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>'
 
 
@@ -28,7 +28,7 @@ def figure(text: str, name: str, root: str = "") -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number with so many significant digits, and never with an exponent."""
+    """Format a number with so many significant digits, never with an exponent."""
     if value is None:
         return "-"
     if value == 0 or not math.isfinite(value):
@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def spread(row: Row | None, factor: float = 1.0) -> str:
-    """Write a median, and behind it the 20th and 80th percentile where there are several samples."""
+    """Format a median, followed by the 20th and 80th percentile for several samples."""
     if row is None:
         return "-"
     text = number(factor * row["median"])
@@ -49,12 +49,12 @@ def spread(row: Row | None, factor: float = 1.0) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Write a share."""
+    """Format a fraction as a percentage."""
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def cell(value: Any) -> str:
-    """Write the value of one of a benchmark's own columns."""
+    """Format the value of a benchmark's own column."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -65,32 +65,33 @@ def cell(value: Any) -> str:
 
 
 def model_name(model: str | None) -> str:
-    """Write a model as people call it: llama_1b is LLaMA-1B."""
+    """Format a model's common name: llama_1b is LLaMA-1B."""
     found = re.fullmatch(r"llama_(\d+)([mb])", model or "")
     return f"LLaMA-{found[1]}{found[2].upper()}" if found else str(model)
 
 
 class Variant(NamedTuple):
-    """One of ours, as `bench.pretrain` names it: gwt2-bf16-split."""
+    """Name of an optimizer of this package in `bench.pretrain`, in parts: gwt2-bf16-split."""
 
     rule: str
     level: int
     moments: str
-    """Empty for float32."""
+    """Dtype of the moments; empty for float32."""
     rounding: str
-    """Of weights; empty for the default."""
+    """Rounding of the weights; empty for the default."""
 
 
 def variant(optimizer: str) -> Variant | None:
     """Take a name apart; None for an optimizer that is not ours."""
-    found = re.fullmatch(r"(gwt|foam)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
+    found = re.fullmatch(r"(gwt|foam|lion|muon)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
     return Variant(found[1], int(found[2]), found[3] or "", found[4] or "") if found else None
 
 
 def optimizer_name(optimizer: str) -> str:
-    """Write an optimizer of `bench.pretrain` as people call it: gwt2 is GWT level 2."""
+    """Format an optimizer of `bench.pretrain` for readers: gwt2 is GWT level 2."""
     if own := variant(optimizer):
-        words = [f"{own.rule.upper()} level {own.level}"]
+        name = {"lion": "Lion", "muon": "Muon"}.get(own.rule, own.rule.upper())
+        words = [name if not own.level else f"{'' if name.isupper() else 'GWT-'}{name} level {own.level}"]
         words += [f"{own.moments} moments"] if own.moments else []
         words += [f"{own.rounding} weights"] if own.rounding else []
         return ", ".join(words)
@@ -100,12 +101,12 @@ def optimizer_name(optimizer: str) -> str:
 
 
 def slug(text: str) -> str:
-    """Return what of a name may stand in a file's."""
+    """Return a name without the characters that a file name may not contain."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def setting(run: Run) -> str:
-    """Say in half a line what ran: backend, threads, date and commit, to stand beside a table."""
+    """Format a run's settings in half a line, beside a table: backend, threads, date and commit."""
     row = run.rows[-1]
     words = [f"GWTAdamW on the `{row['own_backend']}` backend"] if row.get("own_backend") else []
     if row.get("threads") and not run.cuda:
@@ -117,9 +118,9 @@ def setting(run: Run) -> str:
 
 
 def has_changed(run: Run) -> bool:
-    """Whether the sources of the step that a run timed are others by now.
+    """Return whether the sources of the timed step have changed since the run.
 
-    Runs of the step in C that have no digest of them are older than all of what it is now.
+    Runs of the step in C that recorded no digest are older than the present sources.
     """
     row = run.rows[-1]
     backend, then = row.get("own_backend"), row.get("sources")
@@ -136,10 +137,10 @@ def _commit(row: Row) -> list[str]:
 
 
 def origin(run: Run) -> str:
-    """Say in one line where a run's numbers come from."""
+    """Format the origin of a run's numbers in one line."""
     row = run.rows[-1]
     words = [f"`{row['command']}`"] if row.get("command") else []
-    # The parts of a model, where a benchmark takes parts.
+    # The parts of a model, for benchmarks that take parts.
     words += [f"{key}: {cell(row[key])}" for key in ("layers", "embeddings") if row.get(key) is not None]
     if row.get("threads") and not run.cuda:
         words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")

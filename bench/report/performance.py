@@ -112,7 +112,7 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def state_per_parameter(case: Case) -> float | None:
-    """Bytes of state over parameters, where the benchmark says how many there are."""
+    """Return bytes of state over parameters, if the benchmark records their number."""
     if (stated := case.median("state_bytes_per_parameter")) is not None:
         return stated
     state, parameters = case.median("state_bytes"), case.what.get("parameters")
@@ -120,7 +120,7 @@ def state_per_parameter(case: Case) -> float | None:
 
 
 def steps_table(found: Sequence[Case]) -> str:
-    """Return a table of optimizers, a column a metric that any of them has, and the notes of the others."""
+    """Return a table of optimizers with the metrics that any of them has, and the notes of those not timed."""
     clipped = {_unclipped(case): case for case in found if case.what.get("clipped")}
     found = [case for case in found if not case.what.get("clipped")]
     never = ("model", "level", "limiter", "parameters", "layers", "embeddings")
@@ -162,16 +162,17 @@ def _head(case: Case, keys: Sequence[str]) -> list[str]:
 
 
 def steps_by_model(run: Run) -> dict[str, list[Case]]:
-    """Return what a run timed, by model; a candidate that could not be timed is among it, with its note."""
+    """Return the cases of a run by model, including the notes of candidates that could not be timed."""
     found = cases(row for row in run.rows if row.get("optimizer"))
     models = dict.fromkeys(case.what["model"] for case in found)
     return {model: [case for case in found if case.what["model"] == model] for model in models}
 
 
-def aims(run: Run) -> list[str]:
-    """Return a paragraph on the aims that the project set itself, as the run states them, or none."""
-    stated = [f"- {row['note']}" for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
-    return ["Aims, within this run:\n\n" + "\n".join(stated)] if stated else []
+def targets(run: Run) -> list[str]:
+    """Return a paragraph on the project's targets as the run recorded them; empty if it has none."""
+    notes = [row["note"] for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
+    stated = [f"- {note.replace('(aim: ', '(target: ')}" for note in notes]  # older runs say "aim"
+    return ["Targets, within this run:\n\n" + "\n".join(stated)] if stated else []
 
 
 def _optimizers(device: str, runs: Sequence[Run], parts: list[str], plots: list[Plot]) -> None:
@@ -196,11 +197,11 @@ def _optimizer_run(run: Run) -> str:
     for model, found in steps_by_model(run).items():
         parts += [f"**{model_name(model)}**, {setting(run)}:", steps_table(found)]
     parts += _about_machine(run)
-    return "\n\n".join([*parts, *aims(run), origin(run)])
+    return "\n\n".join([*parts, *targets(run), origin(run)])
 
 
 def _about_machine(run: Run) -> list[str]:
-    """The copy bandwidth, and why a run measured nothing."""
+    """Return the copy bandwidth, and the reason if a run measured nothing."""
     of_machine = [row for row in run.rows if not row.get("optimizer") and not row.get("kernel")]
     copied = [f"{spread(row, 1e-9)} GB/s" for row in of_machine if row.get("metric") == "copy_bandwidth"]
     notes = [f"Not measured: {cell(row['note'])}." for row in of_machine if row["median"] is None and row["note"]]
@@ -216,12 +217,12 @@ def _label(case: Case, found: Sequence[Case]) -> str:
 
 
 def _plain(found: Sequence[Case]) -> list[Case]:
-    """Leave out what was timed together with clipping."""
+    """Leave out the cases timed together with clipping."""
     return [case for case in found if not case.what.get("clipped")]
 
 
 def _newest_of_each_model(runs: Sequence[Run]) -> dict[str, list[Case]]:
-    """For each model what the newest run that timed it found, the smallest model first."""
+    """Return for each model the cases of the newest run that timed it, the smallest model first."""
     newest: dict[str, list[Case]] = {}
     for run in runs:
         for model, found in steps_by_model(run).items():
@@ -236,7 +237,7 @@ def _size(model: str) -> float:
 
 
 def step_panels(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return the data of the plot of step times: each panel is of one run, so that its entries can be compared."""
+    """Return the data of the plot of step times, one run per panel, so that its entries are comparable."""
     panels = []
     for model, found in _newest_of_each_model(runs).items():
         entries = [
@@ -319,7 +320,7 @@ def kernel_panels(found: Sequence[Case]) -> tuple[list[dict[str, Any]], str]:
 
 
 def _kernel_run(run: Run) -> str:
-    """Shares and times, a row a shape and a column a level."""
+    """Return shares and times, a row per shape and a column per level."""
     found = cases(row for row in run.rows if row.get("kernel"))
     timed, untimed = ([c for c in found if bool(c.metrics) is has] for has in (True, False))
     parts = []
@@ -357,7 +358,7 @@ def _kernel_run(run: Run) -> str:
         for case in untimed:
             reasons[case.note] = reasons.get(case.note, 0) + 1
         parts.append("Not timed:\n\n" + "\n".join(f"- {n} cases: {cell(note)}" for note, n in reasons.items()))
-    return "\n\n".join([*parts, *_about_machine(run), *aims(run), origin(run)])
+    return "\n\n".join([*parts, *_about_machine(run), *targets(run), origin(run)])
 
 
 # Host time.
@@ -384,7 +385,7 @@ def _host_run(run: Run) -> str:
 
 
 def _host_profiles(run: Run) -> list[str]:
-    """Where the time goes, a table for each scenario that was profiled."""
+    """Return the host profiles, a table per scenario."""
     shares: dict[str, list[Sequence[str]]] = {}
     for row in run.rows:
         if row.get("metric") == "own_time_share":
@@ -401,7 +402,7 @@ def _host_profiles(run: Run) -> list[str]:
     ]
 
 
-# What `make bench-gpu` went through.
+# The parts of `make bench-gpu`.
 
 
 def _checks(runs: Sequence[Run]) -> list[str]:

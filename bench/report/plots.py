@@ -1,4 +1,4 @@
-"""Every plot of the pages, each drawn from nothing but the data that it is handed."""
+"""Plots of the pages, each drawn only from the data passed to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow that vanishes on white.
+# Okabe and Ito's colours, distinguishable for the colour-blind, without the yellow that vanishes on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
@@ -35,7 +35,7 @@ STYLE = {
 
 
 class Plot(NamedTuple):
-    """What a plot shows: its file name without ending, its kind, and plain data."""
+    """A plot's file name without suffix, its kind, and plain data."""
 
     name: str
     kind: str
@@ -43,17 +43,17 @@ class Plot(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """A digest of the data and of this file.
+        """Return a digest of the data and of this file.
 
-        It stands in the picture, which is stale where it differs. The picture's own bytes would not do: they
-        differ between versions of matplotlib.
+        The picture contains it, and is stale if it differs. The picture's own bytes cannot be compared: they differ
+        between versions of matplotlib.
         """
         content = json.dumps([self.kind, self.data], sort_keys=True) + Path(__file__).read_text()
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 def digest_in(path: Path) -> str | None:
-    """Return the digest that a picture carries; None where there is no such picture."""
+    """Return the digest contained in a picture; None if there is no such picture."""
     found = re.search(r"drawn from ([0-9a-f]{64})", path.read_text()) if path.exists() else None
     return found[1] if found else None
 
@@ -69,7 +69,7 @@ def draw(plot: Plot, path: Path) -> None:
 
 
 def _steps(data: Any) -> Figure:
-    """Time of a step by optimizer, a panel a model; `data`: panels of title and entries."""
+    """Draw the time of a step by optimizer, a panel per model; `data`: panels of title and entries."""
     labels = list(dict.fromkeys(entry["label"] for panel in data for entry in panel["entries"]))
     figure = Figure(figsize=(2.6 + 2.4 * max(2, len(data)), 1.3 + 0.24 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
@@ -93,7 +93,7 @@ def _steps(data: Any) -> Figure:
 
 
 def _states(data: Any) -> Figure:
-    """Bytes of state by optimizer, a mark a model; `data`: what is shown, and models of title and entries."""
+    """Draw the bytes of state by optimizer, a mark per model; `data`: caption, and models of title and entries."""
     models = data["models"]
     labels = list(dict.fromkeys(label for model in models for label in model["entries"]))
     figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(labels)), layout="constrained")
@@ -111,9 +111,9 @@ def _states(data: Any) -> Figure:
 
 
 def _roofline(data: Any) -> Figure:
-    """Share of the copy bandwidth by size, a panel a kernel; `data`: panels of title and series."""
+    """Draw the share of the copy bandwidth by size, a panel per kernel; `data`: panels of title and series."""
     figure, panels, columns = _grid(len(data), width=3.4)
-    # A series has one look in every panel: a colour a level, a marker a path.
+    # A series looks the same in every panel: a colour per level, a marker per path.
     levels = sorted({series["level"] for panel in data for series in panel["series"]})
     paths = list(dict.fromkeys(series["path"] for panel in data for series in panel["series"]))
     colours = matplotlib.colormaps["viridis"].resampled(max(2, len(levels)))
@@ -141,7 +141,7 @@ def _roofline(data: Any) -> Figure:
 
 
 def _losses(data: Any) -> Figure:
-    """Held-out loss against tokens and against time; `data`: series of label, tokens, seconds, mean, low, high."""
+    """Draw held-out loss against tokens and time; `data`: series of label, tokens, seconds, mean, low, high."""
     figure = Figure(figsize=(9.2, 4.2), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
     lowest = min(min(series["low"]) for series in data)
@@ -156,7 +156,7 @@ def _losses(data: Any) -> Figure:
     by_tokens.set_xlabel("million tokens of training")
     by_time.set_xlabel("seconds of wall time, evaluations left out")
     by_tokens.set_ylabel("held-out loss, nats per token")
-    # The first evaluations lie far above all else; what is to be compared is the end.
+    # The first evaluations are far above the rest; the end is to be compared.
     top = max(min(max(series["mean"]) for series in data), ends[-1] + 0.05)
     by_tokens.set_ylim(lowest - 0.05 * (top - lowest), top)
     handles, labels = by_tokens.get_legend_handles_labels()
@@ -164,13 +164,42 @@ def _losses(data: Any) -> Figure:
     return figure
 
 
+def _tradeoff(data: Any) -> Figure:
+    """Draw held-out loss over bytes of state per parameter; `data`: points of label, loss, low, high, bytes, ms."""
+    figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    longest = max((point["ms"] or 0.0 for point in data), default=0.0) or 1.0
+    for i, point in enumerate(data):
+        look: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i // len(COLOURS) % len(MARKERS)],
+        }
+        size = 4.0 + 9.0 * math.sqrt((point["ms"] or 0.0) / longest)
+        axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
+        face = look["color"] if point["own"] else "white"
+        axes.plot(
+            point["bytes"], point["loss"], linestyle="none", markersize=size, markerfacecolor=face, alpha=0.85,
+            label=point["label"], **look,
+        )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_xlabel("bytes of optimizer state per parameter")
+    axes.set_ylabel("held-out loss, nats per token")
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right upper", title="filled: gwt_kernels")
+    for handle in legend.legend_handles:
+        handle.set_markersize(6)  # type: ignore[union-attr]
+    return figure
+
+
 def _sweeps(data: Any) -> Figure:
-    """Held-out loss by learning rate, a line a scale, a panel an optimizer; `data`: panels of title and lines."""
+    """Draw held-out loss by learning rate, a line per scale, a panel per optimizer; `data`: panels of title and
+    lines.
+    """
     figure, panels, columns = _grid(len(data), width=2.6)
     scales = sorted({line["scale"] for panel in data for line in panel["lines"]})
     shown: dict[float, Any] = {}
     losses = [loss for panel in data for line in panel["lines"] for loss in line["loss"]]
-    top = min(max(losses), min(losses) + 0.5)  # what diverges would flatten the rest
+    top = min(max(losses), min(losses) + 0.5)  # diverged runs would flatten the rest
     for axes, panel in zip(panels, data, strict=False):
         for line in panel["lines"]:
             i = scales.index(line["scale"])
@@ -190,7 +219,7 @@ def _sweeps(data: Any) -> Figure:
 
 
 def _grid(n: int, width: float) -> tuple[Figure, Sequence[Axes], int]:
-    """Return a figure of `n` panels or more that share their axes, its panels, and how many stand side by side."""
+    """Return a figure of at least `n` panels with shared axes, its panels, and the number of columns."""
     columns = n if n <= 3 else math.ceil(math.sqrt(n))
     rows = -(-n // columns)
     figure = Figure(figsize=(max(6.4, 1.2 + width * columns), 0.9 + 2.5 * rows), layout="constrained")
@@ -199,7 +228,7 @@ def _grid(n: int, width: float) -> tuple[Figure, Sequence[Axes], int]:
 
 
 def _label_lowest(panels: Sequence[Axes], columns: int, filled: int, text: str) -> None:
-    """Label the lowest panel of each column, and take away those that hold nothing."""
+    """Label the lowest panel of each column, and remove the empty panels."""
     for i, axes in enumerate(panels):
         if i >= filled:
             axes.set_axis_off()
@@ -209,7 +238,7 @@ def _label_lowest(panels: Sequence[Axes], columns: int, filled: int, text: str) 
 
 
 def _decades(axes: Axes) -> None:
-    """Give a time axis a logarithmic scale with plain numbers, few enough to be read."""
+    """Give a time axis a logarithmic scale with a few plain numbers."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     if high / low < 1.6:
@@ -228,4 +257,5 @@ KINDS: dict[str, Callable[[Any], Figure]] = {
     "roofline": _roofline,
     "losses": _losses,
     "sweeps": _sweeps,
+    "tradeoff": _tradeoff,
 }

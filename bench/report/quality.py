@@ -33,11 +33,11 @@ NOTHING = (
 )
 
 
-MANY = 10  # lines that a plot shows at the most, as long as it may leave some out
+MANY = 10  # lines of a plot at most, if some may be left out
 
 
 class Setting(NamedTuple):
-    """An optimizer with its numbers."""
+    """An optimizer with its settings."""
 
     optimizer: str
     lr: float | None
@@ -51,18 +51,18 @@ class Comparison(NamedTuple):
     model: str
     device: str
     runs: dict[Setting, dict[int, list[Row]]]
-    """Evaluations in the order of steps; what else was measured of a run is in `others`."""
+    """Evaluations in the order of steps; a run's other rows are in `others`."""
     others: dict[tuple[Setting, str], Row]
     last: Run
 
     @property
     def name(self) -> str:
-        """A name for its plot's file."""
+        """Return a name for the plot's file."""
         return f"losses_{slug(self.preset)}"
 
     @property
     def plain(self) -> Comparison:
-        """Without those that only store numbers otherwise, where there are too many to be told apart in a plot."""
+        """Return the settings with default storage, if there are too many to tell apart in a plot."""
         if len(self.runs) <= MANY:
             return self
         kept = {setting: seeds for setting, seeds in self.runs.items() if "-" not in setting.optimizer}
@@ -70,7 +70,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """Bring together what was measured of each preset, newest first; a repeated run replaces the older one."""
+    """Collect the measurements of each preset, newest first; a repeated run replaces the older one."""
     found: dict[tuple[Any, ...], Comparison] = {}
     for run in reversed(of(runs, "quality")):
         fresh: set[tuple[Any, ...]] = set()
@@ -100,7 +100,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def _order(item: tuple[Setting, Any]) -> tuple[Any, ...]:
-    """Others before ours, these by rule, level and storage."""
+    """Sort key: peers before this package's optimizers, these by rule, level and storage."""
     setting = item[0]
     own = variant(setting.optimizer)
     if own is None:
@@ -135,6 +135,14 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         if names := [_name(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
         parts.append(origin(comparison.last))
+    chosen = next((c for c in compared if c.preset == "cpu"), None)
+    if chosen is not None and (drawn := chart(chosen.plain)):
+        plots += drawn
+        parts[2:2] = [
+            "## Memory or a better model?",
+            TRADEOFF,
+            figure("Held-out loss over bytes of state", CHART),
+        ]
     parts += ["## Sweeps", SWEEPS]
     sweeps = of(runs, "sweep")
     if not sweeps:
@@ -154,6 +162,13 @@ STORED_OTHERWISE = """\
 The same by how moments and weights are stored, at the rule's and level's own settings, which were not tuned again:
 held-out loss, ± over three seeds, one seed where no ± stands."""
 
+CHART = "loss_over_state"
+
+TRADEOFF = """\
+Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
+is the mean over seeds, its line reaches from the lowest to the highest; the larger the mark, the longer a step
+took."""
+
 SWEEPS = """\
 Each optimizer is tried at a grid of learning rate and scale, under one seed; the best setting of each is then
 repeated under further ones. Where the column *settings* differs, a sweep was not finished, and the comparison is
@@ -164,7 +179,7 @@ not even. In the plots, losses far above the lowest are cut off, and runs that d
 
 
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the data of the loss plot: at each step that all seeds reached, the mean and the range."""
+    """Return the data of the loss plot: mean and range at each step that all seeds reached."""
     series = []
     for setting, seeds in comparison.runs.items():
         whole = [rows for rows in seeds.values() if rows and all(row["median"] is not None for row in rows)]
@@ -192,7 +207,7 @@ def _name(setting: Setting, settings: Iterable[Setting]) -> str:
 
 
 def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
-    """Return the settings that are the best of no recorded sweep on the comparison's model."""
+    """Return the settings that are not the best of a recorded sweep on the comparison's model."""
     swept = {
         Setting(optimizer, found[0]["lr"], found[0]["scale"])
         for run in of(runs, "sweep")
@@ -203,7 +218,7 @@ def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
 
 
 def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
-    """Return the loss after the last step by seed, of those seeds that reached it."""
+    """Return the loss after the last step by seed, for the seeds that reached it."""
     last = max((rows[-1].get("step") or 0 for s in comparison.runs.values() for rows in s.values()), default=0)
     return {
         setting: [
@@ -216,7 +231,7 @@ def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
 
 
 def final_table(comparison: Comparison) -> str:
-    """Return losses with their spread, state and time by optimizer; differences are from AdamW's mean."""
+    """Return a table of losses with spread, state and time by optimizer; differences are from AdamW's mean."""
     final = final_losses(comparison)
     adamw = [losses for setting, losses in final.items() if setting.optimizer == "adamw" and losses]
     reference = min(map(mean, adamw), default=None)
@@ -258,14 +273,63 @@ def final_table(comparison: Comparison) -> str:
     return made + ("\n\nNot finished:\n\n" + "\n".join(notes) if notes else "")
 
 
+def _points(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return loss, state and time of a step by optimizer, the lowest loss first."""
+    points = []
+    for chosen, losses in final_losses(comparison).items():
+        rows = {metric: row for (s, metric), row in comparison.others.items() if s == chosen}
+        state = next((rows[metric]["median"] for metric in STATE if metric in rows), None)
+        size = next(
+            (r["parameters"] for s in comparison.runs[chosen].values() for r in s if r.get("parameters")), None
+        )
+        if not losses or state is None or size is None:
+            continue
+        points.append(
+            {
+                "label": optimizer_name(chosen.optimizer),
+                "own": variant(chosen.optimizer) is not None,
+                "loss": mean(losses),
+                "low": min(losses),
+                "high": max(losses),
+                "bytes": state / size,
+                "ms": next((rows[m]["median"] for m in STEP if m in rows and rows[m]["median"]), None),
+                "spread": with_spread(losses),
+            }
+        )
+    return sorted(points, key=lambda point: point["loss"])
+
+
+def chart(comparison: Comparison) -> list[Plot]:
+    """Return the chart of held-out loss over state, one point an optimizer; none without results."""
+    points = _points(comparison)
+    return [Plot(CHART, "tradeoff", points)] if len(points) > 1 else []
+
+
+def tradeoff(comparison: Comparison, root: str) -> str:
+    """Return the optimizers of a preset, the lowest loss first, and the chart."""
+    points = _points(comparison)
+    rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in points]
+    sizes = {
+        r["parameters"] for s in comparison.runs.values() for x in s.values() for r in x if r.get("parameters")
+    }
+    steps = max(rows_[-1].get("step") or 0 for s in comparison.runs.values() for rows_ in s.values())
+    size = f"{max(sizes) / 1e6:.2f}M parameters, " if sizes else ""
+    words = f"{size}{steps} steps, preset `{comparison.preset}`, {comparison.device}, {comparison.last.date[:10]}"
+    made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
+    parts = [f"{words}, mean ± standard deviation over seeds:", made]
+    if len(points) > 1:
+        parts.append(figure("Held-out loss over bytes of optimizer state per parameter", CHART, root))
+    return "\n\n".join(parts)
+
+
 def storage_table(comparison: Comparison) -> str:
-    """Return losses by rule and level, a column for each way to store moments and weights."""
+    """Return a table of losses by rule and level, with a column per storage of moments and weights."""
     cells: dict[str, dict[tuple[str, str], list[float]]] = {}
     for setting, losses in final_losses(comparison).items():
         if losses and (own := variant(setting.optimizer)):
             found = cells.setdefault(optimizer_name(f"{own.rule}{own.level}"), {})
             known = found.get((own.moments, own.rounding))
-            if known is None or mean(losses) < mean(known):  # of several settings the best
+            if known is None or mean(losses) < mean(known):  # the best of several settings
                 found[own.moments, own.rounding] = losses
     ways = sorted(
         {way for found in cells.values() for way in found}, key=lambda way: tuple(map(STORAGE.index, way))
@@ -276,14 +340,14 @@ def storage_table(comparison: Comparison) -> str:
     return table(headings, rows)
 
 
-RULES = ("gwt", "foam")
+RULES = ("gwt", "foam", "lion", "muon")
 STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
 STATE = ("state_bytes", "state_bytes_measured")
 STEP = ("optimizer_step", "step_time", "optimizer_time")
 
 
 def with_spread(losses: Sequence[float]) -> str:
-    """Write mean and standard deviation over seeds."""
+    """Format mean and standard deviation over seeds."""
     if not losses:
         return "-"
     return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
@@ -317,12 +381,13 @@ def _sweep_title(run: Run) -> str:
 
 
 def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
-    """Return the best run among those of the first seed, and the losses of its setting over seeds."""
+    """Return the best run of the first seed, and the losses of its setting over seeds."""
     tried = [row for row in _first_seed(rows) if _loss(row) is not None]
     if not tried:
         return None
     chosen = min(tried, key=lambda row: _loss(row) or 0.0)
-    own = [row for row in rows if (row["lr"], row["scale"]) == (chosen["lr"], chosen["scale"])]
+    keys = ("lr", "scale", "momentum")
+    own = [row for row in rows if all(row.get(key) == chosen.get(key) for key in keys)]
     return chosen, [loss for row in own if (loss := _loss(row)) is not None]
 
 
@@ -362,7 +427,7 @@ def scales_table(run: Run) -> str:
 
 
 def sweep_panels(run: Run) -> list[dict[str, Any]]:
-    """Return the data of a sweep's plot; runs that diverged have no point."""
+    """Return the data of a sweep's plot; diverged runs have no point."""
     panels = []
     for optimizer, rows in _optimizers(run).items():
         lines = []

@@ -1,4 +1,4 @@
-"""What a folder of raw results holds, in the order in which the pages show it."""
+"""Reads a folder of raw results, in the order in which the pages show them."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Run(NamedTuple):
 
     @property
     def date(self) -> str:
-        """When its last row was measured; empty where no row says."""
+        """Return the time of its last row; empty if no row has one."""
         return max(row.get("date") or "" for row in self.rows)
 
     @property
     def cuda(self) -> bool:
-        """Whether the device is no CPU: `bench.common.measure.facts` names a driver for every other one."""
+        """Return whether the device is a GPU: `bench.common.measure.facts` records a driver for each."""
         return any(row.get("driver") not in (None, "none") for row in self.rows)
 
 
 class Case(NamedTuple):
-    """What was timed, by the benchmark's own columns, and what was found: rows by metric."""
+    """One timed case, described by the benchmark's own columns, and its rows by metric."""
 
     what: dict[str, Any]
     metrics: dict[str, Row]
     note: str
 
     def median(self, metric: str) -> float | None:
-        """The median of a metric, or None where it was not measured."""
+        """Return the median of a metric, or None if it was not measured."""
         row = self.metrics.get(metric)
         return None if row is None else row["median"]
 
@@ -53,7 +53,7 @@ def load(folder: Path) -> list[Run]:
     """Return every run in a folder, newest first.
 
     Raises:
-        ValueError: a file is no record, or of a format that this version does not know; the message names it.
+        ValueError: a file is no record, or has a format that this version cannot read; the message names it.
     """
     runs = []
     for path in sorted(folder.glob("*.json")):
@@ -77,7 +77,7 @@ def by_device(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def cases(rows: Iterable[Row]) -> list[Case]:
-    """Bring the rows of each thing that was timed together; of two rows for one metric the later one counts."""
+    """Group rows by case; of two rows for one metric the later one counts."""
     found: dict[str, Case] = {}
     for row in rows:
         what = {k: v for k, v in row.items() if k not in MEASURED and k not in ORIGIN and not isinstance(v, float)}
@@ -88,9 +88,9 @@ def cases(rows: Iterable[Row]) -> list[Case]:
 
 
 def telling_columns(found: Sequence[Case], always: Sequence[str], never: Sequence[str] = ()) -> list[str]:
-    """Return the columns to show: those in `always`, and what else it takes to tell the cases apart.
+    """Return the columns to show: those in `always`, and the others needed to tell the cases apart.
 
-    A benchmark may thus grow a column without two of its cases becoming one.
+    A new column of a benchmark thus never merges two of its cases.
     """
     shown = list(always)
     others = dict.fromkeys(key for case in found for key in case.what if key not in (*always, *never))

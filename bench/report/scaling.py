@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: what each GPU holds, sends and needs as predicted, and the prediction measured."""
+"""Tables of docs/scaling.md: what each GPU holds, sends and needs as predicted, and measurements beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
 
 BANDWIDTH = 3e12
-"""Bytes per second of a GPU's memory: an assumption."""
+"""Assumed bandwidth of a GPU's memory, in bytes per second."""
 MODELS = ("7b", "70b", "405b")
 GPUS = (1, 8, 64, 256, 1024, 4096)
 MESHES = ("fsdp=4096", "dp=8,fsdp=512", "fsdp=512,tp=8", "dp=8,fsdp=64,tp=8")
@@ -23,7 +23,7 @@ EXAMPLE = ("llama_405b", 4096, "dp=8,fsdp=64,tp=8")
 
 
 def gpus_table() -> str:
-    """The Markdown table by model and number of GPUs, all sharding by FSDP2, with bf16 weights and moments."""
+    """Return the Markdown table by model and number of GPUs, all with FSDP2, bf16 weights and bf16 moments."""
     headings = [
         "LLaMA", "GPUs", "weights + gradients, GiB", "AdamW's states, GiB", "GWT's states, GiB",
         "over an even share", "AdamW: memory, ms", "GWT: memory, ms",
@@ -45,7 +45,7 @@ def gpus_table() -> str:
 
 
 def meshes_table() -> str:
-    """The Markdown table of the largest model on the most GPUs, by mesh, with float32 moments."""
+    """Return the Markdown table of the largest model on the most GPUs, by mesh, with float32 moments."""
     headings = [
         "mesh", "weights + gradients, GiB", "GWT's states, GiB", "AdamW: memory, ms", "GWT: memory, ms",
         "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
@@ -61,7 +61,7 @@ def meshes_table() -> str:
 
 
 def example() -> str:
-    """What the command prints of several processes, below what it prints of the model as a whole."""
+    """Return the command's output about several processes, below its output about the whole model."""
     model, n, mesh = EXAMPLE
     sharded = plan_sharded(plan(model, dtype=torch.bfloat16, bandwidth=BANDWIDTH), mesh_of(n, mesh), clip=True)
     command = f"gwt-kernels plan {model} --world-size {n} --mesh {mesh} --bandwidth {BANDWIDTH:.1e} --clip"
@@ -69,7 +69,7 @@ def example() -> str:
 
 
 def measured(runs: Sequence[Run]) -> str:
-    """Predicted against measured, of every run: the newest open, those before it folded."""
+    """Return predictions and measurements of every run: the newest open, older ones folded."""
     parts = [_run(run) for run in of(runs, "scaling")]
     if not parts:
         return "Nothing is recorded yet: `python -m bench.scaling` measures it."
@@ -77,7 +77,7 @@ def measured(runs: Sequence[Run]) -> str:
 
 
 def _run(run: Run) -> str:
-    """One run: where it comes from, its steps, and the pieces that were timed by themselves."""
+    """Return one run: its origin, its steps, and the components timed alone."""
     about, cases = run.rows[-1], _cases(run)
     others = f" {about['note']}" if about["note"] else ""
     headings = [
@@ -93,7 +93,7 @@ def _run(run: Run) -> str:
         ]
         times: list[str] = []
         for metric in ("step_cpu_time", "step_time"):
-            # The others' wall times are stretched as those of the reference on as many processes.
+            # The other wall times are stretched like those of the reference on as many processes.
             given = setting in REFERENCES.values() and (n == 1 or metric == "step_time")
             predicted = found[f"predicted_{metric}"]["median"]
             off = found[metric]["median"] / predicted - 1
@@ -115,7 +115,7 @@ def _cases(run: Run) -> dict[tuple[int, str | None], dict[str, Row]]:
 
 
 def _pieces(run: Run, keys: Sequence[tuple[int, str | None]]) -> str:
-    """What each number of processes did by itself, at once."""
+    """Return the components that each number of processes timed alone, at once."""
     cases = _cases(run)
     numbers = dict.fromkeys(n for n, _ in keys)
     sizes = sorted({row["bytes"] for row in run.rows if "bytes" in row})
@@ -150,7 +150,7 @@ def _times(sharded: ShardedPlan) -> list[str]:
 
 
 def _sent(sharded: ShardedPlan) -> list[str]:
-    """Bytes of the optimizer's collectives; bytes and seconds of the engine's."""
+    """Return the bytes of the optimizer's collectives, and bytes and seconds of the engine's."""
     own = sum(c.total_bytes for c in sharded.collectives if not c.engine)
     engine = sum(c.total_bytes for c in sharded.collectives if c.engine)
     return [f"{own:,}", f"{engine / 2**30:,.1f}", f"{sharded.engine_seconds:,.2f}"]

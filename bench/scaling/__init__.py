@@ -1,1 +1,1 @@
-"""Steps on several processes, beside what the planner predicts of them."""
+"""Benchmarks of steps on several processes, compared with the planner's predictions."""

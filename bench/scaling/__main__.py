@@ -1,8 +1,8 @@
-"""Steps on 1, 2 and 4 processes over gloo against what `gwt_kernels.plan_sharded` says of them.
+"""Compare steps on 1, 2 and 4 processes over gloo with the predictions of `gwt_kernels.plan_sharded`.
 
-Bytes and collectives have to be the same on every process. Times are predicted from what was measured by itself in
-the same run, in which all numbers of processes and all kinds of steps take turns, so that other load meets them
-alike. Each process has one thread.
+Bytes and collectives must be equal on every process. Times are predicted from components measured alone in the same
+run. All numbers of processes and all kinds of steps take turns, so that all meet the same load. Each process has
+one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
 
 REFERENCES = {"gwt": "no limiter", "foam": "foam"}
-"""The step of each rule that needs nobody: on one process it tells how fast a core moves a plan's bytes."""
+"""For each rule the step without collectives: on one process it tells how fast a core moves the plan's bytes."""
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 """Tells the C library to keep freed memory. Else, depending on their size, it gives temporaries back to the system
@@ -38,15 +38,15 @@ again and again: page faults were half of the folded rule's step on one process,
 
 
 class Measured(NamedTuple):
-    """What the processes of a run found, all of them in one order."""
+    """The measurements of all processes, in the same order on each."""
 
     counted: Sequence[Mapping[str, Any]]
-    """By process: state bytes and collectives of each case, such as "2/limiter"."""
+    """For each process, state bytes and collectives by case, such as "2/limiter"."""
     times: Sequence[Mapping[str, Sequence[Sequence[float]]]]
-    """By process: seconds by the wall and of the thread's CPU, of each act, such as "2/step/limiter"."""
+    """For each process, wall and thread CPU seconds by timed call, such as "2/step/limiter"."""
 
     def spread(self, act: str, *, cpu: bool) -> Spread:
-        """Seconds of the first process's CPU, whose share is what is planned; by the wall, of the slowest one."""
+        """Seconds of the first process's CPU, whose share is planned, or wall seconds of the slowest process."""
         own = [times[act] for times in self.times if act in times]
         if cpu:
             return Spread.of([seconds for _, seconds in own[0]])
@@ -57,7 +57,7 @@ class Measured(NamedTuple):
 
 
 def run(job: Job) -> Measured:
-    """Start the processes and wait for them; an error of any of them is raised."""
+    """Start the processes and wait for them; raise the error of any of them."""
     os.environ.update(KEEP)
     multiprocessing.spawn(work, (job,), nprocs=job.numbers[-1])  # type: ignore[no-untyped-call]
     found = [json.loads(Path(job.results, f"{rank}.json").read_text()) for rank in range(job.numbers[-1])]
@@ -65,7 +65,7 @@ def run(job: Job) -> Measured:
 
 
 def planned(model: str, n: int, setting: str, **links: float) -> ShardedPlan:
-    """The plan of a setting on `n` processes that shard by FSDP2."""
+    """Return the plan of a setting on `n` processes with FSDP2."""
     options = dict(SETTINGS[setting])
     clip = options.pop("max_grad_norm", None) is not None
     module = build_model(load_config(model), seed=0, device=torch.device("meta"), dtype=torch.float32)
@@ -73,10 +73,10 @@ def planned(model: str, n: int, setting: str, **links: float) -> ShardedPlan:
 
 
 def check(sharded: ShardedPlan, setting: str, counted: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless every process holds and sends what is planned, byte for byte.
+    """Raise unless every process holds and sends the planned bytes exactly.
 
     Raises:
-        RuntimeError: one does not; the message names the process, what is planned and what it does.
+        RuntimeError: one differs; the message names the process, the plan and the measurement.
     """
     n = sharded.mesh.size
     sent = [
@@ -90,7 +90,7 @@ def check(sharded: ShardedPlan, setting: str, counted: Sequence[Mapping[str, Any
 
 
 def rows_of(model: str, n: int, setting: str, measured: Measured) -> list[dict[str, Any]]:
-    """Rows of one case: what was counted and timed, and what the plan predicts from the pieces of the same run."""
+    """Return the rows of one case: measured counts and times, and the plan's prediction from the same run."""
     rule = SETTINGS[setting].get("rule", "gwt")
     reference = REFERENCES[rule]
     alone = planned(model, 1, reference)
@@ -103,7 +103,7 @@ def rows_of(model: str, n: int, setting: str, measured: Measured) -> list[dict[s
     check(sharded, setting, measured.counted)
     collectives = [c for c in sharded.collectives if not c.engine]
     cpu = host + sharded.largest.moved_bytes / bandwidth
-    # Processes that are more than cores, and other load, take turns with this one.
+    # More processes than cores, and other load, take turns with this process.
     crowding = measured.median(f"{n}/step/{reference}", cpu=False) / measured.median(
         f"{n}/step/{reference}", cpu=True
     )
@@ -126,17 +126,17 @@ def rows_of(model: str, n: int, setting: str, measured: Measured) -> list[dict[s
 
 
 def links_of(n: int, measured: Measured) -> dict[str, float]:
-    """Latency and bandwidth with which the plan's formula says what all-reduces took by themselves."""
+    """Return the latency and bandwidth that fit the plan's formula to the all-reduces timed alone."""
     if n == 1:
         return {}
     sizes = {int(act.split("/")[2]) for act in measured.times[0] if act.startswith(f"{n}/all-reduce/")}
     small, large = (measured.median(f"{n}/all-reduce/{size}", cpu=False) for size in (max(sizes - {LARGE}), LARGE))
-    seconds = max(large - small, 1e-9)  # where other load blurs it: as if the bandwidth were endless
+    seconds = max(large - small, 1e-9)  # if other load hides the slope: infinite bandwidth
     return {"latency": small / (2 * math.ceil(math.log2(n))), "link_bandwidth": 2 * (n - 1) / n * LARGE / seconds}
 
 
 def pieces_of(model: str, n: int, measured: Measured) -> list[dict[str, Any]]:
-    """Rows of what was timed by itself on `n` processes at once."""
+    """Return the rows of the components timed alone on `n` processes at once."""
     copy = Spread.of([2 * processes.COPIED / max(walls) for walls in zip(
         *([wall for wall, _ in times[f"{n}/copy"]] for times in measured.times[:n]), strict=True
     )])  # fmt: skip
@@ -154,7 +154,7 @@ def _row(model: str, n: int, setting: str | None, metric: str, unit: str, spread
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, compare, print and add to the results."""
+    """Measure, compare, print and add to the record."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

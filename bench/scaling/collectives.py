@@ -1,4 +1,4 @@
-"""Counts the collectives that are really called, whoever calls them."""
+"""A recorder of the collectives that are called, whoever calls them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What torch calls them, and which argument holds the bytes of all processes together.
+# Torch's names of the collectives, and the argument that holds the bytes of all processes together.
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
     "_allgather_base_": ("all-gather", 0),
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records collectives as they are called: kind (torch's name for rare ones), number of processes, bytes."""
+    """Records each collective: kind (torch's name for rare ones), number of processes, bytes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What one of several processes does: shard a model by FSDP2, count what a step holds and sends, and time it."""
+"""The work of one process: shard a model by FSDP2, count what a step holds and sends, and time it."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "limiter": {},
     "limiter, max_grad_norm": {"max_grad_norm": 1.0},
 }
-"""What steps are timed: options of `GWTAdamW`."""
+"""Options of `GWTAdamW` for each timed kind of step."""
 NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2} | {
     "head_dim": 8,
     "vocab_size": 16,
 }
-"""A configuration of as many tensors that hold next to nothing, so that the host's work alone is left."""
-COPIED = 64 * 2**20  # bytes of a buffer, far above what a core's cache holds
-LARGE = 4 * 2**20  # bytes of an all-reduce of which the link's bandwidth is most of the time
+"""A configuration with as many but tiny tensors, so that only the host's work is left."""
+COPIED = 64 * 2**20  # bytes of a buffer, far larger than a core's cache
+LARGE = 4 * 2**20  # bytes of an all-reduce whose time is mostly bandwidth
 WARM_UP = 3
 
 
 class Job(NamedTuple):
-    """What all processes are told."""
+    """Arguments of all processes."""
 
     store: str
-    """A file to meet at."""
+    """File for the rendezvous of the processes."""
     results: str
-    """A folder; each process leaves a JSON file there, named by its rank."""
+    """Folder in which each process writes a JSON file named by its rank."""
     model: str
-    """As `bench.common.models.load_config` takes it."""
+    """Model name or path, as `bench.common.models.load_config` takes it."""
     numbers: tuple[int, ...]
-    """Of processes that share the model; the largest is how many there are."""
+    """Numbers of processes that shard the model; the largest is the number started."""
     payloads: tuple[int, ...]
-    """Bytes of the all-reduces to be timed by themselves."""
+    """Bytes of the all-reduces that are timed alone."""
     repetitions: int
 
 
 def work(rank: int, job: Job) -> None:
-    """Take part in everything that this process belongs to; others wait at a barrier, which takes no core."""
+    """Run this process's part of every mesh that includes it; others wait at a barrier without using a core."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job.store}", rank=rank, world_size=job.numbers[-1])
     config = load_config(job.model)
-    meshes = {n: DeviceMesh("cpu", torch.arange(n)) for n in job.numbers}  # made by all, belonged to or not
+    meshes = {n: DeviceMesh("cpu", torch.arange(n)) for n in job.numbers}  # every process creates every mesh
     mine = {n: mesh for n, mesh in meshes.items() if rank < n}
     narrow = LlamaConfig(**{**config.to_dict(), **NARROW})
     counted: dict[str, Any] = {}
@@ -72,12 +72,12 @@ def work(rank: int, job: Job) -> None:
         turns[n] |= _pieces(mesh, job.payloads)
     times = _take_turns(mine, job, turns)
     Path(job.results, f"{rank}.json").write_text(json.dumps({"counted": counted, "times": times}))
-    dist.barrier()  # none leaves while another still talks to it
+    dist.barrier()  # no process leaves while another still communicates with it
     dist.destroy_process_group()
 
 
 def _optimizers(config: LlamaConfig, mesh: DeviceMesh) -> dict[str, GWTAdamW]:
-    """An optimizer for each setting, all over the same shards of rows, with gradients."""
+    """Build an optimizer for each setting, all over the same row shards, with gradients."""
     model = build_model(config, seed=0, device=torch.device("meta"), dtype=torch.float32)
     fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
@@ -95,7 +95,7 @@ def _optimizers(config: LlamaConfig, mesh: DeviceMesh) -> dict[str, GWTAdamW]:
 
 
 def _count(optimizer: GWTAdamW) -> dict[str, Any]:
-    """The bytes of state that are here after a step, and the collectives of one."""
+    """Count the bytes of local state after a step, and record the collectives of a step."""
     optimizer.step()
     with Recorder() as recorder:
         optimizer.step()
@@ -105,7 +105,7 @@ def _count(optimizer: GWTAdamW) -> dict[str, Any]:
 
 
 def _pieces(mesh: DeviceMesh, payloads: tuple[int, ...]) -> dict[str, Callable[[], object]]:
-    """What a step is made of, by itself: all-reduces, and a copy in the memory that the processes share."""
+    """Return a step's components for timing alone: all-reduces, and a copy in the shared memory."""
     group, source = mesh.get_group(), torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
     pieces: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
@@ -119,15 +119,15 @@ def _pieces(mesh: DeviceMesh, payloads: tuple[int, ...]) -> dict[str, Callable[[
 def _take_turns(
     meshes: dict[int, DeviceMesh], job: Job, turns: dict[int, dict[str, Callable[[], object]]]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of everything in turns, so that other load meets all alike: by the wall, and of this thread's CPU."""
+    """Time everything in turns, so that all meet the same load: wall seconds and this thread's CPU seconds."""
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for round_ in range(WARM_UP + job.repetitions):
         for n in job.numbers:
             dist.barrier()
             names = list(turns[n])
-            first = round_ % max(len(names), 1)  # none is always the first after the others' turn
+            first = round_ % max(len(names), 1)  # a different one comes first in each round
             for name in names[first:] + names[:first]:
-                dist.barrier(group=meshes[n].get_group())  # as backward's last reduce-scatter leaves them
+                dist.barrier(group=meshes[n].get_group())  # as after backward's last reduce-scatter
                 wall, cpu = time.perf_counter(), time.thread_time()
                 turns[n][name]()
                 taken = time.perf_counter() - wall, time.thread_time() - cpu

@@ -1,1 +1,1 @@
-"""Measurements behind single decisions: the code of int8 moments, roundings on a CPU, gradient release."""
+"""Studies behind single decisions: quantization of int8 moments, roundings on a CPU, gradient release."""

@@ -1,4 +1,4 @@
-"""Peak memory of training steps with and without gradient release, each in a process of its own."""
+"""Peak memory of training steps with and without gradient release, each measured in its own process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LAYERS, WIDTH, BATCH, STEPS = 24, 2048, 16, 3
 
 
 def train(released: bool, device: torch.device) -> tuple[int, int]:
-    """Peak bytes of a few steps, and the bytes of all gradients together.
+    """Return the peak bytes of a few steps, and the bytes of all gradients together.
 
-    On a CPU the peak is the process's resident set above that of the model before it trained.
+    On a CPU the peak is the process's resident set minus that before training.
     """
     torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh())]
@@ -46,7 +46,7 @@ def train(released: bool, device: torch.device) -> tuple[int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure both in processes of their own, print them, and add them to the results."""
+    """Measure both modes in separate processes, print them, and add them to the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.gradient_release", description=__doc__)
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON")
     parser.add_argument("--commit", help="the commit measured, where the tree is no git checkout")

@@ -1,6 +1,6 @@
-"""Why int8 moments have the codes they have: the error of the update by power of the code and quantum.
+"""Error of the update by quantization of the moments: power of the quantizer and block size.
 
-A small LLaMA is trained for some steps; each of its moments in turn is stored in one byte, the other kept exact.
+A small LLaMA is trained for some steps; each of its moments in turn is quantized to one byte, the other kept exact.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bench.pretrain.training import loss_of
 from gwt_kernels import GWTAdamW, gwt_param_groups
 
 POWERS = (1, 2, 3, 4)
-QUANTA = (64, 128, 256)
+BLOCK_SIZES = (64, 128, 256)
 LARGEST = {"exp_avg": 127, "exp_avg_sq": 255}
 EPS = 1e-6
 
 
 def moments(level: int, steps: int) -> tuple[Tensor, Tensor]:
-    """First and second moments of the transformed matrices of the `cpu` preset's model, after some steps."""
+    """Return first and second moments of the transformed matrices of the `cpu` preset's model, after some steps."""
     model = build_model(load_config("llama_cpu"), seed=0, device=torch.device("cpu"), dtype=torch.float32)
     corpus = load_text(None, ByteTokenizer(), heldout_fraction=0.05, seed=0, context=128, eval_windows=8)
     optimizer = GWTAdamW(gwt_param_groups(model, level=level, scale=0.1), lr=0.01)
@@ -37,7 +37,7 @@ def moments(level: int, steps: int) -> tuple[Tensor, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     chosen = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if group["level"]]
-    whole = [state["exp_avg"].numel() // max(QUANTA) * max(QUANTA) for state in chosen]
+    whole = [state["exp_avg"].numel() // max(BLOCK_SIZES) * max(BLOCK_SIZES) for state in chosen]
     m, v = (
         torch.cat([state[key].flatten()[:n] for state, n in zip(chosen, whole, strict=True)])
         for key in ("exp_avg", "exp_avg_sq")
@@ -45,20 +45,22 @@ def moments(level: int, steps: int) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def stored(x: Tensor, power: int, quantum: int, largest: int, *, keep_above_zero: bool) -> Tensor:
-    """What becomes of `x` as codes `sign * (c / largest)**power` of a quantum's largest, rounded at random."""
-    blocks = x.view(-1, quantum)
+def quantized(x: Tensor, power: int, block_size: int, largest: int, *, keep_above_zero: bool) -> Tensor:
+    """Quantize `x` stochastically to values `sign * (c / largest)**power` of each block's maximum, and dequantize
+    it.
+    """
+    blocks = x.view(-1, block_size)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     z = blocks.abs() / scale
     low = (z ** (1 / power) * largest).floor().clamp(max=largest - 1)
     below, above = (low / largest) ** power, ((low + 1) / largest) ** power
-    code = low + (torch.rand_like(z) < (z - below) / (above - below))
-    code = torch.where(z > 0, code.clamp(min=1 if keep_above_zero else 0), 0.0)
-    return ((code / largest) ** power * scale * blocks.sign()).flatten()
+    value = low + (torch.rand_like(z) < (z - below) / (above - below))
+    value = torch.where(z > 0, value.clamp(min=1 if keep_above_zero else 0), 0.0)
+    return ((value / largest) ** power * scale * blocks.sign()).flatten()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every combination, print a table, and add the rows to the results."""
+    """Measure every combination, print a table, and add the rows to the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.int8", description=__doc__)
     parser.add_argument("--level", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
@@ -71,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exact = m / (v.sqrt() + EPS)
     rows: list[dict[str, Any]] = []
     for power in POWERS:
-        for quantum in QUANTA:
-            first = stored(m, power, quantum, LARGEST["exp_avg"], keep_above_zero=False) / (v.sqrt() + EPS)
-            second = m / (stored(v, power, quantum, LARGEST["exp_avg_sq"], keep_above_zero=True).sqrt() + EPS)
+        for block_size in BLOCK_SIZES:
+            first = quantized(m, power, block_size, LARGEST["exp_avg"], keep_above_zero=False) / (v.sqrt() + EPS)
+            second = m / (quantized(v, power, block_size, LARGEST["exp_avg_sq"], keep_above_zero=True).sqrt() + EPS)
             for name, update in (("exp_avg", first), ("exp_avg_sq", second)):
                 error = float((update - exact).norm() / exact.norm())
-                print(f"{name}, power {power}, quantum {quantum}: {100 * error:.1f} % of the update")
-                head = {"moment": name, "power": power, "quantum": quantum, "level": options.level}
+                print(f"{name}, power {power}, block size {block_size}: {100 * error:.1f} % of the update")
+                head = {"moment": name, "power": power, "quantum": block_size, "level": options.level}
                 value = {"metric": "update_error", "unit": "1", "median": error, "p20": error, "p80": error}
                 rows.append(head | value | {"samples": 1, "note": "", "steps": options.steps} | about)
     records.append(records.new_path("codes", about, options.out), "codes", rows)

@@ -1,7 +1,7 @@
-"""What it costs on a CPU to keep weights or moments in fewer bits: steps on one matrix over the float32 step.
+"""Cost on a CPU of storing weights or moments in fewer bits: steps on one matrix over the float32 step.
 
-Each is timed between two float32 steps of the same rule and backend, on the thread's own clock, after both backends
-have been seen to make the same first step.
+Each is timed between two float32 steps of the same rule and backend, on the thread's own clock, after a check that
+both backends take the same first step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STORAGES = (
 def make(
     optimizer: Callable[..., torch.optim.Optimizer], shape: tuple[int, int], storage: Storage, **options: Any
 ) -> torch.optim.Optimizer:
-    """An optimizer of one matrix, which has its gradient."""
+    """Build an optimizer of one matrix with a gradient."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, storage.weights)
     p = torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(dtype))
@@ -57,16 +57,16 @@ def make(
 
 
 def seconds(optimizer: torch.optim.Optimizer) -> float:
-    """Of a step, on this thread."""
+    """Measure the seconds of a step on this thread."""
     start = time.thread_time()
     optimizer.step()
     return time.thread_time() - start
 
 
 def agree(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
-    """Whether two optimizers of one parameter hold the same numbers, but for float32's rounding.
+    """Return whether two optimizers of one parameter hold the same numbers, up to float32's rounding.
 
-    What is kept in fewer bits then differs only where that decides, and by no more than a place.
+    Values in fewer bits then differ only if rounding decides otherwise, and by at most one unit in the last place.
     """
     held = []
     for optimizer in (a, b):
@@ -85,7 +85,7 @@ def agree(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every way under both rules, and add the rows to the results as they come."""
+    """Measure every storage under both rules, and add the rows to the record one by one."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.roundings", description=__doc__)
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2736))
     parser.add_argument("--level", type=int, default=2)

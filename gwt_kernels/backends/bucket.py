@@ -233,7 +233,8 @@ class Bucket:
             )
         if list(self.scales).count(None) != (0 if self.is_quantized else n):
             raise ValueError(
-                f"scales must hold a tensor for each moment of every parameter whose moments are "
+                f"scales must hold {'a pair of tensors' if len(slots) > 1 else 'a tensor'} for every parameter "
+                f"whose moments are "
                 f"{' or '.join(x.name for x in FORMATS.values() if x.scales)}, else None"
             )
         absent = [norm is None for norm in self.limiter_norms].count(True)

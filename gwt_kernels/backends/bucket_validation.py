@@ -33,8 +33,8 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
     norms = arrays.get("limiter_norms")
     if found != expected or (norms and norms[0].dtype != torch.float32):
         raise ValueError(
-            f"exp_avgs and exp_avg_sqs of {' and '.join(map(str, found))} do not go together: they must be of "
-            f"{' and '.join(map(str, expected))}, and limiter_norms float32"
+            f"exp_avgs and exp_avg_sqs must have one dtype, or be {' and '.join(map(str, expected))}, and "
+            f"limiter_norms must be float32, got {' and '.join(map(str, found))}"
         )
     for p, g, *own in zip(params, arrays["grads"], *moments, strict=True):
         shape = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()

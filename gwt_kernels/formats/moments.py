@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +113,12 @@ FORMATS = {
 """By the option ``state_dtype``. A new format adds a line."""
 
 
-@functools.lru_cache(maxsize=32)
+_BY_DTYPE = {each.dtypes[0]: each for each in FORMATS.values()}
+
+
 def format_of(dtype: torch.dtype) -> MomentFormat | None:
     """The format whose first moment has this dtype; None where there is none."""
-    return next((each for each in FORMATS.values() if each.dtypes[0] == dtype), None)
+    return _BY_DTYPE.get(dtype)
 
 
 def stored_as(dtype: torch.dtype) -> MomentFormat:

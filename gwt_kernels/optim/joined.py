@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from gwt_kernels.backends.step_decision import send
 __all__ = ["Joined"]
 
 _ONE = torch.ones((), dtype=torch.float64, device="cpu")  # adding a number of Python's takes several times as long
-_unpack = struct.Struct("d").unpack
+_COUNT = struct.Struct("d")
 
 
 class Joined:
@@ -43,12 +42,14 @@ class Joined:
         self, states: Sequence[dict[str, Any]], key: str, dtype: torch.dtype, device: torch.device, apart: bool
     ) -> None:
         own = [state[key] for state in states]
+        self._n = len(own)
         shared = device.type == "cpu" and any(x.device.type == "cpu" and x.is_shared() for x in own)
         self._apart = own if apart or shared else None
         scalars = [x.detach().reshape(()).to(dtype) for x in own]
         if len({x.device for x in scalars}) > 1:  # some were loaded, some counted on the device
             scalars = [send(x, device) for x in scalars]
         self.values = send(torch.stack(scalars), device)
+        self._memory: bytearray | None = None  # of ``values``, where the host reads and writes it itself
         if self._apart is not None:
             return
         parts = self._parts() if device.type == "cpu" else self.values.unbind()
@@ -63,7 +64,7 @@ class Joined:
     def _parts(self) -> list[Tensor]:
         """A tensor over the memory of each value; ``values`` moves to memory where that can be."""
         size, dtype = self.values.element_size(), self.values.dtype
-        memory = bytearray(size * len(self.values))
+        memory = self._memory = bytearray(size * len(self.values))
         self.values = torch.frombuffer(memory, dtype=dtype).copy_(self.values)
         return [
             torch.frombuffer(memory, dtype=dtype, count=1, offset=size * i).reshape(())
@@ -99,18 +100,26 @@ class Joined:
         """
         if self._apart is not None:
             return [int(_number(x)) + 1 for x in self._apart]
-        n = len(self.values)
-        words = ctypes.string_at(self.values.data_ptr(), 8 * n)  # a list of n numbers would take far longer
-        if words == words[:8] * n:
-            return [int(_unpack(words[:8])[0]) + 1] * n
+        if (common := self._common()) is not None:
+            return [int(common) + 1] * self._n
         return [int(count) + 1 for count in self.values.tolist()]
 
     def count(self) -> None:
         """Add 1 to each."""
-        if self._apart is None:
+        if self._memory is not None and (common := self._common()) is not None:
+            self._memory[:] = _COUNT.pack(common + 1) * self._n
+        elif self._apart is None:
             self.values.add_(_ONE)
         for x in self._apart or ():  # not a copy, so that no step of another process is lost
             x.add_(1)
+
+    def _common(self) -> float | None:
+        """The number that all are; None where they differ, or a tensor alone tells, at several times the time."""
+        words = self._memory
+        if not words or words != words[: _COUNT.size] * self._n:
+            return None
+        number: float = _COUNT.unpack_from(words)[0]
+        return number
 
 
 def _number(x: Tensor) -> float:

@@ -37,8 +37,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         for option in STRUCTURAL:
             if option not in saved:
                 raise ValueError(
-                    f"group {i} of the state has no {option!r}: it was not saved by this package; gwt_kernels.migrate "
-                    f"takes over an AdamW's, and a Muon's"
+                    f"group {i} of the state has no {option!r}: it was not saved by this package; "
+                    f"gwt_kernels.migrate takes over an AdamW's, and a Muon's"
                 )
             if option == "rule" and _name_at_level(saved) == _name_at_level(group):
                 continue  # as of groups at level 0 in older checkpoints

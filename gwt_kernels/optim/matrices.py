@@ -137,8 +137,8 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], index: int, group_index: i
     owner = path.rpartition(".")[2]
     if _EMBEDDING.search(owner) and not _NO_EMBEDDING.search(owner):
         raise ValueError(
-            f"{label} is called an embedding, whose rows are looked up and not multiplied: put it into a group with "
-            f"rule='adamw', as gwt_param_groups does"
+            f"{label} is called an embedding, whose rows are looked up and not multiplied: put it into a group "
+            f"with rule='adamw', as gwt_param_groups does"
         )
     is_kernel = p.dim() > 3 and list(p.shape[-2:]) in _KERNELS
     if p.dim() > 2 and not options.flatten and (is_kernel or _CONVOLUTION.search(path)):

@@ -1,1 +1,1 @@
-"""What gwt_param_groups does with the architectures of transformers."""
+"""Tests of gwt_param_groups on the architectures of transformers."""

@@ -1,7 +1,7 @@
-"""Small models of every architecture in transformers, on the meta device, and how their matrices are grouped.
+"""Build a small model of every architecture in transformers on the meta device, and list how matrices are grouped.
 
-``python -m tests.architectures [MODEL_TYPE ...]`` prints the listing, of all that can be built by default, and
-fails where a rule is broken; ``--write`` makes the expected table of the architectures that people use anew.
+``python -m tests.architectures [MODEL_TYPE ...]`` prints the listing, by default of everything that can be built,
+and fails if a rule is broken; ``--write`` rewrites the expected table of the architectures in use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ USED = (
     "GptOssForCausalLM", "GraniteMoeForCausalLM", "LlavaForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
 )  # fmt: skip
-"""Model classes that people train, with their heads."""
+"""Model classes in use, with their heads."""
 
 _LAYERS = re.compile(r"^(n_?layers?|num_blocks|depth)$|layers$|^num_hidden_groups$")
 _NO_LAYERS = re.compile(r"feature|conv|embed|first|dense|shared|kv|skip|drop|up|out|select|cross|every|interval")
@@ -58,15 +58,15 @@ _WITH_HEADS = (
 
 
 def model_types() -> list[str]:
-    """Every model type that one of transformers' automatic classes knows."""
+    """Return every model type known to one of transformers' automatic classes."""
     return sorted({kind for mapping in _mappings() for kind in mapping})
 
 
 def build(model_type: str) -> nn.Module:
-    """The model of a type, with an output head if there is one, of two layers and otherwise its usual widths.
+    """Build a type's model with an output head if there is one, two layers, and otherwise default widths.
 
     Raises:
-        ValueError: none can be built from its configuration alone, or it needs a package that is missing.
+        ValueError: the configuration alone does not suffice, or a package is missing.
     """
     found = [(name, entry[model_type]) for name, entry in _named_mappings() if model_type in entry]
     found.sort(
@@ -77,7 +77,7 @@ def build(model_type: str) -> nn.Module:
     for missing in ({}, _MISSING):
         try:
             config = _configuration(transformers.CONFIG_MAPPING[model_type], 2, missing)
-        except Exception as raised:  # whatever the family's code runs into
+        except Exception as raised:  # any exception of the family's code
             error = raised
             continue
         for name in dict.fromkeys(names):
@@ -89,16 +89,16 @@ def build(model_type: str) -> nn.Module:
 
 
 def build_class(name: str) -> nn.Module:
-    """The model of a class of transformers, with layers enough for hybrids to have one of each kind."""
+    """Build the model of a class with enough layers for a hybrid to have one of each kind."""
     kind = getattr(transformers, name).config_class
     try:
         return _of_config(name, _configuration(kind, 8, {}))
-    except Exception:  # whatever the family's code runs into
+    except Exception:  # any exception of the family's code
         return _of_config(name, _configuration(kind, 8, _MISSING))
 
 
 def listing(model: nn.Module) -> Iterator[str]:
-    """Lines that say which tensors of two or more dimensions are transformed and which are left, by reason."""
+    """Return lines that list the transformed tensors of two or more dimensions, and the others by reason."""
     decisions = [decision for _, decision in decide(model) if len(decision.shape) > 1]
     for title, transformed in (("transformed", True), ("left", False)):
         by_reason: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -116,18 +116,18 @@ def listing(model: nn.Module) -> Iterator[str]:
 
 
 def version() -> str:
-    """The release of transformers, without the patch."""
+    """Return the release of transformers, without the patch number."""
     return ".".join(transformers.__version__.split(".")[:2])
 
 
 def table() -> str:
-    """The expected table as it would be written now."""
+    """Return the table as it would be written now."""
     text = "".join("\n".join((name, *listing(build_class(name)))) + "\n" for name in USED)
     return f"transformers {version()}\n{text}"
 
 
 def expected() -> tuple[str, dict[str, list[str]]]:
-    """The expected table: the release of transformers that it is of, and the listing of each class."""
+    """Return the expected table: its release of transformers, and the listing of each class."""
     first, *lines = TABLE.read_text(encoding="utf-8").splitlines()
     listings: dict[str, list[str]] = {}
     for line in lines:
@@ -153,7 +153,7 @@ REASONS = frozenset(
         "Linear outside of the repeated blocks",
     }
 )
-"""Why a tensor may be left at level 0, besides a width too narrow and a class that is no Linear."""
+"""Reasons to leave a tensor at level 0, besides too narrow a width and a class other than Linear."""
 
 BETWEEN = re.compile(
     r"\.downsample\.reduction\.|^tdnn\.\d+\.kernel|keypoint_encoder\.encoder\.\d+\.linear|\.patch_embedder\.proj\."
@@ -163,7 +163,7 @@ BETWEEN = re.compile(
 
 
 def broken(model: nn.Module) -> list[str]:
-    """What is wrong with the decisions about a model, judged without the code that makes them."""
+    """Return the wrong decisions about a model, judged independently of the code under test."""
     owners = {
         f"{path}.{leaf}" if path else leaf: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -199,12 +199,12 @@ def _faults(decision: Decision, owner: nn.Module, is_end: bool) -> Iterator[str]
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:
-    """The modules that a model itself calls its input and output embeddings."""
+    """Return the modules that a model itself calls its input and output embeddings."""
     found = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found.append(getattr(model, get)())
-        except Exception:  # models without text have none, and say so in several ways
+        except Exception:  # models without text have none, and fail in several ways
             continue
     return [end for end in found if isinstance(getattr(end, "weight", None), nn.Parameter)]
 
@@ -219,7 +219,7 @@ def _named_mappings() -> list[tuple[str, dict[str, Any]]]:
 
 
 def _configuration(kind: Any, count: int, missing: dict[str, int]) -> Any:
-    """A configuration with so many layers wherever it counts more, at every depth, and what it lacks."""
+    """Return a configuration with ``count`` layers at every depth, completed by ``missing`` fields."""
     usual = kind()
     layers = {
         key: count
@@ -256,7 +256,7 @@ def _of_config(name: str, config: Any) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the families' advice away."""
+    """Silence the families' warnings."""
     verbosity, disabled = transformers.logging.get_verbosity(), logging.root.manager.disable
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -270,7 +270,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main() -> int:
-    """Print the listing; return 1 where a rule is broken."""
+    """Print the listing; return 1 if a rule is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name} and stop")

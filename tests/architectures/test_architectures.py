@@ -1,4 +1,4 @@
-"""What gwt_param_groups does with transformers' architectures: the names of those in use, and a rule for all."""
+"""gwt_param_groups on transformers' architectures: exact names for those in use, a rule for all."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tests.architectures import __main__ as architectures
 
 RELEASE, EXPECTED = architectures.expected()
 EVERY = 3
-"""Which part of all architectures is tried; ``python -m tests.architectures`` tries them all."""
+"""One in this many architectures is tested; ``python -m tests.architectures`` tests all of them."""
 
 
 @pytest.mark.skipif(architectures.version() != RELEASE, reason=f"the names are those of transformers {RELEASE}")
 @pytest.mark.parametrize("name", architectures.USED)
-def test_the_architectures_that_people_use(name: str) -> None:
+def test_groups_of_architectures_in_use(name: str) -> None:
     model = architectures.build_class(name)
     assert list(architectures.listing(model)) == EXPECTED[name]
     assert not architectures.broken(model)
 
 
-def test_the_table_has_the_architectures_that_people_use() -> None:
+def test_table_lists_the_architectures_in_use() -> None:
     assert tuple(EXPECTED) == architectures.USED
     for name in ("RobertaForMaskedLM", "ElectraForPreTraining", "MPNetForMaskedLM"):
         transformed = [line.partition(".encoder.")[2] for line in EXPECTED[name][: EXPECTED[name].index("  left")]]
@@ -29,13 +29,13 @@ def test_the_table_has_the_architectures_that_people_use() -> None:
 
 
 def test_every_linear_of_a_repeated_block_is_transformed_or_has_a_reason() -> None:
-    """Besides, no embedding, head, norm, convolution or bias is transformed, and reasons are of a fixed set."""
+    """Besides, no embedding, head, norm, convolution or bias is transformed, and reasons come from a fixed set."""
     kinds = architectures.model_types()[::EVERY]
     built, faults = 0, []
     for kind in kinds:
         try:
             model = architectures.build(kind)
-        except ValueError:  # needs a package that is missing, or more than a default configuration
+        except ValueError:  # needs a missing package, or more than a default configuration
             continue
         built += 1
         faults += [f"{kind}: {fault}" for fault in architectures.broken(model)]

@@ -1,4 +1,4 @@
-"""Shows which backend is chosen, that one which cannot run says why, and that the package imports without it."""
+"""Choice of the backend, errors of one that cannot run, and imports without optional dependencies."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _fresh_cache():
-    """What Triton can do is remembered; these tests change it."""
+    """Clear the cached answers about Triton, which these tests change."""
     choice.triton_obstacle.cache_clear()
     yield
     choice.triton_obstacle.cache_clear()
 
 
 def python(code, **environment):
-    """Runs code in a new interpreter, without Triton's interpreter unless asked for; returns what it printed."""
+    """Run code in a new process, without Triton's interpreter by default; return its output."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monk
     ],
 )
 @pytest.mark.parametrize("on", [CPU, CUDA])
-def test_triton_asked_for_where_its_kernels_cannot_take_the_tensors(on, dtype, level, wavelet, words):
+def test_triton_refuses_tensors_that_its_kernels_cannot_take(on, dtype, level, wavelet, words):
     with pytest.raises(RuntimeError) as caught:
         choice.resolve("triton", on, dtype, level, wavelet)
     for word in ("backend='triton'", "backend='torch'", *words):
@@ -75,27 +75,27 @@ def test_triton_asked_for_where_its_kernels_cannot_take_the_tensors(on, dtype, l
 
 
 @pytest.mark.parametrize("on", [CPU, CUDA])
-def test_triton_knows_no_rows_that_go_on_with_anything_but_zeros(on):
+def test_triton_refuses_boundaries_other_than_zero(on):
     with pytest.raises(RuntimeError, match=r"boundary='zero' only, not 'reflect'; use backend='torch'"):
         choice.resolve("triton", on, torch.float32, 2, "haar", "reflect")
 
 
 @pytest.fixture
 def no_interpreter(monkeypatch):
-    """Kernels are compiled, for whatever Triton's own driver finds."""
+    """Make Triton compile for its own active driver."""
     driver = pytest.importorskip("triton.runtime").driver
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(driver, "_active", None)
     return driver
 
 
-def test_triton_asked_for_on_a_cpu_without_the_interpreter(no_interpreter):
+def test_triton_refuses_cpu_tensors_without_the_interpreter(no_interpreter):
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .* on cpu, .* use backend='torch'"):
         choice.resolve("triton", CPU, torch.float32, 2)
 
 
-def test_another_driver_takes_tensors_on_its_device(no_interpreter, monkeypatch):
-    """One for CPUs, say, that the user has made active."""
+def test_triton_takes_tensors_on_its_active_drivers_device(no_interpreter, monkeypatch):
+    """For instance a driver for CPUs that the user has activated."""
     other = SimpleNamespace(get_active_torch_device=lambda: torch.device("cpu"))
     monkeypatch.setattr(no_interpreter, "_active", other)
     assert choice.resolve("triton", CPU, torch.float32, 2) == "triton"
@@ -115,7 +115,7 @@ def test_the_interpreter_takes_tensors_on_a_cpu(monkeypatch, value):
     assert choice.resolve("triton", CPU, torch.float32, 2) == "triton"
 
 
-def test_unknown_names():
+def test_unknown_backend_names_are_refused():
     for name in ("cuda", "", "Torch", 1):
         with pytest.raises(ValueError, match=r"unknown backend .*'triton', 'torch', 'compiled', or None"):
             choice.resolve(name, CPU, torch.float32, 2)
@@ -123,7 +123,7 @@ def test_unknown_names():
         choice.check_name(name)
 
 
-# What the optimizer makes of it ---------------------------------------------------------------------------
+# Backends of an optimizer ---------------------------------------------------------------------------------
 
 
 def test_the_optimizer_refuses_other_wavelets_on_triton(device):
@@ -231,7 +231,7 @@ BLOCK = (
 )
 
 
-def test_without_triton_and_pywavelets_the_package_works_and_says_what_is_missing():
+def test_without_triton_and_pywavelets_the_package_works_and_names_what_is_missing():
     code = "BLOCKED = ('triton', 'pywt')\n" + BLOCK + "attempt(); attempt(backend='torch'); "
     code += "attempt(backend='triton'); attempt(wavelet='db2')"
     assert python(code, TRITON_INTERPRET="1") == [

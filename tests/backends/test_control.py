@@ -1,4 +1,4 @@
-"""Tests what the device decides about a step, on both backends: norms, clipping, skipping, and counting."""
+"""Decisions of the device about a step, on both backends: norms, clipping, skipping, and step counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.steps import Bucket
 BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-# Whole tiles and more than one, odd sizes, one element, a scalar, nothing.
+# Whole tiles and more than one, odd sizes, one element, a scalar, an empty tensor.
 SHAPES = [(3, 4096), (9001,), (5, 7), (1,), (), (0, 3), (2, 8)]
 HYPER = Hyper(lr=0.01, weight_decay=0.1)
 
@@ -80,7 +80,7 @@ def test_squares_in_float64_keep_its_digits():
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [0, 1, 2, 3, 4, 6])
 @backends
-def test_one_element_that_is_not_finite_is_seen(backend, place, value):
+def test_one_nonfinite_element_is_found(backend, place, value):
     grads = gradients(backend)
     grads[place].view(-1)[-1] = value
     total, bad = total_of(grads, backend)
@@ -89,7 +89,7 @@ def test_one_element_that_is_not_finite_is_seen(backend, place, value):
 
 
 @backends
-def test_squares_that_overflow_are_of_finite_elements(backend):
+def test_overflowing_squares_count_as_finite(backend):
     grads = [torch.full((3, 40), 1e30, device=on(backend))]
     total, bad = total_of(grads, backend)
     assert (total > 1e38, bad) == (True, 0)
@@ -125,7 +125,7 @@ def test_factor_and_norm(backend, max_norm, grad_scale):
     ],
 )
 @backends
-def test_what_skips_a_step(backend, bad, skip, found, go):
+def test_when_a_step_is_skipped(backend, bad, skip, found, go):
     skipped = scalar(3, backend)
     found = None if found is None else torch.tensor([found], device=on(backend))
     total = torch.tensor([4.0, bad], dtype=torch.float64, device=on(backend))
@@ -134,14 +134,14 @@ def test_what_skips_a_step(backend, bad, skip, found, go):
 
 
 @backends
-def test_a_norm_that_is_no_number_clips_to_none(backend):
+def test_nan_norm_clips_nothing(backend):
     total = torch.tensor([math.nan, 1.0], dtype=torch.float64, device=on(backend))
     factor, go, norm = decide(backend, total, 1.0, False, None, None, scalar(0, backend)).tolist()
     assert (math.isnan(factor), go, math.isnan(norm)) == (True, 1, True)
 
 
 @backends
-def test_without_a_question_gradients_are_not_read(backend):
+def test_gradients_are_not_read_without_a_clip_request(backend):
     with interpreter.like_a_gpu():
         grads = [torch.full((4,), math.nan)]
         control = control_([(grads, backend)], ClipRequest(), skipped=torch.zeros((), dtype=torch.float64))
@@ -168,9 +168,9 @@ def test_sums_over_backends_and_processes():
     assert float(control[torch.device("cpu")][2]) == pytest.approx(math.sqrt(2 * exact_squares(grads)), rel=2e-6)
 
 
-# Steps that the device counts --------------------------------------------------------------------------
+# Steps counted by the device ---------------------------------------------------------------------------
 
-STEP_SHAPES = [(4, 32), (3, 37), (0, 40), (64,)]  # both paths, and nothing
+STEP_SHAPES = [(4, 32), (3, 37), (0, 40), (64,)]  # both paths, and an empty tensor
 
 
 def counted(bucket: Bucket, steps: list[int]) -> torch.Tensor:
@@ -181,7 +181,7 @@ def counted(bucket: Bucket, steps: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @pytest.mark.parametrize("level", [0, 2])
 @backends
-def test_a_step_under_control_follows_the_oracle(backend, level, rule, correct_bias):
+def test_a_step_with_a_device_decision_follows_the_oracle(backend, level, rule, correct_bias):
     limited = rule == "gwt" and level > 0
     bucket = Bucket(STEP_SHAPES, level, rule=rule, limited=limited, first=True, device=on(backend))
     steps = counted(bucket, [0, 0, 0, 0])
@@ -202,7 +202,7 @@ def test_a_step_under_control_follows_the_oracle(backend, level, rule, correct_b
 
 
 @backends
-def test_steps_and_rates_of_each_tensor(backend):
+def test_step_counts_and_rates_per_tensor(backend):
     bucket = Bucket(STEP_SHAPES, 2, device=on(backend))
     hypers = [
         HYPER._replace(lr=0.01 * i, weight_decay=0.1 * i, maximize=i == 2, correct_bias=i % 2 == 0)
@@ -237,8 +237,8 @@ def test_a_skipped_step_changes_nothing(backend, limited, options):
     assert not torch.equal(before[0], bucket.results()[0])
 
 
-def test_the_device_counts_as_the_host_does():
-    """Random bits too are those of the step's number: bit for bit, but where a rate rounds the other way."""
+def test_device_step_counts_equal_host_step_counts():
+    """Random bits depend on the step count as well: bit for bit, except if a learning rate rounds differently."""
     stored = []
     for on_device in (False, True):
         bucket = Bucket(
@@ -253,7 +253,7 @@ def test_the_device_counts_as_the_host_does():
     assert all(map(torch.equal, *stored))
 
 
-def test_a_rate_on_the_device_is_read_there():
+def test_learning_rate_tensor_is_read_on_the_device():
     stored = []
     for lr in (0.5, torch.tensor(0.5, device=on("triton"))):
         bucket = Bucket([(8, 64), (3, 37)], 2, device=on("triton"))
@@ -263,7 +263,7 @@ def test_a_rate_on_the_device_is_read_there():
 
 
 @backends
-def test_what_cannot_be_counted_is_refused(backend):
+def test_bad_step_counts_are_refused(backend):
     bucket = Bucket([(8, 64)], 2, device=on(backend))
     before = bucket.results()
     control = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64, device=bucket.device)

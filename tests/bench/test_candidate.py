@@ -1,4 +1,4 @@
-"""A candidate before it is timed: its step is right, clips where it must, and moves the bytes that are counted."""
+"""Candidates before timing: checked steps, clipping, and the counted bytes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_right_results_pass_the_check(candidate: Candidate) -> None:
 
 
 def test_clipping_is_part_of_the_timed_step() -> None:
-    trial = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
+    built = build(gwt(2, SINGLE, limiter=False), SHAPES, CPU)
     steps = []
-    trial.optimizer.register_step_pre_hook(
-        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in trial.tensors))
+    built.optimizer.register_step_pre_hook(
+        lambda *_: steps.append(sum(float(p.grad.square().sum()) for p in built.tensors))
     )
-    trial.optimizer.step()
-    trial.clipped_step()
+    built.optimizer.step()
+    built.clipped_step()
     assert steps[0] > 100
     assert steps[1] == pytest.approx(1, rel=1e-4)
 
@@ -56,14 +56,14 @@ def test_clipping_is_part_of_the_timed_step() -> None:
         (gwt(2, HALF, limiter=False, clips=True), 12),
         (gwt(2, HALF, limiter=True, clips=True), 16),
         (gwt(2, HALF, limiter=False, skips=True), 12),
-        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass looks
+        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass checks the gradients
         (gwt(3, SINGLE, limiter=False), 14),
     ],
     ids=lambda value: value.name if isinstance(value, Candidate) else str(value),
 )
 def test_bytes_that_must_move(candidate: Candidate, per_parameter: int) -> None:
-    trial = build(candidate, SHAPES[:1], CPU)
-    assert bytes_moved(trial) == per_parameter * 6 * 16
+    built = build(candidate, SHAPES[:1], CPU)
+    assert bytes_moved(built) == per_parameter * 6 * 16
 
 
 @needs_ptwt

@@ -1,4 +1,4 @@
-"""The machine-code gate: the flat path passes, what is known to be worse does not, every target compiles."""
+"""The gate on machine code: the flat path passes, known bad code fails, every target compiles."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from bench.codegen.variant import Variant
 from bench.codegen.variants import TARGETS, variants
 from bench.common import records
 from gwt_kernels.backends.triton import haar_launch, launch, step
+from tests.ptx.plugin import CACHE
 
 Row = dict[str, Any]
 Run = Callable[..., tuple[int, list[Row], str]]
@@ -33,9 +34,9 @@ Run = Callable[..., tuple[int, list[Row], str]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Run the command in a process of its own, since this one's kernels are interpreted.
+    """Return a function that runs the command in a new process, since this process interprets kernels.
 
-    Triton's cache starts empty. What one of several workers of this test run has measured, the others read.
+    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def command(*arguments: str) -> tuple[int, list[Row], str]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
+        environment["TRITON_CACHE_DIR"] = str(CACHE)
         name = hashlib.sha256(" ".join(arguments).encode()).hexdigest()
         path, out = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}"
         with open(folder / "codegen_lock", "w") as lock:
@@ -68,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def promised(run: Run) -> list[Row]:
-    """The rows of every variant that the project promises to be one optimal pass."""
+    """Rows of every variant that is promised to be one optimal pass."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-5"),
         *("--weights", "bf16", "fp32", "--moments", "fp32"),
@@ -100,8 +101,8 @@ def test_every_access_is_attributed(promised: list[Row]) -> None:
             low = {"low"} if row["rounding"] == "split" else set()
             assert set(row["loads"]) == {*"pgmv", "layout", "owners", "pointers", "scalars"} | factors | low
             assert set(row["stores"]) == set("pmv") | low
-            # The look-ups: four addresses, and all numbers but gamma; the low halves' address; of random bits the
-            # key, and the step, of which the compiler loads the lower half alone.
+            # The look-ups: four addresses, and all numbers but gamma; the low bits' address; of random bits the
+            # key, and the step, of which the compiler loads only the lower half.
             addresses = {"split": {"64": 5}, "stochastic": {"32": 1, "64": 5}}
             assert row["loads"]["pointers"] == addresses.get(row["rounding"], {"64": 4})
             assert row["loads"]["scalars"] == {"32": 8}
@@ -118,8 +119,8 @@ def test_worked_example(promised: list[Row]) -> None:
 
 
 @pytest.fixture(scope="module")
-def coded(run: Run) -> list[Row]:
-    """The rows of moments in one byte."""
+def int8_rows(run: Run) -> list[Row]:
+    """Rows of int8 moments."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,2,5"),
         *("--weights", "bf16", "fp32", "--moments", "int8"),
@@ -128,11 +129,11 @@ def coded(run: Run) -> list[Row]:
     return rows
 
 
-def test_moments_in_one_byte_pass_the_gate(coded: list[Row]) -> None:
-    assert [codegen.violations(row) for row in coded] == [[]] * 3 * (6 + 4)
-    assert all(codegen.gated(row) for row in coded)
-    for row in coded:
-        blocks = max(1, 128 // {"bf16": 16, "fp32": 32}[row["weights"]] >> row["level"])  # in 16 bytes of weights
+def test_int8_moments_pass_the_gate(int8_rows: list[Row]) -> None:
+    assert [codegen.violations(row) for row in int8_rows] == [[]] * 3 * (6 + 4)
+    assert all(codegen.gated(row) for row in int8_rows)
+    for row in int8_rows:
+        blocks = max(1, 128 // {"bf16": 16, "fp32": 32}[row["weights"]] >> row["level"])  # per 16 bytes of weights
         assert set(row["loads"]["m"]) == set(row["loads"]["v"]) == {str(8 * blocks)}
         stored = dict.fromkeys(["p", "m", "v", "m_scale", "v_scale", *["low"] * (row["rounding"] == "split")], 1)
         assert row["tensor_stores"] == (stored if row["kernel"] == STEP else {})
@@ -150,15 +151,15 @@ def test_moments_in_one_byte_pass_the_gate(coded: list[Row]) -> None:
         ("spills: 8 bytes", lambda r: r.update(stack=8)),
     ],
 )
-def test_each_promise_of_codes_can_be_broken(
-    coded: list[Row], message: str, change: Callable[[Row], object]
+def test_each_promise_of_int8_moments_can_be_broken(
+    int8_rows: list[Row], message: str, change: Callable[[Row], object]
 ) -> None:
-    row = copy.deepcopy(next(r for r in coded if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
+    row = copy.deepcopy(next(r for r in int8_rows if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2)))
     change(row)
     assert [text for text in codegen.violations(row) if text.startswith(message)]
 
 
-def test_steps_that_the_device_may_skip_are_one_optimal_pass_too(run: Run) -> None:
+def test_skippable_steps_are_one_optimal_pass_too(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--skippable"),
         *("--weights", "bf16", "--moments", "fp32"),
@@ -168,7 +169,7 @@ def test_steps_that_the_device_may_skip_are_one_optimal_pass_too(run: Run) -> No
     assert all(row["constants"]["SKIPPABLE"] and codegen.violations(row) == [] for row in rows)
 
 
-def test_norms_that_look_at_the_gradients_read_them_once_all_the_same(run: Run) -> None:
+def test_norms_with_gradient_statistics_read_gradients_once(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--looks"),
         *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
@@ -180,19 +181,19 @@ def test_norms_that_look_at_the_gradients_read_them_once_all_the_same(run: Run) 
         assert row["stores"] == {"partials": {"32": 1}, "seen": {"32": 2}}
 
 
-def test_row_path_is_rejected(run: Run) -> None:
+def test_row_path_fails_the_gate(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
         *("--weights", "bf16", "--moments", "fp32"),
     )
-    assert status == 0  # nothing is promised of it
+    assert status == 0  # it has no promise
     assert len(rows) == 5
     for row in rows:
         assert not codegen.gated(row)
         wrong = [text.split(":")[0] for text in codegen.violations(row)]
         low = row["rounding"] == "split"
         loads, stores = (["g", "low", "p"], ["low", "p"]) if low else (["g", "p"], ["p"])
-        # The code has a body for tiles within one row, and one for others.
+        # The code has one body for tiles within a row, and one for others.
         of_loads, of_stores = (
             [f"{what} of {name}" for name in own] for what, own in (("loads", loads), ("stores", stores))
         )
@@ -201,7 +202,7 @@ def test_row_path_is_rejected(run: Run) -> None:
         ]
 
 
-def test_a_broken_hint_is_rejected(run: Run) -> None:
+def test_wrong_alignment_hint_fails_the_gate(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "flat", "--levels", "2", "--align", "2"),
         *("--weights", "bf16", "--moments", "fp32"),
@@ -279,7 +280,7 @@ def test_resident_warps(target: str) -> None:
     assert resident_warps(limits, 4, 16, limits.shared // 2) == (8 if target == "gfx942" else 4)
 
 
-def test_names_follow_a_helper_to_its_caller() -> None:
+def test_accesses_in_a_helper_are_named_after_its_caller() -> None:
     def place(text: str, file: str = "step.py") -> Frame:
         lines = Path(step.__file__).with_name(file).read_text().splitlines()
         line = next(i for i, content in enumerate(lines) if text in content)
@@ -295,7 +296,7 @@ def test_names_follow_a_helper_to_its_caller() -> None:
     assert array_name(()) == "?"
 
 
-def test_places_are_read_from_both_notations() -> None:
+def test_source_locations_are_read_from_both_notations() -> None:
     frames = (Frame("step.py", 209, 36), Frame("step.py", 68, 33))
     assert parse_comment(" step.py:209:36 @[ step.py:68:33 ]") == frames
     module = """

@@ -1,4 +1,4 @@
-"""Text into windows: what is held out, what is repeated, and streams that go on where they stopped."""
+"""Text into windows: held-out text, windows without repetition, and streams that resume."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_shuffled_windows_repeat_no_token_in_a_pass() -> None:
 
 
 class FakeStream(list[dict[str, str]]):
-    """What `datasets` returns with `streaming=True`, as far as it is used."""
+    """The parts of the object returned by `datasets` with `streaming=True` that are used."""
 
     def skip(self, count: int) -> FakeStream:
         return FakeStream(self[count:])
 
 
-def test_streamed_windows_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_windows_resume_at_their_position(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {
         "train": FakeStream({"text": f"document {i}, " * (i + 1)} for i in range(12)),
         "validation": FakeStream({"text": f"held out {i}. "} for i in range(40)),

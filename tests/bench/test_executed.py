@@ -1,4 +1,4 @@
-"""Kernels that are executed and counted: the promised variants keep their limits, and what is counted is right."""
+"""Counts of executed instructions: the promised variants keep their limits, and the counts are right."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from bench.kernels import cases as kernel_cases
 from bench.report.executed import CLASSES as SHOWN
 from bench.report.executed import bound
 from tests.ptx.counts import CLASSES
+from tests.ptx.plugin import CACHE
 
 Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """The rows of all limited variants, counted once by one of the workers of this test run."""
+    """Rows of all limited variants, counted once by one of the workers of this test run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder / "codegen_cache")
+    environment["TRITON_CACHE_DIR"] = str(CACHE)
     done, out = folder / "executed_done.json", folder / "executed"
     with open(folder / "executed_lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -85,10 +86,10 @@ def test_each_limit_can_be_exceeded(gated: list[Row], message: str, change: Call
     change(row)
     (found,) = excesses(row)
     assert found.startswith(message)
-    assert excesses(row | {"level": 3}) == []  # of which nothing is promised
+    assert excesses(row | {"level": 3}) == []  # it has no promise
 
 
-def test_classes_add_up(gated: list[Row]) -> None:
+def test_counts_of_classes_add_up(gated: list[Row]) -> None:
     assert SHOWN == CLASSES
     for row in gated:
         assert list(row["instructions"]) == list(CLASSES)
@@ -97,8 +98,8 @@ def test_classes_add_up(gated: list[Row]) -> None:
         assert sum(row["dominant"].values()) <= row["executed"]
 
 
-def test_a_flat_step_that_is_counted_by_hand(gated: list[Row]) -> None:
-    """64 tensors of 16,384 elements at level 2, a tile of 4,096 by 256 threads: each of 16 elements, 4 blocks."""
+def test_flat_step_counted_by_hand(gated: list[Row]) -> None:
+    """64 tensors of 16,384 elements at level 2, tiles of 4,096 by 256 threads: 16 elements, 4 blocks per thread."""
     row = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
     assert (row["elements"], row["programs"]) == (64 * 16384, 256)
     assert row["bytes"] == 10.0
@@ -117,7 +118,7 @@ def test_a_flat_step_that_is_counted_by_hand(gated: list[Row]) -> None:
     assert (wide["bytes"], wide["requested"]) == (16.0, 1.0)
 
 
-def test_a_row_step_requests_what_it_shares_with_others(gated: list[Row]) -> None:
+def test_row_step_requests_shared_sectors_more_than_once(gated: list[Row]) -> None:
     row = the(gated, weights="bf16", path="row", rounding="nearest")
     blocks = -(-5461 // 4)
     assert row["bytes"] == pytest.approx((3 * 2 * 5461 + 4 * 4 * blocks) / 5461, rel=1e-12)
@@ -125,13 +126,13 @@ def test_a_row_step_requests_what_it_shares_with_others(gated: list[Row]) -> Non
     assert 1.0 <= row["distinct"] <= row["requested"]
 
 
-def test_codes_and_their_scales_move(gated: list[Row]) -> None:
+def test_bytes_of_int8_moments_and_their_scales(gated: list[Row]) -> None:
     row = the(gated, moments="int8")
     assert row["bytes"] == 3 * 2 + 2 * 2 * (1 / 4 + 4 / 128 / 4)
     assert set(row["sectors"]) >= {"m_scale load", "v_scale load", "m_scale store", "v_scale store"}
 
 
-def test_shares_follow_from_the_counts(gated: list[Row]) -> None:
+def test_derived_shares_follow_from_the_counts(gated: list[Row]) -> None:
     for row in gated:
         issuing, moving = row["slots"] / (132 * 4 * 32 * 1.7e9), row["bytes"] / 3.0e12
         assert row["issue_share"] == pytest.approx(min(1, issuing / moving), rel=1e-9)
@@ -140,7 +141,7 @@ def test_shares_follow_from_the_counts(gated: list[Row]) -> None:
         assert max(row["issue_share"], row["bandwidth_share"]) == 1
 
 
-def test_bounds() -> None:
+def test_bound_of_a_kernel() -> None:
     assert demand(95.744, 10.0) == pytest.approx(1.0)
     assert shares(95.744 / 2, 10.0) == pytest.approx((0.5, 1.0))
     assert shares(2 * 95.744, 10.0) == pytest.approx((1.0, 0.5))
@@ -154,8 +155,8 @@ def test_bounds() -> None:
 
 @pytest.mark.parametrize("level", range(7))
 @pytest.mark.parametrize("kernel", [STEP, DWT])
-def test_shapes_take_the_path_that_they_are_of(kernel: str, level: int) -> None:
-    """The flat path takes whole blocks and a multiple of 8 elements, the row path what has not both."""
+def test_shapes_take_their_path(kernel: str, level: int) -> None:
+    """The flat path takes whole blocks and a multiple of 8 elements, the row path all other shapes."""
     for path in ("flat", "row"):
         variant = Variant("sm_90", kernel, "bf16", None, level, path)
         for width in executed.widths(variant):
@@ -164,7 +165,7 @@ def test_shapes_take_the_path_that_they_are_of(kernel: str, level: int) -> None:
                 assert flat == (path == "flat")
 
 
-def test_row_widths() -> None:
+def test_row_widths_of_variants() -> None:
     found = [executed.widths(Variant("sm_90", STEP, "bf16", "fp32", level, "row")) for level in (0, 2, 3, 4, 6)]
     assert found == [[5461], [5461], [5461], [5461, 1000], [5461, 1000]]
 
@@ -177,7 +178,7 @@ def moved(variant: Variant, width: int = 100, rows: int = 3) -> int:
 @pytest.mark.parametrize("level", [0, 2, 3])
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("weights", ["bf16", "fp32"])
-def test_bytes_are_those_of_the_roofline(weights: str, moments: str, level: int) -> None:
+def test_bytes_equal_those_of_the_roofline(weights: str, moments: str, level: int) -> None:
     case = kernel_cases.Case("step", (3, 100), level, DTYPES[weights], MOMENTS[moments])
     step = Variant("sm_90", STEP, weights, moments, level, "row", False, "gwt", "nearest")
     assert moved(step) == 2 * kernel_cases.bytes_moved(case)
@@ -202,7 +203,7 @@ $__internal_0_$__cuda_sm20_div_s64:
 """
 
 
-def test_machine_code_is_counted_without_what_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_branches_of_machine_code_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_code, "_run", lambda *command: SASS)
     assert machine_code.body_instructions(b"") == 3
     monkeypatch.setattr(machine_code, "_run", lambda *command: "nothing")
@@ -224,7 +225,7 @@ def test_machine_code_is_counted_without_what_is_rare(monkeypatch: pytest.Monkey
         ("--gate", "add --executed"),
     ],
 )
-def test_what_cannot_be_executed_is_refused(
+def test_variants_that_cannot_be_executed_are_refused(
     arguments: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,4 @@
-"""The driver for CUDA machines, on parts that are small scripts: order, time, and what is skipped and kept."""
+"""The driver for CUDA machines, with small scripts as parts: order, time limits, skipped and repeated parts."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ PARTS = ["correctness", "kernels", "optimizers", "quality"]
 
 
 class Driver:
-    """Runs the driver with a script for each part."""
+    """The driver with a script for each part."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.out = folder / "results"
         self.scripts = {part: [FINE] for part in PARTS}
         self.minutes: dict[str, float] = {}
-        self.begun: dict[str, bool] = {}
+        self.resumed: dict[str, bool] = {}
         """Whether a part found a checkpoint."""
         monkeypatch.setattr(gpu, "ROOT", folder)
         monkeypatch.setattr(gpu, "fingerprint", lambda: "these")
@@ -52,7 +52,7 @@ class Driver:
     def _commands(self, part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
         self.minutes[part] = minutes
         assert folder.is_relative_to(gpu.ROOT / "runs")
-        self.begun[part] = (folder / "checkpoint").exists()
+        self.resumed[part] = (folder / "checkpoint").exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoint").touch()
         return [["-c", script] for script in self.scripts[part]]
@@ -91,20 +91,20 @@ def test_every_part_in_order(driver: Driver, capfd: pytest.CaptureFixture[str]) 
     assert "quality: finished (" in shown
 
 
-def test_each_part_has_its_share_of_what_is_left(driver: Driver) -> None:
+def test_each_part_gets_its_share_of_the_remaining_time(driver: Driver) -> None:
     driver("--minutes", "9")
     whole = 9 - gpu.GRACE / 60
     assert driver.minutes["correctness"] == pytest.approx(0.35 * whole, rel=0.01)
-    # What a part leaves over is the later ones'.
+    # Time that a part leaves is divided among the later parts.
     assert driver.minutes["kernels"] == pytest.approx(0.25 / 0.65 * whole, rel=0.02)
     assert driver.minutes["quality"] == pytest.approx(whole, rel=0.05)
 
 
-def test_a_finished_part_is_run_again_only_if_named(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_part_runs_again_only_if_named(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
     driver.scripts["optimizers"] = ["raise SystemExit(3)"]
     assert driver() == 1
     assert driver.rows[2]["note"] == "ended with status 3: python -c raise SystemExit(3)"
-    assert list(driver.minutes) == PARTS  # one that fails does not keep the next from running
+    assert list(driver.minutes) == PARTS  # a failed part does not keep the next from running
     capsys.readouterr()
     driver.scripts["optimizers"] = [FINE]
     assert driver() == 0
@@ -116,25 +116,25 @@ def test_a_finished_part_is_run_again_only_if_named(driver: Driver, capsys: pyte
     assert list(driver.minutes) == ["kernels", "quality"]
 
 
-def test_a_part_goes_on_where_it_stopped_until_it_has_finished(driver: Driver) -> None:
+def test_a_part_resumes_until_it_has_finished(driver: Driver) -> None:
     driver.scripts["quality"] = ["raise SystemExit(3)"]
     driver("--parts", "quality")
-    assert not driver.begun["quality"]
+    assert not driver.resumed["quality"]
     driver.scripts["quality"] = [FINE]
     driver("--parts", "quality")
-    assert driver.begun["quality"]
+    assert driver.resumed["quality"]
     driver("--parts", "quality")
-    assert not driver.begun["quality"]
+    assert not driver.resumed["quality"]
 
 
-def test_other_sources_are_not_finished(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_unfinished_for_other_sources(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver("--parts", "kernels") == 0
     monkeypatch.setattr(gpu, "fingerprint", lambda: "another")
     assert driver() == 0
     assert list(driver.minutes) == PARTS
 
 
-def test_a_fingerprint_is_of_contents_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_hashes_contents_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     file = tmp_path / "bench" / "one.py"
     file.parent.mkdir()
@@ -149,17 +149,17 @@ def test_a_fingerprint_is_of_contents_and_names(tmp_path: Path, monkeypatch: pyt
     assert gpu.fingerprint() in found
 
 
-def test_nothing_is_timed_where_the_tests_fail(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_timed_if_the_tests_fail(driver: Driver, capsys: pytest.CaptureFixture[str]) -> None:
     driver.scripts["correctness"] = ["print('1 failed'); raise SystemExit(1)", "print('never')"]
     assert driver() == 1
     assert list(driver.minutes) == ["correctness"]
     assert driver.log("correctness") == "1 failed\n"
     assert "nothing was timed, since the tests did not pass" in capsys.readouterr().out
-    assert driver() == 1  # and it is not finished
+    assert driver() == 1  # and the part is not finished
     assert list(driver.minutes) == ["correctness"]
 
 
-def test_tests_that_run_out_of_time_keep_nothing_from_being_timed(
+def test_tests_that_run_out_of_time_do_not_prevent_timing(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "GRACE", 5.0)
@@ -173,7 +173,7 @@ def test_tests_that_run_out_of_time_keep_nothing_from_being_timed(
     assert list(driver.minutes) == ["correctness"]
 
 
-def test_what_takes_too_long_may_say_what_it_knows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_part_may_write_its_results(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 5.0)
     driver.scripts["quality"] = [SLEEPER]
     started = time.monotonic()
@@ -185,7 +185,7 @@ def test_what_takes_too_long_may_say_what_it_knows(driver: Driver, monkeypatch: 
     assert row["note"].startswith("stopped after 0.1 minutes: python -c ")
 
 
-def test_what_does_not_stop_is_killed_with_all_it_started(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_does_not_stop_is_killed_with_children(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     driver.scripts["quality"] = [f"import subprocess, sys; subprocess.run([sys.executable, '-c', {DEAF!r}])"]
     started = time.monotonic()
@@ -194,7 +194,7 @@ def test_what_does_not_stop_is_killed_with_all_it_started(driver: Driver, monkey
     assert "deaf\n" in driver.log("quality")
 
 
-def test_an_interruption_ends_the_part_and_keeps_the_ones_before(
+def test_an_interruption_ends_the_part_and_keeps_earlier_results(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def show(text: str, **_: Any) -> None:
@@ -213,7 +213,7 @@ def test_an_interruption_ends_the_part_and_keeps_the_ones_before(
     assert list(driver.minutes) == PARTS[1:]
 
 
-def test_without_a_cuda_device_it_says_so(
+def test_error_without_a_cuda_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -227,7 +227,7 @@ def test_without_a_cuda_device_it_says_so(
 
 @pytest.fixture
 def wheels(tmp_path: Path) -> Path:
-    """A folder with a wheel of the package `tiny_peer`."""
+    """Create a folder with a wheel of the package `tiny_peer`."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_peer-1.0-py3-none-any.whl", "w") as wheel:
@@ -240,7 +240,7 @@ def wheels(tmp_path: Path) -> Path:
     return folder
 
 
-def test_peers_come_from_a_folder_of_wheels(
+def test_peers_are_installed_from_a_folder_of_wheels(
     driver: Driver, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver.scripts["optimizers"] = ["import tiny_peer; print(tiny_peer.WORD)"]
@@ -272,7 +272,7 @@ def test_wheels_that_cannot_be_installed(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_programs_know_the_options_that_they_are_given(device: str, tmp_path: Path) -> None:
+def test_commands_use_known_options(device: str, tmp_path: Path) -> None:
     from bench.optimizers import __main__ as optimizers
 
     options = gpu.parse(["--device", device, "--out", str(tmp_path), "--commit", "abc"])
@@ -300,7 +300,7 @@ def test_the_programs_know_the_options_that_they_are_given(device: str, tmp_path
         assert all((gpu.ROOT / word).exists() for word in words if word.startswith("tests"))
 
 
-def test_a_real_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_kernels_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., list[list[str]]] = gpu.commands
 
     def fewer(*arguments: Any) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The host-time benchmark: it launches through Triton without a device, and says what it saw."""
+"""The host-time benchmark: launches through Triton without a device, and its rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_scenario_is_a_row(tmp_path):
 
 
 @pytest.mark.parametrize("reallocated", [False, True])
-def test_gradients_are_others_when_they_are_to_be(reallocated):
+def test_gradients_are_reallocated_only_in_that_scenario(reallocated):
     params = [torch.nn.Parameter(torch.zeros(2, 4)) for _ in range(2)]
     seen: list[tuple[torch.Tensor | None, ...]] = []
 
@@ -61,12 +61,12 @@ def test_gradients_are_others_when_they_are_to_be(reallocated):
             assert (one.data_ptr() == other.data_ptr()) == (not reallocated)
 
 
-def test_sharded_parameters_cost_no_calls_each():
-    """Calls, which no other load of the machine changes, stand for time: nothing is dispatched by DTensor."""
+def test_sharded_parameters_add_no_calls_per_tensor():
+    """The number of calls, unlike time, does not depend on the machine's load: DTensor dispatches nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.host_calls"]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for limiter, _, plain, sharded, collectives in json.loads(result.stdout):
-        assert 0 < sharded < plain + 300  # the tensors
+        assert 0 < sharded < plain + 300  # one call per tensor
         assert collectives == (1 if limiter else 0)

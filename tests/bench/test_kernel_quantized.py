@@ -1,4 +1,4 @@
-"""Moments in one byte in the kernel benchmark: both backends pass its oracle, and codes that are wrong do not."""
+"""Int8 moments in the kernel benchmark: both backends pass its oracle, and wrong values fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def error_of(shape: tuple[int, ...], kernel: str = "step", device: str = "cpu", 
 
 @pytest.mark.parametrize("shape", [(8, 1024), (5, 333)], ids=str)
 @pytest.mark.parametrize("kernel", ["step", "step_limiter"])
-def test_codes_through_the_triton_kernels(shape: tuple[int, ...], kernel: str, device: torch.device) -> None:
+def test_int8_moments_through_the_triton_kernels(shape: tuple[int, ...], kernel: str, device: torch.device) -> None:
     with interpreter.like_a_gpu():
         assert 0 < error_of(shape, kernel, str(device), "triton") <= 1
 
@@ -32,18 +32,18 @@ def test_codes_through_the_triton_kernels(shape: tuple[int, ...], kernel: str, d
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda codes, scales: codes.view(-1)[5:6].sub_(2),
-        lambda codes, scales: scales[1:2].mul_(1 + 2**-17),
-        lambda codes, scales: scales[1:2].fill_(float("nan")),
-        lambda codes, scales: scales.copy_(scales.roll(1)),
+        lambda values, scales: values.view(-1)[5:6].sub_(2),
+        lambda values, scales: scales[1:2].mul_(1 + 2**-17),
+        lambda values, scales: scales[1:2].fill_(float("nan")),
+        lambda values, scales: scales.copy_(scales.roll(1)),
     ],
-    ids=["two codes off", "scale too large", "scale not a number", "scales of other quanta"],
+    ids=["two steps off", "scale too large", "scale not a number", "scales of other blocks"],
 )
-def test_wrong_codes_are_noticed(spoil: Any, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_quantized_values_are_noticed(spoil: Any, which: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(**arguments: Any) -> None:
         STEP(**arguments)
-        codes = arguments[("exp_avgs", "exp_avg_sqs")[which]][0]
-        spoil(codes, arguments["scales"][0][which])
+        values = arguments[("exp_avgs", "exp_avg_sqs")[which]][0]
+        spoil(values, arguments["scales"][0][which])
 
     assert error_of((8, 1024)) <= 1
     monkeypatch.setattr(oracle, "gwt_adamw_", spoiled)

@@ -1,4 +1,4 @@
-"""The kernel benchmark on tiny shapes: what it runs, counts, refuses and keeps, and that its buffers take turns."""
+"""The kernel benchmark on tiny shapes: its cases, byte counts, errors and rows, and buffers that take turns."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TINY = ["--device", "cpu", "--shapes", "6x16", "5x37", "--repetitions", "2", "--
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy that is not measured, and a cache that a few sets of tiny buffers fill."""
+    """Replace the bandwidth measurement, and shrink the cache so that a few sets of tiny buffers fill it."""
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: BANDWIDTH)
     monkeypatch.setattr(kernels, "CPU_CACHE", 4096)
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """The status and the rows of a run."""
+    """Return the status and the rows of a run."""
     status = kernels.main([*arguments, "--out", str(folder / "out")])
     (path,) = (folder / "out").iterdir()
     benchmark, rows = records.read(path)
@@ -44,7 +44,7 @@ def step(
     return Case("step_limiter" if limited else "step", shape, level, data, SINGLE)
 
 
-def coded(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
+def quantized(shape: tuple[int, ...], level: int = 2, *, limited: bool = False) -> Case:
     return step(level, limited=limited, shape=shape, data=HALF)._replace(moments=torch.int8)
 
 
@@ -65,7 +65,7 @@ def test_from_command_line_to_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "20 of 20 cases timed, 0 failed, 0 left out for lack of time" in capsys.readouterr().out
 
 
-def test_rows_say_all_there_is_to_know(tmp_path: Path) -> None:
+def test_columns_of_rows(tmp_path: Path) -> None:
     _, rows = run(tmp_path, *TINY, "--kernels", "step_limiter", "haar_dwt")
     fields = {"commit", "date", "command", "device", "driver", "threads", "own_backend"}
     fields |= {"python", "torch", "triton"}
@@ -102,17 +102,17 @@ def test_rows_say_all_there_is_to_know(tmp_path: Path) -> None:
         (step(0), 2 * 384 + 768, 3 * 384 + 2 * 768),
         (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks a row, the last one of one element
         (step(1, shape=(2, 3, 8))._replace(moments=HALF), 2 * 192 + 96, 3 * 192 + 2 * 96),
-        # Codes of one byte, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
-        (coded((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
-        (coded((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
-        (coded((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
+        # int8 moments, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
+        (quantized((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
+        (quantized((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
+        (quantized((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),
         # rows of 37 have bands of 10, 10 and 19
         (Case("haar_dwt", (5, 37), 2, SINGLE, None), 4 * 5 * (37 + 39), 4 * 5 * (37 + 39)),
         (Case("haar_idwt", (6, 16), 3, HALF, None), 2 * 2 * 96, 2 * 2 * 96),
     ],
     ids=str,
 )
-def test_bytes(case: Case, held: int, moved: int) -> None:
+def test_bytes_held_and_moved(case: Case, held: int, moved: int) -> None:
     assert bytes_held(case) == held
     assert bytes_moved(case) == moved
     buffers = Buffers(case, CPU, None)
@@ -122,11 +122,11 @@ def test_bytes(case: Case, held: int, moved: int) -> None:
     assert sum(x.nbytes for x in tensors) == held
 
 
-def test_enough_sets_to_fill_the_cache_twice_between_two_turns_of_one() -> None:
+def test_set_count_fills_the_cache_twice() -> None:
     case = step()  # 960 bytes
     assert set_count(case, 4800) == 1 + 10
     assert set_count(case, 4801) == 1 + 11
-    assert set_count(case, 100) == 2  # the second shows what the first held
+    assert set_count(case, 100) == 2  # the second set holds the values from before the step
     assert set_count(case, 2**40) == MAX_SETS
 
 
@@ -176,10 +176,10 @@ def error_of(case: Case, device: torch.device = CPU, backend: Any = None) -> flo
     return check(before.clone(), before)
 
 
-def test_comparing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_the_comparison_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
         step(limited=True, shape=(7, 37), data=HALF),
-        coded((70, 37), limited=True),
+        quantized((70, 37), limited=True),
         Case("haar_idwt", (7, 37), 2, SINGLE, None),
     ]
     whole = [error_of(case) for case in cases]
@@ -205,18 +205,18 @@ def scaled_wrong(**arguments: Any) -> None:
 
 
 def forgets_the_limiter(**arguments: Any) -> None:
-    """A step that limits nothing."""
+    """A step without limiter."""
     STEP(**(arguments | {"limiter_norms": [None]}))
 
 
 def forgets_the_norm(**arguments: Any) -> None:
-    """A step that limits, and does not store the norm."""
+    """A step that limits but does not store the norm."""
     kept = [norm if norm is None else norm.clone() for norm in arguments["limiter_norms"]]
     STEP(**(arguments | {"limiter_norms": kept}))
 
 
 def skips_the_last_element(**arguments: Any) -> None:
-    """A step that leaves the last weight as it was."""
+    """A step that leaves the last weight unchanged."""
     p = arguments["params"][0].view(-1)
     kept = p[-1].clone()
     STEP(**arguments)
@@ -250,7 +250,7 @@ STEP = oracle.gwt_adamw_
         changes_the_gradient,
     ],
 )
-def test_a_wrong_step_gets_no_time(
+def test_a_wrong_step_is_not_timed(
     broken: Any, data: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(oracle, "gwt_adamw_", broken)
@@ -262,11 +262,11 @@ def test_a_wrong_step_gets_no_time(
         if row["kernel"] == "step_limiter":
             assert (row["metric"], row["median"], row["samples"]) == ("time", None, 0)
             assert row["note"].startswith("not timed: differs from float64 by ")
-    assert sum(row["kernel"] == "haar_dwt" and row["metric"] == "time" for row in rows) == 2  # the run went on
+    assert sum(row["kernel"] == "haar_dwt" and row["metric"] == "time" for row in rows) == 2  # the run continued
     assert all(row["median"] is not None for row in rows if row["kernel"] == "haar_dwt")
 
 
-def test_a_wrong_transform_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_transform_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = oracle.haar_dwt, oracle.haar_idwt
 
     def leaves_one_out(x: torch.Tensor, level: int, **options: Any) -> list[torch.Tensor]:
@@ -281,10 +281,10 @@ def test_a_wrong_transform_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None
         result = kernels.measure(Case(kernel, (6, 16), 2, SINGLE, None), "", CPU, repetitions=2)
         assert result.failed
         assert result.seconds is None
-    assert error_of(Case("haar_dwt", (6, 16), 2, SINGLE, None)) == float("inf")  # what was not written is NaN
+    assert error_of(Case("haar_dwt", (6, 16), 2, SINGLE, None)) == float("inf")  # unwritten memory is NaN
 
 
-def test_what_throws_is_a_row_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_becomes_a_row_and_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def throw(**_: Any) -> None:
         raise RuntimeError("no such\ninstruction")
 
@@ -295,7 +295,7 @@ def test_what_throws_is_a_row_and_the_run_goes_on(tmp_path: Path, monkeypatch: p
     assert sum(row["metric"] == "time" and row["median"] is not None for row in rows) == 2
 
 
-def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_too_large_for_memory_are_refused_before_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     case = step(shape=(2**30, 2**10))
     monkeypatch.setattr(kernels, "Buffers", lambda *_: pytest.fail("was allocated"))
     result = kernels.measure(case, "", CPU)
@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch: pytest
     assert not result.failed
 
 
-def test_the_estimate_covers_all_sets_and_a_comparison() -> None:
+def test_estimate_covers_all_sets_and_a_comparison() -> None:
     sweep = step(data=HALF, shape=(2**19, 2**12))
     assert 2 * bytes_held(sweep) < bytes_needed(sweep, 2) < 2 * bytes_held(sweep) + 4 * 2**30
     transform = Case("haar_dwt", (2**19, 2**12), 2, HALF, None)
@@ -329,7 +329,7 @@ def test_running_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
         (step(5, shape=(6, 16)), "not possible: level 5 is too deep for rows of 16"),
     ],
 )
-def test_what_cannot_be_says_why(case: Case, note: str) -> None:
+def test_notes_of_impossible_cases(case: Case, note: str) -> None:
     result = kernels.measure(case, "", CPU)
     assert result.seconds is None
     assert not result.failed
@@ -337,7 +337,7 @@ def test_what_cannot_be_says_why(case: Case, note: str) -> None:
         raise AssertionError(result.note)
 
 
-def test_no_kernel_is_no_reason_to_time_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_kernel_is_not_replaced_by_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from gwt_kernels.backends import choice
 
@@ -357,7 +357,7 @@ def test_a_missing_device_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert row["note"] == "no device: PyTorch finds no cuda:0 here, so nothing was measured"
 
 
-def test_an_interruption_keeps_what_was_measured(
+def test_an_interrupted_run_keeps_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original, calls = kernels.measure, 0
@@ -376,8 +376,8 @@ def test_an_interruption_keeps_what_was_measured(
     assert "2 of 8 cases timed, 0 failed, 0 left out for lack of time" in capsys.readouterr().out
 
 
-def test_what_the_time_did_not_reach_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter(range(0, 10**6, 60))  # a look at the clock takes a minute
+def test_cases_beyond_the_time_limit_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10**6, 60))  # each call of the clock advances it by a minute
     monkeypatch.setattr(kernels.time, "monotonic", lambda: next(now))
     status, rows = run(tmp_path, *TINY, "--minutes", "3")
     assert status == 0
@@ -408,7 +408,7 @@ def test_the_suite_of_a_gpu() -> None:
     assert Case("step_limiter", (8192, 28672), 6, torch.float16, HALF) in full
 
 
-def test_options_choose() -> None:
+def test_options_select_cases() -> None:
     def chosen(*options: str) -> set[Case]:
         return set(kernels.parse(["--device", "cuda", *options]).cases)
 
@@ -441,7 +441,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(tmp_path: Path) -> None:
+def test_run_on_a_gpu(tmp_path: Path) -> None:
     shapes = ["--shapes", "1024x1024", "2048x5461", "64x37"]
     dtypes = ["--levels", "0", "2", "5", "--weights", "bfloat16", "float32", "--moments", "float32", "bfloat16"]
     status, rows = run(tmp_path, "--device", "cuda", *shapes, *dtypes, "--repetitions", "3")

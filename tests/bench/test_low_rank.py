@@ -1,4 +1,4 @@
-"""GaLore and APOLLO as contenders: the published recipe, the same knobs, exact state bytes, exact resume."""
+"""GaLore and APOLLO in pre-training: the published recipe, common options, exact state bytes, exact resume."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_a_missing_package_is_named(name: str, tmp_path: Path, monkeypatch: pyte
         build_optimizer(name, model, lr=0.01, scale=0.25)
 
 
-def test_only_they_have_a_projection_gap(options: list[str]) -> None:
+def test_only_low_rank_optimizers_have_a_projection_gap(options: list[str]) -> None:
     assert config_of(options, "adamw").projection_gap is config_of(options, "gwt2").projection_gap is None
     assert config_of(options, "galore").projection_gap == 200
     assert config_of(options, "apollo", "--projection-gap", "7").projection_gap == 7
 
 
-def test_the_recipe(name: str, tmp_path: Path) -> None:
+def test_published_recipe(name: str, tmp_path: Path) -> None:
     model = build_model(load_config(str(tiny_model(tmp_path))), seed=0, device=CPU, dtype=torch.float32)
     optimizer = build_optimizer(name, model, lr=0.01, scale=0.25, projection_gap=5)
     assert type(optimizer).__module__.startswith("galore_torch" if name == "galore" else "apollo_torch")
@@ -78,7 +78,7 @@ def test_the_recipe(name: str, tmp_path: Path) -> None:
     assert build_optimizer(name, model, lr=0.01, scale=0.25).param_groups[0].get("update_proj_gap", 200) == 200
 
 
-def test_scale_multiplies_the_matrices_update_alone(name: str, options: list[str]) -> None:
+def test_scale_multiplies_only_the_matrices_update(name: str, options: list[str]) -> None:
     def first_update(scale: str) -> dict[str, torch.Tensor]:
         run = run_of(options, name, "--lr", "0.01", "--scale", scale, "--precision", "float32")
         before = {key: p.detach().double() for key, p in run.model.named_parameters()}
@@ -93,12 +93,12 @@ def test_scale_multiplies_the_matrices_update_alone(name: str, options: list[str
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
-def test_state_bytes_predicted_are_those_held(name: str, options: list[str], precision: str) -> None:
+def test_predicted_state_bytes_are_exact(name: str, options: list[str], precision: str) -> None:
     assert_predicted_state_bytes(run_of(options, name, "--precision", precision))
 
 
 def test_resume_is_exact(name: str, tmp_path: Path, options: list[str]) -> None:
-    # A new projection at steps 5 and 9, one of them after the resume; the old one is needed for step 7.
+    # New projections at steps 5 and 9, one of them after the resume; step 7 needs the old one.
     line = [*options, "--optimizer", name, "--projection-gap", "4"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(line, whole)
@@ -113,7 +113,7 @@ def test_resume_is_exact(name: str, tmp_path: Path, options: list[str]) -> None:
         assert_same_run(checkpoint.read(fresh / "checkpoint.pt")["model"], expected["model"])
 
 
-def test_a_gradient_that_is_not_finite_is_divergence(options: list[str]) -> None:
+def test_a_nonfinite_gradient_counts_as_divergence(options: list[str]) -> None:
     need_package_of("galore")
     run: Run = run_of(options, "galore")
     with torch.no_grad():

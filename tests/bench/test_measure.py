@@ -1,4 +1,4 @@
-"""What every benchmark measures with: bytes held, the spread of samples, and the facts about a machine."""
+"""The common measurements of the benchmarks: bytes held, the spread of samples, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from tests.support.candidates import CPU, SHAPES, SINGLE
 
 
 def test_held_bytes() -> None:
-    trial = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
-    (p,) = trial.tensors
+    built = build(gwt(2, SINGLE, limiter=True), SHAPES[1:2], CPU)
+    (p,) = built.tensors
     moments_and_scalars = 2 * 5 * 10 * 4 + 8 + 4  # moments of ceil(37/4) columns; step and limiter norm
-    assert held_bytes(trial.optimizer, [p, p.grad]) == moments_and_scalars
-    assert held_bytes(trial.optimizer, [p]) >= moments_and_scalars
+    assert held_bytes(built.optimizer, [p, p.grad]) == moments_and_scalars
+    assert held_bytes(built.optimizer, [p]) >= moments_and_scalars
 
 
-def test_held_bytes_are_those_of_wrappers_too() -> None:
+def test_held_bytes_of_tensor_subclasses() -> None:
     class Wrapped(torch.Tensor):
-        """A tensor that claims 4 bytes an element and holds one, as quantised states do."""
+        """A tensor that claims 4 bytes an element and holds one, like quantized states."""
 
         @staticmethod
-        def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=SINGLE)
+        def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=SINGLE)
 
-        def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
-            self.codes, self.scale = codes, scale
+        def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+            self.values, self.scale = values, scale
 
         def __tensor_flatten__(self) -> tuple[list[str], None]:
-            return ["codes", "scale"], None
+            return ["values", "scale"], None
 
         @classmethod
         def __torch_dispatch__(cls, *_: object) -> None:
@@ -50,11 +50,11 @@ def test_held_bytes_are_those_of_wrappers_too() -> None:
     assert held_bytes(holder, [shared]) == 108
 
 
-def test_spread() -> None:
+def test_spread_of_samples() -> None:
     assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0, 6)
 
 
-def test_facts() -> None:
+def test_facts_about_the_machine() -> None:
     about = facts(CPU, "bench.optimizers", ["--device", "cpu"])
     assert about["command"] == "python -m bench.optimizers --device cpu"
     assert about["torch"] == torch.__version__

@@ -1,4 +1,4 @@
-"""LLaMA models from configuration files: the published sizes, and weights that the seed decides."""
+"""LLaMA models from configuration files: the published sizes, and weights determined by the seed."""
 
 from __future__ import annotations
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.common import records
+from bench.common.measure import copy_bandwidth
 from bench.optimizers import __main__ as optimizers
 from bench.optimizers.candidate import adamw, gwt
 from tests.support import pretraining
@@ -17,6 +19,12 @@ from tests.support.candidates import HALF, SINGLE, ScaledWrong, needs_ptwt
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> str:
     return str(pretraining.tiny_model(tmp_path, num_hidden_layers=2))
+
+
+@pytest.fixture(autouse=True)
+def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the bandwidth on little memory."""
+    monkeypatch.setattr(optimizers, "copy_bandwidth", partial(copy_bandwidth, size=1 << 20))
 
 
 @needs_ptwt
@@ -38,9 +46,9 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
     printed = capsys.readouterr().out
     assert "times as fast as the ptwt step" in printed
-    assert "aim: at least 10" in printed
+    assert "target: at least 10" in printed
     assert "times as long as AdamW(foreach=False)" in printed
-    assert "aim: at most 1.2" in printed
+    assert "target: at most 1.2" in printed
 
     (path,) = out.iterdir()
     _, rows = records.read(path)
@@ -76,7 +84,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
 
 def test_a_run_for_each_number_of_threads(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a record of its own each; and afterwards there are as many as before."""
+    """Each in its own record; afterwards the number of threads is restored."""
     before = torch.get_num_threads()
     monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
     dates = iter(["2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00"])
@@ -108,7 +116,7 @@ def test_a_failed_check_fails_the_run(
     assert "times as long as" not in capsys.readouterr().out
 
 
-def test_an_interrupted_run_keeps_what_it_had(
+def test_an_interrupted_run_keeps_its_results(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(groups: list[dict]) -> None:
@@ -127,7 +135,7 @@ def test_an_interrupted_run_keeps_what_it_had(
     assert [row["metric"] for row in rows if row["optimizer"] is None] == ["copy_bandwidth", "ratio"]
 
 
-def test_what_the_minutes_do_not_reach_becomes_rows(
+def test_candidates_beyond_the_time_limit_become_rows(
     tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
@@ -158,7 +166,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(optimizers, "copy_bandwidth", lambda *_: pytest.fail("measured"))
     assert optimizers.main(["--device", "cuda:1", "--out", str(tmp_path), "--commit", "abc"]) == 1
@@ -169,7 +177,7 @@ def test_a_device_that_is_not_there_is_a_row(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("given", ["cuda", "cuda:0"])
-def test_a_cuda_device_is_made_current_by_its_number(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_device_gets_an_index(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.cuda.set_device` refuses a device without one."""
     made: list[torch.device] = []
 
@@ -185,7 +193,7 @@ def test_a_cuda_device_is_made_current_by_its_number(given: str, monkeypatch: py
     assert made == [torch.device("cuda", 0)]
 
 
-def test_a_time_budget_on_cuda_begins_with_the_aims() -> None:
+def test_a_time_budget_on_cuda_starts_with_the_targets() -> None:
     candidates = [adamw(HALF, foreach=False), adamw(HALF, fused=True), gwt(2, HALF, limiter=False)]
     order = optimizers.batches(["llama_1b", "llama_7b"], candidates, torch.device("cuda"))
     assert [(model, candidate.name) for model, (candidate,) in order] == [

@@ -1,4 +1,4 @@
-"""Pre-training on several processes: the run of one process, resumed on others, and killed at any moment."""
+"""Pre-training on several processes: equal to one process, resumed on other numbers, and killed at any moment."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options(tmp_path: Path) -> list[str]:
 
 
 def assert_close(out: Path, alone: Path) -> None:
-    """Raise AssertionError unless a run has the losses and weights of another to rounding."""
+    """Raise AssertionError unless losses and weights of two runs are equal up to rounding."""
     assert losses(out) == pytest.approx(losses(alone), rel=2e-6)
     assert losses(out, "eval") == pytest.approx(losses(alone, "eval"), rel=2e-6)
     weights = checkpoint.read(alone / "checkpoint.pt")["model"]
@@ -40,7 +40,7 @@ def assert_close(out: Path, alone: Path) -> None:
         assert difference < 1e-4, f"{out.name}: {name} is off by {difference}"
 
 
-def test_every_mode_is_the_run_of_one_process_and_resumes_on_others(tmp_path: Path, options: list[str]) -> None:
+def test_every_mode_equals_one_process_and_resumes_on_others(tmp_path: Path, options: list[str]) -> None:
     forked.run(2, parallel_runs.every_mode, options, tmp_path)
     clipped = [*options, "--grad-clip", "0.5", "--accumulate", "2"]
     trained_here(None, options, tmp_path / "alone")
@@ -60,12 +60,12 @@ def test_every_mode_is_the_run_of_one_process_and_resumes_on_others(tmp_path: Pa
         assert_close(out, tmp_path / "alone")
 
 
-def test_what_is_damaged_or_cannot_be_divided_stops_every_process(tmp_path: Path, options: list[str]) -> None:
+def test_a_damaged_checkpoint_or_bad_division_stops_every_process(tmp_path: Path, options: list[str]) -> None:
     forked.run(2, parallel_runs.damage, tmp_path, options)
 
 
 def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(tmp_path: Path, options: list[str]) -> None:
-    """`GWT_KILL_TRIALS=100 python -m pytest -s -k killed test_parallel_pretrain.py` for a hundred trials."""
+    """`GWT_KILL_TRIALS=100 python -m pytest -s -k killed test_parallel_pretrain.py` kills a run a hundred times."""
     reference = tmp_path / "reference"
     run = forked.Processes(2, parallel_runs.saving_run, options, reference)
     while not (reference / "log.jsonl").exists() and run.running:

@@ -1,4 +1,4 @@
-"""The peers of the optimizer benchmark: one that is not there is a row, one that is there moves as AdamW does."""
+"""Peers of the optimizer benchmark: a missing package becomes a row, an installed one is checked and timed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def peers(name: str, dtype: torch.dtype = torch.float32) -> list[Candidate]:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_a_package_that_is_not_there_is_a_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_becomes_a_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
     for module in [*sys.modules]:
         if module.split(".")[0] == PACKAGES[name] or module == "bench.optimizers.ptwt_step":
@@ -78,7 +78,7 @@ def test_a_package_that_is_not_there_is_a_row(name: str, monkeypatch: pytest.Mon
         for name in sorted(set(PACKAGES) - {"ptwt", "torchao"})
     ],
 )
-def test_a_package_that_is_there_is_checked_and_timed(name: str, dtype: torch.dtype) -> None:
+def test_an_installed_package_is_checked_and_timed(name: str, dtype: torch.dtype) -> None:
     results = timing.measure("tiny", peers(name, dtype), SHAPES, CPU, repetitions=1, bandwidth=1e9)
     for result in results:
         assert bool(result.metrics) != bool(result.note)
@@ -87,7 +87,7 @@ def test_a_package_that_is_there_is_checked_and_timed(name: str, dtype: torch.dt
         assert any(result.metrics for result in results)
 
 
-def test_names_tell_all_candidates_apart() -> None:
+def test_names_of_candidates_are_distinct() -> None:
     for device in ("cpu", "cuda"):
         candidates = suite(PEERS, [0, 1, 2, 3], torch.device(device))
         keys = [(candidate.name, candidate.dtype) for candidate in candidates]
@@ -130,7 +130,7 @@ class NotANumber(AdamW):
         self.param_groups[0]["params"][0].data[0] = float("nan")
 
 
-def test_what_moves_as_adamw_does_passes() -> None:
+def test_an_update_like_adamw_passes() -> None:
     assert verdict(like(lambda groups: AdamW(groups))) <= 1
     assert verdict(like(lambda groups: OverwritesGradients(groups))) <= 1
 
@@ -148,7 +148,7 @@ def test_what_moves_as_adamw_does_passes() -> None:
     ids=["sgd", "ascent", "momentum", "second moment", "a tensor left out", "nan"],
 )
 @pytest.mark.parametrize("likeness", [ADAMW, EIGHT_BIT], ids=["exact", "8 bits"])
-def test_what_moves_otherwise_fails(broken: Callable[[list[dict]], Optimizer], likeness: Likeness) -> None:
+def test_an_update_unlike_adamw_fails(broken: Callable[[list[dict]], Optimizer], likeness: Likeness) -> None:
     (result,) = timing.measure("tiny", [like(broken, likeness)], SHAPES, CPU, repetitions=1, bandwidth=1e9)
     assert not result.metrics
     assert result.note.startswith("not timed: differs from AdamW's update by ")
@@ -156,7 +156,7 @@ def test_what_moves_otherwise_fails(broken: Callable[[list[dict]], Optimizer], l
 
 
 class Projector:
-    """As GaLore's: renewed when the step is a multiple of the gap."""
+    """A stand-in for GaLore's projector: renewed if the step is a multiple of the gap."""
 
     def __init__(self) -> None:
         self.ortho_matrix, self.renewals = torch.ones(10, 3), 0
@@ -167,17 +167,17 @@ class Projector:
             torch.linalg.svd(torch.randn(300, 300))
 
 
-def test_projections_are_state_that_is_read_and_their_renewal_is_timed() -> None:
-    trial = build(like(lambda groups: AdamW(groups)), [*SHAPES, SHAPES[0]], CPU)
-    assert projection_time(trial, CPU) is None
-    moved, held = bytes_moved(trial), held_bytes(trial.optimizer.state)
-    first, twin = trial.tensors[0], trial.tensors[-1]
+def test_projections_are_read_only_state_with_a_timed_renewal() -> None:
+    built = build(like(lambda groups: AdamW(groups)), [*SHAPES, SHAPES[0]], CPU)
+    assert projection_time(built, CPU) is None
+    moved, held = bytes_moved(built), held_bytes(built.optimizer.state)
+    first, twin = built.tensors[0], built.tensors[-1]
     projectors = [Projector(), Projector()]
     for p, projector in zip((first, twin), projectors, strict=True):
-        trial.optimizer.state[p]["projector"] = projector
-    once = projection_time(trial, CPU)
+        built.optimizer.state[p]["projector"] = projector
+    once = projection_time(built, CPU)
     assert once is not None
     assert once > 0
-    assert [projector.renewals for projector in projectors] == [2, 0]  # both are of one shape
-    assert bytes_moved(trial) - moved == 2 * 30 * 4
-    assert held_bytes(trial.optimizer.state) - held == 2 * 30 * 4
+    assert [projector.renewals for projector in projectors] == [2, 0]  # both have one shape
+    assert bytes_moved(built) - moved == 2 * 30 * 4
+    assert held_bytes(built.optimizer.state) - held == 2 * 30 * 4

@@ -1,9 +1,10 @@
-"""Pre-training: schedule, exact resume, fair comparison, and errors that say what to do."""
+"""Pre-training: schedule, exact resume, fair comparison, and errors that name the remedy."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small only lose time when threads share them."""
+    """One thread: sharing such small tensors among threads only costs time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +86,7 @@ def load_corpus_tokens(options: list[str]) -> int:
 # Training
 
 
-def test_schedule_values() -> None:
+def test_learning_rate_schedule() -> None:
     at = {step: lr_factor(step, steps=100, warmup=0.1, min_lr=0.1) for step in range(1, 101)}
     assert [at[1], at[5], at[10], at[100]] == pytest.approx([0.1, 0.5, 1.0, 0.1], rel=1e-12)
     assert at[55] == pytest.approx(0.55, rel=1e-12)  # half-way down the cosine
@@ -97,7 +98,7 @@ def test_schedule_values() -> None:
 def test_resume_is_exact(tmp_path: Path, options: list[str], optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained([*options, "--optimizer", optimizer], whole)
-    # Step 5 lies between two lines of the log, and off the warm-up's end.
+    # Step 5 is between two lines of the log, and not the last of the warm-up.
     trained([*options, "--optimizer", optimizer], parts, stop_at=5)
     half = checkpoint.read(parts / "checkpoint.pt")
     assert half["step"] == 5
@@ -150,7 +151,7 @@ def test_checkpoint_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.
     assert checkpoint.read(path) == {"step": 1}
 
 
-def test_accumulation_equals_the_bigger_batch(options: list[str]) -> None:
+def test_accumulation_equals_a_larger_batch(options: list[str]) -> None:
     # After one step without clipping AdamW's first moment is a tenth of the gradient.
     def gradient(batch: int, accumulate: int) -> torch.Tensor:
         sizes = ("--batch", str(batch), "--accumulate", str(accumulate), "--grad-clip", "0")
@@ -181,11 +182,11 @@ def test_log_holds_the_schedule(tmp_path: Path, options: list[str]) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("optimizer", CONTENDERS)
-def test_state_bytes_predicted_are_those_held(options: list[str], optimizer: str, precision: str) -> None:
+def test_predicted_state_bytes_are_exact(options: list[str], optimizer: str, precision: str) -> None:
     assert_predicted_state_bytes(run_of(options, optimizer, "--precision", precision))
 
 
-def test_scale_sets_the_matrices_apart_for_every_contender(tiny: Path) -> None:
+def test_scale_sets_the_rate_of_matrices_for_every_optimizer(tiny: Path) -> None:
     model = build_model(load_config(str(tiny)), seed=0, device=torch.device("cpu"), dtype=torch.float32)
     matrices = {id(p) for name, p in model.named_parameters() if "proj" in name}
     for name in CONTENDERS:
@@ -251,7 +252,7 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
 
 SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {"sweep_demo_warmup10.json": {"gwt3"}, "sweep_demo_warmup10_clipped.json": {"gwt3"}}
-"""Optimizers that a regime's sweep was given up on; docs/traps.md quotes no loss of theirs."""
+"""Optimizers whose sweep under a regime was abandoned; docs/traps.md quotes no loss of theirs."""
 
 
 @pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)
@@ -261,7 +262,7 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
     unfinished = UNFINISHED.get(record.name, set()) & tried.keys()
     compared = tried.keys() - unfinished
     assert {"adamw", "gwt2"} <= compared
-    assert len({tried[name] for name in compared}) == 1  # as many settings for each
+    assert len({tried[name] for name in compared}) == 1  # equally many settings for each
     assert all(tried[name] < tried["adamw"] for name in unfinished)
     shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
     assert len({tuple(run[key] for key in shared) for run in runs if run["heldout_loss"]}) == 1
@@ -273,14 +274,16 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_preset_runs_the_best_of_its_sweep(path: Path) -> None:
+def test_preset_uses_the_best_setting_of_its_sweep(path: Path) -> None:
     parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
-    assert len({len(grid["lr"]) * len(grid["scale"]) for grid in grids.values()}) <= 1  # as many settings for each
+    sizes = {math.prod(map(len, grid.values())) for grid in grids.values()}
+    assert len(sizes) <= 1, "each has as many settings"
     runs = read_runs(parsed.sweep_record) if parsed.sweep_record else []
     for name in {*grids, "adamw", "gwt2"}:
         expected = best_settings(runs, name) or json.loads(path.read_text())
         config = pretrain.run_config(parsed, name)
         assert (config.lr, config.scale) == (expected["lr"], expected["scale"])
+        assert config.momentum == expected.get("momentum")
 
 
 # Errors
@@ -341,7 +344,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path, options: list[str]) -> 
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
 
 
-# What only a GPU shows
+# GPU only
 
 
 @pytest.mark.gpu
@@ -363,5 +366,5 @@ def test_bfloat16_on_cuda(tmp_path: Path, options: list[str], extra: list[str]) 
     for result in json.loads((tmp_path / "compare.json").read_text()):
         assert result["precision"] == "bfloat16"
         assert result["state_bytes_measured"] == result["state_bytes_predicted"]
-        assert result["heldout_loss"] < 5.0  # below the 5.55 of a model that knows nothing
+        assert result["heldout_loss"] < 5.0  # below the 5.55 of a uniform guess
         assert result["optimizer_ms"]["median"] > 0

@@ -1,4 +1,4 @@
-"""Comparisons over seeds: settings from the sweep, failures as rows, an interruption, and the record left."""
+"""Comparisons over seeds: settings from the sweep, failures as rows, interruptions, and the record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def options(tmp_path: Path) -> list[str]:
 
 
 def swept(folder: Path, **best_lr: float) -> list[str]:
-    """A sweep in which each optimizer's best had the given rate, as options."""
+    """Return options with a sweep in which each optimizer's best run had the given rate."""
     model = str(tiny_model(folder))
     rows = [
         {"model": model, "optimizer": name, "lr": rate, "scale": 0.5, "seed": 0, "heldout_loss": loss}
@@ -78,7 +78,7 @@ def test_compare_over_seeds_end_to_end(
     assert table.rstrip() in capsys.readouterr().out
     image = imread(out / "losses.png")
     assert image.shape[1] > 1.5 * image.shape[0]  # two panels
-    assert image[..., :3].std() > 0.05  # something is drawn
+    assert image[..., :3].std() > 0.05  # the figure has lines
 
     benchmark, rows = records.read(record)
     assert benchmark == "quality"
@@ -118,7 +118,7 @@ def without_times(rows: list[Row]) -> list[Row]:
     return [row for row in kept if row["metric"] != "optimizer_step"]
 
 
-def test_an_interrupted_comparison_goes_on(
+def test_an_interrupted_comparison_resumes(
     tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = [*options, "--compare", "adamw", "gwt2", "gwt3", "--save-every", "3"]
@@ -162,11 +162,11 @@ def test_a_repeated_run_replaces_its_rows(tmp_path: Path, options: list[str]) ->
     third = run("--seed", "1")
     assert third[: len(second)] == second
     assert {row["seed"] for row in third[len(second) :]} == {1}
-    assert len(run("--steps", "9", "--stop-at", "5")) == len(third)  # an unfinished run leaves nothing
+    assert len(run("--steps", "9", "--stop-at", "5")) == len(third)  # an unfinished run leaves no rows
     assert len(run("--steps", "9")) > len(third)
 
 
-def test_the_record_without_a_file_is_the_presets(options: list[str]) -> None:
+def test_record_defaults_to_the_file_of_the_preset(options: list[str]) -> None:
     assert pretrain.parse([*options, "--record"])[0].record == records.RESULTS / "quality_cpu.json"
     assert pretrain.parse([*options, "--preset", "small", "--record"])[0].record.name == "quality_small.json"
     assert pretrain.parse([*options, "--record", "x.json"])[0].record == Path("x.json")
@@ -178,7 +178,7 @@ def test_a_single_run_that_diverges_is_an_error(tmp_path: Path, options: list[st
         pretrain.main([*options, "--lr", "1e30", "--out", str(tmp_path / "out")])
 
 
-def test_a_comparison_that_nothing_survives(
+def test_a_comparison_in_which_every_run_diverges(
     tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain.main([*options, "--lr", "1e30", "--compare", "adamw", "gwt2", "--out", str(tmp_path / "out")])
@@ -186,7 +186,7 @@ def test_a_comparison_that_nothing_survives(
     assert not (tmp_path / "out" / "losses.png").exists()
 
 
-def test_mean_and_spread_by_hand() -> None:
+def test_mean_and_spread_worked_by_hand() -> None:
     runs = [
         [{"tokens": 10, "seconds": 1.0, "loss": 4.0}, {"tokens": 20, "seconds": 2.0, "loss": 2.0}],
         [{"tokens": 10, "seconds": 3.0, "loss": 6.0}, {"tokens": 20, "seconds": 6.0, "loss": 2.0}],
@@ -198,7 +198,7 @@ def test_mean_and_spread_by_hand() -> None:
     assert with_spread([1.0], 2) == "1.00"
 
 
-def test_seconds_are_those_of_training_across_a_resume(
+def test_training_seconds_add_up_across_a_resume(
     tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -226,7 +226,7 @@ def test_seconds_are_those_of_training_across_a_resume(
     assert read_result(tmp_path / "out")["seconds"] == 10.0
 
 
-def test_runs_on_other_batches_are_not_compared(options: list[str]) -> None:
+def test_runs_on_different_batches_are_not_compared(options: list[str]) -> None:
     assert run_of(options, "gwt2", "--seed", "1").data_digest == 0
     one = {"optimizer": "adamw", "seed": 0, "data_digest": "1", "step": 10, "text": "x", "heldout_tokens": 9}
     check_same_batches([one, {**one, "optimizer": "gwt2"}, {**one, "seed": 1, "data_digest": "2"}])

@@ -1,4 +1,4 @@
-"""Raw results: what was added is read back, an interrupted write loses nothing, a foreign file is named."""
+"""Raw results: rows are read back, an interrupted write loses nothing, an unknown file is refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.common import records
 ABOUT = {"device": "NVIDIA H100 80GB HBM3", "date": "2026-01-02T03:04:05+00:00"}
 
 
-def test_rows_come_back_in_order_and_one_a_line(tmp_path):
+def test_rows_are_read_back_in_order_one_per_line(tmp_path):
     path = tmp_path / "new" / "kernels.json"
     records.append(path, "kernels", [{"a": 1}, {"a": 2}])
     records.append(path, "kernels", [{"a": None}])
@@ -25,11 +25,11 @@ def test_rows_come_back_in_order_and_one_a_line(tmp_path):
     ]
 
 
-def test_no_file_is_no_rows(tmp_path):
+def test_a_missing_file_has_no_rows(tmp_path):
     assert records.rows_of(tmp_path / "none.json", "kernels") == []
 
 
-def test_a_row_that_json_cannot_hold_leaves_the_record_as_it_was(tmp_path):
+def test_a_row_that_json_cannot_represent_changes_nothing(tmp_path):
     path = tmp_path / "r.json"
     records.append(path, "kernels", [{"a": 1}])
     with pytest.raises(ValueError, match="JSON"):
@@ -48,7 +48,7 @@ def test_a_file_of_unknown_format_is_refused_by_name(tmp_path, content):
     assert path.read_text() == content
 
 
-def test_another_benchmarks_record_is_refused(tmp_path):
+def test_a_record_of_another_benchmark_is_refused(tmp_path):
     path = tmp_path / "r.json"
     records.append(path, "kernels", [])
     with pytest.raises(ValueError, match="'kernels', not of 'sweep'"):
@@ -60,7 +60,7 @@ def _add(path: Path, number: int) -> None:
         records.append(path, "sweep", [{"writer": number, "k": k}])
 
 
-def test_several_writers_lose_nothing(tmp_path):
+def test_concurrent_writers_lose_nothing(tmp_path):
     path = tmp_path / "shared.json"
     writers = [multiprocessing.get_context("fork").Process(target=_add, args=(path, i)) for i in range(3)]
     for writer in writers:
@@ -71,7 +71,7 @@ def test_several_writers_lose_nothing(tmp_path):
     assert sorted((row["writer"], row["k"]) for row in rows) == [(i, k) for i in range(3) for k in range(10)]
 
 
-def test_files_are_named_by_what_made_them(tmp_path):
+def test_names_of_files(tmp_path):
     path = records.new_path("kernels", ABOUT, tmp_path)
     assert path == tmp_path / "kernels_nvidia-h100-80gb-hbm3_20260102T030405.json"
 

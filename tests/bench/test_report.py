@@ -1,4 +1,4 @@
-"""The report: its pages say what the rows say, stale ones are found, and what cannot be read is refused by name."""
+"""The report: pages show the rows, stale pages are found, and unreadable results are refused by name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def images(place: Path) -> set[str]:
     return {path.stem for path in (place / "docs" / "images").glob("*.svg")}
 
 
-def test_everything_is_shown(place: Path) -> None:
+def test_every_benchmark_is_shown(place: Path) -> None:
     for benchmark in MAKERS:
         record(place, benchmark, CPU)
         if benchmark in ("optimizers", "kernels"):
@@ -72,7 +72,7 @@ def test_everything_is_shown(place: Path) -> None:
         in speed
     )
     assert "- APOLLO, bf16: apollo_torch is not installed" in speed
-    assert "1.75 (aim: at least 1.7, met)" in speed
+    assert "1.75 (target: at least 1.7, met)" in speed
     assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed
@@ -117,7 +117,7 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert "with clipping" not in readme  # for the page
 
 
-def test_a_run_that_timed_nothing_is_shown_and_hides_no_other(place: Path) -> None:
+def test_a_run_without_times_is_shown_and_hides_no_other(place: Path) -> None:
     note = measured("step_time", "s", None, 0, "no device: PyTorch finds no cuda:0 here")
     newer = CPU | {"date": "2026-05-05T05:05:05+00:00", "command": "python -m bench.optimizers --device cuda:0"}
     records.append(place / "results" / "optimizers_none.json", "optimizers", [{"optimizer": None} | note | newer])
@@ -132,7 +132,7 @@ def test_a_run_that_timed_nothing_is_shown_and_hides_no_other(place: Path) -> No
     )
 
 
-def test_settings_from_no_sweep_are_named(place: Path) -> None:
+def test_settings_not_from_a_sweep_are_named(place: Path) -> None:
     record(place, "quality", CPU)
     said = "Not the best of a sweep below, so the comparison is not even: "
     report(place)
@@ -142,7 +142,7 @@ def test_settings_from_no_sweep_are_named(place: Path) -> None:
     assert f"{said}APOLLO.\n" in page(place, "quality.md")
 
 
-def test_many_ways_to_store_have_a_table_of_their_own(place: Path) -> None:
+def test_many_storage_options_get_their_own_table(place: Path) -> None:
     ways = ("", "-split", "-bf16", "-bf16-stochastic", "-int8")
     ends = ENDS | {f"{rule}2{way}": 1.3 + 0.01 * i for i, way in enumerate(ways) for rule in ("foam", "gwt")}
     records.append(place / "results" / "quality.json", "quality", quality_rows(CPU, ends))
@@ -158,7 +158,7 @@ def test_many_ways_to_store_have_a_table_of_their_own(place: Path) -> None:
     assert "| FOAM level 2, split weights | 0.03 | 0.1 | 3 |" in folded
 
 
-def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_without_results_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(place) == 0
     speed, models = page(place, "performance.md"), page(place, "quality.md")
     assert "No GPU was at hand" in speed
@@ -169,9 +169,9 @@ def test_no_results_give_pages_that_say_so(place: Path, capsys: pytest.CaptureFi
     assert report(place, "--check") == 0
 
 
-def test_results_of_a_cpu_alone_are_not_taken_for_a_gpu_s(place: Path) -> None:
+def test_cpu_results_do_not_count_as_gpu_results(place: Path) -> None:
     record(place, "optimizers", CPU)
-    record(place, "host", GPU)  # host time is no time of the device
+    record(place, "host", GPU)  # host time is not device time
     report(place)
     assert "No GPU was at hand" in page(place, "performance.md")
     assert "No time on a GPU is known yet" in (place / "README.md").read_text()
@@ -213,7 +213,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("message", TAMPERED)
-def test_check_finds_what_is_stale(place: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_stale_pages(place: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     record(place, "quality", CPU)
     record(place, "optimizers", CPU)
     assert report(place, "--check") == 1  # nothing is written yet
@@ -232,7 +232,7 @@ def test_check_finds_what_is_stale(place: Path, message: str, capsys: pytest.Cap
     assert report(place, "--check") == 0
 
 
-def test_the_same_rows_make_the_same_picture(tmp_path: Path) -> None:
+def test_equal_rows_give_equal_pictures(tmp_path: Path) -> None:
     plot = plots.Plot(
         "a", "steps", performance.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))])
     )
@@ -244,7 +244,7 @@ def test_the_same_rows_make_the_same_picture(tmp_path: Path) -> None:
     assert plot._replace(data=plot.data[:1]).digest != plot.digest
 
 
-def test_a_picture_of_someone_else_is_left_alone(place: Path) -> None:
+def test_unknown_pictures_are_left_alone(place: Path) -> None:
     other = place / "docs" / "images" / "logo.svg"
     other.parent.mkdir()
     other.write_text("<svg/>")
@@ -273,7 +273,7 @@ def test_unknown_block_is_refused_by_name(place: Path, capsys: pytest.CaptureFix
     assert "mistyped" in capsys.readouterr().err
 
 
-def test_newest_run_comes_first_and_older_ones_fold(place: Path) -> None:
+def test_newest_run_comes_first_and_older_ones_are_folded(place: Path) -> None:
     record(place, "optimizers", GPU, "a")
     record(place, "optimizers", GPU | {"date": "2026-03-04T05:06:07+00:00"}, "b")
     report(place)
@@ -281,8 +281,8 @@ def test_newest_run_comes_first_and_older_ones_fold(place: Path) -> None:
     assert speed.index("optimizers_b.json") < speed.index("<details") < speed.index("optimizers_a.json")
 
 
-def test_panels_are_each_of_one_run() -> None:
-    """A model that the newest run left out is shown from the run before."""
+def test_each_panel_shows_one_run() -> None:
+    """A model missing from the newest run is shown from the run before."""
     old = rows.Run("old", "optimizers", "d", optimizer_rows(GPU))
     new = rows.Run("new", "optimizers", "d", optimizer_rows(GPU, ("llama_1b",)))
     for row in new.rows:
@@ -295,7 +295,7 @@ def test_panels_are_each_of_one_run() -> None:
     assert not any("clipped" in entry["label"] for entries in panels.values() for entry in entries)
 
 
-def test_unfinished_runs_count_in_no_final_loss() -> None:
+def test_unfinished_runs_have_no_final_loss() -> None:
     found = quality_rows(CPU)
     cut = [r for r in found if not (r["optimizer"] == "gwt2" and r["seed"] == 2 and r.get("step", 0) > 200)]
     (comparison,) = quality.comparisons([rows.Run("f", "quality", "d", cut)])
@@ -321,7 +321,7 @@ def test_a_repeated_run_replaces_the_older_one() -> None:
     ("value", "text"),
     [(1234.5, "1,230"), (99.96, "100"), (12.345, "12.3"), (0.012345, "0.0123"), (0, "0"), (None, "-"), (1, "1.00")],
 )
-def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
     assert markdown.number(value) == text
 
 
@@ -332,8 +332,8 @@ def test_a_new_column_keeps_cases_apart() -> None:
     assert rows.telling_columns(found, ["optimizer"]) == ["optimizer", "graph"]
 
 
-def test_a_run_whose_sources_have_changed_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a run of the step in C that says nothing of them; one of another benchmark is not about them."""
+def test_a_run_with_changed_sources_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is a run of the step in C without a digest; runs of other benchmarks are not marked."""
     now = sources.digest("compiled")
     assert now == sources.digest("compiled") != sources.digest("torch")
 
@@ -352,7 +352,7 @@ def test_a_run_whose_sources_have_changed_is_marked(monkeypatch: pytest.MonkeyPa
         said(sources=now)
 
 
-def test_a_digest_is_of_all_that_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_covers_all_compiled_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "backends" / "cpu"
     folder.mkdir(parents=True)
     monkeypatch.setattr(sources, "PACKAGE", tmp_path)

@@ -1,4 +1,4 @@
-"""Tests the benchmark of roundings on a CPU: every way is a row, and numbers that differ are no times."""
+"""The benchmark of roundings on a CPU: a row for every storage, and no times if the results differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
-def test_every_way_is_measured_and_shown(tmp_path: Path) -> None:
+def test_every_storage_is_measured_and_shown(tmp_path: Path) -> None:
     assert roundings.main([*SMALL, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("roundings_*.json")
     rows = records.rows_of(path, "roundings")
@@ -40,8 +40,8 @@ def test_every_way_is_measured_and_shown(tmp_path: Path) -> None:
     assert lines[-1].startswith("The float32 steps: gwt ")
 
 
-def test_other_numbers_are_no_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_step, "ROUNDINGS", SimpleNamespace(index=lambda rounding: 0))  # the nearest
+def test_wrong_results_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_step, "ROUNDINGS", SimpleNamespace(index=lambda rounding: 0))  # rounds to nearest
     monkeypatch.setattr(roundings, "RULES", ("gwt",))
     monkeypatch.setattr(roundings, "STORAGES", (roundings.Storage("bfloat16", "stochastic"),))
     assert roundings.main([*SMALL, "--out", str(tmp_path)]) == 0

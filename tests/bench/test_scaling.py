@@ -1,4 +1,4 @@
-"""The benchmark of several processes: bytes and collectives are the plan's, predictions stand beside times."""
+"""The benchmark of several processes: bytes and collectives equal the plan's, and predictions are recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two processes."""
+    """The record of a run on two processes."""
     out = tmp_path_factory.mktemp("out")
     arguments = ["--model", str(model), "--processes", "2", "--repetitions", "2", "--out", str(out)]
     assert scaling.main([*arguments, "--note", "Nothing else ran."]) == 0
@@ -43,7 +43,7 @@ def medians(record: Path) -> dict[tuple[int, str | None, str], float]:
     return {(row["processes"], row["setting"], row["metric"]): row["median"] for row in found if "bytes" not in row}
 
 
-def test_bytes_and_collectives_are_those_of_the_shapes(record: Path) -> None:
+def test_bytes_and_collectives_equal_those_of_the_shapes(record: Path) -> None:
     found = medians(record)
     limited = 2 * sum(map(len, LAYER))
     for setting, expected in (
@@ -59,7 +59,7 @@ def test_bytes_and_collectives_are_those_of_the_shapes(record: Path) -> None:
             whole = 5 * -(-12 // n) + 2 * -(-9 // n) * 12  # norms, embedding and head are not transformed
             tensors = limited + 5 + 2
             scalars = 2 * tensors + (limited if setting.startswith("limiter") else 0)
-            # `step` is 8 bytes, all else 4.
+            # `step` is 8 bytes, everything else 4.
             assert found[n, setting, "state_bytes"] == 4 * (2 * (blocked + whole) + scalars)
 
 
@@ -75,7 +75,7 @@ def test_every_case_is_timed_and_predicted(record: Path) -> None:
 
 
 def measured(n: int, setting: str, **seconds: float) -> scaling.Measured:
-    """A made-up run in which the second process is the slower one by the wall."""
+    """A made-up run in which the second process is the slower one in wall time."""
     steps = {f"{k}/{what}/{name}": 0.1 / k for k in (1, n) for what in ("step", "host") for name in SETTINGS}
     steps |= {f"{n}/all-reduce/16": 1e-3, f"{n}/all-reduce/168": 2e-3, f"{n}/all-reduce/{LARGE}": 5e-3}
     steps |= {act: 0.01 for act in steps if "/host/" in act} | seconds
@@ -89,7 +89,7 @@ def measured(n: int, setting: str, **seconds: float) -> scaling.Measured:
     return scaling.Measured(counted, [first, other])
 
 
-def test_prediction_by_hand() -> None:
+def test_prediction_worked_by_hand() -> None:
     run = measured(2, "limiter")
     found = {row["metric"]: row["median"] for row in scaling.rows_of("llama_small", 2, "limiter", run)}
     alone = scaling.planned("llama_small", 1, "no limiter").largest.moved_bytes
@@ -98,7 +98,7 @@ def test_prediction_by_hand() -> None:
     assert found["predicted_step_cpu_time"] == pytest.approx(cpu, rel=1e-12)
     assert found["crowding"] == pytest.approx(2, rel=1e-12)
     links = scaling.links_of(2, run)
-    assert links["latency"] == pytest.approx(4e-3 / 2, rel=1e-12)  # of 168 bytes, by the wall
+    assert links["latency"] == pytest.approx(4e-3 / 2, rel=1e-12)  # of 168 bytes, in wall time
     assert links["link_bandwidth"] == pytest.approx(LARGE / 6e-3, rel=1e-12)
     assert found["predicted_collective_time"] == pytest.approx(4e-3 + 168 / links["link_bandwidth"], rel=1e-12)
     wall = 2 * cpu + found["predicted_collective_time"]
@@ -110,7 +110,7 @@ def test_prediction_by_hand() -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("state_bytes", 1), ("collectives", []), ("collectives", [["all-reduce", 2, 172]])]
 )
-def test_what_is_not_planned_stops_the_run(rank: int, key: str, value: Any) -> None:
+def test_a_deviation_from_the_plan_stops_the_run(rank: int, key: str, value: Any) -> None:
     sharded = scaling.planned("llama_small", 2, "limiter")
     counted = measured(2, "limiter").counted
     scaling.check(sharded, "limiter", counted)
@@ -119,7 +119,7 @@ def test_what_is_not_planned_stops_the_run(rank: int, key: str, value: Any) -> N
         scaling.check(sharded, "limiter", counted)
 
 
-def test_the_page_shows_predicted_beside_measured(record: Path, tmp_path: Path) -> None:
+def test_page_shows_predictions_and_measurements(record: Path, tmp_path: Path) -> None:
     assert "python -m bench.scaling" in page_of([])
     runs = rows.load(record.parent)
     page = blocks.fill("<!-- measured -->\n<!-- /measured -->", runs, "")
@@ -139,7 +139,7 @@ def test_the_page_shows_predicted_beside_measured(record: Path, tmp_path: Path) 
     assert blocks.fill(page, rows.load(tmp_path), "") != page  # so that --check notices
 
 
-def test_spread_is_the_first_s_cpu_time_and_the_slowest_s_wall_time() -> None:
+def test_spread_uses_first_cpu_time_and_slowest_wall_time() -> None:
     times = [{"2/copy": [(1.0, 0.1), (5.0, 0.2)]}, {"2/copy": [(2.0, 0.3), (3.0, 0.1)]}, {}]
     run = scaling.Measured([], times)
     assert run.spread("2/copy", cpu=False) == Spread.of([2.0, 5.0])

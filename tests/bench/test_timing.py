@@ -1,4 +1,4 @@
-"""Timing a candidate: what is wrong, missing or too large becomes a row without a time, and the others go on."""
+"""Timing a candidate: wrong, missing or too large ones become rows without a time, and the others continue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def measured(candidates: list[Candidate], repetitions: int = 2) -> list[Result]:
 
 
 class NotANumber(GWTAdamW):
-    """GWTAdamW that spoils one weight of each tensor."""
+    """GWTAdamW that makes one weight of each tensor NaN."""
 
     def step(self, closure: None = None) -> None:
         super().step()
@@ -43,7 +43,7 @@ class ForgetsToStoreMoments(GWTAdamW):
     [ScaledWrong, NotANumber, ForgetsToStoreMoments, lambda groups: GWTAdamW(groups, norm_growth_limit=None)],
     ids=["scale", "nan", "moments", "no limiter"],
 )
-def test_a_wrong_result_gets_no_time(broken: type[GWTAdamW], dtype: torch.dtype) -> None:
+def test_a_wrong_result_is_not_timed(broken: type[GWTAdamW], dtype: torch.dtype) -> None:
     good = gwt(2, dtype, limiter=True)
     right, wrong = measured([good, good._replace(name="broken", build=broken)])
     assert right.seconds is not None
@@ -56,8 +56,8 @@ def test_a_wrong_result_gets_no_time(broken: type[GWTAdamW], dtype: torch.dtype)
     assert (row["metric"], row["median"], row["note"]) == ("step_time", None, wrong.note)
 
 
-def test_every_step_gets_the_same_gradients() -> None:
-    """As some optimizers overwrite theirs, and a step on zeros or infinities takes another time."""
+def test_every_step_gets_equal_gradients() -> None:
+    """Some optimizers overwrite their gradients, and a step on zeros or infinities takes a different time."""
 
     class Spoiling(GWTAdamW):
         def step(self, closure: None = None) -> None:
@@ -71,7 +71,7 @@ def test_every_step_gets_the_same_gradients() -> None:
     assert result.seconds is not None, result.note
 
 
-def test_an_exception_becomes_a_row_and_the_others_go_on() -> None:
+def test_an_exception_becomes_a_row_and_the_others_continue() -> None:
     def absent(groups: list[dict]) -> None:
         import a_package_that_nobody_has  # noqa: F401
 
@@ -91,7 +91,7 @@ def test_an_exception_becomes_a_row_and_the_others_go_on() -> None:
     assert [result.failed for result in results] == [False, True, False]  # only this package has to run
 
 
-def test_times_stay_where_a_later_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_metrics_stay_if_a_later_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no counters")
 
@@ -103,7 +103,7 @@ def test_times_stay_where_a_later_measurement_fails(monkeypatch: pytest.MonkeyPa
     assert {row["note"] for row in rows} == {"cannot run here: RuntimeError: no counters"}
 
 
-def test_what_does_not_fit_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_too_large_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "available_bytes", lambda device: 1000)
     monkeypatch.setattr(timing, "build", lambda *_: pytest.fail("allocated"))
     (result,) = measured([gwt(2, SINGLE, limiter=True)])

@@ -1,4 +1,4 @@
-"""Tests the factor on the update: Adam's bias correction, kept exact where it cancels."""
+"""The factor on the update: Adam's bias correction, exact where rounding would cancel digits."""
 
 from fractions import Fraction
 
@@ -10,10 +10,10 @@ from gwt_kernels.functional import Hyper
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 10**6])
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.999), (0.0, 0.5), (0.5, 0.0), (0.9999, 0.999999)])
 def test_step_size_is_exact(beta1, beta2, step):
-    """Compared in rational arithmetic, squared, since a root is not rational."""
+    """Compared in rational arithmetic and squared, since a root is irrational."""
 
     def correction(beta: float) -> Fraction:
-        # The exact power of a late step is too long a fraction; its double is as good, next to the 1.
+        # The exact power of a late step is too long a fraction; its double is exact enough beside 1.
         return 1 - Fraction(beta) ** step if step <= 1000 else 1 - Fraction(beta**step)
 
     hyper = Hyper(lr=0.02, beta1=beta1, beta2=beta2, scale=0.25)
@@ -33,7 +33,7 @@ def test_the_first_step_undoes_the_decay():
 
 
 def test_hyper_is_plain_numbers():
-    """A NamedTuple, which pickles, compares by value and cannot be changed by mistake."""
+    """A NamedTuple, which pickles, compares by value and is immutable."""
     assert Hyper() == Hyper(lr=1e-3)
     with pytest.raises(AttributeError):
         Hyper().lr = 1.0

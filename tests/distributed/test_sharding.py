@@ -1,4 +1,4 @@
-"""Tests that sharded parameters are updated as whole ones, in real processes over gloo."""
+"""Sharded parameters are updated like whole ones, in real processes over gloo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.optim import test_added_groups
 from tests.support import forked, moved_shards, resharded, sharded, split_shards, wrapped
 
 
-def test_float64_equals_unsharded() -> None:
+def test_float64_shards_equal_whole_tensors() -> None:
     forked.run(4, sharded.float64)
 
 
@@ -24,7 +24,7 @@ def test_bits_do_not_depend_on_the_number_of_processes() -> None:
     forked.run(4, sharded.bits)
 
 
-def test_what_is_added_up_over_processes_differs_in_its_last_bits_and_nothing_else_does() -> None:
+def test_only_sums_over_processes_differ_in_last_bits() -> None:
     forked.run(4, sharded.sums)
 
 
@@ -36,21 +36,21 @@ def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
     forked.run(4, resharded.main, tmp_path)
 
 
-def test_halves_of_weights_are_gathered_and_go_on_to_the_bit(tmp_path: Path) -> None:
+def test_split_weights_are_gathered_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     forked.run(2, split_shards.main, tmp_path)
 
 
-def test_replicas_stay_the_same_to_the_bit() -> None:
+def test_replicas_stay_equal_bit_for_bit() -> None:
     forked.run(2, wrapped.replicas)
 
 
-def test_what_cannot_be_honoured_is_refused_on_every_process() -> None:
+def test_unsupported_shards_are_refused_on_every_process() -> None:
     forked.run(2, wrapped.refusals)
 
 
-def test_the_state_of_shards_is_the_truth() -> None:
+def test_sharded_state_is_the_truth() -> None:
     forked.run(2, moved_shards.main)
 
 
-def test_parameters_that_are_sharded_after_the_optimizer_is_made() -> None:
+def test_parameters_sharded_after_construction() -> None:
     forked.run(1, test_added_groups.sharded_in_place_of_plain)

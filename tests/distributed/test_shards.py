@@ -1,4 +1,4 @@
-"""Tests that a step on parts of tensors, told where they lie, is the step on the whole, without any processes."""
+"""A step on parts of tensors, with their positions, equals the step on the whole tensors; no processes needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.steps import prepared, update_sums
 
 ROWS, WIDTH = 11, 24
 PARTS = {
-    # Rows of 24 are whole blocks, and begin at multiples of 8: random bits come in order.
+    # Rows of 24 are whole blocks that begin at multiples of 8, so random bits are drawn in order.
     "rows": (WIDTH, [(slice(0, 4), slice(None)), (slice(4, 11), slice(None))]),
     "odd rows": (WIDTH - 1, [(slice(0, 3), slice(None)), (slice(3, 3), slice(None)), (slice(3, 11), slice(None))]),
     "columns": (WIDTH, [(slice(None), slice(0, 8)), (slice(None), slice(8, 24))]),
@@ -24,7 +24,7 @@ PARTS = {
 
 
 def tensors(width: int, level: int, on: torch.device, dtype: torch.dtype, moments: torch.dtype) -> list[Tensor]:
-    """Weights, gradients and moments of one whole tensor."""
+    """Return weights, gradients and moments of a whole tensor."""
     generator = torch.Generator().manual_seed(0)
     narrow = -(-width // 2**level)
     p, g = (torch.randn(ROWS, width, generator=generator) + 0.5 for _ in range(2))
@@ -33,7 +33,7 @@ def tensors(width: int, level: int, on: torch.device, dtype: torch.dtype, moment
 
 
 def spans(rows: slice, columns: slice, width: int, level: int) -> tuple[Span, Span]:
-    """Where a part of rows and columns lies among the weights and among the moments."""
+    """Return the positions of a part of rows and columns among the weights and among the moments."""
     row, column = rows.start or 0, columns.start or 0
     if width % 2**level:  # in rows of whole groups of 4 blocks
         padded = -(-width // (4 * 2**level)) * 4
@@ -55,7 +55,7 @@ def part(x: Tensor, rows: slice, columns: slice, width: int) -> Tensor:
 @pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("level", [0, 2])
 @pytest.mark.parametrize("backend", runs.BACKENDS)
-def test_random_bits_are_those_of_the_whole(backend: str, level: int, kind: str, device: torch.device) -> None:
+def test_random_bits_equal_those_of_the_whole(backend: str, level: int, kind: str, device: torch.device) -> None:
     width, parts = PARTS[kind]
     whole = tensors(width, level, runs.place(backend, device), torch.bfloat16, torch.bfloat16)
     options: dict[str, Any] = {"level": level, "rule": "foam", "rounding": "stochastic", "backend": backend}
@@ -88,10 +88,10 @@ def test_random_bits_are_those_of_the_whole(backend: str, level: int, kind: str,
         ("triton", "haar", "zero"),
     ],
 )
-def test_limits_of_parts_are_those_of_the_whole(
+def test_limiter_divisors_from_parts_equal_those_of_the_whole(
     backend: str, wavelet: str, boundary: str, device: torch.device
 ) -> None:
-    """Tensors of both paths; sums change nothing, and limits from them are what the step itself would take."""
+    """On tensors of both paths; sums change nothing, and divisors from them equal those of the step itself."""
     on = runs.place(backend, device)
     level, hyper = 2, Hyper(lr=0.1, norm_growth_limit=1.01)
     dtype = torch.float32
@@ -131,8 +131,8 @@ def test_limits_of_parts_are_those_of_the_whole(
 
 @pytest.mark.parametrize("rounding", ["stochastic", "split"])
 @pytest.mark.parametrize("counted", [False, True])
-def test_a_step_that_begins_with_its_sums_is_the_step(counted: bool, rounding: str, device: torch.device) -> None:
-    """Triton sends everything once; tensors of both paths, one transposed, and gradients that are copied."""
+def test_a_step_split_after_its_sums_equals_the_step(counted: bool, rounding: str, device: torch.device) -> None:
+    """Triton copies its tables once; tensors of both paths, one transposed, and copied gradients."""
     on = runs.place("triton", device)
     level, moments = 2, torch.bfloat16
     options: dict[str, Any] = {"level": level, "rounding": rounding, "backend": "triton", "keys": [5, 6]}

@@ -1,4 +1,4 @@
-"""The site says what the code does: pages are all in its menu, messages are real, signatures are the code's."""
+"""The site agrees with the code: pages are in its menu, messages are real, signatures are current."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_option_is_explained() -> None:
 
 
 @pytest.mark.parametrize("function", [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients])
-def test_signatures_are_the_code_s(function: Callable[..., object]) -> None:
+def test_signatures_are_current(function: Callable[..., object]) -> None:
     shown = re.search(rf"^{function.__name__}\(([^()]*(?:\([^()]*\)[^()]*)*)\)", INTERFACE, re.MULTILINE)
     assert shown is not None
     names: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def test_signatures_are_the_code_s(function: Callable[..., object]) -> None:
     assert shown_parameters == plain(function)
 
 
-# The messages of the troubleshooting page, each provoked.
+# The messages of the troubleshooting page, each one provoked.
 
 
 def optimizer(**options: Any) -> GWTAdamW:
@@ -162,7 +162,7 @@ ERRORS = (ModuleNotFoundError, RuntimeError, TypeError, UserWarning, ValueError)
 def test_messages_are_real(part: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"```text\n(.*)\n```", page)
-    assert len(messages) == len(PROVOKED)  # none that nothing here provokes
+    assert len(messages) == len(PROVOKED)  # every message is provoked
     (message,) = (text for text in messages if part in text)
     provoke = foreign_record(tmp_path) if part == "has the format" else PROVOKED[part]
     remembered = (choice.triton_obstacle, choice.compiler_obstacle)

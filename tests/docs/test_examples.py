@@ -1,4 +1,4 @@
-"""The examples of the site run as they stand, each in a process of its own, and learn something."""
+"""The examples of the site run unchanged in processes of their own, and the loss falls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES_RUN = (
 )
 
 
-def test_every_example_is_run_and_shown() -> None:
+def test_every_example_is_tested_and_shown() -> None:
     found = {path.stem for path in EXAMPLES.glob("*.py")}
     assert found == {*(run if isinstance(run, str) else run.values[0] for run in EXAMPLES_RUN), "tiny"}
     shown = re.findall(r'--8<-- "docs/examples/(\w+)\.py"', (ROOT / "docs" / "integrations.md").read_text())
@@ -36,7 +36,7 @@ def test_every_example_is_run_and_shown() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES_RUN)
-def test_runs_and_learns(name: str, tmp_path: Path) -> None:
+def test_example_runs_and_learns(name: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded
@@ -56,5 +56,5 @@ def test_runs_and_learns(name: str, tmp_path: Path) -> None:
     said = re.search(r"^loss (\S+) -> (\S+)$", done.stdout, re.MULTILINE)
     assert said is not None, done.stdout
     first, last = map(float, said.groups())
-    assert first == pytest.approx(5.55, abs=0.1)  # ln 256: nothing is known of the bytes
+    assert first == pytest.approx(5.55, abs=0.1)  # ln 256: the loss of a uniform guess
     assert last < 4.0

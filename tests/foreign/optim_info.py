@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no limiter": {"norm_growth_limit": None},
     "uncorrected bias": {"correct_bias": False},
     "bfloat16 moments": {"state_dtype": torch.bfloat16, "seed": 7},
-    "int8 moments": {"state_dtype": torch.int8},  # which tensors as small as these keep in float32
+    "int8 moments": {"state_dtype": torch.int8},  # tensors as small as these keep float32 moments
     "another wavelet": {"wavelet": "db2", "level": 1},
     "another boundary": {"boundary": "symmetric", "level": 1},
     "torch backend": {"backend": "torch"},
@@ -51,11 +51,11 @@ def inputs(device: Any, dtype: Any = None) -> list[Any]:
 
 
 def error_inputs(device: Any, dtype: torch.dtype) -> list[Any]:
-    """What every optimizer of torch refuses, at level 0 as the samples are of width 1, and what this one does."""
+    """Yield what every optimizer of torch refuses, at level 0 as the samples have width 1, and further errors."""
     shared = common.get_error_inputs_for_all_optims(device, dtype)
     for error in shared:
         error.optimizer_error_input.kwargs["level"] = 0
-        if "Tensor lr" in error.error_regex:  # which is said in other words
+        if "Tensor lr" in error.error_regex:  # the message differs
             error.error_regex = "lr must be one number"
     own: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"betas": (1.0, 0.0)}, ValueError, r"betas\[0\] must be at least 0 and below 1, got 1.0"),
@@ -91,7 +91,7 @@ each_input = pytest.mark.parametrize("given", INPUTS, ids=lambda given: given.de
 
 
 def make(given: Any, params: Any = None, **more: Any) -> GWTAdamW:
-    """The optimizer of an input; a tensor among its options is copied, since schedulers write into it."""
+    """Build the optimizer of an input; a tensor among its options is copied, since schedulers write to it."""
     options = {**copy.deepcopy(given.kwargs), **more}
     optimizer: GWTAdamW = INFO.optim_cls(parameters(SHAPES) if params is None else params, **options)
     return optimizer

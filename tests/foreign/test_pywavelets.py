@@ -1,4 +1,4 @@
-"""PyWavelets' own tests, as installed with it, with its Haar transforms replaced by haar_dwt and haar_idwt."""
+"""PyWavelets' own installed tests, with its Haar transforms replaced by haar_dwt and haar_idwt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytest.importorskip("pywt.tests.test_multilevel", reason="needs the tests that P
 HAAR = pywt.Wavelet("haar").filter_bank
 NAMES = ["haar", "db1", "bior1.1"]  # all have those filters
 DTYPES = {"f2": np.float32, "f4": np.float32, "f8": np.float64, "i1": np.float64, "i8": np.float64}
-"""What PyWavelets computes in; complex numbers are two real ones, and all else is left to it."""
+"""Dtypes in which PyWavelets computes; complex numbers are two real ones, and other dtypes are left to it."""
 THEIRS = {
     "dwt": _dwt.dwt,
     "idwt": _dwt.idwt,
     "wavedec": _multilevel.wavedec,
     "waverec": _multilevel.waverec,
-    "dwt_axis": _multidim.dwt_axis,  # of which those of several dimensions are made
+    "dwt_axis": _multidim.dwt_axis,  # multi-dimensional transforms are composed of these
     "idwt_axis": _multidim.idwt_axis,
 }
 ARGUMENTS = {name: inspect.signature(THEIRS[name.removesuffix("_axis")]) for name in THEIRS}
@@ -37,11 +37,11 @@ MODULES = (pywt, _dwt, _multilevel, _multidim, _wavelet_packets)
 
 
 class Redirected:
-    """Stands in for PyWavelets' functions: calls that are Haar's go to this package, and are counted."""
+    """A stand-in for PyWavelets' functions: Haar calls go to this package, and are counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str, factor: float = 1.0) -> None:
         self.backend: Any = backend
-        self.factor = factor  # other than 1: a transform that is wrong
+        self.factor = factor  # other than 1: a wrong transform
         self.calls: Counter[str] = Counter()
         for module in MODULES:
             for name in THEIRS:
@@ -86,7 +86,7 @@ class Redirected:
         if len({(c.dtype, *np.delete(c.shape, axis)) for c in coeffs}) > 1:
             return None
         widths = [c.shape[axis] for c in coeffs]
-        if not widths[0] == widths[1] > 0:  # of no transform, which PyWavelets says
+        if not widths[0] == widths[1] > 0:  # not of a transform, which PyWavelets reports
             return None
         if any(a != -(-b // 2) for a, b in pairwise(widths[1:])):
             return None
@@ -151,7 +151,7 @@ OF_NUMBERS = {
         wavelet_packet_axes
     """,
 }
-"""Tests that a transform which is wrong by a thousandth fails, by module; without their prefix, ``test_``."""
+"""Tests that fail for a transform wrong by a thousandth, by module; without their prefix, ``test_``."""
 
 OF_KINDS = {
     "test_concurrent": "concurrent_wavedec concurrent_dwt",
@@ -182,9 +182,9 @@ def listed(tests: dict[str, str]) -> list[tuple[str, str]]:
 def run(test: tuple[str, str], monkeypatch: pytest.MonkeyPatch, backend: str, factor: float = 1.0) -> Redirected:
     module = importlib.import_module(f"pywt.tests.{test[0]}")
     redirected = Redirected(monkeypatch, backend, factor)
-    monkeypatch.setattr(pywt, "wavelist", lambda *args, **kwargs: list(NAMES))  # of wavelets to go through
+    monkeypatch.setattr(pywt, "wavelist", lambda *args, **kwargs: list(NAMES))  # wavelets to loop over
     for name in ("wavelist", "wavelets"):
-        if hasattr(module, name):  # MATLAB's results are of random numbers that go on from wavelet to wavelet
+        if hasattr(module, name):  # MATLAB's results use random numbers that continue from wavelet to wavelet
             monkeypatch.setattr(module, name, ["db1"] if "matlab" in test[0] else NAMES)
     getattr(module, test[1])()
     return redirected
@@ -192,7 +192,7 @@ def run(test: tuple[str, str], monkeypatch: pytest.MonkeyPatch, backend: str, fa
 
 @pytest.mark.filterwarnings("ignore:NumPy warning suppression:DeprecationWarning")
 @pytest.mark.parametrize("test", listed(OF_NUMBERS) + listed(OF_KINDS), ids=".".join)
-def test_as_pywavelets(test: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pywavelets_test_passes(test: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(test, monkeypatch, "torch").calls.total() > 0
 
 

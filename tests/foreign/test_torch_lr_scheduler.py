@@ -1,4 +1,4 @@
-"""The ideas of PyTorch's own suite of schedulers: every scheduler gives GWTAdamW the rates that it gives AdamW."""
+"""Ideas of PyTorch's test suite of schedulers: every scheduler gives GWTAdamW the rates that it gives AdamW."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=[0.05, 0.01], anneal_epochs=5),
 }
 LOSSES = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
-"""What ReduceLROnPlateau is told: falling, then not, twice."""
+"""Losses for ReduceLROnPlateau: falling, then not, twice."""
 SHAPES = [(4, 8), (5,)]
 
 each_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
@@ -89,7 +89,7 @@ def ours(groups: Any, **options: Any) -> GWTAdamW:
 
 
 def advance(optimizer: torch.optim.Optimizer, scheduler: Any, begin: int, end: int) -> list[Any]:
-    """What the groups hold at each step, as numbers, before the scheduler's."""
+    """Record the groups' options at each step, as numbers, before the scheduler's step."""
     seen = []
     for t in range(begin, end):
         give_gradients(parameters_of(optimizer), seed=t)
@@ -115,7 +115,7 @@ def test_rates_are_those_of_adamw(name: str, kind: Callable[[float], Any]) -> No
 
 @each_scheduler
 @each_rate
-def test_the_step_takes_the_rate_of_the_schedule(name: str, kind: Callable[[float], Any]) -> None:
+def test_the_step_uses_the_scheduled_rate(name: str, kind: Callable[[float], Any]) -> None:
     scheduled, by_hand = build(ours, kind), build(ours, float)
     seen = advance(scheduled, SCHEDULERS[name](scheduled), 0, 8)
     for t, groups in enumerate(seen):
@@ -127,7 +127,7 @@ def test_the_step_takes_the_rate_of_the_schedule(name: str, kind: Callable[[floa
 
 @each_scheduler
 @each_rate
-def test_saved_and_loaded_in_the_middle(name: str, kind: Callable[[float], Any]) -> None:
+def test_saving_and_loading_in_the_middle(name: str, kind: Callable[[float], Any]) -> None:
     whole = build(ours, kind)
     schedule = SCHEDULERS[name](whole)
     advance(whole, schedule, 0, 5)
@@ -152,7 +152,7 @@ def test_saved_and_loaded_in_the_middle(name: str, kind: Callable[[float], Any])
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
 def test_a_copy_of_a_scheduled_optimizer_steps_on_its_own(name: str, way: Callable[[Any], Any]) -> None:
-    """A scheduler puts a function bound to the optimizer into the place of ``step``; copies must not take it."""
+    """A scheduler replaces ``step`` by a function bound to the optimizer, which copies must not keep."""
     optimizer = build(ours)
     schedule = SCHEDULERS[name](optimizer)
     advance(optimizer, schedule, 0, 3)
@@ -184,7 +184,7 @@ def test_the_order_of_steps_is_noticed(name: str, stepped: bool) -> None:
         assert (complaints[0] > 0) is not stepped
 
 
-def test_a_schedule_that_goes_on_from_an_epoch() -> None:
+def test_a_schedule_resumed_from_an_epoch() -> None:
     for last in (-1, 4):
         rates = []
         for make in (ours, torch.optim.AdamW):

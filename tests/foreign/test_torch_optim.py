@@ -1,4 +1,4 @@
-"""The ideas of PyTorch's own suite of optimizers, tried on GWTAdamW through the OptimizerInfo that torch ships."""
+"""Ideas of PyTorch's test suite of optimizers, applied to GWTAdamW through the OptimizerInfo that torch ships."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ ERRORS = error_inputs("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.optimizer_error_input.desc)
-def test_errors(error: Any) -> None:
+def test_shared_errors(error: Any) -> None:
     given = error.optimizer_error_input
     expect = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
     with expect(error.error_type, match=error.error_regex):
         make(given, given.params)
 
 
-def test_all_shared_errors_are_tried() -> None:
+def test_all_shared_errors_are_tested() -> None:
     assert len(common.get_error_inputs_for_all_optims("cpu", torch.float32)) >= 6
 
 
@@ -84,7 +84,7 @@ def test_sparse_and_complex_are_refused() -> None:
 
 @each_input
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
-def test_goes_the_right_way(given: Any, contiguous: bool) -> None:
+def test_loss_decreases(given: Any, contiguous: bool) -> None:
     for schedulers in ((), *INFO.scheduler_inputs):
         params = parameters(SHAPES)
         if not contiguous:
@@ -94,7 +94,7 @@ def test_goes_the_right_way(given: Any, contiguous: bool) -> None:
 
 
 @each_input
-def test_groups_with_rates_of_their_own_go_the_right_way(given: Any) -> None:
+def test_loss_decreases_with_a_rate_per_group(given: Any) -> None:
     for schedulers in INFO.scheduler_inputs:
         weight, bias = params = parameters(SHAPES)
         groups = [{"params": [weight]}, {"params": [bias], "lr": 0.01}]
@@ -126,7 +126,7 @@ def test_a_tensor_as_rate_is_that_rate(given: Any, dimensions: int) -> None:
 
 
 @each_input
-def test_weight_decay_of_a_group(given: Any) -> None:
+def test_weight_decay_per_group(given: Any) -> None:
     decayed, plain = params = parameters([(10, 5), (10, 5)])
     before = [p.detach().clone() for p in params]
     groups = [{"params": [decayed], "weight_decay": 0.5}, {"params": [plain], "weight_decay": 0.0}]
@@ -141,7 +141,7 @@ def test_weight_decay_of_a_group(given: Any) -> None:
 
 
 @each_input
-def test_rate_of_a_group(given: Any) -> None:
+def test_rate_per_group(given: Any) -> None:
     still, moving, by_default = params = parameters([(10, 5)] * 3)
     before = [p.detach().clone() for p in params]
     groups = [{"params": [still], "lr": 0.0}, {"params": [moving], "lr": 0.5}, {"params": [by_default]}]
@@ -151,7 +151,7 @@ def test_rate_of_a_group(given: Any) -> None:
 
 
 @each_input
-def test_without_gradients_nothing_happens(given: Any) -> None:
+def test_no_change_without_gradients(given: Any) -> None:
     params = parameters([*SHAPES, (0, 5), (4, 0)])
     optimizer = make(given, params[:2])
     before = results(optimizer)
@@ -167,7 +167,7 @@ def test_without_gradients_nothing_happens(given: Any) -> None:
 
 
 @each_input
-def test_gradients_of_zero_move_nothing_and_do_not_spoil_what_follows(given: Any) -> None:
+def test_zero_gradients_change_nothing_and_later_steps_work(given: Any) -> None:
     optimizer = make(given, weight_decay=0.0)
     params = parameters_of(optimizer)
     before = [p.detach().clone() for p in params]
@@ -181,7 +181,7 @@ def test_gradients_of_zero_move_nothing_and_do_not_spoil_what_follows(given: Any
 
 
 @each_input
-def test_it_can_be_printed(given: Any) -> None:
+def test_repr(given: Any) -> None:
     text = repr(make(given))
     assert text.startswith("GWTAdamW (\nParameter Group 0\n")
     assert all(f"    {name}: " in text for name in ("lr", "betas", "level", "scale", "rule", "wavelet"))
@@ -189,7 +189,7 @@ def test_it_can_be_printed(given: Any) -> None:
 
 @each_input
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_a_loaded_state_goes_on_as_the_run_it_is_of(given: Any, named: bool) -> None:
+def test_a_loaded_state_continues_its_run(given: Any, named: bool) -> None:
     def start() -> GWTAdamW:
         params = parameters(SHAPES)
         return make(given, list(zip(("weight", "bias"), params, strict=True)) if named else params)
@@ -212,7 +212,7 @@ def test_a_loaded_state_goes_on_as_the_run_it_is_of(given: Any, named: bool) -> 
 
 
 @each_input
-def test_an_older_state_is_loaded(given: Any) -> None:
+def test_a_state_of_an_older_version_is_loaded(given: Any) -> None:
     first = make(given)
     second = make(given, copy.deepcopy(parameters_of(first)))
     train(first, range(2))
@@ -230,7 +230,7 @@ def test_an_older_state_is_loaded(given: Any) -> None:
 
 @each_input
 @pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda t: torch.tensor(t, dtype=torch.int64)])
-def test_a_step_that_is_no_tensor_or_one_of_another_dtype(given: Any, kind: Callable[[int], Any]) -> None:
+def test_step_counts_of_other_types(given: Any, kind: Callable[[int], Any]) -> None:
     optimizer = make(given)
     expected = make(given)
     for each in (optimizer, expected):
@@ -257,7 +257,7 @@ def public(optimizer: GWTAdamW) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_has_every_public_attribute_and_goes_on(given: Any, way: Callable[[GWTAdamW], GWTAdamW]) -> None:
+def test_a_copy_has_every_public_attribute_and_continues(given: Any, way: Callable[[GWTAdamW], GWTAdamW]) -> None:
     optimizer = make(given)
     train(optimizer, range(2))
     other = way(optimizer)
@@ -271,7 +271,7 @@ def test_a_copy_has_every_public_attribute_and_goes_on(given: Any, way: Callable
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """A record to which the step hooks of all optimizers add."""
+    """A list to which the step hooks of all optimizers append."""
     record: list[str] = []
     handles = [
         torch_optimizer.register_optimizer_step_pre_hook(lambda *_: record.append("all before")),
@@ -331,8 +331,8 @@ def test_hooks_of_saving_and_loading() -> None:
 
 
 @pytest.mark.parametrize("given", [x for x in INPUTS if "max_grad_norm" not in x.kwargs], ids=lambda x: x.desc)
-def test_dtypes_beside_each_other(given: Any) -> None:
-    """Each tensor takes the step it takes alone; clipping, whose norm is of all of them, is left out."""
+def test_mixed_dtypes(given: Any) -> None:
+    """Each tensor's update equals its update alone; clipping, which uses the norm of all tensors, is left out."""
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     together = [p for dtype in dtypes for p in parameters(SHAPES, dtype=dtype)]
     optimizer = make(given, together)
@@ -348,7 +348,7 @@ def test_dtypes_beside_each_other(given: Any) -> None:
 
 
 @each_input
-def test_the_state_is_not_empty(given: Any) -> None:
+def test_state_is_not_empty(given: Any) -> None:
     optimizer = make(given)
     assert not optimizer.state
     train(optimizer, [0])
@@ -360,7 +360,7 @@ def test_the_state_is_not_empty(given: Any) -> None:
 
 
 @each_input
-def test_a_scaled_gradient_is_unscaled_and_an_overflow_skipped_in_the_step(given: Any) -> None:
+def test_scaled_gradients_are_unscaled_and_overflows_skipped_in_the_step(given: Any) -> None:
     plain, scaled = make(given), make(given)
     for t in range(4):
         overflow = t == 2
@@ -375,7 +375,7 @@ def test_a_scaled_gradient_is_unscaled_and_an_overflow_skipped_in_the_step(given
     assert scaled.skipped_steps == 1
 
 
-def test_gradients_with_a_graph() -> None:
+def test_gradients_that_require_grad() -> None:
     params = parameters(SHAPES)
     optimizer = make(INPUTS[0], params)
     grads = torch.autograd.grad(regression(*params), params, create_graph=True)
@@ -389,7 +389,7 @@ def test_gradients_with_a_graph() -> None:
 
 @pytest.mark.parametrize("saved", [False, True], ids=["from unnamed", "from named"])
 @pytest.mark.parametrize("loading", [False, True], ids=["to unnamed", "to named"])
-def test_names_after_loading_are_those_that_torch_keeps(saved: bool, loading: bool) -> None:
+def test_names_after_loading_are_those_of_torch(saved: bool, loading: bool) -> None:
     names = []
     for kind in (GWTAdamW, torch.optim.AdamW):
         made = []
@@ -404,7 +404,7 @@ def test_names_after_loading_are_those_that_torch_keeps(saved: bool, loading: bo
 
 
 def allocated(call: Callable[[], object]) -> int:
-    """The largest number of bytes that a call holds above what was held before it."""
+    """Return the peak bytes that a call allocates above those held before."""
     with profile(profile_memory=True) as measured:
         call()
     sizes, events = [], list(measured.profiler.kineto_results.experimental_event_tree())
@@ -419,13 +419,13 @@ def allocated(call: Callable[[], object]) -> int:
 MADE: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]] = {
     "compiled": (partial(GWTAdamW, level=1, backend="compiled"), 0.1),
     "torch": (partial(GWTAdamW, level=1, backend="torch"), 2.5),
-    "foreach": (partial(torch.optim.AdamW, foreach=True), 9.0),  # which holds a copy of all: the control
+    "foreach": (partial(torch.optim.AdamW, foreach=True), 9.0),  # control: it holds a copy of all tensors
 }
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_memory_beyond_the_state_is_not_that_of_all_tensors(kind: str) -> None:
-    """At most some multiples of one tensor, of which there are eight."""
+def test_temporary_memory_is_below_that_of_all_tensors(kind: str) -> None:
+    """At most a few times the size of one of the eight tensors."""
     build, bound = MADE[kind]
     params = parameters([(256, 256)] * 8)
     optimizer = build(params)

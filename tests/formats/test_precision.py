@@ -1,4 +1,4 @@
-"""Shows that weights and moments rounded at random train as wide ones do on average, in every company and range."""
+"""Stochastically rounded weights and moments train like float32 ones on average, in any bucket and range."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from tests.support.runs import (
 narrow = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 
 
-# At random ---------------------------------------------------------------------------------------------
+# Stochastic rounding -----------------------------------------------------------------------------------
 
 
 def rounded(
     x: Tensor, dtype: torch.dtype, t: int, key: int, width: int, level: int, what: str = "weights"
 ) -> Tensor:
-    """What is to be stored of float32 results, by the published generator and the element's index alone.
+    """Return float32 results as they have to be stored, from the published generator and the element's index alone.
 
     Rows of ``width`` weights that are no whole blocks count as padded to whole groups of 4 blocks.
     """
@@ -61,7 +61,7 @@ def rounded(
 @levels
 @pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)
 @backends
-def test_what_is_stored_is_the_float32_result_rounded_by_seed_step_and_index(
+def test_stored_values_are_float32_results_rounded_by_seed_step_and_index(
     backend, device, state_dtype, level, rule, dtype
 ):
     """Each step beside one of a float32 twin in the same state; controls: another step, seed or parameter."""
@@ -92,7 +92,7 @@ def test_what_is_stored_is_the_float32_result_rounded_by_seed_step_and_index(
 
 
 def named(names: list[str], on: torch.device, dtype: torch.dtype = BF16) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters whose weights and gradients depend on their names alone."""
+    """Return parameters whose weights and gradients depend only on their names."""
     index = sorted({"a", "b", "c", "d"})
     return [(name, parameters([SHAPES[index.index(name)]], on, dtype, seed=ord(name))[0]) for name in names]
 
@@ -105,8 +105,8 @@ def train_named(optimizer: GWTAdamW, steps: range) -> dict[str, Tensor]:
 
 
 @backends
-def test_the_same_bits_in_any_company(backend, device):
-    """Named parameters alone, in another order, in other groups: same names, same bits. Another seed: others."""
+def test_bits_do_not_depend_on_order_and_groups(backend, device):
+    """Named parameters alone, in another order or in other groups have the same bits; another seed changes them."""
     on = place(backend, device)
     options = {**OPTIONS, "weight_rounding": "stochastic", "state_dtype": BF16, "backend": backend}
 
@@ -125,7 +125,7 @@ def test_the_same_bits_in_any_company(backend, device):
 
 @backends
 def test_equal_parameters_draw_different_bits(backend, device):
-    """Or the errors of tied or equal tensors would add up."""
+    """Otherwise the errors of tied or equal tensors would add up."""
     on = place(backend, device)
     twice = [torch.nn.Parameter(torch.ones(8, 32, dtype=BF16, device=on)) for _ in range(2)]
     optimizer = GWTAdamW(twice, lr=1e-3, level=0, weight_rounding="stochastic", backend=backend)
@@ -137,7 +137,7 @@ def test_equal_parameters_draw_different_bits(backend, device):
 @rules
 @pytest.mark.parametrize("weight_rounding", ["stochastic", "split"])
 @backends
-def test_a_restart_goes_on_with_the_same_bits(backend, device, weight_rounding, rule):
+def test_a_resumed_run_draws_the_same_bits(backend, device, weight_rounding, rule):
     on = place(backend, device)
 
     def new() -> GWTAdamW:
@@ -161,7 +161,7 @@ def test_a_restart_goes_on_with_the_same_bits(backend, device, weight_rounding, 
             p.data.copy_(q.detach())
     saved = copy.deepcopy(first.state_dict())
     second.load_state_dict(saved)
-    for state in saved["state"].values():  # control: the count of steps enters
+    for state in saved["state"].values():  # control: the step count enters
         state["step"] += 1
     amnesiac.load_state_dict(saved)
     for t in range(3, 6):
@@ -173,8 +173,8 @@ def test_a_restart_goes_on_with_the_same_bits(backend, device, weight_rounding, 
 
 
 @narrow
-def test_all_backends_decide_alike_for_the_same_float32_value(device, dtype):
-    """From one state, where the float32 results agree to the bit, what is stored does."""
+def test_all_backends_round_equal_float32_values_alike(device, dtype):
+    """From one state, wherever the float32 results agree to the bit, so do the stored values."""
     shapes = [(16, 64), (9, 37)]
     stored, wide = {}, {}
     for backend in BACKENDS:
@@ -189,7 +189,7 @@ def test_all_backends_decide_alike_for_the_same_float32_value(device, dtype):
             agree = x == y
             assert float(agree.float().mean()) > 0.3
             assert torch.equal(p[agree], q[agree])
-            assert float((p.float() != x).float().mean()) > 0.9  # control: there was something to decide
+            assert float((p.float() != x).float().mean()) > 0.9  # control: values that need rounding exist
 
 
 # On average --------------------------------------------------------------------------------------------
@@ -199,8 +199,8 @@ def test_all_backends_decide_alike_for_the_same_float32_value(device, dtype):
 @levels
 @pytest.mark.parametrize("size", [0.0, 0.1, 1.5])
 @backends
-def test_a_bfloat16_second_moment_decays_as_it_should(backend, device, size, level, rule):
-    """b2 = 0.999 changes it by less than half an ulp a step, so that to the nearest it never moves at all."""
+def test_a_bfloat16_second_moment_decays(backend, device, size, level, rule):
+    """b2 = 0.999 changes it by less than half an ulp per step, so that rounding to nearest never changes it."""
     steps, beta = 40, 0.999
     p = torch.nn.Parameter(torch.zeros(64, 64, device=place(backend, device), dtype=BF16))
     optimizer = GWTAdamW([p], lr=0.0, betas=(0.9, beta), rule=rule, level=level, state_dtype=BF16, backend=backend)
@@ -226,7 +226,9 @@ def test_a_bfloat16_second_moment_decays_as_it_should(backend, device, size, lev
 @narrow
 @backends
 def test_tiny_updates_of_narrow_weights_accumulate_on_average(backend, device, dtype):
-    """Updates of a sixteenth of an ulp: at random they add up as in float32, to the nearest they vanish."""
+    """Updates of a sixteenth of an ulp add up under stochastic rounding as in float32; rounding to nearest drops
+    them.
+    """
     on, steps = place(backend, device), 48
     ulp = torch.finfo(dtype).eps / 2  # below 1
     end = {}
@@ -252,7 +254,7 @@ def test_tiny_updates_of_narrow_weights_accumulate_on_average(backend, device, d
 @pytest.mark.parametrize("sign", [1, -1])
 @backends
 def test_the_largest_weight_stays_finite(backend, device, dtype, sign):
-    """Pushed outwards by most of the way to infinity: the nearest, as control, gets there."""
+    """Pushed outwards by most of the distance to infinity; rounding to nearest, as control, reaches it."""
     on, largest = place(backend, device), torch.finfo(dtype).max
     outwards = {BF16: 1e36, FP16: 20.0}[dtype]
     for rounding, infinite in (("stochastic", False), ("nearest", True)):
@@ -268,7 +270,7 @@ def test_the_largest_weight_stays_finite(backend, device, dtype, sign):
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP32, None), (BF16, None), (BF16, "stochastic"), (BF16, "split")])
 @backends
 def test_denormal_gradients_move_weights(backend, device, dtype, rounding, level, rule):
-    """Their squares vanish, their first moment does not: the update is ``m / eps``, or ``(m + r) / eps``."""
+    """Their squares underflow, their first moment does not: the update is ``m / eps``, or ``(m + r) / eps``."""
     on, small, lr, eps = place(backend, device), 1e-39, 1.0, 1e-6
     p = torch.nn.Parameter(torch.zeros(4, 32, dtype=dtype, device=on))
     optimizer = GWTAdamW(
@@ -290,7 +292,7 @@ def test_denormal_gradients_move_weights(backend, device, dtype, rounding, level
 
 @backends
 def test_groups_of_both_rules_and_of_every_rounding(backend, device):
-    """Each judged by the oracle on its own, limiter or none as the rule has it."""
+    """Each is judged by the oracle alone, with its rule's default limiter."""
     on = place(backend, device)
     groups = [
         {"params": parameters(SHAPES[:2], on, BF16, seed=0)},
@@ -315,8 +317,8 @@ def test_groups_of_both_rules_and_of_every_rounding(backend, device):
     ]
 
 
-def test_steps_are_counted_past_the_integers_of_float32():
-    """float32 has no 2**24 + 1: a count in it would stand still there, and with it the random bits."""
+def test_steps_are_counted_beyond_the_integers_of_float32():
+    """float32 cannot represent 2**24 + 1: a float32 count would stay there, and with it the random bits."""
     p = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16))
     optimizer = GWTAdamW([p], state_dtype=torch.bfloat16)
     p.grad = torch.ones_like(p)

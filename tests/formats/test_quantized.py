@@ -1,4 +1,4 @@
-"""Moments in one byte: the same codes on every backend, without bias, near the exact ones, used where they pay."""
+"""Int8 moments: equal on every backend, unbiased, close to the exact ones, and used only where they save memory."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ SECOND = [quantized.encode_second, quantized.decode_second]
 
 @triton.jit
 def _both(m_ptr, v_ptr, bits_ptr, out_ptr, N: tl.constexpr, Q: tl.constexpr):
-    """Codes and decoded values of both moments: float32 ``[4, N]``, then the scales ``[2, N // Q]``."""
+    """Compute quantized and decoded values of both moments: float32 ``[4, N]``, then the scales ``[2, N
+
+    Q]``.
+    """
     i = tl.arange(0, N)
     j = tl.arange(0, N // Q)
     bits = tl.load(bits_ptr + i).to(tl.uint32)
-    codes, scales = quantized.kernel_encode_first(tl.load(m_ptr + i), bits, Q, N)
-    tl.store(out_ptr + i, codes.to(tl.float32))
-    tl.store(out_ptr + N + i, quantized.kernel_decode_first(codes, scales, Q, N))
+    values, scales = quantized.kernel_encode_first(tl.load(m_ptr + i), bits, Q, N)
+    tl.store(out_ptr + i, values.to(tl.float32))
+    tl.store(out_ptr + N + i, quantized.kernel_decode_first(values, scales, Q, N))
     tl.store(out_ptr + 4 * N + j, scales)
-    codes, scales = quantized.kernel_encode_second(tl.load(v_ptr + i), bits, Q, N)
-    tl.store(out_ptr + 2 * N + i, codes.to(tl.float32))
-    tl.store(out_ptr + 3 * N + i, quantized.kernel_decode_second(codes, scales, Q, N))
+    values, scales = quantized.kernel_encode_second(tl.load(v_ptr + i), bits, Q, N)
+    tl.store(out_ptr + 2 * N + i, values.to(tl.float32))
+    tl.store(out_ptr + 3 * N + i, quantized.kernel_decode_second(values, scales, Q, N))
     tl.store(out_ptr + 4 * N + N // Q + j, scales)
 
 
 def moments(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments over many magnitudes, with zeros, whole quanta of them, and the smallest and largest numbers."""
+    """Return moments of many magnitudes, with zeros, blocks of zeros, and the smallest and largest numbers."""
     generator = torch.Generator().manual_seed(seed)
     m = torch.randn(n, generator=generator) * torch.randn(n, generator=generator).mul(3).exp()
     v = torch.randn(n, generator=generator).mul(4).exp() * 1e-6
@@ -54,7 +57,7 @@ def moments(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 @needs_kernels_here
 @pytest.mark.parametrize("level", [0, 3, 4, 6])
-def test_both_backends_make_the_same_codes(level):
+def test_both_backends_quantize_alike(level):
     n, q = 1024, quantum(level)
     m, v, bits = moments(n, seed=level)
     out = torch.full((4 * n + 2 * n // q,), torch.nan)
@@ -76,13 +79,13 @@ def test_both_backends_make_the_same_codes(level):
 @triton.jit
 def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    codes = quantized.kernel_first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
-    tl.store(out_ptr + i, codes.to(tl.int8))
+    values = quantized.kernel_first_code(tl.load(fractions_ptr + i), tl.load(bits_ptr + i).to(tl.uint32))
+    tl.store(out_ptr + i, values.to(tl.int8))
 
 
 @needs_kernels_here
-def test_no_code_changes_its_sign():
-    """A moment a hair above what was found to be its quantum's largest has the largest code, and not -128."""
+def test_rounding_never_changes_the_sign():
+    """A moment slightly above its block's computed maximum gets the largest value, and not -128."""
     off = torch.tensor([-1, 0, 1, 2, 8, 64, 1024, 1 << 16])  # in the last places of 1.0
     fractions = (torch.tensor(1.0).view(torch.int32) + off.int()).view(torch.float32).repeat_interleave(2)
     bits = torch.tensor([0, 65535]).repeat(len(off))
@@ -92,51 +95,51 @@ def test_no_code_changes_its_sign():
     assert out.tolist() == [127] * len(bits)
     largest = torch.full((256,), 3.0).copysign(torch.tensor([1.0, -1.0]).repeat(128))
     for drawn in (0, 65535):
-        codes, _ = quantized.encode_first(largest, torch.full((256,), drawn), 2)
-        assert torch.equal(codes, largest.sign().mul(127).to(torch.int8))
+        values, _ = quantized.encode_first(largest, torch.full((256,), drawn), 2)
+        assert torch.equal(values, largest.sign().mul(127).to(torch.int8))
 
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
-def test_the_mean_over_all_noise_is_the_value(encode, decode):
-    """Every one of the 65,536 draws, for values that lie between codes; nearest rounding would not pass."""
+def test_the_mean_over_all_noise_is_the_exact_value(encode, decode):
+    """Over all 65,536 draws, for values between two quantized ones; rounding to nearest would fail."""
     n = 128
     values = torch.linspace(0.002, 1.0, n, dtype=torch.float64).float()
     total = torch.zeros(n, dtype=torch.float64)
     for bits in range(0, 65536, 16):
-        codes, scales = encode(values, torch.full((n,), bits), 0)
-        total += decode(codes, scales, 0).double()
+        stored, scales = encode(values, torch.full((n,), bits), 0)
+        total += decode(stored, scales, 0).double()
     mean = total / (65536 / 16)
     assert float(((mean - values.double()) / values.double()).abs().max()) < 2e-3
     nearest, scales = encode(values, torch.full((n,), 32768), 0)
-    assert float(((decode(nearest, scales, 0) - values) / values).abs().max()) > 2e-3  # the control
+    assert float(((decode(nearest, scales, 0) - values) / values).abs().max()) > 2e-3  # control
 
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
-def test_what_is_stored_is_a_neighbour(encode, decode):
+def test_the_stored_value_is_a_neighbour(encode, decode):
     m, v, bits = moments(1024)
     x = m if encode is quantized.encode_first else v
     lowest, scales = encode(x, torch.zeros_like(bits), 2)
     highest, _ = encode(x, torch.full_like(bits, 65535), 2)
-    codes, _ = encode(x, bits, 2)
-    assert bool(((codes == lowest) | (codes == highest)).all())
-    # No draw gives the lower code more often than never where the value is it, nor a code two steps away.
+    values, _ = encode(x, bits, 2)
+    assert bool(((values == lowest) | (values == highest)).all())
+    # Every draw lies between those of the least and the most noise, which are at most one step apart.
     assert int((highest.int() - lowest.int()).abs().max()) <= 1
-    assert torch.equal(decode(codes, scales, 2)[x == 0], x[x == 0])
-    assert bool((decode(codes, scales, 2)[:128] == 0).all())
+    assert torch.equal(decode(values, scales, 2)[x == 0], x[x == 0])
+    assert bool((decode(values, scales, 2)[:128] == 0).all())
 
 
 def test_a_small_second_moment_never_becomes_zero():
     v = torch.full((128,), 1e-20)
     v[0] = 1.0
-    codes, scales = quantized.encode_second(v, torch.full((128,), 65535), 2)
-    assert int(codes.min()) == 1
-    assert float(quantized.decode_second(codes, scales, 2).min()) > 0
+    values, scales = quantized.encode_second(v, torch.full((128,), 65535), 2)
+    assert int(values.min()) == 1
+    assert float(quantized.decode_second(values, scales, 2).min()) > 0
 
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @pytest.mark.parametrize("shape", [(96, 256), (67, 333)])
-def test_a_run_stays_near_the_one_with_float32_moments(shape, rule):
-    """The update's error is that of the codes: some per cent of its norm, averaged out over steps."""
+def test_a_run_stays_close_to_the_one_with_float32_moments(shape, rule):
+    """The update's error is that of quantization: some per cent of its norm, averaged out over steps."""
 
     def run(state_dtype):
         p = torch.nn.Parameter(torch.zeros(shape))
@@ -175,8 +178,8 @@ def test_both_backends_agree(shape, level, options):
     assert float(((one - two).abs() > 1e-4).float().mean()) < 0.01
 
 
-def test_bytes_and_fall_back():
-    """0.52 bytes per parameter at level 2; small tensors and deep levels keep float32."""
+def test_bytes_and_fallback_to_float32():
+    """0.52 bytes per parameter at level 2; small tensors and deep levels keep float32 moments."""
     wide = torch.nn.Parameter(torch.zeros(512, 1024))
     small = torch.nn.Parameter(torch.zeros(63, 256))
     optimizer = GWTAdamW([wide, small], state_dtype=torch.int8)
@@ -194,7 +197,7 @@ def test_bytes_and_fall_back():
     assert deep.state[wide]["exp_avg"].dtype == torch.float32
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_do_not_change_results(monkeypatch):
     from gwt_kernels.backends.torch import step as torch_step
 
     def run(chunk):
@@ -209,7 +212,7 @@ def test_chunks_change_nothing(monkeypatch):
     assert all(map(torch.equal, run(1 << 20), run(2048)))
 
 
-def test_saving_and_loading_goes_on_bit_for_bit():
+def test_a_resumed_run_is_equal_bit_for_bit():
     def fresh():
         p = torch.nn.Parameter(torch.ones(128, 256))
         return p, GWTAdamW([p], state_dtype="int8")
@@ -231,7 +234,7 @@ def test_saving_and_loading_goes_on_bit_for_bit():
     assert all(torch.equal(optimizer.state[p][key], resumed.state[r][key]) for key in optimizer.state[p])
 
 
-def test_a_state_of_another_dtype_or_with_foreign_scales_is_refused():
+def test_a_state_of_another_dtype_or_with_wrong_scales_is_refused():
     p = torch.nn.Parameter(torch.ones(128, 256))
     p.grad = torch.ones_like(p)
     own, plain = GWTAdamW([p], state_dtype="int8"), GWTAdamW([p])

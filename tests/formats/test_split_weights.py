@@ -1,4 +1,4 @@
-"""Shows that bfloat16 weights in two halves train as float32 ones do, bit for bit."""
+"""Split bfloat16 weights train like float32 ones, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.runs import (
 @pytest.mark.parametrize("grad_dtype", [BF16, FP32, FP16], ids=str)
 @backends
 def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, level, grad_dtype):
-    """With a spike at step 4, which the limiter meets; the nearest bfloat16, as control, goes another way."""
+    """A spike at step 4 activates the limiter; bfloat16 rounded to nearest, as control, differs."""
     on = place(backend, device)
     options = {**OPTIONS, "rule": rule, "level": level, "backend": backend}
     start = parameters(SHAPES, on, BF16)
@@ -49,14 +49,14 @@ def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, 
             norms.append(float(state.get("limiter_norm", 0.0)))
     if rule == "gwt" and level:
         growth = [b / a for a, b in zip(norms, norms[len(SHAPES) :], strict=False)]
-        assert max(growth) == pytest.approx(1.01, rel=1e-5)  # the limiter was at work
+        assert max(growth) == pytest.approx(1.01, rel=1e-5)  # the limiter was active
     for p, q in zip(parameters_of(nearest), parameters_of(wide), strict=True):
         assert float((p != q.to(BF16)).float().mean()) > 0.2
 
 
 @backends
 def test_split_weights_of_any_layout(backend, device):
-    """A transposed parameter: its low halves lie in their own order."""
+    """A transposed parameter: its low bits are contiguous."""
     on = place(backend, device)
     start = parameters([(6, 20)], on, BF16)[0].detach()
     options = {**OPTIONS, "backend": backend}
@@ -96,7 +96,7 @@ def trained_split(**options) -> GWTAdamW:
     return optimizer
 
 
-LOW = torch.zeros(3, 37, dtype=torch.int16)  # as older checkpoints hold it
+LOW = torch.zeros(3, 37, dtype=torch.int16)  # as in older checkpoints
 SPLIT_MISFITS = {
     "none": (lambda state: state.pop("weight_low"), ("lacks weight_low",)),
     "a number": (lambda state: state.update(weight_low=0), ("lacks weight_low",)),
@@ -108,7 +108,7 @@ SPLIT_MISFITS = {
 
 
 @pytest.mark.parametrize("kind", SPLIT_MISFITS)
-def test_halves_that_do_not_fit_are_refused_and_change_nothing(kind):
+def test_bad_low_bits_are_refused_and_change_nothing(kind):
     spoil, words = SPLIT_MISFITS[kind]
     optimizer, other = (trained_split() for _ in range(2))
     state_dict = copy.deepcopy(optimizer.state_dict())
@@ -120,7 +120,7 @@ def test_halves_that_do_not_fit_are_refused_and_change_nothing(kind):
     assert_same_bits(snapshot(optimizer), snapshot(other))
 
 
-def test_older_checkpoints_hold_int16_of_the_same_bits():
+def test_int16_low_bits_of_older_checkpoints_are_loaded():
     optimizer = trained_split()
     old = copy.deepcopy(optimizer.state_dict())
     for state in old["state"].values():
@@ -133,7 +133,7 @@ def test_older_checkpoints_hold_int16_of_the_same_bits():
         assert_same_bits(snapshot(other), snapshot(optimizer))
 
 
-def test_older_pickles_hold_int16_of_the_same_bits():
+def test_int16_low_bits_of_older_pickles_are_loaded():
     optimizer = trained_split()
     old = copy.deepcopy(optimizer)
     for state in old.state.values():
@@ -145,8 +145,8 @@ def test_older_pickles_hold_int16_of_the_same_bits():
     assert_same_bits(snapshot(taken), snapshot(optimizer))
 
 
-def test_halves_are_not_dropped_in_mid_run():
-    """Nor are they asked for when they are turned on: they begin as zeros."""
+def test_low_bits_are_not_dropped_in_mid_run():
+    """When the option is turned on, missing low bits start as zeros."""
     optimizer = trained_split(weight_rounding=None)
     optimizer.param_groups[0]["weight_rounding"] = "split"
     give_gradients(parameters_of(optimizer), seed=5)

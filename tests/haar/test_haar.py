@@ -1,4 +1,4 @@
-"""Tests the public Haar transform on both backends against PyWavelets, the C oracle, MATLAB and a pencil."""
+"""The public Haar transform on both backends, against PyWavelets, the C oracle, MATLAB and a worked example."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on(backend: str, device: torch.device) -> torch.device:
 
 
 def check_forward(x: torch.Tensor, level: int, backend: str) -> list[torch.Tensor]:
-    """Compares ``haar_dwt`` with the C oracle in float64, band by band."""
+    """Compare ``haar_dwt`` with the C oracle in float64, band by band."""
     with interpreter.like_a_gpu(), uninitialized():
         got = haar_dwt(x, level, backend=backend)
     exact = as_float64(x)
@@ -58,7 +58,7 @@ def check_forward(x: torch.Tensor, level: int, backend: str) -> list[torch.Tenso
 
 
 def check_inverse(coeffs: list[torch.Tensor], length: int, backend: str) -> torch.Tensor:
-    """Compares ``haar_idwt`` with the C oracle in float64."""
+    """Compare ``haar_idwt`` with the C oracle in float64."""
     with interpreter.like_a_gpu(), uninitialized():
         got = haar_idwt(coeffs, length, backend=backend)
     exact = list(map(as_float64, coeffs))
@@ -71,7 +71,7 @@ def check_inverse(coeffs: list[torch.Tensor], length: int, backend: str) -> torc
 
 @combinations
 def test_worked_by_hand(backend, dtype, device):
-    """Sums and differences of neighbours; powers of four, so that the roots of two cancel at level 2.
+    """Sums and differences of neighbours; powers of four make the roots of two cancel at level 2.
 
     [4 0 2 2 | 6 2 8 0]: sums of 4 are 8 and 16, halved (1 / sqrt(2)**2): 4 and 8; their sum and difference over
     sqrt(2) are A = 12 / sqrt(2) and D_3 = -4 / sqrt(2). D_2 = ((4+0) - (2+2)) / 2 = 0 and ((6+2) - (8+0)) / 2 = 0.
@@ -123,7 +123,7 @@ def test_coefficients_are_those_of_pywavelets(backend, device):
 
 
 def test_coefficients_are_those_of_matlab():
-    """The Haar results of MATLAB's Wavelet Toolbox in PyWavelets' wheel; the seed is its test suite's."""
+    """Haar results of MATLAB's Wavelet Toolbox from PyWavelets' wheel, with the seed of its test suite."""
     pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     random_state = np.random.RandomState(1234)
     compared = 0
@@ -146,7 +146,7 @@ def test_coefficients_are_those_of_matlab():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("level", [1, 3, 6])
 def test_the_transform_is_orthonormal(backend, level, device):
-    """The images of the unit vectors are the rows of a matrix Q with Q Q^T = Q^T Q = 1; energy is kept."""
+    """Images of the unit vectors are the rows of a matrix Q with Q Q^T = Q^T Q = 1; energy is preserved."""
     dtype = DTYPES[backend][0]
     n = 64
     q = torch.cat(haar_dwt(torch.eye(n, dtype=dtype, device=on(backend, device)), level, backend=backend), -1)
@@ -176,7 +176,7 @@ def test_reconstruction_is_perfect(backend, device):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded"])
 @combinations
-def test_layouts_and_the_memory_around(backend, dtype, layout, device):
+def test_layouts_and_surrounding_memory(backend, dtype, layout, device):
     values = random((6, 16), dtype, on(backend, device))
     if layout == "expanded":
         x, guarded = values[:1].expand(6, 16), []
@@ -298,7 +298,7 @@ def test_inverse_refuses(coeffs, length, error, message):
         haar_idwt(coeffs, length)
 
 
-def test_a_backend_that_cannot_run_says_why(device):
+def test_error_of_a_backend_that_cannot_run(device):
     with pytest.raises(ValueError, match="unknown backend 'cuda': use one of 'triton', 'torch', 'compiled', or"):
         haar_dwt(torch.zeros(8), 1, backend="cuda")
     with pytest.raises(RuntimeError, match=r"torch.float64 would lose precision; use backend='torch'"):
@@ -313,7 +313,7 @@ def test_the_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
     from gwt_kernels.backends import choice
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(driver, "_active", None)  # but Triton's own
+    monkeypatch.setattr(driver, "_active", None)  # but Triton's own driver
     choice.triton_obstacle.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="the tensors are on cpu, and Triton runs on CUDA devices"):

@@ -1,4 +1,4 @@
-"""Tests that the Haar transform composes with PyTorch's program transforms, on both backends."""
+"""The Haar transform under PyTorch's function transforms, on both backends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fresh_compiler():
 
 
 class Transform:
-    """The two functions of one backend at one width and level, and tensors to call them with."""
+    """Both functions of one backend at one width and level, and inputs for them."""
 
     def __init__(self, backend: str | None, width: int, level: int, device: torch.device) -> None:
         self.backend, self.width, self.level = backend, width, level
@@ -54,7 +54,7 @@ class Transform:
 
 
 class Stated(Transform):
-    """The statement in PyTorch's operators, called without what is public, in float64: what is expected."""
+    """The expected result: the private function in PyTorch's operators, in float64."""
 
     def dwt(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(statement.haar_dwt(x, self.level))
@@ -64,7 +64,7 @@ class Stated(Transform):
 
 
 def with_tangents(function: Callable[..., object], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]):
-    """Values and tangents by dual numbers, where each second input has no tangent."""
+    """Return values and tangents by forward-mode differentiation, where every second input has no tangent."""
     with forward_ad.dual_level():
         duals = [
             x if i % 2 else forward_ad.make_dual(x, t)
@@ -75,7 +75,7 @@ def with_tangents(function: Callable[..., object], primals: tuple[Tensor, ...], 
 
 
 def derivatives(function: Callable[..., object], inputs: tuple[Tensor, ...]):
-    """The gradients of a sum of cubes, and those of the sum of their squares."""
+    """Return the gradients of a sum of cubes, and those of the sum of their squares."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
     got = function(*inputs)
     loss = sum(y.pow(3).sum() for y in (got if isinstance(got, tuple) else (got,)))
@@ -95,7 +95,7 @@ def every(t: Transform) -> tuple[int, ...]:
 
 
 def shared_band(t: Transform):
-    """The inverse over batches of the details, in several dimensions, with an approximation that is not batched."""
+    """Compute the inverse over batched multi-dimensional details, with an unbatched approximation."""
     first, *others = t.coeffs
     dims = tuple(i % 2 for i in range(len(others)))
     moved = [c.movedim(0, dim) for c, dim in zip(others, dims, strict=True)]
@@ -164,7 +164,7 @@ COMPOSITIONS: dict[str, Callable[[Transform], object]] = {
 
 
 def assert_agrees(got: object, expected: object, dtype: torch.dtype) -> None:
-    """Compares nested tensors with those in float64: structure, shapes and values."""
+    """Compare nested tensors with float64 ones: structure, shapes and values."""
     tolerance = 5e-6 if dtype == torch.float32 else 1e-12
     leaves, structure = torch.utils._pytree.tree_flatten(got)
     expected_leaves, expected_structure = torch.utils._pytree.tree_flatten(expected)
@@ -221,7 +221,7 @@ def derivatives_once(function: Callable[..., object], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", [None, "compiled"])
-def test_the_other_names_compile_too(backend, fresh_compiler):
+def test_aliases_compile_too(backend, fresh_compiler):
     x = random((3, 11), torch.float64)
     there = torch.compile(lambda x: haar_dwt(x, 2, backend=backend), fullgraph=True, backend="eager")
     back = torch.compile(lambda *c: haar_idwt(c, 11, backend=backend), fullgraph=True, backend="eager")
@@ -245,7 +245,7 @@ def test_one_graph_serves_odd_and_even_widths(backend, device, fresh_compiler):
 
 
 @backends
-def test_what_is_refused_is_refused_in_compiled_code(backend, device, fresh_compiler):
+def test_bad_input_is_refused_in_compiled_code(backend, device, fresh_compiler):
     for call in (lambda x: haar_dwt(x, 9, backend=backend), lambda x: haar_idwt([x, x], 5, backend=backend)):
         with pytest.raises(ValueError, match=r"too deep|do not belong"):
             torch.compile(call, backend="eager")(torch.zeros(8, device=device))
@@ -330,7 +330,7 @@ def test_opcheck(shape, level, dtype, device):
 
 
 class Seen(TorchDispatchMode):
-    """Notes the operators that are called within it."""
+    """Records the operators called within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,8 +350,8 @@ def test_batches_and_gradients_are_single_calls_of_the_operators(device):
     assert ours == ["gwt_kernels.haar_dwt.default", "gwt_kernels.haar_idwt.default"]
 
 
-def test_the_operators_take_what_the_kernels_cannot(device):
-    """So that a graph from a machine with a GPU runs on one without."""
+def test_operators_run_where_the_kernels_cannot(device):
+    """So that a graph exported on a machine with a GPU runs on one without."""
     x = random((3, 11), torch.float64, device)
     coeffs = OPERATORS.haar_dwt(x, 2)
     torch.testing.assert_close(coeffs, statement.haar_dwt(x, 2), rtol=0, atol=0)
@@ -360,7 +360,7 @@ def test_the_operators_take_what_the_kernels_cannot(device):
     torch.testing.assert_close(OPERATORS.haar_dwt(deep, 11), statement.haar_dwt(deep, 11), rtol=0, atol=0)
 
 
-def test_the_operators_check_what_they_are_called_with(device):
+def test_operators_validate_their_arguments(device):
     x = torch.zeros(8, device=device)
     for error, call in (
         (ValueError, lambda: OPERATORS.haar_dwt(x, -1)),
@@ -375,11 +375,11 @@ def test_the_operators_check_what_they_are_called_with(device):
             call()
 
 
-# Contexts -----------------------------------------------------------------------------------------------
+# Context managers -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS, ids=lambda x: str(x).split(".")[-1])
-def test_contexts_change_nothing(backend, dtype, device):
+def test_context_managers_change_nothing(backend, dtype, device):
     x = random((3, 4, 11), dtype, device).mT.contiguous().mT.requires_grad_()
     plain = haar_dwt(x, 2, backend=backend)
     contexts = (
@@ -401,7 +401,7 @@ def test_contexts_change_nothing(backend, dtype, device):
 
 @backends
 def test_an_inverse_deeper_than_its_width_is_differentiable(backend, device):
-    """As PyWavelets', the inverse takes more levels than the forward transform does; so does its gradient."""
+    """Like PyWavelets' inverse it allows more levels than the forward transform; so does its gradient."""
     coeffs = [torch.full((1,), 3.0, device=device, requires_grad=True) for _ in range(4)]
     got = torch.autograd.grad(haar_idwt(coeffs, 1, backend=backend).sum(), coeffs)
     expected = [8**-0.5, 8**-0.5, 0.5, 2**-0.5]

@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW works under Accelerate as it is: accumulation, clipping, saving, precision, scaling."""
+"""GWTAdamW under Accelerate: accumulation, clipping, saving, precision, loss scaling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Run:
     def __init__(self, **options: Any) -> None:
         accelerate.state.AcceleratorState._reset_state(
             reset_partial_state=True
-        )  # a process's first settings hold for all of it
+        )  # the first settings of a process hold for all of it
         accelerate.state.GradientState._reset_state()
         self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
         model = llama()
@@ -53,7 +53,7 @@ class Run:
 
 
 def plain(model: nn.Module) -> Any:
-    """The same run in a plain loop."""
+    """Train the same run in a plain loop."""
     optimizer = optimizer_of(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=8)
     for i, batch in enumerate(DataLoader(sentences(48), batch_size=4)):  # type: ignore[arg-type,var-annotated]
@@ -95,16 +95,16 @@ def test_mixed_precision():
     run = Run(mixed_precision="bf16").train()
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
-    assert not torch.equal(Run().train().model.lm_head.weight, run.model.lm_head.weight)  # autocast was on
+    assert not torch.equal(Run().train().model.lm_head.weight, run.model.lm_head.weight)  # autocast was active
 
 
-# A GradScaler that skips steps: Accelerate's own is for GPUs alone, so that each test gives it one for the CPU.
+# A GradScaler that skips steps: Accelerate's own is for GPUs only, so each test passes one for the CPU.
 
 SKIPPED = (0, 3, 4)
 
 
 class Scaled:
-    """Eight steps under a scaler, some with an infinite gradient, with a schedule that waits for skipped steps."""
+    """Eight steps under a scaler, some with an infinite gradient, and a schedule that waits for skipped steps."""
 
     def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -121,7 +121,7 @@ class Scaled:
         return loss * torch.inf if t in SKIPPED else loss
 
     def plainly(self) -> Scaled:
-        """As PyTorch's documentation does it: a scale that shrank says that the step was skipped."""
+        """Train as in PyTorch's documentation: a scale that shrank means that the step was skipped."""
         for t in range(8):
             self.scaler.scale(self.loss(t)).backward()
             self.scaler.step(self.bare)
@@ -140,11 +140,11 @@ class Scaled:
         accelerator = accelerate.Accelerator(cpu=True)
         accelerator.scaler = self.scaler
         model, optimizer, schedule = accelerator.prepare(self.model, self.bare, self.schedule)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # after it would have autocast
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # it would autocast after that
         for t in range(8):
             accelerator.backward(self.loss(t))
             if clip:
-                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # which unscales, and clips nothing
+                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # unscales, and clips nothing
             optimizer.step()
             self.skips.append(accelerator.optimizer_step_was_skipped)
             schedule.step()
@@ -168,7 +168,7 @@ def ours(params: list[nn.Parameter], **options: Any) -> GWTAdamW:
     ],
     ids=["ours", "unscaled before", "float16 weights", "clipped in the step", "torch"],
 )
-def test_skipped_steps_are_seen_and_hold_schedules_back(make: Any, dtype: torch.dtype, clip: bool):
+def test_skipped_steps_are_reported_and_delay_schedules(make: Any, dtype: torch.dtype, clip: bool):
     run, plain = Scaled(make, dtype).accelerated(clip), Scaled(make, dtype).plainly()
     assert run.skips == plain.skips == [t in SKIPPED for t in range(8)]
     assert run.rates == plain.rates
@@ -186,9 +186,9 @@ class Unread:
         raise AssertionError("the host waits for the device")
 
 
-def test_elsewhere_a_scaler_is_not_waited_for():
+def test_scaler_is_not_synchronised_without_accelerate():
     optimizer = ours([nn.Parameter(torch.ones(4, 4))])
-    torch.optim.lr_scheduler.ConstantLR(optimizer)  # which puts something in the place of step, too
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # it replaces step, too
     optimizer.found_inf = Unread()
     with pytest.raises(AttributeError):
         del optimizer.found_inf, optimizer.found_inf
@@ -196,6 +196,6 @@ def test_elsewhere_a_scaler_is_not_waited_for():
     assert not hasattr(GWTAdamW, "found_inf")
 
 
-def test_parameters_that_it_shards_train_as_a_plain_loop():
-    """Its FSDP2 puts shards into an optimizer that was made of whole parameters."""
+def test_parameters_sharded_by_accelerate_train_as_in_a_plain_loop():
+    """Its FSDP2 replaces the parameters of an existing optimizer by shards."""
     forked.run(1, accelerate_runs.fsdp2)

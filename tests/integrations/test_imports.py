@@ -1,4 +1,4 @@
-"""The package needs torch alone, and an integration whose library is missing says which and how to get it."""
+"""The package needs torch alone, and an integration without its library names it and how to install it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 OPTIONAL = ("accelerate", "lightning", "pytorch_lightning", "tensorboard", "transformers")
 
 
-def test_the_package_imports_none_of_them() -> None:
+def test_the_package_imports_no_integrated_library() -> None:
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
     code = f"import sys; {blocked}; import gwt_kernels, gwt_kernels.integrations; print(gwt_kernels.GWTAdamW)"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Shows that Lightning's Trainer trains with GWTAdamW: clipping, accumulation, schedules, checkpoints, bfloat16."""
+"""GWTAdamW under Lightning's Trainer: clipping, accumulation, schedules, checkpoints, bfloat16."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny import assert_close_runs, assert_same_run, sentences
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_equals_the_optimizer_made_by_hand(accumulated, tmp_path):
-    """Closures, clipping, accumulation, schedule: bit for bit what the same gradients do outside of Lightning."""
+    """Closures, clipping, accumulation, schedule: bit for bit the steps of the same gradients outside Lightning."""
     module, optimizer = fit(tmp_path, accumulate_grad_batches=accumulated)
     begin = Language()
     by_hand = copy.deepcopy(begin)
@@ -40,7 +40,7 @@ def test_equals_the_optimizer_made_by_hand(accumulated, tmp_path):
 
 
 def test_resumes_bit_for_bit(tmp_path):
-    epochs = {"max_epochs": 2, "max_steps": -1, "count": 12}  # by max_steps Lightning itself sees a batch again
+    epochs = {"max_epochs": 2, "max_steps": -1, "count": 12}  # by max_steps Lightning itself repeats a batch
     saves = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     module, optimizer = fit(tmp_path, enable_checkpointing=True, callbacks=[saves], **epochs)
     checkpoint = tmp_path / "step=3.ckpt"
@@ -48,7 +48,7 @@ def test_resumes_bit_for_bit(tmp_path):
     assert len(resumed.seen) == 3
     assert_same_run(module, optimizer, resumed, resumed_optimizer)
 
-    held = torch.load(checkpoint, weights_only=True)  # nothing in it that would have to be executed
+    held = torch.load(checkpoint, weights_only=True)  # its contents need no code to be executed
     for state in held["optimizer_states"][0]["state"].values():
         state["exp_avg"].zero_()
     torch.save(held, tmp_path / "tampered.ckpt")
@@ -59,7 +59,7 @@ def test_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("make", [GWTAdamW, torch.optim.AdamW, partial(torch.optim.AdamW, fused=True)])
-def test_schedules_advance_at_steps_that_a_scaler_skips_whatever_the_optimizer(make, tmp_path):
+def test_schedules_advance_at_skipped_steps_whatever_the_optimizer(make, tmp_path):
     class Overflowing(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -100,13 +100,13 @@ def test_bfloat16(precision, clipping, tmp_path):
 
 
 def test_lightning_does_not_clip_for_an_optimizer_that_unscales(tmp_path):
-    """In its mixed precision, with a scaler or without one; the optimizer's own clipping takes its place."""
+    """In its mixed precision, with or without a scaler; the optimizer clips in its place."""
     with pytest.raises(RuntimeError, match="GWTAdamW, does not allow for gradient clipping"):
         fit(tmp_path, precision="bf16-mixed", gradient_clip_val=0.5)
 
 
 def test_clipping_in_the_step(tmp_path):
-    """max_grad_norm of the optimizer does what gradient_clip_val does, to rounding."""
+    """max_grad_norm of the optimizer equals gradient_clip_val, up to rounding."""
     module, _ = fit(tmp_path, gradient_clip_val=0.25)
     inside, optimizer = fit(tmp_path, gradient_clip_val=None, max_grad_norm=0.25)
     unclipped, _ = fit(tmp_path, gradient_clip_val=None)
@@ -115,7 +115,9 @@ def test_clipping_in_the_step(tmp_path):
 
 
 class Unfreezing(pl.callbacks.BaseFinetuning):
-    """Trains the head first, then a layer, then the other one and the embedding: groups without names and level."""
+    """Trains the head first, then a layer, then the other and the embedding: added groups have no names and no
+    level.
+    """
 
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.model.model)
@@ -139,7 +141,7 @@ class FineTuned(Language):
 
 def fine_tune(make, folder, resume=None):
     module = FineTuned(make)
-    module.optimizer_step = partial(pl.LightningModule.optimizer_step, module)  # most have no gradient to note
+    module.optimizer_step = partial(pl.LightningModule.optimizer_step, module)  # most have no gradient to record
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", callbacks=[Unfreezing(), saves], default_root_dir=folder,
@@ -154,14 +156,14 @@ def ours(params):
 
 
 def theirs(params):
-    """``torch.optim.AdamW`` of the same, without the names, since it refuses groups that have none."""
+    """Return ``torch.optim.AdamW`` without names, since it refuses added groups that have none."""
     return torch.optim.AdamW([p for _, p in params], lr=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:.*without a level")
 @pytest.mark.parametrize("resumed", [False, True])
 def test_layers_that_a_callback_unfreezes(resumed, tmp_path):
-    """Rates and steps of every parameter are AdamW's, and matrices that it added take the optimizer's level."""
+    """Rates and steps of every parameter equal AdamW's, and added matrices get the optimizer's level."""
     steps, rates = [], []
     for make in (ours, theirs):
         folder = tmp_path / make.__name__

@@ -1,4 +1,4 @@
-"""Shows that the telemetry callbacks write each parameter's numbers into TensorBoard's files, every n steps."""
+"""Telemetry callbacks write each parameter's numbers to TensorBoard's files, every n steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TensorBoardLogger = pl.loggers.TensorBoardLogger
 
 
 def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every telemetry scalar under a folder: (step, value) by tag."""
+    """Return every telemetry scalar under a folder: (step, value) by tag."""
     (file,) = folder.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file))
     events.Reload()
@@ -40,7 +40,7 @@ def tracked(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Tr
 
 
 def assert_logged(tags: dict[str, list[tuple[int, float]]], optimizer: Any, prefix: str) -> None:
-    """At steps 2, 4 and 6, and the last time just what the optimizer says."""
+    """Raise AssertionError unless steps 2, 4 and 6 are logged, the last with the optimizer's numbers."""
     measured = getattr(optimizer, "optimizer", optimizer).telemetry()
     assert len(measured) == len(list(llama().parameters()))
     expected = {f"{prefix}telemetry/{what}/{name}": v for name, row in measured.items() for what, v in row.items()}
@@ -67,7 +67,7 @@ def test_lightning(tmp_path):
     assert_logged(logged(tmp_path), optimizer, "")
 
 
-def test_trainer_s_own_tracker_given_by_hand(tmp_path):
+def test_a_tracker_passed_explicitly(tmp_path):
     trainer = with_mixin(arguments(tmp_path, max_steps=1), telemetry=True)
     trainer.add_callback(TensorBoardCallback)
     trainer.add_callback(transformers.TelemetryCallback(trainer, every=1))
@@ -83,7 +83,7 @@ def test_every_is_a_number_of_steps(every, tmp_path, monkeypatch):
         transformers.TelemetryCallback(tracked(tmp_path, monkeypatch), every=every)
 
 
-def test_nothing_to_log_to(tmp_path):
+def test_no_tracker_to_log_to(tmp_path):
     with pytest.raises(ValueError, match="set report_to='tensorboard'"):
         transformers.TelemetryCallback(with_mixin(arguments(tmp_path), telemetry=True))
     with pytest.raises(ValueError, match="pass logger=TensorBoardLogger"):
@@ -102,7 +102,7 @@ def test_an_optimizer_without_telemetry(tmp_path, monkeypatch):
 
 
 def test_telemetry_that_is_off(tmp_path, monkeypatch):
-    """Off, an optimizer measures nothing; the callback says so after one step, though it would log after 50."""
+    """The callback reports it after one step, although it would log after 50."""
     trainer = tracked(tmp_path, monkeypatch)
     trainer.add_callback(transformers.TelemetryCallback(trainer))
     with pytest.raises(ValueError, match="pass telemetry=True"):
@@ -113,7 +113,7 @@ def test_telemetry_that_is_off(tmp_path, monkeypatch):
 
 
 def test_several_optimizers():
-    """Those without telemetry are left out, and equal names are told apart."""
+    """Optimizers without telemetry are left out, and equal names are made distinct."""
     ours = [GWTAdamW([("w", torch.nn.Parameter(torch.ones(2, 8)))], telemetry=True) for _ in range(2)]
     for optimizer in ours:
         (p,) = optimizer.param_groups[0]["params"]

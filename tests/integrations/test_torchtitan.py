@@ -15,11 +15,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_sharded_and_resumed_as_the_optimizer_alone(tmp_path: Path) -> None:
+def test_sharded_and_resumed_like_the_optimizer_alone(tmp_path: Path) -> None:
     forked.run(2, torchtitan_runs.main, tmp_path)
 
 
-def test_groups_of_its_own_are_refused() -> None:
+def test_torchtitans_own_groups_are_refused() -> None:
     from torchtitan.components.optimizer import ParamGroupConfig
 
     config = torchtitan_runs.example().gwt_adamw()

@@ -1,4 +1,4 @@
-"""Shows that Hugging Face's Trainer trains with GWTAdamW as asked, saves, resumes, and refuses contradictions."""
+"""GWTAdamW under Hugging Face's Trainer: options, saving, resuming, and contradictory arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ routes = pytest.mark.parametrize("route", [with_mixin, with_factory])
 
 
 class Replay(TrainerCallback):
-    """Feeds the gradients of each of Trainer's steps to an optimizer that was made by hand."""
+    """Feeds the gradients of each of Trainer's steps to an independent optimizer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.model = copy.deepcopy(trainer.model)
@@ -45,7 +45,7 @@ class Replay(TrainerCallback):
 
 
 @routes
-def test_every_option_arrives(route, tmp_path):
+def test_every_option_reaches_the_optimizer(route, tmp_path):
     trainer = route(arguments(tmp_path), rule="foam", state_dtype=torch.bfloat16)
     made, expected = trainer.create_optimizer(), optimizer_of(llama(), rule="foam", state_dtype=torch.bfloat16)
     assert isinstance(made, GWTAdamW)
@@ -58,7 +58,7 @@ def test_every_option_arrives(route, tmp_path):
 
 
 @routes
-def test_wavelet_boundary_and_bias_correction_arrive(route, tmp_path):
+def test_wavelet_boundary_and_bias_correction_reach_the_optimizer(route, tmp_path):
     options = {"wavelet": "bior2.2", "boundary": "reflect", "correct_bias": False}
     made = route(arguments(tmp_path), **options).create_optimizer()
     assert all(options.items() <= group.items() for group in made.param_groups)
@@ -68,7 +68,7 @@ def test_wavelet_boundary_and_bias_correction_arrive(route, tmp_path):
 
 @routes
 def test_equals_the_optimizer_made_by_hand(route, tmp_path):
-    """Accumulation, clipping and schedule: bit for bit what the same gradients do outside of Trainer."""
+    """Accumulation, clipping and schedule: bit for bit the steps of the same gradients outside Trainer."""
     trainer = route(arguments(tmp_path, max_grad_norm=0.5))
     replay = Replay(trainer)
     trainer.add_callback(replay)
@@ -116,7 +116,7 @@ def test_reads_arguments_when_training_begins(route, tmp_path):
 
 
 @routes
-def test_weights_of_two_bytes(route, tmp_path):
+def test_bfloat16_weights(route, tmp_path):
     trainer = route(arguments(tmp_path), torch.bfloat16, weight_rounding="split")
     trainer.train()
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
@@ -126,7 +126,7 @@ def test_weights_of_two_bytes(route, tmp_path):
 
 
 def test_clipping_in_the_step(tmp_path):
-    """max_grad_norm as an option does what TrainingArguments' does, to rounding."""
+    """The option max_grad_norm equals TrainingArguments' one, up to rounding."""
     trainer = with_mixin(arguments(tmp_path, max_grad_norm=0.25))
     inside = with_mixin(arguments(tmp_path, max_grad_norm=0.0), max_grad_norm=0.25)
     unclipped = with_mixin(arguments(tmp_path, max_grad_norm=0.0))
@@ -143,13 +143,13 @@ def test_mixed_precision(tmp_path):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     plain = with_mixin(arguments(tmp_path))
     plain.train()
-    assert not torch.equal(plain.model.lm_head.weight, trainer.model.lm_head.weight)  # autocast was on
+    assert not torch.equal(plain.model.lm_head.weight, trainer.model.lm_head.weight)  # autocast was active
 
 
 @routes
-def test_the_schedule_waits_for_steps_that_a_scaler_skips(route, tmp_path):
+def test_the_schedule_waits_for_skipped_steps(route, tmp_path):
     trainer = route(arguments(tmp_path, gradient_accumulation_steps=1, max_grad_norm=0.0))
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # which Trainer makes for GPUs alone
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # Trainer creates it only for GPUs
     bad, computed = iter((False, True, False, True, True, False)), trainer.compute_loss
     trainer.compute_loss = lambda *args, **kwargs: computed(*args, **kwargs) * (torch.inf if next(bad) else 1)
     trainer.train()
@@ -160,13 +160,13 @@ def test_the_schedule_waits_for_steps_that_a_scaler_skips(route, tmp_path):
     assert optimizer.skipped_steps == 3
 
 
-def test_what_trainer_groups_itself_is_all_transformed(tmp_path):
-    """Why GWTAdamW itself must not be passed to Trainer: its two groups know decay alone."""
+def test_groups_made_by_trainer_transform_every_matrix(tmp_path):
+    """The reason not to pass GWTAdamW itself to Trainer: its two groups differ only in weight decay."""
     chosen = (GWTAdamW, {"level": 1})
     trainer = Trainer(llama(), arguments(tmp_path), train_dataset=sentences(), optimizer_cls_and_kwargs=chosen)
     groups = trainer.create_optimizer().param_groups
     assert [group["level"] for group in groups] == [1, 1]
-    assert {group["lr"] for group in groups} == {1e-3}  # GWTAdamW's default: the arguments' does not arrive
+    assert {group["lr"] for group in groups} == {1e-3}  # GWTAdamW's default: the arguments' value does not reach it
     transformed = {id(p) for group in groups for p in group["params"]}
     assert id(trainer.model.model.embed_tokens.weight) in transformed
     assert id(trainer.model.model.norm.weight) in transformed
@@ -207,12 +207,12 @@ def test_flattened_parameters_are_refused(attribute, value, message, tmp_path):
         gwt_optimizer(args)
 
 
-def test_mixin_checks_the_model_at_construction(tmp_path):
+def test_mixin_validates_the_model_at_construction(tmp_path):
     with pytest.raises(ValueError, match="the pattern 'nowhere' matches no parameter"):
         with_mixin(arguments(tmp_path), include=["nowhere"])
 
 
-def test_mixin_makes_the_optimizer_alone(tmp_path):
+def test_mixin_builds_the_optimizer_alone(tmp_path):
     given = torch.optim.SGD(llama().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="leave out optimizers"):
         MixedTrainer(llama(), arguments(tmp_path), optimizers=(given, None))
@@ -220,14 +220,14 @@ def test_mixin_makes_the_optimizer_alone(tmp_path):
         MixedTrainer(llama(), arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
 
 
-def test_mixin_comes_first():
+def test_mixin_has_to_come_first():
     with pytest.raises(TypeError, match=r"write class Wrong\(GWTTrainerMixin, Trainer\)"):
 
         class Wrong(Trainer, GWTTrainerMixin):
             pass
 
 
-def test_a_trainer_without_factories_is_told(tmp_path):
+def test_error_of_a_trainer_without_factories(tmp_path):
     """transformers 5.0 calls every class as an optimizer, with groups of parameters."""
     factory, options = gwt_optimizer(arguments(tmp_path))
     with pytest.raises(RuntimeError, match="use GWTTrainerMixin"):
@@ -235,5 +235,5 @@ def test_a_trainer_without_factories_is_told(tmp_path):
 
 
 def test_trackers_are_those_of_transformers():
-    """The name that the telemetry callback finds trackers by."""
+    """The telemetry callback finds trackers by these names."""
     assert INTEGRATION_TO_CALLBACK["tensorboard"] is TensorBoardCallback

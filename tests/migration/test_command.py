@@ -1,4 +1,4 @@
-"""``gwt-kernels migrate`` on checkpoint files: whose they are, what is written, and which are refused."""
+"""``gwt-kernels migrate`` on checkpoint files: sources, written files, and refused files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model, its configuration's file, and what AdamW holds after two steps over ``model.parameters()``."""
+    """A model, its configuration file, and AdamW's state after two steps over ``model.parameters()``."""
     folder = tmp_path_factory.mktemp("model")
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": "llama", **LLAMA}))
@@ -71,7 +71,7 @@ def groups_of(trained, **options):
     )
 
 
-# What is written --------------------------------------------------------------------------------------------
+# Written files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def groups_of(trained, **options):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
-def test_a_file_of_adamw_becomes_what_the_library_makes_of_it(flags, options, trained, tmp_path, capsys):
+def test_the_written_file_equals_the_result_of_the_library(flags, options, trained, tmp_path, capsys):
     checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
     bytes_before = checkpoint.read_bytes()
     assert run(checkpoint, out, trained.config, *flags) == 0
@@ -105,10 +105,10 @@ def test_a_file_of_adamw_becomes_what_the_library_makes_of_it(flags, options, tr
     assert said.startswith(str(migration))
     assert f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {len(bytes_before):,} bytes, unchanged" in said
     assert checkpoint.read_bytes() == bytes_before
-    assert sorted(os.listdir(tmp_path)) == ["gwt.pt", "optimizer.pt"]  # nothing half-written stays
+    assert sorted(os.listdir(tmp_path)) == ["gwt.pt", "optimizer.pt"]  # no temporary file remains
 
 
-def test_numbers_are_the_checkpoint_s_unless_given(trained, tmp_path):
+def test_options_default_to_those_of_the_checkpoint(trained, tmp_path):
     checkpoint = file_of(tmp_path, trained.state)
     run(checkpoint, tmp_path / "a.pt", trained.config, "--level", 1)
     run(
@@ -124,7 +124,7 @@ def test_numbers_are_the_checkpoint_s_unless_given(trained, tmp_path):
 
 
 @pytest.mark.parametrize("place", [("optimizer",), ("optimizer_states", 0)], ids=str)
-def test_the_rest_of_a_checkpoint_stays_as_it_is(place, trained, tmp_path):
+def test_the_rest_of_a_checkpoint_is_unchanged(place, trained, tmp_path):
     inner = trained.state if len(place) == 1 else [trained.state]
     rest = {"model": {"weight": torch.ones(3)}, "epoch": 3, "lr_scheduler": {"state": {"last": [0.1]}}}
     out = tmp_path / "out.pt"
@@ -136,7 +136,7 @@ def test_the_rest_of_a_checkpoint_stays_as_it_is(place, trained, tmp_path):
 
 
 def test_a_checkpoint_of_trainer(trained, tmp_path):
-    """The two groups of Hugging Face's Trainer, made by Trainer itself."""
+    """The two groups of Hugging Face's Trainer, created by Trainer itself."""
     names = {p: name for name, p in trained.model.named_parameters()}
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"), weight_decay=0.1, learning_rate=0.003, report_to=[]
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_trainer(trained, tmp_path):
         assert torch.equal(written["state"][i]["exp_avg"], by_name[name]), name
 
 
-def test_from_one_level_to_another_and_its_scale_stays(trained, tmp_path):
+def test_scale_is_kept_from_one_level_to_another(trained, tmp_path):
     first = GWTAdamW(gwt_param_groups(trained.model, level=1, scale=0.5), lr=0.003, seed=7)
     step(trained.model, first, 8)
     out = tmp_path / "gwt.pt"
@@ -162,7 +162,7 @@ def test_from_one_level_to_another_and_its_scale_stays(trained, tmp_path):
     assert (group["level"], group["scale"], group["seed"]) == (3, 0.5, 7)
 
 
-def test_wavelet_boundary_and_bias_correction_stay_unless_others_are_asked_for(trained, tmp_path):
+def test_wavelet_boundary_and_bias_correction_are_kept_by_default(trained, tmp_path):
     options = {"wavelet": "bior2.2", "boundary": "periodic", "correct_bias": False}
     first = GWTAdamW(gwt_param_groups(trained.model, level=1), lr=0.003, **options)
     step(trained.model, first, 8)
@@ -171,7 +171,7 @@ def test_wavelet_boundary_and_bias_correction_stay_unless_others_are_asked_for(t
     for name, more in {"kept": (), "corrected": ("--correct-bias",), "left": ("--wavelet", "haar")}.items():
         out = tmp_path / f"{name}.pt"
         written[name] = (run(checkpoint, out, trained.config, "--level", 2, *more), out.exists() and read(out))
-    assert [status for status, _ in written.values()] == [0, 0, 2]  # from bior2.2 no way leads to Haar
+    assert [status for status, _ in written.values()] == [0, 0, 2]  # bior2.2 cannot be converted to Haar
     for name, correct_bias in (("kept", False), ("corrected", True)):
         groups = written[name][1]["param_groups"]
         assert {(g["wavelet"], g["boundary"], g["correct_bias"]) for g in groups} == {
@@ -182,7 +182,7 @@ def test_wavelet_boundary_and_bias_correction_stay_unless_others_are_asked_for(t
     step(trained.model, resumed, 9)
 
 
-def test_options_of_the_new_optimizer_may_be_others_than_adamw_s(trained, tmp_path):
+def test_options_of_the_new_optimizer_may_differ_from_adamws(trained, tmp_path):
     out = tmp_path / "gwt.pt"
     more = ("--wavelet", "db2", "--boundary", "symmetric", "--no-correct-bias")
     assert run(file_of(tmp_path, trained.state), out, trained.config, *more) == 0
@@ -191,7 +191,7 @@ def test_options_of_the_new_optimizer_may_be_others_than_adamw_s(trained, tmp_pa
     resumed.load_state_dict(read(out))
 
 
-def test_foreign_names_of_entries_and_of_parameters(trained, tmp_path):
+def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
     source = GWTAdamW([{"params": [p], "level": 0} for p in reversed(list(trained.model.parameters()))], lr=0.003)
     step(trained.model, source, 9)
     state = source.state_dict()
@@ -208,7 +208,7 @@ def test_foreign_names_of_entries_and_of_parameters(trained, tmp_path):
     assert len(read(out)["state"]) == len(list(trained.model.parameters()))
 
 
-def test_as_a_command(trained, tmp_path):
+def test_command_in_a_new_process(trained, tmp_path):
     checkpoint = file_of(tmp_path, trained.state)
     command = [sys.executable, "-m", "gwt_kernels", "migrate", str(checkpoint), "--config", str(trained.config)]
     done = subprocess.run(
@@ -229,11 +229,11 @@ def test_the_example_of_the_page(capsys):
     assert names["after"] < names["before"]
 
 
-# What is refused --------------------------------------------------------------------------------------------
+# Refused files ----------------------------------------------------------------------------------------------
 
 
 class Trap:
-    """Unpickled carelessly, this would make a folder."""
+    """Creates a folder if unpickled without restrictions."""
 
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -242,7 +242,7 @@ class Trap:
 def truncated(folder, trained):
     path = file_of(folder, trained.state)
     whole = path.read_bytes()
-    for length in range(1, len(whole), len(whole) // 40):  # wherever it is cut
+    for length in range(1, len(whole), len(whole) // 40):  # at any length
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut short"):
             read_checkpoint(path)
@@ -259,7 +259,7 @@ def two_states(folder, trained):
 
 
 def with_two_rates(state):
-    """The same parameters in two groups."""
+    """Return a state with the same parameters in two groups."""
     group = state["param_groups"][0]
     parts = (group["params"][:3], 1.0), (group["params"][3:], 2.0)
     return {**state, "param_groups": [{**group, "params": part, "lr": lr} for part, lr in parts]}
@@ -330,9 +330,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_cannot_be_migrated_is_refused_by_name_and_nothing_is_written(
-    kind, trained, tmp_path, monkeypatch, capsys
-):
+def test_a_bad_file_is_refused_by_name_and_nothing_is_written(kind, trained, tmp_path, monkeypatch, capsys):
     make, flags, words = FILES[kind]
     names = tmp_path / "names"
     names.write_text("\n".join(name for name, _ in trained.model.named_parameters()))
@@ -346,10 +344,10 @@ def test_a_file_that_cannot_be_migrated_is_refused_by_name_and_nothing_is_writte
     assert said.err.startswith("gwt-kernels migrate: ")
     for word in words:
         assert word in said.err, said.err
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and the trap is not sprung
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # and the trap was not executed
 
 
-def test_nothing_is_overwritten(trained, tmp_path, capsys):
+def test_existing_files_are_not_overwritten(trained, tmp_path, capsys):
     checkpoint = file_of(tmp_path, trained.state)
     before = checkpoint.read_bytes()
     os.symlink(checkpoint, tmp_path / "link.pt")
@@ -359,7 +357,7 @@ def test_nothing_is_overwritten(trained, tmp_path, capsys):
     assert checkpoint.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def half(payload, file):
         file.write(b"half")
         raise OSError("no space left")

@@ -1,4 +1,4 @@
-"""Migrated states against runs that had the new options from the start, and against the published trajectories."""
+"""Migrated states against runs that had the new options from the start, and against published trajectories."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def of_adamw(steps=5, shapes=SHAPES, dtype=torch.float64, cls=torch.optim.AdamW,
 
 
 def loaded(state_dict, optimizer, **how):
-    """The optimizer after it has loaded the migrated state."""
+    """Return the optimizer after it has loaded the migrated state."""
     optimizer.load_state_dict(migrate(state_dict, optimizer, **how).state_dict)
     return optimizer
 
@@ -61,18 +61,18 @@ def assert_close(ours, theirs, rtol=1e-13):
 
 
 def blocks(x, width):
-    """``[..., nb, width]``: blocks of neighbours, zeros beyond the end."""
+    """Return ``[..., nb, width]``: blocks of neighbours, zero-padded."""
     x = x.double().numpy()
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % width)])
     return padded.reshape(*x.shape[:-1], -1, width)
 
 
-# What is exact: as if the run had had the new options from the start ------------------------------------------
+# Exact conversions: equal to a run with the new options from the start ----------------------------------------
 
 
 @pytest.mark.parametrize(("rule", "level"), KINDS)
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
-def test_first_moment_of_adamw_is_that_of_a_run_from_the_start(cls, rule, level):
+def test_first_moment_of_adamw_equals_that_of_a_run_from_the_start(cls, rule, level):
     whole = run_of(rule=rule, level=level)
     taken = loaded(of_adamw(cls=cls).state_dict(), build(rule=rule, level=level))
     assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
@@ -106,14 +106,14 @@ def test_between_levels_and_rules(old, new):
         assert_same_bits(results(taken)["state"], results(source)["state"])
 
 
-def test_daubechies_goes_further_down_the_same_transform():
+def test_daubechies_level_continues_the_same_transform():
     whole = run_of(shapes=[(3, 40)], wavelet="db2", level=2)
     for source in (of_adamw(shapes=[(3, 40)]), run_of(shapes=[(3, 40)], wavelet="db2", level=1)):
         taken = loaded(source.state_dict(), build([(3, 40)], wavelet="db2", level=2))
         assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
 
 
-# What is approximate: what it is meant to be ----------------------------------------------------------------
+# Approximate conversions: equal in expectation --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_daubechies_goes_further_down_the_same_transform():
         *(("gwt", *kind) for kind in ((1, "db2"), (3, "db2"), (1, "bior2.2"), (3, "bior2.2"), (2, "rbio3.3"))),
     ],
 )
-def test_second_moment_has_the_right_size_where_neighbours_are_uncorrelated(rule, level, wavelet):
+def test_second_moment_has_the_right_size_for_uncorrelated_neighbours(rule, level, wavelet):
     totals = {}
     generator = torch.Generator().manual_seed(3)
     shape = (60, 400)
@@ -159,7 +159,7 @@ def test_second_moment_of_adamw_is_the_mean_of_its_blocks(level):
 
 @pytest.mark.parametrize("new", [0, 1, 2])
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
-def test_lowering_spreads_evenly_and_raising_again_gives_everything_back(rule, new):
+def test_lowering_the_level_and_raising_it_again_restores_the_state(rule, new):
     source = run_of(rule=rule, level=3)
     lower = loaded(source.state_dict(), build(rule=rule, level=new))
     back = loaded(lower.state_dict(), build(rule=rule, level=3))
@@ -171,7 +171,7 @@ def test_lowering_spreads_evenly_and_raising_again_gives_everything_back(rule, n
             np.testing.assert_array_equal(each, each[..., :1].repeat(each.shape[-1], -1))
 
 
-def test_limiter_goes_on_where_its_norm_means_the_same_and_begins_anew_elsewhere():
+def test_limiter_norm_is_kept_where_its_meaning_is_and_reset_elsewhere():
     source = run_of(dtype=torch.float32, level=2)
     same = loaded(source.state_dict(), build(dtype=torch.float32, level=2, state_dtype=torch.bfloat16))
     assert_same_bits(entries(same, "limiter_norm"), entries(source, "limiter_norm"))
@@ -181,7 +181,7 @@ def test_limiter_goes_on_where_its_norm_means_the_same_and_begins_anew_elsewhere
 
 
 @pytest.mark.parametrize("options", [{"level": 1}, {"level": 3}, {"level": 2, "betas": (0.8, 0.99)}], ids=str)
-def test_limiter_goes_on_holding_back_as_much_as_it_did(options):
+def test_limiter_keeps_its_divisor(options):
     def shares(optimizer):
         for p in parameters_of(optimizer):
             m, v, norm = (optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "limiter_norm"))
@@ -206,13 +206,13 @@ def test_bias_correction_is_carried_over_to_other_betas():
     source = steps(build([(4, 16)], level=0, betas=(0.8, 0.9)), 4)
     whole = steps(build([(4, 16)], level=0, betas=(0.9, 0.99)), 4)
     taken = loaded(source.state_dict(), build([(4, 16)], level=0, betas=(0.9, 0.99)))
-    for key in ("exp_avg", "exp_avg_sq"):  # of a constant gradient every corrected average is that constant
+    for key in ("exp_avg", "exp_avg_sq"):  # for a constant gradient every corrected average is that constant
         assert_close(entries(taken, key), entries(whole, key))
 
 
 # dtypes -----------------------------------------------------------------------------------------------------
 
-LARGE = ((64, 512), (40, 16))  # of which only the first is large enough for int8
+LARGE = ((64, 512), (40, 16))  # only the first is large enough for int8
 
 
 def of_dtype(state_dtype, steps=3, level=2):
@@ -234,7 +234,7 @@ def test_widening_is_exact():
             assert "exp_avg_scale" not in new
 
 
-def test_bfloat16_is_rounded_to_the_nearest():
+def test_bfloat16_is_rounded_to_nearest():
     source = of_dtype(None)
     migration = migrate(source.state_dict(), build(LARGE, torch.float32, state_dtype=torch.bfloat16))
     assert not migration.is_exact
@@ -244,8 +244,8 @@ def test_bfloat16_is_rounded_to_the_nearest():
 
 
 @pytest.mark.parametrize("level", [1, 2, 4])
-def test_int8_is_rounded_to_the_nearest_code(level):
-    """No other code is nearer; and of the second moment only an exact zero becomes zero."""
+def test_int8_is_rounded_to_nearest(level):
+    """No other value is nearer; of the second moment only an exact zero becomes zero."""
     source = run_of(3, shapes=[(64, 2048)], dtype=torch.float32, level=level)
     state = source.state[parameters_of(source)[0]]
     state["exp_avg_sq"][0, :9] = torch.tensor([0.0, *10.0 ** -torch.arange(1, 9)])
@@ -253,9 +253,9 @@ def test_int8_is_rounded_to_the_nearest_code(level):
     new = taken.state[parameters_of(taken)[0]]
     assert (new["exp_avg"].dtype, new["exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
     for key, decode, low in (("exp_avg", decode_first, -127), ("exp_avg_sq", decode_second, 0)):
-        exact, codes, scales = state[key].double(), new[key].int(), new[f"{key}_scale"]
-        got = (decode(codes, scales, level).double() - exact).abs()
-        for other in (codes - 1, codes + 1):
+        exact, values, scales = state[key].double(), new[key].int(), new[f"{key}_scale"]
+        got = (decode(values, scales, level).double() - exact).abs()
+        for other in (values - 1, values + 1):
             inside = (other >= low) & (other <= (127 if low else 255)) & ~((low == 0) & (other == 0))
             error = (decode(other, scales, level).double() - exact).abs()
             allowed = 1e-6 * exact.abs() + exact.abs().max() * (2e-9 if low else 5e-10)  # the encoder's integers
@@ -266,7 +266,7 @@ def test_int8_is_rounded_to_the_nearest_code(level):
     assert_same_bits(results(again)["state"], results(taken)["state"])
 
 
-def test_weight_halves_stay_appear_and_go():
+def test_low_bits_of_weights_are_kept_added_and_dropped():
     split = run_of(3, shapes=LARGE, dtype=torch.bfloat16, weight_rounding="split")
     same = loaded(split.state_dict(), build(LARGE, torch.bfloat16, weight_rounding="split", level=1))
     assert_same_bits(entries(same, "weight_low"), entries(split, "weight_low"))
@@ -282,7 +282,7 @@ def test_weight_halves_stay_appear_and_go():
 
 
 def halves(dtype=torch.float32, groups=1, **options):
-    """An optimizer over named parameters, in groups that part them and reverse their order."""
+    """Return an optimizer over named parameters, in groups that split them and reverse their order."""
     named = [(f"w{i}", p) for i, p in enumerate(parameters(SHAPES, dtype=dtype))]
     parts = [named] if groups == 1 else [named[:1:-1], named[1::-1]]
     return GWTAdamW([{"params": part} for part in parts], lr=0.01, **options)
@@ -313,7 +313,7 @@ def give(optimizer, steps):
         ({"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "weight_rounding": "nearest", "groups": 2}),
     ],
 )
-def test_a_run_that_switches_by_exact_conversions_goes_on_bit_for_bit(before, after):
+def test_a_run_switched_by_exact_conversions_is_equal_bit_for_bit(before, after):
     whole, first, second = halves(**before), halves(**before), halves(**after)
     control = halves(**after)
     give(whole, range(6))
@@ -335,7 +335,7 @@ def test_a_run_that_switches_by_exact_conversions_goes_on_bit_for_bit(before, af
 
 
 def published_state(case: Case, steps: int) -> dict:
-    """What the published optimizer held after some steps: averages of what PyWavelets makes of the gradients."""
+    """Compute the published optimizer's state after some steps: averages of PyWavelets' coefficients."""
     m = v = 0.0
     for g in case.grads[:steps].copy():  # PyWavelets takes no read-only array
         if case.rule == "foam":
@@ -358,7 +358,7 @@ CASES = (*adamw_cases(), *foam_cases(), *variant_cases())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_published_run_goes_on_from_any_step(case):
+def test_the_published_run_continues_from_any_step(case):
     last = published_state(case, len(case.lr))["state"][0]
     np.testing.assert_allclose(
         last["exp_avg"].numpy(), case.exp_avg, rtol=1e-12, atol=1e-12 * abs(case.exp_avg).max()

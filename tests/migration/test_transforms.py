@@ -19,7 +19,7 @@ from tests.support.runs import assert_same_bits, parameters_of, results
     ],
     ids=str,
 )
-def test_other_wavelets_and_boundaries_go_further_down_the_same_transform(kind):
+def test_deeper_levels_continue_the_same_transform(kind):
     shapes = [(3, 40), (2, 29)]
     whole = run_of(shapes=shapes, level=3, **kind)
     for source in (of_adamw(shapes=shapes), *(run_of(shapes=shapes, level=k, **kind) for k in (1, 2))):
@@ -33,7 +33,7 @@ def test_other_wavelets_and_boundaries_go_further_down_the_same_transform(kind):
     assert ("boundary" in str(migration)) == (boundary != "zero")
 
 
-def test_rows_of_whole_blocks_have_no_use_for_a_boundary():
+def test_boundary_is_irrelevant_for_rows_of_whole_blocks():
     shapes, odd = [(3, 40), (2, 8)], [(3, 40), (2, 6)]
     for old, new in (("zero", "reflect"), ("symmetric", "zero"), ("periodic", "constant")):
         source = run_of(shapes=shapes, level=2, boundary=old)
@@ -49,7 +49,7 @@ def test_rows_of_whole_blocks_have_no_use_for_a_boundary():
             build_odd = build([tuple(p.shape) for p in parameters_of(source)], level=2, boundary=new)
             with pytest.raises(ValueError, match="build the optimizer with the state's wavelet and boundary"):
                 migrate(source.state_dict(), build_odd)
-    # One level of whole blocks, the next one of rows that go on beyond their ends.
+    # One level of whole blocks, the next one with rows that continue beyond their ends.
     whole = run_of(shapes=odd, level=2, boundary="reflect")
     taken = loaded(run_of(shapes=odd, level=1).state_dict(), build(odd, level=2, boundary="reflect"))
     assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
@@ -59,7 +59,7 @@ def test_rows_of_whole_blocks_have_no_use_for_a_boundary():
 
 
 @pytest.mark.parametrize("level", [0, 2])
-def test_bias_correction_is_no_part_of_the_moments(level):
+def test_bias_correction_does_not_change_the_moments(level):
     source = run_of(level=level)
     migration = migrate(source.state_dict(), build(level=level, correct_bias=False))
     assert migration.is_exact
@@ -69,7 +69,7 @@ def test_bias_correction_is_no_part_of_the_moments(level):
     assert taken.param_groups[0]["correct_bias"] is False
 
 
-def test_a_state_of_an_older_version_is_of_zeros_beyond_the_ends():
+def test_a_state_of_an_older_version_has_zero_boundaries():
     """Whatever the optimizer's own boundary is."""
     source = run_of(shapes=[(3, 13)], level=2).state_dict()
     for group in source["param_groups"]:

@@ -1,4 +1,4 @@
-"""Checkpoint files that hold more than tensors: plain data is kept as it was, all else is named, not executed."""
+"""Checkpoint files with more than tensors: plain data is kept, all other classes are named and not executed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_plain_data_is_read_and_written_as_it_was(kind, tmp_path):
+def test_plain_data_is_read_and_written_unchanged(kind, tmp_path):
     torch.save({"kept": KEPT[kind], "tensor": torch.ones(2)}, tmp_path / "a.pt")
     write(tmp_path / "b.pt", read(tmp_path / "a.pt"))
     back = torch.load(tmp_path / "b.pt", weights_only=False)
@@ -52,7 +52,7 @@ def test_plain_data_is_read_and_written_as_it_was(kind, tmp_path):
     assert repr(back["kept"]) == repr(KEPT[kind])
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
+def test_numpy_scalars_count_as_numbers(tmp_path):
     torch.save([np.float64(0.1), np.int32(-3)], tmp_path / "a.pt")
     assert read(tmp_path / "a.pt") == [0.1, -3]
 
@@ -71,14 +71,14 @@ class Trap:
 
 
 class OfAScript:
-    """Of the program that was run when the file was written, as its module says."""
+    """A class of the script that wrote the file, according to its module."""
 
 
 OfAScript.__module__ = "__main__"
 
 
 class Evil:
-    """numpy's own unpickling would take eight bytes of the file for the address of an object."""
+    """numpy's own unpickling would use eight bytes of the file as the address of an object."""
 
     def __reduce__(self):
         make, (_, data), *_ = np.float64(1).__reduce__()
@@ -90,9 +90,9 @@ ALLOWABLE = {"Mine": (Mine(), f"{__name__}.Mine"), "Fraction": (fractions.Fracti
 
 @pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize("kind", ALLOWABLE)
-def test_a_class_is_named_and_how_to_allow_it(kind, archive, tmp_path, capsys):
+def test_a_class_is_named_with_the_way_to_allow_it(kind, archive, tmp_path, capsys):
     held, name = ALLOWABLE[kind]
-    path = tmp_path / ("a" * 90) / "a.pt"  # a long name cuts nothing
+    path = tmp_path / ("a" * 90) / "a.pt"  # a long name is not truncated
     path.parent.mkdir()
     torch.save({"args": held}, path, _use_new_zipfile_serialization=archive)
     assert migrate(path) == 2
@@ -125,7 +125,7 @@ def test_all_classes_are_named_at_once(tmp_path):
     ],
     ids=["trap", "function", "a script's class"],
 )
-def test_what_cannot_be_allowed_says_so(held: Any, words: str, archive: bool, tmp_path, monkeypatch, capsys):
+def test_classes_that_cannot_be_allowed(held: Any, words: str, archive: bool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["__main__"], "OfAScript", OfAScript, raising=False)  # while it is written
     torch.save({"args": held}, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
@@ -157,13 +157,13 @@ def test_names_that_cannot_be_allowed(name, words, tmp_path, capsys):
     assert words in said
 
 
-def test_numpy_s_memory_is_not_what_the_file_says(tmp_path):
+def test_size_in_the_file_does_not_decide_numpys_memory(tmp_path):
     torch.save({"args": Evil()}, tmp_path / "a.pt")
     held = read(tmp_path / "a.pt")["args"]
-    assert not isinstance(held, np.generic)  # nothing was made of it
+    assert not isinstance(held, np.generic)  # no array was allocated
 
 
-def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
+def test_control_characters_in_a_file_are_escaped(tmp_path, capsys):
     torch.save({"\x1b[31mred": 1}, tmp_path / "a.pt")
     assert migrate(tmp_path / "a.pt") == 2
     torch.save({key: {"state": {}, "param_groups": []} for key in ("\x1b[31mred", "\x07")}, tmp_path / "a.pt")
@@ -173,15 +173,15 @@ def test_a_file_cannot_steer_the_terminal(tmp_path, capsys):
     assert r"\x1b[31mred" in said
 
 
-def test_what_was_allowed_is_not_any_more(tmp_path):
+def test_allowed_classes_are_forgotten_afterwards(tmp_path):
     torch.save(argparse.Namespace(a=1), tmp_path / "a.pt")
     read(tmp_path / "a.pt", ["fractions.Fraction"])
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.pt", weights_only=True)
 
 
-def test_an_optimizer_s_numbers_may_be_numpy_s(tmp_path, capsys):
-    """A state beside a Namespace, its rate a numpy scalar, as training programs leave it."""
+def test_an_optimizers_numbers_may_be_numpy_scalars(tmp_path, capsys):
+    """A state beside a Namespace, with a numpy scalar as learning rate, as training programs save it."""
     config = tmp_path / "config.json"
     config.write_text(
         '{"model_type": "llama", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, '
@@ -203,7 +203,7 @@ def test_an_optimizer_s_numbers_may_be_numpy_s(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_a_dict_with_defaults_is_read_as_a_dict(archive: bool, tmp_path):
+def test_a_defaultdict_is_read_as_a_dict(archive: bool, tmp_path):
     held = {"state": collections.defaultdict(dict, {0: {"step": torch.ones(())}})}
     torch.save(held, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
     found = unpickling.load(tmp_path / "a.pt")
@@ -211,7 +211,7 @@ def test_a_dict_with_defaults_is_read_as_a_dict(archive: bool, tmp_path):
     assert found == {"state": {0: {"step": torch.ones(())}}}
 
 
-def test_what_torch_cannot_fill_says_so_though_it_is_allowed(tmp_path):
+def test_error_of_an_allowed_class_that_torch_cannot_fill(tmp_path):
     torch.save({"last": collections.deque([1, 2])}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"holds collections\.deque.*--allow collections\.deque"):
         unpickling.load(tmp_path / "a.pt")
@@ -219,6 +219,6 @@ def test_what_torch_cannot_fill_says_so_though_it_is_allowed(tmp_path):
         unpickling.load(tmp_path / "a.pt", ["collections.deque"])
 
 
-def test_numpys_arrays_are_named_where_numbers_are_expected(tmp_path):
+def test_numpy_arrays_are_named_where_numbers_are_expected(tmp_path):
     torch.save({"lr": np.array([1e-3])}, tmp_path / "a.pt")
     assert repr(unpickling.load(tmp_path / "a.pt")["lr"]).startswith("a numpy array, which is not read")

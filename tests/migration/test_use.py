@@ -1,4 +1,4 @@
-"""Migration in use: who is who, a language model that switches without a jump, and states that are refused."""
+"""Migration in use: matching of parameters, a language model that switches without a jump, and refused states."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
 from tests.support.pretraining import TEXT
 from tests.support.runs import assert_same_bits, refused
 
-# Who is who -------------------------------------------------------------------------------------------------
+# Matching of parameters -------------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
-    """Square matrices that only their names tell apart, tied weights, and a frozen tensor in between."""
+    """Square matrices that differ only in name, tied weights, and a frozen tensor in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Tied(nn.Module):
 
 
 def adamw(model, *groups, steps=2):
-    """AdamW after some steps over groups of parameters, or over all as everybody does it."""
+    """Return AdamW after some steps, over groups of parameters or over ``model.parameters()``."""
     optimizer = torch.optim.AdamW(list(groups) or model.parameters(), lr=0.01)
     torch.manual_seed(3)
     for _ in range(steps):
@@ -43,7 +43,7 @@ def adamw(model, *groups, steps=2):
 
 
 def assert_each_has_its_own(model, source, optimizer):
-    """Every first moment is the block mean of its own parameter's, times 2."""
+    """Raise AssertionError unless every first moment is the block mean of its own parameter's, times 2."""
     assert sum(map(bool, optimizer.state.values())) == sum(p.requires_grad for p in model.parameters())
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -60,7 +60,7 @@ def in_two_groups(model):
     return decayed + others, [{"params": [of[n] for n in names]} for names in (decayed, others)]
 
 
-def test_a_model_names_the_parameters_of_an_optimizer_over_all_of_them():
+def test_a_model_names_the_parameters_of_a_single_group():
     model = Tied()
     for source in (adamw(model), adamw(model, {"params": [p for p in model.parameters() if p.requires_grad]})):
         optimizer = GWTAdamW(gwt_param_groups(model))
@@ -68,7 +68,7 @@ def test_a_model_names_the_parameters_of_an_optimizer_over_all_of_them():
         assert_each_has_its_own(model, source, optimizer)
 
 
-def test_names_in_the_state_s_order_for_several_groups():
+def test_names_in_the_order_of_the_state_for_several_groups():
     model = Tied()
     names, groups = in_two_groups(model)
     source = adamw(model, *groups)
@@ -80,7 +80,7 @@ def test_names_in_the_state_s_order_for_several_groups():
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_names_of_the_state_itself_without_the_prefixes_of_wrappers(prefix):
+def test_names_in_the_state_lose_the_prefixes_of_wrappers(prefix):
     model = Tied()
     named = [(prefix + name, p) for name, p in reversed(list(model.named_parameters())) if p.requires_grad]
     source = torch.optim.AdamW(named, lr=0.01)
@@ -102,7 +102,7 @@ def test_a_model_names_the_parameters_of_the_optimizer_too():
     assert_each_has_its_own(model, source, optimizer)
 
 
-def test_by_place_where_nobody_has_names():
+def test_order_decides_without_names():
     model = Tied().requires_grad_(True)
     source = adamw(model)
     optimizer = GWTAdamW(model.parameters(), level=0)
@@ -110,7 +110,7 @@ def test_by_place_where_nobody_has_names():
     assert_each_has_its_own(model, source, optimizer)
 
 
-def test_what_never_stepped_begins_anew():
+def test_parameters_without_a_step_have_no_state():
     model = Tied()
     source = adamw(model)
     del source.state[model.mlp[1].weight]
@@ -122,7 +122,7 @@ def test_what_never_stepped_begins_anew():
     assert len(optimizer.state) == len(migration.tensors) == 8
 
 
-def test_the_report_counts_what_is_alike_and_the_bytes():
+def test_the_report_counts_parameters_and_bytes():
     model = Tied()
     report = str(migrate(adamw(model).state_dict(), GWTAdamW(gwt_param_groups(model)), names=model))
     assert "AdamW, float32 -> gwt level 2, float32: mlp.0.weight and 2 more\n    exp_avg       exact" in report
@@ -138,7 +138,7 @@ WARM, AFTER, RATE = 60, 8, 3e-3
 
 
 class Pretraining:
-    """A LLaMA of two layers, trained by AdamW for a while."""
+    """A LLaMA of two layers, trained by AdamW for some steps."""
 
     def __init__(self) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -190,7 +190,7 @@ def pretraining():
 
 @pytest.fixture(scope="module")
 def by_adamw(pretraining):
-    """AdamW's own losses after the switch, and the noise: the largest change from a step to the next around it."""
+    """AdamW's own losses after the switch, and the noise: the largest change between neighbouring steps."""
     optimizer = pretraining.adamw()
     optimizer.load_state_dict(copy.deepcopy(pretraining.state))  # torch shares the tensors
     losses = pretraining.go_on(optimizer)
@@ -207,7 +207,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_run_that_adamw_began_goes_on_without_a_jump(name, pretraining, by_adamw):
+def test_a_run_of_adamw_continues_without_a_jump(name, pretraining, by_adamw):
     losses, noise = by_adamw
     optimizer = pretraining.gwt(**OPTIONS[name])
     optimizer.load_state_dict(migrate(pretraining.state, optimizer, names=pretraining.model).state_dict)
@@ -217,14 +217,14 @@ def test_a_run_that_adamw_began_goes_on_without_a_jump(name, pretraining, by_ada
     assert ours[-1] < pretraining.losses[-1]
 
 
-def test_a_fresh_state_does_jump(pretraining, by_adamw):
-    """The control: without the moments the published rule's first steps undo a good part of the run."""
+def test_a_new_state_jumps(pretraining, by_adamw):
+    """Control: without the moments the published rule's first steps undo a good part of the run."""
     losses, noise = by_adamw
     ours = pretraining.go_on(pretraining.gwt())
     assert ours[0] - losses[0] > 10 * noise
 
 
-def test_a_run_that_changes_level_rule_and_dtype_again_and_again(pretraining, by_adamw):
+def test_a_run_that_changes_level_rule_and_dtype_repeatedly(pretraining, by_adamw):
     losses, noise = by_adamw
     optimizer = pretraining.gwt()
     optimizer.load_state_dict(migrate(pretraining.state, optimizer, names=pretraining.model).state_dict)
@@ -239,7 +239,7 @@ def test_a_run_that_changes_level_rule_and_dtype_again_and_again(pretraining, by
     assert ours[-1] < losses[-1]
 
 
-# States that are refused ------------------------------------------------------------------------------------
+# Refused states ---------------------------------------------------------------------------------------------
 
 SECOND = "mlp.1.weight"
 
@@ -249,7 +249,7 @@ def target():
 
 
 def saved(**options):
-    """A good state with names, of level 1, of matrices large enough for int8."""
+    """Return a valid state with names, of level 1, of matrices large enough for int8."""
     torch.manual_seed(1)
     net = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(2)))
     optimizer = GWTAdamW(net.named_parameters(), level=1, **options)
@@ -265,7 +265,7 @@ def wider(**options):
 
 
 def odd_rows(**options):
-    """An optimizer after a step of rows that are no whole blocks."""
+    """Return an optimizer after a step on rows that are no whole blocks."""
     p = nn.Parameter(torch.ones(4, 7))
     p.grad = torch.ones(4, 7)
     optimizer = GWTAdamW([("w", p)], level=2, **options)
@@ -340,7 +340,7 @@ REFUSED = {
         lambda: (spoilt("exp_avg", lambda x: x.half()), {}),
         (W, "float16", "float32"),
     ),
-    "codes without scales": (wider, lambda: (spoilt("exp_avg", lambda x: x.to(torch.int8)), {}), (W, "scale")),
+    "int8 without scales": (wider, lambda: (spoilt("exp_avg", lambda x: x.to(torch.int8)), {}), (W, "scale")),
     "scales cut short": (
         wider,
         lambda: (spoilt("exp_avg_scale", lambda x: x[:-1], state_dtype="int8"), {}),
@@ -377,7 +377,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(kind):
+def test_a_bad_state_is_refused_by_name_and_changes_nothing(kind):
     make, source, words = REFUSED[kind]
     optimizer = make()
     state, how = source()
@@ -394,7 +394,7 @@ def test_arguments_of_the_wrong_type():
         migrate(saved(), wider(), names="0.weight")
 
 
-def test_entries_may_be_left_behind():
+def test_entries_may_be_dropped():
     state = spoilt("note", "anything")
     migration = migrate(state, wider(), keys={"note": None})
     assert_same_bits(migration.state_dict["state"], migrate(saved(), wider()).state_dict["state"])

@@ -1,4 +1,4 @@
-"""Groups and parameters that others add, or put in the place of what an optimizer was made with."""
+"""Groups and parameters added or replaced by other code after construction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def step(optimizer: GWTAdamW) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*without a level")
 @pytest.mark.parametrize("named", [True, False])
-def test_groups_without_names_and_level_are_taken(named):
+def test_groups_without_names_and_level_are_accepted(named):
     optimizer = base(named)
     added = {"params": model()["proj"].parameters(), "lr": 0.5}
     optimizer.add_param_group(added)
@@ -62,7 +62,7 @@ def test_groups_without_names_and_level_are_taken(named):
 
 
 @pytest.mark.filterwarnings("ignore:.*without a level")
-def test_named_embeddings_and_heads_are_left_to_adamw():
+def test_named_embeddings_and_heads_stay_at_level_0():
     optimizer = base()
     optimizer.add_param_group({"params": model().named_parameters()})
     transformed, plain = optimizer.param_groups[1:]
@@ -73,7 +73,7 @@ def test_named_embeddings_and_heads_are_left_to_adamw():
     step(optimizer)
 
 
-def test_it_warns_once():
+def test_level_0_of_added_parameters_is_warned_of_once():
     optimizer = base()
     with pytest.warns(UserWarning, match=r"^1 of the parameters added .* level 0"):
         optimizer.add_param_group({"params": nn.Parameter(torch.ones(8))})
@@ -85,7 +85,7 @@ def test_it_warns_once():
         base(level=0).add_param_group({"params": nn.Parameter(torch.ones(8))})
 
 
-def test_a_level_that_is_said_is_kept_or_refused():
+def test_an_explicit_level_is_kept_or_refused():
     optimizer = base()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8))], "level": 1})
     assert shapes(optimizer)[1] == (1, [(8,)])
@@ -94,7 +94,7 @@ def test_a_level_that_is_said_is_kept_or_refused():
     assert len(optimizer.param_groups) == 2
 
 
-def test_the_constructors_groups_keep_the_optimizers_level():
+def test_groups_of_the_constructor_keep_the_optimizers_level():
     assert shapes(GWTAdamW([nn.Parameter(torch.ones(8))])) == [(2, [(8,)])]
     with pytest.raises(ValueError, match="too deep"):
         GWTAdamW([nn.Parameter(torch.ones(8, 2))])
@@ -136,7 +136,7 @@ def two(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
     return [nn.Parameter(torch.ones(s)) for s in shapes]
 
 
-def test_parameters_of_another_model_are_taken():
+def test_parameters_of_another_model_are_accepted():
     optimizer = GWTAdamW(two((8, 8), (8,)))
     step(optimizer)
     for new in (two((8, 8), (8,)), two((16, 16), (16,)), two((8, 8), (8,), (4, 4), (12,)), two((8, 8))):
@@ -162,7 +162,7 @@ def test_one_matrix_flattened_is_refused():
         optimizer.step()
 
 
-def test_one_dimensional_views_are_told_from_buffers():
+def test_one_dimensional_views_are_no_flat_buffers():
     base = torch.randn(10, 2)
     GWTAdamW([nn.Parameter(base[..., 0])], level=1)
     column = nn.Parameter(torch.randn(10, 2)[..., 1])
@@ -177,7 +177,7 @@ def test_one_dimensional_views_are_told_from_buffers():
 
 
 def sharded_in_place_of_plain() -> None:
-    """Run by tests/distributed/test_sharding.py in one process: what Accelerate does under FSDP2."""
+    """Shard parameters after construction, as Accelerate's FSDP2 does; test_sharding.py calls it in one process."""
     from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -207,7 +207,7 @@ def sharded_in_place_of_plain() -> None:
         assert torch.equal(p.full_tensor(), q)
 
 
-def test_more_parameters_than_names_are_taken():
+def test_more_parameters_than_names_are_accepted():
     optimizer = GWTAdamW([(str(i), p) for i, p in enumerate(two((8, 8), (8, 8)))])
     step(optimizer)
     swap(optimizer, *two((8, 8), (8, 8), (8, 8)))
@@ -217,5 +217,5 @@ def test_more_parameters_than_names_are_taken():
     assert all(p in optimizer.state for p in runs.parameters_of(optimizer))
 
 
-def test_nothing_is_no_part_of_a_buffer():
+def test_an_empty_tensor_is_no_part_of_a_flat_buffer():
     GWTAdamW([nn.Parameter(torch.randn(10)[:0])], level=1)

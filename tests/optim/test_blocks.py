@@ -1,4 +1,4 @@
-"""Repeated blocks of models that nobody has named: which Linears are transformed, and which are left and why."""
+"""Repeated blocks of models of unknown families: transformed Linears, and reasons for the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Members(nn.Module):
 
 
 class Mixing(Members):
-    """A block whose names say nothing."""
+    """A block whose names carry no meaning."""
 
     def __init__(self, width: int = 16, **more: nn.Module | torch.Tensor) -> None:
         one, other = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -34,7 +34,7 @@ class Mixing(Members):
 
 
 class Other(Members):
-    """A block of another class, with nothing in common but its norm."""
+    """A block of another class, with only its norm in common."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__(
@@ -44,14 +44,14 @@ class Other(Members):
 
 
 class Plain(nn.Sequential):
-    """Two Linears with nothing that tells a layer."""
+    """Two Linears without the marks of a layer."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(nn.Linear(inputs, 24), nn.ReLU(), nn.Linear(24, outputs))
 
 
 class PredictionHead(Members):
-    """What a detector has many of."""
+    """A prediction head, of which a detector has many."""
 
     def __init__(self) -> None:
         super().__init__(layers=nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 4)]))
@@ -80,7 +80,7 @@ def matrices(*blocks: str, names: str = "one other") -> set[str]:
     ids=["ModuleList", "Sequential", "ModuleDict", "numbered children"],
 )
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_blocks_need_no_names(container: Callable[[list[nn.Module]], nn.Module], count: int) -> None:
+def test_blocks_need_no_known_names(container: Callable[[list[nn.Module]], nn.Module], count: int) -> None:
     model = Members(
         enter=nn.Linear(8, 16), stack=container([Mixing() for _ in range(count)]), leave=nn.Linear(16, 8)
     )
@@ -99,15 +99,15 @@ def test_a_model_that_is_a_list_of_blocks() -> None:
     assert transformed(nn.Sequential(Mixing(), Mixing(), nn.Linear(16, 8))) == matrices("0", "1")
 
 
-def test_a_kind_of_layer_that_a_hybrid_has_once() -> None:
+def test_a_layer_that_occurs_once_in_a_hybrid_is_transformed() -> None:
     model = Members(layers=nn.ModuleList([Mixing(), Mixing(), Other()]))
     scan = matrices("layers.2.scan", names="into out")
     assert transformed(model) == matrices("layers.0", "layers.1") | scan
-    in_sequence = Members(layers=nn.Sequential(Mixing(), Mixing(), Other()))  # of unlike modules: any composition
+    in_sequence = Members(layers=nn.Sequential(Mixing(), Mixing(), Other()))  # unlike modules: any composition
     assert transformed(in_sequence) == matrices("layers.0", "layers.1")
 
 
-def test_a_head_in_the_row_of_blocks_is_none_of_them() -> None:
+def test_a_head_in_the_list_of_blocks_is_not_transformed() -> None:
     def one(outputs: int) -> nn.Module:
         return Members(norm=nn.LayerNorm(16), mix=nn.Linear(16, outputs))
 
@@ -117,7 +117,7 @@ def test_a_head_in_the_row_of_blocks_is_none_of_them() -> None:
     assert not transformed(nn.Sequential(one(16), one(64)))
 
 
-def test_as_many_classes_as_layers_are_no_router() -> None:
+def test_a_head_with_as_many_classes_as_layers_is_no_router() -> None:
     model = Members(layers=nn.ModuleList([Mixing(), Mixing()]), classifier=nn.Linear(16, 2), enter=nn.Linear(2, 16))
     assert reasons(model)["classifier.weight"] == "output head"
 
@@ -161,12 +161,12 @@ def test_a_block_with_one_matrix_and_a_norm() -> None:
         "encoder and head",
     ],
 )
-def test_mlps_without_repeated_blocks_stay(model: nn.Module) -> None:
+def test_mlps_without_repeated_blocks_are_not_transformed(model: nn.Module) -> None:
     assert not transformed(model)
     assert set(reasons(model).values()) == {OUTSIDE}
 
 
-def test_modules_between_stages_stay() -> None:
+def test_modules_between_stages_are_not_transformed() -> None:
     def stage(width: int, depth: int) -> nn.Module:
         blocks = nn.ModuleList([Mixing(width) for _ in range(depth)])
         return Members(blocks=blocks, downsample=nn.Linear(2 * width, 2 * width, bias=False))
@@ -177,7 +177,7 @@ def test_modules_between_stages_stay() -> None:
     )
 
 
-def test_towers_keep_their_poolers_heads_and_embeddings() -> None:
+def test_poolers_heads_and_embeddings_of_towers_are_not_transformed() -> None:
     def tower() -> nn.Module:
         return Members(
             embeddings=Members(words=nn.Embedding(32, 8), project=nn.Linear(8, 16)),
@@ -193,7 +193,7 @@ def test_towers_keep_their_poolers_heads_and_embeddings() -> None:
     assert reasons(model)["1.lm_head.weight"] == "output head"
 
 
-def test_heads_that_are_repeated_stay_but_layers_within_a_head_do_not() -> None:
+def test_repeated_heads_are_not_transformed_but_layers_within_one_are() -> None:
     detector = Members(layers=nn.ModuleList([Mixing(), Mixing()]))
     detector.boxes = nn.ModuleList([PredictionHead() for _ in range(2)])
     detector.medusa_head = nn.ModuleList([Plain(16, 64) for _ in range(2)])
@@ -206,7 +206,7 @@ def test_heads_that_are_repeated_stay_but_layers_within_a_head_do_not() -> None:
     assert len(left) == 2 * 2 + 2 * 2 + 2 * 2 + 1
 
 
-def test_heads_of_attention_are_no_output_heads() -> None:
+def test_attention_heads_are_no_output_heads() -> None:
     def block() -> nn.Module:
         return Mixing(attention=Members(q_head=nn.Linear(16, 16), v_head=nn.Linear(16, 16)))
 
@@ -214,7 +214,7 @@ def test_heads_of_attention_are_no_output_heads() -> None:
     assert names <= transformed(Members(h=nn.ModuleList([block(), block()])))
 
     class CausalHead(Members):
-        """One head of a teaching GPT."""
+        """A head of a multi-head GPT."""
 
     def many() -> nn.Module:
         heads = [CausalHead(key=nn.Linear(16, 4), query=nn.Linear(16, 4)) for _ in range(4)]
@@ -264,7 +264,7 @@ def test_an_expert_as_wide_as_there_are_experts_is_no_router() -> None:
     ]
 
 
-def test_low_rank_adapters_stay() -> None:
+def test_low_rank_adapters_are_not_transformed() -> None:
     def adapted() -> nn.Module:
         a, b = nn.Linear(16, 8, bias=False), nn.Linear(8, 16, bias=False)
         return Members(
@@ -280,9 +280,9 @@ def test_low_rank_adapters_stay() -> None:
     }
 
 
-def test_convolutions_recurrences_and_single_outputs_stay() -> None:
+def test_convolutions_recurrences_and_single_outputs_are_not_transformed() -> None:
     class Conv1D(Members):
-        """A convolution that is called as the Linear of GPT-2 is."""
+        """A convolution with the class name of GPT-2's Linear."""
 
     def block() -> nn.Module:
         return Mixing(
@@ -302,7 +302,7 @@ def test_convolutions_recurrences_and_single_outputs_stay() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_parametrized_weights_are_still_the_weights_of_a_linear() -> None:
+def test_parametrized_weights_belong_to_their_linear() -> None:
     model = Members(layers=nn.ModuleList([Mixing(), Mixing()]), enter=nn.Embedding(32, 16))
     for block in model.layers:
         nn.utils.parametrizations.weight_norm(block.one)
@@ -318,14 +318,14 @@ def test_parametrized_weights_are_still_the_weights_of_a_linear() -> None:
     assert found["enter.parametrizations.weight.original"] == "embedding"
 
 
-def test_narrow_matrices_of_a_block_say_so() -> None:
+def test_narrow_matrices_have_their_own_reason() -> None:
     model = Members(layers=nn.ModuleList([Mixing(narrow=nn.Linear(2, 16)) for _ in range(2)]))
     assert transformed(model) == matrices("layers.0", "layers.1")
     assert reasons(model)["layers.0.narrow.weight"] == f"{BLOCK}, but a width of 2 holds at most level 1"
     assert "layers.0.narrow.weight" in transformed(model, level=1)
 
 
-def test_wrapped_blocks_are_like_the_others() -> None:
+def test_wrapped_blocks_count_as_their_class() -> None:
     model = Members(layers=nn.ModuleList([Mixing(), Mixing(), Mixing()]))
     expected = transformed(model)
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
@@ -347,7 +347,7 @@ def test_torch_transformer() -> None:
 
 def test_embeddings_of_other_libraries_are_embeddings() -> None:
     class VocabParallelEmbedding(Members):
-        """As tensor-parallel libraries have it, which is no nn.Embedding."""
+        """The class name used by tensor-parallel libraries; not an nn.Embedding."""
 
     model = Members(words=VocabParallelEmbedding(weight=torch.zeros(32, 16)), h=nn.ModuleList([Mixing(), Mixing()]))
     assert reasons(model)["words.weight"] == "embedding"

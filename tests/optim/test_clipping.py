@@ -1,4 +1,4 @@
-"""Tests clipping, skipping and unscaling inside the step, against the framework's own ways of doing them."""
+"""Clipping, skipping and unscaling inside the step, against the framework's own functions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def step(optimizer):
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @backends
-def test_clipping_inside_the_step_is_the_frameworks(backend, device, rule, max_norm):
+def test_clipping_inside_the_step_equals_the_frameworks(backend, device, rule, max_norm):
     dtype = torch.float64 if backend != "triton" else torch.float32
     clipped, params = build(backend, device, dtype, rule=rule, max_grad_norm=max_norm)
     plain, plain_params = build(backend, device, dtype, rule=rule)
@@ -67,7 +67,7 @@ def test_clipping_inside_the_step_is_the_frameworks(backend, device, rule, max_n
 
 
 @backends
-def test_clipping_counts_parameters_without_gradient_and_twice_listed_ones_once(backend, device):
+def test_clipping_with_missing_gradients_and_duplicate_parameters(backend, device):
     optimizer, params = build(backend, device, max_grad_norm=1.0)
     give_gradients(params[:2], seed=0)
     step(optimizer)
@@ -81,7 +81,7 @@ def test_clipping_counts_parameters_without_gradient_and_twice_listed_ones_once(
 
 @backends
 def test_clipping_of_gradients_in_half_precision_is_not_rounded_to_it(backend, device):
-    """The framework rounds each clipped gradient to bfloat16; here the factor meets it in float32."""
+    """The framework rounds each clipped gradient to bfloat16; the step applies the factor in float32."""
     optimizer, params = build(backend, device, torch.bfloat16, max_grad_norm=0.1, norm_growth_limit=None)
     exact, wide = build(backend, device, torch.bfloat16, norm_growth_limit=None)
     give_gradients(params, seed=0)
@@ -127,7 +127,7 @@ def test_a_bad_batch_changes_nothing(backend, device, max_norm, value):
 
 
 @backends
-def test_without_the_option_a_bad_batch_does_what_adamw_does(backend, device):
+def test_without_the_option_a_bad_batch_acts_as_with_adamw(backend, device):
     optimizer, params = build(backend, device)
     give_gradients(params, seed=0)
     params[0].grad[0, 0] = math.nan
@@ -143,7 +143,7 @@ def test_without_the_option_a_bad_batch_does_what_adamw_does(backend, device):
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @backends
 def test_with_the_real_grad_scaler(backend, device, max_norm, unscale_first):
-    """Scaled gradients give the very steps of unscaled ones: the scale is a power of two."""
+    """Steps equal those with unscaled gradients bit for bit, since the scale is a power of two."""
     scaled, params = build(backend, device, max_grad_norm=max_norm)
     plain, plain_params = build(backend, device, max_grad_norm=max_norm)
     scaler = torch.amp.GradScaler(place(backend, device).type, init_scale=1024.0, growth_interval=3)
@@ -213,7 +213,7 @@ def test_options_may_change_between_steps(backend, device):
 
 @pytest.mark.parametrize("capturable", [False, True])
 @backends
-def test_copies_and_checkpoints_of_counts_on_the_device(backend, device, capturable):
+def test_copies_and_checkpoints_of_device_step_counts(backend, device, capturable):
     options = {"max_grad_norm": 1.0, "skip_nonfinite": True}
     optimizer, params = build(backend, device, **options)
     if capturable and (backend == "triton" or device.type == "cpu"):
@@ -262,10 +262,10 @@ def test_bad_options(options, error, message):
         optimizer.step()
 
 
-# Found by review ---------------------------------------------------------------------------------------
+# Regressions -------------------------------------------------------------------------------------------
 
 
-def test_a_norm_that_overflows_is_measured_and_clips_nothing():
+def test_an_overflowing_norm_is_reported_and_clips_nothing():
     one, params = build("torch", torch.device("cpu"), max_grad_norm=math.inf)
     other, others = build("torch", torch.device("cpu"))
     for own in (params, others):

@@ -1,4 +1,4 @@
-"""Tests GWTAdamW inside torch.compile: as many graph breaks for many tensors as for few, and no recompilation."""
+"""GWTAdamW inside torch.compile: equally many graph breaks for few and many tensors, and no recompilation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def training_step(layers: int, **options):
 
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
 def test_a_compiled_training_step(lr):
-    """The rate changes and steps are counted; the compiled step stays the same and trains as the eager one does."""
+    """With a changing rate and step count, nothing is recompiled, and training equals the eager one."""
     trained = []
     for compiled in (False, True):
         step, optimizer, params = training_step(3, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)

@@ -1,4 +1,4 @@
-"""Results do not depend on torch's default device and dtype, which people set for their own tensors."""
+"""Results do not depend on torch's default device and dtype, which users set for their own tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_tensor_is_made_with_a_device_and_a_dtype(path):
         assert {"device", "dtype"} <= said, f"line {call.lineno}: {ast.unparse(call)}"
 
 
-def test_calls_that_say_neither_would_be_found():
+def test_calls_without_device_and_dtype_would_be_found():
     (call,) = factory_calls("x = torch.zeros(3, dtype=dtype)")
     assert {keyword.arg for keyword in call.keywords} == {"dtype"}
 
@@ -79,7 +79,7 @@ OPTIONS = {
 
 
 def stepped(dtype: torch.dtype, **options) -> list[Tensor]:
-    """All that three steps leave, the second of an optimizer that has loaded the first one's state."""
+    """Return all results of three steps, the second by an optimizer that has loaded the first one's state."""
     shapes = [(64, 128), *SHAPES[1:]] if options.get("state_dtype") == torch.int8 else SHAPES
     params = [nn.Parameter(x) for x in tensors(0, dtype, *shapes)]
     optimizer = GWTAdamW(params, lr=0.1, **options)
@@ -101,7 +101,7 @@ def stepped(dtype: torch.dtype, **options) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["compiled", "torch", "triton", None])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_steps_are_the_same_under_any_defaults(options, backend, device):
+def test_steps_are_equal_under_all_defaults(options, backend, device):
     if options.get("wavelet") and backend not in (None, "torch"):
         pytest.skip("other wavelets run on the torch backend; reason enough to leave the others out")
     if device.type == "cuda" and backend == "triton":
@@ -139,7 +139,7 @@ def migrated() -> list[Tensor]:
         model.weight.copy_(tensors(0, torch.float32, (16, 16))[0])
     old = torch.optim.AdamW(model.parameters())
     (model.weight.grad,) = tensors(1, torch.float32, (16, 16))
-    # torch's own state is made with the defaults of the moment, so that it says its dtype here
+    # torch's own state is created with the current defaults, so that its dtype is explicit here
     old.state[model.weight] = {
         "step": torch.ones((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.ones(16, 16, dtype=torch.float32, device="cpu"),
@@ -163,14 +163,14 @@ def released() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("make", [transforms, migrated, released])
-def test_other_tools_are_the_same_under_any_defaults(make: Callable[[], list[Tensor]]):
+def test_other_tools_are_equal_under_all_defaults(make: Callable[[], list[Tensor]]):
     expected = make()
     with wrong_defaults():
         found = make()
     assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_the_doctor_finds_the_same_under_any_defaults():
+def test_doctor_reports_the_same_under_all_defaults():
     expected = list(doctor.self_check())
     with wrong_defaults():
         assert list(doctor.self_check()) == expected

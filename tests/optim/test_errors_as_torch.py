@@ -1,4 +1,4 @@
-"""Bad arguments raise the type of error that torch.optim.AdamW raises for them, where it chooses one."""
+"""Bad arguments raise the type of error that torch.optim.AdamW raises on purpose."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ PAIRS: list[Any] = [
     *((torch.tensor(0.9), torch.tensor(0.99)), (np.float64(0.9), 0.5)),
 ]
 STRICTER = {"inf", "True", "an integer of many digits", "a meta tensor"}
-"""What AdamW's constructor takes, or stumbles over, and GWTAdamW refuses by name."""
+"""Values that AdamW's constructor accepts, or fails on by accident, and GWTAdamW refuses by name."""
 CHOSEN = (TypeError, ValueError)
-"""What AdamW raises on purpose; others come from whatever operator meets the value first."""
+"""Errors that AdamW raises on purpose; others come from the first operator that gets the value."""
 
 
 def weights() -> list[nn.Parameter]:
@@ -103,7 +103,7 @@ def test_bad_numbers(option: str, value: Any) -> None:
             assert ours is None
 
 
-def test_numbers_of_numpy_and_of_torch_are_those_numbers() -> None:
+def test_numpy_and_torch_scalars_count_as_numbers() -> None:
     steps = []
     for lr in (0.1, np.array(0.1), np.array([0.1]), torch.tensor(0.1, dtype=torch.float64), np.float64(0.1)):
         p = nn.Parameter(torch.ones(4, 8))

@@ -1,4 +1,4 @@
-"""What a step may take for granted: every change but other gradients of the same kind has to be noticed."""
+"""The fingerprint of a step plan: every change is detected, except new gradients of the same kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.native import needs_compiler
 
 
 class Held:
-    """Parameters with gradients and states, and a snapshot of them."""
+    """Parameters with gradients and states, and their fingerprint."""
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
@@ -34,7 +34,7 @@ class Held:
             p.grad = torch.randn(4, 8)
             self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 2)}
         self.params[2].grad = None
-        # Without any processes: of a shard only what lies here is looked at.
+        # Without any processes: only the local part of a shard is compared.
         spec = DTensorSpec(None, (Shard(0),), tensor_meta=TensorMeta(torch.Size((8, 2)), (2, 1), torch.float32))
         self.state[self.params[0]]["exp_avg_sq"] = DTensor(torch.zeros(4, 2), spec, requires_grad=False)
         self.remember()
@@ -53,7 +53,7 @@ class Held:
 
 @pytest.fixture(params=["guards", "no guards", pytest.param("C", marks=needs_compiler)])
 def ways(request, monkeypatch) -> Survey:
-    """With what PyTorch offers to compare tensors by, without it, and through C."""
+    """With PyTorch's functions to compare tensors, without them, and in C."""
     assert survey.TensorGuards is not None
     if request.param == "no guards":
         monkeypatch.setattr(survey, "TensorGuards", None)
@@ -70,7 +70,7 @@ def test_values_may_change(ways):
     assert held.holds()
 
 
-def test_other_gradients_of_the_same_kind_will_do(ways):
+def test_other_gradients_of_the_same_kind_are_no_change(ways):
     held = Held(ways)
     for _ in range(3):
         for p in held.params[:2]:
@@ -78,7 +78,7 @@ def test_other_gradients_of_the_same_kind_will_do(ways):
         assert held.holds()
 
 
-def test_modes_and_strides_of_single_elements_are_no_change(ways):
+def test_requires_grad_and_strides_of_single_elements_are_no_change(ways):
     held = Held(ways)
     held.params[0].grad = torch.randn(4, 8)
     p = torch.nn.Parameter(torch.randn(1, 8))
@@ -186,7 +186,7 @@ CHANGES: dict[str, Callable[[Held], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_other_change_is_noticed(change, ways):
+def test_every_other_change_is_detected(change, ways):
     held = Held(ways)
     assert held.holds()
     CHANGES[change](held)

@@ -1,4 +1,4 @@
-"""A thousand steps with faults at random, each judged by the C oracle: what is bad is refused or skipped."""
+"""A thousand steps with random faults, each judged by the C oracle: bad input is refused or skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_NORM = 3.0
 
 
 class Fuzz:
-    """An optimizer under options that skip and clip, and one fault after another."""
+    """An optimizer that skips and clips, and random faults."""
 
     def __init__(self, backend: str, on: torch.device, seed: int) -> None:
         self.random = random.Random(seed)
@@ -60,14 +60,14 @@ class Fuzz:
             for new, old in zip(after["state"], before["state"], strict=True):
                 if old:
                     assert_same_bits(new, old)
-                else:  # a first step that was skipped leaves the state that a first step finds
+                else:  # a skipped first step leaves the state as before the first step
                     assert all(not x.count_nonzero() for x in new.values())
             self.skipped += 1
             return
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
         checked_step(self.optimizer, min(1.0, MAX_NORM / (norm + 1e-6)))
 
-    # Faults: what happens to gradients, parameters or the optimizer before a step.
+    # Faults: changes of gradients, parameters or the optimizer before a step.
 
     def nan(self):
         self.spoil(math.nan)
@@ -174,7 +174,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("backend", "steps"), [("torch", 1000), ("compiled", 1000), ("triton", 45)])
-def test_faults_at_random(backend, steps, device):
+def test_random_faults(backend, steps, device):
     fuzz = Fuzz(backend, place(backend, device), seed=steps)
     order: list = []
     for _ in range(steps):

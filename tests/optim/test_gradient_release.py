@@ -1,4 +1,4 @@
-"""Tests gradient release: bit for bit the ordinary run, with schedulers, accumulation, resume; and refusals."""
+"""Gradient release: bit for bit the ordinary run, with schedulers, accumulation and resume; and refused options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.runs import assert_same_bits, backends, parameters, place, re
 
 
 class Tied(torch.nn.Module):
-    """Embedding and head share their weight, one bias is frozen, one layer is used only now and then."""
+    """Embedding and head share their weight, one bias is frozen, one layer is used rarely."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def train(model, optimizer, steps, release=None, micro_batches=1):
     ids=["gwt", "foam", "no bias correction"],
 )
 @backends
-def test_released_gradients_give_the_ordinary_run(backend, device, options, micro_batches):
+def test_released_gradients_equal_the_ordinary_run(backend, device, options, micro_batches):
     model, optimizer = build(backend, device, **options)
     train(model, optimizer, range(5), micro_batches=micro_batches)
     released, own = build(backend, device, **options)
@@ -80,7 +80,7 @@ def test_released_gradients_give_the_ordinary_run(backend, device, options, micr
 
 
 @pytest.mark.parametrize("options", [{"wavelet": "bior2.2"}, {"boundary": "symmetric"}], ids=str)
-def test_so_do_those_that_the_literal_algorithm_takes(device, options):
+def test_released_gradients_of_the_literal_algorithm_equal_the_ordinary_run(device, options):
     model, optimizer = build(None, device, **options)
     train(model, optimizer, range(4))
     released, own = build(None, device, **options)
@@ -93,7 +93,7 @@ def test_so_do_those_that_the_literal_algorithm_takes(device, options):
 )
 @backends
 def test_a_loop_may_step_and_reset_after_every_micro_batch(backend, device, options):
-    """As optimi's runner does it; a step in the block would use partial sums, and leave them to be used again."""
+    """As in optimi's runner; a step inside the block would use partial sums, and leave them for the next one."""
     model, optimizer = build(backend, device, **options)
     train(model, optimizer, range(4), micro_batches=3)
     released, own = build(backend, device, **options)
@@ -112,8 +112,8 @@ def test_a_loop_may_step_and_reset_after_every_micro_batch(backend, device, opti
 
 
 @backends
-def test_sums_that_no_backward_pass_uses_are_the_next_step_s(backend, device):
-    """The block may hold all micro-batches: then the step outside updates, and nothing is used again."""
+def test_accumulated_gradients_without_a_release_go_into_the_next_step(backend, device):
+    """The block may hold all micro-batches: then the step outside updates, and no gradient is used twice."""
     model, optimizer = build(backend, device)
     train(model, optimizer, range(5), micro_batches=2)
     released, own = build(backend, device)
@@ -133,7 +133,7 @@ def test_sums_that_no_backward_pass_uses_are_the_next_step_s(backend, device):
     assert_same_bits(results(own), results(optimizer))
 
 
-def test_in_the_block_a_closure_is_called_and_its_gradients_added_up(device):
+def test_a_closure_in_the_block_accumulates_its_gradients(device):
     model, optimizer = build("torch", device)
     ordinary, other = build("torch", device)
     release = release_gradients(model, optimizer)
@@ -185,13 +185,13 @@ def test_hooks_removed_in_the_block_leave_ordinary_steps(device):
         release.remove()
         optimizer.step()
         assert optimizer.state[model.head.weight]["step"] == 1
-        assert model.head.weight.grad is not None  # as ever, until zero_grad
+        assert model.head.weight.grad is not None  # as usual, until zero_grad
         optimizer.zero_grad()
         assert model.head.weight.grad is None
     train(ordinary, other, range(1))
     assert_same_bits(results(optimizer), results(other))
     later = release_gradients(model, optimizer)
-    release.remove()  # a second time, which is not the later handle's business
+    release.remove()  # removing twice does not affect the later handle
     with later.accumulate():
         backward(model, 0)
         optimizer.step()
@@ -211,7 +211,7 @@ def test_a_copied_or_pickled_optimizer_steps_for_itself(device):
 
 
 @backends
-def test_every_gradient_is_gone_before_the_next_but_one_comes(backend, device):
+def test_every_gradient_is_freed_before_the_next_but_one_is_computed(backend, device):
     model, optimizer = build(backend, device)
     release_gradients(model, optimizer)
     alive = []
@@ -220,12 +220,12 @@ def test_every_gradient_is_gone_before_the_next_but_one_comes(backend, device):
             lambda _: alive.append(sum(p.grad is not None for p in model.parameters()))
         )
     backward(model, 0)
-    assert len(alive) == 4  # the tied weight once, the seldom layer not at all
+    assert len(alive) == 4  # the tied weight once, the rare layer not
     assert max(alive) == 0
     assert optimizer.state[model.head.weight]["step"] == 1
 
 
-def test_a_run_may_stop_and_go_on(device):
+def test_a_run_can_be_resumed(device):
     model, optimizer = build("torch", device)
     release_gradients(model, optimizer)
     train(model, optimizer, range(3))
@@ -305,7 +305,7 @@ def test_a_scaler_is_refused_at_set_up_and_before_the_first_update():
     del scaler, kept
 
 
-def test_what_else_is_refused():
+def test_other_unsupported_uses_are_refused():
     model, optimizer = build("torch", torch.device("cpu"))
     with pytest.raises(TypeError, match="released to this package's optimizers, got SGD"):
         release_gradients(model, torch.optim.SGD(model.parameters()))

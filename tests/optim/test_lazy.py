@@ -1,4 +1,4 @@
-"""Lazy modules: before the first forward pass an error names parameter and remedy, afterwards all is as ever."""
+"""Lazy modules: before the first forward pass an error names parameter and remedy; afterwards everything works."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_after_a_forward_pass_nothing_is_refused(entry: str) -> None:
         ENTRIES[entry][0](model)
 
 
-def test_what_is_frozen_is_left_out_though_uninitialized() -> None:
+def test_frozen_uninitialized_parameters_are_left_out() -> None:
     model = frozen(Lazy())
     with pytest.warns(UserWarning, match="nothing to transform"):
         (group,) = gwt_param_groups(model)

@@ -1,4 +1,4 @@
-"""A state is loaded by the names of parameters where both sides have them, whatever the order of their modules."""
+"""A state is loaded by parameter names if both sides have them, whatever the order of modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support import runs
 
 
 class Net(nn.Module):
-    """Two layers of the same shapes, registered in the order asked for."""
+    """Two layers of equal shapes, registered in the given order."""
 
     def __init__(self, order: Sequence[str] = ("a", "b"), prefix: str = "") -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def by_name(net: nn.Module, optimizer: GWTAdamW) -> dict:
 
 
 def check_resumed(old_net: nn.Module, old: GWTAdamW, net: nn.Module, optimizer: GWTAdamW) -> None:
-    """Load, and go on as the other run does."""
+    """Load the state, and compare further steps with the uninterrupted run."""
     with torch.no_grad():
         new = dict(zip(by_name(net, optimizer), [p for _, p in sorted(net.named_parameters())], strict=True))
         for name, (value, _) in by_name(old_net, old).items():
@@ -76,7 +76,7 @@ def test_modules_in_another_order(options):
     check_resumed(old_net, trained(old_net, **options), net, GWTAdamW(groups(net), lr=0.1, **options))
 
 
-def test_groups_in_another_order_take_their_options_along():
+def test_groups_in_another_order_bring_their_options():
     old_net, net = Net(), Net(("b", "a"))
     old = trained(old_net)
     old.param_groups[1]["lr"] = 0.03
@@ -86,7 +86,7 @@ def test_groups_in_another_order_take_their_options_along():
     assert [group["level"] for group in optimizer.param_groups] == [0, 2]
 
 
-def test_wrappers_are_no_part_of_a_name():
+def test_prefixes_of_wrappers_are_ignored():
     old_net, net = Net(), Net(("b", "a"))
     compiled = torch.compile(net)
     check_resumed(old_net, trained(old_net), compiled, GWTAdamW(groups(compiled), lr=0.1))
@@ -94,7 +94,7 @@ def test_wrappers_are_no_part_of_a_name():
     check_resumed(old_net, trained(old_net), net, GWTAdamW(groups(net), lr=0.1))
 
 
-def test_without_names_on_either_side_places_decide():
+def test_without_names_on_either_side_order_decides():
     old_net, net = Net(), Net()
     unnamed = [{**group, "params": [p for _, p in group["params"]]} for group in groups(net)]
     check_resumed(old_net, trained(old_net), net, GWTAdamW(unnamed, lr=0.1))
@@ -148,8 +148,8 @@ def test_damaged_names_are_refused():
             optimizer.load_state_dict(state)
 
 
-def test_places_that_stand_under_names_are_matched_already():
-    """As torch.distributed.checkpoint hands them over: in the optimizer's order, with the saved group's names."""
+def test_indices_already_matched_to_names_are_kept():
+    """torch.distributed.checkpoint returns the optimizer's order with the saved group's names."""
     old_net, net = Net(), Net(("b", "a"))
     old, optimizer = trained(old_net), GWTAdamW(groups(net), lr=0.1)
     state = copy.deepcopy(old.state_dict())

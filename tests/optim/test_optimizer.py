@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW's steps are right in every shape, dtype, layout and use that torch.optim knows."""
+"""GWTAdamW's steps are right for all shapes, dtypes, layouts and uses of torch.optim."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def fits(shape, level):
     return 0 in shape or 2**level < 2 * (shape[-1] if shape else 1)
 
 
-# Against what others computed -----------------------------------------------------------------------------
+# Against published and PyTorch results --------------------------------------------------------------------
 
 
 def run_golden(case, **changed):
-    """Weights and limiter norm after each step of a golden case, decayed in the published order."""
+    """Return weights and limiter norm after each step of a golden case, with the published weight decay order."""
     p = nn.Parameter(torch.tensor(case.p0))
     options = {"betas": case.betas, "eps": case.eps, "level": case.level}
     options |= {"scale": case.scale, "norm_growth_limit": case.norm_growth_limit, "wavelet": case.wavelet}
@@ -58,7 +58,7 @@ def run_golden(case, **changed):
 @pytest.mark.parametrize("case", golden.adamw_cases(), ids=lambda case: case.name)
 def test_golden_vectors(case):
     params, norms, state = run_golden(case)
-    # A weight that its updates happen to cancel keeps the rounding errors of its larger past: some ulps of 1.
+    # A weight whose updates happen to cancel keeps the rounding errors of its larger past: some ulps of 1.
     np.testing.assert_allclose(params, case.params, rtol=1e-12, atol=1e-14 * np.abs(case.params).max())
     np.testing.assert_allclose(norms, case.limiter_norm, rtol=1e-12, atol=0)
     for name in ("exp_avg", "exp_avg_sq"):
@@ -66,7 +66,7 @@ def test_golden_vectors(case):
         np.testing.assert_allclose(state[name].numpy(), getattr(case, name), rtol=1e-12, atol=1e-300, err_msg=name)
 
 
-def test_golden_vectors_are_all_there_and_can_fail():
+def test_golden_vectors_are_complete_and_can_fail():
     assert len(golden.adamw_cases()) == 20
     case = next(c for c in golden.adamw_cases() if c.name == "haar2_limiter_spikes")
     for changed in ({"norm_growth_limit": None}, {"scale": 0.2500001}, {"level": 1}, {"wavelet": "db2"}):
@@ -76,7 +76,7 @@ def test_golden_vectors_are_all_there_and_can_fail():
 @backends
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_level_0_is_torchs_adamw(backend, device, weight_decay, maximize):
+def test_level_0_equals_torchs_adamw(backend, device, weight_decay, maximize):
     on = place(backend, device)
     dtype, tolerance = (torch.float64, 1e-12) if backend != "triton" else (torch.float32, 3e-6)
     shapes = [(), (5,), (3, 8), (2, 2, 7)]
@@ -194,7 +194,7 @@ def test_gradients_of_another_dtype_than_their_parameters(backend, device):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 24])
-def test_tensors_that_the_torch_backend_takes_in_chunks(monkeypatch, chunk):
+def test_large_tensors_in_chunks_of_the_torch_backend(monkeypatch, chunk):
     monkeypatch.setattr("gwt_kernels.backends.torch.step.CHUNK", chunk)
     test_strides_of_parameters_and_gradients("torch", CPU, torch.float32)
     test_strides_of_parameters_and_gradients("torch", CPU, torch.bfloat16)
@@ -203,7 +203,7 @@ def test_tensors_that_the_torch_backend_takes_in_chunks(monkeypatch, chunk):
 
 @backends
 @pytest.mark.parametrize("dtype", LOW)
-def test_memory_around_strided_parameters_is_left_alone(backend, device, dtype):
+def test_memory_around_strided_parameters_is_unchanged(backend, device, dtype):
     on = place(backend, device)
     memory = torch.full((8, 32), 7.0, device=on, dtype=dtype)
     p = nn.Parameter(memory[1:7:2, 3:19:3])
@@ -215,7 +215,7 @@ def test_memory_around_strided_parameters_is_left_alone(backend, device, dtype):
     assert (memory[inside] != 7).all()
 
 
-# What belongs together, and what does not -----------------------------------------------------------------
+# Independence of tensors ----------------------------------------------------------------------------------
 
 
 @backends
@@ -234,13 +234,13 @@ def test_tensors_do_not_influence_each_other(backend, device):
 
 
 def split(optimizer):
-    """The results as one optimizer per parameter would have them."""
+    """Return the results as one optimizer per parameter would have them."""
     r = results(optimizer)
     return [{"params": [p], "state": [s]} for p, s in zip(r["params"], r["state"], strict=True)]
 
 
 @backends
-def test_parameters_without_gradient_are_left_alone_and_do_not_count_the_step(backend, device):
+def test_parameters_without_gradient_are_unchanged_and_their_steps_not_counted(backend, device):
     params = parameters([(4, 8), (5,), (3, 6)], place(backend, device))
     optimizer = GWTAdamW(params, lr=0.1, weight_decay=0.1, level=1, backend=backend)
     optimizer.step()
@@ -320,14 +320,14 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("option", [o for o in OVERRIDES if o != "backend"])
-def test_a_groups_own_option_counts_like_the_constructors(option):
+def test_an_option_of_a_group_equals_that_of_the_constructor(option):
     shapes = [(4, 16), (3, 9)]
     common = {"lr": 0.1, "level": 2}
     by_group = GWTAdamW([{"params": parameters(shapes), option: OVERRIDES[option]}], **common)
     by_constructor = GWTAdamW(parameters(shapes), **(common | {option: OVERRIDES[option]}))
     default = GWTAdamW(parameters(shapes), **common)
     for optimizer in (by_group, by_constructor, default):
-        # A growing gradient, so that the limiter has something to limit.
+        # A growing gradient, so that the limiter acts.
         train(optimizer, range(4), before=lambda t, o=optimizer: [p.grad.mul_(4**t) for p in parameters_of(o)])
     assert_same_bits(results(by_group), results(by_constructor))
     assert_differ(results(by_group), results(default))
@@ -345,7 +345,7 @@ def test_maximize_ascends(backend, device):
 
 @backends
 def test_a_zero_first_gradient_leaves_the_limiter_off(backend, device):
-    """After a zero gradient the norm is 0 and counts as none; after a small one the limiter bites."""
+    """After a zero gradient the norm is 0 and counts as none; after a small one the limiter acts."""
     norms = {}
     for first in (0.0, 1e-3):
         params = parameters([(4, 8)], place(backend, device))

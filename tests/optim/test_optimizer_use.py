@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW is used like any optimizer of torch, and bears what users change between steps."""
+"""GWTAdamW is used like any optimizer of torch, and supports changes by users between steps."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_state_moved_to_other_memory_between_steps_is_used(backend, device, re
     for t in range(6):
         for p in parameters_of(moved) if t else ():
             for key in renewed:
-                # Into the memory, and perhaps the very address, of what was there before.
+                # Into the memory, and perhaps the very address, of the previous tensors.
                 moved.state[p][key] = moved.state[p].pop(key).clone()
         train(moved, [t])
         train(kept, [t])
@@ -195,7 +195,7 @@ def test_a_state_changed_between_steps_is_used(backend, device):
         checked_step(optimizer)
         state = optimizer.state[params[0]]
         state["exp_avg"].zero_()
-        (state["step"].data if t % 2 else state["step"]).fill_(10 * t)  # which no version counts
+        (state["step"].data if t % 2 else state["step"]).fill_(10 * t)  # which does not change the version counter
         state["limiter_norm"].mul_(0.5)
         state["exp_avg_sq"] = state["exp_avg_sq"] * 2
     optimizer.state.clear()
@@ -218,7 +218,7 @@ def test_inference_mode_may_be_entered_in_mid_run():
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 3]
 
 
-def test_new_tensors_at_the_address_of_old_ones_are_noticed():
+def test_new_tensors_at_the_address_of_old_ones_are_detected():
     (p,) = parameters([(4, 8)])
     optimizer = GWTAdamW([p], lr=0.1)
     for t in range(20):
@@ -240,7 +240,7 @@ def test_parameters_exchanged_in_a_group_are_used():
 
 
 @backends
-def test_steps_are_the_same_from_run_to_run(backend, device):
+def test_steps_are_deterministic(backend, device):
     on = place(backend, device)
     shapes = [(8, 64), (5, 33), (128,)]
     first, *others = [GWTAdamW(parameters(shapes, on), lr=0.1, backend=backend) for _ in range(3)]
@@ -253,8 +253,8 @@ def test_steps_are_the_same_from_run_to_run(backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "copied"])
 @pytest.mark.parametrize("options", [{"level": 0}, {"level": 2}, {"level": 2, "skip_nonfinite": True}], ids=str)
 @backends
-def test_autograd_learns_that_weights_have_changed(backend, options, layout, device):
-    """A second backward pass would take the new weights for the old ones."""
+def test_updates_increase_the_version_counter(backend, options, layout, device):
+    """A second backward pass would silently use the new weights."""
     p = torch.nn.Parameter(torch.randn(8, 16, device=place(backend, device)))
     if layout == "copied":
         p.data = p.data.t().contiguous().t()
@@ -267,10 +267,10 @@ def test_autograd_learns_that_weights_have_changed(backend, options, layout, dev
         loss.backward()
 
 
-# What rounding leaves of 0 ----------------------------------------------------------------------------------
+# Rounding errors around 0 -----------------------------------------------------------------------------------
 
 
-def test_a_scheduler_may_end_a_hair_below_0():
+def test_a_scheduler_may_end_slightly_below_0():
     (p,) = parameters([(8, 8)])
     optimizer = GWTAdamW([p], lr=1e-3, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, total_iters=5)
@@ -287,7 +287,7 @@ def test_a_scheduler_may_end_a_hair_below_0():
 
 
 @pytest.mark.parametrize("lr", [-1e-17, torch.tensor(-1e-17, dtype=torch.float64)], ids=["float", "tensor"])
-def test_every_number_a_hair_below_0_is_0(lr):
+def test_every_number_slightly_below_0_counts_as_0(lr):
     small, none = (GWTAdamW(parameters([(8, 8)]), lr=0.1) for _ in range(2))
     for optimizer, hair in ((small, -1e-17), (none, 0.0)):
         optimizer.param_groups[0].update(lr=0.1, weight_decay=hair, eps=hair, betas=(hair, 0.9))
@@ -298,7 +298,7 @@ def test_every_number_a_hair_below_0_is_0(lr):
 
 
 @pytest.mark.parametrize("option", ["lr", "weight_decay", "eps"])
-def test_what_is_really_negative_is_refused_in_a_step_and_a_hair_where_it_is_asked_for(option):
+def test_negative_options_are_refused_except_tiny_ones_set_later(option):
     params = parameters([(8, 8)])
     with pytest.raises(ValueError, match=rf"{option} must be finite and at least 0, got -1e-17"):
         GWTAdamW(params, **{option: -1e-17})

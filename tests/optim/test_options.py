@@ -1,4 +1,4 @@
-"""Shows that bad options, parameters and gradients are refused, clearly, before anything is changed."""
+"""Bad options, parameters and gradients are refused with a clear message, before anything is changed."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_bad_options_are_refused_by_add_param_group(option, value, error, words)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @bad
-def test_options_made_bad_in_mid_run_are_refused_and_the_run_goes_on(backend, device, option, value, error, words):
+def test_options_made_bad_in_mid_run_are_refused(backend, device, option, value, error, words):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     for group in optimizer.param_groups if (option, value) == ("level", 1.0) else ():
@@ -161,11 +161,11 @@ def test_options_made_bad_in_mid_run_are_refused_and_the_run_goes_on(backend, de
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_after_a_refused_step_the_run_goes_on(backend, device):
+def test_the_run_continues_after_a_refused_step(backend, device):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     assert checked_step(optimizer) == 3
-    unfit = RuntimeError if backend == "triton" else ValueError  # of the state, or of the backend before that
+    unfit = RuntimeError if backend == "triton" else ValueError  # of the state, or of the backend before it
     for option, value, error in (
         ("lr", NAN, ValueError),
         ("level", 2, ValueError),
@@ -185,7 +185,7 @@ def test_after_a_refused_step_the_run_goes_on(backend, device):
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), [0.9, 0.99], (torch.tensor(0.9), np.float32(0.5)), (0, 0)])
 @pytest.mark.parametrize("lr", [0, 0.0, 1, np.float32(0.1), np.int64(1), torch.tensor([0.1]), torch.tensor(1)])
-def test_good_numbers_of_other_types_are_taken(betas, lr):
+def test_good_numbers_of_other_types_are_accepted(betas, lr):
     optimizer = GWTAdamW(parameters([(3, 8)]), lr=lr, betas=betas, eps=1e-3)
     for t in range(2):
         give_gradients(parameters_of(optimizer), seed=t)
@@ -218,7 +218,7 @@ def test_hyper_of_reads_tensors_and_numbers():
     check_group(group)
 
 
-def test_bfloat16_moments_and_no_rounding_of_wide_weights_are_taken():
+def test_bfloat16_moments_and_nearest_rounding_of_float32_weights_are_accepted():
     p16, p32 = torch.zeros(3, 8, dtype=torch.bfloat16), torch.zeros(3, 8)
     assert state_dtype_name(torch.bfloat16) == "bfloat16"
     assert [state_dtype_of(p, "bfloat16") for p in (p16, p32)] == [torch.bfloat16] * 2
@@ -257,7 +257,7 @@ def test_a_rounding_that_does_not_fit_the_weights_is_refused_by_name(dtype, roun
     "options", [{"state_dtype": torch.bfloat16}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}]
 )
 @pytest.mark.parametrize(("option", "value", "good"), [("wavelet", "db2", "haar"), ("boundary", "reflect", "zero")])
-def test_other_wavelets_and_boundaries_round_to_the_nearest_alone(options, option, value, good):
+def test_other_wavelets_and_boundaries_only_round_to_nearest(options, option, value, good):
     (name,) = options
     words = (f"{option} {value!r}", "wavelet='haar'", "boundary='zero'")
     with pytest.raises(ValueError, match=rf"{name}=.*{words[0]}.*{words[1]} and {words[2]}"):
@@ -279,7 +279,7 @@ def limits(groups, **options):
     return [g["norm_growth_limit"] for g in GWTAdamW(groups, **options).param_groups]
 
 
-def test_each_rule_brings_its_limiter():
+def test_each_rule_has_its_default_limiter():
     def groups(*options):
         return [{"params": parameters([(3, 8)]), **o} for o in options]
 
@@ -320,7 +320,7 @@ def test_a_limiter_with_the_folded_rule_is_refused(level):
         optimizer.step()
 
 
-def test_the_folded_rule_knows_one_wavelet():
+def test_the_folded_rule_has_one_wavelet():
     with pytest.raises(ValueError, match=r"rule='foam' .*'db2'.*'haar'"):
         GWTAdamW(parameters([(3, 8)]), rule="foam", wavelet="db2")
     with pytest.raises(ValueError, match=r"rule='foam' .*boundary 'periodic'.*boundary='zero'"):
@@ -341,7 +341,7 @@ BAD_PARAMETERS = {
 
 
 @pytest.mark.parametrize("kind", BAD_PARAMETERS)
-def test_bad_parameters_are_refused_by_place_or_name(kind):
+def test_bad_parameters_are_refused_by_index_or_name(kind):
     tensor, error, words = BAD_PARAMETERS[kind]
     good = parameters([(3, 8)])[0]
     with pytest.raises(error) as caught:
@@ -356,7 +356,7 @@ def test_bad_parameters_are_refused_by_place_or_name(kind):
     assert len(optimizer.param_groups) == 1
 
 
-def test_what_torch_refuses_is_refused():
+def test_input_refused_by_torch_is_refused():
     good = parameters([(3, 8)])[0]
     with pytest.raises(ValueError, match="empty parameter list"):
         GWTAdamW([])
@@ -392,7 +392,7 @@ def test_sparse_gradients_are_refused(backend, device, started):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
-def test_gradients_that_are_no_real_numbers_are_refused(backend, device, dtype):
+def test_gradients_that_are_not_real_numbers_are_refused(backend, device, dtype):
     params = parameters([(4, 8), (3, 8)], place(backend, device))
     optimizer = GWTAdamW(params, lr=0.1, backend=backend)
     train(optimizer, range(1))
@@ -416,14 +416,14 @@ def test_a_parameter_that_changed_shape_or_kind_is_refused(backend, device):
         give_gradients(params, seed=1)
         with refused(optimizer, ValueError, "parameter 1 of group 0", word):
             optimizer.step()
-    params[1].data = data.clone()  # while the gradient is still of the other shape
+    params[1].data = data.clone()  # while the gradient still has the other shape
     with refused(optimizer, RuntimeError, "parameter 1 of group 0", "(32, 1)", "backward"):
         optimizer.step()
     give_gradients(params, seed=2)
     assert checked_step(optimizer) == 2
 
 
-def test_wavelet_that_is_no_name_and_a_number_beyond_floats_are_refused() -> None:
+def test_a_wavelet_that_is_no_string_and_numbers_beyond_floats_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown wavelet"):
         GWTAdamW([torch.zeros(4, 8, requires_grad=True)], wavelet=["haar"])
     with pytest.raises(ValueError, match="lr must be finite"):
@@ -435,7 +435,7 @@ def test_huge_level_is_refused_at_once() -> None:
         GWTAdamW([torch.zeros(4, 8, requires_grad=True)], level=10**18)
 
 
-def test_float64_moments_are_refused_by_triton_and_a_wavelet_at_level_0_is_not(device: torch.device) -> None:
+def test_triton_refuses_float64_moments_but_no_wavelet_at_level_0(device: torch.device) -> None:
     p = torch.zeros(4, 8, requires_grad=True, device=device)
     with pytest.raises(RuntimeError, match="float64"):
         GWTAdamW([p], state_dtype=torch.float64, backend="triton")

@@ -1,4 +1,4 @@
-"""gwt_param_groups on the model families it promises to know: exact names, exactly once, and clear errors."""
+"""gwt_param_groups on the supported model families: exact names, each exactly once, and clear errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY_LAYER = (0, 1)
 
 
 def on_meta(family: str, **config: object) -> nn.Module:
-    """The Hugging Face causal LM of a family, with two layers and no memory."""
+    """Return the Hugging Face causal LM of a family, with two layers, on the meta device."""
     kind = getattr(transformers, f"{family}Config")
     with torch.device("meta"):
         return getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(
@@ -32,12 +32,12 @@ def on_meta(family: str, **config: object) -> nn.Module:
 
 
 def expand(prefix: str, names: str) -> set[str]:
-    """The names of every layer: expand("h.*.", "a b") is h.0.a, h.0.b, h.1.a, h.1.b."""
+    """Return the names of every layer: expand("h.*.", "a b") is h.0.a, h.0.b, h.1.a, h.1.b."""
     return {prefix.replace("*", str(layer)) + name for layer in EVERY_LAYER for name in names.split()}
 
 
 def split(groups: list[dict]) -> tuple[set[str], set[str], set[str]]:
-    """Names that are (transformed, decayed at level 0, undecayed), from groups made with weight_decay=0.1."""
+    """Split names into (transformed, decayed at level 0, undecayed), for groups made with weight_decay=0.1."""
     found: dict[tuple[bool, bool], set[str]] = {}
     for group in groups:
         assert len(group["params"]) == len(group["param_names"]) > 0
@@ -49,7 +49,7 @@ def split(groups: list[dict]) -> tuple[set[str], set[str], set[str]]:
 
 
 def assert_each_once(model: nn.Module, groups: list[dict]) -> None:
-    """Every trainable parameter is in exactly one group, under a name that leads to it."""
+    """Raise AssertionError unless every trainable parameter is in exactly one group, under its own name."""
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert len({id(parameter) for parameter in grouped}) == len(grouped)
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -60,7 +60,7 @@ def assert_each_once(model: nn.Module, groups: list[dict]) -> None:
 
 
 def check(model: nn.Module, transformed: set[str], decayed: set[str]) -> None:
-    """The groups of a model are exactly these, and all the rest is undecayed at level 0."""
+    """Raise AssertionError unless the groups are exactly these, with the others undecayed at level 0."""
     groups = gwt_param_groups(model, weight_decay=0.1)
     rest = {name for name, _ in model.named_parameters()} - transformed - decayed
     assert split(groups) == (transformed, decayed, rest)
@@ -134,7 +134,7 @@ def test_hugging_face_gpt2_has_conv1d_and_a_tied_head() -> None:
 
 
 class Tree(nn.Module):
-    """A module with the given children and bare parameters: only its naming matters."""
+    """A module with the given children and bare parameters: only its names matter."""
 
     def __init__(self, **members: nn.Module | torch.Tensor) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ def test_include_leaves_biases_and_norms_of_the_layer_alone() -> None:
     )
 
 
-def test_patterns_see_every_name_of_a_tied_weight() -> None:
+def test_patterns_match_every_name_of_a_tied_weight() -> None:
     transformed, _, _ = split(gwt_param_groups(nanogpt(), weight_decay=0.1, include=["lm_head"]))
     assert "transformer.wte.weight" in transformed
 

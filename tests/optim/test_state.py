@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW's state survives saving, loading, copying and pickling to the bit."""
+"""GWTAdamW's state survives saving, loading, copying and pickling bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def model(on=CPU, backend=None, dtypes=DTYPES[:3], lr=0.1, **options):
-    """An optimizer over groups of level 0, 1 and 2 in several dtypes, and one parameter that is never used."""
+    """Build an optimizer over groups of level 0, 1 and 2 in several dtypes, and one unused parameter."""
     if backend == "triton":  # the interpreter is slow
         dtypes = dtypes[1:2]
     groups = [
@@ -125,7 +125,7 @@ def test_a_loaded_state_is_a_copy(backend, device):
     assert_same_bits(snapshot(target), before)
 
 
-def test_loading_ones_own_state_and_an_older_one_rolls_back():
+def test_loading_the_current_state_and_an_older_one():
     optimizer = model()
     train(optimizer, range(2), params=used(optimizer))
     older = copy.deepcopy(optimizer.state_dict())
@@ -141,13 +141,13 @@ def test_loading_ones_own_state_and_an_older_one_rolls_back():
     assert_same_bits(snapshot(optimizer), expected)
 
 
-def test_a_state_before_the_first_step_and_one_touched_but_unused():
+def test_a_state_before_the_first_step_and_an_empty_one():
     fresh = model()
     fresh.load_state_dict(model().state_dict())
     assert not fresh.state
     saved = model()
     train(saved, range(2), params=used(saved))
-    assert saved.state[parameters_of(saved)[-1]] == {}  # looking it up makes an empty one
+    assert saved.state[parameters_of(saved)[-1]] == {}  # looking it up creates an empty one
     fresh.load_state_dict(through_a_file(saved.state_dict()))
     assert_same_bits(snapshot(fresh)["state"], snapshot(saved)["state"])
     give_gradients(parameters_of(fresh), seed=5)
@@ -165,7 +165,7 @@ def test_a_state_of_a_run_with_some_parameters_frozen():
     assert [int(loaded.state[p]["step"]) for p in used(loaded)[:4]] == [4, 2, 4, 2]
 
 
-def test_options_come_from_the_state_but_the_backend_from_the_optimizer(device):
+def test_options_come_from_the_state_except_the_backend(device):
     saved = GWTAdamW(parameters(SHAPES, device), lr=0.3, betas=(0.5, 0.6), maximize=True, level=1, backend="triton")
     train(saved, range(1))
     loaded = GWTAdamW(parameters(SHAPES), lr=0.1, level=1, backend="torch")
@@ -217,11 +217,11 @@ def test_hooks_run_in_torchs_order_and_the_checks_see_their_result():
         first = {**state_dict["state"][0], "exp_avg": state_dict["state"][0]["exp_avg"] / 2}
         return {**state_dict, "state": {**state_dict["state"], 0: first}}
 
-    def look(_, state_dict):
+    def inspect(_, state_dict):
         calls.append("pre 2")
         assert torch.equal(state_dict["state"][0]["exp_avg"], saved.state[used(saved)[0]]["exp_avg"] / 2)
 
-    loaded.register_load_state_dict_pre_hook(look)
+    loaded.register_load_state_dict_pre_hook(inspect)
     handle = loaded.register_load_state_dict_pre_hook(halve, prepend=True)
     loaded.register_load_state_dict_post_hook(lambda o: calls.append(f"post {len(o.state)}"))
     loaded.load_state_dict(saved.state_dict())
@@ -265,7 +265,7 @@ def test_a_checkpoint_moves_between_devices(device):
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_of_the_optimizer_goes_on_like_the_original(backend, device, way):
+def test_a_copy_of_the_optimizer_continues_like_the_original(backend, device, way):
     original = model(place(backend, device), backend)
     train(original, range(3), params=used(original))
     other = way(original)
@@ -293,7 +293,7 @@ def test_a_model_and_its_optimizer_copied_together_stay_tied():
     assert_same_bits([p.detach() for p in net2.parameters()], snapshot(optimizer)["params"])
 
 
-def test_a_shallow_copy_shares_the_state_and_both_count_its_steps():
+def test_a_shallow_copy_shares_the_state_and_its_step_count():
     a = GWTAdamW(parameters([(4, 8), (3, 6)]), lr=0.1, level=1)
     train(a, range(2))
     b = copy.copy(a)
@@ -314,7 +314,7 @@ def older(state_dict):
     return {**state_dict, "param_groups": [without_new_options(group) for group in state_dict["param_groups"]]}
 
 
-def test_an_older_checkpoint_is_of_zeros_beyond_the_ends_and_of_corrected_steps():
+def test_an_older_checkpoint_has_zero_boundaries_and_bias_correction():
     source, resumed = model(), model(lr=5.0)
     train(source, range(2), params=used(source))
     copy_weights(source, resumed)
@@ -331,7 +331,7 @@ def test_an_older_checkpoint_is_of_zeros_beyond_the_ends_and_of_corrected_steps(
             other.load_state_dict(older(source.state_dict()))
 
 
-def test_what_a_group_of_an_older_checkpoint_lacks_is_not_the_optimizer_s_default():
+def test_missing_options_of_an_older_checkpoint_are_not_the_optimizers_defaults():
     def build(**options):
         return GWTAdamW([{"params": parameters([(4, 7)]), "boundary": "zero", "correct_bias": True}], **options)
 
@@ -343,7 +343,7 @@ def test_what_a_group_of_an_older_checkpoint_lacks_is_not_the_optimizer_s_defaul
     assert (resumed.defaults["boundary"], resumed.defaults["correct_bias"]) == ("reflect", False)
 
 
-def test_an_older_pickle_goes_on():
+def test_an_older_pickle_continues():
     source = model()
     train(source, range(2), params=used(source))
     state = copy.deepcopy(source).__getstate__()
@@ -358,7 +358,7 @@ def test_an_older_pickle_goes_on():
 
 
 @pytest.mark.parametrize("options", [{"boundary": "reflect"}, {"wavelet": "rbio2.2"}, {"correct_bias": False}])
-def test_a_resumed_run_with_the_new_options_is_the_uninterrupted_one(options):
+def test_a_resumed_run_with_the_new_options_equals_the_uninterrupted_one(options):
     whole, begun, resumed = (model(dtypes=DTYPES, **options) for _ in range(3))
     train(whole, range(4), params=used(whole))
     train(begun, range(2), params=used(begun))

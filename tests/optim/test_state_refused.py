@@ -1,4 +1,4 @@
-"""Shows that GWTAdamW refuses a state that does not fit, loaded or spoilt later, and changes nothing then."""
+"""A state that does not fit, loaded or corrupted later, is refused and changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def torch_adamw():
 
 
 def changed(change):
-    """A good state with a change applied to it."""
+    """Return a valid state with a change applied to it."""
     state_dict = copy.deepcopy(trained().state_dict())
     change(state_dict)
     return state_dict
@@ -56,7 +56,7 @@ def with_option(key, value):
     return lambda sd: sd["param_groups"][0].update({key: value})
 
 
-MIGRATE = "gwt_kernels.migrate"  # the remedy that an error names
+MIGRATE = "gwt_kernels.migrate"  # the remedy named by the errors
 
 MISFITS = {
     "another level": (
@@ -153,7 +153,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind, steps):
     assert_same_bits(snapshot(optimizer), snapshot(other))
 
 
-def test_names_stand_in_errors():
+def test_errors_name_the_parameters():
     net = nn.Sequential(nn.Linear(8, 8, bias=False))
     optimizer = GWTAdamW(net.named_parameters(), level=1)
     train(optimizer, range(1))
@@ -183,7 +183,7 @@ SPOILT = {
 
 @backends
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_state_spoilt_between_steps_is_refused_before_any_parameter_changes(kind, backend, device):
+def test_a_state_corrupted_between_steps_is_refused_before_any_parameter_changes(kind, backend, device):
     on = place(backend, device)
     key, spoil, word = SPOILT[kind]
     split = {"dtype": torch.bfloat16} if key == "weight_low" else {}

@@ -1,4 +1,4 @@
-"""The state is the truth: a step goes on from what a user has made of it, and says there what it did."""
+"""The state is the truth: a step continues from a state changed by the user, and writes its results there."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def set_memory(optimizer: GWTAdamW) -> None:
 
 
 def free_and_refill(optimizer: GWTAdamW) -> None:
-    """Free the memory under a tensor and take other memory for it, as FSDP does with what it has gathered."""
+    """Free a tensor's memory and allocate other memory for it, as FSDP does with gathered parameters."""
     for state in optimizer.state.values():
         for value in state.values():
             kept, storage = value.clone(), torch.UntypedStorage(value.nbytes, device=value.device)
@@ -78,14 +78,14 @@ MOVES: dict[str, Callable[[GWTAdamW], None]] = {
 
 def build(device: torch.device, backend: str, **options) -> GWTAdamW:
     dtype = torch.bfloat16 if options.get("weight_rounding") else torch.float32
-    shapes = [(64, 64), *SHAPES[1:]] if options.get("state_dtype") == torch.int8 else SHAPES  # fewer stay float32
+    shapes = [(64, 64), *SHAPES[1:]] if options.get("state_dtype") == torch.int8 else SHAPES  # smaller: float32
     return GWTAdamW(runs.parameters(shapes, device, dtype), lr=0.1, backend=backend, **({"level": 2} | options))
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @runs.backends
-def test_steps_go_on_from_moved_states(backend, options, move, device):
+def test_steps_continue_from_moved_states(backend, options, move, device):
     on = runs.place(backend, device)
     expected, moved = build(on, backend, **options), build(on, backend, **options)
     with interpreter.like_a_gpu():
@@ -103,8 +103,8 @@ def test_steps_go_on_from_moved_states(backend, options, move, device):
 @pytest.mark.parametrize("key", ["step", "limiter_norm", "exp_avg", "exp_avg_sq", "weight_low"])
 @pytest.mark.parametrize("move", [move_data, set_memory, free_and_refill])
 @runs.backends
-def test_what_is_written_into_moved_memory_is_taken(backend, move, key, device):
-    """A control of the test above, whose moves change no number."""
+def test_values_written_to_moved_memory_are_used(backend, move, key, device):
+    """Control of the test above, whose moves change no number."""
     on = runs.place(backend, device)
     expected, moved = (build(on, backend, weight_rounding="split") for _ in range(2))
     with interpreter.like_a_gpu():
@@ -153,8 +153,8 @@ def _take_steps(optimizer: GWTAdamW, steps: int) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipping"])
-def test_processes_share_what_a_state_counts(options):
-    """As in Hogwild: weights and state lie in shared memory, and every process steps them."""
+def test_processes_share_step_counts(options):
+    """As in Hogwild: weights and state are in shared memory, and every process updates them."""
     optimizer = GWTAdamW(runs.parameters([(8, 8)]), lr=0.01, backend="torch", **options)
     runs.train(optimizer, range(1))
     (p,), (state,) = runs.parameters_of(optimizer), optimizer.state.values()
@@ -171,7 +171,7 @@ def test_processes_share_what_a_state_counts(options):
     assert float(state["step"]) == 5
 
 
-def test_memory_that_is_gone_is_refused_by_name(device):
+def test_freed_memory_is_refused_by_name(device):
     for backend in runs.BACKENDS:
         optimizer = build(runs.place(backend, device), backend)
         with interpreter.like_a_gpu():
@@ -185,7 +185,7 @@ def test_memory_that_is_gone_is_refused_by_name(device):
 @pytest.mark.parametrize(
     "make", [int, float, lambda n: torch.tensor(n, dtype=torch.int64), lambda n: torch.tensor([n])]
 )
-def test_counts_of_any_kind_are_taken(make: Callable[[int], float | Tensor]):
+def test_step_counts_of_several_types_are_accepted(make: Callable[[int], float | Tensor]):
     expected, other = build(runs.CPU, "torch"), build(runs.CPU, "torch")
     for optimizer in (expected, other):
         runs.train(optimizer, range(3))
@@ -201,7 +201,7 @@ def test_counts_of_any_kind_are_taken(make: Callable[[int], float | Tensor]):
     runs.assert_same_bits(runs.results(other), runs.results(expected))
 
 
-def test_counts_of_numpy_are_taken():
+def test_numpy_step_counts_are_accepted():
     np = pytest.importorskip("numpy")
     optimizer = build(runs.CPU, "torch")
     runs.train(optimizer, range(2))
@@ -214,7 +214,7 @@ def test_counts_of_numpy_are_taken():
 
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), "3", None, True, torch.ones(2)])
-def test_what_is_no_count_is_refused_by_name(bad):
+def test_bad_step_counts_are_refused_by_name(bad):
     optimizer = build(runs.CPU, "torch")
     runs.train(optimizer, range(2))
     state = copy.deepcopy(optimizer.state_dict())
@@ -224,7 +224,7 @@ def test_what_is_no_count_is_refused_by_name(bad):
 
 
 def test_every_tensor_of_a_state_has_a_storage_of_its_own():
-    """What frees or fills the storage of one, and what saves one, has to do with that one alone."""
+    """Freeing, filling or saving the storage of one must not affect another."""
     optimizer = build(runs.CPU, "torch")
     runs.train(optimizer, range(2))
     values = [value for state in optimizer.state.values() for value in state.values()]
@@ -233,14 +233,14 @@ def test_every_tensor_of_a_state_has_a_storage_of_its_own():
     first, second, _ = optimizer.state.values()
     first["step"].untyped_storage().fill_(0)
     assert [float(first["step"]), float(second["step"])] == [0, 2]
-    with pytest.raises(RuntimeError, match="not resizable"):  # and not memory that others go on using
+    with pytest.raises(RuntimeError, match="not resizable"):  # and not memory that others still use
         second["step"].untyped_storage().resize_(0)
     runs.train(optimizer, [2])
     assert [float(first["step"]), float(second["step"])] == [1, 3]
 
 
-@pytest.mark.parametrize("backend", ["compiled", "triton"])  # PyTorch's operators have no say in it
-def test_a_gradient_whose_memory_is_gone_is_refused(backend, device):
+@pytest.mark.parametrize("backend", ["compiled", "triton"])  # PyTorch's operators do not check it
+def test_a_gradient_with_freed_memory_is_refused(backend, device):
     optimizer = build(runs.place(backend, device), backend)
     with interpreter.like_a_gpu():
         runs.train(optimizer, range(2))
@@ -250,8 +250,8 @@ def test_a_gradient_whose_memory_is_gone_is_refused(backend, device):
             optimizer.step()
 
 
-def test_processes_that_clip_lose_no_counts():
-    """Steps are then counted by the device, in a copy of what processes share."""
+def test_processes_that_clip_lose_no_steps():
+    """Steps are then counted by the device, in a copy of the shared counts."""
     optimizer = GWTAdamW(runs.parameters([(8, 8)]), lr=0.01, backend="torch", max_grad_norm=1.0)
     runs.train(optimizer, range(1))
     move_to_shared_memory(optimizer)
@@ -270,7 +270,7 @@ def test_processes_that_clip_lose_no_counts():
     assert float(state["step"]) == 4
 
 
-def test_other_entries_of_a_state_are_the_users():
+def test_users_entries_of_a_state_are_unchanged():
     optimizer, expected = build(runs.CPU, "torch"), build(runs.CPU, "torch")
     optimizer.state["epoch"] = 5
     for each in (optimizer, expected):
@@ -282,7 +282,7 @@ def test_other_entries_of_a_state_are_the_users():
     runs.assert_same_bits(runs.results(optimizer), runs.results(expected))
 
 
-def test_rows_of_telemetry_go_with_their_parameter():
+def test_rows_of_telemetry_follow_their_parameter():
     optimizer = GWTAdamW(runs.parameters([(8, 8)]), telemetry=True, backend="torch")
     gone = []
     for t in range(3):

@@ -1,4 +1,4 @@
-"""Tests telemetry on all backends, against what can be computed from the weights and gradients of a step."""
+"""Telemetry on all backends, against values computed from the weights and gradients of a step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def share_of_details(g: torch.Tensor, width: int) -> float:
 
 @pytest.mark.parametrize("options", [{}, {"rule": "foam"}, {"weight_decay": 0.5}, {"max_grad_norm": 0.1}], ids=str)
 @backends
-def test_what_is_told_is_what_was_done(backend, device, options):
+def test_telemetry_equals_values_computed_from_the_step(backend, device, options):
     optimizer, params = build(backend, device, telemetry=True, **options)
     for t in range(3):
         give_gradients(params.values(), seed=t, factor=1.0 if t < 2 else 40.0)
@@ -62,11 +62,11 @@ def test_what_is_told_is_what_was_done(backend, device, options):
             assert told[name]["limiter"] == pytest.approx(max(grown / norms[name], 1.01) / 1.01, rel=1e-3)
         else:
             assert told[name]["limiter"] == 1
-    assert told["flat"]["limiter"] > 1.002 or "rule" in options  # control: there was something to tell
+    assert told["flat"]["limiter"] > 1.002 or "rule" in options  # control: the values are not all zero
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
-def test_backends_tell_the_same_of_narrow_moments(device, state_dtype):
+def test_backends_agree_for_narrow_moments(device, state_dtype):
     told = []
     for backend in BACKENDS:
         optimizer, params = build(backend, device, telemetry=True, state_dtype=state_dtype)
@@ -81,7 +81,7 @@ def test_backends_tell_the_same_of_narrow_moments(device, state_dtype):
 
 @pytest.mark.parametrize("skip", [False, True])
 @backends
-def test_the_share_of_steps_that_were_not_finite(backend, device, skip):
+def test_fraction_of_nonfinite_steps(backend, device, skip):
     optimizer, params = build(backend, device, telemetry=True, skip_nonfinite=skip)
     for t in range(4):
         give_gradients(params.values(), seed=t)
@@ -95,7 +95,7 @@ def test_the_share_of_steps_that_were_not_finite(backend, device, skip):
 
 
 @backends
-def test_it_changes_no_step_and_is_off_by_default(backend, device):
+def test_telemetry_changes_no_step_and_is_off_by_default(backend, device):
     one, params = build(backend, device, telemetry=True)
     other, others = build(backend, device)
     for t in range(3):
@@ -109,7 +109,7 @@ def test_it_changes_no_step_and_is_off_by_default(backend, device):
 
 
 @backends
-def test_rows_go_on_when_buckets_change(backend, device):
+def test_rows_are_kept_when_buckets_change(backend, device):
     optimizer, params = build(backend, device, telemetry=True)
     for t, gone in enumerate((None, "odd", None)):
         give_gradients(params.values(), seed=t)
@@ -123,7 +123,7 @@ def test_rows_go_on_when_buckets_change(backend, device):
 
 
 @backends
-def test_a_copy_goes_on_from_the_rows(backend, device):
+def test_a_copy_continues_from_the_rows(backend, device):
     optimizer, params = build(backend, device, telemetry=True)
     give_gradients(params.values(), seed=0)
     step(optimizer)
@@ -136,7 +136,7 @@ def test_a_copy_goes_on_from_the_rows(backend, device):
     assert copied.telemetry() == optimizer.telemetry()
 
 
-def test_names_are_places_where_there_are_none(device):
+def test_unnamed_parameters_are_named_by_index(device):
     params = parameters([(4, 8), (4,)])
     optimizer = GWTAdamW([{"params": params[:1]}, {"params": params[1:], "level": 0}], telemetry=True)
     assert optimizer.telemetry() == {}

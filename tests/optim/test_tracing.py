@@ -1,4 +1,4 @@
-"""Steps that something traces: they go through PyTorch's operators or are refused, and never do nothing."""
+"""Traced steps go through PyTorch's operators or are refused, and never silently do nothing."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def dtype_for(options: dict) -> torch.dtype:
 
 @every_option
 @pytest.mark.parametrize("on", ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])])
-def test_a_model_without_numbers_is_stepped(on, options):
-    """As memory estimators do; what comes of it has the shapes and dtypes of a real step."""
+def test_fake_tensors_are_stepped(on, options):
+    """As memory estimators do; the results have the shapes and dtypes of a real step."""
     real = GWTAdamW(runs.parameters(SHAPES, dtype=dtype_for(options)), backend="torch", **options)
     runs.train(real, range(2))
     with FakeTensorMode():
@@ -75,7 +75,7 @@ def test_meta_tensors_are_stepped(options):
 
 
 @pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"max_grad_norm": 1.0, "skip_nonfinite": True}])
-def test_a_step_that_might_be_skipped_is_traced_without_numbers(options):
+def test_a_skippable_step_of_fake_tensors_is_traced(options):
     with FakeTensorMode():
         p = nn.Parameter(torch.empty(8, 8))
         optimizer = GWTAdamW([p], **options)
@@ -122,12 +122,12 @@ def test_a_graph_of_the_function_updates(rule, level, mode):
     "options", [{}, {"max_grad_norm": 0.5}, {"rule": "foam"}], ids=["plain", "clipping", "folded"]
 )
 def test_a_graph_of_a_step_updates(options, mode):
-    """The graph holds the optimizer's tensors and the bias correction of the step that was traced."""
+    """The graph holds the optimizer's tensors and the bias correction of the traced step."""
     (p,), (q,) = runs.parameters([(8, 8)]), runs.parameters([(8, 8)])
     traced, expected = GWTAdamW([p], lr=0.1, **options), GWTAdamW([q], lr=0.1, backend="torch", **options)
     for optimizer in (traced, expected):
         runs.train(optimizer, range(1))
-    runs.train(traced, [0])  # as an optimizer that has taken steps in C
+    runs.train(traced, [0])  # an optimizer that has taken steps in C
     traced.load_state_dict(expected.state_dict())
     before = runs.results(expected)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_a_graph_of_a_step_updates(options, mode):
     graph = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(torch.ones(8, 8))
     p.grad = None
     runs.train(expected, [1])
-    with torch.no_grad():  # what tracing has left, real or not, is replaced by what there was
+    with torch.no_grad():  # tensors left by tracing, real or not, are replaced by the original ones
         p.copy_(before["params"][0])
         for key, value in before["state"][0].items():
             traced.state[p][key].copy_(value)
@@ -151,7 +151,7 @@ def test_a_graph_of_a_step_updates(options, mode):
     torch.testing.assert_close(p, q)
     for key, value in expected.state[q].items():
         torch.testing.assert_close(traced.state[p][key], value)
-    runs.train(traced, [2])  # and real steps go on
+    runs.train(traced, [2])  # and real steps continue
     assert float(traced.state[p]["step"]) == 3
 
 
@@ -171,7 +171,7 @@ def test_a_graph_that_could_not_skip_is_refused(mode):
 
 
 @pytest.mark.parametrize("backend", ["compiled", "triton"])
-def test_a_backend_that_was_asked_for_is_refused_where_it_would_not_be_seen(backend):
+def test_an_explicit_backend_is_refused_if_tracing_would_miss_it(backend):
     def step(p: Tensor, g: Tensor) -> Tensor:
         m = p.new_zeros(4, 4)
         gwt_adamw_(
@@ -188,7 +188,7 @@ def test_a_backend_that_was_asked_for_is_refused_where_it_would_not_be_seen(back
 
 
 class Seen(TorchDispatchMode):
-    """Notes the operators that change a tensor in place."""
+    """Records the operators that change a tensor in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,8 +201,8 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "skipping"])
-def test_a_mode_of_the_users_own_sees_the_update(options):
-    """Tensors have their numbers there, so that steps are counted, clipped and skipped as ever."""
+def test_a_users_dispatch_mode_sees_the_update(options):
+    """Tensors are real there, so that steps are counted, clipped and skipped as usual."""
     optimizer, expected = (GWTAdamW(runs.parameters(SHAPES), backend=b, **options) for b in (None, "torch"))
     runs.train(optimizer, range(2))
     runs.train(expected, range(2))
@@ -238,13 +238,13 @@ def test_a_memory_tracker_sees_the_step():
     assert sum(size for kind, size in states.items() if "Optstate" in kind or "OPT" in kind) >= 2 * 4 * 64 * 65
 
 
-def test_a_step_of_functional_tensors_is_pytorchs():
+def test_a_step_of_functional_tensors_uses_pytorchs_operators():
     with FunctionalTensorMode():
         assert choice.tracer() == "FunctionalTensorMode"
         assert choice.resolve_update(None, torch.device("cuda"), torch.float32, 2) == "torch"
 
 
-def test_sums_of_fakes_have_their_shapes():
+def test_sums_of_fake_tensors_have_their_shapes():
     with FakeTensorMode():
         p, m = torch.empty(4, 8), torch.empty(4, 2)
         sums = update_sums(
@@ -259,7 +259,7 @@ def test_sums_of_fakes_have_their_shapes():
     assert sums.shape == (1,)
 
 
-def test_real_steps_go_on_in_c_after_tracing():
+def test_real_steps_run_in_c_again_after_tracing():
     (p,), (q,) = runs.parameters([(8, 8)]), runs.parameters([(8, 8)])
     traced, expected = GWTAdamW([p], lr=0.1, backend=None), GWTAdamW([q], lr=0.1, backend=None)
     for optimizer in (traced, expected):

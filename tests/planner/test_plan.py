@@ -1,4 +1,4 @@
-"""A plan against the bytes that optimizers really hold, against counts by hand, and the command that prints it."""
+"""A plan against the bytes that optimizers allocate, against counts by hand, and its command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gwt_kernels.plan import Plan, measure_bandwidth, parse_bandwidth, plan, pre
 
 ROOT = Path(__file__).parents[2]
 TINY = {"vocab_size": 61, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-FAMILIES = {  # 45 and 27 columns: blocks that no level divides
+FAMILIES = {  # 45 and 27 columns, no multiple of a block
     "llama": {**TINY, "intermediate_size": 45},
     "qwen2": {**TINY, "intermediate_size": 45, "num_key_value_heads": 2},  # attention biases
     "mixtral": {**TINY, "intermediate_size": 45, "num_key_value_heads": 2, "num_local_experts": 3},  # 3-D experts
@@ -33,12 +33,12 @@ FAMILIES = {  # 45 and 27 columns: blocks that no level divides
         "d_ff": 45,
         "num_layers": 1,
         "num_heads": 3,
-    },  # no causal model
+    },  # not a causal model
 }
 
 
 class Small(nn.Module):
-    """An MLP of odd widths whose last layer is too narrow for level 3, beside tied weights and a frozen one."""
+    """An MLP of odd widths whose last layer is too narrow for level 3, with tied weights and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class Small(nn.Module):
 
 
 def config_file(folder: Path, kind: str, **fields: object) -> Path:
-    """A configuration as Hugging Face saves it."""
+    """Write a configuration as Hugging Face saves it."""
     path = folder / "config.json"
     path.write_text(json.dumps({"model_type": kind, **FAMILIES.get(kind, {}), **fields}))
     return path
 
 
 def step_once(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, int]:
-    """Bytes of the state of each parameter after a step, counted in what each state's tensors hold."""
+    """Take a step and return the bytes of state of each parameter, counted in its tensors."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.full_like(p, 0.5)
@@ -66,12 +66,12 @@ def step_once(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, int]:
     held = {p: [x for x in state.values() if isinstance(x, torch.Tensor)] for p, state in optimizer.state.items()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in held.values() for x in xs}
     each = {p: sum(x.numel() * x.element_size() for x in xs) for p, xs in held.items()}
-    assert sum(storages.values()) == sum(each.values())  # nothing is hidden behind a view
+    assert sum(storages.values()) == sum(each.values())  # no larger storage behind a view
     return each
 
 
 def check_against_allocations(planned: Plan, model: nn.Module, **options: object) -> None:
-    """The planned bytes are those of real optimizers over `model` after a step, parameter by parameter."""
+    """Compare planned bytes with those of real optimizers over `model` after a step, parameter by parameter."""
     names = {p: name for name, p in model.named_parameters()}
     groups = gwt_param_groups(model, level=planned.chosen.level)
     held = step_once(GWTAdamW(groups, norm_growth_limit=options["limit"], state_dtype=options["moments"]))
@@ -97,7 +97,7 @@ def small_cases() -> list[object]:
 
 @pytest.mark.parametrize(("dtype", "level", "limit", "moments"), small_cases())
 @pytest.mark.filterwarnings("ignore:gwt_param_groups found nothing")
-def test_live_module_against_what_is_allocated(
+def test_live_module_against_allocated_bytes(
     dtype: torch.dtype, level: int, limit: float | None, moments: torch.dtype | None
 ) -> None:
     model = Small().to(dtype)
@@ -107,7 +107,7 @@ def test_live_module_against_what_is_allocated(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_configuration_file_against_what_is_allocated(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_configuration_file_against_allocated_bytes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model(kind, **FAMILIES[kind])
     family = transformers.AutoModel if kind == "t5" else transformers.AutoModelForCausalLM
     model = family.from_config(config).to(dtype)
@@ -120,7 +120,7 @@ def test_configuration_file_against_what_is_allocated(kind: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float16], ids=str)
-def test_moments_that_the_optimizer_refuses_are_marked(moments: torch.dtype) -> None:
+def test_moments_refused_by_the_optimizer_are_marked(moments: torch.dtype) -> None:
     planned = plan(Small(), level=2, state_dtype=moments, norm_growth_limit=None)
     full = plan(Small(), level=2, norm_growth_limit=None)
     scalars = 8 * len(full.entries)
@@ -147,7 +147,7 @@ def test_prediction_for_an_optimizer() -> None:
         assert predicted == sum(step_once(make()).values())
 
 
-def test_small_model_by_hand() -> None:
+def test_small_model_worked_by_hand() -> None:
     model = Small()
     planned = plan(model, level=2)
     entries = {entry.name: entry for entry in planned.entries}
@@ -206,12 +206,12 @@ def test_bandwidth_with_and_without_unit(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["3000", "fast", "3.3.5e12", "-3e12", "3GiB/s", "", "1e999", "nan"])
-def test_bandwidth_that_cannot_be_meant_is_refused(text: str) -> None:
+def test_implausible_bandwidth_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"bytes per second, such as 3\.35e12"):
         parse_bandwidth(text)
 
 
-def test_measured_bandwidth_is_of_this_world() -> None:
+def test_measured_bandwidth_is_plausible() -> None:
     assert 1e7 < measure_bandwidth(torch.device("cpu"), size=2**24) < 1e14
 
 
@@ -227,7 +227,7 @@ def test_presets_are_the_published_sizes() -> None:
     assert plan("llama_405b", dtype=torch.bfloat16).weight_bytes == 2 * largest
 
 
-def test_dtype_is_the_files_unless_it_is_given(tmp_path: Path) -> None:
+def test_dtype_defaults_to_the_files(tmp_path: Path) -> None:
     assert {e.dtype for e in plan(config_file(tmp_path, "llama")).entries} == {torch.bfloat16}
     saved = config_file(tmp_path, "llama", torch_dtype="float16")
     assert {e.dtype for e in plan(saved).entries} == {torch.float16}
@@ -237,7 +237,7 @@ def test_dtype_is_the_files_unless_it_is_given(tmp_path: Path) -> None:
     assert {p.dtype for p in live.parameters()} == {torch.float32}
 
 
-def test_class_is_the_one_that_the_file_names(tmp_path: Path) -> None:
+def test_class_is_the_one_named_by_the_file(tmp_path: Path) -> None:
     assert plan(tmp_path if config_file(tmp_path, "t5") else "").model == "T5Model"
     path = config_file(tmp_path, "t5", architectures=["T5ForConditionalGeneration"])
     assert plan(path).model == "T5ForConditionalGeneration"
@@ -357,7 +357,7 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (None, ["llama_60m", "--bandwidth", "3000"], "such as 3350GB/s"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_bad_input_gives_one_sentence_and_status_2(
     content: str | None, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file.json").write_text(content or "", encoding="latin-1")
@@ -391,7 +391,7 @@ def test_package_imports_no_transformers_and_keeps_plan_a_module() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_docs_show_what_the_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_show_the_output(capsys: pytest.CaptureFixture[str]) -> None:
     from bench.memory import level_table
 
     page = (ROOT / "docs" / "memory.md").read_text()

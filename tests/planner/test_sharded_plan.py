@@ -1,4 +1,4 @@
-"""A plan on several processes against what PyTorch's engines and the optimizer really hold and send there."""
+"""A plan on several processes against what PyTorch's engines and the optimizer hold and send."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small(**options: Any) -> Plan:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_every_process_holds_what_is_planned(mesh: Mesh) -> None:
+def test_every_process_holds_the_planned_bytes(mesh: Mesh) -> None:
     moments = (None, torch.bfloat16)
     found = meshes.on_every_rank(meshes.shares, mesh, *moments)
     for i, each in enumerate(moments):
@@ -51,7 +51,7 @@ def test_every_process_holds_what_is_planned(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("mesh", [Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=3, tp=2)], ids=str)
 @pytest.mark.parametrize("clip", [False, True], ids=["limited", "clipped"])
-def test_collectives_are_those_that_are_sent(mesh: Mesh, clip: bool) -> None:
+def test_planned_collectives_are_those_sent(mesh: Mesh, clip: bool) -> None:
     sharded = plan_sharded(small(), mesh, clip=clip, tensor_parallel=meshes.TENSOR_PARALLEL)
     options = {"max_grad_norm": 1.0} if clip and mesh.tp == 1 else {}
     ((engine, step),) = meshes.on_every_rank(meshes.sent, mesh, options, ranks=[0]).values()
@@ -65,14 +65,14 @@ def test_collectives_are_those_that_are_sent(mesh: Mesh, clip: bool) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[10, 3, 400_000, 9, 2_000_000, 14_000_000, 70, 30_000_000], [3], [600_000] * 90])
-def test_buckets_are_ddp_s(sizes: list[int]) -> None:
+def test_buckets_equal_those_of_ddp(sizes: list[int]) -> None:
     model = nn.ParameterList(torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
     (sent,) = plan_sharded(plan(model, level=0), Mesh(dp=2)).collectives
     buckets, _ = dist._compute_bucket_assignment_by_size(list(reversed(list(model))), [2**20, 25 * 2**20])
     assert (sent.calls, sent.total_bytes) == (len(buckets), 2 * sum(sizes))
 
 
-def test_time_of_collectives_by_hand() -> None:
+def test_time_of_collectives_worked_by_hand() -> None:
     gather = Collective("weights, forward", True, "all-gather", 6, 10, 600)
     assert gather.seconds(100.0, 0.5) == 10 * 3 * 0.5 + 500 / 100
     assert gather._replace(kind="all-reduce").seconds(100.0, 0.5) == 2 * gather.seconds(100.0, 0.5)
@@ -81,13 +81,13 @@ def test_time_of_collectives_by_hand() -> None:
     assert sharded.memory_seconds == sharded.largest.moved_bytes / 1e9
     assert sharded.seconds == sharded.memory_seconds + sharded.collective_seconds
     slow = plan_sharded(small(bandwidth=1e9), Mesh(fsdp=8), host_time=1.0)
-    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # of the tensors that train, whatever their size
+    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # of all trained tensors, whatever their size
     unclipped = plan_sharded(small(), Mesh(fsdp=8))
     assert sharded.largest.moved_bytes == unclipped.largest.moved_bytes + unclipped.largest.gradient_bytes
     assert unclipped.seconds is None
 
 
-def test_one_process_is_the_whole_plan() -> None:
+def test_plan_of_one_process_is_the_whole_plan() -> None:
     planned = small()
     sharded = plan_sharded(planned, Mesh())
     chosen, adamw = planned.chosen, planned.adamw[0]
@@ -111,7 +111,7 @@ def test_the_step_s_collective_stays_below_four_kilobytes(preset: str) -> None:
     assert max(c.total_bytes for c in sharded.collectives if not c.engine) < 4096
 
 
-def test_torn_blocks_are_refused_with_the_level_that_works() -> None:
+def test_split_blocks_are_refused_with_the_level_that_works() -> None:
     message = (
         r"mesh tp=2 divides the columns of model\.layers\.0\.mlp\.down_proj\.weight .*and 23 more.*use level 0"
     )
@@ -160,7 +160,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         plan_sharded(small(), **options)
 
 
-def test_mesh_and_latency_are_read() -> None:
+def test_mesh_and_latency_are_parsed() -> None:
     assert mesh_of(64, "tp=8, dp=2,fsdp=4") == mesh_of(None, "dp=2,fsdp=4,tp=8") == Mesh(2, 4, 8)
     assert mesh_of(64) == Mesh(fsdp=64)
     assert str(Mesh(2, 4, 8)) == "dp=2,fsdp=4,tp=8"
@@ -215,7 +215,7 @@ def test_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> N
         (["--level", "4", "--mesh", "tp=4"], "use level 3 at most"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_bad_input_gives_one_sentence_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "llama_60m", *arguments]) == 2
@@ -225,7 +225,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert message in captured.err
 
 
-def test_page_shows_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_shows_the_output(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     runs = re.findall(r"```console\n\$ gwt-kernels ([^\n]*)\n(.*?)```", page, re.DOTALL)
     assert len(runs) == 2

@@ -1,4 +1,4 @@
-"""Tests what the folded rule's step has of its own: options, narrow moments, golden vectors and its bound."""
+"""The folded rule alone: options, narrow moments, golden vectors and its bound."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_narrow_moments_of_the_folded_rule(backend, moment_dtype):
 
 @backends
 def test_the_comparison_notices_the_other_rule(backend):
-    """Control, above level 0, where the rules are one."""
+    """Control, above level 0, at which both rules are equal."""
     for level in (1, 2):
         bucket = Bucket([(4, 32)], level, rule="foam", device=on(backend))
         with pytest.raises(AssertionError, match=r"params of tensor 0, .*: [0-9]+ of 128 elements are wrong"):
@@ -43,8 +43,8 @@ def test_the_comparison_notices_the_other_rule(backend):
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e9])
 @pytest.mark.parametrize("t", [1, 2, 7])
 @backends
-def test_the_bound_of_the_folded_update_is_reached_and_not_passed(backend, t, size):
-    """Gradients for which no element of bias-corrected ``u`` may be larger; the other rule knows no bound."""
+def test_the_bound_of_the_folded_update_is_reached_and_not_exceeded(backend, t, size):
+    """Gradients that reach the upper bound on any element of bias-corrected ``u``; the other rule has no bound."""
     betas, width, last = (0.9, 0.999), 4, {}
     bound = largest_update(t, betas, width)
     hyper = Hyper(1.0, *betas, eps=1e-30, scale=1.0)
@@ -52,9 +52,9 @@ def test_the_bound_of_the_folded_update_is_reached_and_not_passed(backend, t, si
         bucket = Bucket([(2, 32), (3, 37)], 2, rule=rule, first=True, device=on(backend))
         for step, row in enumerate(size * worst_gradients(t, betas, width), start=1):
             for p, g in zip(bucket.tensors("params"), bucket.tensors("grads"), strict=True):
-                p.zero_()  # the last update is then read off exactly
+                p.zero_()  # then the last update can be read off exactly
                 g.copy_(torch.from_numpy(np.resize(row, g.shape[-1])))
-                g[1:] *= torch.tensor((-1.0) ** np.arange(g.shape[-1]))  # blocks of mean 0, nearly
+                g[1:] *= torch.tensor((-1.0) ** np.arange(g.shape[-1]))  # blocks with a mean of nearly 0
             bucket.step(hyper, step, backend=backend)
         last[rule] = max(float(p.abs().max()) for p in bucket.tensors("params"))
     assert last["foam"] == pytest.approx(bound, rel=1e-5)
@@ -67,7 +67,7 @@ CASES = (*golden.foam_cases(), *(case for case in golden.variant_cases() if case
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @backends
 def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
-    """A whole run again, where nothing is float64: the bound keeps errors from growing."""
+    """A whole run, without any float64: the bound keeps errors from growing."""
     p = torch.tensor(case.p0, dtype=torch.float32, device=on(backend))
     m, v = torch.zeros(2, *case.exp_avg.shape, device=p.device)
     for t, (lr, grad) in enumerate(zip(case.lr, case.grads, strict=True), start=1):

@@ -1,4 +1,4 @@
-"""Shows that the optimizer's other wavelets, boundaries and uncorrected steps are those of the published code."""
+"""Other wavelets, boundaries and uncorrected steps of the optimizer against the published code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_golden_vectors_of_variants(case):
         np.testing.assert_allclose(state[name].numpy(), expected, rtol=0, atol=1e-11 * np.abs(expected).max())
 
 
-def test_golden_vectors_of_variants_are_all_there():
+def test_golden_vectors_of_variants_are_complete():
     cases = golden.variant_cases()
     assert [sum(c.rule == rule for c in cases) for rule in ("gwt", "foam")] == [10, 5]
     assert {c.boundary for c in cases} == {"zero", "constant", "symmetric", "reflect", "periodic"}
@@ -50,7 +50,7 @@ NOTICED = {
 
 
 @pytest.mark.parametrize("name", NOTICED)
-def test_golden_vectors_of_variants_notice_another_option(name):
+def test_golden_vectors_of_variants_detect_another_option(name):
     case = next(c for c in golden.variant_cases() if c.name == name)
     movement = np.abs(case.params - case.p0).max()
     for changed in NOTICED[name]:
@@ -72,7 +72,7 @@ def test_bias_correction_can_be_turned_off_and_on_in_mid_run(backend, device):
 
 @backends
 def test_the_first_step_without_bias_correction_is_smaller_by_the_correction(backend, device):
-    """By ``sqrt(1 - 0.999) / (1 - 0.9)``, weight decay apart."""
+    """By ``sqrt(1 - 0.999) / (1 - 0.9)``, except for weight decay."""
     moved = []
     for correct_bias in (True, False):
         p = parameters([(4, 8)], place(backend, device))[0]
@@ -83,7 +83,7 @@ def test_the_first_step_without_bias_correction_is_smaller_by_the_correction(bac
     torch.testing.assert_close(moved[0], moved[1] * (0.001**0.5 / 0.1), rtol=1e-3, atol=1e-5)
 
 
-def test_a_boundary_changed_in_mid_run_is_that_of_the_next_step():
+def test_a_boundary_changed_in_mid_run_applies_to_the_next_step():
     params = [parameters([(3, 13)], dtype=torch.float64) for _ in range(2)]
     runs = [GWTAdamW(own, lr=0.1, norm_growth_limit=None) for own in params]
     for optimizer in runs:
@@ -98,7 +98,7 @@ def test_a_boundary_changed_in_mid_run_is_that_of_the_next_step():
 
 
 @pytest.mark.parametrize("options", [{"wavelet": "bior2.2"}, {"boundary": "reflect"}])
-def test_what_the_literal_algorithm_alone_knows_has_no_telemetry(options):
+def test_the_literal_algorithm_has_no_telemetry(options):
     with pytest.raises(ValueError, match=r"telemetry=True knows no .*: turn it off, or use wavelet='haar' and"):
         GWTAdamW(parameters([(3, 8)]), telemetry=True, **options)
     optimizer = GWTAdamW(parameters([(3, 8)]), telemetry=True)

@@ -1,4 +1,4 @@
-"""Accelerate's FSDP2 over gloo, in a process of its own: a run against a plain loop."""
+"""Accelerate's FSDP2 over gloo in a new process, compared with a plain loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny import llama, optimizer_of, sentences
 
 
 def accelerator() -> Any:
-    """An Accelerator that shards, which the library itself offers on accelerators alone."""
+    """Return an Accelerator that shards on a CPU, which the library offers only on accelerators."""
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 
@@ -42,7 +42,7 @@ def train(model: nn.Module, optimizer: Any, backward: Any, clip: Any) -> None:
 
 
 def prepared(accelerator: Any) -> tuple[nn.Module, Any]:
-    """Its optimizer is made before the model is sharded, whose parameters Accelerate then puts into it."""
+    """Prepare model and optimizer; Accelerate shards the model after the optimizer's construction."""
     model = llama()
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     assert all(isinstance(p, DTensor) for p in parameters_of(optimizer.optimizer))
@@ -55,7 +55,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def everything(model: nn.Module, optimizer: Any) -> Any:
-    """Weights and state by name, gathered."""
+    """Return weights and state by name, gathered."""
     states = [(name, optimizer.state[p]) for name, p in model.named_parameters()]
     return (
         {name: whole(p) for name, p in model.named_parameters()},
@@ -64,7 +64,7 @@ def everything(model: nn.Module, optimizer: Any) -> Any:
 
 
 def fsdp2() -> None:
-    """A run of shards is the plain one, to the bit where one process has them all."""
+    """A sharded run equals the plain one, bit for bit on one process."""
     made = accelerator()
     model, optimizer = prepared(made)
     begin, _ = everything(model, optimizer.optimizer)

@@ -1,4 +1,4 @@
-"""What the tests of the optimizer benchmark measure: tensors of every kind, and an optimizer that is wrong."""
+"""Inputs of the tests of the optimizer benchmark: tensors of every kind, and a wrong optimizer."""
 
 from __future__ import annotations
 

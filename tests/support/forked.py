@@ -1,4 +1,4 @@
-"""Starts processes that talk over gloo from one that has imported everything, so that they are cheap to start."""
+"""Starts processes that communicate over gloo, forked cheaply from a process with all imports."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import torch.distributed as dist
 from tests.ptx import plugin
 
 _context = multiprocessing.get_context("forkserver")
-# What takes long to import and starts no threads, which a fork would lose.
+# Modules that take long to import and start no threads, which a fork would lose.
 _context.set_forkserver_preload(["tests.support.parallel_runs", "tests.support.resharded", "tests.support.wrapped"])
 
 
 class Processes:
-    """Processes that have met over gloo and call one function, with what they print kept in a file each."""
+    """Processes that have met over gloo and call one function; the output of each goes to a file."""
 
     def __init__(self, world: int, function: Callable[..., object], *arguments: Any) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -44,12 +44,12 @@ class Processes:
         return any(process.is_alive() for process in self.started)
 
     def printed(self) -> str:
-        """What all of them printed."""
+        """Return the output of all processes."""
         texts = [output.read_text() if output.exists() else "" for output in self._outputs]
         return "\n".join(f"--- process {rank}\n{text}" for rank, text in enumerate(texts))
 
     def wait(self, seconds: float = 120) -> bool:
-        """Whether all ended in time; those that did not are killed."""
+        """Wait for all processes, kill those that exceed the time, and return whether there were none."""
         end = time.monotonic() + seconds
         for process in self.started:
             process.join(max(0.0, end - time.monotonic()))
@@ -61,7 +61,7 @@ class Processes:
 
 
 def _start_server() -> None:
-    """Start the process that the others are forked from, unless it runs; Triton is imported there."""
+    """Start the server process from which the others are forked, unless it runs; it imports Triton."""
     with mock.patch.dict(os.environ, {} if plugin.driver() else {"TRITON_INTERPRET": "1"}):  # see plugin.begin
         forkserver.ensure_running()
 
@@ -73,16 +73,16 @@ def _main(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    # A file for the processes to meet at: no port that another run may have taken.
+    # The processes meet at a file: no port that another run may have taken.
     how = {"rank": rank, "world_size": world, "timeout": datetime.timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{store}", **how)
     function(*arguments)
-    dist.barrier()  # none leaves while another still talks to it
+    dist.barrier()  # no process leaves while another still communicates with it
     dist.destroy_process_group()
 
 
 def run(world: int, function: Callable[..., object], *arguments: Any) -> None:
-    """Let processes do something, and raise AssertionError with what they printed unless all succeed."""
+    """Call a function in several processes, and raise AssertionError with their output unless all succeed."""
     processes = Processes(world, function, *arguments)
     in_time = processes.wait()
     codes = [process.exitcode for process in processes.started]

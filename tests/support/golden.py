@@ -1,4 +1,4 @@
-"""Loads the golden vectors: what the authors' published optimizers computed in float64.
+"""Golden vectors: results of the authors' published optimizers in float64.
 
 Each case is a run of a few steps on one tensor: of GWT-Adam or plain AdamW in `data/official_adamw.npz`, of FOAM in
 `data/official_foam.npz`, and in `data/official_variants.npz` of either with further options, of GWT-Adafactor, and
@@ -20,7 +20,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 @dataclass(frozen=True)
 class Case:
-    """One run: its settings, what went in, and what came out. Every array is float64 and read-only.
+    """One run: its settings, inputs and results. Every array is float64 and read-only.
 
     Attributes:
         name: unique in the file; fit for a test id.
@@ -66,14 +66,14 @@ class Case:
     limiter_norm: np.ndarray
 
     def decayed(self, p: Any, lr: float) -> Any:
-        """What weight decay in the published order makes of the weights after an update without it."""
+        """Apply weight decay in the published order, after an update without it."""
         return p - lr * self.weight_decay * p
 
     @property
     def limiter_active(self) -> np.ndarray:
         """`[T]` bool: at which steps the limiter divided the update by more than 1.
 
-        Then, and only then, the new norm is exactly gamma times the old one (plus the limiter's 1e-8).
+        At exactly those steps, the new norm is gamma times the old one (plus the limiter's 1e-8).
         """
         if self.level == 0 or self.norm_growth_limit is None:
             return np.zeros(len(self.lr), bool)
@@ -83,7 +83,7 @@ class Case:
 
 @functools.cache
 def adamw_cases(wavelet: str | None = None) -> tuple[Case, ...]:
-    """The cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
+    """Return the cases of `official_adamw.npz`, or those of one wavelet (level 0 counts as "haar")."""
     configurations, arrays = _load("official_adamw.npz")
     return tuple(
         _case(configuration, arrays, "gwt")
@@ -96,7 +96,7 @@ def adamw_cases(wavelet: str | None = None) -> tuple[Case, ...]:
 
 @functools.cache
 def foam_cases() -> tuple[Case, ...]:
-    """The cases of `official_foam.npz`."""
+    """Return the cases of `official_foam.npz`."""
     configurations, arrays = _load("official_foam.npz")
     return tuple(
         _case(configuration, arrays, "foam")
@@ -206,7 +206,7 @@ def _load(file: str) -> tuple[list[dict], dict[str, np.ndarray]]:
 
 
 def _is(configuration: dict, key: str, expected: object) -> bool:
-    """True; raises where the file holds what its loader was not written for."""
+    """Return True if the file's configuration has the expected value; raise otherwise."""
     if configuration[key] != expected:
         name, found = configuration["name"], configuration[key]
         raise ValueError(f"golden case {name!r} has {key} {found!r}, expected {expected!r}")

@@ -1,4 +1,4 @@
-"""Prints how many functions a step of the host-time benchmark calls; tests/bench/test_host.py starts it."""
+"""Print the number of function calls in a step of the host-time benchmark; tests/bench/test_host.py runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TENSORS = 300
 
 
 def calls(mesh: DeviceMesh | None, limiter: bool, reallocated: bool) -> tuple[int, int]:
-    """Calls of functions, Python's and C's, in one step of many, and all-reduces among them."""
+    """Count calls of Python and C functions in one step on many tensors, and the all-reduces among them."""
     counts = [0, 0]
     all_reduce = dist.all_reduce.__wrapped__.__code__  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter behave as a GPU does where it would not by itself: bfloat16, and division by zero."""
+"""Makes Triton's interpreter behave like a GPU where it differs: bfloat16 conversion, and division by zero."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from gwt_kernels.backends import choice
 
 @contextlib.contextmanager
 def like_a_gpu() -> Iterator[None]:
-    """Within it, nothing warns of masked lanes, and conversions are a GPU's.
+    """Silence warnings of masked lanes, and convert like a GPU, within the context.
 
-    The interpreter truncates float32 to bfloat16, and makes subnormal bfloat16 larger when it widens them.
+    By itself, the interpreter truncates float32 to bfloat16, and changes subnormal bfloat16 numbers when it widens
+    them.
     """
     if not choice.interpreted():
         yield

@@ -1,4 +1,4 @@
-"""Lightning's Trainer over the tiny model, with GWTAdamW and a record of the gradients that it saw."""
+"""Lightning's Trainer on the tiny model, with GWTAdamW and a record of the gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ModelCheckpoint = pl.callbacks.ModelCheckpoint
 
 
 class Language(pl.LightningModule):
-    """A tiny LLaMA, and the gradients of every step it makes, as the optimizer sees them."""
+    """A tiny LLaMA that records the gradients of every step as its optimizer gets them."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def fit(
     telemetry: bool = False,
     **options: Any,
 ) -> tuple[Language, Any]:
-    """Train on batches of four, for six steps; returns the module and its optimizer."""
+    """Train on batches of four for six steps; return the module and its optimizer."""
     module = Language(max_grad_norm=max_grad_norm, telemetry=telemetry)
     chosen: dict[str, Any] = {
         "max_steps": 6,

@@ -1,4 +1,4 @@
-"""Processes of a mesh that only seems to be there: PyTorch's engines divide a model for a rank without others."""
+"""Processes of a simulated mesh: PyTorch's engines shard a model for one rank without the others."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Small(nn.Module):
 
 @contextmanager
 def process(rank: int, mesh: Mesh) -> Iterator[Any]:
-    """A process group in which this process has a rank and all others only seem to be there."""
+    """Create a process group in which this process has a rank and all others are simulated."""
     dist.init_process_group("fake", rank=rank, world_size=mesh.size, store=FakeStore())
     try:
         yield init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("dp", "fsdp", "tp"))
@@ -64,7 +64,7 @@ def process(rank: int, mesh: Mesh) -> Iterator[Any]:
 
 
 def divide(model: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
-    """Shard a model by PyTorch's own means, each layer by itself."""
+    """Shard a model by PyTorch's own functions, each layer by itself."""
     if mesh.tp > 1:
         ways = {
             f"layers.{i}.{name.removeprefix('layers.*.')}" if "*" in name else name: STYLES[way]()
@@ -85,7 +85,7 @@ def local(x: Any) -> Tensor:
 
 
 def held(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that this process holds of the state after a step."""
+    """Count the bytes of local state after a step."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -95,7 +95,7 @@ def held(optimizer: torch.optim.Optimizer) -> int:
 
 
 def shares(rank: int, mesh: Mesh, *moments: torch.dtype | None) -> dict[str, Any]:
-    """What a rank holds: shapes of weights, bytes of weights, gradients and states (for each dtype of moments)."""
+    """Return a rank's shapes of weights, and bytes of weights, gradients and states (for each dtype of moments)."""
     with process(rank, mesh) as devices:
         model = divide(Small().to(torch.bfloat16), mesh, devices)
         params = {name: local(p) for name, p in model.named_parameters()}
@@ -112,12 +112,12 @@ def shares(rank: int, mesh: Mesh, *moments: torch.dtype | None) -> dict[str, Any
 def on_every_rank(
     function: Callable[..., Any], mesh: Mesh, *arguments: Any, ranks: Sequence[int] | None = None
 ) -> dict[tuple[int, ...], Any]:
-    """What ``function(rank, mesh, *arguments)`` returns, by place in the mesh; for some ``ranks`` or for all.
+    """Call ``function(rank, mesh, *arguments)`` for all or some ``ranks``, and return the results by coordinate.
 
-    Each has a process of its own, since torch remembers meshes, and which rank this is, as long as a process lives.
+    Each call gets a new process, since torch caches meshes and the rank for the life of a process.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which a first step imports
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # imported by a first step
     with context.Pool(2, initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=1) as pool:
         places = dict(enumerate(itertools.product(*map(range, mesh))))
         ranks = list(places) if ranks is None else ranks
@@ -126,7 +126,7 @@ def on_every_rank(
 
 
 def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str, int, int]]]:
-    """The collectives of forward and backward, then those of a step."""
+    """Return the collectives of forward and backward, then those of a step."""
     with process(rank, mesh) as devices:
         model = divide(Small().to(torch.bfloat16), mesh, devices)
         optimizer = GWTAdamW(gwt_param_groups(model, level=2), **options)
@@ -138,7 +138,7 @@ def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str,
 
 
 def refusal(rank: int, mesh: Mesh, moments: torch.dtype) -> str:
-    """What the optimizer says of a model that it cannot take as it is divided."""
+    """Return the optimizer's error for a model with unsupported sharding."""
     with process(rank, mesh) as devices:
         model = Small().to(torch.bfloat16)
         if moments == torch.int8:

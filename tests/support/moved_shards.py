@@ -1,4 +1,4 @@
-"""States of shards that move in memory, under other defaults; test_sharding.py starts the processes."""
+"""Sharded states that move in memory, and other default dtypes; test_sharding.py starts the processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = ((16, 32), (7, 8))
 
 
 def move_data(optimizer: GWTAdamW) -> None:
-    """Memory under the same objects, as of states that are offloaded and brought back."""
+    """Give tensors other memory under the same objects, like states that are offloaded and brought back."""
     for state in optimizer.state.values():
         for value in state.values():
             local = value._local_tensor if isinstance(value, DTensor) else value
@@ -40,7 +40,7 @@ def write(optimizer: GWTAdamW, key: str, number: float) -> None:
 
 
 def main() -> None:
-    """Moved states go on as others do, and what is written into moved memory is taken."""
+    """Moved states continue like others, and values written to moved memory are used."""
     mesh = mesh_of(2)
     for backend in ("compiled", "torch"):
         for options in ({}, {"max_grad_norm": 1.0}, {"weight_rounding": "split"}):
@@ -80,7 +80,7 @@ def _compare(mesh: object, move: Callable[[GWTAdamW], None], **options: object) 
 
 
 def _under_wrong_defaults(mesh: object) -> None:
-    """The limiter's sums are float32 whatever the default dtype is, and lie on the CPU whatever the device is."""
+    """The limiter's sums are float32 on the CPU, whatever the default dtype and device are."""
     values = runs.parameters([(64, 128)])
 
     def stepped(defaults: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:

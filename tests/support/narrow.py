@@ -1,4 +1,4 @@
-"""Steps of narrow weights in tests: which shapes, options and dtypes, and gradients of any dtype."""
+"""Steps of narrow weights for tests: shapes, options, dtypes, and gradients of any dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import interpreter
 from tests.support.runs import parameters_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 9)]  # whole blocks, rows cut short, no dimension that divides
+SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 9)]  # whole blocks, short last blocks, no dimension that divides
 OPTIONS = {"lr": 0.03, "weight_decay": 0.1}
 
 rules = pytest.mark.parametrize("rule", ["gwt", "foam"])
@@ -21,7 +21,7 @@ levels = pytest.mark.parametrize("level", [0, 2])
 
 
 def step(optimizer: GWTAdamW, grads: list[Tensor]) -> None:
-    """A step with gradients of any dtype."""
+    """Take a step with gradients of any dtype."""
     for p, g in zip(parameters_of(optimizer), grads, strict=True):
         p.grad = None
         if g.dtype != p.dtype:

@@ -1,4 +1,4 @@
-"""What tests of code in C need."""
+"""Helpers for tests of code in C."""
 
 from __future__ import annotations
 

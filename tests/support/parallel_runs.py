@@ -1,4 +1,4 @@
-"""Pre-training runs of several processes, and what they leave; test_parallel_pretrain.py starts them."""
+"""Pre-training runs of several processes, and their checkpoints; test_parallel_pretrain.py starts them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ STEPS, SAVE_EVERY = 8, 2
 
 
 def options_of(folder: Path, *more: str) -> list[str]:
-    """A command line of a few steps on a model that tensor parallelism can divide."""
+    """Return a command line of a few steps on a model that tensor parallelism can divide."""
     model = tiny_model(folder, intermediate_size=32, num_hidden_layers=2)
     line = f"--model {model} --text {TEXT} --device cpu --threads 1 --steps {STEPS} --batch 6 --context 16"
-    # 7 windows to evaluate on: never as many on each process.
+    # 7 windows to evaluate on: never equally many on each process.
     return [*line.split(), "--lr", "0.003", "--evals", "3", "--eval-windows", "7", "--quiet", *more]
 
 
 def trained_here(mode: str | None, options: list[str], out: Path, **how: Any) -> dict[str, Any]:
-    """This process's part of a run; without a mode all of it."""
+    """Train this process's part of a run; without a mode all of it."""
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     processes = None if mode is None else parallel.start(mode, "cpu")
@@ -42,7 +42,7 @@ def trained_here(mode: str | None, options: list[str], out: Path, **how: Any) ->
 
 
 def every_mode(options: list[str], root: Path) -> None:
-    """Runs in each mode, with and without clipping and with the optimizer of torch."""
+    """Run each mode, with and without clipping, and with the optimizer of torch."""
     for mode in parallel.MODES:
         result = trained_here(mode, options, root / mode)
         assert result["state_bytes_measured"] == result["state_bytes_predicted"]
@@ -53,7 +53,7 @@ def every_mode(options: list[str], root: Path) -> None:
 
 
 def resumed(mode: str, options: list[str], out: Path) -> None:
-    """Go on from a checkpoint, of which every number arrives to the bit."""
+    """Resume from a checkpoint, after checking that every number is restored bit for bit."""
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     corpus = pretrain.load_corpus(parsed, config.seed)
@@ -66,7 +66,7 @@ def resumed(mode: str, options: list[str], out: Path) -> None:
 
 
 def losses(out: Path, kind: str = "train") -> list[float]:
-    """The losses of the log, of every step once."""
+    """Return the losses of the log, with every step exactly once."""
     lines = read_log(out / "log.jsonl", kind)
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
@@ -78,14 +78,14 @@ def last_good(out: Path) -> Path:
 
 
 def step_of(out: Path) -> int:
-    """The step of the last good checkpoint; 0 without one."""
+    """Return the step of the last complete checkpoint; 0 without one."""
     if not sharded_checkpoint.exists(out / "checkpoints"):
         return 0
     return int(last_good(out).name.split("-")[1])
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """All weights and state of the last good checkpoint, whole, by name."""
+    """Return all weights and state of the last complete checkpoint, gathered, by name."""
     dcp_to_torch_save(last_good(out), out / "whole.pt")
     return tensors(torch.load(out / "whole.pt", weights_only=True))
 
@@ -97,7 +97,7 @@ def everywhere(value: Any) -> list[Any]:
 
 
 def refused(words: str, mode: str, options: list[str], out: Path, **how: Any) -> None:
-    """Every process raises a ValueError that matches."""
+    """Check that every process raises a ValueError with a matching message."""
     try:
         trained_here(mode, options, out, **how)
     except ValueError as error:
@@ -109,7 +109,7 @@ def refused(words: str, mode: str, options: list[str], out: Path, **how: Any) ->
 
 
 def damage(root: Path, options: list[str]) -> None:
-    """Every file of a checkpoint that is missing or damaged stops the resumed run everywhere, and is named."""
+    """A missing or damaged file of a checkpoint stops the resumed run on every process, and is named."""
     first = dist.get_rank() == 0
     sound = root / "sound"
     trained_here("fsdp2", options, sound, stop_at=4, save_every=2)
@@ -147,11 +147,11 @@ def _odd_heads(root: Path) -> Path:
 
 
 def _saves_that_fail(out: Path, options: list[str], first: bool) -> None:
-    """One process cannot write: all stop, the last good checkpoint is as it was, and the run can go on."""
+    """If one process cannot write, all stop, the last checkpoint is unchanged, and the run can continue."""
     good = last_good(out)
     for function, on_first in (("_checksum", False), ("_sync", True), ("_write_text", True)):
         real = getattr(sharded_checkpoint, function)
-        reading = len(list(good.iterdir()))  # sums of the files that are checked on resuming
+        reading = len(list(good.iterdir()))  # checksums of the files that are verified on resuming
 
         def full(path: Path, *more: Any, function: Any = real) -> Any:
             if path.parent == good:
@@ -176,7 +176,7 @@ def _saves_that_fail(out: Path, options: list[str], first: bool) -> None:
 
 
 def saving_run(options: list[str], out: Path) -> None:
-    """This process's part of a run that resumes where it can."""
+    """Run this process's part of a run, resumed if there is a checkpoint."""
     trained_here("fsdp2", options, out, save_every=SAVE_EVERY, resume=True)
 
 
@@ -184,7 +184,7 @@ def kill_and_resume(options: list[str], out: Path, reference: Path, seconds: flo
     """Kill a two-process run at a random moment, resume it, and compare it with an uninterrupted one.
 
     Returns:
-        Where it was interrupted: `step`, `save` or, where it came too late, `end`.
+        What was interrupted: `step`, `save` or, if the run had already finished, `end`.
     """
     chance = random.Random(seed)
     run = forked.Processes(2, saving_run, options, out)
@@ -198,7 +198,7 @@ def kill_and_resume(options: list[str], out: Path, reference: Path, seconds: flo
     reached = len(losses(out))
     saves = out / "checkpoints"
     left = [x for x in saves.iterdir() if x.suffix == ".partial"] if saves.exists() else []
-    # The line of a step is written before its checkpoint, so that a later line means that the checkpoint is there.
+    # The line of a step is written before its checkpoint, so a later line means that the checkpoint is complete.
     assert step_of(out) >= max(reached - 1, 0) // SAVE_EVERY * SAVE_EVERY, f"trial {seed}: lost a checkpoint"
     ended = (out / "result.json").exists()
     forked.run(2, saving_run, options, out)

@@ -1,4 +1,4 @@
-"""Philox4x32 written out in Python's own integers, and Random123's known answers: the oracle of random bits."""
+"""Philox4x32 in Python's integers, and Random123's known answers: the oracle of random bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KNOWN: tuple[tuple[Words, tuple[int, int], Words], ...] = (
 
 
 def philox4x32(counter: Words, key: tuple[int, int], rounds: int = 7) -> Words:
-    """Four words of 32 random bits."""
+    """Return four random words of 32 bits."""
     a, b, c, d = counter
     k, q = key
     for i in range(rounds):
@@ -29,7 +29,7 @@ def philox4x32(counter: Words, key: tuple[int, int], rounds: int = 7) -> Words:
 
 
 def words(indices: range, step: int, purpose: int, key: int, per_call: int = 4) -> list[int]:
-    """The call's words, or with ``per_call=8`` their lower and upper halves, for elements of these indices."""
+    """Return random words by element index, or with ``per_call=8`` their lower and upper halves."""
     result = []
     for index in indices:
         call, lane = divmod(index, per_call)

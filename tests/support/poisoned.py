@@ -1,4 +1,4 @@
-"""Puts tensors into larger buffers full of NaN, so that reading or writing outside of them shows."""
+"""Tensors inside larger buffers full of NaN, so that reads and writes outside of them show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextlib.contextmanager
 def uninitialized() -> Iterator[None]:
-    """Within it, memory that torch allocates without a value is full of NaN."""
+    """Fill uninitialized allocations of torch with NaN within the context."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -47,7 +47,7 @@ class Poisoned:
         self._before = self._guards().clone()
 
     def check(self) -> None:
-        """Raises AssertionError if a bit outside the tensor has changed."""
+        """Raise AssertionError if a bit outside the tensor has changed."""
         changed = (self._guards() != self._before).nonzero()
         assert not len(changed), f"{len(changed)} elements outside a tensor of {self.tensor.shape} were written"
 
@@ -76,7 +76,7 @@ def _strided(shape: Sequence[int]) -> tuple[int, int, list[int]]:
 
 
 def _rows_with_gaps(shape: Sequence[int]) -> tuple[int, int, list[int]]:
-    """Rows that are contiguous in themselves, with 3 elements between them, as in a slice of a wider tensor."""
+    """Return contiguous rows with 3 elements between them, as in a slice of a wider tensor."""
     wider = [*shape[:-1], shape[-1] + 3]
     return math.prod(wider), 0, _packed(wider)
 

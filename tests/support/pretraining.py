@@ -1,4 +1,4 @@
-"""Pre-training runs small enough for tests: a model of one layer and ten steps on real text."""
+"""Small pre-training runs for tests: a model of one layer and ten steps on real text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.pretrain import __main__ as pretrain
 from bench.pretrain.optimizers import measured_state_bytes, predicted_state_bytes
 from bench.pretrain.training import Run, RunConfig, train
 
-TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
+TEXT = Path(argparse.__file__)  # real text of 100 kB that is always present
 
 
 def tiny_model(folder: Path, **changed: Any) -> Path:
-    """The configuration of a model of one layer; its odd MLP width leaves a block half filled."""
+    """Write the configuration of a model of one layer; its odd MLP width leaves a short last block."""
     fields = {
         "vocab_size": 256,
         "hidden_size": 16,
@@ -33,25 +33,25 @@ def tiny_model(folder: Path, **changed: Any) -> Path:
 
 
 def tiny_options(folder: Path) -> list[str]:
-    """A command line of ten small steps on the CPU."""
+    """Return a command line of ten small steps on the CPU."""
     line = f"--model {tiny_model(folder)} --text {TEXT} --device cpu --threads 1 --steps 10 --batch 2 --context 16"
     return [*line.split(), "--evals", "5", "--eval-windows", "4", "--log-every", "4", "--quiet"]
 
 
 def config_of(options: list[str], optimizer: str = "gwt2", *more: str) -> RunConfig:
-    """The settings that a command line gives an optimizer."""
+    """Return an optimizer's settings from a command line."""
     return pretrain.run_config(pretrain.parse([*options, *more])[0], optimizer)
 
 
 def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
-    """A run in memory that has made no step."""
+    """Return a run in memory before its first step."""
     parsed = pretrain.parse([*options, *more])[0]
     config = pretrain.run_config(parsed, optimizer)
     return Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"))
 
 
 def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
-    """One run without the table and the figure."""
+    """Train one run without the table and the figure."""
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     corpus = pretrain.load_corpus(parsed, config.seed)
@@ -59,7 +59,7 @@ def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
 
 
 def tensors(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a nested structure by their path."""
+    """Return the leaves of a nested structure by their path."""
     if isinstance(tree, dict):
         pairs = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list | tuple):
@@ -70,7 +70,7 @@ def tensors(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def assert_predicted_state_bytes(run: Run) -> None:
-    """Raise AssertionError unless two steps make as much state as was predicted before the first."""
+    """Raise AssertionError unless two steps create exactly the predicted bytes of state."""
     predicted = predicted_state_bytes(run.optimizer)
     assert measured_state_bytes(run.optimizer) == 0
     run.train_step()
@@ -79,7 +79,7 @@ def assert_predicted_state_bytes(run: Run) -> None:
 
 
 def assert_same_leaves(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise AssertionError unless all tensors and numbers are equal to the bit, under the same names."""
+    """Raise AssertionError unless all tensors and numbers are equal bit for bit, under the same names."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         if isinstance(value, torch.Tensor):
@@ -90,7 +90,7 @@ def assert_same_leaves(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def assert_same_run(one: Any, other: Any) -> None:
-    """Raise AssertionError unless two checkpoints are equal to the bit, the seconds they took left out."""
+    """Raise AssertionError unless two checkpoints are equal bit for bit, except for their seconds."""
     # torch.optim.Optimizer may add its own default `differentiable` to the groups it loads.
     ours, theirs = (
         {n: leaf for n, leaf in tensors(tree).items() if n != "/seconds" and not n.endswith("/differentiable")}

@@ -1,7 +1,7 @@
-"""Lets the tests call the C oracle of `csrc_reference/` on numpy arrays.
+"""Python interface of the C oracle in `csrc_reference/`, on numpy arrays.
 
-The library is built on first use, and again when a source is newer than it; the only tools that takes are
-`make` and a C compiler. Everything accepts float64 and float32 and runs the build of that precision.
+The library is built on first use, and again when a source is newer; this needs only `make` and a C compiler. Every
+function accepts float64 and float32 and calls the build of that precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SUFFIX = {np.dtype(np.float32): "f", np.dtype(np.float64): "d"}
 
 
 class OracleError(ValueError):
-    """The oracle refused its arguments; `code` is what `gwt_reference.h` documents."""
+    """The oracle refused its arguments; `code` is documented in `gwt_reference.h`."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"the C oracle returned {code} (GWT_{_NAMES[code]})")
@@ -69,7 +69,7 @@ class Options(ctypes.Structure):
 
 
 def make(*targets: str) -> subprocess.CompletedProcess[str]:
-    """Runs `make` on the oracle's own Makefile; raises RuntimeError with the compiler's words if it fails."""
+    """Run `make` on the oracle's own Makefile; raise RuntimeError with the compiler's output if it fails."""
     # Inside `make test` these would tie the inner make to the outer one's options and job slots.
     environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     done = subprocess.run(
@@ -82,7 +82,7 @@ def make(*targets: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The shared library, built if need be. Test processes may race here: the build renames into place."""
+    """Return the shared library, built if necessary. Concurrent builds are safe: each renames its result."""
     sources = [SOURCES / "Makefile", *SOURCES.glob("gwt_reference*")]
     newest = max(path.stat().st_mtime_ns for path in sources)
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime_ns < newest:
@@ -109,14 +109,14 @@ def library() -> ctypes.CDLL:
 
 
 def call(name: str, dtype: np.dtype, *arguments: object) -> None:
-    """Calls `NAME_f` or `NAME_d`; raises OracleError unless it returns GWT_OK."""
+    """Call `NAME_f` or `NAME_d`; raise OracleError unless it returns GWT_OK."""
     code = getattr(library(), f"{name}_{_SUFFIX[np.dtype(dtype)]}")(*arguments)
     if code != OK:
         raise OracleError(code)
 
 
 def rows_and_width(shape: Sequence[int]) -> tuple[int, int]:
-    """An N-D shape as the oracle sees it: the last dimension, and the product of the others."""
+    """Return the last dimension of a shape, and the product of the others, as the oracle takes them."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
@@ -243,7 +243,7 @@ def adamw_step(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> float:
-    """One step of GWT-Adam or FOAM; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
+    """Take one step of GWT-Adam or FOAM; changes `p`, `exp_avg` and `exp_avg_sq` in place, unless it raises.
 
     Args:
         p: weights `[..., N]`, float64 or float32, C-contiguous like all arrays here.
@@ -258,8 +258,8 @@ def adamw_step(
         eps: added to the root of the second moment, which is not bias-corrected.
         weight_decay: decoupled, applied before the update.
         scale: factor on the update.
-        norm_growth_limit: the limiter's gamma; None for no limiter, as "foam" wants it at every level.
-        maximize: follow the gradient up.
+        norm_growth_limit: the limiter's gamma; None for no limiter, required by "foam" at every level.
+        maximize: ascend the gradient.
         rule: one of `RULES`: "gwt", or "foam", the folded rule.
         correct_bias: multiply the update by `sqrt(1-b2**t) / (1-b1**t)`.
         res_scale: factor on the residuals of "foam".
@@ -271,7 +271,7 @@ def adamw_step(
 
     Raises:
         OracleError: the oracle refused the arguments; nothing was changed.
-        ValueError: the arrays do not fit together, or the rule has no such name; nothing was changed.
+        ValueError: the arrays do not fit together, or the rule is unknown; nothing was changed.
     """
     arrays = (p, g, exp_avg, exp_avg_sq)
     if any(a.dtype != p.dtype or not a.flags.c_contiguous for a in arrays):

@@ -31,7 +31,7 @@ FOAM = {"rule": "foam", "norm_growth_limit": None}
 
 
 def build(mesh: DeviceMesh | None, dtype: torch.dtype = torch.float64, level: int = 2, **options: Any) -> Run:
-    """A small network, of which processes hold uneven shards and some an empty one; without a mesh a whole one."""
+    """Build a small network with uneven and some empty shards; without a mesh a whole one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 22), nn.Tanh(), nn.Linear(22, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
     groups = gwt_param_groups(model, level=level, include=["0", "2"], weight_decay=0.1)
@@ -42,7 +42,7 @@ def build(mesh: DeviceMesh | None, dtype: torch.dtype = torch.float64, level: in
 
 
 def train(run: Run, first: int, last: int) -> None:
-    """Steps with data that depend on the number of the step alone."""
+    """Take steps with data that depend only on the step's number."""
     model, optimizer = run
     dtype = next(model.parameters()).dtype
     for t in range(first, last):
@@ -54,12 +54,12 @@ def train(run: Run, first: int, last: int) -> None:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds; its tensors are those of the run."""
+    """Return the content of a checkpoint; its tensors are those of the run."""
     return {"model": get_model_state_dict(run[0]), "optimizer": get_optimizer_state_dict(*run)}
 
 
 def gathered(run: Run) -> dict[str, Any]:
-    """Copies of all weights and of all state, whole, by name."""
+    """Return gathered copies of all weights and state, by name."""
     names = {p: name for name, p in run[0].named_parameters()}
     state = {names[p]: {k: whole(v).clone() for k, v in own.items()} for p, own in run[1].state.items()}
     return {
@@ -69,7 +69,7 @@ def gathered(run: Run) -> dict[str, Any]:
 
 
 def resume(run: Run, folder: Path, group: Any = None) -> None:
-    """Read into memory of its own first, so that a failure leaves the run as it was."""
+    """Resume from separately loaded tensors, so that a failure leaves the run unchanged."""
     state = copy.deepcopy(state_of(run))
     dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_optimizer_state_dict(*run, state["optimizer"])  # which may refuse it
@@ -85,7 +85,7 @@ def assert_continues(run: Run, reference: Run) -> None:
 
 
 def main(folder: Path) -> None:
-    """From four processes to one, two and three, and back."""
+    """Resume from four processes on one, two and three, and back."""
     root, rank = folder, dist.get_rank()
     meshes = {n: mesh_of(n) for n in (1, 2, 3, 4)}
     reference = build(None)
@@ -122,7 +122,7 @@ def main(folder: Path) -> None:
     train(back, 8, 10)
     train(reference, 8, 10)
     assert_continues(back, reference)
-    # One process without shards reads the same files, and a state that was gathered.
+    # One process without shards loads the same files, and a gathered state.
     alone = build(None, lr=0.5)
     resume(alone, root / "4")
     runs.assert_same_bits(gathered(alone), saved)
@@ -136,7 +136,7 @@ def _a_getter_changes_nothing(run: Run, mesh: DeviceMesh) -> None:
     before = gathered(run)
     state_of(run)
     runs.assert_same_bits(gathered(run), before)
-    # A fresh optimizer is made to have a state, and goes on as if it had not been.
+    # A new optimizer's state is created, and the run then continues as if it had not been.
     for options in ({}, {"eps": 0.0}, FOAM):
         asked, other = build(mesh, **options), build(mesh, **options)
         state_of(asked)
@@ -147,7 +147,7 @@ def _a_getter_changes_nothing(run: Run, mesh: DeviceMesh) -> None:
 
 
 def _errors_are_alike_everywhere(mesh: DeviceMesh, root: Path, full: dict[str, Any]) -> None:
-    """What cannot be loaded says so on every process, and changes nothing."""
+    """Errors of unloadable checkpoints are raised on every process, and change nothing."""
     rank = dist.get_rank()
 
     def load_gathered(run: Run) -> None:

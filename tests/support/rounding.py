@@ -1,9 +1,8 @@
-"""How far a result may lie from the exact one: bounds on rounding errors, computed and not guessed.
+"""Bounds on rounding errors: how far a result may be from the exact one.
 
-Every bound follows the arithmetic operation by operation with the operands of the case at hand (Higham,
-Accuracy and Stability of Numerical Algorithms, chapter 3), so it is as narrow as the case is well conditioned.
-What is stored in a narrower dtype may be off by half a unit in the last place of that dtype more, or by a whole
-one where it is rounded at random.
+Every bound follows the arithmetic operation by operation with the operands of the case at hand (Higham, Accuracy
+and Stability of Numerical Algorithms, chapter 3), so it is as narrow as the case is well conditioned. Storage in a
+narrower dtype adds half a unit in the last place of that dtype, or a whole one for stochastic rounding.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from tests.support import reference
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Largest relative error of one operation of the arithmetic used for ``dtype``: float32 at least."""
+    """Return the unit roundoff of the arithmetic used for ``dtype``: at least that of float32."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
 
 
 def half_ulp(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Half the distance between the values of ``dtype`` around ``x``."""
+    """Return half the distance between the values of ``dtype`` around ``x``."""
     info = torch.finfo(dtype)
     exponents = np.floor(np.log2(np.maximum(np.abs(x), info.smallest_normal)))
     return 0.5 * info.eps * 2.0**exponents
@@ -36,10 +35,10 @@ def widen(
     data: torch.dtype | None = None,
     at_random: bool = False,
 ) -> np.ndarray:
-    """The bound on what is stored as ``dtype``: the arithmetic's error, and half an ulp where that is narrower.
+    """Widen a bound by the rounding of a value stored as ``dtype``.
 
-    The arithmetic is that for tensors of dtype ``data``, by default of ``dtype`` itself. What is rounded
-    ``at_random`` may be either of the two neighbours, a whole ulp off.
+    The arithmetic is that for tensors of dtype ``data``, by default of ``dtype`` itself. Rounding to nearest adds
+    half an ulp if ``dtype`` is narrower; rounding ``at_random`` adds a whole ulp.
     """
     if unit(data or dtype) >= torch.finfo(dtype).eps / 2:
         return bound
@@ -47,7 +46,7 @@ def widen(
 
 
 def dwt_bounds(x: np.ndarray, level: int, dtype: torch.dtype) -> list[np.ndarray]:
-    """Bounds on ``haar_dwt(x, level)``: an addition, a product and a rounded constant a level."""
+    """Return bounds on ``haar_dwt(x, level)``: an addition, a product and a rounded constant per level."""
     bands = [reference.haar_dwt(np.abs(x), depth)[0] for depth in (level, *range(level, 0, -1))]
     depths = (level, *range(level, 0, -1))
     exact = reference.haar_dwt(x, level)
@@ -58,7 +57,7 @@ def dwt_bounds(x: np.ndarray, level: int, dtype: torch.dtype) -> list[np.ndarray
 
 
 def idwt_bound(coeffs: list[np.ndarray], length: int, dtype: torch.dtype) -> np.ndarray:
-    """Bound on ``haar_idwt(coeffs, length)``: an addition, a product and a rounded constant a level."""
+    """Return a bound on ``haar_idwt(coeffs, length)``: an addition, a product and a rounded constant per level."""
     x = np.abs(coeffs[0])
     for d in coeffs[1:]:
         x = np.repeat((x[..., : d.shape[-1]] + np.abs(d)) * np.sqrt(0.5), 2, axis=-1)
@@ -67,7 +66,7 @@ def idwt_bound(coeffs: list[np.ndarray], length: int, dtype: torch.dtype) -> np.
 
 @dataclass
 class StepBounds:
-    """Bounds on what one step stores, in the arithmetic's dtype: see :func:`widen` for narrower ones."""
+    """Bounds on the results of one step, in the arithmetic's dtype; see :func:`widen` for narrower ones."""
 
     p: np.ndarray
     exp_avg: np.ndarray
@@ -87,7 +86,7 @@ def step_bounds(
     u: float,
     rule: str = "gwt",
 ) -> StepBounds:
-    """Bounds for the folded step at unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` float64."""
+    """Bound the folded step at unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` are float64."""
     if rule == "foam" and level:
         return _foam_bounds(p, g, m, v, hyper, step, level, u)
     width = 2**level
@@ -96,7 +95,7 @@ def step_bounds(
     blocks = np.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, -n % width)]).reshape(*m.shape, width)
     sign = -1 if hyper.maximize else 1
     mean, mean_abs = sign * blocks.mean(-1), np.abs(blocks).mean(-1)
-    # A sum of W terms in a tree is L additions deep; SIMD lanes and blocks of a tree's leaves make it a few more.
+    # A tree sum of W terms is L additions deep; SIMD lanes and blocks of a tree's leaves add a few more.
     e_mean = (min(width - 1, level + 8) + 1) * u * mean_abs
     a, e_a = root * mean, root * e_mean + 2 * u * root * np.abs(mean)
     b1, b2 = hyper.beta1, hyper.beta2
@@ -111,7 +110,7 @@ def step_bounds(
     total = np.sqrt(np.sum((new_m / d) ** 2))
     limit, rel_norm, rel_limit = 1.0, 0.0, 0.0
     if level and norm is not None:
-        # The sum of squares: nb terms in lanes and trees, of which the root halves the error.
+        # The sum of squares: nb terms in lanes and trees, whose error the root halves.
         rel_norm = np.sqrt(np.sum(e_a_divided**2)) / total + 16 * u
         if norm:
             gamma = hyper.norm_growth_limit
@@ -133,7 +132,7 @@ def step_bounds(
 def _foam_bounds(
     p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, hyper: Hyper, step: int, level: int, u: float
 ) -> StepBounds:
-    """As :func:`step_bounds`, for the rule with a denominator per element."""
+    """Bound the step as :func:`step_bounds`, for the rule with a denominator per element."""
     width, n = 2**level, p.shape[-1]
     spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value a block to one an element
     g = -g if hyper.maximize else g

@@ -1,4 +1,4 @@
-"""Runs GWTAdamW in tests: models to run it on, steps judged by the C oracle, and comparisons bit for bit."""
+"""Runs of GWTAdamW for tests: models, steps judged by the C oracle, and comparisons bit for bit."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def place(backend: str, device: torch.device) -> torch.device:
-    """Where tensors have to be for a backend; ``device`` is the fixture."""
+    """Return the device on which a backend needs its tensors; ``device`` is the fixture."""
     return device if backend == "triton" else CPU
 
 
 def parameters(
     shapes: Iterable[Sequence[int]], on: torch.device = CPU, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.nn.Parameter]:
-    """Normal random parameters."""
+    """Return normally distributed random parameters."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(tuple(s), generator=generator).to(on, dtype)) for s in shapes]
 
 
 def give_gradients(params: Iterable[Tensor], seed: int, factor: float = 1.0) -> None:
-    """New gradients in new memory, with an offset so that the mean of a block does not vanish."""
+    """Allocate new gradients, with an offset so that the mean of a block is not near 0."""
     generator = torch.Generator().manual_seed(1000 + seed)
     for p in params:
         g = factor * (torch.randn(tuple(p.shape), generator=generator, dtype=torch.float64) + 0.5)
@@ -51,7 +51,7 @@ def train(
     before: Callable[[int], object] = lambda t: None,
     params: Sequence[Tensor] | None = None,
 ) -> None:
-    """Steps with the gradients of step ``t``, which depend on nothing else."""
+    """Take steps with gradients that depend only on the step ``t``."""
     for t in steps:
         give_gradients(params or parameters_of(optimizer), seed=t)
         before(t)
@@ -59,12 +59,12 @@ def train(
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, group after group."""
+    """Return all parameters, group by group."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Copies of all that a step or a refused call might change; parameters without state have an empty one."""
+    """Copy everything that a step or a refused call might change; parameters without state have an empty one."""
     params = parameters_of(optimizer)
     return {
         "params": [p.detach().clone() for p in params],
@@ -76,12 +76,12 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def results(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Parameters and state alone."""
+    """Return only parameters and state."""
     return {k: v for k, v in snapshot(optimizer).items() if k in ("params", "state")}
 
 
 def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
-    """Raise AssertionError unless two nests of dicts, sequences and tensors are equal, to the bit and the dtype."""
+    """Raise AssertionError unless two nests of dicts, sequences and tensors are equal in bits and dtypes."""
     assert type(a) is type(b), f"{where}: {type(a)} and {type(b)}"
     if isinstance(a, Tensor):
         assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device), where
@@ -102,14 +102,14 @@ def assert_same_bits(a: Any, b: Any, where: str = "") -> None:
 
 
 def assert_differ(a: Any, b: Any) -> None:
-    """Raise AssertionError if two nests are equal to the bit: the control of a comparison."""
+    """Raise AssertionError if two nests are equal bit for bit: the control of a comparison."""
     with pytest.raises(AssertionError):
         assert_same_bits(a, b)
 
 
 @contextlib.contextmanager
 def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: str) -> Iterator[None]:
-    """The block has to raise ``error``, with all the words in its message, and to change nothing."""
+    """Check that the block raises ``error`` with all the words in its message, and changes nothing."""
     before = snapshot(optimizer)
     with pytest.raises(error) as caught:
         yield
@@ -120,13 +120,13 @@ def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: st
 
 
 def checked_step(optimizer: GWTAdamW, factor: float = 1.0) -> int:
-    """A step of Haar groups, every parameter and state of which is compared with the C oracle in float64.
+    """Take a step of Haar groups, and compare every parameter and state with the C oracle in float64.
 
-    Weights of two halves are compared as the float32 numbers that they are; ``factor`` is what clipping has to
-    multiply the gradients by.
+    Split weights are compared as the float32 numbers that they represent; ``factor`` is the clip factor of the
+    gradients.
 
     Returns:
-        How many parameters were compared; those without gradient are compared with themselves.
+        Number of parameters compared with the oracle; those without gradient have to be unchanged.
     """
     before = []
     for group in optimizer.param_groups:
@@ -192,7 +192,7 @@ def _compare(
 
 
 def _whole(p: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """A copy of the weights; float32 where the other half of each lies in the state."""
+    """Copy the weights; split weights are joined to float32."""
     return join_low(p.detach(), low_bits_of(state["weight_low"])) if "weight_low" in state else p.detach().clone()
 
 

@@ -24,12 +24,12 @@ ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
 
 
 def mesh_of(*shape: int) -> DeviceMesh:
-    """A mesh of the first processes; all processes have to make it, those that do not belong to it too."""
+    """Return a mesh of the first processes; all processes have to create it, members or not."""
     return DeviceMesh("cpu", torch.arange(math.prod(shape)).view(shape), mesh_dim_names=tuple("abc"[: len(shape)]))
 
 
 def on_each_number(check: Callable[[int, DeviceMesh, DeviceMesh | None], None], numbers: Sequence[int]) -> None:
-    """``check`` with so many of the processes at hand, their mesh, and one of two dimensions where there is one."""
+    """Call ``check`` for several numbers of processes with their mesh, and one of two dimensions if possible."""
     meshes = {n: (mesh_of(n), mesh_of(2, n // 2) if n % 2 == 0 else None) for n in numbers}
     for n in numbers:
         if dist.get_rank() < n:
@@ -38,20 +38,20 @@ def on_each_number(check: Callable[[int, DeviceMesh, DeviceMesh | None], None], 
 
 
 def shard(p: Tensor, mesh: DeviceMesh | None, placements: Sequence[Any] = ()) -> nn.Parameter:
-    """A parameter of the same values, sharded; without a mesh a whole one."""
+    """Return a parameter of the same values, sharded; without a mesh a whole one."""
     own = p.detach().clone()  # a shard may be a view
     return nn.Parameter(own if mesh is None else distribute_tensor(own, mesh, placements, src_data_rank=None))
 
 
 def whole(x: Any) -> Any:
-    """All of a tensor, wherever its parts are."""
+    """Gather a tensor."""
     if not isinstance(x, DTensor):
         return x
     return x.full_tensor()
 
 
 def give(params: Sequence[Tensor], references: Sequence[Tensor], seed: int, factor: float = 1.0) -> None:
-    """The same new gradients to both."""
+    """Give both parameters the same new gradients."""
     runs.give_gradients(references, seed, factor)
     for p, r in zip(params, references, strict=True):
         g = r.grad.clone()
@@ -72,7 +72,7 @@ def compare(
 ) -> Any:
     """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
 
-    Parameters of every layout are in every one of the groups.
+    Each group has a parameter of every layout.
     """
     references = runs.parameters([shape for _ in groups for shape, _, _ in layouts], dtype=dtype)
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
@@ -82,7 +82,7 @@ def compare(
         for own in (params, references)
     ]
     for t in range(steps):
-        # Gradients that grow and shrink let the limiter act at some steps and not at others.
+        # Gradients that grow and shrink activate the limiter at some steps and not at others.
         give(params, references, t, factor=(0.5, 1.0, 4.0)[t % 3])
         for optimizer in both:
             optimizer.step()
@@ -105,11 +105,11 @@ def close(a: Tensor, b: Tensor, where: str) -> None:
 
 
 def layouts_of(world: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
-    """Every way of sharding that the processes allow."""
+    """Return every supported way of sharding over the processes."""
     layouts: list[Layout] = [
         ((4 * world, 16), line, [ROWS]),
         ((2 * world + 1, 13), line, [ROWS]),  # uneven, and rows that are no whole blocks
-        ((1, 24), line, [ROWS]),  # empty everywhere but on the first process
+        ((1, 24), line, [ROWS]),  # empty on all but the first process
         ((3, 8 * world), line, [COLUMNS]),
         ((2, 5, 16), line, [COLUMNS]),  # a dimension in the middle
         ((6, 10), line, [WHOLE]),
@@ -125,7 +125,7 @@ def layouts_of(world: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[La
 
 
 def float64() -> None:
-    """Sharded equals unsharded, with and without limiter, under both rules, transformed or not."""
+    """Sharded equals unsharded, with and without limiter, under both rules, at all levels."""
     on_each_number(_float64, [2, 3, 4])
 
 
@@ -156,16 +156,16 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         assert bool(clipped.grad_norm > 3), "nothing was clipped"
     if n > 2:  # uneven shards of a row, each of whole blocks
         compare([((3, 4 * n - 2), line, [COLUMNS])], close, steps=10, level=1, lr=1e-2)
-    if grid is not None:  # a mesh that is a part of all processes: one dimension after the other
+    if grid is not None:  # a mesh of some of the processes: one dimension after the other
         part = [((12, 32), grid, [ROWS, COLUMNS]), ((4, 16), grid, [WHOLE, ROWS]), ((4, 16), grid, [ROWS, WHOLE])]
         with mock.patch("torch.distributed.get_world_size", return_value=n + 1):
             compare(part, close, steps=10, level=2, lr=1e-2)
-    # Wavelets that reach over the edges of blocks need whole rows, which row shards have.
+    # Wavelets that reach beyond a block need whole rows, which row shards have.
     rows = [x for x in layouts if len(x[0]) == 2 and x[2] in ([ROWS], [WHOLE, ROWS], [ROWS, ROWS])]
     compare(rows, close, steps=10, level=2, wavelet="db2", lr=1e-2)
     others = [{"wavelet": "bior2.2"}, {"boundary": "periodic"}, {"wavelet": "db2", "boundary": "symmetric"}]
     compare(rows, close, steps=10, level=2, groups=others, lr=1e-2)
-    # No Haar block of theirs reaches beyond a shard's edge, so that the boundary has nothing to say.
+    # Their Haar blocks end at the shard's edge, so that the boundary has no effect.
     columns = [((3, 8 * n), line, [COLUMNS])]
     compare(columns, close, steps=10, level=2, boundary="reflect", lr=1e-2)
 
@@ -175,7 +175,7 @@ def equal(a: Tensor, b: Tensor, where: str) -> None:
 
 
 def bits() -> None:
-    """What is rounded at random, and all of the folded rule, is the same to the bit however it is sharded."""
+    """Stochastic rounding, and everything of the folded rule, is equal bit for bit for every sharding."""
     on_each_number(_bits, [1, 2, 3, 4])
 
 
@@ -219,7 +219,7 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def sums() -> None:
-    """In float32 what is added up over processes depends on their number, in its last bits; nothing else does."""
+    """In float32 only sums over processes depend on the number of processes, in their last bits."""
     on_each_number(_sums, [2, 4])
 
 
@@ -240,7 +240,7 @@ def _sums(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def skipping() -> None:
-    """On Triton, where the limiter's first pass looks at the gradients: all processes skip, or none does."""
+    """On Triton, with gradient statistics in the limiter's first pass: all processes skip, or none does."""
     plugin.begin()
     on_each_number(_skipping, [1, 2, 4])
 
@@ -255,11 +255,12 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     references = runs.parameters([shape for shape, _, _ in layouts])
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=True)]
     options: dict[str, Any] = {"lr": 0.01, "level": 2, "backend": "triton", "skip_nonfinite": True}
-    both = [GWTAdamW(own, **options) for own in (params, references)]
+    # A reference on the torch backend is independent of the kernels, and quicker than Triton's interpreter.
+    both = [GWTAdamW(params, **options), GWTAdamW(references, **options | {"backend": "torch"})]
     read = mock.Mock(wraps=control_launch.squares)
-    for t in range(7):
+    for t in range(5):
         runs.give_gradients(references, t, factor=(0.5, 1.0, 4.0)[t % 3])
-        if t in (1, 4):  # in one element, which one process has, or in the whole tensor's, which all have
+        if t in (1, 3):  # in one element, on one process, or in the whole tensor, on all processes
             references[0 if t == 1 else -1].grad[-1, -1] = math.nan
         for p, r in zip(params, references, strict=True):
             g = r.grad.clone()
@@ -267,15 +268,14 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
             p.grad = distribute_tensor(g, p.device_mesh, p.placements, src_data_rank=None) if sharded else g
         with interpreter.like_a_gpu(), mock.patch.object(control_launch, "squares", read):
             both[0].step()
-        with interpreter.like_a_gpu():
-            both[1].step()
+        both[1].step()
         assert torch.allclose(both[0].grad_norm, both[1].grad_norm, rtol=1e-6, equal_nan=True), (n, t)
-        assert float(both[0].skipped_steps) == float(both[1].skipped_steps) == (t >= 1) + (t >= 4)
-    if grid is None or dist.get_rank() == 0:  # the others may hold replicas, which they need not look at
+        assert float(both[0].skipped_steps) == float(both[1].skipped_steps) == (t >= 1) + (t >= 3)
+    if grid is None or dist.get_rank() == 0:  # the others may hold replicas, which they need not check
         assert not any(g.numel() for call in read.call_args_list for g in call.args[0]), "gradients were read again"
     for p, r, layout in zip(params, references, layouts, strict=True):
         own, expected = both[0].state[p], both[1].state[r]
-        assert float(own["step"]) == float(expected["step"]) == 5, layout
+        assert float(own["step"]) == float(expected["step"]) == 3, layout
         for x, y in [(p.detach(), r.detach()), *((own[key], expected[key]) for key in expected)]:
             torch.testing.assert_close(whole(x), y, rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Gathers and reshards weights that are split in two 16-bit halves; test_sharding.py starts the processes."""
+"""Gathers and reshards split bfloat16 weights; test_sharding.py starts the processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fresh(mesh: DeviceMesh | None) -> Run:
 
 
 def take(run: Run, first: int, last: int) -> None:
-    """Steps with the same gradients however the run is sharded."""
+    """Take steps with the same gradients for every sharding."""
     for t in range(first, last):
         generator = torch.Generator().manual_seed(t)
         for p in run[0].parameters():
@@ -50,7 +50,7 @@ def load(run: Run, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
 
 
 def main(folder: Path) -> None:
-    """A run that is gathered goes on in one process, and shared out again in two, with the same bits."""
+    """A run gathered to one process and sharded again over two continues with the same bits."""
     line = mesh_of(2)
     run, alone = fresh(line), fresh(None)
     take(run, 0, 5)
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
 
 
 def _columns(line: DeviceMesh) -> None:
-    """Shards of columns, and a state in shards as older checkpoints hold it."""
+    """Column shards, and a sharded state in the form of older checkpoints."""
     start = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     p, q = shard(start, line, [COLUMNS]), torch.nn.Parameter(start.clone())
     options: dict[str, Any] = {"level": 0, "weight_rounding": "split", "lr": 1e-2}

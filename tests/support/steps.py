@@ -1,7 +1,7 @@
-"""Runs one step of a bucket of tensors in poisoned memory and compares each tensor with the C oracle.
+"""One step on a bucket of tensors in poisoned memory, compared tensor by tensor with the C oracle.
 
-Each step is judged on its own: the oracle starts, in float64, from the very numbers that the backend had
-stored, so that the comparison needs no allowance for errors that grow from step to step.
+Each step is judged alone: the oracle starts, in float64, from the numbers that the backend had stored, so that the
+bounds need not grow from step to step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Bucket:
     """Tensors of one bucket with random weights, gradients and moments.
 
     Args:
-        shapes: one a tensor.
+        shapes: one per tensor.
         level: of the transform.
         dtype: of the weights.
         grad_dtype: None for that of the weights.
@@ -66,7 +66,7 @@ class Bucket:
         def place(values: Tensor, to: torch.dtype, layout: str = "contiguous") -> Poisoned:
             return Poisoned(values.to(device=self.device, dtype=to), layout)
 
-        # Moments of the size that gradients of size 1 give them; misaligned only where the weights are.
+        # Moments of the size that gradients of size 1 produce; misaligned only if the weights are.
         own = ["misaligned" if layout == "misaligned" else "contiguous" for layout in self.layouts]
         moment_dtype = moment_dtype or wide
         self.params = [place(self._normal(s), dtype, x) for s, x in zip(shapes, self.layouts, strict=True)]
@@ -86,7 +86,7 @@ class Bucket:
         return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64) + 0.5
 
     def renew_gradients(self, factor: float = 1.0, layouts: Sequence[str] | None = None) -> None:
-        """New random gradients in new memory, as after a backward pass."""
+        """Allocate new random gradients, as a backward pass does."""
         layouts = self.layouts if layouts is None else [layouts[i % len(layouts)] for i in range(len(self.grads))]
         self.grads = [
             Poisoned((factor * self._normal(g.tensor.shape)).to(self.device, self.grad_dtype), layout)
@@ -97,14 +97,14 @@ class Bucket:
         return [x.tensor for x in getattr(self, name)]
 
     def results(self) -> list[Tensor]:
-        """Copies of everything that a step changes."""
+        """Copy everything that a step changes."""
         names = ("params", "exp_avgs", "exp_avg_sqs", *(["norms"] if self.norms else []))
         return [x.clone() for name in names for x in self.tensors(name)]
 
     def step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, /, **options: Any) -> None:
-        """``gwt_adamw_`` on the bucket, and a look at the memory around every tensor.
+        """Call ``gwt_adamw_`` on the bucket, and check the memory around every tensor.
 
-        ``options`` are passed on, and take the place of what the bucket would pass.
+        ``options`` override the bucket's own arguments.
         """
         n = len(self.params)
         before = [x.clone() for x in self.tensors("grads")]
@@ -123,7 +123,7 @@ class Bucket:
         assert all(map(torch.equal, before, self.tensors("grads"))), "a gradient was changed"
 
     def check_step(self, hypers: Hyper | Sequence[Hyper], step: int | Sequence[int] = 1, /, **options: Any) -> None:
-        """A step, and a comparison of all that it stored with the C oracle."""
+        """Take a step, and compare everything that it stored with the C oracle."""
         n = len(self.params)
         before = [list(map(_numpy, self.tensors(name))) for name in ARRAYS]
         norms = list(map(float, self.tensors("norms"))) if self.norms else [None] * n
@@ -197,14 +197,14 @@ def prepared(
     backend: Any = None,
     **options: Any,
 ) -> tuple[Runner, StepInputs]:
-    """A runner of the tensors, and what one step brings to it: what ``gwt_adamw_`` makes of the same arguments."""
+    """Return a runner for the tensors, and the inputs of one step, from the arguments of ``gwt_adamw_``."""
     bucket = Tensors(params, exp_avgs, exp_avg_sqs, grad_dtype=grads[0].dtype, **options)
     return prepare(bucket, backend), StepInputs(grads, steps, hypers)
 
 
 @torch.no_grad()
 def update_sums(**arguments: Any) -> Tensor:
-    """Sums of squares of the update, as a limiter over several processes needs them."""
+    """Return sums of squares of the update, as needed by a limiter over several processes."""
     runner, inputs = prepared(**arguments)
     sums = runner.reduce(inputs, update_sums=True).update_sums
     assert sums is not None
@@ -212,7 +212,7 @@ def update_sums(**arguments: Any) -> Tensor:
 
 
 def assert_within(got: np.ndarray, exact: np.ndarray, bound: np.ndarray, what: str) -> None:
-    """Raises AssertionError, with the worst element, unless ``got`` is within ``bound`` of ``exact`` everywhere."""
+    """Raise AssertionError, with the worst element, unless ``got`` is within ``bound`` of ``exact`` everywhere."""
     assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
     with np.errstate(invalid="ignore"):
         wrong = ~(np.abs(got - exact) <= bound)  # NaN counts as wrong

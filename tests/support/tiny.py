@@ -1,4 +1,4 @@
-"""A language model that trains in milliseconds, its data and comparisons, for tests of other libraries' loops."""
+"""A language model that trains in milliseconds, its data and comparisons, for tests of integrations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-7}
 
 
 def llama(seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, every kind of tensor: embedding, attention, MLP, norms and a head."""
+    """Build two layers with every kind of tensor: embedding, attention, MLP, norms and a head."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
@@ -24,29 +24,29 @@ def llama(seed: int = 0) -> LlamaForCausalLM:
 
 
 def sentences(count: int = 24, length: int = 8) -> list[dict[str, Tensor]]:
-    """Random tokens, each sequence its own label, the same in every call."""
+    """Return random tokens, each sequence its own label, the same at every call."""
     tokens = torch.randint(32, (count, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def optimizer_of(model: nn.Module, **options: Any) -> GWTAdamW:
-    """The optimizer that every integration is asked to make."""
+    """Build the optimizer that every integration is configured to build."""
     return GWTAdamW(gwt_param_groups(model, **GROUPS), **NUMBERS, **options)
 
 
 def assert_same_run(model: nn.Module, optimizer: Any, other: nn.Module, other_optimizer: Any) -> None:
-    """Same weights and same optimizer state, bit for bit."""
+    """Raise AssertionError unless weights and optimizer states are equal bit for bit."""
     assert_same_bits(list(model.parameters()), list(other.parameters()))
     bare = [getattr(o, "optimizer", o) for o in (optimizer, other_optimizer)]
     assert_same_bits(*[o.state_dict() for o in bare])
 
 
 def assert_close_runs(model: nn.Module, same: nn.Module, other: nn.Module) -> None:
-    """The first two models' weights differ by rounding, the third's by more."""
+    """Raise AssertionError unless ``same``'s weights differ from ``model``'s by rounding, ``other``'s by more."""
 
     def distance(against: nn.Module) -> float:
         pairs = zip(model.parameters(), against.parameters(), strict=True)
         return max(float((p - q).detach().abs().max()) for p, q in pairs)
 
     assert distance(other) > 1e-3
-    assert distance(same) < 1e-4 * distance(other)  # first steps are large, and with them what is rounded
+    assert distance(same) < 1e-4 * distance(other)  # first steps are large, and so are their rounding errors

@@ -1,4 +1,4 @@
-"""Runs torchtitan's own model under GWTAdamW, in processes that tests/integrations/test_torchtitan.py starts."""
+"""torchtitan's own model under GWTAdamW, in processes that tests/integrations/test_torchtitan.py starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS: dict[str, Any] = {"level": 2, "weight_decay": 0.1, "exclude": [r"layers\
 
 
 def example() -> Any:
-    """The module that users copy."""
+    """Import the module that users copy."""
     sys.path.insert(0, str(EXAMPLES))
     spec = importlib.util.spec_from_file_location("with_torchtitan", EXAMPLES / "with_torchtitan.py")
     assert spec is not None
@@ -35,7 +35,7 @@ def example() -> Any:
 
 
 def model() -> nn.Module:
-    """torchtitan's LLaMA of its debugging preset, two layers of it, with weights that depend on nothing else."""
+    """Build two layers of torchtitan's LLaMA from its debugging preset, with fixed weights."""
     from torchtitan.models.llama3 import model_registry
 
     built = model_registry("debugmodel").model.build().double()
@@ -49,7 +49,7 @@ def model() -> nn.Module:
 
 
 def steps(run: tuple[nn.Module, Any], reference: tuple[nn.Module, Any], first: int, last: int) -> None:
-    """Steps of both with the same gradients."""
+    """Take steps of both with the same gradients."""
     for t in range(first, last):
         give(list(run[0].parameters()), list(reference[0].parameters()), t)
         for _, optimizer in (run, reference):
@@ -61,7 +61,7 @@ def state_of(container: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Sharded and resumed through torchtitan's container, as GWTAdamW alone on the whole model."""
+    """A run sharded and resumed through torchtitan's container equals GWTAdamW on the whole model."""
     titan = example()
     mesh = mesh_of(2)
     reference = model()

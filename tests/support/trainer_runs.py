@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer over the tiny model, with GWTAdamW by each of the two routes."""
+"""Hugging Face's Trainer on the tiny model, with GWTAdamW by each of the two routes."""
 
 from __future__ import annotations
 

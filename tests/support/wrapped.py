@@ -1,4 +1,4 @@
-"""Other ways to distribute a model, and what is refused; test_sharding.py starts the processes."""
+"""Other ways to distribute a model, and unsupported ones; test_sharding.py starts the processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.sharded import COLUMNS, ROWS, WHOLE, mesh_of, shard
 
 
 def everywhere(value: Any) -> list[Any]:
-    """Every process's value."""
+    """Gather a value from every process."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -33,7 +33,7 @@ def network(dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Every process has data of its own."""
+    """Train with different data on every process."""
     for t in range(steps):
         generator = torch.Generator().manual_seed(100 * t + dist.get_rank())
         x = torch.randn(4, 24, generator=generator).to(next(model.parameters()).dtype)
@@ -43,7 +43,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 
 def replicas() -> None:
-    """Replicas stay the same to the bit under DDP and ZeroRedundancyOptimizer, rounded at random too."""
+    """Replicas stay equal bit for bit under DDP and ZeroRedundancyOptimizer, with stochastic rounding too."""
     for options in ({"rule": "gwt"}, {"rule": "foam", "state_dtype": torch.bfloat16}):
         model = DistributedDataParallel(network())
         groups = gwt_param_groups(model, include=["0", "2"], level=2)
@@ -71,7 +71,7 @@ def replicas() -> None:
 
 
 def collectives(function: Callable[[], object]) -> int:
-    """How many all-reduces ``function`` starts."""
+    """Count the all-reduces that ``function`` starts."""
     calls = []
     own = dist.all_reduce
 
@@ -86,7 +86,7 @@ def collectives(function: Callable[[], object]) -> int:
 
 
 def refusals() -> None:
-    """What cannot be honoured says so on every process, by name, and changes nothing."""
+    """Unsupported uses raise a named error on every process, and change nothing."""
     _of_parameters()
     _of_gradients()
     _of_states()
@@ -94,7 +94,7 @@ def refusals() -> None:
 
 
 def refused(words: str, params: list[Tensor], error: type[Exception] = ValueError, **options: Any) -> None:
-    """The constructor raises, with all the words, on every process."""
+    """Check that the constructor raises, with all the words, on every process."""
     try:
         GWTAdamW([("the.name", p) for p in params], **options)
     except Exception as caught:
@@ -118,12 +118,12 @@ def _of_parameters() -> None:
     refused("Partial, redistribute", [nn.Parameter(DTensor.from_local(torch.zeros(4, 8), line, [Partial()]))])
     refused("int8, bfloat16", [shard(torch.zeros(8, 4096), line, [COLUMNS])], level=2, state_dtype=torch.int8)
     refused("int8, bfloat16", [shard(torch.zeros(9, 4096), line, [ROWS])], level=2, state_dtype=torch.int8)
-    GWTAdamW([shard(torch.zeros(9, 64), line, [ROWS])], level=2, state_dtype=torch.int8)  # too small for codes
+    GWTAdamW([shard(torch.zeros(9, 64), line, [ROWS])], level=2, state_dtype=torch.int8)  # too small for int8
     uneven = DTensor.from_local(torch.zeros(1 + 2 * dist.get_rank(), 8), line, [ROWS], shape=(4, 8), stride=(8, 1))
     refused("shard of shape, distribute_tensor", [nn.Parameter(uneven)])
     three = nn.Parameter(distribute_tensor(torch.zeros(4, 6, 8), line, [Shard(1)]))
     GWTAdamW([three], level=2, state_dtype=torch.bfloat16)
-    # FSDP1 wants an accelerator to wrap anything, so that its pieces stand for it here.
+    # FSDP1 requires an accelerator, so its flat parameters are imitated here.
     refused("FSDP1, FSDP2", [FlatParameter(torch.zeros(8))], TypeError)
     refused("flat, FSDP2", [nn.Parameter(torch.zeros(64)[8:24])], TypeError, level=1)
     wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
@@ -134,7 +134,7 @@ def _of_parameters() -> None:
     partitioned = nn.Parameter(torch.zeros(8))
     partitioned.ds_id = 0
     refused("ZeRO, FSDP2", [partitioned], TypeError)
-    # ZeRO's first stages put one flat buffer in the parameters' place after the optimizer is made.
+    # ZeRO's first stages replace the parameters by one flat buffer after the optimizer's construction.
     optimizer = GWTAdamW([nn.Parameter(torch.zeros(4, 8))], level=2)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(32))]
     optimizer.param_groups[0]["params"][0].grad = torch.ones(32)
@@ -149,7 +149,7 @@ def _of_gradients() -> None:
     p.grad = distribute_tensor(torch.ones(4, 8), other, [ROWS, WHOLE])
     with runs.refused(optimizer, RuntimeError, "DeviceMesh", "backward"):
         optimizer.step()
-    # Another placement on the same mesh is brought into the parameter's.
+    # Another placement on the same mesh is redistributed to the parameter's.
     whole = nn.Parameter(torch.zeros(4, 8))
     reference = GWTAdamW([whole], level=2)
     g = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -177,14 +177,14 @@ def _of_states() -> None:
 
 
 def _communication() -> None:
-    """One all-reduce where the limiter acts, over four bytes a tensor; none where it does not."""
+    """One all-reduce if the limiter acts, of four bytes per tensor; none otherwise."""
     line = mesh_of(2)
     for expected, options in (
         (1, {"level": 2}),
         (0, {"level": 2, "norm_growth_limit": None}),
         (0, {"level": 2, "rule": "foam"}),
         (0, {"level": 0}),
-        (2, {"level": 2, "max_grad_norm": 1.0}),  # what is clipped has a norm of its own
+        (2, {"level": 2, "max_grad_norm": 1.0}),  # clipping reduces its own norm
     ):
         params = [shard(p, line, [ROWS]) for p in runs.parameters([(4, 8)] * 20)]
         optimizer = GWTAdamW(params, **options)

@@ -7,6 +7,7 @@
 #include "step.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -137,14 +138,28 @@ static int run_all(gwt_step *steps, int64_t count, int threads, int updates)
     return failed;
 }
 
+/* What is another in another step: each tensor's gradient, and its numbers, `stride` bytes from those of the next. */
+static void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count)
+{
+    const size_t first = offsetof(gwt_step, step), stop = offsetof(gwt_step, sums);
+    for (int64_t i = 0; i < count; ++i) {
+        steps[i].g = grads[i];
+        memcpy((char *)(steps + i) + first, numbers + i * stride, stop - first);
+    }
+}
+
 EXPORT const int64_t gwt_step_size = sizeof(gwt_step);
 
-EXPORT int gwt_update(gwt_step *steps, int64_t count, int threads)
+EXPORT int gwt_update(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count,
+                      int threads)
 {
+    renew(steps, grads, numbers, stride, count);
     return run_all(steps, count, threads, 1);
 }
 
-EXPORT int gwt_sum(gwt_step *steps, int64_t count, int threads)
+EXPORT int gwt_sum(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count,
+                   int threads)
 {
+    renew(steps, grads, numbers, stride, count);
     return run_all(steps, count, threads, 0);
 }

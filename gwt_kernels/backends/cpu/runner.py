@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
 from gwt_kernels.core.tensor_step import TensorStep
@@ -18,18 +19,21 @@ class CompiledRunner(TorchRunner):
 
     _packed: step.Packed | None = None
 
-    def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
-        bucket, packed = self.bucket, self._packed
-        if any(own.hyper.detail_scale != 1.0 for own in tensor_steps):  # which C does not know
-            super()._update(tensor_steps)
+    def _update(self, inputs: StepInputs, divisors: Tensor | None) -> None:
+        knows = all(hyper.detail_scale == 1.0 for hyper in inputs.hypers)
+        if self._packed is None or not knows:
+            super()._update(inputs, divisors)
             return
-        if packed is not None:
-            packed.renew(tensor_steps)
-        elif bucket.stated.name in step.RULES and step.knows(tensor_steps, bucket.level):
-            packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
-        else:
-            super()._update(tensor_steps)
+        self._packed.renew(inputs, divisors)
+        self._packed.step()
+
+    def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
+        bucket = self.bucket
+        knows = bucket.stated.name in step.RULES and step.knows(tensor_steps, bucket.level)
+        if not knows or any(own.hyper.detail_scale != 1.0 for own in tensor_steps):
+            super()._take(tensor_steps)
             return
+        packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
         packed.step()
         self._packed = packed if packed.lasts else None
 

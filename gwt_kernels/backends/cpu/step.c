@@ -2,9 +2,10 @@
  *
  * A tile is a run of coefficients, those of some hundred elements, and stays in the first cache from stage to
  * stage. Each stage is a plain loop over floats that a compiler makes vectors of: sums of blocks (level.inc),
- * moments, updates of elements (level.inc), weights. What is stored in float32 is read and written where it lies;
- * other dtypes cost a stage that reads or writes them (dtypes.h, codes.h), so that a stage is compiled for each level
- * or for each dtype, and for no two of them together. With W = 2**level neighbours in block k of gradient g,
+ * moments, updates of elements (level.inc), weights. What is stored in float32 is read and written where it lies,
+ * and updates are added to such weights at once; other dtypes cost a stage that reads or writes them (dtypes.h,
+ * codes.h), so that a stage is compiled for each level or for each dtype, and for no two of them together. With
+ * W = 2**level neighbours in block k of gradient g,
  *
  *     mean = sum(g) / W        m = b1*m + (1-b1)*sqrt(W)*mean        v = b2*v + (1-b2)*W*mean*mean
  *     p_i = p_i*keep - step_size * (g_i - mean + m/sqrt(W)) / (sqrt(v) + eps)
@@ -122,6 +123,14 @@ static const float *gradients(const gwt_step *s, int64_t k, int n, tile *t)
         at += r.padded >> s->level;
     }
     return t->g;
+}
+
+/* Weights of n blocks from k on that updates are added to at once, without a stage of their own; NULL for others. */
+static float *weights(const gwt_step *s, int64_t k, int n)
+{
+    const run all = run_of(s, k, k + n);
+    const int at_once = s->p_type == FLOAT32 && !s->observed && all.held == n << s->level;
+    return at_once ? (float *)s->p + all.element : NULL;
 }
 
 /* Moments of n coefficients from k on: where they lie, or in the tile. */
@@ -321,14 +330,15 @@ static void average_folded(const gwt_step *restrict s, const float *restrict sum
 }
 
 /* Level 0: Adam, without bias correction inside the root. */
-static void adam(const gwt_step *restrict s, const float *restrict g, float *restrict m, float *restrict v,
-                 float *restrict update, int n)
+static inline ALWAYS void adam(const gwt_step *restrict s, const float *restrict g, float *restrict m,
+                               float *restrict v, float *restrict to, int n, int adds)
 {
+    const float keep = s->keep;
     for (int i = 0; i < n; ++i) {
         const pair now = averaged(m[i], v[i], g[i] * s->factor, s);
         m[i] = now.m;
         v[i] = now.v;
-        update[i] = -s->step_size * now.m / (sqrtf(now.v) + s->eps);
+        PUT(to[i], -s->step_size * now.m / (sqrtf(now.v) + s->eps));
     }
 }
 
@@ -381,17 +391,19 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
         const int64_t k = i * most;
         const int n = (int)(most < all - k ? most : all - k);
         const float *g = gradients(s, k, n, &t);
+        float *const p = weights(s, k, n), *const to = p ? p : t.update;
+        const int adds = p != NULL;
         moments(s, k, n, &t, &m, &v);
         if (s->level == 0) {
-            adam(s, g, m, v, t.update, n);
+            adds ? adam(s, g, m, v, to, n, 1) : adam(s, g, m, v, to, n, 0);
         } else if (s->folded) {
             fold_both(g, s->factor, t.sum, t.square, n, s->level);
             average_folded(s, t.sum, t.square, m, v, t.mean, n);
-            spread_folded_at[s->level](s, g, t.mean, m, v, t.update, n);
+            spread_folded_at[adds][s->level](s, g, t.mean, m, v, to, n);
         } else {
             fold(g, t.sum, n, s->level);
             average(s, t.sum, m, v, t.mean, t.offset, t.gain, n);
-            spread_at[s->level](g, s->factor, t.offset, t.gain, t.update, n);
+            spread_at[adds][s->level](s, g, t.offset, t.gain, to, n);
         }
         if (s->observed) {
             const double factor = s->factor, squares = sum_of_squares(g, n << s->level) * factor * factor;
@@ -399,6 +411,7 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
             sums[MEANS] += s->level ? sum_of_squares(t.mean, n) * (1 << s->level) : squares;
         }
         store_moments(s, k, n, &t);
-        sums[UPDATES] += add_updates(s, k, n, &t);
+        if (!adds)
+            sums[UPDATES] += add_updates(s, k, n, &t);
     }
 }

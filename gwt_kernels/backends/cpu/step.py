@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
 from gwt_kernels.core.hyper import Hyper, Rounding, Rule
@@ -42,9 +43,9 @@ FIELDS = {
     "sums": "dddd",
 }
 STEP = struct.Struct("".join(FIELDS.values()))
-# Parts of it: the gradient's address, the numbers of a step up to ``full_step``, and from ``limit`` on what C says.
-GRADIENT, NUMBERS, RESULTS = struct.Struct("P"), struct.Struct("=I12fd"), struct.Struct("=ff5d")
-GRADIENT_AT, NUMBERS_AT, RESULTS_AT = GRADIENT.size, STEP.size - NUMBERS.size - 32, STEP.size - RESULTS.size
+# Parts of it: the numbers of a step, up to ``full_step``, which C copies there, and from ``limit`` on what C says.
+NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
+RESULTS_AT = STEP.size - RESULTS.size
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def functions() -> ctypes.CDLL:
     """Those of bucket.c."""
     lib = library()
     for function in (lib.gwt_update, lib.gwt_sum):
-        function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        function.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         function.restype = ctypes.c_int
     lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p,), None
     lib.gwt_lend(threads_of_pytorch())
@@ -136,38 +137,76 @@ class Packed:
 
     def __init__(self, tensor_steps: Sequence[TensorStep], level: int, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
-        self.tensor_steps = [own for own in tensor_steps if own.p.numel()]
+        self._places = [i for i, own in enumerate(tensor_steps) if own.p.numel()]
+        self._has_empty = len(self._places) < len(tensor_steps)
+        present = [tensor_steps[i] for i in self._places]
         self.lasts = True
         """Whether another call with the same tensors can use it: nothing had to be copied."""
         self._level, self._rule = level, rule
         self._is_divided = level > 0 and rule == "gwt"
+        self._params = [own.p for own in present]
+        self._rows = [(i, own.row) for i, own in enumerate(present) if own.row is not None]  # telemetry's
         self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
-        self._buffer = bytearray(STEP.size * len(self.tensor_steps))
-        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if self.tensor_steps else None
+        self._buffer = bytearray(STEP.size * len(present))
+        self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if present else None
+        self._pointers = struct.Struct(f"{len(present)}P")
         types = [TYPES.index(x.dtype) for x in tensor_steps[0][:3]]
         kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
-        for i, own in enumerate(self.tensor_steps):
+        for i, own in enumerate(present):
             self._pack(i * STEP.size, own, kind)
-        self._pack_numbers()
+        grads = [self._plain(own.g, False) for own in present]
+        limits = [own.limit for own in present]
+        self._take(grads, [own.step for own in present], [own.hyper for own in present], limits)
+
+    def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
+        """Take gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
+        columns: list[Any] = [*inputs] if divisors is None else [*inputs, divisors.unbind()]
+        if self._has_empty:
+            columns = [[column[i] for i in self._places] for column in columns]
+        self._take(*columns)
+
+    def _take(
+        self,
+        grads: Sequence[Tensor],
+        steps: Sequence[int],
+        hypers: Sequence[Hyper],
+        limits: Sequence[Tensor | None] = (),
+    ) -> None:
+        """Pack what is another in another step: one block of numbers where all tensors share it, else one each."""
+        addresses = tuple(map(Tensor.data_ptr, grads))
+        if not all(addresses):
+            raise _no_memory(self._params[addresses.index(0)])
+        self._grads = self._pointers.pack(*addresses)
+        keys = list(zip(map(id, hypers), steps, strict=True))
+        shared = {key: self._numbers(hyper, key[1]) for key, hyper in dict(zip(keys, hypers, strict=True)).items()}
+        blocks = list(shared.values()) if len(shared) == 1 else [shared[key] for key in keys]
+        if self._is_divided and any(limit is not None for limit in limits):
+            blocks = [
+                self._numbers(hyper, step, 1.0 if limit is None else float(limit))
+                for hyper, step, limit in zip(hypers, steps, limits, strict=True)
+            ]
+        self._blocks = b"".join(blocks)
+        self._stride = NUMBERS.size if len(blocks) > 1 else 0
 
     def _pack(self, at: int, own: TensorStep, kind: tuple[int, ...]) -> None:
-        """Pack all of a tensor but the numbers of a step."""
-        p, g, m, v = self._plain(own.p, True), self._plain(own.g, False), own.m, own.v
+        """Pack all of a tensor but what is another in another step."""
+        p, m, v = self._plain(own.p, True), own.m, own.v
         count = p.numel()
         width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
         low = 0 if own.low is None else own.low.data_ptr()
         scales = (0, 0) if own.scales is None else (own.scales[0].data_ptr(), own.scales[1].data_ptr())
-        addresses = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr())
+        addresses = (p.data_ptr(), m.data_ptr(), v.data_ptr())
         if not all(addresses):
             raise _no_memory(p)
         norm = 0
         if self._is_divided and own.norm is not None and own.hyper.norm_growth_limit is not None:
             norm = self._plain(own.norm, True, torch.float32).data_ptr()
         weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if own.span is None else own.span
+        p_at, m_at, v_at = addresses
         numbers = (0,) * 18
         STEP.pack_into(
-            *(self._buffer, at, *addresses, low, *scales, norm, count // width, width, *weights, *coefficients),
-            *(own.key, *kind, own.row is not None, *numbers),
+            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, count // width, width, *weights),
+            *(*coefficients, own.key, *kind, own.row is not None, *numbers),
         )
 
     def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -179,40 +218,18 @@ class Packed:
         self.lasts = False
         return copy
 
-    def renew(self, tensor_steps: Sequence[TensorStep]) -> None:
-        """Take gradients and numbers of another step with the same tensors."""
-        self.tensor_steps = [own for own in tensor_steps if own.p.numel()]
-        for i, own in enumerate(self.tensor_steps):
-            address = own.g.data_ptr()
-            if not address:
-                raise _no_memory(own.p)
-            GRADIENT.pack_into(self._buffer, i * STEP.size + GRADIENT_AT, address)
-        self._pack_numbers()
-
-    def _pack_numbers(self) -> None:
-        """Pack the numbers of a step, which most tensors share."""
-        shared: dict[tuple[int, int], bytes] = {}
-        for i, own in enumerate(self.tensor_steps):
-            key = id(own.hyper), own.step
-            if (packed := shared.get(key)) is None:
-                packed = shared[key] = self._numbers(own)
-            if own.limit is not None and self._is_divided:
-                packed = self._numbers(own, float(own.limit))
-            at = i * STEP.size + NUMBERS_AT
-            self._buffer[at : at + NUMBERS.size] = packed
-
-    def _numbers(self, own: TensorStep, limit: float = 1.0) -> bytes:
-        numbers, gamma = _numbers(own.hyper, self._level, self._rule), own.hyper.norm_growth_limit or 0.0
-        step_size = own.hyper.step_size(own.step, self._level) if own.step else 0.0  # for sums alone
-        return NUMBERS.pack(own.step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
+    def _numbers(self, hyper: Hyper, step: int, limit: float = 1.0) -> bytes:
+        numbers, gamma = _numbers(hyper, self._level, self._rule), hyper.norm_growth_limit or 0.0
+        step_size = hyper.step_size(step, self._level) if step else 0.0  # for sums alone
+        return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
 
     def step(self) -> None:
         """Take a step of all tensors."""
         self.run(functions().gwt_update)
         self.write_back()
-        for row, result in self.observed():
+        for i, row in self._rows:
             notes = Notes(row)
-            squares = torch.tensor(result, dtype=torch.float64, device="cpu")
+            squares = torch.tensor(self._result(i), dtype=torch.float64, device="cpu")
             notes.squares_of_gradient(squares[-3], squares[-2])
             notes.squares_of_update(squares[-1])
             notes.limit(squares[0])
@@ -220,24 +237,22 @@ class Packed:
 
     def run(self, function: Any) -> None:
         """Call a function of bucket.c on all tensors."""
-        count = len(self.tensor_steps)
-        if count and function(self._address, count, torch.get_num_threads()):
+        count = len(self._params)
+        if count and function(
+            *(self._address, self._grads, self._blocks, self._stride, count, torch.get_num_threads())
+        ):
             raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
 
     def write_back(self) -> None:
         """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
-        increment_version([own.p for own in self.tensor_steps])
+        increment_version(self._params)
         for x, copy in self._copies:
             if x is not copy:
                 x.copy_(copy)
 
     def results(self) -> list[Result]:
         """What C says of each tensor."""
-        return [self._result(i) for i in range(len(self.tensor_steps))]
-
-    def observed(self) -> list[tuple[Tensor, Result]]:
-        """Telemetry's rows, and what C says of their tensors."""
-        return [(own.row, self._result(i)) for i, own in enumerate(self.tensor_steps) if own.row is not None]
+        return [self._result(i) for i in range(len(self._params))]
 
     def _result(self, i: int) -> Result:
         return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))

@@ -2,6 +2,7 @@
 #ifndef GWT_VECTORS_H
 #define GWT_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__SSE2__)
@@ -70,6 +71,24 @@ static inline void store_halves(uint16_t *to, floats sum)
 #endif
 }
 #endif
+
+/* Square roots, rounded. */
+static inline floats roots(floats x)
+{
+#if VECTOR == 64
+    return (floats)_mm512_sqrt_ps((__m512)x);
+#elif VECTOR == 32
+    return (floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+    return (floats)_mm_sqrt_ps((__m128)x);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+    return (floats)vsqrtq_f32((float32x4_t)x);
+#else
+    for (int i = 0; i < FLOATS; ++i)
+        x[i] = sqrtf(x[i]);
+    return x;
+#endif
+}
 
 /* Products of the lower 32 bits of each element. */
 static inline longs products(longs a, longs b)

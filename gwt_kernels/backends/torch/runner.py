@@ -62,7 +62,7 @@ class TorchRunner:
                     return
                 inputs = _scaled(inputs, factor)
             inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))
-        self._update(self.bucket.tensor_steps(inputs, divisors))
+        self._update(inputs, divisors)
         if isinstance(counts, Tensor):
             counts.add_(1)
 
@@ -70,7 +70,10 @@ class TorchRunner:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
         return []
 
-    def _update(self, tensor_steps: Sequence[TensorStep]) -> None:
+    def _update(self, inputs: StepInputs, divisors: Tensor | None) -> None:
+        self._take(self.bucket.tensor_steps(inputs, divisors))
+
+    def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
         if bucket.is_literal:
             literal.gwt_adamw_(tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)

@@ -1,4 +1,4 @@
-"""Tests how the step in C is compiled, kept and shared, and what is said where it cannot be."""
+"""Compilation of the step in C: how the library is cached and shared, and the messages if it cannot be built."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = needs_step_in_c
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """A cache of its own, and nothing remembered; afterwards too."""
+    """An empty cache folder, and no remembered library, before and after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     remembered = (build.library, build.warn_of, choice.compiler_obstacle)
     for function in remembered:
@@ -39,7 +39,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def take_steps() -> None:
-    """Several, by several optimizers."""
+    """Take several steps with several optimizers."""
     params = parameters([(4, 8)])
     give_gradients(params, seed=0)
     for _ in range(2):
@@ -52,7 +52,7 @@ def kept(cache: Path) -> list[Path]:
 
 
 def compiler_that_counts(folder: Path) -> Path:
-    """A compiler that writes a line each time that it is called."""
+    """Return a compiler that appends a line to a file at each call."""
     script = folder / "counting-cc"
     script.write_text(f'#!/bin/sh\necho called >> {folder}/calls\nexec {build.compiler()[0]} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -98,8 +98,8 @@ def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_pat
         ),
     ],
 )
-def test_compilers_that_are_promised(cache, monkeypatch, tmp_path, name):
-    """They know the same flags, and what they make gives the same bits."""
+def test_supported_compilers(cache, monkeypatch, tmp_path, name):
+    """All flags are supported, and the libraries give the same bits."""
     taken = []
     for command in (None, name):
         if command:
@@ -114,8 +114,8 @@ def test_compilers_that_are_promised(cache, monkeypatch, tmp_path, name):
     assert_same_bits(*taken)
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
-    """Or else a crash may leave part of it there, and what loads that is ended."""
+def test_library_is_synced_to_disk_before_it_is_renamed(cache, monkeypatch):
+    """Otherwise a crash may leave part of the file, and loading it kills the process."""
     calls = []
     for name in ("fsync", "replace"):
         own = getattr(os, name)
@@ -125,7 +125,7 @@ def test_it_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
 
 
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):
-    """Compiled for this process alone, which is said, once."""
+    """The library is compiled for this process alone, with one warning."""
     (tmp_path / "cache").write_text("in the way")
     with pytest.warns(UserWarning, match=r"cannot be kept .*cache.* XDG_CACHE_HOME") as told:
         take_steps()
@@ -134,7 +134,7 @@ def test_a_home_that_cannot_be_written_to(cache, tmp_path):
     assert choice.compiler_obstacle(CPU) is None
 
 
-def test_nothing_can_be_written_at_all(cache, monkeypatch, tmp_path):
+def test_no_writable_folder(cache, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache" / "absent"))
     with pytest.warns(UserWarning, match="PyTorch's operators") as told:
@@ -142,7 +142,7 @@ def test_nothing_can_be_written_at_all(cache, monkeypatch, tmp_path):
     assert len(told) == 1
 
 
-def test_no_home_at_all(cache, monkeypatch):
+def test_no_home_directory(cache, monkeypatch):
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -152,8 +152,8 @@ def test_no_home_at_all(cache, monkeypatch):
         assert isinstance(build.library(), ctypes.CDLL)
 
 
-def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
-    """As on a file system that executes nothing."""
+def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, monkeypatch):
+    """For instance on a file system mounted without exec."""
     load = ctypes.CDLL
 
     def refuse(path: str) -> ctypes.CDLL:
@@ -167,7 +167,7 @@ def test_a_library_that_cannot_be_loaded_is_made_elsewhere(cache, monkeypatch):
 
 
 def test_machines_that_share_a_home(cache, monkeypatch):
-    """Each loads what was compiled for its kind."""
+    """Each machine loads the library compiled for its kind of processor."""
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(platform, "machine", lambda own=machine: own)
         build.library.__wrapped__()
@@ -175,7 +175,7 @@ def test_machines_that_share_a_home(cache, monkeypatch):
 
 
 def test_no_compiler(cache, monkeypatch):
-    """Named: an error that says so. Not named: PyTorch's operators."""
+    """With ``backend="compiled"`` an error says so; by default PyTorch's operators run."""
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
@@ -186,12 +186,12 @@ def test_no_compiler(cache, monkeypatch):
     choice.compiler_obstacle.cache_clear()
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    take_steps()  # nothing to be told: it is a machine without one
+    take_steps()  # no warning: the machine has no compiler
     with pytest.raises(RuntimeError, match="none of cc, gcc and clang"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
 
 
-def test_a_compiler_that_is_no_command(cache, monkeypatch):
+def test_compiler_command_not_found(cache, monkeypatch):
     monkeypatch.setenv("CC", "gcc '-O2")
     assert build.compiler() is None
     with pytest.warns(UserWarning, match="gcc '-O2"):
@@ -199,7 +199,7 @@ def test_a_compiler_that_is_no_command(cache, monkeypatch):
 
 
 def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
-    """What it said is the end of the message, in whatever encoding, and nothing is left behind."""
+    """The message ends with the compiler's output, in whatever encoding, and no file remains."""
     script = tmp_path / "failing-cc"
     script.write_bytes(b"#!/bin/sh\necho '\xe9: the disk is full' >&2\nexit 3\n")
     script.chmod(0o755)
@@ -221,8 +221,8 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
         ("torch", torch.float32, 0),
     ],
 )
-def test_who_steps_on_a_cpu(monkeypatch, backend, dtype, calls):
-    """Where no backend is asked for, C, for all that it knows."""
+def test_backend_chosen_on_a_cpu(monkeypatch, backend, dtype, calls):
+    """By default the step runs in C if C supports it."""
     seen, own = [], step.Packed.step
     monkeypatch.setattr(step.Packed, "step", lambda self: (seen.append(1), own(self)))
     train(GWTAdamW(parameters([(4, 8), (3, 5)], dtype=dtype), level=1, backend=backend), range(1))

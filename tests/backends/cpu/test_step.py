@@ -1,6 +1,6 @@
-"""Tests what is peculiar to the step in C: what it stores, its tiles and threads, and what it leaves to PyTorch.
+"""The step in C alone: what it stores, its tiles and threads, and what it leaves to PyTorch.
 
-That it follows the oracle, draws the published bits and refuses bad input is tested with the other backends.
+The oracle, the published random bits and bad input are tested for all backends together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from gwt_kernels.formats import stochastic
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support.native import needs_step_in_c
 from tests.support.poisoned import LAYOUTS
-from tests.support.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot
+from tests.support.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot, train
 from tests.support.steps import Bucket, update_sums
 
 CPU, BF16, FP16, FP32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
 KEY = key_of(seed=0xDEADBEEF, stream=0x7654321)
 STEP = 2**24 + 3
-# Several tiles, whole blocks; rows cut short, one of several tiles; narrow rows; a line; a number.
+# Several tiles of whole blocks; short last blocks, one with several tiles; narrow rows; a vector; a scalar.
 SHAPES = [(150, 256), (37, 311), (3, 5003), (1000, 3), (4099,), ()]
 
 pytestmark = needs_step_in_c
@@ -40,7 +40,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def all_kinds(shape: tuple[int, ...], seed: int) -> Tensor:
-    """float32 numbers of all sizes, first those at which a rounding ends."""
+    """Return float32 numbers of all magnitudes, first those at the limits of a rounding."""
     generator = torch.Generator().manual_seed(seed)
     n = math.prod(shape)
     raw = torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32).view(torch.float32)
@@ -53,12 +53,12 @@ def all_kinds(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, but that one NaN is as good as another."""
+    """Return whether tensors are equal bit for bit, all NaNs counting as equal."""
     return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all()) and a.dtype == b.dtype
 
 
 class State:
-    """One tensor's weights, gradient and moments, and a step on them."""
+    """Weights, gradient and moments of one tensor, and a step on them."""
 
     def __init__(
         self, shape: tuple[int, ...], level: int, rule: str, p: Tensor, g_dtype: torch.dtype = FP32
@@ -90,11 +90,13 @@ def levels_of(shape: tuple[int, ...]) -> list[int]:
     return [level for level in (0, 1, 2, 3, 6) if not level or (shape and 2**level < 2 * shape[-1])]
 
 
-# What is stored is what a step in float32 gives, rounded as the torch backend would --------------------------
+# Stored values are those of a float32 step, rounded as by the torch backend --------------------------------
 
 
 def drawn(shape: tuple[int, ...], of: tuple[int, ...], level: int, which: int) -> torch.Tensor:
-    """The indices by which weights (0) or coefficients (1) draw random bits: rows that are cut short are padded."""
+    """Return the indices by which weights (0) or coefficients (1) draw random bits; rows with a short block are
+    padded.
+    """
     i = torch.arange(math.prod(of))
     spans = padded_spans(shape, level)
     if spans is not None:
@@ -105,8 +107,8 @@ def drawn(shape: tuple[int, ...], of: tuple[int, ...], level: int, which: int) -
 @shapes
 @rules
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
-    """To the nearest and at random, of all sizes, infinite and not a number; all of a gradient's dtypes."""
+def test_narrow_weights_are_the_rounded_float32_weights(dtype, rule, shape):
+    """Nearest and stochastic, for all magnitudes, infinity and NaN, and all gradient dtypes."""
     n = math.prod(shape)
     for level in levels_of(shape):
         bits = philox.random_halves_at(drawn(shape, shape, level, 0), STEP, KEY).to(torch.int32)
@@ -123,7 +125,7 @@ def test_narrow_weights_are_the_wide_ones_rounded(dtype, rule, shape):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_every_number_of_16_bits_is_read_and_stored(dtype, rounding):
-    """Weights that nothing moves, and gradients, against the same ones in float32."""
+    """Weights without an update, and gradients, compared with float32 copies."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     still = State((2**16,), 0, "gwt", numbers)
     still.g, still.m = torch.zeros(2**16), torch.zeros(2**16)
@@ -138,8 +140,8 @@ def test_every_number_of_16_bits_is_read_and_stored(dtype, rounding):
 @pytest.mark.parametrize(
     ("dtype", "rounding"), [(BF16, "split"), *((d, r) for d in (BF16, FP16) for r in ("nearest", "stochastic"))]
 )
-def test_any_nan_stays_one(dtype, rounding):
-    """Its other bits must not carry into a number's."""
+def test_every_nan_stays_nan(dtype, rounding):
+    """Rounding must not carry into the exponent or sign."""
     state = State((64,), 1, "foam", torch.ones(64, dtype=dtype))
     state.low = torch.zeros(64, dtype=torch.int16) if rounding == "split" else None
     state.g = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000] * 16, dtype=torch.int32).view(FP32)
@@ -148,7 +150,7 @@ def test_any_nan_stays_one(dtype, rounding):
 
 @shapes
 @rules
-def test_split_weights_are_the_wide_ones(rule, shape):
+def test_split_weights_are_the_float32_weights(rule, shape):
     for level in levels_of(shape):
         p = all_kinds(shape, level)
         wide, split = State(shape, level, rule, p), State(shape, level, rule, split_.split_low(p)[0])
@@ -161,7 +163,7 @@ def test_split_weights_are_the_wide_ones(rule, shape):
 
 @shapes
 @rules
-def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
+def test_bfloat16_moments_are_the_rounded_float32_moments(rule, shape):
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
@@ -177,8 +179,8 @@ def test_moments_in_bfloat16_are_the_wide_ones_rounded(rule, shape):
 @shapes
 @rules
 @pytest.mark.parametrize("spoiled", [False, True])
-def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
-    """Ordinary quanta, of zeros, of tiny and of large numbers; spoiled ones with an infinity or a NaN."""
+def test_int8_moments_are_the_quantized_float32_moments(spoiled, rule, shape):
+    """Ordinary blocks, blocks of zeros, of tiny and of large numbers; some with an infinity or a NaN."""
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         q = quantum(level)
@@ -209,8 +211,8 @@ def test_moments_in_int8_are_the_wide_ones_encoded(spoiled, rule, shape):
             assert same(got, expected)
 
 
-def test_no_bits_carry_the_largest_beyond_its_code():
-    """One code more would be a number of the other sign, or a zero."""
+def test_rounding_never_exceeds_the_largest_quantized_value():
+    """One value more would wrap to the other sign, or to zero."""
     n = 2**18
     assert (philox.random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
     state = State((n,), 0, "gwt", torch.zeros(n))
@@ -221,13 +223,13 @@ def test_no_bits_carry_the_largest_beyond_its_code():
     assert (state.v == 255).all()
 
 
-# Where things lie ---------------------------------------------------------------------------------------------
+# Memory layouts -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @rules
 def test_layouts_make_no_difference(layout, rule):
-    """Weights and gradients with strides of their own, in poisoned memory."""
+    """Weights and gradients have different strides, in poisoned memory."""
 
     def run(layout: str) -> list[Tensor]:
         kinds = {"dtype": BF16, "moment_dtype": BF16, "layouts": [layout], "rule": rule, "limited": rule == "gwt"}
@@ -247,7 +249,7 @@ def test_layouts_make_no_difference(layout, rule):
     ],
 )
 def test_bits_of_shards_with_gaps(weights, coefficients):
-    """The elements of a run are neighbours in the whole tensor; runs begin anywhere, and cross 2**32 calls."""
+    """A run's elements are contiguous in the whole tensor; runs start anywhere, and cross 2**32 generator calls."""
     p = all_kinds((40, 64), 1).to(BF16)
     narrow, wide = State((40, 64), 2, "foam", p), State((40, 64), 2, "foam", p.float())
     narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
@@ -267,11 +269,11 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
     assert same(narrow.v, stochastic.stochastic_round(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
-def steps(dtype: torch.dtype = BF16, **options: object) -> list[object]:
+def steps(dtype: torch.dtype = BF16, *, telemetry: bool = True, **options: object) -> list[object]:
     """Weights, state and telemetry after each of some steps."""
     params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=dtype)
     groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=True, **options)
+    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=telemetry, **options)
     history: list[object] = []
     for t in range(3):
         give_gradients(params, seed=t)
@@ -283,14 +285,14 @@ def steps(dtype: torch.dtype = BF16, **options: object) -> list[object]:
 
 @pytest.fixture
 def threads():
-    """Sets the number of PyTorch's threads, for the time of a test."""
+    """Set the number of PyTorch's threads for one test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-def test_any_number_of_threads(threads):
-    """The same bits, telemetry's too."""
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    """Weights, moments and telemetry have the same bits."""
     options: dict[str, object] = {"weight_rounding": "stochastic", "state_dtype": "int8"}
     runs = []
     for n in (1, 2, 5):
@@ -301,8 +303,24 @@ def test_any_number_of_threads(threads):
     assert_differ(runs[0], steps(**options, seed=1))
 
 
+@pytest.mark.parametrize("level", range(11))
+@rules
+def test_what_is_observed_is_the_same(rule, level):
+    """Updates of weights in float32 are added at once, or by way of the tile where they are observed."""
+
+    def run(observed: bool, seed: int = 0) -> list[Tensor]:
+        params = parameters([(70, 2048), (3, 1030), (4099,)])
+        groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
+        options = {"rule": rule, "level": level, "lr": 0.03, "weight_decay": 0.1}
+        train(GWTAdamW(groups, backend="compiled", telemetry=observed, **options), range(seed, seed + 3))
+        return [p.detach() for p in params]
+
+    assert_same_bits(run(False), run(True))
+    assert_differ(run(False), run(True, seed=1))
+
+
 def vectors_of(capability: str) -> list[str]:
-    """Those that a machine of this capability of PyTorch's has."""
+    """Return the vector extensions of a machine with this capability, as PyTorch names it."""
     return {"AVX512": ["AVX2", "AVX512"], "AVX2": ["AVX2"]}.get(capability, [])
 
 
@@ -319,14 +337,17 @@ def on_a_cpu_with(vectors: str) -> pytest.MarkDecorator:
         pytest.param(build.AVX512, id="avx512", marks=on_a_cpu_with("AVX512")),
     ],
 )
-def test_any_vectors(monkeypatch, tmp_path, vectors):
-    """All that is stored is the same on every machine, the limiter's norm and telemetry's sums too."""
+def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vectors):
+    """All stored numbers are equal on every machine, including limiter norm and telemetry."""
     runs = [{"weight_rounding": r, "state_dtype": s} for r, s in (("stochastic", "int8"), ("split", "bfloat16"))]
     runs += [
         {"dtype": dtype, "rule": rule, "level": 1}
         for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"))
     ]
     runs += [{"level": level} for level in (3, 4, 7)]
+    # What is not observed is added to weights in float32 at once.
+    runs += [{"dtype": FP32, "level": level, "telemetry": False} for level in (1, 2, 4)]
+    runs += [{"dtype": FP32, "level": level, "telemetry": False, "rule": "foam"} for level in (1, 2, 5)]
     expected = [steps(**options) for options in runs]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "VECTORS", dict.fromkeys(build.VECTORS, vectors))
@@ -337,8 +358,8 @@ def test_any_vectors(monkeypatch, tmp_path, vectors):
     assert len(list((tmp_path / "gwt_kernels").iterdir())) == 1
 
 
-def test_the_struct_is_the_one_in_c():
-    """Names and kinds in their order; a size that is off would shift what follows it."""
+def test_struct_layout_is_that_of_c():
+    """Names and types in order; a wrong size would shift the fields behind it."""
     source = re.sub(r"/\*.*?\*/", "", build.SOURCES[0].with_suffix(".h").read_text(), flags=re.DOTALL)
     kinds = {"uint64_t": "Q", "uint32_t": "I", "int64_t": "q", "int32_t": "i", "float": "f", "double": "d"}
     fields = {}
@@ -356,14 +377,14 @@ def test_the_struct_is_the_one_in_c():
     assert enums[-1].lower().split(", ")[:-1] == list(compiled_step.Result._fields[-4:])
 
 
-# What it leaves to PyTorch's operators, and what it refuses -----------------------------------------------------
+# What PyTorch's operators take over, and what is refused --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("shape", "level", "dtype"), [((4, 2048), 11, FP32), ((6, 40), 2, torch.float64)], ids=["deep", "float64"]
 )
-def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
-    """Bit for bit; and so are the sums of shards."""
+def test_unsupported_steps_run_on_the_torch_backend(shape, level, dtype):
+    """Bit for bit, and so are the sums of shards."""
     results = []
     for backend in ("torch", "compiled"):
         bucket = Bucket([shape], level, dtype=dtype, limited=True)
@@ -375,7 +396,7 @@ def test_what_it_does_not_know_is_the_torch_backends(shape, level, dtype):
     assert_same_bits(*results)
 
 
-def test_it_knows_what_is_said():
+def test_supported_dtypes_rules_and_levels():
     p, m = torch.zeros(2, 2048), torch.zeros(2, 2)
     one = TensorStep(p=p, g=p, m=m, v=m, norm=None, step=1, hyper=Hyper())
     assert compiled_step.knows([one], 10)
@@ -387,7 +408,7 @@ def test_it_knows_what_is_said():
 
 
 def test_sums_are_the_torch_backends():
-    """To rounding, for whole blocks and cut ones, with nothing changed."""
+    """Up to rounding, for whole and short blocks, without changing anything."""
     for moment_dtype in (FP32, BF16):
         bucket = Bucket([(60, 400), (50, 37), (0, 8), (3, 40, 160)], 2, dtype=BF16, moment_dtype=moment_dtype)
         arrays = {name: bucket.tensors(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
@@ -403,7 +424,7 @@ def test_sums_are_the_torch_backends():
 
 @pytest.mark.parametrize("fault", ["moments", "gradient", "halves", "scales", "mixed"])
 def test_tensors_that_do_not_fit_are_refused(fault):
-    """It would write beside them."""
+    """The step would write beside them."""
     state = State((16, 64), 2, "foam", torch.zeros(16, 64, dtype=BF16))
     rounding, words = "nearest", "moments of shape"
     if fault == "moments":

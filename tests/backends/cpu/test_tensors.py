@@ -1,4 +1,4 @@
-"""Tests the step in C on tensors whose address is not all there is to them."""
+"""The step in C on tensors whose memory is not described by their address alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step(p: Tensor, g: Tensor, backend: str | None, level: int = 1, **options: o
 
 
 def test_fake_tensors_have_no_memory():
-    """As in a step that is taken for its shapes alone."""
+    """As in a step traced only for its shapes."""
     with FakeTensorMode():
         assert step(torch.zeros(4, 8), torch.ones(4, 8), None).shape == (4, 8)
 
@@ -39,8 +39,8 @@ def test_batched_tensors_have_no_memory():
     torch.testing.assert_close(p, torch.stack(expected))
 
 
-def test_a_gradient_of_zeros_without_memory():
-    """Such as forward-mode differentiation makes; the torch backend refuses it."""
+def test_gradient_of_zeros_without_memory():
+    """Forward-mode differentiation makes them; the torch backend refuses them."""
     with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
         step(torch.ones(4, 8), torch._efficientzerotensor(4, 8), None)
 
@@ -53,7 +53,7 @@ NEGATIVES: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("kind", NEGATIVES)
 def test_views_that_negate(kind):
-    """Weights and gradients whose memory holds their negatives."""
+    """The memory of weights and gradients holds their negatives."""
     got, expected, plain = NEGATIVES[kind](), NEGATIVES[kind](), NEGATIVES[kind]().resolve_neg().clone()
     assert got.is_neg()
     for p, backend in ((got, "compiled"), (expected, "torch"), (plain, "compiled")):
@@ -64,7 +64,7 @@ def test_views_that_negate(kind):
 
 
 def test_torch_compile_makes_one_graph_of_it():
-    """Where no backend is asked for, of PyTorch's operators; the step in C it cannot look into."""
+    """With the default backend it traces PyTorch's operators, since it cannot trace C."""
     torch._dynamo.reset()
     p, q, g = torch.zeros(4, 8), torch.zeros(4, 8), torch.randn(4, 8)
     torch.compile(lambda p, g: step(p, g, None), backend="eager", fullgraph=True)(p, g)
@@ -72,7 +72,7 @@ def test_torch_compile_makes_one_graph_of_it():
 
 
 @pytest.mark.parametrize(("level", "rule"), [(0, "gwt"), (1, "foam")])
-def test_what_has_no_limiter_is_not_divided(level, rule):
+def test_no_division_by_the_limiter_without_one(level, rule):
     arguments = (torch.zeros(4, 8), torch.ones(4, 8), "compiled", level)
     limited = step(*arguments, rule=rule, limits=torch.tensor([10.0])).clone()
     assert torch.equal(limited, step(torch.zeros(4, 8), *arguments[1:], rule=rule))
@@ -80,7 +80,7 @@ def test_what_has_no_limiter_is_not_divided(level, rule):
     assert not torch.equal(step(*arguments[:3], **limits), step(torch.zeros(4, 8), *arguments[1:3]))
 
 
-def test_codes_without_scales_are_refused():
+def test_int8_moments_without_scales_are_refused():
     p, m = torch.zeros(4, 8), torch.zeros(4, 4, dtype=torch.int8)
     arguments = {"params": [p], "grads": [p], "exp_avgs": [m], "exp_avg_sqs": [m.to(torch.uint8)]}
     with pytest.raises(ValueError, match="scales must hold a pair of tensors"):
@@ -103,7 +103,7 @@ threading.Thread(target=train).start()
 """
 
 
-def test_a_thread_that_outlives_the_main_one_goes_on_training():
-    """When no pool of threads can be started any more."""
+def test_training_thread_outlives_the_main_thread():
+    """No thread pool can be started any more by then."""
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n", done.stderr

@@ -1,4 +1,4 @@
-"""Tests the threads of the step in C: kept, safe when a process forks, and the caller's in all that they do."""
+"""Threads of the step in C: reused, safe when a process forks, and with the caller's floating-point mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = needs_step_in_c
 
 @pytest.fixture(autouse=True, params=["PyTorch's", "own"])
 def two_threads(request):
-    """Those of PyTorch, or those that are there where it has none to lend: both do all that is asked here."""
+    """PyTorch's threads, or the backend's own if PyTorch has none to lend; both have to pass these tests."""
     before, c = torch.get_num_threads(), compiled_step.functions()
     torch.set_num_threads(2)
     if request.param == "own":
@@ -45,7 +45,7 @@ def started() -> int:
 
 
 def tasks() -> int:
-    """Threads of this process."""
+    """Return the threads of this process."""
     return len(list(Path("/proc/self/task").iterdir()))
 
 
@@ -75,14 +75,14 @@ for shapes in ([(100, 100)], [(8, 8)] * 100, [(64, 64)] * 30, [(512, 512)]):
 
 
 @pytest.mark.parametrize("two_threads", ["own"], indirect=True)
-def test_no_thread_where_there_is_nothing_to_gain():
-    """Of a bucket as a whole: many small tensors are as much work as a large one."""
+def test_small_buckets_start_no_thread():
+    """Work is measured over the whole bucket: many small tensors are as much as a large one."""
     done = subprocess.run([sys.executable, "-c", BUCKETS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0", "2", "3"]
 
 
 def in_a_child(work) -> str:
-    """What a forked child says; it must end by itself."""
+    """Return the output of a forked child, which has to end by itself."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -103,14 +103,14 @@ def in_a_child(work) -> str:
 
 
 def fingerprint(optimizer: GWTAdamW) -> str:
-    """Of the weights, without PyTorch's operators: in a child they wait for threads that are not there."""
+    """Hash the weights without PyTorch's operators, which in a child wait for threads that do not exist."""
     parts = [p.detach().numpy().tobytes() for group in optimizer.param_groups for p in group["params"]]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_of_a_fork_starts_threads_of_its_own():
-    """The parent's are not there; and the parent goes on with its own."""
+def test_forked_child_starts_new_threads():
+    """The parent's threads do not exist in the child; the parent keeps its own."""
     optimizer, twin = optimizer_of(seed=2), optimizer_of(seed=2)
     optimizer.step()
     twin.step()
@@ -129,7 +129,7 @@ def test_a_child_of_a_fork_starts_threads_of_its_own():
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forks_while_others_step():
-    """Of whatever a child finds half done, it waits for nothing."""
+    """A child never waits for work that the parent had in progress."""
     stop = threading.Event()
     others = optimizer_of(seed=3, size=2048)
 
@@ -142,7 +142,7 @@ def test_forks_while_others_step():
     try:
         for seed in range(5):
             optimizer, twin = optimizer_of(seed), optimizer_of(seed)
-            for own in (optimizer, twin, twin):  # the state is made by PyTorch's operators
+            for own in (optimizer, twin, twin):  # PyTorch's operators create the state
                 own.step()
             assert in_a_child(lambda own=optimizer: (own.step(), fingerprint(own))[1]) == fingerprint(twin)
     finally:
@@ -181,8 +181,8 @@ def test_workers_that_fork_between_steps():
     assert_same_bits(taken, snapshot(twin))
 
 
-def test_callers_at_the_same_time():
-    """One has the threads, the others work alone: the same bits."""
+def test_concurrent_callers():
+    """One caller gets the threads, the others work alone, with the same bits."""
     optimizers, twins = ([optimizer_of(seed) for seed in range(4)] for _ in range(2))
 
     def train(optimizer: GWTAdamW) -> None:
@@ -202,7 +202,7 @@ def test_callers_at_the_same_time():
 
 @pytest.mark.parametrize("two_threads", ["PyTorch's"], indirect=True)
 def test_pytorch_lends_its_threads():
-    """At least the PyTorch that is tested with; and after a step they are as they were."""
+    """At least the PyTorch that is tested with does, and its threads are unchanged after a step."""
     assert compiled_step.threads_of_pytorch()
     own = torch.full((1 << 20,), 1e-39)
     before = started()
@@ -214,8 +214,8 @@ def test_pytorch_lends_its_threads():
     assert (own + 0.0 > 0).all()
 
 
-def test_numbers_that_are_flushed_are_flushed_by_all_threads():
-    """``torch.set_flush_denormal`` is for the thread that calls it, and the step is one."""
+def test_all_threads_flush_denormals_as_the_caller_does():
+    """``torch.set_flush_denormal`` applies to the calling thread, and the step must behave like one thread."""
 
     def moments(flush: bool, threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
@@ -229,7 +229,7 @@ def test_numbers_that_are_flushed_are_flushed_by_all_threads():
             torch.set_flush_denormal(False)
         return optimizer.state[p]["exp_avg"].clone()
 
-    moments(False, 2)  # threads from a time when nothing was flushed
+    moments(False, 2)  # threads started while nothing was flushed
     assert torch.equal(moments(True, 2), torch.zeros(1024, 512))
     assert torch.equal(moments(False, 2), moments(False, 1))
     assert (moments(False, 2) > 0).all()  # control
@@ -251,6 +251,6 @@ print(step.functions().gwt_threads(), bool((p != 1).all()))
 
 
 @pytest.mark.parametrize("two_threads", ["own"], indirect=True)
-def test_a_process_without_room_for_threads_works_alone():
+def test_process_that_cannot_start_threads_works_alone():
     done = subprocess.run([sys.executable, "-c", NONE_TO_BE_HAD], capture_output=True, text=True, check=False)
     assert done.stdout == "0 True\n", done.stderr

@@ -1,4 +1,4 @@
-"""Tests the literal algorithm: its transforms against PyWavelets, its step against the folded one."""
+"""The literal algorithm: its transforms against PyWavelets, its step against the folded one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BOUNDARIES = get_args(Boundary)
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("wavelet", pywt.wavelist(kind="discrete"))
 def test_transforms_are_those_of_pywavelets(wavelet, boundary):
-    """Deeper than is sensible too, where a band is all boundary, and rows much shorter than the filters."""
+    """Some levels are so deep that a band is all boundary; some rows are much shorter than the filters."""
     bank = literal.filter_bank(wavelet)
     for shape in ((1,), (2, 2), (3, 7), (2, 16), (2, 3, 33), (2, 100), (0, 5)):
         x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
@@ -42,24 +42,24 @@ def test_transforms_are_those_of_pywavelets(wavelet, boundary):
             expected = pywt.wavedec(x.numpy(), wavelet, mode=boundary, level=level, axis=-1)
             for got, values in zip(coeffs, expected, strict=True):
                 assert_close(got.numpy(), values)
-            # Coefficients of no signal: on odd lengths these have something in the column that is cut off.
+            # Coefficients of no signal: on odd lengths these are nonzero in the column that is cut off.
             free = [torch.randn(c.shape, dtype=torch.float64) for c in coeffs]
             for bands in (coeffs, free):
                 theirs = pywt.waverec([c.numpy() for c in bands], wavelet, mode=boundary, axis=-1)
                 assert_close(literal.waverec(bands, bank).numpy(), theirs)
-            if wavelet != "dmey":  # which inverts in three digits, in PyWavelets too
-                # PyWavelets' tables of symlets hold some 11 digits, which bounds how well a transform inverts.
+            if wavelet != "dmey":  # which inverts to three digits, in PyWavelets too
+                # PyWavelets' tables of symlets hold about 11 digits, which limits the accuracy of the inverse.
                 back = literal.waverec(coeffs, bank)[..., : shape[-1]]
                 np.testing.assert_allclose(back.numpy(), x.numpy(), rtol=0, atol=1e-9)
 
 
 def assert_close(got, expected):
-    """Raise AssertionError unless equal to 1e-12, of the largest where that is above 1."""
+    """Raise AssertionError unless equal to 1e-12, relative to the largest element if that is above 1."""
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * max(1.0, np.abs(expected).max()))
 
 
-def test_boundaries_differ_wherever_a_row_ends():
-    """Control: but constant and symmetric for filters of two taps, and all of them for Haar on whole blocks."""
+def test_boundaries_differ():
+    """Control; the exceptions are constant and symmetric for filters of two taps, and Haar on whole blocks."""
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 21)))
     for wavelet, alike in (("db2", set()), ("bior2.2", set()), ("haar", {("constant", "symmetric")})):
         bank = literal.filter_bank(wavelet)
@@ -91,7 +91,7 @@ def test_the_step_follows_the_oracle(monkeypatch, dtype, layout):
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 @pytest.mark.parametrize("limited", [False, True])
 def test_the_folding_identity(level, limited):
-    """Literal and folded, from the same start in float64: every coefficient of a block shares one denominator."""
+    """Literal and folded step from the same start in float64: the coefficients of a block share one denominator."""
     shapes = [(4, 64), (3, 37), (2, 3, 50), (33,)]
     hypers = [Hyper(lr=0.1, eps=eps, weight_decay=0.1, maximize=eps == 1e-3) for eps in (1e-6, 1e-3, 0.0, 1e-8)]
     one, other = (Bucket(shapes, level, dtype=torch.float64, limited=limited, first=True) for _ in range(2))
@@ -108,7 +108,7 @@ def test_the_folding_identity(level, limited):
 
 
 def test_wavelets_differ():
-    """Control: another wavelet is another update."""
+    """Control: another wavelet gives another update."""
     bucket = Bucket([(4, 32)], 2, dtype=torch.float64)
     start = bucket.tensors("params")[0].clone()
     updates = []
@@ -138,7 +138,7 @@ def test_unfit_wavelets_are_refused(wavelet, message):
 def test_without_pywavelets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'gwt-kernels\[wavelets\]', or use wavelet='haar'"):
-        literal.filter_bank("db7")  # not asked for elsewhere: what was found before is kept
+        literal.filter_bank("db7")  # forget a PyWavelets that was imported before
 
 
 def test_haar_needs_no_pywavelets_whatever_the_boundary(monkeypatch):
@@ -151,7 +151,7 @@ def test_haar_needs_no_pywavelets_whatever_the_boundary(monkeypatch):
 
 
 def by_pywavelets(p, g, state, t, level, wavelet, boundary, correct_bias):
-    """The steps of docs/algorithm.md, with PyWavelets' own transforms; ``state`` is m, v and the limiter's norm."""
+    """Take the steps of docs/algorithm.md with PyWavelets' transforms; ``state`` is m, v and the limiter's norm."""
     lr, b1, b2, eps, scale, gamma = 0.1, 0.9, 0.99, 1e-3, 0.25, 1.01
     m, v, previous = state
     a, *details = pywt.wavedec(g, wavelet, mode=boundary, level=level, axis=-1)
@@ -172,7 +172,7 @@ def by_pywavelets(p, g, state, t, level, wavelet, boundary, correct_bias):
 @pytest.mark.parametrize("correct_bias", [True, False])
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("wavelet", ["haar", "bior1.1", "db3", "bior3.1", "bior6.8", "rbio2.4", "coif2"])
-def test_runs_are_those_of_pywavelets_transforms(wavelet, boundary, correct_bias):
+def test_runs_equal_those_with_pywavelets_transforms(wavelet, boundary, correct_bias):
     generator = torch.Generator().manual_seed(0)
     for shape, level in (((3, 40), 2), ((2, 29), 3), ((2, 3, 7), 1), ((5,), 2), ((2, 3), 1)):
         p = torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Tests random bits and 16-bit storage in plain PyTorch: known answers, exact round trips, exact expectations."""
+"""Random bits and 16-bit storage in plain PyTorch: known answers, exact round trips, exact expectations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_bits_are_those_of_the_oracle(first, step, key):
 
 @pytest.mark.parametrize("bits", [random_words, random_halves])
 def test_a_part_of_a_run_is_the_run_of_that_part(bits):
-    """So chunks, tiles and shards of a tensor draw what the whole tensor would."""
+    """So chunks, tiles and shards of a tensor draw the bits of the whole tensor."""
     first = 2**33 - 40
     whole = bits(first, 100, 5, KEY, CPU)
     for start in range(0, 30):
@@ -80,11 +80,11 @@ def test_bits_depend_on_step_seed_parameter_and_index(bits, changed):
 
 def test_seed_and_stream_keep_their_bits():
     assert key_of(5, 7) == 5 | 7 << 32
-    assert key_of(2**32 - 1, 2**31 - 1) == 2**63 - 1  # the largest that an int64 takes
+    assert key_of(2**32 - 1, 2**31 - 1) == 2**63 - 1  # the largest int64
     assert key_of(0, 2**31 + 3) == key_of(0, 3)
 
 
-def test_weights_and_moments_draw_apart():
+def test_weights_and_moments_draw_different_bits():
     n = 1 << 16
     words = random_words(0, n, 1, 0, CPU).to(torch.int64)
     first, second, weights = words & 0xFFFF, words >> 16 & 0xFFFF, random_halves(0, n, 1, 0, CPU).to(torch.int64)
@@ -112,7 +112,7 @@ def test_weights_and_moments_draw_apart():
 
 
 def patterns(n: int, seed: int = 0) -> Tensor:
-    """float32 numbers of random bits, subnormal ones and those around the limits of 16 bits among them; no NaN."""
+    """Return float32 numbers of random bits, including subnormal ones and the limits of 16 bits, without NaN."""
     generator = torch.Generator().manual_seed(seed)
     raw = torch.randint(-(2**31), 2**31, (n,), generator=generator).to(torch.int32)
     edges = [0x00000001, 0x0000FFFF, 0x00010000, 0x007FFFFF, 0x00800000, 0x33000000, 0x33800000, 0x387FE000]
@@ -129,7 +129,7 @@ def patterns(n: int, seed: int = 0) -> Tensor:
 
 
 def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The numbers of ``dtype`` next to ``x``, as bits: towards zero, and away from it but finite."""
+    """Return the bits of the numbers of ``dtype`` next to ``x``: towards zero, and away from it but finite."""
     nearest = x.to(dtype)
     raw = nearest.view(torch.int16)
     below = raw - (nearest.float().abs() > x.abs()).to(torch.int16)
@@ -139,7 +139,7 @@ def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @narrow
-def test_a_number_becomes_one_of_its_two_neighbours(dtype):
+def test_stochastic_rounding_gives_one_of_two_neighbours(dtype):
     x = patterns(40_000)
     below, above = neighbours(x, dtype)
     generator = torch.Generator().manual_seed(1)
@@ -151,12 +151,12 @@ def test_a_number_becomes_one_of_its_two_neighbours(dtype):
         assert bool(((raw == below) | (raw == above)).all())
         if bool((bits == 0).all()) and dtype == torch.bfloat16:
             assert torch.equal(raw, below)
-    assert float((below != above).float().mean()) > 0.3  # control: there was a choice
+    assert float((below != above).float().mean()) > 0.3  # control: both neighbours are possible
 
 
 @narrow
-def test_what_the_dtype_holds_stays_to_the_bit(dtype):
-    """Every one of its numbers: both zeros, subnormal ones, the largest and infinity."""
+def test_representable_numbers_are_unchanged(dtype):
+    """Every number of the dtype: both zeros, subnormal numbers, the largest and infinity."""
     every = torch.arange(2**16).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for bits in (0, 1, 0x7FFF, 0xFFFF):
@@ -173,7 +173,7 @@ def test_finite_stays_finite_and_nan_stays_nan(dtype):
         for bits in (0, 0x8000, 0xFFFF):
             got = stochastic_round(sign * beyond, torch.full(beyond.shape, bits), dtype)
             assert bool((got == sign * largest).all())
-    assert bool(beyond[1:].to(dtype).isinf().any())  # control: to the nearest, some are infinite
+    assert bool(beyond[1:].to(dtype).isinf().any())  # control: rounding to nearest gives some infinities
     raw = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFFF], dtype=torch.int32)
     for bits in (0, 0xFFFF):
         assert bool(stochastic_round(raw.view(torch.float32), torch.full(raw.shape, bits), dtype).isnan().all())
@@ -182,7 +182,7 @@ def test_finite_stays_finite_and_nan_stays_nan(dtype):
 
 
 def values(dtype: torch.dtype, n: int = 300) -> Tensor:
-    """Normal numbers of ``dtype`` that it does not hold, of both signs and of many sizes, and its limits."""
+    """Return normal numbers that ``dtype`` cannot represent, of both signs and many magnitudes, and its limits."""
     info = torch.finfo(dtype)
     generator = torch.Generator().manual_seed(2)
     exponents = torch.empty(n).uniform_(
@@ -194,7 +194,7 @@ def values(dtype: torch.dtype, n: int = 300) -> Tensor:
 
 @narrow
 def test_the_mean_over_all_noise_is_the_number(dtype):
-    """Exactly: with each of the 2**16 values of the noise once, not by sampling."""
+    """Exactly: with each of the 2**16 values of the noise once, instead of by sampling."""
     noise = torch.arange(2**16)
     x = values(dtype)
     x = torch.cat((x, patterns(2**10)[-200:])) if dtype == torch.bfloat16 else x  # subnormal ones
@@ -212,7 +212,7 @@ def test_subnormal_float16_is_unbiased_to_the_resolution_of_the_noise():
 
 
 def biases(x: Tensor, dtype: torch.dtype, rounded: Tensor) -> Tensor:
-    """Mean error of ``rounded [n, len(x)]`` in standard errors of a fair rounding."""
+    """Return the mean error of ``rounded [n, len(x)]`` in standard errors of an unbiased rounding."""
     below, above = (b.view(dtype).double() for b in neighbours(x, dtype))
     share = (x.double() - below) / (above - below)
     error = (rounded.double().mean(0) - x.double()) / (above - below).abs()
@@ -221,9 +221,9 @@ def biases(x: Tensor, dtype: torch.dtype, rounded: Tensor) -> Tensor:
 
 @narrow
 def test_rounding_with_the_generators_bits_is_unbiased(dtype):
-    """Within 5 standard errors, which truncation, the nearest and noise of 8 bits are not."""
+    """Within 5 standard errors, unlike truncation, rounding to nearest, and noise of 8 bits."""
     x, n = values(dtype, 60), 1 << 16
-    x[0] = 1 + torch.finfo(dtype).eps * 2**-9  # that share of an ulp above a number: less than 8 bits resolve
+    x[0] = 1 + torch.finfo(dtype).eps * 2**-9  # this fraction of an ulp above a number: less than 8 bits resolve
     bits = random_halves(0, n * len(x), 9, KEY, CPU).view(n, len(x))
     words = random_words(0, n * len(x), 9, KEY, CPU).view(n, len(x))
     for noise in (bits, words & 0xFFFF, words >> 16 & 0xFFFF):
@@ -239,7 +239,7 @@ def test_rounding_with_the_generators_bits_is_unbiased(dtype):
 
 
 @narrow
-def test_any_strides(dtype):
+def test_rounding_of_strided_tensors(dtype):
     x = values(dtype, 60)
     bits = random_halves(0, x.numel(), 1, KEY, CPU)
     expected = stochastic_round(x, bits, dtype).view(8, 8).t()
@@ -247,18 +247,18 @@ def test_any_strides(dtype):
     assert torch.equal(got, expected)
 
 
-# Two halves --------------------------------------------------------------------------------------------
+# Split weights -------------------------------------------------------------------------------------------
 
 
-def test_two_halves_are_the_whole_to_the_bit():
+def test_split_and_joined_float32_is_unchanged():
     x = patterns(100_000, seed=3)
     weight, low = split_low(x)
     assert (weight.dtype, low.dtype) == (torch.bfloat16, torch.int16)
     assert torch.equal(join_low(weight, low).view(torch.int32), x.view(torch.int32))
-    assert float((weight.float() != x).float().mean()) > 0.5  # control: the halves hold something
+    assert float((weight.float() != x).float().mean()) > 0.5  # control: the low halves are not all zero
 
 
-def test_the_weight_is_the_nearest_and_of_two_the_larger():
+def test_the_weight_is_the_nearest_bfloat16_and_the_larger_of_two():
     x = patterns(100_000, seed=4)
     weight, _ = split_low(x)
     tied = (x.view(torch.int32) & 0xFFFF) == 0x8000
@@ -271,8 +271,8 @@ def test_the_weight_is_the_nearest_and_of_two_the_larger():
         assert bool((low == -0x8000).all())
 
 
-def test_a_weight_alone_is_a_whole_with_a_low_half_of_zeros():
-    """How a run starts from bfloat16 weights."""
+def test_a_weight_without_low_bits_joins_zeros():
+    """As in a run that starts from bfloat16 weights."""
     every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
     every = every[~every.isnan()]
     assert torch.equal(join_low(every, torch.zeros(every.shape, dtype=torch.int16)), every.float())
@@ -281,7 +281,7 @@ def test_a_weight_alone_is_a_whole_with_a_low_half_of_zeros():
     assert not low.any()
 
 
-def test_nan_and_infinity_in_two_halves():
+def test_nan_and_infinity_in_split_weights():
     x = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0, LARGEST, -LARGEST])
     x = torch.cat((x, torch.tensor([0x7F800001, -1], dtype=torch.int32).view(torch.float32)))
     weight, low = split_low(x)

@@ -1,6 +1,6 @@
-"""Run by test_jit.py in a process of its own: what a driver is handed by each of some steps, printed as JSON.
+"""Run by test_jit.py in its own process: print as JSON what each step's launches pass to the driver.
 
-Kernels are compiled for sm_90 and launched on a device that is not there. Only the first step binds arguments.
+Kernels are compiled for sm_90 and launched on a simulated device. Only the first step binds arguments.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Run by test_jit.py in a process of its own: compiles what launches would launch on sm_90, and prints it as JSON.
+"""Run by test_jit.py in its own process: compile the kernels of all launches for sm_90, and print them as JSON.
 
-The arguments go through Triton's own binder, which decides from them what is specialised and so how often a user's
-first steps compile. Only the driver is replaced: there is no device to ask.
+The arguments go through Triton's own binder, which specialises on them and so decides how often a user's first
+steps compile. Only the driver is replaced, since there is no device.
 """
 
 import json
@@ -17,13 +17,13 @@ from gwt_kernels.backends.triton import haar_launch, launch
 
 
 class NoLauncher(NoDevice):
-    """A kernel that is not ``Compiled`` fails here: what a launch needs of the driver is missing."""
+    """A launcher for kernels that are not ``Compiled``: raises, since a launch needs a driver."""
 
     launcher_cls = utils = None  # type: ignore[assignment]
 
 
 class Compiled:
-    """Stands for a kernel where it is launched: compiles at each call, launches nothing."""
+    """Stand-in for a kernel at launch: compiles at each call, launches nothing."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel

@@ -1,7 +1,7 @@
-"""What a CUDA graph would do with a capturable step, in the interpreter: the same launches again, and nothing else.
+"""A CUDA graph of a capturable step, simulated in the interpreter: the recorded launches, repeated.
 
-A graph replays kernels with the arguments of the capture; what changes from step to step has to lie in memory that
-these arguments point to. Here launches are recorded while a step runs, and run again in their order.
+A graph replays kernels with the arguments of the capture; whatever changes from step to step has to be in memory to
+which these arguments point. Launches are recorded during a step, and repeated in order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES = [(8, 64), (3, 37), (64,)]
 
 
 class Graph:
-    """Launches, in order, with what they were given."""
+    """Recorded launches with their arguments, in order."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -68,7 +68,7 @@ class Graph:
 
 
 class Training:
-    """Parameters with gradients in memory that stays, as a graph needs them, and a rate in memory too."""
+    """Parameters with static gradients, as a graph needs them, and the learning rate in a tensor."""
 
     def __init__(self, **options) -> None:
         self.params = parameters(SHAPES)
@@ -127,7 +127,7 @@ def test_replays_equal_eager_steps(options):
 
 
 def test_a_step_that_is_not_capturable_would_repeat_itself():
-    """The control: with counts and rates of the host a replay is not the next step."""
+    """Control: with counts and rates on the host a replay is not the next step."""
     eager, captured = Training(), Training()
     for training in (eager, captured):
         training.optimizer.capturable = False

@@ -1,6 +1,6 @@
-"""What only a GPU can show: compiled kernels at real sizes, nothing that waits, memory and streams.
+"""Tests that need a GPU: compiled kernels at real sizes, absence of synchronisation, memory and streams.
 
-The other tests of the Triton backend run compiled too where there is a CUDA device.
+With a CUDA device, the other tests of the Triton backend run compiled too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def optimizer_of(params: list[torch.nn.Parameter]) -> GWTAdamW:
 
 
 def renew_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
-    """New gradients in new memory, queued on the current stream; the old ones are given back to the allocator."""
+    """Allocate new gradients on the current stream and free the old ones."""
     generator = torch.Generator("cuda").manual_seed(seed)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator, device="cuda").to(p.dtype)
@@ -62,7 +62,7 @@ def results(params: list[torch.nn.Parameter], optimizer: GWTAdamW) -> list[torch
     ],
 )
 def test_real_sizes(shape, dtype, level):
-    """Every element, two steps, the second one with a spike that the limiter meets."""
+    """Every element over two steps, the second with a spike that activates the limiter."""
     bucket = Bucket([shape], level, dtype=dtype, limited=level > 0, device="cuda")
     for t, size in enumerate((1.0, 10.0), start=1):
         bucket.renew_gradients(size)
@@ -99,7 +99,7 @@ def test_other_wavelets_are_not_rounded_to_tf32():
 
 @pytest.mark.parametrize("shape", [((1 << 16) + 1, 1 << 15), (1 << 16, (1 << 15) + 1)])
 def test_more_than_2_to_the_31_elements(shape):
-    """The flat and the row path: the same bits as slab by slab, in tensors that 32 bits can address."""
+    """Flat and row path give the same bits as slabs with 32-bit offsets."""
     rows, width = shape
     assert rows * width > 2**31
     if torch.cuda.mem_get_info()[0] < 32 << 30:
@@ -131,11 +131,11 @@ def test_more_than_2_to_the_31_elements(shape):
         assert torch.equal(own[3], new_v)
 
 
-# Waiting, streams, memory ------------------------------------------------------------------------------
+# Synchronisation, streams, memory ----------------------------------------------------------------------
 
 
 def test_a_step_never_waits_for_the_device():
-    """From the first step on, launch tables and state included."""
+    """From the first step on, including launch tables and state."""
     params = model()
     optimizer = optimizer_of(params)
     gradients = [[torch.randn_like(p) for p in params] for _ in range(4)]
@@ -143,7 +143,7 @@ def test_a_step_never_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
-            torch.ones((), device="cuda").item()  # the control: waiting does raise
+            torch.ones((), device="cuda").item()  # control: synchronising does raise
         for own in gradients:
             for p, g in zip(params, own, strict=True):
                 p.grad = g
@@ -172,7 +172,7 @@ def test_gradients_renewed_while_earlier_steps_are_in_flight():
     assert all(map(torch.equal, run(wait=True), run(wait=False)))
 
 
-def test_the_same_from_run_to_run():
+def test_results_are_deterministic():
     def run() -> list[torch.Tensor]:
         bucket = Bucket([(2048, 5461), (1024, 2736)], 2, dtype=torch.bfloat16, limited=True, device="cuda")
         for t in (1, 2, 3):
@@ -186,7 +186,7 @@ def test_the_same_from_run_to_run():
 
 
 def test_a_step_runs_on_the_current_stream():
-    """Behind work that is queued there, and not on the default stream."""
+    """After work queued there, and not on the default stream."""
 
     def run(stream: torch.cuda.Stream) -> list[torch.Tensor]:
         params = model()
@@ -218,7 +218,7 @@ def test_steps_allocate_nothing_that_stays_or_grows_with_the_model():
     assert torch.cuda.max_memory_allocated() - before < 256 << 10  # tables and partial norms
 
 
-def test_state_takes_the_memory_that_it_should():
+def test_bytes_allocated_for_state():
     params = model([(4096, 11008), (2048, 5464)])
     optimizer = optimizer_of(params)
     renew_gradients(params, seed=0)
@@ -228,7 +228,7 @@ def test_state_takes_the_memory_that_it_should():
     assert moments <= torch.cuda.memory_allocated() - before < moments + (64 << 10)
 
 
-def test_a_device_that_is_not_the_current_one():
+def test_tensors_on_another_than_the_current_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices: run `python -m pytest -m gpu` on a machine that has two")
     bucket = Bucket([(4, 32), (3, 37)], 2, limited=True, device="cuda:1")

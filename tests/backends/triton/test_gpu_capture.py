@@ -1,4 +1,4 @@
-"""Captured and controlled steps on a GPU: replays that equal eager steps, and decisions that nothing waits for."""
+"""Captured steps on a GPU: replays equal eager steps, and clipping or skipping never synchronises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Training:
-    """A small model, and one training step on fixed memory whose contents may be replaced."""
+    """A small model, and one training step on static memory with replaceable contents."""
 
     def __init__(self, **options) -> None:
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Training:
     ids=["plain", "controlled", "random bits"],
 )
 def test_replays_equal_eager_steps(options):
-    """Over many replays with another rate and other data each time, bad batches among them."""
+    """Many replays with different rates and data, including bad batches."""
     options = {"skip_nonfinite": True} | options
     eager, captured = Training(**options), Training(**options)
     for t in range(3):
@@ -97,7 +97,7 @@ def test_a_capture_without_capturable_is_refused():
         training.optimizer.step()
 
 
-def test_decisions_are_not_waited_for():
+def test_clipping_and_skipping_do_not_synchronise():
     training = Training(max_grad_norm=0.5, skip_nonfinite=True)
     for t in range(2):
         training.batch(t)

@@ -1,4 +1,4 @@
-"""Tests the transform's kernels where one program is not enough: many tiles, on both paths."""
+"""The transform's kernels with several programs: many tiles, on both paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_tensors_of_several_tiles(device, shape, level):
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 72), (5, 37), (70,), (9, 17)])
 def test_small_tiles(device, monkeypatch, shape, level):
-    """Tiles that begin and end anywhere in a row, of the tensor and of every band."""
+    """Tiles start and end anywhere in a row, of the tensor and of every band."""
     monkeypatch.setattr(layout, "FLAT_TILE", 64)
     monkeypatch.setattr(layout, "ROW_TILE", 32)
     coeffs = check_forward(random(shape, torch.float32, device), level, "triton")

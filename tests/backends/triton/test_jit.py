@@ -1,4 +1,4 @@
-"""What a user's launches compile: kernels through Triton's JIT binder, without a device, in their own process."""
+"""Compilations in a user's launches: kernels through Triton's JIT binder, without a device, in a new process."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(script: str, cache: Path) -> Any:
-    """What a script beside this file prints, where Triton does not interpret."""
+    """Run a script beside this file without Triton's interpreter, and return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -23,7 +23,7 @@ def run(script: str, cache: Path) -> Any:
     return json.loads(result.stdout)
 
 
-def test_a_launch_without_binding_hands_over_what_one_with_it_does(tmp_path: Path) -> None:
+def test_launches_without_binding_pass_the_same_arguments(tmp_path: Path) -> None:
     first, *others = run("jit_launches.py", tmp_path)
     names = [name for name, *_ in first["launches"]]
     kernels = ["norm_kernel", "limiter_kernel", "step_kernel", "observe_kernel"]
@@ -43,6 +43,6 @@ def test_one_compiled_variant_whatever_the_number_of_tensors(tmp_path: Path) -> 
         for flat in (True, False):
             assert launches[kernel, flat] == 8  # four optimizers, two steps each
             assert len(hashes[kernel, flat]) == 1, f"{kernel} was compiled anew for another number of tensors"
-        assert hashes[kernel, True] != hashes[kernel, False]  # the control: other constants, other code
+        assert hashes[kernel, True] != hashes[kernel, False]  # control: other constants give other code
     assert len(hashes["limiter_kernel", True]) == 1
     assert {len(hashes[kernel, True]) for kernel in ("dwt_kernel", "idwt_kernel")} == {1}

@@ -1,4 +1,4 @@
-"""Tests how the step is launched: how often, from which tables, and what is kept between calls."""
+"""Launches of the step: their number, their pointer tables, and what is cached between calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNELS = {
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of the kernels, as they are launched."""
+    """The names of launched kernels, in order."""
     names: list[str] = []
 
     class Recorded:
@@ -33,7 +33,7 @@ def launched(monkeypatch) -> list[str]:
 
         @property
         def arg_names(self) -> list[str]:
-            return self.kernel.arg_names  # what a launch asks of a kernel that was compiled
+            return self.kernel.arg_names  # attributes that a launch reads from a compiled kernel
 
     for module, kernels in KERNELS.items():
         for name in kernels:
@@ -76,7 +76,7 @@ def test_tables_are_made_once(device):
 
 
 def test_alignment_that_changes_from_call_to_call(device):
-    """A tensor moves from path to path, and back."""
+    """A tensor moves from one path to the other, and back."""
     bucket = Bucket([(4, 16), (8, 8), (3, 13)], 2, limited=True, device=device)
     workspace, flat = {}, []
     for t, layouts in enumerate((["contiguous"], ["misaligned"], ["contiguous", "misaligned"], ["gaps"]), start=1):
@@ -86,8 +86,8 @@ def test_alignment_that_changes_from_call_to_call(device):
     assert flat == [[2], [], [1], [2]]
 
 
-def test_a_workspace_meets_other_tensors(device):
-    """More, fewer, larger, of another dtype, at another level: what is kept must not be used."""
+def test_workspace_with_other_tensors(device):
+    """More, fewer and larger tensors, another dtype, another level: cached tables must not be used."""
     workspace = {}
     for i, (shapes, level, dtype) in enumerate(
         [
@@ -105,8 +105,8 @@ def test_a_workspace_meets_other_tensors(device):
 
 
 @pytest.mark.parametrize(("shape", "other"), [((6, 10), (10, 6)), ((5, 7), (7, 5)), ((60,), (6, 10))])
-def test_a_workspace_meets_another_shape_in_the_same_memory(device, shape, other):
-    """As an allocator hands it out: the same addresses and sizes, other rows."""
+def test_workspace_with_another_shape_in_the_same_memory(device, shape, other):
+    """As an allocator may hand it out: the same addresses and sizes, another shape."""
     first = Bucket([shape], 2, device=device)
     second = Bucket([other], 2, device=device)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
@@ -125,7 +125,7 @@ def test_a_workspace_meets_another_shape_in_the_same_memory(device, shape, other
         bucket.check_step(HYPER, 2, backend="triton", workspace=workspace)
 
 
-def test_a_workspace_meets_another_level_in_the_same_memory(device):
+def test_workspace_with_another_level_in_the_same_memory(device):
     workspace = {}
     bucket = Bucket([(4, 16)], 2, device=device)
     bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
@@ -134,7 +134,7 @@ def test_a_workspace_meets_another_level_in_the_same_memory(device):
     deeper.check_step(HYPER, 2, backend="triton", workspace=workspace)
 
 
-# What the kernels would trust ----------------------------------------------------------------------------
+# Validation before raw pointers reach a kernel -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_tensors_that_do_not_fit_are_refused(device, name, change, message):
     assert all(map(torch.equal, before, bucket.results()))
 
 
-def test_what_was_refused_once_is_refused_again(device):
-    """Checks that failed have found nothing that could be taken for granted."""
+def test_refused_tensors_are_refused_again(device):
+    """A failed check is not cached."""
     workspace = {}
     bucket = Bucket([(4, 16)], 2, device=device)
     bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)

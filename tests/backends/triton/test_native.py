@@ -1,4 +1,4 @@
-"""The survey through C says what Python's says, refuses what that refuses, and can be done without."""
+"""The fingerprint in C agrees with Python's, refuses the same, and is optional."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = needs_compiler
 
 
 class Own(Tensor):
-    """A class of a user's."""
+    """A user's tensor subclass."""
 
 
 def dense() -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def others() -> dict[str, Tensor | None]:
     }
 
 
-def test_addresses_are_those_of_python():
+def test_addresses_equal_those_of_python():
     c, tensors = native.compiled(), list(dense().values())
     assert c.addresses(tensors) == PYTHON.addresses(tensors)
     assert c.addresses(tuple(tensors)) == PYTHON.addresses(tensors)
@@ -72,15 +72,15 @@ def test_addresses_are_those_of_python():
     assert c.addresses(tensors[:1]) != c.addresses(tensors[2:3])
 
 
-def test_gradients_are_those_of_python():
-    """Of views, of tensors of other classes, absent ones; each time those of now, and kept no longer than asked."""
+def test_gradients_equal_those_of_python():
+    """For views, subclasses and missing gradients: always the current ones, and no reference is kept."""
     c, tensors = native.compiled(), [x for x in dense().values() if x.is_floating_point()]
     params = [x.detach().requires_grad_() if x.is_leaf else x for x in tensors]
     for i, p in enumerate(params):
         if p.is_leaf and i % 3:
             p.grad = torch.randn_like(p)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of what is no leaf
+        warnings.simplefilter("ignore", UserWarning)  # of a non-leaf
         got, expected = c.grads(params), PYTHON.grads(params)
     assert PYTHON.same(got, expected)
     assert any(g is None for g in got)
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_python():
         c.grads([p, 3])
 
 
-def test_an_address_is_that_of_now():
+def test_addresses_are_current():
     c, p = native.compiled(), Parameter(torch.randn(4, 8))
     before = c.addresses([p])
     p.data = torch.randn(4, 8)
@@ -110,7 +110,7 @@ def test_an_address_is_that_of_now():
 @pytest.mark.parametrize(
     "bad", [None, 3, "plain", torch.randn(2, 2).to_sparse()], ids=["None", "3", "str", "sparse"]
 )
-def test_what_has_no_address_is_refused_as_python_refuses_it(bad):
+def test_tensors_without_address_raise_the_error_of_python(bad):
     with pytest.raises((TypeError, RuntimeError)) as expected:
         PYTHON.addresses([torch.zeros(1), bad])
     with pytest.raises(expected.type) as found:
@@ -118,7 +118,7 @@ def test_what_has_no_address_is_refused_as_python_refuses_it(bad):
     assert str(found.value).splitlines()[0] == str(expected.value).splitlines()[0]
 
 
-def test_a_list_that_its_own_tensors_empty_is_read_as_it_was():
+def test_a_list_shrunk_during_the_scan():
     class Emptying(Tensor):
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -135,14 +135,14 @@ UNTOLD = ("own", "nine dimensions", "nine others")  # C leaves these to Python
 
 
 @pytest.mark.parametrize("name", [*dense(), *others()])
-def test_likeness_is_that_of_python(name, monkeypatch):
-    monkeypatch.setattr(survey, "TensorGuards", None)  # whose makers did not think of all of these
+def test_comparison_equals_that_of_python(name, monkeypatch):
+    monkeypatch.setattr(survey, "TensorGuards", None)  # whose authors did not consider all of these
     c, kinds = native.compiled(), dense() | others()
     this = kinds[name]
     for other, that in kinds.items():
         expected = PYTHON.like([this])([that])
         if other in UNTOLD and name not in UNTOLD:
-            expected = False  # what C cannot tell is unlike what it could
+            expected = False  # what C cannot compare counts as different
         assert c.like([this])([that]) == expected, other
         assert c.like([kinds["flat"], this])([kinds["flat"], that]) == expected, other
     assert c.like([this])([this])
@@ -150,7 +150,7 @@ def test_likeness_is_that_of_python(name, monkeypatch):
     assert not c.like([this])([this, this])
 
 
-def test_a_state_may_be_any_dict_of_dicts_and_what_is_the_users_own():
+def test_state_of_any_dict_type_with_users_entries():
     c = native.compiled()
     p, x = Parameter(torch.zeros(2)), torch.zeros(2)
     for state in ({}, defaultdict(dict, {p: {}}), OrderedDict({p: OrderedDict(step=x, exp_avg=x)})):
@@ -160,7 +160,7 @@ def test_a_state_may_be_any_dict_of_dicts_and_what_is_the_users_own():
     holds = c.still({p: {"step": x}})
     assert not holds({})
     assert not holds({p: 3})
-    assert not holds({p: {"step": x}})  # another dict, though of the same
+    assert not holds({p: {"step": x}})  # another, though equal, dict
     own = object()
     holds = c.still(state := {p: {"step": x}, "epoch": own})
     assert holds(state)
@@ -170,7 +170,7 @@ def test_a_state_may_be_any_dict_of_dicts_and_what_is_the_users_own():
             c.still(bad)
 
 
-def test_the_same_are_the_very_same():
+def test_identity_is_compared():
     c, x, y = native.compiled(), torch.zeros(2), torch.zeros(2)
     assert c.same([], [])
     assert c.same([x, y], [x, y])
@@ -178,7 +178,7 @@ def test_the_same_are_the_very_same():
     assert not c.same([x], [x, y])
 
 
-def test_nothing_is_kept_but_what_a_state_holds():
+def test_no_reference_is_kept():
     c, p, x, slow = native.compiled(), Parameter(torch.zeros(2)), torch.zeros(2), torch.zeros(2).as_subclass(Own)
     own = {"step": x}
     state, tensors = {p: own}, [p, x, None]
@@ -206,7 +206,7 @@ def test_nothing_is_kept_but_what_a_state_holds():
     sizes = [size() for _ in range(6)]
     tracemalloc.stop()
     assert references() == counts
-    # The smallest object is larger, and what is lost is lost each time.
+    # The smallest object is larger, and a leak would repeat each time.
     assert min(after - before for before, after in pairwise(sizes)) < 300 * 16
 
 
@@ -224,13 +224,13 @@ def test_nothing_is_kept_but_what_a_state_holds():
         (torch.zeros(1), Parameter, Tensor.data_ptr, Tensor.grad, 16),
     ],
 )
-def test_a_place_that_cannot_be_is_refused(arguments):
+def test_bad_indices_are_refused(arguments):
     with pytest.raises((ValueError, TypeError)):
         native.module().open(*arguments)
     assert native.compiled().addresses([torch.zeros(0)]) is not None
 
 
-# Where it cannot be had -----------------------------------------------------------------------------------
+# Without the library --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ OBSTACLES = [_no_compiler, _no_source, _no_such_name, _no_pointer]
 
 @pytest.mark.usefixtures("_afresh")
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_python_serves_where_it_cannot_be_had(obstacle, monkeypatch, tmp_path, caplog):
+def test_python_is_the_fallback(obstacle, monkeypatch, tmp_path, caplog):
     obstacle(monkeypatch, tmp_path)
     with caplog.at_level(logging.DEBUG):
         assert native.quickest() is PYTHON
@@ -272,7 +272,7 @@ def test_python_serves_where_it_cannot_be_had(obstacle, monkeypatch, tmp_path, c
 
 
 def steps(device: torch.device, backend: str) -> tuple[dict[str, Any], Survey]:
-    """What comes of steps between which all that a step may not take for granted changes."""
+    """Results of steps between which everything in the fingerprint changes."""
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in [(4, 64), (3, 40), (8,)]]
     optimizer = GWTAdamW(params, lr=0.1, level=2, backend=backend)
@@ -295,7 +295,7 @@ def steps(device: torch.device, backend: str) -> tuple[dict[str, Any], Survey]:
 
 
 @pytest.mark.usefixtures("_afresh")
-def test_steps_are_the_same_with_and_without(device, monkeypatch, tmp_path):
+def test_steps_are_equal_with_and_without_the_library(device, monkeypatch, tmp_path):
     found, way = steps(device, "triton")
     assert way is native.quickest() is not PYTHON
     _, way = steps(device, "torch")

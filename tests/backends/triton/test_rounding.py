@@ -1,4 +1,4 @@
-"""Tests the kernels' random bits and 16-bit storage: known answers, and bit for bit those of the torch backend."""
+"""The kernels' random bits and 16-bit storage: known answers, and bit for bit the torch backend's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def split_kernel(x_ptr, weight_ptr, low_ptr, joined_ptr, N: tl.constexpr):
 
 
 def run(kernel, *tensors, programs=1, **constants):
-    """A launch, as on a GPU."""
+    """Launch a kernel, as on a GPU."""
     with interpreter.like_a_gpu():
         kernel[(programs,)](*tensors, **constants)
 
@@ -108,7 +108,7 @@ def test_words_of_tiles_of_one_or_two_blocks(device, n):
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("step", STEPS)
-def test_halves_are_those_of_the_torch_backend(device, step, key):
+def test_16_bit_halves_of_words_are_those_of_the_torch_backend(device, step, key):
     for first in (0, 8, 2**32 - 64, 2**35 + 64, 2**45):
         halves = expected.random_halves(first, 64, step, key, CPU)
         for kind in ("halves", "at"):
@@ -134,7 +134,7 @@ def test_rounding_is_that_of_the_torch_backend(device, dtype):
         assert torch.equal(got[number].view(torch.int16), wanted[number].view(torch.int16))
 
 
-def test_halves_of_numbers_are_those_of_the_torch_backend(device):
+def test_split_weights_are_those_of_the_torch_backend(device):
     n = 1 << 15
     x = patterns(n, seed=6)
     x[100:200].view(torch.int32).bitwise_and_(-0x10000).bitwise_or_(0x8000)  # ties

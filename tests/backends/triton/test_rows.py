@@ -1,4 +1,4 @@
-"""Tests rows of any width: a few elements, about a tile, many tiles; results, and which random bits they draw."""
+"""Rows of any width: a few elements, about a tile, many tiles; results, and the random bits of each element."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY, STEP = key_of(3, 4), 7
 @pytest.mark.parametrize("shapes", [NARROW, ABOUT_A_TILE, OTHERS], ids=["narrow", "about a tile", "others"])
 @pytest.mark.parametrize("level", [1, 2, 5])
 def test_rows_of_any_width(device, shapes, level, moments):
-    """Against the exact step; a shape may be a row, rows of a block, or rows that end within one."""
+    """Against the exact step; a tensor is one row, rows of whole blocks, or rows with a short last block."""
     shapes = [s for s in shapes if 2**level < 2 * s[-1]]
     options = {"dtype": torch.bfloat16, "moment_dtype": moments, "device": device}
     bucket = Bucket(shapes, level, limited=True, **options)
@@ -37,9 +37,9 @@ def test_rows_of_any_width(device, shapes, level, moments):
 
 
 def expected(p: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int) -> list[Tensor]:
-    """What a step without a gradient stores: each number times a factor, rounded by bits of its place.
+    """Compute a step without a gradient: each number times a factor, rounded by the random bits of its index.
 
-    Rows that are no whole blocks count as padded to whole groups of 4 blocks. All of it is written out here.
+    Rows without whole blocks count as padded to whole groups of 4 blocks. Everything is written out here.
     """
     width, blocks = p.shape[-1], m.shape[-1]
     whole = width % 2**level == 0
@@ -67,14 +67,14 @@ def rounded(x: Tensor, bits: Sequence[int]) -> Tensor:
 @pytest.mark.parametrize("shape", [*NARROW[::6], (3, 1025), (5, 2, 33), (40, 3), (1, 70), (8, 64)], ids=str)
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 @pytest.mark.parametrize("backend", runs.BACKENDS)
-def test_every_backend_draws_the_bits_of_an_element_s_place(device, backend, level, shape):
-    """With no gradient and factors that lose no bit, only random bits decide, so that they can be seen."""
+def test_every_backend_draws_the_bits_of_an_elements_index(device, backend, level, shape):
+    """With a zero gradient and exact factors only random bits decide the result, so that they are visible."""
     on = runs.place(backend, device)
     hyper = Hyper(lr=0.5, weight_decay=2.0**-7, beta1=1 - 2.0**-8, beta2=1 - 2.0**-8, norm_growth_limit=None)
     generator = torch.Generator().manual_seed(0)
     p, m = torch.randn(shape, generator=generator), torch.zeros(*shape[:-1], -(-shape[-1] // 2**level))
     p, v = p.bfloat16(), torch.rand(m.shape, generator=generator).bfloat16() + 1
-    m = m.bfloat16()  # an update of 0 throughout: what an average of 0 becomes has no bits to round
+    m = m.bfloat16()  # an update of 0 throughout: rounding an average of 0 needs no bits
     given = [x.clone().to(on) for x in (p, torch.zeros_like(p), m, v)]
     with interpreter.like_a_gpu():
         gwt_adamw_(
@@ -87,8 +87,8 @@ def test_every_backend_draws_the_bits_of_an_element_s_place(device, backend, lev
 
 @pytest.mark.parametrize("shape", [(7, 33), (3, 1025), (2, 3, 5), (300, 7)], ids=str)
 @pytest.mark.parametrize("backend", runs.BACKENDS)
-def test_moments_of_rows_draw_theirs(device, backend, shape):
-    """Likewise for moments that are averages of something: with weights that nothing changes."""
+def test_moments_of_rows_draw_the_bits_of_their_index(device, backend, shape):
+    """The same for moments that average something, with weights that stay constant."""
     on, level = runs.place(backend, device), 2
     hyper = Hyper(lr=0.0, beta1=1 - 2.0**-8, beta2=1 - 2.0**-8, norm_growth_limit=None)
     generator = torch.Generator().manual_seed(1)
@@ -105,7 +105,7 @@ def test_moments_of_rows_draw_theirs(device, backend, shape):
 
 @triton.jit
 def _where(rows_ptr, firsts_ptr, index_ptr, inside_ptr, run_ptr, W: tl.constexpr, NB: tl.constexpr):
-    """What the tile of each program holds of an array of ``W`` elements a block."""
+    """Return the part of an array with ``W`` elements per block that each program's tile covers."""
     i = tl.program_id(0)
     width, padded = tl.load(rows_ptr + 1), tl.load(rows_ptr + 3)
     tile = tile_of(tl.load(rows_ptr), padded, tl.load(rows_ptr + 4), tl.load(firsts_ptr + i), NB, ROWS, 1)
@@ -122,8 +122,8 @@ def _where(rows_ptr, firsts_ptr, index_ptr, inside_ptr, run_ptr, W: tl.constexpr
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize(("together", "blocks"), [(1, 32), (4, 32), (4, 1), (1, 2)])
-def test_places_in_tensors_of_any_size(device, shape, together, blocks):
-    """By Python's own integers: of the first, some middle and the last tiles, also of what no memory holds."""
+def test_offsets_in_tensors_of_any_size(device, shape, together, blocks):
+    """By Python's integers: for the first, some middle and the last tiles, some of tensors too large to exist."""
     w = 4
     rows = rows_of(torch.empty(shape, device="meta"), w, together)
     n_tiles = -(-rows.n_blocks // blocks)

@@ -1,4 +1,4 @@
-"""Tests the fused step where one program is not enough: many tiles, many chunks of the norm, many tensors."""
+"""The fused step with several programs: many tiles, many chunks of the norm, many tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tests.support.steps import Bucket
 
 HYPER = Hyper(lr=0.01, weight_decay=0.1)
 
-FLAT = [(9, 1024), (4096,), (2, 4100 * 8)]  # whole tiles, and a last one that is not full
+FLAT = [(9, 1024), (4096,), (2, 4100 * 8)]  # whole tiles, and a partial last one
 ROWS = [(9, 250), (1030,), (3, 2, 1500), (2000, 1)]  # rows within a tile, and rows of several tiles
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that few elements make many of them."""
+    """Make tiles so small that few elements fill many of them."""
     monkeypatch.setattr(layout, "FLAT_TILE", 64)
     monkeypatch.setattr(layout, "ROW_TILE", 32)
 
 
 def paths(bucket: Bucket) -> list[bool]:
-    """Which paths a step of the bucket takes."""
+    """Return the paths that a step of the bucket takes."""
     workspace = {}
     bucket.step(HYPER, 1, backend="triton", workspace=workspace)
     return [x.flat for x in workspace["runner"].launches]
@@ -40,7 +40,7 @@ def test_tensors_of_several_tiles(device, level, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 5])
 def test_small_tiles(device, small_tiles, level, layout):
-    """Tiles that begin and end anywhere in a row: the first, a middle and the last, on both paths."""
+    """Tiles start and end anywhere in a row: the first, a middle and the last, on both paths."""
     bucket = Bucket(
         [(3, 64), (2, 72), (3, 37), (70,), (5, 33)], level, layouts=[layout], limited=level > 0, device=device
     )
@@ -50,7 +50,7 @@ def test_small_tiles(device, small_tiles, level, layout):
 @pytest.mark.parametrize("n", [1, 2, 3, 17])
 @pytest.mark.parametrize("level", [0, 2])
 def test_number_of_tensors(device, small_tiles, n, level):
-    """Each program finds its tensor in the table, among tensors of one tile and of many, of both paths."""
+    """Each program finds its tensor in the table, among tensors of one and of many tiles, of both paths."""
     shapes = [((1 + 3 * i % 5, 32) if i % 3 else (1 + i % 4, 13)) for i in range(n)]
     hypers = [HYPER._replace(lr=0.01 * (i + 1), maximize=i % 2 == 1) for i in range(n)]
     bucket = Bucket(shapes, level, limited=level > 0, device=device)
@@ -60,7 +60,7 @@ def test_number_of_tensors(device, small_tiles, n, level):
 @pytest.mark.parametrize("max_chunks", [1, 2, 5])
 @pytest.mark.parametrize("block", [2, 16])
 def test_chunks_of_the_norm(device, monkeypatch, small_tiles, max_chunks, block):
-    """Chunks of several tiles, the last one shorter, and more partial sums than the limiter takes at a time."""
+    """Chunks of several tiles, a shorter last one, and more partial sums than the limiter reads at once."""
     monkeypatch.setattr(launch, "MAX_CHUNKS", max_chunks)
     monkeypatch.setattr(launch, "LIMITER_BLOCK", block)
     bucket = Bucket([(7, 64), (3, 64), (5, 37), (2, 37), (16, 64)], 2, limited=True, device=device)
@@ -80,7 +80,7 @@ def test_more_partial_norms_than_one_block_of_the_limiter(device, monkeypatch, s
 
 
 def assert_same(results: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    """Bit for bit: a block is added up in one order, however it lies in lanes."""
+    """Bit for bit: a block is added up in one order, however it is distributed over lanes."""
     for x, y in zip(results, others, strict=True):
         assert torch.equal(x, y)
 
@@ -108,7 +108,7 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [0, 1, 3])
 def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level, dtype):
-    """Of one block a tile, where words are drawn one by one, to more than the tensor holds."""
+    """From one block per tile, where words are drawn one by one, to tiles larger than the tensor."""
 
     def run(flat_tile: int, row_tile: int, memory: str = "contiguous", key: int = 5) -> list[torch.Tensor]:
         monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
@@ -139,10 +139,10 @@ def test_both_paths_give_the_same_bits(device, level):
     ("shape", "level", "layout", "flat"),
     [
         ((4, 8), 3, "contiguous", True),
-        ((4, 8), 4, "contiguous", False),  # a row that is shorter than a block
+        ((4, 8), 4, "contiguous", False),  # a row shorter than a block
         ((3, 4), 2, "contiguous", False),  # a size that 8 does not divide
         ((4, 8), 3, "misaligned", False),
-        ((4, 8), 3, "transposed", True),  # by way of a copy
+        ((4, 8), 3, "transposed", True),  # through a copy
         ((2, 4, 6), 1, "contiguous", True),
         ((8, 1), 0, "contiguous", True),
         ((9,), 0, "contiguous", False),

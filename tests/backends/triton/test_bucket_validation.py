@@ -1,4 +1,4 @@
-"""The kernels follow pointers, so what they are handed is checked, and checked again when it is replaced."""
+"""Validation of buckets: tensors are checked before raw pointers reach a kernel, and again when replaced."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def bucket(device: torch.device, **replaced: Any) -> dict[str, Any]:
         ("exp_avg_sqs", lambda x: x.t().contiguous().t()),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_changes(name: str, change: Any, device: torch.device) -> None:
+def test_unfit_tensors_are_refused_and_nothing_changes(name: str, change: Any, device: torch.device) -> None:
     arrays = bucket(device, **{name: change})
     with pytest.raises(ValueError, match=r"dtype|shape|contiguous"):
         gwt_adamw_(**arrays, level=2, backend="triton")
     assert all(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
-    gwt_adamw_(**bucket(device), level=2, backend="triton")  # the control
+    gwt_adamw_(**bucket(device), level=2, backend="triton")  # control
 
 
 @pytest.mark.parametrize("names", [["grads"], ["exp_avgs", "exp_avg_sqs"]])
@@ -57,7 +57,7 @@ def test_float64_gradients_or_moments_are_refused_by_name_and_taken_by_choice(na
     with pytest.raises(RuntimeError, match=r"float64.*backend='torch'"):
         gwt_adamw_(**arrays, level=2, backend="triton")
     assert all(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
-    gwt_adamw_(**arrays, level=2)  # left to choose, it takes the torch backend
+    gwt_adamw_(**arrays, level=2)  # by default it uses the torch backend
     assert not any(torch.equal(p, torch.ones_like(p)) for p in arrays["params"])
 
 
@@ -77,7 +77,7 @@ def test_a_limiter_for_some_tensors_only_is_refused(backend, name, change, words
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda x: x[:1].clone()])
-def test_moments_swapped_under_the_optimizer_are_noticed(change: Any, device: torch.device) -> None:
+def test_replaced_moments_are_validated_again(change: Any, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(64, 32, device=device))
     optimizer = GWTAdamW([p], backend="triton")
     for _ in range(2):
@@ -91,7 +91,7 @@ def test_moments_swapped_under_the_optimizer_are_noticed(change: Any, device: to
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_nan_in_a_gradient_reaches_all_of_a_limited_tensor(backend: str, device: torch.device) -> None:
+def test_a_nan_in_a_gradient_spreads_through_the_limiter(backend: str, device: torch.device) -> None:
     p = torch.nn.Parameter(torch.ones(4, 16, device=device))
     q = torch.nn.Parameter(torch.ones(4, 16, device=device))
     optimizer = GWTAdamW([p, q], lr=0.1, backend=backend)
@@ -114,7 +114,7 @@ def test_negated_views_are_taken_with_their_sign(device: torch.device) -> None:
     assert torch.equal(*weights)
 
 
-def test_the_interpreter_is_kept_from_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreter_refuses_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "interpreted", lambda: True)
     choice.triton_obstacle.cache_clear()
     try:

@@ -1,4 +1,4 @@
-"""Tests the limiter's first pass where it looks at the gradients: what it sees, what that costs, what it leaves."""
+"""Statistics of gradients in the limiter's first pass: values, launches saved, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.poisoned import LAYOUTS
 from tests.support.runs import assert_same_bits, give_gradients, parameters, place, results, snapshot
 from tests.support.steps import ARRAYS, Bucket, prepared
 
-# Several tiles of either path, one block, part of a block, and nothing.
+# Several tiles of either path, one block, part of a block, and an empty tensor.
 SHAPES = [(5, 1024), (3, 700), (0, 8), (8,), (1, 9)]
 
 
-def look(bucket: Bucket, decision=None, **options):
+def grad_stats_of(bucket: Bucket, decision=None, **options):
     n = len(bucket.params)
     arguments = {name: bucket.tensors(name) for name in ARRAYS} | {
         "limiter_norms": bucket.tensors("norms") if bucket.norms else [None] * n,
@@ -36,9 +36,9 @@ def look(bucket: Bucket, decision=None, **options):
         return runner.reduce(inputs, decision, grad_stats=True).grad_stats
 
 
-def total_of(seen, device) -> list[float]:
+def total_of(stats, device) -> list[float]:
     with interpreter.like_a_gpu():
-        return squares([torch.zeros(0, device=device)], "triton", seen=seen).tolist()
+        return squares([torch.zeros(0, device=device)], "triton", seen=stats).tolist()
 
 
 @pytest.fixture(params=[1, 3, launch.MAX_CHUNKS])
@@ -47,16 +47,16 @@ def _chunks(request, monkeypatch):
     monkeypatch.setattr(launch, "MAX_CHUNKS", request.param)
 
 
-# What it sees ------------------------------------------------------------------------------------------
+# Values -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
+def test_squares_of_all_gradients(device, level, dtype):
     bucket = Bucket(SHAPES, level, dtype=dtype, layouts=LAYOUTS, limited=True, device=device)
     before = bucket.results()
-    total, bad = total_of(look(bucket), device)
+    total, bad = total_of(grad_stats_of(bucket), device)
     assert total == pytest.approx(sum(float(g.double().square().sum()) for g in bucket.tensors("grads")), rel=2e-6)
     assert bad == 0
     assert_same_bits(bucket.results(), before)
@@ -65,23 +65,23 @@ def test_it_sees_the_squares_of_all_gradients(device, level, dtype):
 @pytest.mark.usefixtures("_chunks")
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize(("tensor", "element"), [(0, 0), (0, 4095), (0, 5119), (1, 699), (1, 2099), (3, 3), (4, 8)])
-def test_it_sees_every_element_that_is_not_finite(device, tensor, element, value):
+def test_every_nonfinite_element_is_found(device, tensor, element, value):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
     bucket.tensors("grads")[tensor].view(-1)[element] = value
-    total, bad = total_of(look(bucket), device)
+    total, bad = total_of(grad_stats_of(bucket), device)
     assert bad > 0
     assert not math.isfinite(total)
 
 
-def test_finite_gradients_whose_sums_overflow_are_finite(device):
+def test_finite_gradients_with_overflowing_sums_are_finite(device):
     bucket = Bucket([(4, 64), (3, 37)], 2, limited=True, device=device)
     for g in bucket.tensors("grads"):
         g.fill_(3e38)
-    total, bad = total_of(look(bucket), device)
+    total, bad = total_of(grad_stats_of(bucket), device)
     assert (total, bad) == (math.inf, 0)
 
 
-# What it costs -----------------------------------------------------------------------------------------
+# Launches -----------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -121,7 +121,7 @@ def test_gradients_are_not_read_again_where_a_limiter_reads_them(device, levels,
         assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-6)
 
 
-# What it leaves ----------------------------------------------------------------------------------------
+# Results ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_gradients_are_not_read_again_where_a_limiter_reads_them(device, levels,
     ],
     ids=str,
 )
-def test_steps_are_those_without_a_look(device, monkeypatch, options):
-    """Bit for bit: what the look computes is computed again by the pass that stores it."""
+def test_steps_equal_those_without_statistics(device, monkeypatch, options):
+    """Bit for bit: the pass that stores moments computes them again."""
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     runs = []
-    for can_wait in (ClipRequest.can_wait, False):  # the control reads all gradients before it begins
+    for can_wait in (ClipRequest.can_wait, False):  # control: reads all gradients beforehand
         monkeypatch.setattr(ClipRequest, "can_wait", can_wait)
         params = parameters([(64, 512), (3, 37), (0, 8), (16, 8)], place("triton", device), dtype)
         params[1] = torch.nn.Parameter(params[1].detach().t().contiguous().t())  # updated in a copy
@@ -175,7 +175,7 @@ def test_the_second_phase_updates_a_parameter_in_a_copy(device):
     assert steps == 1
 
 
-def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
+def test_a_step_that_ends_after_the_first_pass_changes_nothing(device):
     params = parameters([(8, 64), (3, 37), (0, 8)], place("triton", device))
     optimizer = GWTAdamW(params, backend="triton", skip_nonfinite=True)
     for t in range(3):
@@ -202,9 +202,9 @@ def test_a_step_that_ends_after_its_look_has_changed_nothing(device):
     ],
     ids=["no limiter", "level 0", "the host counts", "decided", "torch"],
 )
-def test_a_step_that_cannot_look_is_refused(device, options):
+def test_unsupported_statistics_are_refused(device, options):
     bucket = Bucket(SHAPES, 2, limited=True, device=device)
     before = bucket.results()
     with pytest.raises(ValueError, match="first pass"):
-        look(bucket, **options)
+        grad_stats_of(bucket, **options)
     assert_same_bits(bucket.results(), before)
