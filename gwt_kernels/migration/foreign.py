@@ -51,7 +51,7 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
     Raises:
         ValueError: One of them is no state.
     """
-    several = states if isinstance(states, list | tuple) else [states]
+    several: list[Any] = list(states) if isinstance(states, list | tuple) else [states]
     for each in several:
         if not is_state(each):
             found = sorted(map(str, each))[:5] if isinstance(each, Mapping) else type(each).__name__
@@ -60,7 +60,8 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
                 f"state_dict() of an optimizer returned"
             )
     if len(several) == 1:
-        return several[0]
+        (state,) = several
+        return dict(state)
     groups: list[dict[str, Any]] = []
     held: dict[Any, Any] = {}
     for i, each in enumerate(several):
