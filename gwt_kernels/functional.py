@@ -13,6 +13,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
+from gwt_kernels.rules import MATRIX_STAGES
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
 
@@ -89,6 +90,11 @@ def gwt_adamw_(
     control, limits = options.pop("control", None), options.pop("limits", None)
     backend, workspace = options.pop("backend", None), options.pop("workspace", None)
     choice.check_name(backend)
+    if (rule := options.get("rule", "gwt")) in MATRIX_STAGES:
+        raise ValueError(
+            f"rule={rule!r} orthogonalises matrices between two element-wise stages, and gwt_adamw_ is one of "
+            f"elements: use gwt_kernels.GWTMuon"
+        )
     lengths = [len(x) for x in (grads, exp_avgs, exp_avg_sqs) if x is not None]
     if lengths.count(len(params)) != len(lengths):
         raise ValueError(f"{len(params)} params need as many of all else, got {lengths}")

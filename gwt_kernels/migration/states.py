@@ -1,4 +1,4 @@
-"""``gwt_kernels.migrate``: the state of another optimizer, level, rule or dtype as one that a GWTAdamW loads."""
+"""``gwt_kernels.migrate``: the state of another optimizer, level, rule or dtype as one that its own loads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gwt_kernels.core.hyper import Boundary, Rule
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
+from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.options import ADDED, check_group
@@ -87,7 +88,7 @@ class _Target(NamedTuple):
 
 
 def migrate(
-    state_dict: Mapping[str, Any],
+    state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     optimizer: PlannedOptimizer,
     *,
     names: nn.Module | Sequence[str] | None = None,
@@ -98,19 +99,20 @@ def migrate(
 ) -> Migration:
     """Make a state that ``optimizer`` loads out of one that it would refuse; neither of them is changed.
 
-    Takes the state of ``torch.optim.AdamW`` or ``Adam``, of a `GWTAdamW` with another level, rule, dtype of
-    moments, weight rounding, limiter, bias correction, wavelet, boundary or grouping, and of other optimizers that
-    keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one. What is exact and what
-    approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options (learning rate, betas and so
-    on) are the optimizer's own; moments made with other betas are rescaled, so that what bias correction makes of
-    them stays the same.
+    Takes the state of ``torch.optim.AdamW``, ``Adam`` or ``Muon``, of an optimizer of this package with another
+    level, rule, dtype of moments, weight rounding, limiter, bias correction, wavelet, boundary or grouping, and of
+    other optimizers that keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one.
+    What is exact and what approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options
+    (learning rate, betas and so on) are the optimizer's own; moments made with other betas are rescaled, so that
+    what bias correction makes of them stays the same.
 
     Parameters are matched by name. The optimizer's groups and the state's have names if they were built from named
     parameters, as by `gwt_param_groups`; ``names`` says those that are missing. Where neither has any, they are
     matched by place, which needs groups of the same sizes.
 
     Args:
-        state_dict: As ``torch.optim.Optimizer.state_dict`` returns it.
+        state_dict: As ``torch.optim.Optimizer.state_dict`` returns it; or a list of several, as of a Muon of the
+            matrices and an AdamW of the rest.
         optimizer: Over the same parameters, on any device (``"meta"`` too), with the options to go on with.
         names: The model, where the state is of an optimizer over ``model.parameters()``, in one group; otherwise
             the names of the state's parameters, group after group, which win over its own.
@@ -134,7 +136,7 @@ def migrate(
         raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
     check_rule(rule, wavelet, boundary)
     unsaid = {"rule": rule, "wavelet": wavelet, "boundary": boundary}
-    sources = _sources(state_dict, names, keys or {})
+    sources = _sources(as_one(state_dict), names, keys or {})
     if not any(source.state for source in sources):
         raise ValueError(
             "the state holds nothing of any parameter, so there is nothing to migrate: take one saved after a "
@@ -150,19 +152,6 @@ def migrate(
                 raise ValueError(f"{target.label}: {error}") from None
             tensors.append(how)
     return Migration({**optimizer.state_dict(), "state": made}, tuple(tensors))
-
-
-def is_state(value: object) -> bool:
-    """Whether this is what an optimizer's ``state_dict()`` returns, whatever the optimizer."""
-    if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
-        return False
-    states, groups = value["state"], value["param_groups"]
-    return (
-        isinstance(states, Mapping)
-        and all(isinstance(state, Mapping) for state in states.values())
-        and isinstance(groups, list)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
-    )
 
 
 def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
@@ -181,12 +170,6 @@ def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
 def _sources(
     state_dict: Mapping[str, Any], names: nn.Module | Sequence[str] | None, keys: Mapping[str, str | None]
 ) -> list[_Source]:
-    if not is_state(state_dict):
-        found = sorted(map(str, state_dict))[:5] if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise ValueError(
-            f"no optimizer's state, of which 'state' and 'param_groups' hold dicts, but {found}: pass what "
-            f"state_dict() of an optimizer returned"
-        )
     groups, states = state_dict["param_groups"], state_dict["state"]
     members = [(group, key) for group in groups for key in group["params"]]
     if isinstance(names, Sequence):
@@ -207,17 +190,11 @@ def _sources(
             f"not a whole state; take another"
         )
     plain = [None] * len(members) if own is None else plain_names(own)
-    held = [_entries(states.get(key, {}), keys) for _, key in members]
+    held = [own_entries(states.get(key, {}), group, keys) for group, key in members]
     return [
         _Source(name, group, upgraded(state), _bytes(state))
         for name, (group, _), state in zip(plain, members, held, strict=True)
     ]
-
-
-def _entries(state: Mapping[str, Any], keys: Mapping[str, str | None]) -> dict[str, Any]:
-    """A parameter's state by the names that are used here, without what is to be left behind or is not there."""
-    named = ((keys.get(key, key), value) for key, value in state.items())
-    return {key: value for key, value in named if key is not None and value is not None}
 
 
 def _names_by_order(model: nn.Module, sizes: list[int]) -> list[str]:
@@ -335,16 +312,19 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
     group, m = source.group, source.state.get("exp_avg")
     if not isinstance(m, Tensor):
         raise ValueError(
-            f"its state has no tensor exp_avg, but {sorted(map(str, source.state))}: pass the state of an Adam, or "
-            f"say with keys={{...}} what its entries are called"
+            f"its state has no tensor exp_avg, but {sorted(map(str, source.state))}: pass the state of an Adam or a "
+            f"torch Muon, or say by keys={{...}} what its entries are called"
         )
     if "level" in group:
-        options = {**defaults, **ADDED, **group, "backend": None}
+        unscaled = {key: value for key, value in defaults.items() if key != "detail_scale"}
+        options = {**unscaled, **ADDED, **group, "backend": None}
         try:
             check_group(options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the options of its state are damaged: {error}") from None
         return form_of(options, p.shape, m.dtype)
+    if is_of_muon(group):
+        unsaid = {**unsaid, "rule": "muon"}
     for level in range(64):
         shape = state_shape(p, {**unsaid, "level": level}) if p.dim() or not level else ()
         if tuple(m.shape) == shape:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gwt_kernels.haar.transform import check_level
+from gwt_kernels.rules import MATRIX_STAGES
 
 __all__ = ["divided", "warn_of_level_0"]
 
@@ -19,7 +20,7 @@ _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|cla
 
 
 def divided(
-    added: dict[str, Any], groups: Sequence[Mapping[str, Any]], level: int
+    added: dict[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """A copy of a group that is added to others, with names if they have names, and its part of level 0.
 
@@ -28,7 +29,7 @@ def divided(
     Args:
         added: The group; its ``params`` become a list, and nothing else of it changes.
         groups: That the optimizer has.
-        level: The optimizer's.
+        defaults: The optimizer's options.
     """
     params = added.get("params")
     if not isinstance(params, Tensor) and (not isinstance(params, Iterable) or isinstance(params, set | str)):
@@ -36,7 +37,7 @@ def divided(
     added["params"] = [params] if isinstance(params, Tensor) else list(params)
     group = dict(added)
     _name_by_place(group, groups)
-    return _split_by_level(group, level)
+    return _split_by_level(group, defaults)
 
 
 def warn_of_level_0(rest: Mapping[str, Any] | None, level: int) -> bool:
@@ -44,7 +45,7 @@ def warn_of_level_0(rest: Mapping[str, Any] | None, level: int) -> bool:
     if rest is None:
         return False
     warnings.warn(
-        f"{len(rest['params'])} of the parameters added to GWTAdamW without a level are one-dimensional, "
+        f"{len(rest['params'])} of the parameters added without a level are one-dimensional, "
         f"embeddings, or too narrow for its level {level}, and get level 0 (AdamW): say 'level' in the group, or "
         f"use gwt_param_groups",
         stacklevel=3,
@@ -61,10 +62,15 @@ def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
         added["param_names"] = [f"added.{len(groups)}.{k}" for k in range(len(params))]
 
 
-def _split_by_level(group: dict[str, Any], level: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The group without what ``level`` is not for, and that as one of level 0; all of it where it says a level."""
-    params = group["params"]
-    if "level" in group or not level:
+def _split_by_level(
+    group: dict[str, Any], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The group without what is not for the optimizer's level and rule, and that as AdamW's.
+
+    All of it where it says a level, or where the optimizer's takes every tensor.
+    """
+    params, level = group["params"], defaults["level"]
+    if "level" in group or not (level or defaults["rule"] in MATRIX_STAGES):
         return group, None
     names = group.get("param_names") or [p[0] if isinstance(p, tuple) else "" for p in params]
     tensors = [p[1] if isinstance(p, tuple) else p for p in params]

@@ -30,7 +30,7 @@ from gwt_kernels.optim.checks import (
 )
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.loading import check_and_set_aside
-from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices
+from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
 from gwt_kernels.optim.options import (
     ADDED,
     SLACK,
@@ -129,11 +129,13 @@ class PlannedOptimizer(Optimizer):
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
         self._check_rule(defaults)
+        check_group(defaults, capturable=self.capturable, slack=0.0)
         if has_matrices(defaults):
             check_matrix_options(defaults)
-        check_group(defaults, capturable=self.capturable, slack=0.0)
-        if defaults["rule"] != ADAMW.name:
-            check_group({**defaults, **self._adamw}, capturable=self.capturable, slack=0.0)
+        if self._adamw:
+            check_group(
+                {**defaults, **self._adamw, "rule": ADAMW.name, "level": 0}, capturable=self.capturable, slack=0.0
+            )
         self._rows = {}
         self._captured = []
         self._forget_plans()
@@ -156,7 +158,7 @@ class PlannedOptimizer(Optimizer):
             param_group.setdefault("level", 0)
         parts, rest = [param_group], None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
-            group, rest = divided(param_group, self.param_groups, self.defaults["level"])
+            group, rest = divided(param_group, self.param_groups, self.defaults)
             parts = [part for part in (group, rest) if part is not None]
         try:
             for part in parts:
@@ -403,10 +405,12 @@ class PlannedOptimizer(Optimizer):
     def _check_new_group(self, group: dict[str, Any]) -> None:
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
         self._check_group(group, slack=0.0)
+        if has_matrices(group):
+            group["ns_dtype"] = ns_dtype_name(group["ns_dtype"])
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, len(self.param_groups) - 1)
             check_param(p, group, name)
-            check_matrix(p, group, name)
+            check_matrix(p, group, i, len(self.param_groups) - 1)
             if self.capturable:
                 check_capturable(p, group, name)
 
@@ -437,7 +441,7 @@ class PlannedOptimizer(Optimizer):
         """Check everything, and plan steps of what is there now."""
         if capturing:
             raise RuntimeError(
-                "GWTAdamW.step() is being captured in a CUDA graph with parameters, gradients or options that it "
+                "step() is being captured in a CUDA graph with parameters, gradients or options that it "
                 "has not stepped before: take a few steps before the capture, on a side stream"
             )
         self._check_before_step()
@@ -475,9 +479,9 @@ class PlannedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
         self._check_rule(group)
+        check_group(group, capturable=self.capturable, slack=slack)
         if has_matrices(group):
             check_matrix_options(group)
-        check_group(group, capturable=self.capturable, slack=slack)
         if self._observed:
             check_observable(group)
 

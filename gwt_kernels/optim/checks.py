@@ -38,6 +38,7 @@ __all__ = [
     "check_rounding_of",
     "check_traceable",
     "is_captured",
+    "label_of",
     "name_of",
 ]
 
@@ -47,9 +48,13 @@ _ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run m
 def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
     """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
     p = group["params"][index]
+    return label_of(group, index, group_index) + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
+
+
+def label_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
+    """As :func:`name_of`, without the shape."""
     names = group.get("param_names")
-    label = repr(names[index]) if names and index < len(names) else f"{index} of group {group_index}"
-    return f"parameter {label}" + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
+    return f"parameter {repr(names[index]) if names and index < len(names) else f'{index} of group {group_index}'}"
 
 
 def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -66,10 +71,10 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     check_initialized([(name, p)])
     if not p.is_floating_point():
         raise TypeError(
-            f"{name} is {p.dtype}: GWTAdamW updates real floating-point tensors; leave it out of the optimizer"
+            f"{name} is {p.dtype}: only real floating-point tensors are updated; leave it out of the optimizer"
         )
     if p.layout != torch.strided:
-        raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
+        raise TypeError(f"{name} has layout {p.layout}: only dense tensors are updated; call to_dense() on it")
     if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
     if p.numel():
@@ -90,11 +95,11 @@ def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 def check_grad(g: Tensor, p: Tensor, name: str) -> None:
     if g.layout != torch.strided:
         raise RuntimeError(
-            f"GWTAdamW does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
+            f"this optimizer does not support sparse gradients, got {g.layout} for {name}: use sparse=False in its "
             f"embedding, or give it to torch.optim.SparseAdam"
         )
     if not g.is_floating_point():
-        raise RuntimeError(f"the gradient of {name} is {g.dtype}: GWTAdamW needs a real floating-point gradient")
+        raise RuntimeError(f"the gradient of {name} is {g.dtype}: it has to be a real floating-point one")
     if g.shape != p.shape or g.device != p.device:
         raise RuntimeError(
             f"{name} is on {p.device}, its gradient of shape {tuple(g.shape)} on {g.device}: the parameter changed "
@@ -184,7 +189,7 @@ def check_traceable(asked: ClipRequest) -> None:
     """Raise if a graph is being made of a step that may have to be skipped."""
     if choice.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
         raise RuntimeError(
-            f"GWTAdamW.step() is being traced by {choice.tracer()}, and a graph cannot skip a step: take "
+            f"step() is being traced by {choice.tracer()}, and a graph cannot skip a step: take "
             f"skip_nonfinite=True or the GradScaler away while tracing"
         )
 
@@ -198,7 +203,7 @@ def is_captured(capturable: bool) -> bool:
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
     if capturing and not capturable:
         raise RuntimeError(
-            "GWTAdamW.step() is being captured in a CUDA graph, but step counts and learning rates are the "
+            "step() is being captured in a CUDA graph, but step counts and learning rates are the "
             "host's, and a replay would repeat those of the capture: build the optimizer with capturable=True"
         )
     return capturing

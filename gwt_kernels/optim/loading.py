@@ -20,7 +20,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
-            f"pass what GWTAdamW.state_dict() returned"
+            f"pass what the optimizer's state_dict() returned"
         )
     added, groups = ADDED.items(), optimizer.param_groups
     saved_groups = [
@@ -37,8 +37,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         for option in STRUCTURAL:
             if option not in saved:
                 raise ValueError(
-                    f"group {i} of the state has no {option!r}: it was not saved by GWTAdamW; gwt_kernels.migrate "
-                    f"takes over an AdamW's"
+                    f"group {i} of the state has no {option!r}: it was not saved by this package; "
+                    f"gwt_kernels.migrate takes over an AdamW's, and a Muon's"
                 )
             if option == "rule" and _name_at_level(saved) == _name_at_level(group):
                 continue  # as of groups at level 0 in older checkpoints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from gwt_kernels.backends.matrix_runner import MatrixStage
 from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter
-from gwt_kernels.rules import RULES
+from gwt_kernels.optim.checks import label_of
+from gwt_kernels.rules import MATRIX_STAGES
 from gwt_kernels.rules.newton_schulz import (
+    DTYPES,
     NewtonSchulz,
     check_workspace,
     matrix_shapes,
@@ -28,9 +31,17 @@ __all__ = [
     "has_matrices",
     "matrix_options",
     "matrix_stage",
+    "ns_dtype_name",
+    "stage_key",
 ]
 
-_EMBEDDING = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe)([._]|$)")
+_stage_options = itemgetter(
+    *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits")
+)
+_EMBEDDING = re.compile(r"^(embed\w*|\w*_embed|\w*embeddings?|\w*embedding_table|wte|wpe)$", re.IGNORECASE)
+_NO_EMBEDDING = re.compile(r"proj|linear|dense|mapping", re.IGNORECASE)
+_CONVOLUTION = re.compile(r"(^|[._])\w*conv(olution)?\d*d?([._]|$)", re.IGNORECASE)
+_KERNELS = ([1, 1], [3, 3], [5, 5], [7, 7])
 
 
 class MatrixOptions(NamedTuple):
@@ -52,16 +63,24 @@ class MatrixOptions(NamedTuple):
 
 
 def has_matrices(group: Mapping[str, Any]) -> bool:
-    """Whether the rule of a group has a matrix stage."""
-    return RULES[group["rule"]].last_stage is not None
+    """Whether the rule of a group, which need not be checked yet, has a matrix stage."""
+    rule = group["rule"]
+    return isinstance(rule, str) and rule in MATRIX_STAGES
+
+
+def stage_key(group: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What tells the matrix stage of a group, which need not be checked yet, from another's; None for no stage."""
+    if not has_matrices(group):
+        return None
+    return tuple(tuple(value) if isinstance(value, list) else value for value in _stage_options(group))
 
 
 def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
     """The options of a group's matrix stage; None where its rule has none."""
     if not has_matrices(group):
         return None
-    dtype = getattr(torch, str(group["ns_dtype"]), None)
-    iteration = NewtonSchulz(tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"], dtype)  # type: ignore[arg-type]
+    dtype = getattr(torch, ns_dtype_name(group["ns_dtype"]))
+    iteration = NewtonSchulz(tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"], dtype)
     splits = group["row_splits"]
     return MatrixOptions(
         iteration,
@@ -72,43 +91,63 @@ def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
     )
 
 
+def ns_dtype_name(ns_dtype: torch.dtype | str) -> str:
+    """The option as a checkpoint holds it: a plain name.
+
+    Raises:
+        ValueError: Newton-Schulz does not know this dtype.
+    """
+    name = str(ns_dtype).removeprefix("torch.")
+    if name not in (known := [str(dtype).removeprefix("torch.") for dtype in DTYPES]):
+        raise ValueError(f"ns_dtype={ns_dtype!r} must be one of {', '.join(f'torch.{each}' for each in known)}")
+    return name
+
+
 def check_matrix_options(group: Mapping[str, Any]) -> None:
     """Raise unless the options of a group's matrix stage have a meaning.
 
     Raises:
         TypeError, ValueError: they have none; the message names the option.
     """
+    if not has_matrices(group):
+        return
     for name in ("ns_coefficients", "row_splits"):
         value = group[name]
         if not isinstance(value, (tuple, list)) and not (value is None and name == "row_splits"):
             raise TypeError(f"{name}={value!r} must be a tuple of numbers")
     options = matrix_options(group)
-    if options is None:
-        return
+    assert options is not None
     options.newton_schulz.check()
     update_scale(options.adjust_lr_fn, (1, 1))
     if isinstance(options.workspace_bytes, bool) or not isinstance(options.workspace_bytes, int):
         raise TypeError(f"workspace_bytes={options.workspace_bytes!r} must be an int")
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"nesterov must be True or False, got {group['nesterov']!r}")
 
 
-def check_matrix(p: Tensor, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless a parameter is a matrix, or a batch of matrices, that the stage of its group can take.
+def check_matrix(p: Tensor, group: Mapping[str, Any], index: int, group_index: int) -> None:
+    """Raise unless a group's parameter is a matrix, or a batch of matrices, that the stage of the group can take.
 
     Raises:
-        TypeError, ValueError: it is not; the message names the parameter and the remedy.
+        TypeError, ValueError: It is not; the message names the parameter and the remedy.
     """
     options = matrix_options(group)
     if options is None:
         return
-    if _EMBEDDING.search(name.removeprefix("parameter ").split(" ")[0].strip("'\"")):
+    names, label = group.get("param_names"), label_of(group, index, group_index)
+    path = str(names[index]).removesuffix(".weight") if names and index < len(names) else ""
+    owner = path.rpartition(".")[2]
+    if _EMBEDDING.search(owner) and not _NO_EMBEDDING.search(owner):
         raise ValueError(
-            f"{name} is called an embedding, whose rows are looked up and not multiplied: put it into a group with "
-            f"rule='adamw', as gwt_param_groups does"
+            f"{label} is called an embedding, whose rows are looked up and not multiplied: put it into a group "
+            f"with rule='adamw', as gwt_param_groups does"
+        )
+    is_kernel = p.dim() > 3 and list(p.shape[-2:]) in _KERNELS
+    if p.dim() > 2 and not options.flatten and (is_kernel or _CONVOLUTION.search(path)):
+        raise ValueError(
+            f"{label} of shape {tuple(p.shape)} is a convolution's by its {'shape' if is_kernel else 'name'}, and "
+            f"its last two dimensions are no matrix: use flatten=True in its group, or rule='adamw'"
         )
     check_workspace(
-        name, p.shape, options.newton_schulz, options.workspace_bytes, options.flatten, options.row_splits
+        label, p.shape, options.newton_schulz, options.workspace_bytes, options.flatten, options.row_splits
     )
 
 

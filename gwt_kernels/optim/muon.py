@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.matrices import ns_dtype_name
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
 
@@ -29,27 +30,28 @@ class GWTMuon(PlannedOptimizer):
     adamw_lr=3e-4)``.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option below, but for ``workspace_bytes``, may be overridden
-        per
-            group.
+        params: What ``torch.optim.AdamW`` takes. Every option down to ``backend`` may be overridden per group, but
+            for those that are the whole optimizer's in :class:`gwt_kernels.GWTAdamW`.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay, at ``lr`` before its adjustment.
         momentum: Decay of the momentum, in [0, 1).
         nesterov: Whether the update looks ahead by the gradient's part of the momentum.
-        ns_coefficients: Of the Newton-Schulz iteration's quintic.
+        ns_coefficients: Of the quintic of the Newton-Schulz iteration.
         eps: The smallest norm that a matrix is divided by before the iteration.
         ns_steps: Iterations, below 100.
         adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``,
-        or
-            ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
+            or ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
         level: Levels of the transform.
         scale: Factor on the update of matrices, at level 0 too.
         detail_scale: Factor on what an element differs by from the mean of its block.
-        ns_dtype: dtype of the iteration, and of matrices that travel between processes: bfloat16, float32 or
-        float64. workspace_bytes: What matrices that are computed at once may take, with the iteration's
-        temporaries. flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of
-        convolutions. row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of
-        queries, keys and values. adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        ns_dtype: dtype of the iteration, and of matrices that travel between processes: ``torch.bfloat16``,
+            ``torch.float32`` or ``torch.float64``.
+        workspace_bytes: What matrices that are computed at once may take, with the iteration's temporaries.
+        flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of convolutions.
+            Blocks stay within the last dimension.
+        row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of queries, keys and
+            values.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
         adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
         state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
 
@@ -57,9 +59,8 @@ class GWTMuon(PlannedOptimizer):
     ``exp_avg_sq`` too. On DTensors every process takes part in every step.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`; a tensor is no matrix, or a matrix
-        needs
-            more than ``workspace_bytes``.
+        TypeError, ValueError, RuntimeError: As :class:`gwt_kernels.GWTAdamW`; or a tensor is no matrix, or a matrix
+            needs more than ``workspace_bytes``.
     """
 
     rules = ("muon", "adamw")
@@ -97,14 +98,13 @@ class GWTMuon(PlannedOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": adamw_betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_coefficients": ns_coefficients,
             "ns_steps": ns_steps,
-            "ns_dtype": str(ns_dtype).removeprefix("torch."),
+            "ns_dtype": ns_dtype_name(ns_dtype),
             "adjust_lr_fn": adjust_lr_fn,
             "workspace_bytes": workspace_bytes,
             "flatten": flatten,
@@ -127,4 +127,4 @@ class GWTMuon(PlannedOptimizer):
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self._observed = telemetry
-        super().__init__(params, defaults, adamw={"eps": adamw_eps})
+        super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})

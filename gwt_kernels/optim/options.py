@@ -37,6 +37,7 @@ _LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
 )
+_NO_BETAS = (0.0, 0.0)
 _PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, float) for gamma in (float, type(None))}
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
@@ -130,16 +131,19 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or a tensor that only the device could read.
         ValueError: a number is out of range, or a tensor holds several.
     """
-    numbers = *_numbers(group), _detail_scale(group)
+    of_momentum = "momentum" in group and group["rule"] != ADAMW.name
+    numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         hyper = _remembered(numbers, slack)  # of no tensor, which might change where it lies
     else:
         hyper = _checked(numbers, slack, capturable)
-    if "momentum" not in group or group["rule"] == ADAMW.name:
+    if not of_momentum:
         return hyper
     momentum = _from_zero("momentum", _number("momentum", group["momentum"]), slack)
     if not momentum < 1.0:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+    if not isinstance(group["nesterov"], bool):
+        raise TypeError(f"nesterov must be True or False, got {group['nesterov']!r}")
     return hyper._replace(beta1=momentum, beta2=momentum if group["nesterov"] else 1.0)
 
 

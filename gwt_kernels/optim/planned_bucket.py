@@ -18,7 +18,7 @@ from gwt_kernels.backends.runner import Reduction, Runner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
-from gwt_kernels.optim.checks import name_of
+from gwt_kernels.optim.checks import label_of
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.matrices import matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
@@ -196,7 +196,7 @@ def _runner_of(bucket: Bucket, members: Sequence[Member], groups: Sequence[Mappi
 def _name_of(member: Member, group: Mapping[str, Any]) -> str:
     """What errors call a member."""
     index = next(i for i, p in enumerate(group["params"]) if p is member.param)
-    return name_of(group, index, member.group)
+    return label_of(group, index, member.group)
 
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:

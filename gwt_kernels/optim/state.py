@@ -127,7 +127,7 @@ def check_state(
     missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
     if missing:
         raise ValueError(
-            f"the state of {name} lacks {', '.join(missing)}: it was not made by GWTAdamW with these options "
+            f"the state of {name} lacks {', '.join(missing)}: it was not made by an optimizer with these options "
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )

@@ -21,7 +21,7 @@ from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReductio
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
-from gwt_kernels.optim.matrices import has_matrices, matrix_options
+from gwt_kernels.optim.matrices import stage_key
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
 from gwt_kernels.optim.state import is_limited
 
@@ -201,8 +201,7 @@ _shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtyp
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
-    matrices = matrix_options(group) if has_matrices(group) else None
-    return *_shared_options(group), is_limited(group), matrices
+    return *_shared_options(group), is_limited(group), stage_key(group)
 
 
 def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:

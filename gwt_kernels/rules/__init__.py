@@ -12,12 +12,14 @@ from gwt_kernels.rules.lion import LION
 from gwt_kernels.rules.muon import MUON
 from gwt_kernels.rules.rule import Rule
 
-__all__ = ["ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
+__all__ = ["ADAMW", "MATRIX_STAGES", "RULES", "Rule", "check_rule", "rule_of"]
 
 RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON)}
 """By the option ``rule``."""
 _BUCKETS = RULES | {rule.last_stage.name: rule.last_stage for rule in RULES.values() if rule.last_stage}
 """What a bucket's rule may be: a stage of one, too."""
+MATRIX_STAGES = {stage for rule in RULES.values() if rule.last_stage for stage in (rule.name, rule.last_stage.name)}
+"""Rules that are no step by themselves: what comes before matrices are orthogonalised, and after it."""
 
 
 def rule_of(name: str, level: int = 1) -> Rule:

@@ -146,7 +146,7 @@ PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "takes its filters from PyWavelets": without_pywavelets,
     "has level=2, the optimizer level=3": lambda _: optimizer(level=3).load_state_dict(optimizer().state_dict()),
     "has groups of": two_groups,
-    "was not saved by GWTAdamW": of_torch,
+    "was not saved by this package": of_torch,
     "sparse gradients": sparse,
     "is being captured": captured,
     "would have to wait": lambda _: optimizer(lr=torch.ones((), device="meta")),

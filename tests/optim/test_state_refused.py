@@ -100,8 +100,8 @@ MISFITS = {
         lambda: GWTAdamW([{"params": parameters([s])} for s in SHAPES]).state_dict(),
         ("[1, 1, 1]", "[3]", MIGRATE),
     ),
-    "torch.optim.AdamW's": (torch_adamw, ("level", "not saved by GWTAdamW", MIGRATE)),
-    "a model's": (lambda: nn.Linear(2, 2).state_dict(), ("weight", "param_groups", "GWTAdamW.state_dict()")),
+    "torch.optim.AdamW's": (torch_adamw, ("level", "not saved by this package", MIGRATE)),
+    "a model's": (lambda: nn.Linear(2, 2).state_dict(), ("weight", "param_groups", "state_dict()")),
     "the folded rule's": (
         lambda: trained(rule="foam").state_dict(),
         ("rule='foam'", "rule='gwt'", "state's value", MIGRATE),

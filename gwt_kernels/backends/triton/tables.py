@@ -78,7 +78,7 @@ class Sender:
         if capturable and torch.cuda.is_current_stream_capturing():
             if self._spare is None or len(self._spare) < len(host):
                 raise RuntimeError(
-                    "GWTAdamW.step() is being captured in a CUDA graph with tensors that it has not stepped "
+                    "step() is being captured in a CUDA graph with tensors that it has not stepped "
                     "before: take a few steps before each capture, on a side stream"
                 )
             pinned, self._spare = self._spare, None

@@ -1,0 +1,187 @@
+"""Tests steps with a matrix stage: backends against one another in every format, and matrices in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gwt_kernels import GWTMuon
+from tests.support import interpreter
+from tests.support.memory import Peak
+from tests.support.poisoned import Poisoned
+from tests.support.runs import assert_differ, assert_same_bits, results
+from tests.test_functional import on
+
+# What is exact in float32 whatever the order of operations: gradients that are eighths, momentum 1/2, and a rate
+# that is a power of 2 on matrices whose adjustment is 1.
+EXACT = {"lr": 2.0**-6, "momentum": 0.5, "weight_decay": 0.125}
+SHAPES = [(16, 64), (5, 36), (2, 6, 22)]
+CODED = (64, 256)  # of enough coefficients for codes
+
+
+def tensors(shapes, dtype, backend, layout="contiguous", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = [Poisoned(torch.randn(s, generator=generator).to(on(backend), dtype), layout) for s in shapes]
+    return made, [torch.nn.Parameter(x.tensor) for x in made]
+
+
+def give(params, t, layout="contiguous"):
+    generator = torch.Generator().manual_seed(100 + t)
+    for p in params:
+        g = torch.randint(-6, 7, p.shape, generator=generator).to(p.device, p.dtype) / 8
+        p.grad = Poisoned(g, layout).tensor
+
+
+def run(
+    backend, shapes=SHAPES, *, dtype=torch.float32, layout="contiguous", grads="contiguous", steps=2, **options
+):
+    places, params = tensors(shapes, dtype, backend, layout)
+    optimizer = GWTMuon(params, backend=backend, **{**EXACT, **options})
+    with interpreter.like_a_gpu():
+        for t in range(steps):
+            give(params, t, grads)
+            optimizer.step()
+    for place in places:
+        place.check()
+    return optimizer
+
+
+def check_backends(**options):
+    """The torch and the Triton backend have to leave the same bits, random ones among them."""
+    wanted, got = run("torch", **options), run("triton", **options)
+    for p, q in zip(*(x.param_groups[0]["params"] for x in (wanted, got)), strict=True):
+        assert_same_bits(p.detach().cpu(), q.detach().cpu())
+        own, other = ({k: v.cpu() for k, v in x.state[y].items()} for x, y in ((wanted, p), (got, q)))
+        assert_same_bits(own, other)
+    return wanted
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("rounding", [None, "stochastic", "split"])
+def test_backends_agree_in_every_format_and_rounding(level, state_dtype, rounding):
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    options = {"shapes": [*SHAPES, CODED] if state_dtype == torch.int8 else SHAPES}
+    options |= {"dtype": dtype, "level": level, "state_dtype": state_dtype, "weight_rounding": rounding}
+    optimizer = check_backends(**options)
+    kept = {x.dtype for own in optimizer.state.values() for k, x in own.items() if k == "exp_avg"}
+    assert (state_dtype or torch.float32) in kept
+    other = run("torch", **options, ns_steps=4)
+    assert_differ(results(optimizer), results(other))  # control
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layout", "grads"),
+    [("misaligned", "contiguous"), ("contiguous", "misaligned"), ("transposed", "contiguous"),
+     ("contiguous", "transposed"), ("transposed", "transposed"), ("gaps", "strided")],
+)  # fmt: skip
+def test_backends_agree_on_any_layout(layout, grads, dtype):
+    wanted = check_backends(dtype=dtype, layout=layout, grads=grads)
+    assert_same_bits(results(wanted), results(run("torch", dtype=dtype)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"nesterov": False}, {"detail_scale": 0.5}, {"maximize": True}, {"ns_steps": 0}, {"ns_dtype": torch.float32},
+     {"capturable": True}, {"capturable": True, "max_grad_norm": 1e9}, {"skip_nonfinite": True}],
+    ids=str,
+)  # fmt: skip
+def test_backends_agree_under_every_option(options):
+    wanted = check_backends(**options)
+    assert_differ(results(wanted), results(run("torch", steps=1, **options)))
+
+
+def test_splits_of_rows_with_factors_of_their_own():
+    for adjust_lr_fn, scale in (("original", 1.0), ("match_rms_adamw", 5.0)):
+        check_backends(
+            shapes=[(24, 16), (2, 24, 16)], row_splits=(16, 4, 4), adjust_lr_fn=adjust_lr_fn, scale=scale
+        )
+
+
+# In pieces -------------------------------------------------------------------------------------------------
+
+EXPERTS = [(3, 8, 40), (3, 6, 37), (4, 8, 48), (8, 24)]
+
+
+def least_bytes(shape, itemsize=2):
+    rows, cols = shape[-2:]
+    return itemsize * (2 * rows * cols + 2 * min(rows, cols) ** 2)
+
+
+@pytest.mark.parametrize(("backend", "level"), [("torch", 0), ("torch", 2), ("triton", 2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_rounding": "stochastic", "state_dtype": torch.bfloat16, "dtype": torch.bfloat16},
+        {"weight_rounding": "split", "dtype": torch.bfloat16},
+        {"max_grad_norm": 0.5, "skip_nonfinite": True, "capturable": True},
+        {"row_splits": (4, 4), "adjust_lr_fn": "match_rms_adamw", "shapes": [(3, 8, 40), (3, 8, 37)]},
+        {"layout": "transposed", "grads": "misaligned"},
+    ],
+    ids=str,
+)
+def test_experts_in_pieces_have_the_bits_of_whole_ones(backend, level, options):
+    """But for those of the products, which libraries compute for one matrix otherwise than for several."""
+    options = {"shapes": EXPERTS, "level": level, "ns_steps": 0, **options}
+    whole = run(backend, **options)
+    few = max(map(least_bytes, options["shapes"]))
+    pieces = run(backend, workspace_bytes=few, **options)
+    counts = [len(bucket.runner._batches) for x in (whole, pieces) for bucket in x._plan.buckets]
+    assert counts[0] == 1
+    assert counts[1] >= sum(s[0] for s in options["shapes"] if len(s) > 2)
+    params, others = (x.param_groups[0]["params"] for x in (whole, pieces))
+    for p, q in zip(params, others, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+        assert_same_bits(dict(whole.state[p]), dict(pieces.state[q]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_int8_moments_of_experts_are_cut_at_whole_scales_or_the_remedy_is_named(backend):
+    shapes = [(8, 32, 128)]  # 1,024 coefficients an expert at level 2: 8 blocks of 128
+    options = {"shapes": shapes, "state_dtype": torch.int8}
+    pieces = run(backend, workspace_bytes=3 * least_bytes(shapes[0]), **options)
+    whole = run(backend, **options)
+    states = [next(iter(x.state.values())) for x in (pieces, whole)]
+    assert states[0]["exp_avg"].dtype == torch.int8
+    assert_same_bits(dict(states[0]), dict(states[1]))
+    with pytest.raises(ValueError, match=r"cannot be cut where 128 of its int8 moments share a scale"):
+        run(backend, shapes=[(300, 4, 20)], state_dtype=torch.int8, workspace_bytes=10 * least_bytes((4, 20)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_of_pieces_are_those_of_whole_ones_to_rounding(dtype):
+    few = max(least_bytes(s, dtype.itemsize) for s in EXPERTS)
+    options = {"shapes": EXPERTS, "ns_dtype": dtype, "dtype": torch.float64, "steps": 1}
+    whole, pieces = (results(run("torch", **options, **given)) for given in ({}, {"workspace_bytes": few}))
+    for p, q in zip(whole["params"], pieces["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=2**-51, atol=EXACT["lr"] * 40 * torch.finfo(dtype).eps)
+
+
+def test_telemetry_of_pieces_is_that_of_the_whole():
+    told = []
+    for workspace in (1 << 20, max(map(least_bytes, EXPERTS))):
+        optimizer = run("torch", shapes=EXPERTS, telemetry=True, workspace_bytes=workspace)
+        told.append(optimizer.telemetry())
+    for name, wanted in told[0].items():
+        assert told[1][name] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_memory_of_a_step_stays_below_the_workspace():
+    """Beside the float32 temporaries of chunks, which a CPU step in PyTorch has too."""
+    shapes, bound = [(32, 256, 256)] * 2, 4 << 20
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    optimizer = GWTMuon(params, workspace_bytes=bound, backend="torch")
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    with Peak() as tight:
+        optimizer.step()
+    optimizer.param_groups[0]["workspace_bytes"] = 256 << 20
+    optimizer.step()
+    with Peak() as loose:
+        optimizer.step()
+    chunks = 6 * 4 * (1 << 20)  # float32 copies of 2**20 elements
+    assert tight.bytes <= bound + chunks
+    assert loose.bytes >= 2 * tight.bytes
