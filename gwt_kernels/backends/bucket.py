@@ -19,6 +19,7 @@ from gwt_kernels.core.hyper import (
     literal_alone,
     padded_spans,
 )
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
 from gwt_kernels.rules import RULES, check_rule, rule_of
@@ -49,7 +50,7 @@ class Bucket:
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]``.
         exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that has none.
-        level: Levels of the transform.
+        level: Levels of the transform, or ``"row"``.
         grad_dtype: dtype of the gradients.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
         limiter. rule: Of the update.
@@ -74,7 +75,7 @@ class Bucket:
         exp_avgs: Sequence[Tensor],
         exp_avg_sqs: Sequence[Tensor | None] | None,
         *,
-        level: int,
+        level: Level,
         grad_dtype: torch.dtype,
         limiter_norms: Sequence[Tensor | None] | None = None,
         rule: Rule = "gwt",
@@ -114,7 +115,7 @@ class Bucket:
     @property
     def is_limited(self) -> bool:
         """Whether a step limits the growth of the update's norm by itself. Level 0 has no limiter."""
-        return self.level > 0 and self.limiter_norms[0] is not None
+        return bool(self.level) and self.limiter_norms[0] is not None
 
     @property
     def stored(self) -> MomentFormat:
@@ -145,7 +146,7 @@ class Bucket:
     @property
     def is_literal(self) -> bool:
         """Whether no block of neighbours states the transform, so that the published algorithm runs literally."""
-        return self.level > 0 and literal_alone(self.wavelet, self.boundary) is not None
+        return bool(self.level) and literal_alone(self.wavelet, self.boundary) is not None
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -208,13 +209,15 @@ class Bucket:
             raise ValueError(f"{len(self)} params need as many of all else, got {lengths}")
 
     def _check_transform(self) -> None:
-        check_rule(self.rule, self.wavelet, self.boundary)
+        check_rule(self.rule, self.wavelet, self.boundary, self.level)
         unknown = literal_alone(self.wavelet, self.boundary)
         if self.telemetry is not None and unknown:
             raise ValueError(
                 f"telemetry knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
             )
         check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
+        if self.stored.scales and (self.level == ROW or self.stated.row_slots):
+            raise ValueError(f"moments in {self.exp_avgs[0].dtype} have no place in rows: keep them in float32")
         if unknown and self.stored.is_random:
             raise ValueError(f"moments in {self.exp_avgs[0].dtype} know no {unknown}: keep them in float32")
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.formats.moments import stored_as
 
 __all__ = ["check_bucket", "check_low_bits", "check_scales"]
 
 
-def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
+def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level) -> None:
     """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.
 
     Args:
@@ -37,7 +38,7 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
             f"{' and '.join(map(str, expected))}, and limiter_norms float32"
         )
     for p, g, *own in zip(params, arrays["grads"], *moments, strict=True):
-        shape = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
+        shape = (*p.shape[:-1], blocks_of(level, p.shape[-1])) if p.dim() else ()
         if g.shape != p.shape or any(x.shape != shape for x in own):
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
@@ -47,7 +48,7 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
-def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: int) -> None:
+def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: Level) -> None:
     """Raise unless each quantized tensor has the scales of all of its blocks beside it, for each moment."""
     for m, own in zip(exp_avgs, scales, strict=True):
         shape = (stored_as(m.dtype).n_scales(m.shape, level),)

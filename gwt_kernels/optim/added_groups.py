@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.haar.transform import check_level
 
 __all__ = ["divided", "warn_of_level_0"]
@@ -19,7 +20,7 @@ _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|cla
 
 
 def divided(
-    added: dict[str, Any], groups: Sequence[Mapping[str, Any]], level: int
+    added: dict[str, Any], groups: Sequence[Mapping[str, Any]], level: Level
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """A copy of a group that is added to others, with names if they have names, and its part of level 0.
 
@@ -39,7 +40,7 @@ def divided(
     return _split_by_level(group, level)
 
 
-def warn_of_level_0(rest: Mapping[str, Any] | None, level: int) -> bool:
+def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
     """Warn of tensors that were added and have got level 0 unasked; whether there are any."""
     if rest is None:
         return False
@@ -61,7 +62,7 @@ def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
         added["param_names"] = [f"added.{len(groups)}.{k}" for k in range(len(params))]
 
 
-def _split_by_level(group: dict[str, Any], level: int) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _split_by_level(group: dict[str, Any], level: Level) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The group without what ``level`` is not for, and that as one of level 0; all of it where it says a level."""
     params = group["params"]
     if "level" in group or not level:
@@ -80,12 +81,14 @@ def _split_by_level(group: dict[str, Any], level: int) -> tuple[dict[str, Any] |
     return those(True) if any(fits) else None, {**those(False), "level": 0, "rule": "adamw"}
 
 
-def _is_transformed(p: Any, name: str, level: int) -> bool:
+def _is_transformed(p: Any, name: str, level: Level) -> bool:
     """Whether a tensor takes the optimizer's level; what cannot be stepped at all is refused by other checks."""
     if not isinstance(p, Tensor) or is_lazy(p):
         return True
     if p.dim() < 2 or _LEFT.search(name):
         return False
+    if level == ROW:
+        return True
     try:
         check_level(level, p.shape[-1], name)
     except ValueError:

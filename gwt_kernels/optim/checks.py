@@ -13,6 +13,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import literal_alone
+from gwt_kernels.core.level import ROW
 from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import check_level
 from gwt_kernels.optim.options import rounding_of
@@ -25,12 +26,14 @@ from gwt_kernels.optim.state import (
     state_keys,
     upgraded,
 )
+from gwt_kernels.rules import rule_of
 
 __all__ = [
     "check_backend",
     "check_before_step",
     "check_capturable",
     "check_grad",
+    "check_heads_of",
     "check_initialized",
     "check_observable",
     "check_param",
@@ -72,12 +75,23 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise TypeError(f"{name} has layout {p.layout}: GWTAdamW updates dense tensors; call to_dense() on it")
     if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
-    if p.numel():
+    if p.numel() and group["level"] != ROW:
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    check_heads_of(p, group, name)
     check_rounding_of(p, group, name)
     check_shards(p, group, name)
     if p.device.type != "meta":
         check_backend(p, name, p.dtype, group)
+
+
+def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless the rows of a parameter are whole heads."""
+    head_rows, rows = group.get("head_rows"), p.shape[-2] if p.dim() > 1 else 1
+    if head_rows is not None and rule_of(group["rule"], group["level"]).row_slots and rows % head_rows:
+        raise ValueError(
+            f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with another "
+            f"head_rows, such as 1 for a second moment a row"
+        )
 
 
 def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:

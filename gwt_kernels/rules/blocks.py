@@ -8,28 +8,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import ROW, Level, block_width
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["block_sums", "kernel_block_means", "kernel_block_sums", "pad_to_multiple"]
+__all__ = ["block_sums", "cut_like", "kernel_block_means", "kernel_block_sums", "pad_to_blocks", "width_of"]
 
 
-def block_sums(g: Tensor, level: int) -> Tensor:
-    """Sums of ``2**level`` neighbours along the last dimension, zeros beyond its end: ``[..., nb]``.
+def width_of(g: Tensor, level: Level) -> int:
+    """Elements of a block of ``g``."""
+    return block_width(level, g.shape[-1] if g.dim() else 1)
+
+
+def block_sums(g: Tensor, level: Level) -> Tensor:
+    """Sums of the blocks along the last dimension, zeros beyond its end: ``[..., nb]``.
 
     Pairwise additions of strided halves: on a CPU several times as fast as a sum over a short last axis.
     """
+    if level == ROW:
+        return g.sum(-1, keepdim=True)
     for _ in range(level):
-        g = pad_to_multiple(g, 2)
+        g = pad_to_blocks(g, 1)
         g = g[..., 0::2] + g[..., 1::2]
     return g
 
 
-def pad_to_multiple(x: Tensor, width: int) -> Tensor:
+def pad_to_blocks(x: Tensor, level: Level) -> Tensor:
     """``x`` with zeros on the right up to a whole number of blocks."""
-    missing = -x.shape[-1] % width
+    missing = -x.shape[-1] % width_of(x, level) if x.dim() else 0
     return F.pad(x, (0, missing)) if missing else x
+
+
+def cut_like(x: Tensor, p: Tensor) -> Tensor:
+    """Of ``x``, of whole blocks, what lies in the rows of ``p``."""
+    return x[..., : p.shape[-1]] if p.dim() else x
 
 
 @statement

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, cut_like, kernel_block_means, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ __all__ = ["GWT"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+) -> tuple[Tensor, ...]:
     """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
-    width = 2**level
+    width = width_of(g, level)
     mean = block_sums(g.to(m.dtype), level).mul_(hyper.signed_factor / width)
     m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
     v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
@@ -52,17 +55,17 @@ def _update(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
     """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
     _, gain, offset = parts
-    g = pad_to_multiple(g.to(gain.dtype), 2**level)
+    g = pad_to_blocks(g.to(gain.dtype), level)
     gain.mul_(step_size)
     offset.mul_(gain)
-    blocks = g.reshape(*gain.shape, 2**level)
+    blocks = g.reshape(*gain.shape, width_of(g, level))
     update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=-hyper.signed_factor)
-    update = update.view(g.shape)[..., : p.shape[-1]]
+    update = cut_like(update.view(g.shape), p)
     p.add_(update)
     if notes is not None:
         notes.update(update)

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from gwt_kernels.core import kernel
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 
 __all__ = ["Kernel", "Moments", "Rule", "Update"]
 
-Moments = Callable[[Tensor, Tensor, Any, Hyper, int, Notes | None], tuple[Tensor, ...]]
+Moments = Callable[[Tensor, Tensor, Any, Hyper, Level, Notes | None], tuple[Tensor, ...]]
 """Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes)``.
 
-``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., ceil(N / 2**level)]`` in the arithmetic's; ``v`` is
-None for a rule without second moment.
+``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
+``v`` is None for a rule without second moment.
 Returns what :data:`Update` takes.
 """
 
-Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, int, Notes | None], None]
+Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, Level, Notes | None], None]
 """Subtract the update from weights in place: ``update_(p, g, parts, step_size, hyper, level, notes)``.
 
 ``p`` is ``[..., N]`` in the dtype of the arithmetic, its weight decay already applied; ``parts`` are what
@@ -62,10 +63,13 @@ class Rule:
         direction: The part of the update whose norm the limiter compares, from what ``moments`` returned, as a
             tensor of its own; None for a rule without limiter.
         slots: State entries that hold its moments, in order.
+        row_slots: Those of them that are one number for a row, or for rows that belong together, and not for a
+            block: they are kept in float32 whatever ``state_dtype``.
         plain: The rule that it is at level 0; None for itself.
         norm_growth_limit: The limiter's default gamma; None for none.
         is_scaled: Whether the option ``scale`` multiplies its update.
         corrects_bias: Whether it knows Adam's bias correction.
+        corrects_inside: Whether that is of the moments alone, inside the root: see :meth:`Hyper.corrected`.
         takes_detail_scale: Whether it takes a factor on details.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
@@ -78,10 +82,12 @@ class Rule:
     update_: Update
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    row_slots: tuple[str, ...] = ()
     plain: Rule | None = None
     norm_growth_limit: float | None = None
     is_scaled: bool = True
     corrects_bias: bool = True
+    corrects_inside: bool = False
     takes_detail_scale: bool = False
     is_literal: bool = False
     is_of_elements: bool = False
