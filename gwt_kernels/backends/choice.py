@@ -113,9 +113,7 @@ def triton_obstacle(
         return f"its kernels know boundary='zero' only, not {boundary!r}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its arithmetic is float32, so tensors of {dtype} would lose precision"
-    if level == ROW:
-        return "its kernels hold no whole rows"
-    if level > MAX_TRITON_LEVEL:
+    if level != ROW and level > MAX_TRITON_LEVEL:
         return f"level {level} is above {MAX_TRITON_LEVEL}, the deepest its kernels hold in registers"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

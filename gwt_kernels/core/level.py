@@ -28,15 +28,8 @@ def depth_of(level: Level) -> float:
 
 
 def check_level_type(level: object) -> None:
-    """Raise unless ``level`` is an integer of at least 0, or ``"row"``.
-
-    Raises:
-        TypeError: it is neither a whole number nor a string.
-        ValueError: it is another string, or below 0.
-    """
-    if isinstance(level, str):
-        if level != ROW:
-            raise ValueError(f"unknown level {level!r}: use an integer, or 'row' for one block a row")
+    """Raise unless ``level`` is an integer of at least 0, or ``"row"``."""
+    if isinstance(level, str) and level == ROW:
         return
     if isinstance(level, bool) or not isinstance(level, int):
         raise TypeError(f"level must be an integer or 'row', got {level!r}")

@@ -57,15 +57,15 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    m = b1 * m + rest1 * g
-    v = b2 * v + rest2 * (g * g)
-    return g, g, m, v
+    m = b1 * m + rest1 * mean
+    v = b2 * v + rest2 * (mean * mean)
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     denominator = tl.sqrt_rn(v) + numbers[4]
     return m * tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
 

@@ -13,7 +13,16 @@ from gwt_kernels.core.level import ROW, Level, block_width
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["block_sums", "cut_like", "kernel_block_means", "kernel_block_sums", "pad_to_blocks", "width_of"]
+__all__ = [
+    "block_sums",
+    "cut_like",
+    "kernel_block_means",
+    "kernel_block_squares",
+    "kernel_block_sums",
+    "kernel_residuals",
+    "pad_to_blocks",
+    "width_of",
+]
 
 
 def width_of(g: Tensor, level: Level) -> int:
@@ -71,7 +80,24 @@ def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constex
     On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in
     all of its lanes, for what each needs of the mean, than to send them what the lane found that holds ``m``.
     """
-    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
-    if KIND != "flat":
-        mean, m = tl.split(tl.join(mean, m))
+    mean = g
+    if W > 1:
+        mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+        if KIND != "flat":
+            mean, m = tl.split(tl.join(mean, m))
     return mean, m
+
+
+@statement
+def kernel_block_squares(g, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """The mean of the squares of each block of ``g [NB * W]``: ``[NB]``."""
+    return kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
+
+
+@statement
+def kernel_residuals(g, mean, W: tl.constexpr, NB: tl.constexpr):
+    """What the elements of ``g [NB * W]`` differ by from the means of their blocks ``[NB]``: ``[NB, W]``."""
+    residual = tl.zeros((NB, 1), tl.float32)
+    if W > 1:
+        residual = tl.reshape(g, (NB, W)) - mean[:, None]
+    return residual

@@ -23,14 +23,7 @@ from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import (
-    block_sums,
-    cut_like,
-    kernel_block_means,
-    kernel_block_sums,
-    pad_to_blocks,
-    width_of,
-)
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -78,20 +71,27 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    square = kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
     m = b1 * m + rest1 * mean
     v = b2 * v + rest2 * square
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     residual *= numbers[5]
     denominators = tl.sqrt_rn(v[:, None] + residual * residual) + numbers[4]  # [NB, W]
     return tl.div_rn(step_size * (residual + m[:, None]), denominators)
 
 
-FOAM = Rule("foam", __name__, _moments, _update, plain=ADAMW, takes_detail_scale=True, is_of_elements=True)
+FOAM = Rule(
+    "foam",
+    __name__,
+    _moments,
+    _update,
+    plain=ADAMW,
+    takes_detail_scale=True,
+    takes_squares=True,
+    is_of_elements=True,
+)

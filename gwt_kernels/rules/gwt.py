@@ -24,7 +24,7 @@ from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, cut_like, kernel_block_means, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -80,20 +80,19 @@ def _direction(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    a = mean * W**0.5
+    a = mean * root
     m = b1 * m + rest1 * a
     v = b2 * v + rest2 * (a * a)
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     denominator = tl.sqrt_rn(v) + numbers[4]
     gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
-    return (residual + (m * W**-0.5)[:, None]) * gain[:, None]
+    return (residual + (m * per_root)[:, None]) * gain[:, None]
 
 
 @statement

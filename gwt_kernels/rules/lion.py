@@ -19,7 +19,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, cut_like, kernel_block_means, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -64,16 +64,15 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
     direction = b1 * m + rest1 * mean
     m = b2 * m + rest2 * mean
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, direction
+    return m, direction
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     u = v[:, None] + numbers[5] * residual  # [NB, W]
     return tl.where(u > 0.0, step_size, tl.where(u < 0.0, -step_size, 0.0))
 

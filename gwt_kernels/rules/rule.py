@@ -35,14 +35,15 @@ Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, Le
 class Kernel(NamedTuple):
     """A rule in Triton's language, on the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
 
-    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``; ``KIND`` is the kind of the tile (``tiles.py``).
+    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``. A kernel finds means and residuals.
 
     Attributes:
-        moments: ``kernel_moments(g, m, v, numbers, W, NB, KIND)``, of ``g [NB * W]``, ``m`` and ``v`` ``[NB]``: the
-            means ``[NB]``, the residuals ``[NB, W]``, and the new ``m`` and ``v``. A rule without second moment
-            gets any ``v``, and returns as ``v`` what its update takes of a block.
-        update: ``kernel_update(residual, m, v, step_size, numbers, W, NB)``: what is subtracted from the weights,
-            ``[NB, W]``.
+        moments: ``kernel_moments(mean, square, m, v, numbers, root)``, of the blocks' means, of the means of their
+            squares (where the rule takes them), and of ``m`` and ``v``, all ``[NB]``, and ``root``, the square root
+            of ``W``: the new ``m`` and ``v``. A rule without second moment gets any ``v``, and returns as ``v``
+            what its update takes of a block.
+        update: ``kernel_update(g, residual, m, v, step_size, numbers, per_root)``, of gradients and residuals
+            ``[NB, W]`` and ``1 / root``: what is subtracted from the weights, ``[NB, W]``.
         direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
     """
 
@@ -71,6 +72,7 @@ class Rule:
         corrects_bias: Whether it knows Adam's bias correction.
         corrects_inside: Whether that is of the moments alone, inside the root: see :meth:`Hyper.corrected`.
         takes_detail_scale: Whether it takes a factor on details.
+        takes_squares: Whether its moments take the mean of a block's squares.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
@@ -89,6 +91,7 @@ class Rule:
     corrects_bias: bool = True
     corrects_inside: bool = False
     takes_detail_scale: bool = False
+    takes_squares: bool = False
     is_literal: bool = False
     is_of_elements: bool = False
 

@@ -160,7 +160,7 @@ def test_telemetry_of_rows_is_that_of_one_block():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"level": "rows"}, ValueError, "unknown level 'rows': use an integer, or 'row'"),
+        ({"level": "rows"}, TypeError, "level must be an integer or 'row', got 'rows'"),
         ({"level": "row", "rule": "adamw"}, ValueError, "rule='adamw' transforms nothing"),
         ({"level": "row", "wavelet": "db2"}, ValueError, "level='row' folds .*knows no wavelet 'db2'"),
         ({"level": "row", "boundary": "reflect"}, ValueError, "level='row' folds .*knows no boundary 'reflect'"),

@@ -197,7 +197,7 @@ def test_groups_of_adamw_go_along():
         ({"head_rows": 2.0}, TypeError, "head_rows must be an integer or None, got 2.0"),
         ({"head_rows": True}, TypeError, "head_rows must be an integer or None, got True"),
         ({"head_rows": 3}, ValueError, "has 64 rows, which head_rows=3 does not divide"),
-        ({"level": "rows"}, ValueError, "unknown level 'rows'"),
+        ({"level": "rows"}, TypeError, "level must be an integer or 'row', got 'rows'"),
         ({"rule": "foam"}, TypeError, "rule"),
     ],
 )

@@ -14,7 +14,15 @@ from triton.compiler import CompiledKernel
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
-from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, tiles_of_program, variant
+from gwt_kernels.backends.triton.layout import (
+    DRAWN_TOGETHER,
+    alignment,
+    row_variant,
+    rows_of,
+    tiles_of_program,
+    variant,
+    whole_rows,
+)
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
@@ -26,7 +34,9 @@ from gwt_kernels.backends.triton.tables import (
     owners,
     scalar_rows,
 )
+from gwt_kernels.backends.triton.whole_rows import row_norm_kernel, row_step_kernel
 from gwt_kernels.core.hyper import padded_spans, quantum
+from gwt_kernels.core.level import ROW
 
 __all__ = ["Launch", "Sent"]
 
@@ -85,17 +95,27 @@ class Launch:
         self.flat = flat
         level, device = bucket.level, bucket.device
         self._bucket = bucket
-        self._rule, self._slots = bucket.stated.kernel, len(bucket.moments)
-        self._path = variant(level, flat, bucket.is_quantized)
-        self._quantum = quantum(level) if bucket.is_quantized else 0
+        self._rule = bucket.stated.kernel
+        shared = {
+            "MOMENTS": self._rule.moments,
+            "SLOTS": len(bucket.moments),
+            "SQUARES": bucket.stated.takes_squares,
+        }
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
-        together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
-        rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
-        tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
-        self._tiles = tiles_of_program(flat)
-        programs = [-(-n // self._tiles) for n in tiles]
+        if level == ROW:
+            rows_ = [whole_rows(bucket.params[i]) for i in chosen]
+            self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), flat)
+            tiles = programs = [own.n_blocks for own in rows_]
+        else:
+            # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
+            together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
+            rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
+            shared["Q"] = quantum(level) if bucket.is_quantized else 0
+            self._path = shared | variant(level, flat, bucket.is_quantized)
+            tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
+            self._step_path = {"TILES": tiles_of_program(flat), **self._path}
+            programs = [-(-n // self._step_path["TILES"]) for n in tiles]
         first_programs = [0, *accumulate(programs)]
         self.n_tiles, self.n_programs = sum(tiles), first_programs[-1]
         layout = chain(*([first, *own] for first, own in zip(first_programs, rows_, strict=False)))
@@ -178,10 +198,10 @@ class Launch:
             sent.grad_stats = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
         self._start(
-            norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
-            self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
-            Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip, LOOKS=grad_stats,
-            MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
+            row_norm_kernel if self._bucket.level == ROW else norm_kernel, self.n_chunks, self._chunk_owners,
+            self._layout, sent.pointers, sent.scalars, self._first_chunks, sent.partials, stats, self.n,
+            self.tiles_per_chunk, self.n_chunks, G=g, M=m, SKIPPABLE=sent.can_skip, LOOKS=grad_stats,
+            DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
@@ -209,11 +229,10 @@ class Launch:
         if self._rows:
             sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
         self._start(
-            step_kernel, self.n_programs, self._owners, self._layout, sent.pointers, sent.scalars, factors, sums,
-            self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments, UPDATE=self._rule.update,
-            ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots, TILES=self._tiles, **self._path,
-            **self._step_alignment,
+            row_step_kernel if bucket.level == ROW else step_kernel, self.n_programs, self._owners, self._layout,
+            sent.pointers, sent.scalars, factors, sums, self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip,
+            OBSERVED=bool(self._rows), SPAN=self._span_kind, LIMITED=limited, UPDATE=self._rule.update,
+            ROUNDING=bucket.rounding, **self._step_path, **self._step_alignment,
         )  # fmt: skip
         if self._rows:
             self._start(

@@ -7,13 +7,26 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "tiles_of_program", "variant"]
+from gwt_kernels.core.level import ROW, Level, block_width
+
+__all__ = [
+    "DRAWN_TOGETHER",
+    "Rows",
+    "alignment",
+    "is_flat",
+    "row_variant",
+    "rows_of",
+    "tiles_of_program",
+    "variant",
+    "whole_rows",
+]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 # A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. What lanes
 # of one warp exchange needs no barriers, and a short tile seldom holds the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
 ROW_TILES = 4  # that a program takes one after the other, for what it looks up of their tensor
+WHOLE_ROW_TILE, WHOLE_ROW_LANES = 1024, 8  # elements of a whole row that a program, and that a lane takes at a time
 DRAWN_TOGETHER = 4  # blocks of a row whose random bits come of whole calls, of 4 words
 
 
@@ -28,23 +41,35 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
 
+def row_variant(widest: int, flat: bool) -> dict[str, Any]:
+    """The compile-time constants where a block is a row, ``widest`` elements at the most, and the number of warps.
+
+    Of rows that fit, the tile does not decide how they are added up: zeros beyond them change no sum.
+    """
+    tile = min(WHOLE_ROW_TILE, max(32 * WHOLE_ROW_LANES, 1 << (widest - 1).bit_length()))
+    return {"TILE": tile, "FLAT": flat, "num_warps": tile // (32 * WHOLE_ROW_LANES)}
+
+
 def tiles_of_program(flat: bool) -> int:
     """How many tiles of a tensor a program of the step takes, one after the other."""
     return 1 if flat else ROW_TILES
 
 
-def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict[str, int]:
+def alignment(data: tl.dtype, moments: tl.dtype, level: Level, flat: bool) -> dict[str, int]:
     """Bytes that a thread accesses at once, of ``data`` (weights or gradients, the narrower) and of moments."""
     size = moments.primitive_bitwidth // 8
     if not flat:
         return {"ALIGN": data.primitive_bitwidth // 8, "MOMENT_ALIGN": size}
-    blocks = max(1, 128 // data.primitive_bitwidth >> level)
+    blocks = 1 if level == ROW else max(1, 128 // data.primitive_bitwidth >> level)
     return {"ALIGN": 16, "MOMENT_ALIGN": min(16, blocks * size)}
 
 
-def is_flat(p: Tensor, misaligned: bool, level: int) -> bool:
+def is_flat(p: Tensor, misaligned: bool, level: Level) -> bool:
     """Whether the flat path can take a tensor. Both paths update the same arrays, so this may change."""
-    whole_blocks = p.dim() == 0 or p.shape[-1] % 2**level == 0
+    width = p.shape[-1] if p.dim() else 1
+    if level == ROW:
+        return not misaligned and width % 8 == 0
+    whole_blocks = width % block_width(level, width) == 0
     return whole_blocks and not misaligned and p.numel() % 8 == 0
 
 
@@ -75,3 +100,9 @@ def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
     reciprocal = ((1 << 64) - 1) // padded
     signed = reciprocal - (1 << 64) if reciprocal >> 63 else reciprocal
     return Rows(p.numel() // n * padded, n, row_blocks, padded, signed)
+
+
+def whole_rows(p: Tensor) -> Rows:
+    """The rows of a tensor that is not empty, a block each."""
+    width = p.shape[-1] if p.dim() else 1
+    return Rows(p.numel() // width, width, 1, 1, 0)
