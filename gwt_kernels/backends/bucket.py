@@ -128,6 +128,17 @@ class Bucket:
         return rule_of(self.rule, self.level)
 
     @property
+    def is_by_rows(self) -> bool:
+        """Whether what a block becomes depends on all of its row."""
+        return self.level == ROW or bool(self.stated.row_slots)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows share a second moment with other rows."""
+        own = zip(self.params, self.exp_avg_sqs, strict=True) if self.stated.row_slots else ()
+        return any(p.dim() > 1 and p.numel() and v is not None and v.shape[:-1] != p.shape[:-1] for p, v in own)
+
+    @property
     def moments(self) -> list[Sequence[Tensor]]:
         """First moments, and the second ones if there are any."""
         arrays: list[Any] = [self.exp_avgs, self.exp_avg_sqs]

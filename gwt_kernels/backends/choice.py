@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from gwt_kernels.core.level import ROW, Level
 
 __all__ = [
+    "HEADS",
     "MAX_TRITON_LEVEL",
     "Backend",
     "check_name",
@@ -30,6 +31,8 @@ Backend = Literal["triton", "torch", "compiled"]
 
 _KEYS = torch._C._TorchDispatchModeKey
 
+HEADS = "its kernels know no second moment of several rows: use head_rows=1, or backend='torch', or None to choose"
+"""Why the Triton backend cannot take rows that share a second moment."""
 MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
 

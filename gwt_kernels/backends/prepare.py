@@ -41,12 +41,9 @@ def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.
     """
-    if bucket.stated.row_slots:
+    if bucket.shares_rows:
         if backend == "triton":
-            raise RuntimeError(
-                f"backend='triton' cannot run here: its kernels know no second moment that rows share, as "
-                f"rule={bucket.rule!r} keeps; use backend='torch', or None to choose"
-            )
+            raise RuntimeError(f"backend='triton' cannot run here: {choice.HEADS}")
         return False
     kind = bucket.level, bucket.wavelet, bucket.boundary
     return {choice.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

@@ -15,14 +15,19 @@ with the options of :meth:`gwt_kernels.core.hyper.Hyper.corrected`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 __all__ = ["ADAM_MINI"]
 
@@ -65,12 +70,31 @@ def _update(
         notes.update(update, float(step_size))
 
 
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; here ``v``, and squares, are of a row ------------------
+
+
+@statement
+def kernel_moments(mean, square, m, v, numbers, root):
+    b1, rest1, b2, rest2, _, _ = numbers
+    m = b1 * m + rest1 * mean
+    v = b2 * v + rest2 * square
+    return m, v
+
+
+@statement
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
+    denominator = tl.sqrt_rn(v) + numbers[4]
+    gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
+    return (numbers[5] * residual + m[:, None]) * gain[:, None]
+
+
 _BLOCKS = Rule(
     "adam_mini",
     __name__,
     _moments,
     _update,
     row_slots=("exp_avg_sq",),
+    squares="coefficients",
     corrects_inside=True,
     is_of_elements=True,
 )

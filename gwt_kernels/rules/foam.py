@@ -92,6 +92,6 @@ FOAM = Rule(
     _update,
     plain=ADAMW,
     takes_detail_scale=True,
-    takes_squares=True,
+    squares="elements",
     is_of_elements=True,
 )

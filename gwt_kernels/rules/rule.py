@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -38,8 +38,8 @@ class Kernel(NamedTuple):
     ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``. A kernel finds means and residuals.
 
     Attributes:
-        moments: ``kernel_moments(mean, square, m, v, numbers, root)``, of the blocks' means, of the means of their
-            squares (where the rule takes them), and of ``m`` and ``v``, all ``[NB]``, and ``root``, the square root
+        moments: ``kernel_moments(mean, square, m, v, numbers, root)``, of the blocks' means, of the means of
+            squares that the rule takes, and of ``m`` and ``v``, all ``[NB]``, and ``root``, the square root
             of ``W``: the new ``m`` and ``v``. A rule without second moment gets any ``v``, and returns as ``v``
             what its update takes of a block.
         update: ``kernel_update(g, residual, m, v, step_size, numbers, per_root)``, of gradients and residuals
@@ -72,7 +72,8 @@ class Rule:
         corrects_bias: Whether it knows Adam's bias correction.
         corrects_inside: Whether that is of the moments alone, inside the root: see :meth:`Hyper.corrected`.
         takes_detail_scale: Whether it takes a factor on details.
-        takes_squares: Whether its moments take the mean of a block's squares.
+        squares: What else of a block its moments take in Triton: the mean of the squares of its ``"elements"``, or
+            of the ``"coefficients"`` that share a second moment.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
@@ -91,7 +92,7 @@ class Rule:
     corrects_bias: bool = True
     corrects_inside: bool = False
     takes_detail_scale: bool = False
-    takes_squares: bool = False
+    squares: Literal["elements", "coefficients"] | None = None
     is_literal: bool = False
     is_of_elements: bool = False
 

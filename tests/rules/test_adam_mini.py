@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gwt_kernels import GWTAdamMini, GWTAdamW, migrate
-from tests.support import golden, reference
+from tests.support import golden, interpreter, reference
 from tests.support import reference_optimizers as oracle
+from tests.support.poisoned import Poisoned
+from tests.test_functional import on
 
 
 def stepped(optimizer, p, grads, lrs=None):
@@ -209,3 +212,111 @@ def test_bad_options_are_refused_by_name(options, error, words):
 def test_rules_of_other_optimizers_are_refused():
     with pytest.raises(ValueError, match="rule='foam' is no rule of GWTAdamMini"):
         GWTAdamMini([{"params": parameters(), "rule": "foam"}])
+
+
+# On Triton ---------------------------------------------------------------------------------------------
+
+BY_ROW = [(5, 40), (3, 37), (2, 3, 64), (33,), (0, 40), (2, 1500), (6, 8)]
+EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+def both_backends(level, dtype=torch.float32, layout="contiguous", capturable=False, n=3, **options):
+    """Weights and states of some steps on Triton, and by PyTorch's operators in float64."""
+    results = []
+    place = on("triton")
+    for backend in ("triton", "torch"):
+        shapes = [s for s in BY_ROW if level == "row" or 2**level < 2 * s[-1]]
+        params = [p.detach().to(place, dtype) for p in parameters(shapes=shapes)]
+        params = [nn.Parameter(Poisoned(p, layout).tensor if p.numel() and p.dim() > 1 else p) for p in params]
+        if backend == "torch":
+            params = [nn.Parameter(p.detach().double()) for p in params]
+        optimizer = GWTAdamMini(
+            params, lr=1e-2, weight_decay=0.1, level=level, scale=0.7, eps=1e-3, backend=backend,
+            capturable=capturable, **(options if backend == "triton" else {}),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(n):
+            for p in params:
+                p.grad = (torch.randn(p.shape, generator=generator) + 0.3).to(place, dtype).to(p.dtype)
+            with interpreter.like_a_gpu():
+                optimizer.step()
+        results.append((params, [optimizer.state[p] for p in params]))
+    return results
+
+
+def check(level, dtype=torch.float32, moment_dtype=None, **options):
+    (params, states), (expected, wide) = both_backends(level, dtype, state_dtype=moment_dtype, **options)
+    stored = torch.float32 if options.get("weight_rounding") == "split" else dtype
+    for p, q, own, state in zip(params, expected, states, wide, strict=True):
+        if not p.numel():
+            continue
+        if stored is not dtype:
+            from gwt_kernels.formats.split import join_low
+
+            p = join_low(p.detach(), own["weight_low"].view(torch.int16).squeeze(-1))
+        error = (p.detach().double() - q.detach()).abs().max() / q.detach().abs().max()
+        assert float(error) < 3 * EPS[stored] + 1e-3 * (moment_dtype is not None)
+        for key, kept in (("exp_avg", moment_dtype or torch.float32), ("exp_avg_sq", torch.float32)):
+            assert own[key].dtype == kept
+            error = (own[key].double() - state[key]).abs().max() / state[key].abs().max()
+            assert float(error) < 4 * EPS[kept], (key, p.shape)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 6, "row"])
+def test_triton_follows_pytorchs_operators(level):
+    check(level)
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "transposed"])
+def test_triton_takes_any_layout(layout):
+    check(2, layout=layout)
+
+
+@pytest.mark.parametrize("level", [0, 2, "row"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}, {"moment_dtype": torch.bfloat16}],
+    ids=str,
+)
+def test_triton_takes_narrow_weights_and_moments(level, options):
+    check(level, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("level", [2, "row"])
+def test_triton_corrects_the_bias_where_the_device_counts_steps(level):
+    check(level, capturable=True)
+
+
+@pytest.mark.parametrize("level", [2, "row"])
+def test_random_bits_are_the_same_on_every_backend(level):
+    """Weights may differ by a rounding where a sum's last bit does; most are the same to the bit."""
+    found = []
+    for backend in ("triton", "torch"):
+        params = [nn.Parameter(p.detach().to(on("triton"))) for p in parameters(torch.bfloat16, shapes=BY_ROW)]
+        optimizer = GWTAdamMini(
+            params, lr=1e-2, level=level, state_dtype=torch.bfloat16, weight_rounding="stochastic", seed=3,
+            backend=backend,
+        )  # fmt: skip
+        with interpreter.like_a_gpu():
+            steps(optimizer, params, 2)
+        found.append([x for p in params for x in (p.detach(), optimizer.state[p]["exp_avg"])])
+    for a, b in zip(*found, strict=True):
+        assert float((a != b).double().mean()) < 0.02 or not a.numel()
+
+
+def test_telemetry_is_the_same_on_every_backend():
+    rows = []
+    for backend in ("triton", "torch"):
+        params = [nn.Parameter(p.detach().to(on("triton"))) for p in parameters(shapes=((5, 40), (3, 37)))]
+        optimizer = GWTAdamMini(params, level=2, telemetry=True, backend=backend)
+        with interpreter.like_a_gpu():
+            steps(optimizer, params, 2)
+        rows.append(optimizer.telemetry())
+    for name, own in rows[0].items():
+        for key, value in own.items():
+            assert value == pytest.approx(rows[1][name][key], rel=1e-4, abs=1e-6)
+
+
+def test_rows_that_share_a_second_moment_are_refused_on_triton_by_name():
+    with pytest.raises(RuntimeError, match=r"parameter 0 .*no second moment of several rows: use head_rows=1"):
+        GWTAdamMini([nn.Parameter(torch.zeros(8, 16, device=on("triton")))], head_rows=4, backend="triton")

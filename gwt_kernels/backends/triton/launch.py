@@ -18,13 +18,14 @@ from gwt_kernels.backends.triton.layout import (
     DRAWN_TOGETHER,
     alignment,
     row_variant,
+    rows_by_row,
     rows_of,
     tiles_of_program,
     variant,
-    whole_rows,
 )
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
+from gwt_kernels.backends.triton.shared_rows import shared_step_kernel
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
 from gwt_kernels.backends.triton.tables import (
     TRITON_DTYPES,
@@ -99,13 +100,14 @@ class Launch:
         shared = {
             "MOMENTS": self._rule.moments,
             "SLOTS": len(bucket.moments),
-            "SQUARES": bucket.stated.takes_squares,
+            "SQUARES": bucket.stated.squares or "",
         }
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        if level == ROW:
-            rows_ = [whole_rows(bucket.params[i]) for i in chosen]
-            self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), flat)
+        if bucket.is_by_rows or level == ROW:
+            rows_ = [rows_by_row(bucket.params[i], level) for i in chosen]
+            shared["V"] = TRITON_DTYPES[bucket.moments[-1][0].dtype]
+            self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), level, flat)
             tiles = programs = [own.n_blocks for own in rows_]
         else:
             # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
@@ -140,8 +142,9 @@ class Launch:
         p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.exp_avgs[0].dtype))
         self._dtypes = p, g, m
         narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
-        self._norm_alignment = alignment(g, m, level, flat)
-        self._step_alignment = alignment(narrower, m, level, flat)
+        held = ROW if bucket.is_by_rows else level
+        self._norm_alignment = alignment(g, m, held, flat)
+        self._step_alignment = alignment(narrower, m, held, flat)
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""
@@ -204,6 +207,12 @@ class Launch:
             DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 
+    def _step_kernel(self) -> Any:
+        """The kernel that takes these tensors: by tiles, or by rows that are blocks or share a second moment."""
+        if self._bucket.level == ROW:
+            return row_step_kernel
+        return shared_step_kernel if self._bucket.is_by_rows else step_kernel
+
     def add_up(self, sent: Sent, sums: Tensor) -> None:
         """Add up the partial sums of each tensor in ``sums``, float32 ``[len(bucket)]``."""
         own = torch.empty(self.n, dtype=torch.float32, device=self._layout.device)
@@ -229,7 +238,7 @@ class Launch:
         if self._rows:
             sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
         self._start(
-            row_step_kernel if bucket.level == ROW else step_kernel, self.n_programs, self._owners, self._layout,
+            self._step_kernel(), self.n_programs, self._owners, self._layout,
             sent.pointers, sent.scalars, factors, sums, self.n, P=p, G=g, M=m, SKIPPABLE=sent.can_skip,
             OBSERVED=bool(self._rows), SPAN=self._span_kind, LIMITED=limited, UPDATE=self._rule.update,
             ROUNDING=bucket.rounding, **self._step_path, **self._step_alignment,

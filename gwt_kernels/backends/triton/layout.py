@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-from gwt_kernels.core.level import ROW, Level, block_width
+from gwt_kernels.core.level import ROW, Level, block_width, blocks_of
 
 __all__ = [
     "DRAWN_TOGETHER",
@@ -15,10 +15,10 @@ __all__ = [
     "alignment",
     "is_flat",
     "row_variant",
+    "rows_by_row",
     "rows_of",
     "tiles_of_program",
     "variant",
-    "whole_rows",
 ]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
@@ -41,13 +41,15 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
 
-def row_variant(widest: int, flat: bool) -> dict[str, Any]:
-    """The compile-time constants where a block is a row, ``widest`` elements at the most, and the number of warps.
+def row_variant(widest: int, level: Level, flat: bool) -> dict[str, Any]:
+    """The compile-time constants of programs that take rows, ``widest`` elements at the most, and their warps.
 
     Of rows that fit, the tile does not decide how they are added up: zeros beyond them change no sum.
     """
-    tile = min(WHOLE_ROW_TILE, max(32 * WHOLE_ROW_LANES, 1 << (widest - 1).bit_length()))
-    return {"TILE": tile, "FLAT": flat, "num_warps": tile // (32 * WHOLE_ROW_LANES)}
+    block = 1 if level == ROW else 2**level
+    tile = min(WHOLE_ROW_TILE, max(32 * WHOLE_ROW_LANES, block, 1 << (widest - 1).bit_length()))
+    size = {"TILE": tile} if level == ROW else {"W": block, "NB": tile // block}
+    return {**size, "FLAT": flat, "num_warps": tile // (32 * WHOLE_ROW_LANES)}
 
 
 def tiles_of_program(flat: bool) -> int:
@@ -102,7 +104,9 @@ def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
     return Rows(p.numel() // n * padded, n, row_blocks, padded, signed)
 
 
-def whole_rows(p: Tensor) -> Rows:
-    """The rows of a tensor that is not empty, a block each."""
+def rows_by_row(p: Tensor, level: Level) -> Rows:
+    """The rows of a tensor that is not empty, counted one by one, and their blocks."""
     width = p.shape[-1] if p.dim() else 1
-    return Rows(p.numel() // width, width, 1, 1, 0)
+    row_blocks = blocks_of(level, width)
+    whole = width % block_width(level, width) == 0
+    return Rows(p.numel() // width, width, row_blocks, row_blocks if whole else -(-row_blocks // 4) * 4, 0)

@@ -384,7 +384,7 @@ def _moments(
     """The means of a tile's blocks, and their new moments by the rule, which may take the means of ``SQUARES``."""
     mean, m = kernel_block_means(g, m, W, NB, KIND)
     square = mean
-    if SQUARES:
+    if SQUARES == "elements":
         square = kernel_block_squares(g, W, NB, KIND)
     m, v = MOMENTS(mean, square, m, v, numbers, W**0.5)
     return mean, m, v

@@ -23,6 +23,7 @@ from gwt_kernels.backends.triton.schema import (
     N_SCALARS,
     STEP_SIZE,
     TAKEN,
+    V_PTR,
     WIDTH,
 )
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
@@ -32,7 +33,7 @@ from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
 
-__all__ = ["row_norm_kernel", "row_step_kernel"]
+__all__ = ["inside_row", "load_part", "row_norm_kernel", "row_place", "row_step_kernel", "store_part"]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
@@ -52,6 +53,7 @@ def row_step_kernel(
     P: tl.constexpr,
     G: tl.constexpr,
     M: tl.constexpr,
+    V: tl.constexpr,
     TILE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -75,7 +77,7 @@ def row_step_kernel(
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
-    width, start = _place(layout_ptr, i, row, FLAT)
+    width, start = row_place(layout_ptr, i, row, FLAT)
     scalars_ptr += i * N_SCALARS
     step_size = tl.load(scalars_ptr + STEP_SIZE)
     if LIMITED:
@@ -88,11 +90,11 @@ def row_step_kernel(
     DRAWS: tl.constexpr = ROUNDING == "stochastic" or M == tl.bfloat16
     key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
 
-    m, v = _load_moments(moments, row, SLOTS)
-    sums, squares, _ = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES, False)
-    mean, m, v, per_root = _new_moments(sums, squares, m, v, width, numbers, MOMENTS)
+    m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
+    m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
+    sums, squares, _ = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES == "elements", False)
+    mean, m, v, per_root = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
     tl.debug_barrier()  # all lanes have read the moments before one writes them
-    m_ptr, v_ptr, _, _ = moments
     places = row + tl.arange(0, 1)
     if M == tl.bfloat16:
         index = places
@@ -100,22 +102,22 @@ def row_step_kernel(
             index = in_whole(moments_span, places) if SPAN == 2 else places + moments_span[0]
         bits = random_words_at(index, step, key)
         tl.store(m_ptr + places, stochastic_round(m, bits & 0xFFFF, M))
-        if SLOTS == 2:
-            tl.store(v_ptr + places, stochastic_round(v, bits >> 16, M))
+        if V == tl.bfloat16 and SLOTS == 2:
+            tl.store(v_ptr + places, stochastic_round(v, bits >> 16, V))
     else:
         tl.store(m_ptr + places, m.to(M))
-        if SLOTS == 2:
-            tl.store(v_ptr + places, v.to(M))
+    if V != tl.bfloat16 and SLOTS == 2:
+        tl.store(v_ptr + places, v.to(V))
 
     details = tl.zeros((TILE,), tl.float32)
     applied = tl.zeros((TILE,), tl.float32)
     for column in tl.range(0, width, TILE):
         here = start + column
-        inside = _inside(width, column, TILE, FLAT)
-        g = _load(g_ptr + here, inside, TILE).to(tl.float32) * grad_scale
-        p = _load(p_ptr + here, inside, TILE)
+        inside = inside_row(width, column, TILE, FLAT)
+        g = load_part(g_ptr + here, inside, TILE).to(tl.float32) * grad_scale
+        p = load_part(p_ptr + here, inside, TILE)
         if ROUNDING == "split":
-            p = join_low(p, _load(low_ptr + here, inside, TILE))
+            p = join_low(p, load_part(low_ptr + here, inside, TILE))
         else:
             p = p.to(tl.float32)
         elements = tl.reshape(g, (1, TILE))
@@ -129,8 +131,8 @@ def row_step_kernel(
         p = p - decay * p - update
         if ROUNDING == "split":
             weight, low = split_low(p)
-            _store(low_ptr + here, low, inside, TILE)
-            _store(p_ptr + here, weight, inside, TILE)
+            store_part(low_ptr + here, low, inside, TILE)
+            store_part(p_ptr + here, weight, inside, TILE)
         elif ROUNDING == "stochastic":
             if SPAN == 2:
                 bits = random_halves_at(in_whole(weights_span, here + tl.arange(0, TILE)), step, key)
@@ -138,9 +140,9 @@ def row_step_kernel(
                 bits = random_halves(here + weights_span[0], TILE, step, key)
             else:
                 bits = random_halves_at(here + weights_span[0] + tl.arange(0, TILE), step, key)
-            _store(p_ptr + here, stochastic_round(p, bits, P), inside, TILE)
+            store_part(p_ptr + here, stochastic_round(p, bits, P), inside, TILE)
         else:
-            _store(p_ptr + here, p.to(P), inside, TILE)
+            store_part(p_ptr + here, p.to(P), inside, TILE)
     if OBSERVED:
         sums_ptr += program.to(tl.int64) * 3
         tl.store(sums_ptr, tl.sum(details, axis=0))
@@ -162,6 +164,7 @@ def row_norm_kernel(
     n_chunks,
     G: tl.constexpr,
     M: tl.constexpr,
+    V: tl.constexpr,
     TILE: tl.constexpr,
     FLAT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -188,11 +191,13 @@ def row_norm_kernel(
     total = tl.zeros((1,), tl.float32)
     seen = tl.zeros((1,), tl.float32)
     largest = tl.zeros((TILE,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
+    m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
     while row < end:
-        width, start = _place(layout_ptr, i, row, FLAT)
-        m, v = _load_moments(moments, row, SLOTS)
-        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES or LOOKS, LOOKS)
-        _, m, v, _ = _new_moments(sums, squares, m, v, width, numbers, MOMENTS)
+        width, start = row_place(layout_ptr, i, row, FLAT)
+        m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
+        SQUARED: tl.constexpr = SQUARES == "elements" or LOOKS
+        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, LOOKS)
+        _, m, v, _ = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
         a = DIRECTION(m, v, numbers)
         total += a * a
         if LOOKS:
@@ -206,7 +211,7 @@ def row_norm_kernel(
 
 
 @triton.jit
-def _place(layout_ptr, i, row, FLAT: tl.constexpr):
+def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
     """The width of a tensor's rows, and where one of them begins."""
     width = tl.load(layout_ptr + i * N_LAYOUT + WIDTH)
     start = row * width
@@ -224,7 +229,7 @@ def _sums(
     squares = tl.zeros((TILE,), tl.float32)
     largest = tl.zeros((TILE,), tl.int32)
     for column in tl.range(0, width, TILE):
-        g = _load(g_ptr + column, _inside(width, column, TILE, FLAT), TILE).to(tl.float32) * grad_scale
+        g = load_part(g_ptr + column, inside_row(width, column, TILE, FLAT), TILE).to(tl.float32) * grad_scale
         total += g
         if SQUARES:
             squares += g * g
@@ -239,19 +244,30 @@ def _sums(
 
 
 @triton.jit
-def _new_moments(sums, squares, m, v, width, numbers, MOMENTS: tl.constexpr):
+def _new_moments(sums, squares, m, v, width, numbers, MOMENTS: tl.constexpr, SQUARES: tl.constexpr):
     """The mean of a row, its new moments by the rule, and one over the root of its width."""
     elements = tl.zeros_like(sums) + width.to(tl.float32)
     root = tl.sqrt_rn(elements)
     mean = tl.div_rn(sums, elements)
-    m, v = MOMENTS(mean, tl.div_rn(squares, elements), m, v, numbers, root)
+    square = tl.div_rn(squares, elements)
+    if SQUARES == "coefficients":
+        square = mean * mean * elements
+    m, v = MOMENTS(mean, square, m, v, numbers, root)
     return mean, m, v, tl.div_rn(tl.full((1,), 1.0, tl.float32), root)
 
 
 @triton.jit
-def _load_moments(moments, row, SLOTS: tl.constexpr):
+def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl.constexpr):
+    """Where ``m`` and ``v`` of a tensor lie, the latter in a dtype of its own."""
+    v_ptr = moments[0]
+    if SLOTS == 2:
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8)
+    return moments[0], v_ptr
+
+
+@triton.jit
+def _load_moments(m_ptr, v_ptr, row, SLOTS: tl.constexpr):
     """``m`` and ``v`` of a row, in float32, ``[1]``; of 1 ``SLOTS``, ``m`` stands for ``v``."""
-    m_ptr, v_ptr, _, _ = moments
     places = row + tl.arange(0, 1)
     m = tl.load(m_ptr + places).to(tl.float32)
     v = m
@@ -261,7 +277,7 @@ def _load_moments(moments, row, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _inside(width, column, TILE: tl.constexpr, FLAT: tl.constexpr):
+def inside_row(width, column, TILE: tl.constexpr, FLAT: tl.constexpr):
     """Which elements from a column on are in the row ``[TILE]``."""
     # A run of 8 elements is inside or outside as a whole, so one access can take all of it.
     here = tl.minimum(width - column, TILE).to(tl.int32)
@@ -269,10 +285,10 @@ def _inside(width, column, TILE: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, inside, TILE: tl.constexpr):
+def load_part(ptr, inside, TILE: tl.constexpr):
     return tl.load(ptr + tl.arange(0, TILE), mask=inside, other=0)
 
 
 @triton.jit
-def _store(ptr, x, inside, TILE: tl.constexpr):
+def store_part(ptr, x, inside, TILE: tl.constexpr):
     tl.store(ptr + tl.arange(0, TILE), x, mask=inside)
