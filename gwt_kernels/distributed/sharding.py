@@ -197,7 +197,7 @@ def check_heads(p: Any, head_rows: int | None, name: str) -> None:
     if head_rows == 1 or not sharded:
         return
     rows = p.dim() - 2
-    if head_rows is None or (rows in sharded and _local_shape(p, p.shape)[rows] % head_rows):
+    if head_rows is None or (rows in sharded and any(n % head_rows for n in _lengths(p, rows))):
         raise ValueError(
             f"{name} is sharded as {p.placements}, which head_rows={head_rows} would need to leave whole heads: "
             f"use head_rows=1, a second moment a row"
@@ -228,7 +228,7 @@ def _is_part_of_a_buffer(p: Tensor) -> bool:
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
     """Raise unless every shard of a row is whole blocks, and sums over rows are known to one process."""
-    level, width = group["level"], p.shape[-1]
+    level = group["level"]
     summed = rule_of(group["rule"], level).row_slots
     if level == ROW or summed:
         rows = f"level={level!r}" if level == ROW else f"rule={group['rule']!r}"
@@ -238,17 +238,12 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
         )
     if not level:
         return
-    mesh, last = p.device_mesh, p.dim() - 1
     if group["wavelet"] != "haar":
         raise ValueError(
             f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
             f"reach: use wavelet='haar', or shard its rows"
         )
-    widths = {width}
-    for i, placement in enumerate(p.placements):
-        if _dim(placement) == last:
-            parts = mesh.size(i) * getattr(placement, "split_factor", 1)
-            widths = {part for w in widths for part in _parts(w, parts)}
+    widths = _lengths(p, p.dim() - 1)
     common = math.gcd(*widths)
     if common % 2**level:
         fits = (common & -common).bit_length() - 1
@@ -256,6 +251,16 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
             f"{name} is sharded along its last dimension into widths of {sorted(widths - {0})}, which level "
             f"{level} needs to be multiples of {2**level}: use level {fits} at most for it, or shard its rows"
         )
+
+
+def _lengths(p: Any, dim: int) -> set[int]:
+    """How long shards of ``p`` are along a dimension, on all processes."""
+    lengths = {p.shape[dim]}
+    for i, placement in enumerate(p.placements):
+        if _dim(placement) == dim:
+            parts = p.device_mesh.size(i) * getattr(placement, "split_factor", 1)
+            lengths = {part for length in lengths for part in _parts(length, parts)}
+    return lengths
 
 
 def _parts(length: int, n: int) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.optim import test_added_groups
-from tests.support import forked, moved_shards, resharded, sharded, split_shards, wrapped
+from tests.support import forked, moved_shards, resharded, sharded, sharded_rows, split_shards, wrapped
 
 
 def test_float64_equals_unsharded() -> None:
@@ -46,3 +46,11 @@ def test_the_state_of_shards_is_the_truth() -> None:
 
 def test_parameters_that_are_sharded_after_the_optimizer_is_made() -> None:
     forked.run(1, test_added_groups.sharded_in_place_of_plain)
+
+
+def test_rows_as_blocks_and_rows_that_share_a_moment_equal_unsharded_ones() -> None:
+    forked.run(2, sharded_rows.rows)
+
+
+def test_rows_that_no_process_holds_are_refused() -> None:
+    forked.run(2, sharded_rows.refusals)

@@ -67,8 +67,9 @@ def compare(
     steps: int,
     dtype: torch.dtype = torch.float64,
     groups: Sequence[dict[str, Any]] = ({},),
+    kind: type[Any] = GWTAdamW,
     **options: Any,
-) -> GWTAdamW:
+) -> Any:
     """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
 
     Parameters of every layout are in every one of the groups.
@@ -77,7 +78,7 @@ def compare(
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
     n = len(layouts)
     both = [
-        GWTAdamW([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
+        kind([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
         for own in (params, references)
     ]
     for t in range(steps):
