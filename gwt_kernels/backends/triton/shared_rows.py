@@ -127,8 +127,8 @@ def shared_step_kernel(
                 index = in_whole(moments_span, row * row_blocks + block + tl.arange(0, NB))
             else:
                 index = row * padded + block + moments_span[0] + tl.arange(0, NB)
-            bits = random_words_at(index, step, key)
-            store_part(m_ptr + block, stochastic_round(m, bits & 0xFFFF, M), held, NB)
+            words = random_words_at(index, step, key)
+            store_part(m_ptr + block, stochastic_round(m, words & 0xFFFF, M), held, NB)
         else:
             store_part(m_ptr + block, m.to(M), held, NB)
         update = UPDATE(tl.reshape(g, (NB, W)), residual, m, v, step_size, numbers, W**-0.5)

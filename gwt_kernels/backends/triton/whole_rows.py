@@ -100,10 +100,10 @@ def row_step_kernel(
         index = places
         if SPAN:
             index = in_whole(moments_span, places) if SPAN == 2 else places + moments_span[0]
-        bits = random_words_at(index, step, key)
-        tl.store(m_ptr + places, stochastic_round(m, bits & 0xFFFF, M))
+        words = random_words_at(index, step, key)
+        tl.store(m_ptr + places, stochastic_round(m, words & 0xFFFF, M))
         if V == tl.bfloat16 and SLOTS == 2:
-            tl.store(v_ptr + places, stochastic_round(v, bits >> 16, V))
+            tl.store(v_ptr + places, stochastic_round(v, words >> 16, V))
     else:
         tl.store(m_ptr + places, m.to(M))
     if V != tl.bfloat16 and SLOTS == 2:
