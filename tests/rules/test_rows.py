@@ -156,7 +156,7 @@ def test_bad_batches_are_skipped_and_gradients_clipped_with_rows(rule):
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 def test_one_launch_takes_all_rows_of_a_bucket(rule, monkeypatch):
-    """And one more the limiter's sums, and one its divisors; rows of any width beside rows of vectors take as many."""
+    """And one more the sums of the limiter, and one its divisors."""
     from gwt_kernels.backends.triton import launch
 
     seen = []
