@@ -339,7 +339,7 @@ def test_narrow_weights_lose_small_updates(backend):
 # The authors' published optimizers ----------------------------------------------------------------------
 
 
-CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases())
+CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases(res_scaled=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -351,8 +351,9 @@ def test_golden_vectors(case):
     got = {"params": [], "limiter_norm": []}
     for t, lr in enumerate(case.lr, start=1):
         hyper = Hyper(
-            lr, *case.betas, case.eps, 0.0, case.scale, case.norm_growth_limit, correct_bias=case.correct_bias
-        )
+            lr, *case.betas, case.eps, 0.0, case.scale, case.norm_growth_limit, correct_bias=case.correct_bias,
+            detail_scale=case.res_scale,
+        )  # fmt: skip
         gwt_adamw_(
             params=[p],
             grads=[grads[t - 1]],

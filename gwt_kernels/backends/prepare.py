@@ -41,5 +41,9 @@ def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.
     """
+    if bucket.shares_rows:
+        if backend == "triton":
+            raise RuntimeError(f"backend='triton' cannot run here: {choice.HEADS}")
+        return False
     kind = bucket.level, bucket.wavelet, bucket.boundary
     return {choice.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

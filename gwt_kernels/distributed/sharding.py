@@ -13,9 +13,12 @@ from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span, padded_spans
+from gwt_kernels.core.level import ROW, Level, block_width
+from gwt_kernels.rules import rule_of
 
 __all__ = [
     "ROWS_STAY",
+    "check_heads",
     "check_place_of",
     "check_sharding",
     "check_shards",
@@ -117,17 +120,17 @@ def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     )
 
 
-def spans_of(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span]:
+def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
     """Where the shard of ``p`` lies in the whole, and that of its moments of the global ``shape``."""
     spans = _spans(p, shape, level)
     assert spans is not None  # check_sharding has seen to it
     return spans
 
 
-def _spans(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span] | None:
+def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | None:
     """As :func:`spans_of`; None where there is no one rule for it."""
     start = _start(p)
-    if p.dim() and p.shape[-1] % 2**level:  # whole rows, in the padded order of random bits
+    if p.dim() and p.shape[-1] % block_width(level, p.shape[-1]):  # whole rows, in the padded order of random bits
         sharded = _sharded_dims(p)
         if sharded and (_span(p, p.shape, start) is None or math.prod(p.shape[: max(sharded)]) > 1):
             return None
@@ -204,6 +207,19 @@ def check_shards(p: Any, name: str) -> None:
         )
 
 
+def check_heads(p: Any, head_rows: int | None, name: str) -> None:
+    """Raise unless each shard of ``p`` holds whole heads of ``head_rows`` rows; None: all rows are one."""
+    sharded = _sharded_dims(p)
+    if head_rows == 1 or not sharded:
+        return
+    rows = p.dim() - 2
+    if head_rows is None or (rows in sharded and any(n % head_rows for n in _lengths(p, rows))):
+        raise ValueError(
+            f"{name} is sharded as {p.placements}, which head_rows={head_rows} would need to leave whole heads: "
+            f"use head_rows=1, a second moment a row"
+        )
+
+
 def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
     """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is."""
     if is_sharded(x) != is_sharded(p):
@@ -227,21 +243,23 @@ def _is_part_of_a_buffer(p: Tensor) -> bool:
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless every shard of a row is whole blocks."""
-    level, width = group["level"], p.shape[-1]
+    """Raise unless every shard of a row is whole blocks, and sums over rows are known to one process."""
+    level = group["level"]
+    summed = rule_of(group["rule"], level).row_slots
+    if level == ROW or summed:
+        rows = f"level={level!r}" if level == ROW else f"rule={group['rule']!r}"
+        raise ValueError(
+            f"{name} is sharded along its last dimension, and {rows} needs the sums of whole rows: shard its rows, "
+            f"or give it {'another level' if level == ROW else 'a group of another rule'}"
+        )
     if not level:
         return
-    mesh, last = p.device_mesh, p.dim() - 1
     if group["wavelet"] != "haar":
         raise ValueError(
             f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
             f"reach: use wavelet='haar', or shard its rows"
         )
-    widths = {width}
-    for i, placement in enumerate(p.placements):
-        if _dim(placement) == last:
-            parts = mesh.size(i) * getattr(placement, "split_factor", 1)
-            widths = {part for w in widths for part in _parts(w, parts)}
+    widths = _lengths(p, p.dim() - 1)
     common = math.gcd(*widths)
     if common % 2**level:
         fits = (common & -common).bit_length() - 1
@@ -249,6 +267,16 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
             f"{name} is sharded along its last dimension into widths of {sorted(widths - {0})}, which level "
             f"{level} needs to be multiples of {2**level}: use level {fits} at most for it, or shard its rows"
         )
+
+
+def _lengths(p: Any, dim: int) -> set[int]:
+    """How long shards of ``p`` are along a dimension, on all processes."""
+    lengths = {p.shape[dim]}
+    for i, placement in enumerate(p.placements):
+        if _dim(placement) == dim:
+            parts = p.device_mesh.size(i) * getattr(placement, "split_factor", 1)
+            lengths = {part for length in lengths for part in _parts(length, parts)}
+    return lengths
 
 
 def _parts(length: int, n: int) -> set[int]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels.core.hyper import Boundary, Rule
-from gwt_kernels.formats.moments import MOMENTS, SCALES
+from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.options import ADDED, check_group
-from gwt_kernels.optim.state import check_state, complete, state_keys, state_shape, upgraded
+from gwt_kernels.optim.state import check_state, complete, row_shape, state_keys, state_shape, upgraded
 from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
@@ -357,7 +357,8 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
     shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
-    shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
+    rows = row_shape(p, form.head_rows)
+    shapes = {key: rows if key in form.row_slots else shape for key in MOMENTS} | {"weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():
         if tuple(state[key].shape) != shapes[key]:
             raise ValueError(
@@ -366,7 +367,11 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             )
     found = tuple(cast(Tensor, state[key]).dtype for key in slots)
     dense = all(state[key].layout == torch.strided for key in slots)
-    if found != stored.dtypes[: len(slots)] or not dense or not stored.arithmetic.is_floating_point:
+    expected = [
+        wide(dtype).dtypes[0] if key in form.row_slots else dtype
+        for key, dtype in zip(slots, stored.dtypes, strict=False)
+    ]
+    if list(found) != expected or not dense or not stored.arithmetic.is_floating_point:
         layouts = "" if dense else ", not dense"
         raise ValueError(
             f"its moments are {' and '.join(map(str, found))}{layouts}: the state is damaged; take another"

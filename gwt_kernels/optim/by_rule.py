@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gwt_kernels.optim.adam_mini import GWTAdamMini
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.lion import GWTLion
@@ -10,7 +11,7 @@ from gwt_kernels.rules import ADAMW
 
 __all__ = ["OPTIMIZERS", "optimizer_of"]
 
-OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon)
+OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon, GWTAdamMini)
 _BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules if rule != ADAMW.name}
 
 

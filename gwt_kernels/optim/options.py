@@ -15,6 +15,7 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import filter_bank
 from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, literal_alone
+from gwt_kernels.core.level import check_level_type
 from gwt_kernels.formats.moments import FORMATS, wide
 from gwt_kernels.rules import ADAMW, RULES, check_rule
 
@@ -62,10 +63,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     """
     hyper_of(group, capturable=capturable, slack=slack)
     level = group["level"]
-    if isinstance(level, bool) or not isinstance(level, int):
-        raise TypeError(f"level must be an integer, got {level!r}")
-    if level < 0:
-        raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
+    check_level_type(level)
     check_rule(group["rule"], "haar")
     if level and group["rule"] == ADAMW.name:
         raise ValueError(f"level is {level}, but rule='adamw' transforms nothing: give the group level 0")
@@ -83,7 +81,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
-    check_rule(group["rule"], group["wavelet"], group["boundary"])
+    check_rule(group["rule"], group["wavelet"], group["boundary"], level)
     name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
     if name is not None and FORMATS[name].is_random and unknown:
         raise ValueError(
@@ -91,10 +89,21 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         )
     if group["weight_rounding"] is not None:
         check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"], group["boundary"])
+    check_head_rows(group.get("head_rows"))
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
     choice.check_name(group["backend"])
+
+
+def check_head_rows(head_rows: object) -> None:
+    """Raise unless as many rows can share a second moment; None: all of a tensor."""
+    if head_rows is None:
+        return
+    if isinstance(head_rows, bool) or not isinstance(head_rows, int):
+        raise TypeError(f"head_rows must be an integer or None, got {head_rows!r}")
+    if head_rows < 1:
+        raise ValueError(f"head_rows must be at least 1, got {head_rows}: None is for one second moment a tensor")
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:

@@ -14,7 +14,13 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import approximation_width
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span
-from gwt_kernels.distributed.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
+from gwt_kernels.distributed.sharding import (
+    check_heads,
+    check_place_of,
+    check_sharding,
+    spans_of,
+    zeros_like_shard,
+)
 from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, wide
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.rules import rule_of
@@ -29,6 +35,8 @@ __all__ = [
     "is_limited",
     "low_bits_of",
     "moment_format",
+    "moments_of",
+    "row_shape",
     "shard_spans",
     "slots_of",
     "state_keys",
@@ -52,8 +60,30 @@ def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
     asked = state_dtype_name(group["state_dtype"])
     if asked is None:
         return wide(p.dtype)
-    fits = FORMATS[asked].fits(state_shape(p, group), group["level"])
-    return FORMATS[asked] if fits else wide(torch.float32)
+    known = FORMATS[asked]
+    fits = known.fits(state_shape(p, group), group["level"]) and not (known.scales and _row_slots(group))
+    return known if fits else wide(torch.float32)
+
+
+def _row_slots(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return rule_of(group["rule"], group["level"]).row_slots
+
+
+def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each moment of a parameter."""
+    shape, own = state_shape(p, group), _row_slots(group)
+    stored = zip(slots_of(group), moment_format(p, group).dtypes, strict=False)
+    return {
+        key: (row_shape(p, group.get("head_rows", 1)), wide(dtype).dtypes[0]) if key in own else (shape, dtype)
+        for key, dtype in stored
+    }
+
+
+def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:
+    """Shape of moments of one number for ``head_rows`` rows; None: one for all of them."""
+    if head_rows is None:
+        return (1,) * p.dim()
+    return (*p.shape[:-2], p.shape[-2] // head_rows, 1) if p.dim() > 1 else (1,) * p.dim()
 
 
 def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -70,7 +100,7 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     state.update(upgraded(state, p))
     if not state:
         shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
-        moments = {key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(slots, stored.dtypes, strict=False)}
+        moments = {key: zeros_like_shard(p, own, dtype) for key, (own, dtype) in moments_of(p, group).items()}
         state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
         n = stored.n_scales(shape, group["level"])
         state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales_of(slots)})
@@ -137,12 +167,14 @@ def check_state(
             f"the state of {name} has {stray[0]}, which rule={group['rule']!r} does not keep: load the state that "
             f"belongs to it, or convert it with gwt_kernels.migrate"
         )
-    for key, dtype in zip(slots, stored.dtypes, strict=False):
-        if tuple(state[key].shape) != shape:
+    for key, (own, dtype) in moments_of(p, group).items():
+        if tuple(state[key].shape) != own:
+            asked = f"level {group['level']} with wavelet {group['wavelet']!r}"
+            if key in _row_slots(group):
+                asked = f"head_rows={group.get('head_rows', 1)}"
             raise ValueError(
-                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
-                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with, "
-                f"or gwt_kernels.migrate for other options"
+                f"{key} of {name} has shape {tuple(state[key].shape)}, but {asked} needs {own}: use the "
+                f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
             raise ValueError(
@@ -235,6 +267,8 @@ def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     stored = moment_format(p, group)
     random = stored.is_random or group["weight_rounding"] == "stochastic"
     check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
+    if is_sharded(p) and _row_slots(group):
+        check_heads(p, group["head_rows"], name)
 
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
@@ -244,7 +278,7 @@ def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
 
 def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the moments of a parameter."""
-    if group["level"] == 0:
+    if group["level"] == 0 or not p.dim():
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
 

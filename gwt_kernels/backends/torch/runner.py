@@ -10,6 +10,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.backends.torch import step as folded
+from gwt_kernels.core.level import ROW
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.core.tensor_step import TensorStep
@@ -75,14 +76,14 @@ class TorchRunner:
 
     def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
-        if bucket.is_literal:
+        if bucket.is_literal and bucket.level != ROW:
             literal.gwt_adamw_(tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
         else:
             folded.gwt_adamw_(tensor_steps, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
 
     def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
         bucket = self.bucket
-        if bucket.is_literal:
+        if bucket.is_literal and bucket.level != ROW:
             return literal.update_sums(
                 tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
             )

@@ -17,6 +17,7 @@ from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
+from gwt_kernels.core.level import ROW
 
 __all__ = ["TritonRunner"]
 
@@ -182,7 +183,8 @@ class TritonRunner:
         bucket = self.bucket
         arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
         arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
-        check_bucket(arrays | ({"limiter_norms": bucket.limiter_norms} if bucket.is_limited else {}), bucket.level)
+        arrays |= {"limiter_norms": bucket.limiter_norms} if bucket.is_limited else {}
+        check_bucket(arrays, bucket.level, bool(bucket.stated.row_slots))
         self._plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
 
     def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:
@@ -206,7 +208,7 @@ class TritonRunner:
         chosen: dict[bool, list[int]] = {True: [], False: []}
         for i, p in enumerate(self.bucket.params):
             if p.numel():
-                chosen[is_flat(p, misaligned[i], self.bucket.level)].append(i)
+                chosen[is_flat(p, misaligned[i], ROW if self.bucket.is_by_rows else self.bucket.level)].append(i)
         return [Launch(self.bucket, places, flat) for flat, places in chosen.items() if places]
 
 
