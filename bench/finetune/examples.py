@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator
@@ -60,16 +59,15 @@ def read_examples(path: Path, columns: Columns, option: str = "--data") -> list[
     if path.suffix not in readers:
         raise ValueError(f"{where}: unknown ending {path.suffix!r}; give one of {', '.join(readers)}")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at other line ends, which texts may hold
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # texts may hold other line ends
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: is no UTF-8 text ({error.reason}); convert it") from error
-    found = {
-        (example.text, example.pair): example
-        for example in reversed([*readers[path.suffix](lines, columns, where)])
-    }
+    found: dict[tuple[str, str | None], Example] = {}
+    for example in readers[path.suffix](lines, columns, where):
+        found.setdefault((example.text, example.pair), example)
     if not found:
         raise ValueError(f"{where}: holds no examples; give a file that does")
-    return list(reversed(found.values()))
+    return list(found.values())
 
 
 def labels_of(examples: list[Example], where: str) -> list[str]:
@@ -83,7 +81,8 @@ def labels_of(examples: list[Example], where: str) -> list[str]:
         raise ValueError(f"{where}: every example has the label {labels[0]!r}; give a file of two labels or more")
     if len(labels) > max(2, len(examples) // 4):
         raise ValueError(
-            f"{where}: {len(labels)} labels for {len(examples)} examples; name the column of labels with --label-column"
+            f"{where}: {len(labels)} labels for {len(examples)} examples; "
+            "name the column of them with --label-column"
         )
     return labels
 
@@ -99,7 +98,7 @@ def digest_of(examples: list[Example]) -> str:
 
 
 def _tsv(lines: list[str], columns: Columns, where: str) -> Iterator[Example]:
-    rows = csv.reader((line.rstrip("\r") for line in lines if line.strip()), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = (line.rstrip("\r").split("\t") for line in lines if line.strip())
     names = None if columns.numbered else next(rows, [])
     places = [int(name) if names is None else _place(name, names, where) for name in columns.wanted]
     for number, row in enumerate(rows, 1 if names is None else 2):

