@@ -302,7 +302,7 @@ class Comparison:
         return new
 
     def rates(self, optimizer: str, recipe: str) -> list[tuple[float, float]]:
-        """Return the pairs of lr and scale to run: those given, else the grid's or the best recorded, else the preset's."""
+        """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's."""
         options = self.options
         if options.sweep:
             grid = options.grids.get(recipe)

@@ -53,7 +53,8 @@ def check_folder(model: Path) -> None:
     except (ValueError, OSError, KeyError) as error:
         line = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"--model {model}: transformers cannot read its config.json ({line}); give the folder of a model that it knows"
+            f"--model {model}: transformers cannot read its config.json ({line}); "
+            "give the folder of a model that it knows"
         ) from error
 
 
@@ -89,8 +90,8 @@ def check_fit(model: Path, largest_id: int, length: int) -> None:
     config = AutoConfig.from_pretrained(model)
     if largest_id >= config.vocab_size:
         raise ValueError(
-            f"--tokenizer: token id {largest_id} is outside the vocabulary of --model {model}, {config.vocab_size} ids; "
-            "give the tokenizer that the model was trained with"
+            f"--tokenizer: token id {largest_id} is outside the vocabulary of --model {model}, "
+            f"{config.vocab_size} ids; give the tokenizer that the model was trained with"
         )
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
@@ -183,7 +184,7 @@ def _with_adapters(model: nn.Module, rank: int, kind: str) -> nn.Module:
 
 
 def head_of(model: nn.Module, classes: int) -> Iterable[nn.Parameter]:
-    """Return the parameters of the head: of a classifier all but the body, its pooler included, else the output matrix."""
+    """Return the head's parameters: all outside a classifier's body, and its pooler; or the output matrix."""
     if not classes:
         return [model.get_output_embeddings().weight]
     body = getattr(model, model.base_model_prefix)

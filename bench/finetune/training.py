@@ -55,7 +55,7 @@ class RunConfig:
 
 
 def lr_factor(step: int, *, steps: int, warmup: float) -> float:
-    """Share of the peak rate at `step` (1 for the first): a linear rise, then a line that would reach 0 after the last."""
+    """Share of the peak rate at `step` (1 for the first): it rises, then falls to 0 after the last, along lines."""
     rise = max(1, round(warmup * steps))
     return step / rise if step <= rise else (steps + 1 - step) / (steps + 1 - rise)
 
@@ -141,7 +141,7 @@ def _check_finite(loss: float, step: int, config: RunConfig) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory that this process has held, or its tensors on a CUDA device; None where none can say."""
+    """Return the most memory that this process, or on CUDA its tensors, has held; None where nothing says."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # not `getrusage`, which starts from what the parent had

