@@ -179,7 +179,9 @@ def build_model(
 def _with_adapters(model: nn.Module, rank: int, kind: str) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that peft still asks transformers by
+        adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 

@@ -58,8 +58,8 @@ WORDS = """\
 *lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
 AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands
 here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
-the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW on
-all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW
+on all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
 
 The runs are short, as two cores allow that were shared with other work: times are too long, some more than others,
 and few validation examples choose, so look at the settings that were not chosen, too."""
