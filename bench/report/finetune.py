@@ -95,7 +95,8 @@ def pairs_of(runs: Sequence[Run]) -> list[Pair]:
         name = f"finetune_{slug(place[0])}"
         while name in found:  # the same preset on another device, or of another length
             name += "_older"
-        found[name] = Pair(PRESETS.get(place[0], f"Preset `{place[0]}`"), name, rows[place], last[place])
+        ordered = sorted(rows[place], key=lambda row: list(RECIPES).index(row["recipe"]), reverse=True)
+        found[name] = Pair(PRESETS.get(place[0], f"Preset `{place[0]}`"), name, ordered, last[place])
     return list(found.values())
 
 

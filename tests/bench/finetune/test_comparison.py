@@ -366,3 +366,17 @@ def test_the_downloaded_pair(tmp_path: Path, ran: list[RunConfig], monkeypatch: 
     found = {(row["optimizer"], row["metric"]): row["median"] for row in rows}
     assert found["adamw", "state_bytes"] / 1e6 == pytest.approx(181.7, abs=0.1)
     assert found["gwt2", "state_bytes"] / 1e6 == pytest.approx(118.0, abs=0.1)
+
+
+@pytest.mark.parametrize("record", sorted(records.RESULTS.glob("finetune_*.json")), ids=lambda path: path.stem)
+def test_what_is_recorded_is_swept_alike(record: Path) -> None:
+    rows = records.rows_of(record, results.BENCHMARK)
+    chosen = choices(rows)
+    assert len({choice.tried for choice in chosen}) == 1  # as many settings for each
+    for name in ("adamw", "gwt2"):
+        (own,) = (choice for choice in chosen if choice.optimizer == name and choice.recipe in models.WHOLE)
+        assert len(own.values["test_loss"]) >= 2  # so that there is a spread
+    shared = ("model_digest", "text_digest", "steps", "batch", "warmup", "precision", "weight_decay", "grad_clip")
+    assert len({tuple(row[key] for key in shared) for row in rows}) == 1
+    batches = {(row["seed"], row["data_digest"]) for row in rows}
+    assert len(batches) == len({seed for seed, _ in batches})  # the same ones for every optimizer
