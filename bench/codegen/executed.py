@@ -19,8 +19,8 @@ __all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of",
 
 COUNTED = (STEP, NORM, DWT, IDWT)
 """Kernels that pass over tensors; the others take one number of a tile."""
-TENSORS = 64
-"""In one launch, so that finding a tile's tensor is a real search."""
+TENSORS = 16
+"""In one launch: several, so that finding a tile's tensor is a real look-up, and no more than counts need."""
 FLAT_SHAPE = 4, 4096
 ODD_WIDTH = 5461
 """Of LLaMA-1B's MLP, whose last block of a row is cut short at every level."""

@@ -9,7 +9,7 @@ from bench.codegen.variant import Variant
 
 
 class Limit(NamedTuple):
-    """The most that a step of level 2 with 64 tensors may execute, request and wait for."""
+    """The most that a step of level 2 may execute, request and wait for."""
 
     weights: str
     moments: str
@@ -27,13 +27,13 @@ class Limit(NamedTuple):
 
 
 LIMITS = (
-    Limit("bf16", "fp32", "flat", "nearest", 23.0, 1.0, 2),
-    Limit("bf16", "fp32", "flat", "stochastic", 39.5, 1.0, 2),
-    Limit("bf16", "fp32", "row", "nearest", 32.0, 1.25, 2),
-    Limit("bf16", "fp32", "row", "stochastic", 56.0, 1.31, 2),
-    Limit("bf16", "int8", "flat", "stochastic", 72.0, 1.04, 2),
-    Limit("fp32", "fp32", "flat", "nearest", 22.5, 1.0, 2),
-    Limit("fp32", "fp32", "row", "nearest", 29.0, 1.16, 2),
+    Limit("bf16", "fp32", "flat", "nearest", 22.5, 1.0, 2),
+    Limit("bf16", "fp32", "flat", "stochastic", 39.0, 1.0, 2),
+    Limit("bf16", "fp32", "row", "nearest", 31.4, 1.25, 2),
+    Limit("bf16", "fp32", "row", "stochastic", 55.1, 1.25, 2),
+    Limit("bf16", "int8", "flat", "stochastic", 71.0, 1.04, 2),
+    Limit("fp32", "fp32", "flat", "nearest", 22.0, 1.0, 2),
+    Limit("fp32", "fp32", "row", "nearest", 28.3, 1.16, 2),
 )
 
 

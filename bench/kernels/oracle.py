@@ -229,15 +229,15 @@ def _transform_error(after: Buffers) -> Tensor:
     worst = torch.zeros((), dtype=torch.float64, device=after.inputs[0].device)
     n = len(after.inputs)
     for chunk in _chunks(*after.inputs, *after.outputs):
-        given, found = [x.double() for x in chunk[:n]], chunk[n:]
+        inputs, found = [x.double() for x in chunk[:n]], chunk[n:]
         if case.kernel == "haar_dwt":
-            exact = literal.wavedec(given[0], _HAAR, case.level)
-            sizes = [literal.wavedec(given[0].abs(), _HAAR, level)[0] for level in range(case.level + 1)]
+            exact = literal.wavedec(inputs[0], _HAAR, case.level)
+            sizes = [literal.wavedec(inputs[0].abs(), _HAAR, level)[0] for level in range(case.level + 1)]
             levels = (case.level, *range(case.level, 0, -1))
             bounds = [once * level * sizes[level] for level in levels]
         else:
-            exact = [literal.waverec(given, _HAAR)[..., : case.shape[-1]]]
-            bounds = [once * case.level * _magnitude(given)[..., : case.shape[-1]]]
+            exact = [literal.waverec(inputs, _HAAR)[..., : case.shape[-1]]]
+            bounds = [once * case.level * _magnitude(inputs)[..., : case.shape[-1]]]
         for stored, value, bound in zip(found, exact, bounds, strict=True):
             worst = torch.maximum(worst, _ratio(stored, value, bound))
     return worst

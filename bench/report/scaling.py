@@ -94,11 +94,11 @@ def _run(run: Run) -> str:
         times: list[str] = []
         for metric in ("step_cpu_time", "step_time"):
             # The other wall times are stretched like those of the reference on as many processes.
-            given = setting in REFERENCES.values() and (n == 1 or metric == "step_time")
+            is_input = setting in REFERENCES.values() and (n == 1 or metric == "step_time")
             predicted = found[f"predicted_{metric}"]["median"]
             off = found[metric]["median"] / predicted - 1
-            times += ["given" if given else number(1e3 * predicted), spread(found[metric], 1e3)]
-            times.append("" if given else f"{100 * off:+.0f} %")
+            times += ["input" if is_input else number(1e3 * predicted), spread(found[metric], 1e3)]
+            times.append("" if is_input else f"{100 * off:+.0f} %")
         rows.append([str(n), setting, *counts, *times])
     heading = f"{about['device']}, {about['cores']} cores, {about['model']}, level {about['level']}."
     return "\n\n".join(

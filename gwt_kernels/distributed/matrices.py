@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class MatrixPiece(NamedTuple):
     start: int
     length: int
 
+    def of(self, part: Tensor) -> Tensor:
+        """The piece of this process's part of the parameter, or of a state with the same first dimension."""
+        return part if self.length == part.shape[0] else part.narrow(0, self.start, self.length)
+
+
+_groups: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+"""Process groups made here, which last as long as the processes are connected, by the group of all of them."""
 
 Stage = Callable[[Sequence[MatrixPiece], Sequence[Tensor]], None]
 
@@ -98,6 +106,10 @@ class MatrixExchange:
         newton_schulz.check()
         for p in params:
             check_shards(p.tensor, p.name)
+            if not p.tensor.is_floating_point():
+                raise TypeError(
+                    f"{p.name} has the dtype {p.tensor.dtype}: only floating-point matrices can be taken"
+                )
             check_workspace(p.name, p.tensor.shape, newton_schulz, workspace_bytes, p.flatten, p.row_splits)
         self._n_params = len(params)
         self.owners: list[list[int]] = [[] for _ in params]
@@ -145,7 +157,7 @@ class MatrixExchange:
             raise ValueError(f"{len(parts)} parts of {self._n_params} parameters")
 
         def of(pieces: Sequence[MatrixPiece]) -> list[Tensor]:
-            return [parts[piece.param].narrow(0, piece.start, piece.length) for piece in pieces]
+            return [piece.of(parts[piece.param]) for piece in pieces]
 
         self.run(
             lambda pieces, values: torch._foreach_copy_(list(values), of(pieces)),
@@ -173,16 +185,17 @@ class _Peers:
     Attributes:
         ranks: Processes ``[replica][position]``.
         shared: Whether there is more than this process.
-        place: This process's replica and position.
+        place_of: Replica and position of each process.
+        place: This process's.
         group: The process group of its replica, in the order of ranks; None where it is alone.
         replicas: A process group for each dimension of the mesh with replicas.
     """
 
-    def __init__(self, p: Any, groups: dict[tuple[int, ...], Any]) -> None:
+    def __init__(self, p: Any) -> None:
         self.shared = is_sharded(p) and p.device_mesh.size() > 1
         self.device = local_of(p).device
         self.ranks: tuple[tuple[int, ...], ...] = ((0,),)
-        self.place = 0, 0
+        self.place, self.place_of = (0, 0), {0: (0, 0)}
         self.group, self.replicas = None, []
         if not self.shared:
             return
@@ -193,12 +206,11 @@ class _Peers:
         others = [i for i in range(mesh.ndim) if i not in sharding]
         n_positions = math.prod(mesh.size(i) for i in sharding)
         self.ranks = tuple(map(tuple, mesh.mesh.permute(*others, *sharding).reshape(-1, n_positions).tolist()))
-        replica = next(i for i, ranks in enumerate(self.ranks) if rank in ranks)
-        own = self.ranks[replica]
-        self.place = replica, own.index(rank)
+        self.place_of = {r: (i, at) for i, ranks in enumerate(self.ranks) for at, r in enumerate(ranks)}
+        self.place = self.place_of[rank]
         self.replicas = [mesh.get_group(i) for i in others if mesh.size(i) > 1]
         if n_positions > 1:
-            self.group = _group_of(mesh, sharding, sorted(own), groups)
+            self.group = _group_of(mesh, sharding, sorted(self.ranks[self.place[0]]))
 
 
 def _sharding(p: Any) -> list[int]:
@@ -206,23 +218,23 @@ def _sharding(p: Any) -> list[int]:
     return [i for _, i in reduced_over(p)]
 
 
-def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int], groups: dict[tuple[int, ...], Any]) -> Any:
+def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int]) -> Any:
     """The process group of ``ranks``, this process's replica; made by these alone where there is none."""
     import torch.distributed as dist
 
-    known = [dist.group.WORLD, *([mesh.get_group(sharding[0])] if len(sharding) == 1 else []), *groups.values()]
-    for group in known:
+    made = _groups.setdefault(dist.group.WORLD, [])
+    own = [mesh.get_group(sharding[0])] if len(sharding) == 1 else []
+    for group in [*own, dist.group.WORLD, *made]:
         if dist.get_process_group_ranks(group) == ranks:
             return group
-    groups[tuple(ranks)] = dist.new_group(ranks, use_local_synchronization=True)
-    return groups[tuple(ranks)]
+    made.append(dist.new_group(ranks, use_local_synchronization=True))
+    return made[-1]
 
 
 def _units(
     params: Sequence[MatrixParameter], newton_schulz: NewtonSchulz, workspace_bytes: int
 ) -> list[list[tuple[_Peers, list[Unit]]]]:
     """For each set of processes the units of parameters that they share in the same way; plain ones last."""
-    groups: dict[tuple[int, ...], Any] = {}
     peers: dict[tuple[object, ...], _Peers] = {}
     units: dict[tuple[object, ...], list[Unit]] = {}
     known: dict[tuple[object, ...], list[Unit]] = {}  # of parameters that are alike, as those of layers are
@@ -231,7 +243,7 @@ def _units(
         mesh = (x.device_mesh, *_sharding(x)) if is_sharded(x) and x.device_mesh.size() > 1 else ()
         key: tuple[object, ...] = mesh, local_of(x).device
         if key not in peers:
-            peers[key], units[key] = _Peers(x, groups), []
+            peers[key], units[key] = _Peers(x), []
         splits = None if p.row_splits is None else tuple(p.row_splits)
         alike = key, tuple(x.shape), tuple(x.placements) if mesh else (), p.flatten, splits
         if alike not in known:
@@ -285,14 +297,11 @@ class _Batch:
         newton_schulz: NewtonSchulz,
         workspace_bytes: int,
     ) -> None:
-        self._peers, self._params, self._newton_schulz = peers, params, newton_schulz
-        self._workspace_bytes = workspace_bytes
+        self._peers, self._newton_schulz = peers, newton_schulz
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
-        ranks = sorted(peers.ranks[replica])
-        own = peers.ranks[replica][position]
-        place_of = {rank: (i, at) for i, ranks in enumerate(peers.ranks) for at, rank in enumerate(ranks)}
+        own, ranks, place_of = peers.ranks[replica][position], sorted(peers.ranks[replica]), peers.place_of
         # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
         # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
         parts = [unit.parts[position] for unit in batch.units]
@@ -332,12 +341,14 @@ class _Batch:
             self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
             at += unit.numel
         self._n_whole = at
-        self._cut = [x for x in self._wholes if params[x.unit.index].row_splits is not None]
-        self._runs = _runs([x for x in self._wholes if x not in self._cut], params)
+        cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
+        self._cut = [(x, p.flatten, p.row_splits) for x, p in cut]
+        self._runs = _runs([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
-        held = sum(unit.nbytes for unit, _, is_held, _ in self._wholes if is_held)
-        self.computing_bytes = min(batch.needed[own], workspace_bytes) - held
+        taken = sum(unit.nbytes for unit, *_ in self._wholes)
+        self._temporary_bytes = min(batch.needed[own], workspace_bytes) - taken
+        self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
         self.sent_bytes = (sum(self._sent) + sum(self._arriving)) * itemsize * batch.travels
         self.reduced_bytes = self._n_held * itemsize * len(peers.replicas)
 
@@ -379,9 +390,8 @@ class _Batch:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
         matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
-        for unit, at, is_held, _ in self._cut:
-            p, x = self._params[unit.index], _view(held if is_held else whole, at, unit.shape)
-            matrices += views_of(x, p.flatten, p.row_splits)
+        for (unit, at, is_held, _), flatten, row_splits in self._cut:
+            matrices += views_of(_view(held if is_held else whole, at, unit.shape), flatten, row_splits)
         inside, outside = [], []
         for unit, at, is_held, parts in self._wholes:
             x = held if is_held else _view(whole, at, unit.shape)
@@ -391,8 +401,7 @@ class _Batch:
                 outside += [y[of] for of, _ in part.boxes]
         if inside:
             torch._foreach_copy_(inside, outside)
-        taken = sum(unit.nbytes for unit, *_ in self._wholes)
-        orthogonalize_(matrices, self._newton_schulz, self._workspace_bytes - taken)
+        orthogonalize_(matrices, self._newton_schulz, self._temporary_bytes)
         if inside:
             torch._foreach_copy_(outside, inside)
 

@@ -79,7 +79,7 @@ class Unit:
         shape: The unit's, of the parameter's number of dimensions.
         parts: What each position holds of it.
         work: A measure of the time that it takes.
-        workspace: Bytes of temporaries, all its matrices at once.
+        workspace: Bytes of temporaries, all its matrices at once; of copies too where rows are cut.
         itemsize: Bytes of an element.
     """
 
@@ -145,7 +145,7 @@ def _unit(index: int, layout: Layout, first: int, stop: int, newton_schulz: Newt
         shape,
         tuple(_part(dims, first, stop) for dims in layout.held),
         sum(n * newton_schulz.work(r, c) for n, r, c in numbers),
-        sum(n * newton_schulz.temporary_bytes(r, c) for n, r, c in numbers),
+        sum(n * newton_schulz.temporary_bytes(r, c, copied=len(numbers) > 1) for n, r, c in numbers),
         newton_schulz.dtype.itemsize,
     )
 

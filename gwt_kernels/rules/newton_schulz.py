@@ -167,7 +167,8 @@ def _end_to_end(group: Sequence[Tensor]) -> Iterator[Tensor]:
         follows = x.storage_offset() == run.storage_offset() + run.numel()
         same = x.untyped_storage()._cdata == run.untyped_storage()._cdata
         if follows and same and run.is_contiguous() and x.is_contiguous():
-            run = run.as_strided((len(run) + len(x), *x.shape[1:]), run.stride())
+            rows, cols = x.shape[1:]
+            run = run.as_strided((len(run) + len(x), rows, cols), (rows * cols, cols, 1))
         else:
             yield run
             run = x

@@ -27,7 +27,8 @@ from bench.codegen.variant_runs import VariantError
 from bench.common import records
 from bench.kernels import cases as kernel_cases
 from bench.report.executed import CLASSES as SHOWN
-from bench.report.executed import bound
+from bench.report.executed import bound, section
+from bench.report.rows import Run
 from tests.ptx.counts import CLASSES
 from tests.ptx.plugin import CACHE
 
@@ -99,9 +100,9 @@ def test_counts_of_classes_add_up(gated: list[Row]) -> None:
 
 
 def test_flat_step_counted_by_hand(gated: list[Row]) -> None:
-    """64 tensors of 16,384 elements at level 2, tiles of 4,096 by 256 threads: 16 elements, 4 blocks per thread."""
+    """16 tensors of 16,384 elements at level 2, tiles of 4,096 by 256 threads: 16 elements, 4 blocks per thread."""
     row = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
-    assert (row["elements"], row["programs"]) == (64 * 16384, 256)
+    assert (row["elements"], row["programs"]) == (16 * 16384, 64)
     assert row["bytes"] == 10.0
     own = {
         "p load": 2.0,
@@ -122,7 +123,7 @@ def test_row_step_requests_shared_sectors_more_than_once(gated: list[Row]) -> No
     row = the(gated, weights="bf16", path="row", rounding="nearest")
     blocks = -(-5461 // 4)
     assert row["bytes"] == pytest.approx((3 * 2 * 5461 + 4 * 4 * blocks) / 5461, rel=1e-12)
-    assert row["elements"] == 64 * 5 * 5461
+    assert row["elements"] == 16 * 5 * 5461
     assert 1.0 <= row["distinct"] <= row["requested"]
 
 
@@ -254,3 +255,14 @@ def test_a_limit_that_is_exceeded_fails_the_command(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert codegen.main(["--executed", "--gate", "--path", "row", "--weights", "fp32", "--jobs", "1"]) == 1
     assert "1e+04 instructions an element instead of at most" in capsys.readouterr().out
+
+
+def test_every_level_is_shown(gated: list[Row]) -> None:
+    """Level 2 in full, and all levels in one line a kernel, bold where issue slots bound it."""
+    flat = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
+    deeper = flat | {"level": 4, "executed": 123.0, "issue_share": 1.0}
+    text = "\n".join(section([Run("file.json", "executed", "none", [*gated, deeper])]))
+    assert f"every level ({1 + len(gated)} kernels)" in text
+    assert "| step | bf16/fp32 | flat | 22.5 · 1.00 | **123 · 1.00** |" in text
+    assert text.count("123") == 1
+    assert "every level" not in "\n".join(section([Run("file.json", "executed", "none", gated)]))

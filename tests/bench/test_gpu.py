@@ -287,8 +287,8 @@ def test_commands_use_known_options(device: str, tmp_path: Path) -> None:
 
     asked = kernels.parse(arguments("kernels", "bench.kernels"))
     assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
-    given = arguments("optimizers", "bench.optimizers")
-    asked = optimizers.parse(given)
+    words = arguments("optimizers", "bench.optimizers")
+    asked = optimizers.parse(words)
     assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
     assert asked.quick
     assert asked.models == (["llama_60m", "llama_7b"] if device == "cuda" else ["llama_60m"])

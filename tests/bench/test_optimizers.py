@@ -176,8 +176,8 @@ def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert row["note"] == "no device: PyTorch finds no cuda:1 here, so nothing was measured"
 
 
-@pytest.mark.parametrize("given", ["cuda", "cuda:0"])
-def test_a_cuda_device_gets_an_index(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_cuda_device_gets_an_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.cuda.set_device` refuses a device without one."""
     made: list[torch.device] = []
 
@@ -189,7 +189,7 @@ def test_a_cuda_device_gets_an_index(given: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(optimizers, "facts", lambda *_: {"device": "made up", "date": "2026"})
     monkeypatch.setattr(optimizers, "copy_bandwidth", first_step)
     with pytest.raises(InterruptedError):
-        optimizers.main(["--device", given])
+        optimizers.main(["--device", name])
     assert made == [torch.device("cuda", 0)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,32 @@ old
 """
 
 
+def checkout(folder: Path) -> Path:
+    """Create a checkout without results."""
+    (folder / "docs").mkdir()
+    (folder / "results").mkdir()
+    (folder / "README.md").write_text(README)
+    (folder / "docs" / "traps.md").write_text(
+        "<!-- regimes -->\n<!-- /regimes -->\n\n<!-- quality -->\n<!-- /quality -->"
+    )
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A checkout without results."""
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "results").mkdir()
-    (tmp_path / "README.md").write_text(README)
-    (tmp_path / "docs" / "traps.md").write_text(
-        "<!-- regimes -->\n<!-- /regimes -->\n\n<!-- quality -->\n<!-- /quality -->"
-    )
-    return tmp_path
+    return checkout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with results and their pages, to be copied before it is changed."""
+    folder = checkout(tmp_path_factory.mktemp("reported"))
+    record(folder, "quality", CPU)
+    record(folder, "optimizers", CPU)
+    assert report(folder, "--check") == 1  # nothing is written yet
+    assert report(folder) == 0
+    return folder
 
 
 def record(place: Path, benchmark: str, about: Row, name: str = "") -> Path:
@@ -212,16 +229,19 @@ TAMPERED = {
 }
 
 
+def test_a_fresh_report_is_not_written_again(reported: Path) -> None:
+    assert report(reported, "--check") == 0
+    before = {path: path.read_bytes() for path in reported.rglob("*.*") if path.is_file()}
+    assert report(reported) == 0
+    assert {path: path.read_bytes() for path in reported.rglob("*.*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("message", TAMPERED)
-def test_check_finds_stale_pages(place: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    record(place, "quality", CPU)
-    record(place, "optimizers", CPU)
-    assert report(place, "--check") == 1  # nothing is written yet
-    assert report(place) == 0
+def test_check_finds_stale_pages(
+    reported: Path, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shutil.copytree(reported, tmp_path / "place")
     assert report(place, "--check") == 0
-    before = {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()}
-    assert report(place) == 0
-    assert {path: path.read_bytes() for path in place.rglob("*.*") if path.is_file()} == before
     capsys.readouterr()
     TAMPERED[message](place)
     assert report(place, "--check") == 1

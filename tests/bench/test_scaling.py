@@ -131,7 +131,7 @@ def test_page_shows_predictions_and_measurements(record: Path, tmp_path: Path) -
         size, collectives, sent, predicted, _, off, *_ = cells.split(" | ")
         case = {metric: found[int(n), setting, metric]["median"] for metric in ("state_bytes", "collectives")}
         assert (size, collectives) == (f"{case['state_bytes']:,}", str(case["collectives"]))
-        assert (predicted == "given") == (off == "") == (n == "1" and setting in ("no limiter", "foam"))
+        assert (predicted == "input") == (off == "") == (n == "1" and setting in ("no limiter", "foam"))
         assert (sent == "0") == (n == "1" or not setting.startswith("limiter"))
     other = json.loads(record.read_text())
     next(row for row in other["rows"] if row["metric"] == "state_bytes")["median"] += 4

@@ -34,6 +34,10 @@ def test_shards_equal_whole_matrices() -> None:
     forked.run(4, exchanged.equals_whole)
 
 
+def test_any_layouts() -> None:
+    forked.run(4, exchanged.any_layouts, range(8))
+
+
 def test_bits_are_those_of_whole_matrices() -> None:
     forked.run(4, exchanged.bits)
 
@@ -44,6 +48,10 @@ def test_meshes_of_some_processes_in_any_order() -> None:
 
 def test_models_that_engines_divide() -> None:
     forked.run(4, exchanged.engines)
+
+
+def test_memory_is_what_was_said() -> None:
+    forked.run(4, exchanged.memory)
 
 
 def test_batches_travel_while_others_are_computed() -> None:

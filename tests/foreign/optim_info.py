@@ -87,11 +87,11 @@ INFO = common.OptimizerInfo(
     supports_complex=False,
 )
 INPUTS = common._get_optim_inputs_including_global_cliquey_kwargs("cpu", torch.float32, INFO)
-each_input = pytest.mark.parametrize("given", INPUTS, ids=lambda given: given.desc)
+each_input = pytest.mark.parametrize("sample", INPUTS, ids=lambda sample: sample.desc)
 
 
-def make(given: Any, params: Any = None, **more: Any) -> GWTAdamW:
+def make(sample: Any, params: Any = None, **more: Any) -> GWTAdamW:
     """Build the optimizer of an input; a tensor among its options is copied, since schedulers write to it."""
-    options = {**copy.deepcopy(given.kwargs), **more}
+    options = {**copy.deepcopy(sample.kwargs), **more}
     optimizer: GWTAdamW = INFO.optim_cls(parameters(SHAPES) if params is None else params, **options)
     return optimizer

@@ -49,15 +49,15 @@ class Redirected:
                     monkeypatch.setattr(module, name, partial(self.call, name))
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        given = ARGUMENTS[name].bind(*args, **kwargs)
-        given.apply_defaults()
-        wavelet, mode, axis = map(given.arguments.pop, ("wavelet", "mode", "axis"))
+        bound = ARGUMENTS[name].bind(*args, **kwargs)
+        bound.apply_defaults()
+        wavelet, mode, axis = map(bound.arguments.pop, ("wavelet", "mode", "axis"))
         result = None
         if is_haar(wavelet) and is_mode(mode):
-            if "data" in given.arguments:
-                result = self._forward(mode, axis, **given.arguments)
+            if "data" in bound.arguments:
+                result = self._forward(mode, axis, **bound.arguments)
             else:
-                result = self._inverse(axis, *given.arguments.values())
+                result = self._inverse(axis, *bound.arguments.values())
         if result is None:
             return THEIRS[name](*args, **kwargs)
         self.calls[name] += 1

@@ -62,10 +62,10 @@ ERRORS = error_inputs("cpu", torch.float32)
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.optimizer_error_input.desc)
 def test_shared_errors(error: Any) -> None:
-    given = error.optimizer_error_input
+    sample = error.optimizer_error_input
     expect = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
     with expect(error.error_type, match=error.error_regex):
-        make(given, given.params)
+        make(sample, sample.params)
 
 
 def test_all_shared_errors_are_tested() -> None:
@@ -84,29 +84,29 @@ def test_sparse_and_complex_are_refused() -> None:
 
 @each_input
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
-def test_loss_decreases(given: Any, contiguous: bool) -> None:
+def test_loss_decreases(sample: Any, contiguous: bool) -> None:
     for schedulers in ((), *INFO.scheduler_inputs):
         params = parameters(SHAPES)
         if not contiguous:
             params = [Parameter(torch.stack([p.detach(), torch.zeros_like(p)], -1)[..., 0]) for p in params]
             assert not any(p.is_contiguous() for p in params)
-        assert_goes_the_right_way(make(given, params), params, schedulers)
+        assert_goes_the_right_way(make(sample, params), params, schedulers)
 
 
 @each_input
-def test_loss_decreases_with_a_rate_per_group(given: Any) -> None:
+def test_loss_decreases_with_a_rate_per_group(sample: Any) -> None:
     for schedulers in INFO.scheduler_inputs:
         weight, bias = params = parameters(SHAPES)
         groups = [{"params": [weight]}, {"params": [bias], "lr": 0.01}]
-        assert_goes_the_right_way(make(given, groups), params, schedulers)
+        assert_goes_the_right_way(make(sample, groups), params, schedulers)
 
 
 @each_input
 @pytest.mark.parametrize("dimensions", [0, 1])
-def test_a_tensor_as_rate_is_that_rate(given: Any, dimensions: int) -> None:
+def test_a_tensor_as_rate_is_that_rate(sample: Any, dimensions: int) -> None:
     for schedulers in ((), *INFO.scheduler_inputs):
         as_tensor, as_float = (
-            make(given, lr=lr) for lr in (torch.tensor(0.0625).reshape([1] * dimensions), 0.0625)
+            make(sample, lr=lr) for lr in (torch.tensor(0.0625).reshape([1] * dimensions), 0.0625)
         )
         schedules = [[schedule(o) for schedule in schedulers] for o in (as_tensor, as_float)]
         for t in range(5):
@@ -126,11 +126,11 @@ def test_a_tensor_as_rate_is_that_rate(given: Any, dimensions: int) -> None:
 
 
 @each_input
-def test_weight_decay_per_group(given: Any) -> None:
+def test_weight_decay_per_group(sample: Any) -> None:
     decayed, plain = params = parameters([(10, 5), (10, 5)])
     before = [p.detach().clone() for p in params]
     groups = [{"params": [decayed], "weight_decay": 0.5}, {"params": [plain], "weight_decay": 0.0}]
-    optimizer = make(given, groups)
+    optimizer = make(sample, groups)
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -141,25 +141,25 @@ def test_weight_decay_per_group(given: Any) -> None:
 
 
 @each_input
-def test_rate_per_group(given: Any) -> None:
+def test_rate_per_group(sample: Any) -> None:
     still, moving, by_default = params = parameters([(10, 5)] * 3)
     before = [p.detach().clone() for p in params]
     groups = [{"params": [still], "lr": 0.0}, {"params": [moving], "lr": 0.5}, {"params": [by_default]}]
-    train(make(given, groups, lr=0.0), range(3))
+    train(make(sample, groups, lr=0.0), range(3))
     assert_same_bits([still.detach(), by_default.detach()], [before[0], before[2]])
     assert (moving != before[1]).all()
 
 
 @each_input
-def test_no_change_without_gradients(given: Any) -> None:
+def test_no_change_without_gradients(sample: Any) -> None:
     params = parameters([*SHAPES, (0, 5), (4, 0)])
-    optimizer = make(given, params[:2])
+    optimizer = make(sample, params[:2])
     before = results(optimizer)
     optimizer.step()
     assert optimizer.step(lambda: 3.0) == 3.0
     assert_same_bits(results(optimizer), before)
 
-    empty = make(given, params[2:], level=0)
+    empty = make(sample, params[2:], level=0)
     for p in params[2:]:
         p.grad = torch.zeros_like(p)
     empty.step()
@@ -167,8 +167,8 @@ def test_no_change_without_gradients(given: Any) -> None:
 
 
 @each_input
-def test_zero_gradients_change_nothing_and_later_steps_work(given: Any) -> None:
-    optimizer = make(given, weight_decay=0.0)
+def test_zero_gradients_change_nothing_and_later_steps_work(sample: Any) -> None:
+    optimizer = make(sample, weight_decay=0.0)
     params = parameters_of(optimizer)
     before = [p.detach().clone() for p in params]
     for _ in range(2):
@@ -181,18 +181,18 @@ def test_zero_gradients_change_nothing_and_later_steps_work(given: Any) -> None:
 
 
 @each_input
-def test_repr(given: Any) -> None:
-    text = repr(make(given))
+def test_repr(sample: Any) -> None:
+    text = repr(make(sample))
     assert text.startswith("GWTAdamW (\nParameter Group 0\n")
     assert all(f"    {name}: " in text for name in ("lr", "betas", "level", "scale", "rule", "wavelet"))
 
 
 @each_input
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_a_loaded_state_continues_its_run(given: Any, named: bool) -> None:
+def test_a_loaded_state_continues_its_run(sample: Any, named: bool) -> None:
     def start() -> GWTAdamW:
         params = parameters(SHAPES)
-        return make(given, list(zip(("weight", "bias"), params, strict=True)) if named else params)
+        return make(sample, list(zip(("weight", "bias"), params, strict=True)) if named else params)
 
     first, second = start(), start()
     train(first, range(3))
@@ -212,14 +212,14 @@ def test_a_loaded_state_continues_its_run(given: Any, named: bool) -> None:
 
 
 @each_input
-def test_a_state_of_an_older_version_is_loaded(given: Any) -> None:
-    first = make(given)
-    second = make(given, copy.deepcopy(parameters_of(first)))
+def test_a_state_of_an_older_version_is_loaded(sample: Any) -> None:
+    first = make(sample)
+    second = make(sample, copy.deepcopy(parameters_of(first)))
     train(first, range(2))
     older = copy.deepcopy(first.state_dict())
     for group in older["param_groups"]:
         for flag in INFO.not_og_supported_flags:
-            if flag not in given.kwargs or flag == "backend":
+            if flag not in sample.kwargs or flag == "backend":
                 del group[flag]
     train(second, range(2))
     second.load_state_dict(older)
@@ -230,9 +230,9 @@ def test_a_state_of_an_older_version_is_loaded(given: Any) -> None:
 
 @each_input
 @pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda t: torch.tensor(t, dtype=torch.int64)])
-def test_step_counts_of_other_types(given: Any, kind: Callable[[int], Any]) -> None:
-    optimizer = make(given)
-    expected = make(given)
+def test_step_counts_of_other_types(sample: Any, kind: Callable[[int], Any]) -> None:
+    optimizer = make(sample)
+    expected = make(sample)
     for each in (optimizer, expected):
         train(each, range(3))
     state = copy.deepcopy(optimizer.state_dict())
@@ -257,8 +257,8 @@ def public(optimizer: GWTAdamW) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_has_every_public_attribute_and_continues(given: Any, way: Callable[[GWTAdamW], GWTAdamW]) -> None:
-    optimizer = make(given)
+def test_a_copy_has_every_public_attribute_and_continues(sample: Any, way: Callable[[GWTAdamW], GWTAdamW]) -> None:
+    optimizer = make(sample)
     train(optimizer, range(2))
     other = way(optimizer)
     assert_same_bits(public(other), public(optimizer))
@@ -330,12 +330,12 @@ def test_hooks_of_saving_and_loading() -> None:
     assert state["param_groups"][0]["lr"] == 1e-3
 
 
-@pytest.mark.parametrize("given", [x for x in INPUTS if "max_grad_norm" not in x.kwargs], ids=lambda x: x.desc)
-def test_mixed_dtypes(given: Any) -> None:
+@pytest.mark.parametrize("sample", [x for x in INPUTS if "max_grad_norm" not in x.kwargs], ids=lambda x: x.desc)
+def test_mixed_dtypes(sample: Any) -> None:
     """Each tensor's update equals its update alone; clipping, which uses the norm of all tensors, is left out."""
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     together = [p for dtype in dtypes for p in parameters(SHAPES, dtype=dtype)]
-    optimizer = make(given, together)
+    optimizer = make(sample, together)
     for t in range(3):
         alone = copy.deepcopy(optimizer)
         give_gradients(together, seed=t)
@@ -348,8 +348,8 @@ def test_mixed_dtypes(given: Any) -> None:
 
 
 @each_input
-def test_state_is_not_empty(given: Any) -> None:
-    optimizer = make(given)
+def test_state_is_not_empty(sample: Any) -> None:
+    optimizer = make(sample)
     assert not optimizer.state
     train(optimizer, [0])
     assert set(optimizer.state) == set(parameters_of(optimizer))
@@ -360,8 +360,8 @@ def test_state_is_not_empty(given: Any) -> None:
 
 
 @each_input
-def test_scaled_gradients_are_unscaled_and_overflows_skipped_in_the_step(given: Any) -> None:
-    plain, scaled = make(given), make(given)
+def test_scaled_gradients_are_unscaled_and_overflows_skipped_in_the_step(sample: Any) -> None:
+    plain, scaled = make(sample), make(sample)
     for t in range(4):
         overflow = t == 2
         if not overflow:

@@ -132,6 +132,19 @@ def test_matrices_of_any_kind_at_once() -> None:
                 x.copy_(y)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("splits", [(2, 2, 2), (4, 2), (2, 4), (1, 1, 4)])
+def test_cut_rows_of_batches(splits: tuple[int, ...], n: int) -> None:
+    """Some pieces of the same shape lie end to end, in one batch or where it ends and the next begins."""
+    x = matrices(2 * n, 6, 8, dtype=FP64)
+    ours = NewtonSchulz(dtype=FP64)
+    expected = torch.stack([torch.cat([restated(piece, ours) for piece in m.split(splits)]) for m in x])
+    for workspace in (WORKSPACE_BYTES, ours.temporary_bytes(4, 8), ours.temporary_bytes(4, 8, copied=True)):
+        y = x.clone()
+        orthogonalize_([*views_of(y[:n], row_splits=splits), *views_of(y[n:], row_splits=splits)], ours, workspace)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
+
+
 def test_same_shapes_share_products() -> None:
     class Count(TorchDispatchMode):
         products = 0

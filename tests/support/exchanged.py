@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,9 +21,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter, MatrixPiece
-from gwt_kernels.rules.newton_schulz import NewtonSchulz, check_workspace, orthogonalize_, views_of
+from gwt_kernels.rules.newton_schulz import (
+    NewtonSchulz,
+    check_workspace,
+    matrix_shapes,
+    orthogonalize_,
+    views_of,
+    workspace_needed,
+)
 from tests.support import runs
 from tests.support.memory import Peak
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, mesh_of, on_each_number, shard, whole
@@ -120,17 +131,18 @@ def compare(
         exchange = MatrixExchange(params, newton_schulz, workspace)
         for _ in range(2):
             parts = [local(p.tensor.detach()).clone() for p in params]
-            with Peak() as peak:
-                exchange.orthogonalize_(parts)
+            exchange.orthogonalize_(parts)
             for p, part, exact in zip(params, parts, expected, strict=True):
                 x: Any = p.tensor
                 if isinstance(x, DTensor):  # not full_tensor(), which takes ranks of a mesh for sorted
                     exact = local(shard(exact, x.device_mesh, x.placements).detach())
                 if newton_schulz.dtype == torch.float64:
-                    torch.testing.assert_close(part, exact, rtol=0, atol=1e-13, msg=f"{p.name}, {workspace}")
+                    where = f"{p.name}, {workspace}"
+                    torch.testing.assert_close(
+                        part, exact, rtol=0, atol=1e-13, msg=lambda text, at=where: f"{at}: {text}"
+                    )
                 else:
                     runs.assert_same_bits(part, exact.double(), f"{p.name}, {workspace}")
-        assert peak.bytes <= exchange.peak_bytes, f"{peak.bytes} at once, {exchange.peak_bytes} said"
     return exchange
 
 
@@ -140,12 +152,33 @@ def equals_whole() -> None:
 
 def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     layouts = layouts_of(n, line, grid)
-    exchange = compare(layouts, [1 << 20, 60_000, 25_000])
+    exchange = compare(layouts, [1 << 20, 25_000])
     # Nothing but order and shapes decides, here as everywhere.
     plan = exchange.owners, exchange.loads
     again = MatrixExchange(parameters_of(layouts, seed=9)[0], FP64, 25_000)
     assert (again.owners, again.loads) == plan
     assert all(other == plan for other in gathered(plan, line))
+
+
+def least(p: MatrixParameter) -> int:
+    """The fewest bytes that a parameter can be computed in."""
+    shape = p.tensor.shape[1:] if p.tensor.dim() > 2 and not p.flatten else p.tensor.shape
+    return workspace_needed(matrix_shapes(shape, p.flatten, p.row_splits), FP64)
+
+
+def any_layouts(seeds: Sequence[int]) -> None:
+    """Random shapes, placements and options, with as little memory as there may be, and more."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    for seed in seeds:
+        chance = random.Random(seed)
+        layouts: list[Layout] = []
+        for _ in range(chance.randint(1, 12)):
+            shape = [chance.randint(1, 9) for _ in range(chance.randint(2, 4))]
+            mesh = chance.choice([line, grid])
+            ways = [WHOLE, *map(Shard, range(len(shape)))]
+            layouts.append((shape, mesh, [chance.choice(ways) for _ in range(mesh.ndim)]))
+        fewest = max(map(least, parameters_of(layouts)[0]))
+        compare(layouts, [fewest, chance.randint(fewest, 8 * fewest)])
 
 
 def bits() -> None:
@@ -169,7 +202,7 @@ def some_processes() -> None:
     made = mock.Mock(wraps=dist.new_group)
     with mock.patch("torch.distributed.new_group", made):
         compare(layouts, [1 << 20, 60_000])
-    assert [call.args[0] for call in made.call_args_list] == [[1, 2, 3, 4]] * 2  # one for each exchange
+    assert [call.args[0] for call in made.call_args_list] == [[1, 2, 3, 4]]  # for all exchanges
 
 
 def engines() -> None:
@@ -195,6 +228,53 @@ def engines() -> None:
         MatrixExchange(params, FP64).orthogonalize_(parts)
         for p, exact in zip(params, expected, strict=True):
             torch.testing.assert_close(whole(p.tensor.detach()), exact, rtol=0, atol=1e-13, msg=f"{name}: {p.name}")
+
+
+class Elsewhere:
+    """A collective on copies that nothing counts: gloo's threads keep tensors for a moment after it has ended."""
+
+    def __init__(self, real: Any, results: Tensor, *others: Any, **options: Any) -> None:
+        with _disable_current_modes():
+            self._results, self._copy = results, results.clone()
+            given = [x.clone() if isinstance(x, Tensor) else x for x in others]
+            self._work = real(self._copy, *given, **options)
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._results.copy_(self._copy)
+        del self._results
+
+
+def memory() -> None:
+    """What is said to be needed at once is what is, and at most twice the workspace, whatever travels."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    kinds: list[Layout] = [
+        ((64, 48), line, [ROWS]),
+        ((64, 48), line, [COLUMNS]),
+        ((64, 48), grid, [WHOLE, ROWS]),
+        ((64, 48), grid, [ROWS, COLUMNS]),
+        ((64, 48), line, [WHOLE]),
+        ((4, 32, 48), line, [ROWS]),
+        ((4, 32, 48), line, [COLUMNS]),
+        ((64, 48), None, []),
+    ]
+    collectives = {
+        f"torch.distributed.{name}": partial(Elsewhere, getattr(dist, name))
+        for name in ("all_to_all_single", "all_reduce")
+    }
+    for shape, mesh, placements in kinds:
+        params = [MatrixParameter(str(i), shard(torch.randn(shape), mesh, placements)) for i in range(32)]
+        seen = []
+        for workspace in (1 << 20, 60_000, 30_000):
+            exchange = MatrixExchange(params, NewtonSchulz(), workspace)
+            with ExitStack() as patches, Peak() as peak:
+                for name, replacement in collectives.items():
+                    patches.enter_context(mock.patch(name, replacement))
+                exchange.run(lambda pieces, values: None, lambda pieces, values: None)
+            numbers = shape, placements, workspace, peak.bytes, exchange.peak_bytes
+            assert peak.bytes == exchange.peak_bytes <= 2 * workspace, numbers
+            seen.append(peak.bytes)
+        assert seen[0] > seen[1] > seen[2], (shape, placements, seen)
 
 
 def overlap() -> None:
@@ -267,6 +347,7 @@ def refusals() -> None:
     zero.ds_id = 3  # type: ignore[attr-defined]
     refused(MatrixParameter("w.zero", zero), "ZeRO.*fully_shard", TypeError)
     sharded = shard(square, line, [ROWS])
+    refused(MatrixParameter("w.complex", torch.zeros(2, 2, dtype=torch.complex64)), "complex64", TypeError)
     refused(MatrixParameter("w.1d", shard(torch.randn(6), line, [ROWS])), "no matrix.*rule='adamw'")
     refused(MatrixParameter("w.large", sharded), "at least workspace_bytes=", workspace_bytes=100)
     with pytest.raises(ValueError, match=r"row_splits=.*6 rows of w\.split"):

@@ -15,7 +15,7 @@ from triton.compiler import CompiledKernel
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
-from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, tiles_of_program, variant
+from gwt_kernels.backends.triton.layout import alignment, blocks_together, rows_of, tiles_of_program, variant
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
@@ -92,8 +92,9 @@ class Launch:
         self._quantum = quantum(level) if bucket.is_quantized else 0
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
-        # Blocks of values run on from row to row, and rows are padded where that spares calls of Philox.
-        together = DRAWN_TOGETHER if bucket.is_random and not bucket.is_quantized else 1
+        p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.stored.dtypes[0]))
+        self._dtypes = p, g, m
+        together = blocks_together(level, m, bucket.rounding == "stochastic")
         rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
         tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
         self._tiles = tiles_of_program(flat)
@@ -119,8 +120,6 @@ class Launch:
         self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
-        p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.stored.dtypes[0]))
-        self._dtypes = p, g, m
         narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
         self._norm_alignment = alignment(g, m, level, flat)
         self._step_alignment = alignment(narrower, m, level, flat)

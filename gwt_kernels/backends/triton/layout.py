@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DRAWN_TOGETHER", "Rows", "alignment", "is_flat", "rows_of", "tiles_of_program", "variant"]
+__all__ = ["Rows", "alignment", "blocks_together", "is_flat", "rows_of", "tiles_of_program", "variant"]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 # A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. What lanes
 # of one warp exchange needs no barriers, and a short tile seldom holds the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
 ROW_TILES = 4  # that a program takes one after the other, for what it looks up of their tensor
-DRAWN_TOGETHER = 4  # blocks of a row whose random bits come of whole calls, of 4 words
 
 
 def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
@@ -31,6 +30,19 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
 def tiles_of_program(flat: bool) -> int:
     """How many tiles of a tensor a program of the step takes, one after the other."""
     return 1 if flat else ROW_TILES
+
+
+def blocks_together(level: int, moments: tl.dtype, stochastic: bool) -> int:
+    """How many blocks of a row draw from one call of Philox: 4 their moments, or as many as hold 8 weights.
+
+    Args:
+        level: Of the transform.
+        moments: Their dtype; blocks of values run on from row to row, so that each draws by itself.
+        stochastic: Whether weights are rounded so.
+    """
+    if moments == tl.bfloat16:
+        return 4
+    return max(1, 8 >> level) if stochastic and moments != tl.int8 else 1
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: int, flat: bool) -> dict[str, int]:

@@ -31,7 +31,7 @@ def _philox(calls, step, purpose: tl.constexpr, key):
 def random_words(first, N: tl.constexpr, step, key):
     """32 random bits for each of ``N`` coefficients from ``first`` on, which ``min(N, 4)`` divides: ``[N]``."""
     if N >= 4:
-        w0, w1, w2, w3 = _philox(first // 4 + tl.arange(0, N // 4), step, _MOMENTS, key)
+        w0, w1, w2, w3 = _philox((first >> 2) + tl.arange(0, N // 4), step, _MOMENTS, key)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
     else:
         words = random_words_at(first + tl.arange(0, N), step, key)
@@ -41,15 +41,15 @@ def random_words(first, N: tl.constexpr, step, key):
 @triton.jit
 def random_words_at(index, step, key):
     """32 random bits for the coefficients of the given indices (int64), of any shape: a call for each of them."""
-    w0, w1, w2, w3 = _philox(index // 4, step, _MOMENTS, key)
-    return _choose(w0, w1, w2, w3, index % 4)
+    w0, w1, w2, w3 = _philox(index >> 2, step, _MOMENTS, key)
+    return _choose(w0, w1, w2, w3, index & 3)
 
 
 @triton.jit
 def random_halves(first, N: tl.constexpr, step, key):
     """16 random bits for each of ``N`` weights from ``first`` on; 8 divides both: ``[N]``."""
-    w0, w1, w2, w3 = _philox(first // 8 + tl.arange(0, N // 8), step, _WEIGHTS, key)
-    return tl.reshape(_halves(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (N,))
+    w0, w1, w2, w3 = _philox((first >> 3) + tl.arange(0, N // 8), step, _WEIGHTS, key)
+    return tl.reshape(_halves(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (N,)).to(tl.uint32)
 
 
 @triton.jit
@@ -59,32 +59,31 @@ def random_halves_of_blocks(index, W: tl.constexpr, NB: tl.constexpr, step, key)
     ``index [NB]`` (int64) are those of their first weights, multiples of ``min(W, 8)``.
     """
     if W >= 8:
-        calls = tl.reshape((index // 8)[:, None] + tl.arange(0, W // 8)[None, :], (NB * W // 8,))
+        calls = tl.reshape((index >> 3)[:, None] + tl.arange(0, W // 8)[None, :], (NB * W // 8,))
         w0, w1, w2, w3 = _philox(calls, step, _WEIGHTS, key)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     else:
-        w0, w1, w2, w3 = _philox(index // 8, step, _WEIGHTS, key)
+        w0, w1, w2, w3 = _philox(index >> 3, step, _WEIGHTS, key)
         if W == 4:
-            second = index % 8 == 4
+            second = (index & 7) == 4
             words = tl.join(tl.where(second, w2, w0), tl.where(second, w3, w1))
         else:
-            words = _choose(w0, w1, w2, w3, index % 8 // 2)
-    return tl.reshape(_halves(words), (NB * W,))
+            words = _choose(w0, w1, w2, w3, index >> 1 & 3)
+    return tl.reshape(_halves(words), (NB * W,)).to(tl.uint32)
 
 
 @triton.jit
 def _halves(words):
     """The lower and the upper half of each word: one more dimension, the last."""
-    return tl.join(words & 0xFFFF, words >> 16)
+    return tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
 
 
 @triton.jit
 def random_halves_at(index, step, key):
     """16 random bits for the weights of the given indices (int64), of any shape: a call for each of them."""
-    w0, w1, w2, w3 = _philox(index // 8, step, _WEIGHTS, key)
-    lane = index % 8
-    word = _choose(w0, w1, w2, w3, lane // 2)
-    return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
+    w0, w1, w2, w3 = _philox(index >> 3, step, _WEIGHTS, key)
+    word = _choose(w0, w1, w2, w3, index >> 1 & 3)
+    return tl.where((index & 1) == 0, word & 0xFFFF, word >> 16)
 
 
 @triton.jit

@@ -13,9 +13,8 @@ block of a row may be cut short, and what lies beyond the row counts as zero. Th
 time, and one block's moments at a time, so that the lanes of a warp access neighbours.
 
 The index of a random bit counts rows that are no whole blocks as padded to a multiple of 4 blocks
-(``hyper.padded_spans``). Tiles of launches that draw count such padding as blocks, so that a call of Philox serves
-4 coefficients and 8 weights that lie side by side in a tile; with moments in codes they cannot, as a quantum runs
-on from row to row.
+(``hyper.padded_spans``). Tiles count as much of it as blocks as lets a call of Philox serve 4 coefficients, or 8
+weights, that lie side by side in a tile (``layout.blocks_together``): more would shift moments off their sectors.
 
 ``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
 that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
@@ -66,11 +65,12 @@ from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import (
     ROWS,
     RUN,
+    first_drawn,
+    index_drawn,
     index_in_array,
     inside_tile,
     is_run,
     load_tile,
-    rows_passed,
     store_tile,
     tile_of,
 )
@@ -231,7 +231,7 @@ def _update(
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
             bits = random_words_at(_in_whole(moments_span, index), step, key)
         elif Q and KIND != _FLAT:
-            bits = random_words_at(_block_index(tile, row_blocks, NB) + moments_span[0], step, key)
+            bits = random_words_at(index_drawn(tile, row_blocks, 1, NB) + moments_span[0], step, key)
         else:
             bits = random_words(first_block + moments_span[0], NB, step, key)
     else:
@@ -258,14 +258,16 @@ def _update(
         store_tile(low_ptr, low, tile, width, padded, W, NB, KIND, MULTIPLE)
         store_tile(p_ptr, weight, tile, width, padded, W, NB, KIND, MULTIPLE)
     elif ROUNDING == "stochastic":
+        TOGETHER: tl.constexpr = 1 if Q else 4 if M == tl.bfloat16 else MULTIPLE  # as in layout.blocks_together
         if SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
             bits = random_halves_at(_in_whole(weights_span, index), step, key)
-        elif Q and KIND != _FLAT and W > 1:
-            index = _block_index(tile, row_blocks, NB) * W + weights_span[0]
-            bits = random_halves_of_blocks(index, W, NB, step, key)
+        elif (KIND == ROWS or (Q and KIND == RUN)) and TOGETHER < 4 and W > 1:
+            index = index_drawn(tile, row_blocks, TOGETHER, NB) * W + weights_span[0]
+            bits = random_halves_of_blocks(index, W * TOGETHER, NB // TOGETHER, step, key)
         else:
-            bits = random_halves(first_block * W + weights_span[0], NB * W, step, key)
+            first = first_drawn(tile, row_blocks, TOGETHER, KIND)
+            bits = random_halves(first * W + weights_span[0], NB * W, step, key)
         store_tile(p_ptr, stochastic_round(p, bits, P), tile, width, padded, W, NB, KIND, MULTIPLE)
     else:
         store_tile(p_ptr, p.to(P), tile, width, padded, W, NB, KIND, MULTIPLE)
@@ -453,9 +455,3 @@ def _layout(layout_ptr, i, FLAT: tl.constexpr):
         width, row_blocks = tl.load(layout_ptr + WIDTH), tl.load(layout_ptr + ROW_BLOCKS)
         padded, reciprocal = tl.load(layout_ptr + PADDED), tl.load(layout_ptr + RECIPROCAL)
     return n_blocks, width, row_blocks, padded, reciprocal
-
-
-@triton.jit
-def _block_index(tile, row_blocks, NB: tl.constexpr):
-    """The indices by which a tile's blocks draw, in rows that are padded to whole groups of 4: int64 ``[NB]``."""
-    return tile[0] + tl.arange(0, NB) + (tile[2] + rows_passed(tile, 1, NB)) * ((0 - row_blocks) & 3)

@@ -19,11 +19,12 @@ __all__ = [
     "ROWS",
     "RUN",
     "array_ptr",
+    "first_drawn",
+    "index_drawn",
     "index_in_array",
     "inside_tile",
     "is_run",
     "load_tile",
-    "rows_passed",
     "store_tile",
     "tile_of",
 ]
@@ -44,9 +45,10 @@ def tile_of(
     """The tile that starts with block ``first_block``, for the functions below.
 
     It is a tuple: its first block, the blocks from there to the tensor's end or the tile's (32 bits), the first
-    block's row, the period ``c`` of rows in this tile, and where in it the first block lies (both 32 bits): the row
-    of block ``b`` of the tile is ``(b + place) // c`` rows below the first one's. ``c`` is ``row_blocks`` but for
-    rows longer than two tiles, of which only the end, with less than 4 blocks of padding, may matter to one.
+    block's row, the blocks from there to that row's end, the period ``c`` of rows in this tile, and where in it
+    the first block lies (both 32 bits): the row of block ``b`` of the tile is ``(b + place) // c`` rows below the
+    first one's. ``c`` is ``row_blocks`` but for rows longer than two tiles, of which only the end, with less than
+    4 blocks of padding, may matter to one.
 
     Args:
         n_blocks: of the tensor; on the flat path a multiple of ``MULTIPLE``.
@@ -56,6 +58,7 @@ def tile_of(
     """
     here = tl.multiple_of(tl.minimum(n_blocks - first_block, NB).to(tl.int32), MULTIPLE if KIND == FLAT else 1)
     row = first_block - first_block
+    left = n_blocks - first_block
     period = here
     place = here - here
     if KIND != FLAT:
@@ -65,25 +68,51 @@ def tile_of(
         left = tl.where(left > 0, left, left + row_blocks)
         period = tl.minimum(row_blocks, 2 * NB + 4).to(tl.int32)
         place = period - tl.minimum(left, period).to(tl.int32)
-    return first_block, here, row, period, place
+    return first_block, here, row, left, period, place
 
 
 @triton.jit
-def rows_passed(tile, SIZE: tl.constexpr, NB: tl.constexpr):
-    """How many rows below the tile's first row each of its elements lies ``[NB * SIZE]``."""
-    _, _, _, period, place = tile
+def _rows_passed(tile, elements, SIZE: tl.constexpr):
+    """How many rows below the tile's first row its ``elements`` lie, of which a block has ``SIZE``."""
+    _, _, _, _, period, place = tile
     # x // d is the upper half of (x + 1) * ((2**32 - 1) // d), where x * d is far below 2**32 as here.
     reciprocal = 0xFFFFFFFF // (period * SIZE).to(tl.uint32)
-    return tl.umulhi((tl.arange(0, NB * SIZE) + (place * SIZE + 1)).to(tl.uint32), reciprocal).to(tl.int32)
+    return tl.umulhi((elements + (place * SIZE + 1)).to(tl.uint32), reciprocal).to(tl.int32)
+
+
+@triton.jit
+def _left_out(row_blocks, TOGETHER: tl.constexpr):
+    """How many blocks more rows have that are padded to whole groups of 4 than to whole groups of ``TOGETHER``."""
+    return (0 - row_blocks.to(tl.int32)) & (4 - TOGETHER)
+
+
+@triton.jit
+def first_drawn(tile, row_blocks, TOGETHER: tl.constexpr, KIND: tl.constexpr):
+    """The index by which a tile's first block draws, in rows that are padded to whole groups of 4.
+
+    In those of the tile they are padded to whole groups of ``TOGETHER``: 1, 2 or 4.
+    """
+    first = tile[0]
+    if KIND != FLAT and TOGETHER < 4:
+        first += tile[2] * _left_out(row_blocks, TOGETHER)
+    return first
+
+
+@triton.jit
+def index_drawn(tile, row_blocks, TOGETHER: tl.constexpr, NB: tl.constexpr):
+    """Likewise of the first block of each group: int64 ``[NB // TOGETHER]``."""
+    blocks = tl.arange(0, NB // TOGETHER) * TOGETHER
+    blocks += _rows_passed(tile, blocks, 1) * _left_out(row_blocks, TOGETHER)
+    return first_drawn(tile, row_blocks, TOGETHER, ROWS) + blocks
 
 
 @triton.jit
 def _places(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr):
     """Where an array's elements lie from the tile's first on (32 bits), and which are inside ``[NB * SIZE]``."""
-    _, here, _, period, place = tile
+    _, here, _, _, period, place = tile
     missing = (row_blocks * SIZE - width).to(tl.int32)
     elements = tl.arange(0, NB * SIZE)
-    passed = rows_passed(tile, SIZE, NB)
+    passed = _rows_passed(tile, elements, SIZE)
     column = elements + place * SIZE - passed * (period * SIZE)
     inside = (elements < here * SIZE) & (column < period * SIZE - missing)
     return elements - passed * missing, inside
@@ -92,8 +121,7 @@ def _places(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr):
 @triton.jit
 def is_run(tile, width, row_blocks, W: tl.constexpr, NB: tl.constexpr):
     """Whether a tile of the row path is a ``RUN``: whole, in one row, and without what is missing at its end."""
-    _, here, _, period, place = tile
-    return (here == NB) & ((period - place - NB) * W >= row_blocks * W - width)
+    return tile[3] * W >= row_blocks * W - width + NB * W
 
 
 @triton.jit
