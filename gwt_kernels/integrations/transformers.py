@@ -28,12 +28,13 @@ _GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
 _OF_SHAPES = ("include", "exclude", "row_splits", "workspace_bytes")
 """Options that only the model's own tensors can be checked against."""
 
-_TRAINING_ARGUMENTS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-}
+_TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def _taken_over(kind: type[PlannedOptimizer]) -> dict[str, str]:
+    """Options of an optimizer that are those of TrainingArguments, and what they are called there."""
+    betas, eps = ("betas", "eps") if kind is GWTAdamW else ("adamw_betas", "adamw_eps")
+    return {**_TRAINING_ARGUMENTS, betas: "adam_beta1 and adam_beta2", eps: "adam_epsilon"}
 
 
 class GWTTrainerMixin:
@@ -186,8 +187,9 @@ class TelemetryCallback(TrainerCallback):
 
 def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None:
     """Raise on options and training arguments that contradict each other."""
-    for option in options.keys() & _TRAINING_ARGUMENTS.keys():
-        raise ValueError(f"{option} is not an option here: set {_TRAINING_ARGUMENTS[option]} in TrainingArguments")
+    taken_over = _taken_over(optimizer_of(options.get("rule", "gwt")))
+    for option in options.keys() & taken_over.keys():
+        raise ValueError(f"{option} is not an option here: set {taken_over[option]} in TrainingArguments")
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(f"TrainingArguments asks for optim={optim!r}, which GWTAdamW would replace: leave it out")
@@ -214,7 +216,7 @@ def _try_out(model: nn.Module, args: TrainingArguments, options: Mapping[str, An
 def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **options: Any) -> PlannedOptimizer:
     kind = optimizer_of(options.get("rule", "gwt"))
     chosen = {name: options.pop(name) for name in _GROUPING if name in options}
-    betas, eps = ("betas", "eps") if kind is GWTAdamW else ("adamw_betas", "adamw_eps")
+    *_, betas, eps = _taken_over(kind)
     if kind is not GWTAdamW:
         chosen = {"scale": 1.0, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
