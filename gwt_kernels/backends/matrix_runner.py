@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,11 +55,16 @@ class MatrixStage(NamedTuple):
     views: Callable[[Tensor, int], Sequence[Tensor]]
 
 
+_Of = Callable[[Sequence[Any]], list[Any]]
+
+
 class _Batch(NamedTuple):
     """The runners of both stages for some pieces.
 
     Attributes:
         pieces: Whose; kept alive, as they tell batches apart.
+        of: Of what there is for each parameter, that of the pieces.
+        grads: Of all gradients, the pieces' parts.
         make: Runs the first stage.
         use: Runs the last one.
         params: Their places, int64 on the device.
@@ -67,6 +73,8 @@ class _Batch(NamedTuple):
     """
 
     pieces: Sequence[Piece]
+    of: _Of
+    grads: _Of
     make: Runner
     use: Runner
     params: Tensor
@@ -88,6 +96,8 @@ class MatrixRunner:
     def __init__(self, bucket: Bucket, backend: choice.Backend | None, stage: MatrixStage) -> None:
         self.bucket, self._backend, self._stage = bucket, backend, stage
         self._batches: dict[int, _Batch] = {}
+        self._hypers: Sequence[Hyper] = []
+        self._last_hypers: list[Hyper] = []  # what these become for the last stage
         self.survey: Survey = PYTHON
         if is_on_triton(bucket, backend):
             from gwt_kernels.backends.triton.native import quickest
@@ -121,8 +131,7 @@ class MatrixRunner:
         def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batch(pieces, values, inputs)
             batch.make.set_params(values)
-            grads = [_part(inputs.grads[piece.param], piece) for piece in pieces]
-            batch.make.apply(_inputs(batch, grads, inputs.steps, inputs.hypers), decision)
+            batch.make.apply(_inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers), decision)
 
         def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
@@ -145,6 +154,8 @@ class MatrixRunner:
 
     def _adjusted(self, hypers: Sequence[Hyper]) -> list[Hyper]:
         """The options of the last stage, one for each parameter."""
+        if len(self._hypers) == len(hypers) and all(map(is_, hypers, self._hypers)):
+            return self._last_hypers
         made: dict[tuple[int, float], Hyper] = {}
         adjusted = []
         for hyper, scales in zip(hypers, self._stage.scales, strict=True):
@@ -152,6 +163,7 @@ class MatrixRunner:
             if key not in made:
                 made[key] = hyper._replace(scale=hyper.scale * scales[0], grad_factor=1.0, maximize=False)
             adjusted.append(made[key])
+        self._hypers, self._last_hypers = hypers, adjusted
         return adjusted
 
     def _batch(self, pieces: Sequence[Piece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
@@ -196,15 +208,25 @@ class MatrixRunner:
             if scale != own[0]
         ]
         index = torch.tensor([piece.param for piece in pieces], dtype=torch.int64, device=bucket.device)
-        made = _Batch(pieces, prepare(first, self._backend), prepare(second, self._backend), index, rows, factors)
+        of = _picker([piece.param for piece in pieces])
+
+        def parts(grads: Sequence[Tensor]) -> list[Tensor]:
+            return [_part(g, piece) for g, piece in zip(of(grads), pieces, strict=True)]
+
+        is_whole = all(self._is_whole(piece) for piece in pieces)
+        runners = prepare(first, self._backend), prepare(second, self._backend)
+        made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows, factors)
         self._batches[id(pieces)] = made
         return made
+
+    def _is_whole(self, piece: Piece) -> bool:
+        return piece.length == len(self.bucket.params[piece.param])
 
     def _spans_of(self, piece: Piece) -> _Spans | None:
         """Where a piece, and its moments, lie in the whole tensor; None where it is the whole."""
         p, bucket = self.bucket.params[piece.param], self.bucket
         span: _Spans | None = None if bucket.spans is None else bucket.spans[piece.param]
-        if piece.length == (len(p) if p.dim() else 1):
+        if self._is_whole(piece):
             return span
         own = span or self._ends(piece.param)
         per_index = p[0].numel(), bucket.exp_avgs[piece.param][0].numel()
@@ -254,9 +276,14 @@ def _inputs(
     batch: _Batch, grads: Sequence[Tensor], steps: Sequence[int] | Tensor, hypers: Sequence[Hyper]
 ) -> StepInputs:
     """What a step brings to a stage; counts of the device's own are copies, as each stage counts."""
-    places = [piece.param for piece in batch.pieces]
-    counts = steps.index_select(0, batch.params) if isinstance(steps, Tensor) else [steps[i] for i in places]
-    return StepInputs(grads, counts, [hypers[i] for i in places])
+    counts = steps.index_select(0, batch.params) if isinstance(steps, Tensor) else batch.of(steps)
+    return StepInputs(grads, counts, batch.of(hypers))
+
+
+def _picker(places: Sequence[int]) -> _Of:
+    """What takes those at ``places`` out of a sequence."""
+    pick = itemgetter(*places, places[0])  # of one place alone it would give no tuple
+    return lambda values: list(pick(values)[:-1])
 
 
 def _part(x: Tensor, piece: Piece) -> Tensor:

@@ -1,4 +1,4 @@
-"""GWTAdamW in Hugging Face's Trainer: a mixin, a factory for ``optimizer_cls_and_kwargs``, a telemetry callback."""
+"""Optimizers of this package in Hugging Face's Trainer: a mixin, a factory, a telemetry callback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from gwt_kernels.integrations.telemetry import HasTelemetry, check_every, missing, scalars, with_telemetry
 from gwt_kernels.optim.adamw import GWTAdamW
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
 
 try:
@@ -21,19 +23,22 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GWTTrainerMixin", "TelemetryCallback", "gwt_optimizer"]
 
-_GROUPING = ("level", "scale", "include", "exclude", "verbose")
-"""Options of gwt_param_groups; all others are GWTAdamW's."""
+_GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
+"""Options of gwt_param_groups; all others are the optimizer's."""
+_OF_SHAPES = ("include", "exclude", "row_splits", "workspace_bytes")
+"""Options that only the model's own tensors can be checked against."""
 
-_TRAINING_ARGUMENTS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-}
+_TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def _taken_over(kind: type[PlannedOptimizer]) -> dict[str, str]:
+    """Options of an optimizer that are those of TrainingArguments, and what they are called there."""
+    betas, eps = ("betas", "eps") if kind is GWTAdamW else ("adamw_betas", "adamw_eps")
+    return {**_TRAINING_ARGUMENTS, betas: "adam_beta1 and adam_beta2", eps: "adam_epsilon"}
 
 
 class GWTTrainerMixin:
-    """Makes a Trainer optimize with `GWTAdamW` over the groups of `gwt_param_groups`.
+    """Makes a Trainer optimize with an optimizer of this package over the groups of `gwt_param_groups`.
 
     ::
 
@@ -42,13 +47,15 @@ class GWTTrainerMixin:
 
         MyTrainer(model, args, train_dataset=data, gwt_options={"level": 2, "rule": "foam"}).train()
 
-    Learning rate, betas, eps and weight decay are those of `TrainingArguments`. Its ``adam_epsilon`` is 1e-8 unless
-    you set it, where `GWTAdamW` and the published recipe have 1e-6.
+    The optimizer is that of the ``rule``: `GWTMuon` for ``"muon"``, `GWTLion` for ``"lion"``, else `GWTAdamW`.
+    Learning rate, betas, eps and weight decay are those of `TrainingArguments`; betas and eps are those of what is
+    not transformed where the rule has others. Its ``adam_epsilon`` is 1e-8 unless you set it, where `GWTAdamW` and
+    the published recipe have 1e-6.
 
     Args:
         *args: Trainer's.
-        gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``verbose``) and
-            of `GWTAdamW` (``rule``, ``state_dtype`` and so on).
+        gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``adamw_lr``,
+            ``verbose``), ``rule``, and options of its optimizer (``state_dtype`` and so on).
         **kwargs: Trainer's.
 
     Raises:
@@ -92,7 +99,7 @@ class GWTTrainerMixin:
 
 
 def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[str, Any]]:
-    """Return what makes a Trainer optimize with `GWTAdamW` over the groups of `gwt_param_groups`.
+    """Return what makes a Trainer optimize with an optimizer of this package over groups of `gwt_param_groups`.
 
     ::
 
@@ -112,7 +119,7 @@ def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[s
     _check_together(args, options)
     # Wide enough for any level, and of the dtype that knows every rounding.
     any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta", dtype=torch.bfloat16)})
-    _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in ("include", "exclude")})
+    _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in _OF_SHAPES})
     return _Factory, {"args": args, **options}
 
 
@@ -126,7 +133,7 @@ class _Factory:
                 "says which tensors to transform: upgrade it (5.17 is new enough), or use GWTTrainerMixin"
             )
 
-    def __call__(self, model: nn.Module, **options: Any) -> GWTAdamW:
+    def __call__(self, model: nn.Module, **options: Any) -> PlannedOptimizer:
         return _make(model, **options)
 
 
@@ -180,8 +187,9 @@ class TelemetryCallback(TrainerCallback):
 
 def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None:
     """Raise on options and training arguments that contradict each other."""
-    for option in options.keys() & _TRAINING_ARGUMENTS.keys():
-        raise ValueError(f"{option} is not an option here: set {_TRAINING_ARGUMENTS[option]} in TrainingArguments")
+    taken_over = _taken_over(optimizer_of(options.get("rule", "gwt")))
+    for option in options.keys() & taken_over.keys():
+        raise ValueError(f"{option} is not an option here: set {taken_over[option]} in TrainingArguments")
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(f"TrainingArguments asks for optim={optim!r}, which GWTAdamW would replace: leave it out")
@@ -205,16 +213,15 @@ def _try_out(model: nn.Module, args: TrainingArguments, options: Mapping[str, An
     _make(model, args, on="meta", **{**options, "verbose": False})
 
 
-def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **options: Any) -> GWTAdamW:
+def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **options: Any) -> PlannedOptimizer:
+    kind = optimizer_of(options.get("rule", "gwt"))
     chosen = {name: options.pop(name) for name in _GROUPING if name in options}
+    *_, betas, eps = _taken_over(kind)
+    if kind is not GWTAdamW:
+        chosen = {"scale": 1.0, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
     if on is not None:
         for group in groups:
             group["params"] = [torch.empty(p.shape, dtype=p.dtype, device=on) for p in group["params"]]
-    return GWTAdamW(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        **options,
-    )
+    numbers: dict[str, Any] = {betas: (args.adam_beta1, args.adam_beta2), eps: args.adam_epsilon}
+    return kind(groups, lr=args.learning_rate, **numbers, **options)  # type: ignore[call-arg]  # a subclass's own

@@ -313,7 +313,7 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
     if not isinstance(m, Tensor):
         raise ValueError(
             f"its state has no tensor exp_avg, but {sorted(map(str, source.state))}: pass the state of an Adam or "
-            f"a torch Muon, or say by keys={{...}} what its entries are called"
+            f"of a Muon, or say with keys={{...}} what its entries are called"
         )
     if "level" in group:
         unscaled = {key: value for key, value in defaults.items() if key != "detail_scale"}

@@ -26,6 +26,7 @@ from gwt_kernels.optim.checks import (
     check_replaced,
     check_traceable,
     is_captured,
+    label_of,
     name_of,
 )
 from gwt_kernels.optim.grad_scaler import FoundInf
@@ -313,7 +314,7 @@ class PlannedOptimizer(Optimizer):
         plan = self._lone.get(p)
         if plan is None or not plan.holds(sources):
             self._check_group(group)
-            self._check_one(p, group, name_of(group, k, i))
+            self._check_one(group, k, i)
             complete(self.state[p], p, group)
             plan = self._lone[p] = StepPlan(
                 sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
@@ -410,7 +411,8 @@ class PlannedOptimizer(Optimizer):
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, len(self.param_groups) - 1)
             check_param(p, group, name)
-            check_matrix(p, group, i, len(self.param_groups) - 1)
+            if has_matrices(group):
+                check_matrix(p, group, label_of(group, i, len(self.param_groups) - 1))
             if self.capturable:
                 check_capturable(p, group, name)
 
@@ -463,7 +465,7 @@ class PlannedOptimizer(Optimizer):
             check_replaced(group, self._shapes[i] if i < len(self._shapes) else [], i)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
-                    self._check_one(p, group, name_of(group, k, i))
+                    self._check_one(group, k, i)
         self._note_shapes()
 
     def _note_shapes(self) -> None:
@@ -485,9 +487,12 @@ class PlannedOptimizer(Optimizer):
         if self._observed:
             check_observable(group)
 
-    def _check_one(self, p: Tensor, group: dict[str, Any], name: str) -> None:
-        """Raise unless a parameter that has a gradient can be stepped."""
+    def _check_one(self, group: dict[str, Any], k: int, i: int) -> None:
+        """Raise unless parameter ``k`` of group ``i``, which has a gradient, can be stepped."""
+        p, name = group["params"][k], name_of(group, k, i)
         check_before_step(p, self.state.get(p), group, name)
+        if has_matrices(group):
+            check_matrix(p, group, label_of(group, k, i))
         if self.capturable:
             check_capturable(p, group, name)
 

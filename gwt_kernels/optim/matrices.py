@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.backends import choice
 from gwt_kernels.backends.matrix_runner import MatrixStage
 from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter
-from gwt_kernels.optim.checks import label_of
 from gwt_kernels.rules import MATRIX_STAGES
 from gwt_kernels.rules.newton_schulz import (
     DTYPES,
@@ -123,17 +123,20 @@ def check_matrix_options(group: Mapping[str, Any]) -> None:
         raise TypeError(f"workspace_bytes={options.workspace_bytes!r} must be an int")
 
 
-def check_matrix(p: Tensor, group: Mapping[str, Any], index: int, group_index: int) -> None:
-    """Raise unless a group's parameter is a matrix, or a batch of matrices, that the stage of the group can take.
+def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
+    """Raise unless a parameter is a matrix, or a batch of matrices, that the stage of its group can take.
+
+    Args:
+        p: The parameter.
+        group: Its group, under a rule that has a matrix stage.
+        label: What :func:`gwt_kernels.optim.checks.label_of` calls the parameter.
 
     Raises:
-        TypeError, ValueError: It is not; the message names the parameter and the remedy.
+        TypeError, ValueError, RuntimeError: It is not; the message names the parameter and the remedy.
     """
     options = matrix_options(group)
-    if options is None:
-        return
-    names, label = group.get("param_names"), label_of(group, index, group_index)
-    path = str(names[index]).removesuffix(".weight") if names and index < len(names) else ""
+    assert options is not None
+    path = label.removeprefix("parameter ").strip("'\"").removesuffix(".weight")
     owner = path.rpartition(".")[2]
     if _EMBEDDING.search(owner) and not _NO_EMBEDDING.search(owner):
         raise ValueError(
@@ -146,6 +149,12 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], index: int, group_index: i
             f"{label} of shape {tuple(p.shape)} is a convolution's by its {'shape' if is_kernel else 'name'}, and "
             f"its last two dimensions are no matrix: use flatten=True in its group, or rule='adamw'"
         )
+    dtype = options.newton_schulz.dtype
+    try:
+        if p.device.type != "meta":
+            choice.resolve_update(group["backend"], p.device, dtype, group["level"])
+    except RuntimeError as error:
+        raise RuntimeError(f"{label} (ns_dtype {dtype}): {error}") from None
     check_workspace(
         label, p.shape, options.newton_schulz, options.workspace_bytes, options.flatten, options.row_splits
     )

@@ -148,12 +148,23 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         hyper = _checked(numbers, slack, capturable)
     if not of_momentum:
         return hyper
-    momentum = _from_zero("momentum", _number("momentum", group["momentum"]), slack)
+    return _with_momentum(hyper, group["momentum"], group["nesterov"], slack)
+
+
+def _with_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> Hyper:
+    """The numbers of a rule whose moment is a momentum."""
+    if type(momentum) is float and type(nesterov) is bool and not isinstance(hyper.lr, Tensor):
+        return _remembered_momentum(hyper, momentum, nesterov, slack)
+    return _checked_momentum(hyper, momentum, nesterov, slack)
+
+
+def _checked_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> Hyper:
+    momentum = _from_zero("momentum", _number("momentum", momentum), slack)
     if not momentum < 1.0:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    if not isinstance(group["nesterov"], bool):
-        raise TypeError(f"nesterov must be True or False, got {group['nesterov']!r}")
-    return hyper._replace(beta1=momentum, beta2=momentum if group["nesterov"] else 1.0)
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"nesterov must be True or False, got {nesterov!r}")
+    return hyper._replace(beta1=momentum, beta2=momentum if nesterov else 1.0)
 
 
 def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:
@@ -195,6 +206,7 @@ def _detail_scale(group: Mapping[str, Any]) -> Any:
 
 
 _remembered = functools.lru_cache(maxsize=256)(_checked)
+_remembered_momentum = functools.lru_cache(maxsize=256)(_checked_momentum)
 
 
 def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
@@ -43,7 +44,8 @@ def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: N
     if not level:
         return (direction,)
     residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
-    return (direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).view(g.shape),)
+    torch.add(direction.unsqueeze(-1), residual, alpha=hyper.detail_scale, out=residual)
+    return (residual.view(g.shape),)
 
 
 def _write(

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTLion, GWTMuon
 from tests.support.runs import assert_same_bits
 from tests.support.tiny import assert_close_runs, assert_same_run, llama, optimizer_of, sentences
 from tests.support.trainer_runs import (
@@ -64,6 +64,31 @@ def test_wavelet_boundary_and_bias_correction_reach_the_optimizer(route, tmp_pat
     assert all(options.items() <= group.items() for group in made.param_groups)
     with pytest.raises(ValueError, match="unknown boundary 'edge'"):
         route(arguments(tmp_path), boundary="edge")
+
+
+@routes
+@pytest.mark.parametrize("kind", [GWTMuon, GWTLion])
+def test_a_rule_chooses_its_optimizer(route, kind, tmp_path):
+    rule = kind.rules[0]
+    own = {"ns_steps": 4, "workspace_bytes": 1 << 20} if kind is GWTMuon else {"betas": (0.8, 0.9)}
+    options = {"rule": rule, "adamw_lr": 1e-4, "scale": 0.5, "detail_scale": 0.7, **own}
+    trainer = route(arguments(tmp_path), **options)
+    made = trainer.create_optimizer()
+    assert type(made) is kind
+    first, *rest = made.param_groups
+    assert (first["rule"], first["level"], first["scale"], first["detail_scale"]) == (rule, 1, 0.5, 0.7)
+    assert all(first[name] == value for name, value in own.items())
+    args = trainer.args
+    assert first["lr"] == args.learning_rate
+    assert {(g["rule"], g["lr"], g["betas"], g["eps"]) for g in rest} == {
+        ("adamw", 1e-4, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+    }
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > trainer.state.log_history[-2]["loss"]
+    with pytest.raises(ValueError, match="detail_scale must be finite and at least 0"):
+        route(arguments(tmp_path), rule=rule, detail_scale=-1.0)
+    with pytest.raises(ValueError, match="unknown rule 'shampoo'"):
+        route(arguments(tmp_path), rule="shampoo")
 
 
 @routes

@@ -11,7 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTMuon
 from gwt_kernels.backends import choice
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import runs
@@ -274,3 +274,47 @@ def test_real_steps_run_in_c_again_after_tracing():
     for optimizer in (traced, expected):
         runs.train(optimizer, [2])
     runs.assert_same_bits(runs.results(traced), runs.results(expected))
+
+
+MATRICES = ((16, 16), (8, 12), (2, 4, 16))
+
+
+def muon(params, **options):
+    return GWTMuon(params, lr=0.01, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"level": 0}, {"max_grad_norm": 1.0}, {"telemetry": True}], ids=str)
+@modes
+def test_a_graph_of_a_step_of_muon_is_the_step(options, mode):
+    traced, plain = muon(runs.parameters([(8, 16)]), **options), muon(runs.parameters([(8, 16)]), **options)
+    for each in (traced, plain):
+        runs.train(each, range(1))
+    (p,), (q,) = runs.parameters_of(traced), runs.parameters_of(plain)
+    before = runs.results(traced)
+
+    def step(g):
+        p.grad = g
+        traced.step()
+        return p.detach().clone()
+
+    graph = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(torch.ones(8, 16))
+    with torch.no_grad():  # what real tensors were changed by tracing
+        p.copy_(before["params"][0])
+        traced.state[p]["exp_avg"].copy_(before["state"][0]["exp_avg"])
+    g = torch.randn(8, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        got = graph(g)
+    q.grad = g
+    plain.step()
+    torch.testing.assert_close(got, q.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_fake_matrices_are_stepped():
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(s)) for s in MATRICES]
+        optimizer = muon(params, skip_nonfinite=True)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+    assert [optimizer.state[p]["exp_avg"].shape[-1] for p in params] == [4, 3, 4]
