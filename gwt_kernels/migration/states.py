@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels.core.hyper import Boundary, Rule
+from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.optim.base import PlannedOptimizer
@@ -376,7 +377,7 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
+    shape = state_shape(p if p.dim() or form.level in (0, ROW) else p.view(1), form._asdict())
     rows = row_shape(p, form.head_rows)
     shapes = {key: rows if key in form.row_slots else shape for key in MOMENTS} | {"weight_low": (*p.shape, 2)}
     for key in shapes.keys() & state.keys():
@@ -387,11 +388,12 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             )
     found = tuple(cast(Tensor, state[key]).dtype for key in slots)
     dense = all(state[key].layout == torch.strided for key in slots)
-    expected = [
-        wide(dtype).dtypes[0] if key in form.row_slots else dtype
-        for key, dtype in zip(slots, stored.dtypes, strict=False)
-    ]
-    if list(found) != expected or not dense or not stored.arithmetic.is_floating_point:
+    expected = zip(slots, stored.dtypes, strict=False)
+    if (
+        list(found) != [wide(x).dtypes[0] if key in form.row_slots else x for key, x in expected]
+        or not dense
+        or not stored.arithmetic.is_floating_point
+    ):
         layouts = "" if dense else ", not dense"
         raise ValueError(
             f"its moments are {' and '.join(map(str, found))}{layouts}: the state is damaged; take another"

@@ -123,6 +123,17 @@ def test_migration_to_rows_keeps_the_means_of_rows_and_back_spreads_them(rule, w
     torch.testing.assert_close(again.state[p]["exp_avg"], mean * unit)
 
 
+def test_migration_takes_every_shape_to_rows_and_back():
+    params = parameters()
+    start, rows, back = (GWTAdamW(params, level=level) for level in (0, "row", 0))
+    steps(start, params, 2)
+    rows.load_state_dict(migrate(start.state_dict(), rows).state_dict)
+    steps(rows, params, 1)
+    back.load_state_dict(migrate(rows.state_dict(), back).state_dict)
+    steps(back, params, 1)
+    assert all(back.state[p]["exp_avg"].shape == p.shape for p in params)
+
+
 def model():
     torch.manual_seed(0)
     found = nn.Module()
