@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gwt_kernels import GWTAdamW
 from tests.support import interpreter
 from tests.support.poisoned import LAYOUTS
 from tests.support.steps import Bucket
-from tests.test_functional import HYPER, OPTIONS, backends, combinations, on, rules
+from tests.test_functional import COMBINATIONS, HYPER, OPTIONS, backends, combinations, on, rules
 
 # Rows of one element and of few, odd and long ones, of many tiles of a kernel; many dimensions; nothing at all.
 SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 64), (2, 1, 2, 35), (0, 40), (5, 1), (2, 3000), (3, 1025), (1, 1024)]
@@ -66,6 +68,30 @@ def test_narrow_moments_of_rows(backend, rule, moment_dtype):
     )
     for t in (1, 2):
         bucket.check_step(HYPER, t, backend=backend)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(
+        st.tuples(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 300)).map(lambda x: (*x[0], x[1])),
+        min_size=1,
+        max_size=4,
+    ),
+    combination=st.sampled_from(COMBINATIONS),
+    grad_dtype=st.sampled_from((None, torch.float32, torch.bfloat16)),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3),
+    rule=st.sampled_from(("gwt", "foam")),
+    detail_scale=st.floats(0, 2),
+    step=st.integers(1, 10_000),
+    seed=st.integers(0, 2**16),
+)
+def test_any_rows(shapes, combination, grad_dtype, layouts, rule, detail_scale, step, seed):
+    backend, dtype = combination
+    bucket = Bucket(
+        shapes, "row", dtype=dtype, grad_dtype=grad_dtype, layouts=layouts, rule=rule, limited=rule == "gwt",
+        device=on(backend), seed=seed,
+    )  # fmt: skip
+    bucket.check_step(HYPER._replace(detail_scale=detail_scale), step, backend=backend)
 
 
 @backends
