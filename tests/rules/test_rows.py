@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTLion
 from tests.support import interpreter
 from tests.support.poisoned import LAYOUTS
 from tests.support.steps import Bucket
@@ -197,3 +197,23 @@ def test_one_launch_takes_all_rows_of_a_bucket(rule, monkeypatch):
     bucket = Bucket([(4, 32), (7, 64), (2, 8, 16)], "row", rule=rule, limited=rule == "gwt", device=on("triton"))
     bucket.check_step(HYPER, 2, backend="triton")
     assert seen == (["row_norm_kernel", "limiter_kernel"] if rule == "gwt" else []) + ["row_step_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lion_on_rows_is_the_same_on_every_backend(dtype):
+    found = []
+    for backend in ("triton", "torch"):
+        generator = torch.Generator().manual_seed(0)
+        params = parameters(((5, 40), (3, 37), (2, 1100)), generator, dtype)
+        optimizer = GWTLion(params, lr=0.1, level="row", backend=backend)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+            with interpreter.like_a_gpu():
+                optimizer.step()
+        assert all(optimizer.state[p]["exp_avg"].shape == (*p.shape[:-1], 1) for p in params)
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        assert float(((a - b).abs() > 1e-6).double().mean()) < 0.002, (
+            "signs differ where a sum is 0 but for rounding"
+        )
