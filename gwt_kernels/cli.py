@@ -34,7 +34,10 @@ DTYPES = {
 
 def level_of(text: str) -> Level:
     """A level as it is written."""
-    return ROW if text == ROW else int(text)
+    try:
+        return ROW if text == ROW else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'row'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

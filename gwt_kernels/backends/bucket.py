@@ -230,6 +230,9 @@ class Bucket:
         check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
         if self.stored.scales and (self.level == ROW or self.stated.row_slots):
             raise ValueError(f"moments in {self.exp_avgs[0].dtype} have no place in rows: keep them in float32")
+        narrow = {x.dtype for x in self.exp_avg_sqs if x is not None} - {torch.float32, torch.float64}
+        if self.stated.row_slots and narrow:
+            raise ValueError(f"second moments of rows are {narrow.pop()}: keep them in float32")
         if unknown and self.stored.is_random:
             raise ValueError(f"moments in {self.stored.dtypes[0]} know no {unknown}: keep them in float32")
 

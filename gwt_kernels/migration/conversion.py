@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.backends.torch.literal import filter_bank, wavedec
+from gwt_kernels.backends.torch.literal import approximation_width, filter_bank, wavedec
 from gwt_kernels.core.hyper import Rule, literal_alone
 from gwt_kernels.core.level import ROW, Level, block_width, depth_of
 from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as, wide
@@ -162,8 +162,11 @@ def describe(old: Form, new: Form) -> dict[str, str]:
 
 
 def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
-    if old.kind == new.kind or m.numel() == 0:
+    if old.kind == new.kind:
         return m, v
+    if m.numel() == 0 and m.dim():
+        none = m.new_zeros(*m.shape[:-1], approximation_width(width, new.level, new.wavelet))
+        return none, none
     if any(literal_alone(form.wavelet, form.boundary) for form in (old, new)):
         same = old.wavelet == new.wavelet
         same &= old.boundary == new.boundary or _is_whole_blocks(width, old.level, old.wavelet)
@@ -218,7 +221,7 @@ def _gathered(v: Tensor, head_rows: int | None) -> Tensor:
 
 def _resample(x: Tensor, old: Level, new: Level, width: int) -> Tensor:
     """Means of the blocks of another level, zeros beyond the ``width`` among them."""
-    if old == new:
+    if old == new or not x.dim():
         return x
     sizes = [block_width(level, width) for level in (old, new)]
     if new == ROW:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gwt_kernels.core.hyper import Boundary, Rule
+from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
@@ -356,22 +357,20 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
-    rows = row_shape(p, form.head_rows)
-    shapes = {key: rows if key in form.row_slots else shape for key in MOMENTS} | {"weight_low": (*p.shape, 2)}
+    shape = state_shape(p if p.dim() or form.level in (0, ROW) else p.view(1), form._asdict())
+    shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
+    shapes |= dict.fromkeys(form.row_slots, row_shape(p, form.head_rows))
     for key in shapes.keys() & state.keys():
         if tuple(state[key].shape) != shapes[key]:
             raise ValueError(
                 f"its {key} has shape {tuple(state[key].shape)}, but {form} needs {shapes[key]}: build the "
                 f"optimizer from the model that the state was made with"
             )
-    found = tuple(cast(Tensor, state[key]).dtype for key in slots)
+    found = [cast(Tensor, state[key]).dtype for key in slots]
     dense = all(state[key].layout == torch.strided for key in slots)
-    expected = [
-        wide(dtype).dtypes[0] if key in form.row_slots else dtype
-        for key, dtype in zip(slots, stored.dtypes, strict=False)
-    ]
-    if list(found) != expected or not dense or not stored.arithmetic.is_floating_point:
+    wides, pairs = form.row_slots, zip(slots, stored.dtypes, strict=False)
+    kept = [wide(x).dtypes[0] if key in wides else x for key, x in pairs]
+    if found != kept or not dense or not stored.arithmetic.is_floating_point:
         layouts = "" if dense else ", not dense"
         raise ValueError(
             f"its moments are {' and '.join(map(str, found))}{layouts}: the state is damaged; take another"

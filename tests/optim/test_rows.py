@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW, GWTLion, gwt_param_groups, haar_dwt, migrate
+from gwt_kernels.cli import main
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.plan import plan, predicted_state_bytes
 
@@ -123,6 +124,17 @@ def test_migration_to_rows_keeps_the_means_of_rows_and_back_spreads_them(rule, w
     torch.testing.assert_close(again.state[p]["exp_avg"], mean * unit)
 
 
+def test_migration_takes_every_shape_to_rows_and_back():
+    params = parameters()
+    start, rows, back = (GWTAdamW(params, level=level) for level in (0, "row", 0))
+    steps(start, params, 2)
+    rows.load_state_dict(migrate(start.state_dict(), rows).state_dict)
+    steps(rows, params, 1)
+    back.load_state_dict(migrate(rows.state_dict(), back).state_dict)
+    steps(back, params, 1)
+    assert all(back.state[p]["exp_avg"].shape == p.shape for p in params)
+
+
 def model():
     torch.manual_seed(0)
     found = nn.Module()
@@ -141,6 +153,16 @@ def test_groups_and_plans_of_rows():
     assert "GWT level row" in str(planned)
     assert "row" in planned.text(verbose=True)
     assert [cost.level for cost in planned.options][-1] == "row"
+
+
+def test_the_command_takes_rows_as_a_level(capsys):
+    assert main(["plan", "llama_60m", "--level", "row", "--rule", "foam"]) == 0
+    assert ">  GWT level row" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "llama_60m", "--level", "rows"])
+    assert "argument --level: 'rows' is neither an integer nor 'row'" in capsys.readouterr().err
+    assert main(["plan", "llama_60m", "--level", "row", "--mesh", "tp=2,fsdp=2"]) == 2
+    assert "level='row' needs the sums of whole rows" in capsys.readouterr().err
 
 
 def test_telemetry_of_rows_is_that_of_one_block():

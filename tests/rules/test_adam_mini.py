@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamMini, GWTAdamW, migrate
+from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import golden, interpreter, reference
 from tests.support import reference_optimizers as oracle
 from tests.support.poisoned import Poisoned
@@ -207,6 +208,15 @@ def test_groups_of_adamw_go_along():
 def test_bad_options_are_refused_by_name(options, error, words):
     with pytest.raises(error, match=words):
         GWTAdamMini(parameters(), **options)
+
+
+def test_a_function_refuses_second_moments_that_rows_do_not_keep():
+    p, common = torch.zeros(4, 8), {"steps": [1], "hypers": [Hyper()], "level": 1, "rule": "adam_mini"}
+    m, v = torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"second moments of rows are torch\.bfloat16: keep them in float32"):
+        gwt_adamw_(params=[p], grads=[p + 1], exp_avgs=[m], exp_avg_sqs=[v], **common)
+    with pytest.raises(ValueError, match="keeps exp_avg and exp_avg_sq: pass exp_avg_sqs"):
+        gwt_adamw_(params=[p], grads=[p + 1], exp_avgs=[m], exp_avg_sqs=None, **common)
 
 
 def test_rules_of_other_optimizers_are_refused():

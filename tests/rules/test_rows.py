@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTLion
 from tests.support import interpreter
 from tests.support.poisoned import LAYOUTS
 from tests.support.steps import Bucket
-from tests.test_functional import HYPER, OPTIONS, backends, combinations, on, rules
+from tests.test_functional import COMBINATIONS, HYPER, OPTIONS, backends, combinations, on, rules
 
 # Rows of one element and of few, odd and long ones, of many tiles of a kernel; many dimensions; nothing at all.
 SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 64), (2, 1, 2, 35), (0, 40), (5, 1), (2, 3000), (3, 1025), (1, 1024)]
@@ -66,6 +68,30 @@ def test_narrow_moments_of_rows(backend, rule, moment_dtype):
     )
     for t in (1, 2):
         bucket.check_step(HYPER, t, backend=backend)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(
+        st.tuples(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 300)).map(lambda x: (*x[0], x[1])),
+        min_size=1,
+        max_size=4,
+    ),
+    combination=st.sampled_from(COMBINATIONS),
+    grad_dtype=st.sampled_from((None, torch.float32, torch.bfloat16)),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3),
+    rule=st.sampled_from(("gwt", "foam")),
+    detail_scale=st.floats(0, 2),
+    step=st.integers(1, 10_000),
+    seed=st.integers(0, 2**16),
+)
+def test_any_rows(shapes, combination, grad_dtype, layouts, rule, detail_scale, step, seed):
+    backend, dtype = combination
+    bucket = Bucket(
+        shapes, "row", dtype=dtype, grad_dtype=grad_dtype, layouts=layouts, rule=rule, limited=rule == "gwt",
+        device=on(backend), seed=seed,
+    )  # fmt: skip
+    bucket.check_step(HYPER._replace(detail_scale=detail_scale), step, backend=backend)
 
 
 @backends
@@ -171,3 +197,23 @@ def test_one_launch_takes_all_rows_of_a_bucket(rule, monkeypatch):
     bucket = Bucket([(4, 32), (7, 64), (2, 8, 16)], "row", rule=rule, limited=rule == "gwt", device=on("triton"))
     bucket.check_step(HYPER, 2, backend="triton")
     assert seen == (["row_norm_kernel", "limiter_kernel"] if rule == "gwt" else []) + ["row_step_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lion_on_rows_is_the_same_on_every_backend(dtype):
+    found = []
+    for backend in ("triton", "torch"):
+        generator = torch.Generator().manual_seed(0)
+        params = parameters(((5, 40), (3, 37), (2, 1100)), generator, dtype)
+        optimizer = GWTLion(params, lr=0.1, level="row", backend=backend)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+            with interpreter.like_a_gpu():
+                optimizer.step()
+        assert all(optimizer.state[p]["exp_avg"].shape == (*p.shape[:-1], 1) for p in params)
+        found.append([p.detach() for p in params])
+    for a, b in zip(*found, strict=True):
+        assert float(((a - b).abs() > 1e-6).double().mean()) < 0.002, (
+            "signs differ where a sum is 0 but for rounding"
+        )
