@@ -22,9 +22,9 @@ __all__ = [
     "quantum",
 ]
 
-Rule = Literal["gwt", "foam", "adamw", "lion"]
+Rule = Literal["gwt", "foam", "adamw", "lion", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; ``"lion"``: Lion, arXiv 2302.06675, on block means."""
+which these are at level 0; ``"lion"``: Lion, arXiv 2302.06675, on block means; ``"adafactor"``: Adafactor, arXiv 1804.04235, on approximations."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]
@@ -119,6 +119,7 @@ class Hyper(NamedTuple):
             tensor on the torch backend where what is traced has no numbers.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
         detail_scale: Factor on what an element differs by from the mean of its block, for rules that take one.
+        own: Options that a rule alone has, a record of its module; None for most rules.
     """
 
     lr: float | Tensor = 1e-3
@@ -132,6 +133,7 @@ class Hyper(NamedTuple):
     grad_factor: float | Tensor = 1.0
     correct_bias: bool = True
     detail_scale: float = 1.0
+    own: Any = None
 
     @property
     def signed_factor(self) -> Any:

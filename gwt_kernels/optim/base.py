@@ -112,7 +112,9 @@ class PlannedOptimizer(Optimizer):
         self._check_rule(defaults)
         check_group(defaults, capturable=self.capturable, slack=0.0)
         if defaults["rule"] != ADAMW.name:
-            check_group({**defaults, **self._adamw}, capturable=self.capturable, slack=0.0)
+            lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
+            options = {**defaults, "lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0}
+            check_group(options, capturable=self.capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()

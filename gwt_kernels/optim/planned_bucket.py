@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.core.dtensor import is_sharded, local_of
@@ -19,7 +20,15 @@ from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.options import rounding_of
-from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans, slots_of
+from gwt_kernels.optim.state import (
+    factors_of,
+    is_limited,
+    low_bits_of,
+    moment_format,
+    shard_spans,
+    slots_of,
+    state_shape,
+)
 
 __all__ = ["Member", "PlannedBucket", "stream_id_of"]
 
@@ -159,23 +168,27 @@ def _bucket_of(
         tuple(local_of(s[key]) for key in each.scales_of(slots)) or None
         for each, s in zip(stored, own, strict=True)
     ]
-    return Bucket(
-        local,
-        moments[0],
-        moments[1] if len(slots) > 1 else None,
-        level=group["level"],
-        grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),
-        limiter_norms=[s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
-        rule=group["rule"],
-        rounding=rounding,
-        keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
-        lows=[low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
-        scales=scales,
-        spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
-        telemetry=telemetry,
-        wavelet=group["wavelet"],
-        boundary=group["boundary"],
-    )
+    options: dict[str, Any] = {
+        "level": group["level"],
+        "grad_dtype": next(p.grad.dtype for p in params if p.grad is not None),
+        "limiter_norms": [s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
+        "rule": group["rule"],
+        "rounding": rounding,
+        "keys": [key_of(groups[member.group]["seed"], member.stream) for member in members],
+        "lows": [low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
+        "scales": scales,
+        "spans": [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
+        "telemetry": telemetry,
+        "wavelet": group["wavelet"],
+        "boundary": group["boundary"],
+    }
+    if keys := [list(factors_of(p, group)) for p in params if factors_of(p, group)]:
+        factors: list[Any] = [
+            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)
+        ]
+        wholes = [(state_shape(p, group), p.numel()) for p in params]
+        return FactoredBucket(local, moments[0] if slots else None, factors, wholes, **options)
+    return Bucket(local, moments[0], moments[1] if len(slots) > 1 else None, **options)
 
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:

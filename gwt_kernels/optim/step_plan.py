@@ -216,7 +216,8 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
                 continue
             seen.add(id(p))
             reduced = is_limited(group) and bool(reduced_over(p))
-            dtypes = (p.dtype, p.grad.dtype, sources.states[p][MOMENTS[0]].dtype)
+            first = sources.states[p].get(MOMENTS[0])  # which a rule may do without
+            dtypes = (p.dtype, p.grad.dtype, None if first is None else first.dtype)
             key = (reduced, options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))

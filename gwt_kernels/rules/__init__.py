@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import get_args
 
 from gwt_kernels.core.hyper import Boundary, literal_alone
+from gwt_kernels.rules.adafactor import ADAFACTOR
 from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.foam import FOAM
 from gwt_kernels.rules.gwt import GWT
 from gwt_kernels.rules.lion import LION
 from gwt_kernels.rules.rule import Rule
 
-__all__ = ["ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
+__all__ = ["ADAFACTOR", "ADAMW", "RULES", "Rule", "check_rule", "rule_of"]
 
-RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION)}
+RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, ADAFACTOR)}
 """By the option ``rule``."""
 
 

@@ -70,6 +70,7 @@ class Rule:
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
+        is_factored: Whether it keeps the factors of a second moment (``core/factored.py``) beside ``slots``.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Rule:
     takes_detail_scale: bool = False
     is_literal: bool = False
     is_of_elements: bool = False
+    is_factored: bool = False
 
     @property
     def kernel(self) -> Kernel:

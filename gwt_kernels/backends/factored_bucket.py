@@ -1,0 +1,71 @@
+"""A bucket whose rule keeps the factors of a second moment, and perhaps no first moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gwt_kernels.backends.bucket import Bucket
+from gwt_kernels.core.factored import Matrices
+from gwt_kernels.formats.moments import MomentFormat, wide
+
+__all__ = ["FactoredBucket"]
+
+
+class FactoredBucket(Bucket):
+    """See :class:`gwt_kernels.backends.bucket.Bucket`.
+
+    Args:
+        params: As there.
+        exp_avgs: As there; None where the rule goes by the update as it is.
+        factors: Means of rows ``[..., rows]``, None for a tensor of one dimension, and of columns ``[..., nb]``, per
+            parameter; contiguous, of the arithmetic's dtype.
+        wholes: Shapes of the whole moments, of which these may be shards, and elements of the whole parameters.
+        options: As there.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor] | None,
+        factors: Sequence[tuple[Tensor | None, Tensor]],
+        wholes: Sequence[tuple[Sequence[int], int]],
+        **options: Any,
+    ) -> None:
+        self.factors = factors
+        self.matrices = [Matrices.of(shape) for shape, _ in wholes]
+        self.numels = [numel for _, numel in wholes]
+        """Elements of the whole parameters."""
+        absent: Any = [None] * len(params)
+        super().__init__(params, absent if exp_avgs is None else exp_avgs, None, **options)
+        if not len(factors) == len(wholes) == len(params):
+            raise ValueError(f"{len(params)} params need as many factors, got {len(factors)} and {len(wholes)}")
+
+    @property
+    def has_first(self) -> bool:
+        """Whether there is a first moment."""
+        return self.exp_avgs[0] is not None
+
+    @property
+    def stored(self) -> MomentFormat:
+        """See :class:`gwt_kernels.backends.bucket.Bucket`."""
+        return super().stored if self.has_first else wide(self.params[0].dtype)
+
+    @property
+    def moments(self) -> list[Sequence[Tensor]]:
+        """First moments, if there are any."""
+        return [self.exp_avgs] if self.has_first else []
+
+    def local_matrices(self) -> list[Matrices]:
+        """What is here of the moments, whose shapes the factors' are."""
+        return [
+            Matrices.of((*col.shape[:-1], 1 if row is None else row.shape[-1], *col.shape[-1:]))
+            for row, col in self.factors
+        ]
+
+    def fingerprint(self) -> list[Any]:
+        """See :class:`gwt_kernels.backends.bucket.Bucket`."""
+        factors = [x for own in self.factors for x in own if x is not None]
+        return [*super().fingerprint(), [(id(x), x.data_ptr(), x.dtype, x.shape) for x in factors]]
