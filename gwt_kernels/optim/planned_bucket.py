@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.prepare import prepare
-from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.backends.runner import Reduction, StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
@@ -136,6 +136,15 @@ class PlannedBucket:
             divisors = self.limits.divisors(self._limited_places, self._norms.values, gammas, decision)
             self._norms.write()
         self.runner.apply(*self._readable(inputs, decision), divisors)
+        self._count()
+
+    def stages(self, inputs: StepInputs, decision: Tensor | None) -> Iterator[Tensor]:
+        """Take a step in stages (:class:`gwt_kernels.backends.runner.StagedRunner`), and count it."""
+        assert isinstance(self.runner, StagedRunner)
+        yield from self.runner.stages(*self._readable(inputs, decision))
+        self._count()
+
+    def _count(self) -> None:
         if self._on_device:
             self._steps.write_counts()
         else:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.optim.base import PlannedOptimizer
 from tests.ptx import plugin
 from tests.support import interpreter, runs
 
@@ -67,8 +68,9 @@ def compare(
     steps: int,
     dtype: torch.dtype = torch.float64,
     groups: Sequence[dict[str, Any]] = ({},),
+    kind: Callable[..., PlannedOptimizer] = GWTAdamW,
     **options: Any,
-) -> GWTAdamW:
+) -> PlannedOptimizer:
     """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
 
     Parameters of every layout are in every one of the groups.
@@ -77,7 +79,7 @@ def compare(
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
     n = len(layouts)
     both = [
-        GWTAdamW([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
+        kind([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
         for own in (params, references)
     ]
     for t in range(steps):

@@ -1,0 +1,60 @@
+"""Runs GWTAdafactor on sharded parameters, in processes that test_sharded_factors.py starts, beside the whole ones."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from gwt_kernels import GWTAdafactor
+from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, close, compare, layouts_of, on_each_number
+
+
+def more_layouts(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
+    """Layouts in which batches of matrices, or vectors, are shared out."""
+    layouts: list[Layout] = [
+        ((2 * n, 3, 8), line, [ROWS]),  # whole matrices
+        ((3, 3, 8 * n), line, [Shard(2)]),
+        ((2, 2, 2 * n + 1, 6), line, [Shard(2)]),
+        ((16 * n,), line, [ROWS]),
+    ]
+    if grid is not None:
+        layouts += [((2, 6, 16), grid, [ROWS, COLUMNS]), ((2, 6, 32), grid, [COLUMNS, Shard(2)])]
+    return layouts
+
+
+def float64() -> None:
+    """Sharded equals unsharded, whatever the options."""
+    on_each_number(_float64, [2])
+
+
+def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts = [*layouts_of(n, line, grid), *more_layouts(n, line, grid)]
+    groups = [
+        {"level": 2},
+        {"level": 2, "beta1": None, "scale_parameter": True, "clip_threshold": 0.5},
+        {"level": 1, "details": "published", "maximize": True},
+        {"level": 0, "lr": 3e-3, "relative_step": True},
+        {"level": 0, "rule": "adamw"},
+    ]
+    with mock.patch("torch.distributed.all_reduce", side_effect=dist.all_reduce) as sent:
+        optimizer = compare(layouts, close, steps=20, groups=groups, lr=1e-2, weight_decay=0.1, kind=GWTAdafactor)
+    rounds = len(optimizer._plan._factors[torch.device("cpu")]._sums._rounds)
+    assert sent.call_count == 2 * 20 * rounds, "two collectives a step"
+    for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
+        state = optimizer.state[p]
+        if isinstance(p, DTensor) and group["rule"] == "adafactor" and p.dim() > 1:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            assert all(isinstance(x, DTensor) and x.device_mesh == p.device_mesh for x in (row, col))
+            if p.placements == (Shard(0),) and p.dim() == 2:
+                assert (row.placements, col.placements) == ((Shard(0),), (Replicate(),))
+            if p.placements == (Shard(1),) and p.dim() == 2:
+                assert (row.placements, col.placements) == ((Replicate(),), (Shard(0),))
+    rows = [x for x in layouts if len(x[0]) == 2 and x[2] in ([ROWS], [WHOLE])]
+    compare(rows, close, steps=5, level=2, wavelet="db2", lr=1e-2, kind=GWTAdafactor)
+    everything = [x for x in layouts if x[1] in (None, line)]
+    clipped = compare(everything, close, steps=6, max_grad_norm=3.0, skip_nonfinite=True, kind=GWTAdafactor)
+    assert bool(clipped.grad_norm > 3), "nothing was clipped"
