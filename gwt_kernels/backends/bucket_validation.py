@@ -29,7 +29,7 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
             )
     moments = [arrays[name] for name in ("exp_avgs", "exp_avg_sqs") if name in arrays]
     found = tuple(tensors[0].dtype for tensors in moments)
-    expected = stored_as(found[0]).dtypes[: len(moments)]
+    expected = stored_as(found[0]).dtypes[: len(moments)] if moments else ()
     norms = arrays.get("limiter_norms")
     if found != expected or (norms and norms[0].dtype != torch.float32):
         raise ValueError(

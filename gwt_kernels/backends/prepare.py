@@ -24,6 +24,10 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
         ValueError: the backend is unknown, or its kernels could not trust the tensors.
     """
     if isinstance(bucket, FactoredBucket):
+        if is_on_triton(bucket, backend):
+            from gwt_kernels.backends.triton.adafactor import TritonAdafactorRunner
+
+            return TritonAdafactorRunner(bucket)
         from gwt_kernels.backends.torch.adafactor import AdafactorRunner
 
         return AdafactorRunner(bucket)

@@ -71,6 +71,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
     if not -math.inf < decay <= 0.0:
         raise ValueError(f"decay_rate must be finite and not above 0, got {decay}: the published value is -0.8")
     own = AdafactorNumbers(
+        eps=smallest,
         least_rms=least_rms if group["scale_parameter"] else None,
         clip_threshold=clip,
         decay_rate=decay,
@@ -84,7 +85,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
         lr=from_zero("lr", lr, slack),
         beta1=beta1,
         beta2=0.0,
-        eps=smallest,
+        eps=0.0,
         weight_decay=weight_decay,
         scale=scale,
         norm_growth_limit=None,

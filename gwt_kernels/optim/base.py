@@ -113,8 +113,8 @@ class PlannedOptimizer(Optimizer):
         check_group(defaults, capturable=self.capturable, slack=0.0)
         if defaults["rule"] != ADAMW.name:
             lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
-            options = {**defaults, "lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0}
-            check_group(options, capturable=self.capturable, slack=0.0)
+            own = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
+            check_group({**defaults, **own}, capturable=self.capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()

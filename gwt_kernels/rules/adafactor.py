@@ -37,6 +37,7 @@ class AdafactorNumbers(NamedTuple):
     """Options that Adafactor alone has, as a step takes them: ``Hyper.own``.
 
     Attributes:
+        eps: Added to the squares of the approximation.
         least_rms: The least RMS of weights that multiplies the learning rate; None where none does.
         clip_threshold: RMS of the approximation's update above which it is clipped.
         decay_rate: Of second moments at step ``t``: ``1 - t**decay_rate``.
@@ -45,6 +46,7 @@ class AdafactorNumbers(NamedTuple):
         divides_details: Whether details are divided as the approximation is.
     """
 
+    eps: float = 1e-30
     least_rms: float | None = None
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
@@ -99,6 +101,37 @@ def _update(
     p.sub_(update)
     if notes is not None:
         notes.update(update)
+
+
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`. Here ``v`` is ``1 / d``, and the numbers hold ``1 / clip`` in
+# place of ``eps``, 1 before it is known, and as ``detail_scale`` whether details are divided. --------------------
+
+
+@statement
+def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    b1, rest1, _, _, clip, _ = numbers
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    gain = v * clip
+    m = b1 * m + rest1 * (mean * W**0.5 * gain)
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, gain
+
+
+@statement
+def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+    gain = tl.where(numbers[5] != 0.0, v, 1.0)
+    return (residual * gain[:, None] + (m * W**-0.5)[:, None]) * step_size
+
+
+@statement
+def kernel_measured(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """As ``kernel_moments``, with ``A / d`` for the first moment."""
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    return mean, tl.reshape(g, (NB, W)) - mean[:, None], mean * W**0.5 * v, v
+
+
+@statement
+def kernel_direction(m, v, numbers):
+    return m
 
 
 _STATED: Any = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.blocks import block_sums
 
-__all__ = ["AdafactorRunner"]
+__all__ = ["AdafactorRunner", "new_factors"]
 
 
 class AdafactorRunner(TorchRunner):
@@ -61,13 +61,23 @@ class AdafactorRunner(TorchRunner):
         ]
 
 
-class _New(NamedTuple):
-    """Factors with this step's squares in them."""
+class Factors(NamedTuple):
+    """Factors with a step's squares in them, and the mean of the row factors per matrix."""
 
     row: Tensor | None
     col: Tensor
     mean: Tensor
-    """Of the row factors, per matrix."""
+
+
+def new_factors(
+    old: tuple[Tensor | None, Tensor], sums: Sequence[Tensor], whole: Matrices, eps: float, rest2: float | Tensor
+) -> Factors:
+    """What sums over all rows and columns (:attr:`gwt_kernels.core.factored.Matrices.parts`) make of factors."""
+    (row, col), (rows, columns, means) = old, sums
+    n_rows, n_columns = max(whole.rows, 1), max(whole.columns, 1)
+    new_row = None if row is None else row.lerp(rows.div(n_columns).add_(eps).view(row.shape), rest2)
+    new_col = col.lerp(columns.div(n_rows).add_(eps).view(col.shape), rest2)
+    return Factors(new_row, new_col, means.div(n_rows).add_(rest2 * eps))
 
 
 class _Update:
@@ -98,7 +108,7 @@ class _Update:
         self._dtype = dtype_of(own)
         self._rest2 = own.hyper.own.rest2(own.step)
         self._kept: dict[str, Any] = {}
-        self._new: _New | None = None
+        self._new: Factors | None = None
         self._weights = 0.0 * factors[1].new_zeros(())
 
     def sums(self) -> Tensor:
@@ -122,16 +132,8 @@ class _Update:
 
     def squares(self, sums: Tensor) -> Tensor:
         """The sum of squares of the approximation's update, from the sums over the whole tensor."""
-        local, whole, rest2 = self.local, self._whole, self._rest2
-        rows, columns, means, weights = sums.split(local.parts)
-        eps, (row, col) = self._own.hyper.eps, self._factors
-        new_row = None
-        if row is not None:
-            squares = rows.div(max(whole.columns, 1)).add_(eps).view(row.shape)
-            new_row = row.mul(1 - rest2).add_(squares, alpha=rest2)
-        squares = columns.div(max(whole.rows, 1)).add_(eps).view(col.shape)
-        new_col = col.mul(1 - rest2).add_(squares, alpha=rest2)
-        self._new = _New(new_row, new_col, means.div(max(whole.rows, 1)).add_(rest2 * eps))
+        *parts, weights = sums.split(self.local.parts)
+        self._new = new_factors(self._factors, parts, self._whole, self._own.hyper.own.eps, self._rest2)
         self._weights = weights.view(())
         return (self._approximation()[0] / self._denominators()).square().sum()
 

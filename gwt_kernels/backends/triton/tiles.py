@@ -23,6 +23,7 @@ __all__ = [
     "inside_tile",
     "is_run",
     "load_tile",
+    "rows_and_columns",
     "rows_passed",
     "store_tile",
     "tile_of",
@@ -122,6 +123,21 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
     else:
         inside = tl.arange(0, NB * SIZE) < tile[1] * SIZE
     return inside
+
+
+@triton.jit
+def rows_and_columns(tile, row_blocks, padded, columns, NB: tl.constexpr, KIND: tl.constexpr):
+    """Row and column of a tile's blocks, in rows of so many ``columns``, and which are inside: ``[NB]``, 32 bits."""
+    start = _start(tile, row_blocks, padded, 1, KIND)
+    places = tl.arange(0, NB)
+    if KIND == ROWS:
+        places, inside = _places(tile, row_blocks, padded, 1, NB)
+    else:
+        inside = places < tile[1]
+    row = start // columns
+    column = (start - row * columns).to(tl.int32) + places
+    passed = column // columns.to(tl.int32)
+    return row.to(tl.int32) + passed, column - passed * columns.to(tl.int32), inside
 
 
 @triton.jit
