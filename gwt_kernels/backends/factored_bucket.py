@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,16 +21,22 @@ class FactoredBucket(Bucket):
     Args:
         params: As there.
         exp_avgs: As there; None where the rule goes by the update as it is.
+        exp_avg_sqs: None.
         factors: Means of rows ``[..., rows]``, None for a tensor of one dimension, and of columns ``[..., nb]``, per
             parameter; contiguous, of the arithmetic's dtype.
         wholes: Shapes of the whole moments, of which these may be shards, and elements of the whole parameters.
         options: As there.
+
+    Raises:
+        ValueError: as there; or factors do not fit.
     """
 
     def __init__(
         self,
         params: Sequence[Tensor],
         exp_avgs: Sequence[Tensor] | None,
+        exp_avg_sqs: None = None,
+        *,
         factors: Sequence[tuple[Tensor | None, Tensor]],
         wholes: Sequence[tuple[Sequence[int], int]],
         **options: Any,
@@ -39,9 +46,18 @@ class FactoredBucket(Bucket):
         self.numels = [numel for _, numel in wholes]
         """Elements of the whole parameters."""
         absent: Any = [None] * len(params)
-        super().__init__(params, absent if exp_avgs is None else exp_avgs, None, **options)
+        super().__init__(params, absent if exp_avgs is None else exp_avgs, exp_avg_sqs, **options)
         if not len(factors) == len(wholes) == len(params):
             raise ValueError(f"{len(params)} params need as many factors, got {len(factors)} and {len(wholes)}")
+        for p, local, own in zip(params, self.local_matrices(), factors, strict=True):
+            blocks = -(-p.shape[-1] // 2**self.level) if p.dim() else 1
+            shapes = [None if x is None else tuple(x.shape) for x in own]
+            fits = self.is_literal or local.numel == (math.prod(p.shape[:-1]) * blocks if p.dim() else 1)
+            if not fits or any(x is not None and (x.device != p.device or not x.is_contiguous()) for x in own):
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} at level {self.level} needs contiguous factors on "
+                    f"{p.device} for its rows, and for {blocks} columns, got shapes {shapes}"
+                )
 
     @property
     def has_first(self) -> bool:

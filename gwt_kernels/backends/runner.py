@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.core.survey import Survey
 
-__all__ = ["Reduction", "Runner", "StagedRunner"]
+__all__ = ["Reduction", "Runner"]
 
 
 class Reduction(NamedTuple):
@@ -74,19 +73,4 @@ class Runner(Protocol):
 
     def memory(self) -> list[object]:
         """What replays of a captured step go on reading."""
-        ...
-
-
-@runtime_checkable
-class StagedRunner(Runner, Protocol):
-    """A runner whose step has stages, at the ends of which sums over shards have to be added up over processes.
-
-    ``apply`` goes through them all, of tensors that are whole.
-    """
-
-    def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
-        """Take the step; stop with a vector of sums at each stage's end, and go on from what it holds then.
-
-        A step that is skipped may stop nowhere. Weights and moments change after the last stop.
-        """
         ...

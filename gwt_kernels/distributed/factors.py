@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gwt_kernels.core.factored import Matrices
 from gwt_kernels.distributed.reduction import ShardSums
-from gwt_kernels.distributed.sharding import indices_of, reduced_over
+from gwt_kernels.distributed.sharding import places_in_whole, reduced_over
 
 __all__ = ["FactorPlaces", "FactorReduction"]
 
@@ -65,7 +65,7 @@ class FactorReduction:
         return FactorPlaces(torch.cat(sent).to(device), torch.cat(at).to(device), squares.to(device))
 
     def drive(self, steps: Sequence[tuple[FactorPlaces, Iterator[Tensor]]]) -> None:
-        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.runner.StagedRunner`."""
+        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
         for sums, is_first in ((self._sums, True), (self._squares, False)):
             vector = sums.zeros()
             stops = [(places, next(stages, None)) for places, stages in steps]
@@ -99,6 +99,6 @@ def _parts(p: Any, shape: Sequence[int]) -> list[tuple[int, Tensor, int, bool]]:
     wholes = Matrices.of(shape).parts
     parts = []
     for own, sent, whole in zip(kept, is_sent, wholes, strict=True):
-        index = indices_of(p, [shape[d] for d in own], own).view(-1) if own else one
+        index = places_in_whole(p, [shape[d] for d in own], own).view(-1) if own else one
         parts.append((len(index), index, whole, sent))
     return parts

@@ -17,10 +17,10 @@ __all__ = [
     "ROWS_STAY",
     "check_place_of",
     "check_sharding",
-    "indices_of",
     "local_parts",
     "made_by_a_getter",
     "placements_of",
+    "places_in_whole",
     "reduced_over",
     "spans_of",
     "zeros_like_shard",
@@ -139,7 +139,7 @@ def _moved(placement: Any, dim: int) -> Any:
     return type(placement)(dim)
 
 
-def indices_of(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
     """Which elements of a tensor of the global ``shape`` this process holds, that keeps these of ``p``'s dims."""
     held = torch.zeros((), dtype=torch.int64, device="cpu")
     for d, n in zip(dims, shape, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.prepare import prepare
-from gwt_kernels.backends.runner import Reduction, StagedRunner
+from gwt_kernels.backends.runner import Reduction
+from gwt_kernels.backends.staged_runner import StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
@@ -139,7 +141,7 @@ class PlannedBucket:
         self._count()
 
     def stages(self, inputs: StepInputs, decision: Tensor | None) -> Iterator[Tensor]:
-        """Take a step in stages (:class:`gwt_kernels.backends.runner.StagedRunner`), and count it."""
+        """Take a step in stages (:class:`gwt_kernels.backends.staged_runner.StagedRunner`), and count it."""
         assert isinstance(self.runner, StagedRunner)
         yield from self.runner.stages(*self._readable(inputs, decision))
         self._count()
@@ -177,27 +179,28 @@ def _bucket_of(
         tuple(local_of(s[key]) for key in each.scales_of(slots)) or None
         for each, s in zip(stored, own, strict=True)
     ]
-    options: dict[str, Any] = {
-        "level": group["level"],
-        "grad_dtype": next(p.grad.dtype for p in params if p.grad is not None),
-        "limiter_norms": [s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
-        "rule": group["rule"],
-        "rounding": rounding,
-        "keys": [key_of(groups[member.group]["seed"], member.stream) for member in members],
-        "lows": [low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
-        "scales": scales,
-        "spans": [shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
-        "telemetry": telemetry,
-        "wavelet": group["wavelet"],
-        "boundary": group["boundary"],
-    }
-    if keys := [list(factors_of(p, group)) for p in params if factors_of(p, group)]:
-        factors: list[Any] = [
-            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)
-        ]
-        wholes = [(state_shape(p, group), p.numel()) for p in params]
-        return FactoredBucket(local, moments[0] if slots else None, factors, wholes, **options)
-    return Bucket(local, moments[0], moments[1] if len(slots) > 1 else None, **options)
+    make: Callable[..., Bucket] = Bucket
+    if any(factors_of(p, group) for p in params):
+        keys = [factors_of(p, group) for p in params]
+        factors = [(None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)]
+        make = partial(FactoredBucket, factors=factors, wholes=[(state_shape(p, group), p.numel()) for p in params])
+    return make(
+        local,
+        moments[0] if moments else None,
+        moments[1] if len(slots) > 1 else None,
+        level=group["level"],
+        grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),
+        limiter_norms=[s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
+        rule=group["rule"],
+        rounding=rounding,
+        keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
+        lows=[low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
+        scales=scales,
+        spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
+        telemetry=telemetry,
+        wavelet=group["wavelet"],
+        boundary=group["boundary"],
+    )
 
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:

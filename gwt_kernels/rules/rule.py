@@ -43,13 +43,11 @@ class Kernel(NamedTuple):
         update: ``kernel_update(residual, m, v, step_size, numbers, W, NB)``: what is subtracted from the weights,
             ``[NB, W]``.
         direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
-        measured: What stands for ``moments`` where ``direction`` is measured before the step.
     """
 
     moments: Any
     update: Any
     direction: Any
-    measured: Any
 
 
 @dataclass(frozen=True)
@@ -95,5 +93,4 @@ class Rule:
         """Its statements in Triton's language, which are Triton's own functions from now on."""
         kernel.load()
         module = sys.modules[self.module]
-        moments, direction = module.kernel_moments, getattr(module, "kernel_direction", None)
-        return Kernel(moments, module.kernel_update, direction, getattr(module, "kernel_measured", moments))
+        return Kernel(module.kernel_moments, module.kernel_update, getattr(module, "kernel_direction", None))

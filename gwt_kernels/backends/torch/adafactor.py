@@ -24,7 +24,7 @@ __all__ = ["AdafactorRunner", "new_factors"]
 
 
 class AdafactorRunner(TorchRunner):
-    """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.runner.StagedRunner`."""
+    """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
 
     bucket: FactoredBucket
 
@@ -38,7 +38,7 @@ class AdafactorRunner(TorchRunner):
         self.count(inputs)
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
-        """See :class:`gwt_kernels.backends.runner.StagedRunner`."""
+        """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
         ready = self.decided(inputs, decision)
         if ready is None:
             return

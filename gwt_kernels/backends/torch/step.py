@@ -29,11 +29,11 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName
     for own in tensor_steps:
         if own.p.numel() == 0:
             continue
-        own = scaled_ahead(own)
+        own = _scaled_ahead(own)
         notes = None if own.row is None else Notes(own.row)
         stored = stored_as(own.m.dtype)
         storage = Storage(level, stored, rounding, own.step, own.key, own.span, notes)
-        _step(chunks(own, stored.block_size(level)), own, rule_of(rule, level), storage)
+        _step(_chunks(own, stored.block_size(level)), own, rule_of(rule, level), storage)
         if notes is not None:
             notes.close()
 
@@ -48,11 +48,11 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleNam
     for total, own in zip(sums, tensor_steps, strict=True):
         if own.p.numel() == 0:
             continue
-        own = scaled_ahead(own)
+        own = _scaled_ahead(own)
         stored = stored_as(own.m.dtype)
         storage = Storage(level, stored, "nearest", step=0, key=0)
-        for chunk in chunks(own, stored.block_size(level)):
-            m, v = _both([x.clone() for x in storage.load_moments(chunk, dtype_of(own))])
+        for chunk in _chunks(own, stored.block_size(level)):
+            m, v = _both([x.clone() for x in storage.load_moments(chunk, _dtype_of(own))])
             total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None)))
     return sums
 
@@ -62,23 +62,23 @@ def _both(moments: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return moments[0], moments[1] if len(moments) > 1 else None
 
 
-def dtype_of(own: TensorStep) -> torch.dtype:
+def _dtype_of(own: TensorStep) -> torch.dtype:
     """The dtype of its arithmetic."""
-    alone = own.scales or own.m is None
-    return compute_dtype(own.p.dtype if alone else torch.promote_types(own.p.dtype, own.m.dtype))
+    stored = own.p.dtype if own.m is None or own.scales else own.m.dtype
+    return compute_dtype(torch.promote_types(own.p.dtype, stored))
 
 
-def scaled_ahead(own: TensorStep) -> TensorStep:
+def _scaled_ahead(own: TensorStep) -> TensorStep:
     """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
     factor = own.hyper.grad_factor
     if not isinstance(factor, Tensor):
         return own
-    return own._replace(g=own.g.to(dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
+    return own._replace(g=own.g.to(_dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
 
 
 def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage) -> None:
     """One tensor: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
-    hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, dtype_of(own)
+    hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, _dtype_of(own)
     limits = rule.direction is not None
     gamma = hyper.norm_growth_limit if limits and own.norm is not None else None
     step_size: Tensor | float = hyper.step_size(storage.step, rule.is_scaled, rule.corrects_bias)
@@ -116,7 +116,7 @@ def _update(
     storage: Storage,
 ) -> None:
     """Weight decay, and the rule's update, of a chunk's weights."""
-    p = storage.load_weights(chunk, dtype_of(own))
+    p = storage.load_weights(chunk, _dtype_of(own))
     if own.hyper.weight_decay:
         p.mul_(1 - float(own.hyper.lr) * own.hyper.weight_decay)
     rule.update_(p, chunk.g, parts, step_size, own.hyper, storage.level, storage.notes)
@@ -128,7 +128,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return x.mul_(x).sum()
 
 
-def chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
+def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
     p, m, scales = own.p, own.m, own.scales
     places = [x is not None for x in (p, own.g, m, own.v, own.low)]
@@ -158,3 +158,7 @@ def chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
 def _multiple(n: int, of: int) -> int:
     """The largest multiple that is not above ``n``, and at least one."""
     return max(of, n // of * of)
+
+
+# Rules whose steps have stages of their own take these, too.
+chunks, dtype_of, scaled_ahead = _chunks, _dtype_of, _scaled_ahead

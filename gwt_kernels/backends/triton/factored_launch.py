@@ -6,6 +6,7 @@ import struct
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ from gwt_kernels.backends.triton.factors import (
     rate_kernel,
 )
 from gwt_kernels.backends.triton.launch import Launch, Sent
-from gwt_kernels.backends.triton.schema import FACTOR_NUMBERS, PANELS, POINTERS
+from gwt_kernels.backends.triton.moments import FACTORED
+from gwt_kernels.backends.triton.schema import FACTOR_NUMBERS, PANELS, POINTERS, SCALARS, TELEMETRY
+from gwt_kernels.backends.triton.step import norm_kernel
 from gwt_kernels.backends.triton.tables import Sender, owners
 from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.rules import adafactor
 from gwt_kernels.rules.adafactor import AdafactorNumbers
 
 __all__ = ["FactoredLaunch"]
@@ -41,6 +45,7 @@ class FactoredLaunch(Launch):
     def __init__(self, bucket: FactoredBucket, chosen: list[int], flat: bool) -> None:
         super().__init__(bucket, chosen, flat)
         self._factored, self._places = bucket, chosen
+        self._slots = FACTORED + len(bucket.moments)
         device, width = bucket.device, 2**bucket.level
         matrices = bucket.local_matrices()
         sums = [0, *accumulate(sum(own.parts) for own in matrices)]
@@ -109,7 +114,7 @@ class FactoredLaunch(Launch):
         self._renew_numbers(inputs.hypers)
         if isinstance(inputs.steps, Tensor):
             steps = sent.pointers[POINTERS.index("step") * self.n :]
-            self._start(
+            self._run(
                 rate_kernel, -(-self.n // SCALAR_BLOCK), self._numbers, steps, sent.scalars, self.n,
                 BLOCK=SCALAR_BLOCK,
             )  # fmt: skip
@@ -120,42 +125,55 @@ class FactoredLaunch(Launch):
         bucket, device = self._bucket, sums.device
         p, g, _ = self._dtypes
         parts = torch.empty(self._n_parts, dtype=torch.float32, device=device)
-        self._start(
+        self._run(
             panel_kernel, self._n_panels, self._panel_owners, self._panels, sent.pointers, sent.scalars, parts,
             self.n, P=p, G=g, WEIGHTED=weighted, ROUNDING=bucket.rounding, SKIPPABLE=sent.can_skip,
             num_warps=PANEL_WARPS, **self._tile, **self._rows_alignment,
         )  # fmt: skip
-        self._start(
+        self._run(
             join_kernel, self._n_joins, self._join_owners, self._panels, sent.scalars, parts, sums,
             BLOCK=JOIN_BLOCK, SKIPPABLE=sent.can_skip,
         )  # fmt: skip
-        self._start(
+        self._run(
             mean_kernel, self._n_matrices, self._matrix_owners, self._panels, sent.scalars, self._numbers, parts,
             sums, BLOCK=MEAN_BLOCK, WEIGHTED=weighted, SKIPPABLE=sent.can_skip,
         )  # fmt: skip
 
     def measure(self, sent: Sent, sums: Tensor, squares: Tensor) -> None:
         """Update the factors, and add up squares of the approximation's update in ``squares`` of the bucket."""
-        self._start(
+        self._run(
             factor_kernel, self._n_joins, self._join_owners, self._panels, sent.scalars, self._numbers, sums,
             self._gains, BLOCK=JOIN_BLOCK, SKIPPABLE=sent.can_skip,
         )  # fmt: skip
-        self.norms(sent, grad_stats=False)
+        _, g, m = self._dtypes
+        sent.partials = torch.empty(self.n_chunks, dtype=torch.float32, device=sums.device)
+        self._run(
+            norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
+            self._first_chunks, sent.partials, sent.scalars, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
+            Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip, LOOKS=False,
+            MOMENTS=adafactor.kernel_measured, DIRECTION=adafactor.kernel_direction, **self._path,
+            **self._norm_alignment,
+        )  # fmt: skip
         self.add_up(sent, squares)
 
     def finish(self, sent: Sent, sums: Tensor, squares: Tensor, weighted: bool) -> None:
         """Clip the update, and take it."""
         own = squares if self._index is None else squares[self._index]
         sent.factors = torch.empty(self.n, dtype=torch.float32, device=sums.device)
-        self._start(
+        self._run(
             clip_kernel, -(-self.n // SCALAR_BLOCK), self._panels, self._numbers, sent.scalars, sums, own,
             sent.factors, self.n, BLOCK=SCALAR_BLOCK, WEIGHTED=weighted,
         )  # fmt: skip
         self.update(sent, None)
+        if self._bucket.telemetry is not None:  # where the clip stands for the limiter
+            taken = sent.scalars.view(self.n, -1)[:, SCALARS.index("taken")] != 0
+            told = self._bucket.telemetry[:, TELEMETRY.index("limit")]
+            before = told[self._places]
+            told[self._places] = torch.where(taken, sent.factors.double().reciprocal(), before)
 
-    def observe(self, sent: Sent, factors: Tensor | None, sums: Tensor) -> None:
-        """See :class:`gwt_kernels.backends.triton.launch.Launch`; the clip stands for the limiter."""
-        super().observe(sent, sent.factors, sums)
+    def _run(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:
+        """Launch a kernel."""
+        self._start(kernel, programs, *arguments, **constants)
 
     def _cut(self, own: Matrices) -> tuple[int, int, int]:
         """How many panels divide rows and columns of a matrix, and rows of a panel."""

@@ -15,7 +15,6 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
 from gwt_kernels.backends.triton.layout import DRAWN_TOGETHER, alignment, rows_of, tiles_of_program, variant
-from gwt_kernels.backends.triton.moments import FACTORED, FACTORS_ALONE
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
@@ -87,8 +86,6 @@ class Launch:
         level, device = bucket.level, bucket.device
         self._bucket = bucket
         self._rule, self._slots = bucket.stated.kernel, len(bucket.moments)
-        if bucket.stated.is_factored:
-            self._slots = FACTORED if bucket.moments else FACTORS_ALONE
         self._path = variant(level, flat, bucket.is_quantized)
         self._quantum = quantum(level) if bucket.is_quantized else 0
         self._sender = Sender()
@@ -184,7 +181,7 @@ class Launch:
             norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
             self._first_chunks, sent.partials, stats, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
             Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip, LOOKS=grad_stats,
-            MOMENTS=self._rule.measured, DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
+            MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path, **self._norm_alignment,
         )  # fmt: skip
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
@@ -219,15 +216,10 @@ class Launch:
             **self._step_alignment,
         )  # fmt: skip
         if self._rows:
-            self.observe(sent, factors if limited else None, sums)
-
-    def observe(self, sent: Sent, factors: Tensor | None, sums: Tensor) -> None:
-        """Add up what was observed of a step; ``factors`` are reciprocals of the limiter's divisors, if any."""
-        self._start(
-            observe_kernel, self.n, self._layout, sent.telemetry, sent.scalars,
-            sent.scalars if factors is None else factors, sums, self.n, self.n_programs, BLOCK=OBSERVE_BLOCK,
-            LIMITED=factors is not None, SKIPPABLE=sent.can_skip,
-        )  # fmt: skip
+            self._start(
+                observe_kernel, self.n, self._layout, sent.telemetry, sent.scalars, factors, sums,
+                self.n, self.n_programs, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip,
+            )  # fmt: skip
 
     def _start(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:
         """Launch a kernel; what Triton compiled the first time is used again without binding arguments anew.

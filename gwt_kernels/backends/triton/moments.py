@@ -20,10 +20,10 @@ from gwt_kernels.backends.triton.tiles import load_tile, rows_and_columns, store
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import int8, stochastic
 
-__all__ = ["FACTORED", "FACTORS_ALONE", "load_moments", "moment_arrays", "store_moments"]
+__all__ = ["FACTORED", "load_moments", "moment_arrays", "store_moments"]
 
-FACTORED, FACTORS_ALONE = 3, 4
-"""``SLOTS``, besides 1 and 2 for as many moments: a first moment and the factors of a second, or factors alone."""
+FACTORED = 4
+"""What ``SLOTS``, the number of moments, is more where a second moment is factored."""
 
 kernel.load()
 decode_first, decode_second = int8.kernel_decode_first, int8.kernel_decode_second
@@ -43,10 +43,10 @@ def moment_arrays(
 ):
     """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values.
 
-    Where ``v`` is factored, its place is taken by where the factors' reciprocals lie: see ``schema.FACTORS``.
+    A factored ``v`` has in its place where its factors' reciprocal roots lie: see ``schema.FACTORS``.
     """
     m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
-    if SLOTS > 2:
+    if SLOTS >= 4:
         record_ptr = tl.load(pointers_ptr + V_PTR * n_tensors + i).to(tl.pointer_type(tl.int64))
         row_ptr = tl.load(record_ptr + ROW_GAINS_PTR).to(tl.pointer_type(tl.float32))
         col_ptr = tl.load(record_ptr + COL_GAINS_PTR).to(tl.pointer_type(tl.float32))
@@ -54,7 +54,7 @@ def moment_arrays(
         m_scale_ptr, v_scale_ptr = m_ptr, m_ptr  # the latter is not read
         if Q:
             m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
-    elif SLOTS == 1:
+    elif SLOTS < 2:
         v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
         if Q:
             m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
@@ -80,17 +80,16 @@ def load_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; of 1 ``SLOTS``, ``m`` stands for ``v``.
+    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; where no ``v`` is kept, any.
 
-    Of a factored ``v``, the reciprocal of its root.
+    Of a factored ``v`` it is ``1 / sqrt(v)``.
     """
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
-    if SLOTS == 4:
-        m = tl.zeros((NB,), tl.float32)
-    else:
+    m = tl.zeros((NB,), tl.float32)
+    if SLOTS % 4:
         m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     v = m
-    if SLOTS > 2:
+    if SLOTS >= 4:
         row_ptr, col_ptr, rows, columns = v_ptr
         row, column, inside = rows_and_columns(tile, row_blocks, padded, columns, NB, KIND)
         column += (row // rows.to(tl.int32)) * columns.to(tl.int32)
@@ -137,8 +136,10 @@ def store_moments(
         if SLOTS == 2:
             v = stochastic_round(v, bits >> 16, M)
     else:
-        m, v = m.to(M), v.to(M)
-    if SLOTS != 4:
+        m = m.to(M)
+        if SLOTS == 2:
+            v = v.to(M)
+    if SLOTS % 4:
         store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
     if SLOTS == 2:
         store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)

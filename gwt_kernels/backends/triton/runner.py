@@ -66,12 +66,13 @@ class TritonRunner:
             own: list[Any] = list(bucket.scales)
             check_scales(bucket.exp_avgs, own, bucket.level)
             scales = [*map(addresses, zip(*own, strict=True)), absent]
+        moments = [*map(addresses, bucket.moments), absent, absent]
         norms = addresses(bucket.limiter_norms) if bucket.is_limited else absent  # type: ignore[arg-type]
         lows = addresses(bucket.lows) if bucket.rounding == "split" else absent  # type: ignore[arg-type]
         self._columns = {
             "p": addresses(bucket.params),
-            "m": addresses(bucket.moments[0]) if bucket.moments else absent,
-            "v": addresses(bucket.moments[1]) if len(bucket.moments) > 1 else absent,
+            "m": moments[0],
+            "v": moments[1],
             "norm": norms,
             "key": array("q", bucket.keys).tobytes(),
             "low": lows,
