@@ -132,7 +132,10 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
     """
     if group["rule"] == ADAFACTOR.name:
         return adafactor_hyper(group, slack, capturable)
-    numbers = *_numbers(group), _detail_scale(group)
+    try:
+        numbers = *_numbers(group), _detail_scale(group)
+    except KeyError as missing:
+        raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         return _remembered(numbers, slack)  # of no tensor, which might change where it lies
     return _checked(numbers, slack, capturable)
