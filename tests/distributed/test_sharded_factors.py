@@ -7,3 +7,7 @@ from tests.support import forked, sharded_factors
 
 def test_float64_equals_unsharded() -> None:
     forked.run(2, sharded_factors.float64)
+
+
+def test_kernels_step_shards_as_whole_tensors() -> None:
+    forked.run(2, sharded_factors.triton)

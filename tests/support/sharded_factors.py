@@ -6,10 +6,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from gwt_kernels import GWTAdafactor
+from tests.ptx import plugin
+from tests.support import interpreter
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, close, compare, layouts_of, on_each_number
 
 
@@ -58,3 +61,30 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     everything = [x for x in layouts if x[1] in (None, line)]
     clipped = compare(everything, close, steps=6, max_grad_norm=3.0, skip_nonfinite=True, kind=GWTAdafactor)
     assert bool(clipped.grad_norm > 3), "nothing was clipped"
+
+
+def triton() -> None:
+    """In float32 by Triton's kernels: sharded equals unsharded but for the order of sums, and shards may be empty."""
+    plugin.begin()
+    on_each_number(_triton, [2])
+
+
+def _triton(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
+    layouts: list[Layout] = [
+        ((4 * n, 16), line, [ROWS]),
+        ((2 * n + 1, 13), line, [ROWS]),
+        ((1, 24), line, [ROWS]),  # empty everywhere but on the first process
+        ((3, 8 * n), line, [COLUMNS]),
+        ((3, 4), line, [COLUMNS]),  # the same
+        ((n, 3, 8), line, [ROWS]),
+        ((6, 10), None, []),
+    ]
+
+    def alike(a: Tensor, b: Tensor, where: str) -> None:
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6, msg=lambda text: f"{where}: {text}")
+
+    groups = [{"level": 2}, {"level": 2, "scale_parameter": True, "beta1": None}]
+    options = {"dtype": torch.float32, "lr": 1e-2, "backend": "triton", "kind": GWTAdafactor}
+    with interpreter.like_a_gpu():
+        compare(layouts, alike, steps=3, groups=groups, **options)
+        compare(layouts[:-1], alike, steps=3, max_grad_norm=1.0, relative_step=True, **options)
