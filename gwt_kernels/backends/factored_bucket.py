@@ -22,8 +22,8 @@ class FactoredBucket(Bucket):
         params: As there.
         exp_avgs: As there; None where the rule goes by the update as it is.
         exp_avg_sqs: None.
-        factors: Means of rows ``[..., rows]``, None for a tensor of one dimension, and of columns ``[..., nb]``, per
-            parameter; contiguous, of the arithmetic's dtype.
+        factors: Means of rows ``[..., rows]``, None for a tensor of one dimension, and of columns ``[..., nb]``,
+            per parameter; contiguous, of the arithmetic's dtype.
         wholes: Shapes of the whole moments, of which these may be shards, and elements of the whole parameters.
         options: As there.
 

@@ -15,7 +15,7 @@ __all__ = ["StagedRunner"]
 
 @runtime_checkable
 class StagedRunner(Runner, Protocol):
-    """See :class:`gwt_kernels.backends.runner.Runner`. ``apply`` goes through all stages, of tensors that are whole."""
+    """See :class:`gwt_kernels.backends.runner.Runner`; ``apply`` goes through all stages."""
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
         """Take the step; stop with a vector of sums at each stage's end, and go on from what it holds then.

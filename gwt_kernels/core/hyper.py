@@ -24,7 +24,8 @@ __all__ = [
 
 Rule = Literal["gwt", "foam", "adamw", "lion", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; ``"lion"``: Lion, arXiv 2302.06675, on block means; ``"adafactor"``: Adafactor, arXiv 1804.04235, on approximations."""
+which these are at level 0; ``"lion"`` (arXiv 2302.06675) and ``"adafactor"`` (arXiv 1804.04235): theirs, on block
+means."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]

@@ -87,8 +87,9 @@ class FactorReduction:
 
 
 def _parts(p: Any, shape: Sequence[int]) -> list[tuple[int, Tensor, int, bool]]:
-    """Of the sums of one parameter, part by part (:attr:`Matrices.parts`): how many are here; which of all these are,
-    how many there are in all, and whether other processes have more to add.
+    """Of the sums of one parameter, part by part, as ``Matrices.parts`` names them.
+
+    How many are here; which of all these are; how many there are in all; whether other processes have more to add.
     """
     dims = len(shape)
     shared = {placement.dim for placement in (p.placements[i] for _, i in reduced_over(p))}

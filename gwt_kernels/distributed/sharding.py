@@ -94,9 +94,7 @@ def reduced_over(p: Any) -> list[tuple[Any, int]]:
     return [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
 
 
-def zeros_like_shard(
-    p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None
-) -> Tensor:
+def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None) -> Tensor:
     """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
 
     Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
@@ -222,7 +220,7 @@ def check_sharding(
 
 
 def check_place_of(x: Any, key: str, p: Any, name: str, dims: Sequence[int] | None = None) -> None:
-    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of whose dimensions it keeps ``dims``."""
+    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
     if is_sharded(x) != is_sharded(p):
         held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
         raise ValueError(

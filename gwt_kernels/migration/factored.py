@@ -1,4 +1,4 @@
-"""Factored second moments: from PyTorch's and transformers' Adafactor, between levels, from and to Adam's moments."""
+"""Factored second moments: from other Adafactors, between levels, from and to Adam's moments."""
 
 from __future__ import annotations
 
@@ -105,8 +105,10 @@ def _from_moments(
     col = square.mean(-2) if square.dim() > 1 else square
     new = _form_of(target.group, p)
     read = _Read(step, None, row, col, new._replace(dtype=torch.float64))
-    read = read._replace(first=(moments["exp_avg"].double() / read.square.sqrt()).nan_to_num(posinf=0.0, neginf=0.0))
-    state = {key: moments[key] for key in ("step", "weight_low") if key in moments}
+    read = read._replace(
+        first=(moments["exp_avg"].double() / read.square.sqrt()).nan_to_num(posinf=0.0, neginf=0.0)
+    )
+    state: dict[str, Tensor] = {key: moments[key] for key in ("step", "weight_low") if key in moments}
     notes = {key: note for key, note in how.notes.items() if key not in ("exp_avg", "exp_avg_sq")}
     if slots_of(target.group):
         state |= _first(source, read, new, p.shape[-1] if p.dim() else 1)
@@ -121,7 +123,9 @@ def _from_moments(
     return _checked(state, notes, source, target, p, (how.before, new))
 
 
-def _to_moments(read: _Read, source: Source, target: Target, migrate: Migrate) -> tuple[dict[str, Tensor], Migrated]:
+def _to_moments(
+    read: _Read, source: Source, target: Target, migrate: Migrate
+) -> tuple[dict[str, Tensor], Migrated]:
     """Adam's moments from factors: their product, and the first moment times its root."""
     square = read.square
     first = torch.zeros_like(square) if read.first is None else read.first * square.sqrt()
@@ -129,7 +133,13 @@ def _to_moments(read: _Read, source: Source, target: Target, migrate: Migrate) -
     biased = 1.0 - float(betas[1]) ** read.step if target.group["correct_bias"] else 1.0
     form = read.form
     made = {"step": torch.tensor(read.step, dtype=torch.float64), "exp_avg": first, "exp_avg_sq": square * biased}
-    options = {"level": form.level, "rule": "gwt", "wavelet": form.wavelet, "boundary": form.boundary, "betas": betas}
+    options = {
+        "level": form.level,
+        "rule": "gwt",
+        "wavelet": form.wavelet,
+        "boundary": form.boundary,
+        "betas": betas,
+    }
     options |= {"state_dtype": "float64", "norm_growth_limit": None, "correct_bias": target.group["correct_bias"]}
     kept = {key: source.state[key] for key in ("weight_low",) if key in source.state}
     state, how = migrate(source._replace(group=options, state={**made, **kept}), target)

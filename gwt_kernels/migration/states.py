@@ -262,7 +262,7 @@ def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source
 def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
     """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
     if has_factors(source) or is_factored(target.group):
-        return migrate_factors(source, target, lambda *both: _migrated(*both, unsaid))
+        return migrate_factors(source, target, lambda has, wants: _migrated(has, wants, unsaid))
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
     old = _form(source, p, target.group, unsaid)
     step = _checked(source.state, p, old)

@@ -49,7 +49,7 @@ class GWTAdafactor(PlannedOptimizer):
         state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below.
 
     State per parameter: ``step``; ``exp_avg`` (``[..., ceil(N / 2**level)]``) unless ``beta1`` is None;
-    ``exp_avg_sq_row`` (``[..., rows]``) and ``exp_avg_sq_col`` (``[..., ceil(N / 2**level)]``, one for each matrix),
+    ``exp_avg_sq_row`` (``[..., rows]``) and ``exp_avg_sq_col`` (``[..., ceil(N / 2**level)]``, for each matrix),
     or, in one dimension, ``exp_avg_sq``, in float32 (float64 for float64 parameters). AdamW's groups have AdamW's.
 
     Raises:

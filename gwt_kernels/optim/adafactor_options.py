@@ -39,7 +39,9 @@ def adafactor_hyper(group: Mapping[str, Any], slack: float, capturable: bool) ->
     values = _values(group)
     eps = values[_NAMES.index("eps")]
     plain = (*values, *eps) if isinstance(eps, tuple) else values
-    if all(x is None or type(x) in (float, int, bool, str, tuple) for x in plain):  # of no tensor, which might change
+    if all(
+        x is None or type(x) in (float, int, bool, str, tuple) for x in plain
+    ):  # of no tensor, which might change
         return _remembered(values, slack)
     return _checked(values, slack, capturable)
 

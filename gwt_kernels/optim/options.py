@@ -24,6 +24,7 @@ from gwt_kernels.rules import ADAFACTOR, ADAMW, RULES, check_rule
 
 __all__ = [
     "ADDED",
+    "SLACK",
     "STRUCTURAL",
     "check_group",
     "check_max_grad_norm",

@@ -182,7 +182,9 @@ def _bucket_of(
     make: Callable[..., Bucket] = Bucket
     if any(factors_of(p, group) for p in params):
         keys = [factors_of(p, group) for p in params]
-        factors = [(None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)]
+        factors: list[Any] = [
+            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)
+        ]
         make = partial(FactoredBucket, factors=factors, wholes=[(state_shape(p, group), p.numel()) for p in params])
     return make(
         local,

@@ -148,14 +148,14 @@ def check_state(
             f"the state of {name} has {stray[0]}, which rule={group['rule']!r} does not keep: load the state that "
             f"belongs to it, or convert it with gwt_kernels.migrate"
         )
-    expected = {key: (shape, dtype) for key, dtype in zip(slots, stored.dtypes, strict=False)}
-    expected |= {key: (tuple(shape[d] for d in dims), _norm_dtype(p)) for key, dims in factors.items()}
-    for key, (own_shape, dtype) in expected.items():
+    kept = {key: (shape, dtype) for key, dtype in zip(slots, stored.dtypes, strict=False)}
+    kept |= {key: (tuple(shape[d] for d in dims), _norm_dtype(p)) for key, dims in factors.items()}
+    for key, (own_shape, dtype) in kept.items():
         if tuple(state[key].shape) != own_shape:
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
-                f"{group['wavelet']!r} needs {own_shape}: use the options and the model that the state was made with, "
-                f"or gwt_kernels.migrate for other options"
+                f"{group['wavelet']!r} needs {own_shape}: use the options and the model that the state was made "
+                f"with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
             raise ValueError(

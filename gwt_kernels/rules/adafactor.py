@@ -9,8 +9,9 @@ neighbours with mean ``mean``, in row ``i`` and column ``k`` of the approximatio
     m = b1*m + (1-b1)*A/(d*clip)                      without beta1: m = A/(d*clip)
     u_j = r_j/(d*clip) + m/sqrt(W)                    details="published": u_j = r_j + m/sqrt(W)
 
-with ``r_j = g_j - mean``. A tensor of one dimension is a matrix of one row, of which ``R`` is not needed. ``clip`` is
-one number of the whole tensor. Level 0 is Adafactor, without ``scale``. There is neither limiter nor bias correction.
+with ``r_j = g_j - mean``. A tensor of one dimension is a matrix of one row, of which ``R`` is not needed. ``clip``
+is one number of the whole tensor. Level 0 is Adafactor, without ``scale``. There is neither limiter nor bias
+correction.
 Statements take the denominators ``d*clip`` of a tile in place of a second moment.
 """
 
@@ -103,8 +104,9 @@ def _update(
         notes.update(update)
 
 
-# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`. Here ``v`` is ``1 / d``, and the numbers hold ``1 / clip`` in
-# place of ``eps``, 1 before it is known, and as ``detail_scale`` whether details are divided. --------------------
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
+# Here ``v`` is ``1 / d``, and numbers hold ``1 / clip`` in place of ``eps``, and as ``detail_scale`` whether
+# details are divided.
 
 
 @statement

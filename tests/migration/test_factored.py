@@ -1,4 +1,4 @@
-"""Tests migrations of factored second moments: from other Adafactors, between levels, from and to Adam's moments."""
+"""Tests migrations of factors: from other Adafactors, between levels, from and to Adam's moments."""
 
 from __future__ import annotations
 

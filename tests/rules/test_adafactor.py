@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ import torch
 
 from gwt_kernels import GWTAdafactor, GWTAdamW, gwt_param_groups, release_gradients
 from gwt_kernels.formats.int8 import decode_first
-from gwt_kernels.optim.state import low_bits_of
 from gwt_kernels.formats.split import join_low
+from gwt_kernels.optim.state import low_bits_of
 from tests.support import golden, interpreter, poisoned, runs
 from tests.support import reference_optimizers as oracle
 from tests.support.poisoned import Poisoned
@@ -99,12 +99,12 @@ class Run:
         return exact(p if low is None else join_low(p.detach(), low_bits_of(low)))
 
     def step(self, factor=1.0, slack=40.0):
-        grads = [Poisoned(self.normal(p.shape, factor).to(self.device, self.dtype), self.layout) for p in self.params]
+        values = [self.normal(p.shape, factor).to(self.device, self.dtype) for p in self.params]
+        grads = [Poisoned(x, self.layout) for x in values]
         before = []
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g.tensor
-            before.append((exact(p) if not self.optimizer.state[p] else self.whole(p), dict(self.optimizer.state[p])))
-            before[-1][1].update({k: exact(x) for k, x in before[-1][1].items()})
+            before.append((self.whole(p), {k: exact(x) for k, x in self.optimizer.state[p].items()}))
         with interpreter.like_a_gpu(), poisoned.uninitialized():
             self.optimizer.step()
         for p, g, own, (old, state) in zip(self.params, grads, self.held, before, strict=True):
@@ -130,8 +130,10 @@ class Run:
         bound = slack * unit * (moved + np.abs(want)) + 1e-30
         if group["weight_rounding"] != "split":
             ulps = 2 if group["weight_rounding"] == "stochastic" else 1  # halves of one
-            bound = bound + ulps * (EPS[self.dtype] * np.abs(want) + (2.0**-25 if self.dtype == torch.float16 else 0))
-        assert (np.abs(self.whole(p) - want) <= bound).all(), (p.shape, np.abs(self.whole(p) - want).max(), moved)
+            smallest = 2.0**-25 if self.dtype == torch.float16 else 0.0
+            bound = bound + ulps * (EPS[self.dtype] * np.abs(want) + smallest)
+        error = np.abs(self.whole(p) - want)
+        assert (error <= bound).all(), (p.shape, error.max(), moved)
         assert int(new["step"]) == step
         for key, value in kept.items():
             stored = 2 * EPS[new[key].dtype] * np.abs(value)  # at random
@@ -217,7 +219,7 @@ def test_sums_are_the_same_to_the_bit_on_every_path(backend):
         p = run.params[0]
         with torch.no_grad():
             p.copy_(torch.randn(shape, generator=generator))
-        for t in range(3):
+        for _ in range(3):
             for q in run.params:
                 q.grad = None if q is p else torch.ones_like(q)
             g = torch.randn(shape, generator=generator).to(p)
@@ -243,7 +245,7 @@ def steps(optimizer, params, ts):
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5), (7,)])
 def test_level_0_is_adafactor_of_torch(shape):
     """Which has no first moment, scales by the weights, and caps the rate; it adds nothing to squares."""
-    p, q = (torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=torch.manual_seed(1))) for _ in "ab")
+    p, q = runs.parameters([shape], dtype=torch.float64) + runs.parameters([shape], dtype=torch.float64)
     theirs = torch.optim.Adafactor([p], lr=0.5, eps=(1e-30, 1e-3))
     ours = GWTAdafactor([q], lr=0.5, beta1=None, scale_parameter=True, level=0, scale=99.0)
     for t in range(1, 6):
@@ -262,7 +264,9 @@ def test_int8_moments_follow_float32_ones_within_their_step(details):
     small = GWTAdafactor(narrow, details=details, state_dtype=torch.int8)
     for optimizer, params in ((wide, exact_), (small, narrow)):
         steps(optimizer, params, range(4))
-    assert set(small.state[narrow[1]]) == {"step", "exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"}, "1300 are too few"
+    assert set(small.state[narrow[1]]) == {"step", "exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"}, (
+        "1300 are too few"
+    )
     state = small.state[narrow[0]]
     assert set(state) == {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq_row", "exp_avg_sq_col"}
     assert (state["exp_avg"].dtype, state["exp_avg_sq_row"].dtype) == (torch.int8, torch.float32)
@@ -273,7 +277,7 @@ def test_int8_moments_follow_float32_ones_within_their_step(details):
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8])
 def test_backends_round_alike(narrow):
-    """Where both store the same number at random, they store the same bits, but for what float32 rounds otherwise."""
+    """Both store the same number at random as the same bits, but for what float32 rounds otherwise."""
     results = []
     for backend in ("torch", "triton"):
         params = parameters(torch.bfloat16, on(backend), shapes=[(96, 256), (33, 130)])
@@ -309,7 +313,10 @@ def test_a_zero_gradient_moves_nothing_and_infinite_ones_are_skipped(backend):
     runs.assert_same_bits(runs.results(optimizer), before)
     assert float(optimizer.skipped_steps) == 1
     told = optimizer.telemetry()
-    assert all(0 <= own["detail_energy"] <= 1 and own["limiter"] >= 1 and own["nonfinite"] > 0 for own in told.values())
+    for own in told.values():
+        assert 0 <= own["detail_energy"] <= 1
+        assert own["limiter"] >= 1
+        assert own["nonfinite"] > 0
     assert max(own["limiter"] for own in told.values()) > 1, "nothing was clipped"
 
 
@@ -340,25 +347,18 @@ def test_steps_that_the_device_counts_are_those_of_the_host(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-def test_launches_do_not_grow_with_tensors_and_nothing_waits(backend, monkeypatch):
-    from gwt_kernels.backends.triton import factored_launch
+def test_launches_do_not_grow_with_tensors(backend):
+    from gwt_kernels.backends.triton.factored_launch import FactoredLaunch
 
     counts = []
     for n in (1, 9):
         params = parameters(device=on(backend), shapes=[(16, 64)] * n)
         optimizer = GWTAdafactor(params, backend=backend, scale_parameter=True)
         steps(optimizer, params, range(1))
-        launched = []
-        original = factored_launch.FactoredLaunch._start
-        monkeypatch.setattr(
-            factored_launch.FactoredLaunch,
-            "_start",
-            lambda self, kernel, *rest, **more: launched.append(kernel) or original(self, kernel, *rest, **more),
-        )
-        steps(optimizer, params, range(1))
-        monkeypatch.undo()
-        counts.append(len(launched))
-    assert counts[0] == counts[1] <= 8
+        with mock.patch.object(FactoredLaunch, "_run", autospec=True, side_effect=FactoredLaunch._run) as own:
+            steps(optimizer, params, range(1))
+        counts.append(own.call_count)
+    assert counts == [6, 6], "and two of every step: the sums of squares, and the step itself"
 
 
 def test_checkpoints_resume_bit_for_bit_and_are_refused_where_they_do_not_fit(tmp_path):
@@ -472,7 +472,7 @@ def test_a_scaler_unscales_and_skips():
                 scaler.update(1024.0)
             elif t != 1:
                 optimizer.step()
-        results.append([x for p in params for x in (p.detach(), optimizer.state[p]["exp_avg_sq_row"] if p.dim() > 1 else p)])
+        results.append([x for p in params for x in (p.detach(), *optimizer.state[p].values())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
@@ -535,11 +535,15 @@ def test_options_that_change_on_the_way_act_at_once():
     for backend in ("torch", "triton"):
         params = parameters(device=on(backend))
         optimizer = GWTAdafactor(params, backend=backend)
-        changes = ({"clip_threshold": 0.2}, {"details": "published"}, {"eps": (1e-3, 1e-3)}, {"scale_parameter": True})
+        changes = (
+            {"clip_threshold": 0.2},
+            {"details": "published"},
+            {"eps": (1e-3, 0.1)},
+            {"scale_parameter": True},
+        )
         for t, change in enumerate(changes):
             optimizer.param_groups[0].update(change)
             steps(optimizer, params, [t])
         results.append([x.cpu() for p in params for x in (p.detach(), *optimizer.state[p].values())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert len(list(itertools.chain(*results))) > 8

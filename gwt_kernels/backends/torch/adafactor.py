@@ -24,9 +24,11 @@ __all__ = ["AdafactorRunner", "new_factors"]
 
 
 class AdafactorRunner(TorchRunner):
-    """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+    """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
 
-    bucket: FactoredBucket
+    def __init__(self, bucket: FactoredBucket) -> None:
+        super().__init__(bucket)
+        self._factored = bucket
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -45,7 +47,7 @@ class AdafactorRunner(TorchRunner):
         updates = self._updates(ready, keeps=False)
         sums = torch.cat([own.sums() for own in updates])
         yield sums
-        parts = sums.split([sum(own.local.parts) for own in updates])
+        parts = torch.split(sums, [sum(own.local.parts) for own in updates])
         squares = torch.stack([own.squares(part) for own, part in zip(updates, parts, strict=True)])
         yield squares
         for own, total in zip(updates, squares.unbind(), strict=True):
@@ -53,12 +55,8 @@ class AdafactorRunner(TorchRunner):
         self.count(inputs)
 
     def _updates(self, inputs: StepInputs, keeps: bool) -> list[_Update]:
-        bucket = self.bucket
-        columns = (bucket.tensor_steps(inputs), bucket.factors, bucket.local_matrices(), bucket.matrices)
-        return [
-            _Update(bucket, scaled_ahead(own), *rest, keeps)
-            for own, *rest in zip(*columns, bucket.numels, strict=True)
-        ]
+        bucket = self._factored
+        return [_Update(bucket, i, scaled_ahead(own), keeps) for i, own in enumerate(bucket.tensor_steps(inputs))]
 
 
 class Factors(NamedTuple):
@@ -85,31 +83,20 @@ class _Update:
 
     Args:
         bucket: Of the tensor.
+        place: In the bucket.
         own: Its step.
-        factors: Its row and its column factors.
-        local: What is here of its moments.
-        whole: Of all of these.
-        numel: Elements of the whole parameter.
         keeps: Whether to keep what several stages need, as large as the moments; else it is computed again.
     """
 
-    def __init__(
-        self,
-        bucket: FactoredBucket,
-        own: TensorStep,
-        factors: tuple[Tensor | None, Tensor],
-        local: Matrices,
-        whole: Matrices,
-        numel: int,
-        keeps: bool,
-    ) -> None:
-        self._bucket, self._own, self._factors = bucket, own, factors
-        self.local, self._whole, self._numel, self._keeps = local, whole, numel, keeps
+    def __init__(self, bucket: FactoredBucket, place: int, own: TensorStep, keeps: bool) -> None:
+        self._bucket, self._own, self._keeps = bucket, own, keeps
+        self._factors, self.local = bucket.factors[place], bucket.local_matrices()[place]
+        self._whole, self._numel = bucket.matrices[place], bucket.numels[place]
         self._dtype = dtype_of(own)
         self._rest2 = own.hyper.own.rest2(own.step)
         self._kept: dict[str, Any] = {}
         self._new: Factors | None = None
-        self._weights = 0.0 * factors[1].new_zeros(())
+        self._weights = self._factors[1].new_zeros(())
 
     def sums(self) -> Tensor:
         """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
@@ -132,7 +119,7 @@ class _Update:
 
     def squares(self, sums: Tensor) -> Tensor:
         """The sum of squares of the approximation's update, from the sums over the whole tensor."""
-        *parts, weights = sums.split(self.local.parts)
+        *parts, weights = torch.split(sums, self.local.parts)
         self._new = new_factors(self._factors, parts, self._whole, self._own.hyper.own.eps, self._rest2)
         self._weights = weights.view(())
         return (self._approximation()[0] / self._denominators()).square().sum()

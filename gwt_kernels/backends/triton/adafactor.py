@@ -27,11 +27,11 @@ class TritonAdafactorRunner(TritonRunner):
         ValueError: the kernels could not trust the tensors.
     """
 
-    bucket: FactoredBucket
     collects_grad_stats = False
 
     def __init__(self, bucket: FactoredBucket) -> None:
         super().__init__(bucket)
+        self._factored = bucket
         self._sizes = [sum(own.parts) for own in bucket.local_matrices()]
         found = {x.dtype for own in bucket.factors for x in own if x is not None}
         if found != {torch.float32}:
@@ -46,7 +46,9 @@ class TritonAdafactorRunner(TritonRunner):
         """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
         bucket = self.bucket
         begun = self._send(_as_kernels_take(inputs), decision, counts=True)
-        pairs = [(cast(FactoredLaunch, launch), sent) for launch, sent in zip(self._launches, begun.sent, strict=True)]
+        pairs = [
+            (cast(FactoredLaunch, launch), sent) for launch, sent in zip(self._launches, begun.sent, strict=True)
+        ]
         weighted = any(hyper.own.least_rms is not None for hyper in inputs.hypers)
         sums = torch.zeros(sum(self._sizes), dtype=torch.float32, device=bucket.device)
         with device_guard(bucket.device):
@@ -65,16 +67,16 @@ class TritonAdafactorRunner(TritonRunner):
         self._renew_alone(inputs, decision, sums)
 
     def _launch(self, places: list[int], flat: bool) -> Launch:
-        return FactoredLaunch(self.bucket, places, flat)
+        return FactoredLaunch(self._factored, places, flat)
 
     def _renew_alone(self, inputs: StepInputs, decision: Tensor | None, sums: Tensor) -> None:
         """Update the factors of tensors in no launch: of a shard without weights they may be whole."""
-        bucket = self.bucket
+        bucket = self._factored
         for i in self._empty:
             local = bucket.local_matrices()[i]
             old, own = bucket.factors[i], inputs.hypers[i].own
             first = sum(self._sizes[:i])
-            *parts, _ = sums[first : first + self._sizes[i]].split(local.parts)
+            *parts, _ = torch.split(sums[first : first + self._sizes[i]], local.parts)
             step = inputs.steps[i]
             rest2 = step.pow(own.decay_rate).float() if isinstance(step, Tensor) else own.rest2(step)
             new = new_factors(old, parts, bucket.matrices[i], own.eps, rest2)

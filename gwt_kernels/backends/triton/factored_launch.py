@@ -1,4 +1,4 @@
-"""Launches for tensors whose second moment is factored: how they are cut into panels, and the stages of their step."""
+"""Launches for tensors whose second moment is factored: their panels, and the stages of their step."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ class FactoredLaunch(Launch):
                 "col_gains": gains[k] + n_rows,
             }
             rows.append([numbers[name] for name in PANELS])
-            records.append([first_gain + 4 * gains[k], first_gain + 4 * (gains[k] + n_rows), each.rows, each.columns])
+            records.append(
+                [first_gain + 4 * gains[k], first_gain + 4 * (gains[k] + n_rows), each.rows, each.columns]
+            )
         send = self._sender.send
         self._panels = send(array("q", chain(*rows)).tobytes(), device)
         self._records = send(array("q", chain(*records)).tobytes(), device)

@@ -1,7 +1,7 @@
-"""Kernels of a factored second moment: sums of squares over rows and columns, the factors, and the clip of an update.
+"""Kernels of a factored second moment: sums of squares over rows and columns, the factors, and the clip.
 
-Each is one launch for the tensors of a bucket that take one path. A tensor is a batch of matrices, each cut into
-panels of ``chunk_rows`` rows and ``TC`` blocks, of which a program adds up one, ``TR`` rows at a time. The parts lie
+Each is one launch for tensors of a bucket that take one path. A tensor is a batch of matrices, each cut into
+panels of ``chunk_rows`` rows and ``TC`` blocks. A program adds up one panel, ``TR`` rows at a time. The parts lie
 in a workspace, and are added in a fixed order: there are no atomics. Pairs of neighbours come first
 (``kernel_block_sums``), so that sums are the same whatever the dtypes and the alignment.
 
@@ -156,7 +156,9 @@ def panel_kernel(
 
 
 @triton.jit
-def join_kernel(owners_ptr, panels_ptr, scalars_ptr, parts_ptr, sums_ptr, BLOCK: tl.constexpr, SKIPPABLE: tl.constexpr):
+def join_kernel(
+    owners_ptr, panels_ptr, scalars_ptr, parts_ptr, sums_ptr, BLOCK: tl.constexpr, SKIPPABLE: tl.constexpr
+):
     """Add up the panels' parts of ``BLOCK`` rows and columns of one tensor, in order."""
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
@@ -244,7 +246,7 @@ def factor_kernel(
     BLOCK: tl.constexpr,
     SKIPPABLE: tl.constexpr,
 ):
-    """Update ``BLOCK`` row and column factors of one tensor from the sums, and write the reciprocals of their roots::
+    """Update ``BLOCK`` row and column factors of one tensor from the sums, and write their reciprocal roots::
 
         R = b2*R + (1-b2)*(mean + eps)        gain = 1 / sqrt(R / mean(R))
         C = b2*C + (1-b2)*(mean + eps)        gain = 1 / sqrt(C)
@@ -324,8 +326,8 @@ def clip_kernel(
 ):
     """What the sum of squares of a tensor's update, and that of its weights, make of the numbers of its step.
 
-    ``squares`` float32 ``[n]``. ``factors`` float32 ``[n]`` receives ``1 / clip``, as ``eps`` does, which no rule of
-    factors reads; where there is a least RMS, step size and decay are multiplied by the weights'.
+    ``squares`` float32 ``[n]``. ``factors`` float32 ``[n]`` receives ``1 / clip``, and so does ``eps`` of the
+    numbers, which a factored rule reads as that; where there is a least RMS, step size and decay are multiplied by the weights'.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
@@ -342,8 +344,9 @@ def clip_kernel(
         panels_ptr += i * N_PANELS
         least = tl.load(numbers_ptr + LEAST_RMS, mask=inside, other=-1.0).to(tl.float32)
         scaled = inside & (least >= 0.0)
-        rows, columns = tl.load(panels_ptr + PANEL_ROWS, mask=scaled, other=0), tl.load(
-            panels_ptr + PANEL_COLUMNS, mask=scaled, other=0
+        rows, columns = (
+            tl.load(panels_ptr + PANEL_ROWS, mask=scaled, other=0),
+            tl.load(panels_ptr + PANEL_COLUMNS, mask=scaled, other=0),
         )
         matrices = tl.load(panels_ptr + MATRICES, mask=scaled, other=0)
         place = tl.load(panels_ptr + SUMS, mask=scaled, other=0) + (rows + columns + 1) * matrices

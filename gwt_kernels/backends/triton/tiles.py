@@ -127,7 +127,7 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
 
 @triton.jit
 def rows_and_columns(tile, row_blocks, padded, columns, NB: tl.constexpr, KIND: tl.constexpr):
-    """Row and column of a tile's blocks, in rows of so many ``columns``, and which are inside: ``[NB]``, 32 bits."""
+    """Row and column of a tile's blocks, in rows of so many ``columns``, and which are inside: ``[NB]``."""
     start = _start(tile, row_blocks, padded, 1, KIND)
     places = tl.arange(0, NB)
     if KIND == ROWS:
