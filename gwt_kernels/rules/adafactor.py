@@ -57,7 +57,7 @@ class AdafactorNumbers(NamedTuple):
 
     def rest2(self, step: int) -> float:
         """The weight of this step's squares in the second moment, ``1 - b2``."""
-        return float(step) ** self.decay_rate
+        return float(float(step) ** self.decay_rate)
 
     def rate(self, hyper: Hyper, step: int) -> float:
         """The learning rate of a step, before the weights' RMS multiplies it."""

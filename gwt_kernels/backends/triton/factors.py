@@ -327,7 +327,8 @@ def clip_kernel(
     """What the sum of squares of a tensor's update, and that of its weights, make of the numbers of its step.
 
     ``squares`` float32 ``[n]``. ``factors`` float32 ``[n]`` receives ``1 / clip``, and so does ``eps`` of the
-    numbers, which a factored rule reads as that; where there is a least RMS, step size and decay are multiplied by the weights'.
+    numbers, which a factored rule reads as that. Where there is a least RMS, step size and decay are multiplied by
+    the weights'.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
