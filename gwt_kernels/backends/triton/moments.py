@@ -16,7 +16,7 @@ from gwt_kernels.backends.triton.schema import (
     V_SCALES_PTR,
 )
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
-from gwt_kernels.backends.triton.tiles import load_tile, rows_and_columns, store_tile
+from gwt_kernels.backends.triton.tiles import factor_places, load_tile, store_tile
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import int8, stochastic
 
@@ -91,8 +91,7 @@ def load_moments(
     v = m
     if SLOTS >= 4:
         row_ptr, col_ptr, rows, columns = v_ptr
-        row, column, inside = rows_and_columns(tile, row_blocks, padded, columns, NB, KIND)
-        column += (row // rows.to(tl.int32)) * columns.to(tl.int32)
+        row, column, inside = factor_places(tile, row_blocks, padded, rows, columns, NB, KIND)
         v = tl.load(row_ptr + row, mask=inside, other=0.0) * tl.load(col_ptr + column, mask=inside, other=0.0)
     if SLOTS == 2:
         v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)

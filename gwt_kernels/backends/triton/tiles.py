@@ -19,11 +19,11 @@ __all__ = [
     "ROWS",
     "RUN",
     "array_ptr",
+    "factor_places",
     "index_in_array",
     "inside_tile",
     "is_run",
     "load_tile",
-    "rows_and_columns",
     "rows_passed",
     "store_tile",
     "tile_of",
@@ -126,8 +126,19 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
 
 
 @triton.jit
-def rows_and_columns(tile, row_blocks, padded, columns, NB: tl.constexpr, KIND: tl.constexpr):
-    """Row and column of a tile's blocks, in rows of so many ``columns``, and which are inside: ``[NB]``."""
+def _passed(places, first, n, NB: tl.constexpr):
+    """``(first + places) // n`` (32 bits) for ``first`` below ``n``, and ``places`` up to ``NB``, by a product."""
+    period = tl.minimum(n, 2 * NB + 4).to(tl.uint32)  # where n is longer, there is but one end of it
+    before = period - tl.minimum(n - first, period).to(tl.uint32)
+    return tl.umulhi((places + 1).to(tl.uint32) + before, 0xFFFFFFFF // period).to(tl.int32)
+
+
+@triton.jit
+def factor_places(tile, row_blocks, padded, rows, columns, NB: tl.constexpr, KIND: tl.constexpr):
+    """Where the row and column factors of a tile's blocks lie, of matrices of this size, and which are inside.
+
+    All are ``[NB]``, the places of 32 bits. Rows of matrices follow one another, and so do their columns.
+    """
     start = _start(tile, row_blocks, padded, 1, KIND)
     places = tl.arange(0, NB)
     if KIND == ROWS:
@@ -135,9 +146,12 @@ def rows_and_columns(tile, row_blocks, padded, columns, NB: tl.constexpr, KIND: 
     else:
         inside = places < tile[1]
     row = start // columns
-    column = (start - row * columns).to(tl.int32) + places
-    passed = column // columns.to(tl.int32)
-    return row.to(tl.int32) + passed, column - passed * columns.to(tl.int32), inside
+    matrix = row // rows
+    column = start - row * columns
+    passed = _passed(places, column, columns, NB)
+    matrices = _passed(passed, row - matrix * rows, rows, NB)
+    first = (matrix * columns + column).to(tl.int32)
+    return row.to(tl.int32) + passed, first + places + (matrices - passed) * columns.to(tl.int32), inside
 
 
 @triton.jit
