@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from gwt_kernels import GWTAdafactor
+from gwt_kernels import GWTAdafactor, gwt_param_groups
 from tests.ptx import plugin
-from tests.support import interpreter
-from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, close, compare, layouts_of, on_each_number
+from tests.support import interpreter, resharded
+from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, close, compare, layouts_of, mesh_of, on_each_number
 
 
 def more_layouts(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
@@ -36,7 +47,7 @@ def narrow(line: DeviceMesh) -> list[Layout]:
 
 def float64() -> None:
     """Sharded equals unsharded, whatever the options."""
-    on_each_number(_float64, [2])
+    on_each_number(_float64, [2, 4])
 
 
 def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
@@ -49,9 +60,11 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         {"level": 0, "rule": "adamw"},
     ]
     with mock.patch("torch.distributed.all_reduce", side_effect=dist.all_reduce) as sent:
-        optimizer = compare(layouts, close, steps=20, groups=groups, lr=1e-2, weight_decay=0.1, kind=GWTAdafactor)
+        optimizer = compare(
+            layouts, close, steps=40 // n, groups=groups, lr=1e-2, weight_decay=0.1, kind=GWTAdafactor
+        )
     rounds = len(optimizer._plan._factors[torch.device("cpu")]._sums._rounds)
-    assert sent.call_count == 2 * 20 * rounds, "two collectives a step"
+    assert sent.call_count == 2 * (40 // n) * rounds, "two collectives a step"
     for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
         state = optimizer.state[p]
         if isinstance(p, DTensor) and group["rule"] == "adafactor" and p.dim() > 1:
@@ -89,8 +102,41 @@ def _triton(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6, msg=lambda text: f"{where}: {text}")
 
     groups = [{"level": 2}, {"level": 2, "scale_parameter": True, "beta1": None}]
-    options = {"dtype": torch.float32, "lr": 1e-2, "backend": "triton", "kind": GWTAdafactor}
+    options: dict[str, Any] = {"dtype": torch.float32, "lr": 1e-2, "backend": "triton", "kind": GWTAdafactor}
     with interpreter.like_a_gpu():
         compare(layouts, alike, steps=3, groups=groups, **options)
         compare(layouts[:-1], alike, steps=3, level=2, max_grad_norm=1.0, relative_step=True, **options)
         compare(narrow(line), alike, steps=2, level=0, **options)
+
+
+def checkpoints(folder: Path) -> None:
+    """A run that two processes share goes on from its checkpoint on one, on two others, and from a gathered state."""
+    pair, alone = mesh_of(2), mesh_of(1)
+
+    def build(mesh: DeviceMesh | None) -> tuple[nn.Module, GWTAdafactor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 22), nn.Tanh(), nn.Linear(22, 6)).double()
+        if mesh is not None:
+            fully_shard(model, mesh=mesh)
+        groups = gwt_param_groups(model, level=2, include=[r"0\.weight"])
+        groups[-1].update(rule="adafactor")
+        return model, GWTAdafactor(groups, lr=1e-2)
+
+    run, reference = build(pair), build(None)
+    for each in (run, reference):
+        resharded.train(each, 0, 3)
+    dcp.save(resharded.state_of(run), checkpoint_id=folder)
+    gathered = get_optimizer_state_dict(*run, options=StateDictOptions(full_state_dict=True))
+    resharded.train(reference, 3, 5)
+    for mesh in (pair, alone):
+        if dist.get_rank() < mesh.size():
+            again = build(mesh)
+            resharded.resume(again, folder, mesh.get_group())
+            resharded.train(again, 3, 5)
+            resharded.assert_continues(again, reference)
+        dist.barrier()
+    again = build(pair)
+    set_model_state_dict(again[0], get_model_state_dict(run[0]))
+    set_optimizer_state_dict(*again, gathered, options=StateDictOptions(full_state_dict=True))
+    resharded.train(again, 3, 5)
+    resharded.assert_continues(again, reference)
