@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
@@ -72,21 +73,18 @@ class AdafactorNumbers(NamedTuple):
 def _moments(
     g: Tensor, m: Tensor | None, v: Tensor, hyper: Hyper, level: int, notes: Notes | None
 ) -> tuple[Tensor, ...]:
-    """The updates of the elements, padded to whole blocks and not yet multiplied; ``v`` are denominators."""
+    """The approximation's update, the means of blocks, and what details are divided by; ``v`` are denominators."""
     width = 2**level
-    g = hyper.scaled(pad_to_multiple(g.to(v.dtype), width))
-    mean = block_sums(g, level).div_(width) if level else g
+    if level:
+        mean = block_sums(g.to(v.dtype), level).mul_(hyper.signed_factor / width)
+    else:
+        mean = hyper.scaled(g.to(v.dtype))
     if notes is not None:
-        notes.gradient(g, 1.0, mean, width)
-    u = mean * math.sqrt(width) / v
+        notes.gradient(g, hyper.signed_factor, mean, width)
+    u = (mean * math.sqrt(width) if level else mean) / v
     if m is not None:
         u = m.mul_(hyper.beta1).add_(u, alpha=1 - hyper.beta1)
-    if not level:
-        return (u,)
-    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
-    if hyper.own.divides_details:
-        residual.div_(v.unsqueeze(-1))
-    return (residual.add_(u.unsqueeze(-1), alpha=1 / math.sqrt(width)).view(g.shape),)
+    return u, mean, v
 
 
 def _update(
@@ -98,8 +96,23 @@ def _update(
     level: int,
     notes: Notes | None,
 ) -> None:
-    update = (parts[0][..., : p.shape[-1]] if level else parts[0]) * step_size
-    p.sub_(update)
+    """``p_j -= gain_k * g_j + offset_k`` for element ``j`` of block ``k``."""
+    u, mean, v = parts
+    if level:
+        width = 2**level
+        gain = step_size / v if hyper.own.divides_details else step_size * torch.ones_like(v)
+        offset = (u * (step_size / math.sqrt(width))).addcmul_(mean, gain, value=-1)
+        blocks = pad_to_multiple(g.to(v.dtype), width)
+        shape = blocks.shape
+        blocks = blocks.reshape(*mean.shape, width)
+        gain.mul_(hyper.signed_factor)
+        update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1)).view(shape)[..., : p.shape[-1]]
+        p.sub_(update)
+    elif isinstance(step_size, Tensor) or notes is not None:
+        update = u * step_size
+        p.sub_(update)
+    else:
+        p.sub_(u, alpha=step_size)
     if notes is not None:
         notes.update(update)
 

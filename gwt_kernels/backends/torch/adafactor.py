@@ -94,15 +94,14 @@ class _Update:
         self._whole, self._numel = bucket.matrices[place], bucket.numels[place]
         self._dtype = dtype_of(own)
         self._rest2 = own.hyper.own.rest2(own.step)
-        self._kept: dict[str, Any] = {}
+        self._kept: Tensor | None = None
         self._new: Factors | None = None
         self._weights = self._factors[1].new_zeros(())
 
     def sums(self) -> Tensor:
         """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
         own, (row, _), whole = self._own, self._factors, self._whole
-        a = self._approximation()[0].view(self.local)
-        squares = a.square()
+        squares = self._squares()
         rows, columns = squares.sum(-1), squares.sum(-2)
         means = rows.new_zeros(self.local.batch)
         if row is not None:
@@ -122,7 +121,11 @@ class _Update:
         *parts, weights = torch.split(sums, self.local.parts)
         self._new = new_factors(self._factors, parts, self._whole, self._own.hyper.own.eps, self._rest2)
         self._weights = weights.view(())
-        return (self._approximation()[0] / self._denominators()).square().sum()
+        row, col, mean = self._new
+        sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
+        if row is not None:
+            sums.mul_(mean.view(-1, 1) / row.view(sums.shape))
+        return sums.sum()
 
     def finish(self, total: Tensor) -> None:
         """Store the factors, the first moment and the weights; ``total`` is of the whole tensor."""
@@ -134,7 +137,7 @@ class _Update:
         if hyper.own.least_rms is not None:
             rate = rate * (self._weights / max(self._numel, 1)).sqrt().clamp(min=hyper.own.least_rms)
         if own.p.numel():
-            denominators = self._denominators() * clip
+            denominators = self._denominators(clip)
             notes = None if own.row is None else Notes(own.row)
             if self._bucket.is_literal:
                 self._transform(denominators, rate)
@@ -146,7 +149,7 @@ class _Update:
         if self._new.row is not None and row is not None:
             row.copy_(self._new.row)
         col.copy_(self._new.col)
-        self._kept.clear()
+        self._kept = None
 
     def _fold(self, denominators: Tensor, rate: Any, notes: Notes | None) -> None:
         """Update a chunk of weights after another by the rule's statements."""
@@ -185,36 +188,33 @@ class _Update:
         p = own.p.to(u.dtype) * (1 - rate * hyper.weight_decay)
         own.p.copy_(p - update * (rate * hyper.scale))
 
+    def _squares(self) -> Tensor:
+        """Of the approximation, as matrices."""
+        if self._kept is not None:
+            return self._kept
+        squares = self._approximation()[0].reshape(self.local).square()
+        if self._keeps:
+            self._kept = squares
+        return squares
+
     def _approximation(self) -> list[Tensor]:
         """The approximation of the gradient, and its details where the transform is literal."""
-        kept: list[Tensor] | None = self._kept.get("approximation")
-        if kept is not None:
-            return kept
         bucket, g, factor = self._bucket, self._own.g.to(self._dtype), self._own.hyper.signed_factor
         if bucket.is_literal and g.numel():
-            made = wavedec(g * factor, filter_bank(bucket.wavelet), bucket.level, bucket.boundary)
-        elif bucket.level:
-            made = [block_sums(g, bucket.level).mul_(factor / math.sqrt(2**bucket.level))]
-        else:
-            made = [g if factor == 1.0 else g * factor]
-        if bucket.is_literal and not g.numel():
-            made = [g.new_zeros(self.local)]
-        if self._keeps:
-            self._kept["approximation"] = made
-        return made
+            return wavedec(g * factor, filter_bank(bucket.wavelet), bucket.level, bucket.boundary)
+        if bucket.is_literal:
+            return [g.new_zeros(self.local)]
+        if bucket.level:
+            return [block_sums(g, bucket.level).mul_(factor / math.sqrt(2**bucket.level))]
+        return [self._own.hyper.scaled(g)]
 
-    def _denominators(self) -> Tensor:
-        """``d`` of the moments' shape."""
-        kept: Tensor | None = self._kept.get("denominators")
-        if kept is not None:
-            return kept
+    def _denominators(self, clip: Tensor) -> Tensor:
+        """``d * clip`` of the moments' shape."""
         assert self._new is not None
         row, col, mean = self._new
-        made = col.sqrt()
+        made = col.sqrt().mul_(clip)
         if row is not None:
-            made = made.unsqueeze(-2) * (row / mean.view(*row.shape[:-1], 1)).sqrt().unsqueeze(-1)
-        if self._keeps:
-            self._kept["denominators"] = made
+            made = made.unsqueeze(-2) * (row / mean.view(*row.shape[:-1], 1)).sqrt_().unsqueeze(-1)
         return made
 
     def _load_weights(self) -> Tensor:
