@@ -23,7 +23,7 @@ from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
-from gwt_kernels.optim.state import factors_of, is_limited, slots_of, state_shape
+from gwt_kernels.optim.state import factors_of, is_limited, state_shape
 
 __all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
 
@@ -215,7 +215,7 @@ _shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtyp
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
-    return *_shared_options(group), is_limited(group), slots_of(group)
+    return *_shared_options(group), is_limited(group), group.get("beta1", 0.0) is None
 
 
 def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:

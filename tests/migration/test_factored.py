@@ -129,6 +129,10 @@ def test_adams_moments_become_factors_and_back():
     assert "product of the factors" in made.tensors[0].notes["exp_avg_sq"]
     assert made.tensors[0].before.rule == "adafactor"
     assert set(back.state[p]) == {"step", "exp_avg", "exp_avg_sq", "limiter_norm"}
+    row, col = (optimizer.state[p][f"exp_avg_sq_{key}"] for key in ("row", "col"))
+    square = row[:, None] * col / row.mean()
+    torch.testing.assert_close(back.state[p]["exp_avg_sq"], square * (1 - 0.99**6))
+    torch.testing.assert_close(back.state[p]["exp_avg"], optimizer.state[p]["exp_avg"] * square.sqrt())
     steps(back, params, [6])
     assert all(p.isfinite().all() for p in params)
 

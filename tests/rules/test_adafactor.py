@@ -14,6 +14,7 @@ from gwt_kernels import GWTAdafactor, GWTAdamW, gwt_param_groups, release_gradie
 from gwt_kernels.formats.int8 import decode_first
 from gwt_kernels.formats.split import join_low
 from gwt_kernels.optim.state import low_bits_of
+from gwt_kernels.planner.planning import predicted_state_bytes
 from tests.support import golden, interpreter, poisoned, runs
 from tests.support import reference_optimizers as oracle
 from tests.support.poisoned import Poisoned
@@ -405,6 +406,16 @@ def test_the_state_is_small_and_float32():
         {"exp_avg": ((32,), f32), "exp_avg_sq": ((32,), f32)},
         {"exp_avg": ((), f32), "exp_avg_sq": ((), f32)},
     ]
+
+
+def test_the_plan_knows_its_bytes():
+    for options in ({}, {"beta1": None}, {"state_dtype": torch.int8, "level": 1}):
+        params = parameters(shapes=[(128, 96), (3, 8, 24), (128,)])
+        optimizer = GWTAdafactor(params, **options)
+        predicted = predicted_state_bytes(optimizer)
+        steps(optimizer, params, range(1))
+        held = [x for p in params for x in optimizer.state[p].values()]
+        assert predicted == sum(x.numel() * x.element_size() for x in held)
 
 
 def test_empty_tensors_take_steps():
