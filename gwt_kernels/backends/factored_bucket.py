@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.core.factored import Matrices
 from gwt_kernels.formats.moments import MomentFormat, wide
+from gwt_kernels.rules import Rule, rule_of
 
 __all__ = ["FactoredBucket"]
 
@@ -45,8 +47,9 @@ class FactoredBucket(Bucket):
         self.matrices = [Matrices.of(shape) for shape, _ in wholes]
         self.numels = [numel for _, numel in wholes]
         """Elements of the whole parameters."""
-        absent: Any = [None] * len(params)
-        super().__init__(params, absent if exp_avgs is None else exp_avgs, exp_avg_sqs, **options)
+        rule = rule_of(options["rule"], options["level"])
+        self._stated = rule if exp_avgs is not None else replace(rule, slots=())
+        super().__init__(params, exp_avgs or [None] * len(params), exp_avg_sqs, **options)  # type: ignore[list-item]
         if not len(factors) == len(wholes) == len(params):
             raise ValueError(f"{len(params)} params need as many factors, got {len(factors)} and {len(wholes)}")
         for p, local, own in zip(params, self.local_matrices(), factors, strict=True):
@@ -60,19 +63,14 @@ class FactoredBucket(Bucket):
                 )
 
     @property
-    def has_first(self) -> bool:
-        """Whether there is a first moment."""
-        return self.exp_avgs[0] is not None
+    def stated(self) -> Rule:
+        """The rule at its level, with the moments that there are."""
+        return self._stated
 
     @property
     def stored(self) -> MomentFormat:
         """See :class:`gwt_kernels.backends.bucket.Bucket`."""
-        return super().stored if self.has_first else wide(self.params[0].dtype)
-
-    @property
-    def moments(self) -> list[Sequence[Tensor]]:
-        """First moments, if there are any."""
-        return [self.exp_avgs] if self.has_first else []
+        return super().stored if self.stated.slots else wide(self.params[0].dtype)
 
     def local_matrices(self) -> list[Matrices]:
         """What is here of the moments, whose shapes the factors' are."""

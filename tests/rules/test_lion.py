@@ -260,4 +260,4 @@ def test_a_scalar_takes_a_step(backend):
     optimizer = GWTLion([p], lr=0.1, level=0, backend=backend)
     p.grad = torch.full_like(p, 2.0)
     optimizer.step()
-    assert float(p) == pytest.approx(0.9)
+    assert p.item() == pytest.approx(0.9)
