@@ -24,10 +24,10 @@ __all__ = [
     "quantum",
 ]
 
-Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini"]
+Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"`` and ``"adam_mini"`` (arXiv
-2406.16793)."""
+which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"``, ``"adam_mini"`` (arXiv
+2406.16793) and ``"adafactor"`` (arXiv 1804.04235)."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]
@@ -123,6 +123,7 @@ class Hyper(NamedTuple):
             tensor on the torch backend where what is traced has no numbers.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
         detail_scale: Factor on what an element differs by from the mean of its block, for rules that take one.
+        own: Options that a rule alone has, a record of its module; None for most rules.
     """
 
     lr: float | Tensor = 1e-3
@@ -136,6 +137,7 @@ class Hyper(NamedTuple):
     grad_factor: float | Tensor = 1.0
     correct_bias: bool = True
     detail_scale: float = 1.0
+    own: Any = None
 
     @property
     def signed_factor(self) -> Any:

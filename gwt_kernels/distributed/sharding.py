@@ -25,6 +25,8 @@ __all__ = [
     "held_runs",
     "local_parts",
     "made_by_a_getter",
+    "placements_of",
+    "places_in_whole",
     "reduced_over",
     "spans_of",
     "zeros_like_shard",
@@ -98,26 +100,55 @@ def reduced_over(p: Any) -> list[tuple[Any, int]]:
     return [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
 
 
-def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None) -> Tensor:
     """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
 
     Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
-    dimension is sharded as ``p``'s rows are.
+    dimension is sharded as ``p``'s rows are. ``dims`` says which of ``p``'s dimensions the shape keeps, if not all.
     """
     if not is_sharded(p):
         return torch.zeros(tuple(shape), dtype=dtype, device=p.device)
     from torch.distributed.tensor import DTensor
 
-    local = torch.zeros(_local_shape(p, shape), dtype=dtype, device=p.device)
+    local = torch.zeros(_local_shape(p, shape, dims), dtype=dtype, device=p.device)
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(
         local,
         p.device_mesh,
-        p.placements,
+        placements_of(p, dims),
         run_check=False,
         shape=torch.Size(shape),
         stride=strides,
     )
+
+
+def placements_of(p: Any, dims: Sequence[int] | None) -> tuple[Any, ...]:
+    """Where a DTensor lies that keeps these of ``p``'s dimensions: whole along those of which it is a mean."""
+    if dims is None:
+        return tuple(p.placements)
+    from torch.distributed.tensor import Replicate
+
+    return tuple(
+        placement if dim is None else _moved(placement, dims.index(dim)) if dim in dims else Replicate()
+        for placement, dim in ((placement, _dim(placement)) for placement in p.placements)
+    )
+
+
+def _moved(placement: Any, dim: int) -> Any:
+    """The placement, of another dimension."""
+    if placement.dim == dim:
+        return placement
+    if hasattr(placement, "split_factor"):
+        return type(placement)(dim, split_factor=placement.split_factor)
+    return type(placement)(dim)
+
+
+def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Which elements of a tensor of the global ``shape`` this process holds, that keeps these of ``p``'s dims."""
+    held = torch.zeros((), dtype=torch.int64, device="cpu")
+    for d, n in zip(dims, shape, strict=True):
+        held = held.unsqueeze(-1) * n + _indices(p, d, n)
+    return held
 
 
 def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
@@ -220,15 +251,15 @@ def check_heads(p: Any, head_rows: int | None, name: str) -> None:
         )
 
 
-def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
-    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is."""
+def check_place_of(x: Any, key: str, p: Any, name: str, dims: Sequence[int] | None = None) -> None:
+    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
     if is_sharded(x) != is_sharded(p):
         held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
         raise ValueError(
             f"{key} of {name} is {held}, the parameter {other}: load the state by torch.distributed.checkpoint."
             f"state_dict.set_optimizer_state_dict, with full_state_dict=True if it was gathered"
         )
-    if is_sharded(p) and (x.device_mesh, x.placements) != (p.device_mesh, p.placements):
+    if is_sharded(p) and (x.device_mesh, x.placements) != (p.device_mesh, placements_of(p, dims)):
         raise ValueError(
             f"{key} of {name} is sharded as {x.placements} on {x.device_mesh}, the parameter as {p.placements} on "
             f"{p.device_mesh}: redistribute it, or load it by torch.distributed.checkpoint"
@@ -338,9 +369,10 @@ def _sharded_dims(p: Any) -> set[int]:
     return {dim for dim in dims if dim is not None}
 
 
-def _local_shape(p: Any, shape: Sequence[int]) -> tuple[int, ...]:
+def _local_shape(p: Any, shape: Sequence[int], dims: Sequence[int] | None = None) -> tuple[int, ...]:
     sharded = _sharded_dims(p)
-    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in enumerate(shape))
+    dims = range(len(shape)) if dims is None else dims
+    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in zip(dims, shape, strict=True))
 
 
 def _start(p: Any) -> list[int]:

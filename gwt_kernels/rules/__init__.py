@@ -6,6 +6,7 @@ from typing import get_args
 
 from gwt_kernels.core.hyper import Boundary, literal_alone
 from gwt_kernels.core.level import ROW, Level
+from gwt_kernels.rules.adafactor import ADAFACTOR
 from gwt_kernels.rules.adam_mini import ADAM_MINI
 from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.foam import FOAM
@@ -14,9 +15,9 @@ from gwt_kernels.rules.lion import LION
 from gwt_kernels.rules.muon import MUON
 from gwt_kernels.rules.rule import Rule
 
-__all__ = ["ADAMW", "ADAM_MINI", "MATRIX_STAGES", "RULES", "Rule", "check_rule", "rule_of"]
+__all__ = ["ADAFACTOR", "ADAMW", "ADAM_MINI", "MATRIX_STAGES", "RULES", "Rule", "check_rule", "rule_of"]
 
-RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON, ADAM_MINI)}
+RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON, ADAM_MINI, ADAFACTOR)}
 """By the option ``rule``."""
 _BUCKETS = RULES | {rule.last_stage.name: rule.last_stage for rule in RULES.values() if rule.last_stage}
 """What a bucket's rule may be: a stage of one, too."""
@@ -36,6 +37,8 @@ def check_rule(rule: object, wavelet: str, boundary: str = "zero", level: Level 
         raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
     if rule not in list(_BUCKETS):
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, RULES))}")
+    if level == ROW and _BUCKETS[str(rule)].is_factored:
+        raise ValueError(f"rule={rule!r} keeps rows and columns, and knows no level='row': use a number of levels")
     unknown = literal_alone(wavelet, boundary)
     if unknown and (level == ROW or not _BUCKETS[str(rule)].is_literal):
         option = f"level={level!r}" if level == ROW else f"rule={rule!r}"

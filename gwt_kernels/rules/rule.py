@@ -82,6 +82,7 @@ class Rule:
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
+        is_factored: Whether it keeps the factors of a second moment (``core/factored.py``) beside ``slots``.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Rule:
     squares: Literal["elements", "coefficients"] | None = None
     is_literal: bool = False
     is_of_elements: bool = False
+    is_factored: bool = False
 
     @property
     def kernel(self) -> Kernel:

@@ -53,19 +53,29 @@ class TorchRunner:
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
+        ready = self.decided(inputs, decision)
+        if ready is not None:
+            self._update(ready, divisors)
+            self.count(inputs)
+
+    def decided(self, inputs: StepInputs, decision: Tensor | None) -> StepInputs | None:
+        """The step as the host knows it, by what was decided; None where it is skipped."""
         counts = inputs.steps
-        if isinstance(counts, Tensor):
-            if decision is not None:  # on a CUDA device the one place that waits for it
-                factor, go, _ = decision.tolist()
-                if not go:
-                    if self.bucket.telemetry is not None:
-                        self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
-                    return
-                inputs = _scaled(inputs, factor)
-            inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))
-        self._update(inputs, divisors)
-        if isinstance(counts, Tensor):
-            counts.add_(1)
+        if not isinstance(counts, Tensor):
+            return inputs
+        if decision is not None:  # on a CUDA device the one place that waits for it
+            factor, go, _ = decision.tolist()
+            if not go:
+                if self.bucket.telemetry is not None:
+                    self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
+                return None
+            inputs = _scaled(inputs, factor)
+        return inputs._replace(steps=list(map(int, (counts + 1).tolist())))
+
+    def count(self, inputs: StepInputs) -> None:
+        """Count a step that was taken, where the device counts."""
+        if isinstance(inputs.steps, Tensor):
+            inputs.steps.add_(1)
 
     def memory(self) -> list[object]:
         """See :class:`gwt_kernels.backends.runner.Runner`."""

@@ -20,7 +20,7 @@ from gwt_kernels.formats.moments import MomentFormat, stored_as
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["gwt_adamw_", "update_sums"]
+__all__ = ["chunks", "dtype_of", "gwt_adamw_", "scaled_ahead", "update_sums"]
 
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
@@ -180,3 +180,7 @@ def _split(tensors: Sequence[Tensor], n: int, whole: int) -> list[list[Tensor]]:
 def _multiple(n: int, of: int) -> int:
     """The largest multiple that is not above ``n``, and at least one."""
     return max(of, n // of * of)
+
+
+# Rules whose steps have stages of their own take these, too.
+chunks, dtype_of, scaled_ahead = _chunks, _dtype_of, _scaled_ahead

@@ -144,6 +144,11 @@ class TritonRunner:
         with device_guard(self.bucket.device):
             for launch, sent in zip(self._launches, begun.sent, strict=True):
                 launch.update(sent, divisors)
+        self.finish(begun, decision)
+
+    def finish(self, begun: _Begun, decision: Tensor | None) -> None:
+        """Count the step of what is in no launch, and bring updated copies home."""
+        inputs = begun.inputs
         if isinstance(inputs.steps, Tensor):
             for i in self._empty:  # in no launch
                 inputs.steps[i].add_(1.0 if decision is None else decision[1])
@@ -209,7 +214,10 @@ class TritonRunner:
         for i, p in enumerate(self.bucket.params):
             if p.numel():
                 chosen[is_flat(p, misaligned[i], ROW if self.bucket.is_by_rows else self.bucket.level)].append(i)
-        return [Launch(self.bucket, places, flat) for flat, places in chosen.items() if places]
+        return [self._launch(places, flat) for flat, places in chosen.items() if places]
+
+    def _launch(self, places: list[int], flat: bool) -> Launch:
+        return Launch(self.bucket, places, flat)
 
 
 def _check_memory(grads: Sequence[Tensor], words: bytes) -> None:
