@@ -1,8 +1,7 @@
-"""The published algorithm literally, for any discrete wavelet: transform, divide, limit, invert, update.
+"""The published algorithm, literally, for any discrete wavelet: transform, divide, limit, invert, update.
 
-Slow, and the only path for wavelets other than Haar and for rows that go on beyond their ends with anything but
-zeros. With ``wavelet="haar"`` and ``boundary="zero"`` it is a second, independent statement of what the folded step
-computes. Notation of docs/algorithm.md.
+It is slow, and the only path for wavelets other than Haar and boundaries other than zero. With ``wavelet="haar"``
+and ``boundary="zero"`` it is an independent reference of the folded step. Notation of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str,
 def _moments(
     own: TensorStep, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """New moments, ``sqrt(v) + eps`` and the gradient's details."""
+    """Return new moments, ``sqrt(v) + eps`` and the gradient's details."""
     hyper = own.hyper
     dtype = compute_dtype(torch.promote_types(own.p.dtype, own.m.dtype))
     approximation, *details = wavedec(own.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
@@ -71,10 +70,10 @@ def _moments(
 
 @functools.lru_cache(maxsize=32)
 def filter_bank(wavelet: str) -> FilterBank:
-    """Decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
+    """Return decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
 
     Raises:
-        ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
+        ModuleNotFoundError: PyWavelets, which has the filters, is not installed.
         ValueError: the name is unknown, or not that of a discrete wavelet.
     """
     if wavelet == "haar":
@@ -96,10 +95,7 @@ def filter_bank(wavelet: str) -> FilterBank:
 
 
 def approximation_width(width: int, level: int, wavelet: str) -> int:
-    """Width of the approximation of a row of ``width`` elements, whatever the boundary.
-
-    For Haar ``ceil(width / 2**level)``.
-    """
+    """Return the approximation's width for a row of ``width`` elements: ``ceil(width / 2**level)`` for Haar."""
     if wavelet == "haar":
         return -(-width // (1 << level))
     taps = len(filter_bank(wavelet)[0])
@@ -109,7 +105,7 @@ def approximation_width(width: int, level: int, wavelet: str) -> int:
 
 
 def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> list[Tensor]:
-    """``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
+    """Return ``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
     details = []
     for _ in range(level):
         x, detail = _analyse(x, bank, boundary)
@@ -118,9 +114,9 @@ def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> 
 
 
 def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
-    """``pywt.waverec(coeffs, wavelet, mode=boundary, axis=-1)``, which is the same for every boundary.
+    """Return ``pywt.waverec(coeffs, wavelet, axis=-1)``, which does not depend on the boundary.
 
-    May be one element longer than the original.
+    The result may be one element longer than the original.
     """
     x = coeffs[0]
     for detail in coeffs[1:]:
@@ -129,7 +125,7 @@ def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
 
 
 def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor]:
-    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, ``x`` continued beyond its ends."""
+    """Analyse one level: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, with ``x`` extended at its ends."""
     low, high = bank[:2]
     taps, n = len(low), x.shape[-1]
     out = (n + taps - 1) // 2
@@ -144,29 +140,29 @@ def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor
 
 
 def _continued(x: Tensor, before: int, after: int, boundary: str) -> Tensor:
-    """Rows with ``before`` and ``after`` more elements at their ends, as ``pywt.pad(x, ..., mode=boundary)``.
+    """Extend rows by ``before`` and ``after`` elements, as ``pywt.pad(x, ..., mode=boundary)``.
 
-    For a row ``a b c``: ``constant`` goes on as ``a a|a b c|c c``, ``symmetric`` as ``b a|a b c|c b``,
-    ``reflect`` as ``c b|a b c|b a`` and ``periodic`` as ``b c|a b c|a b``, over and over where a row is short.
+    A row ``a b c`` becomes ``a a|a b c|c c`` (``constant``), ``b a|a b c|c b`` (``symmetric``),
+    ``c b|a b c|b a`` (``reflect``) or ``b c|a b c|a b`` (``periodic``), repeated if the row is short.
     """
     if boundary == "zero":
         return F.pad(x, (before, after))
     n = x.shape[-1]
-    place = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
+    index = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
     if boundary == "constant":
-        place = place.clamp(0, n - 1)
+        index = index.clamp(0, n - 1)
     elif boundary == "periodic":
-        place = place.remainder(n)
-    else:  # there and back: the ends come twice, or once
+        index = index.remainder(n)
+    else:  # forwards and backwards; symmetric repeats the elements at the ends
         twice = boundary == "symmetric"
         last = 2 * n - 2 + twice
-        place = place.remainder(max(last + twice, 1))
-        place = torch.minimum(place, last - place)
-    return x.index_select(-1, place)
+        index = index.remainder(max(last + twice, 1))
+        index = torch.minimum(index, last - index)
+    return x.index_select(-1, index)
 
 
 def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
-    """One level up: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
+    """Synthesise one level: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
     low, high = bank[2:]
     taps, n = len(low), detail.shape[-1]
     x = detail.new_zeros(*detail.shape[:-1], 2 * n + taps - 2)
