@@ -71,9 +71,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "plan",
         help="what a model will cost: states, bytes moved per step, time per step",
-        description="Print each parameter's level and the reason for it, the state of every level and dtype of moments "
-        "beside AdamW's, and the time in which memory moves the bytes of a step. The model is built without "
-        "memory, from its configuration alone.",
+        description="Print each parameter's level and the reason for it, the state of every level and dtype of "
+        "moments beside AdamW's, and the time in which memory moves the bytes of a step. The model is built "
+        "without memory, from its configuration alone.",
     )
     add = parser.add_argument
     add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_405b")

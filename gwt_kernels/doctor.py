@@ -88,7 +88,7 @@ def self_check() -> Iterator[tuple[str, float, float]]:
 
 def _error(device: torch.device, dtype: torch.dtype, level: int, backend: str) -> float:
     generator = torch.Generator("cpu").manual_seed(level)
-    hyper = Hyper(lr=0.01, weight_decay=0.1, eps=1e-2)  # a large eps, so that no block divides rounding errors by almost 0
+    hyper = Hyper(lr=0.01, weight_decay=0.1, eps=1e-2)  # a large eps: no division by almost 0
     params = [
         torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES
     ]

@@ -86,7 +86,7 @@ def resolve_update(
     """Return the backend for an in-place update: as :func:`resolve`, but torch while operators are traced.
 
     Raises:
-        ValueError, RuntimeError: as :func:`resolve`, or a tracer (:func:`tracer`) cannot record the requested backend.
+        ValueError, RuntimeError: as :func:`resolve`, or a :func:`tracer` cannot record the requested backend.
     """
     if backend != "torch" and tracer() is not None:
         if backend is None:
@@ -153,8 +153,8 @@ def is_compiled(backend: str | None, device: torch.device) -> bool:
 def tracer() -> str | None:
     """Return the name of the active tracer of PyTorch's operators, which cannot record kernels or C; None if none.
 
-    Tracers are ``torch.compile`` and ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``, ``MemTracker``,
-    functional tensors, a user's own) and the transforms of ``torch.func``.
+    Tracers are ``torch.compile``, ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``,
+    ``MemTracker``, functional tensors, a user's own) and the transforms of ``torch.func``.
     """
     if torch.compiler.is_compiling():  # first, since torch.compile cannot trace the other conditions
         return "torch.compile"

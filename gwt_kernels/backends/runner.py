@@ -17,8 +17,8 @@ class Reduction(NamedTuple):
     """Result of :meth:`Runner.reduce`, which changes no weight or moment.
 
     Attributes:
-        grad_stats: Float32 tensors ``[2, parts]``: for parts of the gradients the sum of squares, and a number above
-            0 if an element is not finite. Empty if not requested.
+        grad_stats: Float32 tensors ``[2, parts]``: for parts of the gradients the sum of squares, and a number
+            above 0 if an element is not finite. Empty if not requested.
         update_sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(bucket)]``, float32,
             or float64 for float64 parameters. None if not requested.
     """

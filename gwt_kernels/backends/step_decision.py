@@ -42,7 +42,7 @@ class ClipRequest(NamedTuple):
 
     @property
     def can_wait(self) -> bool:
-        """Whether the first phase may use unscaled gradients, since no clip factor or loss scale applies."""
+        """Whether the first phase may run before the decision, since no factor on gradients depends on it."""
         unclipped = self.max_norm is None or math.isinf(self.max_norm)
         return self.of_gradients and unclipped and self.found_inf is None
 

@@ -96,35 +96,35 @@ def plan(
         stand_ins = [(stand_in(p, dtype), decision) for p, decision in decided]
         return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
 
-    asked = options_at(level)
-    settings = {level: asked}
+    requested = options_at(level)
+    settings = {level: requested}
     for other in LEVELS:
         if other not in settings:
             # The requested level has accepted the options, so the only possible error is a row that is too short.
             with suppress(ValueError):
                 settings[other] = options_at(other)
-    chosen = asked.cost(state_dtype)
-    asked_for = None if state_dtype is None else format_of(state_dtype)
+    chosen = requested.cost(state_dtype)
+    requested_format = None if state_dtype is None else format_of(state_dtype)
     dtypes = {name_of_dtype(each): each for each in MOMENT_DTYPES} | {chosen.moments: state_dtype}
-    weights = names_of({p.dtype for p, _ in asked.members})
-    deep = {d.name for _, d in asked.members if d.level}
+    weights = names_of({p.dtype for p, _ in requested.members})
+    deep = {d.name for _, d in requested.members if d.level}
     return Plan(
         model=type(module).__name__,
         source=source,
-        entries=tuple(asked.entries(state_dtype)),
+        entries=tuple(requested.entries(state_dtype)),
         frozen={name: stand_in(p, dtype) for name, p in module.named_parameters() if not p.requires_grad},
-        states={d.name: (p, state) for p, d, state in asked.states(state_dtype)},
+        states={d.name: (p, state) for p, d, state in requested.states(state_dtype)},
         tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
         chosen=chosen,
-        adamw=tuple(asked.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
+        adamw=tuple(requested.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
         options=tuple(settings[each].cost(d) for each in sorted(settings) for d in dtypes.values()),
         too_narrow=tuple(d.name for _, d in settings[1].members if d.level and d.name not in deep)
         if level and 1 in settings
         else (),
         float32_moments=tuple(
-            d.name for _, d, state in asked.states(state_dtype) if state["exp_avg"].dtype == torch.float32
+            d.name for _, d, state in requested.states(state_dtype) if state["exp_avg"].dtype == torch.float32
         )
-        if asked_for is not None and asked_for.smallest
+        if requested_format is not None and requested_format.smallest
         else (),
         bandwidth=bandwidth,
     )

@@ -139,15 +139,14 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
             q = stored.block_size(entry.level)
             if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
                 raise ValueError(
-                    f"int8 moments of {entry.name} have a scale per {q} of them, which mesh {mesh} would tear "
-                    f"apart: they need equal shards of rows, each of whole scales; use bfloat16 moments, or "
-                    f"another mesh"
+                    f"int8 moments of {entry.name} have a scale per {q} values, which mesh {mesh} would split: "
+                    f"shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or another "
+                    f"mesh"
                 )
         if len(rows) > 1 and not even and stored is not None and stored.is_random:
             raise ValueError(
                 f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
-                f"where the random bits that bfloat16 moments need have no place: use float32 moments, or another "
-                f"mesh"
+                f"for which the random bits of bfloat16 moments are undefined: use float32 moments, or another mesh"
             )
 
 

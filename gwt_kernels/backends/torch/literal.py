@@ -26,45 +26,45 @@ FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tupl
 def gwt_adamw_(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
-    for own in tensor_steps:
-        if own.p.numel() == 0:
+    for t in tensor_steps:
+        if t.p.numel() == 0:
             continue
-        m, v, denominator, details = _moments(own, bank, level, boundary)
-        dtype, hyper = m.dtype, own.hyper
+        m, v, denominator, details = _moments(t, bank, level, boundary)
+        dtype, hyper = m.dtype, t.hyper
         coeffs = [m / denominator]
         for i, detail in enumerate(details):
             if i:
                 denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
             coeffs.append(detail / denominator)
-        limit: Tensor | float = 1.0 if own.limit is None else own.limit
-        if own.norm is not None and hyper.norm_growth_limit is not None:
-            limit = limit_(own.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
-        update = waverec(coeffs, bank)[..., : own.p.shape[-1]] * (hyper.step_size(own.step, level) / limit)
-        own.p.copy_(own.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
-        own.m.copy_(m)
-        own.v.copy_(v)
+        limit: Tensor | float = 1.0 if t.limit is None else t.limit
+        if t.norm is not None and hyper.norm_growth_limit is not None:
+            limit = limit_(t.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
+        update = waverec(coeffs, bank)[..., : t.p.shape[-1]] * (hyper.step_size(t.step, level) / limit)
+        t.p.copy_(t.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
+        t.m.copy_(m)
+        t.v.copy_(v)
 
 
 def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
     bank, first = filter_bank(wavelet), tensor_steps[0].p
     sums = torch.zeros(len(tensor_steps), dtype=compute_dtype(first.dtype), device=first.device)
-    for total, own in zip(sums, tensor_steps, strict=True):
-        if own.p.numel():
-            m, _, denominator, _ = _moments(own, bank, level, boundary)
+    for total, t in zip(sums, tensor_steps, strict=True):
+        if t.p.numel():
+            m, _, denominator, _ = _moments(t, bank, level, boundary)
             total += (m / denominator).square().sum()
     return sums
 
 
 def _moments(
-    own: TensorStep, bank: FilterBank, level: int, boundary: str
+    t: TensorStep, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return new moments, ``sqrt(v) + eps`` and the gradient's details."""
-    hyper = own.hyper
-    dtype = compute_dtype(torch.promote_types(own.p.dtype, own.m.dtype))
-    approximation, *details = wavedec(own.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
-    m = own.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
-    v = own.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+    hyper = t.hyper
+    dtype = compute_dtype(torch.promote_types(t.p.dtype, t.m.dtype))
+    approximation, *details = wavedec(t.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
+    m = t.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+    v = t.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
     return m, v, v.sqrt() + hyper.eps, details
 
 
@@ -162,7 +162,7 @@ def _continued(x: Tensor, before: int, after: int, boundary: str) -> Tensor:
 
 
 def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
-    """Synthesise one level: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
+    """Synthesise one level: ``x[2k + j] += h[j] y[k]`` for both filters, cut by ``taps - 2`` at each end."""
     low, high = bank[2:]
     taps, n = len(low), detail.shape[-1]
     x = detail.new_zeros(*detail.shape[:-1], 2 * n + taps - 2)
