@@ -44,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
     Returns:
-        0 for success, 1 for a failed check, 2 for bad arguments, and 141 where nobody reads the output any more,
-        which a shell says of every program that writes into a closed pipe.
+        0 for success, 1 for a failed check, 2 for bad arguments, and 141 (128 + SIGPIPE, as shells report it) if
+        the reader of the output has closed the pipe.
     """
     try:
         try:
             return _run(arguments)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where it can be caught: argparse's help, too, waits until Python ends
+                sys.stdout.flush()  # here, where an error can be caught; argparse flushes its help only at exit
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 128 + 13  # SIGPIPE
 
 
@@ -80,8 +80,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "plan",
         help="what a model will cost: states, bytes moved per step, time per step",
-        description="Say what each parameter of a model gets and why, what every level and dtype of the moments "
-        "keeps next to AdamW, and how long a step takes that does nothing but move its bytes. The model is built "
+        description="Print each parameter's level and the reason for it, the state of every level and dtype of "
+        "moments beside AdamW's, and the time in which memory moves the bytes of a step. The model is built "
         "without memory, from its configuration alone.",
     )
     add = parser.add_argument
@@ -96,7 +96,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     speed.add_argument("--measure", action="store_true", help="measure the bandwidth of a copy on this machine")
     many = parser.add_argument_group(
         "several processes",
-        "what each holds, what they send each other, and how long that takes if links are as given; all predicted",
+        "bytes of each process, collectives, and their predicted times on links of this bandwidth and latency",
     )
     many.add_argument("--world-size", type=int, metavar="N", help="processes; without --mesh all shard by FSDP2")
     many.add_argument("--mesh", metavar="AXES", help="replicas, FSDP2, tensor parallelism: dp=2,fsdp=4,tp=8")
@@ -148,7 +148,7 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """What the commands that build an optimizer have in common."""
+    """Add the options of all commands that build an optimizer."""
     add = parser.add_argument
     add("--level", type=level_of, default=2, help="levels of the transform (default: 2), or row: one block a row")
     add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
@@ -212,9 +212,9 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _refuse(command: str, error: Exception) -> int:
-    """Print an error, in which nothing that a file holds can steer a terminal, and return the exit status."""
-    said = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
-    print(f"gwt-kernels {command}: {said}", file=sys.stderr)
+    """Print an error with control characters escaped, since a file may supply them, and return the exit status."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
+    print(f"gwt-kernels {command}: {text}", file=sys.stderr)
     return 2
 
 
@@ -259,7 +259,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
-    """The plan on several processes; None where nobody asked for it."""
+    """Return the plan on several processes; None without --world-size and --mesh."""
     from gwt_kernels.mesh import mesh_of
     from gwt_kernels.plan import parse_bandwidth
     from gwt_kernels.plan_sharded import HOST_TIME, LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded

@@ -1,4 +1,4 @@
-"""``gwt-kernels doctor``: what is installed, which backend each device gets and why, and a short self-check."""
+"""``gwt-kernels doctor``: installed versions, the backend of each device and the reason, and a short self-check."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def report() -> bool:
 
 
 def self_check() -> Iterator[tuple[str, float, float]]:
-    """Run a few random steps on every backend that can run here.
+    """Run a few random steps on every available backend.
 
     Yields:
-        What was checked, the largest error of weights and moments relative to the largest value of the
-        float64 result, and the error that rounding allows.
+        The name of the check, the largest error of weights and moments relative to the largest value of the
+        float64 result, and the allowed error.
     """
     for device, _ in _devices():
         for backend, dtype, bound in (
@@ -88,7 +88,7 @@ def self_check() -> Iterator[tuple[str, float, float]]:
 
 def _error(device: torch.device, dtype: torch.dtype, level: int, backend: str) -> float:
     generator = torch.Generator("cpu").manual_seed(level)
-    hyper = Hyper(lr=0.01, weight_decay=0.1, eps=1e-2)  # a large eps: no block divides rounding by almost nothing
+    hyper = Hyper(lr=0.01, weight_decay=0.1, eps=1e-2)  # a large eps: no division by almost 0
     params = [
         torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype) for shape in SHAPES
     ]
@@ -137,7 +137,7 @@ class _Run:
                 tensors[:] = [x.double().cpu() for x in tensors]
         norms = self.norms if self.level else [None] * len(grads)
         columns = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, norms)
-        tensor_steps = [TensorStep(*own, step, hyper) for own in zip(*columns, strict=True)]
+        tensor_steps = [TensorStep(*column, step, hyper) for column in zip(*columns, strict=True)]
         literal.gwt_adamw_(tensor_steps, level=self.level, wavelet="haar")
 
 
@@ -153,9 +153,9 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 def _version(name: str) -> str:
     if name == "gwt-kernels":
-        return __version__  # of the code that runs, installed or not
+        return __version__  # the running code's, installed or not
     if name == "torch":
-        return torch.__version__  # says which build, which the package's metadata may not
+        return torch.__version__  # names the build, unlike the package's metadata
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

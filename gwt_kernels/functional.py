@@ -34,8 +34,8 @@ def gwt_adamw_(
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
 
     The tensors are one bucket: one device, one dtype of parameters, of gradients and of moments, one level.
-    On the Triton backend the bucket is one launch per pass, whatever the number of tensors, and nothing waits
-    for the device. Mathematics: docs/algorithm.md; source: arXiv 2501.07237, algorithm 1, with Fira's limiter.
+    On the Triton backend a bucket of any size is one launch per pass, and the host does not wait for the
+    device. Mathematics: docs/algorithm.md; source: arXiv 2501.07237, algorithm 1, with Fira's limiter.
 
     Args:
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
@@ -44,50 +44,49 @@ def gwt_adamw_(
             for Haar, 1 of ``level="row"``, and the approximation's width otherwise.
         exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that keeps none (``"lion"``); of
             ``"adam_mini"`` float32 ``[..., rows / n, 1]``, one for ``n`` rows, or ``[1, ...]`` for all.
-        steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
-            tensor ``[n]`` on it with the number of steps taken before this one, which is counted there.
+        steps: Number of this step per parameter, 1 for the first; or a contiguous float64 tensor ``[n]`` on the
+            device with the number of steps before this one, which the device increments.
         hypers: Options per parameter.
-        level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter; ``"row"`` is one block a
-            row of any width.
-        **options: Of the bucket and of the call, all of which have defaults:
+        level: Levels of the transform; level 0 is AdamW, which ignores ``scale`` and limiter; ``"row"`` has one
+            block per row of any width.
+        **options: Further keyword arguments, all with defaults:
 
-            limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
-                (0: none yet); None for a parameter without limiter. Either all are None or none is.
+            limiter_norms: The limiter's previous norm per parameter: scalar tensors on the parameter's device
+                (0: none yet), or None for all of them without limiter.
             rule: ``"gwt"``, the published rule; ``"foam"``, the folded one (arXiv 2512.07112), without limiter;
                 ``"adamw"`` at level 0, which these are there; ``"lion"`` (arXiv 2302.06675) or ``"adam_mini"``
                 (arXiv 2406.16793), on block means.
-            rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or float16; or
-                ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
+            rounding: Rounding of updated weights: ``"nearest"``; ``"stochastic"``, to bfloat16 or float16; or
+                ``"split"``, float32 master weights as bfloat16 weights and ``lows``. bfloat16 moments are always
                 rounded stochastically.
-            keys: Philox keys, per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
-            lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes,
-                which are updated too.
-            scales: Of ``exp_avgs`` in int8 and ``exp_avg_sqs`` in uint8, per parameter a float32 tensor
-                ``[ceil(coefficients / n)]`` for each of them, with ``n`` of
-                :func:`gwt_kernels.core.hyper.quantum`, which are updated too; None for moments in floating point.
-            control: What :func:`gwt_kernels.control.control_` decided about this step, on the parameters' device: a
-                factor on gradients, and whether it is taken at all; needs ``steps`` that the device counts.
+            keys: Philox key per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
+            lows: Error-correction bits of ``rounding="split"``: contiguous int16 tensors of the parameters' shapes,
+                updated in place.
+            scales: For int8 ``exp_avgs`` and uint8 ``exp_avg_sqs``, a pair of float32 tensors
+                ``[ceil(coefficients / block size)]`` per parameter, updated in place, with the block size of
+                :func:`gwt_kernels.core.hyper.quantum`; None for floating-point moments.
+            control: Step decision of :func:`gwt_kernels.control.control_` on the parameters' device: a factor on
+                gradients, and whether to take the step. Requires ``steps`` as a tensor.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
-                and ``boundary="zero"`` alone; or None.
-            spans: Where shards lie in the whole parameters, and in the whole of their moments, so that random bits
-                are those of the whole, with rows padded as :func:`gwt_kernels.core.hyper.padded_spans` says; None
-                for whole tensors.
-            limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, where the caller has
-                decided them; ``limiter_norms`` are None then. None to leave it to the ``limiter_norms``.
+                and ``boundary="zero"`` only; or None.
+            spans: Positions of shards in the whole parameters and moments, from which random bits follow, with
+                rows padded as by :func:`gwt_kernels.core.hyper.padded_spans`; None for whole tensors.
+            limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, in place of
+                ``limiter_norms``; None to compute them from ``limiter_norms``.
             wavelet: ``"haar"``, or the name of a discrete wavelet of PyWavelets (torch backend only).
-            boundary: How the transform continues a row beyond its ends, by PyWavelets' names; other than
-                ``"zero"`` on the torch backend only.
-            backend: ``"triton"``, ``"torch"``, ``"compiled"``, or None for Triton on CUDA tensors, the compiled
-                step on CPUs where it can be compiled, and torch elsewhere.
-            workspace: A dict that the backend may keep launch tables in between calls with the same tensors; None
-                makes them anew.
+            boundary: Signal extension beyond the ends of a row, by PyWavelets' names; other than ``"zero"`` on the
+                torch backend only.
+            backend: ``"triton"``, ``"torch"``, ``"compiled"``, or None for Triton on CUDA tensors, the step in C
+                on CPUs if it can be compiled, and torch elsewhere.
+            workspace: A dict in which the backend keeps launch tables between calls with the same tensors; None
+                to rebuild them.
 
     Raises:
-        RuntimeError: the backend asked for cannot run on these tensors.
+        RuntimeError: the requested backend cannot run on these tensors.
         TypeError: an option is unknown.
-        ValueError: lists of different lengths, an unknown backend, rule, wavelet or boundary, a limiter for some
-            tensors only or under the folded rule, that rule with another wavelet than Haar or another boundary
-            than zeros, or ``control`` for steps that the host counts.
+        ValueError: lists of different lengths; an unknown backend, rule, wavelet or boundary; a limiter for some
+            tensors only or with the folded rule; that rule with another wavelet than Haar or another boundary
+            than zero; or ``control`` with ``steps`` as a list.
     """
     if not params:
         return
@@ -116,7 +115,7 @@ def gwt_adamw_(
 def _runner(
     bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None, workspace: dict[str, Any]
 ) -> Runner:
-    """What ran the last step of the same tensors with this workspace, or a new runner."""
+    """Return the workspace's runner if it is for the same tensors, or else a new one."""
     kinds = [(g.dtype, g.shape, g.is_contiguous(), g.is_neg()) for g in grads]
     known = bucket.fingerprint(), kinds, backend, choice.tracer()
     if workspace.get("fingerprint") != known:

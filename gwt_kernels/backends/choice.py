@@ -1,4 +1,4 @@
-"""Which backend runs on which tensors, and why another one cannot."""
+"""Choose the backend for tensors, or the reason why a backend cannot run on them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KEYS = torch._C._TorchDispatchModeKey
 HEADS = "its kernels know no second moment of several rows: use head_rows=1, or backend='torch', or None to choose"
 """Why the Triton backend cannot take rows that share a second moment."""
 MAX_TRITON_LEVEL = 10
-"""Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
+"""Deepest level of the Triton kernels: a block of ``2**10`` elements still fits one program's registers."""
 
 
 def check_name(backend: str | None) -> None:
@@ -53,14 +53,14 @@ def resolve(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> Backend:
-    """The backend for tensors of ``dtype`` on ``device``.
+    """Return the backend for tensors of ``dtype`` on ``device``.
 
-    None chooses Triton for CUDA tensors that its kernels can take, and torch for everything else; so does
-    ``"compiled"``, which differs from torch in the step alone (:func:`is_compiled`).
+    None chooses Triton for CUDA tensors that its kernels support, and torch for all others. ``"compiled"`` is
+    resolved to torch, from which it differs only in the step (:func:`is_compiled`).
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: what was asked for cannot run on these tensors; the message says why.
+        RuntimeError: the requested backend cannot run on these tensors; the message has the reason.
     """
     check_name(backend)
     if backend == "torch" or (backend is None and device.type != "cuda"):
@@ -88,11 +88,10 @@ def resolve_update(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> Backend:
-    """The backend for an update in place: as :func:`resolve`, but torch where operators are traced
-    (:func:`tracer`).
+    """Return the backend for an in-place update: as :func:`resolve`, but torch while operators are traced.
 
     Raises:
-        ValueError, RuntimeError: as :func:`resolve`, or what traces would not see what was asked for.
+        ValueError, RuntimeError: as :func:`resolve`, or a :func:`tracer` cannot record the requested backend.
     """
     if backend != "torch" and tracer() is not None:
         if backend is None:
@@ -109,7 +108,7 @@ def resolve_update(
 def triton_obstacle(
     device: torch.device, dtype: torch.dtype, level: Level = 0, wavelet: str = "haar", boundary: str = "zero"
 ) -> str | None:
-    """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
+    """Return why the Triton backend cannot take tensors of ``dtype`` on ``device``; None if it can."""
     if level and wavelet != "haar":
         return f"its kernels know the Haar wavelet only, not {wavelet!r}"
     if level and boundary != "zero":
@@ -129,7 +128,7 @@ def triton_obstacle(
 
 @functools.lru_cache(maxsize=16)
 def compiler_obstacle(device: torch.device) -> str | None:
-    """Why the step in C cannot take tensors on ``device``; None where it can, and then it is compiled."""
+    """Compile the step in C and return why it cannot take tensors on ``device``; None if it can."""
     if device.type != "cpu":
         return f"the tensors are on {device}, and the step in C is for a CPU"
     from gwt_kernels.backends.cpu import build
@@ -142,10 +141,9 @@ def compiler_obstacle(device: torch.device) -> str | None:
 
 
 def is_compiled(backend: str | None, device: torch.device) -> bool:
-    """Whether tensors that Triton does not take are stepped in C: where it was asked for, or no backend was.
+    """Return whether the step in C updates tensors that Triton does not: by request, or by default.
 
-    Warns once where no backend was, there is a compiler, and what it should make cannot be had.
-    What is traced without asking for it goes through PyTorch's operators, of which a graph can be made.
+    By default traced steps use PyTorch's operators, which a graph can record, and a failed compilation warns once.
     """
     if backend is not None or tracer() is not None:
         return backend == "compiled"
@@ -158,12 +156,12 @@ def is_compiled(backend: str | None, device: torch.device) -> bool:
 
 
 def tracer() -> str | None:
-    """Name what traces PyTorch's operators now, and would not see kernels or C; None where nothing does.
+    """Return the name of the active tracer of PyTorch's operators, which cannot record kernels or C; None if none.
 
-    ``torch.compile`` and ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``, ``MemTracker``,
-    functional tensors, a user's own) and the transforms of ``torch.func``.
+    Tracers are ``torch.compile``, ``torch.export``, every dispatch mode (``make_fx``, ``FakeTensorMode``,
+    ``MemTracker``, functional tensors, a user's own) and the transforms of ``torch.func``.
     """
-    if torch.compiler.is_compiling():  # asked first, as what compiles cannot follow the other questions
+    if torch.compiler.is_compiling():  # first, since torch.compile cannot trace the other conditions
         return "torch.compile"
     if torch._C._len_torch_dispatch_stack():
         return type(_get_current_dispatch_mode()).__name__
@@ -171,12 +169,12 @@ def tracer() -> str | None:
 
 
 def is_symbolic() -> bool:
-    """Whether tensors may stand for others now: fakes without numbers, proxies in a graph, batches of ``vmap``."""
+    """Return whether tensors may now be symbolic: fake tensors, proxies in a graph, batches of ``vmap``."""
     return is_graph() or _has_mode(_KEYS.FAKE)
 
 
 def is_graph() -> bool:
-    """Whether a graph is being made now, in which nothing can be decided by the numbers in a tensor."""
+    """Return whether a graph is being traced now, in which no decision can depend on a tensor's values."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -189,15 +187,15 @@ def _has_mode(*keys: Any) -> bool:
 
 
 def launches_on(device_type: str) -> bool:
-    """Whether Triton runs kernels on tensors of this type of device here.
+    """Return whether Triton runs kernels on this type of device here.
 
-    It does on CUDA's, and where its interpreter, or another driver that was made active, takes the tensors.
+    True for CUDA, for CPU tensors in Triton's interpreter, and for the device of another active driver.
     """
     if interpreted():
         return device_type == "cpu"
     if device_type == "cuda":
         return True
-    triton = sys.modules.get("triton")  # who made a driver active has imported it
+    triton = sys.modules.get("triton")  # imported if a driver was made active
     try:
         return triton is not None and device_type == triton.runtime.driver.active.get_active_torch_device().type
     except RuntimeError:  # there is no driver
@@ -205,5 +203,5 @@ def launches_on(device_type: str) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter; the variable has to be set before Triton is imported."""
+    """Return whether Triton uses its interpreter; the variable must be set before Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -1,4 +1,4 @@
-"""Chooses what updates a bucket: Triton's kernels, the step in C, or PyTorch's operators."""
+"""Choose the runner of a bucket: Triton's kernels, the step in C, or PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ __all__ = ["is_on_triton", "prepare"]
 
 
 def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
-    """The runner of a bucket.
+    """Return the runner of a bucket.
 
     Args:
-        bucket: Of one tensor at least.
-        backend: What was asked for; None chooses Triton for CUDA tensors, the step in C for CPU tensors where it
-        can
-            be compiled, and PyTorch's operators elsewhere.
+        bucket: A bucket of at least one tensor.
+        backend: The requested backend; None chooses Triton for CUDA tensors, the step in C for CPU tensors if it
+            can be compiled, and PyTorch's operators elsewhere.
 
     Raises:
-        RuntimeError: the backend asked for cannot run on these tensors.
-        ValueError: the backend is unknown, or its kernels could not trust the tensors.
+        RuntimeError: the requested backend cannot run on these tensors.
+        ValueError: the backend is unknown, or the tensors are invalid for its kernels.
     """
     if isinstance(bucket, FactoredBucket):
         if is_on_triton(bucket, backend):
@@ -45,7 +44,7 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
 
 
 def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
-    """Whether kernels update a bucket: all of its arrays have to suit them, not the parameters alone.
+    """Return whether Triton kernels update a bucket, which must support the dtypes of all its arrays.
 
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.

@@ -1,4 +1,4 @@
-"""A backend's runner: what updates one bucket, in two phases, and what the first of them finds."""
+"""Interface of a backend's runner, which updates one bucket in two phases: reduce and apply."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ __all__ = ["Reduction", "Runner"]
 
 
 class Reduction(NamedTuple):
-    """What :meth:`Runner.reduce` found; no weight or moment has changed.
+    """Result of :meth:`Runner.reduce`, which changes no weight or moment.
 
     Attributes:
-        grad_stats: Where gradients were read, of parts of them the sum of squares, and more than 0 where an element
-            is not finite: float32 ``[2, parts]``, several times.
-        update_sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(bucket)]``, in
-        float32,
-            or in float64 for float64 parameters. None where not asked for.
+        grad_stats: Float32 tensors ``[2, parts]``: for parts of the gradients the sum of squares, and a number
+            above 0 if an element is not finite. Empty if not requested.
+        update_sums: ``sum((m / (sqrt(v) + eps))**2)`` of the new moments per parameter: ``[len(bucket)]``, float32,
+            or float64 for float64 parameters. None if not requested.
     """
 
     grad_stats: list[Tensor]
@@ -29,12 +28,12 @@ class Reduction(NamedTuple):
 
 
 class Runner(Protocol):
-    """Updates one bucket of tensors, whose objects and memory stay what they were when it was made.
+    """Updates one bucket, whose tensor objects and memory must not change after construction.
 
     Attributes:
-        bucket: What it updates.
-        collects_grad_stats: Whether :meth:`reduce` can read gradients for what decides about the step at no cost.
-        survey: How it looks at many tensors at once: through Python, or through C where that can be had.
+        bucket: The bucket that it updates.
+        collects_grad_stats: Whether :meth:`reduce` can collect gradient statistics at no extra cost.
+        survey: Functions that survey many tensors at once, in C if available, else in Python.
     """
 
     bucket: Bucket
@@ -42,7 +41,7 @@ class Runner(Protocol):
     survey: Survey
 
     def set_params(self, params: Sequence[Tensor]) -> None:
-        """Take other tensors of the same shapes, dtype and layouts in place of the bucket's parameters."""
+        """Replace the bucket's parameters by tensors of the same shapes, dtype and layouts."""
         ...
 
     def reduce(
@@ -53,14 +52,14 @@ class Runner(Protocol):
         grad_stats: bool = False,
         update_sums: bool = False,
     ) -> Reduction:
-        """Find what has to be known of a step before it is taken, from its gradients and its new moments.
+        """Compute sums over gradients and new moments that are needed before the step is taken.
 
         Args:
-            inputs: Of the step; :meth:`apply` takes the very same object next.
-            decision: What was decided about the step (:func:`gwt_kernels.control.control_`), if anything; not with
-                ``grad_stats``, from which it follows.
-            grad_stats: Whether to read gradients for the decision; where ``collects_grad_stats`` alone.
-            update_sums: Whether to add up squares of the update, for a limiter whose norm is over several shards.
+            inputs: Inputs of the step; :meth:`apply` takes the same object next.
+            decision: Step decision of :func:`gwt_kernels.control.control_`, or None; not with ``grad_stats``, from
+                which it follows.
+            grad_stats: Whether to collect gradient statistics; only if ``collects_grad_stats``.
+            update_sums: Whether to sum squares of the update, for a limiter whose norm is over several shards.
         """
         ...
 
@@ -68,14 +67,13 @@ class Runner(Protocol):
         """Take the step, or the rest of it after :meth:`reduce`.
 
         Args:
-            inputs: Of the step.
-            decision: What was decided about the step, float64 ``[3]`` on the bucket's device; needs
-            ``inputs.steps``
-                that the device counts. None where nothing was to be decided.
-            divisors: The limiter's divisors of the updates, ``[len(bucket)]``, where the caller has decided them.
+            inputs: Inputs of the step.
+            decision: Step decision, float64 ``[3]`` on the bucket's device, which requires ``inputs.steps`` as a
+                tensor; or None.
+            divisors: The limiter's divisors of the updates, ``[len(bucket)]``; None to compute them here.
         """
         ...
 
     def memory(self) -> list[object]:
-        """What replays of a captured step go on reading."""
+        """Return the objects whose memory replays of a captured step read."""
         ...

@@ -1,4 +1,4 @@
-"""What is decided on the device before a step: whether it is taken, and what gradients are multiplied by."""
+"""Decide on the device whether a step is taken, and by which factor gradients are multiplied."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["ClipRequest", "control_", "decide", "send", "squares"]
 
 
 class ClipRequest(NamedTuple):
-    """What a step asks of all gradients, and what it is told of them.
+    """Options of clipping and skipping, with the tensors of a gradient scaler.
 
     Attributes:
         max_norm: Global norm to clip to, as :func:`torch.nn.utils.clip_grad_norm_` does; None for no clipping,
-            infinity to measure the norm alone.
-        skip_nonfinite: Whether a gradient that holds an infinity or a NaN makes the step be skipped.
-        grad_scale: What the gradients were multiplied by, one element (``torch.amp.GradScaler``'s); None for 1.
-        found_inf: One element, above 0 where the step is to be skipped (``torch.amp.GradScaler``'s); or None.
+            infinity to measure the norm only.
+        skip_nonfinite: Whether to skip steps whose gradients have an infinity or a NaN.
+        grad_scale: Loss scale in the gradients, one element (from ``torch.amp.GradScaler``); None for 1.
+        found_inf: One element, above 0 to skip the step (from ``torch.amp.GradScaler``); or None.
     """
 
     max_norm: float | None = None
@@ -32,17 +32,17 @@ class ClipRequest(NamedTuple):
 
     @property
     def of_gradients(self) -> bool:
-        """Whether gradients have to be read before the step."""
+        """Whether the decision depends on the gradients."""
         return self.max_norm is not None or self.skip_nonfinite
 
     @property
     def anything(self) -> bool:
-        """Whether there is something to decide."""
+        """Whether there is anything to decide."""
         return self.of_gradients or self.found_inf is not None
 
     @property
     def can_wait(self) -> bool:
-        """Whether the step may begin with the gradients as they are: no factor on them is to be found first."""
+        """Whether the first phase may run before the decision, since no factor on gradients depends on it."""
         unclipped = self.max_norm is None or math.isinf(self.max_norm)
         return self.of_gradients and unclipped and self.found_inf is None
 
@@ -57,21 +57,21 @@ def control_(
     reduce: Callable[[Tensor], None] | None = None,
     seen: Sequence[Tensor] = (),
 ) -> dict[torch.device, Tensor]:
-    """Decide about one step from all its gradients, read once; on CUDA devices nothing waits for them.
+    """Decide about one step from all its gradients, read once, without waiting for CUDA devices.
 
     Args:
-        buckets: Gradients of any shapes and dtypes, with the backend asked for; those of one bucket on one device.
-        asked: What is to be decided, and by what.
-        skipped: Number of steps skipped so far, a float64 scalar, counted here.
-        workspace: Where the Triton backend keeps its tables from step to step; None makes them anew.
-        reduce: Adds what :func:`squares` returns over processes, in place; None for one process.
-        seen: What is known already of other gradients (:class:`gwt_kernels.functional.Begun`).
+        buckets: Gradients of any shapes and dtypes, with the requested backend; one device per bucket.
+        asked: Options of the decision.
+        skipped: Number of skipped steps, a float64 scalar that is updated.
+        workspace: Dict in which the Triton backend keeps its tables between steps; None to rebuild them.
+        reduce: Sums the result of :func:`squares` over processes, in place; None for one process.
+        seen: Statistics of further gradients (``grad_stats`` of :class:`gwt_kernels.backends.runner.Reduction`).
 
     Returns:
-        For every device of the gradients float64 ``[3]``: the factor on gradients, 1 where the step is taken and 0
-        where not, and the global norm of the unscaled gradients (NaN where nothing asked for it).
+        float64 ``[3]`` on each device of the gradients: the factor on gradients; 1 to take the step and 0 to skip
+        it; and the global norm of the unscaled gradients (NaN if not needed).
     """
-    by_place: dict[tuple[torch.device, str], tuple[list[Tensor], list[Tensor]]] = {}  # gradients; what is seen
+    by_place: dict[tuple[torch.device, str], tuple[list[Tensor], list[Tensor]]] = {}  # gradients, statistics
     for grads, backend in buckets:
         device = grads[0].device
         name = choice.resolve_update(backend, device, grads[0].dtype, 0)
@@ -82,8 +82,8 @@ def control_(
     total = None
     if asked.of_gradients:
         parts = [
-            squares(own, place[1], None if workspace is None else workspace.setdefault(place, {}), known)
-            for place, (own, known) in by_place.items()
+            squares(grads, place[1], None if workspace is None else workspace.setdefault(place, {}), stats)
+            for place, (grads, stats) in by_place.items()
         ]
         total = send(parts[0], home)
         for part in parts[1:]:
@@ -103,14 +103,14 @@ def squares(
     workspace: dict[str, Any] | None = None,
     seen: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Sum of the squares of all elements, and the number of those that are not finite: float64 ``[2]``.
+    """Return the sum of squares of all elements, and the number of non-finite ones: float64 ``[2]``.
 
     Args:
-        grads: Dense tensors of one device, any shapes and floating-point dtypes.
+        grads: Dense tensors on one device, of any shapes and floating-point dtypes.
         backend: ``"triton"`` or ``"torch"``.
-        workspace: Where the Triton backend keeps its tables from step to step.
-        seen: What it has found of other gradients there, which is added: see :func:`control_`. Of these the second
-            number counts the parts that hold such an element.
+        workspace: Dict in which the Triton backend keeps its tables between steps.
+        seen: Statistics of further gradients, added to the result (see :func:`control_`); for these the second
+            number counts parts with a non-finite element.
     """
     workspace = {} if workspace is None else workspace
     if backend == "torch":
@@ -131,7 +131,7 @@ def decide(
     found_inf: Tensor | None,
     skipped: Tensor,
 ) -> Tensor:
-    """Factor on gradients, whether to step, and their norm, float64 ``[3]``; counts a step that is ``skipped``::
+    """Return the factor on gradients, whether to step, and the norm, float64 ``[3]``; count a ``skipped`` step::
 
     norm   = sqrt(total[0]) / grad_scale
     factor = min(1, max_norm / (norm + 1e-6)) / grad_scale
@@ -148,5 +148,5 @@ def decide(
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; the host waits only where it is to read the result itself."""
+    """Return ``x`` on ``device``; the host waits only for copies to the CPU."""
     return x.to(device, non_blocking=device.type != "cpu")

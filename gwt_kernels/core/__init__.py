@@ -1,1 +1,1 @@
-"""What rules, formats and backends share: options of an update, buckets of tensors, decisions about a step."""
+"""Shared by rules, formats and backends: options of an update, random bits, surveys of tensors, DTensors."""

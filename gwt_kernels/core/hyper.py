@@ -1,4 +1,4 @@
-"""The rules of an update, and the numbers that govern one parameter's, as every backend takes them."""
+"""Options of a parameter's update, as every backend takes them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muo
 
 
 Rounding = Literal["nearest", "stochastic", "split"]
-"""How updated weights are stored in 16 bits; ``"split"`` keeps the other 16 of a float32 beside them."""
+"""Rounding of updated weights to 16 bits; ``"split"`` stores the other 16 bits of a float32 in the state."""
 
 
 Boundary = Literal["zero", "constant", "symmetric", "reflect", "periodic"]
-"""How the transform continues a row beyond its ends, by PyWavelets' names."""
+"""Signal extension beyond the ends of a row, by PyWavelets' names."""
 
 
 class Span(NamedTuple):
-    """Where the elements of a shard lie in the whole tensor: in runs, a fixed number of elements apart.
+    """Positions of a shard's elements in the whole tensor: runs whose starts are ``pitch`` elements apart.
 
     Element ``e`` of the shard is element ``first + e // run * pitch + e % run`` of the whole.
     """
@@ -50,15 +50,15 @@ class Span(NamedTuple):
 
 
 def padded_spans(shape: Sequence[int], level: Level, first_row: int = 0) -> tuple[Span, Span] | None:
-    """Where weights and coefficients of a tensor lie in the order of random bits' indices, if not end to end.
+    """Return the spans of weights and coefficients among random bits' indices; None if rows are whole blocks.
 
-    Rows that are no whole blocks of ``2**level`` count as padded to a multiple of 4 blocks, so that a call of
-    Philox serves 4 coefficients, and 8 weights, of one row alone. None where rows are whole blocks.
+    The indices pad other rows to a multiple of 4 blocks, so that a call of Philox serves 4 coefficients, or 8
+    weights, of one row only.
 
     Args:
-        shape: Of the tensor, or of some rows of it.
-        level: Of the transform.
-        first_row: Of all rows of the whole tensor, the first of these.
+        shape: Shape of the tensor, or of a range of its rows.
+        level: Level of the transform.
+        first_row: Index of the first of these rows in the whole tensor.
     """
     width = shape[-1] if len(shape) else 1
     block = block_width(level, width)
@@ -71,34 +71,34 @@ def padded_spans(shape: Sequence[int], level: Level, first_row: int = 0) -> tupl
 
 
 def key_of(seed: int, stream: int) -> int:
-    """The key of a parameter's random bits: 32 bits of the seed, 31 of what tells parameters apart."""
+    """Return a parameter's Philox key: 32 bits of the seed, 31 bits of the parameter's stream."""
     return (stream & 0x7FFFFFFF) << 32 | seed & 0xFFFFFFFF
 
 
 def quantum(level: Level) -> int:
-    """Coefficients that share a scale in int8 moments: a kernel's tile on either path holds whole quanta."""
+    """Return how many int8 moments share a scale; tiles of both kernel paths hold whole groups of these."""
     return 1 if level == ROW else max(1, min(128, 1024 >> level))
 
 
 def literal_alone(wavelet: str, boundary: str) -> str | None:
-    """What of a transform the folded step does not know, such as ``"wavelet 'db2'"``; None where it knows all."""
+    """Return what the folded step does not support, such as ``"wavelet 'db2'"``; None if it supports both."""
     if wavelet != "haar":
         return f"wavelet {wavelet!r}"
     return None if boundary == "zero" else f"boundary {boundary!r}"
 
 
 def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str, boundary: str = "zero") -> None:
-    """Raise a ValueError unless weights of ``dtype`` can be rounded so."""
+    """Raise a ValueError unless weights of ``dtype`` support this rounding."""
     if rounding not in get_args(Rounding):
         raise ValueError(
             f"unknown weight_rounding {rounding!r}: use one of {', '.join(map(repr, get_args(Rounding)))}, or None"
         )
     if rounding == "nearest":
         return
-    takes = (torch.bfloat16,) if rounding == "split" else (torch.bfloat16, torch.float16)
-    if dtype not in takes:
+    dtypes = (torch.bfloat16,) if rounding == "split" else (torch.bfloat16, torch.float16)
+    if dtype not in dtypes:
         raise ValueError(
-            f"weight_rounding={rounding!r} is for {' or '.join(map(str, takes))} weights, not {dtype}: "
+            f"weight_rounding={rounding!r} is for {' or '.join(map(str, dtypes))} weights, not {dtype}: "
             f"use 'nearest'"
         )
     if unknown := literal_alone(wavelet, boundary):
@@ -108,21 +108,21 @@ def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str, boundary:
 
 
 class Hyper(NamedTuple):
-    """Options of one parameter, plain numbers all but a learning rate that changes on the device.
+    """Options of one parameter: plain numbers, except a learning rate that is a tensor on the device.
 
     Attributes:
-        lr: Learning rate, at least 0; a float32 scalar tensor on the parameter's device where only that knows it.
+        lr: Learning rate, at least 0: a number, or a float32 scalar tensor on the parameter's device.
         beta1: Decay of ``exp_avg``, in [0, 1).
         beta2: Decay of ``exp_avg_sq``, in [0, 1).
         eps: Added to the root of ``exp_avg_sq``, at least 0; there is no bias correction inside the root.
         weight_decay: Decoupled weight decay, at least 0.
-        scale: Factor on the update of a transformed tensor; AdamW, and so level 0 of its rules, ignores it.
+        scale: Factor on the update of a transformed tensor; ignored by AdamW and by level 0 of its rules.
         norm_growth_limit: The limiter's ``gamma``, at least 1; None for no limiter. Level 0 ignores it.
-        maximize: Ascend the gradient instead.
-        grad_factor: What the gradient is multiplied by first: clipping, and the inverse of a loss scale. A scalar
-            tensor on the torch backend where what is traced has no numbers.
+        maximize: Maximize the objective instead of minimizing it.
+        grad_factor: Factor on the gradient: clipping, and the inverse of a loss scale. On the torch backend a
+            scalar tensor while operators are traced symbolically.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
-        detail_scale: Factor on what an element differs by from the mean of its block, for rules that take one.
+        detail_scale: Factor on the differences of elements from their block mean, for rules that use it.
         own: Options that a rule alone has, a record of its module; None for most rules.
     """
 
@@ -141,18 +141,18 @@ class Hyper(NamedTuple):
 
     @property
     def signed_factor(self) -> Any:
-        """``grad_factor``, a number or a tensor as that is, negative where the gradient is ascended."""
+        """``grad_factor``, negated by ``maximize``: a number or a tensor."""
         return -self.grad_factor if self.maximize else self.grad_factor
 
     def scaled(self, g: Tensor) -> Tensor:
-        """A gradient times its factor; the very same where that is 1."""
+        """Return a gradient times ``signed_factor``; the same object if that is 1."""
         return g if self.signed_factor == 1.0 else g * self.signed_factor
 
     def step_size(self, step: int, is_scaled: bool | int, corrects_bias: bool = True) -> float:
-        """Factor on the update at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
+        """Return the update's factor at ``step`` (1 for the first): ``lr * sqrt(1-b2**t) / (1-b1**t) [* scale]``.
 
-        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root; ``correct_bias=False``, or
-        a rule that knows none, leaves it out.
+        Source: arXiv 2501.07237, algorithm 1: Adam's bias correction, outside the root. It is omitted with
+        ``correct_bias=False`` or a rule without it.
         """
         if not (self.correct_bias and corrects_bias):
             return float(self.lr) * (self.scale if is_scaled else 1.0)
@@ -160,10 +160,10 @@ class Hyper(NamedTuple):
         return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if is_scaled else 1.0)
 
     def corrected(self, step: int) -> Hyper:
-        """The options that make of ``step_size * (m + s*r) / (sqrt(v) + eps)`` an update with corrected moments.
+        """Return options with which ``step_size * (m + s*r) / (sqrt(v) + eps)`` has bias-corrected moments.
 
-        With ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` that is ``(m/c1 + s*r) / (sqrt(v/c2) + eps)`` times rate and
-        scale: details are multiplied by ``c1``, and ``eps`` by ``sqrt(c2)``, as :meth:`step_size` divides them.
+        With ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` it is ``(m/c1 + s*r) / (sqrt(v/c2) + eps)`` times rate and
+        scale: details are multiplied by ``c1``, ``eps`` by ``sqrt(c2)``, since :meth:`step_size` divides by them.
         """
         if not self.correct_bias:
             return self
@@ -171,7 +171,7 @@ class Hyper(NamedTuple):
         return self._replace(eps=self.eps * math.sqrt(correction2), detail_scale=self.detail_scale * correction1)
 
     def _corrections(self, step: int) -> tuple[float, float]:
-        """``1 - b1**t`` and ``1 - b2**t``, through expm1, which keeps its digits where the power is close to 1."""
+        """Return ``1 - b1**t`` and ``1 - b2**t`` by expm1, which keeps their digits for powers close to 1."""
         correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
         correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0
         return correction1, correction2

@@ -1,7 +1,7 @@
-"""Functions in Triton's language that stand beside their PyTorch statement, and wait there for Triton.
+"""Triton functions in modules that do not import Triton, beside their PyTorch equivalents.
 
-Nothing but a backend imports Triton. So a statement is kept as it is written, and :func:`load` makes of it what
-``triton.jit`` would have made of it, under its name in its module, where other kernels find it.
+Only a backend imports Triton. Until then :func:`statement` only registers functions; :func:`load` then applies
+``triton.jit`` to them and replaces them in their modules, where other kernels find them by name.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LOADED: dict[Callable[..., Any], Any] = {}
 
 
 def statement(function: _Function) -> _Function:
-    """Mark a module's function as one in Triton's language, which it knows as ``tl``; it calls others by name."""
+    """Register a module-level Triton function; it refers to ``triton.language`` as ``tl``."""
     _WAITING.append(function)
     return function
 
 
 def load() -> None:
-    """Give all that wait to Triton, before a kernel that calls them is compiled."""
+    """Compile all registered functions with ``triton.jit``, before a kernel that calls them is compiled."""
     if not _WAITING:
         return
     import triton
@@ -35,7 +35,7 @@ def load() -> None:
     while _WAITING:
         function = _WAITING.pop()
         _LOADED[function] = triton.jit(function)
-    for module in modules:  # where a statement stands, and where another one calls it
+    for module in modules:  # modules that define or call one of them
         names = vars(sys.modules[module])
         names["tl"] = tl
         names.update({name: _LOADED[x] for name, x in names.items() if _is_known(x)})

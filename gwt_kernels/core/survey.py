@@ -1,4 +1,4 @@
-"""Surveys many tensors at once: what a step has to know of all of them, each time, before it launches anything."""
+"""Survey many tensors at once: addresses, gradients and unchanged states, which every step checks first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
 
-try:  # private to PyTorch, and gone in some version to come: then Python compares, several times as slowly
+try:  # private to PyTorch; without it Python compares, several times more slowly
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment, misc]
@@ -24,25 +24,25 @@ Tensors = list[Tensor] | list[Tensor | None]
 
 
 class Survey(NamedTuple):
-    """How to look at tensors: through Python, or through C (backends/triton/native.py), with the same results."""
+    """Functions that survey tensors, in Python or in C (backends/triton/native.py), with the same results."""
 
     addresses: Callable[[Sequence[Tensor]], bytes]
-    """Eight bytes for each tensor's."""
+    """Return the tensors' addresses, 8 bytes each."""
     grads: Callable[[list[Tensor]], list[Tensor | None]]
-    """The gradients as they are."""
+    """Return the parameters' gradients, DTensors included, without unwrapping them."""
     same: Callable[[list[Any], list[Any]], bool]
-    """Whether the lists hold the very same objects in the same order."""
+    """Return whether two lists hold the same objects in the same order."""
     like: Callable[[Tensors], Callable[[Tensors], bool]]
-    """What tells whether others, in their places, are of the same dtypes, layouts, shapes and devices.
+    """Return a predicate of other tensors: same dtype, layout, shape and device, pairwise?
 
-    And whether both are contiguous, or both not, and mean what they hold. Keeps none of the tensors alive. May
-    say no of objects of a class of the user's own.
+    It also compares contiguity and the negative bit. It keeps no tensor alive, and may be False for tensor
+    subclasses.
     """
     still: Callable[[States], Callable[[States], bool]]
-    """What tells whether an optimizer's state is as it was, and keeps its objects.
+    """Return a predicate: is an optimizer's state unchanged? It keeps the state's objects alive.
 
-    The very same objects under the same keys, and the memory of tensors at the same addresses: a move by ``.data``,
-    as of states that are offloaded, leaves the objects. Of a DTensor, the memory of its shard.
+    Unchanged are the same objects under the same keys, with tensors (or shards of DTensors) at the same addresses:
+    offloading by ``.data`` moves memory and leaves the objects.
     """
 
 
@@ -51,7 +51,7 @@ def _addresses(tensors: Sequence[Tensor]) -> bytes:
 
 
 def _grads(params: Sequence[Tensor]) -> list[Tensor | None]:
-    # To look for an override of the attribute takes a DTensor longer than the attribute itself.
+    # For a DTensor, the search for __torch_function__ takes longer than the attribute itself.
     with torch._C.DisableTorchFunctionSubclass():
         return [p.grad for p in params]
 
@@ -76,10 +76,10 @@ def _like(tensors: Tensors) -> Callable[[Tensors], bool]:
 
 def _present_like(tensors: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
     kinds, n = _kinds(tensors), len(tensors)
-    if TensorGuards is None or len(set(map(id, tensors))) < n:  # it takes no tensor twice
+    if TensorGuards is None or len(set(map(id, tensors))) < n:  # TensorGuards takes no tensor twice
         return lambda others: _kinds(others) == kinds
     guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    # It is stricter: strides of a single element count, and what modes such as autocast are on.
+    # TensorGuards is stricter: it compares strides of dimensions of size 1, and modes such as autocast.
     return lambda others: len(others) == n and (guards.check(*others) or _kinds(others) == kinds)
 
 
@@ -94,30 +94,30 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 def _still(state: States) -> Callable[[States], bool]:
     owners, states = list(state), list(state.values())
-    dicts = [own for own in states if isinstance(own, dict)]  # what else lies there is the user's own
+    dicts = [x for x in states if isinstance(x, dict)]  # anything else is the user's own
     lengths = list(map(len, dicts))
     entries = _entries(dicts)
     values = [x for each in entries for x in each.values if has_memory(x)]
     plain, shards = [x for x in values if not is_sharded(x)], [x for x in values if is_sharded(x)]
-    places = _addresses(plain), _addresses(list(map(local_of, shards)))
-    # A state that was replaced, or a tensor in it, is another object, and one that moved another's.
+    plain_addresses, shard_addresses = _addresses(plain), _addresses(list(map(local_of, shards)))
+    # A replaced state or tensor is another object; a moved tensor has another address.
     return lambda now: (
         _same(list(now), owners)
         and _same(list(now.values()), states)
         and list(map(len, dicts)) == lengths
         and all(map(_are_still, entries))
-        and _addresses(plain) == places[0]
-        and (not shards or _addresses(list(map(local_of, shards))) == places[1])
+        and _addresses(plain) == plain_addresses
+        and (not shards or _addresses(list(map(local_of, shards))) == shard_addresses)
     )
 
 
 def has_memory(x: object) -> bool:
-    """Whether ``x`` is a dense tensor, which has an address."""
+    """Return whether ``x`` is a dense tensor, which has an address."""
     return isinstance(x, Tensor) and x.layout == torch.strided
 
 
 class _Entries(NamedTuple):
-    """What some states hold under a key that they share."""
+    """Values of all states that have a key."""
 
     key: str
     states: list[dict[str, Any]]
@@ -126,10 +126,10 @@ class _Entries(NamedTuple):
 
 def _entries(states: Sequence[dict[str, Any]]) -> list[_Entries]:
     holders: dict[str, list[dict[str, Any]]] = {}
-    for own in states:
-        for key in own:
-            holders.setdefault(key, []).append(own)
-    return [_Entries(key, having, [own[key] for own in having]) for key, having in holders.items()]
+    for state in states:
+        for key in state:
+            holders.setdefault(key, []).append(state)
+    return [_Entries(key, having, [state[key] for state in having]) for key, having in holders.items()]
 
 
 def _are_still(entries: _Entries) -> bool:

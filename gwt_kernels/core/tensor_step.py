@@ -1,4 +1,4 @@
-"""One tensor of a bucket and all that belongs to it, for backends that update one tensor after another."""
+"""One tensor's part of a step, for backends that update tensors one after another."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["TensorStep"]
 
 
 class TensorStep(NamedTuple):
-    """Each as :func:`gwt_kernels.functional.gwt_adamw_` takes a list of it."""
+    """One element of each list that :func:`gwt_kernels.functional.gwt_adamw_` takes."""
 
     p: Tensor
     g: Tensor
     m: Any
-    """``exp_avg``; None under a rule without moments."""
+    """``exp_avg``; None for a rule without moments."""
     v: Any
-    """``exp_avg_sq``; None under a rule without second moment."""
+    """``exp_avg_sq``; None for a rule without second moment."""
     norm: Tensor | None
-    """The limiter's previous one."""
+    """The limiter's previous norm."""
     step: int
     hyper: Hyper
     key: int = 0
@@ -30,7 +30,7 @@ class TensorStep(NamedTuple):
     span: tuple[Span, Span] | None = None
     limit: Tensor | None = None
     row: Tensor | None = None
-    """Telemetry's."""
+    """Row of telemetry."""
 
     @property
     def moments(self) -> list[Tensor]:

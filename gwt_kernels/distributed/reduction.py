@@ -1,4 +1,4 @@
-"""What is added up over processes that share tensors: the limiter's norms, and what gradients decide."""
+"""Reductions over processes that share tensors: limiter norms, and gradient norm."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ShardSums:
     Every process makes it of the same parameters in the same order, and takes part in every collective whichever of
     them have gradients there.
 
-    Where all parameters are sharded over the same processes, these alone communicate. Where they are not, all
-    processes do at once if every mesh holds all of them, and else one mesh dimension after the other.
+    If all parameters are sharded over the same processes, only these communicate. Otherwise all processes
+    communicate at once if every mesh has all of them, else one mesh dimension after another.
 
     Args:
         params: Sharded over several processes, on one device.
@@ -58,8 +58,8 @@ class ShardSums:
         self._vector = vector
         for group, members in self._rounds:
             self.finish()
-            if group is dist.group.WORLD and self._own is not None:
-                self._vector = torch.where(self._own, self._vector, 0)
+            if group is dist.group.WORLD and self._contributes is not None:
+                self._vector = torch.where(self._contributes, self._vector, 0)
             self._part = self._vector if members is None else self._vector[members]
             self._members = members
             self._work = dist.all_reduce(self._part, group=group, async_op=True)
@@ -88,11 +88,11 @@ class LimiterReduction:
         self._sums = ShardSums(params)
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
-        """Where the sums of ``params`` lie in the vector of all."""
+        """Return the indices of ``params`` in the vector of all sums."""
         return torch.tensor([self._place[id(p)] for p in params], dtype=torch.int64, device=self._device)
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin to add up the sums of all processes, given as places and values; nothing waits for the result."""
+        """Start to reduce sums, passed as (places, values), over processes, without waiting for the result."""
         vector = self._sums.zeros()
         for places, values in sums:
             vector[places] = values.to(vector.dtype)
@@ -101,9 +101,9 @@ class LimiterReduction:
     def divisors(
         self, places: Tensor, limiter_norms: Tensor, gammas: Sequence[float], control: Tensor | None
     ) -> Tensor:
-        """The limiter's divisors of the parameters at ``places``, all on the device.
+        """Return the limiter's divisors of the parameters at ``places``, computed on the device.
 
-        Their norms are replaced, unless ``control`` (see :func:`gwt_kernels.control.control_`) skips the step.
+        ``limiter_norms`` are updated, unless ``control`` (see :func:`gwt_kernels.control.control_`) skips the step.
         """
         vector = self._sums.finish()
         assert vector is not None
@@ -122,13 +122,13 @@ class LimiterReduction:
 
 
 class GradNormReduction:
-    """Sums over the elements of all parameters, each counted by one process of those that hold it.
+    """Sums over the elements of all parameters, each counted by one of the processes that have it.
 
     Args:
         params: All parameters, some of them sharded.
 
     Raises:
-        ValueError: they lie on meshes of different processes, so that no group of processes has them all.
+        ValueError: they are on meshes of different processes, so that no process group has them all.
     """
 
     def __init__(self, params: Sequence[Any]) -> None:
@@ -139,7 +139,7 @@ class GradNormReduction:
         if len(members) > 1:
             raise ValueError(
                 f"parameters are on meshes of different processes, {' and '.join(map(str, sorted(members)))}: "
-                f"their common gradient norm is not known; leave max_grad_norm and skip_nonfinite off"
+                f"no process can compute their gradient norm: leave max_grad_norm and skip_nonfinite off"
             )
         mesh = meshes[0]
         self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
@@ -148,11 +148,11 @@ class GradNormReduction:
         self._is_first = not any(mesh.get_coordinate())
 
     def counts(self, p: Tensor) -> bool:
-        """Whether this process is the one that counts what it holds of ``p``."""
+        """Return whether this process counts its shard of ``p``."""
         return _is_first(p) if is_sharded(p) else self._is_first
 
     def add_up(self, total: Tensor) -> None:
-        """Replace ``total`` by the sum over all processes; nothing on the host waits for it on a CUDA device."""
+        """Replace ``total`` by the sum over all processes, without waiting for CUDA devices."""
         import torch.distributed as dist
 
         for group in self._groups:
@@ -160,10 +160,10 @@ class GradNormReduction:
 
 
 def _rounds(params: Sequence[Any]) -> list[tuple[Any, list[int] | None]]:
-    """The groups of processes to reduce over, one after the other, and whose sums (None: everybody's)."""
+    """Return the process groups to reduce over in order, with the indices of their parameters (None: all)."""
     import torch.distributed as dist
 
-    rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in the order in which parameters first need them
+    rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in order of first use
     for i, p in enumerate(params):
         for mesh, dim in reduced_over(p):
             group = mesh.get_group(dim)
@@ -174,6 +174,6 @@ def _rounds(params: Sequence[Any]) -> list[tuple[Any, list[int] | None]]:
 
 
 def _is_first(p: Any) -> bool:
-    """Whether this is the first of the processes that hold the same shard of ``p``."""
+    """Return whether this is the first of the processes with the same shard of ``p``."""
     coordinate, sharded = p.device_mesh.get_coordinate(), [dim for _, dim in reduced_over(p)]
     return all(c == 0 or dim in sharded for dim, c in enumerate(coordinate))

@@ -1,4 +1,4 @@
-"""What a process holds of a tensor that is sharded over several (a DTensor), and where that lies in the whole."""
+"""This process's shard of a DTensor, and its position in the whole tensor."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ ROWS_STAY = "use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards keep t
 
 
 def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """What this process holds of parameters and of their gradients, laid out alike.
+    """Return this process's shards of parameters and gradients, with the same placements.
 
-    A gradient with other placements is redistributed first, which is a collective; as layouts are the same on
-    every process, all of them take part.
+    A gradient with other placements is redistributed first. This is a collective of all processes, since
+    placements are the same on all.
 
     Raises:
-        RuntimeError: a DTensor's gradient is none, or lies on another mesh.
+        RuntimeError: a DTensor's gradient is not a DTensor, or is on another mesh.
     """
     kind = sys.modules["torch.distributed.tensor"].DTensor
-    # FSDP2 gives a gradient the very specification of its parameter; to compare others takes longer.
+    # FSDP2's gradients share the spec object of their parameters; comparing specs takes longer.
     if {*map(type, params)} == {kind}:
         held: list[Tensor] = [p._local_tensor for p in params]
         local: list[Any] = [
@@ -55,18 +55,18 @@ def local_parts(params: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Tenso
     else:
         held = [p._local_tensor if isinstance(p, kind) else p for p in params]
         local = [_local_part(p, g, kind) if isinstance(p, kind) else g for p, g in zip(params, grads, strict=True)]
-    if set(map(type, local)) - {Tensor, type(None)}:  # a collective of backward may not have ended
+    if set(map(type, local)) - {Tensor, type(None)}:  # a collective of backward may still be running
         local = [g.wait() if hasattr(g, "wait") else g for g in local]
     return held, local
 
 
 def _local_part(p: Any, g: Any, kind: type) -> Any:
-    """What this process holds of the gradient of a DTensor."""
+    """Return this process's shard of a DTensor's gradient."""
     return None if g is None else _laid_out_as(p, g, isinstance(g, kind))._local_tensor
 
 
 def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:
-    """The gradient with the parameter's placements."""
+    """Return the gradient with the parameter's placements."""
     if not is_sharded or (g.device_mesh is not p.device_mesh and g.device_mesh != p.device_mesh):
         where = f"on {g.device_mesh}" if is_sharded else "no DTensor"
         raise RuntimeError(
@@ -77,13 +77,12 @@ def _laid_out_as(p: Any, g: Any, is_sharded: bool) -> Any:
 
 
 def made_by_a_getter() -> bool:
-    """Whether ``step()`` runs only because PyTorch's checkpoints, or torchtitan's, want a fresh optimizer's state.
+    """Return whether checkpointing of PyTorch or torchtitan calls ``step()`` to initialize a new optimizer's state.
 
-    It then sets the learning rate to 0 and gradients to zeros, so that an optimizer which knows no better
-    counts a step that its user never took.
+    That call has a learning rate of 0 and zero gradients, and must not be counted as a step.
     """
     frame = sys._getframe(1)
-    for _ in range(8):  # step() is wrapped by torch's hooks and by no_grad
+    for _ in range(8):  # torch's hooks and no_grad wrap step()
         if frame.f_back is None:
             return False
         frame = frame.f_back
@@ -93,7 +92,7 @@ def made_by_a_getter() -> bool:
 
 
 def reduced_over(p: Any) -> list[tuple[Any, int]]:
-    """The dimensions (mesh, index) over which sums over a parameter's shards have to be added up."""
+    """Return the mesh dimensions, as (mesh, index), over which a parameter is sharded."""
     if not is_sharded(p):
         return []
     mesh = p.device_mesh
@@ -152,14 +151,14 @@ def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor
 
 
 def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
-    """Where the shard of ``p`` lies in the whole, and that of its moments of the global ``shape``."""
+    """Return the positions of the shard of ``p``, and of its moments of the global ``shape``, in the whole."""
     spans = _spans(p, shape, level)
-    assert spans is not None  # check_sharding has seen to it
+    assert spans is not None  # checked by check_sharding
     return spans
 
 
 def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | None:
-    """As :func:`spans_of`; None where there is no one rule for it."""
+    """Return :func:`spans_of`; None if no span describes a shard."""
     start = _start(p)
     if p.dim() and p.shape[-1] % block_width(level, p.shape[-1]):  # whole rows, in the padded order of random bits
         sharded = _sharded_dims(p)
@@ -175,9 +174,9 @@ def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | No
 def check_sharding(
     p: Any, group: Mapping[str, Any], name: str, shape: Sequence[int], block_size: int, random: bool
 ) -> None:
-    """Raise unless a step can work on the shards of ``p`` alone, with moments of the global ``shape``.
+    """Raise unless a step can update the shards of ``p`` separately, with moments of the global ``shape``.
 
-    What is decided depends on the whole tensor, so that all processes decide alike.
+    The decision depends on the whole tensor only, so all processes decide alike.
 
     Raises:
         TypeError: the parameter is a flat buffer of FSDP1 or ZeRO, which keeps no rows.
@@ -196,27 +195,27 @@ def check_sharding(
         _check_columns(p, group, name)
     if random and _spans(p, shape, group["level"]) is None:
         raise ValueError(
-            f"{name} is sharded as {placements} on {mesh}, where the indices of a shard's elements, on which "
-            f"random bits depend, follow no rule: use state_dtype=None and weight_rounding=None, or make every "
+            f"{name} is sharded as {placements} on {mesh}, for which the element indices, on which "
+            f"random bits depend, are not regular: use state_dtype=None and weight_rounding=None, or make every "
             f"dimension a multiple of the processes that share it, and the last one of 2**level"
         )
     if block_size > 1 and not _holds_whole_quanta(p, shape, block_size):
         raise ValueError(
-            f"int8 moments of {name} have a scale per {block_size} of them, which {placements} on "
-            f"{mesh} would tear apart: they need equal shards of rows, each of whole scales; use "
+            f"int8 moments of {name} have a scale per {block_size} values, which {placements} on {mesh} "
+            f"would split: shards of rows must be equal and multiples of {block_size} values; use "
             f"state_dtype=torch.bfloat16"
         )
 
 
 def check_shards(p: Any, name: str) -> None:
-    """Raise unless this process holds all of ``p``, or the shard of it that its placements say.
+    """Raise unless this process has all of ``p``, or the shard of its placements.
 
     Raises:
         TypeError: the parameter is a flat buffer of FSDP1 or ZeRO, which keeps no rows.
-        ValueError: its placements are no division of it, or not that of the shard here.
+        ValueError: its placements are not shards or replicas, or the local shape differs from them.
     """
     if getattr(p, "_is_flat_param", False):
-        raise TypeError(f"{name} is a flat parameter of FSDP1, in which many tensors lie end to end: {ROWS_STAY}")
+        raise TypeError(f"{name} is a flat parameter of FSDP1, the concatenation of many tensors: {ROWS_STAY}")
     if hasattr(p, "ds_id"):
         raise TypeError(f"{name} is partitioned by ZeRO stage 3, which keeps no rows: {ROWS_STAY}")
     if not is_sharded(p):
@@ -225,8 +224,8 @@ def check_shards(p: Any, name: str) -> None:
     unknown = [x for x in placements if _dim(x) is None and not x.is_replicate()]
     if unknown:
         raise ValueError(
-            f"{name} has the placement {unknown[0]!r}: a parameter's shards have to be numbers of its own, so "
-            f"redistribute it to Shard or Replicate before it is given to the optimizer"
+            f"{name} has the placement {unknown[0]!r}: redistribute it to Shard or "
+            f"Replicate before you pass it to the optimizer"
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"{name} is on {mesh}, to which this process does not belong: leave it out here")
@@ -267,14 +266,14 @@ def check_place_of(x: Any, key: str, p: Any, name: str, dims: Sequence[int] | No
 
 
 def _is_part_of_a_buffer(p: Tensor) -> bool:
-    """Whether a one-dimensional tensor lies next to other numbers, as in a flat buffer, where all strides are 1."""
+    """Return whether a one-dimensional tensor is a view of a larger storage with stride 1, as of a flat buffer."""
     if p.device.type == "meta" or p.stride(0) != 1 or not p.numel():
         return False
     return p.untyped_storage().nbytes() > p.numel() * p.element_size()
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless every shard of a row is whole blocks, and sums over rows are known to one process."""
+    """Raise unless every shard of a row has whole blocks, or whole rows if their sums are needed."""
     level = group["level"]
     summed = rule_of(group["rule"], level).row_slots
     if level == ROW or summed:
@@ -311,13 +310,13 @@ def _lengths(p: Any, dim: int) -> set[int]:
 
 
 def _parts(length: int, n: int) -> set[int]:
-    """The lengths that ``torch.chunk`` divides ``length`` into, which DTensor's division follows."""
+    """Return the lengths of ``torch.chunk``'s parts, which are also DTensor's."""
     each = -(-length // n)
     return {max(0, min(each, length - i * each)) for i in {0, length // max(each, 1), n - 1}}
 
 
 def _holds_whole_quanta(p: Any, shape: Sequence[int], q: int) -> bool:
-    """Whether the scales of ``q`` coefficients each are divided among processes just as the rows are."""
+    """Return whether every process has whole groups of the ``q`` coefficients that share a scale."""
     if any(_dim(x) not in (None, 0) for x in p.placements):
         return False
     n = math.prod(int(mesh.size(i)) for mesh, i in reduced_over(p))
@@ -325,16 +324,16 @@ def _holds_whole_quanta(p: Any, shape: Sequence[int], q: int) -> bool:
 
 
 def _dim(placement: Any) -> int | None:
-    """The dimension that a placement shards, in either of torch's ways; None if it does not."""
+    """Return the dimension of a Shard or strided shard; None for other placements."""
     if placement.is_replicate() or placement.is_partial():
         return None
     return getattr(placement, "dim", None)
 
 
 def _indices(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = None) -> Tensor:
-    """Which of ``length`` indices along ``dim`` a process holds of a tensor sharded as ``p`` is, in rising order.
+    """Return the rising indices along ``dim`` in a process's shard of a tensor of this length, sharded like ``p``.
 
-    That is the process at ``coordinate`` of the mesh; by default this one.
+    The process is that at ``coordinate`` of the mesh; by default this one.
     """
     held = torch.arange(length, dtype=torch.int64, device="cpu")
     if coordinate is None:
@@ -342,21 +341,21 @@ def _indices(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = N
     for i, placement in enumerate(p.placements):
         if _dim(placement) != dim:
             continue
-        # Tensor parallelism divides before FSDP does, though its mesh dimension comes later.
+        # Tensor parallelism shards before FSDP does, though its mesh dimension is later.
         divided = held.chunk(placement.split_factor) if hasattr(placement, "split_factor") else [held]
-        n, own = p.device_mesh.size(i), coordinate[i]
-        parts = [part.chunk(n)[own] for part in divided if own < len(part.chunk(n))]
+        n, rank = p.device_mesh.size(i), coordinate[i]
+        parts = [part.chunk(n)[rank] for part in divided if rank < len(part.chunk(n))]
         held = torch.cat(parts) if parts else held[:0]
     return held
 
 
 def held_runs(p: Any, coordinate: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
-    """What the process at ``coordinate`` of the mesh holds of ``p``: index and length of runs, per dimension."""
+    """Return the shard of ``p`` at ``coordinate`` of the mesh: index and length of runs, per dimension."""
     return [_runs(_indices(p, d, n, coordinate)) for d, n in enumerate(p.shape)]
 
 
 def _runs(indices: Tensor) -> tuple[tuple[int, int], ...]:
-    """Runs of consecutive ones among rising indices."""
+    """Return start and length of each run of consecutive indices."""
     if not len(indices):
         return ()
     ends = (indices.diff() != 1).nonzero().flatten().add_(1).tolist()
@@ -376,13 +375,13 @@ def _local_shape(p: Any, shape: Sequence[int], dims: Sequence[int] | None = None
 
 
 def _start(p: Any) -> list[int]:
-    """The index of the first element that this process holds, per dimension."""
+    """Return the index of this process's first element, per dimension."""
     held = {d: _indices(p, d, p.shape[d]) for d in _sharded_dims(p)}
     return [int(held[d][0]) if d in held and len(held[d]) else 0 for d in range(p.dim())]
 
 
 def _span(p: Any, shape: Sequence[int], start: Sequence[int]) -> Span | None:
-    """Where a shard of a tensor of the global ``shape`` lies in it; None where there is no one rule for it."""
+    """Return the position of a shard in the tensor of the global ``shape``; None if no span describes it."""
     sharded = _sharded_dims(p)
     n_shards = {
         d: math.prod(mesh.size(i) for mesh, i in reduced_over(p) if _dim(p.placements[i]) == d) for d in sharded

@@ -1,1 +1,1 @@
-"""How numbers are stored: moments, and weights in 16 bits; PyTorch's statement and Triton's side by side."""
+"""Storage formats of moments and of 16-bit weights, in PyTorch and in Triton side by side."""

@@ -1,10 +1,10 @@
-"""Moments in one byte: codes with a float32 scale, the largest magnitude, per quantum of coefficients.
+"""Moments as 8-bit quantized values, with a float32 scale, the largest magnitude, per block of coefficients.
 
-``exp_avg`` is ``sign * (c / 127)**2 * scale`` with a code ``sign * c`` of int8, ``exp_avg_sq`` is
-``(c / 255)**4 * scale`` with a code ``c`` of uint8. The powers make codes dense near zero, where a relative error
-of ``exp_avg_sq`` matters most; both were chosen by the measured error of the update (docs/precision.md). A value
-between two codes becomes one of them at random, so that its expectation is the value; of ``exp_avg_sq`` only an
-exact zero becomes zero. The decision is made in integers, so that all backends make the same one.
+``exp_avg`` is ``sign * (c / 127)**2 * scale`` with the quantized value ``sign * c`` (int8), ``exp_avg_sq`` is
+``(c / 255)**4 * scale`` with the quantized value ``c`` (uint8). The powers make quantized values dense near zero,
+where a relative error of ``exp_avg_sq`` matters most; both were chosen by the measured error of the update
+(docs/precision.md). Rounding is stochastic and unbiased, except that only an exact zero of ``exp_avg_sq`` becomes
+zero. It is computed in integers, so all backends round alike.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ __all__ = [
     "kernel_first_code",
 ]
 
-_FIRST = 127 * 127  # largest code to its power
+_FIRST = 127 * 127  # largest quantized value to its power
 _SECOND = 255**4
 
 
 def decode_first(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
-    """float32 ``exp_avg`` from int8 codes and the scales of their quanta."""
+    """Return float32 ``exp_avg`` of int8 quantized values and their blocks' scales."""
     c = _quanta(codes, level).to(torch.float32)
     return _like(codes, c.mul_(c.abs()).mul_(1 / _FIRST).mul_(scales.unsqueeze(1)))
 
 
 def decode_second(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
-    """float32 ``exp_avg_sq`` from uint8 codes and the scales of their quanta."""
+    """Return float32 ``exp_avg_sq`` of uint8 quantized values and their blocks' scales."""
     c = _quanta(codes, level).to(torch.float32)
-    c.mul_(c).mul_(1 / 65025)  # and not square_, which knows no functionalization
+    c.mul_(c).mul_(1 / 65025)  # square_ does not support functionalization
     return _like(codes, c.mul_(c).mul_(scales.unsqueeze(1)))
 
 
 def encode_first(m: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """int8 codes and scales of ``m`` (float32), rounded by 16 random ``bits`` (int32) for each."""
+    """Return int8 values and scales of ``m`` (float32), rounded by 16 random ``bits`` (int32) each."""
     quanta, bits = _quanta(m, level), _quanta(bits, level)
     z, scales = _fractions(quanta.abs())
     z = z.mul_(_FIRST * 65536.0).to(torch.int32)
@@ -64,37 +64,37 @@ def encode_first(m: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor]
 
 
 def encode_second(v: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-    """uint8 codes and scales of ``v`` (float32, at least 0), rounded by 16 random ``bits`` (int32) for each."""
+    """Return uint8 values and scales of ``v`` (float32, >= 0), rounded by 16 random ``bits`` (int32) each."""
     quanta, bits = _quanta(v, level), _quanta(bits, level)
     z, scales = _fractions(quanta)
     z = z.mul_(float(_SECOND))
     c = z.sqrt().sqrt_().to(torch.int32)
-    z = z.to(torch.int64).to(torch.int32)  # modulo 2**32, as all below: what is compared is small
-    c.sub_(_fourth(c).sub_(z).gt_(0))  # roots round
+    z = z.to(torch.int64).to(torch.int32)  # modulo 2**32, as all below: compared differences are small
+    c.sub_(_fourth(c).sub_(z).gt_(0))  # roots are rounded
     low = _fourth(c)
     gap = _fourth(c + 1).sub_(low)
     # bits * gap >> 16, where the product has 42 bits
     draw = gap.bitwise_and(0xFFFF).mul_(bits).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
     draw.addcmul_(gap.bitwise_right_shift_(16), bits)
     c.add_(draw.lt_(z.sub_(low)))
-    c = torch.maximum(c, quanta.sign().to(torch.int32))  # 1 at least, but for an exact zero
+    c = torch.maximum(c, quanta.sign().to(torch.int32))  # at least 1, except for an exact zero
     return _like(v, c.to(torch.uint8)), scales
 
 
 def _quanta(x: Tensor, level: Level) -> Tensor:
-    """A tensor flattened and cut into quanta ``[n, quantum]``, with zeros beyond its end."""
+    """Return a tensor as flat blocks ``[n, block size]``, padded with zeros."""
     size, flat = quantum(level), x.reshape(-1)
     missing = -flat.numel() % size
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 
 
 def _like(x: Tensor, quanta: Tensor) -> Tensor:
-    """The elements of ``quanta`` in the shape of ``x``."""
+    """Return the elements of blocks in the shape of ``x``."""
     return quanta.view(-1)[: x.numel()].view(x.shape)
 
 
 def _fractions(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes ``[n, quantum]`` over their quantum's largest, and the largest ``[n]``."""
+    """Divide magnitudes ``[n, block size]`` by the largest of their block; return that too, ``[n]``."""
     scales = magnitudes.amax(dim=1)
     return (magnitudes / scales.unsqueeze(1)).nan_to_num_(nan=0.0), scales
 
@@ -104,25 +104,25 @@ def _fourth(c: Tensor) -> Tensor:
     return square.mul_(square)
 
 
-# In Triton, value by value as above, without leaving registers ------------------------------------------------
+# In Triton, with the results of the above ---------------------------------------------------------------------
 
 
 @statement
 def kernel_spread(scales, Q: tl.constexpr, N: tl.constexpr):
-    """``[N // Q]`` to ``[N]``."""
+    """Repeat each of ``[N // Q]`` scales ``Q`` times: ``[N]``."""
     return tl.reshape(tl.broadcast_to(scales[:, None], (N // Q, Q)), (N,))
 
 
 @statement
 def kernel_decode_first(codes, scales, Q: tl.constexpr, N: tl.constexpr):
-    """``sign(c) * (c / 127)**2 * scale``."""
+    """Return ``sign(c) * (c / 127)**2 * scale``."""
     c = codes.to(tl.float32)
     return c * tl.abs(c) * (1 / 16129) * kernel_spread(scales, Q, N)
 
 
 @statement
 def kernel_decode_second(codes, scales, Q: tl.constexpr, N: tl.constexpr):
-    """``(c / 255)**4 * scale``."""
+    """Return ``(c / 255)**4 * scale``."""
     c = codes.to(tl.float32)
     root = c * c * (1 / 65025)
     return root * root * kernel_spread(scales, Q, N)
@@ -130,7 +130,7 @@ def kernel_decode_second(codes, scales, Q: tl.constexpr, N: tl.constexpr):
 
 @statement
 def kernel_fractions(magnitudes, Q: tl.constexpr, N: tl.constexpr):
-    """The largest of each quantum ``[N // Q]``, and each magnitude over its quantum's ``[N]``."""
+    """Return the largest magnitude of each block ``[N // Q]``, and magnitudes divided by it ``[N]``."""
     scales = tl.max(tl.reshape(magnitudes, (N // Q, Q)), axis=1)
     spread = kernel_spread(scales, Q, N)
     return scales, tl.where(spread > 0, tl.div_rn(magnitudes, spread), 0.0)
@@ -138,9 +138,9 @@ def kernel_fractions(magnitudes, Q: tl.constexpr, N: tl.constexpr):
 
 @statement
 def kernel_first_code(fractions, bits):
-    """The size of a code of ``m``: 127 at the most, whatever the fraction."""
+    """Return the magnitude of a quantized value of ``m``, at most 127 for any fraction."""
     z = (fractions * (16129.0 * 65536.0)).to(tl.int32)
-    # Half way between integers no root is near an integer, so the fast one has the floor of the exact one.
+    # With 0.5 added no root is near an integer, so the fast root has the floor of the exact one.
     c = tl.sqrt((z >> 16).to(tl.float32) + 0.5).to(tl.int32)
     up = bits.to(tl.int32) * (2 * c + 1) < z - (c * c << 16)
     return tl.minimum(c + up.to(tl.int32), 127)
@@ -148,7 +148,7 @@ def kernel_first_code(fractions, bits):
 
 @statement
 def kernel_encode_first(m, bits, Q: tl.constexpr, N: tl.constexpr):
-    """int8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
+    """Return int8 quantized values ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` each."""
     scales, fractions = kernel_fractions(tl.abs(m), Q, N)
     c = kernel_first_code(fractions, bits)
     return tl.where(m < 0, -c, c).to(tl.int8), scales
@@ -156,10 +156,10 @@ def kernel_encode_first(m, bits, Q: tl.constexpr, N: tl.constexpr):
 
 @statement
 def kernel_encode_second(v, bits, Q: tl.constexpr, N: tl.constexpr):
-    """uint8 codes ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` for each."""
+    """Return uint8 quantized values ``[N]`` and scales ``[N // Q]``, rounded by 16 random ``bits`` each."""
     scales, fractions = kernel_fractions(v, Q, N)
     z = fractions * 4228250625.0
-    c = (tl.sqrt(tl.sqrt(z)) * (1 + 2**-20)).to(tl.uint32)  # fast roots, raised by more than they are off by
+    c = (tl.sqrt(tl.sqrt(z)) * (1 + 2**-20)).to(tl.uint32)  # fast roots, raised by more than their error
     z = z.to(tl.int64).to(tl.uint32)
     square = c * c
     c -= (square * square > z).to(tl.uint32)

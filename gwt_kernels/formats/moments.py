@@ -1,4 +1,4 @@
-"""How moments are stored: their dtypes, what else the state then holds, which tensors a format fits."""
+"""Storage formats of moments: dtypes, scales, and the tensors that each format fits."""
 
 from __future__ import annotations
 
@@ -16,30 +16,28 @@ from gwt_kernels.formats import int8
 __all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "stored_as", "wide"]
 
 NEAREST = 0x8000
-"""Bits that round to the nearest."""
+"""Value of 16 random bits that rounds to the nearest."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""State entries that hold the first and the second moment, of which a rule may keep the first alone."""
+"""State keys of the first and the second moment; a rule may keep only the first."""
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-"""State entries that hold the scales of quantized moments, one for each block of values."""
+"""State keys of the scales of quantized moments, one scale per block of values."""
 
 
 @dataclass(frozen=True)
 class MomentFormat:
-    """How the first and the second moment are stored.
+    """A storage format of the first and the second moment.
 
     Attributes:
         name: The option ``state_dtype``.
-        dtypes: Of the first and of the second moment.
-        scales: State entries beside the moments: float32, one number for a block of values.
+        dtypes: dtypes of the first and the second moment.
+        scales: State keys of the scales: float32, one per block of values.
         is_random: Whether values are rounded stochastically.
-        smallest: Coefficients below which a tensor keeps float32 moments.
-        deepest: Level above which it does.
-        decoders: ``decode(values, scales, level)`` of the first and of the second moment: the numbers that stored
-        values
-            stand for. None where they are these numbers.
-        encoders: ``encode(x, bits, level)`` of either: stored values and their scales, with 16 random ``bits`` for
-        each.
+        smallest: Fewest coefficients of a tensor in this format; smaller ones keep float32 moments.
+        deepest: Deepest level in this format, likewise.
+        decoders: ``decode(values, scales, level)`` per moment: the numbers of stored values; None if these are
+            the numbers themselves.
+        encoders: ``encode(x, bits, level)`` per moment: stored values and scales, by 16 random ``bits`` each.
     """
 
     name: str
@@ -52,40 +50,40 @@ class MomentFormat:
     encoders: tuple[Callable[[Tensor, Tensor, Level], tuple[Tensor, Tensor]], ...] | None = None
 
     def decode(self, moments: Sequence[Tensor], scales: Sequence[Tensor], level: Level) -> list[Tensor]:
-        """The numbers that stored moments, the first and, if there is one, the second, stand for."""
+        """Return the numbers of stored moments: the first, and the second if there is one."""
         if self.decoders is None:
             return list(moments)
-        return [f(x, own, level) for f, x, own in zip(self.decoders, moments, scales, strict=False)]
+        return [f(x, scale, level) for f, x, scale in zip(self.decoders, moments, scales, strict=False)]
 
     def encode(
         self, moments: Sequence[Tensor], bits: Sequence[Tensor] | None, level: Level
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Moments (float32) as they are stored, and their scales, rounded by random ``bits``, or to the nearest."""
+        """Return stored values and scales of float32 moments, rounded by random ``bits``, or to the nearest."""
         assert self.encoders is not None
         if bits is None:
             bits = [torch.full(x.shape, NEAREST, dtype=torch.int32, device=x.device) for x in moments]
-        stored = [f(x, own, level) for f, x, own in zip(self.encoders, moments, bits, strict=False)]
+        stored = [f(x, x_bits, level) for f, x, x_bits in zip(self.encoders, moments, bits, strict=False)]
         return [values for values, _ in stored], [scales for _, scales in stored]
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """The dtype of the numbers that stored values stand for."""
+        """dtype of the decoded numbers."""
         return torch.float32 if self.scales else self.dtypes[0]
 
     def fits(self, shape: Sequence[int], level: Level) -> bool:
-        """Whether moments of this shape, at a level, are worth storing so; others stay float32."""
+        """Return whether moments of this shape and level use this format; others stay float32."""
         return math.prod(shape) >= self.smallest and (self.deepest is None or depth_of(level) <= self.deepest)
 
     def block_size(self, level: Level) -> int:
-        """Values that share a scale; 1 where there are none."""
+        """Return the number of values that share a scale; 1 without scales."""
         return quantum(level) if self.scales else 1
 
     def scales_of(self, slots: Sequence[str]) -> tuple[str, ...]:
-        """State entries that hold the scales of these moments."""
+        """Return the state keys of these moments' scales."""
         return self.scales[: len(slots)]
 
     def n_scales(self, shape: Sequence[int], level: Level) -> int:
-        """Scales of moments of this shape, each of the two."""
+        """Return the number of scales of one moment of this shape."""
         return -(-math.prod(shape) // self.block_size(level))
 
 
@@ -111,22 +109,22 @@ FORMATS = {
         ),
     )
 }
-"""By the option ``state_dtype``. A new format adds a line."""
+"""Formats by the option ``state_dtype``. A new format adds an entry."""
 
 
 _BY_DTYPE = {each.dtypes[0]: each for each in FORMATS.values()}
 
 
 def format_of(dtype: torch.dtype) -> MomentFormat | None:
-    """The format whose first moment has this dtype; None where there is none."""
+    """Return the format whose first moment has this dtype; None if there is none."""
     return _BY_DTYPE.get(dtype)
 
 
 def stored_as(dtype: torch.dtype) -> MomentFormat:
-    """How moments whose first one has this dtype are stored: to the nearest, where no format has it."""
+    """Return the format whose first moment has this dtype, or one that rounds to the nearest."""
     return format_of(dtype) or _floating(dtype)
 
 
 def wide(dtype: torch.dtype) -> MomentFormat:
-    """The format of moments that nobody chose, of parameters of this dtype: float32, or float64 for float64."""
+    """Return the default format for parameters of this dtype: float32, or float64 for float64."""
     return FORMATS[str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")]

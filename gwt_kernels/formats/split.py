@@ -1,4 +1,4 @@
-"""Float32 master weights in two tensors: bfloat16 weights, and 16 error-correction bits beside each."""
+"""Float32 master weights in two tensors: bfloat16 weights, and 16 error-correction bits of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["join_low", "kernel_join_low", "kernel_split_low", "split_low", "spli
 
 
 def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
+    """Return the nearest bfloat16 of a float32 (ties upwards in magnitude) and its error-correction bits, int16."""
     weight, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x, dtype=torch.int16)
     split_low_(x.clone(), weight, low)
     return weight, low
@@ -27,12 +27,12 @@ def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
     """Store in ``weight`` and ``low`` what :func:`split_low` returns; ``x`` is overwritten."""
     raw = x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
     low.copy_(raw)
-    # The lower 16 bits as a signed number are negative just where the upper ones are rounded up.
+    # The lower 16 bits as a signed number are negative exactly if the upper ones are rounded up.
     weight.view(torch.int16).copy_(raw.add_(0x8000).bitwise_right_shift_(16))
 
 
 def join_low(weight: Tensor, low: Tensor) -> Tensor:
-    """The float32 that :func:`split_low` made two tensors of."""
+    """Return the float32 of :func:`split_low`'s two tensors."""
     return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)
 
 
@@ -41,7 +41,7 @@ def join_low(weight: Tensor, low: Tensor) -> Tensor:
 
 @statement
 def kernel_split_low(x):
-    """The nearest bfloat16 to a float32 (of two, the larger) and the difference of their bits, int16."""
+    """Return what :func:`split_low` returns."""
     raw = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
     high = (raw + 0x8000) >> 16
     low = (raw - (high << 16)).to(tl.int32, bitcast=True)
@@ -50,6 +50,6 @@ def kernel_split_low(x):
 
 @statement
 def kernel_join_low(weight, low):
-    """The float32 that ``kernel_split_low`` made two of."""
+    """Return the float32 of ``kernel_split_low``'s two numbers."""
     high = weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     return (high + low.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)

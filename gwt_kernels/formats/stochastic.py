@@ -1,4 +1,4 @@
-"""Stochastic rounding of float32 to 16 bits: up or down at random, so that the expectation is the exact number."""
+"""Stochastic rounding of float32 to 16 bits, whose expectation is the exact number."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 __all__ = ["kernel_stochastic_round", "stochastic_round"]
 
-_LARGEST_BF16 = 0x7F7F0000  # as float32; what lies beyond is not rounded upwards, so that nothing becomes infinite
+_LARGEST_BF16 = 0x7F7F0000  # as float32 bits; larger numbers are not rounded up, so that none becomes infinite
 _LARGEST = torch.finfo(torch.float32).max
 
 
 def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in bfloat16 or float16: up or down with the probabilities that make the expectation ``x``.
+    """Round ``x`` to bfloat16 or float16, up or down with probabilities whose expectation is ``x``.
 
     Args:
-        x: float32.
+        x: float32 tensor.
         bits: 16 random bits for each element, int32 of ``x``'s shape.
-        dtype: to round to. What lies beyond its largest number becomes that; infinity and NaN stay.
+        dtype: Result dtype. Finite numbers beyond its largest become that; infinity and NaN stay.
     """
     if dtype == torch.bfloat16:
         raw = _one_nan(x).view(torch.int32)
         below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
         raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
         return raw.to(torch.int16).view(torch.bfloat16)
-    # float16: in units of its last place, which below 2**-14 is fixed. All of this is exact.
+    # float16: in units in the last place, which are fixed below 2**-14. All of this is exact.
     size = x.abs()
-    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, and 0 else
+    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, or else 0
     size.clamp_(max=65504.0)
     exponent = size.view(torch.int32).bitwise_right_shift(23).clamp_(min=113)
     per_unit = exponent.neg_().add_(264).bitwise_left_shift_(23).view(torch.float32)
@@ -45,7 +45,7 @@ def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _one_nan(x: Tensor) -> Tensor:
-    """A copy with the NaN of bits ``0x7FC00000`` for every NaN, so that half of the bits are one too."""
+    """Return a copy with every NaN as ``0x7FC00000``, whose upper half is a NaN too."""
     return torch.nan_to_num(x, nan=math.nan, posinf=math.inf, neginf=-math.inf)
 
 
@@ -54,7 +54,7 @@ def _one_nan(x: Tensor) -> Tensor:
 
 @statement
 def kernel_stochastic_round(x, bits, dtype: tl.constexpr):
-    """``x`` (float32) in bfloat16 or float16, up or down at random by 16 ``bits``, without bias."""
+    """Round ``x`` (float32) stochastically to bfloat16 or float16, by 16 random ``bits``."""
     raw = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
         noise = tl.where((raw & 0x7FFFFFFF) < 0x7F7F0000, bits, 0)

@@ -1,8 +1,8 @@
-"""Operators ``gwt_kernels::haar_dwt`` and ``haar_idwt``: the transform as PyTorch's program transforms know it.
+"""Operators ``gwt_kernels::haar_dwt`` and ``haar_idwt``, for autograd, torch.func, torch.compile and torch.export.
 
-They run the Triton kernels on the tensors that these can take, and the statement in PyTorch's operators on others,
-so that a program exported on one machine runs on another. The transform is linear, and its transpose the inverse,
-so derivatives of each are calls of the two operators; under torch.func's derivatives, of the statement.
+They run Triton kernels on supported tensors and PyTorch's operators on others, so a program exported on one machine
+runs on another. The transform is linear and its transpose is the inverse, so derivatives are calls of
+these operators; torch.func differentiates PyTorch's operators instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ haar_dwt = torch.ops.gwt_kernels.haar_dwt.default
 haar_idwt = torch.ops.gwt_kernels.haar_idwt.default
 
 
-# What they compute ------------------------------------------------------------------------------------------
+# Implementations ---------------------------------------------------------------------------------------------
 
 
 def _dwt(x: Tensor, level: int) -> list[Tensor]:
@@ -59,7 +59,7 @@ def _fake_idwt(coeffs: Sequence[Tensor], length: int) -> Tensor:
 
 
 def _check_dwt(x: Tensor, level: int) -> None:
-    """Raise where there is no transform; levels too deep for the width are the gradient of an inverse that deep."""
+    """Raise on a wrong tensor or level; levels too deep for the width are valid, as gradients of an inverse."""
     check_tensor("x", x)
     if level < 0:
         raise ValueError(f"level must not be negative, got {level}")
@@ -69,7 +69,7 @@ def _check_dwt(x: Tensor, level: int) -> None:
 
 
 class _DWT(torch.autograd.Function):
-    """The transform, and the inverse as its gradient."""
+    """The transform, whose gradient is the inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
@@ -88,7 +88,7 @@ class _DWT(torch.autograd.Function):
 
 
 class _IDWT(torch.autograd.Function):
-    """The inverse, and the transform as its gradient."""
+    """The inverse, whose gradient is the transform."""
 
     @staticmethod
     def forward(ctx: Any, length: int, *coeffs: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class _IDWT(torch.autograd.Function):
 
 
 def _differentiable_dwt(x: Tensor, level: int) -> list[Tensor]:
-    if torch._C._are_functorch_transforms_active():  # a derivative of torch.func, where no Function can be applied
+    if torch._C._are_functorch_transforms_active():  # torch.func cannot apply an autograd.Function here
         return statement.haar_dwt(x, level)
     return list(_DWT.apply(x, level))  # type: ignore[no-untyped-call]
 
@@ -142,7 +142,7 @@ def _register() -> None:
         for key, function in (
             ("CompositeExplicitAutograd", compute),
             ("Autograd", differentiable),
-            ("Batched", stated),  # what torch.autograd.grad(is_grads_batched=True) calls with
+            ("Batched", stated),  # for torch.autograd.grad(is_grads_batched=True)
         ):
             _LIBRARY.impl(operator, function, key)  # type: ignore[no-untyped-call]
         torch.library.register_fake(operator, fake, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""Public multi-level Haar transform: checks its arguments and picks a backend."""
+"""Public multi-level Haar transform: check arguments and choose a backend."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["haar_dwt", "haar_idwt"]
 
 
 def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) -> list[Tensor]:
-    """Multi-level orthonormal Haar transform of the last dimension.
+    """Compute the multi-level orthonormal Haar transform of the last dimension.
 
     The coefficients equal ``pywt.wavedec(x, "haar", mode="zero", level=level, axis=-1)``: an odd
     length is padded with one zero on the right at each level. With ``a = x`` at level 0,
     ``a_next[k] = (a[2k] + a[2k+1]) / sqrt(2)`` and ``d[k] = (a[2k] - a[2k+1]) / sqrt(2)``
-    (arXiv 2501.07237, section 3). Differentiable, forward and backward any number of times, since the transform is
-    linear and its transpose is the inverse. Composes with ``torch.func``, ``torch.compile`` and ``torch.export``.
+    (arXiv 2501.07237, section 3). Differentiable any number of times in forward and reverse mode.
+    Composes with ``torch.func``, ``torch.compile`` and ``torch.export``.
 
     Args:
         x: Floating-point tensor ``[..., N]`` of any strides. Arithmetic is float32 (float64 for float64).
         level: Number of levels ``L >= 0``, with ``2**L < 2 * N``.
-        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere, as
-            ``"compiled"``, which has a step alone.
+        backend: ``"triton"``, ``"torch"``, or None for Triton on CUDA tensors and torch elsewhere.
+            ``"compiled"`` means torch here: C has no transform.
 
     Returns:
         ``[A, D_L, ..., D_1]`` of x's dtype and device, contiguous; ``D_l`` is ``[..., ceil(N / 2**l)]`` and
@@ -34,7 +34,7 @@ def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) ->
     Raises:
         TypeError: x is not a real floating-point tensor, or level is not an integer.
         ValueError: x has no dimension, the level does not fit the width, or the backend is unknown.
-        RuntimeError: the backend asked for cannot run on x.
+        RuntimeError: the requested backend cannot run on x.
     """
     check_tensor("x", x)
     check_level(level, x.shape[-1], "x")
@@ -48,7 +48,7 @@ def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) ->
 def haar_idwt(
     coeffs: Sequence[Tensor], length: int | None = None, *, backend: choice.Backend | None = None
 ) -> Tensor:
-    """Inverse of :func:`haar_dwt`.
+    """Invert :func:`haar_dwt`.
 
     Equals ``pywt.waverec(coeffs, "haar", mode="zero", axis=-1)[..., :length]``.
 
@@ -64,8 +64,8 @@ def haar_idwt(
     Raises:
         TypeError: a coefficient is not a real floating-point tensor, they differ in dtype or device, or length
                 is not an integer.
-        ValueError: there are no coefficients, their widths do not follow from one length, or it is negative.
-        RuntimeError: the backend asked for cannot run on the coefficients.
+        ValueError: there are no coefficients, their widths do not belong to one length, or it is negative.
+        RuntimeError: the requested backend cannot run on the coefficients.
     """
     coeffs = list(coeffs)
     length = check_coefficients(coeffs, length)
@@ -79,18 +79,18 @@ def haar_idwt(
 def _resolve(
     backend: choice.Backend | None, device: torch.device, dtype: torch.dtype, level: int
 ) -> choice.Backend:
-    """The backend as :func:`choice.resolve` has it; meta tensors need no device that runs kernels."""
+    """Return the backend of :func:`choice.resolve`; meta tensors need no device that runs kernels."""
     if device.type == "meta" and backend == "triton":
         device = torch.device("cpu" if choice.launches_on("cpu") else "cuda")
     return choice.resolve(backend, device, dtype, level)
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import the compiler.
+# Set by torch.compiler.assume_constant_result, which would import the compiler.
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def deepest_level(width: int) -> int:
-    """The largest level with ``2**level < 2 * width``: the deepest that a row of ``width`` elements allows."""
+    """Return the deepest level of a row of ``width`` elements: the largest with ``2**level < 2 * width``."""
     return max(width - 1, 0).bit_length()
 
 
@@ -100,7 +100,7 @@ def check_level(level: int, width: int, what: str) -> None:
         raise TypeError(f"level must be an integer, got {level!r} for {what}")
     if level < 0:
         raise ValueError(f"level must not be negative, got {level} for {what}")
-    if level and width <= 2 ** (min(level, 64) - 1):  # in a form that a graph for every width can hold as a guard
+    if level and width <= 2 ** (min(level, 64) - 1):  # this form can be a guard of a graph with symbolic width
         deepest = deepest_level(int(width))
         raise ValueError(
             f"level {level} is too deep for {what}, whose last dimension is {width}: 2**level must be below "
@@ -109,7 +109,7 @@ def check_level(level: int, width: int, what: str) -> None:
 
 
 def band_widths(length: int, level: int) -> list[int]:
-    """The widths of ``[A, D_L, ..., D_1]`` of a row of ``length`` elements: ``ceil(length / 2**l)``."""
+    """Return the widths of ``[A, D_L, ..., D_1]`` of a row of ``length`` elements: ``ceil(length / 2**l)``."""
     widths = [length]
     for _ in range(level):
         widths.append((widths[-1] + 1) // 2)
@@ -117,7 +117,7 @@ def band_widths(length: int, level: int) -> list[int]:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a tensor that can be transformed by some level."""
+    """Raise unless ``x`` is a real floating-point tensor with at least one dimension."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a real floating-point tensor, got {getattr(x, 'dtype', type(x))}")
     if x.dim() == 0:
@@ -125,7 +125,7 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 
 def check_coefficients(coeffs: Sequence[Tensor], length: int | None) -> int:
-    """Return the width that the coefficients of :func:`haar_idwt` stand for, or raise."""
+    """Return the width of the tensor that has these coefficients, or raise."""
     if not coeffs:
         raise ValueError("coeffs must hold at least the approximation, got an empty sequence")
     first = coeffs[0]

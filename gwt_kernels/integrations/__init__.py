@@ -1,3 +1,3 @@
-"""GWTAdamW in other libraries' training loops: nothing here is imported before a user asks for it."""
+"""GWTAdamW in training loops of other libraries; each module is imported by the user only."""
 
 __all__: list[str] = []

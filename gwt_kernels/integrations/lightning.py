@@ -1,4 +1,4 @@
-"""GWTAdamW's telemetry in Lightning's loggers; the optimizer itself needs nothing but ``configure_optimizers``."""
+"""Log GWTAdamW's telemetry to Lightning's loggers; the optimizer itself needs only ``configure_optimizers``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["TelemetryCallback"]
 
 
 class TelemetryCallback(Callback):
-    """Logs `GWTAdamW`'s telemetry to the loggers of a Lightning Trainer.
+    """Log `GWTAdamW`'s telemetry to the loggers of a Lightning Trainer.
 
     The scalars are named ``telemetry/<what>/<parameter>``. Optimizers without telemetry are left out.
 
@@ -33,9 +33,9 @@ class TelemetryCallback(Callback):
         every: Optimizer steps between two logs.
 
     Raises:
-        ValueError: ``every`` is no integer of at least 1; when training begins: the trainer has no logger; after
-            the first step: telemetry is off in every optimizer.
-        TypeError: when training begins: no optimizer has telemetry.
+        ValueError: ``every`` is not an integer of at least 1; at the start of training: the trainer has no logger;
+            after the first step: telemetry is off in every optimizer.
+        TypeError: at the start of training: no optimizer has telemetry.
     """
 
     def __init__(self, *, every: int = 50) -> None:
@@ -55,7 +55,7 @@ class TelemetryCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, if optimizer steps were made and it is time to."""
+        """Log if optimizer steps have passed a multiple of ``every``."""
         step = trainer.global_step
         due = step // self.every > self._step // self.every
         if due or (step > self._step and not self._checked):

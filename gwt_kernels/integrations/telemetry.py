@@ -1,4 +1,4 @@
-"""What the telemetry callbacks of all frameworks share: finding an optimizer's telemetry and naming its scalars."""
+"""Find optimizers with telemetry and name their scalars, for the callbacks of all frameworks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ __all__ = ["HasTelemetry", "check_every", "missing", "scalars", "with_telemetry"
 
 
 class HasTelemetry(Protocol):
-    """An optimizer that can say what its last steps did."""
+    """An optimizer with a ``telemetry()`` method."""
 
     def telemetry(self) -> Mapping[str, Mapping[str, float]]:
-        """Measurements by parameter name; none where telemetry is off."""
+        """Return measurements by parameter name; empty if telemetry is off."""
 
 
 def with_telemetry(optimizers: Iterable[Any]) -> list[HasTelemetry]:
-    """The optimizers that have telemetry, without the wrappers of Accelerate and Lightning.
+    """Return the optimizers that have telemetry, unwrapped from Accelerate and Lightning.
 
     Raises:
-        TypeError: none has.
+        TypeError: no optimizer has telemetry.
     """
     bare = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
     found = [optimizer for optimizer in bare if callable(getattr(optimizer, "telemetry", None))]
@@ -30,12 +30,12 @@ def with_telemetry(optimizers: Iterable[Any]) -> list[HasTelemetry]:
 
 
 def scalars(optimizers: Iterable[HasTelemetry]) -> dict[str, float]:
-    """Every measurement of the last step, named ``telemetry/<what>/<parameter>``.
+    """Return the measurements of the last step, named ``telemetry/<what>/<parameter>``.
 
-    Where several optimizers share parameter names, the later ones' carry the optimizer's number.
+    If optimizers share parameter names, those of later optimizers end in the optimizer's number.
 
     Raises:
-        ValueError: no optimizer has measured anything: telemetry is off.
+        ValueError: telemetry is off in every optimizer.
     """
     named: dict[str, float] = {}
     for i, optimizer in enumerate(optimizers):
@@ -52,7 +52,7 @@ def check_every(every: int) -> int:
     """Return the number of steps between two logs, or raise.
 
     Raises:
-        ValueError: it is no integer of at least 1.
+        ValueError: it is not an integer of at least 1.
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of at least 1, got {every!r}: the steps between two logs")
@@ -60,5 +60,5 @@ def check_every(every: int) -> int:
 
 
 def missing(module: str, needs: str, install: str) -> ModuleNotFoundError:
-    """The error of an integration whose library is not installed."""
+    """Return the error of an integration whose library is not installed."""
     return ModuleNotFoundError(f"{module} needs {needs}: pip install {install}", name=needs)

@@ -38,7 +38,7 @@ def _taken_over(kind: type[PlannedOptimizer]) -> dict[str, str]:
 
 
 class GWTTrainerMixin:
-    """Makes a Trainer optimize with an optimizer of this package over the groups of `gwt_param_groups`.
+    """Make a Trainer optimize with an optimizer of this package over the groups of `gwt_param_groups`.
 
     ::
 
@@ -60,7 +60,7 @@ class GWTTrainerMixin:
 
     Raises:
         TypeError: an option is unknown or of the wrong type, or the mixin does not come before Trainer.
-        ValueError: an option is out of range or cannot be honoured together with the training arguments.
+        ValueError: an option is out of range, or contradicts the training arguments.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,10 +88,10 @@ class GWTTrainerMixin:
         _try_out(self.model, self.args, self.gwt_options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the optimizer, if there is none yet, as Trainer does before it trains.
+        """Make the optimizer if there is none yet; Trainer calls this before training.
 
         Args:
-            model: The model as Trainer has wrapped it; by default the Trainer's own.
+            model: The model as wrapped by Trainer; None for the Trainer's ``model``.
         """
         if self.optimizer is None:
             self.optimizer = _make(self.model if model is None else model, self.args, **self.gwt_options)
@@ -105,26 +105,26 @@ def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[s
 
         Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=gwt_optimizer(args, level=2))
 
-    `GWTAdamW` itself must not be passed there: Trainer would give it two groups, with and without weight decay, and
-    every tensor in them would be transformed, embeddings and norms too.
+    Do not pass `GWTAdamW` itself: Trainer would make two groups, with and without weight decay, and transform every
+    tensor in them, including embeddings and norms.
 
     Args:
-        args: The Trainer's own: learning rate, betas, eps and weight decay are taken from it.
+        args: The Trainer's arguments, with learning rate, betas, eps and weight decay.
         **options: As `GWTTrainerMixin`'s ``gwt_options``.
 
     Raises:
-        TypeError, ValueError: as `GWTTrainerMixin`; what depends on the model, when training begins.
-        RuntimeError: when training begins, if this version of transformers gives optimizers no model.
+        TypeError, ValueError: as `GWTTrainerMixin`; those that depend on the model, at the start of training.
+        RuntimeError: at the start of training, if this version of transformers passes no model to optimizers.
     """
     _check_together(args, options)
-    # Wide enough for any level, and of the dtype that knows every rounding.
+    # Wide enough for any level; bfloat16 supports every weight rounding.
     any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta", dtype=torch.bfloat16)})
     _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in _OF_SHAPES})
     return _Factory, {"args": args, **options}
 
 
 class _Factory:
-    """Trainer calls a class that is no Optimizer without arguments, and the result with the model."""
+    """Factory: Trainer instantiates a class that is no Optimizer, and calls the instance with the model."""
 
     def __init__(self, *groups: Any, **options: Any) -> None:
         if groups or options:
@@ -138,10 +138,10 @@ class _Factory:
 
 
 class TelemetryCallback(TrainerCallback):
-    """Logs `GWTAdamW`'s telemetry to the trackers of a Trainer: TensorBoard, and the others of ``report_to``.
+    """Log `GWTAdamW`'s telemetry to the trackers of a Trainer: TensorBoard, and the others of ``report_to``.
 
-    The scalars are named ``train/telemetry/<what>/<parameter>``. They go to the trackers alone: neither to the
-    console nor into ``trainer_state.json``, which four numbers for every tensor would flood.
+    The scalars are named ``train/telemetry/<what>/<parameter>``. They go to the trackers only, not to
+    the console or ``trainer_state.json``, which four numbers per tensor would flood.
 
     ::
 
@@ -152,9 +152,9 @@ class TelemetryCallback(TrainerCallback):
         every: Optimizer steps between two logs.
 
     Raises:
-        ValueError: ``every`` is no integer of at least 1, or the trainer has no tracker; when training begins, or
-            after the first step: the optimizer's telemetry is off.
-        TypeError: when training begins: the optimizer has no telemetry.
+        ValueError: ``every`` is not an integer of at least 1, or the trainer has no tracker; after the first step:
+            the optimizer's telemetry is off.
+        TypeError: at the start of training: the optimizer has no telemetry.
     """
 
     def __init__(self, trainer: Trainer, *, every: int = 50) -> None:
@@ -176,7 +176,7 @@ class TelemetryCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log, if it is time to."""
+        """Log every ``every`` steps."""
         due = state.global_step % self.every == 0
         if due or not self._checked:
             logs = scalars(self._optimizers)
@@ -209,7 +209,7 @@ def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None
 
 
 def _try_out(model: nn.Module, args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Make the optimizer on tensors without memory or device, for its errors' sake."""
+    """Make the optimizer on meta tensors, only to raise its errors early."""
     _make(model, args, on="meta", **{**options, "verbose": False})
 
 

@@ -1,4 +1,4 @@
-"""A model from a configuration file or a preset's name, on the meta device: every shape, and not one weight."""
+"""Build a model from a configuration file or a preset, on the meta device: shapes without weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["build_on_meta", "presets"]
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# What a configuration says of code and of storage, which decides nothing here and might run code or need a package.
+# Entries about remote code and weight storage: irrelevant for shapes, and they might run code or need a package.
 _IGNORED = ("auto_map", "quantization_config")
 
 
 def presets() -> dict[str, Path]:
-    """The configuration files that come with the package, by name, the smallest model first."""
+    """Return the package's configuration files by name, smallest model first."""
 
     def size(name: str) -> float:
         number = name.rpartition("_")[2]
@@ -33,16 +33,16 @@ def presets() -> dict[str, Path]:
 def build_on_meta(model: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """Build the model of a Hugging Face configuration on the meta device: no memory, no network, no remote code.
 
-    The class is the one that the configuration's ``architectures`` names; where it names none, the causal language
-    model of its ``model_type``, or else the bare model.
+    The class is named by the configuration's ``architectures``; otherwise it is the causal language model of its
+    ``model_type``, or the bare model.
 
     Args:
         model: A preset's name, the path of a ``config.json``, or a folder that holds one.
-        dtype: dtype of the weights; None for the configuration's, and bfloat16 where it has none.
+        dtype: dtype of the weights; None for the configuration's, or bfloat16 if it has none.
 
     Raises:
         FileNotFoundError: there is no such preset, file or folder.
-        ValueError: the file is no model configuration, or transformers cannot build its model.
+        ValueError: the file is not a model configuration, or transformers cannot build its model.
         ModuleNotFoundError: transformers is not installed.
     """
     path = _find(model)
@@ -66,7 +66,7 @@ def build_on_meta(model: str | Path, dtype: torch.dtype | None = None) -> nn.Mod
             built: nn.Module = _model_class(transformers, config)._from_config(
                 config, dtype=dtype or config.dtype or torch.bfloat16, attn_implementation="eager"
             )
-    except Exception as error:  # transformers raises whatever the family's code runs into
+    except Exception as error:  # any type: the model's code may raise anything
         raise ValueError(
             f"{path}: transformers cannot build a {kind!r} model: {' '.join(str(error).split())}"
         ) from error
@@ -91,7 +91,7 @@ def _find(model: str | Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
+    except ValueError as error:  # not JSON, or not text
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{path} is no model configuration: a Hugging Face config.json has a 'model_type'")
@@ -112,7 +112,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep advice on how to use the model away from who only asks what it costs."""
+    """Silence transformers' warnings about using the model, which is never run here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

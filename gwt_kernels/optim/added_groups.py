@@ -1,4 +1,4 @@
-"""Groups that others add to an optimizer without its options: names, and which of their tensors are transformed."""
+"""Complete groups that other code adds to an optimizer: parameter names, and level 0 for some tensors."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from gwt_kernels.rules import MATRIX_STAGES
 __all__ = ["divided", "warn_of_level_0"]
 
 _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|classifier|score)([._]|$)")
-"""Names of embeddings and output heads, which the paper leaves to AdamW."""
+"""Names of embeddings and output heads, for which the paper uses AdamW."""
 
 
 def divided(
     added: dict[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """A copy of a group that is added to others, with names if they have names, and its part of level 0.
+    """Return a copy of an added group, with names if the other groups have them, and its part at level 0.
 
-    Either is None where it would be empty.
+    Either is None if it would be empty.
 
     Args:
-        added: The group; its ``params`` become a list, and nothing else of it changes.
-        groups: That the optimizer has.
+        added: The group; only its ``params`` change, to a list.
+        groups: The optimizer's groups.
         defaults: The optimizer's options.
     """
     params = added.get("params")
     if not isinstance(params, Tensor) and (not isinstance(params, Iterable) or isinstance(params, set | str)):
-        return added, None  # which the base class refuses
+        return added, None  # the base class raises
     added["params"] = [params] if isinstance(params, Tensor) else list(params)
     group = dict(added)
     _name_by_place(group, groups)
@@ -42,7 +42,7 @@ def divided(
 
 
 def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
-    """Warn of tensors that were added and have got level 0 unasked; whether there are any."""
+    """Warn of added tensors that are at level 0 by default; return whether there are any."""
     if rest is None:
         return False
     warnings.warn(
@@ -55,7 +55,7 @@ def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
 
 
 def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Give the parameters names if those of the other groups have: ``"added.2.0"`` for the first of group 2."""
+    """Name the parameters if those of other groups are named: ``"added.2.0"`` for the first of group 2."""
     params = added["params"]
     if not groups or "param_names" not in groups[0] or "param_names" in added:
         return
@@ -66,9 +66,9 @@ def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -
 def _split_by_level(
     group: dict[str, Any], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The group without what is not for the optimizer's level and rule, and that as AdamW's.
+    """Split a group into tensors for the optimizer's level and rule, and a group of the others for AdamW.
 
-    All of it where it says a level, or where the optimizer's takes every tensor.
+    A group with its own level is not split, nor any group of an optimizer that takes every tensor.
     """
     params, level = group["params"], defaults["level"]
     if "level" in group or not (level or defaults["rule"] in MATRIX_STAGES):
@@ -79,8 +79,8 @@ def _split_by_level(
     keys: list[str] = [key for key in ("params", "param_names") if key in group]
 
     def those(fit: bool) -> dict[str, Any]:
-        own = {key: [x for x, is_one in zip(group[key], fits, strict=True) if is_one == fit] for key in keys}
-        return {**group, **own}
+        part = {key: [x for x, is_one in zip(group[key], fits, strict=True) if is_one == fit] for key in keys}
+        return {**group, **part}
 
     if all(fits):
         return group, None
@@ -88,7 +88,7 @@ def _split_by_level(
 
 
 def _is_transformed(p: Any, name: str, level: Level) -> bool:
-    """Whether a tensor takes the optimizer's level; what cannot be stepped at all is refused by other checks."""
+    """Return whether a tensor gets the optimizer's level; other checks refuse invalid parameters."""
     if not isinstance(p, Tensor) or is_lazy(p):
         return True
     if p.dim() < 2 or _LEFT.search(name):

@@ -1,4 +1,4 @@
-"""Find the repeated blocks of a model and its mixtures of experts, by how its modules are built."""
+"""Find the repeated blocks and mixtures of experts of a model, by its modules' structure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Signature = frozenset[tuple[str, tuple[int, ...]]]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight: ``nn.Linear``, what is named so, and the Conv1D of GPT-2."""
+    """Return whether a module is an ``nn.Linear``, a class named like it, or the Conv1D of GPT-2."""
     if _is_kind(module, r"^Conv1D$"):
         weight = module._parameters.get("weight")
         return weight is not None and weight.ndim == 2
@@ -28,22 +28,22 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm by its class's name, and not a Linear that has one built in."""
+    """Return whether a module's class is named like a norm, and is not a Linear with a built-in norm."""
     return _is_kind(module, r"(?i:norm)") and not is_linear(module)
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether a module is one of torch's embeddings, or is named like one."""
+    """Return whether a module is one of torch's embeddings, or its class is named like one."""
     return _is_kind(module, r"Embedding(Bag)?$") and not is_linear(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is one of torch's convolutions, or is named like one."""
+    """Return whether a module is one of torch's convolutions, or its class is named like one."""
     return _is_kind(module, r"_ConvNd$|Conv(Transpose)?(\d[dD])?$") and not is_linear(module)
 
 
 def _is_kind(module: nn.Module, pattern: str) -> bool:
-    kind: Any = type(module)  # mypy takes no class to be hashable that may be a metaclass's
+    kind: Any = type(module)  # mypy regards classes of metaclasses as unhashable
     return _is_named(kind, pattern)
 
 
@@ -53,34 +53,34 @@ def _is_named(kind: Any, pattern: str) -> bool:
 
 
 def owner_of(name: str) -> str:
-    """Return the name of the module whose parameters these are: a parametrization's are those of another."""
+    """Return the module that owns the parameters of a module: the parametrized one for a parametrization."""
     return f".{name}".partition(".parametrizations.")[0][1:]
 
 
 class Layout:
-    """How the modules of a model are built of one another.
+    """Structure of a model's modules.
 
-    A **repeated block** is a module that a container numbers (``layers.0``, ``layers.1``) and that is like another
-    of them. Two modules are alike where half of the matrices of one are the other's too, by name and shape. A block
-    has the matrices of two Linears, or of one and a norm.
+    A **repeated block** is a numbered child of a container (``layers.0``, ``layers.1``) that is similar to another
+    one. Two modules are similar if half of one's matrices are in the other, by name and shape. A block has the
+    matrices of two Linears, or of one Linear and a norm.
 
-    A **layer** has a norm and the matrices of two Linears, and is no stage, which holds such blocks itself. Layers
-    are also alike where they are of one class. A layer is a block where it is an only member, and in a
-    ``ModuleList`` where two others are alike, since hybrid models may have a kind of layer only once.
+    A **layer** has a norm and the matrices of two Linears, and is not a stage, which has such blocks itself. Layers
+    of the same class are also similar. A layer is a block if no other child has matrices, and in a
+    ``ModuleList`` if two others are similar, since hybrid models may have a kind of layer only once.
 
     Args:
-        modules: Qualified name and module, the root first. A wrapper and what it wraps share a name, the wrapper
-            first.
+        modules: Qualified name and module, the root first. A wrapper precedes its wrapped module of the same
+            name.
 
     Attributes:
-        modules: By name, without wrappers.
+        modules: Modules by name, without wrappers.
         blocks: Names of the repeated blocks.
         routers: Names of modules with one output for each of the experts beside them.
-        experts: Names of modules whose own three-dimensional parameters have a matrix for each expert.
+        experts: Names of modules whose direct three-dimensional parameters have a matrix for each expert.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self.modules: dict[str, nn.Module] = dict(modules)  # what is wrapped takes the place of its wrapper
+        self.modules: dict[str, nn.Module] = dict(modules)  # a wrapped module replaces its wrapper
         self.blocks: set[str] = set()
         self.routers: set[str] = set()
         self.experts: set[str] = set()
@@ -103,7 +103,7 @@ class Layout:
                 self._find_experts(parent, children)
 
     def depth_of_block(self, path: Sequence[str], *, with_norm: bool = False) -> int:
-        """Return how many parts of a module's path lead to the innermost block around it; 0 if there is none."""
+        """Return the number of path components of the innermost block around a module; 0 if there is none."""
         for depth in range(len(path), 0, -1):
             name = ".".join(path[:depth])
             if name in self.blocks and (not with_norm or name in self._with_norm):
@@ -111,7 +111,7 @@ class Layout:
         return 0
 
     def _note(self, name: str, module: nn.Module) -> None:
-        """Count what a module has itself for every module that it is part of."""
+        """Count a module's direct matrices and norm for every module around it."""
         owner = self.modules[owner_of(name)]
         own = [(leaf, tuple(p.shape)) for leaf, p in module._parameters.items() if p is not None and p.ndim > 1]
         matrices = int(bool(own) and (is_linear(owner) or isinstance(owner, nn.MultiheadAttention)))
@@ -123,7 +123,7 @@ class Layout:
                 self._with_norm.add(around)
 
     def _blocks_of(self, parent: str, children: list[str]) -> set[str]:
-        """Which of a container's children are repeated blocks."""
+        """Return the children of a container that are repeated blocks."""
         container = self.modules[parent]
         families: dict[str, list[str]] = defaultdict(list)
         for child in children:
@@ -144,7 +144,7 @@ class Layout:
         return member in self._with_norm and member not in self._stages and self._matrices[member] > 1
 
     def _alike(self, members: list[str]) -> list[str]:
-        """The members that have enough to be a block and are like another member."""
+        """Return the members that qualify as blocks and are similar to another member."""
         same: dict[tuple[_Signature, type | None], list[str]] = defaultdict(list)
         for member in members:
             if self._matrices[member] < 2 and member not in self._with_norm:
@@ -165,7 +165,7 @@ class Layout:
         ]
 
     def _find_experts(self, parent: str, children: dict[str, list[str]]) -> None:
-        """Find what has as many outputs as there are experts beside it: fused ones, or a list of blocks."""
+        """Find routers, whose outputs are as many as the experts beside them: fused ones, or a list of blocks."""
         within = (parent, *children[parent])
         fused = {name: {p.shape[0] for p in _fused(self.modules[name])} for name in within}
         listed = {
@@ -184,14 +184,14 @@ class Layout:
 
 
 def _ancestors(name: str) -> Iterator[tuple[str, str]]:
-    """A module's name and those of the modules around it, the root's excepted, each with the rest of the path."""
+    """Yield the names of a module and those around it, except the root, each with the rest of the path."""
     parts = name.split(".") if name else []
     for depth in range(len(parts), 0, -1):
         yield ".".join(parts[:depth]), ".".join(parts[depth:])
 
 
 def _fused(module: nn.Module) -> list[Tensor]:
-    """A module's own parameters that may be one matrix for each of several experts."""
+    """Return a module's direct parameters that may be a stack of experts' matrices."""
     own = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
     likely = own and not (is_linear(module) or is_convolution(module) or is_norm(module))
     return [p for p in own if 1 < p.shape[0] < min(p.shape[1:])] if likely else []

@@ -1,4 +1,4 @@
-"""What the checks before a step depend on, remembered so that they are repeated only when it changes."""
+"""Fingerprint of what the checks before a step depend on, so that they run only after a change."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["Fingerprint"]
 
 
 class Fingerprint:
-    """Parameters, options, gradients' kinds and states of all groups as they were.
+    """Parameters, options, kinds of gradients, and states of all groups at one time.
 
     Args:
         params: The tensors of all groups, in order.
-        grads: Their gradients, or the shards of these; not kept alive.
-        options: What else the checks depend on; compared by value.
-        state: The optimizer's state by parameter, or its part that matters.
-        held: What this process holds of the parameters, if these are sharded; None for all of them.
-        survey: How to look at all of these.
+        grads: Their gradients or shards of these; not kept alive.
+        options: Other values that the checks depend on, compared by ``==``.
+        state: The optimizer's state by parameter, or its relevant part.
+        held: This process's shards of the parameters; None if none is sharded.
+        survey: Functions that compare tensors and states.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Fingerprint:
         self._are_grads = survey.like(grads)
 
     def is_of(self, params: list[Tensor]) -> bool:
-        """Whether these are the very parameters."""
+        """Return whether these are the same parameter objects."""
         return self._survey.same(params, self._params)
 
     def holds(
@@ -54,12 +54,12 @@ class Fingerprint:
         state: Mapping[Tensor, dict[str, Any]],
         held: list[Tensor] | None = None,
     ) -> bool:
-        """Whether all is as it was, but for gradients: others of the same kind will do."""
+        """Return whether nothing has changed, except for new gradients of the same kind."""
         held = params if held is None else held
         return (
             options == self._options
             and self._survey.same(params, self._params)
-            # An assignment to p.data changes one of these.
+            # Assignment to p.data changes an address or a kind.
             and self._survey.addresses(held) == self._addresses
             and self._are_params(held)
             and self._is_state(state)

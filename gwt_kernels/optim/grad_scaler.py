@@ -1,4 +1,4 @@
-"""The attribute through which a ``torch.amp.GradScaler`` tells the optimizer to skip, and who else has to know."""
+"""``found_inf``, the attribute through which ``torch.amp.GradScaler`` makes an optimizer skip a step."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ if TYPE_CHECKING:
 __all__ = ["FoundInf"]
 
 _WATCHES_CALLS = "accelerate.optimizer"
-"""The module whose wrapper takes a step that is called for one that was taken, and any other for a skipped one."""
+"""Module whose optimizer wrapper regards a step as taken exactly if ``optimizer.step`` was called."""
 
 
 class FoundInf:
-    """``optimizer.found_inf``: set by a scaler before it calls ``step()``, above 0 where the step is to be skipped.
+    """``optimizer.found_inf``: set by a scaler before it calls ``step()``; above 0 to skip the step.
 
-    The step is skipped on the device, and nothing waits to learn of it. Accelerate's ``AcceleratedOptimizer`` alone
-    has to know before schedules advance. It watches whether ``optimizer.step``, which it replaces for that time, is
-    called, so a step that will be skipped is called past its watch. To know, the host waits for the device, as it
-    does under Accelerate for every optimizer.
+    The step is skipped on the device, and the host does not wait. Only Accelerate's ``AcceleratedOptimizer`` needs
+    to know before schedules advance: it replaces ``optimizer.step`` to detect whether it is called. A step that
+    will be skipped therefore bypasses the replacement. For that the host waits for the device, as it does under
+    Accelerate for every optimizer.
     """
 
     def __get__(self, optimizer: Optimizer | None, owner: type | None = None) -> Tensor:
         try:
             return vars(optimizer)["found_inf"]  # type: ignore[no-any-return]
-        except (KeyError, TypeError):  # no scaler steps just now; asked of the class
+        except (KeyError, TypeError):  # no scaler is stepping, or accessed on the class
             raise AttributeError("found_inf is there while a GradScaler steps the optimizer") from None
 
     def __set__(self, optimizer: Optimizer, value: Any) -> None:
-        own = vars(optimizer)
-        own["found_inf"] = value
-        if getattr(own.get("step"), "__module__", None) == _WATCHES_CALLS and float(value) > 0:
-            del own["step"]  # Accelerate puts it back itself
+        attributes = vars(optimizer)
+        attributes["found_inf"] = value
+        if getattr(attributes.get("step"), "__module__", None) == _WATCHES_CALLS and float(value) > 0:
+            del attributes["step"]  # Accelerate restores it itself
 
     def __delete__(self, optimizer: Optimizer) -> None:
-        self.__get__(optimizer)  # raises where there is none
+        self.__get__(optimizer)  # raises if there is none
         del vars(optimizer)["found_inf"]

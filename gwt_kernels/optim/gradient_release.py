@@ -1,4 +1,4 @@
-"""Gradient release: each tensor is updated in the backward pass, and its gradient freed at once."""
+"""Gradient release: update each tensor in the backward pass, and free its gradient at once."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["GradientRelease", "release_gradients"]
 def release_gradients(model: nn.Module, optimizer: PlannedOptimizer) -> GradientRelease:
     """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.
 
-    The gradients of the whole model never exist together, which saves their memory. ``optimizer.step()`` may go on
-    being called, by loops and frameworks, and finds nothing left to do. The result is that of ordinary steps,
-    bit for bit. A parameter whose gradient one backward pass completes several times (a tied weight under reentrant
-    checkpointing) would be updated each time: use ``torch.utils.checkpoint(..., use_reentrant=False)``.
+    The gradients of the whole model never exist together, which saves their memory. Loops and frameworks may still
+    call ``optimizer.step()``, which then has nothing to do. The result is that of ordinary steps, bit for bit. A
+    parameter whose gradient one backward pass completes several times (a tied weight under reentrant checkpointing)
+    would be updated each time: use ``torch.utils.checkpoint(..., use_reentrant=False)``.
 
     Args:
         model: Its parameters that need gradients must all be the optimizer's.
-        optimizer: What updates them.
+        optimizer: The optimizer that updates them.
 
     Returns:
-        The hooks' handle: accumulate micro-batches within :meth:`GradientRelease.accumulate`, and end with
+        The handle of the hooks: accumulate micro-batches within :meth:`GradientRelease.accumulate`, and end with
         :meth:`GradientRelease.remove`.
 
     Raises:
-        RuntimeError: something needs all gradients at once or reduces them elsewhere: clipping to a global norm,
-            ``skip_nonfinite``, a ``GradScaler``, DDP; a parameter has another optimizer or a gradient already; or
-            gradients are released already.
+        RuntimeError: an option needs all gradients at once (clipping to a global norm, ``skip_nonfinite``, a
+            ``GradScaler``, DDP); a parameter is not the optimizer's or has a gradient; or gradients are already
+            released.
     """
     _check(model, optimizer)
     return GradientRelease(optimizer)
@@ -44,7 +44,7 @@ class GradientRelease:
     """Hooks that update parameters in the backward pass; made by :func:`release_gradients`.
 
     Attributes:
-        accumulating: Whether gradients are only added up now: see :meth:`accumulate`.
+        accumulating: Whether backward passes only accumulate gradients: see :meth:`accumulate`.
     """
 
     def __init__(self, optimizer: PlannedOptimizer) -> None:
@@ -57,12 +57,12 @@ class GradientRelease:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within the block, backward passes add to the gradients and nothing is updated.
+        """Accumulate gradients within the ``with`` block, without updates.
 
-        Run all micro-batches but the last within it; the last one's backward pass, outside, updates with the sum.
-        ``optimizer.step()`` and ``optimizer.zero_grad()`` do nothing in the block, so that a loop may call them
-        after every micro-batch. Where no backward pass follows, ``optimizer.step()`` outside updates with the sum
-        and frees it, and ``optimizer.zero_grad()`` outside drops it; ``model.zero_grad()`` drops it anywhere.
+        Run all micro-batches except the last within it; the backward pass of the last one updates with the sum.
+        ``optimizer.step()`` and ``optimizer.zero_grad()`` do nothing within it, so that a loop may call them after
+        every micro-batch. If no backward pass follows, ``optimizer.step()`` updates with the sum and frees it, and
+        ``optimizer.zero_grad()`` drops it; ``model.zero_grad()`` drops it anywhere.
         """
         before, self.accumulating = self.accumulating, True
         try:
@@ -71,17 +71,17 @@ class GradientRelease:
             self.accumulating = before
 
     def remove(self) -> None:
-        """Take the hooks away: from now on ``optimizer.step()`` updates, as before."""
+        """Remove the hooks: ``optimizer.step()`` updates again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._optimizer.gradient_release is self:  # not a later handle's
+        if self._optimizer.gradient_release is self:  # not a later handle
             self._optimizer.gradient_release = None
 
     def _step(self, p: Tensor) -> None:
         if self.accumulating:
             return
-        if not self._scalers_looked_for:  # one may have been made since
+        if not self._scalers_looked_for:  # one may have been created since
             self._scalers_looked_for = True
             _refuse_scalers()
         self._optimizer.step_parameter(p)
@@ -111,9 +111,9 @@ def _check(model: nn.Module, optimizer: PlannedOptimizer) -> None:
             )
     _refuse_scalers()
     check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters())
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in own:
+        if p.requires_grad and id(p) not in ids:
             raise RuntimeError(f"parameter {name!r} is not the optimizer's: add it, or freeze it")
         if p.requires_grad and not p.is_leaf:
             raise RuntimeError(f"parameter {name!r} is no leaf, so that backward accumulates no gradient in it")
@@ -122,7 +122,7 @@ def _check(model: nn.Module, optimizer: PlannedOptimizer) -> None:
 
 
 def _refuse_scalers() -> None:
-    # A scaler multiplies the loss before the backward pass and tells the optimizer after it: too late.
+    # A scaler scales the loss before the backward pass and unscales gradients after it: too late.
     if any(issubclass(type(x), torch.amp.GradScaler) and x.is_enabled() for x in gc.get_objects()):
         raise RuntimeError(
             "an enabled torch.amp.GradScaler is alive, but released gradients are used before it could unscale "

@@ -1,4 +1,4 @@
-"""Names of parameters without what wraps a model, and which parameters of two sets of groups belong together."""
+"""Parameter names without prefixes of wrappers, and matching of two sets of groups by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Group = Mapping[str, Any]
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Names without the prefixes of wrappers.
+    """Return names without the prefixes of wrappers.
 
     Raises:
-        ValueError: one name stands for several parameters then.
+        ValueError: several parameters have the same name.
     """
     cleaned = _without_wrappers(names)
     repeated = [name for name, n in Counter(cleaned).items() if n > 1]
@@ -28,7 +28,7 @@ def plain_names(names: Sequence[str]) -> list[str]:
 
 
 def check_names(names: object) -> None:
-    """Raise a ValueError unless ``names``, which a state holds, are names."""
+    """Raise a ValueError unless ``names``, from a state, is a list or tuple of strings."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"the state has the param_names {names!r}, which are no names: it is damaged; take another"
@@ -36,13 +36,13 @@ def check_names(names: object) -> None:
 
 
 def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[str, Any]]:
-    """The groups of a saved state, and the parameters in each, in the order of an optimizer's groups.
+    """Return the groups of a saved state, and the parameters in each, in the order of an optimizer's groups.
 
-    They are matched by name where both have names, and stay in their order where not. So do those of a state whose
-    parameters stand under their names, as in distributed checkpoints: whoever reads these has matched them.
+    They are matched by name if both have names; otherwise their order is kept. It is also kept for states whose
+    parameters are keyed by name, as in distributed checkpoints, whose loaders have matched them.
 
     Raises:
-        ValueError: names do not fit; the message says which.
+        ValueError: names do not match; the message has them.
     """
     in_order = [dict(group) for group in saved]
     if any(group.get("param_names") is None for group in (*groups, *saved) if group["params"]):
@@ -76,7 +76,7 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
     if lacks:
         raise ValueError(
             f"{' and '.join(lacks)}: build the optimizer from the model that the state was made with, or convert "
-            f"the state with gwt_kernels.migrate, whose names=[...] says who is who"
+            f"the state with gwt_kernels.migrate, whose names=[...] matches them"
         )
     sources = {frozenset(names): i for i, names in enumerate(held)}
     ordered = []
@@ -96,13 +96,13 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
 
 
 def _stray(names: list[str], held: list[list[str]], places: dict[str, tuple[int, int]]) -> str:
-    """A parameter that is in the group of ``names`` or in that of the state, but not in both."""
+    """Return a parameter that is only in the group of ``names``, or only in the state's group of its first name."""
     home = held[places[names[0]][0]]
     return next(name for name in (*names, *home) if name not in home or name not in names)
 
 
 def _names_by_group(groups: Sequence[Group]) -> list[list[str]]:
-    """The names of each group's parameters, without the prefixes of wrappers."""
+    """Return the names of each group's parameters, without the prefixes of wrappers."""
     names = iter(_without_wrappers([name for group in groups for name in group.get("param_names") or ()]))
     return [list(islice(names, len(group["params"]))) for group in groups]
 

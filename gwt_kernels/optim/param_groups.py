@@ -19,9 +19,9 @@ from gwt_kernels.optim.blocks import Layout, is_convolution, is_embedding, is_li
 from gwt_kernels.optim.checks import check_initialized
 from gwt_kernels.rules import ADAMW, check_rule
 
-# Path components that name a role, as the model families in use spell it: Hugging Face (self_attn, attn,
+# Path components that name a role, as spelled by model families: Hugging Face (self_attn, attn,
 # SelfAttention; mlp, ffn, fc1, DenseReluDense, experts), nanoGPT (attn, mlp), torchtitan (attention, feed_forward,
-# moe), torch.nn.Transformer (self_attn, linear1). In repeated blocks a Linear needs no such name.
+# moe), torch.nn.Transformer (self_attn, linear1). In repeated blocks Linears need none.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _HAS_HEADS = re.compile(r"attn|attention|^heads$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|^ff(w|wd)?$|feed_?forward|moe|densereludense|^fc\d$|^linear\d$", re.IGNORECASE)
@@ -35,7 +35,7 @@ _BESIDE = re.compile(r"pooler|embed", re.IGNORECASE)
 _LOW_RANK = re.compile(r"^lora_", re.IGNORECASE)
 _BIAS = re.compile(r"(^|_)bias(_|$)")
 
-# Why a tensor is transformed, or is not.
+# Reasons for the decision about a tensor.
 ATTENTION = "attention matrix"
 MLP = "MLP matrix"
 EXPERT = "expert matrix"
@@ -52,14 +52,14 @@ BESIDE = "part of a pooler or an embedding"
 ONE_OUTPUT = "one output: a score or a gate"
 OUTSIDE = "Linear outside of the repeated blocks"
 NO_LINEAR = "not the weight of a Linear"
-"""What follows the class that has the parameter itself."""
+"""Suffix to the name of the class that has the parameter."""
 
-# What torch.compile, activation checkpointing, FSDP and Lightning Fabric insert into a name, at any depth.
+# Components that torch.compile, activation checkpointing, FSDP and Lightning Fabric insert into names.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
 
 class Decision(NamedTuple):
-    """What happens to one parameter, and why."""
+    """The decision about one parameter, and its reason."""
 
     name: str
     """Qualified name without wrapper prefixes; for tied weights the first one."""
@@ -70,15 +70,15 @@ class Decision(NamedTuple):
     """Whether weight decay applies."""
     reason: str
     is_transformed: bool = False
-    """Whether it is a matrix for the rule of the optimizer, at level 0 too."""
+    """Whether the optimizer's rule applies, also at level 0."""
 
 
 class _Use(NamedTuple):
-    """One place where a parameter is registered; a tied weight has several."""
+    """One registration of a parameter; a tied weight has several."""
 
     name: str
     path: tuple[str, ...]
-    """To the owner, which for a parametrized weight is the module whose weight it is."""
+    """Path to the owner, which for a parametrized weight is the parametrized module."""
     owner: nn.Module
     siblings: frozenset[str]
 
@@ -98,9 +98,9 @@ def gwt_param_groups(
     """Split a model's trainable parameters into groups for this package's optimizers, by the published recipe.
 
     The matrices of experts and of the Linears in repeated blocks (attention, MLPs, mixers) are transformed, and
-    elsewhere those of modules that are called attention or MLP. Embeddings, the output head, MoE routers and what
-    is no Linear stay at level 0 (``rule="adamw"``) with weight decay; norms, biases and other 1-D tensors stay at
-    level 0 without. docs/choosing.md has the whole rule; `verbose=True` shows the reason for each tensor.
+    elsewhere those of modules named like attention or MLP. Embeddings, the output head, MoE routers and modules
+    other than Linears stay at level 0 (``rule="adamw"``) with weight decay; norms, biases and other 1-D tensors
+    stay at level 0 without. docs/choosing.md has all rules; `verbose=True` prints the reason for each tensor.
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
@@ -110,22 +110,22 @@ def gwt_param_groups(
         include: Regular expressions, tried with `re.search` on the qualified names, of matrices to transform
             besides those of the recipe. Only tensors with two or more dimensions are affected, and no biases.
         exclude: Regular expressions of parameters to leave at level 0. Wins over `include`.
-        rule: Of the transformed matrices, which are then a group of their own at level 0 too, as a rule needs
-            that is not AdamW there; None for the optimizer's.
-        adamw_lr: Learning rate of what is not transformed, where it is not the optimizer's.
-        verbose: Print a table of what was decided, and why.
+        rule: Rule of the transformed matrices, which are then a separate group also at level 0; required for
+            rules that are not AdamW there. None for the optimizer's.
+        adamw_lr: Learning rate of tensors that are not transformed; None for the optimizer's.
+        verbose: Print a table of the decisions and their reasons.
 
     Returns:
-        The groups that are not empty, as plain dicts with "params", "param_names", "level", "scale",
-        "weight_decay" and, of what is not transformed, "rule", which is "adamw", and "lr" if `adamw_lr` says it:
-        the transformed matrices, the other decayed tensors, the tensors without decay. Each trainable parameter
-        appears exactly once, tied weights under their first name; frozen ones are left out. Names carry no wrapper
-        prefix: they do not change when a model is compiled or wrapped in DDP.
+        The non-empty groups of: transformed matrices, other decayed tensors, tensors without decay. They are dicts
+        with "params", "param_names", "level", "scale" and "weight_decay"; groups that are not transformed also have
+        "rule", which is "adamw", and "lr" if `adamw_lr` is set. Each trainable parameter appears exactly once, tied
+        weights under their first name; frozen ones are left out. Names have no wrapper prefix: they do not change
+        when a model is compiled or wrapped in DDP.
 
     Raises:
-        TypeError: `model` is no module, or `include` or `exclude` is a single string.
-        ValueError: no trainable parameter; a level, scale or weight decay out of range; a pattern that is no
-            regular expression or matches nothing; an included matrix too narrow for the level.
+        TypeError: `model` is not a module, or `include` or `exclude` is a single string.
+        ValueError: no trainable parameter; a level, scale or weight decay out of range; a pattern that is not
+            a regular expression or matches nothing; an included matrix too narrow for the level.
         RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
 
     Source: the recipe of GWT (arXiv 2501.07237): the tensors that GaLore (arXiv 2403.03507) projects.
@@ -178,7 +178,7 @@ def decide(
     include: Sequence[str | re.Pattern[str]] | None = None,
     exclude: Sequence[str | re.Pattern[str]] | None = None,
 ) -> list[tuple[nn.Parameter, Decision]]:
-    """Return each trainable parameter once, in the model's order, with what `gwt_param_groups` decides.
+    """Return each trainable parameter once, in the model's order, with the decision of `gwt_param_groups`.
 
     Arguments and errors as for `gwt_param_groups`.
     """
@@ -237,11 +237,11 @@ def _decide(
     include: list[re.Pattern[str]],
     exclude: list[re.Pattern[str]],
 ) -> Decision:
-    """The whole rule for one parameter: patterns first, then the recipe, then the width."""
+    """Decide about one parameter: patterns first, then the recipe, then the width."""
     shape = tuple(parameter.shape)
     name = places[0].name
     roles = [_role(parameter, use, layout) for use in places]
-    # A weight tied to an embedding or head must not be transformed, whatever else it is used as.
+    # A weight tied to an embedding or head must not be transformed, whatever its other uses.
     in_recipe, decayed, reason = min(roles, key=lambda role: role[0])
     if len(places) > 1:
         reason += f", tied to {', '.join(use.name for use in places[1:])}"
@@ -265,7 +265,7 @@ def _decide(
 
 
 def _role(parameter: nn.Parameter, use: _Use, layout: Layout) -> tuple[bool, bool, str]:
-    """What the recipe says of one use of a parameter: (transformed, decayed, reason)."""
+    """Return the recipe's decision for one use of a parameter: (transformed, decayed, reason)."""
     leaf = use.name.rpartition(".")[2]
     if not _is_matrix(parameter, use.name):
         return False, False, BIAS if _BIAS.search(leaf) else VECTOR
@@ -293,7 +293,7 @@ def _role(parameter: nn.Parameter, use: _Use, layout: Layout) -> tuple[bool, boo
 
 
 def _left(parameter: nn.Parameter, use: _Use, layout: Layout) -> str | None:
-    """Why a matrix is left to AdamW wherever it stands and whatever it is called; None if it is not for that."""
+    """Return why a matrix is left to AdamW regardless of blocks and names; None if it is not."""
     path = use.path
     if is_convolution(use.owner):
         return CONVOLUTION
@@ -309,7 +309,7 @@ def _left(parameter: nn.Parameter, use: _Use, layout: Layout) -> str | None:
 
 
 def _is_head(path: tuple[str, ...], layout: Layout) -> bool:
-    """Whether a module says by its name, or that of its class, that it is an output head and not attention's."""
+    """Return whether a module or its class is named like an output head, other than heads of attention."""
     if len(path) > 1 and _HAS_HEADS.search(path[-2]) and layout.depth_of_block(path[:-1]):
         return False
     kind = type(layout.modules[".".join(path)]).__name__
@@ -321,12 +321,12 @@ def _any(pattern: re.Pattern[str], parts: Iterable[str]) -> bool:
 
 
 def _depths(pattern: re.Pattern[str], path: Sequence[str]) -> list[int]:
-    """How many parts of a path lead to each that the pattern finds."""
+    """Return the depths of the path components that match a pattern."""
     return [depth for depth, part in enumerate(path, 1) if pattern.search(part)]
 
 
 def _prevails(named: list[int], path: tuple[str, ...], layout: Layout) -> bool:
-    """Whether a name in the path says more than a block: within a head only blocks with norms are hidden layers."""
+    """Return whether a name overrides the block around it: in heads only blocks with norms are hidden layers."""
     return bool(named) and max(named) >= layout.depth_of_block(path, with_norm=True) - 1
 
 
@@ -335,7 +335,7 @@ def _is_matrix(parameter: nn.Parameter, name: str) -> bool:
 
 
 def _uses(model: nn.Module) -> tuple[dict[nn.Parameter, list[_Use]], Layout]:
-    """Map each parameter, in the model's order, to every place that registers it, named without wrappers."""
+    """Map each parameter, in the model's order, to its registrations, named without wrappers."""
     while (inner := _wrapped(model)) is not None:
         model = inner
     modules = [(clean_name(name), module) for name, module in model.named_modules(remove_duplicate=False)]
@@ -365,7 +365,7 @@ def _is_fsdp1(module: nn.Module) -> bool:
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
-    """Return what a wrapper at the root of the model holds, or None."""
+    """Return the module inside a wrapper at the root of the model, or None."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner = model.module
     else:

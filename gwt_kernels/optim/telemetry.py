@@ -1,11 +1,11 @@
-"""What an optimizer that observes its steps tells about them, tensor by tensor.
+"""Telemetry of an optimizer's steps, per tensor.
 
-A step leaves a row of six float64 numbers per tensor on its device:
+A step writes a row of six float64 numbers per tensor on its device:
 
     0  sum of squares of the gradient's details        ``sum (g - mean)**2``, after clipping
     1  sum of squares of its approximation             ``W * sum mean**2``
     2  sum of squares of the update                    learning rate and limiter included, weight decay apart
-    3  the limiter's divisor                           1 where it did not limit, or where there is none
+    3  the limiter's divisor                           1 if it did not limit, or there is none
     4  number of steps whose gradient was not finite   or that were skipped
     5  number of steps
 """
@@ -25,9 +25,9 @@ __all__ = ["joined", "named", "read"]
 
 
 def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
-    """The rows of these parameters as one tensor ``[n, 6]``, which ``known`` then holds views of.
+    """Join the rows of these parameters in one tensor ``[n, 6]``, and store views of it in ``known``.
 
-    They go on from where they were; the row of a tensor that has taken no step is new.
+    Values of known rows are kept; a tensor without steps gets a new row.
     """
     rows = torch.stack([known[p] if p in known else _new_row(p.device) for p in params])
     known.update(zip(params, rows.unbind(), strict=True))
@@ -35,7 +35,7 @@ def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 def named(rows: Mapping[Tensor, Tensor], groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Tensor, int]]:
-    """What :func:`read` takes: by a parameter's name, or else its place in the groups, as in ``"0.3"``."""
+    """Return the input of :func:`read`, by parameter name, or by indices in the groups such as ``"0.3"``."""
     found = {}
     for i, group in enumerate(groups):
         names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
@@ -46,15 +46,15 @@ def named(rows: Mapping[Tensor, Tensor], groups: Sequence[Mapping[str, Any]]) ->
 
 
 def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
-    """The scalars worth logging, by parameter; one copy from each device, which waits for it.
+    """Return the scalars to log, by parameter; the host waits for one copy from each device.
 
     Args:
-        rows: A tensor's row and number of elements by its name.
+        rows: Each tensor's row and number of elements, by its name.
 
     Returns:
-        For each name ``detail_energy``, the share of the gradient's energy that lies in the details (0 for a
-        gradient of zeros); ``update_rms``, the root of the update's mean square; ``limiter``, the limiter's
-        divisor; and ``nonfinite``, the share of steps whose gradient was not finite or that were skipped.
+        For each name ``detail_energy``, the fraction of the gradient's energy in the details (0 for a zero
+        gradient); ``update_rms``, the root of the update's mean square; ``limiter``, the limiter's
+        divisor; and ``nonfinite``, the fraction of steps whose gradient was not finite or that were skipped.
     """
     by_device: dict[torch.device, list[str]] = {}
     for name, (row, _) in rows.items():

@@ -1,1 +1,1 @@
-"""What a model costs under ``GWTAdamW``, on one process or many, before a byte is allocated."""
+"""Planner: memory and traffic of a model's optimizer, on one process or many, before anything is allocated."""

@@ -1,4 +1,4 @@
-"""Bandwidths and times: read from text, and measured."""
+"""Parse bandwidths and times from text, and measure a device's memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["measure_bandwidth", "parse_bandwidth", "parse_seconds"]
 
 
 def measure_bandwidth(device: torch.device | None = None, *, size: int | None = None) -> float:
-    """Measure the bytes per second (read plus written) of a copy within a device's memory.
+    """Measure the bytes per second (read plus written) of a copy in device memory.
 
     Args:
-        device: Where to copy; None for the CUDA device if there is one, and the CPU otherwise.
-        size: Bytes of the buffer, far above any cache. None for 4 GiB on CUDA (less where less is free), and for
-            256 MiB on a CPU.
+        device: None for the CUDA device if there is one, else the CPU.
+        size: Bytes of the buffer, far larger than any cache. None for 4 GiB on CUDA (at most a quarter of free
+            memory), and 256 MiB on a CPU.
     """
     from torch.utils.benchmark import Timer
 
@@ -35,10 +35,10 @@ def measure_bandwidth(device: torch.device | None = None, *, size: int | None = 
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes per second from ``"3.35e12"``, ``"3350GB/s"`` or ``"3.35TB/s"`` (decimal units, as vendors use).
+    """Return the bytes per second of ``"3.35e12"``, ``"3350GB/s"`` or ``"3.35TB/s"`` (decimal units).
 
     Raises:
-        ValueError: the text is none of these, or a plain number so small that its unit must have been forgotten.
+        ValueError: the text has another format, or is a number below 1e6, whose unit is probably missing.
     """
     found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:([MGT])B/s)?\s*", text)
     try:
@@ -55,10 +55,10 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_seconds(text: str, what: str = "latency") -> float:
-    """Seconds from ``"1e-5"``, ``"10us"`` or ``"0.01ms"``.
+    """Return the seconds of ``"1e-5"``, ``"10us"`` or ``"0.01ms"``.
 
     Raises:
-        ValueError: the text is none of these, or a second or more, so that its unit must have been forgotten.
+        ValueError: the text has another format, or is 1 second or more, whose unit is probably missing.
     """
     found = re.fullmatch(r"\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(us|ms|s)?\s*", text, re.ASCII)
     value = float(found[1]) * {"us": 1e-6, "ms": 1e-3}.get(found[2], 1) if found else math.nan

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and state, and the bytes that a step moves of them."""
+"""Bytes of weights, gradients and optimizer state, and bytes that a step reads and writes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ __all__ = [
 
 
 def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor like `p` that takes no memory."""
+    """Return a meta tensor with the shape of `p`, and its dtype unless another is named."""
     dtype = dtype if dtype is not None and p.is_floating_point() else p.dtype
     return torch.empty(p.shape, dtype=dtype, device="meta")
 
 
 def first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state that a first step makes for `p` under a group's options, but with moments of `state_dtype`."""
+    """Return the state of `p` after one step with a group's options; `state_dtype` replaces the moments' dtype."""
     if "level" not in group:
         extra = {"max_exp_avg_sq": stand_in(p)} if group["amsgrad"] else {}
         return adamw_state(p, p.dtype) | extra
     state: dict[str, Tensor] = {}
     offered = is_offered(state_dtype)
-    own = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
-    complete(state, stand_in(p), {**group, "state_dtype": own})
+    name = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
+    complete(state, stand_in(p), {**group, "state_dtype": name})
     if not offered:
         state |= {key: state[key].to(state_dtype) for key in slots_of(group)}
     return state
 
 
 def adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
-    """What ``torch.optim.AdamW`` holds for `p`: moments in the weights' dtype if nobody says otherwise."""
+    """Return the state that ``torch.optim.AdamW`` keeps for `p`, with moments of this dtype."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         **{key: stand_in(p, moments) for key in MOMENTS},
@@ -56,7 +56,7 @@ def adamw_state(p: Tensor, moments: torch.dtype) -> dict[str, Tensor]:
 
 
 def is_offered(state_dtype: torch.dtype | None) -> bool:
-    """Whether `GWTAdamW` takes moments of this dtype."""
+    """Return whether the optimizers support moments of this dtype."""
     try:
         state_dtype_name(state_dtype)
     except ValueError:
@@ -65,15 +65,14 @@ def is_offered(state_dtype: torch.dtype | None) -> bool:
 
 
 def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] | None = None) -> int:
-    """Bytes that a step moves of a parameter with this state: all but the limiter's second read.
+    """Return the bytes that a step reads and writes for a parameter, without the limiter's second read.
 
-    A matrix stage's are those of the element-wise passes: its matrices are written by one and read by the other.
+    For a matrix stage these are the bytes of the element-wise passes: one writes its matrix, another reads it.
     """
     options = None if group is None else matrix_options(group)
     matrices = 0 if options is None else 2 * p.numel() * options.newton_schulz.dtype.itemsize
-    return (
-        3 * bytes_of(p) + 2 * _moment_bytes(state) + matrices
-    )  # a gradient, of p's dtype, is read and not written
+    # 3: p is read and written, its gradient (of p's dtype) is read.
+    return 3 * bytes_of(p) + 2 * _moment_bytes(state) + matrices
 
 
 def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
@@ -88,7 +87,7 @@ def _moment_bytes(state: Mapping[str, Tensor]) -> int:
 
 
 def bytes_of(*tensors: Tensor) -> int:
-    """Bytes of all elements of the tensors."""
+    """Return the bytes of all elements of the tensors."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 

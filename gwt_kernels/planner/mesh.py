@@ -1,4 +1,4 @@
-"""How processes are arranged in a mesh, and how PyTorch divides a model's tensors over them."""
+"""Meshes of processes, and the shards into which PyTorch divides a model's tensors over them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
 
 Axis = Literal["fsdp", "tp"]
 Division = tuple[Axis, int]
-"""Over which axis of the mesh a tensor is divided, and which of its dimensions."""
+"""Mesh axis over which a tensor is sharded, and the sharded dimension."""
 
-# What transformers calls the ways of dividing a linear layer or an embedding, by dimension of the weight.
+# Names that transformers gives to tensor-parallel styles, with the dimension of the weight that each shards.
 _DIMENSIONS = {
     "colwise": 0,
     "colwise_rep": 0,
@@ -42,18 +42,18 @@ FIRST: Mapping[Axis, int] = {"fsdp": 0, "tp": 0}
 
 
 class Mesh(NamedTuple):
-    """How processes share a model. Replicas come first, tensor parallelism last, as PyTorch's guides order them."""
+    """Number of processes along each axis: replicas first, tensor parallelism last, as in PyTorch's guides."""
 
     dp: int = 1
     """Replicas: DDP, or with ``fsdp`` HSDP."""
     fsdp: int = 1
-    """Processes that divide the rows of every tensor (FSDP2)."""
+    """Processes that shard the rows of every tensor (FSDP2)."""
     tp: int = 1
-    """Processes that divide layers (tensor parallelism)."""
+    """Processes that shard layers (tensor parallelism)."""
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
         return math.prod(self)
 
     def __str__(self) -> str:
@@ -62,14 +62,14 @@ class Mesh(NamedTuple):
 
 
 def mesh_of(world_size: int | None = None, text: str | None = None) -> Mesh:
-    """The mesh that ``"dp=2,fsdp=4,tp=8"`` describes; axes left out are 1, and without a text all are ``fsdp``.
+    """Return the mesh of ``"dp=2,fsdp=4,tp=8"``: missing axes are 1; without text all processes are on ``fsdp``.
 
     Args:
-        world_size: Number of processes; None where the mesh says it.
+        world_size: Number of processes; None for the text's product, or 1.
         text: Axes with the number of processes along each, in any order.
 
     Raises:
-        ValueError: a number is below 1, the text is not understood, or its product is not the world size.
+        ValueError: a number is below 1, the text has another format, or its product is not the world size.
     """
     if world_size is not None and world_size < 1:
         raise ValueError(f"world size {world_size} is no number of processes: it is at least 1")
@@ -95,7 +95,7 @@ def mesh_of(world_size: int | None = None, text: str | None = None) -> Mesh:
 
 
 def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> tuple[Division, ...]:
-    """How a parameter is divided, in the order in which it happens: into layers' parts, and these into rows."""
+    """Return the divisions of a parameter in their order: first by tensor parallelism, then by FSDP2."""
     divisions: list[Division] = []
     way = _way(name, ways) if mesh.tp > 1 else None
     if way is not None:
@@ -105,7 +105,7 @@ def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> t
                 f"no rule is known here: use tp=1, or say how it is divided: plan_sharded(..., tensor_parallel=...)"
             )
         dim = _DIMENSIONS[way]
-        if dim is not None and dim < p.dim():  # the bias of a layer whose inputs are divided stays whole
+        if dim is not None and dim < p.dim():  # the bias of a rowwise layer is not sharded
             divisions.append(("tp", dim))
     if mesh.fsdp > 1:
         if p.dim() == 0:
@@ -115,7 +115,7 @@ def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> t
 
 
 def _way(name: str, ways: Mapping[str, str]) -> str | None:
-    # A plan names modules, or parameters that a module holds itself.
+    # A plan names modules, or a module's direct parameters.
     for pattern, way in ways.items():
         numbered = re.escape(pattern).replace(r"\*", r"\d+")
         if re.fullmatch(rf"{numbered}(\.weight|\.bias)?", name):
@@ -124,7 +124,7 @@ def _way(name: str, ways: Mapping[str, str]) -> str | None:
 
 
 def length_of_part(whole: int, n: int, i: int) -> int:
-    """The length of the part ``i`` of ``n`` into which :func:`torch.chunk` divides."""
+    """Return the length of part ``i`` of the ``n`` that :func:`torch.chunk` makes; 0 if there is none."""
     each = -(-whole // n)
     return max(0, min(each, whole - i * each))
 
@@ -134,7 +134,7 @@ def shape_of_part(
 ) -> tuple[int, ...]:
     local = list(shape)
     for axis, dim in divisions:
-        if dim < len(local):  # scalars are whole everywhere
+        if dim < len(local):  # scalars are not sharded
             local[dim] = length_of_part(local[dim], getattr(mesh, axis), at[axis])
     return tuple(local)
 

@@ -22,7 +22,7 @@ __all__ = ["Cost", "Entry", "Plan", "label", "moments_of"]
 
 
 class Entry(NamedTuple):
-    """One trainable parameter: what it gets and why, and what that costs. Tied weights are one parameter."""
+    """One trainable parameter: its level, the reason, and its costs. Tied weights are one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one setting of an optimizer keeps, and what each of its steps moves."""
+    """State and traffic per step of an optimizer with one level and one dtype of moments."""
 
     optimizer: str
     """``"AdamW"``, or the class of an optimizer of this package."""
@@ -49,45 +49,45 @@ class Cost(NamedTuple):
     """dtype of the moments."""
     state_bytes: int
     moved_bytes: int
-    """Per step: gradients read once, weights and moments read and written, and the limiter's part."""
+    """Per step: gradients read, weights and moments read and written, plus ``limiter_bytes``."""
     limiter_bytes: int
-    """The part of ``moved_bytes`` that is the limiter's second read of gradients and moments."""
+    """Bytes of the limiter's second read of gradients and moments, included in ``moved_bytes``."""
     offered: bool
-    """Whether the optimizer can keep moments of this dtype; otherwise the row says what they would cost."""
+    """Whether the optimizer supports moments of this dtype; if not, the costs are hypothetical."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Bytes throughout; ``str()`` is the text that ``gwt-kernels plan`` prints."""
+    """Result of `plan`. Sizes are in bytes; ``str()`` is the text that ``gwt-kernels plan`` prints."""
 
     model: str
     """Class of the model."""
     source: str
-    """Preset or path it was built from; ``"a live module"`` otherwise."""
+    """Preset or path of the model's configuration; ``"a live module"`` otherwise."""
     entries: tuple[Entry, ...]
     """The trainable parameters, in the model's order."""
     frozen: Mapping[str, Tensor] = field(repr=False, compare=False)
-    """Weights without ``requires_grad``, as tensors on the meta device: they have neither gradient nor state."""
+    """Weights without ``requires_grad``, as meta tensors: they have neither gradient nor state."""
     states: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]] = field(repr=False, compare=False)
-    """Each trainable parameter and its state, as tensors that take no memory, with the options asked for."""
+    """Each trainable parameter and its state with the requested options, as meta tensors."""
     tensor_parallel: Mapping[str, str]
-    """How the model's own plan divides its layers, by name with ``*`` for a number; empty where it has none."""
+    """The model's tensor-parallel plan: style by module name, with ``*`` for a number; empty if it has none."""
     chosen: Cost
-    """The optimizer with the options asked for."""
+    """Costs of the optimizer with the requested options."""
     adamw: tuple[Cost, ...]
-    """``torch.optim.AdamW``: moments in the weights' dtype, and in float32."""
+    """Costs of ``torch.optim.AdamW`` with moments in the weights' dtype, and in float32."""
     options: tuple[Cost, ...]
-    """The optimizer by level and dtype of the moments, without levels that an included tensor is too narrow for."""
+    """Costs by level and dtype of moments, without levels for which an included tensor is too narrow."""
     too_narrow: tuple[str, ...]
-    """Tensors that the recipe transforms, but which stay at level 0 since their rows are too short."""
+    """Tensors of the recipe that stay at level 0 because their rows are too short."""
     float32_moments: tuple[str, ...]
-    """With int8 moments: tensors too small, or at too deep a level, whose moments stay float32."""
+    """With int8 moments: tensors whose moments stay float32, since they are too small or their level too deep."""
     bandwidth: float | None
     """Bytes per second."""
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, frozen ones among them."""
+        """Bytes of all weights, including frozen ones."""
         return self.gradient_bytes + self.frozen_bytes
 
     @property
@@ -97,20 +97,20 @@ class Plan:
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of the weights that do not train."""
+        """Bytes of the frozen weights."""
         return bytes_of(*self.frozen.values())
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state with the options asked for."""
+        """Bytes of optimizer state with the requested options."""
         return self.chosen.state_bytes
 
     def seconds(self, cost: Cost) -> float | None:
-        """The time in which memory of the plan's bandwidth moves a step's bytes; None without a bandwidth."""
+        """Return the time to move a step's bytes at the plan's bandwidth; None without a bandwidth."""
         return None if self.bandwidth is None else cost.moved_bytes / self.bandwidth
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings, lists and dicts, for JSON."""
+        """Return all data as plain numbers, strings, lists and dicts, for JSON."""
 
         def cost(c: Cost) -> dict[str, Any]:
             return {**c._asdict(), "seconds": self.seconds(c)}
@@ -135,7 +135,7 @@ class Plan:
         }
 
     def text(self, *, verbose: bool = False) -> str:
-        """The plan's tables, aligned.
+        """Return the plan's tables as aligned text.
 
         Args:
             verbose: A row for every parameter, with its bytes, instead of one for all layers.
@@ -157,7 +157,7 @@ class Plan:
 
 
 def _parameter_table(plan: Plan) -> str:
-    """Every parameter on a row of its own, with the bytes of its state and of its part of a step."""
+    """Return a row for every parameter, with the bytes of its state and of its part of a step."""
     rows = [("parameter", "shape", "dtype", "level", "decay", "state, B", "moved per step, B", "reason")]
     rows += [
         (
@@ -264,12 +264,12 @@ def _elements(plan: Plan) -> int:
 
 
 def label(cost: Cost) -> str:
-    """The optimizer and its level, as tables name them."""
+    """Return the optimizer and its level for a table."""
     if cost.level is None:
         return cost.optimizer
     return f"{'GWT' if cost.optimizer == 'GWTAdamW' else cost.optimizer} level {cost.level}"
 
 
 def moments_of(cost: Cost) -> str:
-    """The dtype of the moments, with a star where the optimizer does not take it."""
+    """Return the dtype of the moments, with a star if the optimizer does not support it."""
     return cost.moments if cost.offered else f"{cost.moments} *"

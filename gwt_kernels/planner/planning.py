@@ -1,4 +1,4 @@
-"""Plans of what an optimizer keeps and moves, made from shapes and options alone."""
+"""Plan an optimizer's state and traffic from shapes and options alone."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def plan(
     dtype: torch.dtype | None = None,
     bandwidth: float | None = None,
 ) -> Plan:
-    """Work out what an optimizer over the groups of `gwt_param_groups` will hold and move; nothing is allocated.
+    """Compute state and traffic of an optimizer over the groups of `gwt_param_groups`, without allocating any.
 
-    States are the optimizer's own, made on the meta device, so the numbers are those of the state after a first
-    step, byte for byte (on one process; `gwt_kernels.plan_sharded` divides them). Bytes moved are those of the
-    fused pass: per parameter, gradients read, weights and moments read and written, all once, and with the limiter
-    gradients and moments read once more (docs/algorithm.md, "One pass"). Buffers and activations are not counted.
+    The optimizer itself makes its states on the meta device, so they equal those after a first step byte for byte
+    (on one process; `gwt_kernels.plan_sharded` divides them). Traffic is that of the fused pass: gradients are
+    read, weights and moments read and written, all once. The limiter reads gradients and moments once more
+    (docs/algorithm.md, "One pass"). Buffers and activations are not counted.
 
     Args:
         model: A preset's name (``"llama_1b"``), the path of a Hugging Face ``config.json`` or of its folder, or a
@@ -65,18 +65,18 @@ def plan(
         level: As for `gwt_param_groups`.
         include: As for `gwt_param_groups`.
         exclude: As for `gwt_param_groups`.
-        state_dtype: dtype of the moments; None for `GWTAdamW`'s default. A dtype that the optimizer does not take
-            is computed all the same, and marked as not offered.
+        state_dtype: dtype of the moments; None for the optimizer's default. An unsupported dtype is computed too,
+            and marked as not offered.
         rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on.
         norm_growth_limit: As for `GWTAdamW`; None for no limiter. Other optimizers have none.
-        dtype: dtype of weights and gradients. None: a module's own; a configuration's, and bfloat16 where it
-            names none.
-        bandwidth: Bytes per second that memory moves, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
+        dtype: dtype of weights and gradients; None for the module's or configuration's, or bfloat16 if the
+            configuration has none.
+        bandwidth: Memory bandwidth in bytes per second, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.models.files.build_on_meta`.
-        TypeError: the model is none of these, or a parameter or an option has a type that the optimizer refuses.
-        ValueError: the file is no model's, or an option is out of range.
+        TypeError: the model, a parameter or an option has a wrong type.
+        ValueError: the file is not a model configuration, or an option is out of range.
         RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
     """
     for option, value in (("dtype", dtype), ("state_dtype", state_dtype)):
@@ -97,42 +97,42 @@ def plan(
         stand_ins = [(stand_in(p, dtype), decision) for p, decision in decided]
         return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
 
-    asked = options_at(level)
-    settings: dict[Level, _Setting] = {level: asked}
+    requested = options_at(level)
+    settings: dict[Level, _Setting] = {level: requested}
     for other in LEVELS:
         if other not in settings:
-            # The options are fine, as the level asked for has shown: all that can be refused is too short a row.
+            # The requested level has accepted the options, so the only possible error is a row that is too short.
             with suppress(ValueError):
                 settings[other] = options_at(other)
-    chosen = asked.cost(state_dtype)
-    asked_for = None if state_dtype is None else format_of(state_dtype)
+    chosen = requested.cost(state_dtype)
+    requested_format = None if state_dtype is None else format_of(state_dtype)
     dtypes = {name_of_dtype(each): each for each in MOMENT_DTYPES} | {chosen.moments: state_dtype}
-    weights = names_of({p.dtype for p, _ in asked.members})
-    deep = {d.name for _, d in asked.members if d.level}
+    weights = names_of({p.dtype for p, _ in requested.members})
+    deep = {d.name for _, d in requested.members if d.level}
     return Plan(
         model=type(module).__name__,
         source=source,
-        entries=tuple(asked.entries(state_dtype)),
+        entries=tuple(requested.entries(state_dtype)),
         frozen={name: stand_in(p, dtype) for name, p in module.named_parameters() if not p.requires_grad},
-        states={d.name: (p, state) for p, d, state in asked.states(state_dtype)},
+        states={d.name: (p, state) for p, d, state in requested.states(state_dtype)},
         tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
         chosen=chosen,
-        adamw=tuple(asked.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
+        adamw=tuple(requested.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
         options=tuple(settings[each].cost(d) for each in sorted(settings, key=depth_of) for d in dtypes.values()),
         too_narrow=tuple(d.name for _, d in settings[1].members if d.level and d.name not in deep)
         if level and 1 in settings
         else (),
         float32_moments=tuple(
-            d.name for _, d, state in asked.states(state_dtype) if state["exp_avg"].dtype == torch.float32
+            d.name for _, d, state in requested.states(state_dtype) if state["exp_avg"].dtype == torch.float32
         )
-        if asked_for is not None and asked_for.smallest
+        if requested_format is not None and requested_format.smallest
         else (),
         bandwidth=bandwidth,
     )
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of state that an optimizer holds after its first step, from shapes and options alone.
+    """Return the bytes of an optimizer's state after its first step, from shapes and options alone.
 
     Args:
         optimizer: `GWTAdamW` or ``torch.optim.AdamW``, over tensors on any device.
@@ -148,7 +148,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 
 
 class _Setting:
-    """A model's tensors as the optimizer gets them at one level, on the meta device."""
+    """An optimizer over a model's tensors at one level, on the meta device."""
 
     def __init__(self, members: list[tuple[Tensor, Decision]], level: Level, **options: Any) -> None:
         self.members = members
@@ -164,7 +164,7 @@ class _Setting:
             del options["norm_growth_limit"]
         if optimizer.rules[0] == options["rule"] != "gwt":
             del options["rule"]
-        # The optimizer itself: it refuses what it would refuse later, and its groups hold its own defaults.
+        # The real optimizer, which checks the options and completes its groups with its defaults.
         self.optimizer = optimizer(groups, **options)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
 

@@ -1,4 +1,4 @@
-"""The costs of a model that processes share, as data and as text."""
+"""The costs of a model that is sharded over processes, as data and as text."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ __all__ = ["Collective", "Held", "ShardedPlan", "held", "weights"]
 
 
 class Held(NamedTuple):
-    """Bytes that one process holds, and that its step moves."""
+    """Bytes that one process stores, and that its step reads and writes."""
 
     weight_bytes: int
-    """Frozen weights among them."""
+    """Including frozen weights."""
     gradient_bytes: int
     state_bytes: int
-    """Of `GWTAdamW`, scalars among them, which every process has."""
+    """State of `GWTAdamW`, including scalars, which every process has."""
     moved_bytes: int
-    """Read and written by each step of `GWTAdamW`."""
+    """Traffic of each step of `GWTAdamW`."""
     adamw_state_bytes: int
-    """Of ``torch.optim.AdamW``, with moments in the weights' dtype, in place of ``state_bytes``."""
+    """State of ``torch.optim.AdamW`` with moments in the weights' dtype."""
     adamw_moved_bytes: int
-    """By each of its steps, without clipping."""
+    """Traffic of each step of ``torch.optim.AdamW``, without clipping."""
 
 
 class Collective(NamedTuple):
-    """What processes send each other in a step, for one purpose."""
+    """Communication between processes in a step, for one purpose."""
 
     purpose: str
     engine: bool
-    """Whether it is PyTorch's engine that sends it, around forward and backward, and not the optimizer's step."""
+    """Whether DDP or FSDP2 sends it around forward and backward, and not the optimizer's step."""
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     processes: int
-    """How many take part in each."""
+    """Number of processes that take part."""
     calls: int
-    """How many a step."""
+    """Number of collectives per step."""
     total_bytes: int
-    """Of all of them together: what is reduced, or what has been gathered."""
+    """Bytes of all calls together: reduced, or present after gathering."""
 
     def seconds(self, link_bandwidth: float, latency: float) -> float:
-        """A model of its time: recursive doubling and halving on a network of equal links.
+        """Return the predicted time of recursive doubling and halving on a network of equal links.
 
-        With ``n`` processes a gather or a scatter takes ``ceil(log2(n))`` messages one after the other, in which
-        ``(n - 1) / n`` of the bytes go out; an all-reduce is a scatter and a gather (Thakur, Rabenseifner and
+        With ``n`` processes a gather or a scatter takes ``ceil(log2(n))`` successive messages, which send
+        ``(n - 1) / n`` of the bytes; an all-reduce is a scatter and a gather (Thakur, Rabenseifner and
         Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
         """
         passes = 2 if self.kind == "all-reduce" else 1
@@ -62,17 +62,17 @@ class Collective(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardedPlan:
-    """What `plan_sharded` found. Bytes and seconds; ``str()`` is the text that the command prints."""
+    """Result of `plan_sharded`, in bytes and seconds; ``str()`` is the text that the command prints."""
 
     plan: Plan
     """The model as a whole."""
     mesh: Mesh
     largest: Held
-    """What the process that holds most holds. It is the first: the first part of every division is the largest."""
+    """Bytes of the first process, which stores most: the first part of every division is the largest."""
     even_bytes: int
-    """Weights, gradients and state that each would hold if all tensors could be divided evenly, rounded up."""
+    """Weights, gradients and state per process if all tensors could be divided evenly, rounded up."""
     divisions: Mapping[str, tuple[Division, ...]]
-    """How each weight is divided, first division first."""
+    """Divisions of each weight, in order."""
     clip: bool
     """Whether gradients are read once more before the step, for their norm."""
     collectives: tuple[Collective, ...]
@@ -85,27 +85,27 @@ class ShardedPlan:
 
     @property
     def collective_seconds(self) -> float:
-        """Predicted time of the optimizer's own collectives, as if nothing went on beside them."""
+        """Predicted time of the optimizer's collectives, without overlap."""
         return sum(c.seconds(self.link_bandwidth, self.latency) for c in self.collectives if not c.engine)
 
     @property
     def engine_seconds(self) -> float:
-        """Predicted time of the engine's collectives, which a training step is meant to hide behind arithmetic."""
+        """Predicted time of DDP's or FSDP2's collectives, which overlap with forward and backward."""
         return sum(c.seconds(self.link_bandwidth, self.latency) for c in self.collectives if c.engine)
 
     @property
     def memory_seconds(self) -> float | None:
-        """Time in which memory of the plan's bandwidth moves the bytes of the largest share; None without one."""
+        """Time to move the bytes of the largest share at the plan's bandwidth; None without a bandwidth."""
         return None if self.plan.bandwidth is None else self.largest.moved_bytes / self.plan.bandwidth
 
     @property
     def host_seconds(self) -> float:
-        """Predicted time of the host's part of the optimizer's step, which is the same however small the shares."""
+        """Predicted host time of the optimizer's step, which does not depend on the size of shards."""
         return self.host_time * len(self.plan.states)
 
     @property
     def seconds(self) -> float | None:
-        """Predicted time of the optimizer's step: memory, then collectives; the host's beside them, if longer.
+        """Predicted time of the optimizer's step: memory plus collectives, or the host time if longer.
 
         None without a memory bandwidth.
         """
@@ -114,16 +114,16 @@ class ShardedPlan:
         return max(self.memory_seconds + self.collective_seconds, self.host_seconds)
 
     def held_by(self, fsdp: int, tp: int) -> Held:
-        """What the process at this place in the mesh holds; replicas hold the same."""
+        """Return the bytes of the process at these mesh coordinates; replicas have the same."""
         return held(self.plan, self.mesh, self.divisions, self.clip, {"fsdp": fsdp, "tp": tp})
 
     def shapes(self, fsdp: int = 0, tp: int = 0) -> dict[str, tuple[int, ...]]:
-        """What the process at this place in the mesh holds of each weight."""
+        """Return the shape of each weight's shard on the process at these mesh coordinates."""
         at: dict[Axis, int] = {"fsdp": fsdp, "tp": tp}
         return {name: shape_of_part(p.shape, self.divisions[name], self.mesh, at) for name, p in weights(self.plan)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings, lists and dicts, for JSON."""
+        """Return all data as plain numbers, strings, lists and dicts, for JSON."""
         return {
             "world_size": self.mesh.size,
             "mesh": self.mesh._asdict(),
@@ -149,7 +149,7 @@ class ShardedPlan:
 
 
 def weights(planned: Plan) -> Iterator[tuple[str, Tensor]]:
-    """All weights by name: the trained ones, then the frozen ones."""
+    """Yield name and meta tensor of all weights, frozen ones last."""
     yield from ((name, p) for name, (p, _) in planned.states.items())
     yield from planned.frozen.items()
 
@@ -157,15 +157,15 @@ def weights(planned: Plan) -> Iterator[tuple[str, Tensor]]:
 def held(
     planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], clip: bool, at: Mapping[Axis, int]
 ) -> Held:
-    """What the process at a place in the mesh holds, and what its step moves."""
+    """Return the bytes that the process at a mesh coordinate stores and that its step moves."""
     frozen = bytes_of(*(part_of(p, divisions[name], mesh, at) for name, p in planned.frozen.items()))
     sums = [0] * 5
     for name, (whole, state) in planned.states.items():
         p = part_of(whole, divisions[name], mesh, at)
-        own = {key: part_of(x, divisions[name], mesh, at) for key, x in state.items()}
+        shards = {key: part_of(x, divisions[name], mesh, at) for key, x in state.items()}
         adamw = adamw_state(p, p.dtype)
-        moved = pass_bytes(p, own) + limiter_bytes(p, own) + (bytes_of(p) if clip else 0)
-        row = (bytes_of(p), bytes_of(*own.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
+        moved = pass_bytes(p, shards) + limiter_bytes(p, shards) + (bytes_of(p) if clip else 0)
+        row = (bytes_of(p), bytes_of(*shards.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
         sums = [a + b for a, b in zip(sums, row, strict=True)]
     gradients, *rest = sums
     return Held(frozen + gradients, gradients, *rest)
@@ -179,7 +179,7 @@ def _shares(sharded: ShardedPlan) -> str:
         ("optimizer", "moments", "weights", "gradients", "states", "together", "step moves", "memory, ms",
          "collectives, ms", "host, ms", "step, ms")
     ]  # fmt: skip
-    # Of AdamW's host nothing is known here, nor therefore how long its step takes.
+    # AdamW's host time is unknown, and so is the time of its step.
     for cost, state, moved, seconds in (
         (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, (0.0, None, None)),
         (

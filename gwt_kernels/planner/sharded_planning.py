@@ -1,4 +1,4 @@
-"""Plans of how processes share a model: what they send each other, and which divisions cannot work."""
+"""Plan a model's shards on a mesh: collectives of a step, and errors for divisions that cannot work."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weig
 __all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "plan_sharded"]
 
 LINK_BANDWIDTH = 50e9
-"""Bytes per second that a process sends while it receives as many. An assumption: a network of 400 Gbit/s a GPU."""
+"""Bytes per second that a process sends while receiving as many; assumes 400 Gbit/s per GPU."""
 LATENCY = 10e-6
-"""Seconds from one process to another for a message of no size. An assumption: of the order of a network's."""
+"""Seconds from one process to another for an empty message; an assumption of a network's order of magnitude."""
 HOST_TIME = 5e-6
-"""Seconds of Python and of launches for each tensor of a step. An assumption: ``bench.host`` saw 2 to 8 µs."""
+"""Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 2 to 8 µs."""
 
-_BUCKETS = [2**20, 25 * 2**20]  # the sizes at which DDP sends gradients: the first bucket's, and the others'
+_BUCKETS = [2**20, 25 * 2**20]  # bytes at which DDP sends its first bucket, and later ones
 
 
 def plan_sharded(
@@ -40,27 +40,28 @@ def plan_sharded(
     latency: float = LATENCY,
     host_time: float = HOST_TIME,
 ) -> ShardedPlan:
-    """Divide a planned model over processes, as PyTorch divides it; nothing is allocated, no process is started.
+    """Divide a planned model over processes as PyTorch does, without allocating or starting anything.
 
-    ``fsdp`` divides the rows (dimension 0) of every tensor as :func:`torch.chunk` does, so that the last processes
-    may hold less or nothing; moments follow their parameters. ``tp`` divides the layers that a tensor-parallel plan
-    names, before ``fsdp`` does. Replicas (``dp``) hold the same. All limited parameters are taken to lie on the
+    ``tp`` first shards the layers that a tensor-parallel plan names. ``fsdp`` then shards the rows (dimension 0) of
+    every tensor as :func:`torch.chunk` does, so the last processes may have less or nothing. Moments are sharded
+    like their parameters. Replicas (``dp``) have the same shards. All limited parameters are assumed to be on the
     whole mesh, so that the limiter needs one all-reduce.
 
     Args:
         planned: The model as a whole, as :func:`gwt_kernels.plan.plan` returns it.
-        mesh: How many processes there are, and along which axes.
-        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and there is another all-reduce.
-            ``skip_nonfinite`` alone has that too, but reads only gradients without limiter.
-        tensor_parallel: ``"colwise"`` (divides a linear layer's outputs), ``"rowwise"`` (its inputs) or
-            ``"embedding_rowwise"``, by the module's name with ``*`` for a number. None: that of transformers.
+        mesh: Number of processes along each axis.
+        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and one all-reduce is added.
+            ``skip_nonfinite`` alone adds the all-reduce too, but reads only gradients without limiter.
+        tensor_parallel: ``"colwise"`` (shards a linear layer's outputs), ``"rowwise"`` (its inputs) or
+            ``"embedding_rowwise"`` by module name, with ``*`` for a number; None for the model's
+            own plan in transformers.
         link_bandwidth: Bytes per second between processes.
-        latency: Seconds of a message of no size.
-        host_time: Seconds of the host for each tensor of a step.
+        latency: Seconds of an empty message.
+        host_time: Host seconds per tensor of a step.
 
     Raises:
-        ValueError: a number is out of range, the mesh has a ``tp`` of which the model's layers say nothing, or a
-            division tears blocks, or int8 moments' scales, apart: the error names the tensor and what works.
+        ValueError: a number is out of range, the model has no plan for ``tp``, or a division splits a block or the
+            values of a scale; the error names the tensor and a remedy.
     """
     if min(mesh) < 1:
         raise ValueError(f"mesh {mesh!r} has an axis without processes: use 1 for an axis that is not there")
@@ -106,7 +107,7 @@ def _even_bytes(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
 
 
 def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> None:
-    """Raise unless every process holds whole blocks of every row that is transformed."""
+    """Raise unless every process has whole blocks of every transformed row."""
     torn: dict[str, tuple[int, set[int]]] = {}
     for entry in planned.entries:
         widths = {entry.shape[-1]} if entry.level else {0}
@@ -134,7 +135,7 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
 
 
 def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> None:
-    """Raise where the optimizer would: scales of int8 moments torn apart, or random bits without a place."""
+    """Raise where the optimizer would: a scale's values are split, or random bits have no index rule."""
     for entry in planned.entries:
         state, split = planned.states[entry.name][1], divisions[entry.name]
         n = math.prod(getattr(mesh, axis) for axis, _ in split)
@@ -145,15 +146,14 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
             q = stored.block_size(entry.level)
             if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
                 raise ValueError(
-                    f"int8 moments of {entry.name} have a scale per {q} of them, which mesh {mesh} would tear "
-                    f"apart: they need equal shards of rows, each of whole scales; use bfloat16 moments, or "
-                    f"another mesh"
+                    f"int8 moments of {entry.name} have a scale per {q} values, which mesh {mesh} would split: "
+                    f"shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or another "
+                    f"mesh"
                 )
         if len(rows) > 1 and not even and stored is not None and stored.is_random:
             raise ValueError(
                 f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
-                f"where the random bits that bfloat16 moments need have no place: use float32 moments, or another "
-                f"mesh"
+                f"for which the random bits of bfloat16 moments are undefined: use float32 moments, or another mesh"
             )
 
 
@@ -161,7 +161,7 @@ def _of_the_step(
     planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], clip: bool
 ) -> Iterator[Collective]:
     if not any(divisions.values()):
-        return  # replicas decide alike, each by itself
+        return  # replicas compute the same decision without communication
     if clip:
         yield Collective("gradient norm, non-finite", False, "all-reduce", mesh.size, 1, 2 * 8)
     limited = [name for name, (_, state) in planned.states.items() if "limiter_norm" in state and divisions[name]]
@@ -175,11 +175,11 @@ def _of_the_step(
 def _of_the_engine(
     planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]
 ) -> Iterator[Collective]:
-    """What DDP or FSDP2 sends of weights and gradients; tensor parallelism's activations depend on the batch."""
+    """Yield the collectives of DDP or FSDP2; activations of tensor parallelism are not counted."""
     sizes = {name: bytes_of(part_of(p, divisions[name], mesh, FIRST)) for name, p in weights(planned)}
     trained = {name: sizes[name] for name in planned.states}
     if mesh.fsdp > 1:
-        # Shards are padded to the first one's size, so that all are alike.
+        # Shards are padded to the size of the first.
         layers = {name: match[0] if (match := re.match(r".*?\.\d+\.", name)) else "" for name in sizes}
         blocks = {layer for layer in layers.values() if layer}
         gathered = mesh.fsdp * sum(sizes.values())
@@ -198,7 +198,7 @@ def _of_the_engine(
 
 
 def _buckets(params: Sequence[Tensor]) -> int:
-    """How many buckets DDP makes of gradients that arrive last layer first: each is sent once it is full."""
+    """Return the number of DDP's buckets for gradients that arrive last layer first."""
     filled: dict[torch.dtype, int] = {}
     full: Counter[torch.dtype] = Counter()
     for p in reversed(params):

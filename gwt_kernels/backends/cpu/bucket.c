@@ -1,9 +1,8 @@
-/* The step of a whole bucket: its tensors cut into items that threads share, and the limiter, which needs the sum over
- * a tensor before it changes one weight of it.
+/* The step of a whole bucket: tensors are cut into items for the threads. The limiter needs the sum over a tensor
+ * before any of its weights change, so limited tensors take two passes.
  *
- * Tensors that the limiter waits for are taken in lots, so that the second pass finds in the caches what the first has
- * read. Sums are those of items, in their order: the same for any number of threads. Memory is read forwards alone,
- * as the processor then reads ahead: half the time of the other way. */
+ * Limited tensors are processed in lots, so that the second pass reads from the caches. Sums are added item by item in
+ * order: the same for any number of threads. Memory is only read forwards, since prefetching halves the time. */
 #include "step.h"
 
 #include <math.h>
@@ -11,19 +10,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ITEM = 1 << 14 };  /* elements of an item, about */
-enum { SHARE = 1 << 15 }; /* below which a thread is not worth its start */
-enum { LOT = 1 << 20 };   /* at the least; what is read of it fits the outer caches */
+enum { ITEM = 1 << 14 };  /* approximate elements of an item */
+enum { SHARE = 1 << 15 }; /* fewest elements for which another thread pays */
+enum { LOT = 1 << 20 };   /* fewest elements of a lot; they fit the outer caches */
 
 enum { SUM, UPDATE };
 
 typedef struct {
     const gwt_step *steps;
-    const int64_t *starts; /* the first item of each tensor, and behind the last one's last */
+    const int64_t *starts; /* the first item of each tensor, and the number of items */
     int64_t count;
-    double (*sums)[SUMS]; /* of items; NULL where none are asked for */
+    double (*sums)[SUMS]; /* of each item; NULL if not needed */
     int pass;
-    int all; /* sums of all tensors, not of those with a limiter alone */
+    int all; /* sums of all tensors, not only of limited ones */
 } job;
 
 static int64_t tiles_of_item(const gwt_step *s)
@@ -45,7 +44,7 @@ static int is_limited(const gwt_step *s)
 static void work_on(void *context, int64_t item)
 {
     const job *own = context;
-    int64_t low = 0, high = own->count; /* the tensor is among these */
+    int64_t low = 0, high = own->count; /* search for the item's tensor */
     while (high - low > 1) {
         const int64_t middle = low + (high - low) / 2;
         if (own->starts[middle] <= item)
@@ -80,7 +79,7 @@ static void add_up(const job *own, gwt_step *steps, int first, int stop)
         }
 }
 
-/* Fira's limiter, as in gwt_kernels/backends/torch/step.py: a previous norm of 0 is none. */
+/* Fira's limiter, as in rules/limiter.py: a previous norm of 0 means none yet. */
 static void limit(gwt_step *s)
 {
     const float norm = (float)sqrt(s->sums[NORM]), previous = *s->norm, growth = norm / (previous + 1e-8f);
@@ -123,7 +122,7 @@ static int run_lot(gwt_step *steps, int64_t count, int64_t *starts, int threads,
     return 0;
 }
 
-/* All tensors, or only their sums for the limiter; not 0 where there is no memory, and then the rest is not done. */
+/* Update all tensors, or only sum NORM. Return nonzero if memory runs out, after which nothing more is updated. */
 static int run_all(gwt_step *steps, int64_t count, int threads, int updates)
 {
     int64_t *starts = malloc(((size_t)count + 1) * sizeof *starts);
@@ -138,7 +137,7 @@ static int run_all(gwt_step *steps, int64_t count, int threads, int updates)
     return failed;
 }
 
-/* What is another in another step: each tensor's gradient, and its numbers, `stride` bytes from those of the next. */
+/* Set each tensor's gradient and its numbers, which are `stride` bytes apart. */
 static void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count)
 {
     const size_t first = offsetof(gwt_step, step), stop = offsetof(gwt_step, sums);

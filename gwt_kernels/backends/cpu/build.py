@@ -1,4 +1,4 @@
-"""Compiles the step in C with the machine's C compiler, once, and keeps the library for other processes."""
+"""Compile the step in C once, and cache the library for other processes."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ import torch
 __all__ = ["compiler", "library", "warn_of"]
 
 SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "threads")]
-# What gcc and clang both know; clang refuses what it does not.
+# Flags of both gcc and clang, since clang refuses unknown ones.
 FLAGS = [
     *("-std=c11", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
-    "-ffp-contract=off",  # products that are not fused with sums: the same results on every machine
+    "-ffp-contract=off",  # no fused multiply-add: the same results on every machine
 ]
 LINK = ["-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-lm"]
-# No more than PyTorch has looked for before it says so.
+# Only what get_cpu_capability() checks for.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 VECTORS = {"AVX2": AVX2, "AVX512": AVX512}
 
 
 def compiler() -> list[str] | None:
-    """The command of the C compiler: ``CC``, or the first of cc, gcc and clang; None where there is none."""
+    """Return the command of the C compiler: ``CC``, or the first of cc, gcc and clang; None if there is none."""
     candidates = [["cc"], ["gcc"], ["clang"]]
     if os.environ.get("CC"):
         try:
             candidates = [shlex.split(os.environ["CC"])]
-        except ValueError:  # a quotation that does not end
+        except ValueError:  # an unclosed quotation
             return None
     return next((command for command in candidates if command and shutil.which(command[0])), None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of bucket.c.
+    """Compile and load bucket.c.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails; the message ends with what it said.
+        RuntimeError: there is no compiler, or it fails; the message ends with its output.
         OSError: there is nowhere to write to, or the library cannot be loaded.
     """
     command = compiler()
     if command is None:
         asked = f"no {os.environ['CC']!r}, which CC names" if os.environ.get("CC") else "none of cc, gcc and clang"
         raise RuntimeError(f"it needs a C compiler, and there is {asked}: install one, or name another in CC")
-    # What the vectors of PyTorch are made for, this machine has.
+    # This machine has the instructions of PyTorch's capability.
     command += FLAGS + VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    # Machines of several kinds may share a home.
+    # The digest includes the machine, since different ones may share a home.
     parts = [*_texts(), *command, *LINK, platform.machine()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     try:
@@ -67,12 +67,12 @@ def library() -> ctypes.CDLL:
         if not path.exists():
             _compile(command, path)
         return ctypes.CDLL(str(path))
-    except OSError as error:  # where homes cannot be written to, each process has its own
+    except OSError as error:  # without a writable home, each process compiles
         obstacle = str(error)
-    with tempfile.TemporaryDirectory() as folder_of_its_own:
-        path = Path(folder_of_its_own) / "step.so"
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "step.so"
         _compile(command, path)
-        loaded = ctypes.CDLL(str(path))  # which needs its file no more
+        loaded = ctypes.CDLL(str(path))  # a loaded library needs its file no more
     warnings.warn(
         f"the step in C cannot be kept for other processes ({obstacle}), so each one compiles it: name a folder "
         f"that can be written to in XDG_CACHE_HOME",
@@ -83,17 +83,17 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def warn_of(obstacle: str) -> None:
-    """Warn, once, that PyTorch's operators take the steps on a CPU that has a compiler, and why."""
+    """Warn once that PyTorch's operators replace the step in C on a CPU with a compiler, and why."""
     if compiler() is not None or os.environ.get("CC"):
         warnings.warn(
-            f"{obstacle}. PyTorch's operators take the steps on this CPU, at several times the time; to ask for "
-            f"them, and not be told, pass backend='torch'",
+            f"{obstacle}. PyTorch's operators update this CPU's tensors instead, several times more slowly: pass "
+            f"backend='torch' to choose them without this warning",
             stacklevel=2,
         )
 
 
 def _texts() -> list[str]:
-    """All that is compiled: the sources, and what they include."""
+    """Return the text of the sources and of the files that they include."""
     included = (path for kind in ("*.h", "*.inc") for path in sorted(SOURCES[0].parent.glob(kind)))
     return [path.read_text() for path in (*SOURCES, *included)]
 
@@ -107,7 +107,7 @@ def _cache() -> Path:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Beside its place, then moved there: no other process sees half of it."""
+    """Compile into a temporary file and rename it, so that no other process loads an incomplete library."""
     handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
@@ -117,7 +117,7 @@ def _compile(command: list[str], path: Path) -> None:
         if done.returncode:
             said = done.stderr.strip()[-2000:]
             raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {said}")
-        with open(made, "rb") as file:  # a library cut short ends every process that loads it
+        with open(made, "rb") as file:  # a truncated library crashes every process that loads it
             os.fsync(file.fileno())
         os.replace(made, path)
     finally:

@@ -1,4 +1,4 @@
-/* Moments in one byte, with a scale for each quantum: gwt_kernels/backends/torch/quantized.py, bit for bit. */
+/* 8-bit quantized moments with a scale per block (quantum) of values: formats/int8.py, bit for bit. */
 #ifndef GWT_CODES_H
 #define GWT_CODES_H
 
@@ -9,7 +9,7 @@
 
 enum { QUANTUM = 128 };
 
-/* The largest magnitude; a NaN is larger than any number. */
+/* Return the largest magnitude; a NaN is larger than any number. */
 static float largest(const float *x, int n)
 {
     uint32_t size = 0;
@@ -33,7 +33,7 @@ static inline uint32_t fourth_power(int32_t c)
     return square * square; /* modulo 2**32 */
 }
 
-/* Codes and scale of one quantum of either moment: gwt_kernels/backends/torch/quantized.py. */
+/* Write the quantized values (codes) of one block and return its scale: formats/int8.py. */
 static float encode_first(const float *restrict m, int8_t *restrict codes, const uint32_t *restrict words, int n)
 {
     const float scale = largest(m, n);
@@ -53,12 +53,12 @@ static float encode_second(const float *restrict v, uint8_t *restrict codes, con
     for (int i = 0; i < n; ++i) {
         const uint32_t bits = words[i] >> 16;
         const float exact = fraction_of(v[i], scale) * 4228250625.0f;
-        /* To 32 bits without a sign; a vector's conversion has one. */
+        /* Conversion to unsigned: vectors convert to signed integers only. */
         const int beyond = exact >= 0x1p31f;
         const int32_t below = (int32_t)(exact - (float)beyond * 0x1p31f);
         const uint32_t z = (uint32_t)below + ((uint32_t)beyond << 31);
         int32_t c = (int32_t)sqrtf(sqrtf(exact));
-        c -= (int32_t)(fourth_power(c) - z) > 0; /* roots round; what is compared is small */
+        c -= (int32_t)(fourth_power(c) - z) > 0; /* roots are rounded; compared differences are small */
         const uint32_t low = fourth_power(c), gap = fourth_power(c + 1) - low;
         /* bits * gap >> 16, where the product has 42 bits */
         const uint32_t share = ((gap & 0xFFFF) * bits >> 16) + (gap >> 16) * bits;

@@ -1,4 +1,4 @@
-/* float32 numbers in 16 bits: read, rounded to the nearest and at random, and with the other bits beside them. */
+/* Conversion between float32 and 16 bits: nearest, stochastic, and split into weight and error-correction bits. */
 #ifndef GWT_DTYPES_H
 #define GWT_DTYPES_H
 
@@ -19,7 +19,7 @@ static inline float float_of(uint32_t bits)
     return x;
 }
 
-/* Without a branch, which would cost the vectors. */
+/* Select without a branch, so that loops are vectorized. */
 static inline uint32_t choose(int condition, uint32_t yes, uint32_t no)
 {
     const uint32_t mask = 0u - (uint32_t)condition;
@@ -35,16 +35,16 @@ static inline float of_half(uint16_t h)
 {
     const uint32_t size = h & 0x7FFF, sign = (uint32_t)(h & 0x8000) << 16;
     const uint32_t normal = (size << 13) + choose(size >= 0x7C00, 0x70000000, 0x38000000);
-    const uint32_t small = bits_of((float)(int32_t)size * 0x1p-24f); /* exact, and without denormal floats */
+    const uint32_t small = bits_of((float)(int32_t)size * 0x1p-24f); /* exact, without denormal floats */
     return float_of(choose(size < 0x400, small, normal) | sign);
 }
 
-/* To the nearest, of two the even one. */
+/* Round to the nearest, ties to even. */
 static inline uint16_t to_half(float x)
 {
     const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
     const uint32_t normal = ((size + 0xFFF + (size >> 13 & 1)) >> 13) - (112 << 10);
-    /* Adding 1/2 leaves units of 2**-24, its float's last place, in the lower bits. */
+    /* Adding 1/2, whose last place is 2**-24, leaves units of 2**-24 in the lower bits. */
     const uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3F000000;
     const uint32_t large = choose(size > 0x7F800000, 0x7E00, 0x7C00);
     const uint32_t finite = choose(size < 0x38800000, small, normal);
@@ -57,7 +57,7 @@ static inline uint16_t to_bfloat16(float x)
     return (uint16_t)choose((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded);
 }
 
-/* What lies beyond the largest number becomes that; infinity stays, and NaN. */
+/* Round stochastically. Finite numbers beyond the largest become that; infinity and NaN stay. */
 static inline uint16_t to_bfloat16_at_random(float x, uint32_t bits)
 {
     const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
@@ -68,10 +68,10 @@ static inline uint16_t to_bfloat16_at_random(float x, uint32_t bits)
 static inline uint16_t to_half_at_random(float x, uint32_t bits)
 {
     const uint32_t raw = bits_of(x), size = raw & 0x7FFFFFFF;
-    /* 13 bits fall away, and round up what they exceed. */
+    /* The 13 dropped bits round up if they exceed the random ones. */
     const uint32_t within = size < 0x477FE000 ? size : 0x477FE000;
     const uint32_t normal = (within + 0x1FFF - (112u << 23) - (bits >> 3)) >> 13;
-    /* Below 2**-14 the last place is fixed: in units of its 2**-16th part, rounded up, 16 bits fall away. */
+    /* Below 2**-14 the last place is fixed: drop 16 bits of units of 2**-16 of it, rounded up. */
     const float parts = float_of(size < 0x38800000 ? size : 0x38800000) * 0x1p40f;
     const int32_t whole = (int32_t)parts;
     const uint32_t small = ((uint32_t)(whole + ((float)whole < parts)) + 0xFFFF - bits) >> 16;
@@ -80,13 +80,13 @@ static inline uint16_t to_half_at_random(float x, uint32_t bits)
     return (uint16_t)(choose(size < 0x7F800000, finite, large) | (raw >> 16 & 0x8000));
 }
 
-/* The float32 of a weight in bfloat16 and the other half of its bits, a signed number. */
+/* Return the float32 of a bfloat16 weight and its error-correction bits, a signed number. */
 static inline float joined(uint16_t weight, int16_t low)
 {
     return float_of(((uint32_t)weight << 16) + (uint32_t)(int32_t)low);
 }
 
-/* The bits of a number, with those of one NaN for every NaN, whose other bits would carry into a number's. */
+/* Replace every NaN by one whose lower bits are 0: others would carry into a number's bits. */
 static inline uint32_t one_nan(uint32_t raw)
 {
     return choose((raw & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, raw);

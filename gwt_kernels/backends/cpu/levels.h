@@ -1,4 +1,4 @@
-/* Stages that are compiled for each level (level.inc), found by the level of a tensor. */
+/* Tables of the functions that level.inc compiles for each level. */
 #ifndef GWT_LEVELS_H
 #define GWT_LEVELS_H
 
@@ -7,11 +7,10 @@
 #include "step.h"
 #include "vectors.h"
 
-/* Elements of a tile at the most, and where nothing asks for more: memory is read ahead by the processor while it
- * works on the tile before, if that is short, and waited for if it is long. */
+/* Largest and usual number of elements of a tile. While the processor works on a short tile, it prefetches the next. */
 enum { LARGEST = 1024, TILE = 512 };
 
-/* Inlined with `adds` a constant: else vectors are lost, and a loop takes three times as long. */
+/* Inlined with a constant `adds`: otherwise loops are not vectorized and take three times as long. */
 #define ALWAYS __attribute__((always_inline))
 #define PUT(to, added)                                                                                           \
     do {                                                                                                         \
@@ -55,7 +54,7 @@ static fold_both_of *const fold_both_at[] = {0, fold_both_1, fold_both_2, fold_b
 static spread_of *const spread_at[2][11] = {EACH_LEVEL(spread), EACH_LEVEL(spread_on)};
 static spread_folded_of *const spread_folded_at[2][11] = {EACH_LEVEL(spread_folded), EACH_LEVEL(spread_folded_on)};
 
-/* Sums of n blocks, of eight neighbours at a time. */
+/* Sum n blocks, eight elements at a time. */
 static void fold(const float *x, float *sums, int n, int level)
 {
     float part[2][LARGEST / 8];

@@ -1,4 +1,4 @@
-/* Random bits by Philox4x32-7 (Salmon et al., SC 2011): gwt_kernels/backends/torch/rounding.py, bit for bit. */
+/* Random bits by Philox4x32-7 (Salmon et al., SC 2011): core/philox.py, bit for bit. */
 #ifndef GWT_RANDOM_H
 #define GWT_RANDOM_H
 
@@ -6,12 +6,12 @@
 
 #include "vectors.h"
 
-/* Four words for each of n calls from `call` on, and some more: up to the end of a vector of calls. Words are the
- * lower halves of elements here; what lies above them is in nobody's way. */
+/* Write four words for each of n calls from `call` on, rounded up to whole vectors of calls. In c0 to c3 a word is the
+ * lower half of an element; the upper half is arbitrary. */
 static void draw(uint64_t *restrict words, uint64_t call, int n, uint32_t step, uint32_t purpose, uint64_t key)
 {
 #define LANE(i) i
-#define PAIR(i) ((i) / 2 + (i) % 2 * LONGS)            /* of two vectors in turns */
+#define PAIR(i) ((i) / 2 + (i) % 2 * LONGS)            /* interleaves two vectors */
 #define LATER_PAIR(i) (LONGS / 2 + PAIR(i))
     const longs zero = {0}, low_half = zero + 0xFFFFFFFF;
     longs calls = (longs){EACH_LONG(LANE)} + call;

@@ -1,4 +1,4 @@
-"""Runs a bucket's steps in C, and by PyTorch's operators where a bucket or a gradient is not for it."""
+"""Run a bucket's steps in C, or by PyTorch's operators if C does not support the bucket or a gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CompiledRunner"]
 
 
 class CompiledRunner(TorchRunner):
-    """See :class:`gwt_kernels.backends.runner.Runner`. Keeps what C takes of a bucket from step to step."""
+    """See :class:`gwt_kernels.backends.runner.Runner`. Keeps the packed bucket between steps."""
 
     _packed: step.Packed | None = None
 
@@ -35,7 +35,7 @@ class CompiledRunner(TorchRunner):
             level == ROW
             or bucket.stated.name not in step.RULES
             or not step.knows(tensor_steps, level)
-            or any(own.hyper.detail_scale != 1.0 for own in tensor_steps)
+            or any(t.hyper.detail_scale != 1.0 for t in tensor_steps)
         ):
             super()._take(tensor_steps)
             return

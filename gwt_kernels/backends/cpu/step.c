@@ -1,11 +1,10 @@
 /* One step on a CPU: GWT-Adam in one pass over weights, gradients and moments, a tile at a time.
  *
- * A tile is a run of coefficients, those of some hundred elements, and stays in the first cache from stage to
- * stage. Each stage is a plain loop over floats that a compiler makes vectors of: sums of blocks (level.inc),
- * moments, updates of elements (level.inc), weights. What is stored in float32 is read and written where it lies,
- * and updates are added to such weights at once; other dtypes cost a stage that reads or writes them (dtypes.h,
- * codes.h), so that a stage is compiled for each level or for each dtype, and for no two of them together. With
- * W = 2**level neighbours in block k of gradient g,
+ * A tile is a range of coefficients of some hundred elements, which stays in the first cache between stages. Each stage
+ * is a plain loop over floats that compilers vectorize: sums of blocks (level.inc), moments, updates of elements
+ * (level.inc), weights. float32 arrays are read and written in place, and updates are added to such weights directly.
+ * Other dtypes add a stage that converts them (dtypes.h, codes.h), so a stage is compiled per level or per dtype, but
+ * not per pair of both. With W = 2**level neighbours in block k of gradient g,
  *
  *     mean = sum(g) / W        m = b1*m + (1-b1)*sqrt(W)*mean        v = b2*v + (1-b2)*W*mean*mean
  *     p_i = p_i*keep - step_size * (g_i - mean + m/sqrt(W)) / (sqrt(v) + eps)
@@ -15,12 +14,11 @@
  *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
  *
- * (docs/algorithm.md); level 0 is Adam. All arithmetic is float's, each product rounded, so that what is stored is the
- * same with all vectors; what random bits decide is decided as in gwt_kernels/backends/torch/rounding.py and
- * quantized.py, bit for bit. Tiles are independent: threads may take ranges of them. Nothing here allocates or fails;
- * the caller has checked everything. */
-#if defined(__GNUC__) && !defined(__clang__) /* which refuses an option of that name */
-/* No memcpy for what comes from far: it took twice the time. */
+ * (docs/algorithm.md); level 0 is Adam. Arithmetic is in float without fused multiply-add, so results do not depend
+ * on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
+ * independent: threads may take ranges of them. Nothing allocates or fails; the caller has checked everything. */
+#if defined(__GNUC__) && !defined(__clang__) /* clang refuses an option of that name */
+/* No memcpy in place of loops that read main memory: it took twice the time. */
 #pragma GCC optimize("no-tree-loop-distribute-patterns")
 #endif
 
@@ -35,23 +33,23 @@
 #include "random.h"
 #include "vectors.h"
 
-/* The length of an array of a tile: arrays a multiple of 4 KiB apart would drive each other from the first cache. */
+/* Length of a tile's arrays: arrays a multiple of 4 KiB apart would evict each other from the first cache. */
 enum { SPACED = LARGEST + 144 };
 
-/* What a tile needs between stages, blocks padded with zeros. */
+/* Scratch of a tile between stages; incomplete blocks are padded with zeros. */
 typedef struct {
     float g[SPACED], update[SPACED];                     /* of elements */
     float sum[SPACED], square[SPACED];                   /* of blocks, from here on */
-    float m[SPACED], v[SPACED];                          /* where they are not stored in float32 */
+    float m[SPACED], v[SPACED];                          /* unless stored in float32 */
     float mean[SPACED], offset[SPACED], gain[SPACED];
-    uint64_t words[LARGEST / 2 + 2 * (LONGS + 1)];       /* random ones, of what is rounded and of a vector's rest */
-    uint32_t bits[SPACED];                               /* of them, where they are of several runs of a shard */
+    uint64_t words[LARGEST / 2 + 2 * (LONGS + 1)];       /* random, up to whole vectors */
+    uint32_t bits[SPACED];                               /* random, if collected from several runs of a shard */
 } tile;
 
-/* Blocks of a tile that lie in one row, so that their elements are neighbours in memory. */
+/* Blocks of a tile in one row, whose elements are contiguous in memory. */
 typedef struct {
-    int64_t element; /* the first */
-    int held;        /* elements; the others that pad the last block to its full width are not there */
+    int64_t element; /* index of the first */
+    int held;        /* number of elements in memory, without padding of the last block */
     int padded;
 } run;
 
@@ -64,7 +62,7 @@ static run run_of(const gwt_step *s, int64_t k, int64_t stop)
     return (run){row * s->width + block * w, (int)(left < padded ? left : padded), (int)padded};
 }
 
-/* Of n floats, in an order that no vectors change. */
+/* Sum squares of n floats in an order that does not depend on the width of vectors. */
 static double sum_of_squares(const float *restrict x, int n)
 {
     enum { LANES = 16 };
@@ -108,7 +106,7 @@ static void load(float *restrict to, const void *from, int64_t first, int n, int
         load_half_floats(to, halves, n);
 }
 
-/* Gradients of n blocks from k on: where they lie, or in the tile. */
+/* Return the gradients of n blocks from k on: in place, or loaded into the tile. */
 static const float *gradients(const gwt_step *s, int64_t k, int n, tile *t)
 {
     const run all = run_of(s, k, k + n);
@@ -125,7 +123,7 @@ static const float *gradients(const gwt_step *s, int64_t k, int n, tile *t)
     return t->g;
 }
 
-/* Weights of n blocks from k on that updates are added to at once, without a stage of their own; NULL for others. */
+/* Return the weights of n blocks from k on if updates can be added in place, without an extra stage; else NULL. */
 static float *weights(const gwt_step *s, int64_t k, int n)
 {
     const run all = run_of(s, k, k + n);
@@ -133,7 +131,7 @@ static float *weights(const gwt_step *s, int64_t k, int n)
     return at_once ? (float *)s->p + all.element : NULL;
 }
 
-/* Moments of n coefficients from k on: where they lie, or in the tile. */
+/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. */
 static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, float **v)
 {
     const int64_t quantum = k / quantum_of(s->level);
@@ -153,8 +151,8 @@ static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, flo
     }
 }
 
-/* Bits for n elements of a shard from `first` on, `size` bytes each: 2 for a weight, 4 for a coefficient, of which
- * the lower half is exp_avg's. What comes first in a call lies first in memory: the machine is little-endian. */
+/* Draw bits for n elements of a shard from `first` on, `size` bytes each: 2 for a weight, 4 for a coefficient, with the
+ * lower half for exp_avg. Words are in memory in their order, since the machine is little-endian. */
 static const void *draw_bits(tile *t, int size, int64_t first, int n, const gwt_span *span, uint32_t purpose,
                              const gwt_step *s)
 {
@@ -247,7 +245,7 @@ static void add_to_split(uint16_t *restrict p, int16_t *restrict low, const floa
     }
 }
 
-/* Weights of n blocks from k on; returns what is asked of the updates. */
+/* Add updates to the weights of n blocks from k on; return the updates' sum of squares if observed. */
 static double add_updates(const gwt_step *s, int64_t k, int n, tile *t)
 {
     const float *update = t->update;
@@ -282,7 +280,7 @@ typedef struct {
     float m, v;
 } pair;
 
-/* Both moments after a block of this mean. */
+/* Return both moments after a block with this mean. */
 static inline pair averaged(float m, float v, float mean, const gwt_step *restrict s)
 {
     return (pair){m * s->beta1 + mean * s->rest1, v * s->beta2 + s->rest2 * mean * mean};
@@ -293,7 +291,7 @@ static inline float gain_of(float v, const gwt_step *restrict s)
     return 1 / (sqrtf(v) + s->eps);
 }
 
-/* The published rule up to the blocks' own: the update of element i will be offset - g_i * factor * gain. */
+/* The published rule, per block: the update of element i will be offset - g_i * factor * gain. */
 static void average(const gwt_step *restrict s, const float *restrict sum, float *restrict m, float *restrict v,
                     float *restrict means, float *restrict offset, float *restrict gain, int n)
 {
@@ -308,7 +306,7 @@ static void average(const gwt_step *restrict s, const float *restrict sum, float
     }
 }
 
-/* What the limiter sums the squares of; nothing changes. */
+/* Write m / (sqrt(v) + eps) of the new moments for the limiter; moments do not change. */
 static void directions(const gwt_step *restrict s, const float *restrict sum, const float *restrict m,
                        const float *restrict v, float *restrict direction, int n)
 {
@@ -318,7 +316,7 @@ static void directions(const gwt_step *restrict s, const float *restrict sum, co
     }
 }
 
-/* The folded rule, likewise. */
+/* The folded rule, per block. */
 static void average_folded(const gwt_step *restrict s, const float *restrict sum, const float *restrict square,
                            float *restrict m, float *restrict v, float *restrict means, int n)
 {
@@ -344,7 +342,7 @@ static inline ALWAYS void adam(const gwt_step *restrict s, const float *restrict
 
 /* -- tiles ------------------------------------------------------------------------------------------------- */
 
-/* Coefficients of a tile: whole blocks, and whole quanta of codes. */
+/* Number of coefficients of a tile: whole blocks of quantized values. */
 static int at_once(const gwt_step *s)
 {
     const int least = s->m_type == INT8 ? quantum_of(s->level) : 1;

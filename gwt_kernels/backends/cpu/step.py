@@ -1,4 +1,4 @@
-"""Hands a bucket to bucket.c: one call of C a step, whatever the number of tensors."""
+"""Pass a bucket to bucket.c: one call of C per step for any number of tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 
-# In the order of step.h's.
+# In the order of the enums in step.h.
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
@@ -43,14 +43,14 @@ FIELDS = {
     "sums": "dddd",
 }
 STEP = struct.Struct("".join(FIELDS.values()))
-# Parts of it: the numbers of a step, up to ``full_step``, which C copies there, and from ``limit`` on what C says.
+# Parts of it: ``step`` to ``full_step``, which C copies there every step, and ``limit`` to ``sums``, the results.
 NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
 RESULTS_AT = STEP.size - RESULTS.size
 
 
 @functools.cache
 def functions() -> ctypes.CDLL:
-    """Those of bucket.c."""
+    """Return the functions of bucket.c, with their signatures."""
     lib = library()
     for function in (lib.gwt_update, lib.gwt_sum):
         function.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
@@ -61,9 +61,9 @@ def functions() -> ctypes.CDLL:
 
 
 def threads_of_pytorch() -> int | None:
-    """The address of what starts work on PyTorch's threads; None where that cannot be found."""
+    """Return the address of GOMP_parallel in PyTorch's OpenMP; None if there is none."""
     try:
-        # Found in what the library was linked with: a GNU, an LLVM or an Intel OpenMP.
+        # Resolved in the OpenMP that the library is linked with: GNU, LLVM or Intel.
         parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
         return None
@@ -71,32 +71,31 @@ def threads_of_pytorch() -> int | None:
 
 
 def knows(tensor_steps: Sequence[TensorStep], level: int) -> bool:
-    """Whether the step in C can take a bucket: arithmetic in float32, blocks that fit a tile, tensors with an
-    address."""
+    """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory."""
     p, g, m, *_ = tensor_steps[0]
     return (
         level <= MAX_LEVEL
         and p.dtype in TYPES[:3]
         and g.dtype in TYPES[:3]
         and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
-        and all(_has_memory(x) for own in tensor_steps for x in (own.p, own.g))
+        and all(_has_memory(x) for t in tensor_steps for x in (t.p, t.g))
     )
 
 
 def _has_memory(x: Tensor) -> bool:
-    """Whether the address of ``x`` is that of its numbers: not so of fakes, wrappers, and what ``vmap`` batches."""
+    """Return whether ``x`` has its numbers at its address, unlike fake, wrapper and batched tensors."""
     plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
     return plain and torch._C._has_storage(x) and not x._is_zerotensor()
 
 
 class Result(NamedTuple):
-    """What C says of one tensor: the divisor of its update, and sums of squares in double."""
+    """Results of C for one tensor: the update's divisor, and sums of squares in double."""
 
     limit: float
     step_size: float
     full_step: float
     norm: float
-    """Of ``m / (sqrt(v) + eps)``, where the limiter or :func:`update_sums` asked for it."""
+    """Sum of squares of ``m / (sqrt(v) + eps)``, if the limiter or :func:`update_sums` needs it."""
     gradients: float
     means: float
     updates: float
@@ -107,25 +106,25 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
     packed = Packed(tensor_steps, level, "gwt", "nearest")
     packed.run(functions().gwt_sum)
     sums = iter(packed.results())
-    totals = [next(sums).norm if own.p.numel() else 0.0 for own in tensor_steps]
+    totals = [next(sums).norm if t.p.numel() else 0.0 for t in tensor_steps]
     return torch.tensor(totals, dtype=torch.float32, device="cpu")
 
 
 def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
-    """Raise unless C may trust the tensors: it writes to their addresses."""
-    params, exp_avgs = [own.p for own in tensor_steps], [own.m for own in tensor_steps]
-    seconds: Any = [own.v for own in tensor_steps]
+    """Validate shapes, dtypes and devices before C writes to the tensors' addresses."""
+    params, exp_avgs = [t.p for t in tensor_steps], [t.m for t in tensor_steps]
+    seconds: Any = [t.v for t in tensor_steps]
     arrays = {
         "params": params,
-        "grads": [own.g for own in tensor_steps],
+        "grads": [t.g for t in tensor_steps],
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": seconds,
     }
     check_bucket(arrays, level)
-    lows = [own.low for own in tensor_steps if own.low is not None]
+    lows = [t.low for t in tensor_steps if t.low is not None]
     if lows:
         check_low_bits(params, lows)
-    scales = [own.scales for own in tensor_steps if own.scales is not None]
+    scales = [t.scales for t in tensor_steps if t.scales is not None]
     if exp_avgs[0].dtype == torch.int8:
         if len(scales) != len(tensor_steps):
             raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
@@ -133,33 +132,33 @@ def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
 
 
 class Packed:
-    """A bucket as C takes it: an array of ``gwt_step``, without the tensors that are empty."""
+    """A bucket as an array of ``gwt_step`` for C, without empty tensors."""
 
     def __init__(self, tensor_steps: Sequence[TensorStep], level: int, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
-        self._places = [i for i, own in enumerate(tensor_steps) if own.p.numel()]
+        self._places = [i for i, t in enumerate(tensor_steps) if t.p.numel()]
         self._has_empty = len(self._places) < len(tensor_steps)
         present = [tensor_steps[i] for i in self._places]
         self.lasts = True
-        """Whether another call with the same tensors can use it: nothing had to be copied."""
+        """Whether later steps with the same tensors can use it, since none had to be copied."""
         self._level, self._rule = level, rule
         self._is_divided = level > 0 and rule == "gwt"
-        self._params = [own.p for own in present]
-        self._rows = [(i, own.row) for i, own in enumerate(present) if own.row is not None]  # telemetry's
-        self._copies: list[tuple[Tensor, Tensor]] = []  # of what C could not write to, or only read
+        self._params = [t.p for t in present]
+        self._rows = [(i, t.row) for i, t in enumerate(present) if t.row is not None]  # telemetry
+        self._copies: list[tuple[Tensor, Tensor]] = []  # (target of write_back, copy for C)
         self._buffer = bytearray(STEP.size * len(present))
         self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if present else None
         self._pointers = struct.Struct(f"{len(present)}P")
         types = [TYPES.index(x.dtype) for x in tensor_steps[0][:3]]
         kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
-        for i, own in enumerate(present):
-            self._pack(i * STEP.size, own, kind)
-        grads = [self._plain(own.g, False) for own in present]
-        limits = [own.limit for own in present]
-        self._take(grads, [own.step for own in present], [own.hyper for own in present], limits)
+        for i, t in enumerate(present):
+            self._pack(i * STEP.size, t, kind)
+        grads = [self._plain(t.g, False) for t in present]
+        limits = [t.limit for t in present]
+        self._take(grads, [t.step for t in present], [t.hyper for t in present], limits)
 
     def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
-        """Take gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
+        """Pack gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
         columns: list[Any] = [*inputs] if divisors is None else [*inputs, divisors.unbind()]
         if self._has_empty:
             columns = [[column[i] for i in self._places] for column in columns]
@@ -172,7 +171,7 @@ class Packed:
         hypers: Sequence[Hyper],
         limits: Sequence[Tensor | None] = (),
     ) -> None:
-        """Pack what is another in another step: one block of numbers where all tensors share it, else one each."""
+        """Pack gradient addresses and the numbers of a step: one block if all tensors share it, else one each."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if not all(addresses):
             raise _no_memory(self._params[addresses.index(0)])
@@ -188,29 +187,29 @@ class Packed:
         self._blocks = b"".join(blocks)
         self._stride = NUMBERS.size if len(blocks) > 1 else 0
 
-    def _pack(self, at: int, own: TensorStep, kind: tuple[int, ...]) -> None:
-        """Pack all of a tensor but what is another in another step."""
-        p, m, v = self._plain(own.p, True), own.m, own.v
+    def _pack(self, at: int, t: TensorStep, kind: tuple[int, ...]) -> None:
+        """Pack the parts of a tensor that are the same in every step."""
+        p, m, v = self._plain(t.p, True), t.m, t.v
         count = p.numel()
         width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
-        low = 0 if own.low is None else own.low.data_ptr()
-        scales = (0, 0) if own.scales is None else (own.scales[0].data_ptr(), own.scales[1].data_ptr())
+        low = 0 if t.low is None else t.low.data_ptr()
+        scales = (0, 0) if t.scales is None else (t.scales[0].data_ptr(), t.scales[1].data_ptr())
         addresses = (p.data_ptr(), m.data_ptr(), v.data_ptr())
         if not all(addresses):
             raise _no_memory(p)
         norm = 0
-        if self._is_divided and own.norm is not None and own.hyper.norm_growth_limit is not None:
-            norm = self._plain(own.norm, True, torch.float32).data_ptr()
-        weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if own.span is None else own.span
+        if self._is_divided and t.norm is not None and t.hyper.norm_growth_limit is not None:
+            norm = self._plain(t.norm, True, torch.float32).data_ptr()
+        weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if t.span is None else t.span
         p_at, m_at, v_at = addresses
         numbers = (0,) * 18
         STEP.pack_into(
             *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, count // width, width, *weights),
-            *(*coefficients, own.key, *kind, own.row is not None, *numbers),
+            *(*coefficients, t.key, *kind, t.row is not None, *numbers),
         )
 
     def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, or a copy that C can take."""
+        """Return the tensor, or a contiguous copy of the dtype."""
         if x.is_contiguous() and not x.is_neg() and (dtype is None or x.dtype == dtype):
             return x
         copy = x.resolve_neg().to(dtype or x.dtype).contiguous()
@@ -220,7 +219,7 @@ class Packed:
 
     def _numbers(self, hyper: Hyper, step: int, limit: float = 1.0) -> bytes:
         numbers, gamma = _numbers(hyper, self._level, self._rule), hyper.norm_growth_limit or 0.0
-        step_size = hyper.step_size(step, self._level) if step else 0.0  # for sums alone
+        step_size = hyper.step_size(step, self._level) if step else 0.0  # 0: sums only
         return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
 
     def step(self) -> None:
@@ -244,14 +243,14 @@ class Packed:
             raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
 
     def write_back(self) -> None:
-        """Copy what C has written to copies, and say to autograd what has changed: else it knows of no change."""
+        """Copy results in copies back, and increment the parameters' autograd versions."""
         increment_version(self._params)
         for x, copy in self._copies:
             if x is not copy:
                 x.copy_(copy)
 
     def results(self) -> list[Result]:
-        """What C says of each tensor."""
+        """Return the results of each tensor."""
         return [self._result(i) for i in range(len(self._params))]
 
     def _result(self, i: int) -> Result:
@@ -266,11 +265,11 @@ def _no_memory(p: Tensor) -> ValueError:
 
 
 def _numbers(hyper: Hyper, level: int, rule: Rule) -> tuple[float, ...]:
-    """From ``beta1`` to ``per_root``."""
+    """Return the fields ``beta1`` to ``per_root``."""
     block, factor = 2**level, hyper.signed_factor
     keep = 1 - float(hyper.lr) * hyper.weight_decay
     rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
-    if level and rule == "foam":  # the gradient is multiplied by the factor first
+    if level and rule == "foam":  # means and squares are of the gradient times the factor
         return hyper.beta1, rest1, hyper.beta2, rest2 / block, hyper.eps, keep, factor, 1 / block, 0.0
     rest1, rest2, root = rest1 * math.sqrt(block), rest2 * block, math.sqrt(block)
     return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, factor / block, 1 / root

@@ -1,10 +1,10 @@
-/* Threads that are started once, and wait for work that a caller shares with them.
+/* Share work over threads that are started once and then wait for more.
  *
- * They are PyTorch's where those can be had: OpenMP's wait for more work without sleeping, and others beside them would
- * have to share the cores with them, at up to twice the time of a step. A child of a fork has none of them, and what
- * asked for them there would wait forever; so it has threads of this file, which one caller at a time has: another one
- * meanwhile, and a process in which none can be started, works alone. All take over the caller's floating-point
- * environment, so that a number below the smallest normal one is what it is for the caller. */
+ * PyTorch's OpenMP threads are used if available: they spin while they wait, so other threads would compete with them
+ * for cores, at up to twice the time of a step. In the child of a fork OpenMP's threads are gone, and calling them
+ * would deadlock, so the pool of this file is used. One caller at a time has the pool; concurrent callers, and
+ * processes that cannot start threads, work alone. All threads use the caller's floating-point environment, and so
+ * treat denormal numbers alike. */
 #define _POSIX_C_SOURCE 200809L
 #include "step.h"
 
@@ -14,9 +14,9 @@
 #include <stdatomic.h>
 
 enum { MOST = 256, LINE = 64 };
-enum { SPINS = 2000 }; /* looks for more work before a thread sleeps: some ten microseconds */
+enum { SPINS = 2000 }; /* polls for work before a thread sleeps, about ten microseconds */
 
-/* A range of a thread's own, in cache lines of its own. */
+/* A thread's range of items, in separate cache lines. */
 typedef struct {
     _Alignas(LINE) atomic_int_fast64_t taken;
     int64_t first, stop;
@@ -27,24 +27,24 @@ typedef struct {
     void *context;
     range *ranges;
     int threads;
-    atomic_int joined; /* of PyTorch's */
+    atomic_int joined; /* PyTorch's threads so far */
     fenv_t environment;
 } share;
 
-/* GOMP_parallel of the OpenMP that PyTorch was linked with; NULL for none. */
+/* GOMP_parallel of PyTorch's OpenMP; NULL for none. */
 typedef void gwt_team(void (*work)(void *), void *context, unsigned threads, unsigned flags);
 static _Atomic(gwt_team *) team;
 static atomic_int forked;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static struct {
-    pthread_mutex_t held; /* by the caller that has the threads */
-    pthread_mutex_t lock; /* of all that follows */
+    pthread_mutex_t held; /* held by the caller that uses the pool */
+    pthread_mutex_t lock; /* guards the fields below */
     pthread_cond_t begun, left;
     atomic_uint round;
-    share *job;  /* NULL where there is nothing, or nothing more, to do */
-    int started; /* threads */
-    int inside;  /* threads that work on the job */
+    share *job;  /* NULL if no thread may join */
+    int started; /* number of threads */
+    int inside;  /* number of threads in the job */
 } pool = {.held = PTHREAD_MUTEX_INITIALIZER,
           .lock = PTHREAD_MUTEX_INITIALIZER,
           .begun = PTHREAD_COND_INITIALIZER,
@@ -59,7 +59,7 @@ static inline void pause_a_little(void)
 #endif
 }
 
-/* Its own range first, then what is left of the others'. */
+/* Work on the thread's own range, then on the rest of the others'. */
 static void take_part(share *job, int self)
 {
     for (int i = 0; i < job->threads; ++i) {
@@ -102,7 +102,7 @@ static void *attend(void *number)
     return NULL;
 }
 
-/* What a fork leaves of the threads in the child: nothing. */
+/* Reset the pool in the child of a fork, which has no threads of its parent. */
 static void forget(void)
 {
     pthread_mutex_init(&pool.held, NULL);
@@ -120,7 +120,7 @@ static void forget_after_forks(void)
     pthread_atfork(NULL, NULL, forget);
 }
 
-/* At most as many as are asked for, with the lock held; signals are for the threads of others. */
+/* Start threads up to this number, and return how many there are. Requires the lock. They block all signals. */
 static int started(int threads)
 {
     sigset_t all, before;
@@ -137,7 +137,7 @@ static int started(int threads)
     return pool.started < threads ? pool.started : threads;
 }
 
-/* One of PyTorch's threads; more may come than have something to do. */
+/* Take part as one of PyTorch's threads; surplus ones return. */
 static void join(void *context)
 {
     share *job = context;
@@ -160,7 +160,7 @@ static void divide(share *job, int64_t count)
     }
 }
 
-/* By threads of this file, or alone. */
+/* Share the job over the pool's threads, or work alone. */
 static void share_with_own(share *job, int64_t count)
 {
     const int shared = job->threads > 1 && pthread_mutex_trylock(&pool.held) == 0;
@@ -179,7 +179,7 @@ static void share_with_own(share *job, int64_t count)
     pthread_mutex_unlock(&pool.lock);
     take_part(job, 0);
     pthread_mutex_lock(&pool.lock);
-    pool.job = NULL; /* who comes now comes too late */
+    pool.job = NULL; /* no thread may join any more */
     while (pool.inside)
         pthread_cond_wait(&pool.left, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
@@ -199,19 +199,19 @@ void share_out(gwt_work *work, void *context, int64_t count, int useful, int thr
     fegetenv(&job.environment);
     if (job.threads > 1 && lent != NULL && !atomic_load(&forked)) {
         divide(&job, count);
-        lent(join, &job, (unsigned)threads, 0); /* all of them: it would end those that it is not asked for */
+        lent(join, &job, (unsigned)threads, 0); /* all of them, since it ends threads that are not requested */
     } else
         share_with_own(&job, count);
 }
 
-/* Use the threads behind a function like GOMP_parallel; NULL for those of this file. */
+/* Set a function like GOMP_parallel, whose threads are used; NULL for the pool. */
 EXPORT void gwt_lend(gwt_team *parallel)
 {
-    pthread_once(&once, forget_after_forks); /* before it is used, so that a child always knows */
+    pthread_once(&once, forget_after_forks); /* before first use, so that every child is reset */
     atomic_store(&team, parallel);
 }
 
-/* Threads of this file. */
+/* Return the number of threads in the pool. */
 EXPORT int gwt_threads(void)
 {
     pthread_mutex_lock(&pool.lock);

@@ -1,4 +1,4 @@
-/* Vectors as wide as the machine's, for what compilers do not make of a loop: permutations, and products of 64 bits. */
+/* Vectors as wide as the machine's, for operations that compilers do not vectorize: permutations, 64-bit products. */
 #ifndef GWT_VECTORS_H
 #define GWT_VECTORS_H
 
@@ -27,14 +27,14 @@
 
 enum { FLOATS = VECTOR / 4, LONGS = VECTOR / 8 };
 
-/* Of floats and of unsigned integers, wherever those lie. */
+/* Vectors of floats and of integers; floats and longs may be unaligned in memory. */
 typedef float floats __attribute__((vector_size(VECTOR), aligned(4), may_alias));
 typedef int32_t float_places __attribute__((vector_size(VECTOR)));
 typedef uint32_t float_bits __attribute__((vector_size(VECTOR)));
 typedef uint64_t longs __attribute__((vector_size(VECTOR), aligned(8), may_alias));
 typedef int64_t long_places __attribute__((vector_size(VECTOR)));
 
-/* Elements of a, and behind them those of b, at the places that a macro gives for each lane. */
+/* Select elements of a followed by b; a macro returns the index for each lane. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define CHOOSE_FLOATS(a, b, place) __builtin_shufflevector(a, b, EACH_FLOAT(place))
 #define CHOOSE_LONGS(a, b, place) __builtin_shufflevector(a, b, EACH_LONG(place))
@@ -43,7 +43,7 @@ typedef int64_t long_places __attribute__((vector_size(VECTOR)));
 #define CHOOSE_LONGS(a, b, place) __builtin_shuffle(a, b, (long_places){EACH_LONG(place)})
 #endif
 
-/* float16 in memory, to floats and back to the nearest, where the machine knows it. */
+/* Conversion between float16 in memory and floats, rounded to the nearest, on machines that have it. */
 #if VECTOR == 64 || (VECTOR == 32 && defined(__F16C__)) || (defined(__ARM_NEON) && defined(__aarch64__))
 #define HAS_HALVES
 static inline floats load_halves(const uint16_t *from)
@@ -57,7 +57,7 @@ static inline floats load_halves(const uint16_t *from)
 #endif
 }
 
-/* Of any NaN the one with its sign, as dtypes.h makes it. */
+/* Every NaN becomes the one NaN of its sign that dtypes.h makes. */
 static inline void store_halves(uint16_t *to, floats sum)
 {
     const float_bits raw = (float_bits)sum, number = (float_bits)(sum == sum);
@@ -72,7 +72,7 @@ static inline void store_halves(uint16_t *to, floats sum)
 }
 #endif
 
-/* Square roots, rounded. */
+/* Return correctly rounded square roots. */
 static inline floats roots(floats x)
 {
 #if VECTOR == 64
@@ -90,7 +90,7 @@ static inline floats roots(floats x)
 #endif
 }
 
-/* Products of the lower 32 bits of each element. */
+/* Return products of the lower 32 bits of each element. */
 static inline longs products(longs a, longs b)
 {
 #if VECTOR == 64

@@ -1,4 +1,4 @@
-"""What gradients decide about a step, in plain PyTorch: their norm, clipping, and whether all are finite."""
+"""Step decision in plain PyTorch: gradient norm, clipping, and skipping of non-finite gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gwt_kernels.backends.torch.haar import compute_dtype
 
 __all__ = ["decide", "squares"]
 
-ROW = 4096  # elements whose squares are added up in the gradient's precision; those sums are added in float64
+ROW = 4096  # elements whose squares are summed in the gradient's precision; these sums are added in float64
 
 
 def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
@@ -30,9 +30,9 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
     total = (
         torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
     )
-    # The squares of finite numbers may overflow, so only the elements themselves can tell that one is not finite.
-    told = total.device.type == "cpu" and not choice.is_symbolic()  # by the host, now
-    if not norms or (told and total.isfinite()):
+    # Squares of finite numbers may overflow, so an infinite total does not imply a non-finite element.
+    host_knows = total.device.type == "cpu" and not choice.is_symbolic()
+    if not norms or (host_knows and total.isfinite()):
         bad = torch.zeros_like(total)
     else:
         bad = torch.stack([g.isfinite().logical_not_().sum() for g in grads]).sum().double()

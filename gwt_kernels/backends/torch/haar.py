@@ -22,7 +22,7 @@ def haar_dwt(x: Tensor, level: int) -> list[Tensor]:
     for _ in range(level):
         padded = approximation
         if not _is_certain(approximation.shape[-1] % 2 == 0):
-            padded = F.pad(approximation, (0, 1))  # a zero that no slice below takes if the width is even
+            padded = F.pad(approximation, (0, 1))  # the slices below drop the zero if the width is even
         even, odd = approximation[..., 0::2], padded[..., 1::2]
         details.append(((even - odd) * SQRT_HALF).to(x.dtype))
         approximation = (even + odd) * SQRT_HALF
@@ -43,25 +43,25 @@ def haar_idwt(coeffs: list[Tensor], length: int) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic for tensors of ``dtype``: float32 at least."""
+    """Return the dtype of the arithmetic for tensors of ``dtype``: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _alternate(even: Tensor, odd: Tensor, width: int) -> Tensor:
-    """``[even[0], odd[0], even[1], ...]``, cut to ``width`` columns.
+    """Return ``[even[0], odd[0], even[1], ...]``, cut to ``width`` columns.
 
-    A graph for every width gathers them: a view's strides depend on whether all columns are left.
+    A graph with symbolic width gathers them, since a view's strides depend on whether columns are cut.
     """
     pairs = even.shape[-1]
     if _is_certain(width <= 2 * pairs):
         both = torch.stack((even, odd), dim=-1)
-        return both.reshape(*even.shape[:-1], 2 * pairs).narrow(-1, 0, width)  # flatten() cannot be batched
+        return both.reshape(*even.shape[:-1], 2 * pairs).narrow(-1, 0, width)  # flatten() has no batching rule
     column = torch.arange(width, dtype=torch.int64, device=even.device)
     return torch.cat((even, odd), dim=-1).index_select(-1, column // 2 + column % 2 * pairs)
 
 
 def _is_certain(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition on sizes holds, for all the sizes that a graph which is being traced is for."""
+    """Return whether a condition on sizes holds for all sizes of the graph that is being traced."""
     if isinstance(condition, bool) and not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -1,8 +1,7 @@
-"""The published algorithm literally, for any discrete wavelet: transform, divide, limit, invert, update.
+"""The published algorithm, literally, for any discrete wavelet: transform, divide, limit, invert, update.
 
-Slow, and the only path for wavelets other than Haar and for rows that go on beyond their ends with anything but
-zeros. With ``wavelet="haar"`` and ``boundary="zero"`` it is a second, independent statement of what the folded step
-computes. Notation of docs/algorithm.md.
+It is slow, and the only path for wavelets other than Haar and boundaries other than zero. With ``wavelet="haar"``
+and ``boundary="zero"`` it is an independent reference of the folded step. Notation of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -28,54 +27,54 @@ FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tupl
 def gwt_adamw_(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     bank = filter_bank(wavelet)
-    for own in tensor_steps:
-        if own.p.numel() == 0:
+    for t in tensor_steps:
+        if t.p.numel() == 0:
             continue
-        m, v, denominator, details = _moments(own, bank, level, boundary)
-        dtype, hyper = m.dtype, own.hyper
+        m, v, denominator, details = _moments(t, bank, level, boundary)
+        dtype, hyper = m.dtype, t.hyper
         coeffs = [m / denominator]
         for i, detail in enumerate(details):
             if i:
                 denominator = denominator.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
             coeffs.append(detail / denominator)
-        limit: Tensor | float = 1.0 if own.limit is None else own.limit
-        if own.norm is not None and hyper.norm_growth_limit is not None:
-            limit = limit_(own.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
-        update = waverec(coeffs, bank)[..., : own.p.shape[-1]] * (hyper.step_size(own.step, level) / limit)
-        own.p.copy_(own.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
-        own.m.copy_(m)
-        own.v.copy_(v)
+        limit: Tensor | float = 1.0 if t.limit is None else t.limit
+        if t.norm is not None and hyper.norm_growth_limit is not None:
+            limit = limit_(t.norm, coeffs[0].square().sum().sqrt(), hyper.norm_growth_limit)
+        update = waverec(coeffs, bank)[..., : t.p.shape[-1]] * (hyper.step_size(t.step, level) / limit)
+        t.p.copy_(t.p.to(dtype) * (1 - float(hyper.lr) * hyper.weight_decay) - update)
+        t.m.copy_(m)
+        t.v.copy_(v)
 
 
 def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, wavelet: str, boundary: str = "zero") -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
     bank, first = filter_bank(wavelet), tensor_steps[0].p
     sums = torch.zeros(len(tensor_steps), dtype=compute_dtype(first.dtype), device=first.device)
-    for total, own in zip(sums, tensor_steps, strict=True):
-        if own.p.numel():
-            m, _, denominator, _ = _moments(own, bank, level, boundary)
+    for total, t in zip(sums, tensor_steps, strict=True):
+        if t.p.numel():
+            m, _, denominator, _ = _moments(t, bank, level, boundary)
             total += (m / denominator).square().sum()
     return sums
 
 
 def _moments(
-    own: TensorStep, bank: FilterBank, level: int, boundary: str
+    t: TensorStep, bank: FilterBank, level: int, boundary: str
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """New moments, ``sqrt(v) + eps`` and the gradient's details."""
-    hyper = own.hyper
-    dtype = compute_dtype(torch.promote_types(own.p.dtype, own.m.dtype))
-    approximation, *details = wavedec(own.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
-    m = own.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
-    v = own.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
+    """Return new moments, ``sqrt(v) + eps`` and the gradient's details."""
+    hyper = t.hyper
+    dtype = compute_dtype(torch.promote_types(t.p.dtype, t.m.dtype))
+    approximation, *details = wavedec(t.g.to(dtype) * hyper.signed_factor, bank, level, boundary)
+    m = t.m.to(dtype) * hyper.beta1 + (1 - hyper.beta1) * approximation
+    v = t.v.to(dtype) * hyper.beta2 + (1 - hyper.beta2) * approximation.square()
     return m, v, v.sqrt() + hyper.eps, details
 
 
 @functools.lru_cache(maxsize=32)
 def filter_bank(wavelet: str) -> FilterBank:
-    """Decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
+    """Return decomposition and reconstruction filters (low, high, low, high) of a discrete wavelet.
 
     Raises:
-        ModuleNotFoundError: PyWavelets, which holds the filters, is not installed.
+        ModuleNotFoundError: PyWavelets, which has the filters, is not installed.
         ValueError: the name is unknown, or not that of a discrete wavelet.
     """
     if wavelet == "haar":
@@ -97,10 +96,7 @@ def filter_bank(wavelet: str) -> FilterBank:
 
 
 def approximation_width(width: int, level: Level, wavelet: str) -> int:
-    """Width of the approximation of a row of ``width`` elements, whatever the boundary.
-
-    For Haar ``ceil(width / 2**level)``, and 1 of ``"row"``.
-    """
+    """Return the approximation's width for a row: ``ceil(width / 2**level)`` for Haar, 1 for ``"row"``."""
     if wavelet == "haar":
         return blocks_of(level, width)
     assert level != ROW  # which check_rule refuses for other wavelets
@@ -111,7 +107,7 @@ def approximation_width(width: int, level: Level, wavelet: str) -> int:
 
 
 def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> list[Tensor]:
-    """``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
+    """Return ``pywt.wavedec(x, wavelet, mode=boundary, level=level, axis=-1)``: ``[A, D_L, ..., D_1]``."""
     details = []
     for _ in range(level):
         x, detail = _analyse(x, bank, boundary)
@@ -120,9 +116,9 @@ def wavedec(x: Tensor, bank: FilterBank, level: int, boundary: str = "zero") -> 
 
 
 def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
-    """``pywt.waverec(coeffs, wavelet, mode=boundary, axis=-1)``, which is the same for every boundary.
+    """Return ``pywt.waverec(coeffs, wavelet, axis=-1)``, which does not depend on the boundary.
 
-    May be one element longer than the original.
+    The result may be one element longer than the original.
     """
     x = coeffs[0]
     for detail in coeffs[1:]:
@@ -131,7 +127,7 @@ def waverec(coeffs: Sequence[Tensor], bank: FilterBank) -> Tensor:
 
 
 def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor]:
-    """One level down: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, ``x`` continued beyond its ends."""
+    """Analyse one level: ``y[k] = sum_j h[j] x[2k + 1 - j]`` for both filters, with ``x`` extended at its ends."""
     low, high = bank[:2]
     taps, n = len(low), x.shape[-1]
     out = (n + taps - 1) // 2
@@ -146,29 +142,29 @@ def _analyse(x: Tensor, bank: FilterBank, boundary: str) -> tuple[Tensor, Tensor
 
 
 def _continued(x: Tensor, before: int, after: int, boundary: str) -> Tensor:
-    """Rows with ``before`` and ``after`` more elements at their ends, as ``pywt.pad(x, ..., mode=boundary)``.
+    """Extend rows by ``before`` and ``after`` elements, as ``pywt.pad(x, ..., mode=boundary)``.
 
-    For a row ``a b c``: ``constant`` goes on as ``a a|a b c|c c``, ``symmetric`` as ``b a|a b c|c b``,
-    ``reflect`` as ``c b|a b c|b a`` and ``periodic`` as ``b c|a b c|a b``, over and over where a row is short.
+    A row ``a b c`` becomes ``a a|a b c|c c`` (``constant``), ``b a|a b c|c b`` (``symmetric``),
+    ``c b|a b c|b a`` (``reflect``) or ``b c|a b c|a b`` (``periodic``), repeated if the row is short.
     """
     if boundary == "zero":
         return F.pad(x, (before, after))
     n = x.shape[-1]
-    place = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
+    index = torch.arange(-before, n + after, dtype=torch.int64, device=x.device)
     if boundary == "constant":
-        place = place.clamp(0, n - 1)
+        index = index.clamp(0, n - 1)
     elif boundary == "periodic":
-        place = place.remainder(n)
-    else:  # there and back: the ends come twice, or once
+        index = index.remainder(n)
+    else:  # forwards and backwards; symmetric repeats the elements at the ends
         twice = boundary == "symmetric"
         last = 2 * n - 2 + twice
-        place = place.remainder(max(last + twice, 1))
-        place = torch.minimum(place, last - place)
-    return x.index_select(-1, place)
+        index = index.remainder(max(last + twice, 1))
+        index = torch.minimum(index, last - index)
+    return x.index_select(-1, index)
 
 
 def _synthesise(approximation: Tensor, detail: Tensor, bank: FilterBank) -> Tensor:
-    """One level up: ``x[2k + j] += h[j] y[k]`` for both filters, ``taps - 2`` elements dropped at each end."""
+    """Synthesise one level: ``x[2k + j] += h[j] y[k]`` for both filters, cut by ``taps - 2`` at each end."""
     low, high = bank[2:]
     taps, n = len(low), detail.shape[-1]
     x = detail.new_zeros(*detail.shape[:-1], 2 * n + taps - 2)

@@ -1,4 +1,4 @@
-"""Kernels of what is decided on the device before a step, and of the numbers that the step then goes by."""
+"""Kernels of the step decision, and of the scalars of a step that depend on it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def squares_kernel(
     ALIGN: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """Sum of squares of a chunk of one gradient, and how many of its elements are infinite or NaN.
+    """Compute a gradient chunk's sum of squares, and its number of infinite or NaN elements.
 
     ``owners`` int32 ``[n_chunks]``: each chunk's gradient.
     ``table`` int64 ``[3, n]``: addresses of gradients (multiples of ``ALIGN`` bytes), their sizes (multiples of
@@ -75,7 +75,7 @@ def squares_kernel(
 
 @triton.jit(do_not_specialize=["n_chunks"])
 def total_kernel(partials_ptr, total_ptr, n_chunks, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """Set ``total`` float64 ``[2]`` to the sums of ``partials [2, n_chunks]``, or add them where not ``FIRST``."""
+    """Set ``total`` float64 ``[2]`` to the sums of ``partials [2, n_chunks]``, or add them unless ``FIRST``."""
     which = tl.program_id(0)
     sums = tl.zeros((BLOCK,), tl.float64)
     chunk = 0
@@ -104,7 +104,7 @@ def decide_kernel(
     SCALED: tl.constexpr,
     FOUND: tl.constexpr,
 ):
-    """See :func:`gwt_kernels.control.decide`; a pointer whose flag is off is not read."""
+    """See :func:`gwt_kernels.control.decide`; pointers without their flag are not read."""
     inverse = tl.full((), 1.0, tl.float64)
     if SCALED:
         inverse = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
@@ -137,13 +137,13 @@ def rows_kernel(
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count the step of every tensor, unless it is skipped, and write the row of numbers that the step goes by.
+    """Count the step of every tensor, unless it is skipped, and write the step's row of scalars.
 
-    Without ``COUNTS`` the row is written as if the step were counted.
+    Without ``COUNTS`` the stored count does not change.
 
-    ``addresses`` int64 ``[2, n]``: of the step counts (float64) and of learning rates (float32; 0 for a constant)
+    ``addresses`` int64 ``[2, n]``: of step counts (float64) and of learning rates (float32; 0 for a constant)
     ``constants`` float64 ``[n, 10]``: see ``schema.py``
-    ``control``   float64 ``[3]``, where ``CONTROLLED``: factor on gradients, whether to step, norm
+    ``control``   float64 ``[3]``, if ``CONTROLLED``: factor on gradients, whether to step, norm
     ``steps``     int64 ``[n]``, written: the number of this step
     ``scalars``   float32 ``[n, 12]``, written: see ``schema.py``
     """
@@ -153,9 +153,9 @@ def rows_kernel(
     lr_address = tl.load(addresses_ptr + n_tensors + i, mask=inside, other=0)
     row = constants_ptr + i * N_CONSTANTS
     lr = tl.load(row + LR_C, mask=inside, other=0.0)
-    moving = inside & (lr_address != 0)
-    lr_read = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=moving, other=0.0).to(tl.float64)
-    lr = tl.where(moving, lr_read, lr)
+    is_tensor = inside & (lr_address != 0)
+    lr_read = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=is_tensor, other=0.0).to(tl.float64)
+    lr = tl.where(is_tensor, lr_read, lr)
     b1 = tl.load(row + B1_C, mask=inside, other=0.5)
     b2 = tl.load(row + B2_C, mask=inside, other=0.5)
     sign = tl.load(row + SIGN_C, mask=inside, other=0.0)

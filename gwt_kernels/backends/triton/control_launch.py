@@ -1,4 +1,4 @@
-"""Launches of the kernels that decide about a step."""
+"""Launch the kernels of the step decision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS_BLOCK = 128
 
 
 def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[Tensor] = ()) -> Tensor:
-    """See :func:`gwt_kernels.control.squares`: a launch for each dtype, twice if some addresses are odd."""
+    """See :func:`gwt_kernels.control.squares`: a launch per dtype, or two if some gradients are misaligned."""
     kinds: dict[Any, list[Tensor]] = {}
     for g in grads:
         if g.numel():
@@ -55,14 +55,14 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
 
 
 class _Chunks:
-    """Runs of tiles of tensors, a program's each: what stays as long as sizes do."""
+    """Chunks of tiles, one per program, kept while the tensors' sizes are the same."""
 
     def __init__(self) -> None:
         self.sender = Sender()
         self.sizes: list[int] = []
 
     def cut(self, sizes: list[int], device: torch.device) -> None:
-        """Cut tensors of these sizes, none of them 0, unless that was done."""
+        """Cut tensors of these nonzero sizes into chunks, unless they are cut already."""
         if sizes == self.sizes:
             return
         self.tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
@@ -99,7 +99,7 @@ def decide(
 def rows(
     addresses: Tensor, constants: Tensor, steps: Tensor, n: int, control: Tensor | None, counts: bool = True
 ) -> Tensor:
-    """The tensors' rows of numbers, float32 ``[n * 12]``, their steps counted: see ``rows_kernel``."""
+    """Count the tensors' steps and return their rows of scalars, float32 ``[n * 12]``: see ``rows_kernel``."""
     scalars = torch.empty(n * len(SCALARS), dtype=torch.float32, device=addresses.device)
     rows_kernel[(-(-n // ROWS_BLOCK),)](
         addresses, constants, constants if control is None else control, steps, scalars, n,

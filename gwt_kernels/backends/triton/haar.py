@@ -1,8 +1,8 @@
-"""Kernels of the multi-level Haar transform: all levels in one launch, nothing intermediate in memory.
+"""Kernels of the multi-level Haar transform: all levels in one launch, without intermediate results in memory.
 
-A program takes a tile of ``NB`` blocks of ``W = 2**LEVEL`` neighbours through all levels in registers.
-``coeffs`` is the tuple ``(A, D_L, ..., D_1)``. The flat and the row path are those of ``step.py``: zeros beyond
-a row's end stand for the zero that pads an odd length at each level.
+A program transforms a tile of ``NB`` blocks of ``W = 2**LEVEL`` elements in registers. ``coeffs`` is the tuple
+``(A, D_L, ..., D_1)``. The flat and the row path are those of ``tiles.py``: zeros beyond the end of a row equal the
+zero that pads an odd length at each level.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dwt_kernel(
     FLAT: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """``a[k], d[k] = (a[2k] + a[2k+1]) / sqrt(2), (a[2k] - a[2k+1]) / sqrt(2)``, level by level."""
+    """Compute ``a[k], d[k] = (a[2k] + a[2k+1]) / sqrt(2), (a[2k] - a[2k+1]) / sqrt(2)``, level by level."""
     first_block = tl.program_id(0).to(tl.int64) * NB
     tile = tile_of(n_blocks, row_blocks, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
     if FLAT:
@@ -60,8 +60,8 @@ def _dwt(
         a = (even + odd) * _SQRT_HALF
         ptr = coeffs[LEVEL + 1 - level]
         d = ((even - odd) * _SQRT_HALF).to(ptr.dtype.element_ty)
-        own = (width + (2**level - 1)) >> level
-        store_tile(ptr, d, tile, own, row_blocks, 2 ** (LEVEL - level), NB, KIND, MULTIPLE)
+        band_width = (width + (2**level - 1)) >> level
+        store_tile(ptr, d, tile, band_width, row_blocks, 2 ** (LEVEL - level), NB, KIND, MULTIPLE)
     a = a.to(coeffs[0].dtype.element_ty)
     store_tile(coeffs[0], a, tile, row_blocks, row_blocks, 1, NB, KIND, MULTIPLE)
 
@@ -79,7 +79,7 @@ def idwt_kernel(
     FLAT: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """``a[2k], a[2k+1] = (a[k] + d[k]) / sqrt(2), (a[k] - d[k]) / sqrt(2)``, from the coarsest level up."""
+    """Compute ``a[2k], a[2k+1] = (a[k] + d[k]) / sqrt(2), (a[k] - d[k]) / sqrt(2)``, from the coarsest level up."""
     first_block = tl.program_id(0).to(tl.int64) * NB
     tile = tile_of(n_blocks, row_blocks, reciprocal, first_block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
     if FLAT:
@@ -104,8 +104,8 @@ def _idwt(
 ):
     a = load_tile(coeffs[0], tile, row_blocks, row_blocks, 1, NB, KIND, MULTIPLE).to(tl.float32)
     for i in tl.static_range(0, LEVEL):
-        own = (width + (2 ** (LEVEL - i) - 1)) >> (LEVEL - i)
-        d = load_tile(coeffs[i + 1], tile, own, row_blocks, 2**i, NB, KIND, MULTIPLE).to(tl.float32)
+        band_width = (width + (2 ** (LEVEL - i) - 1)) >> (LEVEL - i)
+        d = load_tile(coeffs[i + 1], tile, band_width, row_blocks, 2**i, NB, KIND, MULTIPLE).to(tl.float32)
         a = tl.reshape(tl.join((a + d) * _SQRT_HALF, (a - d) * _SQRT_HALF), (NB * 2 ** (i + 1),))
     a = a.to(x_ptr.dtype.element_ty)
     store_tile(x_ptr, a, tile, width, row_blocks, 2**LEVEL, NB, KIND, MULTIPLE)

@@ -1,4 +1,4 @@
-"""Launches of the transform's kernels."""
+"""Launch the kernels of the transform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a tensor is cut into tiles: which path it takes, its blocks and rows, and the constants of the path."""
+"""Layout of a tensor's tiles: its path, blocks and rows, and the compile-time constants of the path."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ __all__ = [
 ]
 
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
-# A lane of the row path takes one element at a time, and registers for as many addresses: 16 of them. What lanes
-# of one warp exchange needs no barriers, and a short tile seldom holds the end of a row.
+# On the row path each element of a lane needs its own address in registers: 16 elements. Exchange within one warp
+# needs no barriers, and a short tile rarely has the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
-ROW_TILES = 4  # that a program takes one after the other, for what it looks up of their tensor
-WHOLE_ROW_TILE, WHOLE_ROW_LANES = 1024, 8  # elements of a whole row that a program, and that a lane takes at a time
+ROW_TILES = 4  # consecutive tiles of a program, which share the loads from their tensor's tables
+WHOLE_ROW_TILE, WHOLE_ROW_LANES = 1024, 8  # elements of a whole row per tile, and per lane
 
 
 def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
-    """The compile-time constants of a path at a level, and the number of warps."""
+    """Return the compile-time constants of a path at a level, and the number of warps."""
     tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
     if flat and quantized and level < 2:
-        tile //= 2  # of a whole one a lane would encode 8 moments or more at once, for which registers run out
+        tile //= 2  # a whole tile is 8 or more quantized moments per lane, which spills registers
     if not flat and (quantized or 2**level > tile):
-        # For whole quanta, but where registers run out here too; for no more elements a lane in the longest blocks.
+        # Whole blocks of quantized values need twice the tile, except at level 0, where registers would spill.
         tile, warps = 2 * tile if level else tile, 2 * warps
     return {"W": 2**level, "NB": max(1, tile >> level), "FLAT": flat, "num_warps": warps}
 
@@ -52,17 +52,17 @@ def row_variant(widest: int, level: Level, flat: bool) -> dict[str, Any]:
 
 
 def tiles_of_program(flat: bool) -> int:
-    """How many tiles of a tensor a program of the step takes, one after the other."""
+    """Return the number of consecutive tiles that a program of the step updates."""
     return 1 if flat else ROW_TILES
 
 
 def blocks_together(level: int, moments: tl.dtype, stochastic: bool) -> int:
-    """How many blocks of a row draw from one call of Philox: 4 their moments, or as many as hold 8 weights.
+    """Return how many blocks of a row share a call of Philox: 4 for moments, or those with 8 weights.
 
     Args:
-        level: Of the transform.
-        moments: Their dtype; blocks of values run on from row to row, so that each draws by itself.
-        stochastic: Whether weights are rounded so.
+        level: Level of the transform.
+        moments: dtype of the moments. int8 blocks cross rows, so that each coefficient draws by itself.
+        stochastic: Whether weights are rounded stochastically.
     """
     if moments == tl.bfloat16:
         return 4
@@ -70,7 +70,7 @@ def blocks_together(level: int, moments: tl.dtype, stochastic: bool) -> int:
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: Level, flat: bool) -> dict[str, int]:
-    """Bytes that a thread accesses at once, of ``data`` (weights or gradients, the narrower) and of moments."""
+    """Return the bytes of a thread's access to ``data`` (the narrower of weights and gradients) and moments."""
     size = moments.primitive_bitwidth // 8
     if not flat:
         return {"ALIGN": data.primitive_bitwidth // 8, "MOMENT_ALIGN": size}
@@ -79,7 +79,7 @@ def alignment(data: tl.dtype, moments: tl.dtype, level: Level, flat: bool) -> di
 
 
 def is_flat(p: Tensor, misaligned: bool, level: Level) -> bool:
-    """Whether the flat path can take a tensor. Both paths update the same arrays, so this may change."""
+    """Return whether the flat path can take a tensor, which may change from step to step."""
     width = p.shape[-1] if p.dim() else 1
     if level == ROW:
         return not misaligned and width % 8 == 0
@@ -88,22 +88,22 @@ def is_flat(p: Tensor, misaligned: bool, level: Level) -> bool:
 
 
 class Rows(NamedTuple):
-    """How a tensor's blocks are counted: see ``tiles.py``."""
+    """Numbers of a tensor's blocks: see ``tiles.py``."""
 
     n_blocks: int
-    """With those that pad rows."""
+    """Including the padding of rows."""
     width: int
     row_blocks: int
     padded: int
-    """Blocks of a row with those that pad it."""
+    """Blocks of a row including its padding."""
     reciprocal: int
-    """``(2**64 - 1) // padded``, as a signed number of as many bits."""
+    """``(2**64 - 1) // padded``, as a signed 64-bit number."""
 
 
 def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
-    """Count the blocks of ``width`` elements of a tensor that is not empty, in rows of a multiple of ``together``.
+    """Count the blocks of ``width`` elements of a non-empty tensor, in rows padded to a multiple of ``together``.
 
-    Whole blocks lie end to end, and count as one row.
+    Rows of whole blocks count as one row.
     """
     n = p.shape[-1] if p.dim() else 1
     if n % width == 0:

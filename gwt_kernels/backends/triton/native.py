@@ -1,4 +1,4 @@
-"""The survey through C, compiled where Triton compiles what it launches kernels with."""
+"""Surveys in C, compiled by Triton's own means of building extension modules."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ SOURCE = Path(__file__).with_name("survey.c")
 
 @functools.cache
 def quickest() -> Survey:
-    """The one through C, or Python's where that cannot be had."""
+    """Return the survey in C, or Python's if C is not available."""
     try:
         return compiled()
-    except Exception:  # no compiler, no headers, another PyTorch: Python needs none of what may be missing
+    except Exception:  # no compiler, no headers, or another PyTorch: Python needs none of them
         logging.getLogger(__name__).debug("survey.c cannot be used", exc_info=True)
         return PYTHON
 
 
 def compiled() -> Survey:
-    """The one through C.
+    """Return the survey in C.
 
     Raises:
-        Exception: of any kind, where it cannot be compiled, or where PyTorch is not laid out as it expects.
+        Exception: of any type, if it cannot be compiled or does not fit PyTorch's object layout.
     """
     c = module()
     samples = [torch.empty(n, dtype=torch.float32, device="cpu") for n in (6, 5)]
@@ -67,7 +67,7 @@ def compiled() -> Survey:
 
 
 def module() -> Any:
-    """What survey.c makes, before it knows where tensors lie in their Python objects; kept in Triton's cache."""
+    """Return the module of survey.c, cached by Triton, before its ``open()`` is called."""
     from triton.runtime.build import compile_module_from_src
 
     libraries = str(Path(torch.__file__).with_name("lib"))
@@ -77,7 +77,7 @@ def module() -> Any:
 
 
 def _offset(samples: list[Any]) -> int:
-    """Where in a tensor's Python object its pointer lies, in bytes: PyTorch tells the pointer alone."""
+    """Return the offset of the tensor pointer in a tensor's Python object; PyTorch exposes only the pointer."""
     size = Tensor.__basicsize__ // 8
     words = [struct.unpack(f"{size}Q", ctypes.string_at(id(x), 8 * size)) for x in samples]
     (place,) = [i for i in range(size) if all(own[i] == x._cdata for own, x in zip(words, samples, strict=True))]

@@ -1,6 +1,6 @@
-"""Kernels that add up one tensor's partial sums in a fixed order: the update's norm and its limiter, and telemetry.
+"""Kernels that reduce one tensor's partial sums in a fixed order: update norm and limiter, and telemetry.
 
-The tables are those of ``step.py``, whose kernels write the partial sums.
+The kernels of ``step.py`` write the partial sums. Tables: ``schema.py``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def limiter_kernel(
     BLOCK: tl.constexpr,
     SKIPPABLE: tl.constexpr,
 ):
-    """Fira's norm-growth limiter for one tensor, from its partial sums in a fixed order::
+    """Apply Fira's norm-growth limiter to one tensor's partial sums::
 
         n = sqrt(sum of partials)
-        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
+        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 if n_prev is 0: none yet
         n_prev = n / limit
 
     ``factors [n]`` receives ``1 / limit``.
     """
     i = tl.program_id(0)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if SKIPPABLE:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
@@ -61,7 +61,7 @@ def limiter_kernel(
 
 @triton.jit
 def sum_kernel(first_chunk_ptr, partials_ptr, sums_ptr, BLOCK: tl.constexpr):
-    """The partial sums of one tensor added up, as the limiter does: ``sums [n]``."""
+    """Reduce the partial sums of one tensor as the limiter does: ``sums [n]``."""
     i = tl.program_id(0)
     tl.store(sums_ptr + i, _sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
 
@@ -91,7 +91,7 @@ def observe_kernel(
     LIMITED: tl.constexpr,
     SKIPPABLE: tl.constexpr,
 ):
-    """Add up the sums of one tensor's programs, in a fixed order, and count the step: see ``telemetry.py``.
+    """Reduce the telemetry of one tensor's programs in a fixed order, and count the step: see ``telemetry.py``.
 
     ``rows`` int64 ``[n]``: addresses of float64 ``[6]``, written.
     """

@@ -20,7 +20,7 @@ _ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def _philox(calls, step, purpose: tl.constexpr, key):
-    """Four words of 32 random bits for each of ``calls`` (int64)."""
+    """Return four words of 32 random bits for each of ``calls`` (int64)."""
     low = (calls & 0xFFFFFFFF).to(tl.uint32)
     high = (calls >> 32).to(tl.uint32)
     zero = low ^ low
@@ -29,7 +29,7 @@ def _philox(calls, step, purpose: tl.constexpr, key):
 
 @triton.jit
 def random_words(first, N: tl.constexpr, step, key):
-    """32 random bits for each of ``N`` coefficients from ``first`` on, which ``min(N, 4)`` divides: ``[N]``."""
+    """Return 32 random bits for each of ``N`` coefficients from ``first``, a multiple of ``min(N, 4)``: ``[N]``."""
     if N >= 4:
         w0, w1, w2, w3 = _philox((first >> 2) + tl.arange(0, N // 4), step, _MOMENTS, key)
         words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
@@ -40,23 +40,23 @@ def random_words(first, N: tl.constexpr, step, key):
 
 @triton.jit
 def random_words_at(index, step, key):
-    """32 random bits for the coefficients of the given indices (int64), of any shape: a call for each of them."""
+    """Return 32 random bits for the coefficients ``index`` (int64, any shape), by one call per index."""
     w0, w1, w2, w3 = _philox(index >> 2, step, _MOMENTS, key)
     return _choose(w0, w1, w2, w3, index & 3)
 
 
 @triton.jit
 def random_halves(first, N: tl.constexpr, step, key):
-    """16 random bits for each of ``N`` weights from ``first`` on; 8 divides both: ``[N]``."""
+    """Return 16 random bits for each of ``N`` weights from ``first``, both multiples of 8: ``[N]``."""
     w0, w1, w2, w3 = _philox((first >> 3) + tl.arange(0, N // 8), step, _WEIGHTS, key)
     return tl.reshape(_halves(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (N,)).to(tl.uint32)
 
 
 @triton.jit
 def random_halves_of_blocks(index, W: tl.constexpr, NB: tl.constexpr, step, key):
-    """16 random bits for each of the ``W`` weights, 2 or more, of ``NB`` blocks: ``[NB * W]``.
+    """Return 16 random bits for each of the ``W >= 2`` weights of ``NB`` blocks: ``[NB * W]``.
 
-    ``index [NB]`` (int64) are those of their first weights, multiples of ``min(W, 8)``.
+    ``index [NB]`` (int64) has the blocks' first weights, multiples of ``min(W, 8)``.
     """
     if W >= 8:
         calls = tl.reshape((index >> 3)[:, None] + tl.arange(0, W // 8)[None, :], (NB * W // 8,))
@@ -74,13 +74,13 @@ def random_halves_of_blocks(index, W: tl.constexpr, NB: tl.constexpr, step, key)
 
 @triton.jit
 def _halves(words):
-    """The lower and the upper half of each word: one more dimension, the last."""
+    """Return the lower and the upper half of each word along a new last dimension."""
     return tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16))
 
 
 @triton.jit
 def random_halves_at(index, step, key):
-    """16 random bits for the weights of the given indices (int64), of any shape: a call for each of them."""
+    """Return 16 random bits for the weights ``index`` (int64, any shape), by one call per index."""
     w0, w1, w2, w3 = _philox(index >> 3, step, _WEIGHTS, key)
     word = _choose(w0, w1, w2, w3, index >> 1 & 3)
     return tl.where((index & 1) == 0, word & 0xFFFF, word >> 16)

@@ -1,4 +1,4 @@
-"""The tables that kernels read, column by column: what the host packs and what kernels index comes from here."""
+"""Columns of the tables that the host packs and kernels read."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
 
 
 def column_bytes(columns: tuple[str, ...], name: str, n: int) -> int:
-    """Where a column of ``n`` words of 8 bytes begins in a table that holds column after column, in bytes."""
+    """Return the byte offset of a column in a table of columns of ``n`` words of 8 bytes."""
     return 8 * n * columns.index(name)
 
 
-# Addresses of a tensor's arrays, and whole numbers: int64 [columns, n], of which as many are sent as are read.
+# Addresses of a tensor's arrays, and integers: int64 [columns, n]; only the first columns that are read are sent.
 POINTERS = (
     "p", "g", "m", "v", "norm", "key", "low", "m_scales", "v_scales", "step",
     "weights_first", "weights_run", "weights_pitch", "moments_first", "moments_run", "moments_pitch",
@@ -39,7 +39,7 @@ POINTERS = (
     WEIGHTS_SPAN, _, _, MOMENTS_SPAN, _, _,
 ) = _indices(POINTERS)  # fmt: skip
 
-# The numbers that a step goes by: float32 [n, columns].
+# Scalars of a step: float32 [n, columns].
 SCALARS = (
     "b1", "rest1", "b2", "rest2", "eps", "decay", "step_size", "gamma", "grad_scale", "taken",
     "detail_scale", "spare",  # an even number, as rows are sent in words of 8 bytes
@@ -47,17 +47,17 @@ SCALARS = (
 B1, REST1, B2, REST2, EPS, DECAY, STEP_SIZE, GAMMA, GRAD_SCALE, TAKEN, DETAIL_SCALE, _ = _indices(SCALARS)
 N_SCALARS = tl.constexpr(len(SCALARS))
 
-# What a device makes those of that counts steps by itself: float64 [n, columns].
+# Constants from which rows_kernel computes the scalars: float64 [n, columns].
 CONSTANTS = ("lr", "b1", "b2", "eps", "weight_decay", "scale", "gamma", "sign", "corrects_bias", "detail_scale")
 LR_C, B1_C, B2_C, EPS_C, WEIGHT_DECAY_C, SCALE_C, GAMMA_C, SIGN_C, CORRECTS_BIAS_C, DETAIL_SCALE_C = _indices(
     CONSTANTS
 )
 N_CONSTANTS = tl.constexpr(len(CONSTANTS))
 
-# Addresses of numbers that only the device knows, before its constants: int64 [columns, n].
+# Addresses of scalars on the device, sent before the constants: int64 [columns, n].
 DEVICE_SCALARS = ("count", "lr")
 
-# How a tensor is cut into tiles: int64 [n, columns]. See tiles.py.
+# Layout of a tensor's tiles: int64 [n, columns]. See tiles.py.
 LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
 FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
 N_LAYOUT = tl.constexpr(len(LAYOUT))
@@ -88,5 +88,5 @@ FACTOR_NUMBERS = (
 ) = _indices(FACTOR_NUMBERS)  # fmt: skip
 N_FACTOR_NUMBERS = tl.constexpr(len(FACTOR_NUMBERS))
 
-# What telemetry notes of a tensor: float64 [columns].
+# Telemetry of a tensor: float64 [columns].
 DETAILS, APPROXIMATION, UPDATE, LIMIT, NONFINITE, STEPS = _indices(TELEMETRY)

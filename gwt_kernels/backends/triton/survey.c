@@ -1,4 +1,4 @@
-/* Surveys many tensors without a call of Python for each; the contract is that of survey.py. */
+/* Survey many tensors without a Python call for each; the contract is that of core/survey.py. */
 #include <Python.h>
 #include <structmember.h>
 
@@ -6,8 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
-/* PyTorch's stable interface for C (torch/csrc/inductor/aoti_torch/c/shim.h): 0 is success. */
-typedef const void *Handle; /* where a pointer to a tensor lies */
+/* PyTorch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h); 0 is success. */
+typedef const void *Handle; /* address of a pointer to a tensor */
 extern int32_t aoti_torch_get_data_ptr(Handle, void **);
 extern int32_t aoti_torch_get_dtype(Handle, int32_t *);
 extern int32_t aoti_torch_get_layout(Handle, int32_t *);
@@ -17,23 +17,23 @@ extern int32_t aoti_torch_get_dim(Handle, int64_t *);
 extern int32_t aoti_torch_get_sizes(Handle, int64_t **);
 extern int32_t aoti_torch_is_contiguous(Handle, bool *);
 extern int32_t aoti_torch_layout_strided(void);
-/* bool at::native::is_neg(const at::Tensor &), which that interface lacks. */
+/* bool at::native::is_neg(const at::Tensor &), missing in that interface. */
 extern bool _ZN2at6native6is_negERKNS_6TensorE(Handle);
 
 enum { MOST_DIMENSIONS = 8, ABSENT = -1 };
 
 typedef struct { /* without gaps: kinds are compared as bytes */
-    int64_t dimensions; /* ABSENT where there is no tensor, and all else 0 */
+    int64_t dimensions; /* ABSENT for None, with all other fields 0 */
     int32_t dtype, layout, device_type, device_index;
-    int64_t plain; /* contiguous, and means what it holds */
+    int64_t plain; /* contiguous, without negative bit */
     int64_t sizes[MOST_DIMENSIONS];
 } Kind;
 
 static PyObject *tensor_type, *parameter_type, *data_ptr, *grad_name, *local_name;
-static PyGetSetDef *grad; /* of these types */
-static Py_ssize_t offset; /* of the handle in an object of these types */
+static PyGetSetDef *grad; /* getter of these types */
+static Py_ssize_t offset; /* of the handle in objects of these types */
 
-/* Where its handle lies; NULL for what PyTorch lets override what is asked of it, and for no tensors at all. */
+/* Return the handle of a Tensor or Parameter; NULL for subclasses, which may override attributes, and others. */
 static Handle handle_of(PyObject *x)
 {
     PyObject *type = (PyObject *)Py_TYPE(x);
@@ -53,7 +53,7 @@ static PyObject *open_(PyObject *module, PyObject *arguments)
     const Py_ssize_t last = tensor->tp_basicsize - (Py_ssize_t)sizeof(Handle);
     if (place < (Py_ssize_t)sizeof(PyObject) || place > last || !PyType_IsSubtype(parameter, tensor))
         return PyErr_Format(PyExc_ValueError, "no handle lies %zd bytes into a tensor", place);
-    tensor_type = (PyObject *)Py_NewRef(tensor); /* for good, like the module */
+    tensor_type = (PyObject *)Py_NewRef(tensor); /* never released, like the module */
     parameter_type = (PyObject *)Py_NewRef(parameter);
     data_ptr = Py_NewRef(method);
     grad = ((PyGetSetDescrObject *)Py_NewRef(attribute))->d_getset;
@@ -85,7 +85,7 @@ static int address_of(PyObject *x, uint64_t *address)
 
 static PyObject *addresses(PyObject *module, PyObject *tensors)
 {
-    PyObject *held = PySequence_Tuple(tensors); /* a method that is called may change a list */
+    PyObject *held = PySequence_Tuple(tensors); /* a Python method called here may change a list */
     if (!held)
         return NULL;
     const Py_ssize_t n = PyTuple_GET_SIZE(held);
@@ -101,7 +101,7 @@ static PyObject *grads(PyObject *module, PyObject *tensors)
 {
     if (!grad_name)
         return PyErr_Format(PyExc_RuntimeError, "call open() first");
-    PyObject *held = PySequence_Tuple(tensors); /* an attribute of a user's may change a list */
+    PyObject *held = PySequence_Tuple(tensors); /* a user's attribute may change a list */
     if (!held)
         return NULL;
     const Py_ssize_t n = PyTuple_GET_SIZE(held);
@@ -118,8 +118,8 @@ static PyObject *grads(PyObject *module, PyObject *tensors)
     return found;
 }
 
-/* Whether it could be told; nothing in here calls Python. */
-static bool tell(PyObject *x, Kind *kind)
+/* Write a tensor's kind and return whether it was possible. Does not call Python. */
+static bool read_kind(PyObject *x, Kind *kind)
 {
     memset(kind, 0, sizeof *kind);
     if (x == Py_None) {
@@ -148,31 +148,31 @@ static PyObject *kinds(PyObject *module, PyObject *tensors)
     if (!PyList_Check(tensors))
         return PyErr_Format(PyExc_TypeError, "kinds() takes a list, got %R", Py_TYPE(tensors));
     const Py_ssize_t n = PyList_GET_SIZE(tensors);
-    PyObject *told = PyBytes_FromStringAndSize(NULL, n * (Py_ssize_t)sizeof(Kind));
-    for (Py_ssize_t i = 0; told && i < n; ++i)
-        if (!tell(PyList_GET_ITEM(tensors, i), (Kind *)PyBytes_AS_STRING(told) + i)) {
-            Py_DECREF(told);
+    PyObject *known = PyBytes_FromStringAndSize(NULL, n * (Py_ssize_t)sizeof(Kind));
+    for (Py_ssize_t i = 0; known && i < n; ++i)
+        if (!read_kind(PyList_GET_ITEM(tensors, i), (Kind *)PyBytes_AS_STRING(known) + i)) {
+            Py_DECREF(known);
             Py_RETURN_NONE;
         }
-    return told;
+    return known;
 }
 
 static PyObject *alike(PyObject *module, PyObject *arguments)
 {
-    PyObject *tensors, *told;
-    if (!PyArg_ParseTuple(arguments, "O!S:alike", &PyList_Type, &tensors, &told))
+    PyObject *tensors, *known;
+    if (!PyArg_ParseTuple(arguments, "O!S:alike", &PyList_Type, &tensors, &known))
         return NULL;
     const Py_ssize_t n = PyList_GET_SIZE(tensors);
-    const Kind *known = (const Kind *)PyBytes_AS_STRING(told);
-    bool all = PyBytes_GET_SIZE(told) == n * (Py_ssize_t)sizeof(Kind);
+    const Kind *expected = (const Kind *)PyBytes_AS_STRING(known);
+    bool all = PyBytes_GET_SIZE(known) == n * (Py_ssize_t)sizeof(Kind);
     for (Py_ssize_t i = 0; all && i < n; ++i) {
         Kind kind;
-        all = tell(PyList_GET_ITEM(tensors, i), &kind) && memcmp(&kind, known + i, sizeof kind) == 0;
+        all = read_kind(PyList_GET_ITEM(tensors, i), &kind) && memcmp(&kind, expected + i, sizeof kind) == 0;
     }
     return PyBool_FromLong(all);
 }
 
-/* Hands every object that a state is made of to `take`, in order, as long as this returns 1; its last answer. */
+/* Call `take` on every object of a state in order while it returns 1; return its last result. */
 static int each(PyObject *state, int (*take)(void *, PyObject *, bool is_value), void *taker)
 {
     PyObject *owner, *own, *key, *value;
@@ -203,7 +203,7 @@ static PyObject *entries(PyObject *module, PyObject *state)
     return found;
 }
 
-enum { NO_MEMORY, A_TENSOR, A_SHARD }; /* what lies at an address: a tensor's numbers, or those of its local part */
+enum { NO_MEMORY, A_TENSOR, A_SHARD }; /* kind of an address: none, a tensor's, or a shard's */
 
 typedef struct {
     uint64_t kind, address;
@@ -212,22 +212,22 @@ typedef struct {
 typedef struct {
     PyObject *list;
     Py_ssize_t next;
-    const Memory *memory; /* of each value in the list that is to come */
+    const Memory *memory; /* of the values still to come */
     const Memory *end;
 } Known;
 
-/* A new reference to a shard's local part; read where the type says that it lies, which is faster than to ask. */
+/* Return a new reference to a DTensor's shard; reading its slot is faster than getting the attribute. */
 static PyObject *local_of(PyObject *shard)
 {
     static PyTypeObject *known;
-    static Py_ssize_t place; /* in objects of the known type; 0 if it does not say */
+    static Py_ssize_t place; /* offset of the slot in the known type; 0 if it has none */
     if (Py_TYPE(shard) != known) {
         PyObject *member = PyObject_GetAttr((PyObject *)Py_TYPE(shard), local_name);
         place = member && Py_IS_TYPE(member, &PyMemberDescr_Type) ? ((PyMemberDescrObject *)member)->d_member->offset
                                                                   : 0;
         Py_XDECREF(member);
         PyErr_Clear();
-        known = (PyTypeObject *)Py_NewRef(Py_TYPE(shard)); /* types of shards are few, and kept for good */
+        known = (PyTypeObject *)Py_NewRef(Py_TYPE(shard)); /* DTensor types are few, and never released */
     }
     PyObject *local = place ? *(PyObject **)((char *)shard + place) : NULL;
     return local ? Py_NewRef(local) : PyObject_GetAttr(shard, local_name);

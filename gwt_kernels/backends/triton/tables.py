@@ -1,4 +1,4 @@
-"""Tables that describe tensors to kernels, pointers and numbers: made on the host, sent to the device."""
+"""Build tables of pointers and scalars on the host, and send them to the device."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
-    torch.int8: tl.int8,  # codes of exp_avg; those of exp_avg_sq are uint8
+    torch.int8: tl.int8,  # quantized exp_avg; exp_avg_sq is uint8
 }
 
-_OFFS = bytes(i & 15 for i in range(256))  # of an address by its lowest byte
+_MISALIGNMENT = bytes(i & 15 for i in range(256))  # by the lowest byte of an address
 _pack_constants = struct.Struct(f"{len(CONSTANTS)}d").pack
 _pack_scalars = struct.Struct(f"{len(SCALARS)}f").pack
 
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
-    """Eight bytes for each tensor's."""
+    """Return the tensors' addresses, 8 bytes each."""
     return quickest().addresses(tensors)
 
 
 def misalignments(words: bytes) -> bytes:
-    """For each of these addresses the number of bytes that it is off a multiple of 16."""
-    return words[::8].translate(_OFFS)
+    """Return each address modulo 16."""
+    return words[::8].translate(_MISALIGNMENT)
 
 
 class Sender:
-    """Sends bytes to a device without waiting for it, into a CUDA graph that is being captured too.
+    """Sends bytes to a device without waiting for it, also while a CUDA graph is being captured.
 
-    A replay sends again what lies in the host's memory then. So what is sent into a graph lies in pinned memory
-    that was set aside before the capture (none can be had during one) and is never written again.
+    A replay copies the host memory again. Captured copies therefore use pinned memory that was allocated before the
+    capture (which cannot allocate any) and is never written again.
     """
 
     def __init__(self) -> None:
@@ -62,15 +62,15 @@ class Sender:
         self._captured: list[Tensor] = []
 
     def send(self, data: bytes, device: torch.device, *, capturable: bool = False) -> Tensor:
-        """The bytes on the device, as int64.
+        """Return the bytes on the device, as int64.
 
         Args:
-            data: What to send, a multiple of 8 bytes.
-            device: Where to.
-            capturable: Whether a later call, of as many bytes at the most, may come under capture.
+            data: Bytes to send, a multiple of 8.
+            device: Target device.
+            capturable: Whether a later call, of at most as many bytes, may be captured.
 
         Raises:
-            RuntimeError: a graph is being captured, and no call before it has set memory aside.
+            RuntimeError: a graph is being captured, and no earlier call has allocated pinned memory.
         """
         host = torch.frombuffer(bytearray(data), dtype=torch.int64)
         if device.type != "cuda":
@@ -87,27 +87,27 @@ class Sender:
             return pinned[: len(host)].to(device, non_blocking=True)
         if capturable and (self._spare is None or len(self._spare) < len(host)):
             self._spare = torch.empty_like(host, pin_memory=True)
-        return host.pin_memory().to(device, non_blocking=True)  # the allocator keeps it until it is read
+        return host.pin_memory().to(device, non_blocking=True)  # the allocator keeps it until the copy is done
 
 
 def owners(counts: Tensor, total: int) -> Tensor:
-    """The tensor of each tile, or chunk: int32 ``[total]``, made on the device.
+    """Return the tensor index of each tile or chunk: int32 ``[total]``, computed on the device.
 
     Args:
-        counts: How many each of the tensors has: int64, on the device.
-        total: Their sum.
+        counts: Number of tiles or chunks per tensor: int64, on the device.
+        total: Sum of ``counts``.
     """
     tensors = torch.arange(len(counts), dtype=torch.int32, device=counts.device)
     return torch.repeat_interleave(tensors, counts, output_size=total)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a CUDA device the current one, which is where Triton launches."""
+    """Make a CUDA device current, since Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], rule: Rule) -> list[bytes]:
-    """One row of numbers per tensor; rows of neighbours that share options and step are made once."""
+    """Return a row of scalars per tensor; neighbours with the same options and step share one."""
     if steps.count(steps[0]) == hypers.count(hypers[0]) == len(steps):
         return [_row(hypers[0], steps[0], rule)] * len(steps)
     rows: list[bytes] = []
@@ -122,7 +122,7 @@ def scalar_rows(hypers: Sequence[Hyper], steps: Sequence[int], rule: Rule) -> li
 
 
 def constant_rows(hypers: Sequence[Hyper], rule: Rule) -> list[bytes]:
-    """One row per tensor of what `rows_kernel` takes; rows of neighbours that share options are made once."""
+    """Return a row of `rows_kernel`'s constants per tensor; neighbours with the same options share one."""
     rows: list[bytes] = []
     last: Hyper | None = None
     for hyper in hypers:
@@ -146,7 +146,7 @@ def constant_rows(hypers: Sequence[Hyper], rule: Rule) -> list[bytes]:
 
 
 def lr_ptrs(hypers: Sequence[Hyper]) -> list[int]:
-    """Where the learning rates that are tensors lie, 0 for those that are numbers."""
+    """Return addresses of learning rates that are tensors, and 0 for numbers."""
     return [hyper.lr.data_ptr() if isinstance(hyper.lr, Tensor) else 0 for hyper in hypers]
 
 

@@ -1,12 +1,10 @@
-"""Where a table's tensors and a tile's elements lie in memory: the index arithmetic that all kernels share.
+"""Index arithmetic shared by all kernels: addresses of tensors in tables, and of elements in tiles.
 
-A tile is ``NB`` blocks of a tensor, one after the other. On the flat path blocks lie end to end. On the row path a
-row is ``row_blocks`` blocks, the last of which may be cut short, or lie beyond the row as a whole: it is padding
-then. What lies beyond a row counts as zero.
+A tile is ``NB`` consecutive blocks of a tensor. On the flat path blocks are contiguous. On the row path a row has
+``row_blocks`` blocks, the last of which may be incomplete or only padding. Elements beyond a row count as zero.
 
-``KIND`` is what is known of a tile when a kernel is compiled. ``FLAT``: it is of the flat path. ``RUN``: it is
-whole, and lies within one row, as most do, so that no element has to be asked for. ``ROWS``: it is any; rows are
-found by a product in place of a division.
+``KIND`` is the kind of a tile at compile time. ``FLAT``: on the flat path. ``RUN``: complete and within one row, as
+most are, so that no mask is needed. ``ROWS``: any; rows are found by a multiplication in place of a division.
 """
 
 from __future__ import annotations
@@ -43,19 +41,19 @@ def tile_of(
     KIND: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """The tile that starts with block ``first_block``, for the functions below.
+    """Return the tile that starts with block ``first_block``, for the functions below.
 
-    It is a tuple: its first block, the blocks from there to the tensor's end or the tile's (32 bits), the first
-    block's row, the blocks from there to that row's end, the period ``c`` of rows in this tile, and where in it
-    the first block lies (both 32 bits): the row of block ``b`` of the tile is ``(b + place) // c`` rows below the
-    first one's. ``c`` is ``row_blocks`` but for rows longer than two tiles, of which only the end, with less than
-    4 blocks of padding, may matter to one.
+    It is a tuple: first block; blocks from there to the end of tensor or tile (32 bits); row of the first block;
+    blocks from there to the end of that row; period ``c`` of rows in the tile, and ``place`` of the first block in
+    its row (both 32 bits). Block ``b`` of the tile is ``(b + place) // c`` rows below the first block. ``c`` is
+    ``row_blocks``, or less for rows longer than two tiles, of which a tile only needs the end, with less than 4
+    blocks of padding.
 
     Args:
-        n_blocks: of the tensor; on the flat path a multiple of ``MULTIPLE``.
-        row_blocks: of a row, at least 1.
+        n_blocks: Blocks of the tensor; on the flat path a multiple of ``MULTIPLE``.
+        row_blocks: Blocks of a row, at least 1.
         reciprocal: ``(2**64 - 1) // row_blocks``, as 64 bits.
-        first_block: of the tile.
+        first_block: First block of the tile.
     """
     here = tl.multiple_of(tl.minimum(n_blocks - first_block, NB).to(tl.int32), MULTIPLE if KIND == FLAT else 1)
     row = first_block - first_block
@@ -63,7 +61,7 @@ def tile_of(
     period = here
     place = here - here
     if KIND != FLAT:
-        row = tl.umulhi(first_block.to(tl.uint64), reciprocal.to(tl.uint64)).to(tl.int64)  # or one less
+        row = tl.umulhi(first_block.to(tl.uint64), reciprocal.to(tl.uint64)).to(tl.int64)  # or 1 less
         left = (row + 1) * row_blocks - first_block
         row = tl.where(left > 0, row, row + 1)
         left = tl.where(left > 0, left, left + row_blocks)
@@ -74,24 +72,24 @@ def tile_of(
 
 @triton.jit
 def _rows_passed(tile, elements, SIZE: tl.constexpr):
-    """How many rows below the tile's first row its ``elements`` lie, of which a block has ``SIZE``."""
+    """Return how many rows below the tile's first row its ``elements`` are, with ``SIZE`` elements per block."""
     _, _, _, _, period, place = tile
-    # x // d is the upper half of (x + 1) * ((2**32 - 1) // d), where x * d is far below 2**32 as here.
+    # x // d is the upper half of (x + 1) * ((2**32 - 1) // d) if x * d is far below 2**32, as here.
     reciprocal = 0xFFFFFFFF // (period * SIZE).to(tl.uint32)
     return tl.umulhi((elements + (place * SIZE + 1)).to(tl.uint32), reciprocal).to(tl.int32)
 
 
 @triton.jit
 def _left_out(row_blocks, TOGETHER: tl.constexpr):
-    """How many blocks more rows have that are padded to whole groups of 4 than to whole groups of ``TOGETHER``."""
+    """Return the extra blocks of a row padded to a multiple of 4 instead of a multiple of ``TOGETHER``."""
     return (0 - row_blocks.to(tl.int32)) & (4 - TOGETHER)
 
 
 @triton.jit
 def first_drawn(tile, row_blocks, TOGETHER: tl.constexpr, KIND: tl.constexpr):
-    """The index by which a tile's first block draws, in rows that are padded to whole groups of 4.
+    """Return the random bits' index of a tile's first block: rows are padded to multiples of 4 blocks there.
 
-    In those of the tile they are padded to whole groups of ``TOGETHER``: 1, 2 or 4.
+    The tile's rows are padded to multiples of ``TOGETHER``, which is 1, 2 or 4.
     """
     first = tile[0]
     if KIND != FLAT and TOGETHER < 4:
@@ -101,7 +99,7 @@ def first_drawn(tile, row_blocks, TOGETHER: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def index_drawn(tile, row_blocks, TOGETHER: tl.constexpr, NB: tl.constexpr):
-    """Likewise of the first block of each group: int64 ``[NB // TOGETHER]``."""
+    """Return the random bits' index of every ``TOGETHER``-th block: int64 ``[NB // TOGETHER]``."""
     blocks = tl.arange(0, NB // TOGETHER) * TOGETHER
     blocks += _rows_passed(tile, blocks, 1) * _left_out(row_blocks, TOGETHER)
     return first_drawn(tile, row_blocks, TOGETHER, ROWS) + blocks
@@ -109,7 +107,7 @@ def index_drawn(tile, row_blocks, TOGETHER: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def _places(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr):
-    """Where an array's elements lie from the tile's first on (32 bits), and which are inside ``[NB * SIZE]``."""
+    """Return offsets of an array's elements from the tile's first (32 bits), and a mask: ``[NB * SIZE]``."""
     _, here, _, _, period, place = tile
     missing = (row_blocks * SIZE - width).to(tl.int32)
     elements = tl.arange(0, NB * SIZE)
@@ -121,13 +119,13 @@ def _places(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def is_run(tile, width, row_blocks, W: tl.constexpr, NB: tl.constexpr):
-    """Whether a tile of the row path is a ``RUN``: whole, in one row, and without what is missing at its end."""
+    """Return whether a tile of the row path is a ``RUN``: complete, in one row, and without padding."""
     return tile[3] * W >= row_blocks * W - width + NB * W
 
 
 @triton.jit
 def _start(tile, width, row_blocks, SIZE: tl.constexpr, KIND: tl.constexpr):
-    """Which element of an array is the tile's first."""
+    """Return the index of the tile's first element in an array."""
     start = tile[0] * SIZE
     if KIND != FLAT:
         start -= tile[2] * (row_blocks * SIZE - width)
@@ -136,7 +134,7 @@ def _start(tile, width, row_blocks, SIZE: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def index_in_array(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """Which elements of an array a tile's are: int64 ``[NB * SIZE]``."""
+    """Return the indices of a tile's elements in an array: int64 ``[NB * SIZE]``."""
     places = tl.arange(0, NB * SIZE)
     if KIND == ROWS:
         places, _ = _places(tile, width, row_blocks, SIZE, NB)
@@ -145,7 +143,7 @@ def index_in_array(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr
 
 @triton.jit
 def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """Which elements of a tile are inside an array: ``[NB * SIZE]``."""
+    """Return the mask of a tile's elements that are in an array: ``[NB * SIZE]``."""
     if KIND == ROWS:
         _, inside = _places(tile, width, row_blocks, SIZE, NB)
     else:
@@ -193,7 +191,7 @@ def load_tile(
     KIND: tl.constexpr,
     MULTIPLE: tl.constexpr,
 ):
-    """A tile's elements of an array that has ``SIZE`` of them a block and ``width`` a row: ``[NB * SIZE]``."""
+    """Load a tile of an array with ``SIZE`` elements per block and ``width`` per row: ``[NB * SIZE]``."""
     ptr += _start(tile, width, row_blocks, SIZE, KIND)
     places = tl.arange(0, NB * SIZE)
     if KIND == RUN:
@@ -202,7 +200,7 @@ def load_tile(
         places, inside = _places(tile, width, row_blocks, SIZE, NB)
         x = tl.load(ptr + places, mask=inside, other=0)
     else:
-        # A run of MULTIPLE * SIZE elements is inside or outside as a whole, so one access can take all of it.
+        # MULTIPLE * SIZE consecutive elements are all inside or all outside, so one access can load them.
         x = tl.load(ptr + places, mask=places < tl.multiple_of(tile[1] * SIZE, MULTIPLE * SIZE), other=0)
     return x
 
@@ -233,5 +231,5 @@ def store_tile(
 
 @triton.jit
 def array_ptr(pointers_ptr, which, i, n_tensors, dtype: tl.constexpr, ALIGN: tl.constexpr):
-    """Address of one of tensor ``i``'s arrays, a multiple of ``ALIGN`` bytes."""
+    """Return the address of one of tensor ``i``'s arrays, a multiple of ``ALIGN`` bytes."""
     return tl.multiple_of(tl.load(pointers_ptr + which * n_tensors + i).to(tl.pointer_type(dtype)), ALIGN)
