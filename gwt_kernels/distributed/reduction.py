@@ -58,8 +58,8 @@ class ShardSums:
         self._vector = vector
         for group, members in self._rounds:
             self.finish()
-            if group is dist.group.WORLD and self._contributes is not None:
-                self._vector = torch.where(self._contributes, self._vector, 0)
+            if group is dist.group.WORLD and self._own is not None:
+                self._vector = torch.where(self._own, self._vector, 0)
             self._part = self._vector if members is None else self._vector[members]
             self._members = members
             self._work = dist.all_reduce(self._part, group=group, async_op=True)
