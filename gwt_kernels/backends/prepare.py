@@ -30,6 +30,8 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
         from gwt_kernels.backends.torch.adafactor import AdafactorRunner
 
         return AdafactorRunner(bucket)
+    if bucket.stated.is_factored:
+        raise ValueError(f"rule={bucket.rule!r} keeps factors, for which a bucket has no place: use GWTAdafactor")
     if is_on_triton(bucket, backend):
         from gwt_kernels.backends.triton.runner import TritonRunner
 

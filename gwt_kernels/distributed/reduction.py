@@ -39,8 +39,11 @@ class ShardSums:
         owners = torch.arange(len(params), dtype=torch.int64, device="cpu").repeat_interleave(owners)
         self._rounds: list[tuple[Any, Tensor | None]] = []
         for group, members in _rounds(params):
-            chosen = None if members is None else torch.isin(owners, torch.tensor(members, device="cpu"))
-            self._rounds.append((group, None if chosen is None else chosen.nonzero().view(-1).to(self.device)))
+            chosen = None
+            if members is not None:
+                own = torch.tensor(members, dtype=torch.int64, device="cpu")
+                chosen = torch.isin(owners, own).nonzero().view(-1).to(self.device)
+            self._rounds.append((group, chosen))
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
         own = torch.tensor([_is_first(p) for p in params], dtype=torch.bool, device="cpu")
         self._own = None if bool(own.all()) else own[owners].to(self.device)

@@ -132,7 +132,11 @@ def _to_moments(
     betas = target.group["betas"]
     biased = 1.0 - float(betas[1]) ** read.step if target.group["correct_bias"] else 1.0
     form = read.form
-    made = {"step": torch.tensor(read.step, dtype=torch.float64), "exp_avg": first, "exp_avg_sq": square * biased}
+    made = {
+        "step": torch.tensor(read.step, dtype=torch.float64, device="cpu"),
+        "exp_avg": first,
+        "exp_avg_sq": square * biased,
+    }
     options = {
         "level": form.level,
         "rule": "gwt",

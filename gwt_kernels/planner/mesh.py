@@ -10,12 +10,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.factored import factor_dims
+
 __all__ = [
     "FIRST",
     "Axis",
     "Division",
     "Mesh",
     "divisions_of",
+    "divisions_of_state",
     "length_of_part",
     "mesh_of",
     "part_of",
@@ -137,6 +140,14 @@ def shape_of_part(
         if dim < len(local):  # scalars are not sharded
             local[dim] = length_of_part(local[dim], getattr(mesh, axis), at[axis])
     return tuple(local)
+
+
+def divisions_of_state(key: str, p: Tensor, divisions: Sequence[Division]) -> Sequence[Division]:
+    """How an entry of a parameter's state is divided: factors keep some of its dimensions, others all of them."""
+    dims = factor_dims(p.dim()).get(key)
+    if dims is None:
+        return divisions
+    return [(axis, dims.index(dim)) for axis, dim in divisions if dim in dims]
 
 
 def part_of(x: Tensor, divisions: Sequence[Division], mesh: Mesh, at: Mapping[Axis, int]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from gwt_kernels.planner.costs import adamw_state, bytes_of, limiter_bytes, pass_bytes
-from gwt_kernels.planner.mesh import Axis, Division, Mesh, part_of, shape_of_part
+from gwt_kernels.planner.mesh import Axis, Division, Mesh, divisions_of_state, part_of, shape_of_part
 from gwt_kernels.planner.plan import Plan, label, moments_of
 from gwt_kernels.planner.tables import aligned, three_digits, unit_of
 
@@ -162,7 +162,9 @@ def held(
     sums = [0] * 5
     for name, (whole, state) in planned.states.items():
         p = part_of(whole, divisions[name], mesh, at)
-        shards = {key: part_of(x, divisions[name], mesh, at) for key, x in state.items()}
+        shards = {
+            key: part_of(x, divisions_of_state(key, whole, divisions[name]), mesh, at) for key, x in state.items()
+        }
         adamw = adamw_state(p, p.dtype)
         moved = pass_bytes(p, shards) + limiter_bytes(p, shards) + (bytes_of(p) if clip else 0)
         row = (bytes_of(p), bytes_of(*shards.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))

@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, format_of
 from gwt_kernels.planner.costs import bytes_of
@@ -170,6 +171,23 @@ def _of_the_step(
         n = mesh.size if len(axes) > 1 else getattr(mesh, *axes)
         width = max(planned.states[name][1]["limiter_norm"].element_size() for name in limited)
         yield Collective("limiter norms", False, "all-reduce", n, 1, width * len(limited))
+    factored = [name for name, (_, state) in planned.states.items() if FACTORS[0] in state and divisions[name]]
+    if factored:
+        axes = {axis for name in factored for axis, _ in divisions[name]}
+        n = mesh.size if len(axes) > 1 else getattr(mesh, *axes)
+        width = max(planned.states[name][1][FACTORS[0]].element_size() for name in factored)
+        numbers = sum(_numbers_sent(planned.states[name][1], divisions[name]) for name in factored)
+        yield Collective("sums over rows and columns", False, "all-reduce", n, 1, width * numbers)
+        yield Collective("updates' squares", False, "all-reduce", n, 1, width * len(factored))
+
+
+def _numbers_sent(state: Mapping[str, Tensor], divisions: Sequence[Division]) -> int:
+    """How many sums a factored tensor adds up over processes before its factors are known."""
+    row, col = (state[key] for key in FACTORS)
+    dims = {dim for _, dim in divisions}
+    rows, columns = row.dim() in dims, row.dim() - 1 in dims
+    means = math.prod(row.shape[:-1]) if rows or columns else 0
+    return rows * row.numel() + columns * col.numel() + means + 1
 
 
 def _of_the_engine(

@@ -16,6 +16,7 @@ from gwt_kernels.cli import main
 from gwt_kernels.mesh import Mesh, mesh_of
 from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import Collective, Held, parse_seconds, plan_sharded
+from gwt_kernels.planner.mesh import divisions_of_state
 from tests.support import meshes
 
 MESHES = [
@@ -234,3 +235,14 @@ def test_page_shows_the_output(capsys: pytest.CaptureFixture[str]) -> None:
         captured = capsys.readouterr()
         printed = captured.out or captured.err
         assert shown == "...\n" + printed[printed.index("The largest of") :] if captured.out else shown == printed
+
+
+def test_factors_are_divided_along_the_dimensions_that_they_keep():
+    p = torch.empty(6, 64, 96, device="meta")
+    divided = (("tp", 2), ("fsdp", 0))
+    assert divisions_of_state("exp_avg_sq_row", p, divided) == [("fsdp", 0)]
+    assert divisions_of_state("exp_avg_sq_col", p, divided) == [("tp", 1), ("fsdp", 0)]
+    assert divisions_of_state("exp_avg_sq_row", p[0], (("tp", 1), ("fsdp", 0))) == [("fsdp", 0)]
+    assert divisions_of_state("exp_avg_sq_col", p[0], (("tp", 1), ("fsdp", 0))) == [("tp", 0)]
+    for key, of in (("exp_avg", p), ("exp_avg_sq", p[0, 0]), ("exp_avg_sq", p[0])):
+        assert tuple(divisions_of_state(key, of, divided[1:])) == divided[1:]

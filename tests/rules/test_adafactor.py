@@ -13,6 +13,7 @@ import torch
 from gwt_kernels import GWTAdafactor, GWTAdamW, gwt_param_groups, release_gradients
 from gwt_kernels.formats.int8 import decode_first
 from gwt_kernels.formats.split import join_low
+from gwt_kernels.functional import Hyper, gwt_adamw_
 from gwt_kernels.optim.state import low_bits_of
 from gwt_kernels.planner.planning import predicted_state_bytes
 from tests.support import golden, interpreter, poisoned, runs
@@ -538,6 +539,15 @@ def test_bad_options_are_refused_by_name(options, error, words):
 def test_other_optimizers_refuse_what_is_adafactors():
     with pytest.raises(ValueError, match="rule='adafactor' is no rule of GWTAdamW"):
         GWTAdamW(parameters(), rule="adafactor")
+
+
+def test_the_step_without_an_optimizer_refuses_it():
+    p, g, m = torch.ones(2, 8), torch.ones(2, 8), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="rule='adafactor' keeps factors"):
+        gwt_adamw_(
+            params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=None, steps=[1], hypers=[Hyper()], level=2,
+            rule="adafactor",
+        )  # fmt: skip
 
 
 def test_options_that_change_on_the_way_act_at_once():
