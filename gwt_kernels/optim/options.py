@@ -132,6 +132,11 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         ValueError: a number is out of range, or a tensor holds several.
     """
     of_momentum = "momentum" in group and group["rule"] != ADAMW.name
+    if not of_momentum and "betas" not in group:
+        raise ValueError(
+            f"the group has no betas, which rule={group['rule']!r} needs: set them with the rule, or add such "
+            f"parameters as a group of their own"
+        )
     numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         hyper = _remembered(numbers, slack)  # of no tensor, which might change where it lies

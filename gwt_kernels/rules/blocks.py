@@ -28,7 +28,7 @@ def block_sums(g: Tensor, level: int) -> Tensor:
 
 def pad_to_multiple(x: Tensor, width: int) -> Tensor:
     """``x`` with zeros on the right up to a whole number of blocks."""
-    missing = -x.shape[-1] % width
+    missing = -x.shape[-1] % width if width > 1 else 0  # a scalar has no last dimension
     return F.pad(x, (0, missing)) if missing else x
 
 
