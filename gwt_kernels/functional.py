@@ -13,6 +13,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
+from gwt_kernels.core.level import Level
 from gwt_kernels.rules import MATRIX_STAGES
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
@@ -27,7 +28,7 @@ def gwt_adamw_(
     exp_avg_sqs: Sequence[Tensor] | None,
     steps: Sequence[int] | Tensor,
     hypers: Sequence[Hyper],
-    level: int,
+    level: Level,
     **options: Any,
 ) -> None:
     """Update ``params``, ``exp_avgs``, ``exp_avg_sqs`` and ``limiter_norms`` in place by one GWT-Adam step.
@@ -40,18 +41,21 @@ def gwt_adamw_(
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
         grads: Dense gradients of the parameters' shapes, any strides.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]`` with ``nb = ceil(N / 2**level)``
-            for Haar and the approximation's width otherwise.
-        exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that keeps none (``"lion"``).
+            for Haar, 1 of ``level="row"``, and the approximation's width otherwise.
+        exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that keeps none (``"lion"``); of
+            ``"adam_mini"`` float32 ``[..., rows / n, 1]``, one for ``n`` rows, or ``[1, ...]`` for all.
         steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
             tensor ``[n]`` on it with the number of steps taken before this one, which is counted there.
         hypers: Options per parameter.
-        level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter.
+        level: Levels of the transform; 0 is AdamW, which ignores ``scale`` and limiter; ``"row"`` is one block a
+            row of any width.
         **options: Of the bucket and of the call, all of which have defaults:
 
             limiter_norms: The limiter's previous norm per parameter, a scalar tensor on the parameter's device
                 (0: none yet); None for a parameter without limiter. Either all are None or none is.
             rule: ``"gwt"``, the published rule; ``"foam"``, the folded one (arXiv 2512.07112), without limiter;
-                ``"adamw"`` at level 0, which these are there; or ``"lion"`` (arXiv 2302.06675 on block means).
+                ``"adamw"`` at level 0, which these are there; ``"lion"`` (arXiv 2302.06675) or ``"adam_mini"``
+                (arXiv 2406.16793), on block means.
             rounding: How updated weights are stored: ``"nearest"``; ``"stochastic"``, in bfloat16 or float16; or
                 ``"split"``, bfloat16 weights that with ``lows`` are float32 ones. Moments in bfloat16 are always
                 rounded stochastically.

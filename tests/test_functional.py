@@ -175,6 +175,7 @@ def test_options_per_tensor(backend, level):
         maximize=st.booleans(),
         correct_bias=st.booleans(),
         grad_factor=st.sampled_from((2.0**-10, 0.3, 1.0)),
+        detail_scale=st.floats(0, 2),
     ),
     step=st.integers(1, 10_000),
     seed=st.integers(0, 2**16),
@@ -339,7 +340,7 @@ def test_narrow_weights_lose_small_updates(backend):
 # The authors' published optimizers ----------------------------------------------------------------------
 
 
-CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases())
+CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases(res_scaled=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -351,8 +352,9 @@ def test_golden_vectors(case):
     got = {"params": [], "limiter_norm": []}
     for t, lr in enumerate(case.lr, start=1):
         hyper = Hyper(
-            lr, *case.betas, case.eps, 0.0, case.scale, case.norm_growth_limit, correct_bias=case.correct_bias
-        )
+            lr, *case.betas, case.eps, 0.0, case.scale, case.norm_growth_limit, correct_bias=case.correct_bias,
+            detail_scale=case.res_scale,
+        )  # fmt: skip
         gwt_adamw_(
             params=[p],
             grads=[grads[t - 1]],

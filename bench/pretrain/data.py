@@ -96,6 +96,15 @@ class ShuffledWindows:
         self._taken += count
         return torch.stack([self._tokens[s : s + self._context + 1] for s in starts])
 
+    def reordered(self, seed: int) -> ShuffledWindows:
+        """Return windows of the same text in the order of another seed."""
+        return ShuffledWindows(self._tokens, self._context, seed)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of the text."""
+        return int(self._tokens.max())
+
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}
 
@@ -216,12 +225,15 @@ def _encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=tokenizer.dtype)
 
 
-def _heldout_windows(tokens: Tensor, context: int, count: int, where: str) -> Tensor:
+def _heldout_windows(tokens: Tensor, context: int, count: int, where: str, *, spread: bool = False) -> Tensor:
     if len(tokens) < count * context + 1:
         raise ValueError(
             f"{where}: {len(tokens)} held-out tokens are too few for {count} windows of {context}; "
             "give more text, or lower --eval-windows or --context"
         )
+    if spread:
+        windows = tokens.unfold(0, context + 1, context)
+        return windows[torch.linspace(0, len(windows) - 1, count).long()]
     return tokens[: count * context + 1].unfold(0, context + 1, context)
 
 
@@ -233,6 +245,7 @@ def load_text(
     eval_windows: int,
     heldout_fraction: float,
     seed: int,
+    spread: bool = False,
 ) -> Corpus:
     """Read local text into a `Corpus`.
 
@@ -243,6 +256,7 @@ def load_text(
         eval_windows: Windows of held-out text to evaluate on.
         heldout_fraction: Share of the characters set aside, in (0, 1).
         seed: Decides the order of the training windows.
+        spread: Take the held-out windows evenly spaced from all held-out text, not from its beginning.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -264,7 +278,7 @@ def load_text(
         "heldout_tokens": len(held),
         "text_digest": digest,
     }
-    windows = _heldout_windows(held, context, eval_windows, where)
+    windows = _heldout_windows(held, context, eval_windows, where, spread=spread)
     return Corpus(ShuffledWindows(tokens, context, seed), windows, facts)
 
 

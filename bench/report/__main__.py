@@ -1,4 +1,4 @@
-"""Write docs/performance.md, docs/quality.md, their plots and the generated blocks of all pages; or check them.
+"""Write docs/performance.md, quality.md, finetuning.md, their plots and generated parts of other pages; or check.
 
 python -m bench.report             # write what the results in bench/results say
 python -m bench.report --check     # fail where a page does not say it
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common import records
-from bench.report import blocks, performance, plots, quality, rows, state
+from bench.report import blocks, finetune, performance, plots, quality, rows, state
 
 ROOT = Path(__file__).parents[2]
 MEND = "run `python -m bench.report` and commit what it writes"
@@ -27,7 +27,8 @@ def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
     runs = rows.load(results)
     pages = {page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root)}
     drawn = [state.plot()]
-    for name, part in (("performance.md", performance), ("quality.md", quality)):
+    made = (("performance.md", performance), ("quality.md", quality), ("finetuning.md", finetune))
+    for name, part in made:
         text, own = part.page(runs)
         pages[root / "docs" / name] = f"<!-- Written by python -m bench.report; edit nothing here. -->\n\n{text}"
         drawn += own

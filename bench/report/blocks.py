@@ -38,7 +38,7 @@ def fill(page: str, runs: Sequence[Run], root: str) -> str:
 
 def pages(root: Path) -> list[Path]:
     """Return the hand-written pages, which may contain blocks."""
-    generated = ("performance.md", "quality.md")
+    generated = ("performance.md", "quality.md", "finetuning.md")
     return [root / "README.md", *(p for p in sorted((root / "docs").glob("*.md")) if p.name not in generated)]
 
 

@@ -19,6 +19,7 @@ from gwt_kernels.core.hyper import (
     literal_alone,
     padded_spans,
 )
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
 from gwt_kernels.rules import Rule as RuleOf
@@ -49,7 +50,7 @@ class Bucket:
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]``; None under a rule that has none.
         exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that has none.
-        level: Levels of the transform.
+        level: Levels of the transform, or ``"row"``.
         grad_dtype: dtype of the gradients.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
         limiter. rule: Of the update.
@@ -74,7 +75,7 @@ class Bucket:
         exp_avgs: Sequence[Tensor] | None,
         exp_avg_sqs: Sequence[Tensor | None] | None,
         *,
-        level: int,
+        level: Level,
         grad_dtype: torch.dtype,
         limiter_norms: Sequence[Tensor | None] | None = None,
         rule: Rule = "gwt",
@@ -115,7 +116,7 @@ class Bucket:
     @property
     def is_limited(self) -> bool:
         """Whether a step limits the growth of the update's norm by itself. Level 0 has no limiter."""
-        return self.level > 0 and self.limiter_norms[0] is not None
+        return bool(self.level) and self.limiter_norms[0] is not None
 
     @property
     def stored(self) -> MomentFormat:
@@ -126,6 +127,17 @@ class Bucket:
     def stated(self) -> RuleOf:
         """The rule at its level."""
         return rule_of(self.rule, self.level)
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether what a block becomes depends on all of its row."""
+        return self.level == ROW or bool(self.stated.row_slots)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows share a second moment with other rows."""
+        own = zip(self.params, self.exp_avg_sqs, strict=True) if self.stated.row_slots else ()
+        return any(p.dim() > 1 and p.numel() and v is not None and v.shape[:-1] != p.shape[:-1] for p, v in own)
 
     @property
     def moments(self) -> list[Sequence[Tensor]]:
@@ -146,7 +158,7 @@ class Bucket:
     @property
     def is_literal(self) -> bool:
         """Whether no block of neighbours states the transform, so that the published algorithm runs literally."""
-        return self.level > 0 and literal_alone(self.wavelet, self.boundary) is not None
+        return bool(self.level) and literal_alone(self.wavelet, self.boundary) is not None
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -209,13 +221,18 @@ class Bucket:
             raise ValueError(f"{len(self)} params need as many of all else, got {lengths}")
 
     def _check_transform(self) -> None:
-        check_rule(self.rule, self.wavelet, self.boundary)
+        check_rule(self.rule, self.wavelet, self.boundary, self.level)
         unknown = literal_alone(self.wavelet, self.boundary)
         if self.telemetry is not None and unknown:
             raise ValueError(
                 f"telemetry knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
             )
         check_rounding(self.rounding, self.params[0].dtype, self.wavelet, self.boundary)
+        if self.stored.scales and (self.level == ROW or self.stated.row_slots):
+            raise ValueError(f"moments in {self.exp_avgs[0].dtype} have no place in rows: keep them in float32")
+        narrow = {x.dtype for x in self.exp_avg_sqs if x is not None} - {torch.float32, torch.float64}
+        if self.stated.row_slots and narrow:
+            raise ValueError(f"second moments of rows are {narrow.pop()}: keep them in float32")
         if unknown and self.stored.is_random:
             raise ValueError(f"moments in {self.stored.dtypes[0]} know no {unknown}: keep them in float32")
 

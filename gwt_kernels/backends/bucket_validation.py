@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.formats.moments import stored_as
 
 __all__ = ["check_bucket", "check_low_bits", "check_scales"]
 
 
-def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
+def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: bool = False) -> None:
     """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.
 
     Args:
         arrays: ``params``, ``grads``, ``exp_avgs`` and, where there are any, ``exp_avg_sqs`` and ``limiter_norms``.
         level: Levels of the transform.
+        of_rows: Whether second moments are those of rows, and wide.
     """
     params = arrays["params"]
     for name, tensors in arrays.items():
@@ -30,6 +32,8 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
     moments = [arrays[name] for name in ("exp_avgs", "exp_avg_sqs") if name in arrays]
     found = tuple(tensors[0].dtype for tensors in moments)
     expected = stored_as(found[0]).dtypes[: len(moments)] if moments else ()
+    if of_rows:
+        expected = expected[0], torch.float32
     norms = arrays.get("limiter_norms")
     if found != expected or (norms and norms[0].dtype != torch.float32):
         raise ValueError(
@@ -37,17 +41,19 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: int) -> None:
             f"limiter_norms must be float32, got {' and '.join(map(str, found))}"
         )
     for p, g, *own in zip(params, arrays["grads"], *moments, strict=True):
-        shape = (*p.shape[:-1], -(-p.shape[-1] // 2**level)) if p.dim() else ()
-        if g.shape != p.shape or any(x.shape != shape for x in own):
+        shape = (*p.shape[:-1], blocks_of(level, p.shape[-1])) if p.dim() else ()
+        shapes = [shape, (*p.shape[:-1], 1) if of_rows and p.dim() else shape][: len(own)]
+        if g.shape != p.shape or [tuple(x.shape) for x in own] != shapes:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
-                f"of shape {shape}, got {tuple(g.shape)}, {' and '.join(str(tuple(x.shape)) for x in own)}"
+                f"of shape {' and '.join(sorted({*map(str, shapes)}))}, got {tuple(g.shape)}, "
+                f"{' and '.join(str(tuple(x.shape)) for x in own)}"
             )
         if not all(x.is_contiguous() for x in own):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
-def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: int) -> None:
+def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: Level) -> None:
     """Raise unless each quantized tensor has the scales of all of its blocks beside it, for each moment."""
     for m, own in zip(exp_avgs, scales, strict=True):
         shape = (stored_as(m.dtype).n_scales(m.shape, level),)

@@ -11,7 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from gwt_kernels.core.level import ROW, Level
+
 __all__ = [
+    "HEADS",
     "MAX_TRITON_LEVEL",
     "Backend",
     "check_name",
@@ -28,6 +31,8 @@ Backend = Literal["triton", "torch", "compiled"]
 
 _KEYS = torch._C._TorchDispatchModeKey
 
+HEADS = "its kernels know no second moment of several rows: use head_rows=1, or backend='torch', or None to choose"
+"""Why the Triton backend cannot take rows that share a second moment."""
 MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` neighbours still fits one program's registers."""
 
@@ -44,7 +49,7 @@ def resolve(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype,
-    level: int,
+    level: Level,
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> Backend:
@@ -79,7 +84,7 @@ def resolve_update(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype,
-    level: int,
+    level: Level,
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> Backend:
@@ -102,7 +107,7 @@ def resolve_update(
 
 @functools.lru_cache(maxsize=256)
 def triton_obstacle(
-    device: torch.device, dtype: torch.dtype, level: int = 0, wavelet: str = "haar", boundary: str = "zero"
+    device: torch.device, dtype: torch.dtype, level: Level = 0, wavelet: str = "haar", boundary: str = "zero"
 ) -> str | None:
     """Why the Triton backend cannot take tensors of ``dtype`` on ``device``; None where it can."""
     if level and wavelet != "haar":
@@ -111,7 +116,7 @@ def triton_obstacle(
         return f"its kernels know boundary='zero' only, not {boundary!r}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its arithmetic is float32, so tensors of {dtype} would lose precision"
-    if level > MAX_TRITON_LEVEL:
+    if level != ROW and level > MAX_TRITON_LEVEL:
         return f"level {level} is above {MAX_TRITON_LEVEL}, the deepest its kernels hold in registers"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket
+from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.runner import Runner
 
 __all__ = ["is_on_triton", "prepare"]
@@ -22,6 +23,14 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
         RuntimeError: the backend asked for cannot run on these tensors.
         ValueError: the backend is unknown, or its kernels could not trust the tensors.
     """
+    if isinstance(bucket, FactoredBucket):
+        if is_on_triton(bucket, backend):
+            from gwt_kernels.backends.triton.adafactor import TritonAdafactorRunner
+
+            return TritonAdafactorRunner(bucket)
+        from gwt_kernels.backends.torch.adafactor import AdafactorRunner
+
+        return AdafactorRunner(bucket)
     if is_on_triton(bucket, backend):
         from gwt_kernels.backends.triton.runner import TritonRunner
 
@@ -41,5 +50,9 @@ def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.
     """
+    if bucket.shares_rows:
+        if backend == "triton":
+            raise RuntimeError(f"backend='triton' cannot run here: {choice.HEADS}")
+        return False
     kind = bucket.level, bucket.wavelet, bucket.boundary
     return {choice.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import ROW, Level, block_width
+
 __all__ = [
     "Boundary",
     "Hyper",
@@ -22,9 +24,10 @@ __all__ = [
     "quantum",
 ]
 
-Rule = Literal["gwt", "foam", "adamw", "lion", "muon"]
+Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; ``"lion"`` (arXiv 2302.06675) and ``"muon"``: theirs, on block means."""
+which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"``, ``"adam_mini"`` (arXiv
+2406.16793) and ``"adafactor"`` (arXiv 1804.04235)."""
 
 
 Rounding = Literal["nearest", "stochastic", "split"]
@@ -46,7 +49,7 @@ class Span(NamedTuple):
     pitch: int
 
 
-def padded_spans(shape: Sequence[int], level: int, first_row: int = 0) -> tuple[Span, Span] | None:
+def padded_spans(shape: Sequence[int], level: Level, first_row: int = 0) -> tuple[Span, Span] | None:
     """Where weights and coefficients of a tensor lie in the order of random bits' indices, if not end to end.
 
     Rows that are no whole blocks of ``2**level`` count as padded to a multiple of 4 blocks, so that a call of
@@ -58,11 +61,12 @@ def padded_spans(shape: Sequence[int], level: int, first_row: int = 0) -> tuple[
         first_row: Of all rows of the whole tensor, the first of these.
     """
     width = shape[-1] if len(shape) else 1
-    if width % 2**level == 0:
+    block = block_width(level, width)
+    if width % block == 0:
         return None
-    blocks = -(-width // 2**level)
+    blocks = -(-width // block)
     padded = -(-blocks // 4) * 4
-    weights = Span(first_row * padded << level, width, padded << level)
+    weights = Span(first_row * padded * block, width, padded * block)
     return weights, Span(first_row * padded, blocks, padded)
 
 
@@ -71,9 +75,9 @@ def key_of(seed: int, stream: int) -> int:
     return (stream & 0x7FFFFFFF) << 32 | seed & 0xFFFFFFFF
 
 
-def quantum(level: int) -> int:
+def quantum(level: Level) -> int:
     """Coefficients that share a scale in int8 moments: a kernel's tile on either path holds whole quanta."""
-    return max(1, min(128, 1024 >> level))
+    return 1 if level == ROW else max(1, min(128, 1024 >> level))
 
 
 def literal_alone(wavelet: str, boundary: str) -> str | None:
@@ -119,6 +123,7 @@ class Hyper(NamedTuple):
             tensor on the torch backend where what is traced has no numbers.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
         detail_scale: Factor on what an element differs by from the mean of its block, for rules that take one.
+        own: Options that a rule alone has, a record of its module; None for most rules.
     """
 
     lr: float | Tensor = 1e-3
@@ -132,6 +137,7 @@ class Hyper(NamedTuple):
     grad_factor: float | Tensor = 1.0
     correct_bias: bool = True
     detail_scale: float = 1.0
+    own: Any = None
 
     @property
     def signed_factor(self) -> Any:
@@ -150,7 +156,22 @@ class Hyper(NamedTuple):
         """
         if not (self.correct_bias and corrects_bias):
             return float(self.lr) * (self.scale if is_scaled else 1.0)
-        # 1 - b**t through expm1 keeps its digits where b**t is close to 1.
+        correction1, correction2 = self._corrections(step)
+        return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if is_scaled else 1.0)
+
+    def corrected(self, step: int) -> Hyper:
+        """The options that make of ``step_size * (m + s*r) / (sqrt(v) + eps)`` an update with corrected moments.
+
+        With ``c1 = 1 - b1**t`` and ``c2 = 1 - b2**t`` that is ``(m/c1 + s*r) / (sqrt(v/c2) + eps)`` times rate and
+        scale: details are multiplied by ``c1``, and ``eps`` by ``sqrt(c2)``, as :meth:`step_size` divides them.
+        """
+        if not self.correct_bias:
+            return self
+        correction1, correction2 = self._corrections(step)
+        return self._replace(eps=self.eps * math.sqrt(correction2), detail_scale=self.detail_scale * correction1)
+
+    def _corrections(self, step: int) -> tuple[float, float]:
+        """``1 - b1**t`` and ``1 - b2**t``, through expm1, which keeps its digits where the power is close to 1."""
         correction1 = -math.expm1(step * math.log(self.beta1)) if self.beta1 else 1.0
         correction2 = -math.expm1(step * math.log(self.beta2)) if self.beta2 else 1.0
-        return float(self.lr) * math.sqrt(correction2) / correction1 * (self.scale if is_scaled else 1.0)
+        return correction1, correction2

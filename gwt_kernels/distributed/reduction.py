@@ -12,35 +12,80 @@ from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["GradNormReduction", "LimiterReduction"]
+__all__ = ["GradNormReduction", "LimiterReduction", "ShardSums"]
 
 
-class LimiterReduction:
-    """Sums of squares of all limited, sharded parameters on one device, and the limiter's divisors from them.
+class ShardSums:
+    """Adds up numbers of sharded parameters over the processes that hold their shards.
 
-    Every process makes it of the same parameters in the same order, and takes part in every step's collective
-    whichever of them have gradients there.
+    Every process makes it of the same parameters in the same order, and takes part in every collective whichever of
+    them have gradients there.
 
     Where all parameters are sharded over the same processes, these alone communicate. Where they are not, all
     processes do at once if every mesh holds all of them, and else one mesh dimension after the other.
 
     Args:
-        params: All parameters that have a limiter and are sharded over several processes, on one device.
+        params: Sharded over several processes, on one device.
+        lengths: How many numbers each of them has; None for one.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
+        self.device = params[0].device
+        wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
+        self.dtype = torch.float64 if torch.float64 in wide else torch.float32
+        lengths = [1] * len(params) if lengths is None else lengths
+        self._n = sum(lengths)
+        owners = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+        owners = torch.arange(len(params), dtype=torch.int64, device="cpu").repeat_interleave(owners)
+        self._rounds: list[tuple[Any, Tensor | None]] = []
+        for group, members in _rounds(params):
+            chosen = None if members is None else torch.isin(owners, torch.tensor(members, device="cpu"))
+            self._rounds.append((group, None if chosen is None else chosen.nonzero().view(-1).to(self.device)))
+        # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
+        own = torch.tensor([_is_first(p) for p in params], dtype=torch.bool, device="cpu")
+        self._own = None if bool(own.all()) else own[owners].to(self.device)
+        self._work: Any = None
+
+    def zeros(self) -> Tensor:
+        """A vector of the numbers of all."""
+        return torch.zeros(self._n, dtype=self.dtype, device=self.device)
+
+    def start(self, vector: Tensor) -> None:
+        """Begin to add up the vectors of all processes; nothing waits for the result."""
+        import torch.distributed as dist
+
+        self.finish()  # where no parameter had a gradient, nothing has asked for the last step's result
+        self._vector = vector
+        for group, members in self._rounds:
+            self.finish()
+            if group is dist.group.WORLD and self._own is not None:
+                self._vector = torch.where(self._own, self._vector, 0)
+            self._part = self._vector if members is None else self._vector[members]
+            self._members = members
+            self._work = dist.all_reduce(self._part, group=group, async_op=True)
+
+    def finish(self) -> Tensor | None:
+        """The sums that were begun last; None where there are none."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            if self._members is not None:
+                self._vector[self._members] = self._part
+        return getattr(self, "_vector", None)
+
+
+class LimiterReduction:
+    """Sums of squares of all limited, sharded parameters on one device, and the limiter's divisors from them.
+
+    Args:
+        params: All parameters that have a limiter and are sharded over several processes, on one device; as
+            :class:`ShardSums` takes them.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._place = {id(p): i for i, p in enumerate(params)}
         self._device = params[0].device
-        wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
-        self._dtype = torch.float64 if torch.float64 in wide else torch.float32
-        self._rounds = [
-            (group, None if members is None else torch.tensor(members, dtype=torch.int64, device=self._device))
-            for group, members in _rounds(params)
-        ]
-        # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
-        own = [_is_first(p) for p in params]
-        self._own = None if all(own) else torch.tensor(own, dtype=torch.bool, device=self._device)
-        self._work: Any = None
+        self._sums = ShardSums(params)
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Where the sums of ``params`` lie in the vector of all."""
@@ -48,26 +93,10 @@ class LimiterReduction:
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Begin to add up the sums of all processes, given as places and values; nothing waits for the result."""
-        import torch.distributed as dist
-
-        self._finish()  # where no parameter had a gradient, nothing has asked for the last step's result
-        self._vector = torch.zeros(len(self._place), dtype=self._dtype, device=self._device)
+        vector = self._sums.zeros()
         for places, values in sums:
-            self._vector[places] = values.to(self._dtype)
-        for group, members in self._rounds:
-            self._finish()
-            if group is dist.group.WORLD and self._own is not None:
-                self._vector = torch.where(self._own, self._vector, 0)
-            self._part = self._vector if members is None else self._vector[members]
-            self._members = members
-            self._work = dist.all_reduce(self._part, group=group, async_op=True)
-
-    def _finish(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            if self._members is not None:
-                self._vector[self._members] = self._part
+            vector[places] = values.to(vector.dtype)
+        self._sums.start(vector)
 
     def divisors(
         self, places: Tensor, limiter_norms: Tensor, gammas: Sequence[float], control: Tensor | None
@@ -76,8 +105,9 @@ class LimiterReduction:
 
         Their norms are replaced, unless ``control`` (see :func:`gwt_kernels.control.control_`) skips the step.
         """
-        self._finish()
-        norms = self._vector[places].sqrt().to(limiter_norms.dtype)
+        vector = self._sums.finish()
+        assert vector is not None
+        norms = vector[places].sqrt().to(limiter_norms.dtype)
         old = limiter_norms.clone()
         limits = limit_(limiter_norms, norms, self._gamma_tensor(tuple(gammas), norms.dtype))
         if control is not None:

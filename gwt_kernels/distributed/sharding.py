@@ -13,15 +13,20 @@ from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span, padded_spans
+from gwt_kernels.core.level import ROW, Level, block_width
+from gwt_kernels.rules import rule_of
 
 __all__ = [
     "ROWS_STAY",
+    "check_heads",
     "check_place_of",
     "check_sharding",
     "check_shards",
     "held_runs",
     "local_parts",
     "made_by_a_getter",
+    "placements_of",
+    "places_in_whole",
     "reduced_over",
     "spans_of",
     "zeros_like_shard",
@@ -95,39 +100,68 @@ def reduced_over(p: Any) -> list[tuple[Any, int]]:
     return [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
 
 
-def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None) -> Tensor:
     """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
 
     Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
-    dimension is sharded as ``p``'s rows are.
+    dimension is sharded as ``p``'s rows are. ``dims`` says which of ``p``'s dimensions the shape keeps, if not all.
     """
     if not is_sharded(p):
         return torch.zeros(tuple(shape), dtype=dtype, device=p.device)
     from torch.distributed.tensor import DTensor
 
-    local = torch.zeros(_local_shape(p, shape), dtype=dtype, device=p.device)
+    local = torch.zeros(_local_shape(p, shape, dims), dtype=dtype, device=p.device)
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(
         local,
         p.device_mesh,
-        p.placements,
+        placements_of(p, dims),
         run_check=False,
         shape=torch.Size(shape),
         stride=strides,
     )
 
 
-def spans_of(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span]:
+def placements_of(p: Any, dims: Sequence[int] | None) -> tuple[Any, ...]:
+    """Where a DTensor lies that keeps these of ``p``'s dimensions: whole along those of which it is a mean."""
+    if dims is None:
+        return tuple(p.placements)
+    from torch.distributed.tensor import Replicate
+
+    return tuple(
+        placement if dim is None else _moved(placement, dims.index(dim)) if dim in dims else Replicate()
+        for placement, dim in ((placement, _dim(placement)) for placement in p.placements)
+    )
+
+
+def _moved(placement: Any, dim: int) -> Any:
+    """The placement, of another dimension."""
+    if placement.dim == dim:
+        return placement
+    if hasattr(placement, "split_factor"):
+        return type(placement)(dim, split_factor=placement.split_factor)
+    return type(placement)(dim)
+
+
+def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
+    """Which elements of a tensor of the global ``shape`` this process holds, that keeps these of ``p``'s dims."""
+    held = torch.zeros((), dtype=torch.int64, device="cpu")
+    for d, n in zip(dims, shape, strict=True):
+        held = held.unsqueeze(-1) * n + _indices(p, d, n)
+    return held
+
+
+def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
     """Where the shard of ``p`` lies in the whole, and that of its moments of the global ``shape``."""
     spans = _spans(p, shape, level)
     assert spans is not None  # check_sharding has seen to it
     return spans
 
 
-def _spans(p: Any, shape: Sequence[int], level: int) -> tuple[Span, Span] | None:
+def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | None:
     """As :func:`spans_of`; None where there is no one rule for it."""
     start = _start(p)
-    if p.dim() and p.shape[-1] % 2**level:  # whole rows, in the padded order of random bits
+    if p.dim() and p.shape[-1] % block_width(level, p.shape[-1]):  # whole rows, in the padded order of random bits
         sharded = _sharded_dims(p)
         if sharded and (_span(p, p.shape, start) is None or math.prod(p.shape[: max(sharded)]) > 1):
             return None
@@ -204,15 +238,28 @@ def check_shards(p: Any, name: str) -> None:
         )
 
 
-def check_place_of(x: Any, key: str, p: Any, name: str) -> None:
-    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is."""
+def check_heads(p: Any, head_rows: int | None, name: str) -> None:
+    """Raise unless each shard of ``p`` holds whole heads of ``head_rows`` rows; None: all rows are one."""
+    sharded = _sharded_dims(p)
+    if head_rows == 1 or not sharded:
+        return
+    rows = p.dim() - 2
+    if head_rows is None or (rows in sharded and any(n % head_rows for n in _lengths(p, rows))):
+        raise ValueError(
+            f"{name} is sharded as {p.placements}, which head_rows={head_rows} would need to leave whole heads: "
+            f"use head_rows=1, a second moment a row"
+        )
+
+
+def check_place_of(x: Any, key: str, p: Any, name: str, dims: Sequence[int] | None = None) -> None:
+    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
     if is_sharded(x) != is_sharded(p):
         held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
         raise ValueError(
             f"{key} of {name} is {held}, the parameter {other}: load the state by torch.distributed.checkpoint."
             f"state_dict.set_optimizer_state_dict, with full_state_dict=True if it was gathered"
         )
-    if is_sharded(p) and (x.device_mesh, x.placements) != (p.device_mesh, p.placements):
+    if is_sharded(p) and (x.device_mesh, x.placements) != (p.device_mesh, placements_of(p, dims)):
         raise ValueError(
             f"{key} of {name} is sharded as {x.placements} on {x.device_mesh}, the parameter as {p.placements} on "
             f"{p.device_mesh}: redistribute it, or load it by torch.distributed.checkpoint"
@@ -227,21 +274,23 @@ def _is_part_of_a_buffer(p: Tensor) -> bool:
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless every shard of a row is whole blocks."""
-    level, width = group["level"], p.shape[-1]
+    """Raise unless every shard of a row is whole blocks, and sums over rows are known to one process."""
+    level = group["level"]
+    summed = rule_of(group["rule"], level).row_slots
+    if level == ROW or summed:
+        rows = f"level={level!r}" if level == ROW else f"rule={group['rule']!r}"
+        raise ValueError(
+            f"{name} is sharded along its last dimension, and {rows} needs the sums of whole rows: shard its rows, "
+            f"or give it {'another level' if level == ROW else 'a group of another rule'}"
+        )
     if not level:
         return
-    mesh, last = p.device_mesh, p.dim() - 1
     if group["wavelet"] != "haar":
         raise ValueError(
             f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
             f"reach: use wavelet='haar', or shard its rows"
         )
-    widths = {width}
-    for i, placement in enumerate(p.placements):
-        if _dim(placement) == last:
-            parts = mesh.size(i) * getattr(placement, "split_factor", 1)
-            widths = {part for w in widths for part in _parts(w, parts)}
+    widths = _lengths(p, p.dim() - 1)
     common = math.gcd(*widths)
     if common % 2**level:
         fits = (common & -common).bit_length() - 1
@@ -249,6 +298,16 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
             f"{name} is sharded along its last dimension into widths of {sorted(widths - {0})}, which level "
             f"{level} needs to be multiples of {2**level}: use level {fits} at most for it, or shard its rows"
         )
+
+
+def _lengths(p: Any, dim: int) -> set[int]:
+    """How long shards of ``p`` are along a dimension, on all processes."""
+    lengths = {p.shape[dim]}
+    for i, placement in enumerate(p.placements):
+        if _dim(placement) == dim:
+            parts = p.device_mesh.size(i) * getattr(placement, "split_factor", 1)
+            lengths = {part for length in lengths for part in _parts(length, parts)}
+    return lengths
 
 
 def _parts(length: int, n: int) -> set[int]:
@@ -310,9 +369,10 @@ def _sharded_dims(p: Any) -> set[int]:
     return {dim for dim in dims if dim is not None}
 
 
-def _local_shape(p: Any, shape: Sequence[int]) -> tuple[int, ...]:
+def _local_shape(p: Any, shape: Sequence[int], dims: Sequence[int] | None = None) -> tuple[int, ...]:
     sharded = _sharded_dims(p)
-    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in enumerate(shape))
+    dims = range(len(shape)) if dims is None else dims
+    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in zip(dims, shape, strict=True))
 
 
 def _start(p: Any) -> list[int]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gwt_kernels.core.hyper import quantum
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -37,20 +38,20 @@ _FIRST = 127 * 127  # largest code to its power
 _SECOND = 255**4
 
 
-def decode_first(codes: Tensor, scales: Tensor, level: int) -> Tensor:
+def decode_first(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
     """float32 ``exp_avg`` from int8 codes and the scales of their quanta."""
     c = _quanta(codes, level).to(torch.float32)
     return _like(codes, c.mul_(c.abs()).mul_(1 / _FIRST).mul_(scales.unsqueeze(1)))
 
 
-def decode_second(codes: Tensor, scales: Tensor, level: int) -> Tensor:
+def decode_second(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
     """float32 ``exp_avg_sq`` from uint8 codes and the scales of their quanta."""
     c = _quanta(codes, level).to(torch.float32)
     c.mul_(c).mul_(1 / 65025)  # and not square_, which knows no functionalization
     return _like(codes, c.mul_(c).mul_(scales.unsqueeze(1)))
 
 
-def encode_first(m: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
+def encode_first(m: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """int8 codes and scales of ``m`` (float32), rounded by 16 random ``bits`` (int32) for each."""
     quanta, bits = _quanta(m, level), _quanta(bits, level)
     z, scales = _fractions(quanta.abs())
@@ -62,7 +63,7 @@ def encode_first(m: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
     return _like(m, c.to(torch.int8)), scales
 
 
-def encode_second(v: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
+def encode_second(v: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor]:
     """uint8 codes and scales of ``v`` (float32, at least 0), rounded by 16 random ``bits`` (int32) for each."""
     quanta, bits = _quanta(v, level), _quanta(bits, level)
     z, scales = _fractions(quanta)
@@ -80,7 +81,7 @@ def encode_second(v: Tensor, bits: Tensor, level: int) -> tuple[Tensor, Tensor]:
     return _like(v, c.to(torch.uint8)), scales
 
 
-def _quanta(x: Tensor, level: int) -> Tensor:
+def _quanta(x: Tensor, level: Level) -> Tensor:
     """A tensor flattened and cut into quanta ``[n, quantum]``, with zeros beyond its end."""
     size, flat = quantum(level), x.reshape(-1)
     missing = -flat.numel() % size

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.hyper import quantum
+from gwt_kernels.core.level import Level, depth_of
 from gwt_kernels.formats import int8
 
 __all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "stored_as", "wide"]
@@ -47,17 +48,17 @@ class MomentFormat:
     is_random: bool = False
     smallest: int = 0
     deepest: int | None = None
-    decoders: tuple[Callable[[Tensor, Tensor, int], Tensor], ...] | None = None
-    encoders: tuple[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], ...] | None = None
+    decoders: tuple[Callable[[Tensor, Tensor, Level], Tensor], ...] | None = None
+    encoders: tuple[Callable[[Tensor, Tensor, Level], tuple[Tensor, Tensor]], ...] | None = None
 
-    def decode(self, moments: Sequence[Tensor], scales: Sequence[Tensor], level: int) -> list[Tensor]:
+    def decode(self, moments: Sequence[Tensor], scales: Sequence[Tensor], level: Level) -> list[Tensor]:
         """The numbers that stored moments, the first and, if there is one, the second, stand for."""
         if self.decoders is None:
             return list(moments)
         return [f(x, own, level) for f, x, own in zip(self.decoders, moments, scales, strict=False)]
 
     def encode(
-        self, moments: Sequence[Tensor], bits: Sequence[Tensor] | None, level: int
+        self, moments: Sequence[Tensor], bits: Sequence[Tensor] | None, level: Level
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Moments (float32) as they are stored, and their scales, rounded by random ``bits``, or to the nearest."""
         assert self.encoders is not None
@@ -71,11 +72,11 @@ class MomentFormat:
         """The dtype of the numbers that stored values stand for."""
         return torch.float32 if self.scales else self.dtypes[0]
 
-    def fits(self, shape: Sequence[int], level: int) -> bool:
+    def fits(self, shape: Sequence[int], level: Level) -> bool:
         """Whether moments of this shape, at a level, are worth storing so; others stay float32."""
-        return math.prod(shape) >= self.smallest and (self.deepest is None or level <= self.deepest)
+        return math.prod(shape) >= self.smallest and (self.deepest is None or depth_of(level) <= self.deepest)
 
-    def block_size(self, level: int) -> int:
+    def block_size(self, level: Level) -> int:
         """Values that share a scale; 1 where there are none."""
         return quantum(level) if self.scales else 1
 
@@ -83,7 +84,7 @@ class MomentFormat:
         """State entries that hold the scales of these moments."""
         return self.scales[: len(slots)]
 
-    def n_scales(self, shape: Sequence[int], level: int) -> int:
+    def n_scales(self, shape: Sequence[int], level: Level) -> int:
         """Scales of moments of this shape, each of the two."""
         return -(-math.prod(shape) // self.block_size(level))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gwt_kernels.core.level import Level
 from gwt_kernels.migration.states import Migration, is_state, migrate, names_in
 from gwt_kernels.migration.unpickling import load
 from gwt_kernels.models.files import build_on_meta
@@ -45,7 +46,7 @@ class Reading(NamedTuple):
 class Recipe(NamedTuple):
     """What `gwt_param_groups` is asked for."""
 
-    level: int = 2
+    level: Level = 2
     include: list[str] | None = None
     exclude: list[str] | None = None
 

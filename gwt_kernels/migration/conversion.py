@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.backends.torch.literal import filter_bank, wavedec
+from gwt_kernels.backends.torch.literal import approximation_width, filter_bank, wavedec
 from gwt_kernels.core.hyper import Rule, literal_alone
-from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as
+from gwt_kernels.core.level import ROW, Level, block_width, depth_of
+from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as, wide
+from gwt_kernels.optim.state import row_shape
 from gwt_kernels.rules import rule_of
 
 __all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
@@ -20,22 +22,29 @@ __all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
 class Form(NamedTuple):
     """What the moments of a tensor are averages of, and how they are stored."""
 
-    level: int
+    level: Level
     rule: Rule
     wavelet: str
     boundary: str
     dtype: torch.dtype
     """Of ``exp_avg``."""
+    head_rows: int | None = 1
+    """Rows that share a second moment, under a rule that keeps one for rows."""
 
     @property
-    def kind(self) -> tuple[int, Rule, str, str]:
+    def kind(self) -> tuple[Level, Rule, str, str, int | None]:
         """What the moments are averages of."""
-        return self[:4]
+        return *self[:4], self.head_rows
 
     @property
     def slots(self) -> tuple[str, ...]:
         """State entries that hold them."""
         return rule_of(self.rule, self.level).slots
+
+    @property
+    def row_slots(self) -> tuple[str, ...]:
+        """Those of them that are one number for rows."""
+        return rule_of(self.rule, self.level).row_slots
 
     @property
     def stored(self) -> MomentFormat:
@@ -58,16 +67,18 @@ def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype
     that are whole blocks.
     """
     level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
+    heads = options.get("head_rows", 1) if rule_of(rule, level).row_slots else 1
     if not level:
         plain: Any = rule_of(rule, 0).name
-        return Form(0, plain, "haar", "zero", dtype)
+        return Form(0, plain, "haar", "zero", dtype, heads)
     width = shape[-1] if shape else 1
-    return Form(level, rule, wavelet, "zero" if _is_whole_blocks(width, level, wavelet) else boundary, dtype)
+    known = "zero" if _is_whole_blocks(width, level, wavelet) else boundary
+    return Form(level, rule, wavelet, known, dtype, heads)
 
 
-def _is_whole_blocks(width: int, level: int, wavelet: str) -> bool:
+def _is_whole_blocks(width: int, level: Level, wavelet: str) -> bool:
     """Whether the transform of a row never looks beyond its ends."""
-    return wavelet == "haar" and width % 2**level == 0
+    return wavelet == "haar" and width % block_width(level, width) == 0
 
 
 def convert(
@@ -101,7 +112,14 @@ def convert(
             f"has moments of {old}, which keeps no {missing[0]}: begin with a fresh state, or build the optimizer "
             f"that the state was made with"
         )
-    moments = _carry(*_decoded(state, old), old, new, width)
+    m, v = _decoded(state, old)
+    if old.kind == new.kind or not old.row_slots:
+        moments = _carry(m, v, old, new, width)
+    else:
+        m = _carry(m, m, old, new, width)[0]
+        moments = m, _spread(v, m, new.level, width)
+    if new.row_slots and old.kind != new.kind:
+        moments = moments[0], _gathered(moments[1], new.head_rows)
     return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
 
 
@@ -113,16 +131,23 @@ def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
 
 def describe(old: Form, new: Form) -> dict[str, str]:
     """For either moment whether :func:`convert` is exact, and the way that it goes."""
-    raised = new.level >= old.level
+    raised = depth_of(new.level) >= depth_of(old.level)
     if old.kind == new.kind:
         first = second = "exact"
     elif raised:
         first = "exact: " + ("the same average in another unit" if old.level == new.level else "sums of blocks")
-        of_elements = rule_of(old.rule, old.level).is_of_elements
+        of_elements = rule_of(old.rule, old.level).is_of_elements and not (old.row_slots or new.row_slots)
         if rule_of(new.rule, new.level).is_of_elements and of_elements:
             second = "exact: the mean of its blocks"
         else:
             what = "as it is" if old.level == new.level else "the mean of its blocks"
+            what = (
+                "the mean of its rows"
+                if new.row_slots
+                else "spread evenly over its rows"
+                if old.row_slots
+                else what
+            )
             second = f"approximate: {what}, as if gradients of neighbours were uncorrelated"
     else:
         first = "approximate: spread evenly over each block, whose details nobody kept"
@@ -137,26 +162,30 @@ def describe(old: Form, new: Form) -> dict[str, str]:
 
 
 def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tensor, Tensor]:
-    if old.kind == new.kind or m.numel() == 0:
+    if old.kind == new.kind:
         return m, v
+    if m.numel() == 0 and m.dim():
+        none = m.new_zeros(*m.shape[:-1], approximation_width(width, new.level, new.wavelet))
+        return none, none
     if any(literal_alone(form.wavelet, form.boundary) for form in (old, new)):
         same = old.wavelet == new.wavelet
         same &= old.boundary == new.boundary or _is_whole_blocks(width, old.level, old.wavelet)
-        if old.level and not (same and new.level >= old.level):
+        if old.level and not (same and depth_of(new.level) >= depth_of(old.level)):
             raise ValueError(
                 f"has moments of {old}, of which those of {new} cannot be made: build the optimizer with the "
                 f"state's wavelet and boundary and at least its level, or begin with a fresh state"
             )
         bank = filter_bank(new.wavelet)
         squares = tuple(tuple(h * h for h in taps) for taps in bank)
+        assert old.level != ROW != new.level  # of which no wavelet but Haar knows
         further = new.level - old.level
-        moments = ((m * (math.sqrt(2**old.level) / _unit(old)), bank), (v, squares))
+        moments = ((m * (math.sqrt(2**old.level) / _unit(old, width)), bank), (v, squares))
         first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
         if bank[0] != bank[2][::-1]:  # not orthogonal, so that coefficients are correlated where gradients are not
             second *= _energy(bank[0], new.level) / _energy(bank[0], old.level)
         return first, second
-    mean = _resample(m / _unit(old), old.level, new.level, width)
-    return mean * _unit(new), _resample(v, old.level, new.level, width)
+    mean = _resample(m / _unit(old, width), old.level, new.level, width)
+    return mean * _unit(new, width), _resample(v, old.level, new.level, width)
 
 
 def _energy(low: Sequence[float], level: int) -> float:
@@ -170,14 +199,34 @@ def _energy(low: Sequence[float], level: int) -> float:
     return float(whole.square().sum() / taps.square().sum() ** level)
 
 
-def _unit(form: Form) -> float:
+def _unit(form: Form, width: int) -> float:
     """What an approximation coefficient is of the mean of its block."""
-    return 1.0 if rule_of(form.rule, form.level).is_of_elements else math.sqrt(2**form.level)
+    return 1.0 if rule_of(form.rule, form.level).is_of_elements else math.sqrt(block_width(form.level, width))
 
 
-def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
-    """Means of blocks of ``2**new`` elements from those of ``2**old``, zeros beyond the ``width`` among them."""
-    if new >= old:
+def _spread(v: Tensor, m: Tensor, level: Level, width: int) -> Tensor:
+    """Second moments of rows, ``head_rows`` each, as those of the elements in the blocks that ``m`` is of."""
+    rows = m[..., :1]
+    each = v.reshape(-1, 1).expand(-1, rows.numel() // max(v.numel(), 1)).reshape(rows.shape)
+    return each * _resample(torch.ones(width, dtype=v.dtype, device=v.device), 0, level, width)
+
+
+def _gathered(v: Tensor, head_rows: int | None) -> Tensor:
+    """The means of second moments of blocks over as many rows."""
+    if not v.numel():
+        return v.new_zeros(row_shape(v, head_rows))
+    rows = v.mean(-1, keepdim=True)
+    return rows.reshape(-1, head_rows or rows.numel()).mean(1).view(row_shape(v, head_rows))
+
+
+def _resample(x: Tensor, old: Level, new: Level, width: int) -> Tensor:
+    """Means of the blocks of another level, zeros beyond the ``width`` among them."""
+    if old == new or not x.dim():
+        return x
+    sizes = [block_width(level, width) for level in (old, new)]
+    if new == ROW:
+        return x.sum(-1, keepdim=True) * (sizes[0] / sizes[1])
+    if old != ROW and new >= old:
         parts = 2 ** (new - old)
         padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % parts))
         return padded.view(*x.shape[:-1], -1, parts).mean(-1)
@@ -185,7 +234,7 @@ def _resample(x: Tensor, old: int, new: int, width: int) -> Tensor:
     elements = torch.full((width,), 1.0, dtype=x.dtype, device=x.device)
     share = _resample(elements, 0, new, width)
     whole = _resample(elements, 0, old, width)
-    parts = 2 ** (old - new)
+    parts = share.numel() if old == ROW else 2 ** (old - new)
     return (x / whole).repeat_interleave(parts, dim=-1)[..., : share.numel()] * share
 
 
@@ -201,6 +250,7 @@ def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
     stored, slots = form.stored, form.slots
     moments = dict(zip(slots, (m, v), strict=False))
     if stored.encoders is None:
-        return {key: x.to(form.dtype).contiguous() for key, x in moments.items()}
+        dtypes = {key: wide(form.dtype).dtypes[0] if key in form.row_slots else form.dtype for key in slots}
+        return {key: x.to(dtypes[key]).contiguous() for key, x in moments.items()}
     values, scales = stored.encode([x.float() for x in moments.values()], None, form.level)
     return dict(zip((*slots, *stored.scales_of(slots)), (*values, *scales), strict=True))

@@ -6,37 +6,29 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gwt_kernels.core.hyper import Boundary, Rule
-from gwt_kernels.formats.moments import MOMENTS, SCALES
+from gwt_kernels.core.level import ROW
+from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
+from gwt_kernels.migration.factored import has_factors, is_factored, migrate_factors
 from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
+from gwt_kernels.migration.records import Migrated, bytes_of_state
+from gwt_kernels.migration.records import Source as _Source
+from gwt_kernels.migration.records import Target as _Target
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.options import ADDED, check_group
-from gwt_kernels.optim.state import check_state, complete, state_keys, state_shape, upgraded
+from gwt_kernels.optim.state import check_state, complete, row_shape, state_keys, state_shape, upgraded
 from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
 _KNOWN = {"step", *MOMENTS, *SCALES, "limiter_norm", "weight_low", "max_exp_avg_sq"}
-
-
-class Migrated(NamedTuple):
-    """How one tensor's state was carried over."""
-
-    name: str
-    """Of the parameter, or its place among all where nobody named it."""
-    before: Form
-    after: Form
-    notes: dict[str, str]
-    """By entry of the state: ``exact``, ``approximate``, ``new`` or ``dropped``, and how."""
-    bytes_before: int
-    bytes_after: int
 
 
 @dataclass(frozen=True)
@@ -66,25 +58,6 @@ class Migration:
             lines += [f"    {key:<14}{note}" for key, note in first.notes.items()]
         before, after = (sum(getattr(t, key) for t in self.tensors) for key in ("bytes_before", "bytes_after"))
         return "\n".join([*lines, f"state: {before:,} bytes before, {after:,} after"])
-
-
-class _Source(NamedTuple):
-    """What a state holds of one parameter."""
-
-    name: str | None
-    group: Mapping[str, Any]
-    state: Mapping[str, Any]
-    size: int
-    """Bytes of it as it came."""
-
-
-class _Target(NamedTuple):
-    """One parameter of the optimizer."""
-
-    name: str | None
-    label: str
-    param: Tensor
-    group: dict[str, Any]
 
 
 def migrate(
@@ -192,7 +165,7 @@ def _sources(
     plain = [None] * len(members) if own is None else plain_names(own)
     held = [own_entries(states.get(key, {}), group, keys) for group, key in members]
     return [
-        _Source(name, group, upgraded(state), _bytes(state))
+        _Source(name, group, upgraded(state), bytes_of_state(state))
         for name, (group, _), state in zip(plain, members, held, strict=True)
     ]
 
@@ -266,6 +239,8 @@ def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source
 
 def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
     """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
+    if has_factors(source) or is_factored(target.group):
+        return migrate_factors(source, target, lambda has, wants: _migrated(has, wants, unsaid))
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
     old = _form(source, p, target.group, unsaid)
     step = _checked(source.state, p, old)
@@ -303,8 +278,7 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
     if source.group.get("decoupled_weight_decay") is False and source.group.get("weight_decay"):
         notes["weight_decay"] = "approximate: Adam's is part of the moments, and fades from them with the betas"
     check_state(state, p, target.group, target.label, state_keys(p, target.group))
-    name = target.label.split(" ")[1] if target.name is None else target.name
-    return state, Migrated(name, old, new, notes, source.size, _bytes(state))
+    return state, Migrated(target.title, old, new, notes, source.size, bytes_of_state(state))
 
 
 def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:
@@ -356,17 +330,20 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
     )  # fmt: skip
     if missing:
         raise ValueError(f"its state lacks {', '.join(missing)}: it is damaged, or no Adam's; take another")
-    shape = state_shape(p if p.dim() or not form.level else p.view(1), form._asdict())
+    shape = state_shape(p if p.dim() or form.level in (0, ROW) else p.view(1), form._asdict())
     shapes = {**dict.fromkeys(MOMENTS, shape), "weight_low": (*p.shape, 2)}
+    shapes |= dict.fromkeys(form.row_slots, row_shape(p, form.head_rows))
     for key in shapes.keys() & state.keys():
         if tuple(state[key].shape) != shapes[key]:
             raise ValueError(
                 f"its {key} has shape {tuple(state[key].shape)}, but {form} needs {shapes[key]}: build the "
                 f"optimizer from the model that the state was made with"
             )
-    found = tuple(cast(Tensor, state[key]).dtype for key in slots)
+    found = [cast(Tensor, state[key]).dtype for key in slots]
     dense = all(state[key].layout == torch.strided for key in slots)
-    if found != stored.dtypes[: len(slots)] or not dense or not stored.arithmetic.is_floating_point:
+    wides, pairs = form.row_slots, zip(slots, stored.dtypes, strict=False)
+    kept = [wide(x).dtypes[0] if key in wides else x for key, x in pairs]
+    if found != kept or not dense or not stored.arithmetic.is_floating_point:
         layouts = "" if dense else ", not dense"
         raise ValueError(
             f"its moments are {' and '.join(map(str, found))}{layouts}: the state is damaged; take another"
@@ -420,7 +397,3 @@ def _other_bias(old: Any, new: tuple[float, float], step: float) -> tuple[float,
         return 1.0, 1.0
     first, second = ((1 - float(b) ** step) / (1 - float(a) ** step) for a, b in zip(old, new, strict=True))
     return first, second
-
-
-def _bytes(state: Mapping[str, Any]) -> int:
-    return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Boundary, Rounding, Rule
+from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import (
     published_limit,
@@ -37,7 +38,8 @@ class GWTAdamW(PlannedOptimizer):
             ``torch.optim.AdamW``'s times ``sqrt(1 - b2**t)``.
         weight_decay: Decoupled weight decay.
         level: Levels of the transform; moments shrink by ``2**level``. ``2**level`` must be below twice the
-            last dimension of every tensor in the group.
+            last dimension of every tensor in the group. ``"row"`` is one block a row of any width: two numbers of
+            state a row.
         scale: Factor on the update of transformed tensors; level 0 ignores it.
         rule: ``"gwt"``, the published rule, or ``"foam"``, the folded one, whose updates are bounded; of a group
             that stays at level 0 ``"adamw"``, which both are there.
@@ -47,7 +49,7 @@ class GWTAdamW(PlannedOptimizer):
             backend only).
         state_dtype: dtype of the moments; None means float32, and float64 for float64 parameters. In bfloat16
             they are rounded stochastically; in int8 they are codes with a float32 scale per 128 of them, but for
-            tensors of fewer than 4096 coefficients and levels above 6, which stay float32.
+            tensors of fewer than 4096 coefficients, levels above 6 and rows, which stay float32.
         weight_rounding: How bfloat16 and float16 weights are stored: ``"nearest"`` (None), ``"stochastic"``, or,
             for bfloat16, ``"split"``: with the lower half of a float32 weight beside each, in the state.
         seed: Of the random bits, which depend on it, the parameter (its name where the groups have names, its
@@ -70,7 +72,8 @@ class GWTAdamW(PlannedOptimizer):
             CUDA tensors, C on CPU tensors where a compiler is at hand, and torch elsewhere.
 
     State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
-    (``[..., ceil(N / 2**level)]`` for Haar, on the parameter's device) and, where the limiter is on,
+    (``[..., ceil(N / 2**level)]`` for Haar, ``[..., 1]`` at ``level="row"``, on the parameter's device) and, where
+    the limiter is on,
     ``limiter_norm`` (scalar on the parameter's device: float32, float64 for float64 parameters).
 
     Raises:
@@ -90,7 +93,7 @@ class GWTAdamW(PlannedOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        level: int = 2,
+        level: Level = 2,
         scale: float = 0.25,
         rule: Rule = "gwt",
         norm_growth_limit: float | Literal["published"] | None = "published",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.haar.transform import check_level
 from gwt_kernels.rules import MATRIX_STAGES
 
@@ -40,7 +41,7 @@ def divided(
     return _split_by_level(group, defaults)
 
 
-def warn_of_level_0(rest: Mapping[str, Any] | None, level: int) -> bool:
+def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
     """Warn of tensors that were added and have got level 0 unasked; whether there are any."""
     if rest is None:
         return False
@@ -86,12 +87,14 @@ def _split_by_level(
     return those(True) if any(fits) else None, {**those(False), "level": 0, "rule": "adamw"}
 
 
-def _is_transformed(p: Any, name: str, level: int) -> bool:
+def _is_transformed(p: Any, name: str, level: Level) -> bool:
     """Whether a tensor takes the optimizer's level; what cannot be stepped at all is refused by other checks."""
     if not isinstance(p, Tensor) or is_lazy(p):
         return True
     if p.dim() < 2 or _LEFT.search(name):
         return False
+    if level == ROW:
+        return True
     try:
         check_level(level, p.shape[-1], name)
     except ValueError:

@@ -134,9 +134,9 @@ class PlannedOptimizer(Optimizer):
         if has_matrices(defaults):
             check_matrix_options(defaults)
         if self._adamw:
-            check_group(
-                {**defaults, **self._adamw, "rule": ADAMW.name, "level": 0}, capturable=self.capturable, slack=0.0
-            )
+            lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
+            own = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
+            check_group({**defaults, **own}, capturable=self.capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()

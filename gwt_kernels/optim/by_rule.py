@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gwt_kernels.optim.adafactor import GWTAdafactor
+from gwt_kernels.optim.adam_mini import GWTAdamMini
 from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.lion import GWTLion
@@ -10,7 +12,7 @@ from gwt_kernels.rules import ADAMW
 
 __all__ = ["OPTIMIZERS", "optimizer_of"]
 
-OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon)
+OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon, GWTAdamMini, GWTAdafactor)
 _BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules if rule != ADAMW.name}
 
 

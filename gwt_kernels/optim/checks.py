@@ -13,6 +13,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import literal_alone
+from gwt_kernels.core.level import ROW
 from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import check_level
 from gwt_kernels.optim.options import rounding_of
@@ -25,12 +26,14 @@ from gwt_kernels.optim.state import (
     state_keys,
     upgraded,
 )
+from gwt_kernels.rules import rule_of
 
 __all__ = [
     "check_backend",
     "check_before_step",
     "check_capturable",
     "check_grad",
+    "check_heads_of",
     "check_initialized",
     "check_observable",
     "check_param",
@@ -77,12 +80,29 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise TypeError(f"{name} has layout {p.layout}: only dense tensors are updated; call to_dense() on it")
     if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name} has strides {p.stride()}, so elements share memory: clone() it")
-    if p.numel():
+    if p.numel() and group["level"] != ROW:
         check_level(group["level"], p.shape[-1] if p.dim() else 1, name)
+    check_heads_of(p, group, name)
     check_rounding_of(p, group, name)
     check_shards(p, group, name)
     if p.device.type != "meta":
         check_backend(p, name, p.dtype, group)
+
+
+def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
+    """Raise unless the rows of a parameter are whole heads."""
+    head_rows, rows = group.get("head_rows"), p.shape[-2] if p.dim() > 1 else 1
+    if head_rows is not None and rule_of(group["rule"], group["level"]).row_slots and rows % head_rows:
+        raise ValueError(
+            f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with another "
+            f"head_rows, such as 1 for a second moment a row"
+        )
+
+
+def _shares_rows(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether rows of a parameter share a second moment."""
+    rows = p.shape[-2] if p.dim() > 1 else 1
+    return rows > 1 and group.get("head_rows") != 1 and bool(rule_of(group["rule"], group["level"]).row_slots)
 
 
 def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
@@ -109,6 +129,8 @@ def check_grad(g: Tensor, p: Tensor, name: str) -> None:
 
 def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
     """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
+    if group["backend"] == "triton" and _shares_rows(p, group):
+        raise RuntimeError(f"{name}: backend='triton' cannot run here: {choice.HEADS}")
     moments = moment_format(p, group).arithmetic
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
@@ -176,10 +198,11 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.device.type != "cuda":
         return
     kind = (p.device, p.dtype, group["level"], group["wavelet"], group["boundary"])
-    if choice.resolve(group["backend"], *kind) == "torch":
+    heads = choice.HEADS if _shares_rows(p, group) else None
+    if heads or choice.resolve(group["backend"], *kind) == "torch":
         raise RuntimeError(
             f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
-            f"host's numbers, but {choice.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+            f"host's numbers, but {heads or choice.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
         )
     if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
         raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")

@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import state_dtype_name
 
@@ -27,7 +28,7 @@ class GWTLion(PlannedOptimizer):
         lr: Learning rate: for Lion 3 to 10 times smaller than for AdamW.
         betas: Weight of the moment in the update, and its decay, each in [0, 1).
         weight_decay: Decoupled weight decay: for Lion 3 to 10 times larger than for AdamW.
-        level: Levels of the transform.
+        level: Levels of the transform, or ``"row"``: one block a row.
         scale: Factor on updates.
         detail_scale: Factor on what an element differs by from the mean of its block.
         adamw_betas: ``betas`` of groups at ``rule="adamw"``.
@@ -50,7 +51,7 @@ class GWTLion(PlannedOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        level: int = 2,
+        level: Level = 2,
         scale: float = 1.0,
         detail_scale: float = 1.0,
         adamw_betas: tuple[float, float] = (0.9, 0.999),

@@ -35,7 +35,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         )
     set_aside: dict[Any, Any] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        for option in STRUCTURAL:
+        for option in (*STRUCTURAL, *{"head_rows"} & group.keys()):
             if option not in saved:
                 raise ValueError(
                     f"group {i} of the state has no {option!r}: it was not saved by this package; "

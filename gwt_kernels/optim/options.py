@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping
-from numbers import Real
 from operator import itemgetter
 from typing import Any
 
@@ -15,11 +13,19 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import filter_bank
 from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, literal_alone
+from gwt_kernels.core.level import check_level_type
 from gwt_kernels.formats.moments import FORMATS, wide
-from gwt_kernels.rules import ADAMW, RULES, check_rule
+from gwt_kernels.optim.adafactor_options import adafactor_hyper
+from gwt_kernels.optim.numbers import LARGEST as _LARGEST
+from gwt_kernels.optim.numbers import SLACK
+from gwt_kernels.optim.numbers import from_zero as _from_zero
+from gwt_kernels.optim.numbers import learning_rate as _learning_rate
+from gwt_kernels.optim.numbers import number as _number
+from gwt_kernels.rules import ADAFACTOR, ADAMW, RULES, check_rule
 
 __all__ = [
     "ADDED",
+    "SLACK",
     "STRUCTURAL",
     "check_group",
     "check_max_grad_norm",
@@ -29,10 +35,6 @@ __all__ = [
     "state_dtype_name",
     "state_dtype_of",
 ]
-
-SLACK = 1e-12
-"""What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
-_LARGEST = torch.finfo(torch.float32).max  # kernels take the numbers as float32
 
 _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
@@ -62,10 +64,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     """
     hyper_of(group, capturable=capturable, slack=slack)
     level = group["level"]
-    if isinstance(level, bool) or not isinstance(level, int):
-        raise TypeError(f"level must be an integer, got {level!r}")
-    if level < 0:
-        raise ValueError(f"level must not be negative, got {level}: 0 is plain AdamW")
+    check_level_type(level)
     check_rule(group["rule"], "haar")
     if level and group["rule"] == ADAMW.name:
         raise ValueError(f"level is {level}, but rule='adamw' transforms nothing: give the group level 0")
@@ -83,7 +82,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         raise ValueError(f"unknown wavelet {group['wavelet']!r}: use 'haar', or a name of PyWavelets such as 'db2'")
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
-    check_rule(group["rule"], group["wavelet"], group["boundary"])
+    check_rule(group["rule"], group["wavelet"], group["boundary"], level)
     name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
     if name is not None and FORMATS[name].is_random and unknown:
         raise ValueError(
@@ -91,10 +90,21 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
         )
     if group["weight_rounding"] is not None:
         check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"], group["boundary"])
+    check_head_rows(group.get("head_rows"))
     seed = group["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
     choice.check_name(group["backend"])
+
+
+def check_head_rows(head_rows: object) -> None:
+    """Raise unless as many rows can share a second moment; None: all of a tensor."""
+    if head_rows is None:
+        return
+    if isinstance(head_rows, bool) or not isinstance(head_rows, int):
+        raise TypeError(f"head_rows must be an integer or None, got {head_rows!r}")
+    if head_rows < 1:
+        raise ValueError(f"head_rows must be at least 1, got {head_rows}: None is for one second moment a tensor")
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
@@ -131,13 +141,13 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or a tensor that only the device could read.
         ValueError: a number is out of range, or a tensor holds several.
     """
+    if group["rule"] == ADAFACTOR.name:
+        return adafactor_hyper(group, slack, capturable)
     of_momentum = "momentum" in group and group["rule"] != ADAMW.name
-    if not of_momentum and "betas" not in group:
-        raise ValueError(
-            f"the group has no betas, which rule={group['rule']!r} needs: set them with the rule, or add such "
-            f"parameters as a group of their own"
-        )
-    numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
+    try:
+        numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
+    except KeyError as missing:
+        raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         hyper = _remembered(numbers, slack)  # of no tensor, which might change where it lies
     else:
@@ -226,60 +236,3 @@ def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torc
     """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
     name = state_dtype_name(state_dtype)
     return (wide(param.dtype) if name is None else FORMATS[name]).dtypes[0]
-
-
-def _from_zero(name: str, value: Any, slack: float) -> Any:
-    """The number, or 0 where it is below that by no more than ``slack``."""
-    if isinstance(value, Tensor) or 0.0 <= value <= _LARGEST:
-        return value
-    if -slack <= value < 0.0:
-        return 0.0
-    if name.startswith("betas"):
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-    raise ValueError(f"{name} must be finite and at least 0, got {value}")
-
-
-def _learning_rate(lr: Any, capturable: bool) -> float | Tensor:
-    """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
-    if not (capturable and isinstance(lr, Tensor)):
-        return _number("lr", lr)
-    if lr.device.type == "cpu" and not choice.launches_on("cpu"):  # where Triton does, that is its device
-        return _number("lr", lr)
-    if lr.dtype != torch.float32:
-        raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")
-    _check_single("lr", lr)
-    return lr
-
-
-def _check_single(name: str, value: Tensor) -> None:
-    if value.numel() != 1:  # PyTorch's optimizers raise the same type of error
-        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    """A numpy array of numbers as a tensor; everything else is refused."""
-    if hasattr(value, "__array__"):
-        with contextlib.suppress(TypeError, ValueError):  # an array of anything
-            return torch.from_numpy(value.__array__())
-    raise TypeError(f"{name} must be a real number, got {value!r}")
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) is float:  # which the other checks take a while to say
-        return value
-    if isinstance(value, Tensor):
-        _check_single(name, value)
-        if value.is_complex():
-            raise TypeError(f"{name} must be a real number, got a {value.dtype} tensor")
-        if value.device.type != "cpu":
-            raise TypeError(
-                f"{name} is a tensor on {value.device}, which step() would have to wait for: pass a float or a "
-                f"tensor on the CPU" + (", or capturable=True" if name == "lr" else "")
-            )
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return _number(name, _as_tensor(name, value))
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite, got an integer of {len(str(value))} digits") from None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gwt_kernels.core.hyper import Rule
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import deepest_level
 from gwt_kernels.optim.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
@@ -63,7 +64,7 @@ class Decision(NamedTuple):
     name: str
     """Qualified name without wrapper prefixes; for tied weights the first one."""
     shape: tuple[int, ...]
-    level: int
+    level: Level
     """Levels of the wavelet transform; 0 means plain AdamW."""
     decayed: bool
     """Whether weight decay applies."""
@@ -85,7 +86,7 @@ class _Use(NamedTuple):
 def gwt_param_groups(
     model: nn.Module,
     *,
-    level: int = 2,
+    level: Level = 2,
     scale: float = 0.25,
     weight_decay: float = 0.0,
     include: Sequence[str | re.Pattern[str]] | None = None,
@@ -103,7 +104,7 @@ def gwt_param_groups(
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
-        level: Levels of the transform for the matrices of the recipe.
+        level: Levels of the transform for the matrices of the recipe, or ``"row"``.
         scale: Factor on the update of the transformed matrices. Groups at level 0 carry 1.
         weight_decay: Decoupled weight decay of the groups that decay.
         include: Regular expressions, tried with `re.search` on the qualified names, of matrices to transform
@@ -140,7 +141,7 @@ def gwt_param_groups(
     decided = decide(model, level=level, include=include, exclude=exclude)
     if verbose:
         print(describe(decision for _, decision in decided))
-    if level > 0 and all(decision.level == 0 for _, decision in decided):
+    if level and all(decision.level == 0 for _, decision in decided):
         warnings.warn(
             f"gwt_param_groups found nothing to transform in {type(model).__name__}: every tensor stays at "
             "level 0, which is plain AdamW. Name the matrices with include=[...]; verbose=True says why.",
@@ -150,7 +151,7 @@ def gwt_param_groups(
 
     groups: list[dict[str, Any]] = []
     for transformed, decayed in ((True, True), (False, True), (False, False)):
-        apart = level > 0 or rule is not None
+        apart = bool(level) or rule is not None
         members = [(p, d) for p, d in decided if (d.is_transformed and apart, d.decayed) == (transformed, decayed)]
         if members:
             group = {
@@ -173,7 +174,7 @@ def gwt_param_groups(
 def decide(
     model: nn.Module,
     *,
-    level: int = 2,
+    level: Level = 2,
     include: Sequence[str | re.Pattern[str]] | None = None,
     exclude: Sequence[str | re.Pattern[str]] | None = None,
 ) -> list[tuple[nn.Parameter, Decision]]:
@@ -186,8 +187,8 @@ def decide(
             f"model must be a torch.nn.Module, got {type(model).__name__}; "
             "the decision needs the modules, so pass the model and not its parameters"
         )
-    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
-        raise ValueError(f"level must be an integer of at least 0, got {level!r}")
+    if isinstance(level, bool) or not (level == ROW or (isinstance(level, int) and level >= 0)):
+        raise ValueError(f"level must be an integer of at least 0, got {level!r}, or 'row' for one block a row")
     if any(_is_fsdp1(module) for module in model.modules()):
         raise TypeError(f"{type(model).__name__} is wrapped by FSDP1, which flattens its parameters: {ROWS_STAY}")
     check_initialized((f"parameter {name!r}", p) for name, p in model.named_parameters() if p.requires_grad)
@@ -213,8 +214,8 @@ def describe(decisions: Iterable[Decision]) -> str:
     for d in decisions:
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", d.name)
         rows[name, str(d.shape), str(d.level), "yes" if d.decayed else "no", d.reason] += 1
-        totals[d.level > 0][0] += 1
-        totals[d.level > 0][1] += math.prod(d.shape)
+        totals[bool(d.level)][0] += 1
+        totals[bool(d.level)][1] += math.prod(d.shape)
     table: list[tuple[str, ...]] = [("parameter", "count", "shape", "level", "decay", "reason")]
     table += [(name, str(count), *rest) for (name, *rest), count in rows.items()]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -232,7 +233,7 @@ def _decide(
     parameter: nn.Parameter,
     places: list[_Use],
     layout: Layout,
-    level: int,
+    level: Level,
     include: list[re.Pattern[str]],
     exclude: list[re.Pattern[str]],
 ) -> Decision:
@@ -248,14 +249,15 @@ def _decide(
     if any(_matches(pattern, places) for pattern in exclude):
         return Decision(name, shape, 0, decayed, f"excluded by pattern ({reason})")
     deepest = deepest_level(shape[-1]) if shape else 0
+    fits = level == ROW or level <= deepest
     if _is_matrix(parameter, name) and any(_matches(pattern, places) for pattern in include):
-        if level > deepest:
+        if not fits:
             raise ValueError(
                 f"{name} was included but its width of {shape[-1]} is too narrow for level {level}: the "
                 f"deepest level that fits is {deepest}; lower the level or exclude the tensor"
             )
         return Decision(name, shape, level, True, f"included by pattern ({reason})", True)
-    if in_recipe and level > deepest:
+    if in_recipe and not fits:
         return Decision(
             name, shape, 0, decayed, f"{reason}, but a width of {shape[-1]} holds at most level {deepest}"
         )

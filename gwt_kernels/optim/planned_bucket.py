@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.matrix_runner import MatrixRunner
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Reduction, Runner
+from gwt_kernels.backends.staged_runner import StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
@@ -22,7 +25,15 @@ from gwt_kernels.optim.checks import label_of
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.matrices import matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
-from gwt_kernels.optim.state import is_limited, low_bits_of, moment_format, shard_spans, slots_of
+from gwt_kernels.optim.state import (
+    factors_of,
+    is_limited,
+    low_bits_of,
+    moment_format,
+    shard_spans,
+    slots_of,
+    state_shape,
+)
 
 __all__ = ["Member", "PlannedBucket", "stream_id_of"]
 
@@ -130,6 +141,15 @@ class PlannedBucket:
             divisors = self.limits.divisors(self._limited_places, self._norms.values, gammas, decision)
             self._norms.write()
         self.runner.apply(*self._readable(inputs, decision), divisors)
+        self._count()
+
+    def stages(self, inputs: StepInputs, decision: Tensor | None) -> Iterator[Tensor]:
+        """Take a step in stages (:class:`gwt_kernels.backends.staged_runner.StagedRunner`), and count it."""
+        assert isinstance(self.runner, StagedRunner)
+        yield from self.runner.stages(*self._readable(inputs, decision))
+        self._count()
+
+    def _count(self) -> None:
         if self._on_device:
             self._steps.write_counts()
         else:
@@ -162,9 +182,16 @@ def _bucket_of(
         tuple(local_of(s[key]) for key in each.scales_of(slots)) or None
         for each, s in zip(stored, own, strict=True)
     ]
-    return Bucket(
+    make: Callable[..., Bucket] = Bucket
+    if any(factors_of(p, group) for p in params):
+        keys = [factors_of(p, group) for p in params]
+        factors: list[Any] = [
+            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)
+        ]
+        make = partial(FactoredBucket, factors=factors, wholes=[(state_shape(p, group), p.numel()) for p in params])
+    return make(
         local,
-        moments[0],
+        moments[0] if moments else None,
         moments[1] if len(slots) > 1 else None,
         level=group["level"],
         grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),

@@ -13,8 +13,15 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.literal import approximation_width
 from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.core.factored import FACTORS, factor_dims
 from gwt_kernels.core.hyper import Span
-from gwt_kernels.distributed.sharding import check_place_of, check_sharding, spans_of, zeros_like_shard
+from gwt_kernels.distributed.sharding import (
+    check_heads,
+    check_place_of,
+    check_sharding,
+    spans_of,
+    zeros_like_shard,
+)
 from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, wide
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.rules import rule_of
@@ -26,9 +33,12 @@ __all__ = [
     "check_state",
     "complete",
     "exact_copy",
+    "factors_of",
     "is_limited",
     "low_bits_of",
     "moment_format",
+    "moments_of",
+    "row_shape",
     "shard_spans",
     "slots_of",
     "state_keys",
@@ -43,23 +53,51 @@ def is_limited(group: Mapping[str, Any]) -> bool:
 
 
 def slots_of(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """State entries that hold the moments of the group's tensors."""
-    return rule_of(group["rule"], group["level"]).slots
+    """State entries that hold the moments of the group's tensors; with ``beta1`` None there is no first one."""
+    rule = rule_of(group["rule"], group["level"])
+    return rule.slots[1:] if rule.is_factored and group.get("beta1", 0.0) is None else rule.slots
+
+
+def factors_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """State entries that hold the factors of a parameter's second moment, and the dimensions each keeps of it."""
+    return factor_dims(p.dim()) if rule_of(group["rule"], group["level"]).is_factored else {}
 
 
 def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
     """How a parameter's moments are stored: as the group says, or in float32 where that does not fit them."""
     asked = state_dtype_name(group["state_dtype"])
-    if asked is None:
+    if asked is None or not slots_of(group):
         return wide(p.dtype)
-    fits = FORMATS[asked].fits(state_shape(p, group), group["level"])
-    return FORMATS[asked] if fits else wide(torch.float32)
+    known = FORMATS[asked]
+    fits = known.fits(state_shape(p, group), group["level"]) and not (known.scales and _row_slots(group))
+    return known if fits else wide(torch.float32)
+
+
+def _row_slots(group: Mapping[str, Any]) -> tuple[str, ...]:
+    return rule_of(group["rule"], group["level"]).row_slots
+
+
+def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each moment of a parameter."""
+    shape, own = state_shape(p, group), _row_slots(group)
+    stored = zip(slots_of(group), moment_format(p, group).dtypes, strict=False)
+    return {
+        key: (row_shape(p, group.get("head_rows", 1)), wide(dtype).dtypes[0]) if key in own else (shape, dtype)
+        for key, dtype in stored
+    }
+
+
+def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:
+    """Shape of moments of one number for ``head_rows`` rows; None: one for all of them."""
+    if head_rows is None:
+        return (1,) * p.dim()
+    return (*p.shape[:-2], p.shape[-2] // head_rows, 1) if p.dim() > 1 else (1,) * p.dim()
 
 
 def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
     """What a parameter's state under the group's options holds."""
     slots = slots_of(group)
-    keys = ["step", *slots, *moment_format(p, group).scales_of(slots)]
+    keys = ["step", *slots, *factors_of(p, group), *moment_format(p, group).scales_of(slots)]
     keys += ["limiter_norm"] if is_limited(group) else []
     keys += ["weight_low"] if group["weight_rounding"] == "split" else []
     return tuple(keys)
@@ -70,8 +108,10 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     state.update(upgraded(state, p))
     if not state:
         shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
-        moments = {key: zeros_like_shard(p, shape, dtype) for key, dtype in zip(slots, stored.dtypes, strict=False)}
+        moments = {key: zeros_like_shard(p, own, dtype) for key, (own, dtype) in moments_of(p, group).items()}
         state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
+        for key, dims in factors_of(p, group).items():
+            state[key] = zeros_like_shard(p, [shape[d] for d in dims], _norm_dtype(p), dims)
         n = stored.n_scales(shape, group["level"])
         state.update({key: zeros_like_shard(p, (n,), torch.float32) for key in stored.scales_of(slots)})
     if is_limited(group) and "limiter_norm" not in state:
@@ -132,17 +172,22 @@ def check_state(
             f"clear it to begin anew"
         )
     shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
-    if stray := [key for key in MOMENTS if key in state and key not in slots]:
+    factors = factors_of(p, group)
+    if stray := [key for key in (*MOMENTS, *FACTORS) if key in state and key not in (*slots, *factors)]:
         raise ValueError(
             f"the state of {name} has {stray[0]}, which rule={group['rule']!r} does not keep: load the state that "
             f"belongs to it, or convert it with gwt_kernels.migrate"
         )
-    for key, dtype in zip(slots, stored.dtypes, strict=False):
-        if tuple(state[key].shape) != shape:
+    kept = moments_of(p, group)
+    kept |= {key: (tuple(shape[d] for d in dims), _norm_dtype(p)) for key, dims in factors.items()}
+    for key, (own_shape, dtype) in kept.items():
+        if tuple(state[key].shape) != own_shape:
+            asked = f"level {group['level']} with wavelet {group['wavelet']!r}"
+            if key in _row_slots(group):
+                asked = f"head_rows={group.get('head_rows', 1)}"
             raise ValueError(
-                f"{key} of {name} has shape {tuple(state[key].shape)}, but level {group['level']} with wavelet "
-                f"{group['wavelet']!r} needs {shape}: use the options and the model that the state was made with, "
-                f"or gwt_kernels.migrate for other options"
+                f"{key} of {name} has shape {tuple(state[key].shape)}, but {asked} needs {own_shape}: use the "
+                f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
             raise ValueError(
@@ -160,8 +205,8 @@ def check_state(
                 f"{key} of {name} is {state[key].dtype} of shape {tuple(state[key].shape)}, but needs to be "
                 f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} values"
             )
-    for key in {*MOMENTS, *SCALES, "weight_low"} & state.keys():
-        check_place_of(state[key], key, p, name)
+    for key in {*MOMENTS, *FACTORS, *SCALES, "weight_low"} & state.keys():
+        check_place_of(state[key], key, p, name, factors.get(key))
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
             raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
@@ -194,13 +239,13 @@ def check_state(
 
 def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
     """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
-    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
+    for key in {*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
         if state[key].device != p.device or not local_of(state[key]).is_contiguous():
             raise ValueError(
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
                 f"{p.device} and make it contiguous"
             )
-    for key in {*MOMENTS, *SCALES, "limiter_norm", "weight_low", "step"} & state.keys():
+    for key in {*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low", "step"} & state.keys():
         check_memory(state[key], f"{key} of {name}")
 
 
@@ -224,7 +269,7 @@ def exact_copy(name: str, value: Any, p: Tensor) -> Any:
         return value
     device = torch.device("cpu") if name == "step" else p.device
     if is_sharded(value):
-        copy = zeros_like_shard(p, value.shape, value.dtype)
+        copy = zeros_like_shard(p, value.shape, value.dtype, factor_dims(p.dim()).get(name))
         local_of(copy).copy_(local_of(value))
         return copy
     return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)
@@ -235,6 +280,8 @@ def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     stored = moment_format(p, group)
     random = stored.is_random or group["weight_rounding"] == "stochastic"
     check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
+    if is_sharded(p) and _row_slots(group):
+        check_heads(p, group["head_rows"], name)
 
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
@@ -244,7 +291,7 @@ def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
 
 def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the moments of a parameter."""
-    if group["level"] == 0:
+    if group["level"] == 0 or not p.dim():
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))
 

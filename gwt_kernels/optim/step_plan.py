@@ -17,13 +17,14 @@ from gwt_kernels.backends.step_decision import ClipRequest, control_, send
 from gwt_kernels.core.dtensor import any_sharded, is_sharded
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
+from gwt_kernels.distributed.factors import FactorPlaces, FactorReduction
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
 from gwt_kernels.optim.matrices import stage_key
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
-from gwt_kernels.optim.state import is_limited
+from gwt_kernels.optim.state import factors_of, is_limited, state_shape
 
 __all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
 
@@ -70,8 +71,10 @@ class StepPlan:
     ) -> None:
         groups, states = sources.groups, sources.states
         self._limits = _limits_of(groups)
+        self._factors = _factors_of(groups)
         self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
+        chosen = list(_members(sources))
         self.buckets = [
             PlannedBucket(
                 members,
@@ -79,14 +82,22 @@ class StepPlan:
                 groups,
                 on_device,
                 telemetry_of(members),
-                self._limits[members[0].param.device] if reduced else None,
+                self._limits[members[0].param.device] if reduced and is_limited(groups[members[0].group]) else None,
                 self._totals,
             )
-            for reduced, members in _members(sources)
+            for reduced, members in chosen
         ]
+        # Buckets whose steps have stages that end with sums over processes, by device.
+        self._staged: dict[torch.device, dict[int, FactorPlaces]] = {device: {} for device in self._factors}
+        for i, (reduced, members) in enumerate(chosen):
+            if reduced and self.buckets[i].limits is None:
+                device = self.buckets[i].device
+                places = self._factors[device].places_of([member.param for member in members])
+                self._staged[device][i] = places
         # Sums travel between processes while the buckets that need none are updated.
         waiting = [bucket.limits is not None for bucket in self.buckets]
-        self._order = sorted(range(len(waiting)), key=waiting.__getitem__)
+        staged = set(chain.from_iterable(self._staged.values()))
+        self._order = sorted(set(range(len(waiting))) - staged, key=waiting.__getitem__)
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         surveys = [bucket.runner.survey for bucket in self.buckets]
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
@@ -153,6 +164,10 @@ class StepPlan:
             limits.start(sums)
         for i in self._order:
             buckets[i].apply(inputs[i], own_decisions[i])
+        for device, staged in self._staged.items():
+            self._factors[device].drive(
+                [(places, buckets[i].stages(inputs[i], own_decisions[i])) for i, places in staged.items()]
+            )
         return decisions
 
     def memory(self) -> list[object]:
@@ -201,7 +216,8 @@ _shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtyp
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
-    return *_shared_options(group), is_limited(group), stage_key(group)
+    keeps_none = group.get("beta1", 0.0) is None
+    return *_shared_options(group), is_limited(group), stage_key(group), keeps_none
 
 
 def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
@@ -216,8 +232,9 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
             if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
                 continue
             seen.add(id(p))
-            reduced = is_limited(group) and bool(reduced_over(p))
-            dtypes = (p.dtype, p.grad.dtype, sources.states[p][MOMENTS[0]].dtype)
+            reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
+            first = sources.states[p].get(MOMENTS[0])  # which a rule may do without
+            dtypes = (p.dtype, p.grad.dtype, None if first is None else first.dtype)
             key = (reduced, options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
@@ -233,3 +250,15 @@ def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, Limite
             if p.requires_grad and reduced_over(p):
                 chosen.setdefault(p.device, {})[id(p)] = p
     return {device: LimiterReduction(list(params.values())) for device, params in chosen.items()}
+
+
+def _factors_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, FactorReduction]:
+    """As :func:`_limits_of`, of parameters whose second moment is factored."""
+    chosen: dict[torch.device, dict[int, tuple[Tensor, tuple[int, ...]]]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad and factors_of(p, group) and reduced_over(p):
+                chosen.setdefault(p.device, {})[id(p)] = p, state_shape(p, group)
+    return {
+        device: FactorReduction(*map(list, zip(*params.values(), strict=True))) for device, params in chosen.items()
+    }

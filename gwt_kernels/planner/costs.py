@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.optim.matrices import matrix_options
 from gwt_kernels.optim.options import state_dtype_name
@@ -76,12 +77,14 @@ def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] 
 
 
 def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
-    """Bytes of the limiter's second read, 0 where there is no limiter."""
+    """Bytes of the limiter's second read, or of the two that factors need; 0 where there is neither."""
+    if FACTORS[0] in state:
+        return 2 * bytes_of(p)
     return bytes_of(p) + _moment_bytes(state) if "limiter_norm" in state else 0
 
 
 def _moment_bytes(state: Mapping[str, Tensor]) -> int:
-    return bytes_of(*(state[key] for key in (*MOMENTS, *SCALES) if key in state))
+    return bytes_of(*(state[key] for key in (*MOMENTS, *FACTORS, *SCALES) if key in state))
 
 
 def bytes_of(*tensors: Tensor) -> int:

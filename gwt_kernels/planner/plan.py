@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import Level
 from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.optim.param_groups import Decision, describe
@@ -26,7 +27,7 @@ class Entry(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    level: int
+    level: Level
     """Levels of the wavelet transform; 0 means plain AdamW."""
     decayed: bool
     reason: str
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
 
     optimizer: str
     """``"AdamW"``, or the class of an optimizer of this package."""
-    level: int | None
+    level: Level | None
     """None for ``torch.optim.AdamW``."""
     moments: str
     """dtype of the moments."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gwt_kernels.core.hyper import Rule
+from gwt_kernels.core.level import Level, depth_of
 from gwt_kernels.formats.moments import FORMATS, format_of
 from gwt_kernels.models.files import build_on_meta
 from gwt_kernels.optim.by_rule import optimizer_of
@@ -42,7 +43,7 @@ MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes
 def plan(
     model: nn.Module | str | Path,
     *,
-    level: int = 2,
+    level: Level = 2,
     state_dtype: torch.dtype | None = None,
     rule: Rule = "gwt",
     norm_growth_limit: float | Literal["published"] | None = "published",
@@ -91,13 +92,13 @@ def plan(
     module = model if isinstance(model, nn.Module) else build_on_meta(model, dtype)
     check_initialized((f"parameter {name!r}", p) for name, p in module.named_parameters())
 
-    def options_at(level: int) -> _Setting:
+    def options_at(level: Level) -> _Setting:
         decided = decide(module, level=level, include=include, exclude=exclude)
         stand_ins = [(stand_in(p, dtype), decision) for p, decision in decided]
         return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
 
     asked = options_at(level)
-    settings = {level: asked}
+    settings: dict[Level, _Setting] = {level: asked}
     for other in LEVELS:
         if other not in settings:
             # The options are fine, as the level asked for has shown: all that can be refused is too short a row.
@@ -117,7 +118,7 @@ def plan(
         tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
         chosen=chosen,
         adamw=tuple(asked.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),
-        options=tuple(settings[each].cost(d) for each in sorted(settings) for d in dtypes.values()),
+        options=tuple(settings[each].cost(d) for each in sorted(settings, key=depth_of) for d in dtypes.values()),
         too_narrow=tuple(d.name for _, d in settings[1].members if d.level and d.name not in deep)
         if level and 1 in settings
         else (),
@@ -149,14 +150,14 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 class _Setting:
     """A model's tensors as the optimizer gets them at one level, on the meta device."""
 
-    def __init__(self, members: list[tuple[Tensor, Decision]], level: int, **options: Any) -> None:
+    def __init__(self, members: list[tuple[Tensor, Decision]], level: Level, **options: Any) -> None:
         self.members = members
         self.level = level
         kinds = {(d.level, d.is_transformed) for _, d in members}
         groups = [
             {"params": [(d.name, p) for p, d in members if (d.level, d.is_transformed) == kind], "level": kind[0]}
             | ({} if kind[1] else {"rule": "adamw"})
-            for kind in sorted(kinds)
+            for kind in sorted(kinds, key=lambda kind: (depth_of(kind[0]), kind[1]))
         ]
         optimizer = optimizer_of(options["rule"])
         if options["norm_growth_limit"] == "published" or optimizer is not optimizer_of("gwt"):

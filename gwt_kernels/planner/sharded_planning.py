@@ -11,6 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, format_of
 from gwt_kernels.planner.costs import bytes_of
 from gwt_kernels.planner.mesh import FIRST, Division, Mesh, divisions_of, length_of_part, part_of
@@ -113,11 +114,17 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
             if dim == len(entry.shape) - 1:
                 n = getattr(mesh, axis)
                 widths = {length_of_part(width, n, i) for width in widths for i in range(n)}
+                if entry.level == ROW:
+                    raise ValueError(
+                        f"mesh {mesh} divides the columns of {entry.name}, and level='row' needs the sums of whole "
+                        f"rows: use another level, exclude it from the transform, or divide its rows"
+                    )
                 if (common := math.gcd(*widths)) % 2**entry.level:
                     torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
     if torn:
         name, (_, widths) = min(torn.items(), key=lambda item: item[1][0])
         level, works = planned.chosen.level or 0, min(fits for fits, _ in torn.values())
+        assert level != ROW
         others = f" (and {len(torn) - 1} more tensors)" if len(torn) > 1 else ""
         raise ValueError(
             f"mesh {mesh} divides the columns of {name}{others} into widths of {sorted(widths)}; level "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.rule import Rule
 
@@ -26,7 +27,9 @@ __all__ = ["ADAMW"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+) -> tuple[Tensor, ...]:
     g = hyper.scaled(g.to(m.dtype))
     m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
     v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
@@ -41,7 +44,7 @@ def _update(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
     m, denominator = parts
@@ -54,15 +57,15 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    m = b1 * m + rest1 * g
-    v = b2 * v + rest2 * (g * g)
-    return g, g, m, v
+    m = b1 * m + rest1 * mean
+    v = b2 * v + rest2 * (mean * mean)
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     denominator = tl.sqrt_rn(v) + numbers[4]
     return m * tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)
 

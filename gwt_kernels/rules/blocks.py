@@ -8,28 +8,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import ROW, Level, block_width
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["block_sums", "kernel_block_means", "kernel_block_sums", "pad_to_multiple"]
+__all__ = [
+    "block_sums",
+    "cut_like",
+    "kernel_block_means",
+    "kernel_block_squares",
+    "kernel_block_sums",
+    "kernel_residuals",
+    "pad_to_blocks",
+    "width_of",
+]
 
 
-def block_sums(g: Tensor, level: int) -> Tensor:
-    """Sums of ``2**level`` neighbours along the last dimension, zeros beyond its end: ``[..., nb]``.
+def width_of(g: Tensor, level: Level) -> int:
+    """Elements of a block of ``g``."""
+    return block_width(level, g.shape[-1] if g.dim() else 1)
+
+
+def block_sums(g: Tensor, level: Level) -> Tensor:
+    """Sums of the blocks along the last dimension, zeros beyond its end: ``[..., nb]``.
 
     Pairwise additions of strided halves: on a CPU several times as fast as a sum over a short last axis.
     """
+    if level == ROW:
+        return g.sum(-1, keepdim=True)
     for _ in range(level):
-        g = pad_to_multiple(g, 2)
+        g = pad_to_blocks(g, 1)
         g = g[..., 0::2] + g[..., 1::2]
     return g
 
 
-def pad_to_multiple(x: Tensor, width: int) -> Tensor:
+def pad_to_blocks(x: Tensor, level: Level) -> Tensor:
     """``x`` with zeros on the right up to a whole number of blocks."""
-    missing = -x.shape[-1] % width if width > 1 else 0  # a scalar has no last dimension
+    missing = -x.shape[-1] % width_of(x, level) if x.dim() else 0
     return F.pad(x, (0, missing)) if missing else x
+
+
+def cut_like(x: Tensor, p: Tensor) -> Tensor:
+    """Of ``x``, of whole blocks, what lies in the rows of ``p``."""
+    return x[..., : p.shape[-1]] if p.dim() else x
 
 
 @statement
@@ -58,7 +80,24 @@ def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constex
     On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in
     all of its lanes, for what each needs of the mean, than to send them what the lane found that holds ``m``.
     """
-    mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
-    if KIND != "flat":
-        mean, m = tl.split(tl.join(mean, m))
+    mean = g
+    if W > 1:
+        mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
+        if KIND != "flat":
+            mean, m = tl.split(tl.join(mean, m))
     return mean, m
+
+
+@statement
+def kernel_block_squares(g, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+    """The mean of the squares of each block of ``g [NB * W]``: ``[NB]``."""
+    return kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
+
+
+@statement
+def kernel_residuals(g, mean, W: tl.constexpr, NB: tl.constexpr):
+    """What the elements of ``g [NB * W]`` differ by from the means of their blocks ``[NB]``: ``[NB, W]``."""
+    residual = tl.zeros((NB, 1), tl.float32)
+    if W > 1:
+        residual = tl.reshape(g, (NB, W)) - mean[:, None]
+    return residual

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, kernel_block_means, kernel_block_sums, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ __all__ = ["FOAM"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = 2**level
-    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    width = width_of(g, level)
+    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
     mean = block_sums(g, level).div_(width)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     v.mul_(hyper.beta2).add_(block_sums(g.square(), level), alpha=(1 - hyper.beta2) / width)
@@ -55,10 +58,10 @@ def _update(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
-    update = parts[0][..., : p.shape[-1]]
+    update = cut_like(parts[0], p)
     p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
     if notes is not None:
         notes.update(update, float(step_size))
@@ -68,20 +71,27 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    square = kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
     m = b1 * m + rest1 * mean
     v = b2 * v + rest2 * square
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     residual *= numbers[5]
     denominators = tl.sqrt_rn(v[:, None] + residual * residual) + numbers[4]  # [NB, W]
     return tl.div_rn(step_size * (residual + m[:, None]), denominators)
 
 
-FOAM = Rule("foam", __name__, _moments, _update, plain=ADAMW, takes_detail_scale=True, is_of_elements=True)
+FOAM = Rule(
+    "foam",
+    __name__,
+    _moments,
+    _update,
+    plain=ADAMW,
+    takes_detail_scale=True,
+    squares="elements",
+    is_of_elements=True,
+)

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ __all__ = ["GWT"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+) -> tuple[Tensor, ...]:
     """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
-    width = 2**level
+    width = width_of(g, level)
     mean = block_sums(g.to(m.dtype), level).mul_(hyper.signed_factor / width)
     m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
     v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
@@ -52,17 +55,17 @@ def _update(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
     """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
     _, gain, offset = parts
-    g = pad_to_multiple(g.to(gain.dtype), 2**level)
+    g = pad_to_blocks(g.to(gain.dtype), level)
     gain.mul_(step_size)
     offset.mul_(gain)
-    blocks = g.reshape(*gain.shape, 2**level)
+    blocks = g.reshape(*gain.shape, width_of(g, level))
     update = torch.addcmul(offset.unsqueeze(-1), blocks, gain.unsqueeze(-1), value=-hyper.signed_factor)
-    update = update.view(g.shape)[..., : p.shape[-1]]
+    update = cut_like(update.view(g.shape), p)
     p.add_(update)
     if notes is not None:
         notes.update(update)
@@ -77,20 +80,19 @@ def _direction(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    a = mean * W**0.5
+    a = mean * root
     m = b1 * m + rest1 * a
     v = b2 * v + rest2 * (a * a)
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, v
+    return m, v
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     denominator = tl.sqrt_rn(v) + numbers[4]
     gain = tl.div_rn(tl.zeros_like(denominator) + step_size, denominator)  # [NB]
-    return (residual + (m * W**-0.5)[:, None]) * gain[:, None]
+    return (residual + (m * per_root)[:, None]) * gain[:, None]
 
 
 @statement

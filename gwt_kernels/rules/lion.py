@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ __all__ = ["LION"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = 2**level
-    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    width = width_of(g, level)
+    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
     mean = block_sums(g, level).div_(width) if level else g
     direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
@@ -50,10 +51,10 @@ def _update(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
-    update = parts[0][..., : p.shape[-1]] if level else parts[0]
+    update = cut_like(parts[0], p)
     p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
     if notes is not None:
         notes.update(update, float(step_size))
@@ -63,16 +64,15 @@ def _update(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
     direction = b1 * m + rest1 * mean
     m = b2 * m + rest2 * mean
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, direction
+    return m, direction
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     u = v[:, None] + numbers[5] * residual  # [NB, W]
     return tl.where(u > 0.0, step_size, tl.where(u < 0.0, -step_size, 0.0))
 

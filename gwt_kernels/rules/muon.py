@@ -21,22 +21,23 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, kernel_block_means, pad_to_multiple
+from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
-    import triton.language as tl
+    pass
 
 __all__ = ["MUON", "ORTHOGONAL"]
 
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
     """``M``, padded to whole blocks."""
-    width = 2**level
-    g = hyper.scaled(pad_to_multiple(g.to(m.dtype), width))
+    width = width_of(g, level)
+    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
     mean = block_sums(g, level).div_(width) if level else g
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     direction = (m * hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
@@ -53,17 +54,17 @@ def _write(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
     p.copy_(parts[0][..., : p.shape[-1]] if level else parts[0])
 
 
-def _means(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: int, notes: Notes | None) -> tuple[Tensor, ...]:
+def _means(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
     """Nothing; telemetry is told of the update's details."""
     if notes is not None:
-        width = 2**level
-        mean = block_sums(g.float(), level).div_(width) if level else g
+        width = width_of(g, level)
+        mean = block_sums(pad_to_blocks(g.float(), level), level).div_(width) if level else g
         notes.gradient(g, 1.0, mean, width)
     return ()
 
@@ -74,7 +75,7 @@ def _apply(
     parts: tuple[Tensor, ...],
     step_size: Tensor | float,
     hyper: Hyper,
-    level: int,
+    level: Level,
     notes: Notes | None,
 ) -> None:
     p.sub_(g, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
@@ -86,28 +87,25 @@ def _apply(
 
 
 @statement
-def kernel_moments(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
+def kernel_moments(mean, square, m, v, numbers, root):
     b1, rest1, b2, rest2, _, _ = numbers
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
     m = b1 * m + rest1 * mean
-    return mean, tl.reshape(g, (NB, W)) - mean[:, None], m, b2 * m + rest2 * mean
+    return m, b2 * m + rest2 * mean
 
 
 @statement
-def kernel_update(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
+def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     return v[:, None] + numbers[5] * residual
 
 
 @statement
-def kernel_means(g, m, v, numbers, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    elements = tl.reshape(g, (NB, W))
-    return mean, elements - mean[:, None], m, elements
+def kernel_none(mean, square, m, v, numbers, root):
+    return m, v
 
 
 @statement
-def kernel_apply(residual, m, v, step_size, numbers, W: tl.constexpr, NB: tl.constexpr):
-    return v * step_size
+def kernel_apply(g, residual, m, v, step_size, numbers, per_root):
+    return g * step_size
 
 
 ORTHOGONAL = Rule(
@@ -115,7 +113,7 @@ ORTHOGONAL = Rule(
     __name__,
     _means,
     _apply,
-    statements=("kernel_means", "kernel_apply"),
+    statements=("kernel_none", "kernel_apply"),
     slots=(),
     corrects_bias=False,
 )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from gwt_kernels.core import kernel
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 
 __all__ = ["Kernel", "Moments", "Rule", "Update"]
 
-Moments = Callable[[Tensor, Tensor, Any, Hyper, int, Notes | None], tuple[Tensor, ...]]
+Moments = Callable[[Tensor, Tensor, Any, Hyper, Level, Notes | None], tuple[Tensor, ...]]
 """Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes)``.
 
-``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., ceil(N / 2**level)]`` in the arithmetic's; ``v`` is
-None for a rule without second moment.
+``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
+``v`` is None for a rule without second moment.
 Returns what :data:`Update` takes.
 """
 
-Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, int, Notes | None], None]
+Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, Level, Notes | None], None]
 """Subtract the update from weights in place: ``update_(p, g, parts, step_size, hyper, level, notes)``.
 
 ``p`` is ``[..., N]`` in the dtype of the arithmetic, its weight decay already applied; ``parts`` are what
@@ -34,14 +35,15 @@ Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, in
 class Kernel(NamedTuple):
     """A rule in Triton's language, on the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
 
-    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``; ``KIND`` is the kind of the tile (``tiles.py``).
+    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``. A kernel finds means and residuals.
 
     Attributes:
-        moments: ``kernel_moments(g, m, v, numbers, W, NB, KIND)``, of ``g [NB * W]``, ``m`` and ``v`` ``[NB]``: the
-            means ``[NB]``, the residuals ``[NB, W]``, and the new ``m`` and ``v``. A rule without second moment
-            gets any ``v``, and returns as ``v`` what its update takes of a block.
-        update: ``kernel_update(residual, m, v, step_size, numbers, W, NB)``: what is subtracted from the weights,
-            ``[NB, W]``.
+        moments: ``kernel_moments(mean, square, m, v, numbers, root)``, of the blocks' means, of the means of
+            squares that the rule takes, and of ``m`` and ``v``, all ``[NB]``, and ``root``, the square root
+            of ``W``: the new ``m`` and ``v``. A rule without second moment gets any ``v``, and returns as ``v``
+            what its update takes of a block.
+        update: ``kernel_update(g, residual, m, v, step_size, numbers, per_root)``, of gradients and residuals
+            ``[NB, W]`` and ``1 / root``: what is subtracted from the weights, ``[NB, W]``.
         direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
     """
 
@@ -62,6 +64,8 @@ class Rule:
         direction: The part of the update whose norm the limiter compares, from what ``moments`` returned, as a
             tensor of its own; None for a rule without limiter.
         slots: State entries that hold its moments, in order.
+        row_slots: Those of them that are one number for a row, or for rows that belong together, and not for a
+            block: they are kept in float32 whatever ``state_dtype``.
         plain: The rule that it is at level 0; None for itself.
         statements: Names of ``kernel_moments`` and ``kernel_update`` in the module.
         last_stage: The rule that takes what becomes of this one's result, a batch of matrices, as gradients; None
@@ -71,10 +75,14 @@ class Rule:
         norm_growth_limit: The limiter's default gamma; None for none.
         is_scaled: Whether the option ``scale`` multiplies its update.
         corrects_bias: Whether it knows Adam's bias correction.
+        corrects_inside: Whether that is of the moments alone, inside the root: see :meth:`Hyper.corrected`.
         takes_detail_scale: Whether it takes a factor on details.
+        squares: What else of a block its moments take in Triton: the mean of the squares of its ``"elements"``, or
+            of the ``"coefficients"`` that share a second moment.
         is_literal: Whether the published algorithm states it for every wavelet and boundary.
         is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
             else of its approximation coefficient.
+        is_factored: Whether it keeps the factors of a second moment (``core/factored.py``) beside ``slots``.
     """
 
     name: str
@@ -83,6 +91,7 @@ class Rule:
     update_: Update
     direction: Callable[[tuple[Tensor, ...]], Tensor] | None = None
     slots: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    row_slots: tuple[str, ...] = ()
     plain: Rule | None = None
     statements: tuple[str, str] = ("kernel_moments", "kernel_update")
     last_stage: Rule | None = None
@@ -90,9 +99,12 @@ class Rule:
     norm_growth_limit: float | None = None
     is_scaled: bool = True
     corrects_bias: bool = True
+    corrects_inside: bool = False
     takes_detail_scale: bool = False
+    squares: Literal["elements", "coefficients"] | None = None
     is_literal: bool = False
     is_of_elements: bool = False
+    is_factored: bool = False
 
     @property
     def kernel(self) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.optim import test_added_groups
-from tests.support import forked, moved_shards, resharded, sharded, split_shards, wrapped
+from tests.support import forked, moved_shards, resharded, sharded, sharded_rows, split_shards, wrapped
 
 
 def test_float64_shards_equal_whole_tensors() -> None:
@@ -54,3 +54,11 @@ def test_sharded_state_is_the_truth() -> None:
 
 def test_parameters_sharded_after_construction() -> None:
     forked.run(1, test_added_groups.sharded_in_place_of_plain)
+
+
+def test_rows_as_blocks_and_rows_that_share_a_moment_equal_unsharded_ones() -> None:
+    forked.run(2, sharded_rows.rows)
+
+
+def test_rows_that_no_process_holds_are_refused() -> None:
+    forked.run(2, sharded_rows.refusals)

@@ -160,7 +160,7 @@ def test_a_rule_changed_in_mid_run_needs_what_the_other_has():
     optimizer = build(parameters(SHAPES[:1]))
     train(optimizer, range(1))
     optimizer.param_groups[0].update(rule="adamw", level=0)
-    with refused(optimizer, ValueError, "no betas, which rule='adamw' needs"):
+    with refused(optimizer, ValueError, "no 'betas', which rule='adamw' takes"):
         optimizer.step()
     optimizer.param_groups[0].update(betas=(0.9, 0.999))
     with refused(optimizer, ValueError, "lacks exp_avg_sq"):

@@ -43,6 +43,7 @@ def run_golden(case, **changed):
     options = {"betas": case.betas, "eps": case.eps, "level": case.level}
     options |= {"scale": case.scale, "norm_growth_limit": case.norm_growth_limit, "wavelet": case.wavelet}
     options |= {"rule": case.rule, "boundary": case.boundary, "correct_bias": case.correct_bias}
+    options |= {"res_scale": case.res_scale}
     optimizer = GWTAdamW([p], lr=123.0, **(options | changed))
     params, norms = [], []
     for lr, g in zip(case.lr, case.grads, strict=True):

@@ -7,7 +7,7 @@ a read of which nothing comes: where several threads hold a value, all read it, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -196,22 +196,29 @@ def _entries(log: Sequence[Access]) -> _Entries:
     return _Entries(np.concatenate(starts), size[number], np.concatenate(whos), number, written[number])
 
 
+def _by_access(
+    log: Sequence[Access], entries: _Entries, chosen: np.ndarray
+) -> Iterator[tuple[Access, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+    """Each access of the chosen entries, which of the entries are its own, and where these lie in its arrays."""
+    order = chosen[np.argsort(entries.access[chosen], kind="stable")]
+    numbers, starts = np.unique(entries.access[order], return_index=True)
+    for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+        who = entries.who[own]
+        yield log[number], own, ((who >> 16) - log[number].first, who & 0xFFFF)
+
+
 def _column(log: Sequence[Access], entries: _Entries, name: str) -> np.ndarray:
     """What a field of the log says of each entry's thread."""
     result = np.zeros(len(entries.start), S64)
-    for number in np.unique(entries.access):
-        a, own = log[number], np.flatnonzero(entries.access == number)
-        values = np.broadcast_to(getattr(a, name), a.shape)
-        result[own] = values[entries.program[own] - a.first, entries.thread[own]]
+    for a, own, place in _by_access(log, entries, np.arange(len(result))):
+        result[own] = np.broadcast_to(getattr(a, name), a.shape)[place]
     return result
 
 
 def _values(log: Sequence[Access], entries: _Entries, piece: np.ndarray, unit: int) -> np.ndarray:
     """What each entry writes, of so many bytes, in one of its pieces; 0 where it reads."""
     result = np.zeros(len(entries.start), S64)
-    for number in np.unique(entries.access[entries.written]):
-        a, own = log[number], np.flatnonzero(entries.access == number)
-        place = entries.program[own] - a.first, entries.thread[own]
+    for a, own, place in _by_access(log, entries, np.flatnonzero(entries.written)):
         values = np.stack([np.broadcast_to(x, a.shape)[place] for x in a.values or ()], axis=1)
         pieces = values.view(U8).reshape(len(own), a.size).view(BITS[unit])
         result[own] = pieces[np.arange(len(own)), piece[own]].astype(U64).view(S64)

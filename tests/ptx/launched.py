@@ -14,7 +14,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from gwt_kernels import GWTAdamW, haar_dwt, haar_idwt
+from gwt_kernels import GWTAdafactor, GWTAdamW, haar_dwt, haar_idwt
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
@@ -167,19 +167,21 @@ def check_optimizer() -> None:
 
 
 KERNELS = ("step", "norm", "limiter", "sum", "observe", "squares", "total", "decide", "rows", "dwt", "idwt")
+KERNELS += ("panel", "join", "mean", "factor", "rate", "clip")
 
 
 def check_products(chip: str) -> None:
     """No launch of the package lets products be contracted, so that all lanes hold one sum of a block."""
 
-    def step(**options: Any) -> None:
+    def step(kind: Any = GWTAdamW, **options: Any) -> None:
         p = torch.nn.Parameter(torch.ones(5, 61))
-        optimizer = GWTAdamW([p], max_grad_norm=0.3, backend="triton", **options)
+        optimizer = kind([p], max_grad_norm=0.3, backend="triton", **options)
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
         optimizer.step()
 
     with Driver(chip) as d:
         step(skip_nonfinite=True, telemetry=True, capturable=True)
+        step(GWTAdafactor, scale_parameter=True)
         haar_idwt(haar_dwt(torch.ones(8, 64), 2, backend="triton"), 64, backend="triton")
         p, m = torch.ones(5, 61), torch.ones(5, 16)
         runner = TritonRunner(Bucket([p], [m], [m], level=2, grad_dtype=p.dtype))

@@ -61,7 +61,7 @@ def test_the_bound_of_the_folded_update_is_reached_and_not_exceeded(backend, t, 
     assert last["gwt"] > 1.3 * bound
 
 
-CASES = (*golden.foam_cases(), *(case for case in golden.variant_cases() if case.rule == "foam"))
+CASES = (*golden.foam_cases(), *(case for case in golden.variant_cases(res_scaled=True) if case.rule == "foam"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -71,7 +71,10 @@ def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
     p = torch.tensor(case.p0, dtype=torch.float32, device=on(backend))
     m, v = torch.zeros(2, *case.exp_avg.shape, device=p.device)
     for t, (lr, grad) in enumerate(zip(case.lr, case.grads, strict=True), start=1):
-        hyper = Hyper(lr, *case.betas, case.eps, 0.0, case.scale, None, correct_bias=case.correct_bias)
+        hyper = Hyper(
+            lr, *case.betas, case.eps, 0.0, case.scale, None, correct_bias=case.correct_bias,
+            detail_scale=case.res_scale,
+        )  # fmt: skip
         with interpreter.like_a_gpu():
             gwt_adamw_(
                 params=[p],

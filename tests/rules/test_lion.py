@@ -265,3 +265,12 @@ def test_a_step_is_one_launch_with_clipping_skipping_and_telemetry():
     told = optimizer.telemetry()["0.0"]
     assert 0 < told["detail_energy"] < 1
     assert gwt_kernels.__all__.count("GWTLion") == 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_scalar_takes_a_step(backend):
+    p = torch.nn.Parameter(torch.ones((), device=on(backend)))
+    optimizer = GWTLion([p], lr=0.1, level=0, backend=backend)
+    p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    assert p.item() == pytest.approx(0.9)

@@ -22,7 +22,7 @@ from tests.support.runs import (
 )
 
 
-@pytest.mark.parametrize("case", golden.variant_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", golden.variant_cases(res_scaled=True), ids=lambda case: case.name)
 def test_golden_vectors_of_variants(case):
     params, norms, state = run_golden(case)
     movement = case.params - case.p0
@@ -34,8 +34,8 @@ def test_golden_vectors_of_variants(case):
 
 
 def test_golden_vectors_of_variants_are_complete():
-    cases = golden.variant_cases()
-    assert [sum(c.rule == rule for c in cases) for rule in ("gwt", "foam")] == [10, 5]
+    cases = golden.variant_cases(res_scaled=True)
+    assert [sum(c.rule == rule for c in cases) for rule in ("gwt", "foam")] == [10, 8]
     assert {c.boundary for c in cases} == {"zero", "constant", "symmetric", "reflect", "periodic"}
 
 
@@ -43,6 +43,8 @@ NOTICED = {
     "adamw2_uncorrected": [{"correct_bias": True}],
     "adamw0_uncorrected_decay": [{"correct_bias": True}],
     "foam2_uncorrected": [{"correct_bias": True}],
+    "foam2_res_scale": [{"res_scale": 1.0}, {"res_scale": 0.0}],
+    "foam2_res_scale_0": [{"res_scale": 1.0}],
     "adamw2_odd_reflect": [{"boundary": x} for x in ("zero", "constant", "symmetric", "periodic")],
     "adamw2_db2_symmetric": [{"wavelet": "db3"}, {"boundary": "constant"}],
     "adamw1_bior": [{"wavelet": "rbio2.2"}, {"boundary": "periodic"}],
@@ -51,7 +53,7 @@ NOTICED = {
 
 @pytest.mark.parametrize("name", NOTICED)
 def test_golden_vectors_of_variants_detect_another_option(name):
-    case = next(c for c in golden.variant_cases() if c.name == name)
+    case = next(c for c in golden.variant_cases(res_scaled=True) if c.name == name)
     movement = np.abs(case.params - case.p0).max()
     for changed in NOTICED[name]:
         assert np.abs(run_golden(case, **changed)[0] - case.params).max() > 1e-3 * movement, changed

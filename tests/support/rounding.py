@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gwt_kernels.core.level import Level, block_width
 from gwt_kernels.functional import Hyper
 from tests.support import reference
 
@@ -82,21 +83,21 @@ def step_bounds(
     norm: float | None,
     hyper: Hyper,
     step: int,
-    level: int,
+    level: Level,
     u: float,
     rule: str = "gwt",
 ) -> StepBounds:
     """Bound the folded step at unit roundoff ``u``; ``p``, ``g [..., N]``, ``m``, ``v [..., nb]`` are float64."""
     if rule == "foam" and level:
         return _foam_bounds(p, g, m, v, hyper, step, level, u)
-    width = 2**level
-    root = np.sqrt(width)
     n = p.shape[-1]
+    width = block_width(level, n)
+    root = np.sqrt(width)
     blocks = np.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, -n % width)]).reshape(*m.shape, width)
     sign = -1 if hyper.maximize else 1
     mean, mean_abs = sign * blocks.mean(-1), np.abs(blocks).mean(-1)
     # A tree sum of W terms is L additions deep; SIMD lanes and blocks of a tree's leaves add a few more.
-    e_mean = (min(width - 1, level + 8) + 1) * u * mean_abs
+    e_mean = (min(width - 1, (width - 1).bit_length() + 8) + 1) * u * mean_abs
     a, e_a = root * mean, root * e_mean + 2 * u * root * np.abs(mean)
     b1, b2 = hyper.beta1, hyper.beta2
     new_m = b1 * m + (1 - b1) * a
@@ -130,14 +131,15 @@ def step_bounds(
 
 
 def _foam_bounds(
-    p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, hyper: Hyper, step: int, level: int, u: float
+    p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, hyper: Hyper, step: int, level: Level, u: float
 ) -> StepBounds:
     """Bound the step as :func:`step_bounds`, for the rule with a denominator per element."""
-    width, n = 2**level, p.shape[-1]
+    n, s = p.shape[-1], hyper.detail_scale
+    width = block_width(level, n)
     spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value a block to one an element
     g = -g if hyper.maximize else g
     blocks = np.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, -n % width)]).reshape(*m.shape, width)
-    additions = min(width - 1, level + 8)  # as in step_bounds
+    additions = min(width - 1, (width - 1).bit_length() + 8)  # as in step_bounds
     mean, square = blocks.mean(-1), (blocks**2).mean(-1)
     e_mean, e_square = (additions + 1) * u * np.abs(blocks).mean(-1), (additions + 3) * u * square
     b1, b2 = hyper.beta1, hyper.beta2
@@ -145,8 +147,8 @@ def _foam_bounds(
     e_m = 3 * u * (np.abs(b1 * m) + np.abs((1 - b1) * mean)) + (1 - b1) * e_mean
     new_v = b2 * v + (1 - b2) * square
     e_v = 4 * u * new_v + (1 - b2) * e_square
-    r = g - spread(mean)
-    e_r = u * np.abs(r) + (1 + u) * spread(e_mean)
+    r = s * (g - spread(mean))
+    e_r = 2 * u * np.abs(r) + s * (1 + 2 * u) * spread(e_mean)
     under = spread(new_v) + r**2
     e_under = spread(e_v) + (2 * np.abs(r) + e_r) * e_r + 3 * u * under
     d = np.sqrt(under) + hyper.eps

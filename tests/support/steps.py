@@ -18,6 +18,7 @@ from gwt_kernels.backends.bucket import Bucket as Tensors
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
+from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.functional import Hyper, gwt_adamw_
 from tests.support import interpreter, poisoned, reference, rounding
 from tests.support.poisoned import Poisoned
@@ -30,7 +31,7 @@ class Bucket:
 
     Args:
         shapes: one per tensor.
-        level: of the transform.
+        level: of the transform, or "row".
         dtype: of the weights.
         grad_dtype: None for that of the weights.
         moment_dtype: None for float32, and float64 for float64 weights.
@@ -43,7 +44,7 @@ class Bucket:
     def __init__(
         self,
         shapes: Sequence[Sequence[int]],
-        level: int,
+        level: Level,
         *,
         dtype: torch.dtype = torch.float32,
         grad_dtype: torch.dtype | None = None,
@@ -60,7 +61,7 @@ class Bucket:
         wide = torch.promote_types(dtype, torch.float32)
         self.generator = torch.Generator().manual_seed(seed)
         self.layouts = [layouts[i % len(layouts)] for i in range(len(shapes))]
-        moments = [(*s[:-1], -(-s[-1] // 2**level)) if s else () for s in shapes]
+        moments = [(*s[:-1], blocks_of(level, s[-1])) if s else () for s in shapes]
         scale = 0.0 if first else 1.0
 
         def place(values: Tensor, to: torch.dtype, layout: str = "contiguous") -> Poisoned:
@@ -170,6 +171,7 @@ class Bucket:
             maximize=hyper.maximize,
             rule=self.rule,
             correct_bias=hyper.correct_bias,
+            res_scale=hyper.detail_scale,
         )
         what = f"of tensor {i}, shape {p.shape}, {self.layouts[i]}, level {self.level}, step {t}"
         for name, exact, bound in (

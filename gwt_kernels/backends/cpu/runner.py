@@ -9,6 +9,7 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
+from gwt_kernels.core.level import ROW
 from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["CompiledRunner"]
@@ -29,15 +30,21 @@ class CompiledRunner(TorchRunner):
 
     def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
-        knows = bucket.stated.name in step.RULES and step.knows(tensor_steps, bucket.level)
-        if not knows or any(own.hyper.detail_scale != 1.0 for own in tensor_steps):
+        level = bucket.level
+        if (
+            level == ROW
+            or bucket.stated.name not in step.RULES
+            or not step.knows(tensor_steps, level)
+            or any(own.hyper.detail_scale != 1.0 for own in tensor_steps)
+        ):
             super()._take(tensor_steps)
             return
-        packed = step.Packed(tensor_steps, bucket.level, bucket.rule, bucket.rounding)
+        packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)
         packed.step()
         self._packed = packed if packed.lasts else None
 
     def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
-        if step.knows(tensor_steps, self.bucket.level):
-            return step.update_sums(tensor_steps, level=self.bucket.level)
+        level = self.bucket.level
+        if level != ROW and step.knows(tensor_steps, level):
+            return step.update_sums(tensor_steps, level=level)
         return super()._sums(tensor_steps)

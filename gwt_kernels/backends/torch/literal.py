@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gwt_kernels.backends.torch.haar import compute_dtype
+from gwt_kernels.core.level import ROW, Level, blocks_of
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.limiter import limit_
 
@@ -95,13 +96,14 @@ def filter_bank(wavelet: str) -> FilterBank:
     return low, high, low_inverse, high_inverse
 
 
-def approximation_width(width: int, level: int, wavelet: str) -> int:
+def approximation_width(width: int, level: Level, wavelet: str) -> int:
     """Width of the approximation of a row of ``width`` elements, whatever the boundary.
 
-    For Haar ``ceil(width / 2**level)``.
+    For Haar ``ceil(width / 2**level)``, and 1 of ``"row"``.
     """
     if wavelet == "haar":
-        return -(-width // (1 << level))
+        return blocks_of(level, width)
+    assert level != ROW  # which check_rule refuses for other wavelets
     taps = len(filter_bank(wavelet)[0])
     for _ in range(level):
         width = (width + taps - 1) // 2

@@ -10,6 +10,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.backends.torch import step as folded
+from gwt_kernels.core.level import ROW
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.core.tensor_step import TensorStep
@@ -52,19 +53,29 @@ class TorchRunner:
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
+        ready = self.decided(inputs, decision)
+        if ready is not None:
+            self._update(ready, divisors)
+            self.count(inputs)
+
+    def decided(self, inputs: StepInputs, decision: Tensor | None) -> StepInputs | None:
+        """The step as the host knows it, by what was decided; None where it is skipped."""
         counts = inputs.steps
-        if isinstance(counts, Tensor):
-            if decision is not None:  # on a CUDA device the one place that waits for it
-                factor, go, _ = decision.tolist()
-                if not go:
-                    if self.bucket.telemetry is not None:
-                        self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
-                    return
-                inputs = _scaled(inputs, factor)
-            inputs = inputs._replace(steps=list(map(int, (counts + 1).tolist())))
-        self._update(inputs, divisors)
-        if isinstance(counts, Tensor):
-            counts.add_(1)
+        if not isinstance(counts, Tensor):
+            return inputs
+        if decision is not None:  # on a CUDA device the one place that waits for it
+            factor, go, _ = decision.tolist()
+            if not go:
+                if self.bucket.telemetry is not None:
+                    self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
+                return None
+            inputs = _scaled(inputs, factor)
+        return inputs._replace(steps=list(map(int, (counts + 1).tolist())))
+
+    def count(self, inputs: StepInputs) -> None:
+        """Count a step that was taken, where the device counts."""
+        if isinstance(inputs.steps, Tensor):
+            inputs.steps.add_(1)
 
     def memory(self) -> list[object]:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -75,14 +86,14 @@ class TorchRunner:
 
     def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
-        if bucket.is_literal:
+        if bucket.is_literal and bucket.level != ROW:
             literal.gwt_adamw_(tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
         else:
             folded.gwt_adamw_(tensor_steps, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
 
     def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
         bucket = self.bucket
-        if bucket.is_literal:
+        if bucket.is_literal and bucket.level != ROW:
             return literal.update_sums(
                 tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary
             )

@@ -13,32 +13,35 @@ from gwt_kernels.backends.torch.haar import compute_dtype
 from gwt_kernels.backends.torch.storage import Chunk, Storage
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.hyper import Rule as RuleName
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import MomentFormat, stored_as
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["gwt_adamw_", "update_sums"]
+__all__ = ["chunks", "dtype_of", "gwt_adamw_", "scaled_ahead", "update_sums"]
 
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
 
-def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: int, rule: RuleName, rounding: Rounding) -> None:
+def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: Level, rule: RuleName, rounding: Rounding) -> None:
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     for own in tensor_steps:
         if own.p.numel() == 0:
             continue
-        own = _scaled_ahead(own)
+        own, stated = _scaled_ahead(own), rule_of(rule, level)
+        if stated.corrects_inside:
+            own = own._replace(hyper=own.hyper.corrected(own.step))
         notes = None if own.row is None else Notes(own.row)
         stored = _stored(own)
         storage = Storage(level, stored, rounding, own.step, own.key, own.span, notes)
-        _step(_chunks(own, stored.block_size(level)), own, rule_of(rule, level), storage)
+        _step(_chunks(own, stored.block_size(level)), own, stated, storage)
         if notes is not None:
             notes.close()
 
 
-def update_sums(tensor_steps: Sequence[TensorStep], *, level: int, rule: RuleName) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, rule: RuleName) -> Tensor:
     """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
     stated, p = rule_of(rule, level), tensor_steps[0].p
     direction = stated.direction
@@ -144,16 +147,17 @@ def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     places = [x is not None for x in (p, own.g, own.m, own.v, own.low)]
     tensors = [x for x in (p, own.g, own.m, own.v, own.low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
-    whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales and m.dim() else 1  # rows that are whole quanta
+    alike = all(x.shape == p.shape for x in tensors) and p.shape[-1:] != (1,)  # where no row says what a block is
     if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
         parts = [[x] for x in tensors]
-    elif contiguous and m.shape == p.shape:
+    elif contiguous and alike:
         parts = [list(torch.split(x.view(-1), CHUNK)) for x in tensors]
     elif contiguous:
-        rows = _multiple(CHUNK // p.shape[-1], q // math.gcd(q, m.shape[-1]) if scales else 1)
-        parts = [list(torch.split(x.view(-1, x.shape[-1]), rows)) for x in tensors]
+        whole = q // math.gcd(q, m.shape[-1]) if scales else 1  # rows that are whole quanta
+        parts = _split([x.view(-1, x.shape[-1]) for x in tensors], CHUNK // p.shape[-1], whole)
     else:
-        parts = [list(torch.split(x, _multiple(CHUNK * p.shape[0] // p.numel(), whole))) for x in tensors]
+        whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales else 1
+        parts = _split(tensors, CHUNK * p.shape[0] // p.numel(), whole)
     first = coefficient = 0
     for views in zip(*parts, strict=True):
         held: Any = iter(views)
@@ -166,6 +170,17 @@ def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
         coefficient += count
 
 
+def _split(tensors: Sequence[Tensor], n: int, whole: int) -> list[list[Tensor]]:
+    """Parts of ``n`` rows of the first tensor, or fewer, as need be, and what of the others belongs to them."""
+    rows = tensors[0].shape[0]
+    n = _multiple(n, math.lcm(whole, *(rows // x.shape[0] for x in tensors)))
+    return [list(torch.split(x, n * x.shape[0] // rows)) for x in tensors]
+
+
 def _multiple(n: int, of: int) -> int:
     """The largest multiple that is not above ``n``, and at least one."""
     return max(of, n // of * of)
+
+
+# Rules whose steps have stages of their own take these, too.
+chunks, dtype_of, scaled_ahead = _chunks, _dtype_of, _scaled_ahead

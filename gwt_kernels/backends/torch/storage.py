@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gwt_kernels.core.hyper import Rounding, Span
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.philox import blocks, random_halves, random_halves_at, random_words, random_words_at
 from gwt_kernels.formats.moments import MomentFormat
@@ -42,7 +44,7 @@ class Chunk(NamedTuple):
 class Storage(NamedTuple):
     """How one parameter's numbers are stored in one step."""
 
-    level: int
+    level: Level
     stored: MomentFormat
     rounding: Rounding
     step: int
@@ -61,12 +63,15 @@ class Storage(NamedTuple):
 
     def store_moments(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
         """Store moments as their format says: rounded at random, or to the nearest."""
-        if not self.stored.is_random:
-            for place, x in zip(chunk.moments, moments, strict=True):
+        # What a rule keeps of rows alone is never narrow.
+        narrow = [self.stored.is_random and x.dtype in self.stored.dtypes for x in chunk.moments]
+        for place, x, is_narrow in zip(chunk.moments, moments, narrow, strict=True):
+            if not is_narrow:
                 _copy(place, x)
+        if not any(narrow):
             return
-        places = [x.view(-1) for x in chunk.moments]
-        flat = [x.float().reshape(-1) for x in moments]
+        places = [x.view(-1) for x in compress(chunk.moments, narrow)]
+        flat = [x.float().reshape(-1) for x in compress(moments, narrow)]
         n, device = flat[0].numel(), flat[0].device
         for part in blocks(n, 4, device):  # of whole blocks of values but for the last
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, device)

@@ -169,7 +169,12 @@ def rows_kernel(
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))
-    corrects = tl.load(row + CORRECTS_BIAS_C, mask=inside, other=0.0) != 0.0
+    corrects_bias = tl.load(row + CORRECTS_BIAS_C, mask=inside, other=0.0)  # 2 where inside the root
+    corrects = corrects_bias != 0.0
+    eps = tl.load(row + EPS_C, mask=inside, other=0.0)
+    eps = tl.where(corrects_bias == 2.0, eps * tl.sqrt(correction2), eps)
+    detail_scale = tl.load(row + DETAIL_SCALE_C, mask=inside, other=0.0)
+    detail_scale = tl.where(corrects_bias == 2.0, detail_scale * correction1, detail_scale)
     step_size = tl.where(corrects, lr * tl.sqrt(correction2) / correction1, lr)
     step_size *= tl.load(row + SCALE_C, mask=inside, other=0.0)
     out = scalars_ptr + i * N_SCALARS
@@ -177,10 +182,10 @@ def rows_kernel(
     tl.store(out + REST1, (1.0 - b1).to(tl.float32), mask=inside)
     tl.store(out + B2, b2.to(tl.float32), mask=inside)
     tl.store(out + REST2, (1.0 - b2).to(tl.float32), mask=inside)
-    tl.store(out + EPS, tl.load(row + EPS_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + EPS, eps.to(tl.float32), mask=inside)
     tl.store(out + DECAY, (lr * tl.load(row + WEIGHT_DECAY_C, mask=inside, other=0.0)).to(tl.float32), mask=inside)
     tl.store(out + STEP_SIZE, step_size.to(tl.float32), mask=inside)
     tl.store(out + GAMMA, tl.load(row + GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
     tl.store(out + GRAD_SCALE, sign.to(tl.float32), mask=inside)
-    tl.store(out + DETAIL_SCALE, tl.load(row + DETAIL_SCALE_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + DETAIL_SCALE, detail_scale.to(tl.float32), mask=inside)
     tl.store(out + TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)

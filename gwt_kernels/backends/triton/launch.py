@@ -15,9 +15,18 @@ from triton.compiler import CompiledKernel
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton.compiling import UNFUSED
 from gwt_kernels.backends.triton.control_launch import rows as rows_on_device
-from gwt_kernels.backends.triton.layout import alignment, blocks_together, rows_of, tiles_of_program, variant
+from gwt_kernels.backends.triton.layout import (
+    alignment,
+    blocks_together,
+    row_variant,
+    rows_by_row,
+    rows_of,
+    tiles_of_program,
+    variant,
+)
 from gwt_kernels.backends.triton.norms import limiter_kernel, observe_kernel, sum_kernel
 from gwt_kernels.backends.triton.schema import DEVICE_SCALARS, POINTERS
+from gwt_kernels.backends.triton.shared_rows import shared_step_kernel
 from gwt_kernels.backends.triton.step import norm_kernel, step_kernel
 from gwt_kernels.backends.triton.tables import (
     TRITON_DTYPES,
@@ -27,7 +36,9 @@ from gwt_kernels.backends.triton.tables import (
     owners,
     scalar_rows,
 )
+from gwt_kernels.backends.triton.whole_rows import row_norm_kernel, row_step_kernel
 from gwt_kernels.core.hyper import padded_spans, quantum
+from gwt_kernels.core.level import ROW
 
 __all__ = ["Launch", "Sent"]
 
@@ -86,19 +97,30 @@ class Launch:
         self.flat = flat
         level, device = bucket.level, bucket.device
         self._bucket = bucket
-        self._rule, self._slots = bucket.stated.kernel, len(bucket.moments)
+        self._rule = bucket.stated.kernel
         self._reads = bucket.stated.reads_weights
-        self._path = variant(level, flat, bucket.is_quantized)
-        self._quantum = quantum(level) if bucket.is_quantized else 0
+        shared: dict[str, Any] = {
+            "MOMENTS": self._rule.moments,
+            "SLOTS": len(bucket.moments),
+            "SQUARES": bucket.stated.squares or "",
+        }
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
         p, g, m = (TRITON_DTYPES[d] for d in (bucket.params[0].dtype, bucket.grad_dtype, bucket.stored.dtypes[0]))
         self._dtypes = p, g, m
-        together = blocks_together(level, m, bucket.rounding == "stochastic")
-        rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
-        tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
-        self._tiles = tiles_of_program(flat)
-        programs = [-(-n // self._tiles) for n in tiles]
+        if bucket.is_by_rows or level == ROW:
+            rows_ = [rows_by_row(bucket.params[i], level) for i in chosen]
+            shared["V"] = TRITON_DTYPES[bucket.moments[-1][0].dtype]
+            self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), level, flat)
+            tiles = programs = [own.n_blocks for own in rows_]
+        else:
+            together = blocks_together(level, m, bucket.rounding == "stochastic")
+            rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
+            shared["Q"] = quantum(level) if bucket.is_quantized else 0
+            self._path = shared | variant(level, flat, bucket.is_quantized)
+            tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
+            self._step_path = {"TILES": tiles_of_program(flat), "READS": self._reads, **self._path}
+            programs = [-(-n // self._step_path["TILES"]) for n in tiles]
         first_programs = [0, *accumulate(programs)]
         self.n_tiles, self.n_programs = sum(tiles), first_programs[-1]
         layout = chain(*([first, *own] for first, own in zip(first_programs, rows_, strict=False)))
@@ -121,8 +143,9 @@ class Launch:
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
         narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
-        self._norm_alignment = alignment(g, m, level, flat)
-        self._step_alignment = alignment(narrower, m, level, flat)
+        held = ROW if bucket.is_by_rows else level
+        self._norm_alignment = alignment(g, m, held, flat)
+        self._step_alignment = alignment(narrower, m, held, flat)
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""
@@ -179,14 +202,20 @@ class Launch:
             sent.grad_stats = torch.empty(2, self.n_chunks, dtype=torch.float32, device=device)
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
         launch, rest = self._ready(
-            norm_kernel, self.n_chunks, G=g, M=m, Q=self._quantum, SLOTS=self._slots, SKIPPABLE=sent.can_skip,
-            LOOKS=grad_stats, MOMENTS=self._rule.moments, DIRECTION=self._rule.direction, **self._path,
+            row_norm_kernel if self._bucket.level == ROW else norm_kernel, self.n_chunks, G=g, M=m,
+            SKIPPABLE=sent.can_skip, LOOKS=grad_stats, DIRECTION=self._rule.direction, **self._path,
             **self._norm_alignment,
         )  # fmt: skip
         launch(
             self._chunk_owners, self._layout, sent.pointers, sent.scalars, self._first_chunks, sent.partials, stats,
             self.n, self.tiles_per_chunk, self.n_chunks, *rest,
         )  # fmt: skip
+
+    def _step_kernel(self) -> Any:
+        """The kernel that takes these tensors: by tiles, or by rows that are blocks or share a second moment."""
+        if self._bucket.level == ROW:
+            return row_step_kernel
+        return shared_step_kernel if self._bucket.is_by_rows else step_kernel
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
         """Add up the partial sums of each tensor in ``sums``, float32 ``[len(bucket)]``."""
@@ -212,10 +241,9 @@ class Launch:
         if self._rows:
             sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
         launch, rest = self._ready(
-            step_kernel, self.n_programs, P=p, G=g, M=m, SKIPPABLE=sent.can_skip, OBSERVED=bool(self._rows),
-            READS=self._reads, SPAN=self._span_kind, LIMITED=limited, MOMENTS=self._rule.moments,
-            UPDATE=self._rule.update, ROUNDING=bucket.rounding, Q=self._quantum, SLOTS=self._slots,
-            TILES=self._tiles, **self._path, **self._step_alignment,
+            self._step_kernel(), self.n_programs, P=p, G=g, M=m, SKIPPABLE=sent.can_skip,
+            OBSERVED=bool(self._rows), SPAN=self._span_kind, LIMITED=limited, UPDATE=self._rule.update,
+            ROUNDING=bucket.rounding, **self._step_path, **self._step_alignment,
         )  # fmt: skip
         launch(
             self._owners, self._layout, sent.pointers, sent.scalars, factors, sums, self.n, *rest

@@ -5,13 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.schema import M_PTR, M_SCALES_PTR, V_PTR, V_SCALES_PTR
+from gwt_kernels.backends.triton.schema import (
+    COL_GAINS_PTR,
+    M_PTR,
+    M_SCALES_PTR,
+    MATRIX_COLUMNS,
+    MATRIX_ROWS,
+    ROW_GAINS_PTR,
+    V_PTR,
+    V_SCALES_PTR,
+)
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
-from gwt_kernels.backends.triton.tiles import load_tile, store_tile
+from gwt_kernels.backends.triton.tiles import factor_places, load_tile, store_tile
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import int8, stochastic
 
-__all__ = ["load_moments", "moment_arrays", "store_moments"]
+__all__ = ["FACTORED", "load_moments", "moment_arrays", "store_moments"]
+
+FACTORED = 4
+"""What ``SLOTS``, the number of moments, is more where a second moment is factored."""
 
 kernel.load()
 decode_first, decode_second = int8.kernel_decode_first, int8.kernel_decode_second
@@ -29,9 +41,20 @@ def moment_arrays(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values."""
+    """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values.
+
+    A factored ``v`` has in its place where its factors' reciprocal roots lie: see ``schema.FACTORS``.
+    """
     m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
-    if SLOTS < 2:
+    if SLOTS >= 4:
+        record_ptr = tl.load(pointers_ptr + V_PTR * n_tensors + i).to(tl.pointer_type(tl.int64))
+        row_ptr = tl.load(record_ptr + ROW_GAINS_PTR).to(tl.pointer_type(tl.float32))
+        col_ptr = tl.load(record_ptr + COL_GAINS_PTR).to(tl.pointer_type(tl.float32))
+        v_ptr = row_ptr, col_ptr, tl.load(record_ptr + MATRIX_ROWS), tl.load(record_ptr + MATRIX_COLUMNS)
+        m_scale_ptr, v_scale_ptr = m_ptr, m_ptr  # the latter is not read
+        if Q:
+            m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+    elif SLOTS < 2:
         v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
         if Q:
             m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
@@ -57,12 +80,19 @@ def load_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; where no ``v`` is kept, any."""
+    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; where no ``v`` is kept, any.
+
+    Of a factored ``v`` it is ``1 / sqrt(v)``.
+    """
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     m = tl.zeros((NB,), tl.float32)
-    if SLOTS:
+    if SLOTS % 4:
         m = load_tile(m_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     v = m
+    if SLOTS >= 4:
+        row_ptr, col_ptr, rows, columns = v_ptr
+        row, column, inside = factor_places(tile, row_blocks, padded, rows, columns, NB, KIND)
+        v = tl.load(row_ptr + row, mask=inside, other=0.0) * tl.load(col_ptr + column, mask=inside, other=0.0)
     if SLOTS == 2:
         v = load_tile(v_ptr, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE).to(tl.float32)
     if Q:
@@ -108,7 +138,7 @@ def store_moments(
         m = m.to(M)
         if SLOTS == 2:
             v = v.to(M)
-    if SLOTS:
+    if SLOTS % 4:
         store_tile(m_ptr, m, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)
     if SLOTS == 2:
         store_tile(v_ptr, v, tile, row_blocks, padded, 1, NB, KIND, MULTIPLE)

@@ -17,6 +17,7 @@ from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
+from gwt_kernels.core.level import ROW
 
 __all__ = ["TritonRunner"]
 
@@ -143,6 +144,11 @@ class TritonRunner:
         with device_guard(self.bucket.device):
             for launch, sent in zip(self._launches, begun.sent, strict=True):
                 launch.update(sent, divisors)
+        self.finish(begun, decision)
+
+    def finish(self, begun: _Begun, decision: Tensor | None) -> None:
+        """Count the step of what is in no launch, and bring updated copies home."""
+        inputs = begun.inputs
         if isinstance(inputs.steps, Tensor):
             for i in self._empty:  # in no launch
                 inputs.steps[i].add_(1.0 if decision is None else decision[1])
@@ -182,7 +188,8 @@ class TritonRunner:
         bucket = self.bucket
         arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
         arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
-        check_bucket(arrays | ({"limiter_norms": bucket.limiter_norms} if bucket.is_limited else {}), bucket.level)
+        arrays |= {"limiter_norms": bucket.limiter_norms} if bucket.is_limited else {}
+        check_bucket(arrays, bucket.level, bool(bucket.stated.row_slots))
         self._plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
 
     def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:
@@ -206,8 +213,11 @@ class TritonRunner:
         chosen: dict[bool, list[int]] = {True: [], False: []}
         for i, p in enumerate(self.bucket.params):
             if p.numel():
-                chosen[is_flat(p, misaligned[i], self.bucket.level)].append(i)
-        return [Launch(self.bucket, places, flat) for flat, places in chosen.items() if places]
+                chosen[is_flat(p, misaligned[i], ROW if self.bucket.is_by_rows else self.bucket.level)].append(i)
+        return [self._launch(places, flat) for flat, places in chosen.items() if places]
+
+    def _launch(self, places: list[int], flat: bool) -> Launch:
+        return Launch(self.bucket, places, flat)
 
 
 def _check_memory(grads: Sequence[Tensor], words: bytes) -> None:

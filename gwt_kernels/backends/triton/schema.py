@@ -6,7 +6,18 @@ import triton.language as tl
 
 from gwt_kernels.core.notes import COLUMNS as TELEMETRY
 
-__all__ = ["CONSTANTS", "DEVICE_SCALARS", "LAYOUT", "POINTERS", "SCALARS", "TELEMETRY", "column_bytes"]
+__all__ = [
+    "CONSTANTS",
+    "DEVICE_SCALARS",
+    "FACTORS",
+    "FACTOR_NUMBERS",
+    "LAYOUT",
+    "PANELS",
+    "POINTERS",
+    "SCALARS",
+    "TELEMETRY",
+    "column_bytes",
+]
 
 
 def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
@@ -50,6 +61,32 @@ DEVICE_SCALARS = ("count", "lr")
 LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
 FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
 N_LAYOUT = tl.constexpr(len(LAYOUT))
+
+# Of a tensor whose second moment is factored, at the address that ``v`` would have: int64 [columns].
+FACTORS = ("row_gains", "col_gains", "rows", "columns")
+ROW_GAINS_PTR, COL_GAINS_PTR, MATRIX_ROWS, MATRIX_COLUMNS = _indices(FACTORS)
+
+# How such a tensor is cut into panels, and where its sums, its factors and their parts lie: int64 [n, columns].
+PANELS = (
+    "first_program", "rows", "columns", "width", "row_chunks", "col_chunks", "chunk_rows", "row_parts", "col_parts",
+    "weight_parts", "first_block", "matrices", "first_matrix", "sums", "row", "col", "row_gains", "col_gains",
+)  # fmt: skip
+(
+    FIRST_PANEL, PANEL_ROWS, PANEL_COLUMNS, PANEL_WIDTH, ROW_CHUNKS, COL_CHUNKS, CHUNK_ROWS, ROW_PARTS, COL_PARTS,
+    WEIGHT_PARTS, FIRST_FACTORS, MATRICES, FIRST_MATRIX, SUMS, ROW_PTR, COL_PTR, ROW_GAINS, COL_GAINS,
+) = _indices(PANELS)  # fmt: skip
+N_PANELS = tl.constexpr(len(PANELS))
+
+# The numbers of such a tensor's step that change with options alone: float64 [n, columns].
+FACTOR_NUMBERS = (
+    "eps", "clip_threshold", "least_rms", "decay_rate", "largest_rate", "rate_grows", "whole_rows", "whole_columns",
+    "whole_moments", "whole_weights",
+)  # fmt: skip
+(
+    FACTOR_EPS, CLIP_THRESHOLD, LEAST_RMS, DECAY_RATE, LARGEST_RATE, RATE_GROWS, WHOLE_ROWS, WHOLE_COLUMNS,
+    WHOLE_MOMENTS, WHOLE_WEIGHTS,
+) = _indices(FACTOR_NUMBERS)  # fmt: skip
+N_FACTOR_NUMBERS = tl.constexpr(len(FACTOR_NUMBERS))
 
 # What telemetry notes of a tensor: float64 [columns].
 DETAILS, APPROXIMATION, UPDATE, LIMIT, NONFINITE, STEPS = _indices(TELEMETRY)

@@ -35,32 +35,21 @@ from gwt_kernels.backends.triton.philox import (
     random_words_at,
 )
 from gwt_kernels.backends.triton.schema import (
-    B1,
-    B2,
     DECAY,
-    DETAIL_SCALE,
-    EPS,
     FIRST_PROGRAM,
     G_PTR,
     GRAD_SCALE,
-    KEY,
-    LOW_PTR,
-    MOMENTS_SPAN,
     N_BLOCKS,
     N_LAYOUT,
     N_SCALARS,
-    P_PTR,
     PADDED,
     RECIPROCAL,
-    REST1,
-    REST2,
     ROW_BLOCKS,
-    STEP,
     STEP_SIZE,
     TAKEN,
-    WEIGHTS_SPAN,
     WIDTH,
 )
+from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import (
     ROWS,
@@ -82,7 +71,8 @@ from gwt_kernels.rules import blocks
 __all__ = ["norm_kernel", "step_kernel"]
 
 kernel.load()
-kernel_block_sums = blocks.kernel_block_sums
+kernel_block_means, kernel_block_sums = blocks.kernel_block_means, blocks.kernel_block_sums
+kernel_block_squares, kernel_residuals = blocks.kernel_block_squares, blocks.kernel_residuals
 join_low, split_low = split.kernel_join_low, split.kernel_split_low
 stochastic_round = stochastic.kernel_stochastic_round
 
@@ -107,6 +97,7 @@ def step_kernel(
     MOMENT_ALIGN: tl.constexpr,
     LIMITED: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     UPDATE: tl.constexpr,
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
@@ -148,16 +139,16 @@ def step_kernel(
     step_size = tl.load(scalars_ptr + STEP_SIZE)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
-    numbers = _numbers(scalars_ptr)
+    numbers = numbers_of(scalars_ptr)
     rates = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY), step_size
-    arrays = _arrays(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
-    draws = _draws(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
+    arrays = arrays_of(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
+    draws = draws_of(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     if FLAT:
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
-            tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE, ROUNDING,
-            SPAN, Q, SLOTS, OBSERVED, READS, _FLAT,
+            tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
+            UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, _FLAT,
         )  # fmt: skip
     else:
         zero = tl.zeros((), tl.float32)
@@ -168,13 +159,13 @@ def step_kernel(
             tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, ROWS, MULTIPLE)
             if is_run(tile, width, padded, W, NB):
                 own = _update(
-                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, RUN,
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, RUN,
                 )  # fmt: skip
             else:
                 own = _update(
-                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, UPDATE,
-                    ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, ROWS,
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, ROWS,
                 )  # fmt: skip
             sums = sums[0] + own[0], sums[1] + own[1], sums[2] + own[2]
     if OBSERVED:
@@ -199,6 +190,7 @@ def _update(
     W: tl.constexpr,
     NB: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     UPDATE: tl.constexpr,
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
@@ -225,11 +217,12 @@ def _update(
     # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
     # load does that it is computed from.
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
-    mean, residual, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
+    mean, m, v = _moments(g, m, v, numbers, W, NB, MOMENTS, SQUARES, KIND)
+    residual = kernel_residuals(g, mean, W, NB)
     if M == tl.bfloat16 or Q:
         if SPAN == 2:
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
-            bits = random_words_at(_in_whole(moments_span, index), step, key)
+            bits = random_words_at(in_whole(moments_span, index), step, key)
         elif Q and KIND != _FLAT:
             bits = random_words_at(index_drawn(tile, row_blocks, 1, NB) + moments_span[0], step, key)
         else:
@@ -240,7 +233,8 @@ def _update(
         tl.debug_barrier()
     store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q, SLOTS)
 
-    update = tl.reshape(UPDATE(residual, m, v, step_size, numbers, W, NB), (NB * W,))
+    update = UPDATE(tl.reshape(g, (NB, W)), residual, m, v, step_size, numbers, W**-0.5)
+    update = tl.reshape(update, (NB * W,))
     details = tl.zeros((), tl.float32)
     approximation, applied = details, details
     if OBSERVED:
@@ -261,7 +255,7 @@ def _update(
         TOGETHER: tl.constexpr = 1 if Q else 4 if M == tl.bfloat16 else MULTIPLE  # as in layout.blocks_together
         if SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
-            bits = random_halves_at(_in_whole(weights_span, index), step, key)
+            bits = random_halves_at(in_whole(weights_span, index), step, key)
         elif (KIND == ROWS or (Q and KIND == RUN)) and TOGETHER < 4 and W > 1:
             index = index_drawn(tile, row_blocks, TOGETHER, NB) * W + weights_span[0]
             bits = random_halves_of_blocks(index, W * TOGETHER, NB // TOGETHER, step, key)
@@ -298,6 +292,7 @@ def norm_kernel(
     SKIPPABLE: tl.constexpr,
     LOOKS: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
     """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
@@ -317,7 +312,7 @@ def norm_kernel(
     end = tl.minimum(block + tiles_per_chunk * NB, n_blocks)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
-    numbers = _numbers(scalars_ptr + i * N_SCALARS)
+    numbers = numbers_of(scalars_ptr + i * N_SCALARS)
     g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
     total = tl.zeros((NB,), tl.float32)
@@ -328,17 +323,17 @@ def norm_kernel(
         if FLAT:
             g, a = _parts(
                 tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
-                DIRECTION, _FLAT,
+                SQUARES, DIRECTION, _FLAT,
             )  # fmt: skip
         elif is_run(tile, width, padded, W, NB):
             g, a = _parts(
                 tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
-                DIRECTION, RUN,
+                SQUARES, DIRECTION, RUN,
             )  # fmt: skip
         else:
             g, a = _parts(
                 tile, width, row_blocks, padded, g_ptr, moments, grad_scale, numbers, W, NB, Q, SLOTS, MOMENTS,
-                DIRECTION, ROWS,
+                SQUARES, DIRECTION, ROWS,
             )  # fmt: skip
         total += a * a
         if LOOKS:
@@ -368,6 +363,7 @@ def _parts(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
     MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
 ):
@@ -375,7 +371,7 @@ def _parts(
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
-    _, _, m, v = MOMENTS(g, m, v, numbers, W, NB, KIND)
+    _, m, v = _moments(g, m, v, numbers, W, NB, MOMENTS, SQUARES, KIND)
     direction = DIRECTION(m, v, numbers)
     if KIND != RUN:
         direction = tl.where(inside_tile(tile, row_blocks, padded, 1, NB, KIND), direction, 0.0)
@@ -383,66 +379,24 @@ def _parts(
 
 
 @triton.jit
-def _arrays(
-    pointers_ptr,
-    i,
-    n_tensors,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    ALIGN: tl.constexpr,
-    MOMENT_ALIGN: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    Q: tl.constexpr,
-    SLOTS: tl.constexpr,
+def _moments(
+    g,
+    m,
+    v,
+    numbers,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """Where a tensor's weights, gradients, low halves and moments lie."""
-    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
-    low_ptr = p_ptr  # not read
-    if ROUNDING == "split":
-        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
-    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
-
-
-@triton.jit
-def _draws(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr):
-    """What a tensor's random bits depend on: its key and step, and where its weights and its moments lie."""
-    key = tl.zeros((), tl.int64)
-    step = key
-    if DRAWS:
-        key = tl.load(pointers_ptr + KEY * n_tensors + i)
-        step = tl.load(pointers_ptr + STEP * n_tensors + i)
-    weights = _span(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
-    return key, step, weights, _span(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
-
-
-@triton.jit
-def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
-    """A shard's first element in the whole tensor, its run and its pitch, as far as ``SPAN`` asks for them."""
-    first = tl.zeros((), tl.int64)
-    run, pitch = first, first
-    if SPAN:
-        first += tl.load(pointers_ptr + which * n_tensors + i)
-    if SPAN == 2:
-        run += tl.load(pointers_ptr + (which + 1) * n_tensors + i)
-        pitch += tl.load(pointers_ptr + (which + 2) * n_tensors + i)
-    return first, run, pitch
-
-
-@triton.jit
-def _in_whole(span, index):
-    """The indices in the whole tensor of a shard's elements (int64, any shape)."""
-    first, run, pitch = span
-    return first + index // run * pitch + index % run
-
-
-@triton.jit
-def _numbers(scalars_ptr):
-    """``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
-    b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
-    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
-    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS), tl.load(scalars_ptr + DETAIL_SCALE)
+    """The means of a tile's blocks, and their new moments by the rule, which may take the means of ``SQUARES``."""
+    mean, m = kernel_block_means(g, m, W, NB, KIND)
+    square = mean
+    if SQUARES == "elements":
+        square = kernel_block_squares(g, W, NB, KIND)
+    m, v = MOMENTS(mean, square, m, v, numbers, W**0.5)
+    return mean, m, v
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def constant_rows(hypers: Sequence[Hyper], rule: Rule) -> list[bytes]:
                 "scale": hyper.scale if rule.is_scaled else 1.0,
                 "gamma": hyper.norm_growth_limit or 0.0,
                 "sign": hyper.signed_factor,
-                "corrects_bias": hyper.correct_bias and rule.corrects_bias,
+                "corrects_bias": (hyper.correct_bias and rule.corrects_bias) * (2 if rule.corrects_inside else 1),
                 "detail_scale": hyper.detail_scale,
             }
             row = _pack_constants(*map(numbers.__getitem__, CONSTANTS))
@@ -151,6 +151,8 @@ def lr_ptrs(hypers: Sequence[Hyper]) -> list[int]:
 
 
 def _row(hyper: Hyper, step: int, rule: Rule) -> bytes:
+    if rule.corrects_inside:
+        hyper = hyper.corrected(step)
     numbers = {
         "b1": hyper.beta1,
         "rest1": 1 - hyper.beta1,

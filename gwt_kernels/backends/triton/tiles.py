@@ -19,6 +19,7 @@ __all__ = [
     "ROWS",
     "RUN",
     "array_ptr",
+    "factor_places",
     "first_drawn",
     "index_drawn",
     "index_in_array",
@@ -150,6 +151,35 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
     else:
         inside = tl.arange(0, NB * SIZE) < tile[1] * SIZE
     return inside
+
+
+@triton.jit
+def _passed(places, first, n, NB: tl.constexpr):
+    """``(first + places) // n`` (32 bits) for ``first`` below ``n``, and ``places`` up to ``NB``, by a product."""
+    period = tl.minimum(n, 2 * NB + 4).to(tl.uint32)  # where n is longer, there is but one end of it
+    before = period - tl.minimum(n - first, period).to(tl.uint32)
+    return tl.umulhi((places + 1).to(tl.uint32) + before, 0xFFFFFFFF // period).to(tl.int32)
+
+
+@triton.jit
+def factor_places(tile, row_blocks, padded, rows, columns, NB: tl.constexpr, KIND: tl.constexpr):
+    """Where the row and column factors of a tile's blocks lie, of matrices of this size, and which are inside.
+
+    All are ``[NB]``, the places of 32 bits. Rows of matrices follow one another, and so do their columns.
+    """
+    start = _start(tile, row_blocks, padded, 1, KIND)
+    places = tl.arange(0, NB)
+    if KIND == ROWS:
+        places, inside = _places(tile, row_blocks, padded, 1, NB)
+    else:
+        inside = places < tile[1]
+    row = start // columns
+    matrix = row // rows
+    column = start - row * columns
+    passed = _passed(places, column, columns, NB)
+    matrices = _passed(passed, row - matrix * rows, rows, NB)
+    first = (matrix * columns + column).to(tl.int32)
+    return row.to(tl.int32) + passed, first + places + (matrices - passed) * columns.to(tl.int32), inside
 
 
 @triton.jit

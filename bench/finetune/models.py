@@ -1,0 +1,217 @@
+"""Pre-trained models from folders, what of them is trained, and the optimizer of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.optim import Optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from bench.pretrain.optimizers import build_optimizer, check_name
+from gwt_kernels import gwt_param_groups
+
+RECIPES = {
+    "head": "the output head alone, with AdamW",
+    "lora": "low-rank adapters of peft beside all Linears, and a new head, with AdamW",
+    "matrices": "attention and MLP matrices, and a new head",
+    "full": "everything",
+}
+WHOLE = ("matrices", "full")
+"""Recipes that train matrices, so that optimizers of matrices differ from AdamW."""
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+
+
+def check_folder(model: Path) -> None:
+    """Refuse a folder that holds no model.
+
+    Raises:
+        FileNotFoundError: There is no folder, no configuration, or there are no weights in it.
+        ValueError: The configuration is none that transformers reads.
+    """
+    if not model.is_dir():
+        raise FileNotFoundError(f"--model {model}: no such folder; give one that `save_pretrained` wrote")
+    if not (model / "config.json").is_file():
+        raise FileNotFoundError(f"--model {model}: has no config.json; give a folder that `save_pretrained` wrote")
+    if not any((model / name).is_file() for name in WEIGHTS):
+        raise FileNotFoundError(
+            f"--model {model}: has no weights ({' or '.join(WEIGHTS[::2])}); download them into the folder, "
+            "or give one that `save_pretrained` wrote"
+        )
+    try:
+        AutoConfig.from_pretrained(model)
+    except (ValueError, OSError, KeyError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"--model {model}: transformers cannot read its config.json ({line}); "
+            "give the folder of a model that it knows"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder, with something to pad with.
+
+    Raises:
+        FileNotFoundError: The folder has no tokenizer.
+        ValueError: It cannot be read, or has no token to pad with.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise FileNotFoundError(
+            f"--tokenizer {folder}: has no tokenizer.json; name the folder that has, with --tokenizer"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(f"--tokenizer {folder}: cannot be read ({line}); give another folder") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"--tokenizer {folder}: has no token to pad or to end a text with; give one that has")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_fit(model: Path, largest_id: int, length: int) -> None:
+    """Refuse token ids and lengths that a model has no place for.
+
+    Raises:
+        ValueError: A token id is outside the vocabulary, or the texts are longer than the model takes.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if largest_id >= config.vocab_size:
+        raise ValueError(
+            f"--tokenizer: token id {largest_id} is outside the vocabulary of --model {model}, "
+            f"{config.vocab_size} ids; give the tokenizer that the model was trained with"
+        )
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(f"--max-length {length}: --model {model} takes {most} tokens at most; give at most {most}")
+
+
+def digest_of(model: Path) -> str:
+    """Return a digest of a folder's configuration and weights."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    config = json.loads((model / "config.json").read_text())
+    found.update(json.dumps(config, sort_keys=True).encode())
+    return found.hexdigest()[:16]
+
+
+def check_pair(optimizer: str, recipe: str) -> None:
+    """Refuse what cannot be trained so.
+
+    Raises:
+        ValueError: There is no such optimizer or recipe, or they do not go together.
+        ModuleNotFoundError: peft is needed and not installed.
+    """
+    check_name(optimizer)
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}: choose from {', '.join(RECIPES)}")
+    if recipe not in WHOLE and optimizer != "adamw":
+        raise ValueError(
+            f"recipe {recipe!r} trains no matrix that {optimizer} would treat otherwise: use adamw with it"
+        )
+    if recipe == "lora":
+        _peft()
+
+
+def _peft() -> Any:
+    try:
+        return importlib.import_module("peft")
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"recipe 'lora' needs peft ({error}): pip install peft, or run python -m bench.finetune.fetch packages "
+            "and put build/finetune/packages into PYTHONPATH"
+        ) from error
+
+
+def build_model(
+    folder: str, classes: int, recipe: str, *, rank: int, dtype: torch.dtype, pad: int | None = None
+) -> nn.Module:
+    """Return a pre-trained model of which the recipe's part is trainable.
+
+    Args:
+        folder: Where configuration and weights are.
+        classes: Outputs of a new head; 0 for a language model with its own.
+        recipe: One of `RECIPES`.
+        rank: Rank of the adapters of `lora`.
+        dtype: Of the weights.
+        pad: Token that the batches are padded with, for models that do not say.
+    """
+    previous = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # that the head is new is known
+    transformers.logging.disable_progress_bar()
+    try:
+        if classes:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes, dtype=dtype)
+            if model.config.pad_token_id is None:
+                model.config.pad_token_id = pad
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model.config.use_cache = False
+    finally:
+        transformers.logging.set_verbosity(previous)
+    if recipe == "lora":
+        return _with_adapters(model, rank, "SEQ_CLS" if classes else "CAUSAL_LM")
+    if recipe == "full":
+        return model
+    trained = {id(p) for p in head_of(model, classes)} if classes or recipe == "head" else set()
+    if recipe == "matrices":
+        groups = gwt_param_groups(model, level=1)
+        trained |= {id(p) for group in groups if group["level"] for p in group["params"]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def _with_adapters(model: nn.Module, rank: int, kind: str) -> nn.Module:
+    peft = _peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that peft still asks transformers by
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def head_of(model: nn.Module, classes: int) -> Iterable[nn.Parameter]:
+    """Return the head's parameters: all outside a classifier's body, and its pooler; or the output matrix."""
+    if not classes:
+        return [model.get_output_embeddings().weight]
+    body = getattr(model, model.base_model_prefix)
+    inside = {id(p) for name, p in body.named_parameters() if not name.startswith("pooler.")}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def optimizer_of(
+    model: nn.Module, name: str, recipe: str, *, lr: float, scale: float, weight_decay: float
+) -> Optimizer:
+    """Return the optimizer of a run: of `bench.pretrain` where matrices are trained, else AdamW.
+
+    `scale` is the rate of matrices, or of adapters, over `lr`.
+    """
+    if recipe in WHOLE:
+        return build_optimizer(name, model, lr=lr, scale=scale, weight_decay=weight_decay)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="gwt_param_groups found nothing to transform")
+        found = gwt_param_groups(model, level=1, weight_decay=weight_decay)
+    groups = []
+    for group in found:
+        for rate, adapters in ((lr * scale, True), (lr, False)):
+            named = zip(group["param_names"], group["params"], strict=True)
+            own = [parameter for parameter_name, parameter in named if ("lora_" in parameter_name) == adapters]
+            if own:
+                groups.append({"params": own, "lr": rate, "weight_decay": group["weight_decay"]})
+    fused = all(parameter.is_cuda for parameter in model.parameters())
+    return torch.optim.AdamW(groups, lr=lr, fused=fused or None)

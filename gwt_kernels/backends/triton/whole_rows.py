@@ -1,0 +1,294 @@
+"""Kernels of the step where a block is a row of any width: a program reads its row for sums, and then to update it.
+
+The second read finds the row in a cache. The tables are those of ``step.py``, of which a row is a block, and a
+program's tile. A row is taken ``TILE`` elements at a time, whose sums are added lane by lane, and then in pairs of
+neighbours: in one order whatever the dtypes. Where rows are ``FLAT`` they are multiples of 8 elements, from
+addresses that are multiples of 16 bytes, and move in 128-bit accesses.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gwt_kernels.backends.triton.moments import moment_arrays
+from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, random_words_at
+from gwt_kernels.backends.triton.schema import (
+    DECAY,
+    FIRST_PROGRAM,
+    G_PTR,
+    GRAD_SCALE,
+    N_BLOCKS,
+    N_LAYOUT,
+    N_SCALARS,
+    STEP_SIZE,
+    TAKEN,
+    V_PTR,
+    WIDTH,
+)
+from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
+from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
+from gwt_kernels.backends.triton.tiles import array_ptr as _array
+from gwt_kernels.core import kernel
+from gwt_kernels.formats import split, stochastic
+from gwt_kernels.rules import blocks
+
+__all__ = ["inside_row", "load_part", "row_norm_kernel", "row_place", "row_step_kernel", "store_part"]
+
+kernel.load()
+kernel_block_sums = blocks.kernel_block_sums
+join_low, split_low = split.kernel_join_low, split.kernel_split_low
+stochastic_round = stochastic.kernel_stochastic_round
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def row_step_kernel(
+    owners_ptr,
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    factors_ptr,
+    sums_ptr,
+    n_tensors,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    UPDATE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    SPAN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+    OBSERVED: tl.constexpr,
+):
+    """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights."""
+    program = tl.program_id(0)
+    if LIMITED:  # last rows first: what row_norm_kernel read last is in the L2 cache still
+        program = tl.num_programs(0) - 1 - program
+    i = tl.load(owners_ptr + program)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            return
+    row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
+    width, start = row_place(layout_ptr, i, row, FLAT)
+    scalars_ptr += i * N_SCALARS
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    if LIMITED:
+        step_size *= tl.load(factors_ptr + i)
+    numbers = numbers_of(scalars_ptr)
+    grad_scale, decay = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY)
+    p_ptr, g_ptr, low_ptr, moments = arrays_of(
+        pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, 0, SLOTS
+    )
+    DRAWS: tl.constexpr = ROUNDING == "stochastic" or M == tl.bfloat16
+    key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
+
+    m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
+    m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
+    sums, squares, _ = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES == "elements", False)
+    mean, m, v, per_root = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
+    tl.debug_barrier()  # all lanes have read the moments before one writes them
+    places = row + tl.arange(0, 1)
+    if M == tl.bfloat16:
+        index = places
+        if SPAN:
+            index = in_whole(moments_span, places) if SPAN == 2 else places + moments_span[0]
+        words = random_words_at(index, step, key)
+        tl.store(m_ptr + places, stochastic_round(m, words & 0xFFFF, M))
+        if V == tl.bfloat16 and SLOTS == 2:
+            tl.store(v_ptr + places, stochastic_round(v, words >> 16, V))
+    else:
+        tl.store(m_ptr + places, m.to(M))
+    if V != tl.bfloat16 and SLOTS == 2:
+        tl.store(v_ptr + places, v.to(V))
+
+    details = tl.zeros((TILE,), tl.float32)
+    applied = tl.zeros((TILE,), tl.float32)
+    for column in tl.range(0, width, TILE):
+        here = start + column
+        inside = inside_row(width, column, TILE, FLAT)
+        g = load_part(g_ptr + here, inside, TILE).to(tl.float32) * grad_scale
+        p = load_part(p_ptr + here, inside, TILE)
+        if ROUNDING == "split":
+            p = join_low(p, load_part(low_ptr + here, inside, TILE))
+        else:
+            p = p.to(tl.float32)
+        elements = tl.reshape(g, (1, TILE))
+        residual = elements - mean[:, None]
+        update = tl.reshape(UPDATE(elements, residual, m, v, step_size, numbers, per_root), (TILE,))
+        if OBSERVED:
+            apart = tl.where(inside, tl.reshape(residual, (TILE,)), 0.0)
+            details += apart * apart
+            moved = tl.where(inside, update, 0.0)
+            applied += moved * moved
+        p = p - decay * p - update
+        if ROUNDING == "split":
+            weight, low = split_low(p)
+            store_part(low_ptr + here, low, inside, TILE)
+            store_part(p_ptr + here, weight, inside, TILE)
+        elif ROUNDING == "stochastic":
+            if SPAN == 2:
+                bits = random_halves_at(in_whole(weights_span, here + tl.arange(0, TILE)), step, key)
+            elif FLAT:
+                bits = random_halves(here + weights_span[0], TILE, step, key)
+            else:
+                bits = random_halves_at(here + weights_span[0] + tl.arange(0, TILE), step, key)
+            store_part(p_ptr + here, stochastic_round(p, bits, P), inside, TILE)
+        else:
+            store_part(p_ptr + here, p.to(P), inside, TILE)
+    if OBSERVED:
+        sums_ptr += program.to(tl.int64) * 3
+        tl.store(sums_ptr, tl.sum(details, axis=0))
+        tl.store(sums_ptr + 1, tl.sum(mean * mean, axis=0) * width.to(tl.float32))
+        tl.store(sums_ptr + 2, tl.sum(applied, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_tensors", "tiles_per_chunk", "n_chunks"])
+def row_norm_kernel(
+    owners_ptr,
+    layout_ptr,
+    pointers_ptr,
+    scalars_ptr,
+    first_chunk_ptr,
+    partials_ptr,
+    seen_ptr,
+    n_tensors,
+    tiles_per_chunk,
+    n_chunks,
+    G: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MOMENT_ALIGN: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+    LOOKS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    SQUARES: tl.constexpr,
+    DIRECTION: tl.constexpr,
+):
+    """One partial sum of the squares of the rule's ``DIRECTION`` over some rows: see ``norm_kernel``."""
+    chunk = tl.program_id(0)
+    i = tl.load(owners_ptr + chunk)
+    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+            return
+    row = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk
+    end = tl.minimum(row + tiles_per_chunk, tl.load(layout_ptr + i * N_LAYOUT + N_BLOCKS))
+    grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
+    numbers = numbers_of(scalars_ptr + i * N_SCALARS)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, 0, SLOTS)
+    total = tl.zeros((1,), tl.float32)
+    seen = tl.zeros((1,), tl.float32)
+    largest = tl.zeros((TILE,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
+    m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
+    while row < end:
+        width, start = row_place(layout_ptr, i, row, FLAT)
+        m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
+        SQUARED: tl.constexpr = SQUARES == "elements" or LOOKS
+        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, LOOKS)
+        _, m, v, _ = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
+        a = DIRECTION(m, v, numbers)
+        total += a * a
+        if LOOKS:
+            seen += squares
+            largest = tl.maximum(largest, sizes)
+        row += 1
+    tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
+    if LOOKS:
+        tl.store(seen_ptr + chunk, tl.sum(seen, axis=0))
+        tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
+
+
+@triton.jit
+def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
+    """The width of a tensor's rows, and where one of them begins."""
+    width = tl.load(layout_ptr + i * N_LAYOUT + WIDTH)
+    start = row * width
+    if FLAT:
+        start = tl.multiple_of(start, 8)
+    return width, start
+
+
+@triton.jit
+def _sums(
+    g_ptr, width, grad_scale, TILE: tl.constexpr, FLAT: tl.constexpr, SQUARES: tl.constexpr, LOOKS: tl.constexpr
+):
+    """Of a row the sum, that of ``SQUARES``, both ``[1]``, and if it ``LOOKS`` the bits of the largest sizes."""
+    total = tl.zeros((TILE,), tl.float32)
+    squares = tl.zeros((TILE,), tl.float32)
+    largest = tl.zeros((TILE,), tl.int32)
+    for column in tl.range(0, width, TILE):
+        g = load_part(g_ptr + column, inside_row(width, column, TILE, FLAT), TILE).to(tl.float32) * grad_scale
+        total += g
+        if SQUARES:
+            squares += g * g
+        if LOOKS:
+            largest = tl.maximum(largest, g.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    sums = kernel_block_sums(total, TILE, 1, _FLAT)
+    if SQUARES:
+        squares = kernel_block_sums(squares, TILE, 1, _FLAT)
+    else:
+        squares = sums
+    return sums, squares, largest
+
+
+@triton.jit
+def _new_moments(sums, squares, m, v, width, numbers, MOMENTS: tl.constexpr, SQUARES: tl.constexpr):
+    """The mean of a row, its new moments by the rule, and one over the root of its width."""
+    elements = tl.zeros_like(sums) + width.to(tl.float32)
+    root = tl.sqrt_rn(elements)
+    mean = tl.div_rn(sums, elements)
+    square = tl.div_rn(squares, elements)
+    if SQUARES == "coefficients":
+        square = mean * mean * elements
+    m, v = MOMENTS(mean, square, m, v, numbers, root)
+    return mean, m, v, tl.div_rn(tl.full((1,), 1.0, tl.float32), root)
+
+
+@triton.jit
+def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl.constexpr):
+    """Where ``m`` and ``v`` of a tensor lie, the latter in a dtype of its own."""
+    v_ptr = moments[0]
+    if SLOTS == 2:
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8)
+    return moments[0], v_ptr
+
+
+@triton.jit
+def _load_moments(m_ptr, v_ptr, row, SLOTS: tl.constexpr):
+    """``m`` and ``v`` of a row, in float32, ``[1]``; of 1 ``SLOTS``, ``m`` stands for ``v``."""
+    places = row + tl.arange(0, 1)
+    m = tl.load(m_ptr + places).to(tl.float32)
+    v = m
+    if SLOTS == 2:
+        v = tl.load(v_ptr + places).to(tl.float32)
+    return m, v
+
+
+@triton.jit
+def inside_row(width, column, TILE: tl.constexpr, FLAT: tl.constexpr):
+    """Which elements from a column on are in the row ``[TILE]``."""
+    # A run of 8 elements is inside or outside as a whole, so one access can take all of it.
+    here = tl.minimum(width - column, TILE).to(tl.int32)
+    return tl.arange(0, TILE) < tl.multiple_of(here, 8 if FLAT else 1)
+
+
+@triton.jit
+def load_part(ptr, inside, TILE: tl.constexpr):
+    return tl.load(ptr + tl.arange(0, TILE), mask=inside, other=0)
+
+
+@triton.jit
+def store_part(ptr, x, inside, TILE: tl.constexpr):
+    tl.store(ptr + tl.arange(0, TILE), x, mask=inside)

@@ -1,0 +1,105 @@
+"""What is added up over processes for factored second moments, between the stages of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.factored import Matrices
+from gwt_kernels.distributed.reduction import ShardSums
+from gwt_kernels.distributed.sharding import places_in_whole, reduced_over
+
+__all__ = ["FactorPlaces", "FactorReduction"]
+
+
+class FactorPlaces(NamedTuple):
+    """Where the sums of a bucket lie among those of all parameters.
+
+    Attributes:
+        sent: Places in the bucket's vector of the first stage of what processes add up; the rest is complete.
+        at: Where these lie in the vector of all.
+        squares: Where those of the second stage lie.
+    """
+
+    sent: Tensor
+    at: Tensor
+    squares: Tensor
+
+
+class FactorReduction:
+    """Sums over rows and columns of all factored, sharded parameters on one device, in two collectives a step.
+
+    Sums over rows travel where rows are shared out, sums over columns where columns are, means where either is.
+
+    Args:
+        params: All parameters whose second moment is factored and that are sharded over several processes, on one
+            device; as :class:`gwt_kernels.distributed.reduction.ShardSums` takes them.
+        shapes: Of their whole moments.
+    """
+
+    def __init__(self, params: Sequence[Any], shapes: Sequence[Sequence[int]]) -> None:
+        self._place = {id(p): i for i, p in enumerate(params)}
+        self._parts = [_parts(p, shape) for p, shape in zip(params, shapes, strict=True)]
+        lengths = [sum(whole for _, _, whole, is_sent in parts if is_sent) for parts in self._parts]
+        self._firsts = [0, *accumulate(lengths)]
+        self._sums, self._squares = ShardSums(params, lengths), ShardSums(params)
+
+    def places_of(self, params: Sequence[Tensor]) -> FactorPlaces:
+        """Where the sums of a bucket of ``params`` lie."""
+        sent, at, first = [], [], 0
+        places = [self._place[id(p)] for p in params]
+        for i in places:
+            first_at = self._firsts[i]
+            for local, index, whole, is_sent in self._parts[i]:
+                if is_sent:
+                    sent.append(torch.arange(first, first + local, dtype=torch.int64, device="cpu"))
+                    at.append(first_at + index)
+                    first_at += whole
+                first += local
+        device = self._sums.device
+        squares = torch.tensor(places, dtype=torch.int64, device="cpu")
+        return FactorPlaces(torch.cat(sent).to(device), torch.cat(at).to(device), squares.to(device))
+
+    def drive(self, steps: Sequence[tuple[FactorPlaces, Iterator[Tensor]]]) -> None:
+        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+        for sums, is_first in ((self._sums, True), (self._squares, False)):
+            vector = sums.zeros()
+            stops = [(places, next(stages, None)) for places, stages in steps]
+            for places, own in stops:
+                if own is not None and is_first:
+                    vector[places.at] = own[places.sent].to(vector.dtype)
+                elif own is not None:
+                    vector[places.squares] = own.to(vector.dtype)
+            sums.start(vector)
+            total = sums.finish()
+            assert total is not None
+            for places, own in stops:
+                if own is not None and is_first:
+                    own[places.sent] = total[places.at].to(own.dtype)
+                elif own is not None:
+                    own.copy_(total[places.squares])
+        for _, stages in steps:
+            next(stages, None)
+
+
+def _parts(p: Any, shape: Sequence[int]) -> list[tuple[int, Tensor, int, bool]]:
+    """Of the sums of one parameter, part by part, as ``Matrices.parts`` names them.
+
+    How many are here; which of all these are; how many there are in all; whether other processes have more to add.
+    """
+    dims = len(shape)
+    shared = {placement.dim for placement in (p.placements[i] for _, i in reduced_over(p))}
+    batch, rows, column = tuple(range(dims - 2)), tuple(range(dims - 1)), dims - 1
+    one = torch.zeros(1, dtype=torch.int64, device="cpu")
+    kept: list[tuple[int, ...]] = [rows, (*batch, column) if dims else (), batch, ()]
+    is_sent = [column in shared, column - 1 in shared, bool({column, column - 1} & shared), True]
+    wholes = Matrices.of(shape).parts
+    parts = []
+    for own, sent, whole in zip(kept, is_sent, wholes, strict=True):
+        index = places_in_whole(p, [shape[d] for d in own], own).view(-1) if own else one
+        parts.append((len(index), index, whole, sent))
+    return parts

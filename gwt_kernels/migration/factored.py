@@ -1,0 +1,253 @@
+"""Factored second moments: from other Adafactors, between levels, from and to Adam's moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.core.factored import FACTORS, factor_dims
+from gwt_kernels.migration.conversion import Form, convert, describe, form_of
+from gwt_kernels.migration.records import Migrated, Source, Target, bytes_of_state
+from gwt_kernels.optim.options import ADDED, check_group
+from gwt_kernels.optim.state import check_state, complete, slots_of, state_keys, state_shape
+from gwt_kernels.rules import ADAFACTOR, rule_of
+
+__all__ = ["has_factors", "is_factored", "migrate_factors"]
+
+_TORCH = {"row_var": FACTORS[0], "col_var": FACTORS[1], "variance": "exp_avg_sq"}
+_KNOWN = {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq", *FACTORS, "RMS", "weight_low"}
+Migrate = Callable[[Source, Target], tuple[dict[str, Tensor], Migrated]]
+
+
+class _Read(NamedTuple):
+    """What a state says, in float64, and in which form."""
+
+    step: float
+    first: Tensor | None
+    row: Tensor | None
+    col: Tensor
+    form: Form
+
+    @property
+    def square(self) -> Tensor:
+        """The second moment that the factors stand for."""
+        if self.row is None:
+            return self.col
+        mean = self.row.mean(-1, keepdim=True)
+        return ((self.row / mean).unsqueeze(-1) * self.col.unsqueeze(-2)).nan_to_num()
+
+
+def is_factored(group: Mapping[str, Any]) -> bool:
+    """Whether a group's tensors keep factors."""
+    return bool(rule_of(group["rule"], group["level"]).is_factored)
+
+
+def has_factors(source: Source) -> bool:
+    """Whether a state is an Adafactor's: this package's, PyTorch's or transformers'."""
+    state = source.state
+    return source.group.get("rule") == ADAFACTOR.name or bool({*_TORCH, *FACTORS, "RMS"} & state.keys())
+
+
+def migrate_factors(source: Source, target: Target, migrate: Migrate) -> tuple[dict[str, Tensor], Migrated]:
+    """The state of one parameter, and how it was made, where either side keeps factors.
+
+    Args:
+        source: What there is.
+        target: What is wanted.
+        migrate: Carries over moments, of states without factors.
+
+    Raises:
+        ValueError: the state is damaged, or says nothing of what is wanted.
+    """
+    p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
+    if not has_factors(source):
+        return _from_moments(source, target, p, migrate)
+    read, first_note = _read(source, target, p)
+    if not is_factored(target.group):
+        return _to_moments(read, source, target, migrate)
+    new = _form_of(target.group, p)
+    width = p.shape[-1] if p.dim() else 1
+    notes = {}
+    state: dict[str, Any] = {"step": torch.tensor(read.step, dtype=torch.float64, device="cpu")}
+    if slots_of(target.group):
+        state |= _first(source, read, new, width)
+        carried = describe(read.form, new)["exp_avg"]
+        notes["exp_avg"] = "new: zeros" if read.first is None else first_note or carried
+    elif read.first is not None:
+        notes["exp_avg"] = "dropped: beta1 is None"
+    same = read.form.kind == new.kind
+    plain = [form._replace(rule="gwt", dtype=torch.float64) for form in (read.form, new)]
+    moments = {"exp_avg": torch.zeros_like(read.col), "exp_avg_sq": read.col}
+    col = read.col if same else convert(moments, plain[0], plain[1], width)["exp_avg_sq"]
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    for key, x in zip(reversed(factor_dims(p.dim())), (col, read.row), strict=False):
+        assert x is not None
+        state[key] = x.to(dtype).contiguous()
+        notes[key] = "exact" if same else "approximate: as if gradients of neighbours were uncorrelated"
+    return _checked(state, notes, source, target, p, (read.form, new))
+
+
+def _from_moments(
+    source: Source, target: Target, p: Tensor, migrate: Migrate
+) -> tuple[dict[str, Tensor], Migrated]:
+    """Factors of Adam's second moment, and its first over their root."""
+    betas = source.group.get("betas") or (0.9, 0.999)
+    plain = {**target.group, "rule": "gwt", "betas": betas, "eps": 0.0, "lr": 0.0, "state_dtype": None}
+    moments, how = migrate(source, target._replace(group=plain))
+    step = float(moments["step"])
+    corrected = 1.0 - float(betas[1]) ** step if step and source.group.get("correct_bias", True) else 1.0
+    square = moments["exp_avg_sq"].double() / corrected
+    row = square.mean(-1) if square.dim() > 1 else None
+    col = square.mean(-2) if square.dim() > 1 else square
+    new = _form_of(target.group, p)
+    read = _Read(step, None, row, col, new._replace(dtype=torch.float64))
+    read = read._replace(
+        first=(moments["exp_avg"].double() / read.square.sqrt()).nan_to_num(posinf=0.0, neginf=0.0)
+    )
+    state: dict[str, Tensor] = {key: moments[key] for key in ("step", "weight_low") if key in moments}
+    notes = {key: note for key, note in how.notes.items() if key not in ("exp_avg", "exp_avg_sq")}
+    if slots_of(target.group):
+        state |= _first(source, read, new, p.shape[-1] if p.dim() else 1)
+        notes["exp_avg"] = f"approximate: over the root of the factors; {how.notes['exp_avg']}"
+    else:
+        notes["exp_avg"] = "dropped: beta1 is None"
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    for key, x in zip(reversed(factor_dims(p.dim())), (col, row), strict=False):
+        assert x is not None
+        state[key] = x.to(dtype).contiguous()
+        notes[key] = f"approximate: means of the second moment; {how.notes['exp_avg_sq']}"
+    return _checked(state, notes, source, target, p, (how.before, new))
+
+
+def _to_moments(
+    read: _Read, source: Source, target: Target, migrate: Migrate
+) -> tuple[dict[str, Tensor], Migrated]:
+    """Adam's moments from factors: their product, and the first moment times its root."""
+    square = read.square
+    first = torch.zeros_like(square) if read.first is None else read.first * square.sqrt()
+    betas = target.group["betas"]
+    biased = 1.0 - float(betas[1]) ** read.step if target.group["correct_bias"] else 1.0
+    form = read.form
+    made = {"step": torch.tensor(read.step, dtype=torch.float64), "exp_avg": first, "exp_avg_sq": square * biased}
+    options = {
+        "level": form.level,
+        "rule": "gwt",
+        "wavelet": form.wavelet,
+        "boundary": form.boundary,
+        "betas": betas,
+    }
+    options |= {"state_dtype": "float64", "norm_growth_limit": None, "correct_bias": target.group["correct_bias"]}
+    kept = {key: source.state[key] for key in ("weight_low",) if key in source.state}
+    state, how = migrate(source._replace(group=options, state={**made, **kept}), target)
+    notes = how.notes | {"exp_avg": "approximate: times the root of the factors; " + how.notes["exp_avg"]}
+    if read.first is None:
+        notes["exp_avg"] = "new: zeros"
+    if "exp_avg_sq" in notes:
+        notes["exp_avg_sq"] = "approximate: the product of the factors; " + how.notes["exp_avg_sq"]
+    return state, how._replace(before=form, notes=notes)
+
+
+def _first(source: Source, read: _Read, new: Form, width: int) -> dict[str, Tensor]:
+    """The first moment in the form that is wanted."""
+    own = "level" in source.group and {"exp_avg", "exp_avg_scale"} & source.state.keys()
+    if own and is_factored(source.group) and read.form == new:  # every bit
+        return convert(source.state, read.form, new, width)
+    first = torch.zeros_like(read.square) if read.first is None else read.first
+    return convert({"exp_avg": first}, read.form._replace(dtype=torch.float64), new, width)
+
+
+def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
+    """What a state says, and what has to be said of its first moment beyond its conversion."""
+    group = source.group
+    state = {_TORCH.get(key, key): x for key, x in source.state.items()}
+    if unknown := sorted(map(str, state.keys() - _KNOWN)):
+        raise ValueError(
+            f"its state has {unknown[0]!r}, which no Adafactor keeps: leave it behind with "
+            f"keys={{{unknown[0]!r}: None}}"
+        )
+    form = Form(0, "adafactor", "haar", "zero", torch.float32)
+    if "level" in group:
+        options = {**target.group, **ADDED, **group, "backend": None}
+        try:
+            check_group(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the options of its state are damaged: {error}") from None
+        form = form_of(options, p.shape, form.dtype)
+    if isinstance(m := state.get("exp_avg"), Tensor):
+        form = form._replace(dtype=m.dtype)
+    step = torch.as_tensor(state.get("step", math.nan), dtype=torch.float64, device="cpu")
+    if step.numel() != 1 or not 0 <= float(step) < math.inf:
+        raise ValueError(f"its step is {state.get('step')}, not a finite number of at least 0: take another state")
+    shape = state_shape(p, form._asdict())
+    parts = {}
+    for key, dims in factor_dims(p.dim()).items():
+        x, expected = state.get(key), tuple(shape[d] for d in dims)
+        if not isinstance(x, Tensor) or x.numel() != math.prod(expected):
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else "no tensor"
+            raise ValueError(
+                f"its {key} has {found}, but {form} needs {expected}: build the optimizer from the model that the "
+                f"state was made with"
+            )
+        if not x.isfinite().all() or (x < 0).any():
+            raise ValueError(f"its {key} holds numbers that are not finite, or below 0: take an earlier state")
+        parts[key] = x.detach().double().reshape(expected)
+    row, col = (None, *parts.values())[-2:]
+    assert col is not None
+    first, note = _first_of(state, group, form, shape, float(step))
+    return _Read(float(step), first, row, col, form), note
+
+
+def _first_of(
+    state: Mapping[str, Any], group: Mapping[str, Any], form: Form, shape: tuple[int, ...], step: float
+) -> tuple[Tensor | None, str]:
+    """A state's first moment, of updates that no learning rate has multiplied, and how it comes by that."""
+    m = state.get("exp_avg")
+    if m is None:
+        return None, ""
+    if tuple(m.shape) != shape:
+        raise ValueError(f"its exp_avg has shape {tuple(m.shape)}, but {form} needs {shape}: take another state")
+    if "level" in group:
+        return convert(state, form, form._replace(dtype=torch.float64), 1)["exp_avg"], ""
+    rate: Any = group.get("lr")
+    if group.get("relative_step") and step:
+        rate = min(1e-6 * step if group.get("warmup_init") else 1e-2, 1.0 / math.sqrt(step))
+    if group.get("scale_parameter"):
+        rate = float(rate or 0.0) * max(float(group["eps"][1]), float(state.get("RMS", 0.0)))
+    rate = float(rate or 0.0)
+    if not rate > 0:
+        return None, ""
+    return m.detach().double() / rate, f"approximate: over the last step's learning rate, {rate:.3g}"
+
+
+def _form_of(group: Mapping[str, Any], p: Tensor) -> Form:
+    template: dict[str, Tensor] = {}
+    complete(template, p, group)
+    dtype = template["exp_avg"].dtype if "exp_avg" in template else torch.promote_types(p.dtype, torch.float32)
+    return form_of(group, p.shape, dtype)
+
+
+def _checked(
+    state: dict[str, Tensor],
+    notes: dict[str, str],
+    source: Source,
+    target: Target,
+    p: Tensor,
+    forms: tuple[Form, Form],
+) -> tuple[dict[str, Tensor], Migrated]:
+    """The state, whole and in order, with the low halves of weights."""
+    keys = state_keys(p, target.group)
+    if "weight_low" in keys and "weight_low" not in state:
+        low = source.state.get("weight_low")
+        fresh = torch.zeros((*p.shape, 2), dtype=torch.uint8, device=next(iter(state.values())).device)
+        state["weight_low"] = fresh if low is None else low.detach().clone()
+        notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
+    elif "weight_low" in source.state and "weight_low" not in keys:
+        notes["weight_low"] = "dropped: the weights go on from their 16 bits"
+    check_state(state, p, target.group, target.label, keys)
+    state = {key: state[key] for key in keys}
+    size = bytes_of_state(state)
+    return state, Migrated(target.title, *forms, notes, source.size, size)

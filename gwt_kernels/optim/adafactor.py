@@ -1,0 +1,119 @@
+"""GWTAdafactor, Adafactor on the approximation of each gradient: its options; how it steps is base.py's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gwt_kernels.backends import choice
+from gwt_kernels.core.hyper import Boundary, Rounding
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.options import state_dtype_name
+
+__all__ = ["GWTAdafactor"]
+
+
+class GWTAdafactor(PlannedOptimizer):
+    """Adafactor (arXiv 1804.04235) on the approximation of each gradient, as the authors of GWT pair them.
+
+    The second moment of a matrix is kept as means of its rows and of its columns; the first moment, where there is
+    one, has one number for a block of ``2**level`` neighbours. Level 0 is Adafactor. The formulas are in
+    docs/algorithm.md.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
+            ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
+            AdamW's.
+        lr: Learning rate. It has no say with ``relative_step``, and may be None then.
+        level: Levels of the transform.
+        scale: Factor on the updates of transformed tensors.
+        beta1: Decay of the first moment, in [0, 1); None for none.
+        eps: What is added to the squares of the approximation, and the least RMS of weights that
+            ``scale_parameter`` multiplies by.
+        clip_threshold: RMS of a tensor's approximated update above which it is scaled down to that.
+        decay_rate: Of the second moment at step ``t``: ``1 - t**decay_rate``.
+        weight_decay: Decoupled weight decay, at the learning rate that ``relative_step`` and ``scale_parameter``
+            make.
+        scale_parameter: Multiply the learning rate by the RMS of a tensor's weights.
+        relative_step: Use ``min(1e-2, 1 / sqrt(t))`` as learning rate.
+        warmup_init: Use ``min(1e-6 * t, 1 / sqrt(t))`` instead; needs ``relative_step``.
+        details: ``"divided"``: the details of a gradient are divided as its approximation is; ``"published"``: they
+            are not divided by any second moment.
+        wavelet: As for :class:`gwt_kernels.GWTAdamW`.
+        boundary: As there.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
+        state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below.
+
+    State per parameter: ``step``; ``exp_avg`` (``[..., ceil(N / 2**level)]``) unless ``beta1`` is None;
+    ``exp_avg_sq_row`` (``[..., rows]``) and ``exp_avg_sq_col`` (``[..., ceil(N / 2**level)]``, for each matrix),
+    or, in one dimension, ``exp_avg_sq``, in float32 (float64 for float64 parameters). AdamW's groups have AdamW's.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.
+    """
+
+    rules = ("adafactor", "adamw")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = 1e-2,
+        *,
+        level: int = 2,
+        scale: float = 0.25,
+        beta1: float | None = 0.9,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = False,
+        relative_step: bool = False,
+        warmup_init: bool = False,
+        details: Literal["published", "divided"] = "divided",
+        wavelet: str = "haar",
+        boundary: Boundary = "zero",
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        state_dtype: torch.dtype | str | None = None,
+        weight_rounding: Rounding | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
+        telemetry: bool = False,
+        backend: choice.Backend | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "beta1": beta1,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "details": details,
+            "rule": "adafactor",
+            "norm_growth_limit": None,
+            "wavelet": wavelet,
+            "boundary": boundary,
+            "state_dtype": state_dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "maximize": maximize,
+            "correct_bias": True,
+            "backend": backend,
+        }
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._observed = telemetry
+        super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})

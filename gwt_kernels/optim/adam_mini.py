@@ -1,0 +1,93 @@
+"""GWTAdamMini, Adam-mini with its first moment on the means of blocks: its options; how it steps is base.py's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gwt_kernels.backends import choice
+from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.core.level import Level
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.options import state_dtype_name
+
+__all__ = ["GWTAdamMini"]
+
+
+class GWTAdamMini(PlannedOptimizer):
+    """Adam-mini (arXiv 2406.16793) whose first moment lives on the block means of each gradient.
+
+    A block is ``2**level`` neighbours along the last dimension. The second moment is one number for the rows of a
+    head. Level 0 is Adam-mini, with Adam's bias correction, inside the root. The formulas are in docs/algorithm.md.
+
+    Args:
+        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
+            ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
+            AdamW's.
+        lr: Learning rate.
+        betas: Decay of the first and of the second moment, each in [0, 1).
+        eps: Added to the root of the second moment, which is bias-corrected; of AdamW's groups it is not.
+        weight_decay: Decoupled weight decay.
+        level: Levels of the transform, or ``"row"``: one block a row.
+        scale: Factor on updates; level 0 ignores it.
+        head_rows: Rows, neighbours in the last dimension but one, that share a second moment, such as those of an
+            attention head; None for one of the whole tensor. 1-D tensors have one. More than 1 runs by PyTorch's
+            operators.
+        state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below, but for int8,
+            which stays float32; the second moment is float32.
+
+    State per parameter: ``step``, ``exp_avg`` (``[..., ceil(N / 2**level)]``) and ``exp_avg_sq``
+    (``[..., rows / head_rows, 1]``).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.
+    """
+
+    rules = ("adam_mini", "adamw")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        level: Level = 2,
+        scale: float = 1.0,
+        head_rows: int | None = 1,
+        state_dtype: torch.dtype | str | None = None,
+        weight_rounding: Rounding | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
+        telemetry: bool = False,
+        backend: choice.Backend | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "level": level,
+            "scale": scale,
+            "head_rows": head_rows,
+            "rule": "adam_mini",
+            "norm_growth_limit": None,
+            "wavelet": "haar",
+            "boundary": "zero",
+            "state_dtype": state_dtype_name(state_dtype),
+            "weight_rounding": weight_rounding,
+            "seed": seed,
+            "maximize": maximize,
+            "correct_bias": True,
+            "backend": backend,
+        }
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._observed = telemetry
+        super().__init__(params, defaults)

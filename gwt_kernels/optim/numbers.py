@@ -1,0 +1,76 @@
+"""Numbers among options, checked: each error names the option, its value and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.backends import choice
+
+__all__ = ["LARGEST", "SLACK", "from_zero", "learning_rate", "number"]
+
+SLACK = 1e-12
+"""What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
+LARGEST = torch.finfo(torch.float32).max
+"""Kernels take numbers as float32."""
+
+
+def from_zero(name: str, value: Any, slack: float) -> Any:
+    """The number, or 0 where it is below that by no more than ``slack``."""
+    if isinstance(value, Tensor) or 0.0 <= value <= LARGEST:
+        return value
+    if -slack <= value < 0.0:
+        return 0.0
+    if name.startswith("beta"):
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def learning_rate(lr: Any, capturable: bool) -> float | Tensor:
+    """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
+    if not (capturable and isinstance(lr, Tensor)):
+        return number("lr", lr)
+    if lr.device.type == "cpu" and not choice.launches_on("cpu"):  # where Triton does, that is its device
+        return number("lr", lr)
+    if lr.dtype != torch.float32:
+        raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")
+    _check_single("lr", lr)
+    return lr
+
+
+def _check_single(name: str, value: Tensor) -> None:
+    if value.numel() != 1:  # PyTorch's optimizers raise the same type of error
+        raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(value.shape)}")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """A numpy array of numbers as a tensor; everything else is refused."""
+    if hasattr(value, "__array__"):
+        with contextlib.suppress(TypeError, ValueError):  # an array of anything
+            return torch.from_numpy(value.__array__())
+    raise TypeError(f"{name} must be a real number, got {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    if type(value) is float:  # which the other checks take a while to say
+        return value
+    if isinstance(value, Tensor):
+        _check_single(name, value)
+        if value.is_complex():
+            raise TypeError(f"{name} must be a real number, got a {value.dtype} tensor")
+        if value.device.type != "cpu":
+            raise TypeError(
+                f"{name} is a tensor on {value.device}, which step() would have to wait for: pass a float or a "
+                f"tensor on the CPU" + (", or capturable=True" if name == "lr" else "")
+            )
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return number(name, _as_tensor(name, value))
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer of {len(str(value))} digits") from None

@@ -1,0 +1,99 @@
+"""The page on fine-tuning says what the rows say: choices by validation, spreads, shares, and what failed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.common import records
+from bench.report import finetune, rows
+from tests.support.made_up_rows import CPU, Row, measured
+
+
+def run_rows(optimizer: str, recipe: str, lr: float, seed: int, loss: float, **changed: Any) -> list[Row]:
+    """Rows of one run whose test loss is 0.1 above its validation loss; None for a run that diverged."""
+    what: Row = {
+        "preset": "reviews",
+        "model": "m",
+        "optimizer": optimizer,
+        "recipe": recipe,
+        "lr": lr,
+        "scale": 0.5,
+    }
+    what |= {"steps": 32, "batch": 32, "seed": seed, "precision": "mixed", "examples": 1000, "validation_size": 400}
+    what |= {"test_size": 1000, "max_length": 40, "text_digest": "t", "model_digest": "w", "parameters": 22_700_000}
+    what |= changed
+    if loss is None:
+        return [what | measured("validation_loss", "nats", None, 0, "the loss is nan") | CPU]
+    state = 180e6 if optimizer == "adamw" else 118e6
+    values = [
+        measured("validation_loss", "nats", loss),
+        measured("test_loss", "nats", loss + 0.1),
+        measured("test_accuracy", "share", 1.0 - loss),
+        measured("state_bytes", "B", state),
+        measured("peak_memory", "B", 9e8 + 1e6 * seed),
+        measured("optimizer_step", "ms", 50.0, 30),
+    ]
+    return [what | value | CPU for value in values]
+
+
+def page_of(folder: Path, made: list[Row]) -> tuple[str, list[Any]]:
+    records.append(folder / "finetune_reviews.json", "finetune", made)
+    return finetune.page(rows.load(folder))
+
+
+def test_choices_are_made_by_validation_and_reported_by_tests(tmp_path: Path) -> None:
+    made = run_rows("adamw", "full", 1e-4, 0, 0.50) + run_rows("adamw", "full", 3e-4, 0, 0.40)
+    made += run_rows("adamw", "full", 3e-4, 1, 0.42) + run_rows("adamw", "full", 1e-3, 0, None)
+    made += run_rows("gwt2", "full", 3e-4, 0, 0.39) + run_rows("adamw", "lora", 1e-3, 0, 0.45)
+    text, plots = page_of(tmp_path, made)
+    line = "| full | AdamW | 0.0003 | 0.5 | 3 | 2 | 0.510 ± 0.014 | +0.000 | 59.0 ± 1.4 | 180.0 | 100 % | 901 |"
+    assert f"{line} 50.0 (45.0–55.0) |" in text
+    assert "| full | GWT level 2 | 0.0003 | 0.5 | 1 | 1 | 0.490 | -0.020 | 61.0 | 118.0 | 66 % | 900 |" in text
+    assert "| lora | AdamW | 0.001 | 0.5 | 1 | 1 | 0.550 | +0.040 |" in text
+    assert "| full | AdamW | 0.001 | 0.5 | diverged | diverged |" in text
+    assert "| full | AdamW | 0.0001 | 0.5 | 0.500 | 0.600 |" in text
+    assert "22.7M parameters, 1,000 examples, 32 steps of 32, 400 to choose by and 1,000 to report on" in text
+    assert text.count("## MiniLM-L6 on film reviews") == 1
+    (plot,) = plots
+    assert plot.name == "finetune_reviews_memory"
+    assert plot.data["models"][0]["entries"] == {
+        "AdamW, full": 180.0,
+        "GWT level 2, full": 118.0,
+        "AdamW, lora": 180.0,
+    }
+    assert re.search(r"`python -m bench\.made_up`.*finetune_reviews\.json", text)
+
+
+def test_all_diverged_and_nothing_recorded(tmp_path: Path) -> None:
+    text, plots = page_of(tmp_path, run_rows("adamw", "full", 1e-4, 0, None))
+    assert "| full | AdamW | - | - | 1 | 0 | diverged |" in text
+    assert plots == []
+    assert finetune.NOTHING in finetune.page([])[0]
+
+
+def test_tables_are_as_wide_in_every_row(tmp_path: Path) -> None:
+    text, _ = page_of(tmp_path, run_rows("adamw", "full", 1e-4, 0, 0.4) + run_rows("gwt2", "full", 1e-4, 0, None))
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 2
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_another_length_is_another_pair(tmp_path: Path) -> None:
+    made = run_rows("adamw", "full", 1e-4, 0, 0.5) + run_rows("adamw", "full", 1e-4, 0, 0.4, steps=64)
+    text, plots = page_of(tmp_path, made)
+    assert text.count("## MiniLM-L6 on film reviews") == 2
+    assert [plot.name for plot in plots] == ["finetune_reviews_memory", "finetune_reviews_older_memory"]
+
+
+def test_a_language_model_has_no_accuracy_and_a_loss_before(tmp_path: Path) -> None:
+    made = list(run_rows("gwt2", "matrices", 3e-5, 0, 3.6, preset="kernel_docs", examples=None))
+    made = [row for row in made if row["metric"] != "test_accuracy"]
+    made.append(made[0] | measured("untrained_loss", "nats", 4.25))
+    text, _ = page_of(tmp_path, made)
+    assert "## SmolLM2-135M on the kernel's documentation" in text
+    assert "accuracy, %" not in text
+    assert "windows of plain text, 32 steps" in text
+    assert "Before training the loss of the tests is 4.250." in text

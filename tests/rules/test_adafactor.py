@@ -1,0 +1,560 @@
+"""Tests Adafactor on approximations: goldens, the oracle, every backend and format, and ``GWTAdafactor`` itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from gwt_kernels import GWTAdafactor, GWTAdamW, gwt_param_groups, release_gradients
+from gwt_kernels.formats.int8 import decode_first
+from gwt_kernels.formats.split import join_low
+from gwt_kernels.optim.state import low_bits_of
+from gwt_kernels.planner.planning import predicted_state_bytes
+from tests.support import golden, interpreter, poisoned, runs
+from tests.support import reference_optimizers as oracle
+from tests.support.poisoned import Poisoned
+from tests.test_functional import backends, on
+
+SHAPES = [(6, 40), (5, 37), (3, 4, 16), (90,), (1, 64), (20, 600), (70, 3), (2, 3, 2, 9), ()]
+EPS = {torch.float64: 2e-15, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+OPTIONS = {
+    "defaults": {},
+    "published": {"details": "published", "clip_threshold": 0.3},
+    "without first moment": {"beta1": None, "scale_parameter": True, "weight_decay": 0.1},
+    "relative step": {"relative_step": True, "lr": None},
+    "warm-up": {"relative_step": True, "warmup_init": True, "scale_parameter": True, "eps": (1e-12, 0.5)},
+    "decay rate": {"decay_rate": -0.5, "maximize": True, "scale": 0.7},
+}
+CASES = golden.optimizer_cases("adafactor")
+
+
+def options_of(case):
+    """What a golden case was made with."""
+    shared = {key: getattr(case, key) for key in ("level", "weight_decay", "wavelet", "boundary")}
+    return shared | case.options
+
+
+def replayed(case, **changed):
+    """Weights after each step of a golden case with some options changed, and the state after the last."""
+    p = torch.nn.Parameter(torch.tensor(case.p0))
+    optimizer = GWTAdafactor([p], **{"details": "published", "lr": case.lr[0], **options_of(case), **changed})
+    params = []
+    for g, lr in zip(case.grads, case.lr, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = torch.tensor(g)
+        optimizer.step()
+        params.append(p.detach().numpy().copy())
+    return np.stack(params), optimizer.state[p]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_golden_vectors(case):
+    params, state = replayed(case)
+    movement = case.params - case.p0
+    np.testing.assert_allclose(params - case.p0, movement, rtol=0, atol=1e-11 * np.abs(movement).max())
+    assert state.keys() == {"step", *case.state}
+    for name, expected in case.state.items():
+        np.testing.assert_allclose(state[name].numpy(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+def test_golden_vectors_notice_other_options():
+    assert len(CASES) == 26
+    case = next(case for case in CASES if case.name == "adafactor2_clip")
+    for changed in ({"details": "divided"}, {"clip_threshold": 0.31}, {"decay_rate": -0.79}, {"scale": 0.26}):
+        assert np.abs(replayed(case, **changed)[0] - case.params).max() > 1e-9 * np.abs(case.params - case.p0).max()
+
+
+def exact(x):
+    """A tensor's numbers in float64, in memory of their own."""
+    return np.array(x.detach().to("cpu", torch.float64).numpy(), order="C")
+
+
+class Run:
+    """An optimizer over poisoned tensors, whose steps are compared with the oracle's from the same state."""
+
+    def __init__(self, device, level, *, dtype=torch.float32, layout="contiguous", shapes=SHAPES, **options):
+        self.generator = torch.Generator().manual_seed(level)
+        self.dtype, self.device, self.layout = dtype, device, layout
+        shapes = [s for s in shapes if not level or 2**level < 2 * (s[-1] if s else 1)]
+        values = [self.normal(s, 0.1).to(device, dtype) for s in shapes]
+        self.held = [Poisoned(x, layout) for x in values]
+        # A part of a buffer is refused where it is one row.
+        self.params = [
+            torch.nn.Parameter(x if level and x.dim() == 1 else own.tensor)
+            for x, own in zip(values, self.held, strict=True)
+        ]
+        self.level = level
+        self.optimizer = GWTAdafactor(self.params, **{"lr": 0.03, "level": level, **options})
+
+    def normal(self, shape, size=1.0):
+        return size * (torch.randn(shape, generator=self.generator, dtype=torch.float64) + 0.3)
+
+    def whole(self, p):
+        state = self.optimizer.state[p]
+        low = state.get("weight_low")
+        return exact(p if low is None else join_low(p.detach(), low_bits_of(low)))
+
+    def step(self, factor=1.0, slack=40.0):
+        values = [self.normal(p.shape, factor).to(self.device, self.dtype) for p in self.params]
+        grads = [Poisoned(x, self.layout) for x in values]
+        before = []
+        for p, g in zip(self.params, grads, strict=True):
+            p.grad = g.tensor
+            before.append((self.whole(p), {k: exact(x) for k, x in self.optimizer.state[p].items()}))
+        with interpreter.like_a_gpu(), poisoned.uninitialized():
+            self.optimizer.step()
+        for p, g, own, (old, state) in zip(self.params, grads, self.held, before, strict=True):
+            own.check()
+            g.check()
+            self.compare(p, exact(g.tensor), old, state, slack)
+
+    def compare(self, p, g, old, state, slack):
+        group, new = self.optimizer.param_groups[0], self.optimizer.state[p]
+        names = ("lr", "beta1", "eps", "clip_threshold", "decay_rate", "weight_decay", "scale", "scale_parameter")
+        names += ("relative_step", "warmup_init", "details", "maximize", "wavelet", "boundary")
+        kept = oracle.adafactor_state(p.shape, self.level, group["beta1"], group["wavelet"])
+        kept = {k: np.reshape(state.get(k, x), np.shape(x)).copy() for k, x in kept.items()}
+        want = np.atleast_1d(old).copy()
+        step = int(state.get("step", 0)) + 1
+        oracle.adafactor_step(
+            want, np.atleast_1d(g), {k: np.atleast_1d(x) for k, x in kept.items()} if not p.dim() else kept,
+            level=self.level, step=step, **{k: group[k] for k in names},
+        )  # fmt: skip
+        want = want.reshape(old.shape)
+        unit = EPS[torch.promote_types(self.dtype, torch.float32)]
+        moved = np.abs(want - old).max()
+        bound = slack * unit * (moved + np.abs(want)) + 1e-30
+        if group["weight_rounding"] != "split":
+            ulps = 2 if group["weight_rounding"] == "stochastic" else 1  # halves of one
+            smallest = 2.0**-25 if self.dtype == torch.float16 else 0.0
+            bound = bound + ulps * (EPS[self.dtype] * np.abs(want) + smallest)
+        error = np.abs(self.whole(p) - want)
+        assert (error <= bound).all(), (p.shape, error.max(), moved)
+        assert int(new["step"]) == step
+        for key, value in kept.items():
+            stored = 2 * EPS[new[key].dtype] * np.abs(value)  # at random
+            within = slack * unit * np.abs(value).max() + stored
+            assert (np.abs(exact(new[key]) - value) <= within).all(), (p.shape, key)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("level", [0, 1, 2, 4])
+def test_float64_follows_the_oracle(level, option):
+    run = Run("cpu", level, dtype=torch.float64, **OPTIONS[option])
+    for factor in (1.0, 3.0, 0.1):
+        run.step(factor, slack=500)
+
+
+@pytest.mark.parametrize(
+    ("wavelet", "boundary"), [("db2", "zero"), ("bior2.2", "symmetric"), ("haar", "periodic"), ("haar", "constant")]
+)
+@pytest.mark.parametrize("details", ["divided", "published"])
+def test_the_literal_algorithm_follows_the_oracle(wavelet, boundary, details):
+    shapes = [(6, 40), (5, 37), (3, 4, 16), (90,)]
+    for beta1 in (0.9, None):
+        run = Run(
+            "cpu", 2, dtype=torch.float64, shapes=shapes, wavelet=wavelet, boundary=boundary, details=details,
+            beta1=beta1,
+        )  # fmt: skip
+        for factor in (1.0, 3.0):
+            run.step(factor, slack=500)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@backends
+def test_options(backend, option):
+    run = Run(on(backend), 2, backend=backend, **OPTIONS[option])
+    for factor in (1.0, 4.0, 0.1):
+        run.step(factor)
+
+
+@pytest.mark.parametrize("level", [0, 1, 3, 5, 9])
+@backends
+def test_levels(backend, level):
+    shapes = [*SHAPES, (3, 1030)] if level < 9 else [(3, 1024), (2, 700), (5, 515)]
+    run = Run(on(backend), level, backend=backend, shapes=shapes)
+    for factor in (1.0, 2.0):
+        run.step(factor, slack=100)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "split"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@backends
+def test_weights_of_16_bits(backend, dtype, rounding):
+    if (dtype, rounding) == (torch.float16, "split"):
+        pytest.skip("split is for bfloat16")
+    for options in ({}, {"beta1": None, "scale_parameter": True}, {"state_dtype": torch.bfloat16}):
+        run = Run(on(backend), 2, backend=backend, dtype=dtype, weight_rounding=rounding, **options)
+        for factor in (1.0, 2.0):
+            run.step(factor)
+
+
+@pytest.mark.parametrize("layout", ["misaligned", "transposed", "strided", "gaps"])
+@backends
+def test_layouts(backend, layout):
+    run = Run(on(backend), 2, backend=backend, layout=layout)
+    for factor in (1.0, 2.0):
+        run.step(factor)
+
+
+@backends
+def test_matrices_of_many_panels(backend):
+    """More rows than panels at the most, each of several steps of the loop, and rows of several panels."""
+    run = Run(on(backend), 1, backend=backend, shapes=[(700, 1100), (2, 90, 520)], scale_parameter=True)
+    run.step(slack=100)
+    run.step(2.0, slack=100)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_sums_are_the_same_to_the_bit_on_every_path(backend):
+    """Of aligned rows and of others, and in a launch with other tensors."""
+    shape, results = (40, 96), []
+    for layout, others in (("contiguous", []), ("misaligned", []), ("contiguous", [(7, 33), (64,)])):
+        run = Run(on(backend), 2, backend=backend, layout=layout, shapes=[shape, *others])
+        generator = torch.Generator().manual_seed(3)
+        p = run.params[0]
+        with torch.no_grad():
+            p.copy_(torch.randn(shape, generator=generator))
+        for _ in range(3):
+            for q in run.params:
+                q.grad = None if q is p else torch.ones_like(q)
+            g = torch.randn(shape, generator=generator).to(p)
+            p.grad = Poisoned(g, layout).tensor
+            with interpreter.like_a_gpu():
+                run.optimizer.step()
+        results.append([p.detach().clone().contiguous(), *run.optimizer.state[p].values()])
+    runs.assert_same_bits(results[0], results[1])
+    runs.assert_same_bits(results[0], results[2])
+
+
+def parameters(dtype=torch.float32, device="cpu", shapes=((64, 96), (33, 70), (128,), (3, 8, 24))):
+    return runs.parameters(shapes, torch.device(device), dtype)
+
+
+def steps(optimizer, params, ts):
+    for t in ts:
+        runs.give_gradients(params, t, (1.0, 3.0, 0.2)[t % 3])
+        with interpreter.like_a_gpu():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5), (7,)])
+def test_level_0_is_adafactor_of_torch(shape):
+    """Which has no first moment, scales by the weights, and caps the rate; it adds nothing to squares."""
+    p, q = runs.parameters([shape], dtype=torch.float64) + runs.parameters([shape], dtype=torch.float64)
+    theirs = torch.optim.Adafactor([p], lr=0.5, eps=(1e-30, 1e-3))
+    ours = GWTAdafactor([q], lr=0.5, beta1=None, scale_parameter=True, level=0, scale=99.0)
+    for t in range(1, 6):
+        p.grad = q.grad = torch.randn(shape, dtype=torch.float64) * t**2
+        ours.param_groups[0]["lr"] = min(0.5, 1 / math.sqrt(t))
+        theirs.step()
+        ours.step()
+        torch.testing.assert_close(q, p, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("details", ["divided", "published"])
+def test_int8_moments_follow_float32_ones_within_their_step(details):
+    shapes = [(256, 128), (100, 50)]
+    exact_, narrow = parameters(shapes=shapes), parameters(shapes=shapes)
+    wide = GWTAdafactor(exact_, details=details)
+    small = GWTAdafactor(narrow, details=details, state_dtype=torch.int8)
+    for optimizer, params in ((wide, exact_), (small, narrow)):
+        steps(optimizer, params, range(4))
+    assert set(small.state[narrow[1]]) == {"step", "exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"}, (
+        "1300 are too few"
+    )
+    state = small.state[narrow[0]]
+    assert set(state) == {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq_row", "exp_avg_sq_col"}
+    assert (state["exp_avg"].dtype, state["exp_avg_sq_row"].dtype) == (torch.int8, torch.float32)
+    decoded = decode_first(state["exp_avg"], state["exp_avg_scale"], 2)
+    error = (decoded - wide.state[exact_[0]]["exp_avg"]).abs().max() / decoded.abs().max()
+    assert float(error) < 0.05
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8])
+def test_backends_round_alike(narrow):
+    """Both store the same number at random as the same bits, but for what float32 rounds otherwise."""
+    results = []
+    for backend in ("torch", "triton"):
+        params = parameters(torch.bfloat16, on(backend), shapes=[(96, 256), (33, 130)])
+        optimizer = GWTAdafactor(
+            params, state_dtype=narrow, weight_rounding="stochastic", backend=backend, seed=3, max_grad_norm=5.0
+        )
+        steps(optimizer, params, range(3))
+        results.append([x.cpu() for p in params for x in (p.detach(), optimizer.state[p]["exp_avg"])])
+    for a, b in zip(*results, strict=True):
+        if a.dtype == torch.float32:  # of too few coefficients for int8
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert (a != b).float().mean() < 0.01
+
+
+@backends
+def test_a_zero_gradient_moves_nothing_and_infinite_ones_are_skipped(backend):
+    params = parameters(device=on(backend))
+    optimizer = GWTAdafactor(params, skip_nonfinite=True, telemetry=True, backend=backend)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    with interpreter.like_a_gpu():
+        optimizer.step()
+    runs.assert_same_bits([p.detach() for p in params], before)
+    assert all(x.isfinite().all() for p in params for x in optimizer.state[p].values())
+    steps(optimizer, params, range(2))
+    before = copy.deepcopy(runs.results(optimizer))
+    runs.give_gradients(params, 5)
+    params[1].grad[0, 0] = math.inf
+    with interpreter.like_a_gpu():
+        optimizer.step()
+    runs.assert_same_bits(runs.results(optimizer), before)
+    assert float(optimizer.skipped_steps) == 1
+    told = optimizer.telemetry()
+    for own in told.values():
+        assert 0 <= own["detail_energy"] <= 1
+        assert own["limiter"] >= 1
+        assert own["nonfinite"] > 0
+    assert max(own["limiter"] for own in told.values()) > 1, "nothing was clipped"
+
+
+def test_telemetry_is_the_same_on_either_backend():
+    told = []
+    for backend in ("torch", "triton"):
+        params = parameters(device=on(backend))
+        optimizer = GWTAdafactor(params, telemetry=True, backend=backend)
+        steps(optimizer, params, range(2))
+        told.append(optimizer.telemetry())
+    for name, own in told[0].items():
+        assert own == pytest.approx(told[1][name], rel=1e-4)
+
+
+@backends
+def test_steps_that_the_device_counts_are_those_of_the_host(backend):
+    results = []
+    for options in ({}, {"max_grad_norm": math.inf}):
+        params = parameters(device=on(backend))
+        optimizer = GWTAdafactor(
+            params, relative_step=True, warmup_init=True, scale_parameter=True, weight_decay=0.1, backend=backend,
+            **options,
+        )  # fmt: skip
+        steps(optimizer, params, range(4))
+        results.append([x for p in params for x in (p.detach(), *optimizer.state[p].values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_launches_do_not_grow_with_tensors(backend):
+    from gwt_kernels.backends.triton.factored_launch import FactoredLaunch
+
+    counts = []
+    for n in (1, 9):
+        params = parameters(device=on(backend), shapes=[(16, 64)] * n)
+        optimizer = GWTAdafactor(params, backend=backend, scale_parameter=True)
+        steps(optimizer, params, range(1))
+        with mock.patch.object(FactoredLaunch, "_run", autospec=True, side_effect=FactoredLaunch._run) as own:
+            steps(optimizer, params, range(1))
+        counts.append(own.call_count)
+    assert counts == [6, 6], "and two of every step: the sums of squares, and the step itself"
+
+
+def test_checkpoints_resume_bit_for_bit_and_are_refused_where_they_do_not_fit(tmp_path):
+    for options in ({}, {"beta1": None}, {"state_dtype": torch.bfloat16, "weight_decay": 0.1}):
+        params, resumed = parameters(), parameters()
+        optimizer = GWTAdafactor(params, **options)
+        steps(optimizer, params, range(3))
+        torch.save(optimizer.state_dict(), tmp_path / "state")
+        for p, q in zip(params, resumed, strict=True):
+            q.data.copy_(p)
+        again = GWTAdafactor(resumed, state_dtype=options.get("state_dtype"))
+        again.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        for own, of in ((optimizer, params), (again, resumed)):
+            steps(own, of, range(3, 6))
+        runs.assert_same_bits(runs.results(again), runs.results(optimizer))
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match="rule='adafactor', the optimizer rule='gwt'"):
+        GWTAdamW(parameters()).load_state_dict(saved)
+    with pytest.raises(ValueError, match="level=2, the optimizer level=3"):
+        GWTAdafactor(parameters(), level=3, state_dtype=torch.bfloat16).load_state_dict(saved)
+    broken = copy.deepcopy(saved)
+    broken["state"][0]["exp_avg_sq_row"] = torch.zeros(63)
+    with pytest.raises(ValueError, match=r"exp_avg_sq_row of parameter 0 .* has shape \(63,\)"):
+        GWTAdafactor(parameters(), state_dtype=torch.bfloat16).load_state_dict(broken)
+    del broken["state"][0]["exp_avg_sq_row"]
+    with pytest.raises(ValueError, match="lacks exp_avg_sq_row"):
+        GWTAdafactor(parameters(), state_dtype=torch.bfloat16).load_state_dict(broken)
+    broken = copy.deepcopy(saved)
+    broken["state"][0]["exp_avg_sq"] = torch.zeros(64, 24)
+    with pytest.raises(ValueError, match="has exp_avg_sq, which rule='adafactor' does not keep"):
+        GWTAdafactor(parameters(), state_dtype=torch.bfloat16).load_state_dict(broken)
+
+
+def test_the_state_is_small_and_float32():
+    params = parameters(torch.bfloat16, shapes=[(64, 96), (3, 8, 24), (128,), ()])
+    optimizer = GWTAdafactor(params[:-1])
+    optimizer.add_param_group({"params": params[-1:], "level": 0})
+    steps(optimizer, params, range(1))
+    shapes = [{k: (tuple(x.shape), x.dtype) for k, x in optimizer.state[p].items() if k != "step"} for p in params]
+    f32 = torch.float32
+    assert shapes == [
+        {"exp_avg": ((64, 24), f32), "exp_avg_sq_row": ((64,), f32), "exp_avg_sq_col": ((24,), f32)},
+        {"exp_avg": ((3, 8, 6), f32), "exp_avg_sq_row": ((3, 8), f32), "exp_avg_sq_col": ((3, 6), f32)},
+        {"exp_avg": ((32,), f32), "exp_avg_sq": ((32,), f32)},
+        {"exp_avg": ((), f32), "exp_avg_sq": ((), f32)},
+    ]
+
+
+def test_the_plan_knows_its_bytes():
+    for options in ({}, {"beta1": None}, {"state_dtype": torch.int8, "level": 1}):
+        params = parameters(shapes=[(128, 96), (3, 8, 24), (128,)])
+        optimizer = GWTAdafactor(params, **options)
+        predicted = predicted_state_bytes(optimizer)
+        steps(optimizer, params, range(1))
+        held = [x for p in params for x in optimizer.state[p].values()]
+        assert predicted == sum(x.numel() * x.element_size() for x in held)
+
+
+def test_empty_tensors_take_steps():
+    params = parameters(shapes=[(0, 8), (4, 8), (4, 0)])
+    for backend in ("torch", "triton"):
+        own = [torch.nn.Parameter(p.detach().to(on(backend)).clone()) for p in params]
+        optimizer = GWTAdafactor(own, backend=backend, scale_parameter=True, level=1)
+        steps(optimizer, own, range(2))
+        assert all(float(optimizer.state[p]["step"]) == 2 for p in own)
+        assert own[1].isfinite().all()
+
+
+def test_groups_left_alone_are_adamw_with_a_rate_of_their_own():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(16, 16)) for _ in range(2))
+    groups = gwt_param_groups(model, include=["weight"], adamw_lr=5e-4)
+    optimizer = GWTAdafactor(groups, lr=None, relative_step=True, adamw_betas=(0.8, 0.95))
+    rules = [(group["rule"], group["level"], group["lr"], group.get("betas")) for group in optimizer.param_groups]
+    assert rules == [("adafactor", 2, None, None), ("adamw", 0, 5e-4, (0.8, 0.95))]
+    bias = optimizer.param_groups[1]["params"]
+    alone = copy.deepcopy(bias)
+    other = GWTAdamW(alone, lr=5e-4, betas=(0.8, 0.95), eps=1e-8, level=0)
+    for p, q in zip(bias, alone, strict=True):
+        p.grad = q.grad = torch.randn(p.shape)
+    optimizer.step()
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(bias, alone, strict=True))
+    assert set(optimizer.state[bias[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+    with pytest.raises((TypeError, ValueError), match="lr must be a real number, got None"):
+        GWTAdafactor(gwt_param_groups(model, include=["weight"]), lr=None, relative_step=True)
+
+
+def test_gradient_release_is_the_same_to_the_bit():
+    results = []
+    for released in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 8))
+        optimizer = GWTAdafactor(model.parameters(), level=1, scale_parameter=True)
+        if released:
+            release_gradients(model, optimizer)
+        for _ in range(3):
+            model(torch.randn(4, 32)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(runs.results(optimizer))
+    runs.assert_same_bits(*results)
+
+
+def test_a_scaler_unscales_and_skips():
+    results = []
+    for scaled in (False, True):
+        params = parameters()
+        optimizer = GWTAdafactor(params)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+        for t in range(3):
+            runs.give_gradients(params, t)
+            if scaled:
+                scaler.scale(torch.ones(()))
+                for p in params:
+                    p.grad *= 1024
+                if t == 1:
+                    params[0].grad[0, 0] = math.nan
+                scaler.step(optimizer)
+                scaler.update(1024.0)
+            elif t != 1:
+                optimizer.step()
+        results.append([x for p in params for x in (p.detach(), *optimizer.state[p].values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"rule": "foam"}, ValueError, "rule='foam' is no rule of GWTAdafactor"),
+        ({"rule": "adamw", "level": 2}, ValueError, "rule='adamw' transforms nothing"),
+        ({"beta1": 1.0}, ValueError, "beta1 must be at least 0 and below 1, or None"),
+        ({"beta1": -0.1}, ValueError, "beta1 must be at least 0 and below 1"),
+        ({"beta1": "x"}, TypeError, "beta1 must be a real number"),
+        ({"eps": 1e-8}, TypeError, "eps must be a pair of numbers"),
+        ({"eps": (1e-30,)}, TypeError, "eps must be a pair of numbers"),
+        ({"eps": (-1.0, 1e-3)}, ValueError, r"eps\[0\] must be finite and at least 0"),
+        ({"eps": (1e-30, math.inf)}, ValueError, r"eps\[1\] must be finite and at least 0"),
+        ({"clip_threshold": 0.0}, ValueError, "clip_threshold must be finite and above 0, got 0.0"),
+        ({"clip_threshold": math.nan}, ValueError, "clip_threshold must be finite and above 0, got nan"),
+        ({"decay_rate": 0.8}, ValueError, "decay_rate must be finite and not above 0, got 0.8"),
+        ({"details": "both"}, ValueError, "unknown details 'both': use one of 'published', 'divided'"),
+        ({"details": ["divided"]}, ValueError, "unknown details"),
+        ({"warmup_init": True}, ValueError, "warmup_init=True is of the learning rates of relative_step=True"),
+        ({"relative_step": 1}, TypeError, "relative_step must be True or False, got 1"),
+        ({"scale_parameter": None}, TypeError, "scale_parameter must be True or False"),
+        ({"lr": None}, ValueError, "lr is None, which relative_step=True alone does without"),
+        ({"lr": -1.0}, ValueError, "lr must be finite and at least 0"),
+        ({"scale": 0.0}, ValueError, "scale must be finite and above 0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must be finite and at least 0"),
+        ({"norm_growth_limit": 1.01}, ValueError, "rule='adafactor' has no limiter"),
+        ({"detail_scale": 0.5}, ValueError, "rule='adafactor' takes none"),
+        ({"level": 12}, ValueError, "level 12 is too deep"),
+        ({"boundary": "mirror"}, ValueError, "unknown boundary 'mirror'"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, error, words):
+    params = parameters()[:2]
+    with pytest.raises(error, match=words):
+        GWTAdafactor([{"params": params, **options}])
+    if "rule" not in options and "detail_scale" not in options and "norm_growth_limit" not in options:
+        with pytest.raises(error, match=words):
+            GWTAdafactor(params, **options)
+    if "detail_scale" in options:
+        return
+    optimizer = GWTAdafactor(params)
+    steps(optimizer, params, range(1))
+    optimizer.param_groups[0].update(options)
+    runs.give_gradients(params, 1)
+    with runs.refused(optimizer, error):
+        optimizer.step()
+
+
+def test_other_optimizers_refuse_what_is_adafactors():
+    with pytest.raises(ValueError, match="rule='adafactor' is no rule of GWTAdamW"):
+        GWTAdamW(parameters(), rule="adafactor")
+
+
+def test_options_that_change_on_the_way_act_at_once():
+    """Also those that are sent to a device when they change, and not in every step."""
+    results = []
+    for backend in ("torch", "triton"):
+        params = parameters(device=on(backend))
+        optimizer = GWTAdafactor(params, backend=backend)
+        changes = (
+            {"clip_threshold": 0.2},
+            {"details": "published"},
+            {"eps": (1e-3, 0.1)},
+            {"scale_parameter": True},
+        )
+        for t, change in enumerate(changes):
+            optimizer.param_groups[0].update(change)
+            steps(optimizer, params, [t])
+        results.append([x.cpu() for p in params for x in (p.detach(), *optimizer.state[p].values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
