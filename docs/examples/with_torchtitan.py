@@ -1,4 +1,4 @@
-"""GWTAdamW in torchtitan: an optimizer configuration to put in the place of `default_adamw(...)`."""
+"""GWTAdamW, or GWTMuon, in torchtitan: an optimizer configuration to put in the place of `default_adamw(...)`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,22 +12,24 @@ from gwt_kernels import GWTAdamW, gwt_param_groups
 
 
 class GWTOptimizers(OptimizersContainer):
-    """One GWTAdamW for each part of the model; which matrices are transformed follows `gwt_param_groups`."""
+    """One optimizer for each part of the model; which matrices are transformed follows `gwt_param_groups`."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
         lr: float = 1e-3
         groups: dict[str, Any] = field(default_factory=dict)
         """Options of `gwt_param_groups`: level, scale, weight_decay, include, exclude."""
+        kind: Any = GWTAdamW
+        """The optimizer: `GWTAdamW`, `GWTLion` or `GWTMuon`."""
         options: dict[str, Any] = field(default_factory=dict)
-        """Options of `GWTAdamW`: rule, state_dtype, weight_rounding, betas and so on."""
+        """Its options: state_dtype, weight_rounding, betas and so on."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         if config.param_groups:
             raise ValueError("param_groups are made by gwt_param_groups: say what to leave out with groups={...}")
         self.model_parts = model_parts
         self.optimizers = [
-            GWTAdamW(gwt_param_groups(part, **config.groups), lr=config.lr, **config.options)
+            config.kind(gwt_param_groups(part, **config.groups), lr=config.lr, **config.options)
             for part in model_parts
         ]
         every = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -35,9 +37,11 @@ class GWTOptimizers(OptimizersContainer):
         self._post_init(every)
 
 
-def gwt_adamw(lr: float = 1e-3, *, groups: dict[str, Any] | None = None, **options: Any) -> GWTOptimizers.Config:
+def gwt_adamw(
+    lr: float = 1e-3, *, kind: Any = GWTAdamW, groups: dict[str, Any] | None = None, **options: Any
+) -> GWTOptimizers.Config:
     """What `Trainer.Config(optimizer=...)` takes."""
-    return GWTOptimizers.Config(lr=lr, groups=groups or {"weight_decay": 0.1}, options=options)
+    return GWTOptimizers.Config(lr=lr, groups=groups or {"weight_decay": 0.1}, kind=kind, options=options)
 
 
 if __name__ == "__main__":  # what torchtitan's trainer does with the configuration

@@ -259,14 +259,14 @@ class MatrixRunner:
         rows = self.bucket.telemetry
         assert rows is not None
         limit = COLUMNS.index("limit")
-        taken = 1.0 if decision is None else decision[1]
         sums = torch.zeros_like(rows)
         for batch in self._batches.values():
             if batch.rows is not None:
                 sums.index_add_(0, batch.params, batch.rows)
-        rows[:, :limit] = torch.where(
-            torch.as_tensor(taken, device=rows.device) > 0, sums[:, :limit], rows[:, :limit]
-        )
+        own = sums[:, :limit]
+        if decision is not None:  # those of the last step that was taken
+            own = torch.where(decision[1] > 0, own, rows[:, :limit])
+        rows[:, :limit] = own
         rows[:, limit] = 1.0
         rows[:, COLUMNS.index("nonfinite")] += sums[:, COLUMNS.index("nonfinite")].clamp(max=1.0)
         rows[:, COLUMNS.index("steps")] += 1.0

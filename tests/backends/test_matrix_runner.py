@@ -99,6 +99,28 @@ def test_splits_of_rows_with_factors_of_their_own():
         )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"skip_nonfinite": True, "telemetry": True}, {"weight_rounding": "split", "dtype": torch.bfloat16},
+     {"workspace_bytes": 8400, "state_dtype": torch.bfloat16}, {"layout": "transposed", "grads": "misaligned"}],
+    ids=str,
+)  # fmt: skip
+def test_rows_as_blocks(options):
+    """Their means are of any number of elements, and so not exact: to rounding, the same on both backends."""
+    options = {"shapes": [(6, 40), (5, 37), (3, 4, 16), (2, 1030)], "level": "row", "ns_steps": 0, **options}
+    wanted, got = run("torch", **options), run("triton", **options)
+    coarse = options.get("state_dtype") == torch.bfloat16
+    for p, q in zip(*(x.param_groups[0]["params"] for x in (wanted, got)), strict=True):
+        rtol = 2**-8 if q.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=rtol, atol=1e-3 if coarse else 1e-6)
+        own, other = (x.state[y]["exp_avg"].cpu() for x, y in ((wanted, p), (got, q)))
+        assert own.shape == (*p.shape[:-1], 1)
+        torch.testing.assert_close(other, own, rtol=2**-7 if coarse else 1e-5, atol=1e-7)
+    if "telemetry" in options:
+        for name, told in wanted.telemetry().items():
+            assert got.telemetry()[name] == pytest.approx(told, rel=1e-5)
+
+
 # In pieces -------------------------------------------------------------------------------------------------
 
 EXPERTS = [(3, 8, 40), (3, 6, 37), (4, 8, 48), (8, 24)]

@@ -18,7 +18,16 @@ from torch import nn
 
 from bench.common import records
 from bench.pretrain.optimizers import check_name
-from gwt_kernels import GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients
+from gwt_kernels import (
+    GWTAdamW,
+    GWTLion,
+    GWTMuon,
+    gwt_param_groups,
+    haar_dwt,
+    haar_idwt,
+    migrate,
+    release_gradients,
+)
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.torch import literal
@@ -39,16 +48,27 @@ def test_every_option_is_explained() -> None:
     assert sorted(listed) == sorted(set(inspect.signature(GWTAdamW).parameters) - {"params"})
 
 
-@pytest.mark.parametrize("function", [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients])
+def test_every_option_of_muons_own_is_explained() -> None:
+    section = re.search(r"## `GWTMuon`\n(.*?)\nState:", INTERFACE, re.DOTALL)
+    assert section is not None
+    listed = {name for row in re.findall(r"^\| (`.*?`) \|", section[1], re.M) for name in re.findall(r"\w+", row)}
+    shared = set(inspect.signature(GWTAdamW).parameters) - {"lr", "weight_decay", "eps", "level", "scale"}
+    assert listed == set(inspect.signature(GWTMuon).parameters) - shared
+
+
+@pytest.mark.parametrize(
+    "function",
+    [GWTAdamW, GWTMuon, GWTLion, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients],
+)
 def test_signatures_are_current(function: Callable[..., object]) -> None:
     shown = re.search(rf"^{function.__name__}\(([^()]*(?:\([^()]*\)[^()]*)*)\)", INTERFACE, re.MULTILINE)
     assert shown is not None
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"torch": torch}
     exec(f"def page({shown[1]}): ...", names)
 
     def plain(call: Callable[..., object]) -> list[tuple[object, ...]]:
         parameters = inspect.signature(call).parameters.values()
-        return [(p.name, p.kind, p.default) for p in parameters if call is GWTAdamW or p.name != "backend"]
+        return [(p.name, p.kind, p.default) for p in parameters if isinstance(call, type) or p.name != "backend"]
 
     shown_parameters = [(p.name, p.kind, p.default) for p in inspect.signature(names["page"]).parameters.values()]
     assert shown_parameters == plain(function)

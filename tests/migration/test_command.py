@@ -219,14 +219,17 @@ def test_command_in_a_new_process(trained, tmp_path):
     assert "exp_avg_sq    approximate" in done.stdout
 
 
-def test_the_example_of_the_page(capsys):
+def test_the_examples_of_the_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
-    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:2]
+    code, printed, of_muon = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:3]
     names: dict = {}
     torch.manual_seed(0)
     exec(code, names)
     assert capsys.readouterr().out == printed
     assert names["after"] < names["before"]
+    exec(of_muon, names)
+    assert names["migration"].tensors[0].notes == {"exp_avg": "exact: sums of blocks"}
+    assert names["optimizer"].state[names["mlp"].weight]["exp_avg"].shape == (32, 8)
 
 
 # Refused files ----------------------------------------------------------------------------------------------

@@ -103,13 +103,15 @@ def test_rates_and_momentum_may_change_from_step_to_step_as_schedulers_change_th
     momenta = []
     for each in (optimizer, torchs):
         schedule = torch.optim.lr_scheduler.OneCycleLR(each, max_lr=0.1, total_steps=8)
-        told = []
+        told, plans = [], set()
         for t in range(6):
             give_gradients(own_of(each), seed=t)
             each.step()
             schedule.step()
+            plans.add(getattr(each, "_plan", None))
             told.append((each.param_groups[0]["lr"], each.param_groups[0]["momentum"]))
         momenta.append(told)
+        assert len(plans) == 1  # what changes in every step is no reason to plan anew
     assert momenta[0] == momenta[1]
     assert len(set(momenta[0])) == 6
     fixed = build(parameters(SHAPES[:2]))

@@ -156,6 +156,17 @@ def test_a_state_whose_options_do_not_fit_is_refused_before_anything_changes(nam
         optimizer.load_state_dict(state)
 
 
+def test_a_rule_changed_in_mid_run_needs_what_the_other_has():
+    optimizer = build(parameters(SHAPES[:1]))
+    train(optimizer, range(1))
+    optimizer.param_groups[0].update(rule="adamw", level=0)
+    with refused(optimizer, ValueError, "no 'betas', which rule='adamw' takes"):
+        optimizer.step()
+    optimizer.param_groups[0].update(betas=(0.9, 0.999))
+    with refused(optimizer, ValueError, "lacks exp_avg_sq"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("rule", ["muon", "orthogonal"])
 def test_the_function_of_one_element_wise_step_refuses_matrices(rule):
     with pytest.raises(ValueError, match=r"use gwt_kernels\.GWTMuon"):

@@ -149,6 +149,19 @@ def test_the_optimizer_is_lion_at_level_0_and_keeps_one_number_a_block(level):
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-13, atol=1e-13)
 
 
+@backends
+def test_scalars_and_empty_tensors_are_stepped(backend):
+    params = [torch.nn.Parameter(torch.ones(s, device=on(backend))) for s in ((), (0, 8), (5,))]
+    optimizer = GWTLion(params, lr=0.25, level=0, backend=backend)
+    with interpreter.like_a_gpu():
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.full_like(p, 3.0)
+            optimizer.step()
+    assert [p.detach().flatten().tolist() for p in params] == [[0.5], [], [0.5] * 5]
+    assert [float(optimizer.state[p]["step"]) for p in params] == [2.0] * 3
+
+
 def test_int8_moments_follow_float32_ones_within_their_step():
     exact, narrow = ([p] for p in (parameters()[0], parameters()[0]))
     wide, small = GWTLion(exact, lr=1e-3), GWTLion(narrow, lr=1e-3, state_dtype=torch.int8)

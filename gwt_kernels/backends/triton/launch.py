@@ -110,8 +110,10 @@ class Launch:
         self._dtypes = p, g, m
         if bucket.is_by_rows or level == ROW:
             rows_ = [rows_by_row(bucket.params[i], level) for i in chosen]
-            shared["V"] = TRITON_DTYPES[bucket.moments[-1][0].dtype]
+            shared["V"] = TRITON_DTYPES[bucket.moments[-1][0].dtype] if bucket.moments else m
             self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), level, flat)
+            if level == ROW:
+                self._step_path = {"READS": self._reads, **self._path}
             tiles = programs = [own.n_blocks for own in rows_]
         else:
             together = blocks_together(level, m, bucket.rounding == "stochastic")

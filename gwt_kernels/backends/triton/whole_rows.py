@@ -67,6 +67,7 @@ def row_step_kernel(
     SLOTS: tl.constexpr,
     SKIPPABLE: tl.constexpr,
     OBSERVED: tl.constexpr,
+    READS: tl.constexpr,
 ):
     """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights."""
     program = tl.program_id(0)
@@ -87,7 +88,8 @@ def row_step_kernel(
     p_ptr, g_ptr, low_ptr, moments = arrays_of(
         pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, 0, SLOTS
     )
-    DRAWS: tl.constexpr = ROUNDING == "stochastic" or M == tl.bfloat16
+    AT_RANDOM: tl.constexpr = SLOTS > 0 and M == tl.bfloat16
+    DRAWS: tl.constexpr = ROUNDING == "stochastic" or AT_RANDOM
     key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
 
     m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
@@ -96,7 +98,7 @@ def row_step_kernel(
     mean, m, v, per_root = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
     tl.debug_barrier()  # all lanes have read the moments before one writes them
     places = row + tl.arange(0, 1)
-    if M == tl.bfloat16:
+    if AT_RANDOM:
         index = places
         if SPAN:
             index = in_whole(moments_span, places) if SPAN == 2 else places + moments_span[0]
@@ -104,7 +106,7 @@ def row_step_kernel(
         tl.store(m_ptr + places, stochastic_round(m, words & 0xFFFF, M))
         if V == tl.bfloat16 and SLOTS == 2:
             tl.store(v_ptr + places, stochastic_round(v, words >> 16, V))
-    else:
+    elif SLOTS > 0:
         tl.store(m_ptr + places, m.to(M))
     if V != tl.bfloat16 and SLOTS == 2:
         tl.store(v_ptr + places, v.to(V))
@@ -115,11 +117,12 @@ def row_step_kernel(
         here = start + column
         inside = inside_row(width, column, TILE, FLAT)
         g = load_part(g_ptr + here, inside, TILE).to(tl.float32) * grad_scale
-        p = load_part(p_ptr + here, inside, TILE)
-        if ROUNDING == "split":
-            p = join_low(p, load_part(low_ptr + here, inside, TILE))
-        else:
-            p = p.to(tl.float32)
+        if READS:
+            p = load_part(p_ptr + here, inside, TILE)
+            if ROUNDING == "split":
+                p = join_low(p, load_part(low_ptr + here, inside, TILE))
+            else:
+                p = p.to(tl.float32)
         elements = tl.reshape(g, (1, TILE))
         residual = elements - mean[:, None]
         update = tl.reshape(UPDATE(elements, residual, m, v, step_size, numbers, per_root), (TILE,))
@@ -128,7 +131,10 @@ def row_step_kernel(
             details += apart * apart
             moved = tl.where(inside, update, 0.0)
             applied += moved * moved
-        p = p - decay * p - update
+        if READS:
+            p = p - decay * p - update
+        else:
+            p = update
         if ROUNDING == "split":
             weight, low = split_low(p)
             store_part(low_ptr + here, low, inside, TILE)
@@ -267,9 +273,11 @@ def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl
 
 @triton.jit
 def _load_moments(m_ptr, v_ptr, row, SLOTS: tl.constexpr):
-    """``m`` and ``v`` of a row, in float32, ``[1]``; of 1 ``SLOTS``, ``m`` stands for ``v``."""
+    """``m`` and ``v`` of a row, in float32, ``[1]``; of 1 ``SLOTS``, ``m`` stands for ``v``; of none, zeros do."""
     places = row + tl.arange(0, 1)
-    m = tl.load(m_ptr + places).to(tl.float32)
+    m = tl.zeros((1,), tl.float32)
+    if SLOTS > 0:
+        m = tl.load(m_ptr + places).to(tl.float32)
     v = m
     if SLOTS == 2:
         v = tl.load(v_ptr + places).to(tl.float32)
