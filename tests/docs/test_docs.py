@@ -28,7 +28,7 @@ INTERFACE = (ROOT / "docs" / "interface.md").read_text()
 
 
 def test_every_page_is_in_the_menu() -> None:
-    menu = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    menu = re.findall(r"^    - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(menu) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
