@@ -14,7 +14,7 @@ _SHOWN = {
     name: name
     for name in (
         "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2, foam",
-        "GWTAdamW level 2, bfloat16 moments", "GWTAdamW level 2, int8 moments",
+        "GWTAdamW level 2, bfloat16 moments",
         "GWTAdamW level 2, bfloat16 moments, stochastic rounding",
         "GWTAdamW level 2, int8 moments, stochastic rounding", "bitsandbytes AdamW8bit", "torchao AdamW8bit",
     )

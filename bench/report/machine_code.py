@@ -10,6 +10,8 @@ from bench.report.markdown import details, origin, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
+INTRODUCTION = "What the compiler made of each Triton kernel; no GPU is needed for it, and nothing here is a time."
+
 ABOUT = """\
 Read from the machine code. Loads and stores are
 instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
@@ -22,9 +24,6 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page, which has no plots."""
     parts = ["# Machine code", INTRODUCTION, *_resources(of(runs, "codegen"))]
     return "\n\n".join([*parts, *executed.section(of(runs, "executed"))]) + "\n", []
-
-
-INTRODUCTION = "What the compiler made of each Triton kernel; no GPU is needed for it, and nothing here is a time."
 
 
 def _resources(runs: Sequence[Run]) -> list[str]:

@@ -123,11 +123,20 @@ def steps_table(found: Sequence[Case]) -> str:
     if "state, bytes a parameter" in columns:
         columns.pop("state, MiB", None)
     lines = [[*head(case, keys), *(write(case) for write in columns.values())] for case in timed]
-    notes = [f"- {', '.join(head(case, keys))}: {cell(case.note)}" for case in found if not case.metrics]
+    notes = [f"- {', '.join(head(case, keys))}: {cell(_reason(case.note))}" for case in found if not case.metrics]
     parts = [table([*map(heading, keys), *columns], lines, left=len(keys))] if timed else []
     if any((case.median("copy_bandwidth_fraction") or 0) > 1 for case in timed):
         parts.append("Above 100 %: faster than the copy that was measured, as caches allow.")
     return "\n\n".join(parts + (["Not timed:\n\n" + "\n".join(notes)] if notes else []))
+
+
+def _reason(note: str) -> str:
+    """Return why an optimizer was not timed, in words, of the exception that its package raised."""
+    if found := re.search(r"No module named '([\w.]+)'", note):
+        return f"{found[1]} is not installed"
+    if note.startswith("cannot run here") and re.search(r"CUDA|0 active drivers", note):
+        return "needs a GPU"
+    return re.sub(r"^cannot run here: \w+(?:Error|Exception): ", "cannot run here: ", note)
 
 
 def _unclipped(case: Case) -> str:

@@ -311,9 +311,13 @@ def chart(comparison: Comparison) -> list[Plot]:
 
 
 def tradeoff(comparison: Comparison, root: str) -> str:
-    """Return the optimizers of a preset, the lowest loss first, and the chart."""
+    """Return the optimizers of a preset up to level 3, the lowest loss first, and the chart of all."""
     points = _points(comparison)
-    rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in points]
+    rows = [
+        [point["label"], point["spread"], f"{point['bytes']:.2f}"]
+        for point in points
+        if "level 4" not in point["label"]
+    ]
     sizes = {
         r["parameters"] for s in comparison.runs.values() for x in s.values() for r in x if r.get("parameters")
     }

@@ -117,6 +117,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert re.search(r"\| AdamW \| 9 \| 0\.03 \| 0\.1 \| 1\.510 ± 0\.010 \| 3 \|", models)
     drawn = {"steps_abacus-3000", "steps_nvidia-h100-80gb-hbm3", "state_abacus-3000", "state_nvidia-h100-80gb-hbm3"}
     drawn |= {"state", "roofline_abacus-3000", "roofline_nvidia-h100-80gb-hbm3", "losses_cpu", "sweep-abacus-3000"}
+    drawn.add("loss_over_state")
     assert images(place) == drawn
     for name in re.findall(r"\]\(images/(.*?)\.svg\)", speed + models):
         assert name in drawn
@@ -128,12 +129,12 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert report(place) == 0
     readme = (place / "README.md").read_text()
     run = "NVIDIA H100 80GB HBM3, LLaMA-7B, GWTAdamW on the `triton` backend, 2026-02-03, commit 0123456789ab"
-    assert readme.startswith(f"# Made up\n\n<!-- performance -->\nNewest run on {run}:\n")
+    assert readme.startswith(f"# Made up\n\n<!-- speed -->\n{run}:\n")
     assert "\n\nWords between the blocks.\n\n" in readme
     assert "old" not in readme
-    assert "](docs/images/losses_cpu.svg)" in readme
-    assert "](images/losses_cpu.svg)" in page(place, "traps.md")
-    assert "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 |" in readme
+    assert "](docs/images/loss_over_state.svg)" in readme
+    assert "](images/loss_over_state.svg)" in page(place, "traps.md")
+    assert "| GWT level 2 | 1.570 ± 0.010 |" in readme
     assert "0.86M parameters" in readme
     assert "with clipping" not in readme  # for the page
 
@@ -144,7 +145,9 @@ def test_a_run_without_times_is_shown_and_hides_no_other(place: Path) -> None:
     records.append(place / "results" / "optimizers_none.json", "optimizers", [{"optimizer": None} | note | newer])
     assert report(place) == 0
     assert "Nothing is timed yet" in (place / "README.md").read_text()
-    assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(place, "performance_optimizers.md")
+    assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(
+        place, "performance_optimizers.md"
+    )
     record(place, "optimizers", CPU)
     assert report(place) == 0
     assert (
@@ -257,9 +260,7 @@ def test_check_finds_stale_pages(
 
 
 def test_equal_rows_give_equal_pictures(tmp_path: Path) -> None:
-    plot = plots.Plot(
-        "a", "steps", optimizers.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))])
-    )
+    plot = plots.Plot("a", "steps", optimizers.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))]))
     for name in ("one.svg", "two.svg"):
         plots.draw(plot, tmp_path / name)
     one, two = ((tmp_path / name).read_bytes() for name in ("one.svg", "two.svg"))
@@ -313,7 +314,9 @@ def test_newest_run_of_each_setting_is_shown(place: Path) -> None:
 
 def test_every_block_stands_on_a_page() -> None:
     root = Path(__file__).parents[2]
-    found = [match["name"] for path in blocks.pages(root, GENERATED) for match in blocks.BLOCK.finditer(path.read_text())]
+    found = [
+        match["name"] for path in blocks.pages(root, GENERATED) for match in blocks.BLOCK.finditer(path.read_text())
+    ]
     assert set(found) == set(blocks.BLOCKS)
     assert len(found) == len(set(found))  # no table twice
 
@@ -321,10 +324,31 @@ def test_every_block_stands_on_a_page() -> None:
 def test_equal_columns_are_shown_once() -> None:
     """On a CPU the wall time and the host's are those of the step."""
     found = optimizer_rows(CPU)
-    step = {row["optimizer"]: row for row in found if row["metric"] == "step_time"}
-    same = [row | {"median": step[row["optimizer"]]["median"]} if row["metric"] == "wall_time" else row for row in found]
-    (cases, *_) = optimizers.steps_by_model(Run("f", "optimizers", "d", same)).values()
-    assert "wall" not in optimizers.steps_table(cases[:1])
+    keys = ("model", "optimizer", "weights", "clipped")
+    step = {tuple(map(row.get, keys)): row["median"] for row in found if row["metric"] == "step_time"}
+    same = [
+        row | {"median": step[tuple(map(row.get, keys))]} if row["metric"] == "wall_time" else row for row in found
+    ]
+    for rows_, shown in ((found, True), (same, False)):
+        run = Run("f", "optimizers", "d", rows_)
+        table = optimizers.steps_table(optimizers.steps_by_model(run)["llama_60m"])
+        assert ("wall, ms" in table) == shown
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        ("cannot run here: ModuleNotFoundError: No module named 'apollo_torch'", "apollo_torch is not installed"),
+        ("cannot run here: AssertionError: Torch not compiled with CUDA enabled", "needs a GPU"),
+        ("cannot run here: RuntimeError: 0 active drivers ([]). There should only be one.", "needs a GPU"),
+        ("cannot run here: ValueError: odd width", "cannot run here: odd width"),
+        ("does not fit: needs 20 GiB", "does not fit: needs 20 GiB"),
+    ],
+)
+def test_reasons_are_words(note: str, reason: str) -> None:
+    missing = {"model": "m", "optimizer": "Peer", "weights": "float32"} | measured("step_time", "s", None, 0, note)
+    (found,) = optimizers.steps_by_model(Run("f", "optimizers", "d", [missing])).values()
+    assert optimizers.steps_table(found).endswith(f"- Peer, fp32: {reason}")
 
 
 def test_each_panel_shows_one_run() -> None:

@@ -22,8 +22,11 @@ from gwt_kernels import GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.torch import literal
+from gwt_kernels.plan import plan
+from gwt_kernels.plan_sharded import plan_sharded
 
 ROOT = Path(__file__).parents[2]
+SHOWN = [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients, plan, plan_sharded]
 INTERFACE = (ROOT / "docs" / "interface.md").read_text()
 
 
@@ -39,7 +42,7 @@ def test_every_option_is_explained() -> None:
     assert sorted(listed) == sorted(set(inspect.signature(GWTAdamW).parameters) - {"params"})
 
 
-@pytest.mark.parametrize("function", [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients])
+@pytest.mark.parametrize("function", SHOWN)
 def test_signatures_are_current(function: Callable[..., object]) -> None:
     shown = re.search(rf"^{function.__name__}\(([^()]*(?:\([^()]*\)[^()]*)*)\)", INTERFACE, re.MULTILINE)
     assert shown is not None
