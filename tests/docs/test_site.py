@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
+import queue
 import shutil
 import subprocess
 import sys
@@ -20,7 +20,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 400)
 
 # A page of the site's own, which opens each page in a frame of each width and measures what stands in it.
-HARNESS = """<!doctype html><meta charset="utf-8"><pre id="found"></pre><script>
+HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS;
 function faults(page, width, frame) {
   const doc = frame.contentDocument, found = [], say = (what, e) =>
@@ -40,6 +40,7 @@ function faults(page, width, frame) {
   });
   return found;
 }
+const report = found => fetch("/found", {method: "POST", body: JSON.stringify(found)});
 (async () => {
   const all = [];
   let seen = 0;
@@ -54,14 +55,21 @@ function faults(page, width, frame) {
     seen += 1;
     frame.remove();
   }
-  document.getElementById("found").textContent = JSON.stringify({seen, all});
-  document.title = "done";
-})();
+  return {seen, all};
+})().then(report, error => report({seen: 0, all: [String(error)]}));
 </script>"""
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """A server of files that says nothing."""
+class Handler(SimpleHTTPRequestHandler):
+    """A server of the site's files that takes in what the browser found."""
+
+    found: queue.Queue[dict[str, object]] = queue.Queue()
+
+    def do_POST(self) -> None:
+        """Keep what the page with the measurements found."""
+        self.found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -85,7 +93,7 @@ def site(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         cwd=ROOT, env={"NO_MKDOCS_2_WARNING": "1", "PATH": ""}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -96,17 +104,19 @@ def measured(browser: str, site: tuple[Path, str], pages: list[str], profile: Pa
     folder, address = site
     harness = HARNESS.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(WIDTHS))
     (folder / "harness.html").write_text(harness)
-    done = subprocess.run(
-        [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            f"--user-data-dir={profile}", "--window-size=1400,1000", "--virtual-time-budget=120000",
-            "--timeout=240000", "--dump-dom", f"{address}/harness.html",
-        ],
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    said = re.search(r'<pre id="found">(\{.*?\})</pre>', done.stdout, re.DOTALL)
-    assert said is not None, done.stderr[-2000:]
-    return json.loads(said[1])
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        f"--user-data-dir={profile}", "--window-size=1400,1000", "--remote-debugging-port=0",
+        f"{address}/harness.html",
+    ]  # fmt: skip
+    with (
+        (profile.parent / "browser.log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as running,
+    ):
+        try:
+            return Handler.found.get(timeout=120)
+        finally:
+            running.terminate()
 
 
 def test_nothing_is_cut(browser: str, site: tuple[Path, str], tmp_path: Path) -> None:
