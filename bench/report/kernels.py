@@ -14,7 +14,9 @@ from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading
 
 ABOUT = f"""\
 One kernel on one tensor: the fused step with and without the limiter, the Haar transform and its inverse. Several
-sets of buffers take turns, so that no call finds its data in a cache. {ROOFLINE}"""
+sets of buffers take turns, so that no call finds its data in a cache.
+
+{ROOFLINE}"""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.kernels` measures it."
 

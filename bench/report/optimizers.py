@@ -25,7 +25,9 @@ from bench.report.rows import Case, Run, by_device, cases, of, telling_columns
 from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading, newest_open, scaled, targets
 
 ABOUT = f"""\
-`step()` alone, over the real parameter lists of LLaMA models, beside what one would use instead. {ROOFLINE}
+`step()` alone, over the real parameter lists of LLaMA models, beside what one would use instead.
+
+{ROOFLINE}
 
 *limiter*: the published rule with its norm-growth limiter, which is the default; *foam*: the folded rule
 (`rule="foam"`); *with clipping*: the framework's `clip_grad_norm_` and the step; other words name
