@@ -8,9 +8,9 @@ from bench.report.markdown import model_name, setting, spread, table
 from bench.report.rows import Case, Run
 from bench.report.sections import DTYPES
 
-__all__ = ["speed"]
+__all__ = ["SHOWN", "speed"]
 
-_SHOWN = {
+SHOWN = {
     name: name
     for name in (
         "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2, foam",
@@ -35,7 +35,7 @@ def speed(run: Run, model: str, found: Sequence[Case]) -> str:
     rows = []
     for weights in dtypes:
         fused = timed.get(("AdamW(fused=True)", weights))
-        for label, name in _SHOWN.items():
+        for label, name in SHOWN.items():
             if (case := timed.get((label, weights))) is None:
                 continue
             time, size = case.metrics["step_time"], case.metrics.get("state_bytes_per_parameter")

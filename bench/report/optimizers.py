@@ -35,6 +35,8 @@ ABOUT = f"""\
 and one of another package, whose rule and rounding are its own, with AdamW's update within what its method
 explains: what differs by more is not timed."""
 
+ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewer, all are shown
+
 NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
 ON_CPU = """\
@@ -70,7 +72,7 @@ def _run(run: Run) -> str:
     parts = []
     for model, found in steps_by_model(run).items():
         short, whole = brief.speed(run, model, plain(found)), steps_table(found)
-        if short.count("\n| ") < 5:
+        if short.count("\n| ") < ENOUGH + 2:
             parts += [f"**{model_name(model)}**, {setting(run)}:", whole]
         else:
             parts += [short, details(f"{model_name(model)}, every optimizer of this run", whole)]
@@ -170,12 +172,13 @@ def plain(found: Sequence[Case]) -> list[Case]:
 
 
 def _newest_of_each_model(runs: Sequence[Run]) -> dict[str, list[Case]]:
-    """Return for each model the cases of the newest run that timed it, the smallest model first."""
+    """Return for each model what plots show of the newest run that timed it, the smallest model first."""
     newest: dict[str, list[Case]] = {}
     for run in runs:
         for model, found in steps_by_model(run).items():
             if any("step_time" in case.metrics for case in found):
-                newest.setdefault(model, plain(found))
+                short = [case for case in plain(found) if case.what["optimizer"] in brief.SHOWN]
+                newest.setdefault(model, short if len(short) >= ENOUGH else plain(found))
     return dict(sorted(newest.items(), key=lambda item: size(item[0])))
 
 

@@ -127,8 +127,8 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             plots.append(Plot(name, "losses", data))
             parts.append(figure("Held-out loss against tokens", name))
             words = "Lines are means over seeds; bands reach from the lowest to the highest seed."
-            if left := len(comparison.plain.runs) - len(data):
-                words += f" AdamW and the lowest losses are drawn; the table has the other {left}."
+            if len(data) < len(comparison.plain.runs):
+                words += " AdamW and the lowest losses are drawn; the table has all."
             parts.append(words)
         parts.append(final_table(comparison.plain))
         if len(comparison.plain.runs) < len(comparison.runs):
