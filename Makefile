@@ -13,7 +13,7 @@ CC ?= cc
 # others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
 COMPILED := tests/backends/triton tests/formats/test_precision.py
 
-.PHONY: test demo finetune lint reference reference-sanitize codegen bench bench-gpu report docs clean
+.PHONY: test demo finetune lint reference reference-sanitize codegen bench bench-gpu report docs package clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,10 @@ report: $(VENV)/.installed ## the tables and pictures of README and docs, from t
 docs: $(VENV)/.installed ## the documentation site, in site/
 	$(BIN)/python -m bench.report --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: $(VENV)/.installed ## the sdist and the wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist runs site

@@ -1,4 +1,4 @@
-"""Write docs/performance.md, quality.md, finetuning.md, their plots and generated parts of other pages; or check.
+"""Write the pages on performance and quality, their plots and the generated blocks of all pages; or check them.
 
 python -m bench.report             # write what the results in bench/results say
 python -m bench.report --check     # fail where a page does not say it
@@ -12,9 +12,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common import records
-from bench.report import blocks, finetune, performance, plots, quality, rows, state
+from bench.report import (
+    blocks,
+    finetune,
+    host,
+    kernels,
+    machine_code,
+    optimizers,
+    performance,
+    plots,
+    quality,
+    rows,
+    state,
+)
 
 ROOT = Path(__file__).parents[2]
+GENERATED = {
+    "performance.md": performance,
+    "performance_optimizers.md": optimizers,
+    "performance_kernels.md": kernels,
+    "performance_host.md": host,
+    "performance_machine_code.md": machine_code,
+    "quality.md": quality,
+    "finetuning.md": finetune,
+}
+"""Pages that are written as a whole, and the modules that do."""
 MEND = "run `python -m bench.report` and commit what it writes"
 
 
@@ -25,10 +47,11 @@ def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
         ValueError: a file of results is not in the known format, or a page has a block of unknown name.
     """
     runs = rows.load(results)
-    pages = {page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root)}
+    pages = {
+        page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root, GENERATED)
+    }
     drawn = [state.plot()]
-    made = (("performance.md", performance), ("quality.md", quality), ("finetuning.md", finetune))
-    for name, part in made:
+    for name, part in GENERATED.items():
         text, own = part.page(runs)
         pages[root / "docs" / name] = f"<!-- Written by python -m bench.report; edit nothing here. -->\n\n{text}"
         drawn += own

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
-from bench.report import brief, performance, quality
-from bench.report.markdown import figure, model_name, optimizer_name, setting, slug, table
+from bench.report import brief, optimizers, quality, sweeps
+from bench.report.markdown import optimizer_name, table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
+from bench.report.sections import NO_GPU
 
-BLOCK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
 
 
 def fill(page: str, runs: Sequence[Run], root: str) -> str:
@@ -36,39 +37,9 @@ def fill(page: str, runs: Sequence[Run], root: str) -> str:
     return BLOCK.sub(made, page)
 
 
-def pages(root: Path) -> list[Path]:
-    """Return the hand-written pages, which may contain blocks."""
-    generated = ("performance.md", "quality.md", "finetuning.md")
+def pages(root: Path, generated: Collection[str]) -> list[Path]:
+    """Return the hand-written pages, which may contain blocks: those that are not generated as a whole."""
     return [root / "README.md", *(p for p in sorted((root / "docs").glob("*.md")) if p.name not in generated)]
-
-
-def _quality(runs: Sequence[Run], root: str) -> str:
-    found = quality.comparisons(runs)
-    chosen = next((c for c in found if c.preset == "cpu"), found[0] if found else None)
-    if chosen is None:
-        return quality.NOTHING
-    size = next(
-        (row["parameters"] for s in chosen.runs.values() for r in s.values() for row in r if "parameters" in row),
-        None,
-    )
-    model = model_name(chosen.model) + (f" ({size / 1e6:.2f}M parameters)" if size else "")
-    steps = max(rows[-1].get("step") or 0 for seeds in chosen.runs.values() for rows in seeds.values())
-    text = f"{model}, {steps} steps, preset `{chosen.preset}` of `bench.pretrain`, on {chosen.device}:"
-    picture = figure("Held-out loss against tokens and against wall time, by optimizer", chosen.name, root)
-    return "\n\n".join([text, quality.final_table(chosen.plain), picture])
-
-
-def _performance(runs: Sequence[Run], root: str) -> str:
-    shown = next(_timed(runs), None)
-    if shown is None:
-        return "Nothing is timed yet: `python -m bench.optimizers` does it."
-    run, model, found = shown
-    parts = [f"Newest run on {run.device}, {model_name(model)}" + _parts_of(run) + f", {setting(run)}:"]
-    parts.append(performance.steps_table(performance._plain(found)))
-    parts.append(figure(f"Time of a step by optimizer on {run.device}", f"steps_{slug(run.device)}", root))
-    if not run.cuda:
-        parts.append("No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine.")
-    return "\n\n".join(parts)
 
 
 def _speed(runs: Sequence[Run], root: str) -> str:
@@ -76,7 +47,8 @@ def _speed(runs: Sequence[Run], root: str) -> str:
     if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
     run, model, found = shown
-    return brief.speed(run, model, performance._plain(found))
+    shortened = brief.speed(run, model, optimizers.plain(found))
+    return shortened if run.cuda else f"{shortened}\n\n{NO_GPU}"
 
 
 def _tradeoff(runs: Sequence[Run], root: str) -> str:
@@ -84,20 +56,20 @@ def _tradeoff(runs: Sequence[Run], root: str) -> str:
     return quality.NOTHING if shown is None else quality.tradeoff(shown.plain, root)
 
 
+def _begin(runs: Sequence[Run], root: str) -> str:
+    shown = next((c for c in quality.comparisons(runs) if c.preset == "cpu"), None)
+    return sweeps.NOTHING if shown is None else sweeps.begin(runs, shown.model)
+
+
 def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
     """Yield each run that timed a step, GPUs first and newest first, with the largest model that it timed."""
     for own in by_device(of(runs, "optimizers")).values():
         for run in own:
-            models = performance.steps_by_model(run)
+            models = optimizers.steps_by_model(run)
             timed = [model for model, found in models.items() if any(case.metrics for case in found)]
             if timed:
-                model = max(timed, key=performance._size)
+                model = max(timed, key=optimizers.size)
                 yield run, model, models[model]
-
-
-def _parts_of(run: Run) -> str:
-    layers = run.rows[-1].get("layers")
-    return f" ({layers} layer{'s' if layers > 1 else ''} of it)" if layers else ""
 
 
 def _int8(runs: Sequence[Run], root: str) -> str:
@@ -125,7 +97,7 @@ def _precision(runs: Sequence[Run], root: str) -> str:
                 state = comparison.others.get((chosen, "state_bytes"))
                 size = "-" if state is None else f"{state['median']:,.0f}"
                 name = optimizer_name(chosen.optimizer)
-                rows.append([weights, name, quality.with_spread(losses), str(len(losses)), size])
+                rows.append([weights, name, with_spread(losses), str(len(losses)), size])
     if not rows:
         return quality.NOTHING
     return table(["weights", "optimizer", "held-out loss", "seeds", "state bytes"], rows, left=2)
@@ -160,12 +132,10 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "meshes": lambda runs, root: meshes_table(),
     "measured": lambda runs, root: measured(runs),
     "manyplan": lambda runs, root: example(),
-    "quality": _quality,
-    "performance": _performance,
     "speed": _speed,
     "tradeoff": _tradeoff,
     "int8": _int8,
     "precision": _precision,
     "roundings": _roundings,
-    "regimes": lambda runs, root: quality.regimes(runs),
+    "begin": _begin,
 }

@@ -1,28 +1,29 @@
-"""The short table of step times in README, like beside like."""
+"""The short table of step times, like beside like."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report import performance
 from bench.report.markdown import model_name, setting, spread, table
 from bench.report.rows import Case, Run
+from bench.report.sections import DTYPES
 
-__all__ = ["speed"]
+__all__ = ["SHOWN", "speed"]
 
-NO_GPU = "No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine."
-_SHOWN = (
-    "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2",
-    "GWTAdamW level 2, foam", "GWTAdamW level 2, bfloat16 moments",
-    "GWTAdamW level 2, bfloat16 moments, stochastic rounding", "GWTAdamW level 2, int8 moments",
-    "GWTAdamW level 2, int8 moments, stochastic rounding", "optimi AdamW(triton=False, foreach=False)",
-    "bitsandbytes AdamW8bit", "torchao AdamW8bit",
-)  # fmt: skip
-_NAMES = {"GWTAdamW level 2, limiter": "GWTAdamW level 2, the defaults", "GWTAdamW level 2": "without the limiter"}
+SHOWN = {
+    name: name
+    for name in (
+        "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2, foam",
+        "GWTAdamW level 2, bfloat16 moments",
+        "GWTAdamW level 2, bfloat16 moments, stochastic rounding",
+        "GWTAdamW level 2, int8 moments, stochastic rounding", "bitsandbytes AdamW8bit", "torchao AdamW8bit",
+    )
+} | {"GWTAdamW level 2, limiter": "GWTAdamW level 2, the defaults"}  # fmt: skip
+"""The optimizers shown, by their names in the records, with their names on the pages."""
 
 
 def speed(run: Run, model: str, found: Sequence[Case]) -> str:
-    """Return the steps of one run that README compares, each over fused AdamW's with the same weights.
+    """Return the steps of one run that compare like with like, each over fused AdamW's with the same weights.
 
     Args:
         run: The run.
@@ -34,13 +35,13 @@ def speed(run: Run, model: str, found: Sequence[Case]) -> str:
     rows = []
     for weights in dtypes:
         fused = timed.get(("AdamW(fused=True)", weights))
-        for label in _SHOWN:
+        for label, name in SHOWN.items():
             if (case := timed.get((label, weights))) is None:
                 continue
             time, size = case.metrics["step_time"], case.metrics.get("state_bytes_per_parameter")
             over = "-" if fused is None else f"{time['median'] / fused.metrics['step_time']['median']:.2f}"
             state = "-" if size is None else f"{size['median']:.3g}"
-            rows.append([_NAMES.get(label, label), weights, spread(time, 1e3), over, state])
+            rows.append([name, weights, spread(time, 1e3), over, state])
     headings = ["optimizer", "weights", "step, ms", "times fused AdamW", "state, bytes a parameter"]
     layers = run.rows[-1].get("layers")
     part = (
@@ -48,8 +49,7 @@ def speed(run: Run, model: str, found: Sequence[Case]) -> str:
         if layers
         else f", {model_name(model)}"
     )
-    parts = [f"{run.device}{part}, {setting(run)}:", table(headings, rows, left=2)]
-    return "\n\n".join(parts if run.cuda else [*parts, NO_GPU])
+    return f"{run.device}{part}, {setting(run)}:\n\n{table(headings, rows, left=2)}"
 
 
 def _label(case: Case) -> str:
@@ -57,4 +57,4 @@ def _label(case: Case) -> str:
 
 
 def _weights(case: Case) -> str:
-    return performance.DTYPES.get(str(case.what.get("weights")), str(case.what.get("weights")))
+    return DTYPES.get(str(case.what.get("weights")), str(case.what.get("weights")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.codegen.bounds import BANDWIDTH, CLOCK, LANES, MULTIPROCESSORS, SCHEDULERS
-from bench.report.machine_code import kernel_name
+from bench.report.kernel_names import kernel_name
 from bench.report.markdown import details, number, origin, percent, table
 from bench.report.rows import Row, Run
 

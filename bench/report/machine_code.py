@@ -1,25 +1,34 @@
-"""The table of loads, stores and resources of each kernel's machine code, on every architecture."""
+"""The page on machine code: loads, stores and resources of each kernel, and what it executes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report import executed
+from bench.report.kernel_names import NAMES, kernel_name
 from bench.report.markdown import details, origin, table
-from bench.report.rows import Row, Run
+from bench.report.plots import Plot
+from bench.report.rows import Row, Run, of
+
+INTRODUCTION = "What the compiler made of each Triton kernel; no GPU is needed for it, and nothing here is a time."
 
 ABOUT = """\
-What the compiler made of each kernel, read from the machine code; no GPU is needed for it. Loads and stores are
+Read from the machine code. Loads and stores are
 instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
 another is best moved 128 bits at a time. *flat*: blocks lie end to end; *row*: the last block of each row is cut
 short. *foam*: the folded rule; *stochastic*, *split*: how the weights round, where not to the nearest. Resident are
 the warps that registers and shared memory leave room for on one multiprocessor, of those that it can hold."""
 
-NAMES = {"step_kernel": "step", "norm_kernel": "norm", "dwt_kernel": "Haar", "idwt_kernel": "inverse Haar"}
+
+def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
+    """Return the page, which has no plots."""
+    parts = ["# Machine code", INTRODUCTION, *_resources(of(runs, "codegen"))]
+    return "\n\n".join([*parts, *executed.section(of(runs, "executed"))]) + "\n", []
 
 
-def section(runs: Sequence[Run]) -> list[str]:
+def _resources(runs: Sequence[Run]) -> list[str]:
     """Return the section from the newest record."""
-    parts = ["## Machine code", ABOUT]
+    parts = ["## Loads, stores and resources", ABOUT]
     if not runs:
         return [*parts, "Nothing is recorded yet: `python -m bench.codegen --record` compiles every variant."]
     run = runs[0]
@@ -51,13 +60,6 @@ def _line(row: Row, target: str, dtypes: bool) -> list[str]:
         str(row["spills"]) + (f", {row['stack']} bytes of stack" if row["stack"] else ""),
         resident,
     ]
-
-
-def kernel_name(row: Row) -> str:
-    """Format a kernel's name with its unusual options."""
-    kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
-    usual = ("gwt", "nearest", None)
-    return ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
 
 
 def _accesses(row: Row, what: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from bench.common import sources
@@ -46,6 +47,13 @@ def spread(row: Row | None, factor: float = 1.0) -> str:
     if (row.get("samples") or 1) > 1 and row.get("p20") is not None:
         text += f" ({number(factor * row['p20'])}–{number(factor * row['p80'])})"
     return text
+
+
+def with_spread(losses: Sequence[float]) -> str:
+    """Format mean and standard deviation over seeds."""
+    if not losses:
+        return "-"
+    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
 
 
 def percent(value: float | None) -> str:

@@ -21,6 +21,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 OWN, PEER = COLOURS[0], "#777777"
+FAMILIES = {
+    "AdamW": "#000000", "GWT": "#0072b2", "FOAM": "#009e73", "Muon": "#d55e00",
+    "GaLore": "#cc79a7", "APOLLO": "#8c564b", "Adafactor": "#56b4e9", "Lion": "#e69f00",
+}  # fmt: skip
+"""Colour of each optimizer, in every plot; levels differ by marker and line."""
 STYLE = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -32,6 +37,17 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "gwt_kernels",  # else the identifiers within a file differ from run to run
 }
+
+
+def look_of(label: str) -> dict[str, Any]:
+    """Return colour, marker and line of an optimizer by its name on the pages, such as "GWT-Muon level 2"."""
+    names = [name for name in FAMILIES if re.search(rf"\b{name}\b", label)]
+    level = int(found[1]) if (found := re.search(r"level (\d+)", label)) else 0
+    return {
+        "color": FAMILIES[names[-1]] if names else PEER,
+        "marker": MARKERS[level % len(MARKERS)],
+        "linestyle": LINES[level % len(LINES)],
+    }
 
 
 class Plot(NamedTuple):
@@ -70,7 +86,8 @@ def draw(plot: Plot, path: Path) -> None:
 
 def _steps(data: Any) -> Figure:
     """Draw the time of a step by optimizer, a panel per model; `data`: panels of title and entries."""
-    labels = list(dict.fromkeys(entry["label"] for panel in data for entry in panel["entries"]))
+    times = {entry["label"]: entry["median"] for panel in data for entry in panel["entries"]}
+    labels = sorted(times, key=lambda label: times[label])  # the fastest first, by the largest model
     figure = Figure(figsize=(2.6 + 2.4 * max(2, len(data)), 1.3 + 0.24 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(data), sharey=True, squeeze=False)[0]
     for axes, panel in zip(panels, data, strict=True):
@@ -95,7 +112,8 @@ def _steps(data: Any) -> Figure:
 def _states(data: Any) -> Figure:
     """Draw the bytes of state by optimizer, a mark per model; `data`: caption, and models of title and entries."""
     models = data["models"]
-    labels = list(dict.fromkeys(label for model in models for label in model["entries"]))
+    sizes = {label: size for model in models for label, size in model["entries"].items()}
+    labels = sorted(sizes, key=lambda label: sizes[label])  # the smallest first, by the largest model
     figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for i, model in enumerate(models):
@@ -141,25 +159,22 @@ def _roofline(data: Any) -> Figure:
 
 
 def _losses(data: Any) -> Figure:
-    """Draw held-out loss against tokens and time; `data`: series of label, tokens, seconds, mean, low, high."""
-    figure = Figure(figsize=(9.2, 4.2), layout="constrained")
-    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    """Draw held-out loss against tokens; `data`: series of label, tokens, mean, low, high."""
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    axes = figure.subplots()
     lowest = min(min(series["low"]) for series in data)
     ends = sorted(series["mean"][-1] for series in data)
-    for i, series in enumerate(data):
-        colour = COLOURS[i % len(COLOURS)]
-        look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 3.5, "linewidth": 1.3}
-        look["linestyle"] = LINES[i // len(COLOURS) % len(LINES)]
-        for axes, x in ((by_tokens, [t / 1e6 for t in series["tokens"]]), (by_time, series["seconds"])):
-            axes.plot(x, series["mean"], label=series["label"], **look)
-            axes.fill_between(x, series["low"], series["high"], color=colour, alpha=0.15, linewidth=0)
-    by_tokens.set_xlabel("million tokens of training")
-    by_time.set_xlabel("seconds of wall time, evaluations left out")
-    by_tokens.set_ylabel("held-out loss, nats per token")
+    for series in data:
+        look = look_of(series["label"])
+        tokens = [count / 1e6 for count in series["tokens"]]
+        axes.plot(tokens, series["mean"], label=series["label"], markersize=3.5, linewidth=1.3, **look)
+        axes.fill_between(tokens, series["low"], series["high"], color=look["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel("million tokens of training")
+    axes.set_ylabel("held-out loss, nats per token")
     # The first evaluations are far above the rest; the end is to be compared.
     top = max(min(max(series["mean"]) for series in data), ends[-1] + 0.05)
-    by_tokens.set_ylim(lowest - 0.05 * (top - lowest), top)
-    handles, labels = by_tokens.get_legend_handles_labels()
+    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+    handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure
 
@@ -169,11 +184,8 @@ def _tradeoff(data: Any) -> Figure:
     figure = Figure(figsize=(8.2, 4.6), layout="constrained")
     axes = figure.subplots()
     longest = max((point["ms"] or 0.0 for point in data), default=0.0) or 1.0
-    for i, point in enumerate(data):
-        look: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i // len(COLOURS) % len(MARKERS)],
-        }
+    for point in data:
+        look = {key: value for key, value in look_of(point["label"]).items() if key != "linestyle"}
         size = 4.0 + 9.0 * math.sqrt((point["ms"] or 0.0) / longest)
         axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
         face = look["color"] if point["own"] else "white"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from statistics import mean, stdev
+from collections.abc import Collection, Iterable, Sequence
+from statistics import mean
 from typing import Any, NamedTuple
 
+from bench.report import sweeps
 from bench.report.markdown import (
     cell,
     details,
@@ -17,6 +18,7 @@ from bench.report.markdown import (
     spread,
     table,
     variant,
+    with_spread,
 )
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
@@ -33,7 +35,7 @@ NOTHING = (
 )
 
 
-MANY = 10  # lines of a plot at most, if some may be left out
+MANY = 8  # lines of a plot at most
 
 
 class Setting(NamedTuple):
@@ -62,9 +64,7 @@ class Comparison(NamedTuple):
 
     @property
     def plain(self) -> Comparison:
-        """Return the settings with default storage, if there are too many to tell apart in a plot."""
-        if len(self.runs) <= MANY:
-            return self
+        """Return the settings with default storage, or all if none has it."""
         kept = {setting: seeds for setting, seeds in self.runs.items() if "-" not in setting.optimizer}
         return self._replace(runs=kept or self.runs)
 
@@ -125,13 +125,20 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         taken.add(name)
         if data := curves(comparison.plain):
             plots.append(Plot(name, "losses", data))
-            parts.append(figure("Held-out loss against tokens and against wall time", name))
+            parts.append(figure("Held-out loss against tokens", name))
             words = "Lines are means over seeds; bands reach from the lowest to the highest seed."
+            if len(data) < len(comparison.plain.runs):
+                words += " AdamW and the lowest losses are drawn; the table has all."
             parts.append(words)
         parts.append(final_table(comparison.plain))
         if len(comparison.plain.runs) < len(comparison.runs):
             parts += [STORED_OTHERWISE, storage_table(comparison)]
-            parts.append(details("All of these, with state and time", final_table(comparison)))
+            parts.append(
+                details(
+                    "These, with state and time",
+                    final_table(comparison, comparison.runs.keys() - comparison.plain.runs),
+                )
+            )
         if names := [_name(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
         parts.append(origin(comparison.last))
@@ -143,18 +150,9 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             TRADEOFF,
             figure("Held-out loss over bytes of state", CHART),
         ]
-    parts += ["## Sweeps", SWEEPS]
-    sweeps = of(runs, "sweep")
-    if not sweeps:
-        parts.append("Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2` records one.")
-    else:
-        parts.append(regimes(runs))
-    for run in sweeps:
-        parts.append(f"### {_sweep_title(run)}")
-        if data := sweep_panels(run):
-            plots.append(Plot(slug(run.file.removesuffix(".json")), "sweeps", data))
-            parts.append(figure("Held-out loss by learning rate and scale", plots[-1].name))
-        parts += [scales_table(run), origin(run)]
+    swept, drawn = sweeps.section(runs)
+    parts += swept
+    plots += drawn
     return "\n\n".join(parts) + "\n", plots
 
 
@@ -169,17 +167,14 @@ Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower a
 is the mean over seeds, its line reaches from the lowest to the highest; the larger the mark, the longer a step
 took."""
 
-SWEEPS = """\
-Each optimizer is tried at a grid of learning rate and scale, under one seed; the best setting of each is then
-repeated under further ones. Where the column *settings* differs, a sweep was not finished, and the comparison is
-not even. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
-
-
 # Comparisons.
 
 
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return the data of the loss plot: mean and range at each step that all seeds reached."""
+    """Return the data of the loss plot: mean and range at each step that all seeds reached.
+
+    Of many optimizers, AdamW and those of the lowest losses are in it.
+    """
     series = []
     for setting, seeds in comparison.runs.items():
         whole = [rows for rows in seeds.values() if rows and all(row["median"] is not None for row in rows)]
@@ -192,13 +187,13 @@ def curves(comparison: Comparison) -> list[dict[str, Any]]:
                     "tokens": [
                         mean(row.get("tokens") or row.get("step") or 0 for row in point) for point in points
                     ],
-                    "seconds": [mean(row.get("seconds") or 0.0 for row in point) for point in points],
                     "mean": [mean(point) for point in losses],
                     "low": [min(point) for point in losses],
                     "high": [max(point) for point in losses],
                 }
             )
-    return series
+    ranked = sorted(series, key=lambda line: (not line["label"].startswith("AdamW"), line["mean"][-1]))
+    return [line for line in series if line in ranked[:MANY]]
 
 
 def _name(setting: Setting, settings: Iterable[Setting]) -> str:
@@ -211,8 +206,8 @@ def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
     swept = {
         Setting(optimizer, found[0]["lr"], found[0]["scale"])
         for run in of(runs, "sweep")
-        for optimizer, rows in _optimizers(run).items()
-        if (found := best([row for row in rows if row.get("model") == comparison.model]))
+        for optimizer, rows in sweeps.optimizers(run).items()
+        if (found := sweeps.best([row for row in rows if row.get("model") == comparison.model]))
     }
     return [setting for setting in comparison.runs if setting not in swept]
 
@@ -230,8 +225,13 @@ def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
     }
 
 
-def final_table(comparison: Comparison) -> str:
-    """Return a table of losses with spread, state and time by optimizer; differences are from AdamW's mean."""
+def final_table(comparison: Comparison, shown: Collection[Setting] | None = None) -> str:
+    """Return a table of losses with spread, state and time by optimizer; differences are from AdamW's mean.
+
+    Args:
+        comparison: The runs.
+        shown: Settings to show; None for all.
+    """
     final = final_losses(comparison)
     adamw = [losses for setting, losses in final.items() if setting.optimizer == "adamw" and losses]
     reference = min(map(mean, adamw), default=None)
@@ -245,6 +245,8 @@ def final_table(comparison: Comparison) -> str:
     )
     lines = []
     for setting, losses in final.items():
+        if shown is not None and setting not in shown:
+            continue
         rows = {metric: row for (s, metric), row in comparison.others.items() if s == setting}
         state = next((rows[metric]["median"] for metric in STATE if metric in rows), None)
         step = next(
@@ -267,7 +269,10 @@ def final_table(comparison: Comparison) -> str:
     notes = {
         f"- {optimizer_name(setting.optimizer)}: {cell(row['note'])}": None
         for (setting, metric), row in comparison.others.items()
-        if row["median"] is None and metric == "final_loss" and row.get("note")
+        if row["median"] is None
+        and metric == "final_loss"
+        and row.get("note")
+        and (shown is None or setting in shown)
     }
     made = table([*headings, "optimizer step, ms"], lines)
     return made + ("\n\nNot finished:\n\n" + "\n".join(notes) if notes else "")
@@ -306,9 +311,13 @@ def chart(comparison: Comparison) -> list[Plot]:
 
 
 def tradeoff(comparison: Comparison, root: str) -> str:
-    """Return the optimizers of a preset, the lowest loss first, and the chart."""
+    """Return the optimizers of a preset up to level 3, the lowest loss first, and the chart of all."""
     points = _points(comparison)
-    rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in points]
+    rows = [
+        [point["label"], point["spread"], f"{point['bytes']:.2f}"]
+        for point in points
+        if "level 4" not in point["label"]
+    ]
     sizes = {
         r["parameters"] for s in comparison.runs.values() for x in s.values() for r in x if r.get("parameters")
     }
@@ -344,99 +353,3 @@ RULES = ("gwt", "foam", "lion", "muon")
 STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
 STATE = ("state_bytes", "state_bytes_measured")
 STEP = ("optimizer_step", "step_time", "optimizer_time")
-
-
-def with_spread(losses: Sequence[float]) -> str:
-    """Format mean and standard deviation over seeds."""
-    if not losses:
-        return "-"
-    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
-
-
-# Sweeps.
-
-
-def _loss(row: Row) -> float | None:
-    return row.get("heldout_loss", row.get("median"))
-
-
-def _optimizers(run: Run) -> dict[str, list[Row]]:
-    names = dict.fromkeys(row["optimizer"] for row in run.rows if row.get("optimizer"))
-    return {name: [row for row in run.rows if row.get("optimizer") == name] for name in names}
-
-
-def _first_seed(rows: Sequence[Row]) -> list[Row]:
-    first = min((row["seed"] for row in rows), default=None)
-    return [row for row in rows if row["seed"] == first]
-
-
-def _sweep_title(run: Run) -> str:
-    row = run.rows[0]
-    words = [model_name(row.get("model")), f"{row.get('steps')} steps"]
-    if row.get("warmup") is not None:
-        words.append(f"warm-up {round(row['warmup'] * (row.get('steps') or 0))} steps")
-    if row.get("grad_clip") is not None:
-        words.append(f"gradients clipped to norm {row['grad_clip']:g}" if row["grad_clip"] else "no clipping")
-    return ", ".join(words)
-
-
-def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
-    """Return the best run of the first seed, and the losses of its setting over seeds."""
-    tried = [row for row in _first_seed(rows) if _loss(row) is not None]
-    if not tried:
-        return None
-    chosen = min(tried, key=lambda row: _loss(row) or 0.0)
-    keys = ("lr", "scale", "momentum")
-    own = [row for row in rows if all(row.get(key) == chosen.get(key) for key in keys)]
-    return chosen, [loss for row in own if (loss := _loss(row)) is not None]
-
-
-def regimes(runs: Sequence[Run]) -> str:
-    """Return a table of all sweeps: the best of each optimizer, mean and standard deviation over seeds."""
-    lines = []
-    for run in of(runs, "sweep"):
-        for optimizer, rows in _optimizers(run).items():
-            settings = str(len({(row["lr"], row["scale"]) for row in _first_seed(rows)}))
-            head = [_sweep_title(run), optimizer_name(optimizer), settings]
-            if (found := best(rows)) is None:
-                lines.append([*head, "-", "-", "all diverged", "-"])
-            else:
-                chosen, losses = found
-                lines.append(
-                    [*head, f"{chosen['lr']:g}", f"{chosen['scale']:g}", with_spread(losses), str(len(losses))]
-                )
-    return table(
-        ["sweep", "optimizer", "settings", "best lr", "best scale", "held-out loss", "seeds"], lines, left=2
-    )
-
-
-def scales_table(run: Run) -> str:
-    """Return for each optimizer and scale the lowest loss over learning rates, and the rate that reached it."""
-    scales = sorted({row["scale"] for row in run.rows})
-    lines = []
-    for optimizer, rows in _optimizers(run).items():
-        cells = []
-        for scale in scales:
-            tried = [row for row in _first_seed(rows) if row["scale"] == scale]
-            reached = [row for row in tried if _loss(row) is not None]
-            lowest = min(reached, key=lambda row: _loss(row) or 0.0, default=None)
-            diverged = "diverged" if tried else "-"
-            cells.append(f"{_loss(lowest):.3f} (lr {lowest['lr']:g})" if lowest else diverged)
-        lines.append([optimizer_name(optimizer), *cells])
-    return table(["optimizer", *(f"scale {cell(scale)}" for scale in scales)], lines)
-
-
-def sweep_panels(run: Run) -> list[dict[str, Any]]:
-    """Return the data of a sweep's plot; diverged runs have no point."""
-    panels = []
-    for optimizer, rows in _optimizers(run).items():
-        lines = []
-        for scale in sorted({row["scale"] for row in rows}):
-            points = sorted(
-                (row["lr"], loss) for row in _first_seed(rows) if row["scale"] == scale and (loss := _loss(row))
-            )
-            if points:
-                lines.append({"scale": scale, "lr": [lr for lr, _ in points], "loss": [loss for _, loss in points]})
-        if lines:
-            panels.append({"title": optimizer_name(optimizer), "lines": lines})
-    return panels

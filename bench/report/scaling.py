@@ -23,25 +23,28 @@ EXAMPLE = ("llama_405b", 4096, "dp=8,fsdp=64,tp=8")
 
 
 def gpus_table() -> str:
-    """Return the Markdown table by model and number of GPUs, all with FSDP2, bf16 weights and bf16 moments."""
-    headings = [
+    """Return two tables by model and number of GPUs, all with FSDP2, bf16 weights and bf16 moments.
+
+    The first has what a GPU holds, the second what it sends and the time of a step.
+    """
+    held_headings = [
         "LLaMA", "GPUs", "weights + gradients, GiB", "AdamW's states, GiB", "GWT's states, GiB",
-        "over an even share", "AdamW: memory, ms", "GWT: memory, ms",
-        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
-        "FSDP2 gathers and scatters, GiB", "FSDP2, s",
+        "over an even share",
     ]  # fmt: skip
-    rows = []
+    time_headings = [
+        "LLaMA", "GPUs", "AdamW: memory, ms", "GWT: memory, ms", "GWT: all-reduce, ms", "GWT: host, ms",
+        "GWT's step, ms", "all-reduce, bytes", "FSDP2 gathers and scatters, GiB", "FSDP2, s",
+    ]  # fmt: skip
+    held_rows, time_rows = [], []
     for model in MODELS:
         for n in GPUS:
             sharded = plan_sharded(_planned(model, torch.bfloat16), Mesh(fsdp=n))
             held = sharded.largest
             excess = (held.weight_bytes + held.gradient_bytes + held.state_bytes) / sharded.even_bytes - 1
-            rows.append([
-                model.upper(), f"{n:,}", _gib(held.weight_bytes + held.gradient_bytes),
-                _gib(held.adamw_state_bytes), _gib(held.state_bytes), f"{100 * excess:.1f} %",
-                *_times(sharded), *_sent(sharded),
-            ])  # fmt: skip
-    return table(headings, rows)
+            sizes = (held.weight_bytes + held.gradient_bytes, held.adamw_state_bytes, held.state_bytes)
+            held_rows.append([model.upper(), f"{n:,}", *map(_gib, sizes), f"{100 * excess:.1f} %"])
+            time_rows.append([model.upper(), f"{n:,}", *_times(sharded), *_sent(sharded)])
+    return f"{table(held_headings, held_rows)}\n\n{table(time_headings, time_rows)}"
 
 
 def meshes_table() -> str:
@@ -139,14 +142,14 @@ def _planned(model: str, moments: torch.dtype | None) -> Plan:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:,.3f}"
+    return number(size / 2**30)
 
 
 def _times(sharded: ShardedPlan) -> list[str]:
     adamw = sharded.largest.adamw_moved_bytes / BANDWIDTH
     own = (sharded.memory_seconds or 0.0, sharded.collective_seconds, sharded.host_seconds, sharded.seconds or 0.0)
     times = (adamw, *own)
-    return [f"{1e3 * seconds:,.2f}" for seconds in times]
+    return [number(1e3 * seconds) for seconds in times]
 
 
 def _sent(sharded: ShardedPlan) -> list[str]:

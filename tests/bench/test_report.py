@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 
 from bench.common import records, sources
-from bench.report import markdown, performance, plots, quality, rows
-from bench.report.__main__ import main
+from bench.report import blocks, markdown, optimizers, plots, quality, rows
+from bench.report.__main__ import GENERATED, main
 from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, Row, measured, optimizer_rows, quality_rows
 
 README = """# Made up
 
-<!-- performance -->
-<!-- /performance -->
+<!-- speed -->
+<!-- /speed -->
 
 Words between the blocks.
 
-<!-- quality -->
+<!-- tradeoff -->
 old
-<!-- /quality -->
+<!-- /tradeoff -->
 """
 
 
@@ -34,7 +34,7 @@ def checkout(folder: Path) -> Path:
     (folder / "results").mkdir()
     (folder / "README.md").write_text(README)
     (folder / "docs" / "traps.md").write_text(
-        "<!-- regimes -->\n<!-- /regimes -->\n\n<!-- quality -->\n<!-- /quality -->"
+        "<!-- begin -->\n<!-- /begin -->\n\n<!-- tradeoff -->\n<!-- /tradeoff -->"
     )
     return folder
 
@@ -70,6 +70,10 @@ def page(place: Path, name: str) -> str:
     return (place / "docs" / name).read_text()
 
 
+def pages_on_speed(place: Path) -> str:
+    return "\n".join(page(place, name) for name in GENERATED if name.startswith("performance"))
+
+
 def images(place: Path) -> set[str]:
     return {path.stem for path in (place / "docs" / "images").glob("*.svg")}
 
@@ -80,9 +84,9 @@ def test_every_benchmark_is_shown(place: Path) -> None:
         if benchmark in ("optimizers", "kernels"):
             record(place, benchmark, GPU)
     assert report(place) == 0
-    speed, models = page(place, "performance.md"), page(place, "quality.md")
+    speed, models = pages_on_speed(place), page(place, "quality.md")
     assert "No GPU was at hand" not in speed
-    assert speed.index("### NVIDIA H100") < speed.index("### Abacus 3000")
+    assert speed.index("## NVIDIA H100") < speed.index("## Abacus 3000")
     assert "| optimizer | weights | step, ms | with clipping, ms | wall, ms |" in speed
     assert (
         "| AdamW(fused=True) | fp32 | 14.0 (12.6–15.4) | 16.8 (15.1–18.5) | 15.4 (13.9–16.9) | 11.2 | 80 % |"
@@ -113,6 +117,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert re.search(r"\| AdamW \| 9 \| 0\.03 \| 0\.1 \| 1\.510 ± 0\.010 \| 3 \|", models)
     drawn = {"steps_abacus-3000", "steps_nvidia-h100-80gb-hbm3", "state_abacus-3000", "state_nvidia-h100-80gb-hbm3"}
     drawn |= {"state", "roofline_abacus-3000", "roofline_nvidia-h100-80gb-hbm3", "losses_cpu", "sweep-abacus-3000"}
+    drawn.add("loss_over_state")
     assert images(place) == drawn
     for name in re.findall(r"\]\(images/(.*?)\.svg\)", speed + models):
         assert name in drawn
@@ -124,12 +129,12 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert report(place) == 0
     readme = (place / "README.md").read_text()
     run = "NVIDIA H100 80GB HBM3, LLaMA-7B, GWTAdamW on the `triton` backend, 2026-02-03, commit 0123456789ab"
-    assert readme.startswith(f"# Made up\n\n<!-- performance -->\nNewest run on {run}:\n")
+    assert readme.startswith(f"# Made up\n\n<!-- speed -->\n{run}:\n")
     assert "\n\nWords between the blocks.\n\n" in readme
     assert "old" not in readme
-    assert "](docs/images/losses_cpu.svg)" in readme
-    assert "](images/losses_cpu.svg)" in page(place, "traps.md")
-    assert "| GWT level 2 | 0.03 | 0.1 | 3 | 1.570 ± 0.010 |" in readme
+    assert "](docs/images/loss_over_state.svg)" in readme
+    assert "](images/loss_over_state.svg)" in page(place, "traps.md")
+    assert "| GWT level 2 | 1.570 ± 0.010 |" in readme
     assert "0.86M parameters" in readme
     assert "with clipping" not in readme  # for the page
 
@@ -140,7 +145,9 @@ def test_a_run_without_times_is_shown_and_hides_no_other(place: Path) -> None:
     records.append(place / "results" / "optimizers_none.json", "optimizers", [{"optimizer": None} | note | newer])
     assert report(place) == 0
     assert "Nothing is timed yet" in (place / "README.md").read_text()
-    assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(place, "performance.md")
+    assert "\n\nNot measured: no device: PyTorch finds no cuda:0 here.\n\n" in page(
+        place, "performance_optimizers.md"
+    )
     record(place, "optimizers", CPU)
     assert report(place) == 0
     assert (
@@ -177,7 +184,7 @@ def test_many_storage_options_get_their_own_table(place: Path) -> None:
 
 def test_pages_without_results_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(place) == 0
-    speed, models = page(place, "performance.md"), page(place, "quality.md")
+    speed, models = pages_on_speed(place), page(place, "quality.md")
     assert "No GPU was at hand" in speed
     assert "make bench-gpu" in speed
     assert speed.count("Nothing is recorded yet") == 5
@@ -225,7 +232,7 @@ TAMPERED = {
     "losses_cpu.svg: missing": lambda place: (place / "docs" / "images" / "losses_cpu.svg").unlink(),
     "performance.md: missing": lambda place: (place / "docs" / "performance.md").unlink(),
     "losses_cpu.svg: shown nowhere": lambda place: (place / "results" / "quality_abacus-3000.json").unlink(),
-    r"performance.md:\d+: not what": lambda place: record(place, "optimizers", GPU),
+    r"performance_optimizers.md:\d+: not what": lambda place: record(place, "optimizers", GPU),
 }
 
 
@@ -253,9 +260,7 @@ def test_check_finds_stale_pages(
 
 
 def test_equal_rows_give_equal_pictures(tmp_path: Path) -> None:
-    plot = plots.Plot(
-        "a", "steps", performance.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))])
-    )
+    plot = plots.Plot("a", "steps", optimizers.step_panels([rows.Run("f", "optimizers", "d", optimizer_rows(CPU))]))
     for name in ("one.svg", "two.svg"):
         plots.draw(plot, tmp_path / name)
     one, two = ((tmp_path / name).read_bytes() for name in ("one.svg", "two.svg"))
@@ -293,12 +298,57 @@ def test_unknown_block_is_refused_by_name(place: Path, capsys: pytest.CaptureFix
     assert "mistyped" in capsys.readouterr().err
 
 
-def test_newest_run_comes_first_and_older_ones_are_folded(place: Path) -> None:
-    record(place, "optimizers", GPU, "a")
-    record(place, "optimizers", GPU | {"date": "2026-03-04T05:06:07+00:00"}, "b")
+def test_newest_run_of_each_setting_is_shown(place: Path) -> None:
+    """The newest is open; that of other threads is folded; older ones of the same threads are named."""
+    record(place, "optimizers", CPU, "a")
+    record(place, "optimizers", CPU | {"date": "2026-03-04T05:06:07+00:00"}, "b")
+    record(place, "optimizers", CPU | {"date": "2026-02-04T05:06:07+00:00", "threads": 1}, "c")
     report(place)
-    speed = page(place, "performance.md")
-    assert speed.index("optimizers_b.json") < speed.index("<details") < speed.index("optimizers_a.json")
+    speed = page(place, "performance_optimizers.md")
+    folded = "<summary>Run of 2026-02-04"
+    assert speed.index("`bench/results/optimizers_b.json`") < speed.index(folded)
+    assert speed.index(folded) < speed.index("`bench/results/optimizers_c.json`")
+    assert "`bench/results/optimizers_a.json`" not in speed
+    assert "Older runs of the same settings, in `bench/results`: `optimizers_a.json`." in speed
+
+
+def test_every_block_stands_on_a_page() -> None:
+    root = Path(__file__).parents[2]
+    found = [
+        match["name"] for path in blocks.pages(root, GENERATED) for match in blocks.BLOCK.finditer(path.read_text())
+    ]
+    assert set(found) == set(blocks.BLOCKS)
+    assert len(found) == len(set(found))  # no table twice
+
+
+def test_equal_columns_are_shown_once() -> None:
+    """On a CPU the wall time and the host's are those of the step."""
+    found = optimizer_rows(CPU)
+    keys = ("model", "optimizer", "weights", "clipped")
+    step = {tuple(map(row.get, keys)): row["median"] for row in found if row["metric"] == "step_time"}
+    same = [
+        row | {"median": step[tuple(map(row.get, keys))]} if row["metric"] == "wall_time" else row for row in found
+    ]
+    for rows_, shown in ((found, True), (same, False)):
+        run = Run("f", "optimizers", "d", rows_)
+        table = optimizers.steps_table(optimizers.steps_by_model(run)["llama_60m"])
+        assert ("wall, ms" in table) == shown
+
+
+@pytest.mark.parametrize(
+    ("note", "reason"),
+    [
+        ("cannot run here: ModuleNotFoundError: No module named 'apollo_torch'", "apollo_torch is not installed"),
+        ("cannot run here: AssertionError: Torch not compiled with CUDA enabled", "needs a GPU"),
+        ("cannot run here: RuntimeError: 0 active drivers ([]). There should only be one.", "needs a GPU"),
+        ("cannot run here: ValueError: odd width", "cannot run here: odd width"),
+        ("does not fit: needs 20 GiB", "does not fit: needs 20 GiB"),
+    ],
+)
+def test_reasons_are_words(note: str, reason: str) -> None:
+    missing = {"model": "m", "optimizer": "Peer", "weights": "float32"} | measured("step_time", "s", None, 0, note)
+    (found,) = optimizers.steps_by_model(Run("f", "optimizers", "d", [missing])).values()
+    assert optimizers.steps_table(found).endswith(f"- Peer, fp32: {reason}")
 
 
 def test_each_panel_shows_one_run() -> None:
@@ -308,7 +358,7 @@ def test_each_panel_shows_one_run() -> None:
     for row in new.rows:
         if row["metric"] == "step_time" and row["median"]:
             row["median"] *= 2
-    panels = {panel["title"]: panel["entries"] for panel in performance.step_panels([new, old])}
+    panels = {panel["title"]: panel["entries"] for panel in optimizers.step_panels([new, old])}
     assert list(panels) == ["LLaMA-60M", "LLaMA-1B", "LLaMA-7B"]
     assert panels["LLaMA-60M"][0]["median"] == pytest.approx(0.018)
     assert panels["LLaMA-1B"][0]["median"] == pytest.approx(2 * 0.018)  # its rows come first in both runs

@@ -85,7 +85,7 @@ def filter_bank(wavelet: str) -> FilterBank:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"wavelet={wavelet!r} takes its filters from PyWavelets, which is not installed: "
-            f"pip install 'gwt-kernels[wavelets]', or use wavelet='haar'"
+            "pip install PyWavelets, or use wavelet='haar'"
         ) from error
     if wavelet not in pywt.wavelist(kind="discrete"):
         raise ValueError(

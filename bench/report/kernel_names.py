@@ -1,0 +1,14 @@
+"""Names of kernels on the pages."""
+
+from __future__ import annotations
+
+from bench.report.rows import Row
+
+NAMES = {"step_kernel": "step", "norm_kernel": "norm", "dwt_kernel": "Haar", "idwt_kernel": "inverse Haar"}
+
+
+def kernel_name(row: Row) -> str:
+    """Format a kernel's name with its unusual options."""
+    kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
+    usual = ("gwt", "nearest", None)
+    return ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])

@@ -1,0 +1,74 @@
+"""Parts of the pages on measured times: runs in order, the machine, targets, headings of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bench.report.markdown import cell, details, model_name, spread
+from bench.report.rows import Case, Run
+
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "fp64"}
+
+NO_GPU = "No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine."
+
+ROOFLINE = """\
+Every time is a median over repeated runs after a warm-up, with the 20th and 80th percentile in brackets, and
+stands beside its [roofline](glossary.md#roofline): the bytes that must move over the copy bandwidth measured in
+the same run, which is the fastest that a memory-bound step can be."""
+
+
+def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
+    """Return the newest run open, the newest of other threads or models folded, and the names of all others."""
+    newest: dict[object, Run] = {}
+    for run in runs:
+        newest.setdefault(_settings(run), run)
+    first, *others = newest.values()
+    parts = [write(first)]
+    parts += [details(f"Run of {run.date[:19].replace('T', ' ')} UTC", write(run)) for run in others]
+    shown = {run.file for run in newest.values()}
+    if older := [f"`{run.file}`" for run in runs if run.file not in shown]:
+        parts.append(f"Older runs of the same settings, in `bench/results`: {', '.join(older)}.")
+    return parts
+
+
+def _settings(run: Run) -> object:
+    models = tuple(sorted({str(row["model"]) for row in run.rows if row.get("model")}))
+    return models, None if run.cuda else run.rows[-1].get("threads")
+
+
+def scaled(value: float | None, factor: float) -> float | None:
+    """Return the product, or None without a value."""
+    return None if value is None else factor * value
+
+
+def heading(key: str) -> str:
+    """Format a benchmark's column as a heading."""
+    return key.replace("_", " ")
+
+
+def head(case: Case, keys: Sequence[str]) -> list[str]:
+    """Return the first cells of a case's row."""
+    return [DTYPES.get(str(case.what.get(key)), cell(case.what.get(key))) for key in keys]
+
+
+def targets(run: Run) -> list[str]:
+    """Return the project's targets as the run recorded them, folded; nothing if it has none."""
+    notes = [row["note"] for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
+    stated = []
+    for note in notes:
+        model, colon, rest = note.partition(": ")
+        words = f"{model_name(model)}{colon}{rest}" if colon else note
+        stated.append(f"- {words.replace('(aim: ', '(target: ')}")  # older runs say "aim"
+    return (
+        [details("Targets that the project set itself, and this run's numbers", "\n".join(stated))]
+        if stated
+        else []
+    )
+
+
+def about_machine(run: Run) -> list[str]:
+    """Return the copy bandwidth, and the reason if a run measured nothing."""
+    of_machine = [row for row in run.rows if not row.get("optimizer") and not row.get("kernel")]
+    copied = [f"{spread(row, 1e-9)} GB/s" for row in of_machine if row.get("metric") == "copy_bandwidth"]
+    notes = [f"Not measured: {cell(row['note'])}." for row in of_machine if row["median"] is None and row["note"]]
+    return [*(f"Copy bandwidth: {found}." for found in copied), *notes]
