@@ -34,7 +34,18 @@ from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import plan_sharded
 
 ROOT = Path(__file__).parents[2]
-SHOWN = [GWTAdamW, gwt_param_groups, haar_dwt, haar_idwt, migrate, release_gradients, plan, plan_sharded]
+SHOWN = [
+    GWTAdamW,
+    GWTMuon,
+    GWTLion,
+    gwt_param_groups,
+    haar_dwt,
+    haar_idwt,
+    migrate,
+    release_gradients,
+    plan,
+    plan_sharded,
+]
 INTERFACE = (ROOT / "docs" / "interface.md").read_text()
 
 

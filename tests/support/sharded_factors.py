@@ -110,7 +110,7 @@ def _triton(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def checkpoints(folder: Path) -> None:
-    """A run that two processes share goes on from its checkpoint on one, on two others, and from a gathered state."""
+    """Resume a run of two processes on one, on two others, and from a gathered state."""
     pair, alone = mesh_of(2), mesh_of(1)
 
     def build(mesh: DeviceMesh | None) -> tuple[nn.Module, GWTAdafactor]:
