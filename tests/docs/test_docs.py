@@ -20,6 +20,7 @@ from bench.common import records
 from bench.pretrain.optimizers import check_name
 from gwt_kernels import (
     GWTAdamW,
+    GWTLion,
     GWTMuon,
     gwt_param_groups,
     haar_dwt,
