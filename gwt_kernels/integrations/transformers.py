@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ _TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 def _taken_over(kind: type[PlannedOptimizer]) -> dict[str, str]:
     """Options of an optimizer that are those of TrainingArguments, and what they are called there."""
-    betas, eps = ("betas", "eps") if kind is GWTAdamW else ("adamw_betas", "adamw_eps")
+    apart = "adamw_betas" in inspect.signature(kind).parameters
+    betas, eps = ("adamw_betas", "adamw_eps") if apart else ("betas", "eps")
     return {**_TRAINING_ARGUMENTS, betas: "adam_beta1 and adam_beta2", eps: "adam_epsilon"}
 
 
@@ -47,7 +49,7 @@ class GWTTrainerMixin:
 
         MyTrainer(model, args, train_dataset=data, gwt_options={"level": 2, "rule": "foam"}).train()
 
-    The optimizer is that of the ``rule``: `GWTMuon` for ``"muon"``, `GWTLion` for ``"lion"``, else `GWTAdamW`.
+    The optimizer is that of the ``rule``: `GWTMuon` for ``"muon"``, `GWTLion` for ``"lion"``, and so on.
     Learning rate, betas, eps and weight decay are those of `TrainingArguments`; betas and eps are those of what is
     not transformed where the rule has others. Its ``adam_epsilon`` is 1e-8 unless you set it, where `GWTAdamW` and
     the published recipe have 1e-6.
@@ -218,7 +220,8 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
     chosen = {name: options.pop(name) for name in _GROUPING if name in options}
     *_, betas, eps = _taken_over(kind)
     if kind is not GWTAdamW:
-        chosen = {"scale": 1.0, **chosen, "rule": options.pop("rule")}
+        scale = inspect.signature(kind).parameters["scale"].default
+        chosen = {"scale": scale, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
     if on is not None:
         for group in groups:

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
-from gwt_kernels import GWTAdamW, GWTLion, GWTMuon
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTLion, GWTMuon
 from tests.support.runs import assert_same_bits
 from tests.support.tiny import assert_close_runs, assert_same_run, llama, optimizer_of, sentences
 from tests.support.trainer_runs import (
@@ -89,6 +89,20 @@ def test_a_rule_chooses_its_optimizer(route, kind, tmp_path):
         route(arguments(tmp_path), rule=rule, detail_scale=-1.0)
     with pytest.raises(ValueError, match="unknown rule 'shampoo'"):
         route(arguments(tmp_path), rule="shampoo")
+
+
+@routes
+@pytest.mark.parametrize(
+    ("rule", "kind", "scale"), [("adafactor", GWTAdafactor, 0.25), ("adam_mini", GWTAdamMini, 1.0)]
+)
+def test_other_rules_choose_theirs(route, rule, kind, scale, tmp_path):
+    trainer = route(arguments(tmp_path, max_steps=2), rule=rule)
+    made = trainer.create_optimizer()
+    assert type(made) is kind
+    assert made.param_groups[0]["rule"] == rule
+    trainer.train()
+    bare = gwt_optimizer(trainer.args, rule=rule)
+    assert bare[0]()(llama(), **bare[1]).param_groups[0]["scale"] == scale
 
 
 @routes
