@@ -55,7 +55,17 @@ def section(runs: Sequence[Run]) -> list[str]:
             "machine code",
         ]
         parts.append(f"### On {target}, level 2")
-        parts.append(table([*headings, "bound"], [[*_what(row), *_bound(row)] for row in rows], left=4))
+        usual = [row for row in rows if "," not in kernel_name(row)] or rows
+        others = [row for row in rows if row not in usual]
+        bounds = [
+            table([*headings, "bound"], [[*_what(row), *_bound(row)] for row in shown], left=4)
+            for shown in (usual, others)
+        ]
+        parts.append(bounds[0])
+        if others:
+            parts.append(
+                details(f"{target}, level 2, other rules and roundings ({len(others)} kernels)", bounds[1])
+            )
         headings = [*what, *CLASSES, "instructions", "slots", "look-ups, bytes"]
         classes = table(headings, [[*_what(row), *_classes(row)] for row in rows], left=4)
         parts.append(details(f"{target}, level 2, instructions by class ({len(rows)} kernels)", classes))
