@@ -102,8 +102,8 @@ def test_the_comparison_notices_another_level(backend):
         bucket.check_step(HYPER, 3, backend=backend, rule="foam")
 
 
-def parameters(shapes, generator, dtype=torch.float32):
-    place = on("triton")
+def parameters(shapes, generator, dtype=torch.float32, place=None):
+    place = place or on("triton")
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(place, dtype)) for s in shapes]
 
 
@@ -112,7 +112,7 @@ def parameters(shapes, generator, dtype=torch.float32):
 def test_weights_and_moments_are_rounded_by_the_same_bits_on_every_backend(rounding, state_dtype):
     """Weights may differ by a rounding where a sum's last bit does; most are the same to the bit."""
     found = []
-    for backend in ("triton", "torch"):
+    for backend in ("triton", "compiled", "torch"):
         generator = torch.Generator().manual_seed(0)
         shapes = ((6, 40), (5, 37), (2, 1501), (3, 1024))
         params = [
@@ -129,16 +129,17 @@ def test_weights_and_moments_are_rounded_by_the_same_bits_on_every_backend(round
                 optimizer.step()
         states = [optimizer.state[p] for p in params]
         found.append([p.detach() for p in params] + [x[key] for x in states for key in ("exp_avg", "exp_avg_sq")])
-    for i, (a, b) in enumerate(zip(*found, strict=True)):
-        if a.dtype == torch.bfloat16:
-            assert float((a != b).double().mean()) <= 0.02 + (i >= 4) * 0.18
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for own in found[:2]:
+        for i, (a, b) in enumerate(zip(own, found[2], strict=True)):
+            if a.dtype == torch.bfloat16:
+                assert float((a != b.to(a.device)).double().mean()) <= 0.02 + (i >= 4) * 0.18
+            else:
+                torch.testing.assert_close(a, b.to(a.device), rtol=1e-5, atol=1e-7)
 
 
 def test_telemetry_of_rows_is_the_same_on_every_backend():
     rows = []
-    for backend in ("triton", "torch"):
+    for backend in ("triton", "compiled", "torch"):
         generator = torch.Generator().manual_seed(0)
         params = [
             torch.nn.Parameter(torch.randn(s, generator=generator).to(on("triton"))) for s in ((5, 40), (3, 37))
@@ -150,9 +151,10 @@ def test_telemetry_of_rows_is_the_same_on_every_backend():
             with interpreter.like_a_gpu():
                 optimizer.step()
         rows.append(optimizer.telemetry())
-    for name, own in rows[0].items():
-        for key, value in own.items():
-            assert value == pytest.approx(rows[1][name][key], rel=1e-4, abs=1e-6)
+    for found in rows[:2]:
+        for name, own in found.items():
+            for key, value in own.items():
+                assert value == pytest.approx(rows[2][name][key], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
@@ -217,3 +219,29 @@ def test_lion_on_rows_is_the_same_on_every_backend(dtype):
         assert float(((a - b).abs() > 1e-6).double().mean()) < 0.002, (
             "signs differ where a sum is 0 but for rounding"
         )
+
+
+@pytest.mark.parametrize("rule", ["gwt", "foam"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_any_width_are_stepped_in_c_the_same_by_any_threads(rule, threads, monkeypatch):
+    from gwt_kernels.backends.cpu import step
+
+    seen = []
+    original = step.Packed.step
+    monkeypatch.setattr(step.Packed, "step", lambda self: (seen.append(len(self._params)), original(self))[1])
+    before = torch.get_num_threads()
+    results = []
+    for n in (1, threads):
+        torch.set_num_threads(n)
+        generator = torch.Generator().manual_seed(0)
+        params = parameters(((300, 401), (3, 8), (70000,), (5, 5)), generator, place=torch.device("cpu"))
+        res_scale = 0.5 if rule == "foam" else 1.0
+        optimizer = GWTAdamW(params, level="row", rule=rule, res_scale=res_scale, backend="compiled")
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        results.append(params)
+    torch.set_num_threads(before)
+    assert seen == [4] * 4
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

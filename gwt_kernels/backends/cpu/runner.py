@@ -9,7 +9,6 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
-from gwt_kernels.core.level import ROW
 from gwt_kernels.core.tensor_step import TensorStep
 
 __all__ = ["CompiledRunner"]
@@ -21,8 +20,7 @@ class CompiledRunner(TorchRunner):
     _packed: step.Packed | None = None
 
     def _update(self, inputs: StepInputs, divisors: Tensor | None) -> None:
-        knows = all(hyper.detail_scale == 1.0 for hyper in inputs.hypers)
-        if self._packed is None or not knows:
+        if self._packed is None:
             super()._update(inputs, divisors)
             return
         self._packed.renew(inputs, divisors)
@@ -31,12 +29,7 @@ class CompiledRunner(TorchRunner):
     def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
         bucket = self.bucket
         level = bucket.level
-        if (
-            level == ROW
-            or bucket.stated.name not in step.RULES
-            or not step.knows(tensor_steps, level)
-            or any(t.hyper.detail_scale != 1.0 for t in tensor_steps)
-        ):
+        if bucket.stated.name not in step.RULES or not step.knows(tensor_steps, level):
             super()._take(tensor_steps)
             return
         packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)
@@ -45,6 +38,6 @@ class CompiledRunner(TorchRunner):
 
     def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
         level = self.bucket.level
-        if level != ROW and step.knows(tensor_steps, level):
+        if step.knows(tensor_steps, level):
             return step.update_sums(tensor_steps, level=level)
         return super()._sums(tensor_steps)

@@ -9,7 +9,7 @@
  *     mean = sum(g) / W        m = b1*m + (1-b1)*sqrt(W)*mean        v = b2*v + (1-b2)*W*mean*mean
  *     p_i = p_i*keep - step_size * (g_i - mean + m/sqrt(W)) / (sqrt(v) + eps)
  *
- * and for the folded rule, with r_i = g_i - mean,
+ * and for the folded rule, with r_i = detail * (g_i - mean),
  *
  *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
@@ -355,15 +355,23 @@ static int64_t all_coefficients(const gwt_step *s)
     return s->rows * ((s->width + w - 1) >> s->level);
 }
 
+/* Whether rows are blocks: tiles then. */
+static int is_by_row(const gwt_step *s)
+{
+    return s->block != (int64_t)1 << s->level;
+}
+
 int64_t tiles_of(const gwt_step *s)
 {
-    return (all_coefficients(s) + at_once(s) - 1) / at_once(s);
+    return is_by_row(s) ? s->rows : (all_coefficients(s) + at_once(s) - 1) / at_once(s);
 }
 
 int64_t tile_elements(const gwt_step *s)
 {
-    return (int64_t)at_once(s) << s->level;
+    return is_by_row(s) ? s->width : (int64_t)at_once(s) << s->level;
 }
+
+#include "rows.inc"
 
 void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
 {
@@ -371,6 +379,10 @@ void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
     float *m, *v;
     const int64_t all = all_coefficients(s), most = at_once(s);
     for (int64_t i = first; i < stop; ++i) {
+        if (is_by_row(s)) {
+            sum_of_row(s, i, &t, sums);
+            continue;
+        }
         const int64_t k = i * most;
         const int n = (int)(most < all - k ? most : all - k);
         fold(gradients(s, k, n, &t), t.sum, n, s->level);
@@ -386,6 +398,10 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
     float *m, *v;
     const int64_t all = all_coefficients(s), most = at_once(s);
     for (int64_t i = first; i < stop; ++i) {
+        if (is_by_row(s)) {
+            update_row(s, i, &t, sums);
+            continue;
+        }
         const int64_t k = i * most;
         const int n = (int)(most < all - k ? most : all - k);
         const float *g = gradients(s, k, n, &t);

@@ -27,12 +27,15 @@ typedef struct {
     float *m_scales, *v_scales;     /* INT8: one per block (quantum) of coefficients */
     float *norm;                    /* the limiter's previous norm, updated; NULL for no limiter */
     int64_t rows, width;            /* of p and g; one row if rows are whole blocks */
+    int64_t block;                  /* elements of a block: 2**level, or a row's, taken 2**level at a time */
     gwt_span weights, coefficients; /* positions in the whole tensor, for random bits */
     uint64_t key;
     int32_t p_type, g_type, m_type, rounding, level, folded, observed;
     /* From here on: numbers that change from step to step. */
     uint32_t step;
-    float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum, per_root, gamma;
+    float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum;
+    float per_root; /* 1 / sqrt(block); of the folded rule the factor on residuals */
+    float gamma;
     float limit;     /* divisor of the update, computed by the limiter if there is one */
     float step_size; /* full_step / limit */
     double full_step;

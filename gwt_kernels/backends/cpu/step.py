@@ -18,6 +18,7 @@ from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
 from gwt_kernels.core.hyper import Hyper, Rounding, Rule
+from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 
@@ -27,12 +28,14 @@ __all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
+PART_OF_ROW = 3
+"""The level of the parts in which C takes a row that is one block."""
 RULES: tuple[Rule, ...] = ("gwt", "foam", "adamw")
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
     **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm"), "P"),
-    **dict.fromkeys(("rows", "width"), "q"),
+    **dict.fromkeys(("rows", "width", "block"), "q"),
     **dict.fromkeys(("weights", "coefficients"), "qqq"),
     "key": "Q",
     **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed"), "i"),
@@ -70,11 +73,11 @@ def threads_of_pytorch() -> int | None:
     return ctypes.cast(parallel, ctypes.c_void_p).value
 
 
-def knows(tensor_steps: Sequence[TensorStep], level: int) -> bool:
+def knows(tensor_steps: Sequence[TensorStep], level: Level) -> bool:
     """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory."""
     p, g, m, *_ = tensor_steps[0]
     return (
-        level <= MAX_LEVEL
+        (level == ROW or level <= MAX_LEVEL)
         and p.dtype in TYPES[:3]
         and g.dtype in TYPES[:3]
         and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
@@ -101,7 +104,7 @@ class Result(NamedTuple):
     updates: float
 
 
-def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level) -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
     packed = Packed(tensor_steps, level, "gwt", "nearest")
     packed.run(functions().gwt_sum)
@@ -110,7 +113,7 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: int) -> Tensor:
     return torch.tensor(totals, dtype=torch.float32, device="cpu")
 
 
-def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
+def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
     """Validate shapes, dtypes and devices before C writes to the tensors' addresses."""
     params, exp_avgs = [t.p for t in tensor_steps], [t.m for t in tensor_steps]
     seconds: Any = [t.v for t in tensor_steps]
@@ -134,7 +137,7 @@ def _check(tensor_steps: Sequence[TensorStep], level: int) -> None:
 class Packed:
     """A bucket as an array of ``gwt_step`` for C, without empty tensors."""
 
-    def __init__(self, tensor_steps: Sequence[TensorStep], level: int, rule: Rule, rounding: Rounding) -> None:
+    def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
         self._places = [i for i, t in enumerate(tensor_steps) if t.p.numel()]
         self._has_empty = len(self._places) < len(tensor_steps)
@@ -142,17 +145,19 @@ class Packed:
         self.lasts = True
         """Whether later steps with the same tensors can use it, since none had to be copied."""
         self._level, self._rule = level, rule
-        self._is_divided = level > 0 and rule == "gwt"
+        self._is_divided = bool(level) and rule == "gwt"
         self._params = [t.p for t in present]
+        self._block_widths = [block_width(level, p.shape[-1] if p.dim() else 1) for p in self._params]
         self._rows = [(i, t.row) for i, t in enumerate(present) if t.row is not None]  # telemetry
         self._copies: list[tuple[Tensor, Tensor]] = []  # (target of write_back, copy for C)
         self._buffer = bytearray(STEP.size * len(present))
         self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if present else None
         self._pointers = struct.Struct(f"{len(present)}P")
         types = [TYPES.index(x.dtype) for x in tensor_steps[0][:3]]
-        kind = (*types, ROUNDINGS.index(rounding), level, level > 0 and rule == "foam")
+        parts = PART_OF_ROW if level == ROW else level
+        kind = (*types, ROUNDINGS.index(rounding), parts, bool(level) and rule == "foam")
         for i, t in enumerate(present):
-            self._pack(i * STEP.size, t, kind)
+            self._pack(i * STEP.size, t, kind, self._block_widths[i])
         grads = [self._plain(t.g, False) for t in present]
         limits = [t.limit for t in present]
         self._take(grads, [t.step for t in present], [t.hyper for t in present], limits)
@@ -176,22 +181,24 @@ class Packed:
         if not all(addresses):
             raise _no_memory(self._params[addresses.index(0)])
         self._grads = self._pointers.pack(*addresses)
-        keys = list(zip(map(id, hypers), steps, strict=True))
-        shared = {key: self._numbers(hyper, key[1]) for key, hyper in dict(zip(keys, hypers, strict=True)).items()}
+        keys = list(zip(map(id, hypers), steps, self._block_widths, strict=True))
+        shared = {
+            key: self._numbers(hyper, *key[1:]) for key, hyper in dict(zip(keys, hypers, strict=True)).items()
+        }
         blocks = list(shared.values()) if len(shared) == 1 else [shared[key] for key in keys]
         if self._is_divided and any(limit is not None for limit in limits):
             blocks = [
-                self._numbers(hyper, step, 1.0 if limit is None else float(limit))
-                for hyper, step, limit in zip(hypers, steps, limits, strict=True)
+                self._numbers(hyper, step, width, 1.0 if limit is None else float(limit))
+                for hyper, step, width, limit in zip(hypers, steps, self._block_widths, limits, strict=True)
             ]
         self._blocks = b"".join(blocks)
         self._stride = NUMBERS.size if len(blocks) > 1 else 0
 
-    def _pack(self, at: int, t: TensorStep, kind: tuple[int, ...]) -> None:
+    def _pack(self, at: int, t: TensorStep, kind: tuple[int, ...], block: int) -> None:
         """Pack the parts of a tensor that are the same in every step."""
         p, m, v = self._plain(t.p, True), t.m, t.v
         count = p.numel()
-        width = p.shape[-1] if p.dim() and p.shape[-1] % (1 << self._level) else count
+        width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
         low = 0 if t.low is None else t.low.data_ptr()
         scales = (0, 0) if t.scales is None else (t.scales[0].data_ptr(), t.scales[1].data_ptr())
         addresses = (p.data_ptr(), m.data_ptr(), v.data_ptr())
@@ -204,7 +211,7 @@ class Packed:
         p_at, m_at, v_at = addresses
         numbers = (0,) * 18
         STEP.pack_into(
-            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, count // width, width, *weights),
+            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, count // width, width, block, *weights),
             *(*coefficients, t.key, *kind, t.row is not None, *numbers),
         )
 
@@ -217,9 +224,10 @@ class Packed:
         self.lasts = False
         return copy
 
-    def _numbers(self, hyper: Hyper, step: int, limit: float = 1.0) -> bytes:
-        numbers, gamma = _numbers(hyper, self._level, self._rule), hyper.norm_growth_limit or 0.0
-        step_size = hyper.step_size(step, self._level) if step else 0.0  # 0: sums only
+    def _numbers(self, hyper: Hyper, step: int, block: int, limit: float = 1.0) -> bytes:
+        folded = bool(self._level) and self._rule == "foam"
+        numbers, gamma = _numbers(hyper, block, folded), hyper.norm_growth_limit or 0.0
+        step_size = hyper.step_size(step, bool(self._level)) if step else 0.0  # 0: sums only
         return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
 
     def step(self) -> None:
@@ -264,12 +272,22 @@ def _no_memory(p: Tensor) -> ValueError:
     )
 
 
-def _numbers(hyper: Hyper, level: int, rule: Rule) -> tuple[float, ...]:
+def _numbers(hyper: Hyper, block: int, folded: bool) -> tuple[float, ...]:
     """Return the fields ``beta1`` to ``per_root``."""
-    block, factor = 2**level, hyper.signed_factor
+    factor, per_block = hyper.signed_factor, 1 / block
     keep = 1 - float(hyper.lr) * hyper.weight_decay
     rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
-    if level and rule == "foam":  # means and squares are of the gradient times the factor
-        return hyper.beta1, rest1, hyper.beta2, rest2 / block, hyper.eps, keep, factor, 1 / block, 0.0
+    if folded:  # means and squares are of the gradient times the factor
+        return (
+            hyper.beta1,
+            rest1,
+            hyper.beta2,
+            rest2 / block,
+            hyper.eps,
+            keep,
+            factor,
+            per_block,
+            hyper.detail_scale,
+        )
     rest1, rest2, root = rest1 * math.sqrt(block), rest2 * block, math.sqrt(block)
     return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, factor / block, 1 / root
