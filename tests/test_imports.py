@@ -34,7 +34,7 @@ BELOW = {  # components that a component may import besides itself
     "integrations": OPTIM_AND_BELOW,
     "models": set(),
     "optim": OPTIM_AND_BELOW,
-    "functional": {"backends", "core"},
+    "functional": {"backends", "rules", "core"},
     "distributed": {"rules", "core"},
     "backends": {"rules", "formats", "core"},
     "rules": {"core"},

@@ -314,6 +314,7 @@ class _Batch:
         self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
         self._shapes = [parts[i].shape for i in order]
         self._sizes = [parts[i].numel for i in order]
+        self._alike = [(len(list(alike)), shape) for shape, alike in itertools.groupby(self._shapes)]
         self._n_held = starts[-1]
         sizes = Counter[int]()
         for i in order:
@@ -357,8 +358,10 @@ class _Batch:
         import torch.distributed as dist
 
         held = self._empty(self._n_held)
-        parts = held.split_with_sizes(self._sizes) if self._sizes else ()
-        values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        runs = held.split_with_sizes([n * math.prod(shape) for n, shape in self._alike]) if self._alike else ()
+        values = [
+            x for run, (n, shape) in zip(runs, self._alike, strict=True) for x in run.view(n, *shape).unbind()
+        ]
         if self.pieces:
             make(self.pieces, values)
         arrived = self._empty(sum(self._arriving))
