@@ -311,12 +311,12 @@ def chart(comparison: Comparison) -> list[Plot]:
 
 
 def tradeoff(comparison: Comparison, root: str) -> str:
-    """Return the optimizers of a preset up to level 3, the lowest loss first, and the chart of all."""
+    """Return the optimizers of a preset up to level 2, the lowest loss first, and the chart of all."""
     points = _points(comparison)
     rows = [
         [point["label"], point["spread"], f"{point['bytes']:.2f}"]
         for point in points
-        if "level 4" not in point["label"]
+        if not point["label"].endswith(("level 3", "level 4"))
     ]
     sizes = {
         r["parameters"] for s in comparison.runs.values() for x in s.values() for r in x if r.get("parameters")
