@@ -54,7 +54,8 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
     several: list[Any] = list(states) if isinstance(states, list | tuple) else [states]
     for each in several:
         if not is_state(each):
-            found = sorted(map(str, each))[:5] if isinstance(each, Mapping) else type(each).__name__
+            of = "" if each is states else f"{type(states).__name__} of "
+            found = of + (str(sorted(map(str, each))[:5]) if isinstance(each, Mapping) else type(each).__name__)
             raise ValueError(
                 f"no optimizer's state, of which 'state' and 'param_groups' hold dicts, but {found}: pass what "
                 f"state_dict() of an optimizer returned"

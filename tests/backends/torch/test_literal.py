@@ -137,7 +137,7 @@ def test_unfit_wavelets_are_refused(wavelet, message):
 
 def test_without_pywavelets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'gwt-kernels\[wavelets\]', or use wavelet='haar'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install PyWavelets, or use wavelet='haar'"):
         literal.filter_bank("db7")  # forget a PyWavelets that was imported before
 
 
