@@ -101,9 +101,9 @@ def test_every_access_is_attributed(promised: list[Row]) -> None:
             low = {"low"} if row["rounding"] == "split" else set()
             assert set(row["loads"]) == {*"pgmv", "layout", "owners", "pointers", "scalars"} | factors | low
             assert set(row["stores"]) == set("pmv") | low
-            # The look-ups: four addresses, and all numbers but gamma, and the detail scale but under the folded
-            (rule,)  # which takes it; the low bits' address; of random bits the
-            # key, and the step, of which the compiler loads only the lower half.
+            # The look-ups: four addresses, and all numbers but gamma, and but for the folded rule the detail scale;
+            # the low bits' address; of random bits the key, and the step, of which the compiler loads only the
+            # lower half.
             addresses = {"split": {"64": 5}, "stochastic": {"32": 1, "64": 5}}
             assert row["loads"]["pointers"] == addresses.get(row["rounding"], {"64": 4})
             assert row["loads"]["scalars"] == {"32": 9 if row["rule"] == "foam" else 8}
