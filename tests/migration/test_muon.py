@@ -121,7 +121,7 @@ def test_the_states_of_a_muon_and_an_adamw_become_that_of_one_optimizer():
     wanted = means(two[0].state[before[0].weight]["momentum_buffer"], 2)
     torch.testing.assert_close(one.state[after[0].weight]["exp_avg"], wanted)
     train(one, range(2))
-    with pytest.raises(ValueError, match="but NoneType"):
+    with pytest.raises(ValueError, match="but list of NoneType"):
         migrate([two[0].state_dict(), None], one)
 
 
