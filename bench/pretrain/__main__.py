@@ -31,7 +31,7 @@ from bench.pretrain.optimizers import check_name, swept_name
 from bench.pretrain.sweep import best_settings, read_runs, sweep
 from bench.pretrain.training import RunConfig, train
 
-_DEFAULT_RECORD = Path()  # placeholder for the preset's own value, which the parser does not know yet
+_RECORD_OF_PRESET = object()  # --record without a file: the preset's own, which is known after parsing
 
 
 def _positive(text: str) -> int:
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--record",
         type=Path,
         nargs="?",
-        const=_DEFAULT_RECORD,
+        const=_RECORD_OF_PRESET,
         metavar="FILE",
         help="add every finished run to this record of raw results; quality_PRESET.json without FILE",
     )
@@ -147,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     options = parser.parse_args(argv)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
-    if options.record == _DEFAULT_RECORD:
+    if options.record is _RECORD_OF_PRESET:
         options.record = quality.default_path(options.preset)
     options.preset_rates = {"lr": values["lr"], "scale": values["scale"]}
     return options, grids

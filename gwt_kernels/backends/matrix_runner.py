@@ -13,7 +13,7 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import is_on_triton, prepare
-from gwt_kernels.backends.runner import Reduction, Runner
+from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
 from gwt_kernels.core.hyper import Hyper, Span, padded_spans
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.survey import PYTHON, Survey
@@ -75,8 +75,8 @@ class _Batch(NamedTuple):
     pieces: Sequence[Piece]
     of: _Of
     grads: _Of
-    make: Runner
-    use: Runner
+    make: ElementwiseRunner
+    use: ElementwiseRunner
     params: Tensor
     rows: Tensor | None
     factors: list[tuple[int, int, float]]
@@ -103,10 +103,6 @@ class MatrixRunner:
             from gwt_kernels.backends.triton.native import quickest
 
             self.survey = quickest()
-
-    def set_params(self, params: Sequence[Tensor]) -> None:
-        """See :class:`gwt_kernels.backends.runner.Runner`."""
-        raise NotImplementedError("a matrix stage rests on the parameters that it was made for")
 
     def reduce(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.backends.factored_bucket import FactoredBucket
-from gwt_kernels.backends.runner import Runner
+from gwt_kernels.backends.runner import ElementwiseRunner
 
 __all__ = ["is_on_triton", "prepare"]
 
 
-def prepare(bucket: Bucket, backend: choice.Backend | None) -> Runner:
+def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner:
     """Return the runner of a bucket.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.core.survey import Survey
 
-__all__ = ["Reduction", "Runner"]
+__all__ = ["ElementwiseRunner", "Reduction", "Runner"]
 
 
 class Reduction(NamedTuple):
@@ -39,10 +39,6 @@ class Runner(Protocol):
     bucket: Bucket
     collects_grad_stats: bool
     survey: Survey
-
-    def set_params(self, params: Sequence[Tensor]) -> None:
-        """Replace the bucket's parameters by tensors of the same shapes, dtype and layouts."""
-        ...
 
     def reduce(
         self,
@@ -76,4 +72,12 @@ class Runner(Protocol):
 
     def memory(self) -> list[object]:
         """Return the objects whose memory replays of a captured step read."""
+        ...
+
+
+class ElementwiseRunner(Runner, Protocol):
+    """A runner that updates each element by itself, so that it can take other tensors of the same kinds."""
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """Replace the bucket's parameters by tensors of the same shapes, dtype and layouts."""
         ...

@@ -112,8 +112,5 @@ class GWTAdafactor(PlannedOptimizer):
             "correct_bias": True,
             "backend": backend,
         }
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
+        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
         super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})

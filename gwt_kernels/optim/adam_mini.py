@@ -10,7 +10,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
-from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.options import FIXED, state_dtype_name
 
 __all__ = ["GWTAdamMini"]
 
@@ -67,7 +67,7 @@ class GWTAdamMini(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = {
+        defaults = FIXED | {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -76,18 +76,11 @@ class GWTAdamMini(PlannedOptimizer):
             "scale": scale,
             "head_rows": head_rows,
             "rule": "adam_mini",
-            "norm_growth_limit": None,
-            "wavelet": "haar",
-            "boundary": "zero",
             "state_dtype": state_dtype_name(state_dtype),
             "weight_rounding": weight_rounding,
             "seed": seed,
             "maximize": maximize,
-            "correct_bias": True,
             "backend": backend,
         }
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
+        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
         super().__init__(params, defaults)

@@ -133,8 +133,5 @@ class GWTAdamW(PlannedOptimizer):
             "res_scale": res_scale,
             "backend": backend,
         }
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
+        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
         super().__init__(params, defaults, limiter_is_published=limiter_is_published)

@@ -84,8 +84,7 @@ class _Step(NamedTuple):
 class PlannedOptimizer(Optimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
-    A subclass sets ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and ``_observed`` before this constructor,
-    and says which ``rules`` its groups may have.
+    A subclass calls :meth:`_control` before this constructor, and says which ``rules`` its groups may have.
 
     Args:
         params: What ``torch.optim.AdamW`` takes.
@@ -142,6 +141,13 @@ class PlannedOptimizer(Optimizer):
         self._forget_plans()
         super().__init__(params, defaults)
         self._is_built = True
+
+    def _control(self, max_grad_norm: Any, skip_nonfinite: Any, capturable: Any, telemetry: Any) -> None:
+        """Set the options that belong to a step and not to a group; the constructor checks them."""
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
+        self._observed = telemetry
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.

@@ -10,7 +10,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
-from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.options import FIXED, state_dtype_name
 
 __all__ = ["GWTLion"]
 
@@ -66,7 +66,7 @@ class GWTLion(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = {
+        defaults = FIXED | {
             "lr": lr,
             "betas": betas,
             "eps": adamw_eps,
@@ -74,19 +74,12 @@ class GWTLion(PlannedOptimizer):
             "level": level,
             "scale": scale,
             "rule": "lion",
-            "norm_growth_limit": None,
-            "wavelet": "haar",
-            "boundary": "zero",
             "state_dtype": state_dtype_name(state_dtype),
             "weight_rounding": weight_rounding,
             "seed": seed,
             "maximize": maximize,
-            "correct_bias": True,
             "detail_scale": detail_scale,
             "backend": backend,
         }
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
+        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
         super().__init__(params, defaults, adamw={"betas": adamw_betas})

@@ -10,7 +10,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.matrices import ns_dtype_name
-from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.options import FIXED, state_dtype_name
 from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
 
 __all__ = ["GWTMuon"]
@@ -96,7 +96,7 @@ class GWTMuon(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = {
+        defaults = FIXED | {
             "lr": lr,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -112,19 +112,12 @@ class GWTMuon(PlannedOptimizer):
             "level": level,
             "scale": scale,
             "rule": "muon",
-            "norm_growth_limit": None,
-            "wavelet": "haar",
-            "boundary": "zero",
             "state_dtype": state_dtype_name(state_dtype),
             "weight_rounding": weight_rounding,
             "seed": seed,
             "maximize": maximize,
-            "correct_bias": True,
             "detail_scale": detail_scale,
             "backend": backend,
         }
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
+        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
         super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})

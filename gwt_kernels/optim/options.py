@@ -25,6 +25,7 @@ from gwt_kernels.rules import ADAFACTOR, ADAMW, RULES, check_rule
 
 __all__ = [
     "ADDED",
+    "FIXED",
     "SLACK",
     "STRUCTURAL",
     "check_group",
@@ -44,6 +45,9 @@ _PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, float) for gamm
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
 """Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
+
+FIXED: dict[str, Any] = {"norm_growth_limit": None, "wavelet": "haar", "boundary": "zero", "correct_bias": True}
+"""Options of groups that an optimizer without limiter and other wavelets leaves as they are."""
 
 ADDED: dict[str, Any] = {"boundary": "zero", "correct_bias": True}
 """Options that groups in older checkpoints and pickles lack, and what these mean by it."""

@@ -40,13 +40,13 @@ def test_layouts_of_rows(backend, dtype, rule, layout):
         bucket.check_step(HYPER, t, backend=backend)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@rules
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [(rule, option) for rule in ("gwt", "foam") for option in OPTIONS if rule == "gwt" or "growth" not in option],
+)
 @backends
 def test_options_of_rows(backend, rule, option):
     limited = rule == "gwt"
-    if "growth" in option and not limited:
-        pytest.skip("the folded rule has no limiter")
     bucket = Bucket([(3, 40), (3, 37)], "row", rule=rule, limited=limited, device=on(backend))
     for t, size in enumerate((1.0, 8.0), start=5):
         bucket.renew_gradients(size)
