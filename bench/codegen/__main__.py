@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         return refuse(NOTHING)
     overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
-    overrides |= {name: True for name in ("SKIPPABLE", "LOOKS") if getattr(options, name.lower())}
+    overrides |= {name: True for name in ("CAN_SKIP", "COLLECT_GRAD_STATS") if getattr(options, name.lower())}
     try:
         if any(TARGETS[v.target].backend == "cuda" for v in chosen):
             find_tools()
@@ -210,8 +210,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     levels = "0,2,4" if executed else "0-6"
     text = f"levels, such as 2 or 0,1,4-6 (default: {levels})"
     parser.add_argument("--levels", type=_levels, default=levels, help=text)
-    parser.add_argument("--skippable", action="store_true", help="as under clipping: what the device may skip")
-    parser.add_argument("--looks", action="store_true", help="as where norms look at gradients: skip_nonfinite")
+    parser.add_argument("--can-skip", action="store_true", help="as under clipping: what the device may skip")
+    parser.add_argument("--collect-grad-stats", action="store_true", help="as under skip_nonfinite")
     parser.add_argument("--align", type=int, choices=(2, 4, 8, 16), help="replace the ALIGN hint, to see its worth")
     text = "also write a record of one row a variant into FOLDER (default: bench/results)"
     parser.add_argument("--record", nargs="?", type=Path, const=records.RESULTS, metavar="FOLDER", help=text)

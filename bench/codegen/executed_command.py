@@ -25,7 +25,9 @@ from bench.codegen.variants import variants
 
 def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Execute the variants asked for, and show what they execute; 1 where one faults, 2 where none can be."""
-    if given := [name for name in ("align", "skippable", "looks") if getattr(options, name)]:
+    if given := [
+        name for name in ("align", "can-skip", "collect-grad-stats") if getattr(options, name.replace("-", "_"))
+    ]:
         return refuse(f"--executed runs launches as they are: leave out --{' --'.join(given)}")
     if unknown := [name for name in options.target if name not in executed.CHIPS]:
         return refuse(f"--executed knows {', '.join(executed.CHIPS)}, not {', '.join(unknown)}")

@@ -12,7 +12,8 @@ from bench.codegen.variant import Variant
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.triton import haar_launch, launch
 from gwt_kernels.backends.triton.runner import TritonRunner
-from gwt_kernels.core.hyper import Hyper, quantum
+from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.formats.int8 import block_size
 
 Arrays = dict[str, list[Tensor]]
 """Tensors by the name that a kernel has for them, one for each tensor of the bucket."""
@@ -64,7 +65,7 @@ def arrays_of(variant: Variant, shapes: Sequence[tuple[int, int]], device: torch
         arrays["m"] = [integers(shape, torch.int8) for shape in bands]
         arrays["v"] = [integers(shape, torch.uint8) for shape in bands]
         for name in ("m_scale", "v_scale"):
-            arrays[name] = [normal((-(-rows * n // quantum(level)),), torch.float32).abs() for rows, n in bands]
+            arrays[name] = [normal((-(-rows * n // block_size(level)),), torch.float32).abs() for rows, n in bands]
     else:
         arrays["m"] = [normal(shape, moments) for shape in bands]
         arrays["v"] = [normal(shape, moments).square() for shape in bands]

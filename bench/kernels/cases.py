@@ -12,7 +12,7 @@ import torch
 
 from bench.common.models import shapes_of
 from gwt_kernels.backends import choice
-from gwt_kernels.core.hyper import quantum
+from gwt_kernels.formats.int8 import block_size
 from gwt_kernels.haar.transform import deepest_level
 
 KERNELS = ("step", "step_limiter", "haar_dwt", "haar_idwt")
@@ -89,7 +89,7 @@ def _moment_bytes(case: Case) -> int:
     """Count the bytes of both moments, with the scales of int8 moments."""
     assert case.moments is not None
     coefficients = case.band(case.level)
-    scales = -(-coefficients // quantum(case.level)) * torch.float32.itemsize if case.quantized else 0
+    scales = -(-coefficients // block_size(case.level)) * torch.float32.itemsize if case.quantized else 0
     return 2 * (coefficients * case.moments.itemsize + scales)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import quantum
+from gwt_kernels.formats.int8 import block_size
 
 DECODING = 3 * torch.finfo(torch.float32).eps  # relative: a constant and products, one of them squared
 
@@ -40,7 +40,7 @@ def draw(shape: tuple[int, ...], level: int, device: torch.device, generator: to
     """Draw random quantized values of both moments, then their scales."""
     options = {"device": device, "generator": generator}
     values = [torch.randint(q.least, q.largest + 1, shape, dtype=q.dtype, **options) for q in QUANTIZERS]
-    blocks = -(-values[0].numel() // quantum(level))
+    blocks = -(-values[0].numel() // block_size(level))
     scales = [torch.empty(blocks, device=device).uniform_(1.0, 1.5, generator=generator) for _ in QUANTIZERS]
     return values + scales
 
@@ -63,4 +63,4 @@ def ratio(quantizer: Quantizer, values: Tensor, scales: Tensor, exact: Tensor, b
 
 def _blocks(like: Tensor, first: int, level: int) -> Tensor:
     index = torch.arange(first, first + like.numel(), device=like.device)
-    return (index // quantum(level)).view(like.shape)
+    return (index // block_size(level)).view(like.shape)

@@ -55,7 +55,7 @@ def control_(
     skipped: Tensor,
     workspace: dict[Any, dict[str, Any]] | None = None,
     reduce: Callable[[Tensor], None] | None = None,
-    seen: Sequence[Tensor] = (),
+    grad_stats: Sequence[Tensor] = (),
 ) -> dict[torch.device, Tensor]:
     """Decide about one step from all its gradients, read once, without waiting for CUDA devices.
 
@@ -65,7 +65,7 @@ def control_(
         skipped: Number of skipped steps, a float64 scalar that is updated.
         workspace: Dict in which the Triton backend keeps its tables between steps; None to rebuild them.
         reduce: Sums the result of :func:`squares` over processes, in place; None for one process.
-        seen: Statistics of further gradients (``grad_stats`` of :class:`gwt_kernels.backends.runner.Reduction`).
+        grad_stats: Statistics of further gradients, as in :class:`gwt_kernels.backends.runner.Reduction`.
 
     Returns:
         float64 ``[3]`` on each device of the gradients: the factor on gradients; 1 to take the step and 0 to skip
@@ -76,7 +76,7 @@ def control_(
         device = grads[0].device
         name = choice.resolve_update(backend, device, grads[0].dtype, 0)
         by_place.setdefault((device, name), ([], []))[0].extend(grads)
-    for part in seen:
+    for part in grad_stats:
         by_place.setdefault((part.device, "triton"), ([], []))[1].append(part)
     home = skipped.device
     total = None
@@ -101,7 +101,7 @@ def squares(
     grads: Sequence[Tensor],
     backend: str,
     workspace: dict[str, Any] | None = None,
-    seen: Sequence[Tensor] = (),
+    grad_stats: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the sum of squares of all elements, and the number of non-finite ones: float64 ``[2]``.
 
@@ -109,8 +109,8 @@ def squares(
         grads: Dense tensors on one device, of any shapes and floating-point dtypes.
         backend: ``"triton"`` or ``"torch"``.
         workspace: Dict in which the Triton backend keeps its tables between steps.
-        seen: Statistics of further gradients, added to the result (see :func:`control_`); for these the second
-            number counts parts with a non-finite element.
+        grad_stats: Statistics of further gradients, added to the result (see :func:`control_`); for these the
+            second number counts parts with a non-finite element.
     """
     workspace = {} if workspace is None else workspace
     if backend == "torch":
@@ -119,7 +119,7 @@ def squares(
         return torch_control.squares(grads, workspace)
     from gwt_kernels.backends.triton import control_launch
 
-    return control_launch.squares(grads, workspace, seen)
+    return control_launch.squares(grads, workspace, grad_stats)
 
 
 def decide(

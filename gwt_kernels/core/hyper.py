@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.level import ROW, Level, block_width
+from gwt_kernels.core.level import Level, block_width
 
 __all__ = [
     "Boundary",
@@ -21,7 +21,6 @@ __all__ = [
     "key_of",
     "literal_alone",
     "padded_spans",
-    "quantum",
 ]
 
 Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini", "adafactor"]
@@ -73,11 +72,6 @@ def padded_spans(shape: Sequence[int], level: Level, first_row: int = 0) -> tupl
 def key_of(seed: int, stream: int) -> int:
     """Return a parameter's Philox key: 32 bits of the seed, 31 bits of the parameter's stream."""
     return (stream & 0x7FFFFFFF) << 32 | seed & 0xFFFFFFFF
-
-
-def quantum(level: Level) -> int:
-    """Return how many int8 moments share a scale; tiles of both kernel paths hold whole groups of these."""
-    return 1 if level == ROW else max(1, min(128, 1024 >> level))
 
 
 def literal_alone(wavelet: str, boundary: str) -> str | None:

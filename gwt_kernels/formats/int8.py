@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gwt_kernels.core.hyper import quantum
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
+from gwt_kernels.core.level import ROW, Level
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 __all__ = [
+    "block_size",
     "decode_first",
     "decode_second",
     "encode_first",
@@ -36,6 +36,11 @@ __all__ = [
 
 _FIRST = 127 * 127  # largest quantized value to its power
 _SECOND = 255**4
+
+
+def block_size(level: Level) -> int:
+    """Return how many values share a scale; tiles of both kernel paths hold whole groups of these."""
+    return 1 if level == ROW else max(1, min(128, 1024 >> level))
 
 
 def decode_first(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
@@ -83,7 +88,7 @@ def encode_second(v: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor
 
 def _quanta(x: Tensor, level: Level) -> Tensor:
     """Return a tensor as flat blocks ``[n, block size]``, padded with zeros."""
-    size, flat = quantum(level), x.reshape(-1)
+    size, flat = block_size(level), x.reshape(-1)
     missing = -flat.numel() % size
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, size)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import quantum
 from gwt_kernels.core.level import Level, depth_of
 from gwt_kernels.formats import int8
 
@@ -76,7 +75,7 @@ class MomentFormat:
 
     def block_size(self, level: Level) -> int:
         """Return the number of values that share a scale; 1 without scales."""
-        return quantum(level) if self.scales else 1
+        return int8.block_size(level) if self.scales else 1
 
     def scales_of(self, slots: Sequence[str]) -> tuple[str, ...]:
         """Return the state keys of these moments' scales."""

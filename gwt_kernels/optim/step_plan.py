@@ -192,15 +192,17 @@ class StepPlan:
                 found_inf = asked.found_inf.clone()
                 totals.add_up(found_inf)
                 asked = asked._replace(found_inf=found_inf)
-        seen = list(chain.from_iterable(each.grad_stats for each in reductions if each is not None))
+        grad_stats = list(chain.from_iterable(each.grad_stats for each in reductions if each is not None))
         chosen: list[tuple[Sequence[Tensor], choice.Backend | None]] = [
             (own, bucket.backend)
             for own, bucket, each in zip(grads, self.buckets, reductions, strict=True)
             if each is None or not each.grad_stats  # of empty tensors
         ]
-        if not (chosen or seen):
+        if not (chosen or grad_stats):
             chosen = [([torch.empty(0, dtype=torch.float32, device=skipped.device)], None)]
-        return control_(chosen, asked, skipped=skipped, workspace=self._workspace, reduce=reduce, seen=seen)
+        return control_(
+            chosen, asked, skipped=skipped, workspace=self._workspace, reduce=reduce, grad_stats=grad_stats
+        )
 
 
 def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) -> Tensor:

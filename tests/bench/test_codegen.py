@@ -162,24 +162,24 @@ def test_each_promise_of_int8_moments_can_be_broken(
 
 def test_skippable_steps_are_one_optimal_pass_too(run: Run) -> None:
     status, rows, text = run(
-        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--skippable"),
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--can-skip"),
         *("--weights", "bf16", "--moments", "fp32"),
     )
     assert status == 0, text
     assert len(rows) == 3 * 6
-    assert all(row["constants"]["SKIPPABLE"] and codegen.violations(row) == [] for row in rows)
+    assert all(row["constants"]["CAN_SKIP"] and codegen.violations(row) == [] for row in rows)
 
 
 def test_norms_with_gradient_statistics_read_gradients_once(run: Run) -> None:
     status, rows, text = run(
-        *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--looks"),
+        *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--collect-grad-stats"),
         *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
     )
     assert status == 0, text
     assert len(rows) == 3 * 2 * 2
     for row in rows:
         assert (codegen.gated(row), codegen.violations(row)) == (True, [])
-        assert row["stores"] == {"partials": {"32": 1}, "seen": {"32": 2}}
+        assert row["stores"] == {"partials": {"32": 1}, "grad_stats": {"32": 2}}
 
 
 def test_row_path_fails_the_gate(run: Run) -> None:

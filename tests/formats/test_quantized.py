@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gwt_kernels import GWTAdamW
 from gwt_kernels.core import kernel
-from gwt_kernels.core.hyper import quantum
 from gwt_kernels.formats import int8 as quantized
+from gwt_kernels.formats.int8 import block_size
 from gwt_kernels.plan import predicted_state_bytes
 from tests.support import interpreter
 
@@ -58,7 +58,7 @@ def moments(n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 @needs_kernels_here
 @pytest.mark.parametrize("level", [0, 3, 4, 6])
 def test_both_backends_quantize_alike(level):
-    n, q = 1024, quantum(level)
+    n, q = 1024, block_size(level)
     m, v, bits = moments(n, seed=level)
     out = torch.full((4 * n + 2 * n // q,), torch.nan)
     with interpreter.like_a_gpu():

@@ -23,7 +23,7 @@ TOTAL_BLOCK = 1024
 ROWS_BLOCK = 128
 
 
-def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[Tensor] = ()) -> Tensor:
+def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequence[Tensor] = ()) -> Tensor:
     """See :func:`gwt_kernels.control.squares`: a launch per dtype, or two if some gradients are misaligned."""
     kinds: dict[Any, list[Tensor]] = {}
     for g in grads:
@@ -31,10 +31,10 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], seen: Sequence[T
             g = g.resolve_neg().contiguous()
             aligned = not (any(misalignments(addresses([g]))) or g.numel() % 8)
             kinds.setdefault((g.dtype, aligned), []).append(g)
-    device = (*grads, *seen)[0].device
-    if not (kinds or seen):
+    device = (*grads, *grad_stats)[0].device
+    if not (kinds or grad_stats):
         return torch.zeros(2, dtype=torch.float64, device=device)
-    parts = list(seen)
+    parts = list(grad_stats)
     total = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         for (dtype, aligned), tensors in kinds.items():

@@ -131,30 +131,30 @@ class FactoredLaunch(Launch):
         parts = torch.empty(self._n_parts, dtype=torch.float32, device=device)
         self._run(
             panel_kernel, self._n_panels, self._panel_owners, self._panels, sent.pointers, sent.scalars, parts,
-            self.n, P=p, G=g, WEIGHTED=weighted, ROUNDING=bucket.rounding, SKIPPABLE=sent.can_skip,
+            self.n, P=p, G=g, WEIGHTED=weighted, ROUNDING=bucket.rounding, CAN_SKIP=sent.can_skip,
             num_warps=PANEL_WARPS, **self._tile, **self._rows_alignment,
         )  # fmt: skip
         self._run(
             join_kernel, self._n_joins, self._join_owners, self._panels, sent.scalars, parts, sums,
-            BLOCK=JOIN_BLOCK, SKIPPABLE=sent.can_skip,
+            BLOCK=JOIN_BLOCK, CAN_SKIP=sent.can_skip,
         )  # fmt: skip
         self._run(
             mean_kernel, self._n_matrices, self._matrix_owners, self._panels, sent.scalars, self._numbers, parts,
-            sums, BLOCK=MEAN_BLOCK, WEIGHTED=weighted, SKIPPABLE=sent.can_skip,
+            sums, BLOCK=MEAN_BLOCK, WEIGHTED=weighted, CAN_SKIP=sent.can_skip,
         )  # fmt: skip
 
     def measure(self, sent: Sent, sums: Tensor, squares: Tensor) -> None:
         """Update the factors, and add up squares of the approximation's update in ``squares`` of the bucket."""
         self._run(
             factor_kernel, self._n_joins, self._join_owners, self._panels, sent.scalars, self._numbers, sums,
-            self._gains, BLOCK=JOIN_BLOCK, SKIPPABLE=sent.can_skip,
+            self._gains, BLOCK=JOIN_BLOCK, CAN_SKIP=sent.can_skip,
         )  # fmt: skip
         _, g, m = self._dtypes
         sent.partials = torch.empty(self.n_chunks, dtype=torch.float32, device=sums.device)
         self._run(
             norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
             self._first_chunks, sent.partials, sent.scalars, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
-            SKIPPABLE=sent.can_skip, LOOKS=False, DIRECTION=adafactor.kernel_direction,
+            CAN_SKIP=sent.can_skip, COLLECT_GRAD_STATS=False, DIRECTION=adafactor.kernel_direction,
             **(self._path | {"MOMENTS": adafactor.kernel_measured}), **self._norm_alignment,
         )  # fmt: skip
         self.add_up(sent, squares)

@@ -86,7 +86,7 @@ def panel_kernel(
     MULTIPLE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ROUNDING: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
 ):
     """Sums of squares of the approximation in one panel, over each row and over each column.
 
@@ -96,7 +96,7 @@ def panel_kernel(
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     scalars_ptr += i * N_SCALARS
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + TAKEN) == 0.0:
             return
     panels_ptr += i * N_PANELS
@@ -157,12 +157,12 @@ def panel_kernel(
 
 @triton.jit
 def join_kernel(
-    owners_ptr, panels_ptr, scalars_ptr, parts_ptr, sums_ptr, BLOCK: tl.constexpr, SKIPPABLE: tl.constexpr
+    owners_ptr, panels_ptr, scalars_ptr, parts_ptr, sums_ptr, BLOCK: tl.constexpr, CAN_SKIP: tl.constexpr
 ):
     """Add up the panels' parts of ``BLOCK`` rows and columns of one tensor, in order."""
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    if SKIPPABLE:  # noqa: SIM102
+    if CAN_SKIP:  # noqa: SIM102
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     panels_ptr += i * N_PANELS
@@ -193,7 +193,7 @@ def mean_kernel(
     sums_ptr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
 ):
     """The sum of new row factors of one matrix, without ``eps``; of the first one the sum of the tensor's weights.
 
@@ -202,7 +202,7 @@ def mean_kernel(
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     scalars_ptr += i * N_SCALARS
-    if SKIPPABLE:  # noqa: SIM102
+    if CAN_SKIP:  # noqa: SIM102
         if tl.load(scalars_ptr + TAKEN) == 0.0:
             return
     panels_ptr += i * N_PANELS
@@ -244,7 +244,7 @@ def factor_kernel(
     sums_ptr,
     gains_ptr,
     BLOCK: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
 ):
     """Update ``BLOCK`` row and column factors of one tensor from the sums, and write their reciprocal roots::
 
@@ -256,7 +256,7 @@ def factor_kernel(
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     scalars_ptr += i * N_SCALARS
-    if SKIPPABLE:  # noqa: SIM102
+    if CAN_SKIP:  # noqa: SIM102
         if tl.load(scalars_ptr + TAKEN) == 0.0:
             return
     panels_ptr += i * N_PANELS

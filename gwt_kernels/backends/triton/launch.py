@@ -37,7 +37,7 @@ from gwt_kernels.backends.triton.tables import (
     scalar_rows,
 )
 from gwt_kernels.backends.triton.whole_rows import row_norm_kernel, row_step_kernel
-from gwt_kernels.core.hyper import padded_spans, quantum
+from gwt_kernels.core.hyper import padded_spans
 from gwt_kernels.core.level import ROW
 
 __all__ = ["Launch", "Sent"]
@@ -118,7 +118,7 @@ class Launch:
         else:
             together = blocks_together(level, m, bucket.rounding == "stochastic")
             rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
-            shared["Q"] = quantum(level) if bucket.is_quantized else 0
+            shared["Q"] = bucket.stored.block_size(level) if bucket.is_quantized else 0
             self._path = shared | variant(level, flat, bucket.is_quantized)
             tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
             self._step_path = {"TILES": tiles_of_program(flat), "READS": self._reads, **self._path}
@@ -205,7 +205,7 @@ class Launch:
         stats = sent.scalars if sent.grad_stats is None else sent.grad_stats  # not written where None
         launch, rest = self._ready(
             row_norm_kernel if self._bucket.level == ROW else norm_kernel, self.n_chunks, G=g, M=m,
-            SKIPPABLE=sent.can_skip, LOOKS=grad_stats, DIRECTION=self._rule.direction, **self._path,
+            CAN_SKIP=sent.can_skip, COLLECT_GRAD_STATS=grad_stats, DIRECTION=self._rule.direction, **self._path,
             **self._norm_alignment,
         )  # fmt: skip
         launch(
@@ -238,13 +238,13 @@ class Launch:
             if sent.partials is None:
                 self.norms(sent, grad_stats=False)
             factors = torch.empty(self.n, dtype=torch.float32, device=device)
-            launch, rest = self._ready(limiter_kernel, self.n, BLOCK=LIMITER_BLOCK, SKIPPABLE=sent.can_skip)
+            launch, rest = self._ready(limiter_kernel, self.n, BLOCK=LIMITER_BLOCK, CAN_SKIP=sent.can_skip)
             launch(sent.pointers, sent.scalars, self._first_chunks, sent.partials, factors, self.n, *rest)
         if self._rows:
             sums = torch.empty(3 * self.n_programs, dtype=torch.float32, device=device)
         launch, rest = self._ready(
-            self._step_kernel(), self.n_programs, P=p, G=g, M=m, SKIPPABLE=sent.can_skip,
-            OBSERVED=bool(self._rows), SPAN=self._span_kind, LIMITED=limited, UPDATE=self._rule.update,
+            self._step_kernel(), self.n_programs, P=p, G=g, M=m, CAN_SKIP=sent.can_skip,
+            TELEMETRY=bool(self._rows), SPAN=self._span_kind, LIMITED=limited, UPDATE=self._rule.update,
             ROUNDING=bucket.rounding, **self._step_path, **self._step_alignment,
         )  # fmt: skip
         launch(
@@ -252,7 +252,7 @@ class Launch:
         )  # fmt: skip
         if self._rows:
             launch, rest = self._ready(
-                observe_kernel, self.n, BLOCK=OBSERVE_BLOCK, LIMITED=limited, SKIPPABLE=sent.can_skip
+                observe_kernel, self.n, BLOCK=OBSERVE_BLOCK, LIMITED=limited, CAN_SKIP=sent.can_skip
             )
             launch(
                 self._layout, sent.telemetry, sent.scalars, factors, sums, self.n, self.n_programs, *rest

@@ -35,7 +35,7 @@ def limiter_kernel(
     factors_ptr,
     n_tensors,
     BLOCK: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
 ):
     """Apply Fira's norm-growth limiter to one tensor's partial sums::
 
@@ -46,7 +46,7 @@ def limiter_kernel(
     ``factors [n]`` receives ``1 / limit``.
     """
     i = tl.program_id(0)
-    if SKIPPABLE:  # noqa: SIM102  # a constexpr condition needs its own statement
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
@@ -89,7 +89,7 @@ def observe_kernel(
     n_programs,
     BLOCK: tl.constexpr,
     LIMITED: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
 ):
     """Reduce the telemetry of one tensor's programs in a fixed order, and count the step: see ``telemetry.py``.
 
@@ -98,7 +98,7 @@ def observe_kernel(
     i = tl.program_id(0)
     row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
     tl.store(row_ptr + STEPS, tl.load(row_ptr + STEPS) + 1.0)
-    if SKIPPABLE:  # noqa: SIM102
+    if CAN_SKIP:  # noqa: SIM102
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + 1.0)
             return

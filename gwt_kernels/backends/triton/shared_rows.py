@@ -64,8 +64,8 @@ def shared_step_kernel(
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-    OBSERVED: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
+    TELEMETRY: tl.constexpr,
 ):
     """The step of one row, as ``step_kernel`` takes it of a tile: the second moment first, then all else.
 
@@ -75,7 +75,7 @@ def shared_step_kernel(
     TILE: tl.constexpr = NB * W
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
@@ -133,7 +133,7 @@ def shared_step_kernel(
             store_part(m_ptr + block, m.to(M), held, NB)
         update = UPDATE(tl.reshape(g, (NB, W)), residual, m, v, step_size, numbers, W**-0.5)
         update = tl.reshape(update, (TILE,))
-        if OBSERVED:
+        if TELEMETRY:
             if W > 1:
                 apart = tl.reshape(residual, (TILE,))
                 details += apart * apart
@@ -158,7 +158,7 @@ def shared_step_kernel(
             store_part(p_ptr + here, p.to(P), inside, TILE)
     tl.debug_barrier()
     tl.store(v_ptr, v.to(V))
-    if OBSERVED:
+    if TELEMETRY:
         sums_ptr += program.to(tl.int64) * 3
         tl.store(sums_ptr, tl.sum(details, axis=0))
         tl.store(sums_ptr + 1, tl.sum(approximation, axis=0) * W)

@@ -103,8 +103,8 @@ def step_kernel(
     SPAN: tl.constexpr,
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-    OBSERVED: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     READS: tl.constexpr,
 ):
     """Transform, moments, inverse transform and weights of tiles, everything read and written once.
@@ -123,14 +123,14 @@ def step_kernel(
     of 4 (moments), and 2 where it is any.
 
     A program of the row path takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they
-    share. Where ``OBSERVED``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of
+    share. Where ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of
     their approximation coefficients and of their update, weight decay apart.
     """
     program = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
@@ -148,7 +148,7 @@ def step_kernel(
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
             tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
-            UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, _FLAT,
+            UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, _FLAT,
         )  # fmt: skip
     else:
         zero = tl.zeros((), tl.float32)
@@ -160,15 +160,15 @@ def step_kernel(
             if is_run(tile, width, padded, W, NB):
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
-                    UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, RUN,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, RUN,
                 )  # fmt: skip
             else:
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
-                    UPDATE, ROUNDING, SPAN, Q, SLOTS, OBSERVED, READS, ROWS,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, ROWS,
                 )  # fmt: skip
             sums = sums[0] + own[0], sums[1] + own[1], sums[2] + own[2]
-    if OBSERVED:
+    if TELEMETRY:
         sums_ptr += program.to(tl.int64) * 3
         tl.store(sums_ptr, sums[0])
         tl.store(sums_ptr + 1, sums[1])
@@ -196,7 +196,7 @@ def _update(
     SPAN: tl.constexpr,
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
-    OBSERVED: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     READS: tl.constexpr,
     KIND: tl.constexpr,
 ):
@@ -237,7 +237,7 @@ def _update(
     update = tl.reshape(update, (NB * W,))
     details = tl.zeros((), tl.float32)
     approximation, applied = details, details
-    if OBSERVED:
+    if TELEMETRY:
         if W > 1:
             details = tl.sum(tl.reshape(residual * residual, (NB * W,)), axis=0)
         approximation = tl.sum(mean * mean, axis=0) * W
@@ -276,7 +276,7 @@ def norm_kernel(
     scalars_ptr,
     first_chunk_ptr,
     partials_ptr,
-    seen_ptr,
+    grad_stats_ptr,
     n_tensors,
     tiles_per_chunk,
     n_chunks,
@@ -289,8 +289,8 @@ def norm_kernel(
     MOMENT_ALIGN: tl.constexpr,
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-    LOOKS: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
+    COLLECT_GRAD_STATS: tl.constexpr,
     MOMENTS: tl.constexpr,
     SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -298,13 +298,13 @@ def norm_kernel(
     """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
 
     ``owners`` int32 ``[n_chunks]`` are the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the tensors' chunks.
-    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. Where it
-    ``LOOKS`` at the gradients, ``seen [2, n_chunks]`` receives what ``squares_kernel`` would find of them: the sum
+    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. With
+    ``COLLECT_GRAD_STATS``, ``grad_stats [2, n_chunks]`` receives what ``squares_kernel`` would store: the sum
     of their squares, and more than 0 where one is infinite or NaN.
     """
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
@@ -336,16 +336,16 @@ def norm_kernel(
                 SQUARES, DIRECTION, ROWS,
             )  # fmt: skip
         total += a * a
-        if LOOKS:
+        if COLLECT_GRAD_STATS:
             squares += kernel_block_sums(g * g, W, NB, _FLAT)
             sizes = tl.reshape(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (NB, W))
             largest = tl.maximum(largest, tl.max(sizes, axis=1))
         block += NB
     # Pairs here too, so that the limiter's divisor is the same whatever the dtypes of what is read.
     tl.store(partials_ptr + chunk, tl.sum(kernel_block_sums(total, NB, 1, _FLAT), axis=0))
-    if LOOKS:
-        tl.store(seen_ptr + chunk, tl.sum(kernel_block_sums(squares, NB, 1, _FLAT), axis=0))
-        tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
+    if COLLECT_GRAD_STATS:
+        tl.store(grad_stats_ptr + chunk, tl.sum(kernel_block_sums(squares, NB, 1, _FLAT), axis=0))
+        tl.store(grad_stats_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
 
 
 @triton.jit

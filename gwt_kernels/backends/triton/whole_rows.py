@@ -65,8 +65,8 @@ def row_step_kernel(
     ROUNDING: tl.constexpr,
     SPAN: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-    OBSERVED: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
+    TELEMETRY: tl.constexpr,
     READS: tl.constexpr,
 ):
     """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights."""
@@ -74,7 +74,7 @@ def row_step_kernel(
     if LIMITED:  # last rows first: what row_norm_kernel read last is in the L2 cache still
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
@@ -126,7 +126,7 @@ def row_step_kernel(
         elements = tl.reshape(g, (1, TILE))
         residual = elements - mean[:, None]
         update = tl.reshape(UPDATE(elements, residual, m, v, step_size, numbers, per_root), (TILE,))
-        if OBSERVED:
+        if TELEMETRY:
             apart = tl.where(inside, tl.reshape(residual, (TILE,)), 0.0)
             details += apart * apart
             moved = tl.where(inside, update, 0.0)
@@ -149,7 +149,7 @@ def row_step_kernel(
             store_part(p_ptr + here, stochastic_round(p, bits, P), inside, TILE)
         else:
             store_part(p_ptr + here, p.to(P), inside, TILE)
-    if OBSERVED:
+    if TELEMETRY:
         sums_ptr += program.to(tl.int64) * 3
         tl.store(sums_ptr, tl.sum(details, axis=0))
         tl.store(sums_ptr + 1, tl.sum(mean * mean, axis=0) * width.to(tl.float32))
@@ -164,7 +164,7 @@ def row_norm_kernel(
     scalars_ptr,
     first_chunk_ptr,
     partials_ptr,
-    seen_ptr,
+    grad_stats_ptr,
     n_tensors,
     tiles_per_chunk,
     n_chunks,
@@ -176,8 +176,8 @@ def row_norm_kernel(
     ALIGN: tl.constexpr,
     MOMENT_ALIGN: tl.constexpr,
     SLOTS: tl.constexpr,
-    SKIPPABLE: tl.constexpr,
-    LOOKS: tl.constexpr,
+    CAN_SKIP: tl.constexpr,
+    COLLECT_GRAD_STATS: tl.constexpr,
     MOMENTS: tl.constexpr,
     SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
@@ -185,7 +185,7 @@ def row_norm_kernel(
     """One partial sum of the squares of the rule's ``DIRECTION`` over some rows: see ``norm_kernel``."""
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
-    if SKIPPABLE:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
         if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
             return
     row = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk
@@ -195,25 +195,25 @@ def row_norm_kernel(
     g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, 0, SLOTS)
     total = tl.zeros((1,), tl.float32)
-    seen = tl.zeros((1,), tl.float32)
+    sum_of_squares = tl.zeros((1,), tl.float32)
     largest = tl.zeros((TILE,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
     m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
     while row < end:
         width, start = row_place(layout_ptr, i, row, FLAT)
         m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
-        SQUARED: tl.constexpr = SQUARES == "elements" or LOOKS
-        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, LOOKS)
+        SQUARED: tl.constexpr = SQUARES == "elements" or COLLECT_GRAD_STATS
+        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, COLLECT_GRAD_STATS)
         _, m, v, _ = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
         a = DIRECTION(m, v, numbers)
         total += a * a
-        if LOOKS:
-            seen += squares
+        if COLLECT_GRAD_STATS:
+            sum_of_squares += squares
             largest = tl.maximum(largest, sizes)
         row += 1
     tl.store(partials_ptr + chunk, tl.sum(total, axis=0))
-    if LOOKS:
-        tl.store(seen_ptr + chunk, tl.sum(seen, axis=0))
-        tl.store(seen_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
+    if COLLECT_GRAD_STATS:
+        tl.store(grad_stats_ptr + chunk, tl.sum(sum_of_squares, axis=0))
+        tl.store(grad_stats_ptr + n_chunks + chunk, tl.where(tl.max(largest, axis=0) >= 0x7F800000, 1.0, 0.0))
 
 
 @triton.jit
@@ -228,9 +228,18 @@ def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
 
 @triton.jit
 def _sums(
-    g_ptr, width, grad_scale, TILE: tl.constexpr, FLAT: tl.constexpr, SQUARES: tl.constexpr, LOOKS: tl.constexpr
+    g_ptr,
+    width,
+    grad_scale,
+    TILE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SQUARES: tl.constexpr,
+    COLLECT_GRAD_STATS: tl.constexpr,
 ):
-    """Of a row the sum, that of ``SQUARES``, both ``[1]``, and if it ``LOOKS`` the bits of the largest sizes."""
+    """Return the sum of a row and that of its ``SQUARES``, both ``[1]``, and the bits of its largest magnitudes.
+
+    These are 0 without ``COLLECT_GRAD_STATS``.
+    """
     total = tl.zeros((TILE,), tl.float32)
     squares = tl.zeros((TILE,), tl.float32)
     largest = tl.zeros((TILE,), tl.int32)
@@ -239,7 +248,7 @@ def _sums(
         total += g
         if SQUARES:
             squares += g * g
-        if LOOKS:
+        if COLLECT_GRAD_STATS:
             largest = tl.maximum(largest, g.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     sums = kernel_block_sums(total, TILE, 1, _FLAT)
     if SQUARES:

@@ -17,7 +17,7 @@ from gwt_kernels import GWTAdamW
 from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.cpu import step as compiled_step
 from gwt_kernels.core import philox
-from gwt_kernels.core.hyper import Span, key_of, padded_spans, quantum
+from gwt_kernels.core.hyper import Span, key_of, padded_spans
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.formats import split as split_
@@ -183,7 +183,7 @@ def test_int8_moments_are_the_quantized_float32_moments(spoiled, rule, shape):
     """Ordinary blocks, blocks of zeros, of tiny and of large numbers; some with an infinity or a NaN."""
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
-        q = quantum(level)
+        q = quantized.block_size(level)
         words = philox.random_words_at(drawn(shape, narrow.m.shape, level, 1), STEP, KEY).to(torch.int32)
         for each in (wide, narrow):
             g = each.g.view(-1)

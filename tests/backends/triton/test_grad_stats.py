@@ -38,7 +38,7 @@ def grad_stats_of(bucket: Bucket, decision=None, **options):
 
 def total_of(stats, device) -> list[float]:
     with interpreter.like_a_gpu():
-        return squares([torch.zeros(0, device=device)], "triton", seen=stats).tolist()
+        return squares([torch.zeros(0, device=device)], "triton", grad_stats=stats).tolist()
 
 
 @pytest.fixture(params=[1, 3, launch.MAX_CHUNKS])
