@@ -18,33 +18,15 @@ from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0
-from gwt_kernels.optim.checks import (
-    check_before_step,
-    check_capturable,
-    check_observable,
-    check_param,
-    check_replaced,
-    check_traceable,
-    is_captured,
-    label_of,
-    name_of,
-)
+from gwt_kernels.optim.checks import check_traceable, is_captured
 from gwt_kernels.optim.grad_scaler import FoundInf
+from gwt_kernels.optim.group_checks import GroupChecks
 from gwt_kernels.optim.loading import check_and_set_aside
-from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
-from gwt_kernels.optim.options import (
-    ADDED,
-    SLACK,
-    check_group,
-    check_max_grad_norm,
-    hyper_of,
-    published_limit,
-    state_dtype_name,
-)
+from gwt_kernels.optim.options import ADDED, check_group, check_max_grad_norm, hyper_of, published_limit
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
-from gwt_kernels.optim.step_plan import Sources, StepPlan, bucket_options, count_of_skipped
-from gwt_kernels.rules import ADAMW, check_rule
+from gwt_kernels.optim.step_plan import Sources, StepPlan, count_of_skipped, options_of
+from gwt_kernels.rules import ADAMW
 
 __all__ = ["PlannedOptimizer"]
 
@@ -128,10 +110,7 @@ class PlannedOptimizer(Optimizer):
         self._adamw = dict(adamw or {})
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
-        self._check_rule(defaults)
-        check_group(defaults, capturable=self.capturable, slack=0.0)
-        if has_matrices(defaults):
-            check_matrix_options(defaults)
+        self._checks.check_options(defaults, slack=0.0)
         if self._adamw:
             lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
             own = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
@@ -190,7 +169,7 @@ class PlannedOptimizer(Optimizer):
             if param_group.get("norm_growth_limit") == "published":
                 param_group["norm_growth_limit"] = published_limit(rule)
         super().add_param_group(param_group)
-        self._check_new_group(self.param_groups[-1])
+        self._checks.check_new(self.param_groups[-1], len(self.param_groups) - 1)
         self._note_shapes()
         self._forget_plans()
 
@@ -263,7 +242,8 @@ class PlannedOptimizer(Optimizer):
         if self._is_sharded:
             held, grads = local_parts(params, grads)
         asked = self._asked
-        sources = Sources(groups, self.state, params, held, grads, self._plan_options(groups, asked.anything))
+        options = options_of(groups, capturable, asked.anything)
+        sources = Sources(groups, self.state, params, held, grads, options)
         plan = self._plan
         if plan is None or not plan.holds(sources):
             plan = self._renew_plan(sources, capturing)
@@ -316,11 +296,12 @@ class PlannedOptimizer(Optimizer):
         held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
         names = group.get("param_names")
         alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
-        sources = Sources([alone], {p: self.state[p]}, [p], held, grads, self._plan_options([group], False), place)
+        options = options_of([group], self.capturable, False)
+        sources = Sources([alone], {p: self.state[p]}, [p], held, grads, options, place)
         plan = self._lone.get(p)
         if plan is None or not plan.holds(sources):
-            self._check_group(group)
-            self._check_one(group, k, i)
+            self._checks.check_options(group)
+            self._checks.check_one(group, k, i, self.state[p])
             complete(self.state[p], p, group)
             plan = self._lone[p] = StepPlan(
                 sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
@@ -409,19 +390,6 @@ class PlannedOptimizer(Optimizer):
         self._lone = {}
         self._places = {}
 
-    def _check_new_group(self, group: dict[str, Any]) -> None:
-        group["state_dtype"] = state_dtype_name(group["state_dtype"])
-        self._check_group(group, slack=0.0)
-        if has_matrices(group):
-            group["ns_dtype"] = ns_dtype_name(group["ns_dtype"])
-        for i, p in enumerate(group["params"]):
-            name = name_of(group, i, len(self.param_groups) - 1)
-            check_param(p, group, name)
-            if has_matrices(group):
-                check_matrix(p, group, label_of(group, i, len(self.param_groups) - 1))
-            if self.capturable:
-                check_capturable(p, group, name)
-
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)
         for name in ("skip_nonfinite", "capturable", "_observed"):
@@ -434,16 +402,6 @@ class PlannedOptimizer(Optimizer):
         """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
         own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
         return ClipRequest(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
-
-    def _plan_options(self, groups: Sequence[Mapping[str, Any]], decides: bool) -> list[Any]:
-        """What the checks before a step depend on, beside tensors and gradients."""
-        return [
-            *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
-            self.capturable,
-            decides,
-            choice.tracer(),
-            *(getattr(g["lr"], "device", None) for g in groups),
-        ]
 
     def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
         """Check everything, and plan steps of what is there now."""
@@ -466,41 +424,15 @@ class PlannedOptimizer(Optimizer):
 
     def _check_before_step(self) -> None:
         self._check_options()
-        for i, group in enumerate(self.param_groups):
-            self._check_group(group)
-            check_replaced(group, self._shapes[i] if i < len(self._shapes) else [], i)
-            for k, p in enumerate(group["params"]):
-                if p.grad is not None:
-                    self._check_one(group, k, i)
+        self._checks.check_all(self.param_groups, self.state, self._shapes)
         self._note_shapes()
 
     def _note_shapes(self) -> None:
         self._shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
 
-    def _check_rule(self, group: Mapping[str, Any]) -> None:
-        check_rule(group["rule"], "haar")
-        if group["rule"] not in self.rules:
-            raise ValueError(
-                f"rule={group['rule']!r} is no rule of {type(self).__name__}: use one of "
-                f"{', '.join(map(repr, self.rules))}"
-            )
-
-    def _check_group(self, group: dict[str, Any], slack: float = SLACK) -> None:
-        self._check_rule(group)
-        check_group(group, capturable=self.capturable, slack=slack)
-        if has_matrices(group):
-            check_matrix_options(group)
-        if self._observed:
-            check_observable(group)
-
-    def _check_one(self, group: dict[str, Any], k: int, i: int) -> None:
-        """Raise unless parameter ``k`` of group ``i``, which has a gradient, can be stepped."""
-        p, name = group["params"][k], name_of(group, k, i)
-        check_before_step(p, self.state.get(p), group, name)
-        if has_matrices(group):
-            check_matrix(p, group, label_of(group, k, i))
-        if self.capturable:
-            check_capturable(p, group, name)
+    @property
+    def _checks(self) -> GroupChecks:
+        return GroupChecks(type(self).__name__, self.rules, self.capturable, self._observed)
 
     def _complete_states(self) -> None:
         for group in self.param_groups:

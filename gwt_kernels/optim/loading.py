@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim.optimizer import Optimizer
 
 from gwt_kernels.optim.checks import check_rounding_of, label_of, name_of
-from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices
+from gwt_kernels.optim.matrices import check_matrix, check_matrix_options
 from gwt_kernels.optim.names import in_order_of
 from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
 from gwt_kernels.optim.state import check_state, exact_copy, state_keys, upgraded
@@ -57,12 +57,10 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             )
         options = {**optimizer.defaults, **saved, "rule": group["rule"], "backend": group["backend"]}
         check_group(options, capturable=getattr(optimizer, "capturable", False))
-        if has_matrices(options):
-            check_matrix_options(options)
+        check_matrix_options(options)
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
-            if has_matrices(options):
-                check_matrix(p, options, label_of(group, k, i))
+            check_matrix(p, options, label_of(group, k, i))
             if state := upgraded(state_dict["state"].get(key, {}), p):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
                 set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}

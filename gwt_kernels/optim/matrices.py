@@ -124,18 +124,19 @@ def check_matrix_options(group: Mapping[str, Any]) -> None:
 
 
 def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
-    """Raise unless a parameter is a matrix, or a batch of matrices, that the stage of its group can take.
+    """Raise unless a parameter is a matrix, or a batch of matrices, that the stage of its group, if any, can take.
 
     Args:
         p: The parameter.
-        group: Its group, under a rule that has a matrix stage.
+        group: Its group.
         label: What :func:`gwt_kernels.optim.checks.label_of` calls the parameter.
 
     Raises:
         TypeError, ValueError, RuntimeError: It is not; the message names the parameter and the remedy.
     """
     options = matrix_options(group)
-    assert options is not None
+    if options is None:
+        return
     path = label.removeprefix("parameter ").strip("'\"").removesuffix(".weight")
     owner = path.rpartition(".")[2]
     if _EMBEDDING.search(owner) and not _NO_EMBEDDING.search(owner):

@@ -26,7 +26,7 @@ from gwt_kernels.optim.matrices import stage_key
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
 from gwt_kernels.optim.state import factors_of, is_limited, state_shape
 
-__all__ = ["Sources", "StepPlan", "bucket_options", "count_of_skipped"]
+__all__ = ["Sources", "StepPlan", "count_of_skipped", "options_of"]
 
 
 class Sources(NamedTuple):
@@ -38,7 +38,7 @@ class Sources(NamedTuple):
         params: Parameters of all groups, in order.
         held: What this process holds of them.
         grads: Their gradients, or the shards of these.
-        options: What else the checks before a step depend on; compared by value.
+        options: From :func:`options_of`; compared by value.
         first_place: Index of the first parameter among all of the optimizer.
     """
 
@@ -216,7 +216,18 @@ def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) ->
 _shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtype", "backend", "weight_rounding")
 
 
-def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
+    """Return what the checks before a step depend on beside tensors and gradients: ``Sources.options``."""
+    return [
+        *((*_bucket_options(g), g["seed"], len(g["params"])) for g in groups),
+        capturable,
+        decides,
+        choice.tracer(),
+        *(getattr(g["lr"], "device", None) for g in groups),
+    ]
+
+
+def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
     keeps_none = group.get("beta1", 0.0) is None
     return *_shared_options(group), is_limited(group), stage_key(group), keeps_none
@@ -228,7 +239,7 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
     place = -1
     seen = set()
     for i, group in enumerate(sources.groups):
-        options = bucket_options(group)
+        options = _bucket_options(group)
         for k, p in enumerate(group["params"]):
             place += 1
             if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant

@@ -1,0 +1,95 @@
+"""What an optimizer requires of its groups and their parameters: as they are added, and before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gwt_kernels.optim.checks import (
+    check_before_step,
+    check_capturable,
+    check_observable,
+    check_param,
+    check_replaced,
+    label_of,
+    name_of,
+)
+from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
+from gwt_kernels.optim.options import SLACK, check_group, state_dtype_name
+from gwt_kernels.rules import check_rule
+
+__all__ = ["GroupChecks"]
+
+
+class GroupChecks(NamedTuple):
+    """The checks of one optimizer's groups. Each raises a TypeError, a ValueError or a RuntimeError.
+
+    Attributes:
+        optimizer: Name of the optimizer's class.
+        rules: What a group's ``rule`` may be.
+        capturable: Whether CUDA graphs capture the steps.
+        telemetry: Whether the steps are observed.
+    """
+
+    optimizer: str
+    rules: tuple[str, ...]
+    capturable: bool
+    telemetry: bool
+
+    def check_options(self, group: Mapping[str, Any], slack: float = SLACK) -> None:
+        """Check the options of a group, which need not have parameters yet."""
+        check_rule(group["rule"], "haar")
+        if group["rule"] not in self.rules:
+            raise ValueError(
+                f"rule={group['rule']!r} is no rule of {self.optimizer}: use one of "
+                f"{', '.join(map(repr, self.rules))}"
+            )
+        check_group(group, capturable=self.capturable, slack=slack)
+        check_matrix_options(group)
+        if self.telemetry and "params" in group:
+            check_observable(group)
+
+    def check_new(self, group: dict[str, Any], index: int) -> None:
+        """Check a group that is added, and store the names of its dtypes in their place."""
+        group["state_dtype"] = state_dtype_name(group["state_dtype"])
+        self.check_options(group, slack=0.0)
+        if has_matrices(group):
+            group["ns_dtype"] = ns_dtype_name(group["ns_dtype"])
+        for k, p in enumerate(group["params"]):
+            check_param(p, group, name_of(group, k, index))
+            self._check_uses(group, k, index)
+
+    def check_all(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        states: Mapping[Tensor, Mapping[str, Any]],
+        shapes: Sequence[Sequence[torch.Size]],
+    ) -> None:
+        """Check all groups before a step, and their parameters that have gradients.
+
+        Args:
+            groups: The optimizer's groups.
+            states: State by parameter; one without state has not been stepped.
+            shapes: Shapes of each group's parameters when they were checked last.
+        """
+        for i, group in enumerate(groups):
+            self.check_options(group)
+            check_replaced(group, shapes[i] if i < len(shapes) else [], i)
+            for k, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    self.check_one(group, k, i, states.get(p))
+
+    def check_one(self, group: Mapping[str, Any], k: int, index: int, state: Mapping[str, Any] | None) -> None:
+        """Check parameter ``k`` of a group, which has a gradient, before a step."""
+        check_before_step(group["params"][k], state, group, name_of(group, k, index))
+        self._check_uses(group, k, index)
+
+    def _check_uses(self, group: Mapping[str, Any], k: int, index: int) -> None:
+        """Check that a parameter suits its group's matrix stage, and a CUDA graph."""
+        p = group["params"][k]
+        check_matrix(p, group, label_of(group, k, index))
+        if self.capturable:
+            check_capturable(p, group, name_of(group, k, index))
