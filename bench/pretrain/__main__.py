@@ -23,10 +23,19 @@ import torch.distributed as dist
 
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS
+from bench.common.names import PEERS, RULES
 from bench.common.records import RESULTS
 from bench.pretrain import low_rank, parallel, quality
 from bench.pretrain.compare import compare
-from bench.pretrain.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.pretrain.data import (
+    CORPORA,
+    ByteTokenizer,
+    Corpus,
+    PretrainedTokenizer,
+    folder_of,
+    load_stream,
+    load_text,
+)
 from bench.pretrain.optimizers import check_name, swept_name
 from bench.pretrain.sweep import best_settings, read_runs, sweep
 from bench.pretrain.training import RunConfig, train
@@ -61,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--optimizer",
         default="gwt2",
-        help="adamw, gwtL, foamL, lionL or muonL with a level L, galore, apollo or apollo_mini",
+        help=f"{', '.join(PEERS)}, or one of {', '.join(f'{rule}L' for rule in RULES)} with a level L",
     )
     add(
         "--compare",
@@ -92,7 +101,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and text")
     add = group.add_argument
     add("--model", help="a name such as llama_60m, or a JSON file of LlamaConfig fields")
-    add("--text", type=Path, help="a file or folder of text; by default the Python standard library's sources")
+    text = group.add_mutually_exclusive_group()
+    named = ", ".join(f"{name} ({said})" for name, said in CORPORA.items())
+    text.add_argument("--corpus", choices=CORPORA, default="stdlib", help=f"the text by name: {named}")
+    text.add_argument("--text", type=Path, help="a file or folder of text instead")
     add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
     add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
     add("--dataset-config", help="its configuration, such as en")
@@ -189,7 +201,10 @@ def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
     if options.dataset:
         split = options.heldout_split
         return load_stream(options.dataset, options.dataset_config, tokenizer, heldout_split=split, **sizes)
-    return load_text(options.text, tokenizer, heldout_fraction=options.heldout_fraction, seed=seed, **sizes)
+    named = options.corpus if options.text is None else None
+    path, called = (options.text, None) if named is None else (folder_of(named), f"({CORPORA[named]})")
+    sizes |= {"heldout_fraction": options.heldout_fraction, "seed": seed}
+    return load_text(path, tokenizer, called=called, **sizes)
 
 
 def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
@@ -208,7 +223,8 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
             return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
 
     base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
-    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device)
+    text = {"text": load_corpus(options, base.seed).facts["text"]}
+    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
 
 
 def run_one(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -54,6 +54,7 @@ def sweep(
     *,
     seeds: int,
     device: torch.device,
+    on: Mapping[str, Any] | None = None,
 ) -> None:
     """Run every setting of each optimizer's grid, then the best of each under further seeds.
 
@@ -67,13 +68,14 @@ def sweep(
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
         seeds: Seeds for the best setting of each, the sweep's own included.
         device: Device of the runs, for the record.
+        on: What tells the runs from others of the same settings, such as their text; each has it in its result.
 
     Raises:
         ValueError: There is no grid for an optimizer.
     """
 
     def once(config: RunConfig) -> None:
-        key = {name: value for name, value in asdict(config).items() if name != "evals"}
+        key = {name: value for name, value in asdict(config).items() if name != "evals"} | dict(on or {})
         if any(all(done.get(name) == value for name, value in key.items()) for done in read_runs(path)):
             return
         try:

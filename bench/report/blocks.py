@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from bench.common.names import optimizer_name
 from bench.memory import level_table, memory_table
 from bench.report import brief, optimizers, quality, sweeps
-from bench.report.markdown import optimizer_name, table, with_spread
+from bench.report.markdown import table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
 from bench.report.sections import NO_GPU

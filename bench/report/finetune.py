@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
-from bench.report.markdown import details, figure, number, optimizer_name, origin, slug, table
+from bench.common.names import optimizer_name
+from bench.report.markdown import details, figure, number, origin, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 

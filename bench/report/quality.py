@@ -6,18 +6,17 @@ from collections.abc import Collection, Iterable, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
+from bench.common.names import RULES, optimizer_name, variant
 from bench.report import sweeps
 from bench.report.markdown import (
     cell,
     details,
     figure,
     model_name,
-    optimizer_name,
     origin,
     slug,
     spread,
     table,
-    variant,
     with_spread,
 )
 from bench.report.plots import Plot

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.report.markdown import cell, figure, model_name, optimizer_name, origin, slug, table, with_spread
+from bench.common.names import optimizer_name
+from bench.report.markdown import cell, figure, model_name, origin, slug, table, with_spread
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
