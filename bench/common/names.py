@@ -1,4 +1,4 @@
-"""Names of optimizers in comparisons and records, such as `foam2-bf16`: how they are taken apart, and read aloud."""
+"""Names of optimizers in comparisons and records, such as `foam2-bf16`: taken apart, and as readers say them."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def check_name(name: str) -> str:
         raise ValueError(
             f"unknown optimizer {name!r}: choose {', '.join(PEERS)}, or {', '.join(f'{rule}L' for rule in RULES)} "
             f"with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
-            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or -int8 "
-            "for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
+            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or "
+            "-int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
         )
     return name
 

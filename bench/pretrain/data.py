@@ -186,8 +186,8 @@ def folder_of(corpus: str) -> Path | None:
     made = fetch.BUILD / corpus
     if not (made / fetch.MARK).exists():
         raise FileNotFoundError(
-            f"--corpus {corpus}: {made} is not made yet; python -m bench.finetune.fetch packages {corpus} makes it, "
-            "and --text FOLDER takes other text"
+            f"--corpus {corpus}: {made} is not made yet; python -m bench.finetune.fetch packages {corpus} makes "
+            "it, and --text FOLDER takes other text"
         )
     return made / "text"
 

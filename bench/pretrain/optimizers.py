@@ -130,7 +130,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 
 
 def _torch_adafactor_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
-    """Return the bytes of a tensor's step, in float32, and of the sums of its rows and columns, or of its squares."""
+    """Return the bytes of a tensor: its step, in float32, and means of rows and of columns, or its squares."""
     step = torch.float32.itemsize
     if p.dim() < 2:
         return step + p.numel() * p.element_size()

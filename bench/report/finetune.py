@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from bench.common.names import optimizer_name
 from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
-from bench.common.names import optimizer_name
 from bench.report.markdown import details, figure, number, origin, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of

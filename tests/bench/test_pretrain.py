@@ -100,7 +100,7 @@ def test_learning_rate_schedule() -> None:
     assert lr_factor(1, steps=1, warmup=0.0, min_lr=0.0) == 1.0
 
 
-@pytest.mark.parametrize("optimizer", (*CONTENDERS, "foam-row", "muon2", "adafactor2", "torch_adafactor"))
+@pytest.mark.parametrize("optimizer", [*CONTENDERS, "foam-row", "muon2", "adafactor2", "torch_adafactor"])
 def test_resume_is_exact(tmp_path: Path, options: list[str], optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained([*options, "--optimizer", optimizer], whole)
@@ -398,7 +398,7 @@ def test_the_medium_preset_trains(tmp_path: Path) -> None:
 
 def test_a_text_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "BUILD", tmp_path)
-    options = "--preset cpu_docs --context 16 --eval-windows 4".split()
+    options = ["--preset", "cpu_docs", "--context", "16", "--eval-windows", "4"]
     with pytest.raises(
         FileNotFoundError, match=r"--corpus kernel_docs: .* bench.finetune.fetch packages kernel_docs"
     ):
