@@ -37,7 +37,7 @@ from bench.pretrain.data import (
     load_text,
 )
 from bench.pretrain.optimizers import check_name, swept_name
-from bench.pretrain.sweep import best_settings, read_runs, sweep
+from bench.pretrain.sweep import best_settings, read_runs, settings_of, sweep
 from bench.pretrain.training import RunConfig, train
 
 _RECORD_OF_PRESET = object()  # --record without a file: the preset's own, which is known after parsing
@@ -86,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
     add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
+    add("--sweep-settings", type=_positive, help="how many settings of each grid to try; by default all")
     add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
     add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
     add(
@@ -211,10 +212,14 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
     """Sweep the optimizers that `--sweep` names.
 
     Raises:
-        ValueError: There is no record to write to.
+        ValueError: There is no record to write to, or no grid of an optimizer.
     """
     if options.sweep_record is None:
         raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
+
+    if missing := [name for name in options.sweep if name not in grids]:
+        raise ValueError(f"no sweep grid for {missing[0]!r} in the preset: it has {', '.join(grids)}; add one")
+    settings = {name: settings_of(grids[name])[: options.sweep_settings] for name in options.sweep}
 
     def once(config: RunConfig) -> dict[str, Any]:
         corpus = load_corpus(options, config.seed)
@@ -224,7 +229,7 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
 
     base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
     text = {"text": load_corpus(options, base.seed).facts["text"]}
-    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
+    sweep(settings, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
 
 
 def run_one(

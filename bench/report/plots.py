@@ -182,8 +182,8 @@ def _losses(data: Any) -> Figure:
 
 
 def _tradeoff(data: Any) -> Figure:
-    """Draw held-out loss over bytes of state per parameter, a line per rule; `data`: points of label, rule, level, own,
-    loss, low, high, bytes, ms.
+    """Draw held-out loss over bytes of state per parameter, a line per rule; `data`: points of label, rule, level,
+    own, loss, low, high, bytes, ms.
     """
     figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -208,10 +208,8 @@ def _tradeoff(data: Any) -> Figure:
             size = 4.0 + 8.0 * math.sqrt((point["ms"] or 0.0) / longest)
             axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
             face = look["color"] if point["own"] else "white"
-            axes.plot(
-                point["bytes"], point["loss"], look_of(point["label"])["marker"], markersize=size, color=look["color"],
-                markerfacecolor=face, alpha=0.85,
-            )  # fmt: skip
+            style = {"marker": look_of(point["label"])["marker"], "markersize": size, "markerfacecolor": face}
+            axes.plot(point["bytes"], point["loss"], color=look["color"], alpha=0.85, **style)
         name = re.sub(r"^GWT-| (level \d|row)\b", "", own[0]["label"])
         style = {"color": look["color"], "linestyle": line, "linewidth": 1.5}
         if not own[0]["own"]:

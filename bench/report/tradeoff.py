@@ -18,9 +18,9 @@ PRESET = "cpu"
 
 ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
-is the mean over seeds, its line reaches from the lowest to the highest; lines join the levels of one rule; the larger
-the mark, the longer a step took. Moments are in float32. The bytes are of the whole model, whose embeddings and head
-keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share."""
+is the mean over seeds, its upright line reaches from the lowest to the highest; other lines join the levels of one
+rule; the larger the mark, the longer a step took. Moments are in float32. The bytes are of the whole model, whose
+embeddings and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share."""
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 """Bytes of state a parameter."""

@@ -281,7 +281,11 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
     parse = pretrain.parse
     monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], {"adamw": grid, "gwt2": grid}))
     line = [*options, "--sweep", "adamw", "gwt2", "--sweep-record", str(record)]
-    line += ["--sweep-steps", "10", "--sweep-seeds", "2"]
+    line += ["--sweep-steps", "10"]
+    pretrain.main([*line, "--sweep-settings", "1", "--sweep-seeds", "1"])
+    assert [(r["optimizer"], r["lr"]) for r in read_runs(record)] == [("adamw", 0.003), ("gwt2", 0.003)]
+    record.unlink()
+    line += ["--sweep-seeds", "2"]
     pretrain.main(line)
     runs = read_runs(record)
     assert [(r["optimizer"], r["lr"], r["seed"]) for r in runs] == [
