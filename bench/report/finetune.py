@@ -51,8 +51,8 @@ Warm up over a fifth of the steps: the published rule's first updates are large 
 `--preset glue --task sst2 --model FOLDER --data train.tsv --test-data dev.tsv` fine-tunes RoBERTa with GWT's
 level 2 and scale 2 and the settings of GaLore's fine-tuning table, on which memory-efficient optimizers compare:
 batch 16 (CoLA 32), 30 epochs, 512 tokens, rate 1e-5 (CoLA and MRPC 3e-5). `bench/configs/finetune_glue.json` says
-where each was checked in public, and what could not be: the values of MNLI, QNLI and SST-2, the precision, and GWT's
-own level and scale. STS-B is left out, since its labels are no classes. No GLUE result is recorded here."""
+where each was checked in public, and what could not be: the values of MNLI, QNLI and SST-2, the precision, and
+GWT's own level and scale. STS-B is left out, since its labels are no classes. No GLUE result is recorded here."""
 
 WORDS = """\
 ## What was measured
