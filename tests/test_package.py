@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -97,31 +96,47 @@ def test_the_wheel_has_the_package_alone(built: tuple[Path, Path]) -> None:
     assert said["Description-Content-Type"] == "text/markdown"
 
 
+def folder_of_torch(python: str) -> str | None:
+    """Return the folder that a Python has PyTorch in, with what PyTorch needs, or None."""
+    said = run(python, "-c", "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])")
+    return said.stdout.strip() if said.returncode == 0 else None
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_wheel_installs_and_runs(built: tuple[Path, Path], version: str, tmp_path: Path) -> None:
-    """A step runs where PyTorch is at hand for the version; elsewhere PyTorch is all that is missing."""
+    """A step and `gwt-kernels doctor` run where the Python has PyTorch; elsewhere it is all that is missing."""
     python = interpreter(version)
     if python is None:
         pytest.skip(f"no Python {version} is at hand")
     place = tmp_path / "environment"
     made = run(python, "-m", "venv", "--without-pip", place)
     assert made.returncode == 0, made.stderr
-    own = place / "bin" / "python"
+    own, command = place / "bin" / "python", place / "bin" / "gwt-kernels"
     pip = [sys.executable, "-m", "pip", "--python", own, "install", "--quiet", "--no-deps", "--no-index", built[1]]
     installed = run(*pip)
     assert installed.returncode == 0, installed.stderr
     compiled = run(own, "-m", "compileall", "-q", place / "lib")
     assert compiled.returncode == 0, compiled.stdout
-    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
-        (site,) = place.glob("lib/python*/site-packages")
-        (site / "torch_of_the_tests.pth").write_text(sysconfig.get_paths()["purelib"])
-        stepped = run(own, "-c", STEP, XDG_CACHE_HOME=str(tmp_path / "cache"))
-        assert (stepped.returncode, stepped.stdout) == (0, "stepped\n"), stepped.stderr
-        said = run(place / "bin" / "gwt-kernels", "--version")
-        assert said.stdout == f"gwt-kernels {gwt_kernels.__version__}\n", said.stderr
-    else:
+    known = run(own, "-c", "from importlib.metadata import version; print(version('gwt-kernels'))")
+    assert known.stdout == f"{gwt_kernels.__version__}\n", known.stderr
+    folder = folder_of_torch(python)
+    if folder is None:
+        assert version != f"{sys.version_info.major}.{sys.version_info.minor}"
         stepped = run(own, "-c", STEP)
         assert stepped.stderr.endswith("ModuleNotFoundError: No module named 'torch'\n")
+        return
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "torch_of_the_tests.pth").write_text(folder)
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    stepped = run(own, "-c", STEP, **cache)
+    assert (stepped.returncode, stepped.stdout) == (0, "stepped\n"), stepped.stderr
+    assert run(command, "--version").stdout == f"gwt-kernels {gwt_kernels.__version__}\n"
+    doctor = run(command, "doctor", **cache)
+    assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+    assert f"python        {version}." in doctor.stdout
+    for backend in ("torch, float64", "torch, float32", "compiled, float32"):
+        assert f"ok     {backend}, level 2, on cpu" in doctor.stdout
+    assert "All checks passed" in doctor.stdout
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -29,6 +29,7 @@ from bench.finetune.examples import Columns
 from bench.finetune.table import print_table
 from bench.finetune.tasks import Sizes, Task, load_classification, load_plain_text
 from bench.finetune.training import MODULE, RunConfig, train_apart
+from bench.pretrain.optimizers import swept_name
 
 _OF_PRESET = Path()  # stands for the preset's own record, which the parser does not know yet
 ROOM = 10_000_000
@@ -305,7 +306,8 @@ class Comparison:
         """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's."""
         options = self.options
         if options.sweep:
-            grid = options.grids.get(recipe)
+            rule = swept_name(optimizer).rstrip("0123456789")
+            grid = options.grids.get(f"{recipe} {rule}") or options.grids.get(recipe)
             if grid is None:
                 raise ValueError(
                     f"--sweep: preset {options.preset!r} has no grid for recipe {recipe!r}; give --lr and --scale"

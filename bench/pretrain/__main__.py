@@ -23,12 +23,21 @@ import torch.distributed as dist
 
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS
+from bench.common.names import PEERS, RULES
 from bench.common.records import RESULTS
 from bench.pretrain import low_rank, parallel, quality
 from bench.pretrain.compare import compare
-from bench.pretrain.data import ByteTokenizer, Corpus, PretrainedTokenizer, load_stream, load_text
+from bench.pretrain.data import (
+    CORPORA,
+    ByteTokenizer,
+    Corpus,
+    PretrainedTokenizer,
+    folder_of,
+    load_stream,
+    load_text,
+)
 from bench.pretrain.optimizers import check_name, swept_name
-from bench.pretrain.sweep import best_settings, read_runs, sweep
+from bench.pretrain.sweep import best_settings, read_runs, settings_of, sweep
 from bench.pretrain.training import RunConfig, train
 
 _RECORD_OF_PRESET = object()  # --record without a file: the preset's own, which is known after parsing
@@ -61,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--optimizer",
         default="gwt2",
-        help="adamw, gwtL, foamL, lionL or muonL with a level L, galore, apollo or apollo_mini",
+        help=f"{', '.join(PEERS)}, or one of {', '.join(f'{rule}L' for rule in RULES)} with a level L",
     )
     add(
         "--compare",
@@ -77,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
     add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
+    add("--sweep-settings", type=_positive, help="how many settings of each grid to try; by default all")
     add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
     add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
     add(
@@ -92,7 +102,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model and text")
     add = group.add_argument
     add("--model", help="a name such as llama_60m, or a JSON file of LlamaConfig fields")
-    add("--text", type=Path, help="a file or folder of text; by default the Python standard library's sources")
+    text = group.add_mutually_exclusive_group()
+    named = ", ".join(f"{name} ({said})" for name, said in CORPORA.items())
+    text.add_argument("--corpus", choices=CORPORA, default="stdlib", help=f"the text by name: {named}")
+    text.add_argument("--text", type=Path, help="a file or folder of text instead")
     add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
     add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
     add("--dataset-config", help="its configuration, such as en")
@@ -189,17 +202,24 @@ def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
     if options.dataset:
         split = options.heldout_split
         return load_stream(options.dataset, options.dataset_config, tokenizer, heldout_split=split, **sizes)
-    return load_text(options.text, tokenizer, heldout_fraction=options.heldout_fraction, seed=seed, **sizes)
+    named = options.corpus if options.text is None else None
+    path, called = (options.text, None) if named is None else (folder_of(named), f"({CORPORA[named]})")
+    sizes |= {"heldout_fraction": options.heldout_fraction, "seed": seed}
+    return load_text(path, tokenizer, called=called, **sizes)
 
 
 def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
     """Sweep the optimizers that `--sweep` names.
 
     Raises:
-        ValueError: There is no record to write to.
+        ValueError: There is no record to write to, or no grid of an optimizer.
     """
     if options.sweep_record is None:
         raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
+
+    if missing := [name for name in options.sweep if name not in grids]:
+        raise ValueError(f"no sweep grid for {missing[0]!r} in the preset: it has {', '.join(grids)}; add one")
+    settings = {name: settings_of(grids[name])[: options.sweep_settings] for name in options.sweep}
 
     def once(config: RunConfig) -> dict[str, Any]:
         corpus = load_corpus(options, config.seed)
@@ -208,7 +228,8 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
             return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
 
     base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
-    sweep(options.sweep, grids, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device)
+    text = {"text": load_corpus(options, base.seed).facts["text"]}
+    sweep(settings, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
 
 
 def run_one(

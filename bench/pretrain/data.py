@@ -14,6 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bench.finetune import fetch
+
+CORPORA = {"stdlib": "standard library", "kernel_docs": "Linux kernel's documentation"}
+"""Texts with a name: the running Python's own sources, and what `bench.finetune.fetch` makes."""
+
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 _STDLIB_TESTS = {"test", "tests", "idle_test"}  # some distributions omit them
 
@@ -170,6 +175,23 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def folder_of(corpus: str) -> Path | None:
+    """Return the folder of a text with a name, None for the standard library's.
+
+    Raises:
+        FileNotFoundError: It has not been fetched yet.
+    """
+    if corpus == "stdlib":
+        return None
+    made = fetch.BUILD / corpus
+    if not (made / fetch.MARK).exists():
+        raise FileNotFoundError(
+            f"--corpus {corpus}: {made} is not made yet; python -m bench.finetune.fetch packages {corpus} makes "
+            "it, and --text FOLDER takes other text"
+        )
+    return made / "text"
+
+
 @lru_cache(maxsize=1)  # the runs of a comparison read the same text
 def read_documents(path: Path | None) -> list[str]:
     """Return every distinct UTF-8 text file under `path`, or the standard library's sources for None.
@@ -246,6 +268,7 @@ def load_text(
     heldout_fraction: float,
     seed: int,
     spread: bool = False,
+    called: str | None = None,
 ) -> Corpus:
     """Read local text into a `Corpus`.
 
@@ -257,12 +280,13 @@ def load_text(
         heldout_fraction: Share of the characters set aside, in (0, 1).
         seed: Decides the order of the training windows.
         spread: Take the held-out windows evenly spaced from all held-out text, not from its beginning.
+        called: What records call the text; None for its path.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: There is no text, or too little.
     """
-    where = "--text " + ("(standard library)" if path is None else str(path))
+    where = "--text " + (called or ("(standard library)" if path is None else str(path)))
     training, heldout = split_documents(read_documents(path), heldout_fraction)
     tokens = _encode_documents(training, tokenizer)
     if len(tokens) < 2 * context + 1:

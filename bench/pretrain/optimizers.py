@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bench.common.names import check_name, variant
 from bench.pretrain import low_rank
-from gwt_kernels import GWTAdamW, GWTLion, GWTMuon, gwt_param_groups
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTLion, GWTMuon, gwt_param_groups
+from gwt_kernels.core.level import Level
 from gwt_kernels.plan import predicted_state_bytes as planned_state_bytes
 
-# Rule and level; then, each only where it is not the default, dtype of the moments and rounding of the weights.
-_OWN = re.compile(r"(gwt|foam|lion|muon)(\d)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?")
-_STATE_DTYPES = {None: None, "bf16": "bfloat16", "int8": "int8"}
+_STATE_DTYPES = {"": None, "bf16": "bfloat16", "int8": "int8"}
+_ADAMS = ("gwt", "foam", "adam_mini")
+_RULES: dict[str, Callable[..., Optimizer]] = {
+    "gwt": partial(GWTAdamW, rule="gwt"),
+    "foam": partial(GWTAdamW, rule="foam"),
+    "lion": GWTLion,
+    "adam_mini": GWTAdamMini,
+    "adafactor": GWTAdafactor,
+    "muon": GWTMuon,
+}
 
 
-def check_name(name: str) -> str:
-    """Return `name`, or raise a `ValueError` that lists the known names."""
-    if name not in ("adamw", *low_rank.NAMES) and not _OWN.fullmatch(name):
-        known = ", ".join(("adamw", *low_rank.NAMES))
-        raise ValueError(
-            f"unknown optimizer {name!r}: choose {known}, or gwtL, foamL, lionL or muonL with a level L, such as "
-            f"gwt2 (muon0 is Muon itself), and then "
-            f"-bf16 or -int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
-        )
-    return name
-
-
-def level_of(name: str) -> int | None:
+def level_of(name: str) -> Level | None:
     """Return the levels of the transform: 0 for AdamW and Muon, None for optimizers without one."""
-    found = _OWN.fullmatch(name)
-    return int(found[2]) if found else (0 if name == "adamw" else None)
+    own = variant(name)
+    return own.level if own else (0 if name == "adamw" else None)
 
 
 def swept_name(name: str) -> str:
     """Return the optimizer whose sweep applies: storage dtypes are not swept."""
-    found = _OWN.fullmatch(name)
-    return name if found is None else f"{found[1]}{found[2]}"
+    own = variant(name)
+    return name if own is None else own.swept_name
 
 
 def build_optimizer(
@@ -57,14 +54,14 @@ def build_optimizer(
     """Build the optimizer called `name` over the parameters of `model`.
 
     Args:
-        name: `adamw` for `torch.optim.AdamW`; `gwt2` for GWT at level 2, `foam2` for the folded rule, with
-            `muon0` for Muon and `muon2` for GWT-Muon, `lion2` likewise, with `-bf16` or `-int8` for moments so kept
-            and `-stochastic` or `-split` for weights so rounded; `galore`, `apollo` and `apollo_mini` from their
-            packages.
+        name: `adamw` and `torch_adafactor` for those of `torch.optim`; `galore`, `apollo` and `apollo_mini` from
+            their packages; else a rule of this package with its level and storage (`bench.common.names`), such as
+            `gwt2`, `muon0` (Muon itself), `foam-row`, `adafactor2-published` or `foam2-bf16-split`.
         model: Its attention and MLP matrices are what GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
-            option as a learning rate of `lr * scale` for the same matrices, so that both have equally many.
+            option as a learning rate of `lr * scale` for the same matrices, so that both have equally many. So
+            does Adafactor of `torch.optim`, whose rates are multiplied by the RMS of a tensor besides.
         weight_decay: Decoupled weight decay, scaled like `torch.optim.AdamW`'s by each group's own rate.
         betas: Decay rates of the two moments.
         momentum: Muon's; None for its default.
@@ -84,42 +81,60 @@ def build_optimizer(
             betas=betas,
             projection_gap=projection_gap,
         )
-    if check_name(name) == "adamw":
-        groups = gwt_param_groups(model, level=1, weight_decay=weight_decay)
-        fused = all(p.is_cuda for p in model.parameters())
-        return torch.optim.AdamW(
-            [
-                {
-                    "params": group["params"],
-                    "lr": lr * scale if group["level"] else lr,
-                    "weight_decay": group["weight_decay"],
-                }
-                for group in groups
-            ],
-            lr=lr,
-            betas=betas,
-            fused=fused or None,
-        )
-    own = _OWN.fullmatch(name)
+    if check_name(name) in ("adamw", "torch_adafactor"):
+        return _of_torch(name, model, lr=lr, scale=scale, weight_decay=weight_decay, betas=betas)
+    own = variant(name)
     assert own is not None
-    rule, level, state, rounding = own.groups()
-    storage: dict[str, Any] = {"state_dtype": _STATE_DTYPES[state], "weight_rounding": rounding}
-    shared = {"level": int(level), "scale": scale, "weight_decay": weight_decay}
-    if rule in ("gwt", "foam"):
-        return GWTAdamW(gwt_param_groups(model, **shared), lr=lr, betas=betas, rule=rule, **storage)
-    groups = gwt_param_groups(model, rule=rule, **shared)
-    if rule == "lion":
-        return GWTLion(groups, lr=lr, adamw_betas=betas, **storage)
-    own_momentum = {} if momentum is None else {"momentum": momentum}
-    return GWTMuon(groups, lr=lr, adamw_betas=betas, **own_momentum, **storage)
+    groups = gwt_param_groups(model, rule=own.rule, level=own.level, scale=scale, weight_decay=weight_decay)
+    if own.level == 0 and own.rule not in ("lion", "muon"):  # the others ignore `scale` there
+        groups = [{**group, "lr": lr * group["scale"]} for group in groups]
+    options: dict[str, Any] = {
+        "betas" if own.rule in _ADAMS else "adamw_betas": betas,
+        "state_dtype": _STATE_DTYPES[own.moments],
+        "weight_rounding": own.rounding or None,
+    }
+    if own.details:
+        options["details"] = own.details
+    if own.rule == "muon" and momentum is not None:
+        options["momentum"] = momentum
+    return _RULES[own.rule](groups, lr=lr, **options)
+
+
+def _of_torch(
+    name: str, model: nn.Module, *, lr: float, scale: float, weight_decay: float, betas: tuple[float, float]
+) -> Optimizer:
+    """Build AdamW or Adafactor of `torch.optim`, whose matrices have a learning rate of `lr * scale`."""
+    groups = [
+        {
+            "params": group["params"],
+            "lr": lr * scale if group["level"] else lr,
+            "weight_decay": group["weight_decay"],
+        }
+        for group in gwt_param_groups(model, level=1, weight_decay=weight_decay)
+    ]
+    if name == "torch_adafactor":
+        return torch.optim.Adafactor(groups, lr=lr)
+    fused = all(p.is_cuda for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
 
 
 def predicted_state_bytes(optimizer: Optimizer) -> int:
     """Predict the bytes of state of `optimizer` after its first step, from shapes and options alone."""
-    if not low_rank.is_low_rank(optimizer):
+    own = low_rank.predicted_bytes if low_rank.is_low_rank(optimizer) else None
+    if isinstance(optimizer, torch.optim.Adafactor):
+        own = _torch_adafactor_bytes
+    if own is None:
         return planned_state_bytes(optimizer)
     groups = optimizer.param_groups
-    return sum(low_rank.predicted_bytes(g, p) for g in groups for p in g["params"] if p.requires_grad)
+    return sum(own(g, p) for g in groups for p in g["params"] if p.requires_grad)
+
+
+def _torch_adafactor_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
+    """Return the bytes of a tensor: its step, in float32, and means of rows and of columns, or its squares."""
+    step = torch.float32.itemsize
+    if p.dim() < 2:
+        return step + p.numel() * p.element_size()
+    return step + (p.numel() // p.size(-1) + p.numel() // p.size(-2)) * p.element_size()
 
 
 def measured_state_bytes(optimizer: Optimizer) -> int:

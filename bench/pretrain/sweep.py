@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -45,35 +45,38 @@ def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(optimizer for optimizer, *_ in tried))
 
 
+def settings_of(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float | None]]:
+    """Return all products of a grid's `lr`, `scale` and, of Muon, `momentum`, in the grid's order."""
+    values = (grid["lr"], grid["scale"], grid.get("momentum", [None]))
+    return [dict(zip(("lr", "scale", "momentum"), each, strict=True)) for each in product(*values)]
+
+
 def sweep(
-    optimizers: list[str],
-    grids: dict[str, dict[str, list[float]]],
+    settings: Mapping[str, Sequence[Mapping[str, Any]]],
     base: RunConfig,
     path: Path,
     run: Callable[[RunConfig], dict[str, Any]],
     *,
     seeds: int,
     device: torch.device,
+    on: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run every setting of each optimizer's grid, then the best of each under further seeds.
+    """Run the settings of each optimizer's grid, then the best of each under further seeds.
 
     A run already recorded in `path` is not repeated, so a sweep can be stopped, continued and extended.
 
     Args:
-        optimizers: Which to sweep.
-        grids: For each optimizer the values of `lr`, of `scale` and, of Muon, of `momentum`; all products are run.
+        settings: For each optimizer to sweep what to run: `lr`, `scale` and `momentum`.
         base: All other settings.
         path: The record, to which runs are added one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
         seeds: Seeds for the best setting of each, the sweep's own included.
         device: Device of the runs, for the record.
-
-    Raises:
-        ValueError: There is no grid for an optimizer.
+        on: What tells the runs from others of the same settings, such as their text; each has it in its result.
     """
 
     def once(config: RunConfig) -> None:
-        key = {name: value for name, value in asdict(config).items() if name != "evals"}
+        key = {name: value for name, value in asdict(config).items() if name != "evals"} | dict(on or {})
         if any(all(done.get(name) == value for name, value in key.items()) for done in read_runs(path)):
             return
         try:
@@ -90,12 +93,9 @@ def sweep(
             flush=True,
         )
 
-    for optimizer in optimizers:
-        if optimizer not in grids:
-            raise ValueError(f"no sweep grid for {optimizer!r} in the preset: it has {', '.join(grids)}; add one")
-        grid = grids[optimizer]
-        for lr, scale, momentum in product(grid["lr"], grid["scale"], grid.get("momentum", [None])):
-            once(replace(base, optimizer=optimizer, lr=lr, scale=scale, momentum=momentum))
+    for optimizer, tried in settings.items():
+        for setting in tried:
+            once(replace(base, optimizer=optimizer, **setting))
         best = best_settings(read_runs(path), optimizer)
         for seed in range(base.seed + 1, base.seed + seeds):
             if best is not None:

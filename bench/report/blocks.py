@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from bench.common.names import optimizer_name
 from bench.memory import level_table, memory_table
-from bench.report import brief, optimizers, quality, sweeps
-from bench.report.markdown import optimizer_name, table, with_spread
+from bench.report import brief, optimizers, quality, sweeps, tradeoff
+from bench.report.comparisons import comparisons, final_losses
+from bench.report.markdown import table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
 from bench.report.sections import NO_GPU
@@ -52,13 +54,13 @@ def _speed(runs: Sequence[Run], root: str) -> str:
 
 
 def _tradeoff(runs: Sequence[Run], root: str) -> str:
-    shown = next((c for c in quality.comparisons(runs) if c.preset == "cpu"), None)
-    return quality.NOTHING if shown is None else quality.tradeoff(shown.plain, root)
+    shown = tradeoff.of_preset(comparisons(runs))
+    return quality.NOTHING if shown is None else tradeoff.block(shown, root)
 
 
 def _begin(runs: Sequence[Run], root: str) -> str:
-    shown = next((c for c in quality.comparisons(runs) if c.preset == "cpu"), None)
-    return sweeps.NOTHING if shown is None else sweeps.begin(runs, shown.model)
+    shown = tradeoff.of_preset(comparisons(runs))
+    return sweeps.NOTHING if shown is None else sweeps.begin(runs, shown.model, shown.length)
 
 
 def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
@@ -88,11 +90,11 @@ def _int8(runs: Sequence[Run], root: str) -> str:
 
 def _precision(runs: Sequence[Run], root: str) -> str:
     """Return a table of the `cpu` preset in float32 and in bfloat16, for optimizers that differ in storage."""
-    shown = [c for c in quality.comparisons(runs) if c.preset.partition(",")[0] == "cpu"]
+    shown = [c for c in comparisons(runs) if c.preset.partition(",")[0] == "cpu"]
     rows = []
     for comparison in sorted(shown, key=lambda c: c.preset):
         weights = comparison.preset.partition(", ")[2] or "float32"
-        for chosen, losses in quality.final_losses(comparison).items():
+        for chosen, losses in final_losses(comparison).items():
             if losses and re.match(r"adamw|gwt2|foam2", chosen.optimizer):
                 state = comparison.others.get((chosen, "state_bytes"))
                 size = "-" if state is None else f"{state['median']:,.0f}"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from bench.common.names import optimizer_name
 from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
-from bench.report.markdown import details, figure, number, optimizer_name, origin, slug, table
+from bench.report.markdown import details, figure, number, origin, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
@@ -34,9 +35,7 @@ $ python -m bench.finetune --model FOLDER --data train.tsv --test-data dev.tsv \
 ```
 
 `FOLDER` is what `save_pretrained` writes. Data are TSV or JSON lines with one label an example; `--kind text` goes
-on with plain text instead. `--preset glue --task sst2` takes level 2 and scale 2 as published for RoBERTa on GLUE,
-with the batches, epochs and rates of GaLore's table: give it the files. STS-B is left out, since its labels are no
-classes. In a loop of your own:
+on with plain text instead. In a loop of your own:
 
 ```python
 from transformers import AutoModelForSequenceClassification
@@ -46,7 +45,15 @@ model = AutoModelForSequenceClassification.from_pretrained("FOLDER", num_labels=
 optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.5), lr=3e-4)
 ```
 
-Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md))."""
+Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md)).
+
+### GLUE
+
+`--preset glue --task sst2 --model FOLDER --data train.tsv --test-data dev.tsv` fine-tunes RoBERTa with GWT's
+level 2 and scale 2 and the settings of GaLore's fine-tuning table, on which memory-efficient optimizers compare:
+batch 16 (CoLA 32), 30 epochs, 512 tokens, rate 1e-5 (CoLA and MRPC 3e-5). `bench/configs/finetune_glue.json` says
+where each was checked in public, and what could not be: the values of MNLI, QNLI and SST-2, the precision, and
+GWT's own level and scale. STS-B is left out, since its labels are no classes. No GLUE result is recorded here."""
 
 WORDS = """\
 ## What was measured

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.common import sources
 from bench.report.rows import Row, Run
@@ -76,36 +76,6 @@ def model_name(model: str | None) -> str:
     """Format a model's common name: llama_1b is LLaMA-1B."""
     found = re.fullmatch(r"llama_(\d+)([mb])", model or "")
     return f"LLaMA-{found[1]}{found[2].upper()}" if found else str(model)
-
-
-class Variant(NamedTuple):
-    """Name of an optimizer of this package in `bench.pretrain`, in parts: gwt2-bf16-split."""
-
-    rule: str
-    level: int
-    moments: str
-    """Dtype of the moments; empty for float32."""
-    rounding: str
-    """Rounding of the weights; empty for the default."""
-
-
-def variant(optimizer: str) -> Variant | None:
-    """Take a name apart; None for an optimizer that is not ours."""
-    found = re.fullmatch(r"(gwt|foam|lion|muon)(\d+)(?:-(bf16|int8))?(?:-(nearest|stochastic|split))?", optimizer)
-    return Variant(found[1], int(found[2]), found[3] or "", found[4] or "") if found else None
-
-
-def optimizer_name(optimizer: str) -> str:
-    """Format an optimizer of `bench.pretrain` for readers: gwt2 is GWT level 2."""
-    if own := variant(optimizer):
-        name = {"lion": "Lion", "muon": "Muon"}.get(own.rule, own.rule.upper())
-        words = [name if not own.level else f"{'' if name.isupper() else 'GWT-'}{name} level {own.level}"]
-        words += [f"{own.moments} moments"] if own.moments else []
-        words += [f"{own.rounding} weights"] if own.rounding else []
-        return ", ".join(words)
-    return {"adamw": "AdamW", "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini"}.get(
-        optimizer, optimizer
-    )
 
 
 def slug(text: str) -> str:

@@ -24,6 +24,7 @@ OWN, PEER = COLOURS[0], "#777777"
 FAMILIES = {
     "AdamW": "#000000", "GWT": "#0072b2", "FOAM": "#009e73", "Muon": "#d55e00",
     "GaLore": "#cc79a7", "APOLLO": "#8c564b", "Adafactor": "#56b4e9", "Lion": "#e69f00",
+    "Adam-mini": "#808000",
 }  # fmt: skip
 """Colour of each optimizer, in every plot; levels differ by marker and line."""
 STYLE = {
@@ -43,6 +44,7 @@ def look_of(label: str) -> dict[str, Any]:
     """Return colour, marker and line of an optimizer by its name on the pages, such as "GWT-Muon level 2"."""
     names = [name for name in FAMILIES if re.search(rf"\b{name}\b", label)]
     level = int(found[1]) if (found := re.search(r"level (\d+)", label)) else 0
+    level = len(MARKERS) - 1 if re.search(r"\brow\b", label) else level
     return {
         "color": FAMILIES[names[-1]] if names else PEER,
         "marker": MARKERS[level % len(MARKERS)],
@@ -180,33 +182,58 @@ def _losses(data: Any) -> Figure:
 
 
 def _tradeoff(data: Any) -> Figure:
-    """Draw held-out loss over bytes of state per parameter; `data`: points of label, loss, low, high, bytes, ms."""
-    figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+    """Draw held-out loss over bytes of state per parameter, a line per rule; `data`: points of label, rule, level,
+    own, loss, low, high, bytes, ms.
+    """
+    figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.subplots()
     longest = max((point["ms"] or 0.0 for point in data), default=0.0) or 1.0
+    rules: dict[str, list[dict[str, Any]]] = {}
     for point in data:
-        look = {key: value for key, value in look_of(point["label"]).items() if key != "linestyle"}
-        size = 4.0 + 9.0 * math.sqrt((point["ms"] or 0.0) / longest)
-        axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
-        face = look["color"] if point["own"] else "white"
+        rules.setdefault(point["rule"] or point["label"], []).append(point)
+    shown = {}
+    for own in rules.values():
+        look = look_of(own[0]["label"])
+        along = sorted(own, key=lambda point: point["bytes"])
+        line = "--" if "published" in own[0]["label"] else "-"
         axes.plot(
-            point["bytes"], point["loss"], linestyle="none", markersize=size, markerfacecolor=face, alpha=0.85,
-            label=point["label"], **look,
-        )  # fmt: skip
-    axes.set_xlim(left=0)
+            [p["bytes"] for p in along],
+            [p["loss"] for p in along],
+            line,
+            color=look["color"],
+            linewidth=0.9,
+            alpha=0.6,
+        )
+        for point in own:
+            size = 4.0 + 8.0 * math.sqrt((point["ms"] or 0.0) / longest)
+            axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
+            face = look["color"] if point["own"] else "white"
+            style = {"marker": look_of(point["label"])["marker"], "markersize": size, "markerfacecolor": face}
+            axes.plot(point["bytes"], point["loss"], color=look["color"], alpha=0.85, **style)
+        name = re.sub(r"^GWT-| (level \d|row)\b", "", own[0]["label"])
+        style = {"color": look["color"], "linestyle": line, "linewidth": 1.5}
+        if not own[0]["own"]:
+            style |= {"linestyle": "none", "marker": "o", "markerfacecolor": "white"}
+        shown[name] = axes.plot([], [], **style)[0]
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("bytes of optimizer state per parameter")
     axes.set_ylabel("held-out loss, nats per token")
-    handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside right upper", title="filled: gwt_kernels")
-    for handle in legend.legend_handles:
-        handle.set_markersize(6)  # type: ignore[union-attr]
+    levels = sorted({point["level"] for point in data if point["own"]})
+    marks = {}
+    for level in levels:
+        said = level if level == "row" else f"level {level}"
+        marks[said] = axes.plot([], [], look_of(said)["marker"], color="#777777", markersize=5)[0]
+    handles, text = [*shown.values(), *marks.values()], [*shown, *marks]
+    figure.legend(handles, text, loc="outside right upper", title="filled: gwt_kernels")
     return figure
 
 
 def _sweeps(data: Any) -> Figure:
-    """Draw held-out loss by learning rate, a line per scale, a panel per optimizer; `data`: panels of title and
-    lines.
+    """Draw held-out loss by rate or momentum, a line per scale, a panel per optimizer; `data`: what `x` is, and
+    panels of title and lines.
     """
+    what, data = data["x"], data["panels"]
     figure, panels, columns = _grid(len(data), width=2.6)
     scales = sorted({line["scale"] for panel in data for line in panel["lines"]})
     shown: dict[float, Any] = {}
@@ -216,13 +243,14 @@ def _sweeps(data: Any) -> Figure:
         for line in panel["lines"]:
             i = scales.index(line["scale"])
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            shown[line["scale"]] = axes.plot(line["lr"], line["loss"], linewidth=1.2, **look)[0]
+            shown[line["scale"]] = axes.plot(line["x"], line["loss"], linewidth=1.2, **look)[0]
         axes.set_title(panel["title"])
-        axes.set_xscale("log")
-        rates = sorted({rate for line in panel["lines"] for rate in line["lr"]})
+        if what == "learning rate":
+            axes.set_xscale("log")
+        rates = sorted({rate for panel in data for line in panel["lines"] for rate in line["x"]})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.xaxis.set_minor_locator(NullLocator())
-    _label_lowest(panels, columns, len(data), "learning rate")
+    _label_lowest(panels, columns, len(data), what)
     panels[0].set_ylim(min(losses) - 0.03 * (top - min(losses)), top + 0.03 * (top - min(losses)))
     figure.supylabel("held-out loss, nats per token", fontsize=9)
     text = [f"scale {scale:g}" for scale in scales]

@@ -1,20 +1,23 @@
-"""Sweeps over learning rate and scale: the section of the quality page, and the settings to begin with."""
+"""Sweeps over rate, scale and momentum: the section of the quality page, and the settings to begin with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
-from bench.report.markdown import cell, figure, model_name, optimizer_name, origin, slug, table, with_spread
+from bench.common.names import optimizer_name
+from bench.report.markdown import cell, figure, model_name, origin, slug, table, with_spread
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
 NOTHING = "Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2` records one."
 
 ABOUT = """\
-Each optimizer is tried at a grid of learning rate and scale, under one seed; the best setting of each is then
-repeated under further ones. Where the column *settings* differs, a sweep was not finished, and the comparison is
-not even. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+Each optimizer is tried at a grid of learning rate and scale, Muon at one of scale and momentum, under one seed; the
+best setting of each is then repeated under further ones. An optimizer with fewer *settings* than the others of a
+sweep was not swept to the end, and the comparison is not even; one with more was tried outside of its grid too, and
+is best within it. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
 def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
@@ -24,11 +27,41 @@ def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
     parts = ["## Sweeps", ABOUT, regimes(runs) if found else NOTHING]
     for run in found:
         parts.append(f"### {_title(run)}")
-        if data := sweep_panels(run):
-            plots.append(Plot(slug(run.file.removesuffix(".json")), "sweeps", data))
-            parts.append(figure("Held-out loss by learning rate and scale", plots[-1].name))
-        parts += [scales_table(run), origin(run)]
+        name = slug(run.file.removesuffix(".json"))
+        for key, said in AXES.items():
+            if data := sweep_panels(run, key):
+                plots.append(Plot(name if key == "lr" else f"{name}-{key}", "sweeps", {"x": said, "panels": data}))
+                parts += [figure(f"Held-out loss by {said} and scale", plots[-1].name), scales_table(run, key)]
+        parts.append(origin(run))
+    if any(_axis(rows) == "momentum" for run in found for rows in optimizers(run).values()):
+        parts[3:3] = ["### Muon's momentum and the length of a run", MOMENTA, momenta_table(found)]
     return parts, plots
+
+
+AXES = {"lr": "learning rate", "momentum": "momentum"}
+"""What is swept besides the scale."""
+
+MOMENTA = "The lowest loss at each momentum, and the scale that reached it; one seed."
+
+
+def _axis(rows: Sequence[Row]) -> str:
+    return "momentum" if len({row.get("momentum") for row in rows}) > 1 else "lr"
+
+
+def momenta_table(found: Sequence[Run]) -> str:
+    """Return for each sweep of Muon the lowest loss at each momentum, the shortest runs first."""
+    swept = [
+        (run.rows[0].get("steps") or 0, run, optimizer, _first_seed(rows))
+        for run in found
+        for optimizer, rows in optimizers(run).items()
+        if _axis(rows) == "momentum"
+    ]
+    momenta = sorted({row["momentum"] for *_, rows in swept for row in rows})
+    lines = []
+    for steps, run, optimizer, rows in sorted(swept, key=lambda each: each[0]):
+        cells = [_lowest([row for row in rows if row["momentum"] == momentum], "scale") for momentum in momenta]
+        lines.append([f"{model_name(run.rows[0].get('model'))}, {steps} steps", optimizer_name(optimizer), *cells])
+    return table(["model", "optimizer", *(f"momentum {momentum:g}" for momentum in momenta)], lines, left=2)
 
 
 def _loss(row: Row) -> float | None:
@@ -71,27 +104,30 @@ def regimes(runs: Sequence[Run]) -> str:
     lines = []
     for run in of(runs, "sweep"):
         for optimizer, rows in optimizers(run).items():
-            settings = str(len({(row["lr"], row["scale"]) for row in _first_seed(rows)}))
+            tried = {(row["lr"], row["scale"], row.get("momentum")) for row in _first_seed(rows)}
+            settings = str(len(tried))
             head = [_title(run), optimizer_name(optimizer), settings]
             if (found := best(rows)) is None:
-                lines.append([*head, "-", "-", "all diverged", "-"])
+                lines.append([*head, "-", "-", "-", "all diverged", "-"])
             else:
                 chosen, losses = found
-                lines.append(
-                    [*head, f"{chosen['lr']:g}", f"{chosen['scale']:g}", with_spread(losses), str(len(losses))]
-                )
-    return table(
-        ["sweep", "optimizer", "settings", "best lr", "best scale", "held-out loss", "seeds"], lines, left=2
-    )
+                lines.append([*head, *_numbers(chosen), with_spread(losses), str(len(losses))])
+    headings = ["sweep", "optimizer", "settings", "best lr", "best scale", "momentum", "held-out loss", "seeds"]
+    return table(headings, lines, left=2)
+
+
+def _numbers(row: Row) -> list[str]:
+    return ["-" if row.get(key) is None else f"{row[key]:g}" for key in ("lr", "scale", "momentum")]
 
 
 PUBLISHED = (0.01, 0.25)
 """Learning rate and scale of the published recipe."""
 
 
-def begin(runs: Sequence[Run], model: str) -> str:
-    """Return the best rate and scale of each optimizer in a model's newest sweep, beside the published ones."""
-    run = next((run for run in of(runs, "sweep") if run.rows[0].get("model") == model), None)
+def begin(runs: Sequence[Run], model: str, steps: int | None) -> str:
+    """Return the best setting of each optimizer in the newest sweep of a model and length, beside the published."""
+    found = (run for run in of(runs, "sweep") if run.rows[0].get("model") == model)
+    run = next((run for run in found if run.rows[0].get("steps") == steps), None)
     if run is None:
         return NOTHING
     lines = []
@@ -101,39 +137,49 @@ def begin(runs: Sequence[Run], model: str) -> str:
         chosen, losses = found
         published = [_loss(row) for row in _first_seed(rows) if (row["lr"], row["scale"]) == PUBLISHED]
         shown = "not tried" if not published else "diverged" if published[0] is None else f"{published[0]:.3f}"
-        numbers = [f"{chosen['lr']:g}", f"{chosen['scale']:g}", with_spread(losses), shown]
-        lines.append([optimizer_name(optimizer), *numbers])
-    headings = ["optimizer", "lr", "scale", "held-out loss", "loss at lr {:g}, scale {:g}".format(*PUBLISHED)]
-    return f"{_title(run)}, on {run.device}:\n\n{table(headings, lines)}"
+        lines.append((losses, [optimizer_name(optimizer), *_numbers(chosen), with_spread(losses), shown]))
+    lines.sort(key=lambda line: mean(line[0]))
+    headings = [
+        "optimizer",
+        "lr",
+        "scale",
+        "momentum",
+        "held-out loss",
+        "loss at lr {:g}, scale {:g}".format(*PUBLISHED),
+    ]
+    return f"{_title(run)}, on {run.device}:\n\n{table(headings, [cells for _, cells in lines])}"
 
 
-def scales_table(run: Run) -> str:
-    """Return for each optimizer and scale the lowest loss over learning rates, and the rate that reached it."""
-    scales = sorted({row["scale"] for row in run.rows})
-    lines = []
-    for optimizer, rows in optimizers(run).items():
-        cells = []
-        for scale in scales:
-            tried = [row for row in _first_seed(rows) if row["scale"] == scale]
-            reached = [row for row in tried if _loss(row) is not None]
-            lowest = min(reached, key=lambda row: _loss(row) or 0.0, default=None)
-            diverged = "diverged" if tried else "-"
-            cells.append(f"{_loss(lowest):.3f} (lr {lowest['lr']:g})" if lowest else diverged)
-        lines.append([optimizer_name(optimizer), *cells])
+def _lowest(rows: Sequence[Row], key: str) -> str:
+    """Format the lowest loss of some runs, and the value of `key` that reached it."""
+    reached = [row for row in rows if _loss(row) is not None]
+    lowest = min(reached, key=lambda row: _loss(row) or 0.0, default=None)
+    if lowest is None:
+        return "diverged" if rows else "-"
+    return f"{_loss(lowest):.3f} ({key} {lowest[key]:g})"
+
+
+def scales_table(run: Run, key: str) -> str:
+    """Return for each optimizer whose sweep has that axis, and each scale, the lowest loss along the axis."""
+    swept = {name: _first_seed(rows) for name, rows in optimizers(run).items() if _axis(rows) == key}
+    scales = sorted({row["scale"] for rows in swept.values() for row in rows})
+    lines = [
+        [optimizer_name(name), *(_lowest([row for row in rows if row["scale"] == scale], key) for scale in scales)]
+        for name, rows in swept.items()
+    ]
     return table(["optimizer", *(f"scale {cell(scale)}" for scale in scales)], lines)
 
 
-def sweep_panels(run: Run) -> list[dict[str, Any]]:
-    """Return the data of a sweep's plot; diverged runs have no point."""
+def sweep_panels(run: Run, key: str) -> list[dict[str, Any]]:
+    """Return the data of a sweep's plot along one axis; diverged runs have no point."""
     panels = []
     for optimizer, rows in optimizers(run).items():
         lines = []
-        for scale in sorted({row["scale"] for row in rows}):
-            points = sorted(
-                (row["lr"], loss) for row in _first_seed(rows) if row["scale"] == scale and (loss := _loss(row))
-            )
+        for scale in sorted({row["scale"] for row in rows}) if _axis(rows) == key else ():
+            own = [row for row in _first_seed(rows) if row["scale"] == scale]
+            points = sorted((row[key], loss) for row in own if (loss := _loss(row)))
             if points:
-                lines.append({"scale": scale, "lr": [lr for lr, _ in points], "loss": [loss for _, loss in points]})
+                lines.append({"scale": scale, "x": [x for x, _ in points], "loss": [loss for _, loss in points]})
         if lines:
             panels.append({"title": optimizer_name(optimizer), "lines": lines})
     return panels

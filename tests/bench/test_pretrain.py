@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench.common.models import build_model, load_config
+from bench.finetune import fetch
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain import checkpoint
 from bench.pretrain.optimizers import build_optimizer
@@ -34,6 +35,11 @@ from tests.support.pretraining import (
 
 PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
 CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
+OTHERS = (
+    *("gwt0", "gwt-row", "foam0", "foam-row", "foam-row-bf16", "lion2", "lion-row", "muon0", "muon2"),
+    *("adam_mini0", "adam_mini2", "adam_mini-row"),
+    *("adafactor0", "adafactor2", "adafactor2-published", "adafactor2-bf16", "torch_adafactor"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +100,7 @@ def test_learning_rate_schedule() -> None:
     assert lr_factor(1, steps=1, warmup=0.0, min_lr=0.0) == 1.0
 
 
-@pytest.mark.parametrize("optimizer", CONTENDERS)
+@pytest.mark.parametrize("optimizer", [*CONTENDERS, "foam-row", "muon2", "adafactor2", "torch_adafactor"])
 def test_resume_is_exact(tmp_path: Path, options: list[str], optimizer: str) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained([*options, "--optimizer", optimizer], whole)
@@ -186,6 +192,50 @@ def test_predicted_state_bytes_are_exact(options: list[str], optimizer: str, pre
     assert_predicted_state_bytes(run_of(options, optimizer, "--precision", precision))
 
 
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_scale_multiplies_the_first_update_of_matrices_alone(options: list[str], optimizer: str) -> None:
+    def first_update(scale: str) -> dict[str, torch.Tensor]:
+        run = run_of(options, optimizer, "--lr", "0.01", "--scale", scale)
+        before = {key: p.detach().double() for key, p in run.model.named_parameters()}
+        run.train_step()
+        return {key: before[key] - p.detach().double() for key, p in run.model.named_parameters()}
+
+    one, three = first_update("0.5"), first_update("1.5")
+    for key, update in one.items():
+        factor = 3.0 if "proj" in key else 1.0
+        assert update.norm() > 0, key
+        assert (three[key] - factor * update).norm() < 1e-4 * update.norm(), key  # float32 weights round the update
+
+
+@pytest.mark.parametrize("optimizer", OTHERS)
+def test_predicted_state_bytes_of_the_others_are_exact(options: list[str], optimizer: str) -> None:
+    assert_predicted_state_bytes(run_of(options, optimizer))
+
+
+def test_names_choose_rule_level_and_details(tiny: Path) -> None:
+    model = build_model(load_config(str(tiny)), seed=0, device=torch.device("cpu"), dtype=torch.bfloat16)
+
+    def of_matrices(name: str) -> dict[str, Any]:
+        groups = build_optimizer(name, model, lr=0.01, scale=0.5).param_groups
+        (group,) = (group for group in groups if any("q_proj" in each for each in group.get("param_names", [])))
+        return group
+
+    assert [of_matrices(name)["details"] for name in ("adafactor2", "adafactor2-published")] == [
+        "divided",
+        "published",
+    ]
+    for rule in ("gwt", "foam", "lion", "adam_mini"):
+        assert (of_matrices(f"{rule}-row")["rule"], of_matrices(f"{rule}-row")["level"]) == (rule, "row")
+        assert of_matrices(f"{rule}3")["level"] == 3
+    group = of_matrices("adafactor1-published-bf16-split")
+    assert (group["level"], group["details"], group["state_dtype"]) == (1, "published", "bfloat16")
+    assert group["weight_rounding"] == "split"
+    assert type(build_optimizer("torch_adafactor", model, lr=0.01, scale=0.5)) is torch.optim.Adafactor
+    for name in ("muon-row", "adafactor-row", "gwt2-published", "gwt", "gwt22", "row", "gwt2-fp8", "adam_mini"):
+        with pytest.raises(ValueError, match=f"unknown optimizer '{name}'.*foam-row"):
+            build_optimizer(name, model, lr=0.01, scale=0.5)
+
+
 def test_scale_sets_the_rate_of_matrices_for_every_optimizer(tiny: Path) -> None:
     model = build_model(load_config(str(tiny)), seed=0, device=torch.device("cpu"), dtype=torch.float32)
     matrices = {id(p) for name, p in model.named_parameters() if "proj" in name}
@@ -231,7 +281,11 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
     parse = pretrain.parse
     monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], {"adamw": grid, "gwt2": grid}))
     line = [*options, "--sweep", "adamw", "gwt2", "--sweep-record", str(record)]
-    line += ["--sweep-steps", "10", "--sweep-seeds", "2"]
+    line += ["--sweep-steps", "10"]
+    pretrain.main([*line, "--sweep-settings", "1", "--sweep-seeds", "1"])
+    assert [(r["optimizer"], r["lr"]) for r in read_runs(record)] == [("adamw", 0.003), ("gwt2", 0.003)]
+    record.unlink()
+    line += ["--sweep-seeds", "2"]
     pretrain.main(line)
     runs = read_runs(record)
     assert [(r["optimizer"], r["lr"], r["seed"]) for r in runs] == [
@@ -253,6 +307,8 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
 SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {"sweep_demo_warmup10.json": {"gwt3"}, "sweep_demo_warmup10_clipped.json": {"gwt3"}}
 """Optimizers whose sweep under a regime was abandoned; docs/traps.md quotes no loss of theirs."""
+SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
+"""Seeds of the best setting, where they are not three."""
 
 
 @pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)
@@ -261,16 +317,25 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
     tried = settings_tried(runs)
     unfinished = UNFINISHED.get(record.name, set()) & tried.keys()
     compared = tried.keys() - unfinished
-    assert {"adamw", "gwt2"} <= compared
-    assert len({tried[name] for name in compared}) == 1  # equally many settings for each
+    assert "adamw" in compared
+    preset = pretrain.CONFIGS / f"preset_{record.stem.removeprefix('sweep_')}.json"
+    grids = json.loads(preset.read_text())["grids"] if preset.exists() else {}
+    for name in compared:
+        # Equally many settings for each; of those tried besides the grid none was the best.
+        grid = grids.get(name, {})
+        keys = ("lr", "scale", *(["momentum"] if "momentum" in grid else []))
+        within = [run for run in runs if all(run[key] in grid.get(key, [run[key]]) for key in keys)]
+        assert settings_tried(within)[name] == tried["adamw"], name
+        assert best_settings(within, name) == best_settings(runs, name), name
     assert all(tried[name] < tried["adamw"] for name in unfinished)
     shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
     assert len({tuple(run[key] for key in shared) for run in runs if run["heldout_loss"]}) == 1
     for name in compared:
         best = best_settings(runs, name)
         assert best is not None
-        again = [r for r in runs if all(r[k] == best[k] for k in ("optimizer", "lr", "scale"))]
-        assert len({r["seed"] for r in again}) == 3
+        keys = ("optimizer", "lr", "scale", "momentum")
+        again = {r["seed"] for r in runs if all(r.get(key) == best.get(key) for key in keys)}
+        assert len(again) == SEEDS.get(record.name, 3)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -317,12 +382,58 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
 
 def test_presets_set_known_options_only() -> None:
     known = {action.dest for action in pretrain.make_parser()._actions} | {"about", "grids"}
-    assert {"preset_cpu", "preset_small", "preset_llama_60m"} == {path.stem for path in PRESETS}
+    own = {"preset_cpu", "preset_cpu_long", "preset_cpu_medium", "preset_cpu_docs"}
+    assert own | {"preset_small", "preset_llama_60m"} == {path.stem for path in PRESETS}
     for path in PRESETS:
         assert json.loads(path.read_text()).keys() <= known
         parsed = pretrain.parse(["--preset", path.stem.removeprefix("preset_"), "--steps", "7"])[0]
         assert parsed.steps == 7
         assert load_config(pretrain.run_config(parsed, "gwt2").model).vocab_size > 0
+
+
+def test_the_medium_preset_trains(tmp_path: Path) -> None:
+    line = "--preset cpu_medium --steps 2 --batch 2 --context 16 --eval-windows 4 --evals 1 --threads 1 --quiet"
+    options = [*line.split(), "--text", str(TEXT), "--optimizer", "muon2"]
+    result = trained(options, tmp_path)
+    assert 4.5e6 < result["parameters"] < 5.5e6
+    assert result["state_bytes_measured"] == result["state_bytes_predicted"]
+    assert 3.0 < result["heldout_loss"] < 7.0
+
+
+def test_a_text_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "BUILD", tmp_path)
+    options = ["--preset", "cpu_docs", "--context", "16", "--eval-windows", "4"]
+    with pytest.raises(
+        FileNotFoundError, match=r"--corpus kernel_docs: .* bench.finetune.fetch packages kernel_docs"
+    ):
+        pretrain.load_corpus(pretrain.parse(options)[0], seed=0)
+    text = tmp_path / "kernel_docs" / "text"
+    text.mkdir(parents=True)
+    (text / "a.rst").write_text(TEXT.read_text())
+    (tmp_path / "kernel_docs" / fetch.MARK).write_text("made")
+    named, own, plain = (
+        pretrain.load_corpus(pretrain.parse([*options, *more])[0], seed=0).facts
+        for more in ([], ["--text", str(text)], ["--preset", "cpu"])
+    )
+    assert named["text"] == "(Linux kernel's documentation)"
+    assert plain["text"] == "(standard library)"
+    assert named["text_digest"] == own["text_digest"] != plain["text_digest"]
+    with pytest.raises(SystemExit):
+        pretrain.parse([*options, "--corpus", "stdlib", "--text", str(text)])
+
+
+def test_a_sweep_over_another_text_is_another_sweep(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, other = tmp_path / "sweep.json", tmp_path / "other.txt"
+    other.write_text(TEXT.read_text().upper())
+    parse = pretrain.parse
+    grids = {"adamw": {"lr": [0.01], "scale": [0.5]}}
+    monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], grids))
+    line = [*options, "--sweep", "adamw", "--sweep-record", str(record), "--sweep-seeds", "1"]
+    for more in ([], ["--text", str(other)], []):
+        pretrain.main([*line, *more])
+    assert [run["text"] for run in read_runs(record)] == [str(TEXT), str(other)]
 
 
 def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.common import records, sources
-from bench.report import blocks, markdown, optimizers, plots, quality, rows
+from bench.report import blocks, comparisons, markdown, optimizers, plots, quality, rows
 from bench.report.__main__ import GENERATED, main
 from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, Row, measured, optimizer_rows, quality_rows
@@ -368,8 +368,8 @@ def test_each_panel_shows_one_run() -> None:
 def test_unfinished_runs_have_no_final_loss() -> None:
     found = quality_rows(CPU)
     cut = [r for r in found if not (r["optimizer"] == "gwt2" and r["seed"] == 2 and r.get("step", 0) > 200)]
-    (comparison,) = quality.comparisons([rows.Run("f", "quality", "d", cut)])
-    losses = {setting.optimizer: values for setting, values in quality.final_losses(comparison).items()}
+    (comparison,) = comparisons.comparisons([rows.Run("f", "quality", "d", cut)])
+    losses = {setting.optimizer: values for setting, values in comparisons.final_losses(comparison).items()}
     assert losses["gwt2"] == pytest.approx([1.56, 1.57])
     assert len(losses["adamw"]) == 3
     assert "| 2, 1 not finished |" in quality.final_table(comparison)
@@ -382,8 +382,8 @@ def test_a_repeated_run_replaces_the_older_one() -> None:
     for row in new.rows:
         if row["metric"] == "heldout_loss":
             row["median"] += 1
-    (comparison,) = quality.comparisons([new, old])
-    losses = next(iter(quality.final_losses(comparison).values()))
+    (comparison,) = comparisons.comparisons([new, old])
+    losses = next(iter(comparisons.final_losses(comparison).values()))
     assert losses == pytest.approx([2.6, 2.61, 2.62])
 
 

@@ -206,7 +206,7 @@ def test_plain_text_and_json_lines(tmp_path: Path, options: list[str], ran: list
     ]
     finetune.main([*line, "--threads", "1", "--validation", "2", "--test", "3"])
     rows = records.rows_of(tmp_path / "text" / "results.json", results.BENCHMARK)
-    assert {row["optimizer"] for row in rows} == {"adamw", "gwt2", "foam2"}
+    assert {row["optimizer"] for row in rows} == {"adamw", "gwt2", "foam2", "muon2"}
     assert {"untrained_loss", "test_loss"} <= {row["metric"] for row in rows}
     assert "test_accuracy" not in {row["metric"] for row in rows}
 
@@ -214,12 +214,25 @@ def test_plain_text_and_json_lines(tmp_path: Path, options: list[str], ran: list
 # Presets
 
 
+def test_muon_has_a_grid_of_its_own(tmp_path: Path) -> None:
+    parsed = finetune.parse(["--sweep", "--out", str(tmp_path)])
+    task = type("Nothing", (), {"facts": {}})()
+    comparison = finetune.Comparison(parsed, task, torch.device("cpu"))
+    grid = parsed.grids["full muon"]
+    for name in ("muon2", "muon0"):
+        assert comparison.rates(name, "full") == [(lr, scale) for lr in grid["lr"] for scale in grid["scale"]]
+    others = {tuple(comparison.rates(name, "full")) for name in ("adamw", "gwt2", "gwt3", "foam2")}
+    assert len(others) == 1
+    assert others != {tuple(comparison.rates("muon2", "full"))}
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_name_what_there_is_and_sweep_alike(path: Path) -> None:
     values = json.loads(path.read_text())
     known = {action.dest for action in finetune.make_parser()._actions}
     assert values.keys() <= known | {"about", "grids", "tasks", "fetch"}
-    assert set(values["recipes"]) <= values["grids"].keys() <= models.RECIPES.keys()
+    assert set(values["recipes"]) <= values["grids"].keys()
+    assert {name.split()[0] for name in values["grids"]} <= models.RECIPES.keys()
     assert len({len(grid["lr"]) * len(grid["scale"]) for grid in values["grids"].values()}) == 1
     assert all(check_name(name) for name in values["optimizers"])
     assert "adamw" in values["optimizers"]
@@ -374,8 +387,9 @@ def test_what_is_recorded_is_swept_alike(record: Path) -> None:
     chosen = choices(rows)
     assert len({choice.tried for choice in chosen}) == 1  # as many settings for each
     for name in ("adamw", "gwt2"):
-        (own,) = (choice for choice in chosen if choice.optimizer == name and choice.recipe in models.WHOLE)
-        assert len(own.values["test_loss"]) >= 2  # so that there is a spread
+        own = [choice for choice in chosen if choice.optimizer == name and choice.recipe in models.WHOLE]
+        assert own
+        assert all(len(choice.values["test_loss"]) >= 2 for choice in own)  # so that there is a spread
     shared = ("model_digest", "text_digest", "steps", "batch", "warmup", "precision", "weight_decay", "grad_clip")
     assert len({tuple(row[key] for key in shared) for row in rows}) == 1
     batches = {(row["seed"], row["data_digest"]) for row in rows}

@@ -1,0 +1,90 @@
+"""Names of optimizers in comparisons and records, such as `foam2-bf16`: taken apart, and as readers say them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from gwt_kernels.core.level import ROW, Level
+
+RULES = {
+    "gwt": "GWT",
+    "foam": "FOAM",
+    "lion": "Lion",
+    "adam_mini": "Adam-mini",
+    "adafactor": "Adafactor",
+    "muon": "Muon",
+}
+"""Rules of this package, in the order of the pages, and what their authors call them."""
+ROWS = ("gwt", "foam", "lion", "adam_mini")
+"""Those that have blocks of a row."""
+PEERS = {
+    "adamw": "AdamW", "torch_adafactor": "torch Adafactor",
+    "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini",
+}  # fmt: skip
+
+_OWN = re.compile(
+    rf"(?P<rule>{'|'.join(RULES)})(?P<level>\d|-row)(?:-(?P<details>published))?"
+    r"(?:-(?P<moments>bf16|int8))?(?:-(?P<rounding>nearest|stochastic|split))?"
+)
+
+
+class Variant(NamedTuple):
+    """Name of an optimizer of this package, in parts: gwt2-bf16-split."""
+
+    rule: str
+    level: Level
+    moments: str = ""
+    """Dtype of the moments; empty for float32."""
+    rounding: str = ""
+    """Rounding of the weights; empty for the default."""
+    details: str = ""
+    """What becomes of Adafactor's details; empty for the default."""
+
+    @property
+    def is_stored_plainly(self) -> bool:
+        """Whether moments and weights have the default storage."""
+        return not (self.moments or self.rounding)
+
+    @property
+    def swept_name(self) -> str:
+        """Return the name under which settings are swept: storage is not."""
+        level = f"-{ROW}" if self.level == ROW else self.level
+        return f"{self.rule}{level}" + (f"-{self.details}" if self.details else "")
+
+
+def variant(name: str) -> Variant | None:
+    """Take a name apart; None for an optimizer that is not of this package."""
+    found = _OWN.fullmatch(name)
+    if found is None:
+        return None
+    rule, level = found["rule"], found["level"]
+    if (level == f"-{ROW}" and rule not in ROWS) or (found["details"] and rule != "adafactor"):
+        return None
+    own: Level = ROW if level == f"-{ROW}" else int(level)
+    return Variant(rule, own, found["moments"] or "", found["rounding"] or "", found["details"] or "")
+
+
+def check_name(name: str) -> str:
+    """Return `name`, or raise a `ValueError` that lists the known names."""
+    if name not in PEERS and variant(name) is None:
+        raise ValueError(
+            f"unknown optimizer {name!r}: choose {', '.join(PEERS)}, or {', '.join(f'{rule}L' for rule in RULES)} "
+            f"with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
+            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or "
+            "-int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
+        )
+    return name
+
+
+def optimizer_name(name: str) -> str:
+    """Return the name of an optimizer for readers: gwt2 is GWT level 2."""
+    own = variant(name)
+    if own is None:
+        return PEERS.get(name, name)
+    said = RULES[own.rule]
+    if own.level:
+        said = f"{'' if said.isupper() else 'GWT-'}{said} " + ("row" if own.level == ROW else f"level {own.level}")
+    words = [said, f"{own.details} details" if own.details else ""]
+    words += [f"{own.moments} moments" if own.moments else "", f"{own.rounding} weights" if own.rounding else ""]
+    return ", ".join(word for word in words if word)

@@ -1,0 +1,186 @@
+"""What pre-training runs of one kind reached, by setting and seed: from comparisons, and from sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from bench.common.models import CONFIGS
+from bench.common.names import RULES, optimizer_name, variant
+from bench.report import sweeps
+from bench.report.markdown import slug
+from bench.report.rows import Row, Run, of
+from gwt_kernels.core.level import depth_of
+
+STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
+STATE = ("state_bytes", "state_bytes_measured")
+STEP = ("optimizer_step", "step_time", "optimizer_time")
+
+
+class Setting(NamedTuple):
+    """An optimizer with its settings."""
+
+    optimizer: str
+    lr: float | None
+    scale: float | None
+    momentum: float | None = None
+
+
+class Comparison(NamedTuple):
+    """All recorded runs of one preset, model, length, text and device, by setting and seed."""
+
+    preset: str
+    model: str
+    device: str
+    length: int | None
+    """Steps that its runs were to take."""
+    text: str | None
+    runs: dict[Setting, dict[int, list[Row]]]
+    """Evaluations in the order of steps; a run's other rows are in `others`."""
+    others: dict[tuple[Setting, str], Row]
+    last: Run
+
+    @property
+    def name(self) -> str:
+        """Return a name for the plot's file."""
+        return f"losses_{slug(self.preset)}"
+
+    @property
+    def plain(self) -> Comparison:
+        """Return the settings with default storage, or all if none has it."""
+        kept = {setting: seeds for setting, seeds in self.runs.items() if _is_plain(setting.optimizer)}
+        return self._replace(runs=kept or self.runs)
+
+    def metric(self, setting: Setting, names: Sequence[str]) -> Row | None:
+        """Return the row of the first of these metrics that was measured."""
+        rows = (self.others.get((setting, name)) for name in names)
+        return next((row for row in rows if row and row["median"] is not None), None)
+
+    @property
+    def parameters(self) -> int | None:
+        """Return the number of the model's parameters."""
+        rows = (row for seeds in self.runs.values() for own in seeds.values() for row in own)
+        return next((row["parameters"] for row in rows if row.get("parameters")), None)
+
+    @property
+    def steps(self) -> int:
+        """Return the last step of its longest run."""
+        return max((own[-1].get("step") or 0 for s in self.runs.values() for own in s.values()), default=0)
+
+
+def _is_plain(optimizer: str) -> bool:
+    own = variant(optimizer)
+    return own is None or own.is_stored_plainly
+
+
+def comparisons(runs: Sequence[Run]) -> list[Comparison]:
+    """Collect the measurements of each preset, newest first; a repeated run replaces the older one.
+
+    Where a sweep's best setting of an optimizer was not compared, the sweep's own runs of it are taken.
+    """
+    found: dict[tuple[Any, ...], Comparison] = {}
+    for run in reversed(of(runs, "quality")):
+        _add(found, run, run.rows)
+    for run in reversed(of(runs, "sweep")):
+        preset = run.file.removeprefix("sweep_").removesuffix(".json")
+        if (CONFIGS / f"preset_{preset}.json").exists():
+            _add(found, run, list(_best_of_sweep(run, preset, found)))
+    for comparison in found.values():
+        for seeds in comparison.runs.values():
+            for rows in seeds.values():
+                rows.sort(key=lambda row: row.get("step") or 0)
+    return [each._replace(runs=dict(sorted(each.runs.items(), key=_order))) for each in reversed(found.values())]
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Return what the runs of one comparison have in common."""
+    preset = str(row.get("preset") or row.get("model"))
+    if row.get("precision") not in (None, "float32"):
+        preset += f", {row['precision']}"
+    return (preset, row.get("model"), row.get("device"), row.get("steps"), row.get("text"))
+
+
+def setting_of(row: Row) -> Setting:
+    """Return the setting of a run."""
+    return Setting(str(row.get("optimizer")), row.get("lr"), row.get("scale"), row.get("momentum"))
+
+
+def _add(found: dict[tuple[Any, ...], Comparison], run: Run, rows: Sequence[Row]) -> None:
+    """Add rows of one run to their comparisons, which become the newest."""
+    fresh: set[tuple[Any, ...]] = set()
+    for row in rows:
+        place = _place(row)
+        old = found.pop(place, None) or Comparison(*map(str, place[:3]), *place[3:], {}, {}, run)
+        last = run if run.benchmark == "quality" or not old.runs else old.last
+        comparison = found[place] = old._replace(last=last)
+        setting = setting_of(row)
+        seeds = comparison.runs.setdefault(setting, {})
+        if row.get("metric") != "heldout_loss":
+            comparison.others[setting, str(row.get("metric"))] = row
+            continue
+        key = (*place, setting, row.get("seed"))
+        if key not in fresh:
+            fresh.add(key)
+            seeds[row.get("seed") or 0] = []
+        seeds[row.get("seed") or 0].append(row)
+
+
+def _best_of_sweep(run: Run, preset: str, found: dict[tuple[Any, ...], Comparison]) -> Iterator[Row]:
+    """Yield rows of the best setting of each optimizer of a sweep where its preset's comparison lacks it."""
+    for rows in sweeps.optimizers(run).values():
+        best = sweeps.best(rows)
+        if best is None:
+            continue
+        chosen = {**best[0], "preset": preset}
+        known = found.get(_place(chosen))
+        if known is not None and setting_of(chosen) in known.runs:
+            continue
+        for row in rows:
+            if setting_of(row) != setting_of(chosen) or row.get("heldout_loss") is None:
+                continue
+            shared = {**row, "preset": preset, "p20": None, "p80": None, "samples": 1}
+            tokens = row["steps"] * row["batch"] * row["accumulate"] * row["context"]
+            yield {**shared, "metric": "heldout_loss", "median": row["heldout_loss"], "tokens": tokens}
+            yield {**shared, "metric": "state_bytes", "unit": "B", "median": row["state_bytes_measured"]}
+            yield {
+                **shared,
+                "metric": "optimizer_step",
+                "unit": "ms",
+                "median": None,
+                **(row["optimizer_ms"] or {}),
+            }
+
+
+def _order(item: tuple[Setting, Any]) -> tuple[Any, ...]:
+    """Sort key: peers before this package's optimizers, these by rule, level and storage."""
+    setting = item[0]
+    own = variant(setting.optimizer)
+    if own is None:
+        return (0, setting.optimizer)
+    storage = (STORAGE.index(own.moments), STORAGE.index(own.rounding))
+    return (1, list(RULES).index(own.rule), own.details, depth_of(own.level), *storage)
+
+
+def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
+    """Return the loss after the last step by seed, for the seeds that reached it."""
+    last = comparison.steps
+    return {
+        setting: [
+            rows[-1]["median"]
+            for rows in seeds.values()
+            if (rows[-1].get("step") or 0) == last and rows[-1]["median"] is not None
+        ]
+        for setting, seeds in comparison.runs.items()
+    }
+
+
+def name_of(setting: Setting, settings: Iterable[Setting]) -> str:
+    """Return the name of an optimizer, with its setting where there are several."""
+    if sum(other.optimizer == setting.optimizer for other in settings) == 1:
+        return optimizer_name(setting.optimizer)
+    numbers = f", lr {setting.lr:g}, scale {setting.scale:g}"
+    return (
+        optimizer_name(setting.optimizer)
+        + numbers
+        + (f", momentum {setting.momentum:g}" if setting.momentum else "")
+    )

@@ -1,0 +1,161 @@
+"""Loss against state: the chart, what the least of either costs of the other, and README's short table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from bench.common.names import optimizer_name, variant
+from bench.report.comparisons import STATE, STEP, Comparison, final_losses
+from bench.report.markdown import figure, table, with_spread
+from bench.report.plots import Plot
+from gwt_kernels.core.level import ROW
+
+CHART = "loss_over_state"
+PRESET = "cpu"
+"""The preset with most optimizers."""
+
+ABOUT = """\
+Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
+is the mean over seeds, its upright line reaches from the lowest to the highest; other lines join the levels of one
+rule; the larger the mark, the longer a step took. Moments are in float32. The bytes are of the whole model, whose
+embeddings and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share."""
+
+BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
+"""Bytes of state a parameter."""
+
+EQUAL_STATE = """\
+### At equal state
+
+The lowest loss with so much state at most: of all optimizers, of those without Muon's products of matrices, and of
+all with moments in bf16 or int8 too, where these were run under several seeds:"""
+
+EQUAL_LOSS = """\
+### At equal loss
+
+The least state of an optimizer whose mean loss is no higher than that of the one named first, likewise:"""
+
+CHOICES = ["without products of matrices", "moments in bf16 or int8 too"]
+REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")
+
+SHOWN = (
+    *("muon0", "muon2", "muon4", "foam2", "gwt2", "adafactor2", "foam-row"),
+    *("adamw", "apollo"),
+)
+"""Those in README's table."""
+
+
+def of_preset(compared: Sequence[Comparison]) -> Comparison | None:
+    """Return the comparison that the chart is drawn of."""
+    return next((comparison for comparison in compared if comparison.preset == PRESET), None)
+
+
+def points(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return loss, state and time of a step by optimizer, the lowest loss first; of several settings the best."""
+    found: dict[str, dict[str, Any]] = {}
+    for chosen, losses in final_losses(comparison).items():
+        state, step = comparison.metric(chosen, STATE), comparison.metric(chosen, STEP)
+        if not losses or state is None or comparison.parameters is None:
+            continue
+        own = variant(chosen.optimizer)
+        point = {
+            "optimizer": chosen.optimizer,
+            "label": optimizer_name(chosen.optimizer),
+            "rule": own.rule + own.details if own else None,
+            "level": str(own.level) if own else "0",
+            "own": own is not None,
+            "loss": mean(losses),
+            "low": min(losses),
+            "high": max(losses),
+            "bytes": state["median"] / comparison.parameters,
+            "ms": None if step is None else step["median"],
+            "spread": with_spread(losses),
+            "seeds": len(losses),
+        }
+        old = found.get(chosen.optimizer)
+        if old is None or old["loss"] > point["loss"]:
+            found[chosen.optimizer] = point
+    return sorted(found.values(), key=lambda point: point["loss"])
+
+
+def section(comparison: Comparison) -> tuple[list[str], list[Plot]]:
+    """Return the part of the page that weighs loss and state, and its chart; nothing without results."""
+    found = points(comparison.plain)
+    if len(found) < 2:
+        return [], []
+    everything = [point for point in points(comparison) if point["seeds"] > 1]
+    parts = ["## Memory or a better model?", ABOUT, figure("Held-out loss over bytes of state", CHART)]
+    parts += [EQUAL_STATE, _equal_state(found, everything), EQUAL_LOSS, _equal_loss(found, everything)]
+    if costs := _rows(found):
+        parts += ["### What a row costs", costs]
+    return parts, [Plot(CHART, "tradeoff", found)]
+
+
+def _said(point: dict[str, Any]) -> str:
+    return f"{point['label']}, {point['spread']}"
+
+
+_Points = Sequence[dict[str, Any]]
+
+
+def _equal_state(found: _Points, everything: _Points) -> str:
+    def best(budget: float, among: _Points) -> str:
+        within = (point for point in among if point["bytes"] <= budget)
+        return next((f"{_said(point)} ({point['bytes']:.2f})" for point in within), "-")
+
+    lines = [[f"{budget:g}", *(best(budget, among) for among in _choices(found, everything))] for budget in BUDGETS]
+    headings = ["bytes a parameter, at most", "lowest loss (bytes)", *CHOICES]
+    return table(headings, [line for line in lines if any(cell != "-" for cell in line[1:])])
+
+
+def _equal_loss(found: _Points, everything: _Points) -> str:
+    def least(loss: float, among: _Points) -> str:
+        reaching = [point for point in among if point["loss"] <= loss]
+        point = min(reaching, key=lambda point: point["bytes"], default=None)
+        return "-" if point is None else f"{point['bytes']:.2f}: {_said(point)}"
+
+    lines = [
+        [
+            _said(point),
+            f"{point['bytes']:.2f}",
+            *(least(point["loss"], among) for among in _choices(found, everything)),
+        ]
+        for point in found
+        if point["optimizer"] in REFERENCES
+    ]
+    return table(["no higher than", "its bytes", "least bytes", *CHOICES], lines)
+
+
+def _choices(found: _Points, everything: _Points) -> tuple[_Points, ...]:
+    """Return what a column of both tables chooses from."""
+    return found, [point for point in found if point["rule"] != "muon"], everything
+
+
+def _rows(found: Sequence[dict[str, Any]]) -> str:
+    """Return what optimizers with blocks of a row lose against their level 2 and AdamW."""
+    known = {point["optimizer"]: point for point in found}
+    lines = []
+    for point in found:
+        if point["level"] != ROW:
+            continue
+        beside = [known.get(name) for name in ("adamw", f"{point['rule']}2")]
+        over = ["-" if each is None else f"{point['loss'] - each['loss']:+.3f}" for each in beside]
+        lines.append([point["label"], point["spread"], *over, f"{point['bytes']:.2f}"])
+    headings = ["optimizer", "held-out loss", "minus AdamW's", "minus level 2's", "bytes a parameter"]
+    return table(headings, lines) if lines else ""
+
+
+def block(comparison: Comparison, root: str) -> str:
+    """Return README's table, the lowest loss first, and the chart of all."""
+    found = points(comparison.plain)
+    rows = [
+        [point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in found if point["optimizer"] in SHOWN
+    ]
+    size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
+    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {comparison.last.date[:10]}"
+    made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
+    parts = [f"{words}, mean ± standard deviation over seeds:", made]
+    if len(found) > 1:
+        parts.append(figure("Held-out loss over bytes of optimizer state per parameter", CHART, root))
+    return "\n\n".join(parts)
