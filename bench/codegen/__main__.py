@@ -16,7 +16,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.codegen.launches import DTYPES, DWT, IDWT, KERNELS, MOMENTS, NORM, STEP
+from bench.codegen.launches import (
+    DTYPES,
+    DWT,
+    IDWT,
+    KERNELS,
+    MOMENTS,
+    NORMS,
+    PANEL,
+    ROW_NORM,
+    ROW_STEP,
+    SHARED_STEP,
+    STEPS,
+    data_of,
+    rule_names,
+)
 from bench.codegen.machine_code import LIMITS, Accesses, find_tools, read
 from bench.codegen.variant import Variant
 from bench.codegen.variant_runs import (
@@ -31,46 +45,68 @@ from bench.codegen.variant_runs import (
 )
 from bench.codegen.variants import PATHS, TARGETS, compile_variant, variants
 from bench.common import records
+from gwt_kernels.core.level import ROW, Level, depth_of
+from gwt_kernels.rules import rule_of
 
-# Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor.
+# Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor or of a row.
 ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
-LOADED = {STEP: {"p", "g", "m", "v"}, NORM: {"g", "m", "v"}}
-STORED = {STEP: {"p", "m", "v"}, NORM: set[str]()}
 GATED = ("sm_80", "sm_90", "sm_100")
-WIDE = "128"
+WIDE = 128
 
 
 def gated(row: dict[str, Any]) -> bool:
     """Tell whether the project promises that :func:`violations` finds nothing in a row."""
     return (
         row["target"] in GATED
-        and row["kernel"] in LOADED
+        and row["kernel"] in (*STEPS, *NORMS)
         and row["path"] == "flat"
         and row["weights"] in ("bf16", "fp32")
-        and 1 <= row["level"] <= 5
+        and (row["level"] == ROW or 1 <= row["level"] <= 5 or row["moments"] is None)
     )
 
 
-def violations(row: dict[str, Any]) -> list[str]:
-    """Return what keeps a row of ``step_kernel`` or ``norm_kernel`` from being one optimal pass.
+def passes(row: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """How often the kernel of a row loads and stores a tile of each array, in the intermediate code.
 
-    Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words,
-    moments in codes by none narrower than the codes of the blocks in 16 bytes of weights; nothing spills; no
-    product is contracted with a sum; in the intermediate code, each array is loaded once and what changes is stored
-    once.
+    A kernel that takes rows reads gradients twice: for what it needs of the whole row, and to update it, unless
+    the rule needs nothing. Of Adafactor's update no first moment is measured.
+    """
+    rule = rule_of(row["rule"] or "gwt", row["level"])
+    step = row["kernel"] in STEPS
+    state = [*"mv"[: len(rule.slots)], *(["low"] if row["rounding"] == "split" else [])]
+    if row["moments"] == "int8":
+        state += [f"{name}_scale" for name in "mv"[: len(rule.slots)]]
+    factors = dict.fromkeys(("row", "col") if rule.is_factored else (), 1)
+    if not step:
+        return {"loads": dict.fromkeys(["g", *([] if rule.is_factored else state)], 1) | factors, "stores": {}}
+    twice = row["kernel"] in (ROW_STEP, SHARED_STEP) and rule.slots
+    loads = dict.fromkeys([*state, *(["p"] if rule.reads_weights else [])], 1) | {"g": 2 if twice else 1} | factors
+    return {"loads": loads, "stores": dict.fromkeys([*state, "p"], 1)}
+
+
+def violations(row: dict[str, Any]) -> list[str]:
+    """Return what keeps a row of a step or norm from being one optimal pass.
+
+    Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words
+    (of a loop over a row's tiles by no fewer, as it may be unrolled; of two dtypes the wider ones, the narrower by
+    as many elements), moments in codes by none narrower than the
+    codes of the blocks in 16 bytes of weights; nothing spills; no product is contracted with a sum; in the
+    intermediate code, each array is loaded and stored as often as :func:`passes` says.
     """
     found = []
     if row["stack"] or row["spills"]:
         found.append(f"spills: {row['stack']} bytes of stack, {row['spills']} instructions")
     if row["contracts"]:
         found.append("products are contracted with sums: launch with UNFUSED of backends/triton/compiling.py")
-    others = {"low"} if row["rounding"] == "split" else set()
-    others |= {"m_scale", "v_scale"} if row["moments"] == "int8" else set()
-    for what, arrays in (("loads", LOADED), ("stores", STORED)):
-        expected = arrays[row["kernel"]] | (others if arrays[row["kernel"]] else set())
+    looped = row["kernel"] in (ROW_STEP, ROW_NORM, SHARED_STEP)
+    sizes = {name: dtype.itemsize for name, dtype in data_of(Variant(*(row[x] for x in Variant._fields))).items()}
+    for what, times in passes(row).items():
         accesses, in_code = row[what], row[f"tensor_{what}"]
-        if in_code != dict.fromkeys(expected, 1):
-            found.append(f"{what} in the intermediate code: {in_code} instead of each of {sorted(expected)} once")
+        expected = set(times) & set(ARRAYS)
+        if in_code != times:
+            found.append(f"{what} in the intermediate code: {in_code} instead of {times}")
+        if looped:  # where it is unrolled, instructions of one line are known to be of some arrays together
+            accesses = _apart(accesses)
         strange = [name for name in accesses if not name.isidentifier()]
         if strange:
             found.append(f"{what} of arrays that are not told apart: {_text(accesses, strange)}")
@@ -78,17 +114,33 @@ def violations(row: dict[str, Any]) -> list[str]:
         if touched != expected:
             found.append(f"machine code {what} {sorted(touched)} instead of {sorted(expected)}")
         if row["moments"] == "int8":
-            widest = str(8 * row["constants"]["MOMENT_ALIGN"])
-            narrow = [name for name in sorted(expected & {"m", "v"}) if set(accesses.get(name, {})) != {widest}]
+            coded = str(8 * row["constants"]["MOMENT_ALIGN"])
+            narrow = [name for name in sorted(expected & {"m", "v"}) if set(accesses.get(name, {})) != {coded}]
             found += [
-                f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of x{widest}" for name in narrow
+                f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of x{coded}" for name in narrow
             ]
         for name in sorted(expected & {"p", "g", "low"}):
-            # The tile's bytes over those of one instruction of all lanes.
-            needed = row["constants"]["W"] * row["constants"]["NB"] * DTYPES[row["weights"]].itemsize
-            needed //= 16 * row["lanes"]
-            if accesses.get(name) != {WIDE: needed}:
-                found.append(f"{what} of {name}: {_widths([accesses.get(name, {})])} instead of {needed}x{WIDE}")
+            # The tile's elements over those of one instruction of all lanes: 16 bytes of the wider dtype.
+            tile = row["constants"].get("TILE") or row["constants"]["W"] * row["constants"]["NB"]
+            widest = max(sizes["g"], sizes["p"] if row["kernel"] in STEPS else 0)
+            needed, bits = (
+                times[name] * tile * widest // (16 * row["lanes"]),
+                str(WIDE * sizes.get(name, 2) // widest),
+            )
+            given = accesses.get(name, {})
+            if set(given) != {bits} or given[bits] < needed or (given[bits] > needed and not looped):
+                found.append(f"{what} of {name}: {_widths([given])} instead of {needed}x{bits}")
+    return found
+
+
+def _apart(accesses: Accesses) -> Accesses:
+    """Accesses of several known arrays together, as accesses of each."""
+    found: Accesses = {}
+    for names, widths in accesses.items():
+        together = names.split("|")
+        for name in together if set(together) <= set(ARRAYS) else [names]:
+            own = found.setdefault(name, {})
+            own.update({bits: own.get(bits, 0) + n for bits, n in widths.items()})
     return found
 
 
@@ -146,9 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return execute(options, arguments)
     if options.gate:
         return refuse("--gate chooses among executed variants: add --executed")
-    chosen = list(
-        variants(options.target, options.kernel, options.weights, options.moments, options.levels, options.path)
-    )
+    asked = options.target, options.kernel, options.weights, options.moments, options.levels, options.path
+    chosen = list(variants(*asked, options.rule))
     if not chosen:
         return refuse(NOTHING)
     overrides: dict[str, Any] = {} if options.align is None else {"ALIGN": options.align}
@@ -169,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "spills: instructions\nresident: warps on a multiprocessor at once, by registers, shared memory and warps"
     )
     for row in rows:
-        row["violations"] = violations(row) if row["kernel"] in LOADED else None
+        row["violations"] = violations(row) if row["kernel"] in (*STEPS, *NORMS) else None
     record(rows, "codegen", arguments, options.record, console)
     report_failures(failures, console)
     return max(_report_gate(rows, console), int(bool(failures)))
@@ -196,19 +247,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--gate", action="store_true", help=text)
     usual = {"moments": ["fp32", "bf16", "int8"]}
     if executed:
-        usual |= {"target": ["sm_90"], "kernel": [STEP, NORM, DWT, IDWT], "weights": ["bf16", "fp32"]}
+        usual |= {"target": ["sm_90"], "kernel": [*STEPS, *NORMS, PANEL, DWT, IDWT], "weights": ["bf16", "fp32"]}
     for name, values, description in (
         ("target", TARGETS, "architectures"),
         ("kernel", KERNELS, "kernels"),
         ("weights", DTYPES, "dtypes of weights and gradients"),
         ("moments", MOMENTS, "dtypes of exp_avg and exp_avg_sq"),
         ("path", PATHS, "where a block's elements lie"),
+        ("rule", rule_names(), "rules of steps and norms"),
     ):
         default = usual.get(name, list(values))
         text = f"{description} (default: {' '.join(default)})"
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
-    levels = "0,2,4" if executed else "0-6"
-    text = f"levels, such as 2 or 0,1,4-6 (default: {levels})"
+    levels = "0,2,4,row" if executed else "0-6,row"
+    text = f"levels, such as 2 or 0,1,4-6,row (default: {levels})"
     parser.add_argument("--levels", type=_levels, default=levels, help=text)
     parser.add_argument("--can-skip", action="store_true", help="as under clipping: what the device may skip")
     parser.add_argument("--collect-grad-stats", action="store_true", help="as under skip_nonfinite")
@@ -219,12 +271,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _levels(text: str) -> list[int]:
-    levels: set[int] = set()
+def _levels(text: str) -> list[Level]:
+    levels: set[Level] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        levels.update(range(int(first), int(last or first) + 1))
-    return sorted(levels)
+        levels.update([ROW] if part == ROW else range(int(first), int(last or first) + 1))
+    return sorted(levels, key=depth_of)
 
 
 def _text(accesses: Accesses, names: Iterable[str]) -> str:

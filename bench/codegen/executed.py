@@ -9,16 +9,27 @@ import torch
 from rich.table import Table
 
 from bench.codegen.bounds import ARITHMETIC, LANES, demand, shares
-from bench.codegen.launches import DWT, IDWT, NORM, STEP, Arrays, arrays_of, launch_variant
+from bench.codegen.launches import (
+    DWT,
+    IDWT,
+    NORMS,
+    PANEL,
+    STEPS,
+    Arrays,
+    arrays_of,
+    launch_variant,
+    rule_of_variant,
+)
 from bench.codegen.machine_code import body_instructions
 from bench.codegen.variant import Variant
+from gwt_kernels.core.level import ROW
 from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
 from tests.ptx.driver import CHIPS, Driver, Options
 
 __all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of", "table", "widths"]
 
-COUNTED = (STEP, NORM, DWT, IDWT)
-"""Kernels that pass over tensors; the others take one number of a tile."""
+COUNTED = (*STEPS, *NORMS, PANEL, DWT, IDWT)
+"""Kernels that pass over tensors; the others take one number of a tile, of a row or of a tensor."""
 TENSORS = 16
 """In one launch: several, so that finding a tile's tensor is a real look-up, and no more than counts need."""
 FLAT_SHAPE = 4, 4096
@@ -34,13 +45,14 @@ def widths(variant: Variant) -> list[int]:
     """Row widths that a variant is counted at."""
     if variant.path == "flat":
         return [FLAT_SHAPE[1]]
-    return [ODD_WIDTH] + [EVEN_WIDTH] * (EVEN_WIDTH % 2 ** (variant.level or 0) > 0)
+    level = variant.level or 0
+    return [ODD_WIDTH] + [EVEN_WIDTH] * (level != ROW and EVEN_WIDTH % 2**level > 0)
 
 
 def shapes_of(variant: Variant, width: int) -> list[tuple[int, int]]:
     """Shapes of the tensors of one launch: a bucket, or the one tensor of a transform."""
     rows = FLAT_SHAPE[0] if variant.path == "flat" else ROWS[width]
-    if variant.kernel in (STEP, NORM):
+    if variant.kernel not in (DWT, IDWT):
         return [(rows, width)] * TENSORS
     return [(16 * rows + (variant.path == "row"), width)]
 
@@ -55,7 +67,7 @@ def count(variant: Variant, width: int) -> dict[str, Any]:
     arrays = arrays_of(variant, shapes, torch.device("cpu"))
     awaited = {DWT: "x", IDWT: "coefficients"}.get(variant.kernel, "g")
     # A transform looks nothing up, so what is in no array that was made here is what it makes.
-    others = LOOK_UPS if variant.kernel in (STEP, NORM) else "result"
+    others = "result" if variant.kernel in (DWT, IDWT) else LOOK_UPS
     counter = ExecutionCounter(arrays, awaited, others)
     with Driver(variant.target, Options(races=False, counter=counter, machine_code=True)) as driver:
         launch_variant(variant, arrays, width)
@@ -68,15 +80,19 @@ def count(variant: Variant, width: int) -> dict[str, Any]:
 def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
     """Bytes that a launch must move: everything read once, and what changes written once.
 
-    A step reads gradients, and reads and writes weights, moments, scales and low halves; the norm reads gradients,
-    moments and scales. A transform reads its tensor and writes the coefficients, its inverse the other way round.
+    A step reads gradients, and reads and writes weights, moments, scales and low halves; what takes the place of
+    weights is written alone. The norm reads gradients, moments and scales, and for Adafactor's clip gradients
+    alone, as do sums of their squares. A transform reads its tensor and writes the coefficients, its inverse the
+    other way round.
     """
     size = {name: sum(x.numel() * x.element_size() for x in own) for name, own in arrays.items()}
-    if variant.kernel == STEP:
-        return 2 * sum(size.values()) - size["g"]
-    if variant.kernel == NORM:
-        return sum(size.values()) - size["p"]
-    level = variant.level or 0
+    if variant.kernel not in (DWT, IDWT):
+        rule = rule_of_variant(variant)
+        state = sum(size[name] for name in ("m", "v", "low", "m_scale", "v_scale") if name in size)
+        if variant.kernel in STEPS:
+            return size["g"] + size["p"] * (1 + rule.reads_weights) + 2 * state
+        return size["g"] + (0 if rule.is_factored else state)
+    level = variant.level if isinstance(variant.level, int) else 0
     bands = [level, *range(level, 0, -1)]
     if variant.kernel == IDWT:
         return size["coefficients"] + sum(

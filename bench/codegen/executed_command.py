@@ -39,7 +39,7 @@ def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     chosen = [limit.variant for limit in LIMITS if _asked_for(limit.variant, options)]
     if not options.gate:
         asked = options.target, options.kernel, options.weights, options.moments, options.levels, options.path
-        chosen = list(dict.fromkeys([*variants(*asked), *chosen]))
+        chosen = list(dict.fromkeys([*variants(*asked, options.rule), *chosen]))
     work = [functools.partial(count, v, width) for v in chosen for width in executed.widths(v)]
     if not work:
         return refuse("none of these variants is limited" if options.gate else NOTHING)
@@ -61,9 +61,10 @@ def _asked_for(variant: Variant, options: argparse.Namespace) -> bool:
         variant.target in options.target
         and variant.kernel in options.kernel
         and variant.weights in options.weights
-        and variant.moments in options.moments
+        and variant.moments in (*options.moments, None)
         and variant.level in options.levels
         and variant.path in options.path
+        and variant.rule in (*options.rule, None)
     )
 
 

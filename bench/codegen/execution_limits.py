@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bench.codegen.launches import STEP
+from bench.codegen.launches import FACTORED, NORM, PANEL, ROW_NORM, ROW_STEP, SHARED_STEP, STEP, STEPS
 from bench.codegen.variant import Variant
+from gwt_kernels.core.level import ROW, Level
 
 
 class Limit(NamedTuple):
-    """The most that a step of level 2 may execute, request and wait for."""
+    """The most that a kernel may execute, request and wait for."""
 
     weights: str
-    moments: str
+    moments: str | None
     path: str
     rounding: str
     executed: float
@@ -20,10 +21,16 @@ class Limit(NamedTuple):
     requested: float
     """Sectors over bytes that must move."""
     dependent_loads: int
+    rule: str = "gwt"
+    level: Level = 2
+    kernel: str = STEP
 
     @property
     def variant(self) -> Variant:
-        return Variant("sm_90", STEP, self.weights, self.moments, 2, self.path, False, "gwt", self.rounding)
+        own = self.weights, self.moments, self.level, self.path
+        if self.kernel in STEPS:
+            return Variant("sm_90", self.kernel, *own, False, self.rule, self.rounding)
+        return Variant("sm_90", self.kernel, *own, rule=None if self.rule == "gwt" else self.rule)
 
 
 LIMITS = (
@@ -34,6 +41,35 @@ LIMITS = (
     Limit("bf16", "int8", "flat", "stochastic", 71.0, 1.04, 2),
     Limit("fp32", "fp32", "flat", "nearest", 22.0, 1.0, 2),
     Limit("fp32", "fp32", "row", "nearest", 28.3, 1.16, 2),
+    # GWT-Muon's first stage; then its last one, whose blocks are elements unless it rounds at random.
+    Limit("bf16", "fp32", "flat", "nearest", 14.6, 1.0, 2, "muon"),
+    Limit("bf16", "bf16", "flat", "nearest", 24.0, 1.0, 2, "muon"),
+    Limit("bf16", "int8", "flat", "nearest", 34.8, 1.03, 2, "muon"),
+    Limit("fp32", "fp32", "flat", "nearest", 14.9, 1.0, 2, "muon"),
+    Limit("bf16", "fp32", "row", "nearest", 22.0, 1.27, 2, "muon"),
+    Limit("bf16", None, "flat", "nearest", 13.5, 1.0, 2, "orthogonal", 0),
+    Limit("bf16", None, "flat", "split", 20.2, 1.0, 2, "orthogonal", 0),
+    Limit("bf16", None, "flat", "stochastic", 30.0, 1.0, 2, "orthogonal"),
+    Limit("fp32", None, "flat", "nearest", 12.9, 1.0, 2, "orthogonal", 0),
+    Limit("bf16", "fp32", "flat", "nearest", 24.2, 1.0, 2, "lion"),
+    Limit("bf16", "fp32", "row", "nearest", 33.3, 1.31, 2, "lion"),
+    # Adafactor: its sums of squares, its clip, and its step.
+    Limit("bf16", None, "flat", "nearest", 21.7, 1.0, 3, FACTORED, 2, PANEL),
+    Limit("bf16", None, "row", "nearest", 32.4, 1.41, 3, FACTORED, 2, PANEL),
+    Limit("bf16", "fp32", "flat", "nearest", 28.4, 1.0, 2, FACTORED, 2, NORM),
+    Limit("bf16", "fp32", "row", "nearest", 32.0, 1.41, 2, FACTORED, 2, NORM),
+    Limit("bf16", "fp32", "flat", "nearest", 28.9, 1.0, 2, FACTORED),
+    Limit("bf16", "fp32", "row", "nearest", 39.3, 1.31, 2, FACTORED),
+    # Rows are read twice: once from memory, and once from a cache.
+    Limit("bf16", "fp32", "flat", "nearest", 29.9, 1.26, 2, "adam_mini", 2, SHARED_STEP),
+    Limit("bf16", "fp32", "row", "nearest", 45.8, 1.7, 2, "adam_mini", 2, SHARED_STEP),
+    Limit("bf16", "fp32", "flat", "nearest", 23.6, 1.35, 2, "gwt", ROW, ROW_STEP),
+    Limit("bf16", "fp32", "row", "nearest", 38.0, 1.88, 2, "gwt", ROW, ROW_STEP),
+    Limit("bf16", "fp32", "flat", "nearest", 10.7, 1.04, 3, "gwt", ROW, ROW_NORM),
+    Limit("bf16", "fp32", "flat", "nearest", 32.6, 1.35, 2, "foam", ROW, ROW_STEP),
+    Limit("fp32", "fp32", "flat", "nearest", 31.0, 1.34, 2, "foam", ROW, ROW_STEP),
+    Limit("bf16", "bf16", "flat", "stochastic", 78.0, 1.35, 2, "foam", ROW, ROW_STEP),
+    Limit("bf16", "fp32", "row", "nearest", 48.7, 1.88, 2, "foam", ROW, ROW_STEP),
 )
 
 

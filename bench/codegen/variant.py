@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gwt_kernels.core.level import Level
+
 __all__ = ["Variant"]
 
 
@@ -14,7 +16,7 @@ class Variant(NamedTuple):
     kernel: str
     weights: str | None = None
     moments: str | None = None
-    level: int | None = None
+    level: Level | None = None
     path: str | None = None
     limited: bool | None = None
     rule: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,18 +15,24 @@ from triton.runtime import driver
 
 from bench.codegen.launches import (
     DWT,
+    FACTORED,
+    FACTORED_KERNELS,
     IDWT,
-    KERNELS,
     LAUNCHED_FROM,
-    LIMITER,
     NORM,
-    OBSERVE,
-    STEP,
-    SUM,
+    NORMS,
+    OF_NUMBERS,
+    PANEL,
+    ROW_NORM,
     arrays_of,
+    kernel_of,
     launch_variant,
+    rule_names,
 )
 from bench.codegen.variant import Variant
+from gwt_kernels.backends.triton import control_launch
+from gwt_kernels.core.level import ROW, Level, block_width
+from gwt_kernels.rules import rule_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,34 +48,76 @@ def variants(
     kernels: Sequence[str],
     weights: Sequence[str],
     moments: Sequence[str],
-    levels: Sequence[int],
+    levels: Sequence[Level],
+    paths: Sequence[str],
+    rules: Sequence[str] | None = None,
+) -> Iterator[Variant]:
+    """Yield each distinct variant within the given choices, in a table's order.
+
+    A step has one of each rule of the registry, and of each stage of one, unless ``rules`` are given.
+    """
+    found = _variants(targets, kernels, weights, moments, levels, paths)
+    for variant in dict.fromkeys(found):  # some store no moments
+        if rules is None or variant.rule is None or variant.rule in rules:
+            yield variant
+
+
+def _variants(
+    targets: Sequence[str],
+    kernels: Sequence[str],
+    weights: Sequence[str],
+    moments: Sequence[str],
+    levels: Sequence[Level],
     paths: Sequence[str],
 ) -> Iterator[Variant]:
-    """Yield each distinct variant within the given choices, in a table's order."""
     for target, kernel in itertools.product(targets, kernels):
-        if kernel in (LIMITER, SUM, OBSERVE):
-            yield Variant(target, kernel)
-        elif kernel in (DWT, IDWT):  # level 0 is a copy, without a kernel
+        if kernel in OF_NUMBERS:
+            yield Variant(target, kernel, rule=FACTORED if kernel in FACTORED_KERNELS else None)
+        elif kernel in (DWT, IDWT, PANEL):
             for w, path, level in itertools.product(weights, paths, levels):
-                if level:
-                    yield Variant(target, kernel, w, None, level, path)
+                if level != ROW and (
+                    level or kernel == PANEL
+                ):  # at level 0 a transform is a copy, without a kernel
+                    yield Variant(target, kernel, w, None, level, path, rule=FACTORED if kernel == PANEL else None)
+        elif kernel in NORMS:
+            for w, m, path, level in itertools.product(weights, moments, paths, levels):
+                for rule in _measured(kernel, level):
+                    if (held := _held(rule or "gwt", level, m)) is not None:
+                        yield Variant(target, kernel, w, *held, level, path, rule=rule)
         else:
-            for limited in (False, True) if kernel == STEP else (None,):
+            for limited in (False, True):
                 for w, m, path, level in itertools.product(weights, moments, paths, levels):
-                    if level or not (limited or kernel == NORM):  # AdamW has no limiter
-                        for rule, rounding in _storings(kernel, w, level, limited):
-                            yield Variant(target, kernel, w, m, level, path, limited, rule, rounding)
+                    for rule, rounding in _storings(kernel, w, level, limited):
+                        if (held := _held(rule, level, m)) is not None:
+                            yield Variant(target, kernel, w, *held, level, path, limited, rule, rounding)
 
 
-def _storings(kernel: str, weights: str, level: int, limited: bool | None) -> list[tuple[str | None, str | None]]:
-    """Rules and roundings of a step: each rule with the nearest, each rounding with the rule of one pass."""
-    if kernel == NORM:
-        return [(None, None)]
+def _measured(kernel: str, level: Level) -> list[str | None]:
+    """Rules whose updates a norm's kernel measures: that of the limiter, and Adafactor for its clip."""
+    limited = [None] if level and (level == ROW) == (kernel == ROW_NORM) else []  # AdamW has no limiter
+    return [*limited, *([FACTORED] if kernel == NORM and level != ROW else [])]
+
+
+def _storings(kernel: str, weights: str, level: Level, limited: bool) -> list[tuple[str, str]]:
+    """Rules and roundings of a step: each rule with the nearest, each rounding with one rule of the kernel's.
+
+    That is the rule of one pass; and rules without moments, of which storing weights is all that is to be known.
+    """
+    own = [name for name in rule_names() if kernel_of(name, level) == kernel]
     if limited:
-        return [("gwt", "nearest")]
+        return [("gwt", "nearest")] if level and "gwt" in own else []
     other = {"bf16": ["stochastic", "split"], "fp16": ["stochastic"]}.get(weights, [])
-    foam = [("foam", "nearest")] if level else []
-    return [("gwt", "nearest"), *foam, *(("foam" if level else "gwt", rounding) for rounding in other)]
+    chosen = next((name for name in ("foam", *own) if name in own), None)
+    in_all_ways = {chosen, *(name for name in own if not rule_of(name, level).slots)}
+    return [(name, way) for name in own for way in ("nearest", *(other if name in in_all_ways else []))]
+
+
+def _held(rule: str, level: Level, moments: str) -> tuple[str | None] | None:
+    """How moments that are to be stored in a way are; None where a rule cannot store them so."""
+    stated = rule_of(rule, level)
+    if not stated.slots:
+        return (None,)
+    return None if moments == "int8" and (level == ROW or stated.row_slots) else (moments,)
 
 
 def compile_variant(
@@ -127,14 +176,16 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **kwargs: calls.append((self.name, args, kwargs))
 
-    module = LAUNCHED_FROM[variant.kernel]
-    recorders: dict[str, Any] = {name: Recorder(name) for name in KERNELS if LAUNCHED_FROM[name] is module}
     shape = _shape(2 if variant.level is None else variant.level, variant.path)
-    with patch.multiple(module, **recorders):
+    with contextlib.ExitStack() as stack:
+        for module in {*LAUNCHED_FROM.values(), control_launch}:
+            names = [name for name in vars(module) if name.endswith("_kernel")]
+            stack.enter_context(patch.multiple(module, **{name: Recorder(name) for name in names}))
         launch_variant(variant, arrays_of(variant, [shape], torch.device("meta")), shape[-1])
     return calls
 
 
-def _shape(level: int, path: str | None) -> tuple[int, int]:
+def _shape(level: Level, path: str | None) -> tuple[int, int]:
     """A shape that takes the path: whole blocks and a multiple of 8 elements, or neither."""
-    return (5, 4 * 2**level - 1) if path == "row" else (8, 4 * 2**level)
+    width = block_width(level, 16)
+    return (5, 4 * width - 1) if path == "row" else (8, 4 * width)

@@ -8,6 +8,7 @@ from bench.codegen.bounds import BANDWIDTH, CLOCK, LANES, MULTIPROCESSORS, SCHED
 from bench.report.kernel_names import kernel_name
 from bench.report.markdown import details, number, origin, percent, table
 from bench.report.rows import Row, Run
+from gwt_kernels.core.level import ROW, depth_of
 
 CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
 
@@ -40,8 +41,8 @@ def section(runs: Sequence[Run]) -> list[str]:
     run = runs[0]
     for target in dict.fromkeys(row["target"] for row in run.rows):
         every = [row for row in run.rows if row["target"] == target]
-        # At the level that the project promises counts of, in full; of the others what costs most.
-        rows = [row for row in every if row["level"] == 2]
+        # At the levels that the project promises counts of, in full; of the others what costs most.
+        rows = [row for row in every if row["level"] in (2, ROW)]
         what = ["kernel", "dtypes", "path", "level"]
         headings = [
             *what,
@@ -54,7 +55,7 @@ def section(runs: Sequence[Run]) -> list[str]:
             "bandwidth",
             "machine code",
         ]
-        parts.append(f"### On {target}, level 2")
+        parts.append(f"### On {target}, level 2 and rows")
         usual = [row for row in rows if "," not in kernel_name(row)] or rows
         others = [row for row in rows if row not in usual]
         bounds = [
@@ -64,11 +65,11 @@ def section(runs: Sequence[Run]) -> list[str]:
         parts.append(bounds[0])
         if others:
             parts.append(
-                details(f"{target}, level 2, other rules and roundings ({len(others)} kernels)", bounds[1])
+                details(f"{target}, level 2 and rows, other rules and roundings ({len(others)} kernels)", bounds[1])
             )
         headings = [*what, *CLASSES, "instructions", "slots", "look-ups, bytes"]
         classes = table(headings, [[*_what(row), *_classes(row)] for row in rows], left=4)
-        parts.append(details(f"{target}, level 2, instructions by class ({len(rows)} kernels)", classes))
+        parts.append(details(f"{target}, level 2 and rows, instructions by class ({len(rows)} kernels)", classes))
         if len(every) > len(rows):
             parts.append(details(f"{target}, every level ({len(every)} kernels)", _by_level(every)))
     return [*parts, origin(run)]
@@ -76,7 +77,7 @@ def section(runs: Sequence[Run]) -> list[str]:
 
 def _by_level(rows: Sequence[Row]) -> str:
     """Lay out one line a kernel, with instructions and sectors at each level."""
-    levels = sorted({row["level"] for row in rows})
+    levels = sorted({row["level"] for row in rows}, key=depth_of)
     lines: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
         text = f"{number(row['executed'])} · {row['requested']:.2f}"

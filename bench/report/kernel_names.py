@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from bench.report.rows import Row
 
-NAMES = {"step_kernel": "step", "norm_kernel": "norm", "dwt_kernel": "Haar", "idwt_kernel": "inverse Haar"}
+NAMES = {
+    "step_kernel": "step",
+    "row_step_kernel": "step by rows",
+    "shared_step_kernel": "step of shared rows",
+    "norm_kernel": "norm",
+    "row_norm_kernel": "norm by rows",
+    "panel_kernel": "sums of panels",
+    "dwt_kernel": "Haar",
+    "idwt_kernel": "inverse Haar",
+}
 
 
 def kernel_name(row: Row) -> str:

@@ -15,6 +15,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import is_on_triton, prepare
 from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
 from gwt_kernels.core.hyper import Hyper, Span, padded_spans
+from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.survey import PYTHON, Survey
 
@@ -194,7 +195,7 @@ class MatrixRunner:
             if bucket.rounding == "split"
             else None,
             telemetry=rows,
-            **shared,
+            **(shared | {"level": self._last_level()}),
         )
         factors = [
             (place, view, scale / own[0])
@@ -214,6 +215,14 @@ class MatrixRunner:
         made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows, factors)
         self._batches[id(pieces)] = made
         return made
+
+    def _last_level(self) -> Level:
+        """The level of the last stage: 0, whose blocks are elements, so that rows of any width are one aligned run.
+
+        Telemetry asks for the means of blocks, and random bits are those of the weights' place among blocks.
+        """
+        bucket = self.bucket
+        return bucket.level if bucket.telemetry is not None or bucket.rounding == "stochastic" else 0
 
     def _is_whole(self, piece: Piece) -> bool:
         return piece.length == len(self.bucket.params[piece.param])

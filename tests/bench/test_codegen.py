@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,12 +21,28 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from bench.codegen import __main__ as codegen
 from bench.codegen import machine_code
 from bench.codegen.access_names import Frame, array_name, parse_comment, parse_locations
-from bench.codegen.launches import DWT, IDWT, KERNELS, LAUNCHED_FROM, LIMITER, NORM, STEP
+from bench.codegen.launches import (
+    DWT,
+    IDWT,
+    KERNELS,
+    LAUNCHED_FROM,
+    LIMITER,
+    NORM,
+    NORMS,
+    ROW_NORM,
+    ROW_STEP,
+    SHARED_STEP,
+    STEP,
+    STEPS,
+    kernel_of,
+    rule_names,
+)
 from bench.codegen.machine_code import LIMITS, resident_warps
 from bench.codegen.variant import Variant
 from bench.codegen.variants import TARGETS, variants
 from bench.common import records
-from gwt_kernels.backends.triton import haar_launch, launch, step
+from gwt_kernels import rules
+from gwt_kernels.backends.triton import factored_launch, haar_launch, launch, step
 from tests.ptx.plugin import CACHE
 
 Row = dict[str, Any]
@@ -72,7 +89,7 @@ def promised(run: Run) -> list[Row]:
     """Rows of every variant that is promised to be one optimal pass."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-5"),
-        *("--weights", "bf16", "fp32", "--moments", "fp32"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 0, text
     return rows
@@ -124,7 +141,7 @@ def int8_rows(run: Run) -> list[Row]:
     """Rows of int8 moments."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,2,5"),
-        *("--weights", "bf16", "fp32", "--moments", "int8"),
+        *("--weights", "bf16", "fp32", "--moments", "int8", "--rule", "gwt", "foam"),
     )
     assert status == 0, text
     return rows
@@ -163,7 +180,7 @@ def test_each_promise_of_int8_moments_can_be_broken(
 def test_skippable_steps_are_one_optimal_pass_too(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--can-skip"),
-        *("--weights", "bf16", "--moments", "fp32"),
+        *("--weights", "bf16", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 0, text
     assert len(rows) == 3 * 6
@@ -173,7 +190,7 @@ def test_skippable_steps_are_one_optimal_pass_too(run: Run) -> None:
 def test_norms_with_gradient_statistics_read_gradients_once(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", NORM, "--path", "flat", "--levels", "1,2,5", "--collect-grad-stats"),
-        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8", "--rule", "gwt"),
     )
     assert status == 0, text
     assert len(rows) == 3 * 2 * 2
@@ -185,7 +202,7 @@ def test_norms_with_gradient_statistics_read_gradients_once(run: Run) -> None:
 def test_row_path_fails_the_gate(run: Run) -> None:
     status, rows, _ = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
-        *("--weights", "bf16", "--moments", "fp32"),
+        *("--weights", "bf16", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 0  # it has no promise
     assert len(rows) == 5
@@ -206,7 +223,7 @@ def test_row_path_fails_the_gate(run: Run) -> None:
 def test_wrong_alignment_hint_fails_the_gate(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "flat", "--levels", "2", "--align", "2"),
-        *("--weights", "bf16", "--moments", "fp32"),
+        *("--weights", "bf16", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 1
     assert len(rows) == 5
@@ -254,7 +271,7 @@ def test_every_kernel_compiles_for_every_target(run: Run) -> None:
         assert row["contracts"] is False
         assert 0 < row["resident_warps"] <= LIMITS[row["target"]].warps
         assert all(name.isidentifier() for name in (*row["loads"], *row["stores"]))
-        if row["kernel"] in (STEP, NORM):
+        if row["kernel"] in (*STEPS, *NORMS):
             assert codegen.violations(row) == []
         elif row["kernel"] in (DWT, IDWT):
             wide = row["loads"] if row["kernel"] == DWT else row["stores"]
@@ -262,13 +279,77 @@ def test_every_kernel_compiles_for_every_target(run: Run) -> None:
 
 
 def test_every_kernel_that_is_launched_is_covered() -> None:
-    launched = [
-        (name, module) for module in (launch, haar_launch) for name in vars(module) if name.endswith("_kernel")
-    ]
-    of_rows = {"row_norm_kernel", "row_step_kernel", "shared_step_kernel"}  # tests/backends/triton/test_row_code.py
-    launched = [(name, module) for name, module in launched if name not in of_rows]
-    assert sorted(name for name, _ in launched) == sorted(KERNELS)
-    assert dict(launched) == LAUNCHED_FROM
+    modules = factored_launch, launch, haar_launch  # the first one launches a kernel of the second's, too
+    launched = {name: module for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert sorted(launched) == sorted(KERNELS)
+    assert launched == LAUNCHED_FROM
+
+
+@pytest.fixture(scope="module")
+def rule_rows(run: Run) -> list[Row]:
+    """Rows of every rule, at a level and by rows."""
+    status, rows, text = run(
+        *("--target", "sm_90", "--kernel", *STEPS, *NORMS, "--path", "flat", "--levels", "0,2,row"),
+        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
+    )
+    assert status == 0, text
+    return rows
+
+
+def test_every_rule_of_the_registry_passes_the_gate(rule_rows: list[Row]) -> None:
+    gated = [row for row in rule_rows if codegen.gated(row)]
+    assert [text for row in gated for text in codegen.violations(row)] == []
+    stated = {id(rules.rule_of(row["rule"], row["level"])) for row in rule_rows if row["kernel"] in STEPS}
+    assert {id(rules.rule_of(name)) for name in rule_names()} <= stated
+    assert {row["kernel"] for row in gated} == {*STEPS, *NORMS}
+
+
+def test_a_new_rule_is_compiled_because_it_is_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = dataclasses.replace(rules.RULES["lion"], name="added")
+    monkeypatch.setitem(rules.RULES, "added", added)
+    monkeypatch.setattr(rules, "_BUCKETS", rules.RULES | {"orthogonal": rules.rule_of("orthogonal")})
+    found = list(variants(["sm_90"], KERNELS, ["bf16"], ["fp32"], [0, 2, "row"], ["flat"]))
+    own = [(v.kernel, v.level) for v in found if v.rule == "added"]
+    assert own == [(STEP, 0), (STEP, 2), (ROW_STEP, "row")]
+
+
+def test_kernels_of_rules() -> None:
+    assert [kernel_of("gwt", level) for level in (0, 2, "row")] == [STEP, STEP, ROW_STEP]
+    assert [kernel_of("foam", level) for level in (0, 2, "row")] == [
+        None,
+        STEP,
+        ROW_STEP,
+    ]  # AdamW at level 0, as gwt
+    assert [kernel_of("adamw", level) for level in (0, 2, "row")] == [None, None, None]
+    assert [kernel_of("adam_mini", level) for level in (0, 2, "row")] == [SHARED_STEP, SHARED_STEP, ROW_STEP]
+    assert [kernel_of("adafactor", level) for level in (0, 2, "row")] == [STEP, STEP, None]
+
+
+def test_kernels_that_take_rows_leave_room_for_warps(rule_rows: list[Row]) -> None:
+    least = {ROW_STEP: 32, SHARED_STEP: 32, ROW_NORM: 40}
+    taken = {name: [row for row in rule_rows if row["kernel"] == name] for name in least}
+    assert all(taken.values())
+    for name, rows in taken.items():
+        assert min(row["resident_warps"] for row in rows) >= least[name]
+
+
+def test_the_narrower_of_two_dtypes_is_accessed_by_as_many_elements(rule_rows: list[Row]) -> None:
+    """So that each instruction of a warp asks for whole sectors of both."""
+
+    def the(rule: str, weights: str, level: int) -> Row:
+        wanted = {"kernel": STEP, "rule": rule, "weights": weights, "level": level, "rounding": "nearest"}
+        rows = [row for row in rule_rows if wanted.items() <= row.items() and row["moments"] != "int8"]
+        (row,) = rows
+        return row
+
+    first, last = the("muon", "fp32", 2), the("orthogonal", "fp32", 2)
+    assert (first["loads"]["g"], first["stores"]["p"]) == ({"128": 4}, {"64": 4})
+    assert (last["loads"]["g"], last["loads"]["p"], last["stores"]["p"]) == ({"64": 4}, {"128": 4}, {"128": 4})
+    assert the("muon", "bf16", 2)["loads"]["g"] == the("orthogonal", "bf16", 2)["loads"]["g"] == {"128": 2}
+    assert (first["shared"], first["barriers"], last["shared"], last["barriers"]) == (0, 0, 0, 0)
+    row = copy.deepcopy(first)
+    row["stores"]["p"] = {"128": 2}
+    assert codegen.violations(row) == ["stores of p: 2x128 instead of 4x64"]
 
 
 @pytest.mark.parametrize("target", LIMITS)

@@ -21,7 +21,7 @@ from bench.codegen import __main__ as codegen
 from bench.codegen import executed, executed_command, machine_code
 from bench.codegen.bounds import demand, shares
 from bench.codegen.execution_limits import LIMITS, excesses, limit_of
-from bench.codegen.launches import DTYPES, DWT, IDWT, LIMITER, MOMENTS, NORM, STEP, arrays_of
+from bench.codegen.launches import DTYPES, DWT, IDWT, LIMITER, MOMENTS, NORM, PANEL, ROW_STEP, STEP, arrays_of
 from bench.codegen.variant import Variant
 from bench.codegen.variant_runs import VariantError
 from bench.common import records
@@ -65,6 +65,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 
 def the(rows: list[Row], **wanted: Any) -> Row:
+    wanted = {"kernel": STEP, "rule": "gwt", "level": 2, **wanted}
     (row,) = [row for row in rows if all(row[k] == value for k, value in wanted.items())]
     return row
 
@@ -115,7 +116,7 @@ def test_flat_step_counted_by_hand(gated: list[Row]) -> None:
     assert row["instructions"]["special"] == (4 + 4) / 16  # a root and a division for each block
     assert row["instructions"]["shuffle"] == 0.0  # a thread has whole blocks
     assert 0.5 < row["machine_ratio"] < 3
-    wide = the(gated, weights="fp32", path="flat")
+    wide = the(gated, weights="fp32", path="flat", moments="fp32")
     assert (wide["bytes"], wide["requested"]) == (16.0, 1.0)
 
 
@@ -131,6 +132,38 @@ def test_bytes_of_int8_moments_and_their_scales(gated: list[Row]) -> None:
     row = the(gated, moments="int8")
     assert row["bytes"] == 3 * 2 + 2 * 2 * (1 / 4 + 4 / 128 / 4)
     assert set(row["sectors"]) >= {"m_scale load", "v_scale load", "m_scale store", "v_scale store"}
+
+
+def test_stages_of_muon_counted_by_hand(gated: list[Row]) -> None:
+    """The first stage writes matrices in the place of weights, unread; the last one has no moments."""
+    first = the(gated, rule="muon", weights="bf16", moments="fp32", path="flat")
+    assert {name: n for name, n in first["sectors"].items() if name != "look-ups load"} == {
+        "g load": 2.0, "m load": 1.0, "m store": 1.0, "p store": 2.0
+    }  # fmt: skip
+    last = the(gated, rule="orthogonal", level=0, weights="fp32")
+    assert {name: n for name, n in last["sectors"].items() if name != "look-ups load"} == {
+        "p load": 4.0, "g load": 2.0, "p store": 4.0
+    }  # fmt: skip
+    assert (first["bytes"], last["bytes"]) == (6.0, 10.0)
+    assert first["requested"] == last["requested"] == 1.0
+    assert first["instructions"]["special"] == last["instructions"]["special"] == 0.0
+    assert max(first["executed"], last["executed"]) < 30
+
+
+def test_rows_are_programs(gated: list[Row]) -> None:
+    rows = [row for row in gated if row["level"] == "row" and row["kernel"] == ROW_STEP]
+    assert len(rows) > 4
+    for row in rows:
+        assert row["programs"] == row["elements"] / row["width"]
+        assert 1.0 <= row["distinct"] < 1.1
+
+
+def test_norm_for_the_clip_reads_gradients_alone(gated: list[Row]) -> None:
+    rows = [the(gated, kernel=NORM, rule="adafactor", path=path) for path in ("flat", "row")]
+    rows += [the(gated, kernel=PANEL, rule="adafactor", path=path) for path in ("flat", "row")]
+    for row in rows:
+        assert {name for name in row["sectors"] if not name.startswith("look-ups")} == {"g load"}
+        assert row["bytes"] == 2.0
 
 
 def test_derived_shares_follow_from_the_counts(gated: list[Row]) -> None:
@@ -263,6 +296,8 @@ def test_every_level_is_shown(gated: list[Row]) -> None:
     deeper = flat | {"level": 4, "executed": 123.0, "issue_share": 1.0}
     text = "\n".join(section([Run("file.json", "executed", "none", [*gated, deeper])]))
     assert f"every level ({1 + len(gated)} kernels)" in text
-    assert "| step | bf16/fp32 | flat | 22.5 · 1.00 | **123 · 1.00** |" in text
+    assert "| step | bf16/fp32 | flat |  | 22.5 · 1.00 | **123 · 1.00** |  |" in text
+    assert "| step by rows | bf16/fp32 | flat |  |  |  | " in text
     assert text.count("123") == 1
-    assert "every level" not in "\n".join(section([Run("file.json", "executed", "none", gated)]))
+    of_two = [row for row in gated if row["level"] == 2]
+    assert "every level" not in "\n".join(section([Run("file.json", "executed", "none", of_two)]))

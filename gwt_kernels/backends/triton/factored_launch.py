@@ -155,7 +155,8 @@ class FactoredLaunch(Launch):
             norm_kernel, self.n_chunks, self._chunk_owners, self._layout, sent.pointers, sent.scalars,
             self._first_chunks, sent.partials, sent.scalars, self.n, self.tiles_per_chunk, self.n_chunks, G=g, M=m,
             CAN_SKIP=sent.can_skip, COLLECT_GRAD_STATS=False, DIRECTION=adafactor.kernel_direction,
-            **(self._path | {"MOMENTS": adafactor.kernel_measured}), **self._norm_alignment,
+            **(self._path | {"MOMENTS": adafactor.kernel_measured, "SLOTS": FACTORED, "Q": 0}),
+            **self._norm_alignment,
         )  # fmt: skip
         self.add_up(sent, squares)
 

@@ -29,16 +29,13 @@ from gwt_kernels.backends.triton.schema import (
     FIRST_FACTORS,
     FIRST_MATRIX,
     FIRST_PANEL,
-    G_PTR,
     GRAD_SCALE,
     LARGEST_RATE,
     LEAST_RMS,
-    LOW_PTR,
     MATRICES,
     N_FACTOR_NUMBERS,
     N_PANELS,
     N_SCALARS,
-    P_PTR,
     PANEL_COLUMNS,
     PANEL_ROWS,
     PANEL_WIDTH,
@@ -57,7 +54,8 @@ from gwt_kernels.backends.triton.schema import (
     WHOLE_ROWS,
     WHOLE_WEIGHTS,
 )
-from gwt_kernels.backends.triton.tiles import array_ptr
+from gwt_kernels.backends.triton.tensors import weights_of
+from gwt_kernels.backends.triton.tiles import FLAT, ROWS
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split
 from gwt_kernels.rules import blocks
@@ -91,7 +89,7 @@ def panel_kernel(
     """Sums of squares of the approximation in one panel, over each row and over each column.
 
     ``parts`` float32 receives them, and where ``WEIGHTED`` the sum of squares of the panel's weights. Rows are
-    multiples of ``MULTIPLE`` elements long, and begin at multiples of ``ALIGN`` bytes.
+    multiples of ``MULTIPLE`` elements long, and begin at multiples of ``ALIGN`` bytes, as in ``step.py``.
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
@@ -115,14 +113,12 @@ def panel_kernel(
     element = tl.arange(0, TC * W)[None, :]
     row = tl.arange(0, TR)
     start = (matrix * rows + first_row) * width + first_column * W
-    g_ptr = array_ptr(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN) + start
-    p_ptr = array_ptr(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN) + start
-    low_ptr = p_ptr  # not read
-    if ROUNDING == "split":
-        low_ptr = array_ptr(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN) + start
+    p_ptr, g_ptr, low_ptr = weights_of(pointers_ptr, i, n_tensors, P, G, ALIGN, ROUNDING)
+    p_ptr, g_ptr, low_ptr = p_ptr + start, g_ptr + start, low_ptr + start
     row_ptr = parts_ptr + tl.load(panels_ptr + ROW_PARTS)
     row_ptr += (col_chunk * tl.load(panels_ptr + MATRICES) + matrix) * rows + first_row
     grad_scale = tl.load(scalars_ptr + GRAD_SCALE) * W**-0.5
+    KIND: tl.constexpr = FLAT if MULTIPLE == 8 else ROWS  # lanes hold 16 bytes, or one element
     totals = tl.zeros((TR, TC), tl.float32)
     weights = tl.zeros((TR, TC * W), tl.float32)
     here = (end_row - first_row).to(tl.int32)
@@ -130,9 +126,9 @@ def panel_kernel(
         places = row[:, None] * width + element
         inside = (row[:, None] < here - passed) & (element < left)
         g = tl.load(g_ptr + places, mask=inside, other=0.0).to(tl.float32) * grad_scale
-        a = kernel_block_sums(tl.reshape(g, (TR * TC * W,)), W, TR * TC, "flat")
+        a = kernel_block_sums(tl.reshape(g, (TR * TC * W,)), W, TR * TC, KIND)
         squares = a * a
-        sums = kernel_block_sums(squares, TC, TR, "flat")
+        sums = kernel_block_sums(squares, TC, TR, FLAT)
         tl.store(row_ptr + row, tl.reshape(sums, (TR,)), mask=row < here - passed)
         totals += tl.reshape(squares, (TR, TC))
         if WEIGHTED:

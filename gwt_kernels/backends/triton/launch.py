@@ -144,10 +144,10 @@ class Launch:
         self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
-        narrower = p if p.primitive_bitwidth < g.primitive_bitwidth else g
+        wider = p if p.primitive_bitwidth > g.primitive_bitwidth else g
         held = ROW if bucket.is_by_rows else level
         self._norm_alignment = alignment(g, m, held, flat)
-        self._step_alignment = alignment(narrower, m, held, flat)
+        self._step_alignment = alignment(wider, m, held, flat)
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
         """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""

@@ -70,7 +70,7 @@ def blocks_together(level: int, moments: tl.dtype, stochastic: bool) -> int:
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: Level, flat: bool) -> dict[str, int]:
-    """Return the bytes of a thread's access to ``data`` (the narrower of weights and gradients) and moments."""
+    """Return the bytes of a thread's access to ``data`` (the wider of weights and gradients) and moments."""
     size = moments.primitive_bitwidth // 8
     if not flat:
         return {"ALIGN": data.primitive_bitwidth // 8, "MOMENT_ALIGN": size}

@@ -24,6 +24,7 @@ from gwt_kernels.backends.triton.schema import (
 )
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
+from gwt_kernels.backends.triton.tiles import ROWS
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.backends.triton.whole_rows import inside_row, load_part, row_place, store_part
 from gwt_kernels.core import kernel
@@ -93,10 +94,11 @@ def shared_step_kernel(
     DRAWS: tl.constexpr = ROUNDING == "stochastic" or M == tl.bfloat16
     key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
 
+    KIND: tl.constexpr = _FLAT if FLAT else ROWS
     total = tl.zeros((NB,), tl.float32)
     for column in tl.range(0, width, TILE):
         g = load_part(g_ptr + start + column, inside_row(width, column, TILE, FLAT), TILE)
-        mean, _ = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, _FLAT)
+        mean, _ = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, KIND)
         total += mean * mean
     total = kernel_block_sums(total, NB, 1, _FLAT)
     square = tl.div_rn(total * W, tl.zeros_like(total) + row_blocks.to(tl.float32))
@@ -118,7 +120,7 @@ def shared_step_kernel(
         block = column // W
         held = inside_row(row_blocks, block, NB, False)
         m = load_part(m_ptr + block, held, NB).to(tl.float32)
-        mean, m = kernel_block_means(g, m, W, NB, _FLAT)
+        mean, m = kernel_block_means(g, m, W, NB, KIND)
         residual = kernel_residuals(g, mean, W, NB)
         m, v = MOMENTS(mean, square, m, before, numbers, W**0.5)
         tl.debug_barrier()  # several lanes may have read one block: all of them before one writes it

@@ -18,7 +18,8 @@ weights, that lie side by side in a tile (``layout.blocks_together``): more woul
 
 ``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
 that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
-blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers.
+blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers. Where
+gradients have another dtype, 16 bytes are of the wider one, and an access of the narrower one has as many elements.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from gwt_kernels.backends.triton.schema import (
 )
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 
-__all__ = ["arrays_of", "draws_of", "in_whole", "numbers_of"]
+__all__ = ["arrays_of", "draws_of", "in_whole", "numbers_of", "weights_of"]
 
 
 @triton.jit
@@ -41,12 +41,24 @@ def arrays_of(
     SLOTS: tl.constexpr,
 ):
     """Where a tensor's weights, gradients, low halves and moments lie."""
-    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN)
+    p_ptr, g_ptr, low_ptr = weights_of(pointers_ptr, i, n_tensors, P, G, ALIGN, ROUNDING)
+    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
+
+
+@triton.jit
+def weights_of(
+    pointers_ptr, i, n_tensors, P: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, ROUNDING: tl.constexpr
+):
+    """Where a tensor's weights, gradients and low halves lie; ``ALIGN`` is that of the wider of the first two."""
+    WIDER: tl.constexpr = (
+        P.primitive_bitwidth if P.primitive_bitwidth > G.primitive_bitwidth else G.primitive_bitwidth
+    )
+    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN * P.primitive_bitwidth // WIDER)
     low_ptr = p_ptr  # not read
     if ROUNDING == "split":
-        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
-    return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
+        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN * 16 // WIDER)
+    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN * G.primitive_bitwidth // WIDER)
+    return p_ptr, g_ptr, low_ptr
 
 
 @triton.jit
