@@ -82,6 +82,14 @@ class _Batch(NamedTuple):
     factors: list[tuple[int, int, float]]
 
 
+class _Rest(NamedTuple):
+    """A piece that no exchange has, as nothing of its rows is here but their moments."""
+
+    param: int
+    start: int
+    length: int
+
+
 class MatrixRunner:
     """See :class:`gwt_kernels.backends.runner.Runner`. Each stage is one launch for a batch on the Triton backend.
 
@@ -98,6 +106,8 @@ class MatrixRunner:
         self._batches: dict[int, _Batch] = {}
         self._hypers: Sequence[Hyper] = []
         self._last_hypers: list[Hyper] = []  # what these become for the last stage
+        self._columnless: list[_Rest] | None = None
+        self._renews: ElementwiseRunner | None = None
         self.survey: Survey = PYTHON
         if is_on_triton(bucket, backend):
             from gwt_kernels.backends.triton.native import quickest
@@ -127,7 +137,8 @@ class MatrixRunner:
         def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batch(pieces, values, inputs)
             batch.make.set_params(values)
-            batch.make.apply(_inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers), decision)
+            own = _inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers)
+            batch.make.apply(own._replace(row_sums=self._rows_of(pieces, inputs)), decision)
 
         def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
@@ -138,6 +149,7 @@ class MatrixRunner:
             batch.use.apply(_inputs(batch, values, inputs.steps, adjusted), unscaled)
 
         self._stage.run(make, use)
+        self._renew_without_columns(inputs, decision)
         if self.bucket.telemetry is not None:
             self._observe(decision)
         if isinstance(inputs.steps, Tensor):
@@ -170,15 +182,8 @@ class MatrixRunner:
         bucket = self.bucket
         last = bucket.stated.last_stage
         assert last is not None
-        spans = [self._spans_of(piece) for piece in pieces]
-        shared: Any = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
-        if bucket.is_random and any(span is not None for span in spans):
-            shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
-        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
-        scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
-        first = Bucket(
-            values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
-        )
+        shared = self._shared_of(pieces)
+        first = self._first_of(pieces, values)
         rows = None
         if bucket.telemetry is not None:
             rows = torch.zeros(len(pieces), len(COLUMNS), dtype=torch.float64, device=bucket.device)
@@ -214,6 +219,58 @@ class MatrixRunner:
         made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows, factors)
         self._batches[id(pieces)] = made
         return made
+
+    def _shared_of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Options of the buckets of both stages."""
+        bucket = self.bucket
+        spans = [self._spans_of(piece) for piece in pieces]
+        shared: dict[str, Any] = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
+        if bucket.is_random and any(span is not None for span in spans):
+            shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
+        return shared
+
+    def _first_of(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> Bucket:
+        """The bucket of the first stage, which writes ``values``."""
+        bucket, shared = self.bucket, self._shared_of(pieces)
+        if bucket.whole_widths is not None:
+            shared["whole_widths"] = [bucket.whole_widths[piece.param] for piece in pieces]
+        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
+        scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
+        return Bucket(
+            values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
+        )
+
+    def _rows_of(self, pieces: Sequence[Piece], inputs: StepInputs) -> Tensor | None:
+        """Of the sums over whole rows those of the pieces' rows, if there are any."""
+        if inputs.row_sums is None:
+            return None
+        own = torch.split(inputs.row_sums, self.bucket.n_rows)
+        parts = []
+        for piece in pieces:
+            each = len(own[piece.param]) // len(self.bucket.params[piece.param])
+            parts.append(own[piece.param].narrow(0, piece.start * each, piece.length * each))
+        return torch.cat(parts)
+
+    def _renew_without_columns(self, inputs: StepInputs, decision: Tensor | None) -> None:
+        """Update the moments of rows of which nothing is here, by matrices of no use."""
+        if inputs.row_sums is None:
+            return
+        bucket = self.bucket
+        if self._columnless is None:
+            places = [i for i, p in enumerate(bucket.params) if not p.numel() and bucket.n_rows[i]]
+            self._columnless = [_Rest(i, 0, len(bucket.params[i])) for i in places]
+        pieces = self._columnless
+        if not pieces:
+            return
+        shapes = [(*bucket.params[piece.param].shape[:-1], 1) for piece in pieces]
+        if self._renews is None:
+            values = [torch.empty(shape, dtype=self._stage.dtype, device=bucket.device) for shape in shapes]
+            self._renews = prepare(self._first_of(pieces, values), self._backend)
+        grads = [torch.zeros(shape, dtype=bucket.grad_dtype, device=bucket.device) for shape in shapes]
+        own = [piece.param for piece in pieces]
+        steps, hypers = inputs.steps, [inputs.hypers[i] for i in own]
+        counts = steps[own] if isinstance(steps, Tensor) else [steps[i] for i in own]
+        self._renews.apply(StepInputs(grads, counts, hypers, self._rows_of(pieces, inputs)), decision)
 
     def _is_whole(self, piece: Piece) -> bool:
         return piece.length == len(self.bucket.params[piece.param])
