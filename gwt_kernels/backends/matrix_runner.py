@@ -45,14 +45,12 @@ class MatrixStage(NamedTuple):
         and
             ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
         dtype: Of ``values``.
-        scales: Per parameter factors on the update, one for each of its ``views``.
-        views: ``views(value, param)``: a piece's matrices that have factors of their own.
+        scales: Factors on the update, one for each parameter.
     """
 
     run: Callable[[_Stage, _Stage], None]
     dtype: torch.dtype
-    scales: Sequence[Sequence[float]]
-    views: Callable[[Tensor, int], Sequence[Tensor]]
+    scales: Sequence[float]
 
 
 _Of = Callable[[Sequence[Any]], list[Any]]
@@ -69,7 +67,6 @@ class _Batch(NamedTuple):
         use: Runs the last one.
         params: Their places, int64 on the device.
         rows: Telemetry of the pieces, or None.
-        factors: Of their matrices that are multiplied one by one.
     """
 
     pieces: Sequence[Piece]
@@ -79,7 +76,6 @@ class _Batch(NamedTuple):
     use: ElementwiseRunner
     params: Tensor
     rows: Tensor | None
-    factors: list[tuple[int, int, float]]
 
 
 class _Rest(NamedTuple):
@@ -142,8 +138,6 @@ class MatrixRunner:
 
         def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
-            for place, view, factor in batch.factors:
-                self._stage.views(values[place], pieces[place].param)[view].mul_(factor)
             if batch.rows is not None:
                 batch.rows.zero_()
             batch.use.apply(_inputs(batch, values, inputs.steps, adjusted), unscaled)
@@ -166,10 +160,10 @@ class MatrixRunner:
             return self._last_hypers
         made: dict[tuple[int, float], Hyper] = {}
         adjusted = []
-        for hyper, scales in zip(hypers, self._stage.scales, strict=True):
-            key = id(hyper), scales[0]
+        for hyper, scale in zip(hypers, self._stage.scales, strict=True):
+            key = id(hyper), scale
             if key not in made:
-                made[key] = hyper._replace(scale=hyper.scale * scales[0], grad_factor=1.0, maximize=False)
+                made[key] = hyper._replace(scale=hyper.scale * scale, grad_factor=1.0, maximize=False)
             adjusted.append(made[key])
         self._hypers, self._last_hypers = hypers, adjusted
         return adjusted
@@ -201,13 +195,6 @@ class MatrixRunner:
             telemetry=rows,
             **shared,
         )
-        factors = [
-            (place, view, scale / own[0])
-            for place, piece in enumerate(pieces)
-            for own in [self._stage.scales[piece.param]]
-            for view, scale in enumerate(own)
-            if scale != own[0]
-        ]
         index = torch.tensor([piece.param for piece in pieces], dtype=torch.int64, device=bucket.device)
         of = _picker([piece.param for piece in pieces])
 
@@ -216,7 +203,7 @@ class MatrixRunner:
 
         is_whole = all(self._is_whole(piece) for piece in pieces)
         runners = prepare(first, self._backend), prepare(second, self._backend)
-        made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows, factors)
+        made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows)
         self._batches[id(pieces)] = made
         return made
 
