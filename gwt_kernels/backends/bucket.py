@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import starmap
 from typing import Any, NamedTuple
 
@@ -19,11 +21,12 @@ from gwt_kernels.core.hyper import (
     literal_alone,
     padded_spans,
 )
-from gwt_kernels.core.level import ROW, Level
+from gwt_kernels.core.level import ROW, Level, blocks_of
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
 from gwt_kernels.rules import Rule as RuleOf
 from gwt_kernels.rules import check_rule, rule_of
+from gwt_kernels.rules.blocks import RowSums
 
 __all__ = ["Bucket", "StepInputs"]
 
@@ -36,11 +39,13 @@ class StepInputs(NamedTuple):
         steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
             tensor ``[n]`` on it with the number of steps taken before this one.
         hypers: Options per parameter.
+        row_sums: Of a bucket with parts of rows, sums over the whole ones: ``[rows, Bucket.row_numbers]``.
     """
 
     grads: Sequence[Tensor]
     steps: Sequence[int] | Tensor
     hypers: Sequence[Hyper]
+    row_sums: Tensor | None = None
 
 
 class Bucket:
@@ -60,6 +65,7 @@ class Bucket:
         scales: Of moments that have them, float32 tensors per parameter, one for each moment.
         spans: Where shards of parameters, and of their moments, lie in the whole; None for whole tensors.
         telemetry: Float64 ``[n, 6]``: see :mod:`gwt_kernels.telemetry`.
+        whole_widths: Widths of whole rows, of which the parameters have parts; None where they have all of them.
         wavelet: Name of the wavelet.
         boundary: How the transform continues a row beyond its ends.
 
@@ -85,6 +91,7 @@ class Bucket:
         scales: Sequence[tuple[Tensor, ...] | None] | None = None,
         spans: Sequence[tuple[Span, Span]] | None = None,
         telemetry: Tensor | None = None,
+        whole_widths: Sequence[int] | None = None,
         wavelet: str = "haar",
         boundary: Boundary = "zero",
     ) -> None:
@@ -94,6 +101,7 @@ class Bucket:
         self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
         self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
+        self.whole_widths = whole_widths
         self.keys = [0] * len(params) if keys is None else keys
         self.limiter_norms = absent if limiter_norms is None else limiter_norms
         self.lows = absent if lows is None else lows
@@ -138,6 +146,24 @@ class Bucket:
         """Whether rows share a second moment with other rows."""
         own = zip(self.params, self.exp_avg_sqs, strict=True) if self.stated.row_slots else ()
         return any(p.dim() > 1 and p.numel() and v is not None and v.shape[:-1] != p.shape[:-1] for p, v in own)
+
+    @cached_property
+    def n_rows(self) -> list[int]:
+        """Rows of each parameter."""
+        return [math.prod(p.shape[:-1]) for p in self.params]
+
+    @property
+    def row_numbers(self) -> int:
+        """How many numbers a step has to know of each whole row, of which a parameter has a part; else 0."""
+        if self.whole_widths is None:
+            return 0
+        return self.stated.row_numbers(self.level)
+
+    def row_length(self, i: int) -> int:
+        """Elements of whole rows of a parameter where each is one block, else their blocks."""
+        assert self.whole_widths is not None
+        width = self.whole_widths[i]
+        return width if self.level == ROW else blocks_of(self.level, width)
 
     @property
     def moments(self) -> list[Sequence[Tensor]]:
@@ -191,15 +217,28 @@ class Bucket:
             self._places,
             absent if divisors is None else divisors.unbind(),
             absent if self.telemetry is None else self.telemetry.unbind(),
+            self._rows_of(inputs),
         )
         return list(starmap(TensorStep, zip(*columns, strict=True)))
 
+    def _rows_of(self, inputs: StepInputs) -> Sequence[RowSums | None]:
+        """Sums over whole rows, times the gradients' factors, per parameter."""
+        if inputs.row_sums is None:
+            return [None] * len(self)
+        rows = []
+        for i, own in enumerate(torch.split(inputs.row_sums, self.n_rows)):
+            sums = [x.reshape(*self.params[i].shape[:-1], 1) for x in own.unbind(1)]
+            rows.append(RowSums(self.row_length(i), *sums).scaled(inputs.hypers[i].signed_factor, self.level))
+        return rows
+
     def check_inputs(self, inputs: StepInputs) -> None:
         """Raise a ValueError unless ``inputs`` belong to this bucket; shapes are the backend's to check."""
-        _, steps, hypers = inputs
-        n = len(self)
-        if any(len(x) != n for x in inputs):
-            raise ValueError(f"{n} params need as many of all else, got {list(map(len, inputs))}")
+        grads, steps, hypers, row_sums = inputs
+        n, lengths = len(self), [len(grads), len(steps), len(hypers)]
+        if lengths != [n] * 3:
+            raise ValueError(f"{n} params need as many of all else, got {lengths}")
+        if (0 if row_sums is None else row_sums.shape[1]) != self.row_numbers:
+            raise ValueError("a step on parts of rows, and no other, needs sums over whole rows")
         expected = (torch.float64, self.device, True)
         if isinstance(steps, Tensor) and (steps.dtype, steps.device, steps.is_contiguous()) != expected:
             raise ValueError(

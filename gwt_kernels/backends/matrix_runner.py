@@ -46,14 +46,12 @@ class MatrixStage(NamedTuple):
         and
             ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
         dtype: Of ``values``.
-        scales: Per parameter factors on the update, one for each of its ``views``.
-        views: ``views(value, param)``: a piece's matrices that have factors of their own.
+        scales: Factors on the update, one for each parameter.
     """
 
     run: Callable[[_Stage, _Stage], None]
     dtype: torch.dtype
-    scales: Sequence[Sequence[float]]
-    views: Callable[[Tensor, int], Sequence[Tensor]]
+    scales: Sequence[float]
 
 
 _Of = Callable[[Sequence[Any]], list[Any]]
@@ -70,7 +68,6 @@ class _Batch(NamedTuple):
         use: Runs the last one.
         params: Their places, int64 on the device.
         rows: Telemetry of the pieces, or None.
-        factors: Of their matrices that are multiplied one by one.
     """
 
     pieces: Sequence[Piece]
@@ -80,7 +77,14 @@ class _Batch(NamedTuple):
     use: ElementwiseRunner
     params: Tensor
     rows: Tensor | None
-    factors: list[tuple[int, int, float]]
+
+
+class _Rest(NamedTuple):
+    """A piece that no exchange has, as nothing of its rows is here but their moments."""
+
+    param: int
+    start: int
+    length: int
 
 
 class MatrixRunner:
@@ -99,6 +103,8 @@ class MatrixRunner:
         self._batches: dict[int, _Batch] = {}
         self._hypers: Sequence[Hyper] = []
         self._last_hypers: list[Hyper] = []  # what these become for the last stage
+        self._columnless: list[_Rest] | None = None
+        self._renews: ElementwiseRunner | None = None
         self.survey: Survey = PYTHON
         if is_on_triton(bucket, backend):
             from gwt_kernels.backends.triton.native import quickest
@@ -128,17 +134,17 @@ class MatrixRunner:
         def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batch(pieces, values, inputs)
             batch.make.set_params(values)
-            batch.make.apply(_inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers), decision)
+            own = _inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers)
+            batch.make.apply(own._replace(row_sums=self._rows_of(pieces, inputs)), decision)
 
         def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
-            for place, view, factor in batch.factors:
-                self._stage.views(values[place], pieces[place].param)[view].mul_(factor)
             if batch.rows is not None:
                 batch.rows.zero_()
             batch.use.apply(_inputs(batch, values, inputs.steps, adjusted), unscaled)
 
         self._stage.run(make, use)
+        self._renew_without_columns(inputs, decision)
         if self.bucket.telemetry is not None:
             self._observe(decision)
         if isinstance(inputs.steps, Tensor):
@@ -155,10 +161,10 @@ class MatrixRunner:
             return self._last_hypers
         made: dict[tuple[int, float], Hyper] = {}
         adjusted = []
-        for hyper, scales in zip(hypers, self._stage.scales, strict=True):
-            key = id(hyper), scales[0]
+        for hyper, scale in zip(hypers, self._stage.scales, strict=True):
+            key = id(hyper), scale
             if key not in made:
-                made[key] = hyper._replace(scale=hyper.scale * scales[0], grad_factor=1.0, maximize=False)
+                made[key] = hyper._replace(scale=hyper.scale * scale, grad_factor=1.0, maximize=False)
             adjusted.append(made[key])
         self._hypers, self._last_hypers = hypers, adjusted
         return adjusted
@@ -171,15 +177,8 @@ class MatrixRunner:
         bucket = self.bucket
         last = bucket.stated.last_stage
         assert last is not None
-        spans = [self._spans_of(piece) for piece in pieces]
-        shared: Any = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
-        if bucket.is_random and any(span is not None for span in spans):
-            shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
-        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
-        scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
-        first = Bucket(
-            values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
-        )
+        shared = self._shared_of(pieces)
+        first = self._first_of(pieces, values)
         rows = None
         if bucket.telemetry is not None:
             rows = torch.zeros(len(pieces), len(COLUMNS), dtype=torch.float64, device=bucket.device)
@@ -197,13 +196,6 @@ class MatrixRunner:
             telemetry=rows,
             **(shared | {"level": self._last_level()}),
         )
-        factors = [
-            (place, view, scale / own[0])
-            for place, piece in enumerate(pieces)
-            for own in [self._stage.scales[piece.param]]
-            for view, scale in enumerate(own)
-            if scale != own[0]
-        ]
         index = torch.tensor([piece.param for piece in pieces], dtype=torch.int64, device=bucket.device)
         of = _picker([piece.param for piece in pieces])
 
@@ -212,7 +204,7 @@ class MatrixRunner:
 
         is_whole = all(self._is_whole(piece) for piece in pieces)
         runners = prepare(first, self._backend), prepare(second, self._backend)
-        made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows, factors)
+        made = _Batch(pieces, of, of if is_whole else parts, *runners, index, rows)
         self._batches[id(pieces)] = made
         return made
 
@@ -223,6 +215,58 @@ class MatrixRunner:
         """
         bucket = self.bucket
         return bucket.level if bucket.telemetry is not None or bucket.rounding == "stochastic" else 0
+
+    def _shared_of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Options of the buckets of both stages."""
+        bucket = self.bucket
+        spans = [self._spans_of(piece) for piece in pieces]
+        shared: dict[str, Any] = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
+        if bucket.is_random and any(span is not None for span in spans):
+            shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
+        return shared
+
+    def _first_of(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> Bucket:
+        """The bucket of the first stage, which writes ``values``."""
+        bucket, shared = self.bucket, self._shared_of(pieces)
+        if bucket.whole_widths is not None:
+            shared["whole_widths"] = [bucket.whole_widths[piece.param] for piece in pieces]
+        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
+        scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
+        return Bucket(
+            values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
+        )
+
+    def _rows_of(self, pieces: Sequence[Piece], inputs: StepInputs) -> Tensor | None:
+        """Of the sums over whole rows those of the pieces' rows, if there are any."""
+        if inputs.row_sums is None:
+            return None
+        own = torch.split(inputs.row_sums, self.bucket.n_rows)
+        parts = []
+        for piece in pieces:
+            each = len(own[piece.param]) // len(self.bucket.params[piece.param])
+            parts.append(own[piece.param].narrow(0, piece.start * each, piece.length * each))
+        return torch.cat(parts)
+
+    def _renew_without_columns(self, inputs: StepInputs, decision: Tensor | None) -> None:
+        """Update the moments of rows of which nothing is here, by matrices of no use."""
+        if inputs.row_sums is None:
+            return
+        bucket = self.bucket
+        if self._columnless is None:
+            places = [i for i, p in enumerate(bucket.params) if not p.numel() and bucket.n_rows[i]]
+            self._columnless = [_Rest(i, 0, len(bucket.params[i])) for i in places]
+        pieces = self._columnless
+        if not pieces:
+            return
+        shapes = [(*bucket.params[piece.param].shape[:-1], 1) for piece in pieces]
+        if self._renews is None:
+            values = [torch.empty(shape, dtype=self._stage.dtype, device=bucket.device) for shape in shapes]
+            self._renews = prepare(self._first_of(pieces, values), self._backend)
+        grads = [torch.zeros(shape, dtype=bucket.grad_dtype, device=bucket.device) for shape in shapes]
+        own = [piece.param for piece in pieces]
+        steps, hypers = inputs.steps, [inputs.hypers[i] for i in own]
+        counts = steps[own] if isinstance(steps, Tensor) else [steps[i] for i in own]
+        self._renews.apply(StepInputs(grads, counts, hypers, self._rows_of(pieces, inputs)), decision)
 
     def _is_whole(self, piece: Piece) -> bool:
         return piece.length == len(self.bucket.params[piece.param])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.runner import ElementwiseRunner
 
-__all__ = ["is_on_triton", "prepare"]
+__all__ = ["is_on_triton", "prepare", "row_summer"]
 
 
 def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner:
@@ -43,6 +48,17 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner
     from gwt_kernels.backends.torch.runner import TorchRunner
 
     return TorchRunner(bucket)
+
+
+def row_summer(bucket: Bucket, backend: choice.Backend | None) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return what adds up the parts of rows that gradients have here: ``[rows, numbers]``, of all rows."""
+    if is_on_triton(bucket, backend):
+        from gwt_kernels.backends.triton.row_sums import RowSummer
+
+        return RowSummer(bucket)
+    from gwt_kernels.backends.torch.row_sums import row_sums
+
+    return partial(row_sums, bucket)
 
 
 def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:

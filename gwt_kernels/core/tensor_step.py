@@ -31,6 +31,8 @@ class TensorStep(NamedTuple):
     limit: Tensor | None = None
     row: Tensor | None = None
     """Row of telemetry."""
+    rows: Any = None
+    """:class:`gwt_kernels.rules.blocks.RowSums`, where other processes hold parts of the rows, or None."""
 
     @property
     def moments(self) -> list[Tensor]:

@@ -41,12 +41,14 @@ class MatrixParameter(NamedTuple):
         tensor: The parameter, of which the shape and, of a DTensor, the placements count.
         flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
         row_splits: Likewise.
+        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
     """
 
     name: str
     tensor: Tensor
     flatten: bool = False
     row_splits: tuple[int, ...] | None = None
+    factors: tuple[float, ...] = ()
 
 
 class MatrixPiece(NamedTuple):
@@ -343,7 +345,7 @@ class _Batch:
             at += unit.numel
         self._n_whole = at
         cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
-        self._cut = [(x, p.flatten, p.row_splits) for x, p in cut]
+        self._cut = cut
         self._runs = _runs([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
@@ -393,8 +395,11 @@ class _Batch:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
         matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
-        for (unit, at, is_held, _), flatten, row_splits in self._cut:
-            matrices += views_of(_view(held if is_held else whole, at, unit.shape), flatten, row_splits)
+        multiplied: list[tuple[Tensor, float]] = []
+        for (unit, at, is_held, _), p in self._cut:
+            views = views_of(_view(held if is_held else whole, at, unit.shape), p.flatten, p.row_splits)
+            matrices += views
+            multiplied += zip(views, p.factors, strict=False)
         inside, outside = [], []
         for unit, at, is_held, parts in self._wholes:
             x = held if is_held else _view(whole, at, unit.shape)
@@ -405,6 +410,9 @@ class _Batch:
         if inside:
             torch._foreach_copy_(inside, outside)
         orthogonalize_(matrices, self._newton_schulz, self._temporary_bytes)
+        for view, factor in multiplied:
+            if factor != 1.0:
+                view.mul_(factor)
         if inside:
             torch._foreach_copy_(outside, inside)
 

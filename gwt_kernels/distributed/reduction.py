@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded
-from gwt_kernels.distributed.sharding import reduced_over
+from gwt_kernels.distributed.sharding import is_first_part_of_rows, reduced_over
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["GradNormReduction", "LimiterReduction", "ShardSums"]
+__all__ = ["GradNormReduction", "LimiterReduction", "RowReduction", "ShardSums"]
 
 
 class ShardSums:
@@ -27,9 +28,13 @@ class ShardSums:
     Args:
         params: Sharded over several processes, on one device.
         lengths: How many numbers each of them has; None for one.
+        of_rows: Whether the numbers are of the rows here, and only processes that hold parts of these add them up,
+            so that others may have more or fewer.
     """
 
-    def __init__(self, params: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], lengths: Sequence[int] | None = None, *, of_rows: bool = False
+    ) -> None:
         self.device = params[0].device
         wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
         self.dtype = torch.float64 if torch.float64 in wide else torch.float32
@@ -38,7 +43,8 @@ class ShardSums:
         owners = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         owners = torch.arange(len(params), dtype=torch.int64, device="cpu").repeat_interleave(owners)
         self._rounds: list[tuple[Any, Tensor | None]] = []
-        for group, members in _rounds(params):
+        at_once, rounds = _rounds(params, of_rows)
+        for group, members in rounds:
             chosen = None
             if members is not None:
                 own = torch.tensor(members, dtype=torch.int64, device="cpu")
@@ -46,7 +52,7 @@ class ShardSums:
             self._rounds.append((group, chosen))
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
         own = torch.tensor([_is_first(p) for p in params], dtype=torch.bool, device="cpu")
-        self._own = None if bool(own.all()) else own[owners].to(self.device)
+        self._own = own[owners].to(self.device) if at_once and not bool(own.all()) else None
         self._work: Any = None
 
     def zeros(self) -> Tensor:
@@ -58,11 +64,9 @@ class ShardSums:
         import torch.distributed as dist
 
         self.finish()  # where no parameter had a gradient, nothing has asked for the last step's result
-        self._vector = vector
+        self._vector = vector if self._own is None else torch.where(self._own, vector, 0)
         for group, members in self._rounds:
             self.finish()
-            if group is dist.group.WORLD and self._own is not None:
-                self._vector = torch.where(self._own, self._vector, 0)
             self._part = self._vector if members is None else self._vector[members]
             self._members = members
             self._work = dist.all_reduce(self._part, group=group, async_op=True)
@@ -83,12 +87,15 @@ class LimiterReduction:
     Args:
         params: All parameters that have a limiter and are sharded over several processes, on one device; as
             :class:`ShardSums` takes them.
+        of_rows: Whether the moments of each are those of whole rows, which all that hold parts of a row have.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor], of_rows: Sequence[bool]) -> None:
         self._place = {id(p): i for i, p in enumerate(params)}
         self._device = params[0].device
         self._sums = ShardSums(params)
+        counts = [not rows or is_first_part_of_rows(p) for p, rows in zip(params, of_rows, strict=True)]
+        self._counts = None if all(counts) else torch.tensor(counts, device=self._device)
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Return the indices of ``params`` in the vector of all sums."""
@@ -99,7 +106,7 @@ class LimiterReduction:
         vector = self._sums.zeros()
         for places, values in sums:
             vector[places] = values.to(vector.dtype)
-        self._sums.start(vector)
+        self._sums.start(vector if self._counts is None else torch.where(self._counts, vector, 0))
 
     def divisors(
         self, places: Tensor, limiter_norms: Tensor, gammas: Sequence[float], control: Tensor | None
@@ -122,6 +129,41 @@ class LimiterReduction:
         if gammas.count(first) == len(gammas):
             return first
         return torch.tensor(gammas, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
+
+
+class RowReduction:
+    """Sums over rows of all parameters on one device of whose rows processes hold parts.
+
+    Args:
+        params: As :class:`ShardSums` takes them.
+        lengths: How many numbers each has of its rows here.
+    """
+
+    def __init__(self, params: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        firsts = [0, *accumulate(lengths)]
+        self._places = {id(p): range(*ends) for p, ends in zip(params, pairwise(firsts), strict=True)}
+        self._sums = ShardSums(params, lengths, of_rows=True)
+
+    def places_of(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the indices of the numbers of ``params`` in the vector of all."""
+        own = [torch.arange(x.start, x.stop, dtype=torch.int64, device="cpu") for x in map(self._of, params)]
+        return torch.cat(own).to(self._sums.device)
+
+    def _of(self, p: Tensor) -> range:
+        return self._places[id(p)]
+
+    def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Start to add up parts of sums, passed as (places, values), without waiting for the result."""
+        vector = self._sums.zeros()
+        for places, values in sums:
+            vector[places] = values.view(-1).to(vector.dtype)
+        self._sums.start(vector)
+
+    def finish(self, places: Tensor, parts: Tensor) -> Tensor:
+        """Return the sums at ``places``, of which ``parts`` are this process's."""
+        total = self._sums.finish()
+        assert total is not None
+        return total[places].to(parts.dtype).view(parts.shape)
 
 
 class GradNormReduction:
@@ -162,18 +204,22 @@ class GradNormReduction:
             dist.all_reduce(total, group=group)
 
 
-def _rounds(params: Sequence[Any]) -> list[tuple[Any, list[int] | None]]:
-    """Return the process groups to reduce over in order, with the indices of their parameters (None: all)."""
+def _rounds(params: Sequence[Any], of_rows: bool) -> tuple[bool, list[tuple[Any, list[int] | None]]]:
+    """Return the process groups to reduce over in order, with the indices of their parameters (None: all).
+
+    And whether it is all processes at once, though some have what others have too.
+    """
     import torch.distributed as dist
 
     rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in order of first use
     for i, p in enumerate(params):
-        for mesh, dim in reduced_over(p):
+        for mesh, dim in reduced_over(p, p.dim() - 1 if of_rows else None):
             group = mesh.get_group(dim)
             rounds.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].append(i)
-    if len(rounds) > 1 and all(p.device_mesh.size() == dist.get_world_size() for p in params):
-        return [(dist.group.WORLD, None)]
-    return [(group, members if len(members) < len(params) else None) for group, members in rounds.values()]
+    if len(rounds) > 1 and not of_rows and all(p.device_mesh.size() == dist.get_world_size() for p in params):
+        return True, [(dist.group.WORLD, None)]
+    chosen = [(group, members if len(members) < len(params) else None) for group, members in rounds.values()]
+    return False, chosen
 
 
 def _is_first(p: Any) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span, padded_spans
 from gwt_kernels.core.level import ROW, Level, block_width
-from gwt_kernels.rules import rule_of
 
 __all__ = [
     "ROWS_STAY",
@@ -22,7 +21,9 @@ __all__ = [
     "check_place_of",
     "check_sharding",
     "check_shards",
+    "divides_rows",
     "held_runs",
+    "is_first_part_of_rows",
     "local_parts",
     "made_by_a_getter",
     "placements_of",
@@ -91,15 +92,31 @@ def made_by_a_getter() -> bool:
     return False
 
 
-def reduced_over(p: Any) -> list[tuple[Any, int]]:
-    """Return the mesh dimensions, as (mesh, index), over which a parameter is sharded."""
+def reduced_over(p: Any, dim: int | None = None) -> list[tuple[Any, int]]:
+    """Return the mesh dimensions, as (mesh, index), that shard a parameter; along ``dim`` if given."""
     if not is_sharded(p):
         return []
     mesh = p.device_mesh
-    return [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
+    found = [(mesh, i) for i, x in enumerate(p.placements) if _dim(x) is not None and mesh.size(i) > 1]
+    return found if dim is None else [(mesh, i) for mesh, i in found if _dim(p.placements[i]) == dim]
 
 
-def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Sequence[int] | None = None) -> Tensor:
+def divides_rows(p: Any) -> bool:
+    """Return whether processes hold parts of ``p``'s rows."""
+    return bool(p.dim()) and bool(reduced_over(p, p.dim() - 1))
+
+
+def is_first_part_of_rows(p: Any) -> bool:
+    """Return whether this process holds the first part of rows of ``p``, or whole ones."""
+    coordinate = p.device_mesh.get_coordinate() if is_sharded(p) else ()
+    return not any(coordinate[i] for _, i in reduced_over(p, p.dim() - 1))
+
+
+Dims = Sequence[int | None]
+"""Dimensions of a parameter that an entry of its state keeps, in order; None for one of its own, of one index."""
+
+
+def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Dims | None = None) -> Tensor:
     """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
 
     Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
@@ -121,7 +138,7 @@ def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Seq
     )
 
 
-def placements_of(p: Any, dims: Sequence[int] | None) -> tuple[Any, ...]:
+def placements_of(p: Any, dims: Dims | None) -> tuple[Any, ...]:
     """Where a DTensor lies that keeps these of ``p``'s dimensions: whole along those of which it is a mean."""
     if dims is None:
         return tuple(p.placements)
@@ -159,15 +176,15 @@ def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
 
 def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | None:
     """Return :func:`spans_of`; None if no span describes a shard."""
-    start = _start(p)
+    start, sharded = _start(p), _sharded_dims(p)
     if p.dim() and p.shape[-1] % block_width(level, p.shape[-1]):  # whole rows, in the padded order of random bits
-        sharded = _sharded_dims(p)
-        if sharded and (_span(p, p.shape, start) is None or math.prod(p.shape[: max(sharded)]) > 1):
+        if sharded and (_span(p, p.shape, start, sharded) is None or math.prod(p.shape[: max(sharded)]) > 1):
             return None
         row = sum(i * math.prod(p.shape[d + 1 : -1]) for d, i in enumerate(start[:-1]))
         return padded_spans(p.shape, level, row)
     first = [*start[:-1], start[-1] * shape[-1] // max(p.shape[-1], 1)] if start else []
-    weights, coefficients = _span(p, p.shape, start), _span(p, shape, first)
+    of_moments = sharded - {p.dim() - 1} if level == ROW else sharded  # whole for every part of a row
+    weights, coefficients = _span(p, p.shape, start, sharded), _span(p, shape, first, of_moments)
     return None if weights is None or coefficients is None else (weights, coefficients)
 
 
@@ -239,7 +256,7 @@ def check_shards(p: Any, name: str) -> None:
 
 def check_heads(p: Any, head_rows: int | None, name: str) -> None:
     """Raise unless each shard of ``p`` holds whole heads of ``head_rows`` rows; None: all rows are one."""
-    sharded = _sharded_dims(p)
+    sharded = _sharded_dims(p) - {p.dim() - 1}
     if head_rows == 1 or not sharded:
         return
     rows = p.dim() - 2
@@ -250,7 +267,7 @@ def check_heads(p: Any, head_rows: int | None, name: str) -> None:
         )
 
 
-def check_place_of(x: Any, key: str, p: Any, name: str, dims: Sequence[int] | None = None) -> None:
+def check_place_of(x: Any, key: str, p: Any, name: str, dims: Dims | None = None) -> None:
     """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
     if is_sharded(x) != is_sharded(p):
         held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
@@ -273,16 +290,9 @@ def _is_part_of_a_buffer(p: Tensor) -> bool:
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless every shard of a row has whole blocks, or whole rows if their sums are needed."""
+    """Raise unless every shard of a row has whole blocks; of a row that is one block, it may have any part."""
     level = group["level"]
-    summed = rule_of(group["rule"], level).row_slots
-    if level == ROW or summed:
-        rows = f"level={level!r}" if level == ROW else f"rule={group['rule']!r}"
-        raise ValueError(
-            f"{name} is sharded along its last dimension, and {rows} needs the sums of whole rows: shard its rows, "
-            f"or give it {'another level' if level == ROW else 'a group of another rule'}"
-        )
-    if not level:
+    if not level or level == ROW:
         return
     if group["wavelet"] != "haar":
         raise ValueError(
@@ -368,10 +378,12 @@ def _sharded_dims(p: Any) -> set[int]:
     return {dim for dim in dims if dim is not None}
 
 
-def _local_shape(p: Any, shape: Sequence[int], dims: Sequence[int] | None = None) -> tuple[int, ...]:
+def _local_shape(p: Any, shape: Sequence[int], dims: Dims | None = None) -> tuple[int, ...]:
     sharded = _sharded_dims(p)
     dims = range(len(shape)) if dims is None else dims
-    return tuple(len(_indices(p, d, n)) if d in sharded else n for d, n in zip(dims, shape, strict=True))
+    return tuple(
+        len(_indices(p, d, n)) if d is not None and d in sharded else n for d, n in zip(dims, shape, strict=True)
+    )
 
 
 def _start(p: Any) -> list[int]:
@@ -380,9 +392,11 @@ def _start(p: Any) -> list[int]:
     return [int(held[d][0]) if d in held and len(held[d]) else 0 for d in range(p.dim())]
 
 
-def _span(p: Any, shape: Sequence[int], start: Sequence[int]) -> Span | None:
-    """Return the position of a shard in the tensor of the global ``shape``; None if no span describes it."""
-    sharded = _sharded_dims(p)
+def _span(p: Any, shape: Sequence[int], start: Sequence[int], sharded: set[int]) -> Span | None:
+    """Return the position of a shard in the tensor of the global ``shape``, which shares out the dims ``sharded``.
+
+    None if no span describes it.
+    """
     n_shards = {
         d: math.prod(mesh.size(i) for mesh, i in reduced_over(p) if _dim(p.placements[i]) == d) for d in sharded
     }
@@ -397,5 +411,5 @@ def _span(p: Any, shape: Sequence[int], start: Sequence[int]) -> Span | None:
     first = sum(i * math.prod(shape[d + 1 :]) for d, i in enumerate(start))
     if math.prod(shape[:last]) == 1:
         return Span(first, 1, 1)
-    local = _local_shape(p, shape)
-    return Span(first, max(1, math.prod(local[last:])), math.prod(shape[last:]))
+    local = [len(_indices(p, last, shape[last])), *shape[last + 1 :]]
+    return Span(first, max(1, math.prod(local)), math.prod(shape[last:]))

@@ -63,7 +63,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             check_matrix(p, options, label_of(group, k, i))
             if state := upgraded(state_dict["state"].get(key, {}), p):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
-                set_aside[p] = {name: exact_copy(name, value, p) for name, value in state.items()}
+                set_aside[p] = {name: exact_copy(name, value, p, options) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
     optimizer.__dict__["_set_aside"] = set_aside

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.matrix_runner import MatrixStage
-from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter
 from gwt_kernels.rules import MATRIX_STAGES
 from gwt_kernels.rules.newton_schulz import (
@@ -21,7 +20,6 @@ from gwt_kernels.rules.newton_schulz import (
     check_workspace,
     matrix_shapes,
     update_scale,
-    views_of,
 )
 
 __all__ = [
@@ -165,25 +163,17 @@ def matrix_stage(params: Sequence[Tensor], names: Sequence[str], options: Matrix
     """The matrix stage of parameters, whole or sharded; all processes have to make it alike.
 
     Raises:
-        ValueError: a parameter's shards cannot be gathered, or they would need factors of their own.
+        ValueError: a parameter's shards cannot be gathered.
     """
     flatten, splits = options.flatten, options.row_splits
-    scales = []
+    scales, matrices = [], []
     for p, name in zip(params, names, strict=True):
-        own = [update_scale(options.adjust_lr_fn, s) for s in matrix_shapes(p.shape, flatten, splits, name)]
-        if len(set(own)) > 1 and is_sharded(p):
-            raise ValueError(
-                f"{name} is sharded, and its row_splits={splits} have other factors by adjust_lr_fn="
-                f"{options.adjust_lr_fn!r}: use splits of equal size, or another adjust_lr_fn"
-            )
-        scales.append(own)
-    exchange = MatrixExchange(
-        [MatrixParameter(name, p, flatten, splits) for p, name in zip(params, names, strict=True)],
-        options.newton_schulz,
-        options.workspace_bytes,
-    )
-
-    def views(value: Tensor, param: int) -> Sequence[Tensor]:
-        return views_of(value, flatten, splits)
-
-    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales, views)
+        # The whole matrices, of which a shard has rows of several, are multiplied by what sets them apart.
+        first, *rest = [
+            update_scale(options.adjust_lr_fn, s) for s in matrix_shapes(p.shape, flatten, splits, name)
+        ]
+        scales.append(first)
+        factors = (1.0, *(scale / first for scale in rest))
+        matrices.append(MatrixParameter(name, p, flatten, splits, factors))
+    exchange = MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes)
+    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales)

@@ -15,12 +15,12 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.matrix_runner import MatrixRunner
-from gwt_kernels.backends.prepare import prepare
+from gwt_kernels.backends.prepare import prepare, row_summer
 from gwt_kernels.backends.runner import Reduction, Runner
 from gwt_kernels.backends.staged_runner import StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
-from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
+from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.optim.checks import label_of
 from gwt_kernels.optim.joined import Joined
 from gwt_kernels.optim.matrices import matrix_options, matrix_stage
@@ -30,6 +30,7 @@ from gwt_kernels.optim.state import (
     is_limited,
     low_bits_of,
     moment_format,
+    needs_row_sums,
     shard_spans,
     slots_of,
     state_shape,
@@ -65,6 +66,7 @@ class PlannedBucket:
         telemetry: Rows of telemetry, or None.
         limits: What adds up the limiter's norms over processes, where these tensors need it.
         totals: What adds up gradients over processes, or None.
+        rows: What adds up sums over rows, where processes hold parts of those of these tensors.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class PlannedBucket:
         telemetry: Tensor | None,
         limits: LimiterReduction | None = None,
         totals: GradNormReduction | None = None,
+        rows: RowReduction | None = None,
     ) -> None:
         params = [member.param for member in members]
         own = [states[p] for p in params]
@@ -92,6 +95,10 @@ class PlannedBucket:
         # that this one does not.
         self.collects_grad_stats = is_limited(group) and self.runner.collects_grad_stats
         self.collects_grad_stats &= self._counted is None or all(self._counted)
+        self.rows = rows
+        if rows is not None:
+            self.collects_grad_stats = False  # these pass over gradients once sums over rows are known
+            self._row_places, self._add_up_rows = rows.places_of(params), row_summer(self.bucket, self.backend)
         symbolic = choice.is_symbolic()
         self.limits = limits
         if limits is not None:
@@ -121,6 +128,15 @@ class PlannedBucket:
         if self._on_device:
             self._steps.read()
         return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), own)
+
+    def row_parts(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Places of its rows' sums among those that its ``RowReduction`` adds up, and this process's parts."""
+        return self._row_places, self._add_up_rows(inputs.grads)
+
+    def with_row_sums(self, inputs: StepInputs, parts: Tensor) -> StepInputs:
+        """A step's inputs with the sums over whole rows, once these have been added up."""
+        assert self.rows is not None
+        return inputs._replace(row_sums=self.rows.finish(self._row_places, parts))
 
     def reduce(self, inputs: StepInputs, decision: Tensor | None, *, grad_stats: bool) -> Reduction:
         """The runner's first phase, for what has to be decided before the second."""
@@ -203,6 +219,7 @@ def _bucket_of(
         scales=scales,
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
+        whole_widths=[p.shape[-1] for p in params] if needs_row_sums(params[0], group) else None,
         wavelet=group["wavelet"],
         boundary=group["boundary"],
     )

@@ -15,10 +15,12 @@ from gwt_kernels.backends.torch.literal import approximation_width
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.factored import FACTORS, factor_dims
 from gwt_kernels.core.hyper import Span
+from gwt_kernels.core.level import ROW
 from gwt_kernels.distributed.sharding import (
     check_heads,
     check_place_of,
     check_sharding,
+    divides_rows,
     spans_of,
     zeros_like_shard,
 )
@@ -35,9 +37,11 @@ __all__ = [
     "exact_copy",
     "factors_of",
     "is_limited",
+    "kept_dims",
     "low_bits_of",
     "moment_format",
     "moments_of",
+    "needs_row_sums",
     "row_shape",
     "shard_spans",
     "slots_of",
@@ -87,6 +91,20 @@ def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int
     }
 
 
+def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None, ...] | None:
+    """The dimensions of a parameter that an entry of its state keeps, for all of which it is sharded alike.
+
+    None for all of them. What there is one of a row is whole on every process that holds a part of the row.
+    """
+    of_rows = key in _row_slots(group) or (group["level"] == ROW and key in slots_of(group))
+    return (*range(p.dim() - 1), None) if of_rows and p.dim() else factors_of(p, group).get(key)
+
+
+def needs_row_sums(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether sums over rows have to be added up over processes before a step, each of which has parts of rows."""
+    return (group["level"] == ROW or bool(_row_slots(group))) and divides_rows(p)
+
+
 def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:
     """Shape of moments of one number for ``head_rows`` rows; None: one for all of them."""
     if head_rows is None:
@@ -108,7 +126,10 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
     state.update(upgraded(state, p))
     if not state:
         shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
-        moments = {key: zeros_like_shard(p, own, dtype) for key, (own, dtype) in moments_of(p, group).items()}
+        moments = {
+            key: zeros_like_shard(p, own, dtype, kept_dims(key, p, group))
+            for key, (own, dtype) in moments_of(p, group).items()
+        }
         state.update(step=torch.tensor(0.0, dtype=torch.float64, device="cpu"), **moments)
         for key, dims in factors_of(p, group).items():
             state[key] = zeros_like_shard(p, [shape[d] for d in dims], _norm_dtype(p), dims)
@@ -206,7 +227,7 @@ def check_state(
                 f"float32 of shape {(n,)}, a number per {stored.block_size(group['level'])} values"
             )
     for key in {*MOMENTS, *FACTORS, *SCALES, "weight_low"} & state.keys():
-        check_place_of(state[key], key, p, name, factors.get(key))
+        check_place_of(state[key], key, p, name, kept_dims(key, p, group))
     for key in {"step", "limiter_norm"} & state.keys():
         if state[key].numel() != 1:
             raise ValueError(f"{key} of {name} has shape {tuple(state[key].shape)}: make it a scalar")
@@ -263,13 +284,13 @@ def check_memory(x: Tensor, name: str) -> None:
         )
 
 
-def exact_copy(name: str, value: Any, p: Tensor) -> Any:
+def exact_copy(name: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
     """A copy of one entry of a state, bit for bit, where ``p``'s state keeps it."""
     if not isinstance(value, Tensor):
         return value
     device = torch.device("cpu") if name == "step" else p.device
     if is_sharded(value):
-        copy = zeros_like_shard(p, value.shape, value.dtype, factor_dims(p.dim()).get(name))
+        copy = zeros_like_shard(p, value.shape, value.dtype, kept_dims(name, p, group))
         local_of(copy).copy_(local_of(value))
         return copy
     return value.detach().to(device=device, copy=True, memory_format=torch.contiguous_format)

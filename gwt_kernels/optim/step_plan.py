@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -14,17 +15,18 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.runner import Reduction
 from gwt_kernels.backends.step_decision import ClipRequest, control_, send
-from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.dtensor import any_sharded, is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.factors import FactorPlaces, FactorReduction
-from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction
+from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
 from gwt_kernels.optim.matrices import stage_key
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
-from gwt_kernels.optim.state import factors_of, is_limited, state_shape
+from gwt_kernels.optim.state import factors_of, is_limited, needs_row_sums, state_shape
+from gwt_kernels.rules import rule_of
 
 __all__ = ["Sources", "StepPlan", "count_of_skipped", "options_of"]
 
@@ -71,7 +73,7 @@ class StepPlan:
     ) -> None:
         groups, states = sources.groups, sources.states
         self._limits = _limits_of(groups)
-        self._factors = _factors_of(groups)
+        self._factors, self._rows = _factors_of(groups), _rows_of(groups)
         self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
         chosen = list(_members(sources))
@@ -84,20 +86,24 @@ class StepPlan:
                 telemetry_of(members),
                 self._limits[members[0].param.device] if reduced and is_limited(groups[members[0].group]) else None,
                 self._totals,
+                self._rows[members[0].param.device] if by_rows else None,
             )
-            for reduced, members in chosen
+            for (reduced, by_rows), members in chosen
         ]
         # Buckets whose steps have stages that end with sums over processes, by device.
         self._staged: dict[torch.device, dict[int, FactorPlaces]] = {device: {} for device in self._factors}
-        for i, (reduced, members) in enumerate(chosen):
+        for i, ((reduced, _), members) in enumerate(chosen):
             if reduced and self.buckets[i].limits is None:
                 device = self.buckets[i].device
                 places = self._factors[device].places_of([member.param for member in members])
                 self._staged[device][i] = places
         # Sums travel between processes while the buckets that need none are updated.
-        waiting = [bucket.limits is not None for bucket in self.buckets]
         staged = set(chain.from_iterable(self._staged.values()))
-        self._order = sorted(set(range(len(waiting))) - staged, key=waiting.__getitem__)
+        others = [i for i in range(len(self.buckets)) if i not in staged]
+        self._waiting = [
+            i for i in others if self.buckets[i].limits is not None or self.buckets[i].rows is not None
+        ]
+        self._ready = [i for i in others if i not in self._waiting]
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         surveys = [bucket.runner.survey for bucket in self.buckets]
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
@@ -146,6 +152,7 @@ class StepPlan:
         buckets = self.buckets
         inputs = [bucket.inputs(bucket.gradients(grads), hypers) for bucket in buckets]
         reductions: list[Reduction | None] = [None] * len(buckets)
+        row_parts = self._start_rows(inputs)
         decisions: dict[torch.device, Tensor] | None = None
         if skipped is not None:
             if asked.can_wait:
@@ -155,6 +162,11 @@ class StepPlan:
                 ]
             decisions = self._decide(inputs, reductions, asked, skipped)
         own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
+        ready = self._ready if self._rows else []  # meanwhile sums over rows travel, on which those for limits rest
+        for i in ready:
+            buckets[i].apply(inputs[i], own_decisions[i])
+        for i, parts in row_parts.items():
+            inputs[i] = buckets[i].with_row_sums(inputs[i], parts)
         for limits in self._limits.values():
             sums = []
             for i, bucket in enumerate(buckets):
@@ -162,13 +174,25 @@ class StepPlan:
                     reduction = reductions[i] or bucket.reduce(inputs[i], own_decisions[i], grad_stats=False)
                     sums.append(bucket.update_sums(reduction))
             limits.start(sums)
-        for i in self._order:
+        for i in self._waiting if ready else [*self._ready, *self._waiting]:
             buckets[i].apply(inputs[i], own_decisions[i])
         for device, staged in self._staged.items():
             self._factors[device].drive(
                 [(places, buckets[i].stages(inputs[i], own_decisions[i])) for i, places in staged.items()]
             )
         return decisions
+
+    def _start_rows(self, inputs: Sequence[StepInputs]) -> dict[int, Tensor]:
+        """Begin to add up rows of which processes hold parts; return this one's, by bucket."""
+        found: dict[int, Tensor] = {}
+        for rows in self._rows.values():
+            sums = []
+            for i, bucket in enumerate(self.buckets):
+                if bucket.rows is rows:
+                    sums.append(bucket.row_parts(inputs[i]))
+                    found[i] = sums[-1][1]
+            rows.start(sums)
+        return found
 
     def memory(self) -> list[object]:
         """What replays of a captured step go on using, whatever becomes of the plan."""
@@ -233,8 +257,11 @@ def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return *_shared_options(group), is_limited(group), stage_key(group), keeps_none
 
 
-def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
-    """Parameters that have a gradient, each once, by bucket; and whether a limiter's norm is over processes."""
+def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]]]:
+    """Parameters that have a gradient, each once, by bucket.
+
+    And whether norms or factors are over processes, and whether sums over rows are.
+    """
     chosen: dict[Any, list[Member]] = {}
     place = -1
     seen = set()
@@ -248,7 +275,7 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
             reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
             first = sources.states[p].get(MOMENTS[0])  # which a rule may do without
             dtypes = (p.dtype, p.grad.dtype, None if first is None else first.dtype)
-            key = (reduced, options, p.device, dtypes, is_sharded(p))
+            key = ((reduced, needs_row_sums(p, group)), options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
             )
@@ -257,12 +284,29 @@ def _members(sources: Sources) -> Iterator[tuple[bool, list[Member]]]:
 
 def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, LimiterReduction]:
     """One per device, of all parameters that need it: whether they have gradients here does not matter."""
-    chosen: dict[torch.device, dict[int, Tensor]] = {}
+    chosen: dict[torch.device, dict[int, tuple[Tensor, bool]]] = {}
     for group in groups:
         for p in group["params"] if is_limited(group) else ():
             if p.requires_grad and reduced_over(p):
-                chosen.setdefault(p.device, {})[id(p)] = p
-    return {device: LimiterReduction(list(params.values())) for device, params in chosen.items()}
+                chosen.setdefault(p.device, {})[id(p)] = p, needs_row_sums(p, group)
+    return {
+        device: LimiterReduction(*map(list, zip(*params.values(), strict=True)))
+        for device, params in chosen.items()
+    }
+
+
+def _rows_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, RowReduction]:
+    """As :func:`_limits_of`, of parameters of whose rows processes hold parts, and need the sums."""
+    chosen: dict[torch.device, dict[int, tuple[Tensor, int]]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad and needs_row_sums(p, group):
+                n_rows = math.prod(local_of(p).shape[:-1])
+                numbers = rule_of(group["rule"]).row_numbers(group["level"])
+                chosen.setdefault(p.device, {})[id(p)] = p, n_rows * numbers
+    return {
+        device: RowReduction(*map(list, zip(*params.values(), strict=True))) for device, params in chosen.items()
+    }
 
 
 def _factors_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, FactorReduction]:

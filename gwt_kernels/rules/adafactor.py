@@ -27,7 +27,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_sums, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -72,7 +72,13 @@ class AdafactorNumbers(NamedTuple):
 
 
 def _moments(
-    g: Tensor, m: Tensor | None, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+    g: Tensor,
+    m: Tensor | None,
+    v: Tensor,
+    hyper: Hyper,
+    level: Level,
+    notes: Notes | None,
+    rows: RowSums | None,
 ) -> tuple[Tensor, ...]:
     """The approximation's update, the means of blocks, and what details are divided by; ``v`` are denominators."""
     width = width_of(g, level)

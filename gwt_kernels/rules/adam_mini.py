@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -35,14 +35,17 @@ __all__ = ["ADAM_MINI"]
 
 
 def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
 ) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level)
+    width = width_of(g, level, rows)
     g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level).div_(width) if level else g
+    mean = block_sums(g, level, rows).div_(width) if level else g
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    squares = mean.square().mean(-1, keepdim=True)  # of rows
+    if rows is None or level == ROW:
+        squares = mean.square().mean(-1, keepdim=True)  # of rows
+    else:
+        squares = rows.sums / rows.length
     heads = squares.reshape(v.numel(), -1).mean(1).view(v.shape)
     v.mul_(hyper.beta2).add_(heads, alpha=(1 - hyper.beta2) * width)
     if notes is not None:
@@ -51,7 +54,7 @@ def _moments(
     denominators = denominators.expand(-1, squares.numel() // v.numel()).reshape(squares.shape)
     if not level:
         return (m / denominators,)
-    residual = (g.reshape(*mean.shape, width) - mean.unsqueeze(-1)).mul_(hyper.detail_scale)
+    residual = (g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)).mul_(hyper.detail_scale)
     return (residual.add_(m.unsqueeze(-1)).div_(denominators.unsqueeze(-1)).view(g.shape),)
 
 

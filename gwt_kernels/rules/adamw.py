@@ -17,6 +17,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.blocks import RowSums
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["ADAMW"]
 
 
 def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
 ) -> tuple[Tensor, ...]:
     g = hyper.scaled(g.to(m.dtype))
     m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)

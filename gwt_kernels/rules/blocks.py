@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 __all__ = [
+    "RowSums",
+    "block_squares",
     "block_sums",
     "cut_like",
     "kernel_block_means",
@@ -25,22 +29,56 @@ __all__ = [
 ]
 
 
-def width_of(g: Tensor, level: Level) -> int:
-    """Elements of a block of ``g``."""
+class RowSums(NamedTuple):
+    """What is known of whole rows of a gradient, of which a process has some columns.
+
+    Attributes:
+        length: Elements of a whole row where it is one block, else blocks.
+        sums: Of the elements, or of the squares of blocks' means: ``[..., 1]``.
+        squares: Sums of squares of elements, likewise; None where no rule asks for them.
+    """
+
+    length: int
+    sums: Tensor
+    squares: Tensor | None = None
+
+    def part(self, first: int, shape: Sequence[int]) -> RowSums:
+        """Those of rows from ``first`` on, as many as a gradient of this shape has."""
+        n, held = math.prod(shape[:-1]), (*shape[:-1], 1)
+        own = [x.view(-1)[first : first + n].view(held) for x in (self.sums, self.squares) if x is not None]
+        return RowSums(self.length, *own)
+
+    def scaled(self, factor: Any, level: Level) -> RowSums:
+        """The sums of a gradient ``factor`` times as large."""
+        sums = self.sums * (factor if level == ROW else factor * factor)
+        return RowSums(self.length, sums, None if self.squares is None else self.squares * (factor * factor))
+
+
+def width_of(g: Tensor, level: Level, rows: RowSums | None = None) -> int:
+    """Elements of a block of ``g``: of whole ``rows`` where these are blocks, of which ``g`` is a part."""
+    if rows is not None and level == ROW:
+        return rows.length
     return block_width(level, g.shape[-1] if g.dim() else 1)
 
 
-def block_sums(g: Tensor, level: Level) -> Tensor:
-    """Sums of the blocks along the last dimension, zeros beyond its end: ``[..., nb]``.
+def block_sums(g: Tensor, level: Level, rows: RowSums | None = None) -> Tensor:
+    """Sums of the blocks along the last dimension, zeros beyond its end: ``[..., nb]``; see :func:`width_of`.
 
     Pairwise additions of strided halves: on a CPU several times as fast as a sum over a short last axis.
     """
     if level == ROW:
-        return g.sum(-1, keepdim=True)
+        return g.sum(-1, keepdim=True) if rows is None else rows.sums.clone()
     for _ in range(level):
         g = pad_to_blocks(g, 1)
         g = g[..., 0::2] + g[..., 1::2]
     return g
+
+
+def block_squares(g: Tensor, level: Level, rows: RowSums | None) -> Tensor:
+    """Sums of the squares of the blocks' elements, as :func:`block_sums`."""
+    if rows is not None and rows.squares is not None:
+        return rows.squares
+    return block_sums(g.square(), level)
 
 
 def pad_to_blocks(x: Tensor, level: Level) -> Tensor:

@@ -23,7 +23,7 @@ from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_squares, block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ __all__ = ["FOAM"]
 
 
 def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
 ) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level)
+    width = width_of(g, level, rows)
     g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level).div_(width)
+    mean = block_sums(g, level, rows).div_(width)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    v.mul_(hyper.beta2).add_(block_sums(g.square(), level), alpha=(1 - hyper.beta2) / width)
-    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    v.mul_(hyper.beta2).add_(block_squares(g, level, rows), alpha=(1 - hyper.beta2) / width)
+    residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
     if hyper.detail_scale != 1.0:
         residual.mul_(hyper.detail_scale)
     denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)

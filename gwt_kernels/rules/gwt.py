@@ -24,7 +24,7 @@ from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -36,11 +36,12 @@ __all__ = ["GWT"]
 
 
 def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None
+    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
 ) -> tuple[Tensor, ...]:
     """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
-    width = width_of(g, level)
-    mean = block_sums(g.to(m.dtype), level).mul_(hyper.signed_factor / width)
+    width = width_of(g, level, rows)
+    factor = hyper.signed_factor if rows is None else 1.0
+    mean = block_sums(g.to(m.dtype), level, rows).mul_(factor / width)
     m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
     v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
     gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient

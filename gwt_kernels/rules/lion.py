@@ -19,7 +19,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -30,18 +30,20 @@ __all__ = ["LION"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
+) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level)
+    width = width_of(g, level, rows)
     g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level).div_(width) if level else g
+    mean = block_sums(g, level, rows).div_(width) if level else g
     direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if notes is not None:
         notes.gradient(g, 1.0, mean, width)
     if not level:
         return (direction.sign_(),)
-    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
     return (direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).sign_().view(g.shape),)
 
 

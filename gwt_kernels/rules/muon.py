@@ -23,7 +23,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
+from gwt_kernels.rules.blocks import RowSums, block_sums, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
 
 if TYPE_CHECKING:
@@ -34,16 +34,18 @@ __all__ = ["MUON", "ORTHOGONAL"]
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
+def _moments(
+    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
+) -> tuple[Tensor, ...]:
     """``M``, padded to whole blocks."""
-    width = width_of(g, level)
+    width = width_of(g, level, rows)
     g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level).div_(width) if level else g
+    mean = block_sums(g, level, rows).div_(width) if level else g
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     direction = (m * hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if not level:
         return (direction,)
-    residual = g.reshape(*mean.shape, width) - mean.unsqueeze(-1)
+    residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
     torch.add(direction.unsqueeze(-1), residual, alpha=hyper.detail_scale, out=residual)
     return (residual.view(g.shape),)
 
@@ -60,7 +62,9 @@ def _write(
     p.copy_(parts[0][..., : p.shape[-1]] if level else parts[0])
 
 
-def _means(g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None) -> tuple[Tensor, ...]:
+def _means(
+    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
+) -> tuple[Tensor, ...]:
     """Nothing; telemetry is told of the update's details."""
     if notes is not None:
         width = width_of(g, level)

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from gwt_kernels.core import kernel
 from gwt_kernels.core.hyper import Hyper
-from gwt_kernels.core.level import Level
+from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.core.notes import Notes
+from gwt_kernels.rules.blocks import RowSums
 
 __all__ = ["Kernel", "Moments", "Rule", "Update"]
 
-Moments = Callable[[Tensor, Tensor, Any, Hyper, Level, Notes | None], tuple[Tensor, ...]]
-"""Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes)``.
+Moments = Callable[[Tensor, Tensor, Any, Hyper, Level, Notes | None, RowSums | None], tuple[Tensor, ...]]
+"""Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes, rows)``.
 
 ``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
-``v`` is None for a rule without second moment.
+``v`` is None for a rule without second moment. Where ``g`` has some columns of rows that it shares with other
+processes, ``rows`` has the sums that the rule needs of whole rows, of the gradient times its factor; else None.
 Returns what :data:`Update` takes.
 """
 
@@ -105,6 +107,10 @@ class Rule:
     is_literal: bool = False
     is_of_elements: bool = False
     is_factored: bool = False
+
+    def row_numbers(self, level: Level) -> int:
+        """How many sums over a whole row a step needs where processes hold parts of it: see :class:`RowSums`."""
+        return 2 if level == ROW and self.squares == "elements" else 1
 
     @property
     def kernel(self) -> Kernel:

@@ -60,5 +60,21 @@ def test_rows_as_blocks_and_rows_that_share_a_moment_equal_unsharded_ones() -> N
     forked.run(2, sharded_rows.rows)
 
 
-def test_rows_that_no_process_holds_are_refused() -> None:
+def test_rows_that_processes_share_equal_whole_ones() -> None:
+    forked.run(4, sharded_rows.columns)
+
+
+def test_kernels_take_parts_of_rows() -> None:
+    forked.run(2, sharded_rows.columns_by_kernels)
+
+
+def test_checkpoints_of_shared_rows_move_between_numbers_of_processes(tmp_path: Path) -> None:
+    forked.run(4, sharded_rows.checkpoints, tmp_path)
+
+
+def test_sums_over_shared_rows_travel_at_once() -> None:
+    forked.run(2, sharded_rows.collectives)
+
+
+def test_heads_that_no_process_holds_are_refused() -> None:
     forked.run(2, sharded_rows.refusals)

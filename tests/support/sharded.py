@@ -301,6 +301,26 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         # A bound that a few matrices at a time fit, so that several batches travel.
         compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
         compare(layouts, close, steps=4, kind=GWTLion, level=level, lr=0.02, backend="torch")
+    _fused_matrices(n, line, grid, exact)
+
+
+def _fused_matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None, exact: dict[str, Any]) -> None:
+    """Shards end within matrices that ``row_splits`` cut, of which each has a factor of its own."""
+    rows = 8 * n + 1
+    layouts: list[Layout] = [
+        ((rows, 4), line, [ROWS]),
+        ((rows, 4 * n), line, [COLUMNS]),
+        ((rows, 8), line, [WHOLE]),
+        ((rows, 4), None, []),
+        ((2 * n + 1, rows, 4), line, [ROWS]),
+        ((3, rows, 4), line, [COLUMNS]),
+    ]
+    if grid is not None:
+        layouts += [((rows, 8), grid, [ROWS, COLUMNS]), ((rows, 4), grid, [WHOLE, ROWS])]
+    for adjust in ("original", "match_rms_adamw"):
+        options: dict[str, Any] = {"row_splits": (4 * n + 1, 3 * n, n), "adjust_lr_fn": adjust, "level": 2}
+        compare(layouts, close, steps=4, kind=GWTMuon, **options, **exact)
+        compare(layouts, close, steps=2, kind=GWTMuon, workspace_bytes=16 << 10, **options, **exact)
 
 
 def matrix_bits() -> None:
@@ -317,6 +337,9 @@ def _matrix_bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     for rounding in ("stochastic", "split"):
         for moments in (torch.bfloat16, None):
             options: Any = {"weight_rounding": rounding, "state_dtype": moments, "ns_dtype": torch.float32}
-            compare(
-                layouts, equal, steps=3, dtype=torch.bfloat16, kind=GWTMuon, lr=0.02, backend="torch", **options
-            )
+            options |= {"steps": 3, "dtype": torch.bfloat16, "kind": GWTMuon, "lr": 0.02, "backend": "torch"}
+            compare(layouts, equal, **options)
+            fused: list[Layout] = [
+                ((8 * n, 4), line, [ROWS])
+            ]  # each alone, as products of a batch may have other bits
+            compare(fused, equal, row_splits=(5 * n, 2 * n, n), level=1, **options)

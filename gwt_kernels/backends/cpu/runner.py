@@ -26,18 +26,19 @@ class CompiledRunner(TorchRunner):
         self._packed.renew(inputs, divisors)
         self._packed.step()
 
-    def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
+    def _take(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> None:
         bucket = self.bucket
         level = bucket.level
         if bucket.stated.name not in step.RULES or not step.knows(tensor_steps, level):
-            super()._take(tensor_steps)
+            super()._take(tensor_steps, row_sums)
             return
         packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)
+        packed.set_rows(row_sums)
         packed.step()
         self._packed = packed if packed.lasts else None
 
-    def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
+    def _sums(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> Tensor:
         level = self.bucket.level
         if step.knows(tensor_steps, level):
-            return step.update_sums(tensor_steps, level=level)
-        return super()._sums(tensor_steps)
+            return step.update_sums(tensor_steps, level=level, row_sums=row_sums)
+        return super()._sums(tensor_steps, row_sums)

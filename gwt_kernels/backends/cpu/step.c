@@ -358,7 +358,7 @@ static int64_t all_coefficients(const gwt_step *s)
 /* Whether rows are blocks: tiles then. */
 static int is_by_row(const gwt_step *s)
 {
-    return s->block != (int64_t)1 << s->level;
+    return s->row_sums != NULL || s->block != (int64_t)1 << s->level;
 }
 
 int64_t tiles_of(const gwt_step *s)
@@ -368,7 +368,7 @@ int64_t tiles_of(const gwt_step *s)
 
 int64_t tile_elements(const gwt_step *s)
 {
-    return is_by_row(s) ? s->width : (int64_t)at_once(s) << s->level;
+    return is_by_row(s) ? (s->width > 1 ? s->width : 1) : (int64_t)at_once(s) << s->level;
 }
 
 #include "rows.inc"

@@ -26,8 +26,10 @@ typedef struct {
     int16_t *low;                   /* SPLIT: error-correction bits of the weights */
     float *m_scales, *v_scales;     /* INT8: one per block (quantum) of coefficients */
     float *norm;                    /* the limiter's previous norm, updated; NULL for no limiter */
+    const float *row_sums;          /* sum of each whole row's gradients, of the folded rule their squares' behind it;
+                                     * NULL where p has whole rows */
     int64_t rows, width;            /* of p and g; one row if rows are whole blocks */
-    int64_t block;                  /* elements of a block: 2**level, or a row's, taken 2**level at a time */
+    int64_t block;                  /* elements of a block: 2**level, or a whole row's, taken 2**level at a time */
     gwt_span weights, coefficients; /* positions in the whole tensor, for random bits */
     uint64_t key;
     int32_t p_type, g_type, m_type, rounding, level, folded, observed;

@@ -7,6 +7,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ RULES: tuple[Rule, ...] = ("gwt", "foam", "adamw")
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
-    **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm"), "P"),
+    **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm", "row_sums"), "P"),
     **dict.fromkeys(("rows", "width", "block"), "q"),
     **dict.fromkeys(("weights", "coefficients"), "qqq"),
     "key": "Q",
@@ -49,6 +50,7 @@ STEP = struct.Struct("".join(FIELDS.values()))
 # Parts of it: ``step`` to ``full_step``, which C copies there every step, and ``limit`` to ``sums``, the results.
 NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
 RESULTS_AT = STEP.size - RESULTS.size
+ROW_SUMS_AT = struct.calcsize("P") * list(FIELDS).index("row_sums")
 
 
 @functools.cache
@@ -104,9 +106,10 @@ class Result(NamedTuple):
     updates: float
 
 
-def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level) -> Tensor:
+def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, row_sums: Tensor | None = None) -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
     packed = Packed(tensor_steps, level, "gwt", "nearest")
+    packed.set_rows(row_sums)
     packed.run(functions().gwt_sum)
     sums = iter(packed.results())
     totals = [next(sums).norm if t.p.numel() else 0.0 for t in tensor_steps]
@@ -135,11 +138,14 @@ def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
 
 
 class Packed:
-    """A bucket as an array of ``gwt_step`` for C, without empty tensors."""
+    """A bucket as an array of ``gwt_step`` for C, without empty tensors.
+
+    A tensor without columns of the rows that it shares with other processes is not empty: it has their moments.
+    """
 
     def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
-        self._places = [i for i, t in enumerate(tensor_steps) if t.p.numel()]
+        self._places = [i for i, t in enumerate(tensor_steps) if (t.p if t.rows is None else t.m).numel()]
         self._has_empty = len(self._places) < len(tensor_steps)
         present = [tensor_steps[i] for i in self._places]
         self.lasts = True
@@ -147,7 +153,12 @@ class Packed:
         self._level, self._rule = level, rule
         self._is_divided = bool(level) and rule == "gwt"
         self._params = [t.p for t in present]
-        self._block_widths = [block_width(level, p.shape[-1] if p.dim() else 1) for p in self._params]
+        self._block_widths = [
+            block_width(level, t.p.shape[-1] if t.p.dim() else 1) if t.rows is None else t.rows.length
+            for t in present
+        ]
+        first_rows = [0, *accumulate(math.prod(t.p.shape[:-1]) for t in tensor_steps)]
+        self._first_rows = [first_rows[i] for i in self._places]
         self._rows = [(i, t.row) for i, t in enumerate(present) if t.row is not None]  # telemetry
         self._copies: list[tuple[Tensor, Tensor]] = []  # (target of write_back, copy for C)
         self._buffer = bytearray(STEP.size * len(present))
@@ -162,12 +173,22 @@ class Packed:
         limits = [t.limit for t in present]
         self._take(grads, [t.step for t in present], [t.hyper for t in present], limits)
 
+    def set_rows(self, row_sums: Tensor | None) -> None:
+        """Take the sums over whole rows of this step: see :class:`gwt_kernels.backends.bucket.StepInputs`."""
+        if row_sums is None:
+            return
+        self._row_sums = row_sums.to(torch.float32).contiguous()
+        first, per_row = self._row_sums.data_ptr(), 4 * row_sums.shape[1]
+        for i, row in enumerate(self._first_rows):
+            struct.pack_into("P", self._buffer, i * STEP.size + ROW_SUMS_AT, first + row * per_row)
+
     def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
         """Pack gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
-        columns: list[Any] = [*inputs] if divisors is None else [*inputs, divisors.unbind()]
+        columns: list[Any] = [*inputs[:3]] if divisors is None else [*inputs[:3], divisors.unbind()]
         if self._has_empty:
             columns = [[column[i] for i in self._places] for column in columns]
         self._take(*columns)
+        self.set_rows(inputs.row_sums)
 
     def _take(
         self,
@@ -179,7 +200,7 @@ class Packed:
         """Pack gradient addresses and the numbers of a step: one block if all tensors share it, else one each."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if not all(addresses):
-            raise _no_memory(self._params[addresses.index(0)])
+            _check_memory(self._params, grads)
         self._grads = self._pointers.pack(*addresses)
         keys = list(zip(map(id, hypers), steps, self._block_widths, strict=True))
         shared = {
@@ -199,11 +220,12 @@ class Packed:
         p, m, v = self._plain(t.p, True), t.m, t.v
         count = p.numel()
         width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
+        rows = count // width if count else m.numel()  # of no columns
         low = 0 if t.low is None else t.low.data_ptr()
         scales = (0, 0) if t.scales is None else (t.scales[0].data_ptr(), t.scales[1].data_ptr())
         addresses = (p.data_ptr(), m.data_ptr(), v.data_ptr())
         if not all(addresses):
-            raise _no_memory(p)
+            _check_memory([p] * 3, [p, m, v])
         norm = 0
         if self._is_divided and t.norm is not None and t.hyper.norm_growth_limit is not None:
             norm = self._plain(t.norm, True, torch.float32).data_ptr()
@@ -211,7 +233,7 @@ class Packed:
         p_at, m_at, v_at = addresses
         numbers = (0,) * 18
         STEP.pack_into(
-            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, count // width, width, block, *weights),
+            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, 0, rows, width, block, *weights),
             *(*coefficients, t.key, *kind, t.row is not None, *numbers),
         )
 
@@ -265,11 +287,14 @@ class Packed:
         return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))
 
 
-def _no_memory(p: Tensor) -> ValueError:
-    return ValueError(
-        f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so bring it "
-        f"back before the step"
-    )
+def _check_memory(params: Sequence[Tensor], arrays: Sequence[Tensor]) -> None:
+    """Raise if the memory of an array that is not empty was freed."""
+    for p, x in zip(params, arrays, strict=True):
+        if x.numel() and not x.data_ptr():
+            raise ValueError(
+                f"a tensor of shape {tuple(p.shape)}, its gradient or a moment has no memory: it was freed, so "
+                f"bring it back before the step"
+            )
 
 
 def _numbers(hyper: Hyper, block: int, folded: bool) -> tuple[float, ...]:

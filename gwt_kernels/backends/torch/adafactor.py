@@ -160,7 +160,7 @@ class _Update:
         for chunk in chunks(own._replace(m=first, v=denominators), bucket.stored.block_size(bucket.level)):
             held = chunk._replace(v=None)
             moments: list[Any] = [None] if own.m is None else storage.load_moments(held, self._dtype)
-            parts = rule.moments(chunk.g, moments[0], chunk.v, hyper, bucket.level, notes)
+            parts = rule.moments(chunk.g, moments[0], chunk.v, hyper, bucket.level, notes, None)
             p = storage.load_weights(chunk, self._dtype)
             if hyper.weight_decay:
                 p.mul_(1 - rate * hyper.weight_decay)

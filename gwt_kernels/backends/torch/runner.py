@@ -49,7 +49,7 @@ class TorchRunner:
             return Reduction([], None)
         factor = 1.0 if decision is None else float(decision[0])
         inputs = inputs._replace(steps=[0] * len(self.bucket))  # which the sums do not depend on
-        return Reduction([], self._sums(self.bucket.tensor_steps(_scaled(inputs, factor))))
+        return Reduction([], self._sums(self.bucket.tensor_steps(_scaled(inputs, factor)), inputs.row_sums))
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -82,16 +82,16 @@ class TorchRunner:
         return []
 
     def _update(self, inputs: StepInputs, divisors: Tensor | None) -> None:
-        self._take(self.bucket.tensor_steps(inputs, divisors))
+        self._take(self.bucket.tensor_steps(inputs, divisors), inputs.row_sums)
 
-    def _take(self, tensor_steps: Sequence[TensorStep]) -> None:
+    def _take(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> None:
         bucket = self.bucket
         if bucket.is_literal and bucket.level != ROW:
             literal.gwt_adamw_(tensor_steps, level=bucket.level, wavelet=bucket.wavelet, boundary=bucket.boundary)
         else:
             folded.gwt_adamw_(tensor_steps, level=bucket.level, rule=bucket.rule, rounding=bucket.rounding)
 
-    def _sums(self, tensor_steps: Sequence[TensorStep]) -> Tensor:
+    def _sums(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> Tensor:
         bucket = self.bucket
         if bucket.is_literal and bucket.level != ROW:
             return literal.update_sums(

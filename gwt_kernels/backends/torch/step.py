@@ -29,7 +29,9 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: Level, rule: RuleNa
     """See :func:`gwt_kernels.functional.gwt_adamw_`; arguments are already checked."""
     for own in tensor_steps:
         if own.p.numel() == 0:
-            continue
+            if own.rows is None or not own.rows.sums.numel():
+                continue
+            own = _without_columns(own)
         own, stated = _scaled_ahead(own), rule_of(rule, level)
         if stated.corrects_inside:
             own = own._replace(hyper=own.hyper.corrected(own.step))
@@ -56,8 +58,15 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, rule: RuleN
         storage = Storage(level, stored, "nearest", step=0, key=0)
         for chunk in _chunks(own, stored.block_size(level)):
             m, v = _both([x.clone() for x in storage.load_moments(chunk, _dtype_of(own))])
-            total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None)))
+            total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None, chunk.rows)))
     return sums
+
+
+def _without_columns(own: TensorStep) -> TensorStep:
+    """A tensor of rows without columns here, whose moments are of whole rows: with weights of no use."""
+    assert own.rows is not None
+    p, g, m = (torch.zeros_like(own.rows.sums, dtype=x.dtype) for x in (own.p, own.g, own.m))
+    return own._replace(p=p, g=g, m=own.m if own.m.numel() else m, low=None)
 
 
 def _stored(own: TensorStep) -> MomentFormat:
@@ -98,7 +107,7 @@ def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage
     pending = []
     for chunk in chunks:
         moments = storage.load_moments(chunk, dtype)
-        parts = rule.moments(chunk.g, *_both(moments), hyper, level, notes)
+        parts = rule.moments(chunk.g, *_both(moments), hyper, level, notes, chunk.rows)
         if gamma is None or rule.direction is None:
             _update(chunk, parts, step_size, own, rule, storage)
         else:
@@ -165,7 +174,8 @@ def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
         count = p_.numel() if m_ is None else m_.numel()
         quanta = slice(coefficient // q, -(-(coefficient + count) // q))
         parts_ = None if scales is None else tuple(x[quanta] for x in scales)
-        yield Chunk(p_, g_, m_, v_, low_, parts_, first, coefficient)
+        rows = None if own.rows is None else own.rows.part(first // p.shape[-1], p_.shape)
+        yield Chunk(p_, g_, m_, v_, low_, parts_, first, coefficient, rows)
         first += p_.numel()
         coefficient += count
 

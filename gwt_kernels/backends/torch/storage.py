@@ -16,6 +16,7 @@ from gwt_kernels.core.philox import blocks, random_halves, random_halves_at, ran
 from gwt_kernels.formats.moments import MomentFormat
 from gwt_kernels.formats.split import join_low, split_low_
 from gwt_kernels.formats.stochastic import stochastic_round
+from gwt_kernels.rules.blocks import RowSums
 
 __all__ = ["Chunk", "Storage"]
 
@@ -34,6 +35,8 @@ class Chunk(NamedTuple):
     """Index of the first weight in the whole parameter."""
     first_coefficient: int
     """Index of the first coefficient in the whole of the moments."""
+    rows: RowSums | None = None
+    """Sums over its rows, of which other processes hold parts."""
 
     @property
     def moments(self) -> list[Tensor]:

@@ -60,10 +60,12 @@ class Sent:
         factors: float32 ``[n]``: reciprocals of the limiter's divisors, where the step decides them.
         partials: float32 ``[chunks]``: partial sums of the update's squares.
         grad_stats: float32 ``[2, chunks]``: what the first phase read of the gradients.
+        row_sums: float32 ``[rows, numbers]``: sums over whole rows of which there are parts here.
         can_skip: Whether the device may decide to skip the step.
     """
 
     factors: Tensor
+    row_sums: Tensor | None = None
     partials: Tensor | None = None
     grad_stats: Tensor | None = None
 
@@ -110,6 +112,13 @@ class Launch:
         self._dtypes = p, g, m
         if bucket.is_by_rows or level == ROW:
             rows_ = [rows_by_row(bucket.params[i], level) for i in chosen]
+            shared["GIVEN"] = bucket.row_numbers
+            if bucket.row_numbers:
+                firsts = [0, *accumulate(bucket.n_rows)]
+                rows_ = [
+                    own._replace(row_length=bucket.row_length(i), first_row=firsts[i])
+                    for own, i in zip(rows_, chosen, strict=True)
+                ]
             shared["V"] = TRITON_DTYPES[bucket.moments[-1][0].dtype] if bucket.moments else m
             self._path = self._step_path = shared | row_variant(max(own.width for own in rows_), level, flat)
             if level == ROW:
@@ -191,6 +200,7 @@ class Launch:
         sent = self._sender.send(b"".join(pieces), bucket.device, capturable=counted)
         after_table, after_telemetry = len(table) // 8, (len(table) + len(telemetry)) // 8
         result = Sent(sent, sent[after_table:], sent[after_telemetry:], n, counted)
+        result.row_sums = inputs.row_sums
         if counted:
             result.decide(decision, counts=counts)
         return result
@@ -210,8 +220,14 @@ class Launch:
         )  # fmt: skip
         launch(
             self._chunk_owners, self._layout, sent.pointers, sent.scalars, self._first_chunks, sent.partials, stats,
-            self.n, self.tiles_per_chunk, self.n_chunks, *rest,
+            *self._of_rows(sent), self.n, self.tiles_per_chunk, self.n_chunks, *rest,
         )  # fmt: skip
+
+    def _of_rows(self, sent: Sent) -> tuple[Tensor, ...]:
+        """What kernels that take rows are told besides: sums over whole ones, not read where there are none."""
+        if not (self._bucket.is_by_rows or self._bucket.level == ROW):
+            return ()
+        return (sent.scalars if sent.row_sums is None else sent.row_sums,)
 
     def _step_kernel(self) -> Any:
         """The kernel that takes these tensors: by tiles, or by rows that are blocks or share a second moment."""
@@ -248,7 +264,8 @@ class Launch:
             ROUNDING=bucket.rounding, **self._step_path, **self._step_alignment,
         )  # fmt: skip
         launch(
-            self._owners, self._layout, sent.pointers, sent.scalars, factors, sums, self.n, *rest
+            self._owners, self._layout, sent.pointers, sent.scalars, factors, sums, *self._of_rows(sent), self.n,
+            *rest,
         )  # fmt: skip
         if self._rows:
             launch, rest = self._ready(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton.language as tl
@@ -98,6 +99,10 @@ class Rows(NamedTuple):
     """Blocks of a row including its padding."""
     reciprocal: int
     """``(2**64 - 1) // padded``, as a signed 64-bit number."""
+    row_length: int = 0
+    """Of programs that take parts of rows: elements of whole ones where these are blocks, else their blocks."""
+    first_row: int = 0
+    """Of these, the place of the tensor's first row among all of the bucket."""
 
 
 def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
@@ -117,8 +122,8 @@ def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
 
 
 def rows_by_row(p: Tensor, level: Level) -> Rows:
-    """The rows of a tensor that is not empty, counted one by one, and their blocks."""
+    """The rows of a tensor, counted one by one, and their blocks."""
     width = p.shape[-1] if p.dim() else 1
     row_blocks = blocks_of(level, width)
     whole = width % block_width(level, width) == 0
-    return Rows(p.numel() // width, width, row_blocks, row_blocks if whole else -(-row_blocks // 4) * 4, 0)
+    return Rows(math.prod(p.shape[:-1]), width, row_blocks, row_blocks if whole else -(-row_blocks // 4) * 4, 0)

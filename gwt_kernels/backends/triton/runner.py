@@ -58,7 +58,11 @@ class TritonRunner:
         self._misaligned: list[bool] | None = None
         self._launches: list[Launch] = []
         self._begun: _Begun | None = None
-        self._empty = [i for i, p in enumerate(bucket.params) if not p.numel()]
+        # Rows of which there are no columns here have moments all the same.
+        self._is_empty = [
+            not (n if bucket.row_numbers else p.numel()) for p, n in zip(bucket.params, bucket.n_rows, strict=True)
+        ]
+        self._empty = [i for i, is_empty in enumerate(self._is_empty) if is_empty]
         if bucket.rounding == "split":
             check_low_bits(bucket.params, bucket.lows)  # type: ignore[arg-type]
         absent = bytes(8 * len(bucket))
@@ -212,7 +216,7 @@ class TritonRunner:
         """Group the tensors that are not empty by path."""
         chosen: dict[bool, list[int]] = {True: [], False: []}
         for i, p in enumerate(self.bucket.params):
-            if p.numel():
+            if not self._is_empty[i]:
                 chosen[is_flat(p, misaligned[i], ROW if self.bucket.is_by_rows else self.bucket.level)].append(i)
         return [self._launch(places, flat) for flat, places in chosen.items() if places]
 

@@ -58,8 +58,8 @@ N_CONSTANTS = tl.constexpr(len(CONSTANTS))
 DEVICE_SCALARS = ("count", "lr")
 
 # Layout of a tensor's tiles: int64 [n, columns]. See tiles.py.
-LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "reciprocal")
-FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL = _indices(LAYOUT)
+LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "reciprocal", "row_length", "first_row")
+FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL, ROW_LENGTH, FIRST_ROW = _indices(LAYOUT)
 N_LAYOUT = tl.constexpr(len(LAYOUT))
 
 # Of a tensor whose second moment is factored, at the address that ``v`` would have: int64 [columns].

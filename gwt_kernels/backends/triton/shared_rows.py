@@ -26,7 +26,7 @@ from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, n
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import ROWS
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
-from gwt_kernels.backends.triton.whole_rows import inside_row, load_part, row_place, store_part
+from gwt_kernels.backends.triton.whole_rows import given_sums, inside_row, load_part, row_place, store_part
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
@@ -48,6 +48,7 @@ def shared_step_kernel(
     scalars_ptr,
     factors_ptr,
     sums_ptr,
+    row_sums_ptr,
     n_tensors,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -67,9 +68,11 @@ def shared_step_kernel(
     SLOTS: tl.constexpr,
     CAN_SKIP: tl.constexpr,
     TELEMETRY: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     """The step of one row, as ``step_kernel`` takes it of a tile: the second moment first, then all else.
 
+    Where rows are ``GIVEN``, ``row_sums`` float32 ``[rows]`` has the sums of the squares of their blocks' means.
     The rule has no limiter, two moments, and takes the mean square of a row's approximation coefficients.
     """
     tl.static_assert(SQUARES == "coefficients" and SLOTS == 2 and not LIMITED)
@@ -95,20 +98,27 @@ def shared_step_kernel(
     key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
 
     KIND: tl.constexpr = _FLAT if FLAT else ROWS
-    total = tl.zeros((NB,), tl.float32)
-    for column in tl.range(0, width, TILE):
-        g = load_part(g_ptr + start + column, inside_row(width, column, TILE, FLAT), TILE)
-        mean, _ = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, KIND)
-        total += mean * mean
-    total = kernel_block_sums(total, NB, 1, _FLAT)
-    square = tl.div_rn(total * W, tl.zeros_like(total) + row_blocks.to(tl.float32))
+    length = row_blocks
+    if GIVEN:
+        length, total, _ = given_sums(layout_ptr, row_sums_ptr, i, row, grad_scale * grad_scale, GIVEN)
+    else:
+        total = tl.zeros((NB,), tl.float32)
+        for column in tl.range(0, width, TILE):
+            g = load_part(g_ptr + start + column, inside_row(width, column, TILE, FLAT), TILE)
+            mean, _ = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, KIND)
+            total += mean * mean
+        total = kernel_block_sums(total, NB, 1, _FLAT)
+    square = tl.div_rn(total * W, tl.zeros_like(total) + length.to(tl.float32))
     before = tl.load(v_ptr).to(tl.float32)
     v = before
 
     details = tl.zeros((TILE,), tl.float32)
     approximation = tl.zeros((NB,), tl.float32)
     applied = tl.zeros((TILE,), tl.float32)
-    for column in tl.range(0, width, TILE):
+    end = width
+    if GIVEN:
+        end = tl.maximum(width, 1)  # rows of no columns here have a second moment all the same
+    for column in tl.range(0, end, TILE):
         here = start + column
         inside = inside_row(width, column, TILE, FLAT)
         g = load_part(g_ptr + here, inside, TILE).to(tl.float32) * grad_scale

@@ -16,11 +16,13 @@ from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, 
 from gwt_kernels.backends.triton.schema import (
     DECAY,
     FIRST_PROGRAM,
+    FIRST_ROW,
     G_PTR,
     GRAD_SCALE,
     N_BLOCKS,
     N_LAYOUT,
     N_SCALARS,
+    ROW_LENGTH,
     STEP_SIZE,
     TAKEN,
     V_PTR,
@@ -33,7 +35,16 @@ from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
 
-__all__ = ["inside_row", "load_part", "row_norm_kernel", "row_place", "row_step_kernel", "store_part"]
+__all__ = [
+    "given_sums",
+    "inside_row",
+    "load_part",
+    "row_norm_kernel",
+    "row_place",
+    "row_step_kernel",
+    "row_sums_kernel",
+    "store_part",
+]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
@@ -49,6 +60,7 @@ def row_step_kernel(
     scalars_ptr,
     factors_ptr,
     sums_ptr,
+    row_sums_ptr,
     n_tensors,
     P: tl.constexpr,
     G: tl.constexpr,
@@ -68,8 +80,13 @@ def row_step_kernel(
     CAN_SKIP: tl.constexpr,
     TELEMETRY: tl.constexpr,
     READS: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
-    """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights."""
+    """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights.
+
+    Where ``GIVEN`` is above 0 other processes have parts of the row, and ``row_sums`` float32 ``[rows, GIVEN]`` has
+    the sums of all of them, before ``grad_scale``.
+    """
     program = tl.program_id(0)
     if LIMITED:  # last rows first: what row_norm_kernel read last is in the L2 cache still
         program = tl.num_programs(0) - 1 - program
@@ -94,8 +111,12 @@ def row_step_kernel(
 
     m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
     m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
-    sums, squares, _ = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES == "elements", False)
-    mean, m, v, per_root = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
+    length = width
+    if GIVEN:
+        length, sums, squares = given_sums(layout_ptr, row_sums_ptr, i, row, grad_scale, GIVEN)
+    else:
+        sums, squares, _ = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARES == "elements", False)
+    mean, m, v, per_root = _new_moments(sums, squares, m, v, length, numbers, MOMENTS, SQUARES)
     tl.debug_barrier()  # all lanes have read the moments before one writes them
     places = row + tl.arange(0, 1)
     if AT_RANDOM:
@@ -165,6 +186,7 @@ def row_norm_kernel(
     first_chunk_ptr,
     partials_ptr,
     grad_stats_ptr,
+    row_sums_ptr,
     n_tensors,
     tiles_per_chunk,
     n_chunks,
@@ -181,6 +203,7 @@ def row_norm_kernel(
     MOMENTS: tl.constexpr,
     SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):
     """One partial sum of the squares of the rule's ``DIRECTION`` over some rows: see ``norm_kernel``."""
     chunk = tl.program_id(0)
@@ -202,8 +225,13 @@ def row_norm_kernel(
         width, start = row_place(layout_ptr, i, row, FLAT)
         m, v = _load_moments(m_ptr, v_ptr, row, SLOTS)
         SQUARED: tl.constexpr = SQUARES == "elements" or COLLECT_GRAD_STATS
-        sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, COLLECT_GRAD_STATS)
-        _, m, v, _ = _new_moments(sums, squares, m, v, width, numbers, MOMENTS, SQUARES)
+        length = width
+        if GIVEN:
+            tl.static_assert(not COLLECT_GRAD_STATS)
+            length, sums, squares = given_sums(layout_ptr, row_sums_ptr, i, row, grad_scale, GIVEN)
+        else:
+            sums, squares, sizes = _sums(g_ptr + start, width, grad_scale, TILE, FLAT, SQUARED, COLLECT_GRAD_STATS)
+        _, m, v, _ = _new_moments(sums, squares, m, v, length, numbers, MOMENTS, SQUARES)
         a = DIRECTION(m, v, numbers)
         total += a * a
         if COLLECT_GRAD_STATS:
@@ -224,6 +252,62 @@ def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
     if FLAT:
         start = tl.multiple_of(start, 8)
     return width, start
+
+
+@triton.jit
+def row_sums_kernel(
+    owners_ptr,
+    layout_ptr,
+    grads_ptr,
+    sums_ptr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    NB: tl.constexpr,
+    FLAT: tl.constexpr,
+    BY_BLOCKS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):
+    """Of one row here the sum, and of 2 ``NUMBERS`` that of squares; or, ``BY_BLOCKS``, of blocks' means' squares.
+
+    ``owners`` int32 are the rows' tensors, ``layout`` int64 ``[n, 2]`` has first row and width of each, ``grads``
+    int64 the addresses; ``sums`` is float32 ``[rows, NUMBERS]``. The last block of a row may be cut short.
+    """
+    TILE: tl.constexpr = NB * W
+    row = tl.program_id(0)
+    i = tl.load(owners_ptr + row)
+    width = tl.load(layout_ptr + 2 * i + 1)
+    start = (row - tl.load(layout_ptr + 2 * i)) * width
+    g_ptr = tl.load(grads_ptr + i).to(tl.pointer_type(G))
+    if FLAT:
+        start = tl.multiple_of(start, 8)
+        g_ptr = tl.multiple_of(g_ptr, 16)
+    total = tl.zeros((NB if BY_BLOCKS else TILE,), tl.float32)
+    squares = total
+    for column in tl.range(0, width, TILE):
+        g = load_part(g_ptr + start + column, inside_row(width, column, TILE, FLAT), TILE).to(tl.float32)
+        if BY_BLOCKS:
+            mean = kernel_block_sums(g, W, NB, _FLAT) * (1.0 / W)
+            total += mean * mean
+        else:
+            total += g
+        if NUMBERS == 2:
+            squares += g * g
+    sums_ptr += row.to(tl.int64) * NUMBERS + tl.arange(0, 1)
+    tl.store(sums_ptr, kernel_block_sums(total, NB if BY_BLOCKS else TILE, 1, _FLAT))
+    if NUMBERS == 2:
+        tl.store(sums_ptr + 1, kernel_block_sums(squares, TILE, 1, _FLAT))
+
+
+@triton.jit
+def given_sums(layout_ptr, row_sums_ptr, i, row, factor, GIVEN: tl.constexpr):
+    """The length of a whole row, its sum times ``factor``, and of 2 ``GIVEN`` its squares' likewise, ``[1]``."""
+    layout_ptr += i * N_LAYOUT
+    row_sums_ptr += (tl.load(layout_ptr + FIRST_ROW) + row) * GIVEN + tl.arange(0, 1)
+    sums = tl.load(row_sums_ptr) * factor
+    squares = sums
+    if GIVEN == 2:
+        squares = tl.load(row_sums_ptr + 1) * factor * factor
+    return tl.load(layout_ptr + ROW_LENGTH), sums, squares
 
 
 @triton.jit
