@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gwt_kernels import __version__
 from gwt_kernels.core.level import ROW, Level
+from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.rules import RULES
 
 if TYPE_CHECKING:
@@ -150,14 +151,15 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all commands that build an optimizer."""
     add = parser.add_argument
+    others = [name for name in FORMATS if name not in DTYPES]
     add("--level", type=level_of, default=2, help="levels of the transform (default: 2), or row: one block a row")
     add("--dtype", choices=DTYPES, metavar="DTYPE", help="of weights and gradients: bf16, fp16, fp32 or fp64 "
         "(default: the configuration's, or bf16)")  # fmt: skip
     add(
         "--state-dtype",
-        choices=[*DTYPES, "int8"],
+        choices=[*DTYPES, *others],
         metavar="DTYPE",
-        help="of the moments, int8 too (default: the optimizer's)",
+        help=f"of the moments, {', '.join(others)} too (default: the optimizer's)",
     )
     add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW, or muon for GWTMuon and so on "
         "(default: gwt)")  # fmt: skip

@@ -62,9 +62,9 @@ def gwt_adamw_(
             keys: Philox key per parameter (:func:`gwt_kernels.core.hyper.key_of`); None for 0.
             lows: Error-correction bits of ``rounding="split"``: contiguous int16 tensors of the parameters' shapes,
                 updated in place.
-            scales: For int8 ``exp_avgs`` and uint8 ``exp_avg_sqs``, a pair of float32 tensors
-                ``[ceil(coefficients / block size)]`` per parameter, updated in place, with the block size of
-                :func:`gwt_kernels.formats.int8.block_size`; None for floating-point moments.
+            scales: For quantized ``exp_avgs`` and ``exp_avg_sqs``, a pair of float32 tensors
+                ``[ceil(coefficients / block size)]`` per parameter, updated in place, with the format's
+                ``block_size(level)`` (``gwt_kernels.formats.moments.FORMATS``); None for floating-point moments.
             control: Step decision of :func:`gwt_kernels.control.control_` on the parameters' device: a factor on
                 gradients, and whether to take the step. Requires ``steps`` as a tensor.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.ptx import plugin
+from tests.support import interpreter
 
 torch.set_num_threads(1)  # the tests run in several processes
 
@@ -25,6 +26,10 @@ def pytest_collection_finish() -> None:
     """Exclude imported modules and collected tests from garbage collection, which takes 0.2 s with them."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    interpreter.quicken()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

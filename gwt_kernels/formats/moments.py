@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ class MomentFormat:
         is_random: Whether values are rounded stochastically.
         smallest: Fewest coefficients of a tensor in this format; smaller ones keep float32 moments.
         deepest: Deepest level in this format, likewise.
-        decoders: ``decode(values, scales, level)`` per moment: the numbers of stored values; None if these are
-            the numbers themselves.
-        encoders: ``encode(x, bits, level)`` per moment: stored values and scales, by 16 random ``bits`` each.
+        codec: Module that decodes and encodes values, in PyTorch and in Triton, such as :mod:`.int8`; None if the
+            values are the numbers themselves.
+        c_type: Number of the first moment's dtype in ``backends/cpu/step.h``; None if the step in C lacks it.
     """
 
     name: str
@@ -45,23 +46,25 @@ class MomentFormat:
     is_random: bool = False
     smallest: int = 0
     deepest: int | None = None
-    decoders: tuple[Callable[[Tensor, Tensor, Level], Tensor], ...] | None = None
-    encoders: tuple[Callable[[Tensor, Tensor, Level], tuple[Tensor, Tensor]], ...] | None = None
+    codec: Any = None
+    c_type: int | None = None
 
     def decode(self, moments: Sequence[Tensor], scales: Sequence[Tensor], level: Level) -> list[Tensor]:
         """Return the numbers of stored moments: the first, and the second if there is one."""
-        if self.decoders is None:
+        if self.codec is None:
             return list(moments)
-        return [f(x, scale, level) for f, x, scale in zip(self.decoders, moments, scales, strict=False)]
+        decoders = self.codec.decode_first, self.codec.decode_second
+        return [f(x, scale, level) for f, x, scale in zip(decoders, moments, scales, strict=False)]
 
     def encode(
         self, moments: Sequence[Tensor], bits: Sequence[Tensor] | None, level: Level
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return stored values and scales of float32 moments, rounded by random ``bits``, or to the nearest."""
-        assert self.encoders is not None
+        assert self.codec is not None
         if bits is None:
             bits = [torch.full(x.shape, NEAREST, dtype=torch.int32, device=x.device) for x in moments]
-        stored = [f(x, x_bits, level) for f, x, x_bits in zip(self.encoders, moments, bits, strict=False)]
+        encoders = self.codec.encode_first, self.codec.encode_second
+        stored = [f(x, x_bits, level) for f, x, x_bits in zip(encoders, moments, bits, strict=False)]
         return [values for values, _ in stored], [scales for _, scales in stored]
 
     @property
@@ -75,7 +78,7 @@ class MomentFormat:
 
     def block_size(self, level: Level) -> int:
         """Return the number of values that share a scale; 1 without scales."""
-        return int8.block_size(level) if self.scales else 1
+        return 1 if self.codec is None else int(self.codec.block_size(level))
 
     def scales_of(self, slots: Sequence[str]) -> tuple[str, ...]:
         """Return the state keys of these moments' scales."""
@@ -86,16 +89,16 @@ class MomentFormat:
         return -(-math.prod(shape) // self.block_size(level))
 
 
-def _floating(dtype: torch.dtype, is_random: bool = False) -> MomentFormat:
-    return MomentFormat(str(dtype).removeprefix("torch."), (dtype, dtype), is_random=is_random)
+def _floating(dtype: torch.dtype, **properties: Any) -> MomentFormat:
+    return MomentFormat(str(dtype).removeprefix("torch."), (dtype, dtype), **properties)
 
 
 FORMATS = {
     each.name: each
     for each in (
-        _floating(torch.float32),
+        _floating(torch.float32, c_type=0),
         _floating(torch.float64),
-        _floating(torch.bfloat16, is_random=True),
+        _floating(torch.bfloat16, is_random=True, c_type=1),
         MomentFormat(
             "int8",
             (torch.int8, torch.uint8),
@@ -103,8 +106,8 @@ FORMATS = {
             is_random=True,
             smallest=4096,
             deepest=6,
-            decoders=(int8.decode_first, int8.decode_second),
-            encoders=(int8.encode_first, int8.encode_second),
+            codec=int8,
+            c_type=3,
         ),
     )
 }

@@ -249,7 +249,7 @@ def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
 def _encoded(m: Tensor, v: Tensor, form: Form) -> dict[str, Tensor]:
     stored, slots = form.stored, form.slots
     moments = dict(zip(slots, (m, v), strict=False))
-    if stored.encoders is None:
+    if stored.codec is None:
         dtypes = {key: wide(form.dtype).dtypes[0] if key in form.row_slots else form.dtype for key in slots}
         return {key: x.to(dtypes[key]).contiguous() for key, x in moments.items()}
     values, scales = stored.encode([x.float() for x in moments.values()], None, form.level)

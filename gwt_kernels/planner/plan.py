@@ -81,7 +81,7 @@ class Plan:
     too_narrow: tuple[str, ...]
     """Tensors of the recipe that stay at level 0 because their rows are too short."""
     float32_moments: tuple[str, ...]
-    """With int8 moments: tensors whose moments stay float32, since they are too small or their level too deep."""
+    """Tensors whose moments stay float32, as their format does not fit them: too small, or a level too deep."""
     bandwidth: float | None
     """Bytes per second."""
 

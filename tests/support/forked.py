@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ptx import plugin
+from tests.support import interpreter
 
 _context = multiprocessing.get_context("forkserver")
 # Modules that take long to import and start no threads, which a fork would lose.
@@ -73,6 +74,7 @@ def _main(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    interpreter.quicken()
     # The processes meet at a file: no port that another run may have taken.
     how = {"rank": rank, "world_size": world, "timeout": datetime.timedelta(seconds=60)}
     dist.init_process_group("gloo", init_method=f"file://{store}", **how)

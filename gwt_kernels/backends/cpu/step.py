@@ -22,11 +22,12 @@ from gwt_kernels.core.hyper import Hyper, Rounding, Rule
 from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
+from gwt_kernels.formats.moments import stored_as
 
 __all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 
-# In the order of the enums in step.h.
-TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+# In the order of the enums in step.h; formats of moments have their ``c_type`` there.
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
 PART_OF_ROW = 3
@@ -80,9 +81,9 @@ def knows(tensor_steps: Sequence[TensorStep], level: Level) -> bool:
     p, g, m, *_ = tensor_steps[0]
     return (
         (level == ROW or level <= MAX_LEVEL)
-        and p.dtype in TYPES[:3]
-        and g.dtype in TYPES[:3]
-        and m.dtype in (torch.float32, torch.bfloat16, torch.int8)
+        and p.dtype in TYPES
+        and g.dtype in TYPES
+        and stored_as(m.dtype).c_type is not None
         and all(_has_memory(x) for t in tensor_steps for x in (t.p, t.g))
     )
 
@@ -131,9 +132,10 @@ def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
     if lows:
         check_low_bits(params, lows)
     scales = [t.scales for t in tensor_steps if t.scales is not None]
-    if exp_avgs[0].dtype == torch.int8:
+    stored = stored_as(exp_avgs[0].dtype)
+    if stored.scales:
         if len(scales) != len(tensor_steps):
-            raise ValueError("int8 moments need scales: pass a pair of tensors for every parameter")
+            raise ValueError(f"{stored.name} moments need scales: pass a pair of tensors for every parameter")
         check_scales(exp_avgs, scales, level)
 
 
@@ -164,7 +166,10 @@ class Packed:
         self._buffer = bytearray(STEP.size * len(present))
         self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if present else None
         self._pointers = struct.Struct(f"{len(present)}P")
-        types = [TYPES.index(x.dtype) for x in tensor_steps[0][:3]]
+        p, g, m, *_ = tensor_steps[0]
+        m_type = stored_as(m.dtype).c_type
+        assert m_type is not None  # see knows()
+        types = [TYPES.index(p.dtype), TYPES.index(g.dtype), m_type]
         parts = PART_OF_ROW if level == ROW else level
         kind = (*types, ROUNDINGS.index(rounding), parts, bool(level) and rule == "foam")
         for i, t in enumerate(present):

@@ -80,7 +80,7 @@ class Storage(NamedTuple):
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
             own = [x[part] for x in flat]
-            if self.stored.encoders is None:
+            if self.stored.codec is None:
                 for place, x, draws in zip(places, own, bits, strict=False):
                     place[part] = stochastic_round(x, draws, place.dtype)
                 continue

@@ -125,7 +125,7 @@ class Launch:
                 self._step_path = {"READS": self._reads, **self._path}
             tiles = programs = [own.n_blocks for own in rows_]
         else:
-            together = blocks_together(level, m, bucket.rounding == "stochastic")
+            together = blocks_together(level, bucket.stored, bucket.rounding == "stochastic")
             rows_ = [rows_of(bucket.params[i], 2**level, together) for i in chosen]
             shared["Q"] = bucket.stored.block_size(level) if bucket.is_quantized else 0
             self._path = shared | variant(level, flat, bucket.is_quantized)

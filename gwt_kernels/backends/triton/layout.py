@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels.core.level import ROW, Level, block_width, blocks_of
+from gwt_kernels.formats.moments import MomentFormat
 
 __all__ = [
     "Rows",
@@ -57,17 +58,19 @@ def tiles_of_program(flat: bool) -> int:
     return 1 if flat else ROW_TILES
 
 
-def blocks_together(level: int, moments: tl.dtype, stochastic: bool) -> int:
+def blocks_together(level: int, moments: MomentFormat, stochastic: bool) -> int:
     """Return how many blocks of a row share a call of Philox: 4 for moments, or those with 8 weights.
 
     Args:
         level: Level of the transform.
-        moments: dtype of the moments. int8 blocks cross rows, so that each coefficient draws by itself.
+        moments: Format of the moments. Blocks of a scale cross rows, so that each coefficient draws by itself.
         stochastic: Whether weights are rounded stochastically.
     """
-    if moments == tl.bfloat16:
+    if moments.scales:
+        return 1
+    if moments.is_random:
         return 4
-    return max(1, 8 >> level) if stochastic and moments != tl.int8 else 1
+    return max(1, 8 >> level) if stochastic else 1
 
 
 def alignment(data: tl.dtype, moments: tl.dtype, level: Level, flat: bool) -> dict[str, int]:

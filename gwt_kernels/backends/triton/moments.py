@@ -15,10 +15,12 @@ from gwt_kernels.backends.triton.schema import (
     V_PTR,
     V_SCALES_PTR,
 )
+from gwt_kernels.backends.triton.tables import TRITON_DTYPES
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.backends.triton.tiles import factor_places, load_tile, store_tile
 from gwt_kernels.core import kernel
-from gwt_kernels.formats import int8, stochastic
+from gwt_kernels.formats import stochastic
+from gwt_kernels.formats.moments import FORMATS
 
 __all__ = ["FACTORED", "load_moments", "moment_arrays", "store_moments"]
 
@@ -26,8 +28,11 @@ FACTORED = 4
 """What ``SLOTS``, the number of moments, is more where a second moment is factored."""
 
 kernel.load()
-decode_first, decode_second = int8.kernel_decode_first, int8.kernel_decode_second
-encode_first, encode_second = int8.kernel_encode_first, int8.kernel_encode_second
+# Kernels know one format with scales, the one for which Q is not 0.
+(_quantized,) = (each for each in FORMATS.values() if each.codec is not None)
+decode_first, decode_second = _quantized.codec.kernel_decode_first, _quantized.codec.kernel_decode_second
+encode_first, encode_second = _quantized.codec.kernel_encode_first, _quantized.codec.kernel_encode_second
+_SECOND = tl.constexpr(TRITON_DTYPES[_quantized.dtypes[1]])
 stochastic_round = stochastic.kernel_stochastic_round
 
 
@@ -59,7 +64,7 @@ def moment_arrays(
         if Q:
             m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
     elif Q:
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, tl.uint8, MOMENT_ALIGN)
+        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, _SECOND, MOMENT_ALIGN)
         m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
         v_scale_ptr = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4)
     else:

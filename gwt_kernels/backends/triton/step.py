@@ -118,10 +118,10 @@ def step_kernel(
     no weights, ``u_i`` takes their place.
 
     ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
-    weights lie in an array of their own. Moments in bfloat16 round stochastically; in int8 they are codes with a
-    scale per ``Q`` of them (``formats/int8.py``), and round stochastically too. Random bits depend on the index in
-    the whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and
-    of 4 (moments), and 2 where it is any.
+    weights lie in an array of their own. Moments in bfloat16 round stochastically; quantized ones are codes with a
+    scale per ``Q`` of them, and round stochastically too. Random bits depend on the index in the
+    whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of 4
+    (moments), and 2 where it is any.
 
     A program of the row path takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they
     share. Where ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of

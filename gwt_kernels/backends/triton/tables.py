@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.schema import CONSTANTS, SCALARS
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.rules import Rule
 
 __all__ = [
@@ -29,11 +31,10 @@ __all__ = [
 ]
 
 TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int8: tl.int8,  # quantized exp_avg; exp_avg_sq is uint8
+    dtype: getattr(tl, str(dtype).removeprefix("torch."))
+    for dtype in (torch.float16, *chain.from_iterable(each.dtypes for each in FORMATS.values()))
 }
+"""Of weights, gradients and moments."""
 
 _MISALIGNMENT = bytes(i & 15 for i in range(256))  # by the lowest byte of an address
 _pack_constants = struct.Struct(f"{len(CONSTANTS)}d").pack
