@@ -81,7 +81,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     found: dict[tuple[Any, ...], Comparison] = {}
     for run in reversed(of(runs, "quality")):
         _add(found, run, run.rows)
-    for run in reversed(of(runs, "sweep")):
+    for run in reversed(sweeps.swept(runs)):
         preset = run.file.removeprefix("sweep_").removesuffix(".json")
         if (CONFIGS / f"preset_{preset}.json").exists():
             _add(found, run, list(_best_of_sweep(run, preset, found)))

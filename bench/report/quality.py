@@ -30,7 +30,7 @@ from bench.report.markdown import (
     with_spread,
 )
 from bench.report.plots import Plot
-from bench.report.rows import Run, of
+from bench.report.rows import Run
 
 INTRODUCTION = """\
 Does the model come out as good? Each preset of `python -m bench.pretrain` pre-trains one LLaMA model on the same
@@ -128,9 +128,9 @@ def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
     alike = {"model": comparison.model, "steps": comparison.length}
     swept = {
         setting_of(found[0])
-        for run in of(runs, "sweep")
+        for run in sweeps.swept(runs)
         for rows in sweeps.optimizers(run).values()
-        if (found := sweeps.best([row for row in rows if alike.items() <= row.items()]))
+        if alike.items() <= rows[0].items() and (found := sweeps.best(rows))
     }
     return [setting for setting in comparison.runs if setting not in swept]
 

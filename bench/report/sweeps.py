@@ -22,12 +22,14 @@ is best within it. In the plots, losses far above the lowest are cut off, and ru
 
 def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
     """Return the section on sweeps and its plots."""
-    found = of(runs, "sweep")
+    found = swept(runs)
     plots: list[Plot] = []
     parts = ["## Sweeps", ABOUT, regimes(runs) if found else NOTHING]
     for run in found:
         parts.append(f"### {_title(run)}")
         name = slug(run.file.removesuffix(".json"))
+        while any(plot.name.removesuffix("-momentum") == name for plot in plots):  # another regime in the same file
+            name += "_other"
         for key, said in AXES.items():
             if data := sweep_panels(run, key):
                 plots.append(Plot(name if key == "lr" else f"{name}-{key}", "sweeps", {"x": said, "panels": data}))
@@ -62,6 +64,19 @@ def momenta_table(found: Sequence[Run]) -> str:
         cells = [_lowest([row for row in rows if row["momentum"] == momentum], "scale") for momentum in momenta]
         lines.append([f"{model_name(run.rows[0].get('model'))}, {steps} steps", optimizer_name(optimizer), *cells])
     return table(["model", "optimizer", *(f"momentum {momentum:g}" for momentum in momenta)], lines, left=2)
+
+
+def swept(runs: Sequence[Run]) -> list[Run]:
+    """Return the sweeps, each of one model, length, schedule and text, newest first."""
+    parted: dict[tuple[Any, ...], Run] = {}
+    for run in of(runs, "sweep"):
+        for row in run.rows:
+            place = (run.file, run.device, *(row.get(key) for key in REGIME))
+            parted.setdefault(place, run._replace(rows=[])).rows.append(row)
+    return list(parted.values())
+
+
+REGIME = ("model", "text", "steps", "batch", "warmup", "grad_clip", "precision")
 
 
 def _loss(row: Row) -> float | None:
@@ -102,7 +117,7 @@ def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
 def regimes(runs: Sequence[Run]) -> str:
     """Return a table of all sweeps: the best of each optimizer, mean and standard deviation over seeds."""
     lines = []
-    for run in of(runs, "sweep"):
+    for run in swept(runs):
         for optimizer, rows in optimizers(run).items():
             tried = {(row["lr"], row["scale"], row.get("momentum")) for row in _first_seed(rows)}
             settings = str(len(tried))
@@ -126,7 +141,7 @@ PUBLISHED = (0.01, 0.25)
 
 def begin(runs: Sequence[Run], model: str, steps: int | None) -> str:
     """Return the best setting of each optimizer in the newest sweep of a model and length, beside the published."""
-    found = (run for run in of(runs, "sweep") if run.rows[0].get("model") == model)
+    found = (run for run in swept(runs) if run.rows[0].get("model") == model)
     run = next((run for run in found if run.rows[0].get("steps") == steps), None)
     if run is None:
         return NOTHING

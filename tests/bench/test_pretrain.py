@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 import types
 from collections.abc import Iterator
@@ -15,17 +14,14 @@ import pytest
 import torch
 
 from bench.common.models import build_model, load_config
-from bench.finetune import fetch
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain import checkpoint
 from bench.pretrain.optimizers import build_optimizer
-from bench.pretrain.sweep import best_settings, read_runs, settings_tried
 from bench.pretrain.training import Run, lr_factor, read_log
 from tests.support.pretraining import (
     TEXT,
     assert_predicted_state_bytes,
     assert_same_run,
-    config_of,
     run_of,
     tensors,
     tiny_model,
@@ -33,7 +29,6 @@ from tests.support.pretraining import (
     trained,
 )
 
-PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
 CONTENDERS = ("adamw", "gwt1", "gwt2", "gwt3")
 OTHERS = (
     *("gwt0", "gwt-row", "foam0", "foam-row", "foam-row-bf16", "lion2", "lion-row", "muon0", "muon2"),
@@ -247,23 +242,12 @@ def test_scale_sets_the_rate_of_matrices_for_every_optimizer(tiny: Path) -> None
             assert rate == (0.005 if inside else 0.01)
 
 
-# Comparison and sweep
+# Comparison
 
 
 def test_heldout_loss_does_not_depend_on_the_batch(options: list[str]) -> None:
     even, uneven = (run_of(options, "adamw", "--batch", batch).heldout_loss() for batch in ("2", "3"))
     assert even == pytest.approx(uneven, rel=1e-6)
-
-
-def test_best_setting_is_chosen_on_one_seed() -> None:
-    runs = [
-        {"optimizer": "gwt2", "lr": lr, "seed": seed, "heldout_loss": loss}
-        for lr, seed, loss in ((0.1, 0, 2.0), (0.2, 0, 1.5), (0.3, 0, None), (0.1, 1, 1.0))
-    ]
-    best = best_settings(runs, "gwt2")
-    assert best is not None
-    assert best["lr"] == 0.2
-    assert best_settings(runs, "adamw") is None
 
 
 def test_batches_depend_on_the_seed_alone(options: list[str]) -> None:
@@ -273,82 +257,6 @@ def test_batches_depend_on_the_seed_alone(options: list[str]) -> None:
         return run.data_digest
 
     assert digest("adamw", "0") == digest("gwt2", "0") != digest("gwt2", "1")
-
-
-def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    record = tmp_path / "sweep.json"
-    grid = {"lr": [0.003, 1e30], "scale": [0.25]}
-    parse = pretrain.parse
-    monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], {"adamw": grid, "gwt2": grid}))
-    line = [*options, "--sweep", "adamw", "gwt2", "--sweep-record", str(record)]
-    line += ["--sweep-steps", "10"]
-    pretrain.main([*line, "--sweep-settings", "1", "--sweep-seeds", "1"])
-    assert [(r["optimizer"], r["lr"]) for r in read_runs(record)] == [("adamw", 0.003), ("gwt2", 0.003)]
-    record.unlink()
-    line += ["--sweep-seeds", "2"]
-    pretrain.main(line)
-    runs = read_runs(record)
-    assert [(r["optimizer"], r["lr"], r["seed"]) for r in runs] == [
-        (name, lr, seed) for name in ("adamw", "gwt2") for lr, seed in ((0.003, 0), (1e30, 0), (0.003, 1))
-    ]
-    for run in runs:
-        assert run["commit"]
-        assert run["command"].startswith("python -m bench.pretrain")
-    diverged = [run for run in runs if run["lr"] == 1e30]
-    assert all(run["heldout_loss"] is None and "lower --lr" in run["diverged"] for run in diverged)
-    pretrain.main(line)
-    assert read_runs(record) == runs
-
-    tuned = config_of(options, "gwt2", "--sweep-record", str(record))
-    assert (tuned.lr, tuned.scale) == (0.003, 0.25)
-    assert config_of(options, "gwt2", "--sweep-record", str(record), "--lr", "0.5").lr == 0.5
-
-
-SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
-UNFINISHED = {"sweep_demo_warmup10.json": {"gwt3"}, "sweep_demo_warmup10_clipped.json": {"gwt3"}}
-"""Optimizers whose sweep under a regime was abandoned; docs/traps.md quotes no loss of theirs."""
-SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
-"""Seeds of the best setting, where they are not three."""
-
-
-@pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)
-def test_recorded_sweep_is_fair(record: Path) -> None:
-    runs = read_runs(record)
-    tried = settings_tried(runs)
-    unfinished = UNFINISHED.get(record.name, set()) & tried.keys()
-    compared = tried.keys() - unfinished
-    assert "adamw" in compared
-    preset = pretrain.CONFIGS / f"preset_{record.stem.removeprefix('sweep_')}.json"
-    grids = json.loads(preset.read_text())["grids"] if preset.exists() else {}
-    for name in compared:
-        # Equally many settings for each; of those tried besides the grid none was the best.
-        grid = grids.get(name, {})
-        keys = ("lr", "scale", *(["momentum"] if "momentum" in grid else []))
-        within = [run for run in runs if all(run[key] in grid.get(key, [run[key]]) for key in keys)]
-        assert settings_tried(within)[name] == tried["adamw"], name
-        assert best_settings(within, name) == best_settings(runs, name), name
-    assert all(tried[name] < tried["adamw"] for name in unfinished)
-    shared = ("model", "steps", "batch", "context", "warmup", "grad_clip", "text_digest", "weight_decay")
-    assert len({tuple(run[key] for key in shared) for run in runs if run["heldout_loss"]}) == 1
-    for name in compared:
-        best = best_settings(runs, name)
-        assert best is not None
-        keys = ("optimizer", "lr", "scale", "momentum")
-        again = {r["seed"] for r in runs if all(r.get(key) == best.get(key) for key in keys)}
-        assert len(again) == SEEDS.get(record.name, 3)
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_preset_uses_the_best_setting_of_its_sweep(path: Path) -> None:
-    parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
-    sizes = {math.prod(map(len, grid.values())) for grid in grids.values()}
-    assert len(sizes) <= 1, "each has as many settings"
-    runs = read_runs(parsed.sweep_record) if parsed.sweep_record else []
-    for name in {*grids, "adamw", "gwt2"}:
-        expected = best_settings(runs, name) or json.loads(path.read_text())
-        config = pretrain.run_config(parsed, name)
-        assert (config.lr, config.scale) == (expected["lr"], expected["scale"])
-        assert config.momentum == expected.get("momentum")
 
 
 # Errors
@@ -378,62 +286,6 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
     fails(ValueError, r"token id 1\d\d is outside .* 64 ids; choose another --tokenizer", "--model", str(narrow))
     fails(ValueError, r"no sweep grid for 'gwt7'.*add one", "--sweep", "gwt7")
     fails(ValueError, r"--heldout-split 'train'.*another", "--dataset", "some/text", "--heldout-split", "train")
-
-
-def test_presets_set_known_options_only() -> None:
-    known = {action.dest for action in pretrain.make_parser()._actions} | {"about", "grids"}
-    own = {"preset_cpu", "preset_cpu_long", "preset_cpu_medium", "preset_cpu_docs"}
-    assert own | {"preset_small", "preset_llama_60m"} == {path.stem for path in PRESETS}
-    for path in PRESETS:
-        assert json.loads(path.read_text()).keys() <= known
-        parsed = pretrain.parse(["--preset", path.stem.removeprefix("preset_"), "--steps", "7"])[0]
-        assert parsed.steps == 7
-        assert load_config(pretrain.run_config(parsed, "gwt2").model).vocab_size > 0
-
-
-def test_the_medium_preset_trains(tmp_path: Path) -> None:
-    line = "--preset cpu_medium --steps 2 --batch 2 --context 16 --eval-windows 4 --evals 1 --threads 1 --quiet"
-    options = [*line.split(), "--text", str(TEXT), "--optimizer", "muon2"]
-    result = trained(options, tmp_path)
-    assert 4.5e6 < result["parameters"] < 5.5e6
-    assert result["state_bytes_measured"] == result["state_bytes_predicted"]
-    assert 3.0 < result["heldout_loss"] < 7.0
-
-
-def test_a_text_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "BUILD", tmp_path)
-    options = ["--preset", "cpu_docs", "--context", "16", "--eval-windows", "4"]
-    with pytest.raises(
-        FileNotFoundError, match=r"--corpus kernel_docs: .* bench.finetune.fetch packages kernel_docs"
-    ):
-        pretrain.load_corpus(pretrain.parse(options)[0], seed=0)
-    text = tmp_path / "kernel_docs" / "text"
-    text.mkdir(parents=True)
-    (text / "a.rst").write_text(TEXT.read_text())
-    (tmp_path / "kernel_docs" / fetch.MARK).write_text("made")
-    named, own, plain = (
-        pretrain.load_corpus(pretrain.parse([*options, *more])[0], seed=0).facts
-        for more in ([], ["--text", str(text)], ["--preset", "cpu"])
-    )
-    assert named["text"] == "(Linux kernel's documentation)"
-    assert plain["text"] == "(standard library)"
-    assert named["text_digest"] == own["text_digest"] != plain["text_digest"]
-    with pytest.raises(SystemExit):
-        pretrain.parse([*options, "--corpus", "stdlib", "--text", str(text)])
-
-
-def test_a_sweep_over_another_text_is_another_sweep(
-    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record, other = tmp_path / "sweep.json", tmp_path / "other.txt"
-    other.write_text(TEXT.read_text().upper())
-    parse = pretrain.parse
-    grids = {"adamw": {"lr": [0.01], "scale": [0.5]}}
-    monkeypatch.setattr(pretrain, "parse", lambda argv: (parse(argv)[0], grids))
-    line = [*options, "--sweep", "adamw", "--sweep-record", str(record), "--sweep-seeds", "1"]
-    for more in ([], ["--text", str(other)], []):
-        pretrain.main([*line, *more])
-    assert [run["text"] for run in read_runs(record)] == [str(TEXT), str(other)]
 
 
 def test_missing_datasets_package_is_named(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
