@@ -139,8 +139,8 @@ def brief(runs: Sequence[Run]) -> str:
             reached = f"{with_spread([100 * v for v in values], 1)} %" if accurate else with_spread(values, 3)
             said.append(f"{name} {reached} ({choice.values['state_bytes'][0] / 1e6:,.0f} MB)")
         what = "share of tests right" if accurate else "loss of the tests"
-        about = f"{row['parameters'] / 1e6:.1f}M parameters, {row['steps']} steps of {row['batch']}, {setting(pair.run)}"
-        lines.append(f"- {pair.title} ({about}), {what} and state: {', '.join(said)}.")
+        about = f"{row['parameters'] / 1e6:.1f}M parameters, {row['steps']} steps of {row['batch']}"
+        lines.append(f"- {pair.title} ({about}, {setting(pair.run)}), {what} and state: {', '.join(said)}.")
     return "\n".join(lines) if lines else NOTHING
 
 
