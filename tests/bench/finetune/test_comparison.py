@@ -323,8 +323,8 @@ def test_bad_data_and_sizes_are_refused_before_training(tmp_path: Path, refused:
     refused(r"nan\.jsonl: line 8 has nan in column 'label'", "--data", nan)
     nested = lines("nested.jsonl", lambda i: i % 2, lambda i: {"text": i})
     refused(r"nested\.jsonl: line 1 has {'text': 0} in column 'sentence'", "--data", nested)
-    refused(r"--test-data .*one\.jsonl: every example has the label '0'; give a file of two",
-            "--data", lines("two.jsonl", lambda i: i % 2), "--test-data", lines("one.jsonl", lambda i: 0))  # fmt: skip
+    one, two = lines("one.jsonl", lambda i: 0), lines("two.jsonl", lambda i: i % 2)
+    refused(r"--test-data .*one\.jsonl: every example has the label '0'; give", "--data", two, "--test-data", one)
     strange = lines("strange.jsonl", lambda i: i % 2, lambda i: f"Satz {i} in fremder Sprache")
     refused(r"--tokenizer .*bert: does not know [5-9]\d % of the tokens of --data; give", "--data", strange)
     refused(r"--max-length 2: the tokenizer's 2 special tokens leave no room .* at least 3", "--max-length", "2")
