@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -240,10 +242,31 @@ def check_out(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-    free = shutil.disk_usage(out).free
+    _check_room(out, f"--out {out}")
+
+
+def check_record(record: Path) -> None:
+    """Refuse a record that cannot be written to, before hours are spent.
+
+    Raises:
+        ValueError: It is a folder, or in none that can be written to, or the disk has no room.
+    """
+    if record.is_dir():
+        raise ValueError(f"--record {record}: is a folder; name a file in it")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=record.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--record {record}: cannot be written ({error.strerror}); give another file") from error
+    _check_room(record.parent, f"--record {record}")
+
+
+def _check_room(folder: Path, option: str) -> None:
+    free = shutil.disk_usage(folder).free
     if free < ROOM:
         raise ValueError(
-            f"--out {out}: {free / 1e6:.1f} MB are free and results take up to {ROOM / 1e6:.0f} MB; make room"
+            f"{option}: {free / 1e6:.1f} MB are free and results take up to {ROOM / 1e6:.0f} MB; make room"
         )
 
 
@@ -337,8 +360,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = chosen_device(options.device)
     if not is_present(device):
         raise ValueError(f"--device {options.device}: PyTorch sees no such device here; use --device cpu")
+    if options.threads and options.threads > (most := os.cpu_count() or 1):
+        raise ValueError(f"--threads {options.threads}: this machine has {most} cores; give at most {most}")
     pairs = pairs_of(options)
     check_out(options.out)
+    if options.record:
+        check_record(options.record)
     comparison = Comparison(options, load_task(options), device)
     records.rows_of(comparison.path, results.BENCHMARK)  # another file's format is an error now, not after a run
     for pair in pairs:

@@ -136,6 +136,11 @@ def _json_lines(lines: list[str], columns: Columns, where: str) -> Iterator[Exam
         for name in columns.wanted:
             if name not in fields:
                 raise ValueError(f"{_other_columns(name, list(fields), where)} (line {number})")
+        for name in columns.wanted:
+            if not isinstance(fields[name], str | int | float) or fields[name] != fields[name]:
+                raise ValueError(
+                    f"{where}: line {number} has {fields[name]!r:.40} in column {name!r}; give a text or a number"
+                )
         yield _example([str(fields[name]) for name in columns.wanted], number, where)
 
 

@@ -87,11 +87,16 @@ def check_fit(model: Path, largest_id: int, length: int) -> None:
     Raises:
         ValueError: A token id is outside the vocabulary, or the texts are longer than the model takes.
     """
-    config = AutoConfig.from_pretrained(model)
-    if largest_id >= config.vocab_size:
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    size = getattr(config, "vocab_size", None)
+    if size is None:
+        raise ValueError(
+            f"--model {model}: is no model of text, {config.model_type}; give one that has a vocabulary"
+        )
+    if largest_id >= size:
         raise ValueError(
             f"--tokenizer: token id {largest_id} is outside the vocabulary of --model {model}, "
-            f"{config.vocab_size} ids; give the tokenizer that the model was trained with"
+            f"{size} ids; give the tokenizer that the model was trained with"
         )
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
@@ -149,20 +154,17 @@ def build_model(
         rank: Rank of the adapters of `lora`.
         dtype: Of the weights.
         pad: Token that the batches are padded with, for models that do not say.
+
+    Raises:
+        ValueError: The weights cannot be read, or are not those of the model that the configuration describes.
     """
-    previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is known
-    transformers.logging.disable_progress_bar()
-    try:
-        if classes:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes, dtype=dtype)
-            if model.config.pad_token_id is None:
-                model.config.pad_token_id = pad
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-            model.config.use_cache = False
-    finally:
-        transformers.logging.set_verbosity(previous)
+    if classes:
+        model = _load(folder, classes, AutoModelForSequenceClassification, num_labels=classes, dtype=dtype)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = pad
+    else:
+        model = _load(folder, classes, AutoModelForCausalLM, dtype=dtype)
+        model.config.use_cache = False
     if recipe == "lora":
         return _with_adapters(model, rank, "SEQ_CLS" if classes else "CAUSAL_LM")
     if recipe == "full":
@@ -173,6 +175,38 @@ def build_model(
         trained |= {id(p) for group in groups if group["level"] for p in group["params"]}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def _load(folder: str, classes: int, kind: Any, **options: Any) -> Any:
+    """Return what transformers loads; a new head may lack weights, nothing else."""
+    previous = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # that the head is new is known
+    transformers.logging.disable_progress_bar()
+    try:
+        model, said = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # of safetensors, pickle, torch and transformers, by the way in which a file is broken
+        line = str(error).strip().split("\n")[0]
+        if "ignore_mismatched_sizes" in line:
+            line = "its weights have other shapes than its config.json says"
+        raise ValueError(
+            f"--model {folder}: cannot be loaded ({type(error).__name__}: {line}); "
+            "give a whole folder that `save_pretrained` wrote, of a model that the task can use"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(previous)
+    new = {id(parameter) for parameter in head_of(model, classes)} if classes else set()
+    named = dict(model.named_parameters())
+    missing = sorted(name for name in said["missing_keys"] if name in named and id(named[name]) not in new)
+    if missing:
+        raise ValueError(
+            f"--model {folder}: its weights lack {len(missing)} of the tensors of its config.json, "
+            f"such as {missing[0]}; give the folder of a trained model"
+        )
     return model
 
 

@@ -19,6 +19,8 @@ from bench.pretrain.training import loss_of
 
 POOL = 8  # batches that are sorted by length together, so that little of a batch is padding
 EVALUATED_AT_ONCE = 64
+MOST_UNKNOWN = 0.5
+"""Share of unknown tokens above which a tokenizer does not fit the texts."""
 _Encoded = tuple[list[int], int]
 
 
@@ -185,11 +187,18 @@ def load_classification(
             f"--validation and {len(test)} for --test; lower these, or give more examples"
         )
     labels_of(train, f"--data {data}, the {len(train)} to train on")
+    special = tokenizer.num_special_tokens_to_add(pair=columns.pair is not None)
+    if sizes.max_length <= special:
+        raise ValueError(
+            f"--max-length {sizes.max_length}: the tokenizer's {special} special tokens leave no room for text; "
+            f"give at least {special + 1}"
+        )
     places = {label: place for place, label in enumerate(labels)}
     parts = {
         name: _encoded(part, places, tokenizer, sizes.max_length)
         for name, part in (("train", train), ("validation", validation), ("test", test))
     }
+    _check_known(parts["train"], tokenizer)
     facts = {
         "data": str(data),
         "examples": len(train),
@@ -202,8 +211,19 @@ def load_classification(
     return Classification(parts, len(labels), tokenizer.pad_token_id, facts)
 
 
+def _check_known(examples: list[_Encoded], tokenizer: Any) -> None:
+    ids = [token for row, _ in examples for token in row]
+    share = ids.count(tokenizer.unk_token_id) / len(ids)
+    if share > MOST_UNKNOWN:
+        raise ValueError(
+            f"--tokenizer {tokenizer.name_or_path}: does not know {100 * share:.0f} % of the tokens of --data; "
+            "give the tokenizer that the model was trained with, or texts of its language"
+        )
+
+
 def _tests(path: Path, columns: Columns, labels: list[str], count: int) -> list[Example]:
     test = shuffled(read_examples(path, columns, "--test-data"))
+    labels_of(test, f"--test-data {path}")
     if new := sorted({example.label for example in test} - set(labels)):
         raise ValueError(
             f"--test-data {path}: the label {new[0]!r} is none of {', '.join(labels)} in --data; "
@@ -234,6 +254,8 @@ def load_plain_text(data: Path | None, tokenizer: str | None, sizes: Sizes, held
         FileNotFoundError: There is no such file or folder.
         ValueError: There is no text, or too little.
     """
+    if sizes.max_length < 2:
+        raise ValueError(f"--max-length {sizes.max_length}: leaves no token to predict; give at least 2")
     words = PretrainedTokenizer(tokenizer) if tokenizer else ByteTokenizer()
     how = {"context": sizes.max_length, "eval_windows": sizes.validation + sizes.test}
     try:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from bench.common.names import optimizer_name
 from bench.memory import level_table, memory_table
-from bench.report import brief, optimizers, quality, sweeps, tradeoff
+from bench.report import brief, finetune, optimizers, quality, sweeps, tradeoff
 from bench.report.comparisons import comparisons, final_losses
 from bench.report.markdown import table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
-from bench.report.sections import NO_GPU
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
 
@@ -49,8 +48,7 @@ def _speed(runs: Sequence[Run], root: str) -> str:
     if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
     run, model, found = shown
-    shortened = brief.speed(run, model, optimizers.plain(found))
-    return shortened if run.cuda else f"{shortened}\n\n{NO_GPU}"
+    return brief.speed(run, model, optimizers.plain(found))
 
 
 def _tradeoff(runs: Sequence[Run], root: str) -> str:
@@ -140,4 +138,5 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "precision": _precision,
     "roundings": _roundings,
     "begin": _begin,
+    "finetuned": lambda runs, root: finetune.brief(runs),
 }

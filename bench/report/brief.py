@@ -16,7 +16,7 @@ SHOWN = {
         "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2, foam",
         "GWTAdamW level 2, bfloat16 moments",
         "GWTAdamW level 2, bfloat16 moments, stochastic rounding",
-        "GWTAdamW level 2, int8 moments, stochastic rounding", "bitsandbytes AdamW8bit", "torchao AdamW8bit",
+        "GWTAdamW level 2, int8 moments, stochastic rounding",
     )
 } | {"GWTAdamW level 2, limiter": "GWTAdamW level 2, the defaults"}  # fmt: skip
 """The optimizers shown, by their names in the records, with their names on the pages."""

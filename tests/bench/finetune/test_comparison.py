@@ -309,6 +309,39 @@ def _glue_sweep() -> list[str]:
     return ["--preset", "glue", "--task", "sst2", "--sweep", "--recipes", "matrices", "--test", "20"]
 
 
+def test_bad_data_and_sizes_are_refused_before_training(tmp_path: Path, refused: Callable[..., None]) -> None:
+    def lines(
+        name: str, label: Callable[[int], Any], text: Callable[[int], Any] = lambda i: f"film {'cast ' * i}"
+    ) -> str:
+        rows = [json.dumps({"sentence": text(i), "label": label(i)}) for i in range(60)]
+        (tmp_path / name).write_text("\n".join(rows))
+        return str(tmp_path / name)
+
+    null = lines("null.jsonl", lambda i: i % 2 if i else None)
+    refused(r"null\.jsonl: line 1 has None in column 'label'; give a text or a number", "--data", null)
+    nan = lines("nan.jsonl", lambda i: i % 2 if i != 7 else float("nan"))
+    refused(r"nan\.jsonl: line 8 has nan in column 'label'", "--data", nan)
+    nested = lines("nested.jsonl", lambda i: i % 2, lambda i: {"text": i})
+    refused(r"nested\.jsonl: line 1 has {'text': 0} in column 'sentence'", "--data", nested)
+    one, two = lines("one.jsonl", lambda i: 0), lines("two.jsonl", lambda i: i % 2)
+    refused(r"--test-data .*one\.jsonl: every example has the label '0'; give", "--data", two, "--test-data", one)
+    strange = lines("strange.jsonl", lambda i: i % 2, lambda i: f"Satz {i} in fremder Sprache")
+    refused(r"--tokenizer .*bert: does not know [5-9]\d % of the tokens of --data; give", "--data", strange)
+    refused(r"--max-length 2: the tokenizer's 2 special tokens leave no room .* at least 3", "--max-length", "2")
+    text = str(write_text(tmp_path / "text.txt"))
+    refused(r"--max-length 1: leaves no token to predict; give at least 2",
+            "--kind", "text", "--data", text, "--max-length", "1")  # fmt: skip
+    refused(r"--threads 100000: this machine has \d+ cores; give at most", "--threads", "100000")
+    refused(r"--record .*: is a folder; name a file in it", "--record", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    refused(
+        r"--record .*file/r\.json: cannot be written .*; give another", "--record", str(tmp_path / "file/r.json")
+    )
+    config = tmp_path / "bert" / "config.json"
+    config.write_text(json.dumps({"model_type": "vit"}))
+    refused(r"--model .*bert: is no model of text, vit; give one that has a vocabulary")
+
+
 def test_no_room_on_the_disk(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     full = type("Usage", (), {"free": 1_000_000})()
     monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: full)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +164,33 @@ def test_digest_is_of_the_weights(tmp_path: Path) -> None:
     assert models.digest_of(one) == models.digest_of(other)
     wider = write_bert(tmp_path / "wider", intermediate_size=96)
     assert models.digest_of(one) != models.digest_of(wider)
+
+
+def test_weights_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
+    def refused(match: str, folder: Path) -> None:
+        with pytest.raises(ValueError, match=rf"--model {folder}: {match}") as caught:
+            built(folder, 2, "full")
+        assert "\n" not in str(caught.value)
+
+    def changed(name: str, **options: Any) -> Path:
+        folder = write_bert(tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | options))
+        return folder
+
+    cut = changed("cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(r"cannot be loaded \(SafetensorError: .*\); give a whole folder", cut)
+    (cut / "model.safetensors").unlink()
+    (cut / "pytorch_model.bin").write_bytes(b"no pickle")
+    refused(r"cannot be loaded \(UnpicklingError: ", cut)
+    (cut / "pytorch_model.bin").unlink()
+    (cut / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}')
+    refused(r"cannot be loaded \(FileNotFoundError: .*gone\.safetensors", cut)
+    refused(r"cannot be loaded \(RuntimeError: its weights have other shapes", changed("wide", hidden_size=64))
+    refused(r"its weights lack 16 of the tensors of its config\.json, such as bert\.encoder\.layer\.2\.",
+            changed("deep", num_hidden_layers=3))  # fmt: skip
+    another = changed("another")
+    shutil.copy(write_llama(tmp_path / "llama") / "model.safetensors", another / "model.safetensors")
+    refused(r"its weights lack 37 of the tensors", another)
