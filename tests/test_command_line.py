@@ -24,9 +24,10 @@ COMMANDS = (
 
 # Each command runs in a new process, forked with all imports; each exits as Python does.
 EACH = """
-import json, os, runpy, sys, tempfile
+import gc, json, os, runpy, sys, tempfile
 import transformers.models.llama.modeling_llama, gwt_kernels
 assert "gwt_kernels.__main__" not in sys.modules
+gc.freeze()  # each exit would look through all imports for garbage, for a second
 commands, ended = json.loads(sys.argv[1]), []
 for command in commands:
     reading, writing = os.pipe()

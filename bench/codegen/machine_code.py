@@ -16,7 +16,7 @@ from triton.compiler import CompiledKernel
 from bench.codegen.access_names import Frames, array_name, parse_comment, parse_locations
 
 
-class LimiterReduction(NamedTuple):
+class ChipLimits(NamedTuple):
     """What the warps on one multiprocessor (on AMD: the wavefronts on one compute unit) share.
 
     Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 Instruction
@@ -40,10 +40,10 @@ class LimiterReduction(NamedTuple):
 
 
 LIMITS = {
-    "sm_80": LimiterReduction(64, 32, 2048, 8, 4, 164 * 1024, 128, 1024),
-    "sm_90": LimiterReduction(64, 32, 2048, 8, 4, 228 * 1024, 128, 1024),
-    "sm_100": LimiterReduction(64, 32, 2048, 8, 4, 228 * 1024, 128, 1024),
-    "gfx942": LimiterReduction(32, 16, 2048, 8, 4, 64 * 1024, 512, 0),
+    "sm_80": ChipLimits(64, 32, 2048, 8, 4, 164 * 1024, 128, 1024),
+    "sm_90": ChipLimits(64, 32, 2048, 8, 4, 228 * 1024, 128, 1024),
+    "sm_100": ChipLimits(64, 32, 2048, 8, 4, 228 * 1024, 128, 1024),
+    "gfx942": ChipLimits(32, 16, 2048, 8, 4, 64 * 1024, 512, 0),
 }
 
 # Accesses by array, then by width in bits: {"p": {"128": 2}}. Text, since JSON has no other keys.
@@ -78,7 +78,7 @@ def read(kernel: CompiledKernel, target: str) -> dict[str, Any]:
     return row
 
 
-def resident_warps(limits: LimiterReduction, warps: int, registers: int, shared: int) -> int:
+def resident_warps(limits: ChipLimits, warps: int, registers: int, shared: int) -> int:
     """Warps that a multiprocessor holds at once, for programs of ``warps`` with ``registers`` a lane."""
     allotted = max(1, -(-registers // limits.register_unit)) * limits.register_unit
     by_registers = limits.registers // limits.schedulers // allotted * limits.schedulers

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from gwt_kernels.core.factored import FACTORS, factor_dims
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of
-from gwt_kernels.migration.records import Migrated, Source, Target, bytes_of_state
-from gwt_kernels.optim.options import ADDED, check_group
-from gwt_kernels.optim.state import check_state, complete, slots_of, state_keys, state_shape
+from gwt_kernels.migration.records import Migrated, Source, Target, finished, form_of_options
+from gwt_kernels.optim.state import complete, slots_of, state_shape
 from gwt_kernels.rules import ADAFACTOR, rule_of
 
 __all__ = ["has_factors", "is_factored", "migrate_factors"]
@@ -83,12 +82,10 @@ def migrate_factors(source: Source, target: Target, migrate: Migrate) -> tuple[d
     plain = [form._replace(rule="gwt", dtype=torch.float64) for form in (read.form, new)]
     moments = {"exp_avg": torch.zeros_like(read.col), "exp_avg_sq": read.col}
     col = read.col if same else convert(moments, plain[0], plain[1], width)["exp_avg_sq"]
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    for key, x in zip(reversed(factor_dims(p.dim())), (col, read.row), strict=False):
-        assert x is not None
-        state[key] = x.to(dtype).contiguous()
-        notes[key] = "exact" if same else "approximate: as if gradients of neighbours were uncorrelated"
-    return _checked(state, notes, source, target, p, (read.form, new))
+    factors = _factors(p, read.row, col)
+    note = "exact" if same else "approximate: as if gradients of neighbours were uncorrelated"
+    state, notes = state | factors, notes | dict.fromkeys(factors, note)
+    return finished(state, notes, source, target, p, (read.form, new))
 
 
 def _from_moments(
@@ -115,12 +112,10 @@ def _from_moments(
         notes["exp_avg"] = f"approximate: over the root of the factors; {how.notes['exp_avg']}"
     else:
         notes["exp_avg"] = "dropped: beta1 is None"
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    for key, x in zip(reversed(factor_dims(p.dim())), (col, row), strict=False):
-        assert x is not None
-        state[key] = x.to(dtype).contiguous()
-        notes[key] = f"approximate: means of the second moment; {how.notes['exp_avg_sq']}"
-    return _checked(state, notes, source, target, p, (how.before, new))
+    factors = _factors(p, row, col)
+    state |= factors
+    notes |= dict.fromkeys(factors, f"approximate: means of the second moment; {how.notes['exp_avg_sq']}")
+    return finished(state, notes, source, target, p, (how.before, new))
 
 
 def _to_moments(
@@ -175,12 +170,7 @@ def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
         )
     form = Form(0, "adafactor", "haar", "zero", torch.float32)
     if "level" in group:
-        options = {**target.group, **ADDED, **group, "backend": None}
-        try:
-            check_group(options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the options of its state are damaged: {error}") from None
-        form = form_of(options, p.shape, form.dtype)
+        form = form_of_options(source, target.group, p.shape, form.dtype)
     if isinstance(m := state.get("exp_avg"), Tensor):
         form = form._replace(dtype=m.dtype)
     step = torch.as_tensor(state.get("step", math.nan), dtype=torch.float64, device="cpu")
@@ -227,31 +217,15 @@ def _first_of(
     return m.detach().double() / rate, f"approximate: over the last step's learning rate, {rate:.3g}"
 
 
+def _factors(p: Tensor, row: Tensor | None, col: Tensor) -> dict[str, Tensor]:
+    """The factors as entries of a parameter's state; without those of rows where it has one dimension."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    named = zip(reversed(factor_dims(p.dim())), (col, row), strict=False)
+    return {key: x.to(dtype).contiguous() for key, x in named if x is not None}
+
+
 def _form_of(group: Mapping[str, Any], p: Tensor) -> Form:
     template: dict[str, Tensor] = {}
     complete(template, p, group)
     dtype = template["exp_avg"].dtype if "exp_avg" in template else torch.promote_types(p.dtype, torch.float32)
     return form_of(group, p.shape, dtype)
-
-
-def _checked(
-    state: dict[str, Tensor],
-    notes: dict[str, str],
-    source: Source,
-    target: Target,
-    p: Tensor,
-    forms: tuple[Form, Form],
-) -> tuple[dict[str, Tensor], Migrated]:
-    """The state, whole and in order, with the low halves of weights."""
-    keys = state_keys(p, target.group)
-    if "weight_low" in keys and "weight_low" not in state:
-        low = source.state.get("weight_low")
-        fresh = torch.zeros((*p.shape, 2), dtype=torch.uint8, device=next(iter(state.values())).device)
-        state["weight_low"] = fresh if low is None else low.detach().clone()
-        notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
-    elif "weight_low" in source.state and "weight_low" not in keys:
-        notes["weight_low"] = "dropped: the weights go on from their 16 bits"
-    check_state(state, p, target.group, target.label, keys)
-    state = {key: state[key] for key in keys}
-    size = bytes_of_state(state)
-    return state, Migrated(target.title, *forms, notes, source.size, size)

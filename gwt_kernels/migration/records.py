@@ -1,15 +1,18 @@
-"""What a migration takes and makes of one parameter."""
+"""What a migration takes and makes of one parameter, and what it does alike for moments and for factors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from gwt_kernels.migration.conversion import Form
+from gwt_kernels.migration.conversion import Form, form_of
+from gwt_kernels.optim.options import ADDED, check_group
+from gwt_kernels.optim.state import check_state, state_keys
 
-__all__ = ["Migrated", "Source", "Target", "bytes_of_state"]
+__all__ = ["Migrated", "Source", "Target", "bytes_of_state", "finished", "form_of_options"]
 
 
 class Migrated(NamedTuple):
@@ -52,3 +55,34 @@ class Target(NamedTuple):
 def bytes_of_state(state: Mapping[str, Any]) -> int:
     """Bytes of a state's tensors."""
     return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
+
+
+def form_of_options(source: Source, defaults: Mapping[str, Any], shape: torch.Size, dtype: torch.dtype) -> Form:
+    """The form of a state's moments by the options of its group, which has a level; others are ``defaults``."""
+    options = {**defaults, **ADDED, **source.group, "backend": None}
+    try:
+        check_group(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the options of its state are damaged: {error}") from None
+    return form_of(options, shape, dtype)
+
+
+def finished(
+    state: dict[str, Tensor],
+    notes: dict[str, str],
+    source: Source,
+    target: Target,
+    p: Tensor,
+    forms: tuple[Form, Form],
+) -> tuple[dict[str, Tensor], Migrated]:
+    """Add the low halves of weights to a state, whether of moments or of factors; check it and put it in order."""
+    keys, low = state_keys(p, target.group), source.state.get("weight_low")
+    if "weight_low" in keys and "weight_low" not in state:
+        fresh = torch.zeros((*p.shape, 2), dtype=torch.uint8, device=next(reversed(state.values())).device)
+        state["weight_low"] = fresh if low is None else low.detach().clone()
+        notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
+    elif low is not None and "weight_low" not in keys:
+        notes["weight_low"] = "dropped: the weights go on from their 16 bits"
+    check_state(state, p, target.group, target.label, keys)
+    state = {key: state[key] for key in keys}
+    return state, Migrated(target.title, *forms, notes, source.size, bytes_of_state(state))

@@ -17,13 +17,12 @@ from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.factored import has_factors, is_factored, migrate_factors
 from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
-from gwt_kernels.migration.records import Migrated, bytes_of_state
+from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options
 from gwt_kernels.migration.records import Source as _Source
 from gwt_kernels.migration.records import Target as _Target
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
-from gwt_kernels.optim.options import ADDED, check_group
-from gwt_kernels.optim.state import check_state, complete, row_shape, state_keys, state_shape, upgraded
+from gwt_kernels.optim.state import check_state, complete, row_shape, state_shape, upgraded
 from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
@@ -266,19 +265,11 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
         state["limiter_norm"] = torch.tensor(norm, dtype=template["limiter_norm"].dtype, device=device)
     elif "limiter_norm" in source.state:
         notes["limiter_norm"] = "dropped: the optimizer has no limiter here"
-    if "weight_low" in template:
-        low = source.state.get("weight_low")
-        fresh = torch.zeros_like(template["weight_low"], device=device)
-        state["weight_low"] = fresh if low is None else low.detach().clone()
-        notes["weight_low"] = "new: zeros, the weights are as they are" if low is None else "exact"
-    elif "weight_low" in source.state:
-        notes["weight_low"] = "dropped: the weights go on from their 16 bits"
     if "max_exp_avg_sq" in source.state:
         notes["max_exp_avg_sq"] = "dropped: there is no amsgrad here"
     if source.group.get("decoupled_weight_decay") is False and source.group.get("weight_decay"):
         notes["weight_decay"] = "approximate: Adam's is part of the moments, and fades from them with the betas"
-    check_state(state, p, target.group, target.label, state_keys(p, target.group))
-    return state, Migrated(target.title, old, new, notes, source.size, bytes_of_state(state))
+    return finished(state, notes, source, target, p, (old, new))
 
 
 def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:
@@ -291,12 +282,7 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
         )
     if "level" in group:
         unscaled = {key: value for key, value in defaults.items() if key != "detail_scale"}
-        options = {**unscaled, **ADDED, **group, "backend": None}
-        try:
-            check_group(options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the options of its state are damaged: {error}") from None
-        return form_of(options, p.shape, m.dtype)
+        return form_of_options(source, unscaled, p.shape, m.dtype)
     if is_of_muon(group):
         unsaid = {**unsaid, "rule": "muon"}
     for level in range(64):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
@@ -48,16 +49,20 @@ def like_a_gpu() -> Iterator[None]:
 
 
 def quicken() -> None:
-    """Let the interpreter prepare ``triton.language`` once a launch; do nothing where Triton is not imported.
+    """Take work from Triton's interpreter that changes no result; do nothing where Triton is not imported.
 
-    By itself, it does so at each call of a device function too, for which it lists all members of the language's
-    modules every time. That takes half of the time of a launch.
+    By itself, it prepares ``triton.language`` at each call of a device function too, for which it lists all members
+    of the language's modules every time: half of the time of a launch. A third of the rest is overflow of integers,
+    which it computes and then, as it does not debug, does not look at.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or interpreter._patch_lang.__module__ == __name__:
         return
     import triton.language as tl
 
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what kernels and the language's own see
     prepare, call = interpreter._patch_lang, interpreter.InterpretedFunction.__call__
     launches, scope = 0, None

@@ -16,17 +16,11 @@ __all__ = [
     "POINTERS",
     "SCALARS",
     "TELEMETRY",
-    "column_bytes",
 ]
 
 
 def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
     return [tl.constexpr(i) for i in range(len(columns))]
-
-
-def column_bytes(columns: tuple[str, ...], name: str, n: int) -> int:
-    """Return the byte offset of a column in a table of columns of ``n`` words of 8 bytes."""
-    return 8 * n * columns.index(name)
 
 
 # Addresses of a tensor's arrays, and integers: int64 [columns, n]; only the first columns that are read are sent.
