@@ -105,6 +105,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
     many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
     many.add_argument("--host-time", metavar="S", help="of the host, for each tensor: 5e-6 or 5us (assumed: 5us)")
+    many.add_argument(
+        "--matrix-flops", type=float, metavar="F/s", help="of Newton-Schulz, for --rule muon (assumed: 400e12)"
+    )
     add("--json", action="store_true", help="print everything as JSON instead of tables")
     add("--verbose", action="store_true", help="a row for every parameter, not one for all layers")
 
@@ -264,10 +267,21 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
     """Return the plan on several processes; None without --world-size and --mesh."""
     from gwt_kernels.mesh import mesh_of
     from gwt_kernels.plan import parse_bandwidth
-    from gwt_kernels.plan_sharded import HOST_TIME, LATENCY, LINK_BANDWIDTH, parse_seconds, plan_sharded
+    from gwt_kernels.plan_sharded import (
+        HOST_TIME,
+        LATENCY,
+        LINK_BANDWIDTH,
+        MATRIX_FLOPS,
+        parse_seconds,
+        plan_sharded,
+    )
 
     if options.world_size is None and options.mesh is None:
-        unused = [name for name in ("clip", "link_bandwidth", "latency", "host_time") if getattr(options, name)]
+        unused = [
+            name
+            for name in ("clip", "link_bandwidth", "latency", "host_time", "matrix_flops")
+            if getattr(options, name)
+        ]
         if unused:
             raise ValueError(f"--{unused[0].replace('_', '-')} needs --world-size or --mesh")
         return None
@@ -279,6 +293,7 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
         link_bandwidth=LINK_BANDWIDTH if link is None else parse_bandwidth(link),
         latency=LATENCY if latency is None else parse_seconds(latency),
         host_time=HOST_TIME if host is None else parse_seconds(host, "host time"),
+        matrix_flops=MATRIX_FLOPS if options.matrix_flops is None else options.matrix_flops,
     )
 
 

@@ -35,6 +35,11 @@ class FactorReduction:
 
     Sums over rows travel where rows are shared out, sums over columns where columns are, means where either is.
 
+    The second collective has one number a parameter, the sum of the update's squares, by which it is clipped:
+    ``sum(A_ij**2 * mean(R) / (R_i * C_j))``. No sums of the first tell it, for ``R`` and ``C``, known after these
+    alone, stand under each square. With ``R`` and ``C`` of earlier steps in them, ``A*A`` of ``[[2, 0], [0, 2]]``
+    and of ``[[1, 1], [1, 1]]`` have the same sums over rows and columns, and others of the update's squares.
+
     Args:
         params: All parameters whose second moment is factored and that are sharded over several processes, on one
             device; as :class:`gwt_kernels.distributed.reduction.ShardSums` takes them.

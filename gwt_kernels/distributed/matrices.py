@@ -352,8 +352,8 @@ class _Batch:
         taken = sum(unit.nbytes for unit, *_ in self._wholes)
         self._temporary_bytes = min(batch.needed[own], workspace_bytes) - taken
         self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
-        self.sent_bytes = (sum(self._sent) + sum(self._arriving)) * itemsize * batch.travels
-        self.reduced_bytes = self._n_held * itemsize * len(peers.replicas)
+        self.sent_bytes = batch.sent_bytes(peers.ranks[replica], position)
+        self.reduced_bytes = batch.reduced_bytes(position) * len(peers.replicas)
 
     def steps(self, make: Stage, use: Stage) -> Iterator[None]:
         """Go through the batch, stopping where other batches may go on while this one travels."""

@@ -79,6 +79,7 @@ class Unit:
         shape: The unit's, of the parameter's number of dimensions.
         parts: What each position holds of it.
         work: A measure of the time that it takes.
+        flops: Floating-point operations of its products.
         workspace: Bytes of temporaries, all its matrices at once; of copies too where rows are cut.
         itemsize: Bytes of an element.
     """
@@ -87,6 +88,7 @@ class Unit:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     work: int
+    flops: int
     workspace: int
     itemsize: int
 
@@ -145,6 +147,7 @@ def _unit(index: int, layout: Layout, first: int, stop: int, newton_schulz: Newt
         shape,
         tuple(_part(dims, first, stop) for dims in layout.held),
         sum(n * newton_schulz.work(r, c) for n, r, c in numbers),
+        sum(n * newton_schulz.flops(r, c) for n, r, c in numbers),
         sum(n * newton_schulz.temporary_bytes(r, c, copied=len(numbers) > 1) for n, r, c in numbers),
         newton_schulz.dtype.itemsize,
     )
@@ -230,6 +233,23 @@ class Batch:
     def travelling(self) -> int:
         """The most bytes that a process keeps while the batch is under way."""
         return self.held + max(self.arriving.values(), default=0)
+
+    def sent_bytes(self, replica: Sequence[int], position: int) -> int:
+        """What one of the processes ``replica`` sends to the owners among them, and back to others as one."""
+        if not self.travels:
+            return 0
+        total = 0
+        for unit, owner in zip(self.units, self.owners, strict=True):
+            own = unit.parts[position].numel
+            if owner == replica[position]:
+                total += (unit.numel - own) * unit.itemsize
+            elif owner in replica:
+                total += own * unit.itemsize
+        return total
+
+    def reduced_bytes(self, position: int) -> int:
+        """What a process adds up with one of its replicas."""
+        return sum(unit.parts[position].numel * unit.itemsize for unit in self.units)
 
     def add(self, unit: Unit, owner: int, moves: bool) -> None:
         self.units.append(unit)

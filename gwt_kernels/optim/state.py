@@ -47,6 +47,7 @@ __all__ = [
     "slots_of",
     "state_keys",
     "state_shape",
+    "takes_rows",
     "upgraded",
 ]
 
@@ -100,9 +101,14 @@ def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None
     return (*range(p.dim() - 1), None) if of_rows and p.dim() else factors_of(p, group).get(key)
 
 
+def takes_rows(group: Mapping[str, Any]) -> bool:
+    """Whether what becomes of an element depends on all of its row."""
+    return group["level"] == ROW or bool(_row_slots(group))
+
+
 def needs_row_sums(p: Tensor, group: Mapping[str, Any]) -> bool:
     """Whether sums over rows have to be added up over processes before a step, each of which has parts of rows."""
-    return (group["level"] == ROW or bool(_row_slots(group))) and divides_rows(p)
+    return takes_rows(group) and divides_rows(p)
 
 
 def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:

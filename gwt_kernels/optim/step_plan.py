@@ -243,7 +243,7 @@ _shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtyp
 def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
     """Return what the checks before a step depend on beside tensors and gradients: ``Sources.options``."""
     return [
-        *((*_bucket_options(g), g["seed"], len(g["params"])) for g in groups),
+        *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
         capturable,
         decides,
         choice.tracer(),
@@ -251,7 +251,7 @@ def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: b
     ]
 
 
-def _bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
+def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
     keeps_none = group.get("beta1", 0.0) is None
     return *_shared_options(group), is_limited(group), stage_key(group), keeps_none
@@ -266,7 +266,7 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]
     place = -1
     seen = set()
     for i, group in enumerate(sources.groups):
-        options = _bucket_options(group)
+        options = bucket_options(group)
         for k, p in enumerate(group["params"]):
             place += 1
             if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant

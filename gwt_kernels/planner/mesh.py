@@ -10,8 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.factored import factor_dims
-
 __all__ = [
     "FIRST",
     "Axis",
@@ -23,6 +21,7 @@ __all__ = [
     "mesh_of",
     "part_of",
     "shape_of_part",
+    "way_of",
 ]
 
 Axis = Literal["fsdp", "tp"]
@@ -100,7 +99,7 @@ def mesh_of(world_size: int | None = None, text: str | None = None) -> Mesh:
 def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> tuple[Division, ...]:
     """Return the divisions of a parameter in their order: first by tensor parallelism, then by FSDP2."""
     divisions: list[Division] = []
-    way = _way(name, ways) if mesh.tp > 1 else None
+    way = way_of(name, ways) if mesh.tp > 1 else None
     if way is not None:
         if way not in _DIMENSIONS or p.dim() > 2:
             raise ValueError(
@@ -117,8 +116,8 @@ def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> t
     return tuple(divisions)
 
 
-def _way(name: str, ways: Mapping[str, str]) -> str | None:
-    # A plan names modules, or a module's direct parameters.
+def way_of(name: str, ways: Mapping[str, str]) -> str | None:
+    """How a plan for tensor parallelism, which names modules or their direct parameters, divides a parameter."""
     for pattern, way in ways.items():
         numbered = re.escape(pattern).replace(r"\*", r"\d+")
         if re.fullmatch(rf"{numbered}(\.weight|\.bias)?", name):
@@ -142,9 +141,8 @@ def shape_of_part(
     return tuple(local)
 
 
-def divisions_of_state(key: str, p: Tensor, divisions: Sequence[Division]) -> Sequence[Division]:
-    """How an entry of a parameter's state is divided: factors keep some of its dimensions, others all of them."""
-    dims = factor_dims(p.dim()).get(key)
+def divisions_of_state(dims: Sequence[int | None] | None, divisions: Sequence[Division]) -> Sequence[Division]:
+    """How an entry of a parameter's state is divided that keeps these of its dimensions, or all: None."""
     if dims is None:
         return divisions
     return [(axis, dims.index(dim)) for axis, dim in divisions if dim in dims]

@@ -70,6 +70,8 @@ class Plan:
     """Weights without ``requires_grad``, as meta tensors: they have neither gradient nor state."""
     states: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]] = field(repr=False, compare=False)
     """Each trainable parameter and its state with the requested options, as meta tensors."""
+    groups: Mapping[str, Mapping[str, Any]] = field(repr=False, compare=False)
+    """Each trainable parameter's group of options."""
     tensor_parallel: Mapping[str, str]
     """The model's tensor-parallel plan: style by module name, with ``*`` for a number; empty if it has none."""
     chosen: Cost

@@ -115,6 +115,7 @@ def plan(
         entries=tuple(requested.entries(state_dtype)),
         frozen={name: stand_in(p, dtype) for name, p in module.named_parameters() if not p.requires_grad},
         states={d.name: (p, state) for p, d, state in requested.states(state_dtype)},
+        groups={d.name: requested.group_of[p] for p, d in requested.members},
         tensor_parallel=dict(getattr(module, "_tp_plan", None) or {}),
         chosen=chosen,
         adamw=tuple(requested.adamw(each) for each in ((None,) if weights == "float32" else (None, torch.float32))),

@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from gwt_kernels.optim.state import kept_dims, takes_rows
 from gwt_kernels.planner.costs import adamw_state, bytes_of, limiter_bytes, pass_bytes
+from gwt_kernels.planner.matrix_work import MatrixWork
 from gwt_kernels.planner.mesh import Axis, Division, Mesh, divisions_of_state, part_of, shape_of_part
 from gwt_kernels.planner.plan import Plan, label, moments_of
 from gwt_kernels.planner.tables import aligned, three_digits, unit_of
@@ -39,21 +41,24 @@ class Collective(NamedTuple):
     purpose: str
     engine: bool
     """Whether DDP or FSDP2 sends it around forward and backward, and not the optimizer's step."""
-    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
     processes: int
     """Number of processes that take part."""
     calls: int
     """Number of collectives per step."""
     total_bytes: int
-    """Bytes of all calls together: reduced, or present after gathering."""
+    """Bytes of all calls together: reduced, present after gathering, or sent to others by the busiest process."""
 
     def seconds(self, link_bandwidth: float, latency: float) -> float:
         """Return the predicted time of recursive doubling and halving on a network of equal links.
 
         With ``n`` processes a gather or a scatter takes ``ceil(log2(n))`` successive messages, which send
         ``(n - 1) / n`` of the bytes; an all-reduce is a scatter and a gather (Thakur, Rabenseifner and
-        Gropp, "Optimization of Collective Communication Operations in MPICH", 2005).
+        Gropp, "Optimization of Collective Communication Operations in MPICH", 2005). In an all-to-all all
+        messages of a process are under way at once.
         """
+        if self.kind == "all-to-all":
+            return self.calls * latency + self.total_bytes / link_bandwidth
         passes = 2 if self.kind == "all-reduce" else 1
         hops = self.calls * math.ceil(math.log2(self.processes))
         sent = self.total_bytes * (self.processes - 1) / self.processes
@@ -82,6 +87,15 @@ class ShardedPlan:
     """Seconds."""
     host_time: float
     """Seconds for each tensor."""
+    matrices: MatrixWork | None = None
+    """Of an optimizer that orthogonalises matrices, what each process computes and sends for them."""
+    matrix_flops: float = 1.0
+    """Floating-point operations per second of products of matrices."""
+
+    @property
+    def matrix_seconds(self) -> float:
+        """Predicted time of the products of matrices, of the process that has most of them."""
+        return 0.0 if self.matrices is None else max(self.matrices.flops) / self.matrix_flops
 
     @property
     def collective_seconds(self) -> float:
@@ -105,13 +119,15 @@ class ShardedPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Predicted time of the optimizer's step: memory plus collectives, or the host time if longer.
+        """Predicted time of the optimizer's step: memory, matrices and collectives, or the host time if longer.
+
+        Nothing of that is taken to overlap, though matrices travel while others are computed.
 
         None without a memory bandwidth.
         """
         if self.memory_seconds is None:
             return None
-        return max(self.memory_seconds + self.collective_seconds, self.host_seconds)
+        return max(self.memory_seconds + self.matrix_seconds + self.collective_seconds, self.host_seconds)
 
     def held_by(self, fsdp: int, tp: int) -> Held:
         """Return the bytes of the process at these mesh coordinates; replicas have the same."""
@@ -137,6 +153,10 @@ class ShardedPlan:
             "link_bandwidth": self.link_bandwidth,
             "latency": self.latency,
             "host_time": self.host_time,
+            "matrices": None
+            if self.matrices is None
+            else {**self.matrices.as_dict(), "predicted_seconds": self.matrix_seconds},
+            "matrix_flops": self.matrix_flops,
             "predicted_host_seconds": self.host_seconds,
             "predicted_memory_seconds": self.memory_seconds,
             "predicted_collective_seconds": self.collective_seconds,
@@ -145,7 +165,8 @@ class ShardedPlan:
         }
 
     def __str__(self) -> str:
-        return "\n\n".join((_shares(self), _collectives(self)))
+        parts = (_shares(self), *(() if self.matrices is None else (_matrices(self),)), _collectives(self))
+        return "\n\n".join(parts)
 
 
 def weights(planned: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -162,11 +183,12 @@ def held(
     sums = [0] * 5
     for name, (whole, state) in planned.states.items():
         p = part_of(whole, divisions[name], mesh, at)
-        shards = {
-            key: part_of(x, divisions_of_state(key, whole, divisions[name]), mesh, at) for key, x in state.items()
-        }
+        group = planned.groups[name]
+        kept = {key: divisions_of_state(kept_dims(key, whole, group), divisions[name]) for key in state}
+        shards = {key: part_of(x, kept[key], mesh, at) for key, x in state.items()}
         adamw = adamw_state(p, p.dtype)
-        moved = pass_bytes(p, shards) + limiter_bytes(p, shards) + (bytes_of(p) if clip else 0)
+        reads = clip + (takes_rows(group) and any(dim == whole.dim() - 1 for _, dim in divisions[name]))
+        moved = pass_bytes(p, shards, group) + limiter_bytes(p, shards) + reads * bytes_of(p)
         row = (bytes_of(p), bytes_of(*shards.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
         sums = [a + b for a, b in zip(sums, row, strict=True)]
     gradients, *rest = sums
@@ -179,16 +201,18 @@ def _shares(sharded: ShardedPlan) -> str:
     unit, size = unit_of(common)
     rows: list[tuple[str, ...]] = [
         ("optimizer", "moments", "weights", "gradients", "states", "together", "step moves", "memory, ms",
-         "collectives, ms", "host, ms", "step, ms")
+         *(("matrices, ms",) if sharded.matrices is not None else ()), "collectives, ms", "host, ms", "step, ms")
     ]  # fmt: skip
     # AdamW's host time is unknown, and so is the time of its step.
+    ours: list[float] = [] if sharded.matrices is None else [sharded.matrix_seconds]
+    theirs: list[float | None] = [] if sharded.matrices is None else [0.0]
     for cost, state, moved, seconds in (
-        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, (0.0, None, None)),
+        (plan.adamw[0], held.adamw_state_bytes, held.adamw_moved_bytes, (*theirs, 0.0, None, None)),
         (
             plan.chosen,
             held.state_bytes,
             held.moved_bytes,
-            (sharded.collective_seconds, sharded.host_seconds, sharded.seconds),
+            (*ours, sharded.collective_seconds, sharded.host_seconds, sharded.seconds),
         ),
     ):
         amounts = (held.weight_bytes, held.gradient_bytes, state, common + state, moved)
@@ -207,8 +231,21 @@ def _shares(sharded: ShardedPlan) -> str:
         )
     excess = 100 * ((common + held.state_bytes) / sharded.even_bytes - 1)
     return (
-        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{aligned(rows, right=range(2, 11))}\n"
+        f"The largest of {_processes(sharded)}, {unit} ({speed})\n{aligned(rows, right=range(2, len(rows[0])))}\n"
         f"It holds {excess:.1f} % more than an even share."
+    )
+
+
+def _matrices(sharded: ShardedPlan) -> str:
+    work = sharded.matrices
+    assert work is not None
+    most, least, total = max(work.flops), min(work.flops), sum(work.flops)
+    return (
+        f"Newton-Schulz of the matrices (time predicted for {sharded.matrix_flops / 1e12:,.1f} TFLOP/s)\n"
+        f"All processes {total / 1e9:,.3f} GFLOP a step, the busiest {most / 1e9:,.3f} "
+        f"({three_digits(1e3 * sharded.matrix_seconds)} ms), the least busy {least / 1e9:,.3f}.\n"
+        f"A process sends up to {max(work.sent_bytes):,} bytes to owners of matrices and back, and adds up "
+        f"{max(work.reduced_bytes):,} with\nreplicas, while other matrices are computed."
     )
 
 

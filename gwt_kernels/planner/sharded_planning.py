@@ -14,12 +14,24 @@ from torch import Tensor
 from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, format_of
+from gwt_kernels.optim.state import takes_rows
 from gwt_kernels.planner.costs import bytes_of
-from gwt_kernels.planner.mesh import FIRST, Division, Mesh, divisions_of, length_of_part, part_of
+from gwt_kernels.planner.matrix_work import MatrixWork, work_of
+from gwt_kernels.planner.mesh import (
+    FIRST,
+    Axis,
+    Division,
+    Mesh,
+    divisions_of,
+    length_of_part,
+    part_of,
+    shape_of_part,
+)
 from gwt_kernels.planner.plan import Plan
 from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
+from gwt_kernels.rules import rule_of
 
-__all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "plan_sharded"]
+__all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "MATRIX_FLOPS", "plan_sharded"]
 
 LINK_BANDWIDTH = 50e9
 """Bytes per second that a process sends while receiving as many; assumes 400 Gbit/s per GPU."""
@@ -27,6 +39,9 @@ LATENCY = 10e-6
 """Seconds from one process to another for an empty message; an assumption of a network's order of magnitude."""
 HOST_TIME = 5e-6
 """Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 2 to 8 µs."""
+
+MATRIX_FLOPS = 400e12
+"""Operations per second of Newton-Schulz; an assumption: two fifths of what an H100 can do in bfloat16."""
 
 _BUCKETS = [2**20, 25 * 2**20]  # bytes at which DDP sends its first bucket, and later ones
 
@@ -40,6 +55,7 @@ def plan_sharded(
     link_bandwidth: float = LINK_BANDWIDTH,
     latency: float = LATENCY,
     host_time: float = HOST_TIME,
+    matrix_flops: float = MATRIX_FLOPS,
 ) -> ShardedPlan:
     """Divide a planned model over processes as PyTorch does, without allocating or starting anything.
 
@@ -59,6 +75,7 @@ def plan_sharded(
         link_bandwidth: Bytes per second between processes.
         latency: Seconds of an empty message.
         host_time: Host seconds per tensor of a step.
+        matrix_flops: Floating-point operations per second of Newton-Schulz's products, for Muon.
 
     Raises:
         ValueError: a number is out of range, the model has no plan for ``tp``, or a division splits a block or the
@@ -66,10 +83,12 @@ def plan_sharded(
     """
     if min(mesh) < 1:
         raise ValueError(f"mesh {mesh!r} has an axis without processes: use 1 for an axis that is not there")
-    if not (math.isfinite(link_bandwidth) and link_bandwidth > 0):
-        raise ValueError(
-            f"link_bandwidth must be a finite number of bytes per second above 0, got {link_bandwidth}"
-        )
+    for what, per_second, value in (
+        ("link_bandwidth", "bytes", link_bandwidth),
+        ("matrix_flops", "operations", matrix_flops),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{what} must be a finite number of {per_second} per second above 0, got {value}")
     for what, value in (("latency", latency), ("host_time", host_time)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{what} must be a finite number of seconds of at least 0, got {value}")
@@ -82,6 +101,8 @@ def plan_sharded(
     divisions = {name: divisions_of(name, p, mesh, ways) for name, p in weights(planned)}
     _check_columns(planned, mesh, divisions)
     _check_rows(planned, mesh, divisions)
+    matrices = work_of(planned, mesh, divisions, ways)
+    sums = _of_the_step(planned, mesh, divisions, clip)
     return ShardedPlan(
         plan=planned,
         mesh=mesh,
@@ -89,10 +110,12 @@ def plan_sharded(
         even_bytes=_even_bytes(planned, mesh, divisions),
         divisions=divisions,
         clip=clip,
-        collectives=(*_of_the_step(planned, mesh, divisions, clip), *_of_the_engine(planned, mesh, divisions)),
+        collectives=(*sums, *_of_matrices(matrices), *_of_the_engine(planned, mesh, divisions)),
         link_bandwidth=link_bandwidth,
         latency=latency,
         host_time=host_time,
+        matrices=matrices,
+        matrix_flops=matrix_flops,
     )
 
 
@@ -116,12 +139,7 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
             if dim == len(entry.shape) - 1:
                 n = getattr(mesh, axis)
                 widths = {length_of_part(width, n, i) for width in widths for i in range(n)}
-                if entry.level == ROW:
-                    raise ValueError(
-                        f"mesh {mesh} divides the columns of {entry.name}, and level='row' needs the sums of whole "
-                        f"rows: use another level, exclude it from the transform, or divide its rows"
-                    )
-                if (common := math.gcd(*widths)) % 2**entry.level:
+                if entry.level != ROW and (common := math.gcd(*widths)) % 2**entry.level:
                     torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
     if torn:
         name, (_, widths) = min(torn.items(), key=lambda item: item[1][0])
@@ -163,6 +181,8 @@ def _of_the_step(
 ) -> Iterator[Collective]:
     if not any(divisions.values()):
         return  # replicas compute the same decision without communication
+    for axis, size in _rows_by_axis(planned, mesh, divisions):
+        yield Collective("sums over rows", False, "all-reduce", getattr(mesh, axis), 1, size)
     if clip:
         yield Collective("gradient norm, non-finite", False, "all-reduce", mesh.size, 1, 2 * 8)
     limited = [name for name, (_, state) in planned.states.items() if "limiter_norm" in state and divisions[name]]
@@ -179,6 +199,32 @@ def _of_the_step(
         numbers = sum(_numbers_sent(planned.states[name][1], divisions[name]) for name in factored)
         yield Collective("sums over rows and columns", False, "all-reduce", n, 1, width * numbers)
         yield Collective("updates' squares", False, "all-reduce", n, 1, width * len(factored))
+
+
+def _rows_by_axis(
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]
+) -> Iterator[tuple[Axis, int]]:
+    """The axes along which rows are divided whose sums a step needs, and the bytes of these sums on a process."""
+    numbers: Counter[Axis] = Counter()
+    width = 4
+    for name, (p, _) in planned.states.items():
+        group = planned.groups[name]
+        axes = [axis for axis, dim in divisions[name] if dim == p.dim() - 1]
+        if axes and takes_rows(group):
+            rows = math.prod(shape_of_part(p.shape, divisions[name], mesh, FIRST)[:-1])
+            numbers.update(dict.fromkeys(axes, rows * rule_of(group["rule"]).row_numbers(group["level"])))
+            width = max(width, p.dtype.itemsize)
+    yield from ((axis, width * n) for axis, n in numbers.items())
+
+
+def _of_matrices(work: MatrixWork | None) -> Iterator[Collective]:
+    """Yield the collectives that take matrices to their owners and back."""
+    if work is None:
+        return
+    for n, calls in sorted(work.exchanges.items()):
+        yield Collective("matrices to owners and back", False, "all-to-all", n, calls, work.exchanged_bytes[n])
+    for n, calls in sorted(work.reductions.items()):
+        yield Collective("matrices of replicas", False, "all-reduce", n, calls, work.added_bytes[n])
 
 
 def _numbers_sent(state: Mapping[str, Tensor], divisions: Sequence[Division]) -> int:

@@ -86,6 +86,11 @@ class NewtonSchulz(NamedTuple):
         """A measure of the time that one matrix takes, by which matrices are shared out."""
         return rows * cols * min(rows, cols) * max(self.steps, 1)
 
+    def flops(self, rows: int, cols: int) -> int:
+        """Floating-point operations of the products for one matrix, an addition and a multiplication each two."""
+        small, large = min(rows, cols), max(rows, cols)
+        return self.steps * 2 * small * small * (2 * large + small)
+
     def update_(self, x: Tensor) -> None:
         """Replace contiguous matrices ``x [n, rows, cols]`` of :attr:`dtype` by the result of the iteration."""
         n, rows, cols = x.shape

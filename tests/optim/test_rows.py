@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -161,8 +162,8 @@ def test_the_command_takes_rows_as_a_level(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "llama_60m", "--level", "rows"])
     assert "argument --level: 'rows' is neither an integer nor 'row'" in capsys.readouterr().err
-    assert main(["plan", "llama_60m", "--level", "row", "--mesh", "tp=2,fsdp=2"]) == 2
-    assert "level='row' needs the sums of whole rows" in capsys.readouterr().err
+    assert main(["plan", "llama_60m", "--level", "row", "--rule", "foam", "--mesh", "tp=2,fsdp=2"]) == 0
+    assert re.search(r"optimizer  sums over rows +all-reduce +2 +1 ", capsys.readouterr().out)
 
 
 def test_telemetry_of_rows_is_that_of_one_block():

@@ -14,6 +14,7 @@ from torch import nn
 
 from gwt_kernels.cli import main
 from gwt_kernels.mesh import Mesh, mesh_of
+from gwt_kernels.optim.state import kept_dims
 from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import Collective, Held, parse_seconds, plan_sharded
 from gwt_kernels.planner.mesh import divisions_of_state
@@ -240,9 +241,34 @@ def test_page_shows_the_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_factors_are_divided_along_the_dimensions_that_they_keep():
     p = torch.empty(6, 64, 96, device="meta")
     divided = (("tp", 2), ("fsdp", 0))
-    assert divisions_of_state("exp_avg_sq_row", p, divided) == [("fsdp", 0)]
-    assert divisions_of_state("exp_avg_sq_col", p, divided) == [("tp", 1), ("fsdp", 0)]
-    assert divisions_of_state("exp_avg_sq_row", p[0], (("tp", 1), ("fsdp", 0))) == [("fsdp", 0)]
-    assert divisions_of_state("exp_avg_sq_col", p[0], (("tp", 1), ("fsdp", 0))) == [("tp", 0)]
-    for key, of in (("exp_avg", p), ("exp_avg_sq", p[0, 0]), ("exp_avg_sq", p[0])):
-        assert tuple(divisions_of_state(key, of, divided[1:])) == divided[1:]
+    factored, rows = {"rule": "adafactor", "level": 2}, {"rule": "foam", "level": "row"}
+
+    def of(key, p, group, divided):
+        return list(divisions_of_state(kept_dims(key, p, group), divided))
+
+    assert of("exp_avg_sq_row", p, factored, divided) == [("fsdp", 0)]
+    assert of("exp_avg_sq_col", p, factored, divided) == [("tp", 1), ("fsdp", 0)]
+    assert of("exp_avg_sq_row", p[0], factored, (("tp", 1), ("fsdp", 0))) == [("fsdp", 0)]
+    assert of("exp_avg_sq_col", p[0], factored, (("tp", 1), ("fsdp", 0))) == [("tp", 0)]
+    assert of("exp_avg", p, rows, divided) == of("exp_avg_sq", p, rows, divided) == [("fsdp", 0)]
+    for key, x, group in (
+        ("exp_avg", p, factored),
+        ("exp_avg_sq", p[0, 0], factored),
+        ("exp_avg_sq", p[0], {"rule": "gwt", "level": 2}),
+    ):
+        assert of(key, x, group, divided[1:]) == list(divided[1:])
+
+
+def test_sums_over_rows_and_their_moments_are_those_of_the_optimizer() -> None:
+    mesh = Mesh(fsdp=2, tp=2)
+    planned = small(level="row", rule="foam")
+    sharded = plan_sharded(planned, mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
+    found = meshes.on_every_rank(meshes.steps_of_rows, mesh)
+    for (_, fsdp, tp), (state_bytes, step) in found.items():
+        assert sharded.held_by(fsdp, tp).state_bytes == state_bytes
+        if fsdp == 0:
+            assert step == [(c.kind, c.processes, c.total_bytes) for c in sharded.collectives if not c.engine]
+    # The rows of both layers' down, a half of 13 rounded up, two numbers each.
+    assert [(c.purpose, c.total_bytes) for c in sharded.collectives if not c.engine] == [
+        ("sums over rows", 2 * 7 * 2 * 4)
+    ]

@@ -137,6 +137,16 @@ def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str,
     return [engine.calls, step.calls]
 
 
+def steps_of_rows(rank: int, mesh: Mesh) -> tuple[int, list[tuple[str, int, int]]]:
+    """Return the bytes of state of rows as blocks, and the collectives of a step."""
+    with process(rank, mesh) as devices:
+        model = divide(Small().to(torch.bfloat16), mesh, devices)
+        optimizer = GWTAdamW(gwt_param_groups(model, level="row"), rule="foam")
+        with Recorder() as step:
+            state_bytes = held(optimizer)
+    return state_bytes, step.calls
+
+
 def refusal(rank: int, mesh: Mesh, moments: torch.dtype) -> str:
     """Return the optimizer's error for a model with unsupported sharding."""
     with process(rank, mesh) as devices:

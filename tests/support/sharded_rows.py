@@ -251,7 +251,7 @@ def checkpoints(folder: Path) -> None:
 
 
 def collectives() -> None:
-    """One all-reduce a step and process group for all rows, of one or two numbers each; then the limiter's."""
+    """One all-reduce a step and process group for all rows, a number each or two; then the limiter's."""
     line = mesh_of(2)
     params = [shard(torch.ones(4, 6), line, [COLUMNS]), shard(torch.ones(3, 8), line, [COLUMNS])]
     params += [shard(torch.ones(4, 6), line, [ROWS]), nn.Parameter(torch.ones(4, 6))]

@@ -1,0 +1,60 @@
+"""Counts what GWTMuon computes and sends in processes that test_matrix_work.py starts, beside what was planned."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.flop_counter import FlopCounterMode
+
+from gwt_kernels import GWTMuon, gwt_param_groups
+from gwt_kernels.mesh import Mesh
+from gwt_kernels.plan import plan
+from gwt_kernels.plan_sharded import plan_sharded
+from tests.support import meshes
+
+
+def main() -> None:
+    """All ways of sharding a model over four processes."""
+    for mesh in (Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=2, tp=2), Mesh(tp=4), Mesh(dp=2, tp=2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            _check(mesh, dtype)
+
+
+def _check(mesh: Mesh, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    devices = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("dp", "fsdp", "tp"))
+    model = meshes.divide(meshes.Small().to(dtype), mesh, devices)
+    optimizer = GWTMuon(gwt_param_groups(model, level=1))
+    sent: list[int] = []
+    reduced: list[int] = []
+    to_all, reduce = dist.all_to_all_single, dist.all_reduce
+
+    def exchange(output: Any, given: Any, *arguments: Any, **options: Any) -> Any:
+        sent.append(given.nbytes)
+        return to_all(output, given, *arguments, **options)
+
+    def add_up(x: Any, **options: Any) -> Any:
+        reduced.append(x.nbytes)
+        return reduce(x, **options)
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    with (
+        mock.patch("torch.distributed.all_to_all_single", exchange),
+        mock.patch("torch.distributed.all_reduce", add_up),
+        FlopCounterMode(display=False) as counter,
+    ):
+        optimizer.step()
+    planned = plan(meshes.Small().to(dtype), level=1, rule="muon")
+    sharded = plan_sharded(planned, mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
+    work, rank = sharded.matrices, dist.get_rank()
+    assert work is not None
+    counted = counter.get_total_flops(), sum(sent), sum(reduced)
+    said = work.flops[rank], work.sent_bytes[rank], work.reduced_bytes[rank]
+    assert counted == said, (mesh, counted, said)
+    assert (len(sent), len(reduced)) == (sum(work.exchanges.values()), sum(work.reductions.values())), mesh
+    assert sum(work.flops) > 0
