@@ -115,11 +115,11 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "migrate",
-        help="a checkpoint of AdamW, or of other options, as one that GWTAdamW loads",
-        description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW over the groups "
-        "of gwt_param_groups, and say what of that is exact and what approximate. Learning rate, betas, eps, "
-        "weight decay, wavelet, boundary and bias correction are the checkpoint's unless given. Nothing in the "
-        "file is executed but what --allow names.",
+        help="a checkpoint of AdamW, Muon, Adafactor or of other options, as one that an optimizer here loads",
+        description="Copy a checkpoint file with the optimizer's state made into that of GWTAdamW, or of the "
+        "optimizer of --rule, over the groups of gwt_param_groups, and say what of that is exact and what "
+        "approximate. Options are the checkpoint's unless given, where it is of an optimizer of the same kind. "
+        "Nothing in the file is executed but what --allow names.",
     )
     add = parser.add_argument
     add("checkpoint", help="what torch.save wrote: the optimizer's state, or a dict that holds it")
@@ -132,10 +132,12 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--out", required=True, metavar="FILE", help="to write; must not exist")
     _add_options(parser)
     add("--weight-rounding", choices=("nearest", "stochastic", "split"), help="as for GWTAdamW")
-    for number in ("--lr", "--eps", "--weight-decay"):
+    for number in ("--lr", "--eps", "--weight-decay", "--momentum"):
         add(number, type=float, metavar="X", help="default: the checkpoint's")
+    add("--adamw-lr", type=float, metavar="X", help="of what GWTMuon, GWTLion and GWTAdafactor leave to AdamW "
+        "(default: that of the checkpoint's AdamW)")  # fmt: skip
     add("--betas", type=float, nargs=2, metavar=("B1", "B2"), help="default: the checkpoint's")
-    add("--scale", type=float, metavar="X", help="default: the checkpoint's, or 0.25")
+    add("--scale", type=float, metavar="X", help="default: the checkpoint's, or the optimizer's")
     add("--wavelet", metavar="NAME", help="default: the checkpoint's, or haar")
     add(
         "--boundary",
@@ -146,7 +148,8 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
     add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
         "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
-    add("--key", help="where in the file the state is, if in several places")
+    add("--key", action="append", help="where in the file the state is, if in several places; repeat it for "
+        "several optimizers, such as a Muon and an AdamW, that become one")  # fmt: skip
     add("--allow", action="append", metavar="CLASS", help="module.Class that the file may hold beside tensors and "
         "plain data; imported and executed, so trust the file; may be repeated")  # fmt: skip
 
@@ -180,7 +183,8 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _migrate(options: argparse.Namespace) -> int:
-    from gwt_kernels.migration.checkpoints import Reading, Recipe, migrate_file
+    from gwt_kernels.migration.carried import Recipe
+    from gwt_kernels.migration.checkpoints import Reading, migrate_file
 
     out, checkpoint = Path(options.out), Path(options.checkpoint)
     try:
@@ -193,7 +197,7 @@ def _migrate(options: argparse.Namespace) -> int:
             reading=Reading(
                 None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
                 _renamed(options.rename or ()),
-                options.key,
+                options.key or (),
                 options.allow or (),
             ),
             rule=options.rule,
@@ -204,6 +208,8 @@ def _migrate(options: argparse.Namespace) -> int:
             betas=options.betas and tuple(options.betas),
             eps=options.eps,
             weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            adamw_lr=options.adamw_lr,
             scale=options.scale,
             wavelet=options.wavelet,
             boundary=options.boundary,

@@ -1,30 +1,23 @@
-"""``gwt-kernels migrate``: the optimizer's state in a checkpoint file made into GWTAdamW's, in another file."""
+"""``gwt-kernels migrate``: the state of optimizers in a checkpoint file made into one of ours, in another file."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gwt_kernels.core.level import Level
+from gwt_kernels.migration.carried import Recipe, optimizer_for
+from gwt_kernels.migration.foreign import as_one
 from gwt_kernels.migration.states import Migration, is_state, migrate, names_in
 from gwt_kernels.migration.unpickling import load
 from gwt_kernels.models.files import build_on_meta
-from gwt_kernels.optim.adamw import GWTAdamW
-from gwt_kernels.optim.param_groups import gwt_param_groups
 
 __all__ = ["Reading", "Recipe", "find_state", "migrate_file", "read", "write"]
-
-CARRIED = (
-    *("lr", "betas", "eps", "maximize", "correct_bias", "wavelet", "boundary"),
-    *("seed", "max_grad_norm", "skip_nonfinite"),
-)
-"""Options that go on as they are in the checkpoint unless another value is asked for."""
 
 
 class Reading(NamedTuple):
@@ -33,22 +26,14 @@ class Reading(NamedTuple):
     Attributes:
         names: Of the parameters in the state's order, where it has none and neither known order is its own.
         renamed: ``keys`` of :func:`gwt_kernels.migrate`.
-        key: Where in the dict the state is, if in several places.
+        keys: Where in the dict the state is, if in several places; of several optimizers, that of each.
         allow: As for :func:`read`.
     """
 
     names: list[str] | None = None
     renamed: dict[str, str | None] | None = None
-    key: str | None = None
+    keys: Sequence[str] = ()
     allow: Iterable[str] = ()
-
-
-class Recipe(NamedTuple):
-    """What `gwt_param_groups` is asked for."""
-
-    level: Level = 2
-    include: list[str] | None = None
-    exclude: list[str] | None = None
 
 
 def migrate_file(
@@ -61,13 +46,14 @@ def migrate_file(
     reading: Reading,
     **options: Any,
 ) -> Migration:
-    """Write a copy of a checkpoint in which the optimizer's state is that of `GWTAdamW`; nothing else differs.
+    """Write a copy of a checkpoint in which the optimizer's state is one of ours; nothing else differs.
 
-    The state is made for ``GWTAdamW(gwt_param_groups(model, level=..., include=..., exclude=...), ...)`` over the
-    model that the configuration says. Learning rate, betas, eps, bias correction, wavelet and boundary are the
-    checkpoint's unless given, and weight decay is its largest, on the tensors that `gwt_param_groups` decays. A
-    state without names is taken to be of an optimizer over ``model.parameters()`` if it has one group, and of
-    Hugging Face's Trainer if it has two.
+    The state is made for the optimizer of ``rule``, such as ``GWTAdamW(gwt_param_groups(model, level=...,
+    include=..., exclude=...), ...)``, over the model that the configuration says. Options are the checkpoint's
+    unless given, as :func:`gwt_kernels.migration.carried.optimizer_for` says, and weight decay is its largest, on
+    the tensors that `gwt_param_groups` decays. A state without names is taken to be of an optimizer over
+    ``model.parameters()`` if it has one group, and of Hugging Face's Trainer if it has two. States of several
+    optimizers become one, in the place of the first; the others' places are left out.
 
     Args:
         checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read
@@ -77,7 +63,7 @@ def migrate_file(
         dtype: Of the weights; None for the configuration's.
         recipe: Which parameters are transformed, and how deep.
         reading: How the checkpoint is read.
-        options: Of `GWTAdamW`.
+        options: ``rule``, those of its optimizer, and ``adamw_lr``.
 
     Returns:
         What was done; ``str()`` says it.
@@ -91,13 +77,20 @@ def migrate_file(
     if not out.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent}: make it, or give --out another name")
     payload = read(checkpoint, reading.allow)
-    place, state = find_state(payload, checkpoint, reading.key)
+    found = [find_state(payload, checkpoint, key) for key in reading.keys or (None,)]
+    places, states = zip(*found, strict=True)
+    if len(set(places)) < len(places):
+        raise ValueError(f"--key names {reading.keys} twice: name each optimizer's state once")
+    state = as_one(states)
     model, names = build_on_meta(config, dtype), reading.names
     if names is None and names_in(state) is None:
         names = _likely_names(model, state)
-    optimizer = _optimizer(model, state, recipe, options)
+    optimizer = optimizer_for(model, state, recipe, options)
     migration = migrate(state, optimizer, names=names, keys=reading.renamed)
-    write(out, _replaced(payload, place, migration.state_dict))
+    payload = _replaced(payload, places[0], migration.state_dict)
+    for place in sorted(places[1:], key=lambda each: [str(each[0]), *each[1:]], reverse=True):
+        payload = _without(payload, place)
+    write(out, payload)
     return migration
 
 
@@ -143,7 +136,10 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
         )
     if len(found) > 1:
         places = ", ".join(".".join(map(str, place)) for place in found)
-        raise ValueError(f"{path} holds several optimizers' states, at {places}: say which with --key")
+        raise ValueError(
+            f"{path} holds several optimizers' states, at {places}: say which with --key, or repeat it for those "
+            f"that become one"
+        )
     return next(iter(found.items()))
 
 
@@ -174,6 +170,14 @@ def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> An
     return [*payload[: place[0]], _replaced(within, place[1:], state), *payload[place[0] + 1 :]]
 
 
+def _without(payload: Any, place: tuple[Any, ...]) -> Any:
+    """A copy of nested containers, as far as the place goes, without what is there."""
+    if isinstance(payload, Mapping):
+        rest = {key: value for key, value in payload.items() if key != place[0]}
+        return rest if len(place) == 1 else {**rest, place[0]: _without(payload[place[0]], place[1:])}
+    return [*payload[: place[0]], *payload[place[0] + 1 :]]
+
+
 def _likely_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """The names of a state's parameters, from the number of its groups.
 
@@ -201,32 +205,3 @@ def _decayed_by_trainer(model: nn.Module) -> set[str]:
     """What Hugging Face's Trainer puts into the first of its two groups."""
     trainer: Any = importlib.import_module("transformers").Trainer
     return set(trainer.get_decay_parameter_names(None, model))
-
-
-def _optimizer(model: nn.Module, state: Mapping[str, Any], recipe: Recipe, options: dict[str, Any]) -> GWTAdamW:
-    """An optimizer over the model with the options asked for, and for the rest the checkpoint's."""
-    for option in CARRIED:
-        if options.get(option) is None:
-            options[option] = _agreed(state, option)
-    decays = {float(group.get("weight_decay", 0.0)) for group in state["param_groups"]} - {0.0}
-    decay = options.pop("weight_decay", None)
-    if decay is None:
-        if len(decays) > 1:
-            raise ValueError(f"the state's groups have the weight decays {sorted(decays)}: say --weight-decay")
-        decay = max(decays, default=0.0)
-    scale = options.pop("scale", None)
-    if scale is None:
-        scale = next((group["scale"] for group in state["param_groups"] if group.get("level")), 0.25)
-    groups = gwt_param_groups(model, scale=scale, weight_decay=decay, **recipe._asdict())
-    given = {key: value for key, value in options.items() if value is not None or key == "norm_growth_limit"}
-    return GWTAdamW(groups, **given)
-
-
-def _agreed(state: Mapping[str, Any], option: str) -> Any:
-    """The value that all groups of a state have; None if none says it."""
-    values = [group[option] for group in state["param_groups"] if group.get(option) is not None]
-    plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v for v in values]
-    if len(set(plain)) > 1:
-        flag = option.replace("_", "-")
-        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain))}; say one with --{flag}")
-    return plain[0] if plain else None

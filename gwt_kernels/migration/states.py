@@ -54,7 +54,7 @@ class Migration:
             first, n = members[0], len(members)
             others = f" and {n - 1} more" if n > 1 else ""
             lines.append(f"{first.before} -> {first.after}: {first.name}{others}")
-            lines += [f"    {key:<14}{note}" for key, note in first.notes.items()]
+            lines += [f"    {key:<13} {note}" for key, note in first.notes.items()]
         before, after = (sum(getattr(t, key) for t in self.tensors) for key in ("bytes_before", "bytes_after"))
         return "\n".join([*lines, f"state: {before:,} bytes before, {after:,} after"])
 

@@ -1,0 +1,156 @@
+"""The optimizer that goes on from a checkpoint: which options its groups say, and which have to be given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gwt_kernels.core.factored import FACTORS
+from gwt_kernels.core.level import Level
+from gwt_kernels.migration.foreign import is_of_muon
+from gwt_kernels.optim.base import PlannedOptimizer
+from gwt_kernels.optim.by_rule import optimizer_of
+from gwt_kernels.optim.param_groups import gwt_param_groups
+
+__all__ = ["Recipe", "agreed", "optimizer_for"]
+
+_FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam", "muon": "Muon", "lion": "Lion"}
+_FAMILIES["adafactor"] = "Adafactor"
+_GIVEN = {"params", "level", "scale", "rule", "norm_growth_limit", "weight_decay", "state_dtype", "weight_rounding"}
+_GIVEN |= {"capturable", "telemetry", "backend", "adamw_betas", "adamw_eps"}
+"""Options that no checkpoint decides, or not by itself."""
+_SHARED = ("maximize", "seed", "max_grad_norm", "skip_nonfinite")
+"""Options that mean the same in every optimizer."""
+_FLAGS = {"lr", "betas", "eps", "momentum", "wavelet", "boundary", "correct_bias"}
+"""Options that the command has flags for."""
+
+
+class Recipe(NamedTuple):
+    """What `gwt_param_groups` is asked for."""
+
+    level: Level = 2
+    include: list[str] | None = None
+    exclude: list[str] | None = None
+
+
+def optimizer_for(
+    model: nn.Module, state: Mapping[str, Any], recipe: Recipe, options: Mapping[str, Any]
+) -> PlannedOptimizer:
+    """An optimizer over the model with the options asked for, and for the rest the checkpoint's.
+
+    Learning rate, betas and the like are the checkpoint's where they are those of an optimizer of the same family:
+    Adam's, with Adam-mini; Muon's; Lion's; Adafactor's. Of AdamW's groups beside them it is its AdamW's.
+
+    Args:
+        model: As for :func:`gwt_kernels.gwt_param_groups`.
+        state: The checkpoint's.
+        recipe: Which parameters are transformed, and how deep.
+        options: ``rule``, and those of its optimizer; None for what is not asked for. ``adamw_lr`` is the learning
+            rate of AdamW's groups.
+
+    Raises:
+        ValueError: an option that the optimizer does not have, or one that neither is given nor is in the state.
+        TypeError, ValueError: as the optimizer, and as :func:`gwt_kernels.gwt_param_groups`.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    rule = given.pop("rule", "gwt")
+    kind = optimizer_of(rule)
+    known = inspect.signature(kind).parameters
+    if "norm_growth_limit" not in known:
+        given.pop("norm_growth_limit", None)  # it has no limiter
+    elif "norm_growth_limit" in options:
+        given["norm_growth_limit"] = options["norm_growth_limit"]
+    adamw_lr, scale, decay = (given.pop(key, None) for key in ("adamw_lr", "scale", "weight_decay"))
+    if unknown := sorted(given.keys() - known.keys()):
+        flag = unknown[0].replace("_", "-")
+        raise ValueError(f"{kind.__name__} has no {unknown[0]}: leave out --{flag}, or give another --rule")
+    every = state["param_groups"]
+    families = [_family_of(group, state) for group in every]
+    members = list(zip(every, families, strict=True))
+    own = [_named_here(group) for group, family in members if family == _FAMILIES[rule]]
+    adams = [group for group, family in members if family == "Adam"]
+    for option in [name for name in known if name not in _GIVEN | given.keys()]:
+        value = agreed(every if option in _SHARED else own, option)
+        is_said = value is not None or (own and all(option in group for group in own))  # None is a value, too
+        if is_said and not (option == "res_scale" and rule != "foam"):
+            given[option] = value
+    if not own and "lr" not in given:
+        raise ValueError(
+            f"the state's learning rates are of {' and '.join(sorted(set(families)))}, and say nothing of "
+            f"{kind.__name__}'s: say it with --lr"
+        )
+    if _FAMILIES[rule] != "Adam":
+        if adamw_lr is None and (adamw_lr := agreed(adams, "lr", "adamw_lr")) is None:
+            raise ValueError(
+                f"the state has no learning rate of AdamW, which {kind.__name__} takes for embeddings, heads, "
+                f"norms and biases: say it with --adamw-lr"
+            )
+        given |= {f"adamw_{key}": value for key in ("betas", "eps") if (value := agreed(adams, key)) is not None}
+    elif adamw_lr is not None:
+        raise ValueError(f"{kind.__name__} has one learning rate: leave out --adamw-lr, or give another --rule")
+    if decay is None:
+        decays = {float(group.get("weight_decay", 0.0)) for group in every} - {0.0}
+        if len(decays) > 1:
+            raise ValueError(f"the state's groups have the weight decays {sorted(decays)}: say --weight-decay")
+        decay = max(decays, default=0.0)
+    if scale is None:
+        scale = next((group["scale"] for group in own if group.get("level")), known["scale"].default)
+    if optimizer_of("gwt") is kind:
+        groups = gwt_param_groups(model, scale=scale, weight_decay=decay, **recipe._asdict())
+        return kind(groups, **given, **({} if rule == "gwt" else {"rule": rule}))
+    groups = gwt_param_groups(
+        model, scale=scale, weight_decay=decay, rule=rule, adamw_lr=adamw_lr, **recipe._asdict()
+    )
+    return kind(groups, **given)
+
+
+def agreed(groups: Sequence[Mapping[str, Any]], option: str, flag: str | None = None) -> Any:
+    """The value that all groups have; None if none says it.
+
+    Raises:
+        ValueError: they differ.
+    """
+    values = [group[option] for group in groups if group.get(option) is not None]
+    plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v for v in values]
+    if len(set(plain)) > 1:
+        remedy = "build the optimizer in Python, and use gwt_kernels.migrate"
+        if flag or option in _FLAGS:
+            remedy = f"say one with --{(flag or option).replace('_', '-')}"
+        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain))}; {remedy}")
+    return plain[0] if plain else None
+
+
+def _family_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """Whose learning rate and options a group's are."""
+    if group.get("rule") in _FAMILIES:
+        return _FAMILIES[group["rule"]]
+    held = {key for member in group["params"] for key in state["state"].get(member, {})}
+    if is_of_muon(group):
+        return "Muon"
+    if {"clip_threshold", "beta2_decay"} & group.keys() or {"row_var", "variance", *FACTORS} & held:
+        return "Adafactor"
+    return "Lion" if "exp_avg" in held and "exp_avg_sq" not in held else "Adam"
+
+
+def _named_here(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A group's options by the names that they have here: those of ``torch.optim.Adafactor`` are its own.
+
+    Its learning rate is multiplied by the RMS of weights, and at most ``1 / sqrt(t)``, which a relative step is at
+    its default.
+    """
+    if "beta2_decay" not in group:
+        return group
+    least, rms = group["eps"]
+    return {
+        **group,
+        "decay_rate": group["beta2_decay"],
+        "clip_threshold": group["d"],
+        "eps": (torch.finfo(torch.float32).eps if least is None else least, rms),
+        "beta1": None,
+        "scale_parameter": True,
+        "relative_step": float(group["lr"]) == 1e-2,
+    }
