@@ -15,9 +15,9 @@ NOTHING = "Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2
 
 ABOUT = """\
 Each optimizer is tried at a grid of learning rate and scale, Muon at one of scale and momentum, under one seed; the
-best setting of each is then repeated under further ones. An optimizer with fewer *settings* than the others of a
-sweep was not swept to the end, and the comparison is not even; one with more was tried outside of its grid too, and
-is best within it. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+best setting of each is then repeated under further ones. An optimizer with fewer *settings* than AdamW was not
+swept to the end: its best may be better still; one with more was tried further out, where its best was at the edge
+of the grid. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
 def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
