@@ -96,7 +96,7 @@ UNFINISHED = {
     "sweep_demo_warmup10_clipped.json": {"gwt3"},
     "sweep_cpu.json": {"muon1", "muon3", "muon4", "adafactor2", "adafactor2-published", "foam-row"},
 }
-"""Optimizers whose sweep ended before its grid did; the page counts settings, and docs/traps.md quotes none of them."""
+"""Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
 WIDENED = {"sweep_cpu.json": {"muon0", "muon2"}}
 """Optimizers that were tried further out, since their best was at the edge of the grid."""
 SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
