@@ -183,11 +183,10 @@ def _losses(data: Any) -> Figure:
 
 def _tradeoff(data: Any) -> Figure:
     """Draw held-out loss over bytes of state per parameter, a line per rule; `data`: points of label, rule, level,
-    own, loss, low, high, bytes, ms.
+    own, loss, low, high, bytes.
     """
     figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.subplots()
-    longest = max((point["ms"] or 0.0 for point in data), default=0.0) or 1.0
     rules: dict[str, list[dict[str, Any]]] = {}
     for point in data:
         rules.setdefault(point["rule"] or point["label"], []).append(point)
@@ -205,10 +204,10 @@ def _tradeoff(data: Any) -> Figure:
             alpha=0.6,
         )
         for point in own:
-            size = 4.0 + 8.0 * math.sqrt((point["ms"] or 0.0) / longest)
             axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
             face = look["color"] if point["own"] else "white"
-            style = {"marker": look_of(point["label"])["marker"], "markersize": size, "markerfacecolor": face}
+            style = {"marker": look_of(point["label"])["marker"], "markersize": 8, "markerfacecolor": face}
+            style |= {"fillstyle": "left"} if line == "--" else {}
             axes.plot(point["bytes"], point["loss"], color=look["color"], alpha=0.85, **style)
         name = re.sub(r"^GWT-| (level \d|row)\b", "", own[0]["label"])
         style = {"color": look["color"], "linestyle": line, "linewidth": 1.5}

@@ -15,9 +15,9 @@ NOTHING = "Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2
 
 ABOUT = """\
 Each optimizer is tried at a grid of learning rate and scale, Muon at one of scale and momentum, under one seed; the
-best setting of each is then repeated under further ones. An optimizer with fewer *settings* than the others of a
-sweep was not swept to the end, and the comparison is not even; one with more was tried outside of its grid too, and
-is best within it. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+best setting of each is then repeated under further ones. An optimizer with fewer *settings* than AdamW was not
+swept to the end: its best may be better still; one with more was tried further out, where its best was at the edge
+of the grid. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
 def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
@@ -119,9 +119,7 @@ def regimes(runs: Sequence[Run]) -> str:
     lines = []
     for run in swept(runs):
         for optimizer, rows in optimizers(run).items():
-            tried = {(row["lr"], row["scale"], row.get("momentum")) for row in _first_seed(rows)}
-            settings = str(len(tried))
-            head = [_title(run), optimizer_name(optimizer), settings]
+            head = [_title(run), optimizer_name(optimizer), _settings(rows)]
             if (found := best(rows)) is None:
                 lines.append([*head, "-", "-", "-", "all diverged", "-"])
             else:
@@ -129,6 +127,10 @@ def regimes(runs: Sequence[Run]) -> str:
                 lines.append([*head, *_numbers(chosen), with_spread(losses), str(len(losses))])
     headings = ["sweep", "optimizer", "settings", "best lr", "best scale", "momentum", "held-out loss", "seeds"]
     return table(headings, lines, left=2)
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    return str(len({(row["lr"], row["scale"], row.get("momentum")) for row in _first_seed(rows)}))
 
 
 def _numbers(row: Row) -> list[str]:
@@ -152,16 +154,11 @@ def begin(runs: Sequence[Run], model: str, steps: int | None) -> str:
         chosen, losses = found
         published = [_loss(row) for row in _first_seed(rows) if (row["lr"], row["scale"]) == PUBLISHED]
         shown = "not tried" if not published else "diverged" if published[0] is None else f"{published[0]:.3f}"
-        lines.append((losses, [optimizer_name(optimizer), *_numbers(chosen), with_spread(losses), shown]))
+        cells = [optimizer_name(optimizer), *_numbers(chosen), _settings(rows), with_spread(losses), shown]
+        lines.append((losses, cells))
     lines.sort(key=lambda line: mean(line[0]))
-    headings = [
-        "optimizer",
-        "lr",
-        "scale",
-        "momentum",
-        "held-out loss",
-        "loss at lr {:g}, scale {:g}".format(*PUBLISHED),
-    ]
+    headings = ["optimizer", "lr", "scale", "momentum", "settings", "held-out loss"]
+    headings.append("loss at lr {:g}, scale {:g}".format(*PUBLISHED))
     return f"{_title(run)}, on {run.device}:\n\n{table(headings, [cells for _, cells in lines])}"
 
 

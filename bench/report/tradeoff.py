@@ -7,8 +7,8 @@ from statistics import mean
 from typing import Any
 
 from bench.common.names import optimizer_name, variant
-from bench.report.comparisons import STATE, STEP, Comparison, final_losses
-from bench.report.markdown import figure, setting, table, with_spread
+from bench.report.comparisons import STATE, Comparison, final_losses
+from bench.report.markdown import figure, table, with_spread
 from bench.report.plots import Plot
 from gwt_kernels.core.level import ROW
 
@@ -18,9 +18,10 @@ PRESET = "cpu"
 
 ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
-is the mean over seeds, its upright line reaches from the lowest to the highest; other lines join the levels of one
-rule; the larger the mark, the longer a step took. Moments are in float32. The bytes are of the whole model, whose
-embeddings and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share."""
+is the mean over seeds, its upright line reaches from the lowest to the highest; where it has none, one seed ran.
+Other lines join the levels of one rule. Moments are in float32. The bytes are of the whole model, whose embeddings
+and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step costs is on
+[another page](performance_optimizers.md): these runs shared their cores with other work."""
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 """Bytes of state a parameter."""
@@ -52,10 +53,10 @@ def of_preset(compared: Sequence[Comparison]) -> Comparison | None:
 
 
 def points(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return loss, state and time of a step by optimizer, the lowest loss first; of several settings the best."""
+    """Return loss and state by optimizer, the lowest loss first; of several settings the best."""
     found: dict[str, dict[str, Any]] = {}
     for chosen, losses in final_losses(comparison).items():
-        state, step = comparison.metric(chosen, STATE), comparison.metric(chosen, STEP)
+        state = comparison.metric(chosen, STATE)
         if not losses or state is None or comparison.parameters is None:
             continue
         own = variant(chosen.optimizer)
@@ -69,7 +70,6 @@ def points(comparison: Comparison) -> list[dict[str, Any]]:
             "low": min(losses),
             "high": max(losses),
             "bytes": state["median"] / comparison.parameters,
-            "ms": None if step is None else step["median"],
             "spread": with_spread(losses),
             "seeds": len(losses),
         }
@@ -153,7 +153,7 @@ def block(comparison: Comparison, root: str) -> str:
         [point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in found if point["optimizer"] in SHOWN
     ]
     size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
-    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {setting(comparison.last)}"
+    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {comparison.last.date[:10]}"
     made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
     parts = [f"{words}, mean ± standard deviation over seeds:", made]
     if len(found) > 1:

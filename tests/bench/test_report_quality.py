@@ -91,8 +91,8 @@ def test_other_lengths_and_texts_are_other_comparisons(tmp_path: Path) -> None:
     ):
         assert f"\n{title}\n" in page
     assert "| AdamW | 0.01 | 0.2 | - | 1 | 1.100 | +0.000 |" in page
-    assert "| AdamW | 0.03 | 0.1 | - | 1.500 |" in sweeps.begin(runs, "llama_cpu", 400)
-    assert "| AdamW | 0.01 | 0.2 | - | 1.100 |" in sweeps.begin(runs, "llama_cpu", 1600)
+    assert "| AdamW | 0.03 | 0.1 | - | 1 | 1.500 |" in sweeps.begin(runs, "llama_cpu", 400)
+    assert "| AdamW | 0.01 | 0.2 | - | 1 | 1.100 |" in sweeps.begin(runs, "llama_cpu", 1600)
     assert "Nothing is recorded" in sweeps.begin(runs, "llama_cpu", 7)
 
 
