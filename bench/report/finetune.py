@@ -72,8 +72,10 @@ here is measured on other examples, the tests. *state* is what the optimizer kee
 the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW
 on all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
 
-The runs are short, as two cores allow that were shared with other work: times are too long, some more than others,
-and few validation examples choose, so look at the settings that were not chosen, too."""
+The runs are short, as two cores allow that were shared with other work: times are too long, some more than others.
+AdamW and LoRA step as `torch.optim.AdamW` does by default, which on a CPU is slower than `fused=True`;
+[optimizer step](performance_optimizers.md) compares with that. Grids are small, so look at the settings that were
+not chosen, too."""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.finetune --sweep --seeds 3 --record` measures it."
 PRESETS = {
