@@ -179,11 +179,11 @@ def test_each_promise_of_int8_moments_can_be_broken(
 
 def test_skippable_steps_are_one_optimal_pass_too(run: Run) -> None:
     status, rows, text = run(
-        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1-3", "--can-skip"),
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "2", "--can-skip"),
         *("--weights", "bf16", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 0, text
-    assert len(rows) == 3 * 6
+    assert len(rows) == 6
     assert all(row["constants"]["CAN_SKIP"] and codegen.violations(row) == [] for row in rows)
 
 
