@@ -29,8 +29,9 @@ from triton.runtime import driver
 
 from bench.common import records
 from bench.common.measure import Spread, facts
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTMuon
 from gwt_kernels.backends import choice
+from gwt_kernels.rules.newton_schulz import NewtonSchulz
 
 SIZE = (8, 64)  # small: on a CPU the copies of a clipped gradient must not count
 WARM_UP = 5
@@ -112,6 +113,18 @@ def build(
     return GWTAdamW(groups, weight_decay=0.1, norm_growth_limit=gamma, backend="triton"), params
 
 
+def build_matrices(
+    tensors: int, device: torch.device, kind: type[GWTAdamW | GWTMuon], mesh: DeviceMesh | None = None
+) -> tuple[Optimizer, list[torch.nn.Parameter]]:
+    """Build matrices of one shape, for an optimizer without limiter, sharded as `build` does."""
+    values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
+    if mesh is not None:
+        values = [DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for x in values]
+    params = list(map(torch.nn.Parameter, values))
+    options: dict[str, Any] = {"norm_growth_limit": None} if kind is GWTAdamW else {}
+    return kind([{"params": params, "level": 2}], backend="triton", **options), params
+
+
 def gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return new gradients; those of sharded parameters are built as FSDP2 builds them."""
     return [
@@ -176,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", type=int, default=12, metavar="LINES", help="functions to show where the time goes, or 0"
     )
+    parser.add_argument(
+        "--matrices", action="store_true", help="GWTMuon beside GWTAdamW, over the same matrices, and nothing else"
+    )
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON")
     parser.add_argument("--commit", help="the commit measured, where the tree is no git checkout")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -186,6 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     driven = contextlib.nullcontext() if device.type == "cuda" else without_device()
     with driven, two_processes(device) as mesh:
+        if options.matrices:
+            _compare_matrices(options, about, path, device, mesh)
+            return 0
         for pair in zip(SCENARIOS[::2], SCENARIOS[1::2], strict=True):  # plain and sharded tensors
             made = [
                 build(options.tensors, device, limiter=each.limiter, mesh=mesh if each.sharded else None)
@@ -199,6 +218,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.profile:
                     _report_profile(path, row, profile(optimizer, options.repetitions, options.profile))
     return 0
+
+
+def _compare_matrices(
+    options: argparse.Namespace, about: dict[str, Any], path: Path, device: torch.device, mesh: DeviceMesh
+) -> None:
+    """Measure GWTAdamW and GWTMuon in turns; without a device the products of matrices are left out."""
+    made = [
+        (kind, sharded, build_matrices(options.tensors, device, kind, mesh if sharded else None))
+        for sharded in (False, True)
+        for kind in (GWTAdamW, GWTMuon)
+    ]
+    with contextlib.nullcontext() if device.type == "cuda" else without_products():
+        times = take_turns([time_steps(*own, reallocated=False) for *_, own in made], options.repetitions)
+        for (kind, sharded, (optimizer, _)), seconds in zip(made, times, strict=True):
+            name = f"{kind.__name__}, matrices alone" + ", sharded" * sharded
+            row = {"scenario": name, "tensors": options.tensors} | about
+            _report(path, row, seconds)
+            if options.profile:
+                _report_profile(path, row, profile(optimizer, options.repetitions, options.profile))
+
+
+def without_products() -> contextlib.AbstractContextManager[Any]:
+    """Leave matrices as they are, where a device would have to launch products of them."""
+    return patch.object(NewtonSchulz, "update_", lambda self, x: None)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ class Bucket:
     def __len__(self) -> int:
         return len(self.params)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where all tensors lie."""
         return self.params[0].device

@@ -103,6 +103,7 @@ class MatrixRunner:
         self._batches: dict[int, _Batch] = {}
         self._hypers: Sequence[Hyper] = []
         self._last_hypers: list[Hyper] = []  # what these become for the last stage
+        self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # of these, those of each batch
         self._columnless: list[_Rest] | None = None
         self._renews: ElementwiseRunner | None = None
         self.survey: Survey = PYTHON
@@ -129,19 +130,19 @@ class MatrixRunner:
         unscaled = None  # the first stage has scaled the gradients
         if decision is not None:
             unscaled = torch.cat((torch.ones_like(decision[:1]), decision[1:]))
-        adjusted = self._adjusted(inputs.hypers)
+        self._adjust(inputs.hypers)
 
         def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batch(pieces, values, inputs)
             batch.make.set_params(values)
-            own = _inputs(batch, batch.grads(inputs.grads), inputs.steps, inputs.hypers)
+            own = _inputs(batch, batch.grads(inputs.grads), inputs.steps, self._hypers_of(batch)[0])
             batch.make.apply(own._replace(row_sums=self._rows_of(pieces, inputs)), decision)
 
         def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
             if batch.rows is not None:
                 batch.rows.zero_()
-            batch.use.apply(_inputs(batch, values, inputs.steps, adjusted), unscaled)
+            batch.use.apply(_inputs(batch, values, inputs.steps, self._hypers_of(batch)[1]), unscaled)
 
         self._stage.run(make, use)
         self._renew_without_columns(inputs, decision)
@@ -155,10 +156,10 @@ class MatrixRunner:
         runners = chain.from_iterable((batch.make, batch.use) for batch in self._batches.values())
         return [self._stage, *chain.from_iterable(runner.memory() for runner in runners)]
 
-    def _adjusted(self, hypers: Sequence[Hyper]) -> list[Hyper]:
-        """The options of the last stage, one for each parameter."""
+    def _adjust(self, hypers: Sequence[Hyper]) -> None:
+        """Make the options of the last stage, one for each parameter, if they are not those of the last step."""
         if len(self._hypers) == len(hypers) and all(map(is_, hypers, self._hypers)):
-            return self._last_hypers
+            return
         made: dict[tuple[int, float], Hyper] = {}
         adjusted = []
         for hyper, scale in zip(hypers, self._stage.scales, strict=True):
@@ -167,7 +168,14 @@ class MatrixRunner:
                 made[key] = hyper._replace(scale=hyper.scale * scale, grad_factor=1.0, maximize=False)
             adjusted.append(made[key])
         self._hypers, self._last_hypers = hypers, adjusted
-        return adjusted
+        self._picked.clear()
+
+    def _hypers_of(self, batch: _Batch) -> tuple[list[Hyper], list[Hyper]]:
+        """The options of a batch's pieces, in the first and in the last stage."""
+        key = id(batch.pieces)
+        if key not in self._picked:
+            self._picked[key] = batch.of(self._hypers), batch.of(self._last_hypers)
+        return self._picked[key]
 
     def _batch(self, pieces: Sequence[Piece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
         """The runners of a batch, made for the first step that has it."""
@@ -322,11 +330,11 @@ class MatrixRunner:
 
 
 def _inputs(
-    batch: _Batch, grads: Sequence[Tensor], steps: Sequence[int] | Tensor, hypers: Sequence[Hyper]
+    batch: _Batch, grads: Sequence[Tensor], steps: Sequence[int] | Tensor, hypers: list[Hyper]
 ) -> StepInputs:
     """What a step brings to a stage; counts of the device's own are copies, as each stage counts."""
     counts = steps.index_select(0, batch.params) if isinstance(steps, Tensor) else batch.of(steps)
-    return StepInputs(grads, counts, batch.of(hypers))
+    return StepInputs(grads, counts, hypers)
 
 
 def _picker(places: Sequence[int]) -> _Of:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
+from gwt_kernels.core.laid_out import LaidOut, Places
 from gwt_kernels.distributed import matrix_plan
-from gwt_kernels.distributed.matrix_plan import Layout, Part, Unit
+from gwt_kernels.distributed.matrix_parts import Whole, copies_of, runs_of, starts_of, view_of
+from gwt_kernels.distributed.matrix_plan import Layout, Unit
 from gwt_kernels.distributed.sharding import check_shards, held_runs, reduced_over
 from gwt_kernels.rules.newton_schulz import (
     WORKSPACE_BYTES,
     NewtonSchulz,
     check_workspace,
-    matrix_shapes,
     orthogonalize_,
     views_of,
 )
@@ -273,21 +274,6 @@ def _held(p: Any, peers: _Peers) -> tuple[tuple[tuple[tuple[int, int], ...], ...
     return tuple(held)
 
 
-class _Whole(NamedTuple):
-    """A unit that this process orthogonalises.
-
-    Attributes:
-        at: Where it lies among the batch's matrices; or, as this process holds all of it, among its parts.
-        is_held: Which of both.
-        parts: What it is put together from: whether that arrives, where it lies, and the part.
-    """
-
-    unit: Unit
-    at: int
-    is_held: bool
-    parts: list[tuple[bool, int, Part]]
-
-
 class _Batch:
     """What this process does for a batch, planned once: sizes, places in its buffers, and whom to talk to."""
 
@@ -311,13 +297,10 @@ class _Batch:
             (i for i, part in enumerate(parts) if part.numel),
             key=lambda i: (place_of[batch.owners[i]][0], place_of[batch.owners[i]][1] == position, batch.owners[i]),
         )
-        starts = _starts([parts[i].numel for i in order])
+        starts = starts_of([parts[i].numel for i in order])
         place = dict(zip(order, starts, strict=False))
         self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
-        self._shapes = [parts[i].shape for i in order]
-        self._sizes = [parts[i].numel for i in order]
-        self._alike = [(len(list(alike)), shape) for shape, alike in itertools.groupby(self._shapes)]
-        self._n_held = starts[-1]
+        self._places = Places([parts[i].shape for i in order], newton_schulz.dtype)
         sizes = Counter[int]()
         for i in order:
             sizes[batch.owners[i]] += parts[i].numel
@@ -328,27 +311,28 @@ class _Batch:
         owned = [i for i, owner in enumerate(batch.owners) if owner == own]
         arriving = [(i, place_of[rank][1]) for rank in ranks if rank != own for i in owned]
         arrived = [batch.units[i].parts[sender].numel for i, sender in arriving]
-        arrival = dict(zip(arriving, _starts(arrived), strict=False))
+        arrival = dict(zip(arriving, starts_of(arrived), strict=False))
         self._arriving = [
             sum(batch.units[i].parts[place_of[rank][1]].numel for i in owned) * (rank != own) for rank in ranks
         ]
-        self._wholes: list[_Whole] = []
+        self._wholes: list[Whole] = []
         at = 0
         for i in owned:
             unit = batch.units[i]
             if unit.holder == position:
-                self._wholes.append(_Whole(unit, place[i], True, []))
+                self._wholes.append(Whole(unit, place[i], True, []))
                 continue
             found = [(True, arrival[i, j], part) for j, part in enumerate(unit.parts) if j != position]
             found += [(False, place[i], parts[i])] if i in place else []
-            self._wholes.append(_Whole(unit, at, False, [x for x in found if x[2].numel]))
+            self._wholes.append(Whole(unit, at, False, [x for x in found if x[2].numel]))
             at += unit.numel
         self._n_whole = at
+        self._copies = copies_of(self._wholes)
         cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
         self._cut = cut
-        self._runs = _runs([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
+        self._runs = runs_of([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
         itemsize = newton_schulz.dtype.itemsize
-        self.own_bytes = (self._n_held + sum(self._arriving)) * itemsize
+        self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
         taken = sum(unit.nbytes for unit, *_ in self._wholes)
         self._temporary_bytes = min(batch.needed[own], workspace_bytes) - taken
         self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
@@ -359,11 +343,8 @@ class _Batch:
         """Go through the batch, stopping where other batches may go on while this one travels."""
         import torch.distributed as dist
 
-        held = self._empty(self._n_held)
-        runs = held.split_with_sizes([n * math.prod(shape) for n, shape in self._alike]) if self._alike else ()
-        values = [
-            x for run, (n, shape) in zip(runs, self._alike, strict=True) for x in run.view(n, *shape).unbind()
-        ]
+        held = self._empty(self._places.numel)
+        values = LaidOut(self._places, held)
         if self.pieces:
             make(self.pieces, values)
         arrived = self._empty(sum(self._arriving))
@@ -390,23 +371,23 @@ class _Batch:
             work.wait()
         if self.pieces:
             use(self.pieces, values)
+        values.release()
 
     def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
         """Put the matrices together, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
-        matrices = [_view(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
+        matrices = [view_of(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
         multiplied: list[tuple[Tensor, float]] = []
         for (unit, at, is_held, _), p in self._cut:
-            views = views_of(_view(held if is_held else whole, at, unit.shape), p.flatten, p.row_splits)
+            views = views_of(view_of(held if is_held else whole, at, unit.shape), p.flatten, p.row_splits)
             matrices += views
             multiplied += zip(views, p.factors, strict=False)
         inside, outside = [], []
-        for unit, at, is_held, parts in self._wholes:
-            x = held if is_held else _view(whole, at, unit.shape)
-            for arrives, start, part in parts:
-                y = _view(arrived if arrives else held, start, part.shape)
-                inside += [x[to] for _, to in part.boxes]
-                outside += [y[of] for of, _ in part.boxes]
+        for n, shape, at, arrives, start, part in self._copies:
+            x = view_of(whole, at, (n, *shape))
+            y = view_of(arrived if arrives else held, start, (n, *part.shape))
+            inside += [x[:, *to] for _, to in part.boxes]
+            outside += [y[:, *of] for of, _ in part.boxes]
         if inside:
             torch._foreach_copy_(inside, outside)
         orthogonalize_(matrices, self._newton_schulz, self._temporary_bytes)
@@ -418,28 +399,3 @@ class _Batch:
 
     def _empty(self, n: int) -> Tensor:
         return torch.empty(n, dtype=self._newton_schulz.dtype, device=self._peers.device)
-
-
-def _runs(wholes: Sequence[_Whole], params: Sequence[MatrixParameter]) -> list[tuple[bool, int, tuple[int, ...]]]:
-    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape."""
-    runs: list[tuple[bool, int, tuple[int, ...]]] = []
-    for unit, at, is_held, _ in wholes:
-        *_, rows, cols = matrix_shapes(unit.shape, params[unit.index].flatten)[0]
-        n = unit.numel // (rows * cols)
-        if runs and runs[-1][0] == is_held:
-            _, start, (more, *kind) = runs[-1]
-            if kind == [rows, cols] and start + more * rows * cols == at:
-                runs[-1] = is_held, start, (more + n, rows, cols)
-                continue
-        runs.append((is_held, at, (n, rows, cols)))
-    return runs
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Where things of these sizes begin that lie end to end, and where the last ends."""
-    return [0, *itertools.accumulate(sizes)]
-
-
-def _view(buffer: Tensor, at: int, shape: Sequence[int]) -> Tensor:
-    """The contiguous tensor of ``shape`` that begins at an element of ``buffer``."""
-    return buffer[at : at + math.prod(shape)].view(shape)

@@ -22,7 +22,9 @@ __all__ = ["Batch", "Layout", "Part", "Unit", "assign", "batches_of", "in_order"
 OVERLAPPED = 3
 """Batches that are under way at once: one arrives while the next is computed and the one after it is collected."""
 FEWEST_BATCHES = 4
-"""Into how many batches matrices that travel are cut at least, where every process gets one of each."""
+"""Into how many batches matrices that travel are cut, where these are large and every process gets one of each."""
+SMALLEST_BATCH = 1 << 20
+"""Bytes of a process's matrices that are worth a batch: fewer have travelled before the host begins the next."""
 
 Runs = tuple[tuple[int, int], ...]
 """First index and length of each run of indices, in rising order."""
@@ -269,7 +271,9 @@ def batches_of(
     """
     position = {rank: i for replica in ranks for i, rank in enumerate(replica)}
     alone = len(position) == 1
-    limit = len(units) if alone else max(len(position), -(-len(units) // FEWEST_BATCHES))
+    share = sum(unit.nbytes for unit in units) // len(position)
+    fewest = 1 if alone else min(FEWEST_BATCHES, max(1, share // SMALLEST_BATCH))
+    limit = max(len(position), -(-len(units) // fewest))
     batches = [Batch()]
     for unit, owner in zip(units, owners, strict=True):
         last = batches[-1]

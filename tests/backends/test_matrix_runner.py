@@ -207,3 +207,13 @@ def test_memory_of_a_step_stays_below_the_workspace():
     chunks = 6 * 4 * (1 << 20)  # float32 copies of 2**20 elements
     assert tight.bytes <= bound + chunks
     assert loose.bytes >= 2 * tight.bytes
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_of_the_matrices_is_kept_between_steps(backend):
+    """They take as much as the weights do in bfloat16; another optimizer's may take it before the next step."""
+    optimizer = run(backend, ns_dtype=torch.float32, dtype=torch.bfloat16, state_dtype=torch.bfloat16, steps=2)
+    (runner,) = [bucket.runner for bucket in optimizer._plan.buckets]
+    values = [batch.make.bucket.params for batch in runner._batches.values()]
+    assert values
+    assert all(own.nbytes == 0 for own in values)

@@ -37,6 +37,8 @@ from tests.support.memory import Peak
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, mesh_of, on_each_number, shard, whole
 
 FP64 = NewtonSchulz(dtype=torch.float64)
+SMALL_BATCHES = mock.patch("gwt_kernels.distributed.matrix_plan.SMALLEST_BATCH", 1)
+"""Matrices however small are cut into batches."""
 
 
 def gathered(value: Any, mesh: DeviceMesh) -> list[Any]:
@@ -281,7 +283,8 @@ def overlap() -> None:
     """While a batch is computed, the one after it has begun to travel, and the one before it goes back."""
     line = mesh_of(2)
     params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(16)]
-    exchange = MatrixExchange(params, NewtonSchulz())
+    with SMALL_BATCHES:
+        exchange = MatrixExchange(params, NewtonSchulz())
     events: list[str] = []
     real = dist.all_to_all_single
     started: list[Any] = []
@@ -363,7 +366,8 @@ def a_dead_process() -> None:
     """One process ends in the middle of a step: the other's collective raises."""
     line = mesh_of(2)
     params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(8)]
-    exchange = MatrixExchange(params, FP64)
+    with SMALL_BATCHES:
+        exchange = MatrixExchange(params, FP64)
     calls = []
 
     def make(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bench import host
+from gwt_kernels import GWTMuon
 from gwt_kernels.core.dtensor import local_of
 
 TENSORS = 300
@@ -19,6 +22,20 @@ TENSORS = 300
 
 def calls(mesh: DeviceMesh | None, limiter: bool, reallocated: bool) -> tuple[int, int]:
     """Count calls of Python and C functions in one step on many tensors, and the all-reduces among them."""
+    optimizer, params = host.build(TENSORS, torch.device("cpu"), limiter=limiter, mesh=mesh)
+    assert {isinstance(p, DTensor) for p in params} == {mesh is not None}
+    assert {tuple(local_of(p).shape) for p in params} == {host.SIZE}
+    return _counted(optimizer, params, reallocated)
+
+
+def calls_of_matrices(tensors: int, mesh: DeviceMesh | None) -> int:
+    """Count calls in a step of GWTMuon, in which products of matrices count as none."""
+    with host.without_products():
+        optimizer, params = host.build_matrices(tensors, torch.device("cpu"), GWTMuon, mesh)
+        return _counted(optimizer, params, False)[0]
+
+
+def _counted(optimizer: Any, params: Sequence[torch.Tensor], reallocated: bool) -> tuple[int, int]:
     counts = [0, 0]
     all_reduce = dist.all_reduce.__wrapped__.__code__  # type: ignore[attr-defined]
 
@@ -26,12 +43,11 @@ def calls(mesh: DeviceMesh | None, limiter: bool, reallocated: bool) -> tuple[in
         counts[0] += event in ("call", "c_call")
         counts[1] += event == "call" and getattr(frame, "f_code", None) is all_reduce
 
-    optimizer, params = host.build(TENSORS, torch.device("cpu"), limiter=limiter, mesh=mesh)
-    assert {isinstance(p, DTensor) for p in params} == {mesh is not None}
-    assert {tuple(local_of(p).shape) for p in params} == {host.SIZE}
     run = host.time_steps(optimizer, params, reallocated=reallocated)
     next(run)
-    assert all(p.grad is not None and type(p.grad) is (torch.Tensor if mesh is None else DTensor) for p in params)
+    assert all(
+        p.grad is not None and type(p.grad) is (DTensor if isinstance(p, DTensor) else torch.Tensor) for p in params
+    )
     assert all(p.grad._spec is p._spec for p in params if isinstance(p, DTensor))
     own = optimizer.step
 
@@ -42,7 +58,7 @@ def calls(mesh: DeviceMesh | None, limiter: bool, reallocated: bool) -> tuple[in
         finally:
             sys.setprofile(None)
 
-    optimizer.step = watched  # type: ignore[method-assign]
+    optimizer.step = watched
     next(run)
     return counts[0], counts[1]
 
@@ -54,4 +70,5 @@ if __name__ == "__main__":
             plain, sharded = calls(None, *both), calls(devices, *both)
             assert plain[1] == 0
             found.append([*both, plain[0], *sharded])
-    print(json.dumps(found))
+        matrices = [[calls_of_matrices(n, mesh) for n in (TENSORS // 3, TENSORS)] for mesh in (None, devices)]
+    print(json.dumps([found, matrices]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -15,13 +16,15 @@ from gwt_kernels.mesh import Mesh
 from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import plan_sharded
 from tests.support import meshes
+from tests.support.exchanged import SMALL_BATCHES
 
 
 def main() -> None:
     """All ways of sharding a model over four processes."""
     for mesh in (Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=2, tp=2), Mesh(tp=4), Mesh(dp=2, tp=2)):
         for dtype in (torch.float32, torch.bfloat16):
-            _check(mesh, dtype)
+            with SMALL_BATCHES if dtype == torch.bfloat16 else nullcontext():
+                _check(mesh, dtype)
 
 
 def _check(mesh: Mesh, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.layout import is_flat
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
+from gwt_kernels.core.laid_out import LaidOut
 from gwt_kernels.core.level import ROW
 
 __all__ = ["TritonRunner"]
@@ -89,8 +90,12 @@ class TritonRunner:
     def set_params(self, params: Sequence[Tensor]) -> None:
         """Take other tensors of the same shapes, dtype and layouts in place of the bucket's parameters."""
         self.bucket.params = params
-        self._columns["p"] = addresses(params)
-        self._own_misaligned = self._find_misaligned()
+        words, before = addresses(params), self._columns["p"]
+        if words == before:
+            return
+        self._columns["p"] = words
+        if misalignments(words) != misalignments(before):
+            self._own_misaligned = self._find_misaligned()
         for launch in self._launches:
             launch.set_pointers(self._columns)
 
@@ -156,7 +161,8 @@ class TritonRunner:
         if isinstance(inputs.steps, Tensor):
             for i in self._empty:  # in no launch
                 inputs.steps[i].add_(1.0 if decision is None else decision[1])
-        increment_version(self.bucket.params)  # for autograd, which else knows of no change
+        if not isinstance(self.bucket.params, LaidOut):
+            increment_version(self.bucket.params)  # for autograd, which else knows of no change
         if begun.params is not self.bucket.params:
             for p, x in zip(self.bucket.params, begun.params, strict=True):
                 if x is not p:

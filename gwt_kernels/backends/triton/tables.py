@@ -15,6 +15,7 @@ from torch import Tensor
 from gwt_kernels.backends.triton.native import quickest
 from gwt_kernels.backends.triton.schema import CONSTANTS, SCALARS
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.laid_out import LaidOut
 from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.rules import Rule
 
@@ -43,6 +44,8 @@ _pack_scalars = struct.Struct(f"{len(SCALARS)}f").pack
 
 def addresses(tensors: Sequence[Tensor]) -> bytes:
     """Return the tensors' addresses, 8 bytes each."""
+    if isinstance(tensors, LaidOut):
+        return tensors.addresses()
     return quickest().addresses(tensors)
 
 

@@ -1,0 +1,79 @@
+"""Tensors that lie end to end in one buffer, of which kernels take addresses, and others views."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LaidOut", "Places"]
+
+
+class Places:
+    """Where tensors of given shapes lie in a buffer, the same in every step.
+
+    Args:
+        shapes: Of the tensors, in order.
+        dtype: Of the buffer.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.numel = sum(map(math.prod, shapes))
+        self._alike = [(len(list(alike)), shape) for shape, alike in itertools.groupby(shapes)]
+        self._offsets = [dtype.itemsize * n for n in itertools.accumulate(map(math.prod, shapes), initial=0)][:-1]
+        self._first, self._words = -1, b""
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def addresses(self, buffer: Tensor) -> bytes:
+        """Return the tensors' addresses in a buffer, 8 bytes each."""
+        first = buffer.data_ptr()
+        if first != self._first:  # an allocator tends to give what it was given back
+            self._first = first
+            self._words = array("q", [first + offset for offset in self._offsets]).tobytes()
+        return self._words
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the tensors."""
+        runs = buffer.split_with_sizes([n * math.prod(shape) for n, shape in self._alike]) if self._alike else ()
+        return [x for run, (n, shape) in zip(runs, self._alike, strict=True) for x in run.view(n, *shape).unbind()]
+
+
+class LaidOut(Sequence[Tensor]):
+    """Tensors in a buffer, made when one of them is asked for.
+
+    Args:
+        places: Where they lie.
+        buffer: Of one dimension.
+    """
+
+    def __init__(self, places: Places, buffer: Tensor) -> None:
+        self._places, self._buffer = places, buffer
+        self._views: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._views is None:
+            self._views = self._places.views(self._buffer)
+        return self._views[index]
+
+    def addresses(self) -> bytes:
+        """Return the tensors' addresses, 8 bytes each."""
+        return self._places.addresses(self._buffer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self._buffer.nbytes
+
+    def release(self) -> None:
+        """Let go of the buffer, whoever has the sequence still."""
+        self._buffer, self._views = self._buffer.new_empty(0), None
