@@ -93,7 +93,7 @@ def _precision(runs: Sequence[Run], root: str) -> str:
     for comparison in sorted(shown, key=lambda c: c.preset):
         weights = comparison.preset.partition(", ")[2] or "float32"
         for chosen, losses in final_losses(comparison).items():
-            if losses and re.match(r"adamw|gwt2|foam2", chosen.optimizer):
+            if losses and re.match(r"adamw|gwt2|foam2|muon2", chosen.optimizer):
                 state = comparison.others.get((chosen, "state_bytes"))
                 size = "-" if state is None else f"{state['median']:,.0f}"
                 name = optimizer_name(chosen.optimizer)

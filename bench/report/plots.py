@@ -243,7 +243,7 @@ def _sweeps(data: Any) -> Figure:
             i = scales.index(line["scale"])
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
             shown[line["scale"]] = axes.plot(line["x"], line["loss"], linewidth=1.2, **look)[0]
-        axes.set_title(panel["title"])
+        axes.set_title(panel["title"].replace(", ", ",\n"))
         if what == "learning rate":
             axes.set_xscale("log")
         rates = sorted({rate for panel in data for line in panel["lines"] for rate in line["x"]})

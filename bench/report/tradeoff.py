@@ -29,15 +29,15 @@ BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 EQUAL_STATE = """\
 ### At equal state
 
-The lowest loss with so much state at most: of all optimizers, of those without Muon's products of matrices, and of
-all with moments in bf16 or int8 too, where these were run under several seeds:"""
+The lowest loss with so much state at most, with moments in float32, and with moments of any kind that ran under
+several seeds; of all optimizers, and without Muon, whose step multiplies matrices:"""
 
 EQUAL_LOSS = """\
 ### At equal loss
 
 The least state of an optimizer whose mean loss is no higher than that of the one named first, likewise:"""
 
-CHOICES = ["without products of matrices", "moments in bf16 or int8 too"]
+CHOICES = ["float32 moments", "without Muon", "any moments", "any moments, without Muon"]
 REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")
 
 SHOWN = (
@@ -105,8 +105,9 @@ def _equal_state(found: _Points, everything: _Points) -> str:
         return next((f"{_said(point)} ({point['bytes']:.2f})" for point in within), "-")
 
     lines = [[f"{budget:g}", *(best(budget, among) for among in _choices(found, everything))] for budget in BUDGETS]
-    headings = ["bytes a parameter, at most", "lowest loss (bytes)", *CHOICES]
-    return table(headings, [line for line in lines if any(cell != "-" for cell in line[1:])])
+    return table(
+        ["bytes a parameter, at most", *CHOICES], [line for line in lines if any(cell != "-" for cell in line[1:])]
+    )
 
 
 def _equal_loss(found: _Points, everything: _Points) -> str:
@@ -124,12 +125,13 @@ def _equal_loss(found: _Points, everything: _Points) -> str:
         for point in found
         if point["optimizer"] in REFERENCES
     ]
-    return table(["no higher than", "its bytes", "least bytes", *CHOICES], lines)
+    return table(["no higher than", "its bytes", *CHOICES], lines)
 
 
 def _choices(found: _Points, everything: _Points) -> tuple[_Points, ...]:
     """Return what a column of both tables chooses from."""
-    return found, [point for point in found if point["rule"] != "muon"], everything
+    others = [[point for point in among if point["rule"] != "muon"] for among in (found, everything)]
+    return found, others[0], everything, others[1]
 
 
 def _rows(found: Sequence[dict[str, Any]]) -> str:
