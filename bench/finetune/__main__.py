@@ -328,7 +328,7 @@ class Comparison:
     def rates(self, optimizer: str, recipe: str) -> list[tuple[float, float]]:
         """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's.
 
-        Where the preset's value is none of the grid of optimizer and recipe, the middle of the grid takes its place.
+        Where the preset's value is none of the grid of optimizer and recipe, the middle of the grid is taken.
         """
         options = self.options
         rule = swept_name(optimizer).rstrip("0123456789")
