@@ -326,11 +326,14 @@ class Comparison:
         return new
 
     def rates(self, optimizer: str, recipe: str) -> list[tuple[float, float]]:
-        """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's."""
+        """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's.
+
+        Where the preset's value is none of the grid of optimizer and recipe, the middle of the grid is taken.
+        """
         options = self.options
+        rule = swept_name(optimizer).rstrip("0123456789")
+        grid = options.grids.get(f"{recipe} {rule}") or options.grids.get(recipe)
         if options.sweep:
-            rule = swept_name(optimizer).rstrip("0123456789")
-            grid = options.grids.get(f"{recipe} {rule}") or options.grids.get(recipe)
             if grid is None:
                 raise ValueError(
                     f"--sweep: preset {options.preset!r} has no grid for recipe {recipe!r}; give --lr and --scale"
@@ -338,7 +341,11 @@ class Comparison:
             return list(product(options.lr or grid["lr"], options.scale or grid["scale"]))
         recorded = records.rows_of(results.default_path(options.name), results.BENCHMARK)
         best = results.best_setting(recorded, optimizer, recipe)
-        known = {"lr": [best["lr"]], "scale": [best["scale"]]} if best else options.preset_rates
+        known = {"lr": [best["lr"]], "scale": [best["scale"]]} if best else dict(options.preset_rates)
+        if best is None and grid is not None:
+            for key, tried in grid.items():
+                if not set(known[key]) <= set(tried):
+                    known[key] = [tried[(len(tried) - 1) // 2]]
         return list(product(options.lr or known["lr"], options.scale or known["scale"]))
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> None:

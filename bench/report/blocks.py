@@ -48,7 +48,8 @@ def _speed(runs: Sequence[Run], root: str) -> str:
     if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
     run, model, found = shown
-    return brief.speed(run, model, optimizers.plain(found))
+    shortened = brief.speed(run, model, optimizers.plain(found))
+    return shortened if run.cuda else f"No time on a GPU is known yet. {shortened}"
 
 
 def _tradeoff(runs: Sequence[Run], root: str) -> str:

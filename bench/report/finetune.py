@@ -46,7 +46,7 @@ from transformers import AutoModelForSequenceClassification
 from gwt_kernels import GWTAdamW, gwt_param_groups
 
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER", num_labels=2)
-optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.5), lr=3e-4)
+optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.3), lr=3e-4)
 ```
 
 Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md)).

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.common.names import optimizer_name, variant
 from bench.report.comparisons import STATE, Comparison, final_losses
-from bench.report.markdown import figure, table, with_spread
+from bench.report.markdown import figure, setting, table, with_spread
 from bench.report.plots import Plot
 from gwt_kernels.core.level import ROW
 
@@ -40,10 +40,7 @@ The least state of an optimizer whose mean loss is no higher than that of the on
 CHOICES = ["float32 moments", "without Muon", "any moments", "any moments, without Muon"]
 REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")
 
-SHOWN = (
-    *("muon0", "muon2", "muon4", "foam2", "gwt2", "adafactor2", "foam-row"),
-    *("adamw", "apollo"),
-)
+SHOWN = ("muon0", "muon2", "muon4", "adafactor2", "foam2", "gwt2", "adamw")
 """Those in README's table."""
 
 
@@ -155,7 +152,7 @@ def block(comparison: Comparison, root: str) -> str:
         [point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in found if point["optimizer"] in SHOWN
     ]
     size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
-    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {comparison.last.date[:10]}"
+    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {setting(comparison.last)}"
     made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
     parts = [f"{words}, mean ± standard deviation over seeds:", made]
     if len(found) > 1:

@@ -214,6 +214,24 @@ def test_plain_text_and_json_lines(tmp_path: Path, options: list[str], ran: list
 # Presets
 
 
+def test_without_a_record_rates_are_the_presets_or_the_middle_of_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "default_path", lambda preset: tmp_path / "none.json")
+    task = type("Nothing", (), {"facts": {}})()
+
+    def rates(optimizer: str, recipe: str, *line: str) -> list[tuple[float, float]]:
+        parsed = finetune.parse([*line, "--out", str(tmp_path)])
+        return finetune.Comparison(parsed, task, torch.device("cpu")).rates(optimizer, recipe)
+
+    assert rates("gwt2", "full") == [(3e-4, 0.3)]
+    assert rates("muon2", "full") == [(3e-4, 3.0)]
+    assert rates("adamw", "lora") == [(1e-3, 1.0)]
+    assert rates("adamw", "head") == [(3e-3, 1.0)]
+    assert rates("gwt2", "full", "--preset", "glue", "--task", "cola") == [(3e-5, 2.0)]
+    assert rates("muon2", "full", "--scale", "7") == [(3e-4, 7.0)]
+
+
 def test_muon_has_a_grid_of_its_own(tmp_path: Path) -> None:
     parsed = finetune.parse(["--sweep", "--out", str(tmp_path)])
     task = type("Nothing", (), {"facts": {}})()
