@@ -218,8 +218,8 @@ def check_sharding(
         )
     if block_size > 1 and not _holds_whole_quanta(p, shape, block_size):
         raise ValueError(
-            f"int8 moments of {name} have a scale per {block_size} values, which {placements} on {mesh} "
-            f"would split: shards of rows must be equal and multiples of {block_size} values; use "
+            f"{group['state_dtype']} moments of {name} have a scale per {block_size} values, which {placements} on "
+            f"{mesh} would split: shards of rows must be equal and multiples of {block_size} values; use "
             f"state_dtype=torch.bfloat16"
         )
 

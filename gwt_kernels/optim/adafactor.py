@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Boundary, Rounding
 from gwt_kernels.optim.base import PlannedOptimizer
-from gwt_kernels.optim.options import state_dtype_name
+from gwt_kernels.optim.options import FIXED
 
 __all__ = ["GWTAdafactor"]
 
@@ -88,29 +88,4 @@ class GWTAdafactor(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "level": level,
-            "scale": scale,
-            "beta1": beta1,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-            "details": details,
-            "rule": "adafactor",
-            "norm_growth_limit": None,
-            "wavelet": wavelet,
-            "boundary": boundary,
-            "state_dtype": state_dtype_name(state_dtype),
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "maximize": maximize,
-            "correct_bias": True,
-            "backend": backend,
-        }
-        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
-        super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})
+        super().__init__(params, FIXED | locals() | {"rule": "adafactor"})

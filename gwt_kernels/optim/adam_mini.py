@@ -10,7 +10,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
-from gwt_kernels.optim.options import FIXED, state_dtype_name
+from gwt_kernels.optim.options import FIXED
 
 __all__ = ["GWTAdamMini"]
 
@@ -67,20 +67,4 @@ class GWTAdamMini(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = FIXED | {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "level": level,
-            "scale": scale,
-            "head_rows": head_rows,
-            "rule": "adam_mini",
-            "state_dtype": state_dtype_name(state_dtype),
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "maximize": maximize,
-            "backend": backend,
-        }
-        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
-        super().__init__(params, defaults)
+        super().__init__(params, FIXED | locals() | {"rule": "adam_mini"})

@@ -12,10 +12,6 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Boundary, Rounding, Rule
 from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
-from gwt_kernels.optim.options import (
-    published_limit,
-    state_dtype_name,
-)
 
 __all__ = ["GWTAdamW"]
 
@@ -111,27 +107,4 @@ class GWTAdamW(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        limiter_is_published = norm_growth_limit == "published"
-        if limiter_is_published:
-            norm_growth_limit = published_limit(rule)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "level": level,
-            "scale": scale,
-            "rule": rule,
-            "norm_growth_limit": norm_growth_limit,
-            "wavelet": wavelet,
-            "boundary": boundary,
-            "state_dtype": state_dtype_name(state_dtype),
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "maximize": maximize,
-            "correct_bias": correct_bias,
-            "res_scale": res_scale,
-            "backend": backend,
-        }
-        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
-        super().__init__(params, defaults, limiter_is_published=limiter_is_published)
+        super().__init__(params, locals())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -22,7 +22,14 @@ from gwt_kernels.optim.checks import check_traceable, is_captured
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import GroupChecks
 from gwt_kernels.optim.loading import check_and_set_aside
-from gwt_kernels.optim.options import ADDED, check_group, check_max_grad_norm, hyper_of, published_limit
+from gwt_kernels.optim.options import (
+    ADDED,
+    check_group,
+    check_max_grad_norm,
+    hyper_of,
+    published_limit,
+    state_dtype_name,
+)
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
 from gwt_kernels.optim.step_plan import Sources, StepPlan, count_of_skipped, options_of
@@ -66,13 +73,13 @@ class _Step(NamedTuple):
 class PlannedOptimizer(Optimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
-    A subclass calls :meth:`_control` before this constructor, and says which ``rules`` its groups may have.
+    A subclass says which ``rules`` its groups may have.
 
     Args:
         params: What ``torch.optim.AdamW`` takes.
-        defaults: Options of groups.
-        limiter_is_published: Whether a group's rule decides about its limiter.
-        adamw: Options of groups at ``rule="adamw"`` that differ from the defaults.
+        options: ``locals()`` of the subclass's constructor, each of whose arguments is an option: of a step, of
+            groups at ``rule="adamw"`` (``adamw_betas``, ``adamw_eps``), or else of groups. And options of groups
+            that it fixes.
     """
 
     rules: tuple[str, ...]
@@ -98,16 +105,15 @@ class PlannedOptimizer(Optimizer):
     """Of parameters that are updated one by one."""
     _places: dict[Tensor, tuple[int, int, int]]
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        *,
-        limiter_is_published: bool = False,
-        adamw: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._limiter_is_published = limiter_is_published
-        self._adamw = dict(adamw or {})
+    def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
+        defaults = {key: value for key, value in options.items() if key not in ("self", "params", "__class__")}
+        defaults["state_dtype"] = state_dtype_name(defaults["state_dtype"])
+        self._limiter_is_published = defaults["norm_growth_limit"] == "published"
+        if self._limiter_is_published:
+            defaults["norm_growth_limit"] = published_limit(defaults["rule"])
+        self._adamw = {key: defaults.pop(f"adamw_{key}") for key in ("betas", "eps") if f"adamw_{key}" in defaults}
+        self.max_grad_norm, self.skip_nonfinite = defaults.pop("max_grad_norm"), defaults.pop("skip_nonfinite")
+        self.capturable, self._observed = defaults.pop("capturable"), defaults.pop("telemetry")
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
         self._check_options()
         self._checks.check_options(defaults, slack=0.0)
@@ -120,13 +126,6 @@ class PlannedOptimizer(Optimizer):
         self._forget_plans()
         super().__init__(params, defaults)
         self._is_built = True
-
-    def _control(self, max_grad_norm: Any, skip_nonfinite: Any, capturable: Any, telemetry: Any) -> None:
-        """Set the options that belong to a step and not to a group; the constructor checks them."""
-        self.max_grad_norm = max_grad_norm
-        self.skip_nonfinite = skip_nonfinite
-        self.capturable = capturable
-        self._observed = telemetry
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.

@@ -10,7 +10,7 @@ from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.matrices import ns_dtype_name
-from gwt_kernels.optim.options import FIXED, state_dtype_name
+from gwt_kernels.optim.options import FIXED
 from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
 
 __all__ = ["GWTMuon"]
@@ -96,28 +96,4 @@ class GWTMuon(PlannedOptimizer):
         telemetry: bool = False,
         backend: choice.Backend | None = None,
     ) -> None:
-        defaults = FIXED | {
-            "lr": lr,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "ns_steps": ns_steps,
-            "ns_dtype": ns_dtype_name(ns_dtype),
-            "adjust_lr_fn": adjust_lr_fn,
-            "workspace_bytes": workspace_bytes,
-            "flatten": flatten,
-            "row_splits": row_splits,
-            "level": level,
-            "scale": scale,
-            "rule": "muon",
-            "state_dtype": state_dtype_name(state_dtype),
-            "weight_rounding": weight_rounding,
-            "seed": seed,
-            "maximize": maximize,
-            "detail_scale": detail_scale,
-            "backend": backend,
-        }
-        self._control(max_grad_norm, skip_nonfinite, capturable, telemetry)
-        super().__init__(params, defaults, adamw={"betas": adamw_betas, "eps": adamw_eps})
+        super().__init__(params, FIXED | locals() | {"rule": "muon", "ns_dtype": ns_dtype_name(ns_dtype)})

@@ -165,9 +165,9 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
             q = stored.block_size(entry.level)
             if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
                 raise ValueError(
-                    f"int8 moments of {entry.name} have a scale per {q} values, which mesh {mesh} would split: "
-                    f"shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or another "
-                    f"mesh"
+                    f"{stored.name} moments of {entry.name} have a scale per {q} values, which mesh {mesh} would "
+                    f"split: shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or "
+                    f"another mesh"
                 )
         if len(rows) > 1 and not even and stored is not None and stored.is_random:
             raise ValueError(

@@ -157,9 +157,18 @@ def test_a_run_stays_close_to_the_one_with_float32_moments(shape, rule):
 
 
 @needs_kernels_here
-@pytest.mark.parametrize("level", [0, 2])
-@pytest.mark.parametrize("shape", [(96, 256), (67, 333)])
-@pytest.mark.parametrize("options", [{}, {"norm_growth_limit": None}, {"rule": "foam"}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "level", "options"),  # every pair of a level, a shape and options
+    [
+        ((96, 256), 0, {}),
+        ((67, 333), 2, {}),
+        ((67, 333), 0, {"norm_growth_limit": None}),
+        ((96, 256), 2, {"norm_growth_limit": None}),
+        ((67, 333), 0, {"rule": "foam"}),
+        ((96, 256), 2, {"rule": "foam"}),
+    ],
+    ids=str,
+)
 def test_both_backends_agree(shape, level, options):
     def run(backend):
         p = torch.nn.Parameter(torch.ones(shape))

@@ -56,7 +56,9 @@ def quicken() -> None:
     which it computes and then, as it does not debug, does not look at.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None or interpreter._patch_lang.__module__ == __name__:
+    if not hasattr(interpreter, "_LangPatchScope"):  # not imported, or of another release than 3.7, and slow
+        return
+    if interpreter._patch_lang.__module__ == __name__:
         return
     import triton.language as tl
 

@@ -22,11 +22,17 @@ pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[t
 
 WAVELETS = ("haar", "db2", "db5", "sym4", "coif2", "bior2.2", "rbio2.2")
 BOUNDARIES = get_args(Boundary)
+# Every wavelet with two boundaries, every boundary with two fifths of them, and some of every family with all.
+PAIRS = [
+    (wavelet, boundary)
+    for i, wavelet in enumerate(pywt.wavelist(kind="discrete"))
+    for k, boundary in enumerate(BOUNDARIES)
+    if wavelet in WAVELETS or (i + k) % len(BOUNDARIES) < 2
+]
 
 
 @pytest.mark.filterwarnings("ignore:Level value of")  # PyWavelets warns of the boundary at small widths
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("wavelet", pywt.wavelist(kind="discrete"))
+@pytest.mark.parametrize(("wavelet", "boundary"), PAIRS)
 def test_transforms_are_those_of_pywavelets(wavelet, boundary):
     """Some levels are so deep that a band is all boundary; some rows are much shorter than the filters."""
     bank = literal.filter_bank(wavelet)
