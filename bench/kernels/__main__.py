@@ -1,4 +1,4 @@
-"""Time each kernel alone: the fused step with and without limiter, and the Haar transforms, by shape, level, dtype.
+"""Time each kernel alone: the fused step with and without limiter, those of other rules, and the Haar transforms.
 
 Every case is compared with float64 before it is timed. Sets of buffers take turns, so that none is in the cache
 when its turn comes. The time is the device time of one call on one tensor; for a step it includes the copy of its
@@ -23,7 +23,18 @@ from rich.table import Table
 from bench.common import records
 from bench.common.measure import Spread, available_bytes, chosen_device, clock, copy_bandwidth, facts, is_present
 from bench.common.models import load_config
-from bench.kernels.cases import KERNELS, MODELS, PARTS, Case, bytes_moved, obstacle, plan, set_count, short
+from bench.kernels.cases import (
+    KERNELS,
+    MODELS,
+    PARTS,
+    RULE_KERNELS,
+    Case,
+    bytes_moved,
+    obstacle,
+    plan,
+    set_count,
+    short,
+)
 from bench.kernels.oracle import Buffers, bytes_needed, check
 from bench.kernels.targets import kernel_targets
 
@@ -178,7 +189,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", help="cpu or cuda; by default CUDA where there is one")
     add("--backend", choices=["triton", "torch"], help="by default Triton on CUDA, PyTorch on a CPU")
-    add("--kernels", nargs="+", choices=KERNELS, default=KERNELS, metavar="NAME", help=f"of {' '.join(KERNELS)}")
+    every = (*KERNELS, *RULE_KERNELS)
+    text = f"of {' '.join(every)} (default: all; CPU: the first {len(KERNELS)})"
+    add("--kernels", nargs="+", choices=every, metavar="NAME", help=text)
     add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="of matrices (each of the models, "
         "and experts), sizes (a sweep), grid (levels and dtypes at two shapes)")  # fmt: skip
     add("--models", nargs="+", help=f"whose matrices (default: {' '.join(MODELS)}, and experts; CPU: {MODELS[0]})")
@@ -199,6 +212,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
 
     options.device = chosen_device(options.device)
+    options.kernels = options.kernels or (KERNELS if options.device.type == "cpu" else every)
     if options.device.type not in ("cpu", "cuda"):
         parser.error(f"--device {options.device}: must be cpu or cuda")
     options.repetitions = options.repetitions or (5 if options.device.type == "cpu" else 20)

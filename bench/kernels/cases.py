@@ -14,8 +14,13 @@ from bench.common.models import shapes_of
 from gwt_kernels.backends import choice
 from gwt_kernels.formats.int8 import block_size
 from gwt_kernels.haar.transform import deepest_level
+from gwt_kernels.rules import Rule, rule_of
 
 KERNELS = ("step", "step_limiter", "haar_dwt", "haar_idwt")
+RULE_KERNELS = ("step_foam", "step_adam_mini", "step_muon", "step_orthogonal")
+"""Steps of other rules, and the stages of GWT-Muon before and after its matrix products."""
+MATRICES = torch.bfloat16
+"""dtype of what lies between these stages."""
 PARTS = ("matrices", "sizes", "grid")
 MODELS = ("llama_60m", "llama_350m", "llama_1b", "llama_7b", "llama_70b")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -39,11 +44,27 @@ class Case(NamedTuple):
     data: torch.dtype
     """Dtype of weights and gradients, or of a transform's input."""
     moments: torch.dtype | None
-    """Dtype of the moments; None for a transform."""
+    """Dtype of the moments; None for a transform, and for a rule without moments."""
 
     @property
     def is_step(self) -> bool:
-        return self.moments is not None
+        return self.kernel.startswith("step")
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of a step at its level."""
+        named = self.kernel.removeprefix("step_") if self.kernel in RULE_KERNELS else "gwt"
+        return rule_of(named, self.level)
+
+    @property
+    def written(self) -> torch.dtype:
+        """Dtype of the weights, or of the matrices in their place."""
+        return self.data if self.rule.reads_weights else MATRICES
+
+    @property
+    def read(self) -> torch.dtype:
+        """Dtype of the gradients, or of what became of the matrices."""
+        return self.data if self.rule.slots else MATRICES
 
     @property
     def quantized(self) -> bool:
@@ -80,29 +101,37 @@ def short(dtype: torch.dtype) -> str:
 def bytes_held(case: Case) -> int:
     """Count the bytes of one set of buffers: weights, gradients and moments, or a tensor and its coefficients."""
     if case.is_step:
-        return 2 * case.elements * case.data.itemsize + _moment_bytes(case)
+        return case.elements * (case.written.itemsize + case.read.itemsize) + _moment_bytes(case)
     coefficients = case.band(case.level) + sum(map(case.band, range(1, case.level + 1)))
     return (case.elements + coefficients) * case.data.itemsize
 
 
 def _moment_bytes(case: Case) -> int:
-    """Count the bytes of both moments, with the scales of int8 moments."""
-    assert case.moments is not None
-    coefficients = case.band(case.level)
-    scales = -(-coefficients // block_size(case.level)) * torch.float32.itemsize if case.quantized else 0
-    return 2 * (coefficients * case.moments.itemsize + scales)
+    """Count the bytes of the moments that the rule has, with the scales of int8 moments."""
+    total = 0
+    for slot in case.rule.slots:
+        assert case.moments is not None
+        if slot in case.rule.row_slots:
+            total += math.prod(case.shape[:-1]) * torch.float32.itemsize
+        else:
+            coefficients = case.band(case.level)
+            scales = -(-coefficients // block_size(case.level)) * torch.float32.itemsize if case.quantized else 0
+            total += coefficients * case.moments.itemsize + scales
+    return total
 
 
 def bytes_moved(case: Case) -> int:
     """Count the bytes that a call must move.
 
-    A step reads the gradients once, and reads and writes weights and moments once. The limiter needs the norm of
+    A step reads the gradients once, and reads and writes weights and moments once; what takes the place of weights
+    is not read. The limiter needs the norm of
     the whole normalised approximation before any weight is written, so it reads gradients and moments a second
     time. A transform reads its tensor and writes the coefficients, its inverse the other way round.
     """
-    if case.moments is None:
+    if not case.is_step:
         return bytes_held(case)
-    return 3 * case.elements * case.data.itemsize + 2 * _moment_bytes(case) + bytes_read_twice(case)
+    once = case.read.itemsize + case.written.itemsize * (1 + case.rule.reads_weights)
+    return case.elements * once + 2 * _moment_bytes(case) + bytes_read_twice(case)
 
 
 def bytes_read_twice(case: Case) -> int:
@@ -126,6 +155,8 @@ def obstacle(case: Case, device: torch.device, backend: choice.Backend | None) -
         if dtype is not None and dtype not in known:
             taken = ", ".join(short(each) for each in known if each)
             return f"not supported: the kernels take {taken}, not {short(dtype)}"
+    if case.quantized and case.rule.row_slots:
+        return f"not possible: {case.kernel} knows no int8 moments"
     if case.level > deepest_level(case.shape[-1]):
         return f"not possible: level {case.level} is too deep for rows of {case.shape[-1]}"
     if backend == "triton" or (backend is None and device.type == "cuda"):
@@ -147,8 +178,9 @@ class Grid(NamedTuple):
         """Return the cases of the product, dtype by dtype; level 0 has no transform and no limiter."""
         product = itertools.product(self.data, self.moments, self.shapes, self.levels, kernels)
         for data, moments, shape, level, kernel in product:
-            if level or kernel == "step":
-                yield Case(kernel, shape, level, data, moments if kernel.startswith("step") else None)
+            case = Case(kernel, shape, level, data, None)
+            if level or kernel in ("step", *RULE_KERNELS[1:]):
+                yield case._replace(moments=moments) if case.is_step and case.rule.slots else case
 
 
 def plan(options: argparse.Namespace) -> dict[Case, str]:

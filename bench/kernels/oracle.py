@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from bench.kernels import quantized
-from bench.kernels.cases import Case, bytes_held
+from bench.kernels.cases import RULE_KERNELS, Case, bytes_held
 from gwt_kernels import haar_dwt, haar_idwt
 from gwt_kernels.backends import choice
+from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.torch import literal
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
@@ -55,7 +57,19 @@ class Buffers:
         self.outputs: list[Tensor] = []
         """Tensors that the kernel writes: weights, moments with their scales, and limiter norm; or coefficients."""
         self.workspace: dict[str, Any] = {}
-        if case.moments is not None:
+        if case.kernel in RULE_KERNELS:
+            self.inputs = [normal(case.shape, case.read, 0.5, 1.0)]
+            self.outputs = [normal(case.shape, case.written, 0.0, 1.0)]
+            stored = quantized.draw(band(case.level), case.level, device, generator) if case.quantized else []
+            for i, slot in enumerate(case.rule.slots):
+                if slot in case.rule.row_slots:
+                    self.outputs.append(normal((*case.shape[:-1], 1), torch.float32, 1.0, 0.1))
+                elif stored:
+                    self.outputs.append(stored[i])
+                else:
+                    self.outputs.append(normal(band(case.level), case.moments or torch.float32, 1.0, 0.1))
+            self.outputs += stored[2 : 2 + len(case.rule.slots)]
+        elif case.moments is not None:
             # Gradients with an offset, so that a block's mean is as large as the differences within it;
             # moments as in mid-training, since a denominator near 0 would make the tolerance meaningless.
             self.inputs = [normal(case.shape, case.data, 0.5, 1.0)]
@@ -77,7 +91,8 @@ class Buffers:
     @property
     def scales(self) -> list[Tensor]:
         """Scales of both moments, if these are int8."""
-        return self.outputs[3:5] if self.case.quantized else []
+        slots = len(self.case.rule.slots)
+        return self.outputs[1 + slots : 1 + 2 * slots] if self.case.quantized else []
 
     def clone(self) -> Buffers:
         """Return independent buffers with the same values."""
@@ -93,6 +108,12 @@ class Buffers:
             self.outputs = haar_dwt(self.inputs[0], case.level, backend=self.backend)
         elif case.kernel == "haar_idwt":
             self.outputs = [haar_idwt(self.inputs, case.shape[-1], backend=self.backend)]
+        elif case.kernel in RULE_KERNELS:
+            if "runner" not in self.workspace:
+                moments = [[x] for x in self.outputs[1 : 1 + len(case.rule.slots)]] + [None, None]
+                scales = [tuple(self.scales)] if case.quantized else None
+                self.workspace["runner"] = prepare(_bucket(case, self.outputs[:1], moments, scales), self.backend)
+            self.workspace["runner"].apply(StepInputs(self.inputs, [STEP], [HYPER]))
         else:
             p, m, v, *others = self.outputs
             gwt_adamw_(
@@ -131,7 +152,10 @@ def check(after: Buffers, before: Buffers) -> float:
         after.run()
     if not all(map(torch.equal, after.inputs, before.inputs)):
         return math.inf
-    ratio = float(_step_error(after, before) if after.case.is_step else _transform_error(after))
+    if after.case.kernel in RULE_KERNELS:
+        ratio = float(_rule_error(after, before))
+    else:
+        ratio = float(_step_error(after, before) if after.case.is_step else _transform_error(after))
     return math.inf if math.isnan(ratio) else ratio
 
 
@@ -144,6 +168,51 @@ def _poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(strict)
+
+
+def _bucket(
+    case: Case, params: list[Tensor], moments: list[Any], scales: list[tuple[Tensor, ...]] | None = None
+) -> Bucket:
+    exact = params[0].dtype == torch.float64
+    rule: Any = case.kernel.removeprefix("step_")
+    read = torch.float64 if exact else case.read
+    return Bucket(params, *moments[:2], level=case.level, grad_dtype=read, rule=rule, scales=scales)
+
+
+def _rule_error(after: Buffers, before: Buffers) -> Tensor:
+    """Compare with PyTorch's operators in float64; rounding errors are those of sums of what a row has."""
+    case, slots = after.case, len(after.case.rule.slots)
+    once = 8 * (case.level + 4) * EPS + (quantized.DECODING if case.quantized else 0.0)
+    worst = torch.zeros((), dtype=torch.float64, device=after.outputs[0].device)
+    peaks = [[torch.zeros_like(x, dtype=torch.float64) for _ in range(2)] for x in after.scales]
+    first = 0
+    for chunk in _chunks(*before.inputs, *before.outputs[: 1 + slots], *after.outputs[: 1 + slots]):
+        g, p, *stored = chunk[: 2 + slots]
+        found = chunk[2 + slots :]
+        wide = [x.double() for x in stored]
+        if case.quantized:
+            scales = [quantized.spread(x, stored[0], first, case.level) for x in before.scales]
+            wide = [q.dequantize(*pair) for q, *pair in zip(quantized.QUANTIZERS, stored, scales, strict=False)]
+        exact = [p.double().clone(), *(x.clone() for x in wide)]
+        moments = [[x] for x in exact[1:]] + [None, None]
+        prepare(_bucket(case, exact[:1], moments), "torch").apply(StepInputs([g.double()], [STEP], [HYPER]))
+        moved = (exact[0] - p.double()).abs() if case.rule.reads_weights else exact[0].abs()
+        size = moved.amax(-1, keepdim=True) + p.double().abs() * case.rule.reads_weights
+        worst = torch.maximum(worst, _ratio(found[0], exact[0], once * size))
+        for i, (kept, value) in enumerate(zip(found[1:], exact[1:], strict=True)):
+            bound = once * (wide[i].abs() + g.double().abs().amax(-1, keepdim=True) ** (1 + i))
+            if case.quantized:
+                own = quantized.spread(after.scales[i], kept, first, case.level)
+                error = quantized.ratio(quantized.QUANTIZERS[i], kept, own, value, bound)
+                for x, peak in zip((value.abs(), bound), peaks[i], strict=True):
+                    quantized.largest(x, peak, first, case.level)
+            else:
+                error = _ratio(kept, value, bound, at_random=kept.dtype == torch.bfloat16)
+            worst = torch.maximum(worst, error)
+        first += stored[0].numel() if stored else 0
+    for scales_of, (value, bound) in zip(after.scales, peaks, strict=True):
+        worst = torch.maximum(worst, _ratio(scales_of, value, bound))
+    return worst
 
 
 def _step_error(after: Buffers, before: Buffers) -> Tensor:

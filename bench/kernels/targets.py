@@ -166,12 +166,30 @@ def kernel_targets(seconds: Mapping[Case, float], bandwidth: float, cache: int) 
     quantized = {case for case in steps if case.quantized and case.elements >= 2**24}
     steps = [case for case in steps if not case.quantized]
     large = {case for case in steps if case.elements >= 2**24}
+    stages = {
+        name: {
+            c: bytes_moved(c) / seconds[c] / bandwidth
+            for c in seconds
+            if (c.kernel, c.level, c.data) == (name, 2, torch.bfloat16) and not c.quantized and c.elements >= 2**24
+        }
+        for name in ("step_muon", "step_orthogonal")
+    }
     cached = {case for case in steps if bytes_read_twice(limited[case]) <= cache / 2}
     promises = [
         ("16M elements or more, share of the copy bandwidth", shares, large, 0.92, True),
         ("16M elements or more, int8 moments, share of the copy bandwidth", shares, quantized, 0.88, True),
         ("row path, share of the copy bandwidth", shares, {c for c in steps if c.shape == (2048, 5461)}, 0.7, True),
         ("16M elements or more, time with over without limiter", ratios, large, 1.4, False),
+        *(
+            (
+                f"{name}, 16M elements or more, share of the copy bandwidth",
+                stages[name],
+                set(stages[name]),
+                0.9,
+                True,
+            )
+            for name in ("step_muon", "step_orthogonal")
+        ),
         ("in half of the L2 cache, time with over without limiter", ratios, cached, 1.15, False),
     ]
     found = []

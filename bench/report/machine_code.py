@@ -17,8 +17,8 @@ Read from the machine code. Loads and stores are
 instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
 another is best moved 128 bits at a time. *flat*: blocks lie end to end; *row*: the last block of each row is cut
 short. *foam*: the folded rule; *muon* and *orthogonal*: GWT-Muon before and after its matrix products;
-*stochastic*, *split*: how the weights round, where not to the nearest. A *step by rows* takes each row as one
-block. Resident are the warps that registers and shared memory leave room for on one multiprocessor, of those that
+*stochastic*, *split*: how the weights round, where not to the nearest. A *step by rows* takes each row as a block.
+Resident are the warps that registers and shared memory leave room for on one multiprocessor, of those that
 it can hold."""
 
 

@@ -107,7 +107,8 @@ class MatrixRunner:
         self._columnless: list[_Rest] | None = None
         self._renews: ElementwiseRunner | None = None
         self.survey: Survey = PYTHON
-        if is_on_triton(bucket, backend):
+        self._on_triton = is_on_triton(bucket, backend)
+        if self._on_triton:
             from gwt_kernels.backends.triton.native import quickest
 
             self.survey = quickest()
@@ -217,12 +218,13 @@ class MatrixRunner:
         return made
 
     def _last_level(self) -> Level:
-        """The level of the last stage: 0, whose blocks are elements, so that rows of any width are one aligned run.
+        """The level of the last stage: of kernels 0, whose blocks are elements, so that rows are one aligned run.
 
         Telemetry asks for the means of blocks, and random bits are those of the weights' place among blocks.
         """
         bucket = self.bucket
-        return bucket.level if bucket.telemetry is not None or bucket.rounding == "stochastic" else 0
+        asks = not self._on_triton or bucket.telemetry is not None or bucket.rounding == "stochastic"
+        return bucket.level if asks else 0
 
     def _shared_of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """Options of the buckets of both stages."""

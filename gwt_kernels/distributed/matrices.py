@@ -20,7 +20,7 @@ from torch import Tensor
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.laid_out import LaidOut, Places
 from gwt_kernels.distributed import matrix_plan
-from gwt_kernels.distributed.matrix_parts import Whole, copies_of, runs_of, starts_of, view_of
+from gwt_kernels.distributed.matrix_parts import MatrixParameter, Whole, copies_of, runs_of, starts_of, view_of
 from gwt_kernels.distributed.matrix_plan import Layout, Unit
 from gwt_kernels.distributed.sharding import check_shards, held_runs, reduced_over
 from gwt_kernels.rules.newton_schulz import (
@@ -32,24 +32,6 @@ from gwt_kernels.rules.newton_schulz import (
 )
 
 __all__ = ["MatrixExchange", "MatrixParameter", "MatrixPiece"]
-
-
-class MatrixParameter(NamedTuple):
-    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
-
-    Attributes:
-        name: What errors call it.
-        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
-        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
-        row_splits: Likewise.
-        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
-    """
-
-    name: str
-    tensor: Tensor
-    flatten: bool = False
-    row_splits: tuple[int, ...] | None = None
-    factors: tuple[float, ...] = ()
 
 
 class MatrixPiece(NamedTuple):

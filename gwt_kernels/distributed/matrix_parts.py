@@ -5,17 +5,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gwt_kernels.distributed.matrix_plan import Part, Unit
 from gwt_kernels.rules.newton_schulz import matrix_shapes
 
-if TYPE_CHECKING:
-    from gwt_kernels.distributed.matrices import MatrixParameter
+__all__ = ["Copy", "MatrixParameter", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
 
-__all__ = ["Copy", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
+
+class MatrixParameter(NamedTuple):
+    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
+
+    Attributes:
+        name: What errors call it.
+        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
+        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Likewise.
+        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
+    """
+
+    name: str
+    tensor: Tensor
+    flatten: bool = False
+    row_splits: tuple[int, ...] | None = None
+    factors: tuple[float, ...] = ()
 
 
 class Whole(NamedTuple):

@@ -68,6 +68,8 @@ def optimizer_for(
     if unknown := sorted(given.keys() - known.keys()):
         flag = unknown[0].replace("_", "-")
         raise ValueError(f"{kind.__name__} has no {unknown[0]}: leave out --{flag}, or give another --rule")
+    if "eps" in given and isinstance(known["eps"].default, tuple):
+        raise ValueError(f"{kind.__name__}'s eps are two numbers, of which no flag is one: leave out --eps")
     every = state["param_groups"]
     families = [_family_of(group, state) for group in every]
     members = list(zip(every, families, strict=True))

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from gwt_kernels import GWTMuon
+from gwt_kernels.backends.bucket import Bucket, StepInputs
+from gwt_kernels.backends.cpu import step
+from gwt_kernels.backends.cpu.runner import CompiledRunner
+from gwt_kernels.core.hyper import Hyper
 from tests.support import interpreter
 from tests.support.memory import Peak
 from tests.support.poisoned import Poisoned
@@ -68,6 +72,86 @@ def test_backends_agree_in_every_format_and_rounding(level, state_dtype, roundin
     assert (state_dtype or torch.float32) in kept
     other = run("torch", **options, ns_steps=4)
     assert_differ(results(optimizer), results(other))  # control
+
+
+@pytest.fixture
+def compiled_steps(monkeypatch):
+    """The rules of the steps that C takes, in order."""
+    taken = []
+    original = step.Packed.step
+
+    def watch(self):
+        taken.append(self._rule)
+        original(self)
+
+    monkeypatch.setattr(step.Packed, "step", watch)
+    return taken
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "stochastic"),
+     (torch.float16, "stochastic"), (torch.bfloat16, "split")],
+)  # fmt: skip
+def test_the_step_in_c_leaves_the_bits_of_pytorchs_operators(level, dtype, rounding, compiled_steps):
+    """Where all is exact: elsewhere operators may contract a product with a sum, which C never does."""
+    options = {"shapes": [(16, 64), (5, 36), (2, 6, 22), (64, 256)], "dtype": dtype, "level": level, "steps": 4}
+    options |= {"weight_rounding": rounding, "detail_scale": 0.5, "maximize": True}
+    wanted = run("torch", **options)
+    assert compiled_steps == []
+    got = run("compiled", **options)
+    assert set(compiled_steps) == {"muon", "orthogonal"}
+    assert_same_bits(results(wanted), results(got))
+    assert_differ(results(got), results(run("compiled", **options, ns_steps=4)))  # control
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({"level": 0}, set()), ({"level": 2, "telemetry": True}, {"muon"}), ({"level": 2}, {"muon", "orthogonal"}),
+     ({"level": 2, "state_dtype": torch.bfloat16}, {"orthogonal"}), ({"level": 11, "shapes": [(4, 2048)]}, set()),
+     ({"level": 2, "ns_dtype": torch.float32}, {"muon", "orthogonal"}),
+     ({"level": 2, "ns_dtype": torch.float64}, set())],
+    ids=str,
+)  # fmt: skip
+def test_what_c_does_not_know_runs_by_pytorchs_operators(options, taken, compiled_steps):
+    wanted, got = run("torch", **options), run("compiled", **options)
+    assert set(compiled_steps) == taken
+    assert_same_bits(results(wanted), results(got))
+
+
+def test_matrices_that_take_turns_in_c_are_written_where_they_are(compiled_steps):
+    g, m = torch.full((4, 8), 0.5), torch.zeros(4, 2)
+    bucket = Bucket([torch.zeros(4, 8)], [m], None, level=2, grad_dtype=torch.float32, rule="muon")
+    runner = CompiledRunner(bucket)
+    inputs = StepInputs([g], [1], [Hyper(beta1=0.5, beta2=1.0)])
+    others = [torch.zeros(4, 8) for _ in range(3)] + [torch.zeros(8, 4).T]
+    for x in others:
+        runner.set_params([x])
+        runner.apply(inputs)
+    assert [float(x[1, 2]) for x in others] == [0.25, 0.375, 0.4375, 0.46875]
+    assert all((x == x[0, 0]).all() for x in others)
+    assert compiled_steps == ["muon"] * 4
+
+
+def test_last_stages_of_kernels_take_rows_of_any_width_as_one_run(monkeypatch):
+    """So that accesses are wide where blocks are cut short; not where random bits are those of blocks."""
+    from gwt_kernels.backends.triton.launch import Launch
+
+    flat = []
+    original = Launch.update
+
+    def watch(self, *arguments):
+        flat.append((self._bucket.rule, self._bucket.level, self.flat))
+        original(self, *arguments)
+
+    monkeypatch.setattr(Launch, "update", watch)
+    options = {"shapes": [(8, 37)], "level": 2, "steps": 1}
+    run("triton", **options)
+    run("triton", **options, dtype=torch.bfloat16, weight_rounding="stochastic")
+    run("triton", **options, telemetry=True)
+    first, last = ("muon", 2, False), ("orthogonal", 2, False)
+    assert flat == [first, ("orthogonal", 0, True), first, last, first, last]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

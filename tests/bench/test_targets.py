@@ -90,6 +90,18 @@ def test_targets_of_kernels() -> None:
     assert kernel_targets({}, 1e12, 2**20) == []
 
 
+def test_stages_of_muon_have_targets_of_their_own() -> None:
+    shape = 4096, 4096
+    first, last = step(shape, kernel="step_muon"), step(shape, kernel="step_orthogonal", moments=None)
+    assert (bytes_moved(first), bytes_moved(last)) == (2**24 * (2 + 2 + 2), 2**24 * 6)
+    seconds = {first: 2**24 * 6 / 0.91e12, last: 2**24 * 6 / 0.5e12, step((64, 64), kernel="step_muon"): 1.0}
+    assert [str(target) for target in kernel_targets(seconds, 1e12, 0)] == [
+        f"{first}: step_muon, 16M elements or more, share of the copy bandwidth: 0.91 (target: at least 0.9, met)",
+        f"{last}: step_orthogonal, 16M elements or more, share of the copy bandwidth: 0.50 "
+        "(target: at least 0.9, NOT met)",
+    ]
+
+
 def test_a_target_names_its_tensor() -> None:
     (target,) = kernel_targets({step((4096, 4096)): 1.0}, 1e12, 0)
     assert target.model == "step 4096x4096 level 2 bfloat16/float32"

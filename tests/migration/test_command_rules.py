@@ -173,6 +173,9 @@ REFUSED = {
     "an option of others": (
         adamw, ["--rule", "muon", "--lr", "1", "--wavelet", "db2"], ("GWTMuon has no wavelet", "--wavelet"),
     ),
+    "one eps of Adafactor's two": (
+        adamw, ["--rule", "adafactor", "--lr", "1", "--eps", "1e-7"], ("GWTAdafactor's eps", "leave out --eps"),
+    ),
     "momentum of Adam": (adamw, ["--momentum", "0.9"], ("GWTAdamW has no momentum", "--momentum", "--rule")),
     "a second rate of Adam": (adamw, ["--adamw-lr", "0.1"], ("GWTAdamW has one learning rate", "--adamw-lr")),
     "Muon to Adam": (

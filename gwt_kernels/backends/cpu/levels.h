@@ -52,6 +52,7 @@ static fold_both_of *const fold_both_at[] = {0, fold_both_1, fold_both_2, fold_b
 #define EACH_LEVEL(name) {0, name##_1, name##_2, name##_3, name##_4, name##_5, name##_6, name##_7, name##_8, \
                           name##_9, name##_10}
 static spread_of *const spread_at[2][11] = {EACH_LEVEL(spread), EACH_LEVEL(spread_on)};
+static spread_of *const spread_momentum_at[11] = EACH_LEVEL(spread_momentum);
 static spread_folded_of *const spread_folded_at[2][11] = {EACH_LEVEL(spread_folded), EACH_LEVEL(spread_folded_on)};
 
 /* Sum n blocks, eight elements at a time. */

@@ -26,10 +26,17 @@ class CompiledRunner(TorchRunner):
         self._packed.renew(inputs, divisors)
         self._packed.step()
 
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """See :class:`gwt_kernels.backends.triton.runner.TritonRunner`."""
+        super().set_params(params)
+        if self._packed is not None:
+            self._packed.set_params(params)
+            self._packed = self._packed if self._packed.lasts else None
+
     def _take(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> None:
         bucket = self.bucket
         level = bucket.level
-        if bucket.stated.name not in step.RULES or not step.knows(tensor_steps, level):
+        if not step.knows(tensor_steps, level, bucket.stated.name):
             super()._take(tensor_steps, row_sums)
             return
         packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)

@@ -14,7 +14,7 @@
  *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
  *
- * (docs/algorithm.md); level 0 is Adam. Arithmetic is in float without fused multiply-add, so results do not depend
+ * (docs/algorithm.md); level 0 is Adam. GWT-Muon's two stages, of rules/muon.py, are passes likewise. Arithmetic is in float without fused multiply-add, so results do not depend
  * on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
  * independent: threads may take ranges of them. Nothing allocates or fails; the caller has checked everything. */
 #if defined(__GNUC__) && !defined(__clang__) /* clang refuses an option of that name */
@@ -340,6 +340,71 @@ static inline ALWAYS void adam(const gwt_step *restrict s, const float *restrict
     }
 }
 
+/* GWT-Muon before its matrix products, per block: M_i will be base + detail * (g_i - mean). */
+static void average_momentum(const gwt_step *restrict s, const float *restrict sum, float *restrict m,
+                             float *restrict means, float *restrict base, int n)
+{
+    for (int k = 0; k < n; ++k) {
+        means[k] = sum[k] * s->per_sum;
+        m[k] = m[k] * s->beta1 + means[k] * s->rest1;
+        base[k] = m[k] * s->beta2 + means[k] * s->rest2;
+    }
+}
+
+static void multiply(const float *from, float factor, float *to, int n)
+{
+    for (int i = 0; i < n; ++i)
+        to[i] = from[i] * factor;
+}
+
+/* Store the matrices of n blocks from k on, which take the place of weights. */
+static void store_matrices(const gwt_step *s, int64_t k, int n, const float *restrict from)
+{
+    for (int64_t at = k; at < k + n;) {
+        const run r = run_of(s, at, k + n);
+        float *restrict floats = (float *)s->p + r.element;
+        uint16_t *restrict halves = (uint16_t *)s->p + r.element;
+        if (s->p_type == FLOAT32)
+            for (int i = 0; i < r.held; ++i)
+                floats[i] = from[i];
+        else
+            for (int i = 0; i < r.held; ++i)
+                halves[i] = to_bfloat16(from[i]);
+        from += r.padded;
+        at += r.padded >> s->level;
+    }
+}
+
+static void make_matrices(const gwt_step *s, int64_t k, int n, tile *t)
+{
+    const float *g = gradients(s, k, n, t);
+    float *const p = weights(s, k, n), *const to = p ? p : t->update;
+    if (s->factor != 1) {
+        multiply(g, s->factor, t->g, n << s->level);
+        g = t->g;
+    }
+    fold(g, t->sum, n, s->level);
+    average_momentum(s, t->sum, (float *)s->m + k, t->mean, t->offset, n);
+    spread_momentum_at[s->level](s, g, t->mean, t->offset, to, n);
+    if (!p)
+        store_matrices(s, k, n, to);
+}
+
+/* After the products: what became of the matrices is a gradient. */
+static void apply_matrices(const gwt_step *s, int64_t k, int n, tile *t)
+{
+    const float *restrict g = gradients(s, k, n, t);
+    const float keep = s->keep, size = s->step_size;
+    float *restrict const p = weights(s, k, n);
+    if (p) {
+        for (int i = 0; i < n << s->level; ++i)
+            p[i] = p[i] * keep - g[i] * size;
+        return;
+    }
+    multiply(g, -size, t->update, n << s->level);
+    add_updates(s, k, n, t);
+}
+
 /* -- tiles ------------------------------------------------------------------------------------------------- */
 
 /* Number of coefficients of a tile: whole blocks of quantized values. */
@@ -404,13 +469,17 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
         }
         const int64_t k = i * most;
         const int n = (int)(most < all - k ? most : all - k);
+        if (s->rule >= MOMENTUM) {
+            s->rule == MOMENTUM ? make_matrices(s, k, n, &t) : apply_matrices(s, k, n, &t);
+            continue;
+        }
         const float *g = gradients(s, k, n, &t);
         float *const p = weights(s, k, n), *const to = p ? p : t.update;
         const int adds = p != NULL;
         moments(s, k, n, &t, &m, &v);
         if (s->level == 0) {
             adds ? adam(s, g, m, v, to, n, 1) : adam(s, g, m, v, to, n, 0);
-        } else if (s->folded) {
+        } else if (s->rule == FOLDED) {
             fold_both(g, s->factor, t.sum, t.square, n, s->level);
             average_folded(s, t.sum, t.square, m, v, t.mean, n);
             spread_folded_at[adds][s->level](s, g, t.mean, m, v, to, n);

@@ -9,6 +9,8 @@
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum { NEAREST, STOCHASTIC, SPLIT };
 enum { WEIGHTS, MOMENTS }; /* purposes of random bits */
+/* Rules: the published one, or Adam at level 0; the folded one; GWT-Muon before its matrix products, and after them. */
+enum { PUBLISHED, FOLDED, MOMENTUM, ORTHOGONAL };
 
 /* Sums over a tensor of squares of m / (sqrt(v) + eps), of gradients, of block means and of updates. */
 enum { NORM, GRADIENTS, MEANS, UPDATES, SUMS };
@@ -22,7 +24,7 @@ typedef struct {
 typedef struct {
     void *p;
     const void *g;
-    void *m, *v;                    /* exp_avg and exp_avg_sq, [rows, ceil(width / W)] */
+    void *m, *v;                    /* exp_avg and exp_avg_sq, [rows, ceil(width / W)], as far as the rule has them */
     int16_t *low;                   /* SPLIT: error-correction bits of the weights */
     float *m_scales, *v_scales;     /* INT8: one per block (quantum) of coefficients */
     float *norm;                    /* the limiter's previous norm, updated; NULL for no limiter */
@@ -32,11 +34,11 @@ typedef struct {
     int64_t block;                  /* elements of a block: 2**level, or a whole row's, taken 2**level at a time */
     gwt_span weights, coefficients; /* positions in the whole tensor, for random bits */
     uint64_t key;
-    int32_t p_type, g_type, m_type, rounding, level, folded, observed;
+    int32_t p_type, g_type, m_type, rounding, level, rule, observed;
     /* From here on: numbers that change from step to step. */
     uint32_t step;
     float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum;
-    float per_root; /* 1 / sqrt(block); of the folded rule the factor on residuals */
+    float per_root; /* 1 / sqrt(block); of the folded rule and of MOMENTUM the factor on residuals */
     float gamma;
     float limit;     /* divisor of the update, computed by the limiter if there is one */
     float step_size; /* full_step / limit */

@@ -18,11 +18,12 @@ from torch.autograd.graph import increment_version
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
-from gwt_kernels.core.hyper import Hyper, Rounding, Rule
+from gwt_kernels.core.hyper import Hyper, Rounding
 from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import stored_as
+from gwt_kernels.rules import MATRIX_STAGES
 
 __all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
 
@@ -32,7 +33,8 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
 PART_OF_ROW = 3
 """The level of the parts in which C takes a row that is one block."""
-RULES: tuple[Rule, ...] = ("gwt", "foam", "adamw")
+RULES = {"gwt": 0, "adamw": 0, "foam": 1, "muon": 2, "orthogonal": 3}
+"""Rules that C takes, and what step.h calls them; at level 0 all Adams are one."""
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
@@ -40,7 +42,7 @@ FIELDS = {
     **dict.fromkeys(("rows", "width", "block"), "q"),
     **dict.fromkeys(("weights", "coefficients"), "qqq"),
     "key": "Q",
-    **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "folded", "observed"), "i"),
+    **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "rule", "observed"), "i"),
     "step": "I",
     **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "keep", "factor", "per_sum", "per_root"), "f"),
     **dict.fromkeys(("gamma", "limit", "step_size"), "f"),
@@ -48,6 +50,7 @@ FIELDS = {
     "sums": "dddd",
 }
 STEP = struct.Struct("".join(FIELDS.values()))
+_POINTER = struct.Struct("P")
 # Parts of it: ``step`` to ``full_step``, which C copies there every step, and ``limit`` to ``sums``, the results.
 NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
 RESULTS_AT = STEP.size - RESULTS.size
@@ -76,14 +79,24 @@ def threads_of_pytorch() -> int | None:
     return ctypes.cast(parallel, ctypes.c_void_p).value
 
 
-def knows(tensor_steps: Sequence[TensorStep], level: Level) -> bool:
-    """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory."""
+def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: str = "gwt") -> bool:
+    """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory.
+
+    Of GWT-Muon's stages it has those with float32 moments, without telemetry, above level 0, which has the bits of
+    ``torch.optim.Muon`` from the same operators.
+    """
     p, g, m, *_ = tensor_steps[0]
+    if rule in MATRIX_STAGES:
+        if level in (0, ROW) or any(t.row is not None for t in tensor_steps):
+            return False
+        if m is not None and (m.dtype != torch.float32 or p.dtype == torch.float16):
+            return False
     return (
-        (level == ROW or level <= MAX_LEVEL)
+        rule in RULES
+        and (level == ROW or level <= MAX_LEVEL)
         and p.dtype in TYPES
         and g.dtype in TYPES
-        and stored_as(m.dtype).c_type is not None
+        and (m is None or stored_as(m.dtype).c_type is not None)
         and all(_has_memory(x) for t in tensor_steps for x in (t.p, t.g))
     )
 
@@ -119,20 +132,16 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, row_sums: T
 
 def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
     """Validate shapes, dtypes and devices before C writes to the tensors' addresses."""
-    params, exp_avgs = [t.p for t in tensor_steps], [t.m for t in tensor_steps]
+    params = [t.p for t in tensor_steps]
+    exp_avgs: Any = [t.m for t in tensor_steps]
     seconds: Any = [t.v for t in tensor_steps]
-    arrays = {
-        "params": params,
-        "grads": [t.g for t in tensor_steps],
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": seconds,
-    }
-    check_bucket(arrays, level)
+    arrays = {"params": params, "grads": [t.g for t in tensor_steps], "exp_avgs": exp_avgs, "exp_avg_sqs": seconds}
+    check_bucket({name: tensors for name, tensors in arrays.items() if tensors[0] is not None}, level)
     lows = [t.low for t in tensor_steps if t.low is not None]
     if lows:
         check_low_bits(params, lows)
     scales = [t.scales for t in tensor_steps if t.scales is not None]
-    stored = stored_as(exp_avgs[0].dtype)
+    stored = stored_as(torch.float32 if exp_avgs[0] is None else exp_avgs[0].dtype)
     if stored.scales:
         if len(scales) != len(tensor_steps):
             raise ValueError(f"{stored.name} moments need scales: pass a pair of tensors for every parameter")
@@ -145,7 +154,7 @@ class Packed:
     A tensor without columns of the rows that it shares with other processes is not empty: it has their moments.
     """
 
-    def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
+    def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: str, rounding: Rounding) -> None:
         _check(tensor_steps, level)
         self._places = [i for i, t in enumerate(tensor_steps) if (t.p if t.rows is None else t.m).numel()]
         self._has_empty = len(self._places) < len(tensor_steps)
@@ -167,11 +176,11 @@ class Packed:
         self._address = (ctypes.c_char * len(self._buffer)).from_buffer(self._buffer) if present else None
         self._pointers = struct.Struct(f"{len(present)}P")
         p, g, m, *_ = tensor_steps[0]
-        m_type = stored_as(m.dtype).c_type
+        m_type = 0 if m is None else stored_as(m.dtype).c_type
         assert m_type is not None  # see knows()
         types = [TYPES.index(p.dtype), TYPES.index(g.dtype), m_type]
         parts = PART_OF_ROW if level == ROW else level
-        kind = (*types, ROUNDINGS.index(rounding), parts, bool(level) and rule == "foam")
+        kind = (*types, ROUNDINGS.index(rounding), parts, RULES[rule] if level else 0)
         for i, t in enumerate(present):
             self._pack(i * STEP.size, t, kind, self._block_widths[i])
         grads = [self._plain(t.g, False) for t in present]
@@ -222,19 +231,20 @@ class Packed:
 
     def _pack(self, at: int, t: TensorStep, kind: tuple[int, ...], block: int) -> None:
         """Pack the parts of a tensor that are the same in every step."""
-        p, m, v = self._plain(t.p, True), t.m, t.v
+        p = self._plain(t.p, True)
         count = p.numel()
         width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
-        rows = count // width if count else m.numel()  # of no columns
+        rows = count // width if count else t.m.numel()  # of no columns
         low = 0 if t.low is None else t.low.data_ptr()
         scales = (0, 0) if t.scales is None else (t.scales[0].data_ptr(), t.scales[1].data_ptr())
-        addresses = (p.data_ptr(), m.data_ptr(), v.data_ptr())
+        addresses = [x.data_ptr() for x in (p, *t.moments)]
         if not all(addresses):
-            _check_memory([p] * 3, [p, m, v])
+            _check_memory([p] * len(addresses), [p, *t.moments])
+        addresses += [0] * (3 - len(addresses))
         norm = 0
         if self._is_divided and t.norm is not None and t.hyper.norm_growth_limit is not None:
             norm = self._plain(t.norm, True, torch.float32).data_ptr()
-        weights, coefficients = ((0, count, 0), (0, m.numel(), 0)) if t.span is None else t.span
+        weights, coefficients = ((0, count, 0), (0, max(count, 1), 0)) if t.span is None else t.span
         p_at, m_at, v_at = addresses
         numbers = (0,) * 18
         STEP.pack_into(
@@ -252,10 +262,20 @@ class Packed:
         return copy
 
     def _numbers(self, hyper: Hyper, step: int, block: int, limit: float = 1.0) -> bytes:
-        folded = bool(self._level) and self._rule == "foam"
-        numbers, gamma = _numbers(hyper, block, folded), hyper.norm_growth_limit or 0.0
-        step_size = hyper.step_size(step, bool(self._level)) if step else 0.0  # 0: sums only
+        numbers, gamma = (
+            _numbers(hyper, block, self._rule if self._level else "gwt"),
+            hyper.norm_growth_limit or 0.0,
+        )
+        corrects = self._rule not in MATRIX_STAGES
+        step_size = hyper.step_size(step, bool(self._level), corrects) if step else 0.0  # 0: sums only
         return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
+
+    def set_params(self, params: Sequence[Tensor]) -> None:
+        """Take others of the same shapes in place of the parameters; one that is no plain tensor ends its use."""
+        self._params = [params[i] for i in self._places]
+        self.lasts &= all(p.is_contiguous() and not p.is_neg() for p in self._params)
+        for i, address in enumerate(map(Tensor.data_ptr, self._params)):
+            _POINTER.pack_into(self._buffer, i * STEP.size, address)
 
     def step(self) -> None:
         """Take a step of all tensors."""
@@ -302,17 +322,17 @@ def _check_memory(params: Sequence[Tensor], arrays: Sequence[Tensor]) -> None:
             )
 
 
-def _numbers(hyper: Hyper, block: int, folded: bool) -> tuple[float, ...]:
+def _numbers(hyper: Hyper, block: int, rule: str) -> tuple[float, ...]:
     """Return the fields ``beta1`` to ``per_root``."""
     factor, per_block = hyper.signed_factor, 1 / block
     keep = 1 - float(hyper.lr) * hyper.weight_decay
     rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
-    if folded:  # means and squares are of the gradient times the factor
+    if rule in ("foam", *MATRIX_STAGES):  # means and squares are of the gradient times the factor
         return (
             hyper.beta1,
             rest1,
             hyper.beta2,
-            rest2 / block,
+            rest2 / block if rule == "foam" else rest2,
             hyper.eps,
             keep,
             factor,
