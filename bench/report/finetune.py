@@ -121,6 +121,8 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     for pair in pairs_of(runs):
         chosen = choices(pair.rows)
         parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
+        if edges := at_the_edge(pair.rows, chosen):
+            parts.append(f"Chosen at the edge of what was tried, so that beyond it may be better: {edges}.")
         if memory := _memory(chosen):
             plots.append(Plot(f"{pair.name}_memory", "states", memory))
             parts.append(figure("Optimizer state and peak memory by optimizer", plots[-1].name))
@@ -202,6 +204,17 @@ def results_table(chosen: Sequence[Choice]) -> str:
         "optimizer step, ms",
     ]
     return table(headings, lines, left=2)
+
+
+def at_the_edge(rows: Sequence[Row], chosen: Sequence[Choice]) -> str:
+    """Return the choices whose rate of the matrices is the lowest or the highest that was tried."""
+    found = []
+    for choice in chosen:
+        own = [row for row in rows if (row["optimizer"], row["recipe"]) == (choice.optimizer, choice.recipe)]
+        rates = {row["lr"] * row["scale"] for row in own}
+        if choice.best and len(rates) > 1 and choice.best["lr"] * choice.best["scale"] in (min(rates), max(rates)):
+            found.append(f"{optimizer_name(choice.optimizer)}, {choice.recipe}")
+    return "; ".join(found)
 
 
 def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:

@@ -66,6 +66,20 @@ def test_choices_are_made_by_validation_and_reported_by_tests(tmp_path: Path) ->
     assert re.search(r"`python -m bench\.made_up`.*finetune_reviews\.json", text)
 
 
+def test_choices_at_the_edge_are_named(tmp_path: Path) -> None:
+    made = [
+        row for i, lr in enumerate((1e-4, 2e-4, 3e-4)) for row in run_rows("adamw", "full", lr, 0, 0.5 - 0.1 * i)
+    ]
+    made += [
+        row for lr, loss in ((1e-4, 0.5), (2e-4, 0.4), (3e-4, 0.5)) for row in run_rows("gwt2", "full", lr, 0, loss)
+    ]
+    made += run_rows("adamw", "lora", 1e-3, 0, 0.45)  # the only one tried
+    text, _ = page_of(tmp_path, made)
+    assert "so that beyond it may be better: AdamW, full.\n" in text
+    inside, _ = page_of(tmp_path / "inside", [row for row in made if row["optimizer"] == "gwt2"])
+    assert "beyond it" not in inside
+
+
 def test_all_diverged_and_nothing_recorded(tmp_path: Path) -> None:
     text, plots = page_of(tmp_path, run_rows("adamw", "full", 1e-4, 0, None))
     assert "| full | AdamW | - | - | 1 | 0 | diverged |" in text
