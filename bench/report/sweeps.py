@@ -43,11 +43,12 @@ def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
 AXES = {"lr": "learning rate", "momentum": "momentum"}
 """What is swept besides the scale."""
 
-MOMENTA = "The lowest loss at each momentum, and the scale that reached it; one seed."
+MOMENTA = """\
+The lowest loss at each momentum, and the scale that reached it; one seed. *-*: not tried."""
 
 
 def _axis(rows: Sequence[Row]) -> str:
-    return "momentum" if len({row.get("momentum") for row in rows}) > 1 else "lr"
+    return "lr" if any(row.get("momentum") is None for row in rows) else "momentum"
 
 
 def momenta_table(found: Sequence[Run]) -> str:
