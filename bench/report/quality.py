@@ -51,7 +51,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
     plots: list[Plot] = []
     parts = ["# Quality", INTRODUCTION]
-    compared = comparisons(runs)
+    compared = sorted(comparisons(runs), key=lambda each: each.preset.partition(",")[0] != tradeoff.PRESET)
     if not compared:
         parts.append(NOTHING)
     taken: set[str] = set()

@@ -82,7 +82,10 @@ def test_other_lengths_and_texts_are_other_comparisons(tmp_path: Path) -> None:
     runs = load(
         tmp_path, sweep_cpu=short, sweep_cpu_long=long, quality_cpu=compared(), quality_cpu_docs=docs + again
     )
-    page, _ = quality.page(runs)
+    page, drawn = quality.page(runs)
+    assert {plot.name for plot in drawn} >= {"losses_cpu", "losses_cpu-docs"}
+    assert not any(plot.name.startswith("sweep") for plot in drawn)  # of one setting
+    assert page.index("preset `cpu`") < page.index("preset `cpu_long`")
     for title in (
         "## llama_cpu, preset `cpu`, 400 steps, standard library, on Abacus 3000",
         "## llama_cpu, preset `cpu`, 400 steps, another, on Abacus 3000",
