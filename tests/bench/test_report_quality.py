@@ -56,6 +56,7 @@ def test_an_optimizer_that_was_only_swept_is_compared_too(tmp_path: Path) -> Non
     row = "| GWT-Muon level 2 | 0.03 | 0.6 | 0.8 | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % | 2.00 (1.00–3.00) |"
     assert row in page
     assert "| GWT level 2 | 0.03 | 0.1 | - | 3 | 1.570 ± 0.010 |" in page  # what was compared stays
+    assert "\nThese are a sweep's own runs: GWT-Muon level 2.\n" in page
     by_name = {plot.name: plot.data for plot in drawn}
     (point,) = (point for point in by_name["loss_over_state"] if point["label"] == "GWT-Muon level 2")
     assert (point["bytes"], point["low"], point["high"]) == (1.0, 1.40, 1.44)
