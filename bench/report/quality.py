@@ -79,7 +79,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             )
         if names := [name_of(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
-        if names := [name_of(setting, comparison.runs) for setting in swept(comparison)]:
+        if names := [name_of(setting, comparison.runs) for setting in from_sweeps(comparison)]:
             parts.append(f"These are a sweep's own runs: {', '.join(names)}.")
         parts.append(origin(comparison.last))
     if (chosen := tradeoff.of_preset(compared)) is not None:
@@ -137,7 +137,7 @@ def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
     return [setting for setting in comparison.runs if setting not in swept]
 
 
-def swept(comparison: Comparison) -> list[Setting]:
+def from_sweeps(comparison: Comparison) -> list[Setting]:
     """Return the settings whose runs are those of a sweep."""
     found = comparison.plain.runs.items()
     return [each for each, seeds in found if any(row.get("swept") for rows in seeds.values() for row in rows)]
