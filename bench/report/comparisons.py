@@ -57,6 +57,14 @@ class Comparison(NamedTuple):
         return next((row for row in rows if row and row["median"] is not None), None)
 
     @property
+    def newest(self) -> Run:
+        """Return the run of its last evaluation, with that row alone."""
+        rows = [row for seeds in self.runs.values() for own in seeds.values() for row in own]
+        return self.last._replace(
+            rows=[max(rows, key=lambda row: row.get("date") or "")] if rows else self.last.rows
+        )
+
+    @property
     def parameters(self) -> int | None:
         """Return the number of the model's parameters."""
         rows = (row for seeds in self.runs.values() for own in seeds.values() for row in own)
@@ -138,7 +146,7 @@ def _best_of_sweep(run: Run, preset: str, found: dict[tuple[Any, ...], Compariso
         for row in rows:
             if setting_of(row) != setting_of(chosen) or row.get("heldout_loss") is None:
                 continue
-            shared = {**row, "preset": preset, "p20": None, "p80": None, "samples": 1}
+            shared = {**row, "preset": preset, "swept": True, "p20": None, "p80": None, "samples": 1}
             tokens = row["steps"] * row["batch"] * row["accumulate"] * row["context"]
             yield {**shared, "metric": "heldout_loss", "median": row["heldout_loss"], "tokens": tokens}
             yield {**shared, "metric": "state_bytes", "unit": "B", "median": row["state_bytes_measured"]}

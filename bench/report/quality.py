@@ -51,7 +51,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
     plots: list[Plot] = []
     parts = ["# Quality", INTRODUCTION]
-    compared = comparisons(runs)
+    compared = sorted(comparisons(runs), key=lambda each: each.preset.partition(",")[0] != tradeoff.PRESET)
     if not compared:
         parts.append(NOTHING)
     taken: set[str] = set()
@@ -79,6 +79,8 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             )
         if names := [name_of(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
             parts.append(f"Not the best of a sweep below, so the comparison is not even: {', '.join(names)}.")
+        if names := [name_of(setting, comparison.runs) for setting in from_sweeps(comparison)]:
+            parts.append(f"These are a sweep's own runs: {', '.join(names)}.")
         parts.append(origin(comparison.last))
     if (chosen := tradeoff.of_preset(compared)) is not None:
         answered, drawn = tradeoff.section(chosen)
@@ -133,6 +135,12 @@ def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
         if alike.items() <= rows[0].items() and (found := sweeps.best(rows))
     }
     return [setting for setting in comparison.runs if setting not in swept]
+
+
+def from_sweeps(comparison: Comparison) -> list[Setting]:
+    """Return the settings whose runs are those of a sweep."""
+    found = comparison.plain.runs.items()
+    return [each for each, seeds in found if any(row.get("swept") for rows in seeds.values() for row in rows)]
 
 
 def _title(comparison: Comparison) -> str:

@@ -31,9 +31,12 @@ def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
         while any(plot.name.removesuffix("-momentum") == name for plot in plots):  # another regime in the same file
             name += "_other"
         for key, said in AXES.items():
-            if data := sweep_panels(run, key):
+            if not (data := sweep_panels(run, key)):
+                continue
+            if sum(len(line["x"]) for panel in data for line in panel["lines"]) > len(data):
                 plots.append(Plot(name if key == "lr" else f"{name}-{key}", "sweeps", {"x": said, "panels": data}))
-                parts += [figure(f"Held-out loss by {said} and scale", plots[-1].name), scales_table(run, key)]
+                parts.append(figure(f"Held-out loss by {said} and scale", plots[-1].name))
+            parts.append(scales_table(run, key))
         parts.append(origin(run))
     if any(_axis(rows) == "momentum" for run in found for rows in optimizers(run).values()):
         parts[3:3] = ["### Muon's momentum and the length of a run", MOMENTA, momenta_table(found)]
@@ -43,11 +46,12 @@ def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
 AXES = {"lr": "learning rate", "momentum": "momentum"}
 """What is swept besides the scale."""
 
-MOMENTA = "The lowest loss at each momentum, and the scale that reached it; one seed."
+MOMENTA = """\
+The lowest loss at each momentum, and the scale that reached it; one seed. *-*: not tried."""
 
 
 def _axis(rows: Sequence[Row]) -> str:
-    return "momentum" if len({row.get("momentum") for row in rows}) > 1 else "lr"
+    return "lr" if any(row.get("momentum") is None for row in rows) else "momentum"
 
 
 def momenta_table(found: Sequence[Run]) -> str:
@@ -60,7 +64,7 @@ def momenta_table(found: Sequence[Run]) -> str:
     ]
     momenta = sorted({row["momentum"] for *_, rows in swept for row in rows})
     lines = []
-    for steps, run, optimizer, rows in sorted(swept, key=lambda each: each[0]):
+    for steps, run, optimizer, rows in sorted(swept, key=lambda each: (each[0], each[2])):
         cells = [_lowest([row for row in rows if row["momentum"] == momentum], "scale") for momentum in momenta]
         lines.append([f"{model_name(run.rows[0].get('model'))}, {steps} steps", optimizer_name(optimizer), *cells])
     return table(["model", "optimizer", *(f"momentum {momentum:g}" for momentum in momenta)], lines, left=2)

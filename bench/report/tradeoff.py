@@ -152,7 +152,7 @@ def block(comparison: Comparison, root: str) -> str:
         [point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in found if point["optimizer"] in SHOWN
     ]
     size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
-    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {setting(comparison.last)}"
+    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {setting(comparison.newest)}"
     made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
     parts = [f"{words}, mean ± standard deviation over seeds:", made]
     if len(found) > 1:

@@ -56,6 +56,7 @@ def test_an_optimizer_that_was_only_swept_is_compared_too(tmp_path: Path) -> Non
     row = "| GWT-Muon level 2 | 0.03 | 0.6 | 0.8 | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % | 2.00 (1.00–3.00) |"
     assert row in page
     assert "| GWT level 2 | 0.03 | 0.1 | - | 3 | 1.570 ± 0.010 |" in page  # what was compared stays
+    assert "\nThese are a sweep's own runs: GWT-Muon level 2.\n" in page
     by_name = {plot.name: plot.data for plot in drawn}
     (point,) = (point for point in by_name["loss_over_state"] if point["label"] == "GWT-Muon level 2")
     assert (point["bytes"], point["low"], point["high"]) == (1.0, 1.40, 1.44)
@@ -82,7 +83,10 @@ def test_other_lengths_and_texts_are_other_comparisons(tmp_path: Path) -> None:
     runs = load(
         tmp_path, sweep_cpu=short, sweep_cpu_long=long, quality_cpu=compared(), quality_cpu_docs=docs + again
     )
-    page, _ = quality.page(runs)
+    page, drawn = quality.page(runs)
+    assert {plot.name for plot in drawn} >= {"losses_cpu", "losses_cpu-docs"}
+    assert not any(plot.name.startswith("sweep") for plot in drawn)  # of one setting
+    assert page.index("preset `cpu`") < page.index("preset `cpu_long`")
     for title in (
         "## llama_cpu, preset `cpu`, 400 steps, standard library, on Abacus 3000",
         "## llama_cpu, preset `cpu`, 400 steps, another, on Abacus 3000",
