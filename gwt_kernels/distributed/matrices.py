@@ -328,9 +328,9 @@ class _Batch:
             at += unit.numel
         self._n_whole = at
         self._copies = copies_of(self._wholes)
-        cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
-        self._cut = cut
-        self._runs = runs_of([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
+        own_params = [(x, params[x.unit.index]) for x in self._wholes]
+        self._cut = [(x, p) for x, p in own_params if p.row_splits is not None]
+        self._runs = runs_of([(x, p.flatten) for x, p in own_params if p.row_splits is None])
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
         taken = sum(unit.nbytes for unit, *_ in self._wholes)

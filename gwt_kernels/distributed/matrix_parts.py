@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gwt_kernels.distributed.matrix_plan import Part, Unit
 from gwt_kernels.rules.newton_schulz import matrix_shapes
-
-if TYPE_CHECKING:
-    from gwt_kernels.distributed.matrices import MatrixParameter
 
 __all__ = ["Copy", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
 
@@ -68,11 +65,15 @@ def copies_of(wholes: Sequence[Whole]) -> list[Copy]:
     return made
 
 
-def runs_of(wholes: Sequence[Whole], params: Sequence[MatrixParameter]) -> list[tuple[bool, int, tuple[int, ...]]]:
-    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape."""
+def runs_of(wholes: Sequence[tuple[Whole, bool]]) -> list[tuple[bool, int, tuple[int, ...]]]:
+    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape.
+
+    Args:
+        wholes: Units, and whether each is one matrix whatever its dimensions: ``flatten``.
+    """
     runs: list[tuple[bool, int, tuple[int, ...]]] = []
-    for unit, at, is_held, _ in wholes:
-        *_, rows, cols = matrix_shapes(unit.shape, params[unit.index].flatten)[0]
+    for (unit, at, is_held, _), flatten in wholes:
+        *_, rows, cols = matrix_shapes(unit.shape, flatten)[0]
         n = unit.numel // (rows * cols)
         if runs and runs[-1][0] == is_held:
             _, start, (more, *kind) = runs[-1]
