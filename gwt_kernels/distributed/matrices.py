@@ -20,7 +20,7 @@ from torch import Tensor
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.laid_out import LaidOut, Places
 from gwt_kernels.distributed import matrix_plan
-from gwt_kernels.distributed.matrix_parts import MatrixParameter, Whole, copies_of, runs_of, starts_of, view_of
+from gwt_kernels.distributed.matrix_parts import Whole, copies_of, runs_of, starts_of, view_of
 from gwt_kernels.distributed.matrix_plan import Layout, Unit
 from gwt_kernels.distributed.sharding import check_shards, held_runs, reduced_over
 from gwt_kernels.rules.newton_schulz import (
@@ -32,6 +32,24 @@ from gwt_kernels.rules.newton_schulz import (
 )
 
 __all__ = ["MatrixExchange", "MatrixParameter", "MatrixPiece"]
+
+
+class MatrixParameter(NamedTuple):
+    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
+
+    Attributes:
+        name: What errors call it.
+        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
+        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Likewise.
+        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
+    """
+
+    name: str
+    tensor: Tensor
+    flatten: bool = False
+    row_splits: tuple[int, ...] | None = None
+    factors: tuple[float, ...] = ()
 
 
 class MatrixPiece(NamedTuple):
@@ -310,9 +328,9 @@ class _Batch:
             at += unit.numel
         self._n_whole = at
         self._copies = copies_of(self._wholes)
-        cut = [(x, params[x.unit.index]) for x in self._wholes if params[x.unit.index].row_splits is not None]
-        self._cut = cut
-        self._runs = runs_of([x for x in self._wholes if params[x.unit.index].row_splits is None], params)
+        own_params = [(x, params[x.unit.index]) for x in self._wholes]
+        self._cut = [(x, p) for x, p in own_params if p.row_splits is not None]
+        self._runs = runs_of([(x, p.flatten) for x, p in own_params if p.row_splits is None])
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
         taken = sum(unit.nbytes for unit, *_ in self._wholes)

@@ -12,25 +12,7 @@ from torch import Tensor
 from gwt_kernels.distributed.matrix_plan import Part, Unit
 from gwt_kernels.rules.newton_schulz import matrix_shapes
 
-__all__ = ["Copy", "MatrixParameter", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
-
-
-class MatrixParameter(NamedTuple):
-    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
-
-    Attributes:
-        name: What errors call it.
-        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
-        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
-        row_splits: Likewise.
-        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
-    """
-
-    name: str
-    tensor: Tensor
-    flatten: bool = False
-    row_splits: tuple[int, ...] | None = None
-    factors: tuple[float, ...] = ()
+__all__ = ["Copy", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
 
 
 class Whole(NamedTuple):
@@ -83,11 +65,15 @@ def copies_of(wholes: Sequence[Whole]) -> list[Copy]:
     return made
 
 
-def runs_of(wholes: Sequence[Whole], params: Sequence[MatrixParameter]) -> list[tuple[bool, int, tuple[int, ...]]]:
-    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape."""
+def runs_of(wholes: Sequence[tuple[Whole, bool]]) -> list[tuple[bool, int, tuple[int, ...]]]:
+    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape.
+
+    Args:
+        wholes: Units, and whether each is one matrix whatever its dimensions: ``flatten``.
+    """
     runs: list[tuple[bool, int, tuple[int, ...]]] = []
-    for unit, at, is_held, _ in wholes:
-        *_, rows, cols = matrix_shapes(unit.shape, params[unit.index].flatten)[0]
+    for (unit, at, is_held, _), flatten in wholes:
+        *_, rows, cols = matrix_shapes(unit.shape, flatten)[0]
         n = unit.numel // (rows * cols)
         if runs and runs[-1][0] == is_held:
             _, start, (more, *kind) = runs[-1]
