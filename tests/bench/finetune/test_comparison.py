@@ -225,7 +225,7 @@ def test_without_a_record_rates_are_the_presets_or_the_middle_of_a_grid(
         return finetune.Comparison(parsed, task, torch.device("cpu")).rates(optimizer, recipe)
 
     assert rates("gwt2", "full") == [(3e-4, 0.3)]
-    assert rates("muon2", "full") == [(3e-4, 3.0)]
+    assert rates("muon2", "full") == [(3e-4, 10.0)]
     assert rates("adamw", "lora") == [(1e-3, 1.0)]
     assert rates("adamw", "head") == [(3e-3, 1.0)]
     assert rates("gwt2", "full", "--preset", "glue", "--task", "cola") == [(3e-5, 2.0)]
