@@ -9,9 +9,10 @@ FINETUNE := build/finetune
 PAIR ?= reviews
 CC ?= cc
 
-# Tests of the kernels themselves and those that launch the same ones often run compiled, since more is seen so. The
-# others that take Triton launch many kernels a few times each, which Triton's interpreter does sooner than its compiler.
-COMPILED := tests/backends/triton tests/formats/test_precision.py
+# Tests of kernels, rules, formats and of what decides about a step run compiled, which shows more than Triton's
+# interpreter. The others that take Triton launch the same kernels a few times each, which is quicker interpreted.
+COMPILED := tests/backends/triton tests/backends/test_control.py tests/backends/test_matrix_runner.py tests/formats \
+	tests/rules tests/optim/test_clipping.py tests/optim/test_telemetry.py tests/distributed/test_shards.py
 
 .PHONY: test demo finetune lint reference reference-sanitize codegen bench bench-gpu report docs package clean
 
