@@ -18,7 +18,7 @@ from bench.codegen.variant import Variant
 from bench.common import records
 from bench.common.measure import facts
 
-NOTHING = "no kernel has such a variant: level 0 has neither a limiter nor a transform kernel"
+NOTHING = "no kernel has such a variant: level 0 has no transform kernel, and AdamW there no limiter"
 WIDTH = 220  # columns of the table where no terminal sets them
 
 

@@ -419,5 +419,5 @@ def test_choice_without_variants_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert codegen.main(["--kernel", NORM, "--levels", "0"]) == 2
+    assert codegen.main(["--kernel", DWT, "--levels", "0"]) == 2
     assert "level 0" in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_rare_branches_of_machine_code_are_not_counted(monkeypatch: pytest.Monke
         ("--executed --align 2 --collect-grad-stats", "leave out --align --collect-grad-stats"),
         ("--executed --target sm_90 gfx942", "not gfx942"),
         (f"--executed --kernel {STEP} {LIMITER}", f"{LIMITER} passes over none"),
-        (f"--executed --kernel {NORM} --levels 0", "level 0"),
+        (f"--executed --kernel {DWT} --levels 0", "level 0"),
         ("--executed --gate --levels 5", "none of these variants is limited"),
         ("--gate", "add --executed"),
     ],
