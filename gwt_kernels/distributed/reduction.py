@@ -95,7 +95,7 @@ class LimiterReduction:
         self._device = params[0].device
         self._sums = ShardSums(params)
         counts = [not rows or is_first_part_of_rows(p) for p, rows in zip(params, of_rows, strict=True)]
-        self._counts = None if all(counts) else torch.tensor(counts, device=self._device)
+        self._counts = None if all(counts) else torch.tensor(counts, dtype=torch.bool, device=self._device)
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Return the indices of ``params`` in the vector of all sums."""

@@ -91,7 +91,7 @@ class _Tally:
         others = [axis for axis in axes if axis not in dividing]
         order = [axes.index(axis) for axis in (*others, *dividing)]
         n_positions = math.prod(getattr(self._mesh, axis) for axis in dividing)
-        places = torch.arange(math.prod(sizes), device="cpu").view(sizes or [1])
+        places = torch.arange(math.prod(sizes), dtype=torch.int64, device="cpu").view(sizes or [1])
         ranks = tuple(map(tuple, (places.permute(order) if axes else places).reshape(-1, n_positions).tolist()))
         units = self._units(params, dividing, ranks, options)
         owners = matrix_plan.assign(units, ranks, loads)

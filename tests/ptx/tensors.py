@@ -155,7 +155,7 @@ def _extent(x: Tensor) -> tuple[int, int] | None:
             return None
         storage = x.untyped_storage()
         start, n = storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError):  # fake tensors, and others that only look like one
+    except (RuntimeError, NotImplementedError, ValueError):  # of fake tensors and parameters without a shape yet
         return None
     return (start, start + n) if start and n else None
 

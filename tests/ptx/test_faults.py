@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ptx.running import execute, kernel
 from tests.ptx.tensors import LiveTensors
@@ -171,6 +172,17 @@ def test_reads_past_a_storage_that_another_follows() -> None:
     assert first.untyped_storage().nbytes() == 4
     body = "ld.param.b64 %l0, [p0];\nld.global.v2.b32 {%r1, %r2}, [%l0];"
     execute(kernel(body, parameters=1), [memory])  # the control: within one
+
+
+def test_tensors_without_memory_are_no_extents() -> None:
+    """Lazy modules, fake tensors and meta tensors may be alive beside those that a kernel reads."""
+    with FakeTensorMode():
+        fake = torch.zeros(4)
+    alive = [torch.nn.LazyLinear(2).weight, fake, torch.zeros(4, device="meta")]
+    y = torch.zeros(64, dtype=torch.int32)
+    body = "ld.param.b64 %l0, [p0];\nld.global.b32 %r1, [%l0];"
+    execute(kernel(body, parameters=1), [y.data_ptr()])
+    assert len(alive) == 3
 
 
 # What nothing wrote ---------------------------------------------------------------------------------------
