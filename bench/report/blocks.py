@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from bench.common.names import optimizer_name
 from bench.memory import level_table, memory_table
 from bench.report import brief, finetune, optimizers, quality, sweeps, tradeoff
-from bench.report.comparisons import comparisons, final_losses
+from bench.report.comparisons import comparisons, final_losses, name_of
 from bench.report.markdown import table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
@@ -97,7 +96,7 @@ def _precision(runs: Sequence[Run], root: str) -> str:
             if losses and re.match(r"adamw|gwt2|foam2|muon2", chosen.optimizer):
                 state = comparison.others.get((chosen, "state_bytes"))
                 size = "-" if state is None else f"{state['median']:,.0f}"
-                name = optimizer_name(chosen.optimizer)
+                name = name_of(chosen, comparison.runs)
                 rows.append([weights, name, with_spread(losses), str(len(losses)), size])
     if not rows:
         return quality.NOTHING
