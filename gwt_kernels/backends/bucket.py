@@ -97,6 +97,8 @@ class Bucket:
     ) -> None:
         absent = [None] * len(params)
         self.params = params
+        self.device = params[0].device if len(params) else torch.device("cpu")
+        """Where all tensors lie."""
         self.exp_avgs: Sequence[Any] = absent if exp_avgs is None else exp_avgs
         self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
@@ -115,11 +117,6 @@ class Bucket:
 
     def __len__(self) -> int:
         return len(self.params)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where all tensors lie."""
-        return self.params[0].device
 
     @property
     def is_limited(self) -> bool:
@@ -239,8 +236,9 @@ class Bucket:
             raise ValueError(f"{n} params need as many of all else, got {lengths}")
         if (0 if row_sums is None else row_sums.shape[1]) != self.row_numbers:
             raise ValueError("a step on parts of rows, and no other, needs sums over whole rows")
-        expected = (torch.float64, self.device, True)
-        if isinstance(steps, Tensor) and (steps.dtype, steps.device, steps.is_contiguous()) != expected:
+        if isinstance(steps, Tensor) and (
+            (steps.dtype, steps.device, steps.is_contiguous()) != (torch.float64, self.device, True)
+        ):
             raise ValueError(
                 f"steps that the device counts must be contiguous float64 on {self.device}, "
                 f"got {steps.dtype} on {steps.device}"

@@ -121,9 +121,16 @@ def _check(model: nn.Module, optimizer: PlannedOptimizer) -> None:
             raise RuntimeError(f"parameter {name!r} has a gradient already: step, or call zero_grad(), before this")
 
 
+def _any_scaler() -> bool:
+    return any(issubclass(type(x), torch.amp.GradScaler) and x.is_enabled() for x in gc.get_objects())
+
+
 def _refuse_scalers() -> None:
     # A scaler scales the loss before the backward pass and unscales gradients after it: too late.
-    if any(issubclass(type(x), torch.amp.GradScaler) and x.is_enabled() for x in gc.get_objects()):
+    if not _any_scaler():
+        return
+    gc.collect()  # one that was deleted may wait for it, in a circle of references
+    if _any_scaler():
         raise RuntimeError(
             "an enabled torch.amp.GradScaler is alive, but released gradients are used before it could unscale "
             "them: train in bfloat16, delete the scaler or build it with enabled=False, or use ordinary steps"

@@ -482,7 +482,8 @@ def test_the_suite_of_a_gpu() -> None:
         here = [case for case in cases if case.shape == shape]
         assert {case.width for case in here if case.level} == {width}
         steps = {(case.kernel, case.level, case.data, case.moments) for case in here if case.is_step}
-        assert len(steps) == (7 + 6) * 3 * 3  # levels 0 to 6, and the limiter from 1 on
+        moments = 7 + 6 + 6 + 7 + 7  # levels 0 to 6 of step, Adam-mini and Muon; the limiter and FOAM from 1 on
+        assert len(steps) == moments * 3 * 3 + 7 * 3  # and Muon's last stage, which has no moments
         assert sum(not case.is_step for case in here) == 2 * 6 * 3
     embedding = {case for case in cases if case.shape == (32000, 4096)}
     assert {(case.kernel, case.level) for case in embedding} == {("step", 0)}

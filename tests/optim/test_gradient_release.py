@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import pickle
 
 import pytest
@@ -303,6 +304,18 @@ def test_a_scaler_is_refused_at_set_up_and_before_the_first_update():
     with refused(optimizer, RuntimeError, "GradScaler"):
         backward(model, 0, 1024.0)
     del scaler, kept
+
+
+def test_a_deleted_scaler_is_not_refused_though_it_refers_to_itself():
+    model, optimizer = build("torch", torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.itself = scaler
+    gc.disable()
+    try:
+        del scaler
+        release_gradients(model, optimizer)
+    finally:
+        gc.enable()
 
 
 def test_other_unsupported_uses_are_refused():
