@@ -173,11 +173,15 @@ class Grid(NamedTuple):
     levels: Sequence[int]
     data: Sequence[torch.dtype]
     moments: Sequence[torch.dtype]
+    is_of_adamw: bool = False
+    """Whether these tensors are AdamW's whatever the rule, such as embeddings."""
 
     def cases(self, kernels: Sequence[str]) -> Iterator[Case]:
         """Return the cases of the product, dtype by dtype; level 0 has no transform and no limiter."""
         product = itertools.product(self.data, self.moments, self.shapes, self.levels, kernels)
         for data, moments, shape, level, kernel in product:
+            if self.is_of_adamw and kernel != "step":
+                continue
             case = Case(kernel, shape, level, data, None)
             if level or kernel in ("step", *RULE_KERNELS[1:]):
                 yield case._replace(moments=moments) if case.is_step and case.rule.slots else case
@@ -207,7 +211,8 @@ def plan(options: argparse.Namespace) -> dict[Case, str]:
             grids.append(Grid(model, [shape.size for shape in shapes if shape.transformed], *one))
             # Embedding and head stay at level 0, and on a CPU they would take longer than the rest together.
             if not small and (levels is None or 0 in levels):
-                grids.append(Grid(model, [shape.size for shape in shapes if not shape.transformed], (0,), *one[1:]))
+                rest = [shape.size for shape in shapes if not shape.transformed]
+                grids.append(Grid(model, rest, (0,), *one[1:], is_of_adamw=True))
         if not small and not options.models:
             grids += [Grid(name, [shape], *one) for name, shape in EXPERTS.items()]
     if not options.shapes and "sizes" in options.parts:
