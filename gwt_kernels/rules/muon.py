@@ -14,8 +14,6 @@ as a gradient.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,6 @@ from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.blocks import RowSums, block_sums, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Rule
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["MUON", "ORTHOGONAL"]
 
