@@ -27,8 +27,8 @@ $ make finetune                    # MiniLM-L6 and film reviews
 $ make finetune PAIR=kernel_docs   # SmolLM2-135M and the Linux kernel's documentation
 ```
 
-The first takes about 6 minutes on one core, the second about 4, besides their setting up (extrapolated from CPU
-seconds of the runs below, 40 each and 80 with GWT-Muon). What they need goes to `build/finetune`: models and text
+The first took 5 minutes on two cores of an AMD EPYC, with downloads but without `.venv`; the second takes about 4
+(extrapolated from CPU seconds of the runs below, 40 each). What they need goes to `build/finetune`: models and text
 come from PyPI and Debian by pip and apt-get, and every file is checked by its sha256. No model hub is asked. Each
 optimizer runs at the best of the sweeps below. When a comparison was interrupted, the same command goes on where it
 was.
