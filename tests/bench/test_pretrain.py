@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.support.pretraining import (
     TEXT,
     assert_predicted_state_bytes,
     assert_same_run,
+    assert_scale_is_of_matrices,
     run_of,
     tensors,
     tiny_model,
@@ -35,15 +35,6 @@ OTHERS = (
     *("adam_mini0", "adam_mini2", "adam_mini-row"),
     *("adafactor0", "adafactor2", "adafactor2-published", "adafactor2-bf16", "torch_adafactor"),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: sharing such small tensors among threads only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -189,17 +180,7 @@ def test_predicted_state_bytes_are_exact(options: list[str], optimizer: str, pre
 
 @pytest.mark.parametrize("optimizer", OTHERS)
 def test_scale_multiplies_the_first_update_of_matrices_alone(options: list[str], optimizer: str) -> None:
-    def first_update(scale: str) -> dict[str, torch.Tensor]:
-        run = run_of(options, optimizer, "--lr", "0.01", "--scale", scale)
-        before = {key: p.detach().double() for key, p in run.model.named_parameters()}
-        run.train_step()
-        return {key: before[key] - p.detach().double() for key, p in run.model.named_parameters()}
-
-    one, three = first_update("0.5"), first_update("1.5")
-    for key, update in one.items():
-        factor = 3.0 if "proj" in key else 1.0
-        assert update.norm() > 0, key
-        assert (three[key] - factor * update).norm() < 1e-4 * update.norm(), key  # float32 weights round the update
+    assert_scale_is_of_matrices(options, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", OTHERS)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench.common.models import load_config
 from bench.finetune import fetch
@@ -17,15 +15,6 @@ from bench.pretrain.sweep import best_settings, read_runs, settings_tried
 from tests.support.pretraining import TEXT, config_of, tiny_options, trained
 
 PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread: sharing such small tensors among threads only costs time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -90,15 +90,8 @@ def test_groups_left_alone_are_adamw_with_a_rate_of_their_own():
     optimizer = GWTAdafactor(groups, lr=None, relative_step=True, adamw_betas=(0.8, 0.95))
     rules = [(group["rule"], group["level"], group["lr"], group.get("betas")) for group in optimizer.param_groups]
     assert rules == [("adafactor", 2, None, None), ("adamw", 0, 5e-4, (0.8, 0.95))]
-    bias = optimizer.param_groups[1]["params"]
-    alone = copy.deepcopy(bias)
-    other = GWTAdamW(alone, lr=5e-4, betas=(0.8, 0.95), eps=1e-8, level=0)
-    for p, q in zip(bias, alone, strict=True):
-        p.grad = q.grad = torch.randn(p.shape)
-    optimizer.step()
-    other.step()
-    assert all(torch.equal(p, q) for p, q in zip(bias, alone, strict=True))
-    assert set(optimizer.state[bias[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+    runs.assert_left_to_adamw(optimizer, lr=5e-4, betas=(0.8, 0.95), eps=1e-8)
+    assert set(optimizer.state[optimizer.param_groups[1]["params"][0]]) == {"step", "exp_avg", "exp_avg_sq"}
     with pytest.raises((TypeError, ValueError), match="lr must be a real number, got None"):
         GWTAdafactor(gwt_param_groups(model, include=["weight"]), lr=None, relative_step=True)
 

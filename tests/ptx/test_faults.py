@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import re
-import weakref
 
-import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.ptx.running import execute, kernel
-from tests.ptx.tensors import LiveTensors
 from tests.ptx.types import Fault
 
 # Two warps turn their elements of x around through shared memory, add up a warp's, and store y.
@@ -114,75 +109,6 @@ def test_accesses_outside_of_every_tensor(offset: int, threads: str) -> None:
         f"{where} 'exp_avg', the int32 tensor of shape (192,)",
         threads,
     )
-
-
-def test_tensors_that_are_gone() -> None:
-    """What was a tensor's at the launch before, and is no longer."""
-    x, y = torch.zeros(64 * 1024, dtype=torch.int32), torch.zeros(64 * 1024, dtype=torch.int32)
-    ptx = kernel(RIGHT, parameters=2, threads=64)
-    execute(ptx, [x, y], shared=256)
-    address = x.data_ptr()
-    execute(ptx, [address, y], shared=256)  # the control: it is still there
-    del x  # without a collection: what looks for tensors must not keep them
-    with pytest.raises(Fault, match="outside of every tensor"):
-        execute(ptx, [address, y], shared=256)
-
-
-def test_a_look_for_tensors_keeps_nothing_alive() -> None:
-    tensors, nowhere = LiveTensors(), np.zeros(1, np.int64)
-    gc.disable()
-    try:
-        for _ in range(3):  # at all objects, then at those that are new
-            x = torch.zeros(1)
-            seen = weakref.ref(x)
-            assert not tensors.inside(nowhere, nowhere + 1).any()
-            del x
-            assert seen() is None
-    finally:
-        gc.enable()
-
-
-def test_storages_that_are_given_up() -> None:
-    """As sharded data parallelism does between steps."""
-    x, y = torch.zeros(64 * 1024, dtype=torch.int32), torch.zeros(64 * 1024, dtype=torch.int32)
-    ptx = kernel(RIGHT, parameters=2, threads=64)
-    address = x.data_ptr()
-    execute(ptx, [address, y], shared=256)
-    x.untyped_storage().resize_(0)
-    with pytest.raises(Fault, match="outside of every tensor"):
-        execute(ptx, [address, y], shared=256)
-    x.untyped_storage().resize_(4 * 64 * 1024)
-    x.fill_(1)
-    execute(ptx, [x, y], shared=256)
-    assert (y[:64] == 2).all()
-
-
-def test_gradients_that_only_autograd_knows() -> None:
-    weight = torch.nn.Parameter(torch.zeros(64))
-    (weight * 3).sum().backward()
-    y = torch.zeros(64, dtype=torch.int32)
-    execute(kernel(RIGHT, parameters=2, threads=64), [weight.grad.data_ptr(), y], shared=256)
-    assert (y == 2 * int(np.float32(3).view(np.int32)) - 2**32).all()
-
-
-def test_reads_past_a_storage_that_another_follows() -> None:
-    """Bytes of two tensors that happen to be neighbours are no one tensor's."""
-    memory = torch.zeros(64, dtype=torch.int32)
-    first = torch.frombuffer(memory.numpy()[:1], dtype=torch.int32)
-    assert first.untyped_storage().nbytes() == 4
-    body = "ld.param.b64 %l0, [p0];\nld.global.v2.b32 {%r1, %r2}, [%l0];"
-    execute(kernel(body, parameters=1), [memory])  # the control: within one
-
-
-def test_tensors_without_memory_are_no_extents() -> None:
-    """Lazy modules, fake tensors and meta tensors may be alive beside those that a kernel reads."""
-    with FakeTensorMode():
-        fake = torch.zeros(4)
-    alive = [torch.nn.LazyLinear(2).weight, fake, torch.zeros(4, device="meta")]
-    y = torch.zeros(64, dtype=torch.int32)
-    body = "ld.param.b64 %l0, [p0];\nld.global.b32 %r1, [%l0];"
-    execute(kernel(body, parameters=1), [y.data_ptr()])
-    assert len(alive) == 3
 
 
 # What nothing wrote ---------------------------------------------------------------------------------------

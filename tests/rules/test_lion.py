@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -12,7 +11,7 @@ import gwt_kernels
 from gwt_kernels import GWTAdamW, GWTLion, gwt_param_groups, migrate
 from gwt_kernels.formats.int8 import decode_first
 from gwt_kernels.functional import Hyper, gwt_adamw_
-from tests.support import interpreter, poisoned
+from tests.support import interpreter, poisoned, runs
 from tests.support.poisoned import Poisoned
 from tests.test_functional import backends, on
 
@@ -191,14 +190,7 @@ def test_groups_left_alone_are_adamw_and_take_its_own_betas():
     optimizer = GWTLion(groups, lr=1e-4, adamw_betas=(0.8, 0.95))
     rules = [(group["rule"], group["level"], group["betas"], group["lr"]) for group in optimizer.param_groups]
     assert rules == [("lion", 2, (0.9, 0.99), 1e-4), ("adamw", 0, (0.8, 0.95), 5e-4)]
-    bias = optimizer.param_groups[1]["params"]
-    alone = copy.deepcopy(bias)
-    other = GWTAdamW(alone, lr=5e-4, betas=(0.8, 0.95), eps=1e-8, level=0)
-    for p, q in zip(bias, alone, strict=True):
-        p.grad = q.grad = torch.randn(p.shape)
-    optimizer.step()
-    other.step()
-    assert all(torch.equal(p, q) for p, q in zip(bias, alone, strict=True))
+    runs.assert_left_to_adamw(optimizer, lr=5e-4, betas=(0.8, 0.95), eps=1e-8)
 
 
 def test_checkpoints_resume_bit_for_bit_and_are_refused_by_other_rules():

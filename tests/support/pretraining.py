@@ -50,6 +50,22 @@ def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
     return Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"))
 
 
+def assert_scale_is_of_matrices(options: list[str], optimizer: str, *more: str) -> None:
+    """Assert that three times the scale makes the first update of matrices alone three times as long."""
+
+    def first_update(scale: str) -> dict[str, torch.Tensor]:
+        run = run_of(options, optimizer, "--lr", "0.01", "--scale", scale, *more)
+        before = {key: p.detach().double() for key, p in run.model.named_parameters()}
+        run.train_step()
+        return {key: before[key] - p.detach().double() for key, p in run.model.named_parameters()}
+
+    one, three = first_update("0.5"), first_update("1.5")
+    for key, update in one.items():
+        factor = 3.0 if "proj" in key else 1.0
+        assert update.norm() > 0, key
+        assert (three[key] - factor * update).norm() < 1e-4 * update.norm(), key  # float32 weights round the update
+
+
 def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
     """Train one run without the table and the figure."""
     parsed = pretrain.parse(options)[0]

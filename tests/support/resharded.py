@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ def assert_continues(run: Run, reference: Run) -> None:
         close(a["weights"][name], b["weights"][name], name)
         for key, value in b["state"][name].items():
             close(a["state"][name][key], value, f"{name}: {key}")
+
+
+def assert_goes_on_with(
+    build: Callable[[DeviceMesh | None], Run], folder: Path, reference: Run, meshes: Sequence[DeviceMesh]
+) -> None:
+    """Assert that a checkpoint of three steps becomes ``reference``, of five, on each mesh. All processes call."""
+    for mesh in meshes:
+        if dist.get_rank() < mesh.size():
+            again = build(mesh)
+            resume(again, folder, mesh.get_group())
+            train(again, 3, 5)
+            assert_continues(again, reference)
+        dist.barrier()
 
 
 def main(folder: Path) -> None:

@@ -107,6 +107,18 @@ def assert_differ(a: Any, b: Any) -> None:
         assert_same_bits(a, b)
 
 
+def assert_left_to_adamw(optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    """Assert that a step updates the second group, which is not transformed, as AdamW with these options."""
+    own = optimizer.param_groups[1]["params"]
+    alone = copy.deepcopy(own)
+    other = GWTAdamW(alone, level=0, **options)
+    for p, q in zip(own, alone, strict=True):
+        p.grad = q.grad = torch.randn(p.shape)
+    optimizer.step()
+    other.step()
+    assert all(torch.equal(p, q) for p, q in zip(own, alone, strict=True))
+
+
 @contextlib.contextmanager
 def refused(optimizer: torch.optim.Optimizer, error: type[Exception], *words: str) -> Iterator[None]:
     """Check that the block raises ``error`` with all the words in its message, and changes nothing."""

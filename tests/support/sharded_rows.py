@@ -223,13 +223,7 @@ def checkpoints(folder: Path) -> None:
         resharded.train(run, 0, 3)
         dcp.save(resharded.state_of(run), checkpoint_id=folder, process_group=pair.get_group())
     dist.barrier()
-    for mesh in (four, pair):
-        if dist.get_rank() < mesh.size():
-            again = build(mesh)
-            resharded.resume(again, folder, mesh.get_group())
-            resharded.train(again, 3, 5)
-            resharded.assert_continues(again, reference)
-        dist.barrier()
+    resharded.assert_goes_on_with(build, folder, reference, [four, pair])
     alone = build(None)
     resharded.resume(alone, folder)
     resharded.train(alone, 3, 5)
