@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.memory import level_table, memory_table
 from bench.report import brief, finetune, optimizers, quality, sweeps, tradeoff
 from bench.report.comparisons import comparisons, final_losses, name_of
-from bench.report.markdown import table, with_spread
+from bench.report.markdown import origin, setting, table, with_spread
 from bench.report.rows import Case, Run, by_device, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
 
@@ -83,7 +83,7 @@ def _int8(runs: Sequence[Run], root: str) -> str:
         [str(power), *(f"{100 * errors[moment, power, size]:.1f} %" for moment in moments for size in sizes)]
         for power in powers
     ]
-    return table(headings, rows)
+    return f"{table(headings, rows)}\n\n{origin(found[0])}"
 
 
 def _precision(runs: Sequence[Run], root: str) -> str:
@@ -122,7 +122,8 @@ def _roundings(runs: Sequence[Run], root: str) -> str:
     rows = [[*kept, *(own.get(column, "") for column in columns)] for kept, own in ratios.items()]
     own = [f"{rule} {times.get((rule, backend), 'not measured')} with `{backend}`" for rule, backend in columns]
     base = f"The float32 steps: {', '.join(own)}; `torch.optim.AdamW(fused=True)` {times['gwt', 'adamw_fused']}."
-    return f"{table(headings, rows, left=3)}\n\n{base}"
+    about = f"{found[0].device}, {setting(found[0])}."
+    return f"{table(headings, rows, left=3)}\n\n{base} {about}"
 
 
 BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {

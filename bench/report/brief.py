@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.report.markdown import model_name, setting, spread, table
+from bench.report.markdown import count, model_name, setting, spread, table
 from bench.report.rows import Case, Run
 from bench.report.sections import DTYPES
 
 __all__ = ["SHOWN", "speed"]
 
 SHOWN = {
-    name: name
-    for name in (
-        "AdamW(fused=True)", "AdamW(foreach=True)", "GWTAdamW level 2, limiter", "GWTAdamW level 2, foam",
-        "GWTAdamW level 2, bfloat16 moments",
-        "GWTAdamW level 2, bfloat16 moments, stochastic rounding",
-        "GWTAdamW level 2, int8 moments, stochastic rounding",
+    "AdamW(fused=True)": "AdamW(fused=True)",
+    "AdamW(foreach=True)": "AdamW(foreach=True)",
+    "GWTAdamW level 2, limiter": "GWTAdamW level 2, the defaults",
+    "GWTAdamW level 2, foam": "GWTAdamW level 2, foam",
+} | {
+    f"GWTAdamW level 2, {options}": f"GWTAdamW level 2, no limiter, {options}"
+    for options in (
+        "bfloat16 moments",
+        "bfloat16 moments, stochastic rounding",
+        "int8 moments, stochastic rounding",
     )
-} | {"GWTAdamW level 2, limiter": "GWTAdamW level 2, the defaults"}  # fmt: skip
+}
 """The optimizers shown, by their names in the records, with their names on the pages."""
 
 
@@ -44,11 +48,7 @@ def speed(run: Run, model: str, found: Sequence[Case]) -> str:
             rows.append([name, weights, spread(time, 1e3), over, state])
     headings = ["optimizer", "weights", "step, ms", "times fused AdamW", "state, bytes a parameter"]
     layers = run.rows[-1].get("layers")
-    part = (
-        f", {layers} layer{'s' if layers != 1 else ''} of {model_name(model)}"
-        if layers
-        else f", {model_name(model)}"
-    )
+    part = f", {count(layers, 'layer')} of {model_name(model)}" if layers else f", {model_name(model)}"
     return f"{run.device}{part}, {setting(run)}:\n\n{table(headings, rows, left=2)}"
 
 

@@ -57,18 +57,14 @@ class Comparison(NamedTuple):
         return next((row for row in rows if row and row["median"] is not None), None)
 
     @property
-    def newest(self) -> Run:
-        """Return the run of its last evaluation, with that row alone."""
-        rows = [row for seeds in self.runs.values() for own in seeds.values() for row in own]
-        return self.last._replace(
-            rows=[max(rows, key=lambda row: row.get("date") or "")] if rows else self.last.rows
-        )
+    def rows(self) -> list[Row]:
+        """Return every evaluation."""
+        return [row for seeds in self.runs.values() for own in seeds.values() for row in own]
 
     @property
     def parameters(self) -> int | None:
         """Return the number of the model's parameters."""
-        rows = (row for seeds in self.runs.values() for own in seeds.values() for row in own)
-        return next((row["parameters"] for row in rows if row.get("parameters")), None)
+        return next((row["parameters"] for row in self.rows if row.get("parameters")), None)
 
     @property
     def steps(self) -> int:

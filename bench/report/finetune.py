@@ -10,7 +10,7 @@ from bench.common.names import optimizer_name
 from bench.finetune.models import RECIPES, WHOLE
 from bench.finetune.results import CHOSEN_BY
 from bench.finetune.table import Choice, choices
-from bench.report.markdown import details, figure, number, origin, setting, slug, table
+from bench.report.markdown import count, details, figure, number, origin, period, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
@@ -51,7 +51,7 @@ model = AutoModelForSequenceClassification.from_pretrained("FOLDER", num_labels=
 optimizer = GWTAdamW(gwt_param_groups(model, level=2, scale=0.3), lr=3e-4)
 ```
 
-Warm up over a fifth of the steps: the published rule's first updates are large ([traps](traps.md)).
+Warm up over a fifth of such short runs: the published rule's first updates are large ([traps](traps.md)).
 
 ### GLUE
 
@@ -71,8 +71,8 @@ WORDS = """\
 *lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
 AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands
 here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
-the run's process held: weights, gradients, activations, state and libraries. Adapters and heads stand beside AdamW
-on all that another recipe trains. ± is the standard deviation over seeds; a difference within it says nothing.
+the run's process held: weights, gradients, activations, state and libraries. Rows of *lora* and *head* are compared
+with AdamW's row of the widest recipe. ± is the standard deviation over seeds; a difference within it says nothing.
 
 The runs are short, as two cores allow that were shared with other work: times are too long, some more than others.
 AdamW and LoRA step as `torch.optim.AdamW` does by default, which on a CPU is slower than `fused=True`;
@@ -140,15 +140,18 @@ def brief(runs: Sequence[Run]) -> str:
         widest = next((choice.recipe for choice in chosen if choice.optimizer == "adamw"), None)
         shown = [choice for choice in chosen if choice.recipe == widest or choice.recipe == "lora"]
         accurate = any("test_accuracy" in choice.values for choice in shown)
+        seeds = max((len(choice.values["test_loss"]) for choice in shown), default=0)
         said = []
         for choice in shown:
             name = "LoRA" if choice.recipe == "lora" else optimizer_name(choice.optimizer)
             values = choice.values["test_accuracy" if accurate else "test_loss"]
             reached = f"{with_spread([100 * v for v in values], 1)} %" if accurate else with_spread(values, 3)
-            said.append(f"{name} {reached} ({choice.values['state_bytes'][0] / 1e6:,.0f} MB)")
+            few = f", {count(len(values), 'seed')}" if len(values) < seeds else ""
+            said.append(f"{name} {reached} ({choice.values['state_bytes'][0] / 1e6:,.0f} MB{few})")
         what = "share of tests right" if accurate else "loss of the tests"
         about = f"{row['parameters'] / 1e6:.1f}M parameters, {row['steps']} steps of {row['batch']}"
-        lines.append(f"- {pair.title} ({about}, {setting(pair.run)}), {what} and state: {', '.join(said)}.")
+        about += f", {count(seeds, 'seed')}, {period(pair.rows)}"
+        lines.append(f"- {pair.title} ({about}), {what} and state: {', '.join(said)}.")
     return "\n".join(lines) if lines else NOTHING
 
 
@@ -160,7 +163,7 @@ def _about(pair: Pair) -> str:
         f"{amount}, {row['steps']} steps of {row['batch']}",
         f"{row['validation_size']:,} to choose by and {row['test_size']:,} to report on",
         f"at most {row['max_length']} tokens each, precision `{row['precision']}`, on {row['device']}",
-        setting(pair.run),
+        period(pair.rows),
     ]
     text = ", ".join(part for part in parts if part) + "."
     before = [other["median"] for other in pair.rows if other["metric"] == "untrained_loss"]

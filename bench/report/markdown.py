@@ -88,11 +88,26 @@ def setting(run: Run) -> str:
     row = run.rows[-1]
     words = [f"GWTAdamW on the `{row['own_backend']}` backend"] if row.get("own_backend") else []
     if row.get("threads") and not run.cuda:
-        words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
+        words.append(count(row["threads"], "thread"))
     if run.date:
         words.append(run.date[:10])
     words += _commit(row)
     return ", ".join([*words, *(["**the step's sources have changed since**"] if has_changed(run) else [])])
+
+
+def period(rows: Sequence[Row]) -> str:
+    """Format the settings of runs of several days in half a line: threads, and the first and the last date."""
+    threads = sorted({row["threads"] for row in rows if row.get("threads")})
+    words = [" or ".join(count(n, "thread") for n in threads)] if threads else []
+    if dates := sorted({row["date"][:10] for row in rows if row.get("date")}):
+        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        words.append(f"runs of {days} (their commits are in `bench/results`)")
+    return ", ".join(words)
+
+
+def count(n: int, what: str) -> str:
+    """Format a number of things."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def has_changed(run: Run) -> bool:
@@ -102,7 +117,7 @@ def has_changed(run: Run) -> bool:
     """
     row = run.rows[-1]
     backend, then = row.get("own_backend"), row.get("sources")
-    if run.benchmark != "optimizers" or not backend or (then is None and backend != "compiled"):
+    if run.benchmark not in ("optimizers", "roundings") or not backend or (then is None and backend != "compiled"):
         return False
     return then != sources.digest(backend)
 
@@ -121,7 +136,7 @@ def origin(run: Run) -> str:
     # The parts of a model, for benchmarks that take parts.
     words += [f"{key}: {cell(row[key])}" for key in ("layers", "embeddings") if row.get(key) is not None]
     if row.get("threads") and not run.cuda:
-        words.append(f"{row['threads']} threads" if row["threads"] != 1 else "1 thread")
+        words.append(count(row["threads"], "thread"))
     if run.cuda:
         words.append(f"driver {row['driver']}")
     words += [f"{key} {row[key]}" for key in ("torch", "triton") if row.get(key) not in (None, "none")]

@@ -129,8 +129,6 @@ def steps_table(found: Sequence[Case]) -> str:
     lines = [[*head(case, keys), *(write(case) for write in columns.values())] for case in timed]
     notes = [f"- {', '.join(head(case, keys))}: {cell(_reason(case.note))}" for case in found if not case.metrics]
     parts = [table([*map(heading, keys), *columns], lines, left=len(keys))] if timed else []
-    if any((case.median("copy_bandwidth_fraction") or 0) > 1 for case in timed):
-        parts.append("Above 100 %: faster than the copy that was measured, as caches allow.")
     return "\n\n".join(parts + (["Not timed:\n\n" + "\n".join(notes)] if notes else []))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.common.names import optimizer_name, variant
 from bench.report.comparisons import STATE, Comparison, final_losses
-from bench.report.markdown import figure, setting, table, with_spread
+from bench.report.markdown import figure, period, table, with_spread
 from bench.report.plots import Plot
 from gwt_kernels.core.level import ROW
 
@@ -20,8 +20,9 @@ ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
 is the mean over seeds, its upright line reaches from the lowest to the highest; where it has none, one seed ran.
 Other lines join the levels of one rule. Moments are in float32. The bytes are of the whole model, whose embeddings
-and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step costs is on
-[another page](performance_optimizers.md): these runs shared their cores with other work."""
+and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step of GWTAdamW
+costs is on [another page](performance_optimizers.md): these runs shared their cores with other work. Steps of
+GWT-Muon and GWT-Adafactor are not timed apart yet."""
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 """Bytes of state a parameter."""
@@ -148,13 +149,13 @@ def _rows(found: Sequence[dict[str, Any]]) -> str:
 def block(comparison: Comparison, root: str) -> str:
     """Return README's table, the lowest loss first, and the chart of all."""
     found = points(comparison.plain)
-    rows = [
-        [point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in found if point["optimizer"] in SHOWN
-    ]
+    shown = [point for point in found if point["optimizer"] in SHOWN]
+    rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in shown]
+    seeds = " or ".join(map(str, sorted({point["seeds"] for point in shown})))
     size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
-    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {setting(comparison.newest)}"
-    made = table(["optimizer", "held-out loss", "state, bytes a parameter"], rows)
-    parts = [f"{words}, mean ± standard deviation over seeds:", made]
+    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {period(comparison.rows)}"
+    made = table(["optimizer", "held-out loss, nats a byte", "state, bytes a parameter"], rows)
+    parts = [f"{words}, mean ± standard deviation over {seeds} seeds:", made]
     if len(found) > 1:
         parts.append(figure("Held-out loss over bytes of optimizer state per parameter", CHART, root))
     return "\n\n".join(parts)

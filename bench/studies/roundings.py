@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.common import records
+from bench.common import records, sources
 from bench.common.measure import Spread, facts
 from gwt_kernels import GWTAdamW
 from gwt_kernels.formats.split import join_low
@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about = facts(torch.device("cpu"), "bench.studies.roundings", arguments)
+    about["sources"] = sources.digest(about["own_backend"])
     path, shape = records.new_path("roundings", about, options.out), tuple(options.shape)
     head = {"shape": "x".join(map(str, shape)), "level": options.level}
 

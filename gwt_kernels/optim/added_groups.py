@@ -1,7 +1,8 @@
-"""Complete groups that other code adds to an optimizer: parameter names, and level 0 for some tensors."""
+"""Groups that other code makes: names and level 0 for what is added, warnings of what has no effect."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.haar.transform import check_level
-from gwt_kernels.rules import MATRIX_STAGES
+from gwt_kernels.rules import ADAMW, MATRIX_STAGES
 
-__all__ = ["divided", "warn_of_level_0"]
+__all__ = ["divided", "warn_of_level_0", "warn_of_unused"]
 
 _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|classifier|score)([._]|$)")
 """Names of embeddings and output heads, for which the paper uses AdamW."""
@@ -52,6 +53,29 @@ def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
         stacklevel=3,
     )
     return True
+
+
+def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of what a constructor was given for the transformed groups, all of which say something else.
+
+    Groups of :func:`gwt_kernels.gwt_param_groups` say these options themselves, so it would change nothing.
+
+    Args:
+        optimizer: The optimizer's class.
+        given: Its options.
+        groups: Its groups.
+    """
+    defaults = inspect.signature(optimizer).parameters
+    transformed = [group for group in groups if group["rule"] != ADAMW.name]
+    for option in ("level", "scale", "weight_decay"):
+        value, said = given[option], list(dict.fromkeys(group[option] for group in transformed))
+        is_chosen = option in defaults and value != defaults[option].default
+        if is_chosen and said and value not in said:
+            warnings.warn(
+                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say "
+                f"{option}={', '.join(map(str, said))} themselves. Pass it to gwt_param_groups, or set it in the groups",
+                stacklevel=4,
+            )
 
 
 def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:

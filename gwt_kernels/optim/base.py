@@ -17,7 +17,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
-from gwt_kernels.optim.added_groups import divided, warn_of_level_0
+from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
 from gwt_kernels.optim.checks import check_traceable, is_captured
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import GroupChecks
@@ -126,6 +126,7 @@ class PlannedOptimizer(Optimizer):
         self._forget_plans()
         super().__init__(params, defaults)
         self._is_built = True
+        warn_of_unused(type(self), defaults, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.

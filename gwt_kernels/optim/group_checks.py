@@ -23,6 +23,9 @@ from gwt_kernels.rules import check_rule
 
 __all__ = ["GroupChecks"]
 
+_OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "capturable", "telemetry")
+"""Options that a group cannot have for itself; groups of other optimizers say some of them are off."""
+
 
 class GroupChecks(NamedTuple):
     """The checks of one optimizer's groups. Each raises a TypeError, a ValueError or a RuntimeError.
@@ -54,6 +57,12 @@ class GroupChecks(NamedTuple):
 
     def check_new(self, group: dict[str, Any], index: int) -> None:
         """Check a group that is added, and store the names of its dtypes in their place."""
+        for option in _OF_THE_OPTIMIZER:
+            if group.get(option):
+                raise ValueError(
+                    f"{option}={group[option]!r} in parameter group {index} would be ignored, as it is of the whole "
+                    f"optimizer: pass it to {self.optimizer}"
+                )
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
         self.check_options(group, slack=0.0)
         if has_matrices(group):

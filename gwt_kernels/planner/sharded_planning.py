@@ -38,7 +38,8 @@ LINK_BANDWIDTH = 50e9
 LATENCY = 10e-6
 """Seconds from one process to another for an empty message; an assumption of a network's order of magnitude."""
 HOST_TIME = 5e-6
-"""Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 2 to 8 µs."""
+"""Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 0.5 to 1.6 µs
+without a GPU, and without the driver's launch."""
 
 MATRIX_FLOPS = 400e12
 """Operations per second of Newton-Schulz; an assumption: two fifths of what an H100 can do in bfloat16."""

@@ -54,7 +54,8 @@ Run = Callable[..., tuple[int, list[Row], str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a function that runs the command in a new process, since this process interprets kernels.
 
-    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results.
+    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results, and
+    one job each, since a process takes longer to start than to compile ten kernels.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -65,11 +66,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         environment["TRITON_CACHE_DIR"] = str(CACHE)
         name = hashlib.sha256(" ".join(arguments).encode()).hexdigest()
         path, out = folder / f"codegen_{name}_done.json", folder / f"codegen_{name}"
-        with open(folder / "codegen_lock", "w") as lock:
+        with open(folder / f"codegen_{name}_lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 done = subprocess.run(
-                    [sys.executable, "-m", "bench.codegen", "--record", str(out), "--jobs", "2", *arguments],
+                    [sys.executable, "-m", "bench.codegen", "--record", str(out), "--jobs", "1", *arguments],
                     capture_output=True,
                     text=True,
                     cwd=Path(__file__).parents[2],

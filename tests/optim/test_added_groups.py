@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTMuon, gwt_param_groups
 from tests.support import runs
 
 
@@ -219,3 +219,47 @@ def test_more_parameters_than_names_are_accepted():
 
 def test_an_empty_tensor_is_no_part_of_a_flat_buffer():
     GWTAdamW([nn.Parameter(torch.randn(10)[:0])], level=1)
+
+
+# Options that have no effect
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "given", "said"),
+    [
+        (GWTAdamW, None, {"level": 3}, "level=2"),
+        (GWTAdamW, None, {"level": 0}, "level=2"),
+        (GWTAdamW, None, {"scale": 0.1}, "scale=0.25"),
+        (GWTAdamW, None, {"weight_decay": 0.1}, "weight_decay=0.0"),
+        (GWTMuon, "muon", {"scale": 0.5}, "scale=0.25"),
+        (GWTMuon, "muon", {"weight_decay": 0.0}, "weight_decay=0.1"),
+    ],
+)
+def test_option_that_all_groups_override_is_warned_of(
+    optimizer: type[GWTAdamW], rule: str | None, given: dict[str, float], said: str
+) -> None:
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 8), "norm": torch.nn.LayerNorm(8)})
+    groups = gwt_param_groups(model, rule=rule, weight_decay=0.1 if rule else 0.0)
+    (option,) = given
+    with pytest.warns(UserWarning, match=f"{option}=.*{said}.*gwt_param_groups") as caught:
+        optimizer(groups, **given)
+    assert caught[0].filename == __file__
+
+
+def test_option_that_a_group_takes_is_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 8), "norm": torch.nn.LayerNorm(8)})
+    GWTAdamW(gwt_param_groups(model, level=3, scale=0.1), level=3, scale=0.1, lr=0.1)
+    GWTAdamW(model["mlp"].parameters(), level=0, weight_decay=0.1)
+    GWTAdamW(gwt_param_groups(model, level=0), level=2)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_grad_norm", 1.0), ("skip_nonfinite", True), ("capturable", True), ("telemetry", True)],
+)
+def test_option_of_the_whole_optimizer_is_refused_in_a_group(option: str, value: object) -> None:
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    with pytest.raises(ValueError, match=f"{option}={value} in parameter group 0 .* pass it to GWTAdamW"):
+        GWTAdamW([{"params": [p], option: value}])
+    GWTAdamW([{"params": [p], option: None if option == "max_grad_norm" else False}])
