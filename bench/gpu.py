@@ -71,7 +71,11 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         if small:
             return [[*pytest, "tests/backends/torch/test_step.py"]]
         kernels = ["tests/backends/triton", "tests/haar/test_haar.py", "tests/test_functional.py"]
-        kernels += ["test_control.py", "test_clipping.py", "test_telemetry.py"]
+        kernels += [
+            "tests/backends/test_control.py",
+            "tests/optim/test_clipping.py",
+            "tests/optim/test_telemetry.py",
+        ]
         return [[*pytest, "-m", "gpu"], [*pytest, "-m", "not gpu", *kernels]]
     if part == "kernels":
         some = ["--parts", "sizes", "--sizes", "16"] if small else []

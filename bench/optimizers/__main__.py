@@ -15,6 +15,7 @@ from bench.common import records, sources
 from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
 from bench.kernels.targets import Target, compared, targets
+from bench.optimizers import rules as other_rules
 from bench.optimizers.candidate import Candidate
 from bench.optimizers.peers import PEERS, suite
 from bench.optimizers.timing import SECONDS, Result, measure, release
@@ -126,7 +127,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", help="cpu or cuda; by default CUDA where there is one")
     add("--models", nargs="+", help=f"configurations in bench/configs (CPU: llama_350m; CUDA: {' '.join(MODELS)})")
-    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"packages to time: {' '.join(PEERS)} (all)")
+    add(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        metavar="PEER",
+        help=f"packages to time: {' '.join(PEERS)} (CPU: all but {other_rules.NAME}; CUDA: all)",
+    )
     add("--levels", nargs="+", type=int, help="levels of GWT (0 1 2 3)")
     add("--layers", type=int, help="number of layers (CPU: 1, they are all alike; CUDA: all)")
     add("--embeddings", action=argparse.BooleanOptionalAction, help="include embedding and head (CUDA: yes)")
@@ -144,7 +151,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--device {options.device}: must be cpu or cuda")
     defaults = {
         "models": ["llama_350m"] if on_cpu else MODELS[: 2 if options.quick else None],
-        "peers": list(PEERS),
+        "peers": [name for name in PEERS if name != other_rules.NAME or not on_cpu],
         "levels": [2] if options.quick else [0, 1, 2, 3],
         "layers": 1 if on_cpu else None,
         "embeddings": not on_cpu,
@@ -173,13 +180,15 @@ def batches(
 ) -> list[tuple[str, list[Candidate]]]:
     """Return what is measured together, most important first, so that a time budget is well spent.
 
-    On a CPU that is everything on weights of one dtype, so that all meet the same load; on CUDA each candidate
-    alone, to save memory, and first what the targets compare, on the models that they name.
+    On a CPU that is everything on weights of one dtype, so that all meet the same load, and products of matrices
+    apart, which take a hundred times as long as the other steps; on CUDA each candidate alone, to save memory, and
+    first what the targets compare, on the models that they name.
     """
     if device.type == "cpu":
-        dtypes = dict.fromkeys(c.dtype for c in candidates)
-        groups = [[c for c in candidates if c.dtype == dtype] for dtype in dtypes]
-        return [(model, group) for model in models for group in groups]
+        groups: dict[object, list[Candidate]] = {}
+        for c in candidates:
+            groups.setdefault((c.dtype, c.peer == other_rules.NAME), []).append(c)
+        return [(model, group) for model in models for group in groups.values()]
     named = compared(device.type)
     pairs = [(model, [c]) for model in models for c in candidates]
     return sorted(

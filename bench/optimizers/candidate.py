@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,13 @@ Group = dict[str, Any]
 
 
 class Likeness(NamedTuple):
-    """How close an optimizer's update must come to AdamW's if there is no oracle for it."""
+    """How close an optimizer's update must come to another's, usually AdamW's, if there is no oracle for it."""
 
     cosine: float
     """Lower bound on the cosine of the angle between the two updates of a tensor."""
     shortest: float
     longest: float
-    """Bounds on the ratio of the update's length to AdamW's."""
+    """Bounds on the ratio of the update's length to the other's."""
 
 
 class Candidate(NamedTuple):
@@ -45,6 +46,8 @@ class Candidate(NamedTuple):
     peer: str = "gwt"
     """The optimizer's package, as `--peers` names it."""
     likeness: Likeness | None = None
+    resembles: Callable[[list[Group]], Optimizer] = partial(AdamW, foreach=False)  # type: ignore[assignment]
+    """Builds what the likeness is to, in float64."""
     state_bytes: float | None = None
     """Upper bound on the bytes of state per element; None: two moments as GWT or torch keep them."""
 

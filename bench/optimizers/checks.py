@@ -1,4 +1,4 @@
-"""Checks of a candidate's step before it is timed: against float64, or by its likeness to AdamW."""
+"""Checks of a candidate's step before it is timed: against float64, or by its likeness to another optimizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from bench.common.models import Shape
 from bench.optimizers.candidate import BuiltCandidate, Candidate, Likeness, groups_of, renew_gradients, set_rate
@@ -18,7 +18,7 @@ from gwt_kernels.optim.state import low_bits_of
 
 def check(built: BuiltCandidate) -> float:
     """Check a built candidate against its oracle or likeness; a result above 1 is wrong."""
-    return against_oracle(built) if built.candidate.oracle is not None else against_adamw(built)
+    return against_oracle(built) if built.candidate.oracle is not None else against_another(built)
 
 
 def against_oracle(built: BuiltCandidate) -> float:
@@ -67,8 +67,8 @@ def against_oracle(built: BuiltCandidate) -> float:
     return worst
 
 
-def against_adamw(built: BuiltCandidate) -> float:
-    """Take a second step with new gradients, and compare its update with that of AdamW in float64.
+def against_another(built: BuiltCandidate) -> float:
+    """Take a second step with new gradients, and compare its update with what it resembles does in float64.
 
     This is a sanity check for packages with their own rule or rounding: the right tensors have moved, by about the
     right length and in about the right direction, as the candidate's likeness says.
@@ -87,7 +87,7 @@ def against_adamw(built: BuiltCandidate) -> float:
     worst = 0.0
     for index in watched:
         start = starts.pop(index).double()
-        expected = _adamw_update(shapes[index], start, (first[shapes[index].size], second.pop(index)))
+        expected = _update_of(candidate, shapes[index], start, (first[shapes[index].size], second.pop(index)))
         found = tensors[index].detach().double() - start
         worst = max(worst, _unlikeness(found, expected, candidate.likeness))
     return worst
@@ -169,14 +169,14 @@ def _error(found: Tensor, expected: Tensor, old: Tensor, *, at_random: bool = Fa
     return _or_infinite(float(((found.double() - expected).abs() / bound).max()))
 
 
-def _adamw_update(shape: Shape, start: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Return AdamW's update at rate 1 by the last gradient, with moments of all of the gradients."""
+def _update_of(candidate: Candidate, shape: Shape, start: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Return what the candidate resembles does at rate 1 by the last gradient, with moments of all gradients."""
     p = nn.Parameter(start.clone())
-    adamw = AdamW(groups_of([shape], [p], None), lr=0.0, foreach=False)
+    other = candidate.resembles(groups_of([shape], [p], candidate.level))
     for gradient in gradients:
-        set_rate(adamw, 1.0 if gradient is gradients[-1] else 0.0)
+        set_rate(other, 1.0 if gradient is gradients[-1] else 0.0)
         p.grad = gradient.double()
-        adamw.step()
+        other.step()
     return p.detach() - start
 
 

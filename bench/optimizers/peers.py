@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.common.measure import clock
+from bench.optimizers import rules
 from bench.optimizers.candidate import BuiltCandidate, Candidate, Group, Likeness, adamw, gwt, ptwt
 
 BETAS = (0.9, 0.999)  # some packages have other defaults
 REFRESH_GAP = 200  # steps between two projections of GaLore and APOLLO, as published
 NEVER = 2**62  # projections are timed separately, so the timed steps must not renew them
 
-# For new random gradients in every step, as in `checks.against_adamw`.
+# For new random gradients in every step, as in `checks.against_another`.
 ADAMW = Likeness(0.999, 0.98, 1.02)
 EIGHT_BIT = Likeness(0.99, 0.95, 1.05)
 FOUR_BIT = Likeness(0.9, 0.7, 1.3)
@@ -227,6 +228,7 @@ PEERS: dict[str, Callable[[torch.dtype, list[int]], list[Candidate]]] = {
     "galore": _galore,
     "apollo": _apollo,
     "deepspeed": _deepspeed,
+    rules.NAME: rules.suite,
 }
 
 

@@ -17,6 +17,7 @@ from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
 from gwt_kernels.core.hyper import Hyper, Span, padded_spans
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import COLUMNS
+from gwt_kernels.core.send import send
 from gwt_kernels.core.survey import PYTHON, Survey
 
 __all__ = ["MatrixRunner", "MatrixStage", "Piece"]
@@ -104,7 +105,7 @@ class MatrixRunner:
         self._hypers: Sequence[Hyper] = []
         self._last_hypers: list[Hyper] = []  # what these become for the last stage
         self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # of these, those of each batch
-        self._columnless: list[_Rest] | None = None
+        self._columnless: tuple[list[_Rest], Tensor] | None = None
         self._renews: ElementwiseRunner | None = None
         self.survey: Survey = PYTHON
         self._on_triton = is_on_triton(bucket, backend)
@@ -205,7 +206,7 @@ class MatrixRunner:
             telemetry=rows,
             **(shared | {"level": self._last_level()}),
         )
-        index = torch.tensor([piece.param for piece in pieces], dtype=torch.int64, device=bucket.device)
+        index = send(torch.tensor([x.param for x in pieces], dtype=torch.int64, device="cpu"), bucket.device)
         of = _picker([piece.param for piece in pieces])
 
         def parts(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -264,8 +265,9 @@ class MatrixRunner:
         bucket = self.bucket
         if self._columnless is None:
             places = [i for i, p in enumerate(bucket.params) if not p.numel() and bucket.n_rows[i]]
-            self._columnless = [_Rest(i, 0, len(bucket.params[i])) for i in places]
-        pieces = self._columnless
+            index = torch.tensor(places, dtype=torch.int64, device="cpu")
+            self._columnless = [_Rest(i, 0, len(bucket.params[i])) for i in places], send(index, bucket.device)
+        pieces, index = self._columnless
         if not pieces:
             return
         shapes = [(*bucket.params[piece.param].shape[:-1], 1) for piece in pieces]
@@ -275,7 +277,7 @@ class MatrixRunner:
         grads = [torch.zeros(shape, dtype=bucket.grad_dtype, device=bucket.device) for shape in shapes]
         own = [piece.param for piece in pieces]
         steps, hypers = inputs.steps, [inputs.hypers[i] for i in own]
-        counts = steps[own] if isinstance(steps, Tensor) else [steps[i] for i in own]
+        counts = steps.index_select(0, index) if isinstance(steps, Tensor) else [steps[i] for i in own]
         self._renews.apply(StepInputs(grads, counts, hypers, self._rows_of(pieces, inputs)), decision)
 
     def _is_whole(self, piece: Piece) -> bool:

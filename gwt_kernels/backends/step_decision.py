@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
+from gwt_kernels.core.send import send
 
-__all__ = ["ClipRequest", "control_", "decide", "send", "squares"]
+__all__ = ["ClipRequest", "control_", "decide", "squares"]
 
 
 class ClipRequest(NamedTuple):
@@ -145,8 +146,3 @@ def decide(
     from gwt_kernels.backends.triton import control_launch
 
     return control_launch.decide(*arguments)
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """Return ``x`` on ``device``; the host waits only for copies to the CPU."""
-    return x.to(device, non_blocking=device.type != "cpu")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.factored import Matrices
+from gwt_kernels.core.send import send
 from gwt_kernels.distributed.reduction import ShardSums
 from gwt_kernels.distributed.sharding import places_in_whole, reduced_over
 
@@ -67,7 +68,7 @@ class FactorReduction:
                 first += local
         device = self._sums.device
         squares = torch.tensor(places, dtype=torch.int64, device="cpu")
-        return FactorPlaces(torch.cat(sent).to(device), torch.cat(at).to(device), squares.to(device))
+        return FactorPlaces(send(torch.cat(sent), device), send(torch.cat(at), device), send(squares, device))
 
     def drive(self, steps: Sequence[tuple[FactorPlaces, Iterator[Tensor]]]) -> None:
         """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""

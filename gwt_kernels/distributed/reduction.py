@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded
+from gwt_kernels.core.send import send
 from gwt_kernels.distributed.sharding import is_first_part_of_rows, reduced_over
 from gwt_kernels.rules.limiter import limit_
 
@@ -48,11 +49,11 @@ class ShardSums:
             chosen = None
             if members is not None:
                 own = torch.tensor(members, dtype=torch.int64, device="cpu")
-                chosen = torch.isin(owners, own).nonzero().view(-1).to(self.device)
+                chosen = send(torch.isin(owners, own).nonzero().view(-1), self.device)
             self._rounds.append((group, chosen))
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
         own = torch.tensor([_is_first(p) for p in params], dtype=torch.bool, device="cpu")
-        self._own = own[owners].to(self.device) if at_once and not bool(own.all()) else None
+        self._own = send(own[owners], self.device) if at_once and not bool(own.all()) else None
         self._work: Any = None
 
     def zeros(self) -> Tensor:
@@ -95,11 +96,14 @@ class LimiterReduction:
         self._device = params[0].device
         self._sums = ShardSums(params)
         counts = [not rows or is_first_part_of_rows(p) for p, rows in zip(params, of_rows, strict=True)]
-        self._counts = None if all(counts) else torch.tensor(counts, dtype=torch.bool, device=self._device)
+        own = torch.tensor(counts, dtype=torch.bool, device="cpu")
+        self._counts = None if all(counts) else send(own, self._device)
+        self._gammas: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Return the indices of ``params`` in the vector of all sums."""
-        return torch.tensor([self._place[id(p)] for p in params], dtype=torch.int64, device=self._device)
+        places = torch.tensor([self._place[id(p)] for p in params], dtype=torch.int64, device="cpu")
+        return send(places, self._device)
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Start to reduce sums, passed as (places, values), over processes, without waiting for the result."""
@@ -128,7 +132,10 @@ class LimiterReduction:
         first = gammas[0]
         if gammas.count(first) == len(gammas):
             return first
-        return torch.tensor(gammas, dtype=dtype, device="cpu").to(self._device, non_blocking=True)
+        key = gammas, dtype
+        if key not in self._gammas:  # sent once, so that a CUDA graph may capture the steps that follow
+            self._gammas = {key: send(torch.tensor(gammas, dtype=dtype, device="cpu"), self._device)}
+        return self._gammas[key]
 
 
 class RowReduction:
@@ -147,7 +154,7 @@ class RowReduction:
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
         """Return the indices of the numbers of ``params`` in the vector of all."""
         own = [torch.arange(x.start, x.stop, dtype=torch.int64, device="cpu") for x in map(self._of, params)]
-        return torch.cat(own).to(self._sums.device)
+        return send(torch.cat(own), self._sums.device)
 
     def _of(self, p: Tensor) -> range:
         return self._places[id(p)]

@@ -135,8 +135,12 @@ def kernel_decode_second(codes, scales, Q: tl.constexpr, N: tl.constexpr):
 
 @statement
 def kernel_fractions(magnitudes, Q: tl.constexpr, N: tl.constexpr):
-    """Return the largest magnitude of each block ``[N // Q]``, and magnitudes divided by it ``[N]``."""
-    scales = tl.max(tl.reshape(magnitudes, (N // Q, Q)), axis=1)
+    """Return the largest magnitude of each block ``[N // Q]``, and magnitudes divided by it ``[N]``.
+
+    The largest of their bits, so that a NaN is larger than any number, as in PyTorch: a GPU's maximum ignores it.
+    """
+    sizes = magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scales = tl.max(tl.reshape(sizes, (N // Q, Q)), axis=1).to(tl.float32, bitcast=True)
     spread = kernel_spread(scales, Q, N)
     return scales, tl.where(spread > 0, tl.div_rn(magnitudes, spread), 0.0)
 

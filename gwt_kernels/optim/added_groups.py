@@ -73,7 +73,7 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
         if is_chosen and said and value not in said:
             warnings.warn(
                 f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say "
-                f"{option}={', '.join(map(str, said))} themselves. Pass it to gwt_param_groups, or set it in the groups",
+                f"{option}={', '.join(map(str, said))} themselves. Pass it to gwt_param_groups instead",
                 stacklevel=4,
             )
 

@@ -60,8 +60,8 @@ class GroupChecks(NamedTuple):
         for option in _OF_THE_OPTIMIZER:
             if group.get(option):
                 raise ValueError(
-                    f"{option}={group[option]!r} in parameter group {index} would be ignored, as it is of the whole "
-                    f"optimizer: pass it to {self.optimizer}"
+                    f"{option}={group[option]!r} in parameter group {index} would be ignored: it is the whole "
+                    f"optimizer's, so pass it to {self.optimizer}"
                 )
         group["state_dtype"] = state_dtype_name(group["state_dtype"])
         self.check_options(group, slack=0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
-from gwt_kernels.backends.step_decision import send
+from gwt_kernels.core.send import send
 
 __all__ = ["Joined"]
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.runner import Reduction
-from gwt_kernels.backends.step_decision import ClipRequest, control_, send
+from gwt_kernels.backends.step_decision import ClipRequest, control_
 from gwt_kernels.core.dtensor import any_sharded, is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.send import send
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.factors import FactorPlaces, FactorReduction
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction

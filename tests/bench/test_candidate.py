@@ -6,11 +6,24 @@ import pytest
 import torch
 from torch import nn
 
-from bench.common.models import shapes_of
-from bench.optimizers.candidate import WEIGHT_DECAY, Candidate, adamw, build, bytes_moved, gwt, ptwt
+from bench.common.models import Shape, shapes_of
+from bench.optimizers import rules
+from bench.optimizers.candidate import (
+    WEIGHT_DECAY,
+    Candidate,
+    Group,
+    adamw,
+    build,
+    bytes_moved,
+    gwt,
+    ptwt,
+    set_rate,
+)
 from bench.optimizers.checks import check
 from gwt_kernels import GWTAdamW
 from tests.support.candidates import CPU, HALF, SHAPES, SINGLE, needs_ptwt
+
+WIDE = [Shape("wide", (64, 128), True, True)]
 
 
 @pytest.mark.parametrize(
@@ -22,12 +35,41 @@ from tests.support.candidates import CPU, HALF, SHAPES, SINGLE, needs_ptwt
         adamw(SINGLE, foreach=True),
         *(adamw(HALF, **how) for how in ({"fused": True}, {"foreach": True}, {"foreach": False})),
         *(pytest.param(ptwt(3, dtype), marks=needs_ptwt) for dtype in (SINGLE, HALF)),
+        *(candidate for dtype in (SINGLE, HALF) for candidate in rules.suite(dtype, [0, 2])),
     ],
     ids=lambda candidate: f"{candidate.name} {candidate.dtype}",
 )
 def test_right_results_pass_the_check(candidate: Candidate) -> None:
     error = check(build(candidate, SHAPES, CPU))
     assert 0 < error <= 1
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_wrong_results_of_other_rules_fail_the_check(index: int) -> None:
+    candidate = rules.suite(SINGLE, [2])[index]
+
+    def build_wrong(groups: list[Group]) -> torch.optim.Optimizer:
+        optimizer = candidate.build(groups)
+        own = [group for group in optimizer.param_groups if group["transformed"]]
+        for group in own:
+            group["weight_decay"] += 0.5
+        return optimizer
+
+    built = build(candidate._replace(build=build_wrong), WIDE, CPU)
+    for p in built.tensors:
+        p.data.mul_(50)  # so that weight decay is seen
+    assert check(built) > 1
+    assert 0 < check(build(candidate, WIDE, CPU)) <= 1
+
+
+def test_muon_leaves_the_rest_to_adamw() -> None:
+    built = build(rules.suite(SINGLE, [2])[0], SHAPES, CPU)
+    kept = [set(built.optimizer.state[p]) for p in built.tensors]
+    assert kept == [{"momentum_buffer"}] * 2 + [{"step", "exp_avg", "exp_avg_sq"}] * 2
+    before = [p.detach().clone() for p in built.tensors]
+    set_rate(built.optimizer, 0.0)
+    built.optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(built.tensors, before, strict=True))
 
 
 def test_clipping_is_part_of_the_timed_step() -> None:

@@ -54,8 +54,8 @@ Run = Callable[..., tuple[int, list[Row], str]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return a function that runs the command in a new process, since this process interprets kernels.
 
-    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results, and
-    one job each, since a process takes longer to start than to compile ten kernels.
+    Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results.
+    Each command has one job, since a process takes longer to start than to compile ten kernels.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -11,7 +11,7 @@ import torch
 from bench.common import records
 from bench.common.measure import Spread
 from bench.kernels import __main__ as kernels
-from bench.kernels import oracle
+from bench.kernels import cases, oracle
 from bench.kernels.cases import EXPERTS, MAX_SETS, Case, bytes_held, bytes_moved, obstacle, set_count
 from bench.kernels.oracle import Buffers, bytes_needed, check
 from tests.support import interpreter
@@ -442,7 +442,8 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 
 @pytest.mark.gpu
-def test_run_on_a_gpu(tmp_path: Path) -> None:
+def test_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "MAX_SETS", 8)  # a thousand of the smallest shape take a minute to build
     shapes = ["--shapes", "1024x1024", "2048x5461", "64x37"]
     dtypes = ["--levels", "0", "2", "5", "--weights", "bfloat16", "float32", "--moments", "float32", "bfloat16"]
     status, rows = run(tmp_path, "--device", "cuda", *shapes, *dtypes, "--repetitions", "3")

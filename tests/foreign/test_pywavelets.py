@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pywt
 import torch
-from pywt import _dwt, _multidim, _multilevel, _wavelet_packets
 
 from gwt_kernels import haar_dwt, haar_idwt
 
+pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
 pytest.importorskip("pywt.tests.test_multilevel", reason="needs the tests that PyWavelets' wheels install")
+_dwt, _multidim, _multilevel, _wavelet_packets = pywt._dwt, pywt._multidim, pywt._multilevel, pywt._wavelet_packets
 
 HAAR = pywt.Wavelet("haar").filter_bank
 NAMES = ["haar", "db1", "bior1.1"]  # all have those filters

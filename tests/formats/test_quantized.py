@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import triton
@@ -9,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gwt_kernels import GWTAdamW
+from gwt_kernels.backends import choice
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.formats.int8 import block_size
@@ -74,6 +77,32 @@ def test_both_backends_quantize_alike(level):
         second_scales,
     ]
     assert torch.equal(out, torch.cat(expected))
+
+
+@needs_kernels_here
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("level", [0, 4])
+def test_a_bad_moment_spoils_its_block_on_both_backends(level, bad):
+    if math.isinf(bad) and choice.interpreted():
+        pytest.skip("Triton's interpreter converts NaN, which inf / inf is, to another integer than a GPU")
+    n, q = 1024, block_size(level)
+    m, v, bits = moments(n, seed=level)
+    places = torch.tensor([3, 127, 700])
+    m[places], v[places] = bad, bad
+    out = torch.full((4 * n + 2 * n // q,), 7.0)
+    with interpreter.like_a_gpu():
+        _both[(1,)](m, v, bits, out, n, q)
+    first, first_scales = quantized.encode_first(m, bits, level)
+    second, second_scales = quantized.encode_second(v, bits, level)
+    decoded = (
+        quantized.decode_first(first, first_scales, level),
+        quantized.decode_second(second, second_scales, level),
+    )
+    expected = [first.float(), decoded[0], second.float(), decoded[1], first_scales, second_scales]
+    torch.testing.assert_close(out, torch.cat(expected), rtol=0, atol=0, equal_nan=True)
+    spoilt = torch.zeros(n // q, dtype=torch.bool).index_fill_(0, places // q, True)
+    assert torch.equal(first_scales.isfinite(), ~spoilt)
+    assert torch.equal(decoded[0].view(-1, q).isnan().all(1), spoilt)
 
 
 @triton.jit

@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import pytest
-import pywt
 import torch
 from torch import nn
 
@@ -336,6 +335,7 @@ def test_a_run_switched_by_exact_conversions_is_equal_bit_for_bit(before, after)
 
 def published_state(case: Case, steps: int) -> dict:
     """Compute the published optimizer's state after some steps: averages of PyWavelets' coefficients."""
+    pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     m = v = 0.0
     for g in case.grads[:steps].copy():  # PyWavelets takes no read-only array
         if case.rule == "foam":

@@ -149,5 +149,6 @@ def test_bad_options():
     params = parameters([(4, 8)])
     with pytest.raises(TypeError, match="telemetry must be True or False, got 1"):
         GWTAdamW(params, telemetry=1)
+    pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     with pytest.raises(ValueError, match="telemetry=True knows no wavelet 'db2'"):
         GWTAdamW(params, telemetry=True, wavelet="db2")

@@ -172,8 +172,9 @@ class FactoredLaunch(Launch):
         if self._bucket.telemetry is not None:  # where the clip stands for the limiter
             taken = sent.scalars.view(self.n, -1)[:, SCALARS.index("taken")] != 0
             told = self._bucket.telemetry[:, TELEMETRY.index("limit")]
-            before = told[self._places]
-            told[self._places] = torch.where(taken, sent.factors.double().reciprocal(), before)
+            before = told if self._index is None else told[self._index]
+            clips = torch.where(taken, sent.factors.double().reciprocal(), before)
+            told[slice(None) if self._index is None else self._index] = clips
 
     def _run(self, kernel: Any, programs: int, *arguments: Tensor | int | None, **constants: Any) -> None:
         """Launch a kernel."""

@@ -1,0 +1,13 @@
+"""Copies between devices for which the host does not wait where it need not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["send"]
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Return ``x`` on ``device``; the host waits only for copies to the CPU."""
+    return x.to(device, non_blocking=device.type != "cpu")
