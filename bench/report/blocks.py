@@ -65,7 +65,7 @@ def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
     """Yield each run that timed a step, GPUs first and newest first, with the largest model that it timed."""
     for own in by_device(of(runs, "optimizers")).values():
         for run in own:
-            models = optimizers.steps_by_model(run)
+            models = {} if run.is_of_other_rules else optimizers.steps_by_model(run)
             timed = [model for model, found in models.items() if any(case.metrics for case in found)]
             if timed:
                 model = max(timed, key=optimizers.size)

@@ -39,6 +39,10 @@ ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewe
 
 NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
+OTHER_RULES = """\
+Muon, Adafactor and Lion (`--peers rules`). Muon's time is that of its products of matrices, which its roofline does not
+count; the update of each is compared with that of its own rule in float64."""
+
 ON_CPU = """\
 On a CPU a step waits for memory. Level 0 moves the 28 bytes a parameter that the fused AdamW moves, and takes
 about as long; other levels move fewer. Level 0 executes 3.0 instructions an element in vectors of 32 bytes, as
@@ -63,13 +67,13 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             what = "bytes of optimizer state per parameter, measured"
             plots.append(Plot(f"state_{slug(device)}", "states", {"what": what, "models": states}))
             parts.append(figure(f"Bytes of optimizer state per parameter, measured on {device}", plots[-1].name))
-        parts += newest_open(own, _run)
+        parts += newest_open(sorted(own, key=lambda run: run.is_of_other_rules), _run)
     return "\n\n".join(parts) + "\n", plots
 
 
 def _run(run: Run) -> str:
     """Return the comparison of like with like, and every case folded."""
-    parts = []
+    parts = [OTHER_RULES] if run.is_of_other_rules else []
     for model, found in steps_by_model(run).items():
         short, whole = brief.speed(run, model, plain(found)), steps_table(found)
         if short.count("\n| ") < ENOUGH + 2:
@@ -173,7 +177,7 @@ def _newest_of_each_model(runs: Sequence[Run]) -> dict[str, list[Case]]:
     """Return for each model what plots show of the newest run that timed it, the smallest model first."""
     newest: dict[str, list[Case]] = {}
     for run in runs:
-        for model, found in steps_by_model(run).items():
+        for model, found in ({} if run.is_of_other_rules else steps_by_model(run)).items():
             if any("step_time" in case.metrics for case in found):
                 short = [case for case in plain(found) if case.what["optimizer"] in brief.SHOWN]
                 newest.setdefault(model, short if len(short) >= ENOUGH else plain(found))

@@ -31,6 +31,11 @@ class Run(NamedTuple):
         return max(row.get("date") or "" for row in self.rows)
 
     @property
+    def is_of_other_rules(self) -> bool:
+        """Return whether it times Muon, Adafactor and Lion, apart from the others (`bench.optimizers.rules`)."""
+        return {row.get("peer") for row in self.rows if row.get("optimizer")} == {"rules"}
+
+    @property
     def cuda(self) -> bool:
         """Return whether the device is a GPU: `bench.common.measure.facts` records a driver for each."""
         return any(row.get("driver") not in (None, "none") for row in self.rows)

@@ -23,7 +23,9 @@ def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
         newest.setdefault(_settings(run), run)
     first, *others = newest.values()
     parts = [write(first)]
-    parts += [details(f"Run of {run.date[:19].replace('T', ' ')} UTC", write(run)) for run in others]
+    for run in others:
+        what = "Muon, Adafactor and Lion, run" if run.is_of_other_rules else "Run"
+        parts.append(details(f"{what} of {run.date[:19].replace('T', ' ')} UTC", write(run)))
     shown = {run.file for run in newest.values()}
     if older := [f"`{run.file}`" for run in runs if run.file not in shown]:
         parts.append(f"Older runs of the same settings, in `bench/results`: {', '.join(older)}.")
@@ -32,7 +34,7 @@ def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
 
 def _settings(run: Run) -> object:
     models = tuple(sorted({str(row["model"]) for row in run.rows if row.get("model")}))
-    return models, None if run.cuda else run.rows[-1].get("threads")
+    return models, None if run.cuda else run.rows[-1].get("threads"), run.is_of_other_rules
 
 
 def scaled(value: float | None, factor: float) -> float | None:

@@ -157,6 +157,27 @@ def test_a_run_without_times_is_shown_and_hides_no_other(place: Path) -> None:
     )
 
 
+def test_a_newer_run_of_other_rules_stands_apart(place: Path) -> None:
+    record(place, "optimizers", CPU)
+    report(place)
+    before, pictures = (place / "README.md").read_text(), images(place)
+    newer = CPU | {"date": "2026-05-05T05:05:05+00:00"}
+    own = [
+        {"peer": "rules", "model": "llama_7b", "optimizer": name, "weights": "float32", "clipped": False}
+        | measured("step_time", "s", 1.5)
+        | newer
+        for name in ("Muon and AdamW(fused=True)", "GWTMuon level 2")
+    ]
+    records.append(place / "results" / "optimizers_rules.json", "optimizers", own)
+    assert report(place) == 0
+    assert (place / "README.md").read_text() == before
+    assert images(place) == pictures
+    text = page(place, "performance_optimizers.md")
+    assert "<summary>Muon, Adafactor and Lion, run of 2026-05-05 05:05:05 UTC</summary>" in text
+    assert "| GWTMuon level 2 | fp32 | 1,500 |" in text
+    assert text.index("AdamW(fused=True) | bf16") < text.index("GWTMuon level 2")
+
+
 def test_settings_not_from_a_sweep_are_named(place: Path) -> None:
     record(place, "quality", CPU)
     said = "Not the best of a sweep below, so the comparison is not even: "

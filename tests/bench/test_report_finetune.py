@@ -122,8 +122,9 @@ def test_readme_says_what_was_reached_and_where(tmp_path: Path) -> None:
     made += [row for row in text if row["metric"] != "test_accuracy"]
     records.append(tmp_path / "finetune_reviews.json", "finetune", made)
     reviews, documents = finetune.brief(rows.load(tmp_path)).splitlines()
-    assert reviews.startswith("- MiniLM-L6 on film reviews (22.7M parameters, 32 steps of 32, ")
-    assert re.search(r"threads?, 2026-\d\d-\d\d, commit \w+\), share of tests right and state: ", reviews)
-    assert reviews.endswith(": AdamW 59.0 ± 1.4 % (180 MB), GWT level 2 61.0 % (118 MB), LoRA 55.0 % (180 MB).")
+    assert reviews.startswith("- MiniLM-L6 on film reviews (22.7M parameters, 32 steps of 32, 2 seeds, ")
+    assert re.search(r"threads?, runs of 2026-\d\d-\d\d .*\), share of tests right and state: ", reviews)
+    said = "AdamW 59.0 ± 1.4 % (180 MB), GWT level 2 61.0 % (118 MB, 1 seed), LoRA 55.0 % (180 MB, 1 seed)."
+    assert reviews.endswith(f": {said}")
     assert documents.endswith(", loss of the tests and state: GWT level 2 3.700 (118 MB), AdamW 3.800 (180 MB).")
     assert finetune.brief([]) == finetune.NOTHING
