@@ -40,8 +40,8 @@ ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewe
 NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
 OTHER_RULES = """\
-Muon, Adafactor and Lion (`--peers rules`). Muon's time is that of its products of matrices, which its roofline does not
-count; the update of each is compared with that of its own rule in float64."""
+Muon, Adafactor and Lion (`--peers rules`). Muon's time is that of its products of matrices, which its roofline
+does not count; the update of each is compared with that of its own rule in float64."""
 
 ON_CPU = """\
 On a CPU a step waits for memory. Level 0 moves the 28 bytes a parameter that the fused AdamW moves, and takes
