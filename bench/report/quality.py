@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from bench.common.names import optimizer_name, variant
-from bench.report import sweeps, tradeoff
+from bench.report import sizes, sweeps, tradeoff
 from bench.report.comparisons import (
     STATE,
     STEP,
@@ -84,7 +84,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         parts.append(origin(comparison.last))
     if (chosen := tradeoff.of_preset(compared)) is not None:
         answered, drawn = tradeoff.section(chosen)
-        parts[2:2] = answered
+        parts[2:2] = [*answered, *sizes.section(compared)]
         plots += drawn
     swept, drawn = sweeps.section(runs)
     parts += swept

@@ -9,7 +9,7 @@ import pytest
 
 from bench.common import records
 from bench.common.names import optimizer_name, variant
-from bench.report import plots, quality, rows, sweeps, tradeoff
+from bench.report import plots, quality, rows, sizes, sweeps, tradeoff
 from bench.report.comparisons import comparisons, final_losses
 from tests.support.made_up_rows import CPU, ENDS, Row, quality_rows
 
@@ -190,3 +190,20 @@ def test_names_for_readers(name: str, said: str) -> None:
     assert optimizer_name(name) == said
     if own := variant(name):
         assert name.startswith(own.swept_name)
+
+
+def test_what_holds_at_each_size(tmp_path: Path) -> None:
+    one_seed = [row for row in compared({"adamw": 2.0, "muon2": 1.6}) if row.get("seed") == 0]
+    medium = [row | {"preset": "cpu_medium", "parameters": 4_900_000} for row in one_seed]
+    runs = load(tmp_path, quality_cpu=compared({"adamw": 1.5, "muon2": 1.4, "gwt2": 1.45}), quality_medium=medium)
+    about, table = sizes.section(comparisons(runs))
+    assert about.startswith("## At each size")
+    head, _, *lines = table.splitlines()
+    assert sorted(head.strip("| ").split(" | ")[1:]) == [
+        "`cpu_medium`: 4.90M, 400 steps, standard library",
+        "`cpu`: 0.86M, 400 steps, standard library",
+    ]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [line[0] for line in cells] == ["AdamW's loss", "GWT-Muon level 2"]  # what two presets hold
+    assert sorted(cells[1][1:]) == ["-0.100 ± 0.010", "-0.400 (1 seed)"]
+    assert sizes.section(comparisons(load(tmp_path / "one", quality=compared()))) == []
