@@ -323,6 +323,26 @@ def test_a_zero_gradient_moves_nothing_and_infinite_ones_are_skipped(backend):
     assert max(own["limiter"] for own in told.values()) > 1, "nothing was clipped"
 
 
+@pytest.mark.parametrize("options", [{}, {"details": "published"}, {"beta1": None, "eps": (1e-30, 1e-3)}])
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("size", [1.0, 3e4, 1e8])
+@backends
+def test_rows_and_columns_without_gradient_move_nothing_beside_large_ones(backend, size, level, options):
+    p = torch.nn.Parameter(torch.ones(24, 64, device=on(backend)))
+    optimizer = GWTAdafactor([p], level=level, backend=backend, **options)
+    grad = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)) * size
+    grad[3:7], grad[:, 8:16] = 0.0, 0.0
+    with interpreter.like_a_gpu():
+        for _ in range(2):
+            p.grad = grad.to(p.device)
+            optimizer.step()
+    moved = (p.detach() != 1.0).cpu()
+    assert p.isfinite().all()
+    assert not moved[3:7].any()
+    assert not moved[:, 8:16].any()
+    assert moved[8:, 16:].float().mean() > 0.9
+
+
 def test_telemetry_is_the_same_on_either_backend():
     told = []
     for backend in ("torch", "triton"):

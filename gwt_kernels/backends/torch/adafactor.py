@@ -124,7 +124,7 @@ class _Update:
         row, col, mean = self._new
         sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
         if row is not None:
-            sums.mul_(mean.view(-1, 1) / row.view(sums.shape))
+            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
         return sums.sum()
 
     def finish(self, total: Tensor) -> None:
@@ -214,8 +214,8 @@ class _Update:
         row, col, mean = self._new
         made = col.sqrt().mul_(clip)
         if row is not None:
-            made = made.unsqueeze(-2) * (row / mean.view(*row.shape[:-1], 1)).sqrt_().unsqueeze(-1)
-        return made
+            made = made.unsqueeze(-2) * (row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1)).unsqueeze(-1)
+        return made.clamp_(min=self._own.hyper.own.eps)  # what is below has no gradient
 
     def _load_weights(self) -> Tensor:
         own, storage = self._own, Storage(self._bucket.level, self._bucket.stored, "nearest", 0, 0)

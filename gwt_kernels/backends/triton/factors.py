@@ -247,7 +247,8 @@ def factor_kernel(
         R = b2*R + (1-b2)*(mean + eps)        gain = 1 / sqrt(R / mean(R))
         C = b2*C + (1-b2)*(mean + eps)        gain = 1 / sqrt(C)
 
-    A tensor without row factors has gains of 1 there.
+    A tensor without row factors has gains of 1 there. Those of rows without any gradient end at 1e22, so that their
+    products with gains of columns, and with such a gradient, are finite.
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
@@ -279,8 +280,8 @@ def factor_kernel(
     new = b2 * old + rest2 * (tl.div_rn(total, n) + eps)
     mean = tl.load(sums_ptr + n_rows + columns * matrices + place // rows, mask=has_row, other=0.0)
     mean = tl.div_rn(mean, tl.zeros_like(mean) + whole_rows) + rest2 * eps
-    square = tl.where(is_row, tl.div_rn(new, tl.where(is_row, mean, 1.0)), new)
-    gain = tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), tl.sqrt_rn(square))
+    gain = tl.div_rn(tl.sqrt_rn(tl.where(is_row, mean, 1.0)), tl.sqrt_rn(new))
+    gain = tl.minimum(gain, 1e22, propagate_nan=tl.PropagateNan.ALL)
     tl.store(row_ptr + place, new, mask=has_row)
     tl.store(col_ptr + column, new, mask=is_column)
     tl.store(gains_ptr + tl.load(panels_ptr + ROW_GAINS) + place, tl.where(has_row, gain, 1.0), mask=is_row)
