@@ -126,6 +126,7 @@ def convert(
 def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
     """``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
     m, v = _decoded(state, form)
+    v = _of_rows(v, m) if form.row_slots else v
     return float((m / (v.sqrt() + eps)).nan_to_num().square().sum().sqrt())  # 0 / 0 where eps is 0
 
 
@@ -206,9 +207,14 @@ def _unit(form: Form, width: int) -> float:
 
 def _spread(v: Tensor, m: Tensor, level: Level, width: int) -> Tensor:
     """Second moments of rows, ``head_rows`` each, as those of the elements in the blocks that ``m`` is of."""
-    rows = m[..., :1]
-    each = v.reshape(-1, 1).expand(-1, rows.numel() // max(v.numel(), 1)).reshape(rows.shape)
-    return each * _resample(torch.ones(width, dtype=v.dtype, device=v.device), 0, level, width)
+    ones = torch.ones(width, dtype=v.dtype, device=v.device)
+    return (_of_rows(v, m) * _resample(ones, 0, level, width)).view(m.shape)
+
+
+def _of_rows(v: Tensor, m: Tensor) -> Tensor:
+    """Second moments of ``head_rows`` rows each as those of the rows of ``m``, ``[..., 1]``."""
+    rows = m[..., :1] if m.dim() else m
+    return v.reshape(-1, 1).expand(-1, rows.numel() // max(v.numel(), 1)).reshape(rows.shape)
 
 
 def _gathered(v: Tensor, head_rows: int | None) -> Tensor:

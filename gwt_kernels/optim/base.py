@@ -20,7 +20,7 @@ from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
 from gwt_kernels.optim.checks import check_traceable, is_captured
 from gwt_kernels.optim.grad_scaler import FoundInf
-from gwt_kernels.optim.group_checks import GroupChecks
+from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside
 from gwt_kernels.optim.options import (
     ADDED,
@@ -115,6 +115,7 @@ class PlannedOptimizer(Optimizer):
         self.max_grad_norm, self.skip_nonfinite = defaults.pop("max_grad_norm"), defaults.pop("skip_nonfinite")
         self.capturable, self._observed = defaults.pop("capturable"), defaults.pop("telemetry")
         self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
+        self._forms: list[Form] = []  # of each group's states, as they were checked last
         self._check_options()
         self._checks.check_options(defaults, slack=0.0)
         if self._adamw:
@@ -302,6 +303,7 @@ class PlannedOptimizer(Optimizer):
         if plan is None or not plan.holds(sources):
             self._checks.check_options(group)
             self._checks.check_one(group, k, i, self.state[p])
+            self._forms = kept_forms(self.param_groups, self.state, self._forms)
             complete(self.state[p], p, group)
             plan = self._lone[p] = StepPlan(
                 sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
@@ -383,6 +385,7 @@ class PlannedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._note_shapes()
+        self._forms = []
         self._forget_plans()
 
     def _forget_plans(self) -> None:
@@ -425,6 +428,7 @@ class PlannedOptimizer(Optimizer):
     def _check_before_step(self) -> None:
         self._check_options()
         self._checks.check_all(self.param_groups, self.state, self._shapes)
+        self._forms = kept_forms(self.param_groups, self.state, self._forms)
         self._note_shapes()
 
     def _note_shapes(self) -> None:

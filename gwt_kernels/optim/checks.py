@@ -91,7 +91,7 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
 def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless the rows of a parameter are whole heads."""
-    head_rows, rows = group.get("head_rows"), p.shape[-2] if p.dim() > 1 else 1
+    head_rows, rows = group.get("head_rows"), p.shape[-2] if p.dim() > 1 else 0
     if head_rows is not None and rule_of(group["rule"], group["level"]).row_slots and rows % head_rows:
         raise ValueError(
             f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with another "

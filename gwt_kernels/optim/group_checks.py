@@ -18,13 +18,47 @@ from gwt_kernels.optim.checks import (
     name_of,
 )
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
-from gwt_kernels.optim.options import SLACK, check_group, state_dtype_name
-from gwt_kernels.rules import check_rule
+from gwt_kernels.optim.options import SLACK, STRUCTURAL, check_group, state_dtype_name
+from gwt_kernels.rules import check_rule, rule_of
 
-__all__ = ["GroupChecks"]
+__all__ = ["Form", "GroupChecks", "kept_forms"]
 
 _OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "capturable", "telemetry")
 """Options that a group cannot have for itself; groups of other optimizers say some of them are off."""
+_OF_STATES = (*STRUCTURAL, "head_rows")
+
+
+Form = tuple[Any, ...]
+"""What of a group's options its parameters' states depend on."""
+
+
+def kept_forms(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Mapping[str, Any]], before: Sequence[Form]
+) -> list[Form]:
+    """Return the forms of the groups' states.
+
+    Args:
+        groups: The optimizer's groups.
+        states: State by parameter.
+        before: The forms at the last check; those of later groups are not known yet.
+
+    Raises:
+        ValueError: a group that has states has another form than before.
+    """
+    forms = [_form_of(group) for group in groups]
+    for i, (group, form, old) in enumerate(zip(groups, forms, before, strict=False)):
+        if form != old and any(states.get(p) for p in group["params"]):
+            option, was, now = next(each for each in zip(_OF_STATES, old, form, strict=True) if each[1] != each[2])
+            raise ValueError(
+                f"{option} of group {i} was changed from {was!r} to {now!r}, but its states are of {was!r}: set it "
+                f"back, or convert the states with gwt_kernels.migrate"
+            )
+    return forms
+
+
+def _form_of(group: Mapping[str, Any]) -> Form:
+    named = {**group, "rule": rule_of(group["rule"], group["level"]).name}
+    return tuple(named.get(option) for option in _OF_STATES)
 
 
 class GroupChecks(NamedTuple):

@@ -217,9 +217,11 @@ def check_state(
                 f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
+            follows = key not in factors and key not in _row_slots(group)
+            other = f"give it state_dtype={state[key].dtype}, or " if follows else ""
             raise ValueError(
-                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: give it "
-                f"state_dtype={state[key].dtype}, or convert the state with gwt_kernels.migrate"
+                f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: {other}convert the state "
+                f"with gwt_kernels.migrate"
             )
     n = stored.n_scales(shape, group["level"])
     for key in [key for key in SCALES if key in state]:

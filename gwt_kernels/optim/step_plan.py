@@ -25,6 +25,7 @@ from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
 from gwt_kernels.optim.matrices import stage_key
+from gwt_kernels.optim.options import STRUCTURAL
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
 from gwt_kernels.optim.state import factors_of, is_limited, needs_row_sums, state_shape
 from gwt_kernels.rules import rule_of
@@ -238,7 +239,7 @@ def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) ->
     return send(skipped, home) if skipped.device.type == "cpu" else skipped
 
 
-_shared_options = itemgetter("level", "rule", "wavelet", "boundary", "state_dtype", "backend", "weight_rounding")
+_shared_options = itemgetter(*STRUCTURAL, "backend", "weight_rounding")
 
 
 def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
@@ -255,7 +256,7 @@ def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: b
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a group's options decides with which other tensors its tensors can share a launch."""
     keeps_none = group.get("beta1", 0.0) is None
-    return *_shared_options(group), is_limited(group), stage_key(group), keeps_none
+    return *_shared_options(group), group.get("head_rows"), is_limited(group), stage_key(group), keeps_none
 
 
 def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]]]:

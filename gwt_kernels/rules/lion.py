@@ -6,7 +6,8 @@ For a block of ``W = 2**level`` neighbours with mean ``mean`` and moment ``m``, 
     u_i = sign(b1*m + (1-b1)*mean + s*r_i)
     m = b2*m + (1-b2)*mean
 
-Level 0 is Lion. There is neither limiter nor bias correction. The sign of 0 is 0, as is that of NaN in PyTorch.
+Level 0 is Lion. There is neither limiter nor bias correction. The sign of 0 is 0. That of infinity and NaN
+is NaN, so that weights show them: PyTorch's 0 for NaN would hide what stays in the moment.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def _moments(
     m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if notes is not None:
         notes.gradient(g, 1.0, mean, width)
-    if not level:
-        return (direction.sign_(),)
-    residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
-    return (direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).sign_().view(g.shape),)
+    if level:
+        residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
+        direction = direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).view(g.shape)
+    return (direction.sign().add_(direction, alpha=0),)
 
 
 def _update(
@@ -76,7 +77,7 @@ def kernel_moments(mean, square, m, v, numbers, root):
 @statement
 def kernel_update(g, residual, m, v, step_size, numbers, per_root):
     u = v[:, None] + numbers[5] * residual  # [NB, W]
-    return tl.where(u > 0.0, step_size, tl.where(u < 0.0, -step_size, 0.0))
+    return tl.where(u > 0.0, step_size, tl.where(u < 0.0, -step_size, 0.0)) + u * 0.0
 
 
 LION = Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamMini, GWTAdamW
 from tests.support import interpreter
 from tests.support.runs import (
     assert_same_bits,
@@ -309,3 +310,53 @@ def test_negative_options_are_refused_except_tiny_ones_set_later(option):
     give_gradients(params, seed=0)
     with refused(optimizer, ValueError, option, "-1e-09"):
         optimizer.step()
+
+
+# Options that states depend on
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "made"),
+    [
+        (GWTAdamW, "rule", "foam", {"norm_growth_limit": None}),
+        (GWTAdamW, "boundary", "symmetric", {}),
+        (GWTAdamW, "correct_bias", False, {}),
+        (GWTAdamMini, "head_rows", 2, {}),
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_option_that_states_depend_on_is_refused_in_mid_run(kind, option, value, made, alone):
+    p = torch.nn.Parameter(torch.ones(4, 17))
+    optimizer = kind([p], backend="torch", **made)
+    group = optimizer.param_groups[0]
+
+    def step():
+        p.grad = torch.ones_like(p)
+        if alone:
+            optimizer.step_parameter(p)
+        else:
+            optimizer.step()
+
+    before = group[option]
+    group[option] = value
+    step()  # nothing is kept yet
+    group[option] = before
+    changed = f"{option} of group 0 was changed from {value!r} to {before!r}"
+    with refused(optimizer, ValueError, option if option == "head_rows" else changed, "migrate"):
+        step()
+    group[option] = value
+    step()
+    optimizer.state.clear()
+    group[option] = before
+    step()
+    copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
+
+
+def test_rules_that_are_one_at_level_0_may_be_changed():
+    p = torch.nn.Parameter(torch.ones(4, 16))
+    optimizer = GWTAdamW([p], level=0, norm_growth_limit=None)
+    for rule in ("gwt", "foam", "gwt"):
+        optimizer.param_groups[0]["rule"] = rule
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 3

@@ -183,6 +183,23 @@ def test_states_of_adamw_are_taken_over_and_given_back(level):
         torch.testing.assert_close(back.state[p]["exp_avg_sq"], v)
 
 
+@pytest.mark.parametrize("head_rows", [1, 4, None])
+def test_a_tensor_of_one_dimension_has_one_second_moment_whatever_the_heads(head_rows):
+    shapes = ((8, 16), (16,), ())
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
+    optimizer = GWTAdamMini(groups, head_rows=head_rows)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [optimizer.state[p]["exp_avg_sq"].numel() for p in params] == [8 // (head_rows or 8), 1, 1]
+    assert all((p != 1).all() for p in params)
+    target = GWTAdamW([{"params": params[:2]}, {"params": params[2:], "level": 0}])
+    target.load_state_dict(migrate(optimizer.state_dict(), target).state_dict)
+    assert all(target.state[p]["exp_avg_sq"].isfinite().all() for p in params)
+    assert target.state[params[2]]["exp_avg_sq"].shape == ()
+
+
 def test_groups_of_adamw_go_along():
     params = parameters()
     optimizer = GWTAdamMini([{"params": params[:2]}, {"params": params[2:], "rule": "adamw"}], head_rows=2)

@@ -102,18 +102,23 @@ def test_options_change_the_step_as_the_formula_says(backend):
         check(2, backend, hyper=HYPER._replace(beta1=math.nan))
 
 
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @backends
-def test_a_zero_gradient_moves_nothing_and_a_nan_reaches_the_moment_of_its_block_alone(backend):
-    p, g, m = torch.ones(2, 8), torch.zeros(2, 8), torch.zeros(2, 2)
-    g[1, 0] = math.nan
+def test_a_zero_gradient_moves_nothing_and_a_bad_one_shows_in_its_block_alone(backend, bad, level):
+    p, g, m = torch.ones(2, 8), torch.zeros(2, 8), torch.zeros(2, 8 >> level)
+    g[1, 0] = bad
     p, g, m = (x.to(on(backend)) for x in (p, g, m))
     hyper = Hyper(lr=0.1, beta1=0.9, beta2=0.99, scale=1.0)
     gwt_adamw_(
-        params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=None, steps=[1], hypers=[hyper], level=2, rule="lion",
+        params=[p], grads=[g], exp_avgs=[m], exp_avg_sqs=None, steps=[1], hypers=[hyper], level=level, rule="lion",
         backend=backend,
     )  # fmt: skip
-    assert torch.equal(p.cpu(), torch.ones(2, 8))
-    assert m.isnan().tolist() == [[False, False], [True, False]]
+    spoilt = torch.zeros(2, 8, dtype=torch.bool)
+    spoilt[1, : 1 << level] = True
+    assert torch.equal(p.cpu().isnan(), spoilt)
+    assert (p.cpu()[~spoilt] == 1.0).all()
+    assert torch.equal(~m.cpu().isfinite(), spoilt[:, :: 1 << level])
 
 
 def parameters(dtype=torch.float32, seed=0):
