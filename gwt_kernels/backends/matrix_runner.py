@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
@@ -19,6 +20,7 @@ from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.send import send
 from gwt_kernels.core.survey import PYTHON, Survey
+from gwt_kernels.formats.moments import MomentFormat
 
 __all__ = ["MatrixRunner", "MatrixStage", "Piece"]
 
@@ -48,11 +50,34 @@ class MatrixStage(NamedTuple):
             ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
         dtype: Of ``values``.
         scales: Factors on the update, one for each parameter.
+        pieces: Those of all batches.
+        names: What errors call the parameters.
     """
 
     run: Callable[[_Stage, _Stage], None]
     dtype: torch.dtype
     scales: Sequence[float]
+    pieces: Sequence[Piece] = ()
+    names: Sequence[str] = ()
+
+
+def check_cut(piece: Piece, moments: Sequence[int], stored: MomentFormat, level: Level, name: str) -> None:
+    """Raise unless a piece of a parameter ends where its quantized moments begin another scale.
+
+    Args:
+        piece: The piece.
+        moments: Shape of the parameter's moments.
+        stored: Their format.
+        level: Of the transform.
+        name: What the error calls the parameter.
+    """
+    size, per_index = stored.block_size(level), math.prod(moments[1:])
+    first, last = piece.start * per_index, (piece.start + piece.length) * per_index
+    if first % size or (last % size and piece.start + piece.length < moments[0]):
+        raise ValueError(
+            f"{name} is too large for workspace_bytes, and cannot be cut where {size} of its {stored.name} moments "
+            f"share a scale: allow more workspace_bytes, or keep its moments in bfloat16"
+        )
 
 
 _Of = Callable[[Sequence[Any]], list[Any]]
@@ -107,6 +132,10 @@ class MatrixRunner:
         self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # of these, those of each batch
         self._columnless: tuple[list[_Rest], Tensor] | None = None
         self._renews: ElementwiseRunner | None = None
+        for piece in stage.pieces:
+            if bucket.is_quantized and not self._is_whole(piece):
+                moments = bucket.exp_avgs[piece.param].shape
+                check_cut(piece, moments, bucket.stored, bucket.level, stage.names[piece.param])
         self.survey: Survey = PYTHON
         self._on_triton = is_on_triton(bucket, backend)
         if self._on_triton:
@@ -307,12 +336,6 @@ class MatrixRunner:
             return scales
         size = self.bucket.stored.block_size(self.bucket.level)
         first, last = (at * m[0].numel() for at in (piece.start, piece.start + piece.length))
-        if first % size or (last % size and piece.start + piece.length < len(m)):
-            raise ValueError(
-                f"a parameter of shape {tuple(self.bucket.params[piece.param].shape)} is too large for "
-                f"workspace_bytes, and cannot be cut where {size} of its {self.bucket.stored.name} moments share a "
-                f"scale: allow more workspace_bytes, or keep its moments in bfloat16"
-            )
         return tuple(x[first // size : -(-last // size)] for x in scales)
 
     def _observe(self, decision: Tensor | None) -> None:

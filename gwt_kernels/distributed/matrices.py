@@ -96,6 +96,7 @@ class MatrixExchange:
         owners: The processes that orthogonalise each parameter, in the order of its units; none for plain ones.
         loads: The work of each process, as :meth:`NewtonSchulz.work` measures it, of matrices that are shared.
         peak_bytes: The most that this process needs at once, besides the parameters.
+        pieces: What this process has of all units, in batches.
         sent_bytes: What this process sends in a step to the owners, and as one.
         reduced_bytes: What it adds up in a step with those that hold replicas.
     """
@@ -135,6 +136,7 @@ class MatrixExchange:
             self._order += [len(self._batches) + i for i in order]
             self._batches += batches
             self.loads += loads if shares[0][0].shared else Counter()
+        self.pieces = [piece for batch in self._batches for piece in batch.pieces]
         self.peak_bytes = self._peak()
         self.sent_bytes = sum(batch.sent_bytes for batch in self._batches)
         self.reduced_bytes = sum(batch.reduced_bytes for batch in self._batches)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends import choice
-from gwt_kernels.backends.matrix_runner import MatrixStage
+from gwt_kernels.backends.matrix_runner import MatrixStage, check_cut
+from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter
+from gwt_kernels.optim.state import moment_format, state_shape
 from gwt_kernels.rules import MATRIX_STAGES
 from gwt_kernels.rules.newton_schulz import (
     DTYPES,
@@ -157,6 +159,12 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
     check_workspace(
         label, p.shape, options.newton_schulz, options.workspace_bytes, options.flatten, options.row_splits
     )
+    stored = moment_format(p, group)
+    if stored.codec is not None and p.dim() > 2 and not is_sharded(p):  # shards: when steps are planned
+        named = f"{label} of shape {tuple(p.shape)}"
+        for piece in matrix_stage([p], [label], options).pieces:
+            if piece.length < len(p):
+                check_cut(piece, state_shape(p, group), stored, group["level"], named)
 
 
 def matrix_stage(params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions) -> MatrixStage:
@@ -176,4 +184,4 @@ def matrix_stage(params: Sequence[Tensor], names: Sequence[str], options: Matrix
         factors = (1.0, *(scale / first for scale in rest))
         matrices.append(MatrixParameter(name, p, flatten, splits, factors))
     exchange = MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes)
-    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales)
+    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales, exchange.pieces, names)

@@ -181,3 +181,19 @@ def test_it_is_public_and_other_optimizers_refuse_its_rule():
     for kind in (GWTAdamW, GWTLion):
         with pytest.raises(ValueError, match=f"rule='muon' is no rule of {kind.__name__}"):
             kind([{"params": parameters(SHAPES[:1]), "rule": "muon"}])
+
+
+def test_cuts_within_a_scale_of_int8_moments_are_refused_before_anything_changes():
+    plain, batch = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.randn(7, 50, 101))
+    groups = [{"params": [plain], "rule": "adamw"}, {"params": [batch], "state_dtype": torch.int8}]
+    words = "parameter 0 of group 1 of shape (7, 50, 101)", "128 of its int8 moments share a scale"
+    with pytest.raises(ValueError, match=re.escape(words[0])):
+        GWTMuon(copy.deepcopy(groups), workspace_bytes=80_000)
+    optimizer = GWTMuon(groups, workspace_bytes=1 << 22)
+    give_gradients([plain, batch], seed=0)
+    optimizer.step()
+    optimizer.param_groups[1]["workspace_bytes"] = 80_000
+    with refused(optimizer, ValueError, *words):
+        optimizer.step()
+    optimizer.param_groups[1]["workspace_bytes"] = 1 << 22
+    optimizer.step()
