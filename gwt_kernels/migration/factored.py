@@ -124,7 +124,7 @@ def _to_moments(
     """Adam's moments from factors: their product, and the first moment times its root."""
     square = read.square
     first = torch.zeros_like(square) if read.first is None else read.first * square.sqrt()
-    betas = target.group["betas"]
+    betas = target.group.get("betas", (0.9, 0.999))  # those without correct no bias by them
     biased = 1.0 - float(betas[1]) ** read.step if target.group["correct_bias"] else 1.0
     form = read.form
     made = {

@@ -22,7 +22,7 @@ from gwt_kernels.migration.records import Source as _Source
 from gwt_kernels.migration.records import Target as _Target
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
-from gwt_kernels.optim.state import check_state, complete, row_shape, state_shape, upgraded
+from gwt_kernels.optim.state import check_state, complete, row_shape, slots_of, state_shape, upgraded
 from gwt_kernels.rules import check_rule, rule_of
 
 __all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
@@ -241,6 +241,7 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
     if has_factors(source) or is_factored(target.group):
         return migrate_factors(source, target, lambda has, wants: _migrated(has, wants, unsaid))
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
+    source, unsaid = _as_momentum(source, target, unsaid)
     old = _form(source, p, target.group, unsaid)
     step = _checked(source.state, p, old)
     _check_finite(source.state, old)
@@ -270,6 +271,19 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
     if source.group.get("decoupled_weight_decay") is False and source.group.get("weight_decay"):
         notes["weight_decay"] = "approximate: Adam's is part of the moments, and fades from them with the betas"
     return finished(state, notes, source, target, p, (old, new))
+
+
+def _as_momentum(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[_Source, Mapping[str, Any]]:
+    """A foreign state of a momentum alone, as SGD's or Lion's, which need not count steps, as one of Muon's.
+
+    Left as it is where the target keeps more than that.
+    """
+    state, group = source.state, source.group
+    is_momentum = isinstance(state.get("exp_avg"), Tensor) and "exp_avg_sq" not in state
+    if "level" in group or not is_momentum or slots_of(target.group) != ("exp_avg",):
+        return source, unsaid
+    start = {"step": torch.zeros((), dtype=torch.float64, device="cpu")}
+    return source._replace(state={**start, **state}), {**unsaid, "rule": "muon"}
 
 
 def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:

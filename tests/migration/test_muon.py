@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_kernels import GWTAdamW, GWTLion, GWTMuon, migrate
+from gwt_kernels import GWTAdafactor, GWTAdamW, GWTLion, GWTMuon, migrate
 from tests.support.runs import assert_same_bits, parameters, parameters_of, results, train
 
 SHAPES = [(8, 16), (12, 22)]
@@ -130,6 +130,48 @@ def test_an_sgds_buffer_which_is_a_sum_is_taken_only_if_it_is_said():
     own = GWTMuon(parameters(SHAPES, dtype=torch.float64), level=0)
     with pytest.raises(ValueError, match=r"no tensor exp_avg, but \['momentum_buffer'\]"):
         migrate(sgd.state_dict(), own)
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("kind", [GWTMuon, GWTLion])
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_momentum_by_another_name_is_taken_over(kind, level, bare):
+    sgd = run_of(torch.optim.SGD, momentum=0.9)
+    state = sgd.state_dict()
+    if bare:  # as of an optimizer with nothing else in its groups
+        state["param_groups"] = [{"params": group["params"], "lr": 0.1} for group in state["param_groups"]]
+    for own in state["state"].values():
+        own["momentum_buffer"] = own["momentum_buffer"] * 0.1
+    target = kind(parameters(SHAPES, dtype=torch.float64), level=level)
+    made = migrate(state, target, keys={"momentum_buffer": "exp_avg"})
+    target.load_state_dict(made.state_dict)
+    assert made.is_exact
+    for p, own in zip(parameters_of(target), state["state"].values(), strict=True):
+        torch.testing.assert_close(target.state[p]["exp_avg"], means(own["momentum_buffer"], level))
+        assert target.state[p]["step"] == 0
+    train(target, range(1))
+    adamw = GWTAdamW(parameters(SHAPES, dtype=torch.float64))
+    with pytest.raises(ValueError, match="exp_avg_sq"):
+        migrate(state, adamw, keys={"momentum_buffer": "exp_avg"})
+
+
+@pytest.mark.parametrize("level", [0, 2])
+@pytest.mark.parametrize("kind", [GWTMuon, GWTLion])
+@pytest.mark.parametrize("source", [torch.optim.Adafactor, GWTAdafactor])
+def test_adafactors_first_moment_times_the_root_of_its_factors_becomes_a_momentum(source, kind, level):
+    old = run_of(source, **({} if source is torch.optim.Adafactor else {"level": level}))
+    target = kind(parameters(SHAPES, dtype=torch.float64), level=level)
+    target.load_state_dict(migrate(old.state_dict(), target).state_dict)
+    for p, q in zip(parameters_of(target), parameters_of(old), strict=True):
+        own = old.state[q]
+        found = target.state[p]["exp_avg"]
+        if source is torch.optim.Adafactor:
+            assert not found.any()
+            continue
+        row, col = own["exp_avg_sq_row"].unsqueeze(-1), own["exp_avg_sq_col"].unsqueeze(-2)
+        root = (row * col / row.mean(-2, keepdim=True)).sqrt()
+        torch.testing.assert_close(found, own["exp_avg"] * root / 2 ** (level / 2))
+    train(target, range(1))
 
 
 def test_a_run_that_was_migrated_is_that_of_the_new_options():
