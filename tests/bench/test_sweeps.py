@@ -83,12 +83,12 @@ SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {
     "sweep_demo_warmup10.json": {"gwt3"},
     "sweep_demo_warmup10_clipped.json": {"gwt3"},
-    "sweep_cpu.json": {"muon1", "muon3", "muon4", "adafactor2", "adafactor2-published", "foam-row"},
+    "sweep_cpu.json": {"foam1", "foam3", "foam-row", "gwt-row", "adafactor2-published"},
 }
 """Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
-WIDENED = {"sweep_cpu.json": {"muon0", "muon2"}}
+WIDENED = {"sweep_cpu.json": {"muon0", "muon2"}, "sweep_cpu_medium.json": {"muon2", "adamw"}}
 """Optimizers whose best is at the edge of what was tried, so that their grid goes on from there."""
-SEEDS = {"sweep_cpu_long.json": 1}
+SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 1}
 """Seeds of the best setting, where they are not three."""
 
 
