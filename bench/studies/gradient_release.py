@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -59,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     about = facts(device, "bench.studies.gradient_release", arguments, options.commit)
     path = records.new_path("release", about, options.out)
+    # glibc otherwise keeps freed tensors for later ones, after the first is freed, and its fragments are measured.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     for mode in ("ordinary", "released"):
         command = [sys.executable, "-m", "bench.studies.gradient_release", "--one", mode]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peak, gradients = map(int, done.stdout.split())
         print(f"{mode}: {peak / 2**20:.0f} MiB beyond the weights; all gradients are {gradients / 2**20:.0f} MiB")
         row = {"mode": mode, "layers": LAYERS, "width": WIDTH, "gradient_bytes": gradients, "metric": "peak_bytes"}
