@@ -20,9 +20,8 @@ ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
 is the mean over seeds, its upright line reaches from the lowest to the highest; where it has none, one seed ran.
 Other lines join the levels of one rule. Moments are in float32. The bytes are of the whole model, whose embeddings
-and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step of GWTAdamW
-costs is on [another page](performance_optimizers.md): these runs shared their cores with other work. Steps of
-GWT-Muon and GWT-Adafactor are not timed apart yet."""
+and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step costs is on
+[another page](performance_optimizers.md): these runs shared their cores with other work."""
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 """Bytes of state a parameter."""
