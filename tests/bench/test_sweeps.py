@@ -146,7 +146,7 @@ def test_the_medium_preset_trains(tmp_path: Path) -> None:
     result = trained(options, tmp_path)
     assert 4.5e6 < result["parameters"] < 5.5e6
     assert result["state_bytes_measured"] == result["state_bytes_predicted"]
-    assert 3.0 < result["heldout_loss"] < 7.0
+    assert 2.0 < result["heldout_loss"] < 7.0
 
 
 def test_a_text_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
