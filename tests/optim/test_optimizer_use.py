@@ -319,8 +319,6 @@ def test_negative_options_are_refused_except_tiny_ones_set_later(option):
     ("kind", "option", "value", "made"),
     [
         (GWTAdamW, "rule", "foam", {"norm_growth_limit": None}),
-        (GWTAdamW, "boundary", "symmetric", {}),
-        (GWTAdamW, "correct_bias", False, {}),
         (GWTAdamMini, "head_rows", 2, {}),
     ],
 )
