@@ -68,12 +68,13 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
     defaults = inspect.signature(optimizer).parameters
     transformed = [group for group in groups if group["rule"] != ADAMW.name]
     for option in ("level", "scale", "weight_decay"):
-        value, said = given[option], list(dict.fromkeys(group[option] for group in transformed))
+        value, said = given[option], [group[option] for group in transformed]
         is_chosen = option in defaults and value != defaults[option].default
-        if is_chosen and said and value not in said:
+        if is_chosen and said and not any(value == each for each in said):
+            own = ", ".join(dict.fromkeys(map(str, said)))
             warnings.warn(
-                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say "
-                f"{option}={', '.join(map(str, said))} themselves. Pass it to gwt_param_groups instead",
+                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say {option}={own} themselves. "
+                f"Pass it to gwt_param_groups instead",
                 stacklevel=4,
             )
 
