@@ -73,7 +73,7 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
         if is_chosen and said and not any(value == each for each in said):
             own = ", ".join(dict.fromkeys(map(str, said)))
             warnings.warn(
-                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say {option}={own} themselves. "
+                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say {option}={own}. "
                 f"Pass it to gwt_param_groups instead",
                 stacklevel=4,
             )
