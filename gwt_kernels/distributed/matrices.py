@@ -43,6 +43,7 @@ class MatrixParameter(NamedTuple):
         flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
         row_splits: Likewise.
         factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
+        has_grad: Whether this process has a gradient of it. A part without one is zeros for the other processes.
     """
 
     name: str
@@ -50,13 +51,14 @@ class MatrixParameter(NamedTuple):
     flatten: bool = False
     row_splits: tuple[int, ...] | None = None
     factors: tuple[float, ...] = ()
+    has_grad: bool = True
 
 
 class MatrixPiece(NamedTuple):
     """What is exchanged at once of this process's part of a parameter: ``part[start : start + length]``.
 
     Attributes:
-        param: The parameter's index.
+        param: The parameter's index among those that have a gradient on this process.
         start: An index of the first dimension of this process's part.
         length: All of that dimension, unless it is one of a batch of matrices.
     """
@@ -146,15 +148,24 @@ class MatrixExchange:
         """One step, batch after batch.
 
         Args:
-            make: ``make(pieces, values)`` writes ``M`` into ``values``: contiguous, of the iteration's dtype; zeros
-                where there is no gradient.
+            make: ``make(pieces, values)`` writes ``M`` into ``values``: contiguous, of the iteration's dtype.
             use: ``use(pieces, values)`` gets the same tensors, which now hold ``O``, until it returns.
+
+        Neither gets pieces of parameters that have no gradient here.
         """
         under_way: dict[int, Iterator[None]] = {}
         for i in self._order:
             if i not in under_way:
                 under_way[i] = self._batches[i].steps(make, use)
             next(under_way[i], None)
+
+    def attend(self) -> None:
+        """Take part in a step of others, where no parameter has a gradient here."""
+
+        def nothing(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:
+            raise AssertionError("a parameter has a gradient here")
+
+        self.run(nothing, nothing)
 
     def orthogonalize_(self, parts: Sequence[Tensor]) -> None:
         """Replace this process's parts of all parameters' matrices; they may have any dtype."""
@@ -301,7 +312,13 @@ class _Batch:
         )
         starts = starts_of([parts[i].numel for i in order])
         place = dict(zip(order, starts, strict=False))
-        self.pieces = [MatrixPiece(batch.units[i].index, parts[i].start, parts[i].shape[0]) for i in order]
+        indices = list(itertools.accumulate((p.has_grad for p in params), initial=0))
+        taken = [params[batch.units[i].index].has_grad for i in order]
+        self.pieces = [
+            MatrixPiece(indices[batch.units[i].index], parts[i].start, parts[i].shape[0])
+            for i in itertools.compress(order, taken)
+        ]
+        self._taken = None if all(taken) else taken
         self._places = Places([parts[i].shape for i in order], newton_schulz.dtype)
         sizes = Counter[int]()
         for i in order:
@@ -335,8 +352,8 @@ class _Batch:
         self._runs = runs_of([(x, p.flatten) for x, p in own_params if p.row_splits is None])
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
-        taken = sum(unit.nbytes for unit, *_ in self._wholes)
-        self._temporary_bytes = min(batch.needed[own], workspace_bytes) - taken
+        in_use = sum(unit.nbytes for unit, *_ in self._wholes)
+        self._temporary_bytes = min(batch.needed[own], workspace_bytes) - in_use
         self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
         self.sent_bytes = batch.sent_bytes(peers.ranks[replica], position)
         self.reduced_bytes = batch.reduced_bytes(position) * len(peers.replicas)
@@ -346,7 +363,11 @@ class _Batch:
         import torch.distributed as dist
 
         held = self._empty(self._places.numel)
-        values = LaidOut(self._places, held)
+        all_values = LaidOut(self._places, held)
+        values: Sequence[Tensor] = all_values
+        if self._taken is not None:
+            held.zero_()
+            values = list(itertools.compress(all_values, self._taken))
         if self.pieces:
             make(self.pieces, values)
         arrived = self._empty(sum(self._arriving))
@@ -373,7 +394,7 @@ class _Batch:
             work.wait()
         if self.pieces:
             use(self.pieces, values)
-        values.release()
+        all_values.release()
 
     def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
         """Put the matrices together, and replace their parts by the results."""

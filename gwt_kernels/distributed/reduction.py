@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -24,7 +24,8 @@ class ShardSums:
     them have gradients there.
 
     If all parameters are sharded over the same processes, only these communicate. Otherwise all processes
-    communicate at once if every mesh has all of them, else one mesh dimension after another.
+    communicate at once for the parameters on meshes that have all of them, and for those on other meshes one
+    dimension after another.
 
     Args:
         params: Sharded over several processes, on one device.
@@ -52,8 +53,9 @@ class ShardSums:
                 chosen = send(torch.isin(owners, own).nonzero().view(-1), self.device)
             self._rounds.append((group, chosen))
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
-        own = torch.tensor([_is_first(p) for p in params], dtype=torch.bool, device="cpu")
-        self._own = send(own[owners], self.device) if at_once and not bool(own.all()) else None
+        firsts = [i not in at_once or _is_first(p) for i, p in enumerate(params)]
+        own = torch.tensor(firsts, dtype=torch.bool, device="cpu")
+        self._own = None if all(firsts) else send(own[owners], self.device)
         self._work: Any = None
 
     def zeros(self) -> Tensor:
@@ -191,7 +193,8 @@ class GradNormReduction:
         if len(members) > 1:
             raise ValueError(
                 f"parameters are on meshes of different processes, {' and '.join(map(str, sorted(members)))}: "
-                f"no process can compute their gradient norm: leave max_grad_norm and skip_nonfinite off"
+                f"no process can decide about all of them: leave max_grad_norm, skip_nonfinite and a GradScaler "
+                f"off, or give each mesh's parameters an optimizer of their own"
             )
         mesh = meshes[0]
         self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
@@ -211,22 +214,29 @@ class GradNormReduction:
             dist.all_reduce(total, group=group)
 
 
-def _rounds(params: Sequence[Any], of_rows: bool) -> tuple[bool, list[tuple[Any, list[int] | None]]]:
+def _rounds(params: Sequence[Any], of_rows: bool) -> tuple[set[int], list[tuple[Any, list[int] | None]]]:
     """Return the process groups to reduce over in order, with the indices of their parameters (None: all).
 
-    And whether it is all processes at once, though some have what others have too.
+    And which parameters all processes add up at once, though some have what others have too. That rests on
+    parameters alone that all processes have.
     """
     import torch.distributed as dist
 
-    rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in order of first use
-    for i, p in enumerate(params):
-        for mesh, dim in reduced_over(p, p.dim() - 1 if of_rows else None):
-            group = mesh.get_group(dim)
-            rounds.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].append(i)
-    if len(rounds) > 1 and not of_rows and all(p.device_mesh.size() == dist.get_world_size() for p in params):
-        return True, [(dist.group.WORLD, None)]
-    chosen = [(group, members if len(members) < len(params) else None) for group, members in rounds.values()]
-    return False, chosen
+    def rounds_of(members: Iterable[int]) -> list[tuple[Any, list[int]]]:
+        rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in order of first use
+        for i in members:
+            p = params[i]
+            for mesh, dim in reduced_over(p, p.dim() - 1 if of_rows else None):
+                group = mesh.get_group(dim)
+                rounds.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].append(i)
+        return list(rounds.values())
+
+    everywhere = {i for i, p in enumerate(params) if p.device_mesh.size() == dist.get_world_size()}
+    chosen, at_once = rounds_of(sorted(everywhere)), set[int]()
+    if len(chosen) > 1 and not of_rows:
+        chosen, at_once = [(dist.group.WORLD, sorted(everywhere))], everywhere
+    chosen += rounds_of(i for i in range(len(params)) if i not in everywhere)
+    return at_once, [(group, members if len(members) < len(params) else None) for group, members in chosen]
 
 
 def _is_first(p: Any) -> bool:

@@ -260,7 +260,7 @@ def check_heads(p: Any, head_rows: int | None, name: str) -> None:
     if head_rows == 1 or not sharded:
         return
     rows = p.dim() - 2
-    if head_rows is None or (rows in sharded and any(n % head_rows for n in _lengths(p, rows))):
+    if head_rows is None or (rows in sharded and _largest_blocks(p, rows) % head_rows):
         raise ValueError(
             f"{name} is sharded as {p.placements}, which head_rows={head_rows} would need to leave whole heads: "
             f"use head_rows=1, a second moment a row"
@@ -299,30 +299,31 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
             f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
             f"reach: use wavelet='haar', or shard its rows"
         )
-    widths = _lengths(p, p.dim() - 1)
-    common = math.gcd(*widths)
+    common = _largest_blocks(p, p.dim() - 1)
     if common % 2**level:
+        widths = sorted({n for runs in _runs_of_all(p, p.dim() - 1) for _, n in runs})
         fits = (common & -common).bit_length() - 1
         raise ValueError(
-            f"{name} is sharded along its last dimension into widths of {sorted(widths - {0})}, which level "
+            f"{name} is sharded along its last dimension into widths of {widths}, which level "
             f"{level} needs to be multiples of {2**level}: use level {fits} at most for it, or shard its rows"
         )
 
 
-def _lengths(p: Any, dim: int) -> set[int]:
-    """How long shards of ``p`` are along a dimension, on all processes."""
-    lengths = {p.shape[dim]}
-    for i, placement in enumerate(p.placements):
-        if _dim(placement) == dim:
-            parts = p.device_mesh.size(i) * getattr(placement, "split_factor", 1)
-            lengths = {part for length in lengths for part in _parts(length, parts)}
-    return lengths
+def _largest_blocks(p: Any, dim: int) -> int:
+    """Return the length of the largest blocks, of equal length along ``dim``, that no process has a part of."""
+    return math.gcd(*(n for runs in _runs_of_all(p, dim) for run in runs for n in run))
 
 
-def _parts(length: int, n: int) -> set[int]:
-    """Return the lengths of ``torch.chunk``'s parts, which are also DTensor's."""
-    each = -(-length // n)
-    return {max(0, min(each, length - i * each)) for i in {0, length // max(each, 1), n - 1}}
+def _runs_of_all(p: Any, dim: int) -> set[tuple[tuple[int, int], ...]]:
+    """Return the runs of indices along ``dim`` (:func:`_runs`) that processes hold of ``p``."""
+    mesh, sharding = p.device_mesh, [i for i, placement in enumerate(p.placements) if _dim(placement) == dim]
+    found = set()
+    for places in itertools.product(*(range(mesh.size(i)) for i in sharding)):
+        coordinate = [0] * mesh.ndim
+        for i, place in zip(sharding, places, strict=True):
+            coordinate[i] = place
+        found.add(_runs(_indices(p, dim, p.shape[dim], coordinate)))
+    return found
 
 
 def _holds_whole_quanta(p: Any, shape: Sequence[int], q: int) -> bool:

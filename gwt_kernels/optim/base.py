@@ -18,7 +18,7 @@ from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
-from gwt_kernels.optim.checks import check_traceable, is_captured
+from gwt_kernels.optim.checks import check_traceable, is_captured, names_of
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside
@@ -243,7 +243,7 @@ class PlannedOptimizer(Optimizer):
         if self._is_sharded:
             held, grads = local_parts(params, grads)
         asked = self._asked
-        options = options_of(groups, capturable, asked.anything)
+        options = options_of(groups, capturable, asked.anything, is_sharded=self._is_sharded)
         sources = Sources(groups, self.state, params, held, grads, options)
         plan = self._plan
         if plan is None or not plan.holds(sources):
@@ -295,7 +295,7 @@ class PlannedOptimizer(Optimizer):
         group = self.param_groups[i]
         hypers = [hyper_of(group)]
         held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
-        names = group.get("param_names")
+        names = names_of(group)
         alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
         options = options_of([group], self.capturable, False)
         sources = Sources([alone], {p: self.state[p]}, [p], held, grads, options, place)

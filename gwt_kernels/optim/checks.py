@@ -56,8 +56,17 @@ def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
 
 def label_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
     """As :func:`name_of`, without the shape."""
+    names = names_of(group)
+    return f"parameter {repr(names[index]) if names else f'{index} of group {group_index}'}"
+
+
+def names_of(group: Mapping[str, Any]) -> Sequence[str] | None:
+    """The names of a group's parameters, if it has them.
+
+    ``ZeroRedundancyOptimizer`` hands out some of a group's parameters with the names of all: these are none.
+    """
     names = group.get("param_names")
-    return f"parameter {repr(names[index]) if names and index < len(names) else f'{index} of group {group_index}'}"
+    return names if names and len(names) == len(group["params"]) else None
 
 
 def check_initialized(named: Iterable[tuple[str, Tensor]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -28,7 +29,9 @@ __all__ = [
     "MatrixOptions",
     "check_matrix",
     "check_matrix_options",
+    "exchange_of",
     "has_matrices",
+    "is_exchanged",
     "matrix_options",
     "matrix_stage",
     "ns_dtype_name",
@@ -167,21 +170,44 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
                 check_cut(piece, state_shape(p, group), stored, group["level"], named)
 
 
-def matrix_stage(params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions) -> MatrixStage:
+def is_exchanged(p: Any, group: Mapping[str, Any]) -> bool:
+    """Whether matrices of a parameter travel between processes, also to those that have no gradient of it."""
+    return has_matrices(group) and p.requires_grad and is_sharded(p) and p.device_mesh.size() > 1
+
+
+def matrix_stage(
+    params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions, has_grad: Sequence[bool] | None = None
+) -> MatrixStage:
     """The matrix stage of parameters, whole or sharded; all processes have to make it alike.
+
+    Args:
+        params: The parameters.
+        names: What errors call them.
+        options: Those of their groups.
+        has_grad: Which of them have a gradient on this process, if not all; the stage is that of these.
 
     Raises:
         ValueError: a parameter's shards cannot be gathered.
     """
+    exchange, scales = exchange_of(params, names, options, has_grad)
+    own = [True] * len(params) if has_grad is None else has_grad
+    scales, names = list(compress(scales, own)), list(compress(names, own))
+    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales, exchange.pieces, names)
+
+
+def exchange_of(
+    params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions, has_grad: Sequence[bool] | None = None
+) -> tuple[MatrixExchange, list[float]]:
+    """What orthogonalises matrices of parameters, and the factors on their updates. As :func:`matrix_stage`."""
     flatten, splits = options.flatten, options.row_splits
     scales, matrices = [], []
-    for p, name in zip(params, names, strict=True):
+    own = [True] * len(params) if has_grad is None else has_grad
+    for p, name, here in zip(params, names, own, strict=True):
         # The whole matrices, of which a shard has rows of several, are multiplied by what sets them apart.
         first, *rest = [
             update_scale(options.adjust_lr_fn, s) for s in matrix_shapes(p.shape, flatten, splits, name)
         ]
         scales.append(first)
         factors = (1.0, *(scale / first for scale in rest))
-        matrices.append(MatrixParameter(name, p, flatten, splits, factors))
-    exchange = MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes)
-    return MatrixStage(exchange.run, options.newton_schulz.dtype, scales, exchange.pieces, names)
+        matrices.append(MatrixParameter(name, p, flatten, splits, factors, here))
+    return MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes), scales

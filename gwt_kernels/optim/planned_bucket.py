@@ -21,9 +21,9 @@ from gwt_kernels.backends.staged_runner import StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
-from gwt_kernels.optim.checks import label_of
+from gwt_kernels.optim.checks import label_of, names_of
 from gwt_kernels.optim.joined import Joined
-from gwt_kernels.optim.matrices import matrix_options, matrix_stage
+from gwt_kernels.optim.matrices import exchange_of, matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
 from gwt_kernels.optim.state import (
     factors_of,
@@ -36,7 +36,7 @@ from gwt_kernels.optim.state import (
     state_shape,
 )
 
-__all__ = ["Member", "PlannedBucket", "stream_id_of"]
+__all__ = ["Member", "PlannedBucket", "attendance", "stream_id_of", "with_gradients"]
 
 
 class Member(NamedTuple):
@@ -59,7 +59,8 @@ class PlannedBucket:
     """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend.
 
     Args:
-        members: Its parameters, at least one.
+        members: Its parameters, at least one of which has a gradient. Of the others nothing is updated here; other
+            processes need this one to orthogonalise their matrices.
         states: Complete states of these.
         groups: All groups of the optimizer.
         on_device: Whether the device counts steps.
@@ -80,6 +81,7 @@ class PlannedBucket:
         totals: GradNormReduction | None = None,
         rows: RowReduction | None = None,
     ) -> None:
+        all_members, members = members, with_gradients(members)
         params = [member.param for member in members]
         own = [states[p] for p in params]
         group = groups[members[0].group]
@@ -89,7 +91,7 @@ class PlannedBucket:
         self.bucket = _bucket_of(members, own, groups, telemetry, limits is None)
         self.device = self.bucket.device
         self.backend: choice.Backend | None = group["backend"]
-        self.runner = _runner_of(self.bucket, members, groups)
+        self.runner = _runner_of(self.bucket, all_members, groups)
         self._counted = None if totals is None else list(map(totals.counts, params))
         # Whether the limiter's first pass can read gradients for the step's decision. Another process counts those
         # that this one does not.
@@ -231,10 +233,28 @@ def _runner_of(bucket: Bucket, members: Sequence[Member], groups: Sequence[Mappi
     options = matrix_options(group)
     if options is None:
         return prepare(bucket, group["backend"])
+    has_grad = [member.param.grad is not None for member in members]
+    stage = matrix_stage(*_params_of(members, groups), options, has_grad)
+    return MatrixRunner(bucket, group["backend"], stage)
+
+
+def attendance(members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
+    """What takes part in other processes' steps of a bucket of which no member has a gradient here."""
+    options = matrix_options(groups[members[0].group])
+    assert options is not None
+    exchange, _ = exchange_of(*_params_of(members, groups), options, [False] * len(members))
+    return exchange.attend
+
+
+def with_gradients(members: Sequence[Member]) -> list[Member]:
+    """Those that have a gradient on this process."""
+    return [member for member in members if member.param.grad is not None]
+
+
+def _params_of(members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[str]]:
+    """The members' parameters, and what errors call them."""
     names = [_name_of(member, groups[member.group]) for member in members]
-    return MatrixRunner(
-        bucket, group["backend"], matrix_stage([member.param for member in members], names, options)
-    )
+    return [member.param for member in members], names
 
 
 def _name_of(member: Member, group: Mapping[str, Any]) -> str:
@@ -245,5 +265,5 @@ def _name_of(member: Member, group: Mapping[str, Any]) -> str:
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:
     """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
-    names = group.get("param_names")
-    return zlib.crc32(str(names[index]).encode()) if names and index < len(names) else place
+    names = names_of(group)
+    return zlib.crc32(str(names[index]).encode()) if names else place

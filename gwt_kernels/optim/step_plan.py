@@ -24,10 +24,10 @@ from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReductio
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
 from gwt_kernels.optim.fingerprint import Fingerprint
-from gwt_kernels.optim.matrices import stage_key
+from gwt_kernels.optim.matrices import has_matrices, is_exchanged, stage_key
 from gwt_kernels.optim.options import STRUCTURAL
-from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, stream_id_of
-from gwt_kernels.optim.state import factors_of, is_limited, needs_row_sums, state_shape
+from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, attendance, stream_id_of, with_gradients
+from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_row_sums, state_shape
 from gwt_kernels.rules import rule_of
 
 __all__ = ["Sources", "StepPlan", "count_of_skipped", "options_of"]
@@ -78,14 +78,15 @@ class StepPlan:
         self._factors, self._rows = _factors_of(groups), _rows_of(groups)
         self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
-        chosen = list(_members(sources))
+        planned = list(_members(sources))
+        chosen = [own for own in planned if with_gradients(own[1])]
         self.buckets = [
             PlannedBucket(
                 members,
                 states,
                 groups,
                 on_device,
-                telemetry_of(members),
+                telemetry_of(with_gradients(members)),
                 self._limits[members[0].param.device] if reduced and is_limited(groups[members[0].group]) else None,
                 self._totals,
                 self._rows[members[0].param.device] if by_rows else None,
@@ -101,11 +102,14 @@ class StepPlan:
                 self._staged[device][i] = places
         # Sums travel between processes while the buckets that need none are updated.
         staged = set(chain.from_iterable(self._staged.values()))
-        others = [i for i in range(len(self.buckets)) if i not in staged]
-        self._waiting = [
-            i for i in others if self.buckets[i].limits is not None or self.buckets[i].rows is not None
-        ]
-        self._ready = [i for i in others if i not in self._waiting]
+        self._waiting: list[_Turn] = []
+        self._ready: list[_Turn] = []
+        indices = iter(range(len(self.buckets)))
+        for (_, by_rows), members in planned:
+            turn: _Turn = next(indices) if with_gradients(members) else attendance(members, groups)
+            waits = by_rows or (isinstance(turn, int) and self.buckets[turn].limits is not None)
+            if turn not in staged:
+                (self._waiting if waits else self._ready).append(turn)
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         surveys = [bucket.runner.survey for bucket in self.buckets]
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
@@ -165,8 +169,7 @@ class StepPlan:
             decisions = self._decide(inputs, reductions, asked, skipped)
         own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
         ready = self._ready if self._rows else []  # meanwhile sums over rows travel, on which those for limits rest
-        for i in ready:
-            buckets[i].apply(inputs[i], own_decisions[i])
+        self._take(ready, inputs, own_decisions)
         for i, parts in row_parts.items():
             inputs[i] = buckets[i].with_row_sums(inputs[i], parts)
         for limits in self._limits.values():
@@ -176,13 +179,22 @@ class StepPlan:
                     reduction = reductions[i] or bucket.reduce(inputs[i], own_decisions[i], grad_stats=False)
                     sums.append(bucket.update_sums(reduction))
             limits.start(sums)
-        for i in self._waiting if ready else [*self._ready, *self._waiting]:
-            buckets[i].apply(inputs[i], own_decisions[i])
+        self._take(self._waiting if ready else [*self._ready, *self._waiting], inputs, own_decisions)
         for device, staged in self._staged.items():
             self._factors[device].drive(
                 [(places, buckets[i].stages(inputs[i], own_decisions[i])) for i, places in staged.items()]
             )
         return decisions
+
+    def _take(
+        self, turns: Sequence[_Turn], inputs: Sequence[StepInputs], decisions: Sequence[Tensor | None]
+    ) -> None:
+        """Update buckets, and take part in what others alone have gradients for, in the order of all processes."""
+        for turn in turns:
+            if isinstance(turn, int):
+                self.buckets[turn].apply(inputs[turn], decisions[turn])
+            else:
+                turn()
 
     def _start_rows(self, inputs: Sequence[StepInputs]) -> dict[int, Tensor]:
         """Begin to add up rows of which processes hold parts; return this one's, by bucket."""
@@ -239,17 +251,24 @@ def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) ->
     return send(skipped, home) if skipped.device.type == "cpu" else skipped
 
 
+_Turn = int | Callable[[], None]
+"""A bucket's index, or what :func:`gwt_kernels.optim.planned_bucket.attendance` returns."""
+
 _shared_options = itemgetter(*STRUCTURAL, "backend", "weight_rounding")
 
 
-def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
+def options_of(
+    groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool, *, is_sharded: bool = False
+) -> list[Any]:
     """Return what the checks before a step depend on beside tensors and gradients: ``Sources.options``."""
+    exchanged = filter(has_matrices, groups) if is_sharded else ()
     return [
         *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
         capturable,
         decides,
         choice.tracer(),
         *(getattr(g["lr"], "device", None) for g in groups),
+        *([p.requires_grad for p in g["params"]] for g in exchanged),
     ]
 
 
@@ -260,7 +279,7 @@ def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]]]:
-    """Parameters that have a gradient, each once, by bucket.
+    """Parameters that have a gradient, or others' matrices may have one elsewhere, each once, by bucket.
 
     And whether norms or factors are over processes, and whether sums over rows are.
     """
@@ -271,12 +290,14 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]
         options = bucket_options(group)
         for k, p in enumerate(group["params"]):
             place += 1
-            if p.grad is None or id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+            if id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+                continue
+            if p.grad is None and not is_exchanged(p, group):
                 continue
             seen.add(id(p))
             reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
-            first = sources.states[p].get(MOMENTS[0])  # which a rule may do without
-            dtypes = (p.dtype, p.grad.dtype, None if first is None else first.dtype)
+            first = moments_of(p, group).get(MOMENTS[0])  # which a rule may do without
+            dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, None if first is None else first[1])
             key = ((reduced, needs_row_sums(p, group)), options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
@@ -285,11 +306,11 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]
 
 
 def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, LimiterReduction]:
-    """One per device, of all parameters that need it: whether they have gradients here does not matter."""
+    """One per device, of all parameters that need it, frozen ones too, whose gradients may come here or elsewhere."""
     chosen: dict[torch.device, dict[int, tuple[Tensor, bool]]] = {}
     for group in groups:
         for p in group["params"] if is_limited(group) else ():
-            if p.requires_grad and reduced_over(p):
+            if reduced_over(p):
                 chosen.setdefault(p.device, {})[id(p)] = p, needs_row_sums(p, group)
     return {
         device: LimiterReduction(*map(list, zip(*params.values(), strict=True)))
@@ -302,7 +323,7 @@ def _rows_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, RowReduc
     chosen: dict[torch.device, dict[int, tuple[Tensor, int]]] = {}
     for group in groups:
         for p in group["params"]:
-            if p.requires_grad and needs_row_sums(p, group):
+            if needs_row_sums(p, group):
                 n_rows = math.prod(local_of(p).shape[:-1])
                 numbers = rule_of(group["rule"]).row_numbers(group["level"])
                 chosen.setdefault(p.device, {})[id(p)] = p, n_rows * numbers
@@ -316,7 +337,7 @@ def _factors_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, Facto
     chosen: dict[torch.device, dict[int, tuple[Tensor, tuple[int, ...]]]] = {}
     for group in groups:
         for p in group["params"]:
-            if p.requires_grad and factors_of(p, group) and reduced_over(p):
+            if factors_of(p, group) and reduced_over(p):
                 chosen.setdefault(p.device, {})[id(p)] = p, state_shape(p, group)
     return {
         device: FactorReduction(*map(list, zip(*params.values(), strict=True))) for device, params in chosen.items()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.notes import COLUMNS
+from gwt_kernels.optim.checks import names_of
 
 __all__ = ["joined", "named", "read"]
 
@@ -38,7 +39,7 @@ def named(rows: Mapping[Tensor, Tensor], groups: Sequence[Mapping[str, Any]]) ->
     """Return the input of :func:`read`, by parameter name, or by indices in the groups such as ``"0.3"``."""
     found = {}
     for i, group in enumerate(groups):
-        names = group.get("param_names") or [f"{i}.{k}" for k in range(len(group["params"]))]
+        names = names_of(group) or [f"{i}.{k}" for k in range(len(group["params"]))]
         found.update(
             {name: (rows[p], p.numel()) for name, p in zip(names, group["params"], strict=True) if p in rows}
         )

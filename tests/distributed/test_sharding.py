@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.optim import test_added_groups
-from tests.support import forked, moved_shards, resharded, sharded, sharded_rows, split_shards, wrapped
+from tests.support import forked, moved_shards, resharded, sharded, sharded_rows, split_shards, unequal, wrapped
 
 
 def test_float64_shards_equal_whole_tensors() -> None:
@@ -78,3 +78,23 @@ def test_sums_over_shared_rows_travel_at_once() -> None:
 
 def test_heads_that_no_process_holds_are_refused() -> None:
     forked.run(2, sharded_rows.refusals)
+
+
+def test_matrices_without_a_gradient_on_some_processes() -> None:
+    forked.run(4, unequal.matrices)
+
+
+def test_frozen_parameters_and_gradients_that_come_late() -> None:
+    forked.run(2, unequal.frozen)
+
+
+def test_parameters_that_few_processes_have() -> None:
+    forked.run(4, unequal.meshes)
+
+
+def test_shards_of_shards_are_judged_by_what_each_process_holds() -> None:
+    forked.run(4, unequal.strided)
+
+
+def test_names_of_parameters_that_other_processes_update_are_left_out() -> None:
+    forked.run(2, unequal.partitioned)
