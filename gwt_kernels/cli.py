@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from gwt_kernels.plan import Plan
     from gwt_kernels.plan_sharded import ShardedPlan
 
-__all__ = ["main"]
-
 DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",

@@ -20,8 +20,6 @@ from gwt_kernels.backends.torch import literal
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.functional import Hyper, gwt_adamw_
 
-__all__ = ["report", "self_check"]
-
 PACKAGES = ("gwt-kernels", "torch", "triton", "numpy", "PyWavelets", "transformers")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((16, 64), (7, 61), (3, 5, 40), (33,), (10, 1000))

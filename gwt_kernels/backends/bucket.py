@@ -28,8 +28,6 @@ from gwt_kernels.rules import Rule as RuleOf
 from gwt_kernels.rules import check_rule, rule_of
 from gwt_kernels.rules.blocks import RowSums
 
-__all__ = ["Bucket", "StepInputs"]
-
 
 class StepInputs(NamedTuple):
     """What one step brings to a bucket.

@@ -10,8 +10,6 @@ from torch import Tensor
 from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.formats.moments import stored_as
 
-__all__ = ["check_bucket", "check_low_bits", "check_scales"]
-
 
 def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: bool = False) -> None:
     """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.

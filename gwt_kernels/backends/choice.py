@@ -13,20 +13,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from gwt_kernels.core.level import ROW, Level
 
-__all__ = [
-    "HEADS",
-    "MAX_TRITON_LEVEL",
-    "Backend",
-    "check_name",
-    "is_compiled",
-    "is_graph",
-    "is_symbolic",
-    "resolve",
-    "resolve_update",
-    "tracer",
-    "triton_obstacle",
-]
-
 Backend = Literal["triton", "torch", "compiled"]
 
 _KEYS = torch._C._TorchDispatchModeKey

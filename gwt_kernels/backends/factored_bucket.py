@@ -15,8 +15,6 @@ from gwt_kernels.core.level import blocks_of
 from gwt_kernels.formats.moments import MomentFormat, wide
 from gwt_kernels.rules import Rule, rule_of
 
-__all__ = ["FactoredBucket"]
-
 
 class FactoredBucket(Bucket):
     """See :class:`gwt_kernels.backends.bucket.Bucket`.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +16,17 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import is_on_triton, prepare
 from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
 from gwt_kernels.core.hyper import Hyper, Span, padded_spans
+from gwt_kernels.core.laid_out import MatrixPiece
 from gwt_kernels.core.level import Level
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.send import send
 from gwt_kernels.core.survey import PYTHON, Survey
 from gwt_kernels.formats.moments import MomentFormat
 
-__all__ = ["MatrixRunner", "MatrixStage", "Piece"]
-
 _Spans = tuple[Span, Span]
 
 
-class Piece(Protocol):
-    """What of a parameter is computed at once: ``length`` of its first dimension from ``start`` on."""
-
-    @property
-    def param(self) -> int: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-
-
-_Stage = Callable[[Sequence[Any], Sequence[Tensor]], None]
+_Stage = Callable[[Sequence[MatrixPiece], Sequence[Tensor]], None]
 
 
 class MatrixStage(NamedTuple):
@@ -57,11 +45,11 @@ class MatrixStage(NamedTuple):
     run: Callable[[_Stage, _Stage], None]
     dtype: torch.dtype
     scales: Sequence[float]
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[MatrixPiece] = ()
     names: Sequence[str] = ()
 
 
-def check_cut(piece: Piece, moments: Sequence[int], stored: MomentFormat, level: Level, name: str) -> None:
+def check_cut(piece: MatrixPiece, moments: Sequence[int], stored: MomentFormat, level: Level, name: str) -> None:
     """Raise unless a piece of a parameter ends where its quantized moments begin another scale.
 
     Args:
@@ -96,21 +84,13 @@ class _Batch(NamedTuple):
         rows: Telemetry of the pieces, or None.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[MatrixPiece]
     of: _Of
     grads: _Of
     make: ElementwiseRunner
     use: ElementwiseRunner
     params: Tensor
     rows: Tensor | None
-
-
-class _Rest(NamedTuple):
-    """A piece that no exchange has, as nothing of its rows is here but their moments."""
-
-    param: int
-    start: int
-    length: int
 
 
 class MatrixRunner:
@@ -130,7 +110,7 @@ class MatrixRunner:
         self._hypers: Sequence[Hyper] = []
         self._last_hypers: list[Hyper] = []  # what these become for the last stage
         self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # of these, those of each batch
-        self._columnless: tuple[list[_Rest], Tensor] | None = None
+        self._columnless: tuple[list[MatrixPiece], Tensor] | None = None
         self._renews: ElementwiseRunner | None = None
         for piece in stage.pieces:
             if bucket.is_quantized and not self._is_whole(piece):
@@ -163,13 +143,13 @@ class MatrixRunner:
             unscaled = torch.cat((torch.ones_like(decision[:1]), decision[1:]))
         self._adjust(inputs.hypers)
 
-        def make(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+        def make(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:
             batch = self._batch(pieces, values, inputs)
             batch.make.set_params(values)
             own = _inputs(batch, batch.grads(inputs.grads), inputs.steps, self._hypers_of(batch)[0])
             batch.make.apply(own._replace(row_sums=self._rows_of(pieces, inputs)), decision)
 
-        def use(pieces: Sequence[Piece], values: Sequence[Tensor]) -> None:
+        def use(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:
             batch = self._batches[id(pieces)]
             if batch.rows is not None:
                 batch.rows.zero_()
@@ -208,7 +188,7 @@ class MatrixRunner:
             self._picked[key] = batch.of(self._hypers), batch.of(self._last_hypers)
         return self._picked[key]
 
-    def _batch(self, pieces: Sequence[Piece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
+    def _batch(self, pieces: Sequence[MatrixPiece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
         """The runners of a batch, made for the first step that has it."""
         known = self._batches.get(id(pieces))
         if known is not None:
@@ -223,15 +203,13 @@ class MatrixRunner:
             rows = torch.zeros(len(pieces), len(COLUMNS), dtype=torch.float64, device=bucket.device)
         lows: Any = [bucket.lows[piece.param] for piece in pieces]
         second = Bucket(
-            [_part(bucket.params[piece.param], piece) for piece in pieces],
+            [piece.of(bucket.params[piece.param]) for piece in pieces],
             None,
             None,
             grad_dtype=self._stage.dtype,
             rule=last.name,  # type: ignore[arg-type]  # a stage's, which no user names
             rounding=bucket.rounding,
-            lows=[_part(low, x) for low, x in zip(lows, pieces, strict=True)]
-            if bucket.rounding == "split"
-            else None,
+            lows=[x.of(low) for low, x in zip(lows, pieces, strict=True)] if bucket.rounding == "split" else None,
             telemetry=rows,
             **(shared | {"level": self._last_level()}),
         )
@@ -239,7 +217,7 @@ class MatrixRunner:
         of = _picker([piece.param for piece in pieces])
 
         def parts(grads: Sequence[Tensor]) -> list[Tensor]:
-            return [_part(g, piece) for g, piece in zip(of(grads), pieces, strict=True)]
+            return [piece.of(g) for g, piece in zip(of(grads), pieces, strict=True)]
 
         is_whole = all(self._is_whole(piece) for piece in pieces)
         runners = prepare(first, self._backend), prepare(second, self._backend)
@@ -256,7 +234,7 @@ class MatrixRunner:
         asks = not self._on_triton or bucket.telemetry is not None or bucket.rounding == "stochastic"
         return bucket.level if asks else 0
 
-    def _shared_of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def _shared_of(self, pieces: Sequence[MatrixPiece]) -> dict[str, Any]:
         """Options of the buckets of both stages."""
         bucket = self.bucket
         spans = [self._spans_of(piece) for piece in pieces]
@@ -265,18 +243,18 @@ class MatrixRunner:
             shared["spans"] = [span or self._ends(x.param) for span, x in zip(spans, pieces, strict=True)]
         return shared
 
-    def _first_of(self, pieces: Sequence[Piece], values: Sequence[Tensor]) -> Bucket:
+    def _first_of(self, pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> Bucket:
         """The bucket of the first stage, which writes ``values``."""
         bucket, shared = self.bucket, self._shared_of(pieces)
         if bucket.whole_widths is not None:
             shared["whole_widths"] = [bucket.whole_widths[piece.param] for piece in pieces]
-        moments = [_part(bucket.exp_avgs[piece.param], piece) for piece in pieces]
+        moments = [piece.of(bucket.exp_avgs[piece.param]) for piece in pieces]
         scales = [self._scales_of(piece) for piece in pieces] if bucket.is_quantized else None
         return Bucket(
             values, moments, None, grad_dtype=bucket.grad_dtype, rule=bucket.rule, scales=scales, **shared
         )
 
-    def _rows_of(self, pieces: Sequence[Piece], inputs: StepInputs) -> Tensor | None:
+    def _rows_of(self, pieces: Sequence[MatrixPiece], inputs: StepInputs) -> Tensor | None:
         """Of the sums over whole rows those of the pieces' rows, if there are any."""
         if inputs.row_sums is None:
             return None
@@ -295,7 +273,10 @@ class MatrixRunner:
         if self._columnless is None:
             places = [i for i, p in enumerate(bucket.params) if not p.numel() and bucket.n_rows[i]]
             index = torch.tensor(places, dtype=torch.int64, device="cpu")
-            self._columnless = [_Rest(i, 0, len(bucket.params[i])) for i in places], send(index, bucket.device)
+            self._columnless = (
+                [MatrixPiece(i, 0, len(bucket.params[i])) for i in places],
+                send(index, bucket.device),
+            )
         pieces, index = self._columnless
         if not pieces:
             return
@@ -309,10 +290,10 @@ class MatrixRunner:
         counts = steps.index_select(0, index) if isinstance(steps, Tensor) else [steps[i] for i in own]
         self._renews.apply(StepInputs(grads, counts, hypers, self._rows_of(pieces, inputs)), decision)
 
-    def _is_whole(self, piece: Piece) -> bool:
+    def _is_whole(self, piece: MatrixPiece) -> bool:
         return piece.length == len(self.bucket.params[piece.param])
 
-    def _spans_of(self, piece: Piece) -> _Spans | None:
+    def _spans_of(self, piece: MatrixPiece) -> _Spans | None:
         """Where a piece, and its moments, lie in the whole tensor; None where it is the whole."""
         p, bucket = self.bucket.params[piece.param], self.bucket
         span: _Spans | None = None if bucket.spans is None else bucket.spans[piece.param]
@@ -329,7 +310,7 @@ class MatrixRunner:
         whole = Span(0, p.numel(), p.numel()), Span(0, m.numel(), m.numel())
         return padded_spans(p.shape, self.bucket.level) or whole
 
-    def _scales_of(self, piece: Piece) -> tuple[Tensor, ...] | None:
+    def _scales_of(self, piece: MatrixPiece) -> tuple[Tensor, ...] | None:
         """The scales of a piece's moments."""
         m, scales = self.bucket.exp_avgs[piece.param], self.bucket.scales[piece.param]
         if scales is None or piece.length == len(m):
@@ -368,10 +349,6 @@ def _picker(places: Sequence[int]) -> _Of:
     """What takes those at ``places`` out of a sequence."""
     pick = itemgetter(*places, places[0])  # of one place alone it would give no tuple
     return lambda values: list(pick(values)[:-1])
-
-
-def _part(x: Tensor, piece: Piece) -> Tensor:
-    return x if piece.length == len(x) else x.narrow(0, piece.start, piece.length)
 
 
 def _from(span: Span, offset: int) -> Span:

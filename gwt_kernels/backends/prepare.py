@@ -12,8 +12,6 @@ from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.runner import ElementwiseRunner
 
-__all__ = ["is_on_triton", "prepare", "row_summer"]
-
 
 def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner:
     """Return the runner of a bucket.

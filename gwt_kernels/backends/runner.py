@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.core.survey import Survey
-
-__all__ = ["ElementwiseRunner", "Reduction", "Runner"]
 
 
 class Reduction(NamedTuple):
@@ -80,4 +78,19 @@ class ElementwiseRunner(Runner, Protocol):
 
     def set_params(self, params: Sequence[Tensor]) -> None:
         """Replace the bucket's parameters by tensors of the same shapes, dtype and layouts."""
+        ...
+
+
+@runtime_checkable
+class StagedRunner(Runner, Protocol):
+    """A runner whose step has stages, at the ends of which processes that share its tensors have sums to add up.
+
+    ``apply`` goes through all stages.
+    """
+
+    def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
+        """Take the step; stop with a vector of sums at each stage's end, and go on from what it holds then.
+
+        A step that is skipped may stop nowhere.
+        """
         ...

@@ -12,8 +12,6 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.core.send import send
 
-__all__ = ["ClipRequest", "control_", "decide", "squares"]
-
 
 class ClipRequest(NamedTuple):
     """Options of clipping and skipping, with the tensors of a gradient scaler.
@@ -113,14 +111,7 @@ def squares(
         grad_stats: Statistics of further gradients, added to the result (see :func:`control_`); for these the
             second number counts parts with a non-finite element.
     """
-    workspace = {} if workspace is None else workspace
-    if backend == "torch":
-        from gwt_kernels.backends.torch import control as torch_control
-
-        return torch_control.squares(grads, workspace)
-    from gwt_kernels.backends.triton import control_launch
-
-    return control_launch.squares(grads, workspace, grad_stats)
+    return _kernels_of(backend).squares(grads, {} if workspace is None else workspace, grad_stats)  # type: ignore[no-any-return]
 
 
 def decide(
@@ -138,11 +129,15 @@ def decide(
     factor = min(1, max_norm / (norm + 1e-6)) / grad_scale
     go     = not (found_inf > 0 or (skip_nonfinite and total[1] > 0))
     """
-    arguments = (total, max_norm, skip_nonfinite, grad_scale, found_inf, skipped)
-    if backend == "torch":
-        from gwt_kernels.backends.torch import control as torch_control
+    return _kernels_of(backend).decide(total, max_norm, skip_nonfinite, grad_scale, found_inf, skipped)  # type: ignore[no-any-return]
 
-        return torch_control.decide(*arguments)
+
+def _kernels_of(backend: str) -> Any:
+    """The module that has :func:`squares` and :func:`decide` for a backend."""
+    if backend == "torch":
+        from gwt_kernels.backends.torch import control
+
+        return control
     from gwt_kernels.backends.triton import control_launch
 
-    return control_launch.decide(*arguments)
+    return control_launch

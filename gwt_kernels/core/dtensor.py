@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["any_sharded", "is_sharded", "local_of"]
-
 
 def is_sharded(x: object) -> bool:
     """Return whether ``x`` is a DTensor."""

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["FACTORS", "Matrices", "factor_dims"]
-
 FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 """State entries that hold the factors. A tensor of one dimension has ``exp_avg_sq``, of all its coefficients."""
 

@@ -11,18 +11,6 @@ from torch import Tensor
 
 from gwt_kernels.core.level import Level, block_width
 
-__all__ = [
-    "Boundary",
-    "Hyper",
-    "Rounding",
-    "Rule",
-    "Span",
-    "check_rounding",
-    "key_of",
-    "literal_alone",
-    "padded_spans",
-]
-
 Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
 which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"``, ``"adam_mini"`` (arXiv

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any, TypeVar
 
-__all__ = ["load", "statement"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _WAITING: list[Callable[..., Any]] = []
 _LOADED: dict[Callable[..., Any], Any] = {}

@@ -6,12 +6,28 @@ import itertools
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LaidOut", "Places"]
+
+class MatrixPiece(NamedTuple):
+    """What is exchanged at once of this process's part of a parameter: ``part[start : start + length]``.
+
+    Attributes:
+        param: The parameter's index among those that have a gradient on this process.
+        start: An index of the first dimension of this process's part.
+        length: All of that dimension, unless it is one of a batch of matrices.
+    """
+
+    param: int
+    start: int
+    length: int
+
+    def of(self, part: Tensor) -> Tensor:
+        """The piece of this process's part of the parameter, or of a state with the same first dimension."""
+        return part if self.length == part.shape[0] else part.narrow(0, self.start, self.length)
 
 
 class Places:

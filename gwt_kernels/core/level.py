@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["ROW", "Level", "block_width", "blocks_of", "check_level_type", "depth_of"]
-
 Level = int | Literal["row"]
 """Levels of the transform, whose blocks are ``2**level`` neighbours; or ``"row"``: one block a row of any width."""
 

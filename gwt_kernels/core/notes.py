@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Notes"]
-
 COLUMNS = ("details", "approximation", "update", "limit", "nonfinite", "steps")
 """Columns of a telemetry row: see :mod:`gwt_kernels.telemetry`."""
 _DETAILS, _APPROXIMATION, _UPDATE, _LIMIT, _NONFINITE, _STEPS = range(len(COLUMNS))

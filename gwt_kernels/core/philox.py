@@ -13,17 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "MOMENTS",
-    "WEIGHTS",
-    "blocks",
-    "philox",
-    "random_halves",
-    "random_halves_at",
-    "random_words",
-    "random_words_at",
-]
-
 WEIGHTS, MOMENTS = 0, 1  # purposes
 ROUNDS = 7
 CALLS = 1 << 16  # per thread at once: their words fit its caches, and are enough to amortize an operator call

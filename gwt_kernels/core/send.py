@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["send"]
-
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Return ``x`` on ``device``; the host waits only for copies to the CPU."""

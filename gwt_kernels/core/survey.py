@@ -17,8 +17,6 @@ try:  # private to PyTorch; without it Python compares, several times more slowl
 except ImportError:  # pragma: no cover
     TensorGuards = None  # type: ignore[assignment, misc]
 
-__all__ = ["PYTHON", "States", "Survey", "Tensors", "has_memory"]
-
 States = Mapping[Tensor, dict[str, Any]]
 Tensors = list[Tensor] | list[Tensor | None]
 

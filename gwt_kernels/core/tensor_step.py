@@ -8,8 +8,6 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper, Span
 
-__all__ = ["TensorStep"]
-
 
 class TensorStep(NamedTuple):
     """One element of each list that :func:`gwt_kernels.functional.gwt_adamw_` takes."""

@@ -14,8 +14,6 @@ from gwt_kernels.core.send import send
 from gwt_kernels.distributed.reduction import ShardSums
 from gwt_kernels.distributed.sharding import places_in_whole, reduced_over
 
-__all__ = ["FactorPlaces", "FactorReduction"]
-
 
 class FactorPlaces(NamedTuple):
     """Where the sums of a bucket lie among those of all parameters.
@@ -71,7 +69,7 @@ class FactorReduction:
         return FactorPlaces(send(torch.cat(sent), device), send(torch.cat(at), device), send(squares, device))
 
     def drive(self, steps: Sequence[tuple[FactorPlaces, Iterator[Tensor]]]) -> None:
-        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.runner.StagedRunner`."""
         for sums, is_first in ((self._sums, True), (self._squares, False)):
             vector = sums.zeros()
             stops = [(places, next(stages, None)) for places, stages in steps]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.core.dtensor import is_sharded, local_of
-from gwt_kernels.core.laid_out import LaidOut, Places
+from gwt_kernels.core.laid_out import LaidOut, MatrixPiece, Places
 from gwt_kernels.distributed import matrix_plan
 from gwt_kernels.distributed.matrix_parts import Whole, copies_of, runs_of, starts_of, view_of
 from gwt_kernels.distributed.matrix_plan import Layout, Unit
@@ -30,8 +30,6 @@ from gwt_kernels.rules.newton_schulz import (
     orthogonalize_,
     views_of,
 )
-
-__all__ = ["MatrixExchange", "MatrixParameter", "MatrixPiece"]
 
 
 class MatrixParameter(NamedTuple):
@@ -52,24 +50,6 @@ class MatrixParameter(NamedTuple):
     row_splits: tuple[int, ...] | None = None
     factors: tuple[float, ...] = ()
     has_grad: bool = True
-
-
-class MatrixPiece(NamedTuple):
-    """What is exchanged at once of this process's part of a parameter: ``part[start : start + length]``.
-
-    Attributes:
-        param: The parameter's index among those that have a gradient on this process.
-        start: An index of the first dimension of this process's part.
-        length: All of that dimension, unless it is one of a batch of matrices.
-    """
-
-    param: int
-    start: int
-    length: int
-
-    def of(self, part: Tensor) -> Tensor:
-        """The piece of this process's part of the parameter, or of a state with the same first dimension."""
-        return part if self.length == part.shape[0] else part.narrow(0, self.start, self.length)
 
 
 _groups: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()

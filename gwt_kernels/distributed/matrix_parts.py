@@ -12,8 +12,6 @@ from torch import Tensor
 from gwt_kernels.distributed.matrix_plan import Part, Unit
 from gwt_kernels.rules.newton_schulz import matrix_shapes
 
-__all__ = ["Copy", "Whole", "copies_of", "runs_of", "starts_of", "view_of"]
-
 
 class Whole(NamedTuple):
     """A unit that this process orthogonalises.

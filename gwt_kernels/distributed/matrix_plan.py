@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 from gwt_kernels.rules.newton_schulz import NewtonSchulz, matrix_shapes
 
-__all__ = ["Batch", "Layout", "Part", "Unit", "assign", "batches_of", "in_order", "schedule", "units_of"]
-
 OVERLAPPED = 3
 """Batches that are under way at once: one arrives while the next is computed and the one after it is collected."""
 FEWEST_BATCHES = 4

@@ -14,8 +14,6 @@ from gwt_kernels.core.send import send
 from gwt_kernels.distributed.sharding import is_first_part_of_rows, reduced_over
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["GradNormReduction", "LimiterReduction", "RowReduction", "ShardSums"]
-
 
 class ShardSums:
     """Adds up numbers of sharded parameters over the processes that hold their shards.

@@ -15,24 +15,6 @@ from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Span, padded_spans
 from gwt_kernels.core.level import ROW, Level, block_width
 
-__all__ = [
-    "ROWS_STAY",
-    "check_heads",
-    "check_place_of",
-    "check_sharding",
-    "check_shards",
-    "divides_rows",
-    "held_runs",
-    "is_first_part_of_rows",
-    "local_parts",
-    "made_by_a_getter",
-    "placements_of",
-    "places_in_whole",
-    "reduced_over",
-    "spans_of",
-    "zeros_like_shard",
-]
-
 ROWS_STAY = "use FSDP2 (torch.distributed.fsdp.fully_shard), whose shards keep their rows"
 
 

@@ -21,19 +21,6 @@ from gwt_kernels.core.level import ROW, Level
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = [
-    "block_size",
-    "decode_first",
-    "decode_second",
-    "encode_first",
-    "encode_second",
-    "kernel_decode_first",
-    "kernel_decode_second",
-    "kernel_encode_first",
-    "kernel_encode_second",
-    "kernel_first_code",
-]
-
 _FIRST = 127 * 127  # largest quantized value to its power
 _SECOND = 255**4
 

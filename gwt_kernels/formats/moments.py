@@ -13,8 +13,6 @@ from torch import Tensor
 from gwt_kernels.core.level import Level, depth_of
 from gwt_kernels.formats import int8
 
-__all__ = ["FORMATS", "MOMENTS", "SCALES", "MomentFormat", "format_of", "stored_as", "wide"]
-
 NEAREST = 0x8000
 """Value of 16 random bits that rounds to the nearest."""
 

@@ -13,8 +13,6 @@ from gwt_kernels.core.kernel import statement
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["join_low", "kernel_join_low", "kernel_split_low", "split_low", "split_low_"]
-
 
 def split_low(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest bfloat16 of a float32 (ties upwards in magnitude) and its error-correction bits, int16."""

@@ -13,8 +13,6 @@ from gwt_kernels.core.kernel import statement
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["kernel_stochastic_round", "stochastic_round"]
-
 _LARGEST_BF16 = 0x7F7F0000  # as float32 bits; larger numbers are not rounded up, so that none becomes infinite
 _LARGEST = torch.finfo(torch.float32).max
 

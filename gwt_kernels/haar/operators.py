@@ -17,8 +17,6 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch import haar as statement
 from gwt_kernels.haar.transform import band_widths, check_coefficients, check_tensor
 
-__all__ = ["haar_dwt", "haar_idwt"]
-
 _LIBRARY = torch.library.Library("gwt_kernels", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("haar_dwt(Tensor x, int level) -> Tensor[]")  # type: ignore[no-untyped-call]
 _LIBRARY.define("haar_idwt(Tensor[] coeffs, SymInt length) -> Tensor")  # type: ignore[no-untyped-call]

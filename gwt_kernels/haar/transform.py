@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 
-__all__ = ["haar_dwt", "haar_idwt"]
-
 
 def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) -> list[Tensor]:
     """Compute the multi-level orthonormal Haar transform of the last dimension.

@@ -17,8 +17,6 @@ else:
         except ModuleNotFoundError as error:
             raise missing(__name__, "lightning", "lightning (or pytorch-lightning)") from error
 
-__all__ = ["TelemetryCallback"]
-
 
 class TelemetryCallback(Callback):
     """Log `GWTAdamW`'s telemetry to the loggers of a Lightning Trainer.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-__all__ = ["HasTelemetry", "check_every", "missing", "scalars", "with_telemetry"]
-
 
 class HasTelemetry(Protocol):
     """An optimizer with a ``telemetry()`` method."""

@@ -1,5 +1,6 @@
 """States and checkpoints of other optimizers, levels, rules and dtypes as ones that a GWTAdamW loads."""
 
-from gwt_kernels.migration.states import Migrated, Migration, migrate
+from gwt_kernels.migration.records import Migrated
+from gwt_kernels.migration.states import Migration, migrate
 
 __all__ = ["Migrated", "Migration", "migrate"]

@@ -16,8 +16,6 @@ from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
 
-__all__ = ["Recipe", "agreed", "optimizer_for"]
-
 _FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam", "muon": "Muon", "lion": "Lion"}
 _FAMILIES["adafactor"] = "Adafactor"
 _GIVEN = {"params", "level", "scale", "rule", "norm_growth_limit", "weight_decay", "state_dtype", "weight_rounding"}

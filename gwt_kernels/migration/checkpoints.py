@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from gwt_kernels.migration.carried import Recipe, optimizer_for
-from gwt_kernels.migration.foreign import as_one
-from gwt_kernels.migration.states import Migration, is_state, migrate, names_in
+from gwt_kernels.migration.foreign import as_one, is_state
+from gwt_kernels.migration.states import Migration, migrate, names_in
 from gwt_kernels.migration.unpickling import load
 from gwt_kernels.models.files import build_on_meta
-
-__all__ = ["Reading", "Recipe", "find_state", "migrate_file", "read", "write"]
 
 
 class Reading(NamedTuple):

@@ -16,8 +16,6 @@ from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as
 from gwt_kernels.optim.state import row_shape
 from gwt_kernels.rules import rule_of
 
-__all__ = ["Form", "convert", "describe", "form_of", "update_norm"]
-
 
 class Form(NamedTuple):
     """What the moments of a tensor are averages of, and how they are stored."""

@@ -15,8 +15,6 @@ from gwt_kernels.migration.records import Migrated, Source, Target, finished, fo
 from gwt_kernels.optim.state import complete, slots_of, state_shape
 from gwt_kernels.rules import ADAFACTOR, rule_of
 
-__all__ = ["has_factors", "is_factored", "migrate_factors"]
-
 _TORCH = {"row_var": FACTORS[0], "col_var": FACTORS[1], "variance": "exp_avg_sq"}
 _KNOWN = {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq", *FACTORS, "RMS", "weight_low"}
 Migrate = Callable[[Source, Target], tuple[dict[str, Tensor], Migrated]]

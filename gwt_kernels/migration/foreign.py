@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["as_one", "is_of_muon", "is_state", "own_entries"]
-
 _OF_MUON = "ns_coefficients"
 """An option that torch.optim.Muon's groups have, and SGD's, whose buffer is a sum, do not."""
 

@@ -12,8 +12,6 @@ from gwt_kernels.migration.conversion import Form, form_of
 from gwt_kernels.optim.options import ADDED, check_group
 from gwt_kernels.optim.state import check_state, state_keys
 
-__all__ = ["Migrated", "Source", "Target", "bytes_of_state", "finished", "form_of_options"]
-
 
 class Migrated(NamedTuple):
     """How one tensor's state was carried over."""

@@ -16,7 +16,7 @@ from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.factored import has_factors, is_factored, migrate_factors
-from gwt_kernels.migration.foreign import as_one, is_of_muon, is_state, own_entries
+from gwt_kernels.migration.foreign import as_one, is_of_muon, own_entries
 from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options
 from gwt_kernels.migration.records import Source as _Source
 from gwt_kernels.migration.records import Target as _Target
@@ -24,8 +24,6 @@ from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.state import check_state, complete, row_shape, slots_of, state_shape, upgraded
 from gwt_kernels.rules import check_rule, rule_of
-
-__all__ = ["Migrated", "Migration", "is_state", "migrate", "names_in"]
 
 _KNOWN = {"step", *MOMENTS, *SCALES, "limiter_norm", "weight_low", "max_exp_avg_sq"}
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["load"]
-
 _Allowed = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 _PLAIN = (

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["build_on_meta", "presets"]
-
 CONFIGS = Path(__file__).parent / "configs"
 
 # Entries about remote code and weight storage: irrelevant for shapes, and they might run code or need a package.

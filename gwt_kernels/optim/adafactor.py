@@ -13,8 +13,6 @@ from gwt_kernels.core.hyper import Boundary, Rounding
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import FIXED
 
-__all__ = ["GWTAdafactor"]
-
 
 class GWTAdafactor(PlannedOptimizer):
     """Adafactor (arXiv 1804.04235) on the approximation of each gradient, as the authors of GWT pair them.

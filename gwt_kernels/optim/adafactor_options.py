@@ -14,8 +14,6 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.optim.numbers import LARGEST, from_zero, learning_rate, number
 from gwt_kernels.rules.adafactor import AdafactorNumbers
 
-__all__ = ["adafactor_hyper"]
-
 _NAMES = (
     "lr",
     "beta1",

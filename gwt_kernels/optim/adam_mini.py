@@ -12,8 +12,6 @@ from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import FIXED
 
-__all__ = ["GWTAdamMini"]
-
 
 class GWTAdamMini(PlannedOptimizer):
     """Adam-mini (arXiv 2406.16793) whose first moment lives on the block means of each gradient.

@@ -13,8 +13,6 @@ from gwt_kernels.core.hyper import Boundary, Rounding, Rule
 from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 
-__all__ = ["GWTAdamW"]
-
 
 class GWTAdamW(PlannedOptimizer):
     """AdamW whose moments live on the wavelet approximation of each gradient.

@@ -15,8 +15,6 @@ from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.haar.transform import check_level
 from gwt_kernels.rules import ADAMW, MATRIX_STAGES
 
-__all__ = ["divided", "warn_of_level_0", "warn_of_unused"]
-
 _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|classifier|score)([._]|$)")
 """Names of embeddings and output heads, for which the paper uses AdamW."""
 

@@ -35,8 +35,6 @@ from gwt_kernels.optim.state import complete, upgraded
 from gwt_kernels.optim.step_plan import Sources, StepPlan, count_of_skipped, options_of
 from gwt_kernels.rules import ADAMW
 
-__all__ = ["PlannedOptimizer"]
-
 _NO_CONTROL = {
     "max_grad_norm": None,
     "skip_nonfinite": False,

@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Layout", "is_convolution", "is_embedding", "is_linear", "is_norm", "owner_of"]
-
 _NUMBER = re.compile(r"\d+")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -10,8 +10,6 @@ from gwt_kernels.optim.lion import GWTLion
 from gwt_kernels.optim.muon import GWTMuon
 from gwt_kernels.rules import ADAMW
 
-__all__ = ["OPTIMIZERS", "optimizer_of"]
-
 OPTIMIZERS: tuple[type[PlannedOptimizer], ...] = (GWTAdamW, GWTLion, GWTMuon, GWTAdamMini, GWTAdafactor)
 _BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules if rule != ADAMW.name}
 

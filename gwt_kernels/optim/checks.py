@@ -28,23 +28,6 @@ from gwt_kernels.optim.state import (
 )
 from gwt_kernels.rules import rule_of
 
-__all__ = [
-    "check_backend",
-    "check_before_step",
-    "check_capturable",
-    "check_grad",
-    "check_heads_of",
-    "check_initialized",
-    "check_observable",
-    "check_param",
-    "check_replaced",
-    "check_rounding_of",
-    "check_traceable",
-    "is_captured",
-    "label_of",
-    "name_of",
-]
-
 _ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from gwt_kernels.core.survey import PYTHON, Survey
 
-__all__ = ["Fingerprint"]
-
 
 class Fingerprint:
     """Parameters, options, kinds of gradients, and states of all groups at one time.

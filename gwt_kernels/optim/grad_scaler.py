@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["FoundInf"]
-
 _WATCHES_CALLS = "accelerate.optimizer"
 """Module whose optimizer wrapper regards a step as taken exactly if ``optimizer.step`` was called."""
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.checks import check_initialized
 
-__all__ = ["GradientRelease", "release_gradients"]
-
 
 def release_gradients(model: nn.Module, optimizer: PlannedOptimizer) -> GradientRelease:
     """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.

@@ -18,10 +18,9 @@ from gwt_kernels.optim.checks import (
     name_of,
 )
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
-from gwt_kernels.optim.options import SLACK, check_group, state_dtype_name
+from gwt_kernels.optim.numbers import SLACK
+from gwt_kernels.optim.options import check_group, state_dtype_name
 from gwt_kernels.rules import check_rule, rule_of
-
-__all__ = ["Form", "GroupChecks", "kept_forms"]
 
 _OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "capturable", "telemetry")
 """Options that a group cannot have for itself; groups of other optimizers say some of them are off."""

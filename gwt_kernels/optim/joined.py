@@ -12,8 +12,6 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.core.send import send
 
-__all__ = ["Joined"]
-
 _ONE = torch.ones((), dtype=torch.float64, device="cpu")  # adding a Python number takes several times as long
 _COUNT = struct.Struct("d")
 

@@ -12,8 +12,6 @@ from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.options import FIXED
 
-__all__ = ["GWTLion"]
-
 
 class GWTLion(PlannedOptimizer):
     """Lion (arXiv 2302.06675) whose one moment lives on the block means of each gradient.

@@ -13,8 +13,6 @@ from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
 from gwt_kernels.optim.state import check_state, exact_copy, state_keys, upgraded
 from gwt_kernels.rules import RULES, rule_of
 
-__all__ = ["check_and_set_aside"]
-
 
 def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""

@@ -25,19 +25,6 @@ from gwt_kernels.rules.newton_schulz import (
     update_scale,
 )
 
-__all__ = [
-    "MatrixOptions",
-    "check_matrix",
-    "check_matrix_options",
-    "exchange_of",
-    "has_matrices",
-    "is_exchanged",
-    "matrix_options",
-    "matrix_stage",
-    "ns_dtype_name",
-    "stage_key",
-]
-
 _stage_options = itemgetter(
     *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits")
 )

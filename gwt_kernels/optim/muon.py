@@ -13,8 +13,6 @@ from gwt_kernels.optim.matrices import ns_dtype_name
 from gwt_kernels.optim.options import FIXED
 from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
 
-__all__ = ["GWTMuon"]
-
 
 class GWTMuon(PlannedOptimizer):
     """Muon whose momentum lives on the block means of each gradient.

@@ -9,8 +9,6 @@ from typing import Any
 
 from gwt_kernels.optim.param_groups import clean_name
 
-__all__ = ["check_names", "in_order_of", "plain_names"]
-
 Group = Mapping[str, Any]
 
 

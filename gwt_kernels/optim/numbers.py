@@ -11,8 +11,6 @@ from torch import Tensor
 
 from gwt_kernels.backends import choice
 
-__all__ = ["LARGEST", "SLACK", "from_zero", "learning_rate", "number"]
-
 SLACK = 1e-12
 """What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
 LARGEST = torch.finfo(torch.float32).max

@@ -16,26 +16,8 @@ from gwt_kernels.core.hyper import Hyper, Rounding, check_rounding, literal_alon
 from gwt_kernels.core.level import check_level_type
 from gwt_kernels.formats.moments import FORMATS, wide
 from gwt_kernels.optim.adafactor_options import adafactor_hyper
-from gwt_kernels.optim.numbers import LARGEST as _LARGEST
-from gwt_kernels.optim.numbers import SLACK
-from gwt_kernels.optim.numbers import from_zero as _from_zero
-from gwt_kernels.optim.numbers import learning_rate as _learning_rate
-from gwt_kernels.optim.numbers import number as _number
+from gwt_kernels.optim.numbers import LARGEST, SLACK, from_zero, learning_rate, number
 from gwt_kernels.rules import ADAFACTOR, ADAMW, RULES, check_rule
-
-__all__ = [
-    "ADDED",
-    "FIXED",
-    "SLACK",
-    "STRUCTURAL",
-    "check_group",
-    "check_max_grad_norm",
-    "hyper_of",
-    "published_limit",
-    "rounding_of",
-    "state_dtype_name",
-    "state_dtype_of",
-]
 
 _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
@@ -113,7 +95,7 @@ def check_head_rows(head_rows: object) -> None:
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
     """Raise unless gradients can be clipped to this global norm."""
-    if max_grad_norm is not None and not _number("max_grad_norm", max_grad_norm) > 0:
+    if max_grad_norm is not None and not number("max_grad_norm", max_grad_norm) > 0:
         raise ValueError(
             f"max_grad_norm must be above 0, got {max_grad_norm}: None turns clipping off, and float('inf') "
             f"measures the norm alone"
@@ -169,7 +151,7 @@ def _with_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> 
 
 
 def _checked_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> Hyper:
-    momentum = _from_zero("momentum", _number("momentum", momentum), slack)
+    momentum = from_zero("momentum", number("momentum", momentum), slack)
     if not momentum < 1.0:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
     if not isinstance(nesterov, bool):
@@ -186,23 +168,23 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     hyper = Hyper(
-        lr=_from_zero("lr", _learning_rate(lr, capturable), slack),
-        beta1=_from_zero("betas[0]", _number("betas[0]", betas[0]), slack),
-        beta2=_from_zero("betas[1]", _number("betas[1]", betas[1]), slack),
-        eps=_from_zero("eps", _number("eps", eps), slack),
-        weight_decay=_from_zero("weight_decay", _number("weight_decay", weight_decay), slack),
-        scale=_number("scale", scale),
-        norm_growth_limit=None if gamma is None else _number("norm_growth_limit", gamma),
+        lr=from_zero("lr", learning_rate(lr, capturable), slack),
+        beta1=from_zero("betas[0]", number("betas[0]", betas[0]), slack),
+        beta2=from_zero("betas[1]", number("betas[1]", betas[1]), slack),
+        eps=from_zero("eps", number("eps", eps), slack),
+        weight_decay=from_zero("weight_decay", number("weight_decay", weight_decay), slack),
+        scale=number("scale", scale),
+        norm_growth_limit=None if gamma is None else number("norm_growth_limit", gamma),
         maximize=maximize,
         correct_bias=correct_bias,
-        detail_scale=_from_zero("detail_scale", _number("detail_scale", detail_scale), slack),
+        detail_scale=from_zero("detail_scale", number("detail_scale", detail_scale), slack),
     )
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not beta < 1.0:
             raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
-    if not 0.0 < hyper.scale <= _LARGEST:
+    if not 0.0 < hyper.scale <= LARGEST:
         raise ValueError(f"scale must be finite and above 0, got {hyper.scale}: the published value is 0.25")
-    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit <= _LARGEST:
+    if hyper.norm_growth_limit is not None and not 1.0 <= hyper.norm_growth_limit <= LARGEST:
         raise ValueError(
             f"norm_growth_limit must be finite and at least 1, got {hyper.norm_growth_limit}: "
             f"the published value is 1.01, and None turns the limiter off"

@@ -16,8 +16,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
 from gwt_kernels.backends.matrix_runner import MatrixRunner
 from gwt_kernels.backends.prepare import prepare, row_summer
-from gwt_kernels.backends.runner import Reduction, Runner
-from gwt_kernels.backends.staged_runner import StagedRunner
+from gwt_kernels.backends.runner import Reduction, Runner, StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
@@ -35,8 +34,6 @@ from gwt_kernels.optim.state import (
     slots_of,
     state_shape,
 )
-
-__all__ = ["Member", "PlannedBucket", "attendance", "stream_id_of", "with_gradients"]
 
 
 class Member(NamedTuple):
@@ -162,7 +159,7 @@ class PlannedBucket:
         self._count()
 
     def stages(self, inputs: StepInputs, decision: Tensor | None) -> Iterator[Tensor]:
-        """Take a step in stages (:class:`gwt_kernels.backends.staged_runner.StagedRunner`), and count it."""
+        """Take a step in stages (:class:`gwt_kernels.backends.runner.StagedRunner`), and count it."""
         assert isinstance(self.runner, StagedRunner)
         yield from self.runner.stages(*self._readable(inputs, decision))
         self._count()

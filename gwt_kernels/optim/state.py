@@ -28,29 +28,6 @@ from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, 
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.rules import rule_of
 
-__all__ = [
-    "check_memory",
-    "check_place",
-    "check_shards",
-    "check_state",
-    "complete",
-    "exact_copy",
-    "factors_of",
-    "is_limited",
-    "kept_dims",
-    "low_bits_of",
-    "moment_format",
-    "moments_of",
-    "needs_row_sums",
-    "row_shape",
-    "shard_spans",
-    "slots_of",
-    "state_keys",
-    "state_shape",
-    "takes_rows",
-    "upgraded",
-]
-
 
 def is_limited(group: Mapping[str, Any]) -> bool:
     """Whether the group's tensors have a limiter: level 0 has none."""

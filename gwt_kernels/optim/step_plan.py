@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, attendance, 
 from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_row_sums, state_shape
 from gwt_kernels.rules import rule_of
 
-__all__ = ["Sources", "StepPlan", "count_of_skipped", "options_of"]
+_Reduction = TypeVar("_Reduction")
 
 
 class Sources(NamedTuple):
@@ -74,8 +74,9 @@ class StepPlan:
         telemetry_of: Callable[[Sequence[Member]], Tensor | None],
     ) -> None:
         groups, states = sources.groups, sources.states
-        self._limits = _limits_of(groups)
-        self._factors, self._rows = _factors_of(groups), _rows_of(groups)
+        self._limits = _by_device(groups, LimiterReduction, _is_limited_by_rows)
+        self._rows = _by_device(groups, RowReduction, _row_numbers)
+        self._factors = _by_device(groups, FactorReduction, _factored_shape)
         self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
         planned = list(_members(sources))
@@ -305,40 +306,36 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]
     return ((key[0], members) for key, members in chosen.items())
 
 
-def _limits_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, LimiterReduction]:
-    """One per device, of all parameters that need it, frozen ones too, whose gradients may come here or elsewhere."""
-    chosen: dict[torch.device, dict[int, tuple[Tensor, bool]]] = {}
-    for group in groups:
-        for p in group["params"] if is_limited(group) else ():
-            if reduced_over(p):
-                chosen.setdefault(p.device, {})[id(p)] = p, needs_row_sums(p, group)
-    return {
-        device: LimiterReduction(*map(list, zip(*params.values(), strict=True)))
-        for device, params in chosen.items()
-    }
+def _by_device(
+    groups: Iterable[Mapping[str, Any]],
+    make: Callable[[list[Any], list[Any]], _Reduction],
+    of: Callable[[Tensor, Mapping[str, Any]], Any],
+) -> dict[torch.device, _Reduction]:
+    """A reduction per device, of all parameters that need it, frozen ones too, which may have gradients elsewhere.
 
-
-def _rows_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, RowReduction]:
-    """As :func:`_limits_of`, of parameters of whose rows processes hold parts, and need the sums."""
-    chosen: dict[torch.device, dict[int, tuple[Tensor, int]]] = {}
+    Args:
+        groups: All parameter groups.
+        make: Makes it from the parameters of a device, and what it has to know of each.
+        of: What that is of a parameter of a group; None where the parameter needs no reduction.
+    """
+    chosen: dict[torch.device, dict[int, tuple[Tensor, Any]]] = {}
     for group in groups:
         for p in group["params"]:
-            if needs_row_sums(p, group):
-                n_rows = math.prod(local_of(p).shape[:-1])
-                numbers = rule_of(group["rule"]).row_numbers(group["level"])
-                chosen.setdefault(p.device, {})[id(p)] = p, n_rows * numbers
-    return {
-        device: RowReduction(*map(list, zip(*params.values(), strict=True))) for device, params in chosen.items()
-    }
+            if (known := of(p, group)) is not None:
+                chosen.setdefault(p.device, {})[id(p)] = p, known
+    return {device: make(*map(list, zip(*own.values(), strict=True))) for device, own in chosen.items()}
 
 
-def _factors_of(groups: Iterable[Mapping[str, Any]]) -> dict[torch.device, FactorReduction]:
-    """As :func:`_limits_of`, of parameters whose second moment is factored."""
-    chosen: dict[torch.device, dict[int, tuple[Tensor, tuple[int, ...]]]] = {}
-    for group in groups:
-        for p in group["params"]:
-            if factors_of(p, group) and reduced_over(p):
-                chosen.setdefault(p.device, {})[id(p)] = p, state_shape(p, group)
-    return {
-        device: FactorReduction(*map(list, zip(*params.values(), strict=True))) for device, params in chosen.items()
-    }
+def _is_limited_by_rows(p: Tensor, group: Mapping[str, Any]) -> bool | None:
+    return needs_row_sums(p, group) if is_limited(group) and reduced_over(p) else None
+
+
+def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> int | None:
+    """How many numbers have to be added up of the rows that this process has parts of."""
+    if not needs_row_sums(p, group):
+        return None
+    return math.prod(local_of(p).shape[:-1]) * rule_of(group["rule"]).row_numbers(group["level"])
+
+
+def _factored_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:
+    return state_shape(p, group) if factors_of(p, group) and reduced_over(p) else None

@@ -22,8 +22,6 @@ from torch import Tensor
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.optim.checks import names_of
 
-__all__ = ["joined", "named", "read"]
-
 
 def joined(known: dict[Tensor, Tensor], params: Sequence[Tensor]) -> Tensor:
     """Join the rows of these parameters in one tensor ``[n, 6]``, and store views of it in ``known``.

@@ -7,8 +7,6 @@ import re
 
 import torch
 
-__all__ = ["measure_bandwidth", "parse_bandwidth", "parse_seconds"]
-
 
 def measure_bandwidth(device: torch.device | None = None, *, size: int | None = None) -> float:
     """Measure the bytes per second (read plus written) of a copy in device memory.

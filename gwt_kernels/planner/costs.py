@@ -14,18 +14,6 @@ from gwt_kernels.optim.matrices import matrix_options
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.optim.state import complete, slots_of
 
-__all__ = [
-    "adamw_state",
-    "bytes_of",
-    "first_state",
-    "is_offered",
-    "limiter_bytes",
-    "name_of_dtype",
-    "names_of",
-    "pass_bytes",
-    "stand_in",
-]
-
 
 def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a meta tensor with the shape of `p`, and its dtype unless another is named."""

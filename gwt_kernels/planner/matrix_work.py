@@ -18,8 +18,6 @@ from gwt_kernels.optim.step_plan import bucket_options
 from gwt_kernels.planner.mesh import Division, Mesh, way_of
 from gwt_kernels.planner.plan import Plan
 
-__all__ = ["MatrixWork", "work_of"]
-
 Axes = tuple[str, ...]
 """Axes of a mesh, in its order."""
 

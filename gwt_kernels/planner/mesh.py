@@ -10,20 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FIRST",
-    "Axis",
-    "Division",
-    "Mesh",
-    "divisions_of",
-    "divisions_of_state",
-    "length_of_part",
-    "mesh_of",
-    "part_of",
-    "shape_of_part",
-    "way_of",
-]
-
 Axis = Literal["fsdp", "tp"]
 Division = tuple[Axis, int]
 """Mesh axis over which a tensor is sharded, and the sharded dimension."""

@@ -18,8 +18,6 @@ from gwt_kernels.optim.param_groups import Decision, describe
 from gwt_kernels.planner.costs import bytes_of, name_of_dtype, names_of
 from gwt_kernels.planner.tables import aligned, amount, three_digits, unit_of
 
-__all__ = ["Cost", "Entry", "Plan", "label", "moments_of"]
-
 
 class Entry(NamedTuple):
     """One trainable parameter: its level, the reason, and its costs. Tied weights are one parameter."""

@@ -34,8 +34,6 @@ from gwt_kernels.planner.costs import (
 )
 from gwt_kernels.planner.plan import Cost, Entry, Plan
 
-__all__ = ["plan", "predicted_state_bytes"]
-
 LEVELS = (0, 1, 2, 3, 4)
 MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes[0] != torch.float64)
 

@@ -16,8 +16,6 @@ from gwt_kernels.planner.mesh import Axis, Division, Mesh, divisions_of_state, p
 from gwt_kernels.planner.plan import Plan, label, moments_of
 from gwt_kernels.planner.tables import aligned, three_digits, unit_of
 
-__all__ = ["Collective", "Held", "ShardedPlan", "held", "weights"]
-
 
 class Held(NamedTuple):
     """Bytes that one process stores, and that its step reads and writes."""

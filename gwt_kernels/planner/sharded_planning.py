@@ -31,8 +31,6 @@ from gwt_kernels.planner.plan import Plan
 from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
 from gwt_kernels.rules import rule_of
 
-__all__ = ["HOST_TIME", "LATENCY", "LINK_BANDWIDTH", "MATRIX_FLOPS", "plan_sharded"]
-
 LINK_BANDWIDTH = 50e9
 """Bytes per second that a process sends while receiving as many; assumes 400 Gbit/s per GPU."""
 LATENCY = 10e-6

@@ -25,15 +25,11 @@ from torch import Tensor
 
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums, block_sums, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
+from gwt_kernels.rules.rule import Pass, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-__all__ = ["ADAFACTOR", "AdafactorNumbers"]
 
 
 class AdafactorNumbers(NamedTuple):
@@ -71,16 +67,9 @@ class AdafactorNumbers(NamedTuple):
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor,
-    m: Tensor | None,
-    v: Tensor,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-    rows: RowSums | None,
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor | None, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     """The approximation's update, the means of blocks, and what details are divided by; ``v`` are denominators."""
+    hyper, level, notes, _ = own
     width = width_of(g, level)
     if level:
         mean = block_sums(g.to(v.dtype), level).mul_(hyper.signed_factor / width)
@@ -94,17 +83,9 @@ def _moments(
     return u, mean, v
 
 
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
     """``p_j -= gain_k * g_j + offset_k`` for element ``j`` of block ``k``."""
-    u, mean, v = parts
+    (u, mean, v), (hyper, level, notes, _) = parts, own
     if level:
         width = width_of(g, level)
         gain = step_size / v if hyper.own.divides_details else step_size * torch.ones_like(v)

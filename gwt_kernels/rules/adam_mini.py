@@ -19,58 +19,34 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import ROW, Level
-from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.core.level import ROW
+from gwt_kernels.rules.blocks import width_of
+from gwt_kernels.rules.rule import Pass, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["ADAM_MINI"]
-
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level, rows)
-    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level, rows).div_(width) if level else g
+    hyper, level = own.hyper, own.level
+    g, mean, width = own.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    if rows is None or level == ROW:
+    if own.rows is None or level == ROW:
         squares = mean.square().mean(-1, keepdim=True)  # of rows
     else:
-        squares = rows.sums / rows.length
+        squares = own.rows.sums / own.rows.length
     heads = squares.reshape(v.numel(), -1).mean(1).view(v.shape)
     v.mul_(hyper.beta2).add_(heads, alpha=(1 - hyper.beta2) * width)
-    if notes is not None:
-        notes.gradient(g, 1.0, mean, width)
     denominators = v.sqrt().add_(hyper.eps).view(-1, 1)
     denominators = denominators.expand(-1, squares.numel() // v.numel()).reshape(squares.shape)
     if not level:
         return (m / denominators,)
     residual = (g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)).mul_(hyper.detail_scale)
     return (residual.add_(m.unsqueeze(-1)).div_(denominators.unsqueeze(-1)).view(g.shape),)
-
-
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
-    update = cut_like(parts[0], p)
-    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if notes is not None:
-        notes.update(update, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; here ``v``, and squares, are of a row ------------------
@@ -95,7 +71,7 @@ _BLOCKS = Rule(
     "adam_mini",
     __name__,
     _moments,
-    _update,
+    subtract,
     row_slots=("exp_avg_sq",),
     squares="coefficients",
     corrects_inside=True,

@@ -13,45 +13,30 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.rules.rule import Pass, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["ADAMW"]
-
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
+    hyper = own.hyper
     g = hyper.scaled(g.to(m.dtype))
     m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
     v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-    if notes is not None:
-        notes.gradient(g, 1.0, g, 1)
+    if own.notes is not None:
+        own.notes.gradient(g, 1.0, g, 1)
     return m, v.sqrt().add_(hyper.eps)
 
 
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
     m, denominator = parts
     p.addcdiv_(m, denominator, value=-step_size)  # type: ignore[arg-type]  # level 0 has no limiter: a number
-    if notes is not None:
-        notes.update(m / denominator, float(step_size))
+    if own.notes is not None:
+        own.notes.update(m / denominator, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------

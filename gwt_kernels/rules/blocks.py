@@ -15,19 +15,6 @@ from gwt_kernels.core.level import ROW, Level, block_width
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = [
-    "RowSums",
-    "block_squares",
-    "block_sums",
-    "cut_like",
-    "kernel_block_means",
-    "kernel_block_squares",
-    "kernel_block_sums",
-    "kernel_residuals",
-    "pad_to_blocks",
-    "width_of",
-]
-
 
 class RowSums(NamedTuple):
     """What is known of whole rows of a gradient, of which a process has some columns.

@@ -18,53 +18,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import RowSums, block_squares, block_sums, cut_like, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.rules.blocks import block_squares, width_of
+from gwt_kernels.rules.rule import Pass, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["FOAM"]
-
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level, rows)
-    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level, rows).div_(width)
+    hyper, level = own.hyper, own.level
+    g, mean, width = own.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    v.mul_(hyper.beta2).add_(block_squares(g, level, rows), alpha=(1 - hyper.beta2) / width)
+    v.mul_(hyper.beta2).add_(block_squares(g, level, own.rows), alpha=(1 - hyper.beta2) / width)
     residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
     if hyper.detail_scale != 1.0:
         residual.mul_(hyper.detail_scale)
     denominator = torch.addcmul(v.unsqueeze(-1), residual, residual).sqrt_().add_(hyper.eps)
-    if notes is not None:
-        notes.gradient(g, 1.0, mean, width)
     return (residual.add_(m.unsqueeze(-1)).div_(denominator).view(g.shape),)
-
-
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
-    update = cut_like(parts[0], p)
-    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if notes is not None:
-        notes.update(update, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
@@ -89,7 +64,7 @@ FOAM = Rule(
     "foam",
     __name__,
     _moments,
-    _update,
+    subtract,
     plain=ADAMW,
     takes_detail_scale=True,
     squares="elements",

@@ -19,26 +19,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.adamw import ADAMW
-from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
+from gwt_kernels.rules.rule import Pass, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["GWT"]
-
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: Tensor, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
+    hyper, level, notes, rows = own
     width = width_of(g, level, rows)
     factor = hyper.signed_factor if rows is None else 1.0
     mean = block_sums(g.to(m.dtype), level, rows).mul_(factor / width)
@@ -50,17 +44,9 @@ def _moments(
     return m, gain, mean.sub_(m, alpha=1 / math.sqrt(width))
 
 
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
     """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
-    _, gain, offset = parts
+    (_, gain, offset), (hyper, level, notes, _) = parts, own
     g = pad_to_blocks(g.to(gain.dtype), level)
     gain.mul_(step_size)
     offset.mul_(gain)

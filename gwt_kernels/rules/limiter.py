@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["limit_"]
-
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float | Tensor) -> Tensor:
     """Fira's norm-growth limiter: the divisor of the update, with ``previous`` replaced, all on the device."""

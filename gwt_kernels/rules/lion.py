@@ -16,51 +16,26 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
+from gwt_kernels.rules.blocks import width_of
+from gwt_kernels.rules.rule import Pass, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-__all__ = ["LION"]
-
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    width = width_of(g, level, rows)
-    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level, rows).div_(width) if level else g
+    hyper, level = own.hyper, own.level
+    g, mean, _ = own.scaled_blocks(g, m.dtype)
     direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
-    if notes is not None:
-        notes.gradient(g, 1.0, mean, width)
     if level:
         residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
         direction = direction.unsqueeze(-1).add(residual, alpha=hyper.detail_scale).view(g.shape)
     return (direction.sign().add_(direction, alpha=0),)
-
-
-def _update(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
-    update = cut_like(parts[0], p)
-    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if notes is not None:
-        notes.update(update, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
@@ -84,7 +59,7 @@ LION = Rule(
     "lion",
     __name__,
     _moments,
-    _update,
+    subtract,
     slots=("exp_avg",),
     corrects_bias=False,
     takes_detail_scale=True,

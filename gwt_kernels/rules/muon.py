@@ -17,25 +17,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level
-from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums, block_sums, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Rule
-
-__all__ = ["MUON", "ORTHOGONAL"]
+from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
+from gwt_kernels.rules.rule import Pass, Rule
 
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(
-    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
     """``M``, padded to whole blocks."""
-    width = width_of(g, level, rows)
-    g = hyper.scaled(pad_to_blocks(g.to(m.dtype), level))
-    mean = block_sums(g, level, rows).div_(width) if level else g
+    hyper, level = own.hyper, own.level
+    g, mean, _ = own.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     direction = (m * hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if not level:
@@ -45,41 +37,23 @@ def _moments(
     return (residual.view(g.shape),)
 
 
-def _write(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
-    p.copy_(parts[0][..., : p.shape[-1]] if level else parts[0])
+def _write(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+    p.copy_(parts[0][..., : p.shape[-1]] if own.level else parts[0])
 
 
-def _means(
-    g: Tensor, m: Tensor, v: None, hyper: Hyper, level: Level, notes: Notes | None, rows: RowSums | None
-) -> tuple[Tensor, ...]:
+def _means(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
     """Nothing; telemetry is told of the update's details."""
-    if notes is not None:
-        width = width_of(g, level)
+    if own.notes is not None:
+        width, level = width_of(g, own.level), own.level
         mean = block_sums(pad_to_blocks(g.float(), level), level).div_(width) if level else g
-        notes.gradient(g, 1.0, mean, width)
+        own.notes.gradient(g, 1.0, mean, width)
     return ()
 
 
-def _apply(
-    p: Tensor,
-    g: Tensor,
-    parts: tuple[Tensor, ...],
-    step_size: Tensor | float,
-    hyper: Hyper,
-    level: Level,
-    notes: Notes | None,
-) -> None:
+def _apply(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
     p.sub_(g, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if notes is not None:
-        notes.update(g, float(step_size))
+    if own.notes is not None:
+        own.notes.update(g, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------

@@ -16,17 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "WORKSPACE_BYTES",
-    "NewtonSchulz",
-    "check_workspace",
-    "matrix_shapes",
-    "orthogonalize_",
-    "update_scale",
-    "views_of",
-    "workspace_needed",
-]
-
 WORKSPACE_BYTES = 256 << 20
 """The default of the option ``workspace_bytes``."""
 

@@ -7,27 +7,59 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gwt_kernels.core import kernel
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.level import ROW, Level
 from gwt_kernels.core.notes import Notes
-from gwt_kernels.rules.blocks import RowSums
+from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
 
-__all__ = ["Kernel", "Moments", "Rule", "Update"]
 
-Moments = Callable[[Tensor, Tensor, Any, Hyper, Level, Notes | None, RowSums | None], tuple[Tensor, ...]]
-"""Update first and second moment in place from a gradient: ``moments(g, m, v, hyper, level, notes, rows)``.
+class Pass(NamedTuple):
+    """What a rule's statements are told besides tensors.
+
+    Attributes:
+        hyper: Options of the parameter.
+        level: Levels of the transform.
+        notes: Told of gradient and update where the step is observed.
+        rows: Where the gradient has some columns of rows that it shares with other processes, the sums that the
+            rule needs of whole rows, of the gradient times its factor.
+    """
+
+    hyper: Hyper
+    level: Level
+    notes: Notes | None = None
+    rows: RowSums | None = None
+
+    def scaled_blocks(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        """The gradient times its factor, padded to whole blocks; the means of these; and their width."""
+        width = width_of(g, self.level, self.rows)
+        g = self.hyper.scaled(pad_to_blocks(g.to(dtype), self.level))
+        mean = block_sums(g, self.level, self.rows).div_(width) if self.level else g
+        if self.notes is not None:
+            self.notes.gradient(g, 1.0, mean, width)
+        return g, mean, width
+
+
+def subtract(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+    """The :data:`Update` of rules without limiter whose moments return the updates of elements, in whole blocks."""
+    update = cut_like(parts[0], p)
+    p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
+    if own.notes is not None:
+        own.notes.update(update, float(step_size))
+
+
+Moments = Callable[[Tensor, Tensor, Any, Pass], tuple[Tensor, ...]]
+"""Update first and second moment in place from a gradient: ``moments(g, m, v, own)``.
 
 ``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
-``v`` is None for a rule without second moment. Where ``g`` has some columns of rows that it shares with other
-processes, ``rows`` has the sums that the rule needs of whole rows, of the gradient times its factor; else None.
-Returns what :data:`Update` takes.
+``v`` is None for a rule without second moment. Returns what :data:`Update` takes.
 """
 
-Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Hyper, Level, Notes | None], None]
-"""Subtract the update from weights in place: ``update_(p, g, parts, step_size, hyper, level, notes)``.
+Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Pass], None]
+"""Subtract the update from weights in place: ``update_(p, g, parts, step_size, own)``.
 
 ``p`` is ``[..., N]`` in the dtype of the arithmetic, its weight decay already applied; ``parts`` are what
 :data:`Moments` returned, and may be overwritten.

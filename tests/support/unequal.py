@@ -170,6 +170,6 @@ def partitioned() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert set(own.state) == set(group["params"])
-    group["params"][0].grad = torch.ones(2, 2).to_sparse()
+    group["params"][0].grad = torch.ones_like(group["params"][0]).to_sparse()
     with pytest.raises(RuntimeError, match="parameter 0 of group 0"):
         own.step()

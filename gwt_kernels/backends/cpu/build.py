@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["compiler", "library", "warn_of"]
-
 SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "threads")]
 # Flags of both gcc and clang, since clang refuses unknown ones.
 FLAGS = [

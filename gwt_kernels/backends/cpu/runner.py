@@ -11,8 +11,6 @@ from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
 from gwt_kernels.core.tensor_step import TensorStep
 
-__all__ = ["CompiledRunner"]
-
 
 class CompiledRunner(TorchRunner):
     """See :class:`gwt_kernels.backends.runner.Runner`. Keeps the packed bucket between steps."""

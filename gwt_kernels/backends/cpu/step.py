@@ -25,8 +25,6 @@ from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import stored_as
 from gwt_kernels.rules import MATRIX_STAGES
 
-__all__ = ["RULES", "Packed", "knows", "threads_of_pytorch", "update_sums"]
-
 # In the order of the enums in step.h; formats of moments have their ``c_type`` there.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")

@@ -19,12 +19,11 @@ from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.blocks import block_sums, width_of
-
-__all__ = ["AdafactorRunner", "new_factors"]
+from gwt_kernels.rules.rule import Pass
 
 
 class AdafactorRunner(TorchRunner):
-    """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+    """See :class:`gwt_kernels.backends.runner.StagedRunner`."""
 
     def __init__(self, bucket: FactoredBucket) -> None:
         super().__init__(bucket)
@@ -40,7 +39,7 @@ class AdafactorRunner(TorchRunner):
         self.count(inputs)
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
-        """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+        """See :class:`gwt_kernels.backends.runner.StagedRunner`."""
         ready = self.decided(inputs, decision)
         if ready is None:
             return
@@ -156,15 +155,15 @@ class _Update:
         bucket, own, hyper, rule = self._bucket, self._own, self._own.hyper, self._bucket.stated
         storage = Storage(bucket.level, bucket.stored, bucket.rounding, own.step, own.key, own.span, notes)
         step_size = rate * (hyper.scale if rule.is_scaled else 1.0)
-        first = denominators if own.m is None else own.m
+        first, told = denominators if own.m is None else own.m, Pass(hyper, bucket.level, notes)
         for chunk in chunks(own._replace(m=first, v=denominators), bucket.stored.block_size(bucket.level)):
             held = chunk._replace(v=None)
             moments: list[Any] = [None] if own.m is None else storage.load_moments(held, self._dtype)
-            parts = rule.moments(chunk.g, moments[0], chunk.v, hyper, bucket.level, notes, None)
+            parts = rule.moments(chunk.g, moments[0], chunk.v, told)
             p = storage.load_weights(chunk, self._dtype)
             if hyper.weight_decay:
                 p.mul_(1 - rate * hyper.weight_decay)
-            rule.update_(p, chunk.g, parts, step_size, hyper, bucket.level, notes)
+            rule.update_(p, chunk.g, parts, step_size, told)
             if own.m is not None:
                 storage.store_moments(held, moments)
             storage.store_weights(chunk, p)

@@ -11,13 +11,11 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.haar import compute_dtype
 
-__all__ = ["decide", "squares"]
-
 ROW = 4096  # elements whose squares are summed in the gradient's precision; these sums are added in float64
 
 
-def squares(grads: Sequence[Tensor], workspace: dict[str, Any]) -> Tensor:
-    """See :func:`gwt_kernels.control.squares`."""
+def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequence[Tensor] = ()) -> Tensor:
+    """See :func:`gwt_kernels.backends.step_decision.squares`."""
     norms = []
     for g in grads:
         dtype = compute_dtype(g.dtype)
@@ -47,7 +45,7 @@ def decide(
     found_inf: Tensor | None,
     skipped: Tensor,
 ) -> Tensor:
-    """See :func:`gwt_kernels.control.decide`."""
+    """See :func:`gwt_kernels.backends.step_decision.decide`."""
     one = torch.ones((), dtype=torch.float64, device=skipped.device)
     inverse = one if grad_scale is None else grad_scale.double().reciprocal().reshape(())
     norm = torch.full_like(one, float("nan")) if total is None else total[0].sqrt() * inverse

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["haar_dwt", "haar_idwt"]
-
 SQRT_HALF = math.sqrt(0.5)
 
 

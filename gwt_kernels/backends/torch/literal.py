@@ -19,8 +19,6 @@ from gwt_kernels.core.level import ROW, Level, blocks_of
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.limiter import limit_
 
-__all__ = ["approximation_width", "filter_bank", "gwt_adamw_", "update_sums", "wavedec", "waverec"]
-
 FilterBank = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 

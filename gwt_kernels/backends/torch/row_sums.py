@@ -13,8 +13,6 @@ from gwt_kernels.backends.torch.step import CHUNK
 from gwt_kernels.core.level import ROW
 from gwt_kernels.rules.blocks import block_sums, width_of
 
-__all__ = ["row_sums"]
-
 
 def row_sums(bucket: Bucket, grads: Sequence[Tensor]) -> Tensor:
     """This process's parts of :attr:`gwt_kernels.backends.bucket.StepInputs.row_sums`."""

@@ -15,8 +15,6 @@ from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.core.tensor_step import TensorStep
 
-__all__ = ["TorchRunner"]
-
 
 class TorchRunner:
     """See :class:`gwt_kernels.backends.runner.Runner`.

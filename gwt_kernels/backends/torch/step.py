@@ -19,8 +19,7 @@ from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import MomentFormat, stored_as
 from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
-
-__all__ = ["chunks", "dtype_of", "gwt_adamw_", "scaled_ahead", "update_sums"]
+from gwt_kernels.rules.rule import Pass
 
 CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
 
@@ -32,19 +31,19 @@ def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: Level, rule: RuleNa
             if own.rows is None or not own.rows.sums.numel():
                 continue
             own = _without_columns(own)
-        own, stated = _scaled_ahead(own), rule_of(rule, level)
+        own, stated = scaled_ahead(own), rule_of(rule, level)
         if stated.corrects_inside:
             own = own._replace(hyper=own.hyper.corrected(own.step))
         notes = None if own.row is None else Notes(own.row)
         stored = _stored(own)
         storage = Storage(level, stored, rounding, own.step, own.key, own.span, notes)
-        _step(_chunks(own, stored.block_size(level)), own, stated, storage)
+        _step(chunks(own, stored.block_size(level)), own, stated, storage)
         if notes is not None:
             notes.close()
 
 
 def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, rule: RuleName) -> Tensor:
-    """See :func:`gwt_kernels.functional.update_sums`; arguments are already checked."""
+    """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
     stated, p = rule_of(rule, level), tensor_steps[0].p
     direction = stated.direction
     if direction is None:
@@ -53,12 +52,14 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, rule: RuleN
     for total, own in zip(sums, tensor_steps, strict=True):
         if own.p.numel() == 0:
             continue
-        own = _scaled_ahead(own)
+        own = scaled_ahead(own)
         stored = _stored(own)
         storage = Storage(level, stored, "nearest", step=0, key=0)
-        for chunk in _chunks(own, stored.block_size(level)):
-            m, v = _both([x.clone() for x in storage.load_moments(chunk, _dtype_of(own))])
-            total += _sum_of_squares(direction(stated.moments(chunk.g, m, v, own.hyper, level, None, chunk.rows)))
+        for chunk in chunks(own, stored.block_size(level)):
+            m, v = _both([x.clone() for x in storage.load_moments(chunk, dtype_of(own))])
+            total += _sum_of_squares(
+                direction(stated.moments(chunk.g, m, v, Pass(own.hyper, level, None, chunk.rows)))
+            )
     return sums
 
 
@@ -80,23 +81,23 @@ def _both(moments: Sequence[Tensor]) -> tuple[Any, Any]:
     return m, v
 
 
-def _dtype_of(own: TensorStep) -> torch.dtype:
+def dtype_of(own: TensorStep) -> torch.dtype:
     """The dtype of its arithmetic."""
     stored = own.p.dtype if own.m is None or own.scales else own.m.dtype
     return compute_dtype(torch.promote_types(own.p.dtype, stored))
 
 
-def _scaled_ahead(own: TensorStep) -> TensorStep:
+def scaled_ahead(own: TensorStep) -> TensorStep:
     """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
     factor = own.hyper.grad_factor
     if not isinstance(factor, Tensor):
         return own
-    return own._replace(g=own.g.to(_dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
+    return own._replace(g=own.g.to(dtype_of(own)) * factor, hyper=own.hyper._replace(grad_factor=1.0))
 
 
 def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage) -> None:
     """One tensor: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
-    hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, _dtype_of(own)
+    hyper, level, notes, dtype = own.hyper, storage.level, storage.notes, dtype_of(own)
     limits = rule.direction is not None
     gamma = hyper.norm_growth_limit if limits and own.norm is not None else None
     step_size: Tensor | float = hyper.step_size(storage.step, rule.is_scaled, rule.corrects_bias)
@@ -107,7 +108,7 @@ def _step(chunks: Iterable[Chunk], own: TensorStep, rule: Rule, storage: Storage
     pending = []
     for chunk in chunks:
         moments = storage.load_moments(chunk, dtype)
-        parts = rule.moments(chunk.g, *_both(moments), hyper, level, notes, chunk.rows)
+        parts = rule.moments(chunk.g, *_both(moments), Pass(hyper, level, notes, chunk.rows))
         if gamma is None or rule.direction is None:
             _update(chunk, parts, step_size, own, rule, storage)
         else:
@@ -135,12 +136,12 @@ def _update(
 ) -> None:
     """Weight decay, and the rule's update, of a chunk's weights."""
     if rule.reads_weights:
-        p = storage.load_weights(chunk, _dtype_of(own))
+        p = storage.load_weights(chunk, dtype_of(own))
     else:
-        p = torch.empty_like(chunk.p, dtype=_dtype_of(own))
+        p = torch.empty_like(chunk.p, dtype=dtype_of(own))
     if own.hyper.weight_decay and rule.reads_weights:
         p.mul_(1 - float(own.hyper.lr) * own.hyper.weight_decay)
-    rule.update_(p, chunk.g, parts, step_size, own.hyper, storage.level, storage.notes)
+    rule.update_(p, chunk.g, parts, step_size, Pass(own.hyper, storage.level, storage.notes))
     storage.store_weights(chunk, p)
 
 
@@ -149,7 +150,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return x.mul_(x).sum()
 
 
-def _chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
+def chunks(own: TensorStep, q: int) -> Iterator[Chunk]:
     """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
     p, scales = own.p, own.scales
     m = p if own.m is None else own.m  # whose rows and widths are those of what is kept
@@ -190,7 +191,3 @@ def _split(tensors: Sequence[Tensor], n: int, whole: int) -> list[list[Tensor]]:
 def _multiple(n: int, of: int) -> int:
     """The largest multiple that is not above ``n``, and at least one."""
     return max(of, n // of * of)
-
-
-# Rules whose steps have stages of their own take these, too.
-chunks, dtype_of, scaled_ahead = _chunks, _dtype_of, _scaled_ahead

@@ -18,8 +18,6 @@ from gwt_kernels.formats.split import join_low, split_low_
 from gwt_kernels.formats.stochastic import stochastic_round
 from gwt_kernels.rules.blocks import RowSums
 
-__all__ = ["Chunk", "Storage"]
-
 
 class Chunk(NamedTuple):
     """Views of the same rows of a parameter and what belongs to it."""

@@ -17,11 +17,9 @@ from gwt_kernels.backends.triton.runner import TritonRunner
 from gwt_kernels.backends.triton.tables import device_guard
 from gwt_kernels.core.hyper import Hyper
 
-__all__ = ["TritonAdafactorRunner"]
-
 
 class TritonAdafactorRunner(TritonRunner):
-    """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.staged_runner.StagedRunner`.
+    """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.runner.StagedRunner`.
 
     Raises:
         ValueError: the kernels could not trust the tensors.
@@ -43,7 +41,7 @@ class TritonAdafactorRunner(TritonRunner):
             pass
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
-        """See :class:`gwt_kernels.backends.staged_runner.StagedRunner`."""
+        """See :class:`gwt_kernels.backends.runner.StagedRunner`."""
         bucket = self.bucket
         begun = self._send(_as_kernels_take(inputs), decision, counts=True)
         pairs = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["UNFUSED"]
-
 UNFUSED = {"enable_fp_fusion": False}
 """No multiplication is contracted with an addition.
 

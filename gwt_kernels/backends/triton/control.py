@@ -5,34 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.schema import (
-    B1,
-    B1_C,
-    B2,
-    B2_C,
-    CORRECTS_BIAS_C,
-    DECAY,
-    DETAIL_SCALE,
-    DETAIL_SCALE_C,
-    EPS,
-    EPS_C,
-    GAMMA,
-    GAMMA_C,
-    GRAD_SCALE,
-    LR_C,
-    N_CONSTANTS,
-    N_SCALARS,
-    REST1,
-    REST2,
-    SCALE_C,
-    SIGN_C,
-    STEP_SIZE,
-    TAKEN,
-    WEIGHT_DECAY_C,
-)
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.tiles import array_ptr
-
-__all__ = ["decide_kernel", "rows_kernel", "squares_kernel", "total_kernel"]
 
 
 @triton.jit(do_not_specialize=["n_tensors", "n_chunks", "tiles_per_chunk"])
@@ -104,7 +78,7 @@ def decide_kernel(
     SCALED: tl.constexpr,
     FOUND: tl.constexpr,
 ):
-    """See :func:`gwt_kernels.control.decide`; pointers without their flag are not read."""
+    """See :func:`gwt_kernels.backends.step_decision.decide`; pointers without their flag are not read."""
     inverse = tl.full((), 1.0, tl.float64)
     if SCALED:
         inverse = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
@@ -151,14 +125,14 @@ def rows_kernel(
     inside = i < n_tensors
     count_ptrs = tl.load(addresses_ptr + i, mask=inside, other=0).to(tl.pointer_type(tl.float64))
     lr_address = tl.load(addresses_ptr + n_tensors + i, mask=inside, other=0)
-    row = constants_ptr + i * N_CONSTANTS
-    lr = tl.load(row + LR_C, mask=inside, other=0.0)
+    row = constants_ptr + i * schema.N_CONSTANTS
+    lr = tl.load(row + schema.LR_C, mask=inside, other=0.0)
     is_tensor = inside & (lr_address != 0)
     lr_read = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=is_tensor, other=0.0).to(tl.float64)
     lr = tl.where(is_tensor, lr_read, lr)
-    b1 = tl.load(row + B1_C, mask=inside, other=0.5)
-    b2 = tl.load(row + B2_C, mask=inside, other=0.5)
-    sign = tl.load(row + SIGN_C, mask=inside, other=0.0)
+    b1 = tl.load(row + schema.B1_C, mask=inside, other=0.5)
+    b2 = tl.load(row + schema.B2_C, mask=inside, other=0.5)
+    sign = tl.load(row + schema.SIGN_C, mask=inside, other=0.0)
     go = tl.full((), 1.0, tl.float64)
     if CONTROLLED:
         sign *= tl.load(control_ptr)
@@ -169,23 +143,27 @@ def rows_kernel(
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))
-    corrects_bias = tl.load(row + CORRECTS_BIAS_C, mask=inside, other=0.0)  # 2 where inside the root
+    corrects_bias = tl.load(row + schema.CORRECTS_BIAS_C, mask=inside, other=0.0)  # 2 where inside the root
     corrects = corrects_bias != 0.0
-    eps = tl.load(row + EPS_C, mask=inside, other=0.0)
+    eps = tl.load(row + schema.EPS_C, mask=inside, other=0.0)
     eps = tl.where(corrects_bias == 2.0, eps * tl.sqrt(correction2), eps)
-    detail_scale = tl.load(row + DETAIL_SCALE_C, mask=inside, other=0.0)
+    detail_scale = tl.load(row + schema.DETAIL_SCALE_C, mask=inside, other=0.0)
     detail_scale = tl.where(corrects_bias == 2.0, detail_scale * correction1, detail_scale)
     step_size = tl.where(corrects, lr * tl.sqrt(correction2) / correction1, lr)
-    step_size *= tl.load(row + SCALE_C, mask=inside, other=0.0)
-    out = scalars_ptr + i * N_SCALARS
-    tl.store(out + B1, b1.to(tl.float32), mask=inside)
-    tl.store(out + REST1, (1.0 - b1).to(tl.float32), mask=inside)
-    tl.store(out + B2, b2.to(tl.float32), mask=inside)
-    tl.store(out + REST2, (1.0 - b2).to(tl.float32), mask=inside)
-    tl.store(out + EPS, eps.to(tl.float32), mask=inside)
-    tl.store(out + DECAY, (lr * tl.load(row + WEIGHT_DECAY_C, mask=inside, other=0.0)).to(tl.float32), mask=inside)
-    tl.store(out + STEP_SIZE, step_size.to(tl.float32), mask=inside)
-    tl.store(out + GAMMA, tl.load(row + GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
-    tl.store(out + GRAD_SCALE, sign.to(tl.float32), mask=inside)
-    tl.store(out + DETAIL_SCALE, detail_scale.to(tl.float32), mask=inside)
-    tl.store(out + TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)
+    step_size *= tl.load(row + schema.SCALE_C, mask=inside, other=0.0)
+    out = scalars_ptr + i * schema.N_SCALARS
+    tl.store(out + schema.B1, b1.to(tl.float32), mask=inside)
+    tl.store(out + schema.REST1, (1.0 - b1).to(tl.float32), mask=inside)
+    tl.store(out + schema.B2, b2.to(tl.float32), mask=inside)
+    tl.store(out + schema.REST2, (1.0 - b2).to(tl.float32), mask=inside)
+    tl.store(out + schema.EPS, eps.to(tl.float32), mask=inside)
+    tl.store(
+        out + schema.DECAY,
+        (lr * tl.load(row + schema.WEIGHT_DECAY_C, mask=inside, other=0.0)).to(tl.float32),
+        mask=inside,
+    )
+    tl.store(out + schema.STEP_SIZE, step_size.to(tl.float32), mask=inside)
+    tl.store(out + schema.GAMMA, tl.load(row + schema.GAMMA_C, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + schema.GRAD_SCALE, sign.to(tl.float32), mask=inside)
+    tl.store(out + schema.DETAIL_SCALE, detail_scale.to(tl.float32), mask=inside)
+    tl.store(out + schema.TAKEN, (go + tl.zeros_like(sign)).to(tl.float32), mask=inside)

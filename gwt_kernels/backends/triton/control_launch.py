@@ -15,8 +15,6 @@ from gwt_kernels.backends.triton.control import decide_kernel, rows_kernel, squa
 from gwt_kernels.backends.triton.schema import SCALARS
 from gwt_kernels.backends.triton.tables import TRITON_DTYPES, Sender, addresses, device_guard, misalignments, owners
 
-__all__ = ["decide", "rows", "squares"]
-
 TILE, WARPS = 4096, 8  # elements that one program reads at a time, and its warps
 MAX_CHUNKS = 8192  # partial sums per launch, and one more for each tensor
 TOTAL_BLOCK = 1024
@@ -24,7 +22,7 @@ ROWS_BLOCK = 128
 
 
 def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequence[Tensor] = ()) -> Tensor:
-    """See :func:`gwt_kernels.control.squares`: a launch per dtype, or two if some gradients are misaligned."""
+    """See :mod:`gwt_kernels.backends.step_decision`: a launch per dtype, or two if some are misaligned."""
     kinds: dict[Any, list[Tensor]] = {}
     for g in grads:
         if g.numel():
@@ -82,7 +80,7 @@ def decide(
     found_inf: Tensor | None,
     skipped: Tensor,
 ) -> Tensor:
-    """See :func:`gwt_kernels.control.decide`."""
+    """See :func:`gwt_kernels.backends.step_decision.decide`."""
     control = torch.empty(3, dtype=torch.float64, device=skipped.device)
     with device_guard(skipped.device):
         decide_kernel[(1,)](

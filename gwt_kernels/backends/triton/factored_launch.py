@@ -23,16 +23,15 @@ from gwt_kernels.backends.triton.factors import (
 )
 from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.moments import FACTORED
-from gwt_kernels.backends.triton.schema import FACTOR_NUMBERS, PANELS, POINTERS, SCALARS, TELEMETRY
+from gwt_kernels.backends.triton.schema import FACTOR_NUMBERS, PANELS, POINTERS, SCALARS
 from gwt_kernels.backends.triton.step import norm_kernel
 from gwt_kernels.backends.triton.tables import Sender, owners
 from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.level import block_width
+from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.rules import adafactor
 from gwt_kernels.rules.adafactor import AdafactorNumbers
-
-__all__ = ["FactoredLaunch"]
 
 TILE, TILE_WIDTH, PANEL_WARPS = 2048, 512, 4  # elements that a program adds up at a time, of a row, and its warps
 ROW_CHUNK, MAX_ROW_CHUNKS = 64, 64  # rows of a panel at least, and panels that divide a matrix's rows, at the most
@@ -171,7 +170,7 @@ class FactoredLaunch(Launch):
         self.update(sent, None)
         if self._bucket.telemetry is not None:  # where the clip stands for the limiter
             taken = sent.scalars.view(self.n, -1)[:, SCALARS.index("taken")] != 0
-            told = self._bucket.telemetry[:, TELEMETRY.index("limit")]
+            told = self._bucket.telemetry[:, COLUMNS.index("limit")]
             before = told if self._index is None else told[self._index]
             clips = torch.where(taken, sent.factors.double().reciprocal(), before)
             told[slice(None) if self._index is None else self._index] = clips

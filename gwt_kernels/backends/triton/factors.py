@@ -14,53 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.schema import (
-    B2,
-    CHUNK_ROWS,
-    CLIP_THRESHOLD,
-    COL_CHUNKS,
-    COL_GAINS,
-    COL_PARTS,
-    COL_PTR,
-    DECAY,
-    DECAY_RATE,
-    EPS,
-    FACTOR_EPS,
-    FIRST_FACTORS,
-    FIRST_MATRIX,
-    FIRST_PANEL,
-    GRAD_SCALE,
-    LARGEST_RATE,
-    LEAST_RMS,
-    MATRICES,
-    N_FACTOR_NUMBERS,
-    N_PANELS,
-    N_SCALARS,
-    PANEL_COLUMNS,
-    PANEL_ROWS,
-    PANEL_WIDTH,
-    RATE_GROWS,
-    REST2,
-    ROW_CHUNKS,
-    ROW_GAINS,
-    ROW_PARTS,
-    ROW_PTR,
-    STEP_SIZE,
-    SUMS,
-    TAKEN,
-    WEIGHT_PARTS,
-    WHOLE_COLUMNS,
-    WHOLE_MOMENTS,
-    WHOLE_ROWS,
-    WHOLE_WEIGHTS,
-)
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.tensors import weights_of
 from gwt_kernels.backends.triton.tiles import FLAT, ROWS
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split
 from gwt_kernels.rules import blocks
-
-__all__ = ["clip_kernel", "factor_kernel", "join_kernel", "mean_kernel", "panel_kernel", "rate_kernel"]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
@@ -93,20 +52,20 @@ def panel_kernel(
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    scalars_ptr += i * N_SCALARS
+    scalars_ptr += i * schema.N_SCALARS
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + schema.TAKEN) == 0.0:
             return
-    panels_ptr += i * N_PANELS
-    rows, columns = tl.load(panels_ptr + PANEL_ROWS), tl.load(panels_ptr + PANEL_COLUMNS)
-    width = tl.multiple_of(tl.load(panels_ptr + PANEL_WIDTH), MULTIPLE)
-    row_chunks, col_chunks = tl.load(panels_ptr + ROW_CHUNKS), tl.load(panels_ptr + COL_CHUNKS)
-    panel = program - tl.load(panels_ptr + FIRST_PANEL)
+    panels_ptr += i * schema.N_PANELS
+    rows, columns = tl.load(panels_ptr + schema.PANEL_ROWS), tl.load(panels_ptr + schema.PANEL_COLUMNS)
+    width = tl.multiple_of(tl.load(panels_ptr + schema.PANEL_WIDTH), MULTIPLE)
+    row_chunks, col_chunks = tl.load(panels_ptr + schema.ROW_CHUNKS), tl.load(panels_ptr + schema.COL_CHUNKS)
+    panel = program - tl.load(panels_ptr + schema.FIRST_PANEL)
     col_chunk = panel % col_chunks
     row_chunk = panel // col_chunks % row_chunks
     matrix = panel // (col_chunks * row_chunks)
-    first_row = row_chunk * tl.load(panels_ptr + CHUNK_ROWS)
-    end_row = tl.minimum(first_row + tl.load(panels_ptr + CHUNK_ROWS), rows)
+    first_row = row_chunk * tl.load(panels_ptr + schema.CHUNK_ROWS)
+    end_row = tl.minimum(first_row + tl.load(panels_ptr + schema.CHUNK_ROWS), rows)
     first_column = col_chunk * TC
     # 32 bits hold a place within a panel's rows, as far as one step of the loop goes.
     left = tl.multiple_of(tl.minimum(width - first_column * W, TC * W).to(tl.int32), MULTIPLE)
@@ -115,9 +74,9 @@ def panel_kernel(
     start = (matrix * rows + first_row) * width + first_column * W
     p_ptr, g_ptr, low_ptr = weights_of(pointers_ptr, i, n_tensors, P, G, ALIGN, ROUNDING)
     p_ptr, g_ptr, low_ptr = p_ptr + start, g_ptr + start, low_ptr + start
-    row_ptr = parts_ptr + tl.load(panels_ptr + ROW_PARTS)
-    row_ptr += (col_chunk * tl.load(panels_ptr + MATRICES) + matrix) * rows + first_row
-    grad_scale = tl.load(scalars_ptr + GRAD_SCALE) * W**-0.5
+    row_ptr = parts_ptr + tl.load(panels_ptr + schema.ROW_PARTS)
+    row_ptr += (col_chunk * tl.load(panels_ptr + schema.MATRICES) + matrix) * rows + first_row
+    grad_scale = tl.load(scalars_ptr + schema.GRAD_SCALE) * W**-0.5
     KIND: tl.constexpr = FLAT if MULTIPLE == 8 else ROWS  # lanes hold 16 bytes, or one element
     totals = tl.zeros((TR, TC), tl.float32)
     weights = tl.zeros((TR, TC * W), tl.float32)
@@ -141,14 +100,14 @@ def panel_kernel(
             low_ptr += TR * width
         g_ptr += TR * width
         row_ptr += TR
-    col_ptr = parts_ptr + tl.load(panels_ptr + COL_PARTS)
+    col_ptr = parts_ptr + tl.load(panels_ptr + schema.COL_PARTS)
     col_ptr += (matrix * row_chunks + row_chunk) * columns + first_column
     column = tl.arange(0, TC)
     sums = kernel_block_sums(tl.reshape(tl.trans(totals), (TC * TR,)), TR, TC, "flat")
     tl.store(col_ptr + column, tl.reshape(sums, (TC,)), mask=column < columns - first_column)
     if WEIGHTED:
         total = kernel_block_sums(tl.reshape(weights, (TR * TC * W,)), TR * TC * W, 1, "flat")
-        tl.store(parts_ptr + tl.load(panels_ptr + WEIGHT_PARTS) + panel, tl.sum(total, axis=0))
+        tl.store(parts_ptr + tl.load(panels_ptr + schema.WEIGHT_PARTS) + panel, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -159,24 +118,24 @@ def join_kernel(
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     if CAN_SKIP:  # noqa: SIM102
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
-    panels_ptr += i * N_PANELS
-    columns, matrices = tl.load(panels_ptr + PANEL_COLUMNS), tl.load(panels_ptr + MATRICES)
-    n_rows, n_columns = tl.load(panels_ptr + PANEL_ROWS) * matrices, columns * matrices
-    row_chunks, col_chunks = tl.load(panels_ptr + ROW_CHUNKS), tl.load(panels_ptr + COL_CHUNKS)
-    place = (program - tl.load(panels_ptr + FIRST_FACTORS)) * BLOCK + tl.arange(0, BLOCK)
+    panels_ptr += i * schema.N_PANELS
+    columns, matrices = tl.load(panels_ptr + schema.PANEL_COLUMNS), tl.load(panels_ptr + schema.MATRICES)
+    n_rows, n_columns = tl.load(panels_ptr + schema.PANEL_ROWS) * matrices, columns * matrices
+    row_chunks, col_chunks = tl.load(panels_ptr + schema.ROW_CHUNKS), tl.load(panels_ptr + schema.COL_CHUNKS)
+    place = (program - tl.load(panels_ptr + schema.FIRST_FACTORS)) * BLOCK + tl.arange(0, BLOCK)
     is_row = place < n_rows
     column = place - n_rows
     inside = column < n_columns
-    first_col = tl.load(panels_ptr + COL_PARTS) + column // columns * row_chunks * columns + column % columns
-    first = tl.where(is_row, tl.load(panels_ptr + ROW_PARTS) + place, first_col)
+    first_col = tl.load(panels_ptr + schema.COL_PARTS) + column // columns * row_chunks * columns + column % columns
+    first = tl.where(is_row, tl.load(panels_ptr + schema.ROW_PARTS) + place, first_col)
     pitch = tl.where(is_row, n_rows, columns)
     parts = tl.where(is_row, col_chunks, row_chunks)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.range(0, tl.maximum(row_chunks, col_chunks).to(tl.int32)):
         total += tl.load(parts_ptr + first + part * pitch, mask=inside & (part < parts), other=0.0)
-    tl.store(sums_ptr + tl.load(panels_ptr + SUMS) + place, total, mask=inside)
+    tl.store(sums_ptr + tl.load(panels_ptr + schema.SUMS) + place, total, mask=inside)
 
 
 @triton.jit
@@ -197,20 +156,20 @@ def mean_kernel(
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    scalars_ptr += i * N_SCALARS
+    scalars_ptr += i * schema.N_SCALARS
     if CAN_SKIP:  # noqa: SIM102
-        if tl.load(scalars_ptr + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + schema.TAKEN) == 0.0:
             return
-    panels_ptr += i * N_PANELS
-    numbers_ptr += i * N_FACTOR_NUMBERS
-    rows, columns = tl.load(panels_ptr + PANEL_ROWS), tl.load(panels_ptr + PANEL_COLUMNS)
-    matrices = tl.load(panels_ptr + MATRICES)
-    matrix = program - tl.load(panels_ptr + FIRST_MATRIX)
-    sums_ptr += tl.load(panels_ptr + SUMS)
-    whole = tl.load(numbers_ptr + WHOLE_COLUMNS)
-    new = (tl.load(scalars_ptr + REST2) / whole).to(tl.float32)
-    old = (tl.load(scalars_ptr + B2) * (columns / whole)).to(tl.float32)
-    address = tl.load(panels_ptr + ROW_PTR)
+    panels_ptr += i * schema.N_PANELS
+    numbers_ptr += i * schema.N_FACTOR_NUMBERS
+    rows, columns = tl.load(panels_ptr + schema.PANEL_ROWS), tl.load(panels_ptr + schema.PANEL_COLUMNS)
+    matrices = tl.load(panels_ptr + schema.MATRICES)
+    matrix = program - tl.load(panels_ptr + schema.FIRST_MATRIX)
+    sums_ptr += tl.load(panels_ptr + schema.SUMS)
+    whole = tl.load(numbers_ptr + schema.WHOLE_COLUMNS)
+    new = (tl.load(scalars_ptr + schema.REST2) / whole).to(tl.float32)
+    old = (tl.load(scalars_ptr + schema.B2) * (columns / whole)).to(tl.float32)
+    address = tl.load(panels_ptr + schema.ROW_PTR)
     row_ptr = address.to(tl.pointer_type(tl.float32))
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, rows.to(tl.int32), BLOCK):
@@ -222,8 +181,8 @@ def mean_kernel(
     tl.store(means_ptr + matrix, tl.sum(kernel_block_sums(total, BLOCK, 1, "flat"), axis=0))
     if WEIGHTED:  # noqa: SIM102
         if matrix == 0:
-            parts_ptr += tl.load(panels_ptr + WEIGHT_PARTS)
-            panels = matrices * tl.load(panels_ptr + ROW_CHUNKS) * tl.load(panels_ptr + COL_CHUNKS)
+            parts_ptr += tl.load(panels_ptr + schema.WEIGHT_PARTS)
+            panels = matrices * tl.load(panels_ptr + schema.ROW_CHUNKS) * tl.load(panels_ptr + schema.COL_CHUNKS)
             total = tl.zeros((BLOCK,), tl.float32)
             for first in tl.range(0, panels.to(tl.int32), BLOCK):
                 panel = first + tl.arange(0, BLOCK)
@@ -252,23 +211,23 @@ def factor_kernel(
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    scalars_ptr += i * N_SCALARS
+    scalars_ptr += i * schema.N_SCALARS
     if CAN_SKIP:  # noqa: SIM102
-        if tl.load(scalars_ptr + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + schema.TAKEN) == 0.0:
             return
-    panels_ptr += i * N_PANELS
-    numbers_ptr += i * N_FACTOR_NUMBERS
-    rows, columns = tl.load(panels_ptr + PANEL_ROWS), tl.load(panels_ptr + PANEL_COLUMNS)
-    matrices = tl.load(panels_ptr + MATRICES)
-    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
-    eps = tl.load(numbers_ptr + FACTOR_EPS).to(tl.float32)
-    whole_rows = tl.load(numbers_ptr + WHOLE_ROWS).to(tl.float32)
-    whole_columns = tl.load(numbers_ptr + WHOLE_COLUMNS).to(tl.float32)
-    row_address = tl.load(panels_ptr + ROW_PTR)
+    panels_ptr += i * schema.N_PANELS
+    numbers_ptr += i * schema.N_FACTOR_NUMBERS
+    rows, columns = tl.load(panels_ptr + schema.PANEL_ROWS), tl.load(panels_ptr + schema.PANEL_COLUMNS)
+    matrices = tl.load(panels_ptr + schema.MATRICES)
+    b2, rest2 = tl.load(scalars_ptr + schema.B2), tl.load(scalars_ptr + schema.REST2)
+    eps = tl.load(numbers_ptr + schema.FACTOR_EPS).to(tl.float32)
+    whole_rows = tl.load(numbers_ptr + schema.WHOLE_ROWS).to(tl.float32)
+    whole_columns = tl.load(numbers_ptr + schema.WHOLE_COLUMNS).to(tl.float32)
+    row_address = tl.load(panels_ptr + schema.ROW_PTR)
     row_ptr = row_address.to(tl.pointer_type(tl.float32))
-    col_ptr = tl.load(panels_ptr + COL_PTR).to(tl.pointer_type(tl.float32))
-    sums_ptr += tl.load(panels_ptr + SUMS)
-    place = (program - tl.load(panels_ptr + FIRST_FACTORS)) * BLOCK + tl.arange(0, BLOCK)
+    col_ptr = tl.load(panels_ptr + schema.COL_PTR).to(tl.pointer_type(tl.float32))
+    sums_ptr += tl.load(panels_ptr + schema.SUMS)
+    place = (program - tl.load(panels_ptr + schema.FIRST_FACTORS)) * BLOCK + tl.arange(0, BLOCK)
     n_rows = rows * matrices
     column = place - n_rows
     is_row, is_column = place < n_rows, (column >= 0) & (column < columns * matrices)
@@ -284,8 +243,8 @@ def factor_kernel(
     gain = tl.minimum(gain, 1e22, propagate_nan=tl.PropagateNan.ALL)
     tl.store(row_ptr + place, new, mask=has_row)
     tl.store(col_ptr + column, new, mask=is_column)
-    tl.store(gains_ptr + tl.load(panels_ptr + ROW_GAINS) + place, tl.where(has_row, gain, 1.0), mask=is_row)
-    tl.store(gains_ptr + tl.load(panels_ptr + COL_GAINS) + column, gain, mask=is_column)
+    tl.store(gains_ptr + tl.load(panels_ptr + schema.ROW_GAINS) + place, tl.where(has_row, gain, 1.0), mask=is_row)
+    tl.store(gains_ptr + tl.load(panels_ptr + schema.COL_GAINS) + column, gain, mask=is_column)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -293,18 +252,18 @@ def rate_kernel(numbers_ptr, steps_ptr, scalars_ptr, n_tensors, BLOCK: tl.conste
     """Make what of a step's numbers depends on a count that only the device knows: ``steps`` int64 ``[n]``."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
-    numbers_ptr += i * N_FACTOR_NUMBERS
-    scalars_ptr += i * N_SCALARS
+    numbers_ptr += i * schema.N_FACTOR_NUMBERS
+    scalars_ptr += i * schema.N_SCALARS
     step = tl.maximum(tl.load(steps_ptr + i, mask=inside, other=1).to(tl.float64), 1.0)
-    rest2 = tl.exp(tl.load(numbers_ptr + DECAY_RATE, mask=inside, other=0.0) * tl.log(step))
-    tl.store(scalars_ptr + B2, (1.0 - rest2).to(tl.float32), mask=inside)
-    tl.store(scalars_ptr + REST2, rest2.to(tl.float32), mask=inside)
-    largest = tl.load(numbers_ptr + LARGEST_RATE, mask=inside, other=0.0)
-    grows = tl.load(numbers_ptr + RATE_GROWS, mask=inside, other=0.0) != 0.0
+    rest2 = tl.exp(tl.load(numbers_ptr + schema.DECAY_RATE, mask=inside, other=0.0) * tl.log(step))
+    tl.store(scalars_ptr + schema.B2, (1.0 - rest2).to(tl.float32), mask=inside)
+    tl.store(scalars_ptr + schema.REST2, rest2.to(tl.float32), mask=inside)
+    largest = tl.load(numbers_ptr + schema.LARGEST_RATE, mask=inside, other=0.0)
+    grows = tl.load(numbers_ptr + schema.RATE_GROWS, mask=inside, other=0.0) != 0.0
     rate = tl.minimum(tl.where(grows, largest * step, largest), 1.0 / tl.sqrt(step))
     is_relative = inside & (largest > 0.0)
     for which in tl.static_range(2):  # made at a rate of 1
-        number_ptr = scalars_ptr + (STEP_SIZE if which else DECAY)
+        number_ptr = scalars_ptr + (schema.STEP_SIZE if which else schema.DECAY)
         number = tl.load(number_ptr, mask=is_relative, other=0.0).to(tl.float64)
         tl.store(number_ptr, (number * rate).to(tl.float32), mask=is_relative)
 
@@ -329,28 +288,28 @@ def clip_kernel(
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
-    numbers_ptr += i * N_FACTOR_NUMBERS
-    scalars_ptr += i * N_SCALARS
-    n = tl.load(numbers_ptr + WHOLE_MOMENTS, mask=inside, other=1.0).to(tl.float32)
-    threshold = tl.load(numbers_ptr + CLIP_THRESHOLD, mask=inside, other=1.0).to(tl.float32)
+    numbers_ptr += i * schema.N_FACTOR_NUMBERS
+    scalars_ptr += i * schema.N_SCALARS
+    n = tl.load(numbers_ptr + schema.WHOLE_MOMENTS, mask=inside, other=1.0).to(tl.float32)
+    threshold = tl.load(numbers_ptr + schema.CLIP_THRESHOLD, mask=inside, other=1.0).to(tl.float32)
     rms = tl.sqrt_rn(tl.div_rn(tl.load(squares_ptr + i, mask=inside, other=0.0), n))
     clip = tl.maximum(tl.div_rn(rms, threshold), 1.0, propagate_nan=tl.PropagateNan.ALL)
     gain = tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), clip)
     tl.store(factors_ptr + i, gain, mask=inside)
-    tl.store(scalars_ptr + EPS, gain, mask=inside)
+    tl.store(scalars_ptr + schema.EPS, gain, mask=inside)
     if WEIGHTED:
-        panels_ptr += i * N_PANELS
-        least = tl.load(numbers_ptr + LEAST_RMS, mask=inside, other=-1.0).to(tl.float32)
+        panels_ptr += i * schema.N_PANELS
+        least = tl.load(numbers_ptr + schema.LEAST_RMS, mask=inside, other=-1.0).to(tl.float32)
         scaled = inside & (least >= 0.0)
         rows, columns = (
-            tl.load(panels_ptr + PANEL_ROWS, mask=scaled, other=0),
-            tl.load(panels_ptr + PANEL_COLUMNS, mask=scaled, other=0),
+            tl.load(panels_ptr + schema.PANEL_ROWS, mask=scaled, other=0),
+            tl.load(panels_ptr + schema.PANEL_COLUMNS, mask=scaled, other=0),
         )
-        matrices = tl.load(panels_ptr + MATRICES, mask=scaled, other=0)
-        place = tl.load(panels_ptr + SUMS, mask=scaled, other=0) + (rows + columns + 1) * matrices
-        n = tl.load(numbers_ptr + WHOLE_WEIGHTS, mask=inside, other=1.0).to(tl.float32)
+        matrices = tl.load(panels_ptr + schema.MATRICES, mask=scaled, other=0)
+        place = tl.load(panels_ptr + schema.SUMS, mask=scaled, other=0) + (rows + columns + 1) * matrices
+        n = tl.load(numbers_ptr + schema.WHOLE_WEIGHTS, mask=inside, other=1.0).to(tl.float32)
         rms = tl.sqrt_rn(tl.div_rn(tl.load(sums_ptr + place, mask=scaled, other=0.0), n))
         rms = tl.maximum(rms, least, propagate_nan=tl.PropagateNan.ALL)
         for which in tl.static_range(2):
-            number_ptr = scalars_ptr + (STEP_SIZE if which else DECAY)
+            number_ptr = scalars_ptr + (schema.STEP_SIZE if which else schema.DECAY)
             tl.store(number_ptr, tl.load(number_ptr, mask=scaled, other=0.0) * rms, mask=scaled)

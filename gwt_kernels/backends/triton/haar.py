@@ -13,8 +13,6 @@ import triton.language as tl
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import ROWS, RUN, is_run, load_tile, store_tile, tile_of
 
-__all__ = ["dwt_kernel", "idwt_kernel"]
-
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 

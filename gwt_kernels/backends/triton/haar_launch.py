@@ -13,8 +13,6 @@ from gwt_kernels.backends.triton.haar import dwt_kernel, idwt_kernel
 from gwt_kernels.backends.triton.layout import is_flat, rows_of, variant
 from gwt_kernels.backends.triton.tables import addresses, device_guard, misalignments
 
-__all__ = ["haar_dwt", "haar_idwt"]
-
 
 def haar_dwt(x: Tensor, level: int) -> list[Tensor]:
     """See :func:`gwt_kernels.haar_dwt`; arguments are already checked."""

@@ -40,8 +40,6 @@ from gwt_kernels.backends.triton.whole_rows import row_norm_kernel, row_step_ker
 from gwt_kernels.core.hyper import padded_spans
 from gwt_kernels.core.level import ROW
 
-__all__ = ["Launch", "Sent"]
-
 MAX_CHUNKS = 8192  # partial norms per launch, or a few more: the limiter's memory does not grow with the model
 LIMITER_BLOCK = 1024
 OBSERVE_BLOCK = 1024

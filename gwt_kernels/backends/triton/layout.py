@@ -11,18 +11,6 @@ from torch import Tensor
 from gwt_kernels.core.level import ROW, Level, block_width, blocks_of
 from gwt_kernels.formats.moments import MomentFormat
 
-__all__ = [
-    "Rows",
-    "alignment",
-    "blocks_together",
-    "is_flat",
-    "row_variant",
-    "rows_by_row",
-    "rows_of",
-    "tiles_of_program",
-    "variant",
-]
-
 FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, and its warps
 # On the row path each element of a lane needs its own address in registers: 16 elements. Exchange within one warp
 # needs no barriers, and a short tile rarely has the end of a row.

@@ -5,24 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.schema import (
-    COL_GAINS_PTR,
-    M_PTR,
-    M_SCALES_PTR,
-    MATRIX_COLUMNS,
-    MATRIX_ROWS,
-    ROW_GAINS_PTR,
-    V_PTR,
-    V_SCALES_PTR,
-)
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.tables import TRITON_DTYPES
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.backends.triton.tiles import factor_places, load_tile, store_tile
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import stochastic
 from gwt_kernels.formats.moments import FORMATS
-
-__all__ = ["FACTORED", "load_moments", "moment_arrays", "store_moments"]
 
 FACTORED = 4
 """What ``SLOTS``, the number of moments, is more where a second moment is factored."""
@@ -50,25 +39,30 @@ def moment_arrays(
 
     A factored ``v`` has in its place where its factors' reciprocal roots lie: see ``schema.FACTORS``.
     """
-    m_ptr = _array(pointers_ptr, M_PTR, i, n_tensors, M, MOMENT_ALIGN)
+    m_ptr = _array(pointers_ptr, schema.M_PTR, i, n_tensors, M, MOMENT_ALIGN)
     if SLOTS >= 4:
-        record_ptr = tl.load(pointers_ptr + V_PTR * n_tensors + i).to(tl.pointer_type(tl.int64))
-        row_ptr = tl.load(record_ptr + ROW_GAINS_PTR).to(tl.pointer_type(tl.float32))
-        col_ptr = tl.load(record_ptr + COL_GAINS_PTR).to(tl.pointer_type(tl.float32))
-        v_ptr = row_ptr, col_ptr, tl.load(record_ptr + MATRIX_ROWS), tl.load(record_ptr + MATRIX_COLUMNS)
+        record_ptr = tl.load(pointers_ptr + schema.V_PTR * n_tensors + i).to(tl.pointer_type(tl.int64))
+        row_ptr = tl.load(record_ptr + schema.ROW_GAINS_PTR).to(tl.pointer_type(tl.float32))
+        col_ptr = tl.load(record_ptr + schema.COL_GAINS_PTR).to(tl.pointer_type(tl.float32))
+        v_ptr = (
+            row_ptr,
+            col_ptr,
+            tl.load(record_ptr + schema.MATRIX_ROWS),
+            tl.load(record_ptr + schema.MATRIX_COLUMNS),
+        )
         m_scale_ptr, v_scale_ptr = m_ptr, m_ptr  # the latter is not read
         if Q:
-            m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+            m_scale_ptr = _array(pointers_ptr, schema.M_SCALES_PTR, i, n_tensors, tl.float32, 4)
     elif SLOTS < 2:
         v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
         if Q:
-            m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+            m_scale_ptr = _array(pointers_ptr, schema.M_SCALES_PTR, i, n_tensors, tl.float32, 4)
     elif Q:
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, _SECOND, MOMENT_ALIGN)
-        m_scale_ptr = _array(pointers_ptr, M_SCALES_PTR, i, n_tensors, tl.float32, 4)
-        v_scale_ptr = _array(pointers_ptr, V_SCALES_PTR, i, n_tensors, tl.float32, 4)
+        v_ptr = _array(pointers_ptr, schema.V_PTR, i, n_tensors, _SECOND, MOMENT_ALIGN)
+        m_scale_ptr = _array(pointers_ptr, schema.M_SCALES_PTR, i, n_tensors, tl.float32, 4)
+        v_scale_ptr = _array(pointers_ptr, schema.V_SCALES_PTR, i, n_tensors, tl.float32, 4)
     else:
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, M, MOMENT_ALIGN)
+        v_ptr = _array(pointers_ptr, schema.V_PTR, i, n_tensors, M, MOMENT_ALIGN)
         m_scale_ptr, v_scale_ptr = m_ptr, v_ptr  # not read
     return m_ptr, v_ptr, m_scale_ptr, v_scale_ptr
 

@@ -18,8 +18,6 @@ from torch.nn import Parameter
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.survey import PYTHON, States, Survey, Tensors, has_memory
 
-__all__ = ["compiled", "module", "quickest"]
-
 SOURCE = Path(__file__).with_name("survey.c")
 
 

@@ -8,22 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gwt_kernels.backends.triton.schema import (
-    APPROXIMATION,
-    DETAILS,
-    FIRST_PROGRAM,
-    GAMMA,
-    LIMIT,
-    N_LAYOUT,
-    N_SCALARS,
-    NONFINITE,
-    NORM_PTR,
-    STEPS,
-    TAKEN,
-    UPDATE,
-)
-
-__all__ = ["limiter_kernel", "observe_kernel", "sum_kernel"]
+from gwt_kernels.backends.triton import schema
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -47,11 +32,11 @@ def limiter_kernel(
     """
     i = tl.program_id(0)
     if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     norm = tl.sqrt_rn(_sum_of_partials(first_chunk_ptr, partials_ptr, i, BLOCK))
-    gamma = tl.load(scalars_ptr + i * N_SCALARS + GAMMA)
-    previous_ptr = tl.load(pointers_ptr + NORM_PTR * n_tensors + i).to(tl.pointer_type(tl.float32))
+    gamma = tl.load(scalars_ptr + i * schema.N_SCALARS + schema.GAMMA)
+    previous_ptr = tl.load(pointers_ptr + schema.NORM_PTR * n_tensors + i).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_ptr)
     limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
     limit = tl.where(previous == 0.0, 1.0, limit)
@@ -97,13 +82,13 @@ def observe_kernel(
     """
     i = tl.program_id(0)
     row_ptr = tl.load(rows_ptr + i).to(tl.pointer_type(tl.float64))
-    tl.store(row_ptr + STEPS, tl.load(row_ptr + STEPS) + 1.0)
+    tl.store(row_ptr + schema.STEPS, tl.load(row_ptr + schema.STEPS) + 1.0)
     if CAN_SKIP:  # noqa: SIM102
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
-            tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + 1.0)
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
+            tl.store(row_ptr + schema.NONFINITE, tl.load(row_ptr + schema.NONFINITE) + 1.0)
             return
-    program = tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
-    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * N_LAYOUT + FIRST_PROGRAM)
+    program = tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)
+    end = tl.load(layout_ptr + tl.minimum(i + 1, n_tensors - 1) * schema.N_LAYOUT + schema.FIRST_PROGRAM)
     end = tl.where(i + 1 < n_tensors, end, n_programs)
     details = tl.zeros((BLOCK,), tl.float64)
     approximation = tl.zeros((BLOCK,), tl.float64)
@@ -115,10 +100,10 @@ def observe_kernel(
         update += tl.load(sums_ptr + programs * 3 + 2, mask=programs < end, other=0.0)
         program += BLOCK
     energy = tl.sum(details, axis=0) + tl.sum(approximation, axis=0)
-    tl.store(row_ptr + DETAILS, tl.sum(details, axis=0))
-    tl.store(row_ptr + APPROXIMATION, tl.sum(approximation, axis=0))
-    tl.store(row_ptr + UPDATE, tl.sum(update, axis=0))
+    tl.store(row_ptr + schema.DETAILS, tl.sum(details, axis=0))
+    tl.store(row_ptr + schema.APPROXIMATION, tl.sum(approximation, axis=0))
+    tl.store(row_ptr + schema.UPDATE, tl.sum(update, axis=0))
     if LIMITED:
-        tl.store(row_ptr + LIMIT, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
+        tl.store(row_ptr + schema.LIMIT, 1.0 / tl.load(factors_ptr + i).to(tl.float64))
     finite = (energy == energy) & (energy < float("inf"))
-    tl.store(row_ptr + NONFINITE, tl.load(row_ptr + NONFINITE) + tl.where(finite, 0.0, 1.0))
+    tl.store(row_ptr + schema.NONFINITE, tl.load(row_ptr + schema.NONFINITE) + tl.where(finite, 0.0, 1.0))

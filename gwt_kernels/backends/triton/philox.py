@@ -5,14 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "random_halves",
-    "random_halves_at",
-    "random_halves_of_blocks",
-    "random_words",
-    "random_words_at",
-]
-
 _WEIGHTS = tl.constexpr(0)
 _MOMENTS = tl.constexpr(1)
 _ROUNDS = tl.constexpr(7)

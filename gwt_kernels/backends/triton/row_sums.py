@@ -17,8 +17,6 @@ from gwt_kernels.backends.triton.tables import TRITON_DTYPES, Sender, addresses,
 from gwt_kernels.backends.triton.whole_rows import row_sums_kernel
 from gwt_kernels.core.level import ROW
 
-__all__ = ["RowSummer"]
-
 
 class RowSummer:
     """Adds up the rows of a bucket's gradients, as :func:`gwt_kernels.backends.torch.row_sums.row_sums` does.

@@ -20,8 +20,6 @@ from gwt_kernels.backends.triton.tables import addresses, device_guard, misalign
 from gwt_kernels.core.laid_out import LaidOut
 from gwt_kernels.core.level import ROW
 
-__all__ = ["TritonRunner"]
-
 _NULL = bytes(8)
 
 

@@ -6,18 +6,6 @@ import triton.language as tl
 
 from gwt_kernels.core.notes import COLUMNS as TELEMETRY
 
-__all__ = [
-    "CONSTANTS",
-    "DEVICE_SCALARS",
-    "FACTORS",
-    "FACTOR_NUMBERS",
-    "LAYOUT",
-    "PANELS",
-    "POINTERS",
-    "SCALARS",
-    "TELEMETRY",
-]
-
 
 def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
     return [tl.constexpr(i) for i in range(len(columns))]

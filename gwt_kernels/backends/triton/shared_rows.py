@@ -9,19 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, random_words_at
-from gwt_kernels.backends.triton.schema import (
-    DECAY,
-    FIRST_PROGRAM,
-    GRAD_SCALE,
-    N_LAYOUT,
-    N_SCALARS,
-    PADDED,
-    ROW_BLOCKS,
-    STEP_SIZE,
-    TAKEN,
-    V_PTR,
-)
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import ROWS
@@ -30,8 +19,6 @@ from gwt_kernels.backends.triton.whole_rows import given_sums, inside_row, load_
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
-
-__all__ = ["shared_step_kernel"]
 
 kernel.load()
 kernel_block_means, kernel_block_sums = blocks.kernel_block_means, blocks.kernel_block_sums
@@ -80,20 +67,20 @@ def shared_step_kernel(
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
-    row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
+    row = program - tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)
     width, start = row_place(layout_ptr, i, row, FLAT)
-    row_blocks = tl.load(layout_ptr + i * N_LAYOUT + ROW_BLOCKS)
-    padded = tl.load(layout_ptr + i * N_LAYOUT + PADDED)
-    scalars_ptr += i * N_SCALARS
-    step_size, numbers = tl.load(scalars_ptr + STEP_SIZE), numbers_of(scalars_ptr)
-    grad_scale, decay = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY)
+    row_blocks = tl.load(layout_ptr + i * schema.N_LAYOUT + schema.ROW_BLOCKS)
+    padded = tl.load(layout_ptr + i * schema.N_LAYOUT + schema.PADDED)
+    scalars_ptr += i * schema.N_SCALARS
+    step_size, numbers = tl.load(scalars_ptr + schema.STEP_SIZE), numbers_of(scalars_ptr)
+    grad_scale, decay = tl.load(scalars_ptr + schema.GRAD_SCALE), tl.load(scalars_ptr + schema.DECAY)
     p_ptr, g_ptr, low_ptr, moments = arrays_of(
         pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, 0, SLOTS
     )
     m_ptr = moments[0] + row * row_blocks
-    v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8) + row + tl.arange(0, 1)
+    v_ptr = _array(pointers_ptr, schema.V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8) + row + tl.arange(0, 1)
     DRAWS: tl.constexpr = ROUNDING == "stochastic" or M == tl.bfloat16
     key, step, weights_span, moments_span = draws_of(pointers_ptr, i, n_tensors, DRAWS, SPAN)
 

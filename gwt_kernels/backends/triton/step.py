@@ -27,6 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.moments import load_moments, moment_arrays, store_moments
 from gwt_kernels.backends.triton.philox import (
     random_halves,
@@ -34,21 +35,6 @@ from gwt_kernels.backends.triton.philox import (
     random_halves_of_blocks,
     random_words,
     random_words_at,
-)
-from gwt_kernels.backends.triton.schema import (
-    DECAY,
-    FIRST_PROGRAM,
-    G_PTR,
-    GRAD_SCALE,
-    N_BLOCKS,
-    N_LAYOUT,
-    N_SCALARS,
-    PADDED,
-    RECIPROCAL,
-    ROW_BLOCKS,
-    STEP_SIZE,
-    TAKEN,
-    WIDTH,
 )
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
@@ -68,8 +54,6 @@ from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
-
-__all__ = ["norm_kernel", "step_kernel"]
 
 kernel.load()
 kernel_block_means, kernel_block_sums = blocks.kernel_block_means, blocks.kernel_block_sums
@@ -132,16 +116,16 @@ def step_kernel(
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
-    first = (program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)) * (TILES * NB)
-    scalars_ptr += i * N_SCALARS
-    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    first = (program - tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)) * (TILES * NB)
+    scalars_ptr += i * schema.N_SCALARS
+    step_size = tl.load(scalars_ptr + schema.STEP_SIZE)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
     numbers = numbers_of(scalars_ptr)
-    rates = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY), step_size
+    rates = tl.load(scalars_ptr + schema.GRAD_SCALE), tl.load(scalars_ptr + schema.DECAY), step_size
     arrays = arrays_of(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
     draws = draws_of(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
@@ -306,15 +290,15 @@ def norm_kernel(
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
     block = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk * NB
     end = tl.minimum(block + tiles_per_chunk * NB, n_blocks)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
-    numbers = numbers_of(scalars_ptr + i * N_SCALARS)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    grad_scale = tl.load(scalars_ptr + i * schema.N_SCALARS + schema.GRAD_SCALE)
+    numbers = numbers_of(scalars_ptr + i * schema.N_SCALARS)
+    g_ptr = _array(pointers_ptr, schema.G_PTR, i, n_tensors, G, ALIGN)
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
     total = tl.zeros((NB,), tl.float32)
     squares = tl.zeros((NB,), tl.float32)
@@ -403,10 +387,10 @@ def _moments(
 @triton.jit
 def _layout(layout_ptr, i, FLAT: tl.constexpr):
     """A tensor's number of blocks, and of its rows width, blocks, blocks with padding and their reciprocal."""
-    layout_ptr += i * N_LAYOUT
-    n_blocks = tl.load(layout_ptr + N_BLOCKS)
+    layout_ptr += i * schema.N_LAYOUT
+    n_blocks = tl.load(layout_ptr + schema.N_BLOCKS)
     width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
     if not FLAT:  # where nothing asks for rows
-        width, row_blocks = tl.load(layout_ptr + WIDTH), tl.load(layout_ptr + ROW_BLOCKS)
-        padded, reciprocal = tl.load(layout_ptr + PADDED), tl.load(layout_ptr + RECIPROCAL)
+        width, row_blocks = tl.load(layout_ptr + schema.WIDTH), tl.load(layout_ptr + schema.ROW_BLOCKS)
+        padded, reciprocal = tl.load(layout_ptr + schema.PADDED), tl.load(layout_ptr + schema.RECIPROCAL)
     return n_blocks, width, row_blocks, padded, reciprocal

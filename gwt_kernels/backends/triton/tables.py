@@ -19,18 +19,6 @@ from gwt_kernels.core.laid_out import LaidOut
 from gwt_kernels.formats.moments import FORMATS
 from gwt_kernels.rules import Rule
 
-__all__ = [
-    "TRITON_DTYPES",
-    "Sender",
-    "addresses",
-    "constant_rows",
-    "device_guard",
-    "lr_ptrs",
-    "misalignments",
-    "owners",
-    "scalar_rows",
-]
-
 TRITON_DTYPES = {
     dtype: getattr(tl, str(dtype).removeprefix("torch."))
     for dtype in (torch.float16, *chain.from_iterable(each.dtypes for each in FORMATS.values()))

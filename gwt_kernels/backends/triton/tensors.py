@@ -5,25 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.moments import moment_arrays
-from gwt_kernels.backends.triton.schema import (
-    B1,
-    B2,
-    DETAIL_SCALE,
-    EPS,
-    G_PTR,
-    KEY,
-    LOW_PTR,
-    MOMENTS_SPAN,
-    P_PTR,
-    REST1,
-    REST2,
-    STEP,
-    WEIGHTS_SPAN,
-)
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
-
-__all__ = ["arrays_of", "draws_of", "in_whole", "numbers_of", "weights_of"]
 
 
 @triton.jit
@@ -53,11 +37,11 @@ def weights_of(
     WIDER: tl.constexpr = (
         P.primitive_bitwidth if P.primitive_bitwidth > G.primitive_bitwidth else G.primitive_bitwidth
     )
-    p_ptr = _array(pointers_ptr, P_PTR, i, n_tensors, P, ALIGN * P.primitive_bitwidth // WIDER)
+    p_ptr = _array(pointers_ptr, schema.P_PTR, i, n_tensors, P, ALIGN * P.primitive_bitwidth // WIDER)
     low_ptr = p_ptr  # not read
     if ROUNDING == "split":
-        low_ptr = _array(pointers_ptr, LOW_PTR, i, n_tensors, tl.int16, ALIGN * 16 // WIDER)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN * G.primitive_bitwidth // WIDER)
+        low_ptr = _array(pointers_ptr, schema.LOW_PTR, i, n_tensors, tl.int16, ALIGN * 16 // WIDER)
+    g_ptr = _array(pointers_ptr, schema.G_PTR, i, n_tensors, G, ALIGN * G.primitive_bitwidth // WIDER)
     return p_ptr, g_ptr, low_ptr
 
 
@@ -67,10 +51,10 @@ def draws_of(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr
     key = tl.zeros((), tl.int64)
     step = key
     if DRAWS:
-        key = tl.load(pointers_ptr + KEY * n_tensors + i)
-        step = tl.load(pointers_ptr + STEP * n_tensors + i)
-    weights = _span(pointers_ptr, WEIGHTS_SPAN, i, n_tensors, SPAN)
-    return key, step, weights, _span(pointers_ptr, MOMENTS_SPAN, i, n_tensors, SPAN)
+        key = tl.load(pointers_ptr + schema.KEY * n_tensors + i)
+        step = tl.load(pointers_ptr + schema.STEP * n_tensors + i)
+    weights = _span(pointers_ptr, schema.WEIGHTS_SPAN, i, n_tensors, SPAN)
+    return key, step, weights, _span(pointers_ptr, schema.MOMENTS_SPAN, i, n_tensors, SPAN)
 
 
 @triton.jit
@@ -96,6 +80,6 @@ def in_whole(span, index):
 @triton.jit
 def numbers_of(scalars_ptr):
     """``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
-    b1, rest1 = tl.load(scalars_ptr + B1), tl.load(scalars_ptr + REST1)
-    b2, rest2 = tl.load(scalars_ptr + B2), tl.load(scalars_ptr + REST2)
-    return b1, rest1, b2, rest2, tl.load(scalars_ptr + EPS), tl.load(scalars_ptr + DETAIL_SCALE)
+    b1, rest1 = tl.load(scalars_ptr + schema.B1), tl.load(scalars_ptr + schema.REST1)
+    b2, rest2 = tl.load(scalars_ptr + schema.B2), tl.load(scalars_ptr + schema.REST2)
+    return b1, rest1, b2, rest2, tl.load(scalars_ptr + schema.EPS), tl.load(scalars_ptr + schema.DETAIL_SCALE)

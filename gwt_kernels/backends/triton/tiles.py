@@ -12,22 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "FLAT",
-    "ROWS",
-    "RUN",
-    "array_ptr",
-    "factor_places",
-    "first_drawn",
-    "index_drawn",
-    "index_in_array",
-    "inside_tile",
-    "is_run",
-    "load_tile",
-    "store_tile",
-    "tile_of",
-]
-
 FLAT, RUN, ROWS = tl.constexpr("flat"), tl.constexpr("run"), tl.constexpr("rows")
 
 

@@ -11,40 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.moments import moment_arrays
 from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, random_words_at
-from gwt_kernels.backends.triton.schema import (
-    DECAY,
-    FIRST_PROGRAM,
-    FIRST_ROW,
-    G_PTR,
-    GRAD_SCALE,
-    N_BLOCKS,
-    N_LAYOUT,
-    N_SCALARS,
-    ROW_LENGTH,
-    STEP_SIZE,
-    TAKEN,
-    V_PTR,
-    WIDTH,
-)
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
 from gwt_kernels.core import kernel
 from gwt_kernels.formats import split, stochastic
 from gwt_kernels.rules import blocks
-
-__all__ = [
-    "given_sums",
-    "inside_row",
-    "load_part",
-    "row_norm_kernel",
-    "row_place",
-    "row_step_kernel",
-    "row_sums_kernel",
-    "store_part",
-]
 
 kernel.load()
 kernel_block_sums = blocks.kernel_block_sums
@@ -92,16 +67,16 @@ def row_step_kernel(
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
-    row = program - tl.load(layout_ptr + i * N_LAYOUT + FIRST_PROGRAM)
+    row = program - tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)
     width, start = row_place(layout_ptr, i, row, FLAT)
-    scalars_ptr += i * N_SCALARS
-    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    scalars_ptr += i * schema.N_SCALARS
+    step_size = tl.load(scalars_ptr + schema.STEP_SIZE)
     if LIMITED:
         step_size *= tl.load(factors_ptr + i)
     numbers = numbers_of(scalars_ptr)
-    grad_scale, decay = tl.load(scalars_ptr + GRAD_SCALE), tl.load(scalars_ptr + DECAY)
+    grad_scale, decay = tl.load(scalars_ptr + schema.GRAD_SCALE), tl.load(scalars_ptr + schema.DECAY)
     p_ptr, g_ptr, low_ptr, moments = arrays_of(
         pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, 0, SLOTS
     )
@@ -209,13 +184,13 @@ def row_norm_kernel(
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
     if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
-        if tl.load(scalars_ptr + i * N_SCALARS + TAKEN) == 0.0:
+        if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     row = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk
-    end = tl.minimum(row + tiles_per_chunk, tl.load(layout_ptr + i * N_LAYOUT + N_BLOCKS))
-    grad_scale = tl.load(scalars_ptr + i * N_SCALARS + GRAD_SCALE)
-    numbers = numbers_of(scalars_ptr + i * N_SCALARS)
-    g_ptr = _array(pointers_ptr, G_PTR, i, n_tensors, G, ALIGN)
+    end = tl.minimum(row + tiles_per_chunk, tl.load(layout_ptr + i * schema.N_LAYOUT + schema.N_BLOCKS))
+    grad_scale = tl.load(scalars_ptr + i * schema.N_SCALARS + schema.GRAD_SCALE)
+    numbers = numbers_of(scalars_ptr + i * schema.N_SCALARS)
+    g_ptr = _array(pointers_ptr, schema.G_PTR, i, n_tensors, G, ALIGN)
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, 0, SLOTS)
     total = tl.zeros((1,), tl.float32)
     sum_of_squares = tl.zeros((1,), tl.float32)
@@ -247,7 +222,7 @@ def row_norm_kernel(
 @triton.jit
 def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
     """The width of a tensor's rows, and where one of them begins."""
-    width = tl.load(layout_ptr + i * N_LAYOUT + WIDTH)
+    width = tl.load(layout_ptr + i * schema.N_LAYOUT + schema.WIDTH)
     start = row * width
     if FLAT:
         start = tl.multiple_of(start, 8)
@@ -301,13 +276,13 @@ def row_sums_kernel(
 @triton.jit
 def given_sums(layout_ptr, row_sums_ptr, i, row, factor, GIVEN: tl.constexpr):
     """The length of a whole row, its sum times ``factor``, and of 2 ``GIVEN`` its squares' likewise, ``[1]``."""
-    layout_ptr += i * N_LAYOUT
-    row_sums_ptr += (tl.load(layout_ptr + FIRST_ROW) + row) * GIVEN + tl.arange(0, 1)
+    layout_ptr += i * schema.N_LAYOUT
+    row_sums_ptr += (tl.load(layout_ptr + schema.FIRST_ROW) + row) * GIVEN + tl.arange(0, 1)
     sums = tl.load(row_sums_ptr) * factor
     squares = sums
     if GIVEN == 2:
         squares = tl.load(row_sums_ptr + 1) * factor * factor
-    return tl.load(layout_ptr + ROW_LENGTH), sums, squares
+    return tl.load(layout_ptr + schema.ROW_LENGTH), sums, squares
 
 
 @triton.jit
@@ -360,7 +335,7 @@ def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl
     """Where ``m`` and ``v`` of a tensor lie, the latter in a dtype of its own."""
     v_ptr = moments[0]
     if SLOTS == 2:
-        v_ptr = _array(pointers_ptr, V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8)
+        v_ptr = _array(pointers_ptr, schema.V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8)
     return moments[0], v_ptr
 
 
