@@ -39,7 +39,9 @@ class ShardSums:
         wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
         self.dtype = torch.float64 if torch.float64 in wide else torch.float32
         lengths = [1] * len(params) if lengths is None else lengths
-        self._n = sum(lengths)
+        firsts = [0, *accumulate(lengths)]
+        self._places = {id(p): range(*ends) for p, ends in zip(params, pairwise(firsts), strict=True)}
+        self._n = firsts[-1]
         owners = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         owners = torch.arange(len(params), dtype=torch.int64, device="cpu").repeat_interleave(owners)
         self._rounds: list[tuple[Any, Tensor | None]] = []
@@ -56,9 +58,22 @@ class ShardSums:
         self._own = None if all(firsts) else send(own[owners], self.device)
         self._work: Any = None
 
+    def places_of(self, params: Sequence[Tensor]) -> Tensor:
+        """The indices of the numbers of ``params`` among those of all."""
+        ranges = [self._places[id(p)] for p in params]
+        places = [torch.arange(x.start, x.stop, dtype=torch.int64, device="cpu") for x in ranges]
+        return send(torch.cat(places), self.device)
+
     def zeros(self) -> Tensor:
         """A vector of the numbers of all."""
         return torch.zeros(self._n, dtype=self.dtype, device=self.device)
+
+    def gathered(self, sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """A vector of the numbers of all, from (places, values); 0 at other places."""
+        vector = self.zeros()
+        for places, values in sums:
+            vector[places] = values.view(-1).to(vector.dtype)
+        return vector
 
     def start(self, vector: Tensor) -> None:
         """Begin to add up the vectors of all processes; nothing waits for the result."""
@@ -92,24 +107,17 @@ class LimiterReduction:
     """
 
     def __init__(self, params: Sequence[Tensor], of_rows: Sequence[bool]) -> None:
-        self._place = {id(p): i for i, p in enumerate(params)}
         self._device = params[0].device
         self._sums = ShardSums(params)
+        self.places_of = self._sums.places_of
         counts = [not rows or is_first_part_of_rows(p) for p, rows in zip(params, of_rows, strict=True)]
         own = torch.tensor(counts, dtype=torch.bool, device="cpu")
         self._counts = None if all(counts) else send(own, self._device)
         self._gammas: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
-    def places_of(self, params: Sequence[Tensor]) -> Tensor:
-        """Return the indices of ``params`` in the vector of all sums."""
-        places = torch.tensor([self._place[id(p)] for p in params], dtype=torch.int64, device="cpu")
-        return send(places, self._device)
-
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Start to reduce sums, passed as (places, values), over processes, without waiting for the result."""
-        vector = self._sums.zeros()
-        for places, values in sums:
-            vector[places] = values.to(vector.dtype)
+        vector = self._sums.gathered(sums)
         self._sums.start(vector if self._counts is None else torch.where(self._counts, vector, 0))
 
     def divisors(
@@ -147,24 +155,12 @@ class RowReduction:
     """
 
     def __init__(self, params: Sequence[Tensor], lengths: Sequence[int]) -> None:
-        firsts = [0, *accumulate(lengths)]
-        self._places = {id(p): range(*ends) for p, ends in zip(params, pairwise(firsts), strict=True)}
         self._sums = ShardSums(params, lengths, of_rows=True)
-
-    def places_of(self, params: Sequence[Tensor]) -> Tensor:
-        """Return the indices of the numbers of ``params`` in the vector of all."""
-        own = [torch.arange(x.start, x.stop, dtype=torch.int64, device="cpu") for x in map(self._of, params)]
-        return send(torch.cat(own), self._sums.device)
-
-    def _of(self, p: Tensor) -> range:
-        return self._places[id(p)]
+        self.places_of = self._sums.places_of
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Start to add up parts of sums, passed as (places, values), without waiting for the result."""
-        vector = self._sums.zeros()
-        for places, values in sums:
-            vector[places] = values.view(-1).to(vector.dtype)
-        self._sums.start(vector)
+        self._sums.start(self._sums.gathered(sums))
 
     def finish(self, places: Tensor, parts: Tensor) -> Tensor:
         """Return the sums at ``places``, of which ``parts`` are this process's."""

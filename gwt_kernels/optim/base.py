@@ -19,6 +19,7 @@ from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
 from gwt_kernels.optim.checks import check_traceable, is_captured, names_of
+from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside
@@ -32,7 +33,7 @@ from gwt_kernels.optim.options import (
 )
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
-from gwt_kernels.optim.step_plan import Sources, StepPlan, count_of_skipped, options_of
+from gwt_kernels.optim.step_plan import StepPlan, count_of_skipped, options_of
 from gwt_kernels.rules import ADAMW
 
 _NO_CONTROL = {

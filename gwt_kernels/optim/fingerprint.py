@@ -2,64 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gwt_kernels.core.survey import PYTHON, Survey
+from gwt_kernels.core.survey import Survey
+
+
+class Sources(NamedTuple):
+    """What a plan is made from and rests on.
+
+    Attributes:
+        groups: Parameter groups, whose options are checked.
+        states: States of the parameters, complete for those that have a gradient.
+        params: Parameters of all groups, in order.
+        held: What this process holds of them.
+        grads: Their gradients, or the shards of these.
+        options: Other values that the checks depend on; compared by ``==``.
+        first_place: Index of the first parameter among all of the optimizer.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    states: Mapping[Tensor, dict[str, Any]]
+    params: list[Tensor]
+    held: list[Tensor]
+    grads: list[Tensor | None]
+    options: Any
+    first_place: int = 0
 
 
 class Fingerprint:
-    """Parameters, options, kinds of gradients, and states of all groups at one time.
+    """Parameters, options, kinds of gradients, and states of all groups at one time; keeps no gradient alive.
 
     Args:
-        params: The tensors of all groups, in order.
-        grads: Their gradients or shards of these; not kept alive.
-        options: Other values that the checks depend on, compared by ``==``.
-        state: The optimizer's state by parameter, or its relevant part.
-        held: This process's shards of the parameters; None if none is sharded.
+        sources: What there is at that time.
         survey: Functions that compare tensors and states.
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        options: Any,
-        state: Mapping[Tensor, dict[str, Any]],
-        held: list[Tensor] | None = None,
-        survey: Survey = PYTHON,
-    ) -> None:
-        held = params if held is None else held
+    def __init__(self, sources: Sources, survey: Survey) -> None:
         self._survey = survey
-        self._params = params
-        self._options = options
-        self._addresses = survey.addresses(held)
-        self._are_params = survey.like(held)
-        self._is_state = survey.still(state)
-        self._are_grads = survey.like(grads)
+        self._params = sources.params
+        self._options = sources.options
+        self._addresses = survey.addresses(sources.held)
+        self._are_params = survey.like(sources.held)
+        self._is_state = survey.still(sources.states)
+        self._are_grads = survey.like(sources.grads)
 
     def is_of(self, params: list[Tensor]) -> bool:
         """Return whether these are the same parameter objects."""
         return self._survey.same(params, self._params)
 
-    def holds(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        options: Any,
-        state: Mapping[Tensor, dict[str, Any]],
-        held: list[Tensor] | None = None,
-    ) -> bool:
+    def holds(self, sources: Sources) -> bool:
         """Return whether nothing has changed, except for new gradients of the same kind."""
-        held = params if held is None else held
         return (
-            options == self._options
-            and self._survey.same(params, self._params)
+            sources.options == self._options
+            and self._survey.same(sources.params, self._params)
             # Assignment to p.data changes an address or a kind.
-            and self._survey.addresses(held) == self._addresses
-            and self._are_params(held)
-            and self._is_state(state)
-            and self._are_grads(grads)
+            and self._survey.addresses(sources.held) == self._addresses
+            and self._are_params(sources.held)
+            and self._is_state(sources.states)
+            and self._are_grads(sources.grads)
         )

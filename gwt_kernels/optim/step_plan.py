@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from gwt_kernels.distributed.factors import FactorPlaces, FactorReduction
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
-from gwt_kernels.optim.fingerprint import Fingerprint
+from gwt_kernels.optim.fingerprint import Fingerprint, Sources
 from gwt_kernels.optim.matrices import has_matrices, is_exchanged, stage_key
 from gwt_kernels.optim.options import STRUCTURAL
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, attendance, stream_id_of, with_gradients
@@ -31,28 +31,6 @@ from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_ro
 from gwt_kernels.rules import rule_of
 
 _Reduction = TypeVar("_Reduction")
-
-
-class Sources(NamedTuple):
-    """What a plan is made from and rests on.
-
-    Attributes:
-        groups: Parameter groups, whose options are checked.
-        states: States of the parameters, complete for those that have a gradient.
-        params: Parameters of all groups, in order.
-        held: What this process holds of them.
-        grads: Their gradients, or the shards of these.
-        options: From :func:`options_of`; compared by value.
-        first_place: Index of the first parameter among all of the optimizer.
-    """
-
-    groups: Sequence[Mapping[str, Any]]
-    states: Mapping[Tensor, dict[str, Any]]
-    params: list[Tensor]
-    held: list[Tensor]
-    grads: list[Tensor | None]
-    options: Any
-    first_place: int = 0
 
 
 class StepPlan:
@@ -116,9 +94,7 @@ class StepPlan:
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
         self._snapshot = None
         if not choice.is_symbolic():  # nothing that stands for numbers here may be found by a later step
-            self._snapshot = Fingerprint(
-                sources.params, sources.grads, sources.options, states, sources.held, self.survey
-            )
+            self._snapshot = Fingerprint(sources, self.survey)
 
     def is_of(self, params: list[Tensor]) -> bool:
         """Whether these are the very parameters of the plan, in their order."""
@@ -126,8 +102,7 @@ class StepPlan:
 
     def holds(self, sources: Sources) -> bool:
         """Whether all that the plan rests on is as it was, but for gradients: others of the same kind will do."""
-        _, states, params, held, grads, options, _ = sources
-        return self._snapshot is not None and self._snapshot.holds(params, grads, options, states, held)
+        return self._snapshot is not None and self._snapshot.holds(sources)
 
     @property
     def devices(self) -> list[torch.device]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gwt_kernels.backends.triton.native import compiled
 from gwt_kernels.core import survey
 from gwt_kernels.core.survey import PYTHON, Survey
-from gwt_kernels.optim.fingerprint import Fingerprint
+from gwt_kernels.optim.fingerprint import Fingerprint, Sources
 from tests.support.native import needs_compiler
 
 
@@ -40,15 +40,17 @@ class Held:
         self.remember()
 
     def remember(self) -> None:
-        self.snapshot = Fingerprint(
-            list(self.params), self.grads(), list(self.options), self.state, survey=self.survey
-        )
+        self.snapshot = Fingerprint(self.sources(), self.survey)
+
+    def sources(self) -> Sources:
+        params = list(self.params)
+        return Sources([], self.state, params, params, self.grads(), list(self.options))
 
     def grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]
 
     def holds(self) -> bool:
-        return self.snapshot.holds(list(self.params), self.grads(), list(self.options), self.state)
+        return self.snapshot.holds(self.sources())
 
 
 @pytest.fixture(params=["guards", "no guards", pytest.param("C", marks=needs_compiler)])
