@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -70,9 +70,12 @@ def optimizer_for(
         raise ValueError(f"{kind.__name__}'s eps are two numbers, of which no flag is one: leave out --eps")
     every = state["param_groups"]
     families = [_family_of(group, state) for group in every]
-    members = list(zip(every, families, strict=True))
-    own = [_named_here(group) for group, family in members if family == _FAMILIES[rule]]
-    adams = [group for group, family in members if family == "Adam"]
+    own_places = [i for i, family in enumerate(families) if family == _FAMILIES[rule]]
+    asked = {option for option, value in (("lr", given.get("lr")), ("scale", scale)) if value is not None}
+    for i in own_places:
+        _check_said(every[i], i, asked)
+    own = [_named_here(every[i]) for i in own_places]
+    adams = [group for group, family in zip(every, families, strict=True) if family == "Adam"]
     for option in [name for name in known if name not in _GIVEN | given.keys()]:
         value = agreed(every if option in _SHARED else own, option)
         is_said = value is not None or (own and all(option in group for group in own))  # None is a value, too
@@ -134,6 +137,21 @@ def _family_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     if {"clip_threshold", "beta2_decay"} & group.keys() or {"row_var", "variance", *FACTORS} & held:
         return "Adafactor"
     return "Lion" if "exp_avg" in held and "exp_avg_sq" not in held else "Adam"
+
+
+def _check_said(group: Mapping[str, Any], index: int, asked: Set[str]) -> None:
+    """Raise a ValueError unless a group has the options that the optimizer's are made of, or they are asked for."""
+    needed = {"lr": "--lr"} | ({"scale": "--scale"} if group.get("level") else {})
+    for option, flag in needed.items():
+        if option not in asked and option not in group:
+            raise ValueError(
+                f"group {index} of the state has no {option}: say it with {flag}, or take another state"
+            )
+    if "beta2_decay" in group and not (isinstance(group.get("eps"), list | tuple) and {"d", "lr"} <= group.keys()):
+        raise ValueError(
+            f"group {index} of the state has beta2_decay, but not lr, d and two eps, as PyTorch's Adafactor: "
+            f"it is damaged; take another"
+        )
 
 
 def _named_here(group: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.factored import has_factors, is_factored, migrate_factors
 from gwt_kernels.migration.foreign import as_one, is_of_muon, own_entries
-from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options
+from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options, number_in
 from gwt_kernels.migration.records import Source as _Source
 from gwt_kernels.migration.records import Target as _Target
 from gwt_kernels.optim.base import PlannedOptimizer
@@ -353,17 +352,15 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             "state_dtype": stored.name, "norm_growth_limit": None}, "its moments", stored.scales_of(slots),
         )  # fmt: skip
     for key in numbers:
-        value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
-        if value.numel() != 1 or not 0 <= float(value) < math.inf:
-            raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
-    return float(state["step"])
+        number_in(state, key)
+    return number_in(state, "step")
 
 
 def _limiter_norm(
     source: _Source, state: Mapping[str, Tensor], old: Form, new: Form, eps: float, same: bool
 ) -> tuple[float, str]:
     """The norm that the limiter goes on from, and how it was made."""
-    norm = float(source.state.get("limiter_norm", 0.0))
+    norm = number_in(source.state, "limiter_norm")
     if "limiter_norm" in source.state and same:
         return norm, "exact"
     size = update_norm(source.state, old, float(source.group.get("eps", eps)))
