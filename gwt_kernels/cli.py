@@ -144,6 +144,8 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--correct-bias", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, or yes")
     add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
+    add("--prefix", metavar="NAME", help="attribute in which the module that the optimizer is over has the model, "
+        "such as model in a LightningModule with self.model; parameters' names begin with it")  # fmt: skip
     add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
         "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
     add("--key", action="append", help="where in the file the state is, if in several places; repeat it for "
@@ -186,7 +188,7 @@ def _migrate(options: argparse.Namespace) -> int:
 
     out, checkpoint = Path(options.out), Path(options.checkpoint)
     try:
-        migration = migrate_file(
+        written = migrate_file(
             checkpoint,
             out,
             options.config,
@@ -197,6 +199,7 @@ def _migrate(options: argparse.Namespace) -> int:
                 _renamed(options.rename or ()),
                 options.key or (),
                 options.allow or (),
+                options.prefix,
             ),
             rule=options.rule,
             norm_growth_limit=None if options.no_limiter else "published",
@@ -215,7 +218,9 @@ def _migrate(options: argparse.Namespace) -> int:
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
         return _refuse("migrate", error)
-    print(migration)
+    print(written.migration)
+    if written.notes:
+        print(*written.notes, sep="\n")
     print(f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {checkpoint.stat().st_size:,} bytes, unchanged")
     return 0
 

@@ -24,6 +24,7 @@ _NUMBERS: tuple[str, ...] = (
     "norm_growth_limit",
 )
 _NUMBERS += ("max_grad_norm", "beta1", "beta2_decay", "decay_rate", "d", "clip_threshold")
+_NUMBERS += ("initial_lr", "max_lr", "min_lr")
 _OFF_WITH_NONE = ("beta1", "norm_growth_limit", "max_grad_norm")
 
 

@@ -221,12 +221,15 @@ def test_command_in_a_new_process(trained, tmp_path):
 
 def test_the_examples_of_the_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
-    code, printed, of_muon = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:3]
+    code, printed, of_schedule, of_muon = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:4]
     names: dict = {}
     torch.manual_seed(0)
     exec(code, names)
     assert capsys.readouterr().out == printed
     assert names["after"] < names["before"]
+    exec(of_schedule, names)
+    assert (names["scheduler"].last_epoch, names["scheduler"].base_lrs) == (10, [1e-3] * 3)
+    assert [group["lr"] for group in names["optimizer"].param_groups] == pytest.approx([1e-3 / 1.1] * 3)
     exec(of_muon, names)
     assert names["migration"].tensors[0].notes == {"exp_avg": "exact: sums of blocks"}
     assert names["optimizer"].state[names["mlp"].weight]["exp_avg"].shape == (32, 8)
