@@ -85,8 +85,8 @@ def plan_sharded(
         raise ValueError(f"mesh {mesh!r} has an axis without processes: use 1 for an axis that is not there")
     if mesh.size > _MOST_PROCESSES:
         raise ValueError(
-            f"mesh {mesh} has {mesh.size} processes, more than the {_MOST_PROCESSES} that ranks can count: plan for "
-            f"fewer"
+            f"mesh {mesh} has {mesh.size} processes, more than the {_MOST_PROCESSES} that ranks can count: plan "
+            f"for fewer"
         )
     for what, per_second, value in (
         ("link_bandwidth", "bytes", link_bandwidth),
