@@ -175,10 +175,10 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
 
 
 def write(path: Path, payload: Any) -> None:
-    """``torch.save``, after which the file is there whole or not at all.
+    """``torch.save``, after which the file is there whole or not at all, in place of nothing that was there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is something of that name, be it since the beginning.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -186,7 +186,14 @@ def write(path: Path, payload: Any) -> None:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            os.link(partial, path)  # which fails where there is something; a rename would replace it
+        except FileExistsError:
+            check_free(path)
+            raise
+        except OSError:  # a file system without hard links
+            check_free(path)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

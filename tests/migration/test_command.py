@@ -357,10 +357,33 @@ def test_existing_files_are_not_overwritten(trained, tmp_path, capsys):
     checkpoint = file_of(tmp_path, trained.state)
     before = checkpoint.read_bytes()
     os.symlink(checkpoint, tmp_path / "link.pt")
-    for out in (checkpoint, tmp_path / "link.pt"):
+    os.symlink(tmp_path / "nowhere.pt", tmp_path / "dangling.pt")
+    for out in (checkpoint, tmp_path / "link.pt", tmp_path / "dangling.pt"):
         assert run(checkpoint, out, trained.config) == 2
         assert f"{out} exists" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=("hard links", "no hard links"))
+def test_a_file_that_appears_meanwhile_is_not_overwritten(links, trained, tmp_path, monkeypatch, capsys):
+    checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
+    save, link = torch.save, os.link
+
+    def saved_while_another_writes(payload, file):
+        save(payload, file)
+        out.write_text("another's")
+
+    def without_links(*names):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link if links else without_links)
+    assert run(checkpoint, tmp_path / "first.pt", trained.config) == 0
+    assert set(read(tmp_path / "first.pt")) == {"state", "param_groups"}
+    monkeypatch.setattr(torch, "save", saved_while_another_writes)
+    assert run(checkpoint, out, trained.config) == 2
+    assert f"{out} exists, and nothing is overwritten" in capsys.readouterr().err
+    assert out.read_text() == "another's"
+    assert sorted(os.listdir(tmp_path)) == ["first.pt", "gwt.pt", "optimizer.pt"]
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
