@@ -15,6 +15,7 @@ from gwt_kernels.migration.foreign import is_of_muon
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
+from gwt_kernels.rules import ADAMW
 
 _FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam", "muon": "Muon", "lion": "Lion"}
 _FAMILIES["adafactor"] = "Adafactor"
@@ -56,6 +57,8 @@ def optimizer_for(
     """
     given = {key: value for key, value in options.items() if value is not None}
     rule = given.pop("rule", "gwt")
+    if rule == ADAMW.name and recipe.level:
+        raise ValueError(f"level is {recipe.level}, but rule='adamw' transforms nothing: say --level 0")
     kind = optimizer_of(rule)
     known = inspect.signature(kind).parameters
     if "norm_growth_limit" not in known:
@@ -104,6 +107,8 @@ def optimizer_for(
         scale = next((group["scale"] for group in own if group.get("level")), known["scale"].default)
     if optimizer_of("gwt") is kind:
         groups = gwt_param_groups(model, scale=scale, weight_decay=decay, **recipe._asdict())
+        if rule == ADAMW.name:
+            given |= {"level": 0, "norm_growth_limit": None}
         return kind(groups, **given, **({} if rule == "gwt" else {"rule": rule}))
     groups = gwt_param_groups(
         model, scale=scale, weight_decay=decay, rule=rule, adamw_lr=adamw_lr, **recipe._asdict()

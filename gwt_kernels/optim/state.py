@@ -206,7 +206,10 @@ def check_state(
                 f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
-            follows = key not in factors and key not in _row_slots(group)
+            wider = {"limiter_norm", *factors} & state.keys()  # which follow the parameter, whatever the moments do
+            follows = key not in {*factors, *_row_slots(group)} and all(
+                state[each].dtype == _norm_dtype(p) for each in wider
+            )
             other = f"give it state_dtype={state[key].dtype}, or " if follows else ""
             raise ValueError(
                 f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: {other}convert the state "

@@ -208,6 +208,17 @@ def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
     assert len(read(out)["state"]) == len(list(trained.model.parameters()))
 
 
+def test_adamw_at_level_0(trained, tmp_path, capsys):
+    checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
+    assert run(checkpoint, out, trained.config, "--rule", "adamw") == 2
+    assert "level is 2, but rule='adamw' transforms nothing: say --level 0" in capsys.readouterr().err
+    assert run(checkpoint, out, trained.config, "--rule", "adamw", "--level", 0) == 0
+    for options in ({"rule": "adamw", "level": 0}, {}):
+        optimizer = GWTAdamW(gwt_param_groups(trained.model, level=0, weight_decay=0.1), lr=0.003, **options)
+        optimizer.load_state_dict(read(out))
+        assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
 def test_command_in_a_new_process(trained, tmp_path):
     checkpoint = file_of(tmp_path, trained.state)
     command = [sys.executable, "-m", "gwt_kernels", "migrate", str(checkpoint), "--config", str(trained.config)]
