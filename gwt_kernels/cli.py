@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
     Returns:
-        0 for success, 1 for a failed check, 2 for bad arguments, and 141 (128 + SIGPIPE, as shells report it) if
-        the reader of the output has closed the pipe.
+        0 for success, 1 for a failed check or output that cannot be written, 2 for bad arguments, and 141 (128 +
+        SIGPIPE, as shells report it) if the reader of the output has closed the pipe.
     """
     try:
         try:
@@ -53,8 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where an error can be caught; argparse flushes its help only at exit
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _drop_output()
         return 128 + 13  # SIGPIPE
+    except OSError as error:  # the disk is full
+        _drop_output()
+        print(f"gwt-kernels: the output cannot be written: {error}", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """Let the flush at exit write to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -144,6 +153,8 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--correct-bias", action=argparse.BooleanOptionalAction, help="default: the checkpoint's, or yes")
     add("--names", metavar="FILE", help="the parameters' names, one a line, in the order of a state without names")
+    add("--prefix", metavar="NAME", help="attribute in which the module that the optimizer is over has the model, "
+        "such as model in a LightningModule with self.model; parameters' names begin with it")  # fmt: skip
     add("--rename", action="append", metavar="OLD=NEW", help="what an entry of a parameter's state is called here, "
         "such as norm=limiter_norm; nothing after the = leaves it behind")  # fmt: skip
     add("--key", action="append", help="where in the file the state is, if in several places; repeat it for "
@@ -186,7 +197,7 @@ def _migrate(options: argparse.Namespace) -> int:
 
     out, checkpoint = Path(options.out), Path(options.checkpoint)
     try:
-        migration = migrate_file(
+        written = migrate_file(
             checkpoint,
             out,
             options.config,
@@ -197,6 +208,7 @@ def _migrate(options: argparse.Namespace) -> int:
                 _renamed(options.rename or ()),
                 options.key or (),
                 options.allow or (),
+                options.prefix,
             ),
             rule=options.rule,
             norm_growth_limit=None if options.no_limiter else "published",
@@ -215,7 +227,9 @@ def _migrate(options: argparse.Namespace) -> int:
         )
     except (ImportError, OSError, TypeError, ValueError) as error:
         return _refuse("migrate", error)
-    print(migration)
+    print(written.migration)
+    if written.notes:
+        print(*written.notes, sep="\n")
     print(f"{out}: {out.stat().st_size:,} bytes; {checkpoint}: {checkpoint.stat().st_size:,} bytes, unchanged")
     return 0
 
@@ -238,7 +252,7 @@ def _plan(options: argparse.Namespace) -> int:
     from gwt_kernels.plan import measure_bandwidth, parse_bandwidth, plan
 
     try:
-        bandwidth = parse_bandwidth(options.bandwidth) if options.bandwidth else None
+        bandwidth = None if options.bandwidth is None else parse_bandwidth(options.bandwidth)
         planned = plan(
             options.model,
             level=options.level,
@@ -284,7 +298,7 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
         unused = [
             name
             for name in ("clip", "link_bandwidth", "latency", "host_time", "matrix_flops")
-            if getattr(options, name)
+            if getattr(options, name) is not None and getattr(options, name) is not False
         ]
         if unused:
             raise ValueError(f"--{unused[0].replace('_', '-')} needs --world-size or --mesh")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     ["--help"],
@@ -67,3 +69,15 @@ def test_the_first_line_is_enough_for_head() -> None:
     )  # fmt: skip
     assert done.stdout.startswith("LlamaForCausalLM from llama_60m")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_output_that_cannot_be_written_gives_one_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gwt_kernels", "plan", "llama_60m"],
+            stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("gwt-kernels: the output cannot be written: ")

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
 
 _GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
 """Options of gwt_param_groups; all others are the optimizer's."""
-_OF_SHAPES = ("include", "exclude", "row_splits", "workspace_bytes")
+_OF_SHAPES = ("include", "exclude", "row_splits", "head_rows", "workspace_bytes")
 """Options that only the model's own tensors can be checked against."""
 
 _TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
@@ -85,7 +85,8 @@ class GWTTrainerMixin:
                 "use Trainer without the mixin"
             )
         _check_together(self.args, self.gwt_options)
-        _try_out(self.model, self.args, self.gwt_options)
+        if any(p.requires_grad for p in self.model.parameters()):  # else it can evaluate
+            _try_out(self.model, self.args, self.gwt_options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer if there is none yet; Trainer calls this before training.
@@ -117,8 +118,8 @@ def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[s
         RuntimeError: at the start of training, if this version of transformers passes no model to optimizers.
     """
     _check_together(args, options)
-    # Wide enough for any level; bfloat16 supports every weight rounding.
-    any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 1, device="meta", dtype=torch.bfloat16)})
+    # Wide enough for any level, of two outputs as one is a score; bfloat16 supports every weight rounding.
+    any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 2, device="meta", dtype=torch.bfloat16)})
     _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in _OF_SHAPES})
     return _Factory, {"args": args, **options}
 
@@ -221,6 +222,14 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
         scale = inspect.signature(kind).parameters["scale"].default
         chosen = {"scale": scale, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
+    level = chosen.get("level", 2)
+    if level and not any(group["level"] for group in groups):
+        shallow = {**chosen, "level": 1, "verbose": False}
+        if any(group["level"] for group in gwt_param_groups(model, **shallow)):
+            raise ValueError(
+                f"level {level} is too deep for all matrices of the model, so that nothing would be transformed: "
+                f"use a lower level"
+            )
     if on is not None:
         for group in groups:
             group["params"] = [torch.empty(p.shape, dtype=p.dtype, device=on) for p in group["params"]]

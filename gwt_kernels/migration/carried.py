@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from gwt_kernels.migration.foreign import is_of_muon
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
+from gwt_kernels.rules import ADAMW
 
 _FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam", "muon": "Muon", "lion": "Lion"}
 _FAMILIES["adafactor"] = "Adafactor"
@@ -56,6 +57,8 @@ def optimizer_for(
     """
     given = {key: value for key, value in options.items() if value is not None}
     rule = given.pop("rule", "gwt")
+    if rule == ADAMW.name and recipe.level:
+        raise ValueError(f"level is {recipe.level}, but rule='adamw' transforms nothing: say --level 0")
     kind = optimizer_of(rule)
     known = inspect.signature(kind).parameters
     if "norm_growth_limit" not in known:
@@ -70,9 +73,12 @@ def optimizer_for(
         raise ValueError(f"{kind.__name__}'s eps are two numbers, of which no flag is one: leave out --eps")
     every = state["param_groups"]
     families = [_family_of(group, state) for group in every]
-    members = list(zip(every, families, strict=True))
-    own = [_named_here(group) for group, family in members if family == _FAMILIES[rule]]
-    adams = [group for group, family in members if family == "Adam"]
+    own_places = [i for i, family in enumerate(families) if family == _FAMILIES[rule]]
+    asked = {option for option, value in (("lr", given.get("lr")), ("scale", scale)) if value is not None}
+    for i in own_places:
+        _check_said(every[i], i, asked)
+    own = [_named_here(every[i]) for i in own_places]
+    adams = [group for group, family in zip(every, families, strict=True) if family == "Adam"]
     for option in [name for name in known if name not in _GIVEN | given.keys()]:
         value = agreed(every if option in _SHARED else own, option)
         is_said = value is not None or (own and all(option in group for group in own))  # None is a value, too
@@ -101,6 +107,8 @@ def optimizer_for(
         scale = next((group["scale"] for group in own if group.get("level")), known["scale"].default)
     if optimizer_of("gwt") is kind:
         groups = gwt_param_groups(model, scale=scale, weight_decay=decay, **recipe._asdict())
+        if rule == ADAMW.name:
+            given |= {"level": 0, "norm_growth_limit": None}
         return kind(groups, **given, **({} if rule == "gwt" else {"rule": rule}))
     groups = gwt_param_groups(
         model, scale=scale, weight_decay=decay, rule=rule, adamw_lr=adamw_lr, **recipe._asdict()
@@ -134,6 +142,21 @@ def _family_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     if {"clip_threshold", "beta2_decay"} & group.keys() or {"row_var", "variance", *FACTORS} & held:
         return "Adafactor"
     return "Lion" if "exp_avg" in held and "exp_avg_sq" not in held else "Adam"
+
+
+def _check_said(group: Mapping[str, Any], index: int, asked: Set[str]) -> None:
+    """Raise a ValueError unless a group has the options that the optimizer's are made of, or they are asked for."""
+    needed = {"lr": "--lr"} | ({"scale": "--scale"} if group.get("level") else {})
+    for option, flag in needed.items():
+        if option not in asked and option not in group:
+            raise ValueError(
+                f"group {index} of the state has no {option}: say it with {flag}, or take another state"
+            )
+    if "beta2_decay" in group and not (isinstance(group.get("eps"), list | tuple) and {"d", "lr"} <= group.keys()):
+        raise ValueError(
+            f"group {index} of the state has beta2_decay, but not lr, d and two eps, as PyTorch's Adafactor: "
+            f"it is damaged; take another"
+        )
 
 
 def _named_here(group: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from gwt_kernels.migration.carried import Recipe, optimizer_for
 from gwt_kernels.migration.foreign import as_one, is_state
+from gwt_kernels.migration.schedules import is_schedule, renewed, schedules_in
 from gwt_kernels.migration.states import Migration, migrate, names_in
 from gwt_kernels.migration.unpickling import load
 from gwt_kernels.models.files import build_on_meta
@@ -26,12 +27,26 @@ class Reading(NamedTuple):
         renamed: ``keys`` of :func:`gwt_kernels.migrate`.
         keys: Where in the dict the state is, if in several places; of several optimizers, that of each.
         allow: As for :func:`read`.
+        prefix: Of the parameters' names, where the optimizer is over a module that has the model as an attribute.
     """
 
     names: list[str] | None = None
     renamed: dict[str, str | None] | None = None
     keys: Sequence[str] = ()
     allow: Iterable[str] = ()
+    prefix: str | None = None
+
+
+class Written(NamedTuple):
+    """What :func:`migrate_file` did.
+
+    Attributes:
+        migration: Of the state.
+        notes: On the checkpoint's schedules, a sentence each.
+    """
+
+    migration: Migration
+    notes: list[str]
 
 
 def migrate_file(
@@ -43,8 +58,11 @@ def migrate_file(
     recipe: Recipe,
     reading: Reading,
     **options: Any,
-) -> Migration:
+) -> Written:
     """Write a copy of a checkpoint in which the optimizer's state is one of ours; nothing else differs.
+
+    Schedules keep values of each group, and those of this optimizer become ones for the new groups: in the file, or
+    in one beside it, such as ``scheduler.pt`` beside ``optimizer.pt``, of which a copy is written beside ``out``.
 
     The state is made for the optimizer of ``rule``, such as ``GWTAdamW(gwt_param_groups(model, level=...,
     include=..., exclude=...), ...)``, over the model that the configuration says. Options are the checkpoint's
@@ -64,14 +82,13 @@ def migrate_file(
         options: ``rule``, those of its optimizer, and ``adamw_lr``.
 
     Returns:
-        What was done; ``str()`` says it.
+        What was done.
 
     Raises:
         OSError: a file cannot be read or written.
         ValueError, TypeError: as :func:`gwt_kernels.migrate`, or the file is no checkpoint.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
+    check_free(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent}: make it, or give --out another name")
     payload = read(checkpoint, reading.allow)
@@ -80,16 +97,37 @@ def migrate_file(
     if len(set(places)) < len(places):
         raise ValueError(f"--key names {reading.keys} twice: name each optimizer's state once")
     state = as_one(states)
-    model, names = build_on_meta(config, dtype), reading.names
+    model, names = _within(build_on_meta(config, dtype), reading.prefix), reading.names
     if names is None and names_in(state) is None:
         names = _likely_names(model, state)
     optimizer = optimizer_for(model, state, recipe, options)
     migration = migrate(state, optimizer, names=names, keys=reading.renamed)
+    payload, notes = _with_schedules(payload, places, migration, len(state["param_groups"]))
     payload = _replaced(payload, places[0], migration.state_dict)
     for place in sorted(places[1:], key=lambda each: [str(each[0]), *each[1:]], reverse=True):
         payload = _without(payload, place)
+    beside, its_out = _beside(checkpoint, checkpoint), _beside(out, checkpoint)
+    if places != ((),) or beside is None or its_out is None or not beside.is_file():
+        write(out, payload)
+        return Written(migration, notes)
+    schedule, groups = read(beside, reading.allow), len(state["param_groups"])
+    if not is_schedule(schedule, groups):
+        write(out, payload)
+        return Written(migration, [f"{beside}: no schedule of the {groups} groups of before, so left alone"])
+    check_free(its_out)
     write(out, payload)
-    return migration
+    try:
+        write(its_out, _renewed(schedule, migration, groups))
+    except BaseException:
+        out.unlink()
+        raise
+    return Written(migration, [f"{its_out}: the schedule of {beside} for the new groups, to load with {out}"])
+
+
+def check_free(out: Path) -> None:
+    """Raise a FileExistsError where something is, be it a link that leads nowhere."""
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
 
 
 def read(path: Path, allow: Iterable[str] = ()) -> Any:
@@ -117,12 +155,7 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
     Raises:
         ValueError: there is none, or more than one.
     """
-    found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if is_state(payload) else {}
-    if not found and isinstance(payload, Mapping):
-        for name, value in payload.items():
-            members = enumerate(value) if isinstance(value, list | tuple) else ()  # as Lightning keeps them
-            found |= {(name, i): each for i, each in members if is_state(each)}
-            found |= {(name,): value} if is_state(value) else {}
+    found = _states_in(payload)
     if key is not None:
         found = {place: state for place, state in found.items() if ".".join(map(str, place)) == key}
     if not found:
@@ -142,10 +175,10 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
 
 
 def write(path: Path, payload: Any) -> None:
-    """``torch.save``, after which the file is there whole or not at all.
+    """``torch.save``, after which the file is there whole or not at all, in place of nothing that was there.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or there is something of that name, be it since the beginning.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -153,9 +186,62 @@ def write(path: Path, payload: Any) -> None:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            os.link(partial, path)  # which fails where there is something; a rename would replace it
+        except FileExistsError:
+            check_free(path)
+            raise
+        except OSError:  # a file system without hard links
+            check_free(path)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _states_in(payload: Any) -> dict[tuple[Any, ...], Mapping[str, Any]]:
+    """The optimizers' states in a checkpoint, by the keys that lead to them."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if is_state(payload) else {}
+    if not found and isinstance(payload, Mapping):
+        for name, value in payload.items():
+            members = enumerate(value) if isinstance(value, list | tuple) else ()  # as Lightning keeps them
+            found |= {(name, i): each for i, each in members if is_state(each)}
+            found |= {(name,): value} if is_state(value) else {}
+    return found
+
+
+def _with_schedules(
+    payload: Any, places: Sequence[tuple[Any, ...]], migration: Migration, groups: int
+) -> tuple[Any, list[str]]:
+    """A copy of a checkpoint with this optimizer's schedules for its new groups, and what was done.
+
+    Where there are several optimizers, a schedule is known to be of one by its place in a list as long as theirs.
+    """
+    made, notes, several = payload, [], len(_states_in(payload)) > 1
+    for place in schedules_in(payload):
+        name, *within = place
+        schedule = payload[name][within[0]] if within else payload[name]
+        is_its_place = len(places) == 1 and place[1:] == places[0][1:] != ()
+        known = not several or (is_its_place and len(payload[name]) == len(payload[places[0][0]]))
+        label = ".".join(map(str, place))
+        if known and is_schedule(schedule, groups):
+            made = _replaced(made, place, _renewed(schedule, migration, groups))
+            notes.append(f"{label}: the schedule, for the new groups")
+        else:
+            notes.append(f"{label}: the schedule as it was, of other groups or another optimizer")
+    return made, notes
+
+
+def _renewed(schedule: Mapping[str, Any], migration: Migration, groups: int) -> dict[str, Any]:
+    return renewed(schedule, migration.origins, migration.state_dict["param_groups"], groups)
+
+
+def _beside(path: Path, checkpoint: Path) -> Path | None:
+    """The file of the schedule beside an optimizer's, as Trainer and Accelerate call them; None if unknown."""
+    if "optimizer" not in checkpoint.name:
+        return None
+    if "optimizer" in path.name:
+        return path.with_name(path.name.replace("optimizer", "scheduler"))
+    return path.with_name(f"{path.stem}.scheduler{path.suffix}")
 
 
 def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> Any:
@@ -174,6 +260,25 @@ def _without(payload: Any, place: tuple[Any, ...]) -> Any:
         rest = {key: value for key, value in payload.items() if key != place[0]}
         return rest if len(place) == 1 else {**rest, place[0]: _without(payload[place[0]], place[1:])}
     return [*payload[: place[0]], *payload[place[0] + 1 :]]
+
+
+def _within(model: nn.Module, prefix: str | None) -> nn.Module:
+    """A module that has the model as the attribute that the prefix of its names says.
+
+    Raises:
+        ValueError: no attribute can be called so.
+    """
+    for name in reversed([] if prefix is None else prefix.removesuffix(".").split(".")):
+        outer = nn.Module()
+        try:
+            outer.add_module(name, model)
+        except KeyError as error:
+            raise ValueError(
+                f"--prefix {prefix!r} is no path of attributes: give that of the model in the module that the "
+                f"optimizer is over, such as model"
+            ) from error
+        model = outer
+    return model
 
 
 def _likely_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:

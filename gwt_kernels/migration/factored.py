@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gwt_kernels.core.factored import FACTORS, factor_dims
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of
-from gwt_kernels.migration.records import Migrated, Source, Target, finished, form_of_options
+from gwt_kernels.migration.records import Migrated, Source, Target, finished, form_of_options, number_in
 from gwt_kernels.optim.state import complete, slots_of, state_shape
 from gwt_kernels.rules import ADAFACTOR, rule_of
 
@@ -171,9 +171,7 @@ def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
         form = form_of_options(source, target.group, p.shape, form.dtype)
     if isinstance(m := state.get("exp_avg"), Tensor):
         form = form._replace(dtype=m.dtype)
-    step = torch.as_tensor(state.get("step", math.nan), dtype=torch.float64, device="cpu")
-    if step.numel() != 1 or not 0 <= float(step) < math.inf:
-        raise ValueError(f"its step is {state.get('step')}, not a finite number of at least 0: take another state")
+    step = number_in({"step": math.nan, **state}, "step")
     shape = state_shape(p, form._asdict())
     parts = {}
     for key, dims in factor_dims(p.dim()).items():
@@ -189,8 +187,8 @@ def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
         parts[key] = x.detach().double().reshape(expected)
     row, col = (None, *parts.values())[-2:]
     assert col is not None
-    first, note = _first_of(state, group, form, shape, float(step))
-    return _Read(float(step), first, row, col, form), note
+    first, note = _first_of(state, group, form, shape, step)
+    return _Read(step, first, row, col, form), note
 
 
 def _first_of(
@@ -208,7 +206,7 @@ def _first_of(
     if group.get("relative_step") and step:
         rate = min(1e-6 * step if group.get("warmup_init") else 1e-2, 1.0 / math.sqrt(step))
     if group.get("scale_parameter"):
-        rate = float(rate or 0.0) * max(float(group["eps"][1]), float(state.get("RMS", 0.0)))
+        rate = float(rate or 0.0) * max(float(group["eps"][1]), number_in(state, "RMS"))
     rate = float(rate or 0.0)
     if not rate > 0:
         return None, ""

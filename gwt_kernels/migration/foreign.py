@@ -6,9 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from gwt_kernels.optim.numbers import number
+from gwt_kernels.rules import RULES
 
 _OF_MUON = "ns_coefficients"
 """An option that torch.optim.Muon's groups have, and SGD's, whose buffer is a sum, do not."""
+_NUMBERS: tuple[str, ...] = (
+    "lr",
+    "adamw_lr",
+    "weight_decay",
+    "momentum",
+    "scale",
+    "detail_scale",
+    "res_scale",
+    "norm_growth_limit",
+)
+_NUMBERS += ("max_grad_norm", "beta1", "beta2_decay", "decay_rate", "d", "clip_threshold")
+_NUMBERS += ("initial_lr", "max_lr", "min_lr")
+_OFF_WITH_NONE = ("beta1", "norm_growth_limit", "max_grad_norm")
 
 
 def own_entries(
@@ -47,7 +64,7 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
     """A state as it is, or several optimizers' as that of one, the groups of each after those of the one before.
 
     Raises:
-        ValueError: One of them is no state.
+        ValueError: One of them is no state, or its groups are damaged.
     """
     several: list[Any] = list(states) if isinstance(states, list | tuple) else [states]
     for each in several:
@@ -58,6 +75,10 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
                 f"no optimizer's state, of which 'state' and 'param_groups' hold dicts, but {found}: pass what "
                 f"state_dict() of an optimizer returned"
             )
+        if not each["param_groups"]:
+            raise ValueError("the state has no groups of parameters: it is damaged; take another")
+        for i, group in enumerate(each["param_groups"]):
+            _check_options(group, i)
     if len(several) == 1:
         (state,) = several
         return dict(state)
@@ -67,3 +88,45 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
         groups += [{**group, "params": [(i, key) for key in group["params"]]} for group in each["param_groups"]]
         held.update({(i, key): state for key, state in each["state"].items()})
     return {"state": held, "param_groups": groups}
+
+
+def _check_options(group: Mapping[str, Any], index: int) -> None:
+    """Raise a ValueError unless a group's parameters, its rule and its numbers are such, whatever its optimizer."""
+    wrong = next((key for key in group["params"] if not isinstance(key, int | str | tuple)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"group {index} of the state has {wrong!r} among its params, which is no key of a parameter: it is "
+            f"damaged; take another"
+        )
+    if "rule" in group and group["rule"] not in list(RULES):
+        raise ValueError(
+            f"group {index} of the state has rule={group['rule']!r}, which is none of "
+            f"{', '.join(map(repr, RULES))}: it is damaged; take another"
+        )
+    for option in _NUMBERS:
+        may_be_none = option in _OFF_WITH_NONE or (option == "lr" and group.get("relative_step"))
+        if option in group and not (group[option] is None and may_be_none):
+            _check_number(option, group[option], index)
+    for option in ("betas", "eps"):
+        value = group.get(option)
+        if isinstance(value, list | tuple) and len(value) == 2:
+            for i, each in enumerate(value):
+                if not (each is None and option == "eps"):  # as of PyTorch's Adafactor
+                    _check_number(f"{option}[{i}]", each, index)
+        elif option == "eps" and value is not None and not isinstance(value, list | tuple):
+            _check_number(option, value, index)
+        elif value is not None:
+            raise ValueError(
+                f"group {index} of the state has {option}={value!r}, not two numbers: it is damaged; take another"
+            )
+
+
+def _check_number(option: str, value: Any, index: int) -> None:
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
+        return  # not read: a device would have to be waited for
+    try:
+        number(option, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the options of group {index} of the state are damaged: {error}; take another state"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.migration.conversion import Form, form_of
+from gwt_kernels.optim.numbers import number
 from gwt_kernels.optim.options import ADDED, check_group
 from gwt_kernels.optim.state import check_state, state_keys
 
@@ -48,6 +50,22 @@ class Target(NamedTuple):
     def title(self) -> str:
         """Its name, or its place among all."""
         return self.label.split(" ")[1] if self.name is None else self.name
+
+
+def number_in(state: Mapping[str, Any], key: str) -> float:
+    """A number of a state, such as its step count; 0 where it has none.
+
+    Raises:
+        ValueError: it is no single real number, not finite, or below 0.
+    """
+    value = state.get(key, 0.0)
+    try:
+        found = number(key, value.cpu() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise ValueError(f"its {key} is {value}, not a finite number of at least 0: take another state")
+    return found
 
 
 def bytes_of_state(state: Mapping[str, Any]) -> int:

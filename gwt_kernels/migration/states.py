@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
 from gwt_kernels.migration.conversion import Form, convert, describe, form_of, update_norm
 from gwt_kernels.migration.factored import has_factors, is_factored, migrate_factors
 from gwt_kernels.migration.foreign import as_one, is_of_muon, own_entries
-from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options
+from gwt_kernels.migration.records import Migrated, bytes_of_state, finished, form_of_options, number_in
 from gwt_kernels.migration.records import Source as _Source
 from gwt_kernels.migration.records import Target as _Target
+from gwt_kernels.migration.schedules import Origin, origins_of, with_rates
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.names import check_names, plain_names
 from gwt_kernels.optim.state import check_state, complete, row_shape, slots_of, state_shape, upgraded
@@ -36,6 +36,8 @@ class Migration:
     """For ``optimizer.load_state_dict``."""
     tensors: tuple[Migrated, ...]
     """In the optimizer's order, those that have a state."""
+    origins: tuple[Origin, ...] = ()
+    """Of each group of the new state: the old group that its parameters come from."""
 
     @property
     def is_exact(self) -> bool:
@@ -74,7 +76,8 @@ def migrate(
     other optimizers that keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one.
     What is exact and what approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options
     (learning rate, betas and so on) are the optimizer's own; moments made with other betas are rescaled, so that
-    what bias correction makes of them stays the same.
+    what bias correction makes of them stays the same. What a schedule wrote into the state's groups, such as
+    ``initial_lr``, is kept; a learning rate other than the state's is an initial one.
 
     Parameters are matched by name. The optimizer's groups and the state's have names if they were built from named
     parameters, as by `gwt_param_groups`; ``names`` says those that are missing. Where neither has any, they are
@@ -106,7 +109,8 @@ def migrate(
         raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
     check_rule(rule, wavelet, boundary)
     unsaid = {"rule": rule, "wavelet": wavelet, "boundary": boundary}
-    sources = _sources(as_one(state_dict), names, keys or {})
+    one = as_one(state_dict)
+    sources = _sources(one, names, keys or {})
     if not any(source.state for source in sources):
         raise ValueError(
             "the state holds nothing of any parameter, so there is nothing to migrate: take one saved after a "
@@ -114,14 +118,18 @@ def migrate(
         )
     made: dict[int, dict[str, Tensor]] = {}
     tensors = []
-    for i, (source, target) in enumerate(_pairs(sources, _targets(optimizer, names))):
+    pairs = _pairs(sources, _targets(optimizer, names))
+    for i, (source, target) in enumerate(pairs):
         if source.state:
             try:
                 made[i], how = _migrated(source, target, unsaid)
             except ValueError as error:
                 raise ValueError(f"{target.label}: {error}") from None
             tensors.append(how)
-    return Migration({**optimizer.state_dict(), "state": made}, tuple(tensors))
+    before, after = one["param_groups"], optimizer.state_dict()
+    origins = origins_of([(source.group, target.group) for source, target in pairs], before, optimizer.param_groups)
+    groups = with_rates(after["param_groups"], origins, before)
+    return Migration({**after, "state": made, "param_groups": groups}, tuple(tensors), origins)
 
 
 def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
@@ -353,17 +361,15 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             "state_dtype": stored.name, "norm_growth_limit": None}, "its moments", stored.scales_of(slots),
         )  # fmt: skip
     for key in numbers:
-        value = torch.as_tensor(state.get(key, 0.0), dtype=torch.float64, device="cpu")
-        if value.numel() != 1 or not 0 <= float(value) < math.inf:
-            raise ValueError(f"its {key} is {state[key]}, not a finite number of at least 0: take another state")
-    return float(state["step"])
+        number_in(state, key)
+    return number_in(state, "step")
 
 
 def _limiter_norm(
     source: _Source, state: Mapping[str, Tensor], old: Form, new: Form, eps: float, same: bool
 ) -> tuple[float, str]:
     """The norm that the limiter goes on from, and how it was made."""
-    norm = float(source.state.get("limiter_norm", 0.0))
+    norm = number_in(source.state, "limiter_norm")
     if "limiter_norm" in source.state and same:
         return norm, "exact"
     size = update_norm(source.state, old, float(source.group.get("eps", eps)))

@@ -16,6 +16,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Entries about remote code and weight storage: irrelevant for shapes, and they might run code or need a package.
 _IGNORED = ("auto_map", "quantization_config")
+_FETCHED = "use_pretrained_backbone"  # weights of a part of the model, which shapes do without
 
 
 def presets() -> dict[str, Path]:
@@ -44,7 +45,7 @@ def build_on_meta(model: str | Path, dtype: torch.dtype | None = None) -> nn.Mod
         ModuleNotFoundError: transformers is not installed.
     """
     path = _find(model)
-    fields = {key: value for key, value in _read(path).items() if key not in _IGNORED}
+    fields = _without_weights({key: value for key, value in _read(path).items() if key not in _IGNORED})
     try:
         transformers: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
@@ -59,15 +60,19 @@ def build_on_meta(model: str | Path, dtype: torch.dtype | None = None) -> nn.Mod
             f"use a newer one, or pass the live module to gwt_kernels.plan.plan"
         )
     try:
-        with torch.device("meta"), _quiet(transformers):
+        with torch.device("meta"), _quiet(transformers), _offline():
             config = transformers.AutoConfig.for_model(kind, **fields)
             built: nn.Module = _model_class(transformers, config)._from_config(
                 config, dtype=dtype or config.dtype or torch.bfloat16, attn_implementation="eager"
             )
     except Exception as error:  # any type: the model's code may raise anything
-        raise ValueError(
-            f"{path}: transformers cannot build a {kind!r} model: {' '.join(str(error).split())}"
-        ) from error
+        said = f"{path}: transformers cannot build a {kind!r} model: {' '.join(str(error).split())}"
+        if named := _named_backbone(fields):
+            said = (
+                f"{path}: the {kind!r} model has the backbone {named!r}, whose configuration is elsewhere, and "
+                f"nothing is fetched: give it as backbone_config, or pass the live module to gwt_kernels.plan.plan"
+            )
+        raise ValueError(said) from error
     return built
 
 
@@ -96,6 +101,24 @@ def _read(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _without_weights(fields: Any) -> Any:
+    """A configuration, parts included, that asks for no weights from elsewhere."""
+    if isinstance(fields, list):
+        return [_without_weights(each) for each in fields]
+    if not isinstance(fields, dict):
+        return fields
+    return {key: False if key == _FETCHED else _without_weights(value) for key, value in fields.items()}
+
+
+def _named_backbone(fields: Any) -> str | None:
+    """The backbone that a configuration, or one of its parts, names instead of describing it."""
+    if not isinstance(fields, dict):
+        return None
+    if isinstance(fields.get("backbone"), str) and not fields.get("backbone_config"):
+        return str(fields["backbone"])
+    return next((named for value in fields.values() if (named := _named_backbone(value))), None)
+
+
 def _model_class(transformers: Any, config: Any) -> Any:
     for name in config.architectures or ():
         named = getattr(transformers, name, None)
@@ -106,6 +129,22 @@ def _model_class(transformers: Any, config: Any) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise ValueError("it has neither a causal language model nor a bare one of this type")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep transformers from asking the Hub for what a configuration names; what is there already is read."""
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    hub: Any = importlib.import_module("transformers.utils.hub")
+    flags = [(constants, "HF_HUB_OFFLINE"), (hub, "_is_offline_mode")]  # the second one of transformers 4
+    before = [(module, name, getattr(module, name)) for module, name in flags if hasattr(module, name)]
+    for module, name, _ in before:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 @contextmanager

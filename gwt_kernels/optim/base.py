@@ -308,6 +308,7 @@ class PlannedOptimizer(Optimizer):
                 sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
             )
         plan.step(grads, hypers, ClipRequest(), None)
+        self._opt_called = True  # schedules, which see calls of step() alone, look here for others
 
     def _place_of(self, p: Tensor) -> tuple[int, int, int]:
         """A parameter's place among all, its group's, and its place in that."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from gwt_kernels.backends import choice
 from gwt_kernels.optim.checks import check_rounding_of, label_of, name_of
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options
 from gwt_kernels.optim.names import in_order_of
@@ -21,6 +24,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
             f"pass what the optimizer's state_dict() returned"
         )
+    _check_containers(state_dict)
     added, groups = ADDED.items(), optimizer.param_groups
     saved_groups = [
         {**g, **{k: v for k, v in added if k not in g}} for g in in_order_of(groups, state_dict["param_groups"])
@@ -59,8 +63,15 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         for k, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             check_rounding_of(p, options, name_of(group, k, i))
             check_matrix(p, options, label_of(group, k, i))
-            if state := upgraded(state_dict["state"].get(key, {}), p):
+            held = state_dict["state"].get(key, {})
+            if not isinstance(held, Mapping):
+                raise ValueError(
+                    f"the state of {name_of(group, k, i)} is a {type(held).__name__}, not a dict: it is damaged; "
+                    f"take another"
+                )
+            if state := upgraded(held, p):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
+                _check_norm(state, name_of(group, k, i))
                 set_aside[p] = {name: exact_copy(name, value, p, options) for name, value in state.items()}
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
@@ -70,6 +81,30 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         for saved, group in zip(saved_groups, groups, strict=True)
     ]
     return {**state_dict, "state": {}, "param_groups": own}
+
+
+def _check_containers(state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless states and groups are held as ``state_dict()`` holds them."""
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping):
+        raise ValueError(
+            f"'state' is a {type(states).__name__}, not a dict by parameter: it is damaged; take another"
+        )
+    if not isinstance(groups, list | tuple):
+        raise ValueError(f"'param_groups' is a {type(groups).__name__}, not a list: it is damaged; take another")
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise ValueError(f"group {i} of the state is no dict with a list 'params': it is damaged; take another")
+
+
+def _check_norm(state: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError unless the limiter's norm can be one, where no device has to be waited for."""
+    norm = state.get("limiter_norm")
+    if isinstance(norm, Tensor) and norm.device.type == "cpu" and not choice.is_symbolic() and not float(norm) >= 0:
+        raise ValueError(
+            f"limiter_norm of {name} is {float(norm)}, not a norm: load the state of an earlier step, or set it to "
+            f"0, which limits nothing in the next step"
+        )
 
 
 def _name_at_level(group: dict[str, Any]) -> Any:

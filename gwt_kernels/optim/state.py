@@ -140,9 +140,10 @@ def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, 
     if not isinstance(state, Mapping):
         return state  # something of the user's own
     if _is_number(state.get("step")):
-        changed["step"] = torch.as_tensor(state["step"], dtype=torch.float64, device="cpu")
+        changed["step"] = torch.as_tensor(_in_range(state["step"]), dtype=torch.float64, device="cpu")
     if p is not None and _is_number(state.get("limiter_norm")):
-        changed["limiter_norm"] = torch.as_tensor(state["limiter_norm"], dtype=_norm_dtype(p), device=p.device)
+        norm = _in_range(state["limiter_norm"])
+        changed["limiter_norm"] = torch.as_tensor(norm, dtype=_norm_dtype(p), device=p.device)
     step: Any = changed.get("step", state.get("step"))
     if _is_scalar(step) and (step.dtype, step.shape) != (torch.float64, ()):
         changed["step"] = step.detach().reshape(()).to(torch.float64)
@@ -157,6 +158,17 @@ def _is_scalar(x: object) -> bool:
     """Whether ``x`` is a tensor of one real number that can be read."""
     dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
     return dense and isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
+
+
+def _in_range(value: Any) -> Any:
+    """The number; infinity in place of one of so many digits that no float holds it, which checks then refuse."""
+    try:
+        float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError):  # an array
+        pass
+    return value
 
 
 def _is_number(value: object) -> bool:
@@ -194,7 +206,10 @@ def check_state(
                 f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
-            follows = key not in factors and key not in _row_slots(group)
+            wider = {"limiter_norm", *factors} & state.keys()  # which follow the parameter, whatever the moments do
+            follows = key not in {*factors, *_row_slots(group)} and all(
+                state[each].dtype == _norm_dtype(p) for each in wider
+            )
             other = f"give it state_dtype={state[key].dtype}, or " if follows else ""
             raise ValueError(
                 f"{key} of {name} is {state[key].dtype}, but the optimizer keeps {dtype}: {other}convert the state "

@@ -8,6 +8,8 @@ A step writes a row of six float64 numbers per tensor on its device:
     3  the limiter's divisor                           1 if it did not limit, or there is none
     4  number of steps whose gradient was not finite   or that were skipped
     5  number of steps
+
+Under ``rule="muon"`` the first two are of the orthogonalised matrix, which takes the gradient's place in the pass.
 """
 
 from __future__ import annotations
@@ -52,8 +54,9 @@ def read(rows: Mapping[str, tuple[Tensor, int]]) -> dict[str, dict[str, float]]:
 
     Returns:
         For each name ``detail_energy``, the fraction of the gradient's energy in the details (0 for a zero
-        gradient); ``update_rms``, the root of the update's mean square; ``limiter``, the limiter's
-        divisor; and ``nonfinite``, the fraction of steps whose gradient was not finite or that were skipped.
+        gradient), which under ``rule="muon"`` is that of the orthogonalised matrix; ``update_rms``, the root of
+        the update's mean square; ``limiter``, the limiter's divisor; and ``nonfinite``, the fraction of steps
+        whose gradient was not finite or that were skipped.
     """
     by_device: dict[torch.device, list[str]] = {}
     for name, (row, _) in rows.items():

@@ -63,6 +63,9 @@ class _Parameter(NamedTuple):
         return tuple(axis for axis in self.axes if axis in dividing)
 
 
+_MOST_PROCESSES = 2**16
+
+
 class _Tally:
     """Adds up what the processes of a mesh do."""
 
@@ -157,6 +160,11 @@ def work_of(
         buckets.setdefault(key, (options, []))[1].append(_Parameter(tuple(p.shape), axes, divisions[name]))
     if not buckets:
         return None
+    if mesh.size > _MOST_PROCESSES:
+        raise ValueError(
+            f"mesh {mesh} has {mesh.size} processes, of which each has matrices of its own to count: plan for "
+            f"{_MOST_PROCESSES} at most, or for another rule"
+        )
     tally = _Tally(mesh)
     for options, params in buckets.values():
         tally.add(params, options)

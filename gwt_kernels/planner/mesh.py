@@ -117,6 +117,13 @@ def length_of_part(whole: int, n: int, i: int) -> int:
     return max(0, min(each, whole - i * each))
 
 
+def lengths_of_parts(whole: int, n: int) -> set[int]:
+    """Return the lengths of all parts: there are three at most, of whole parts, of the last one and of none."""
+    each = -(-whole // n)
+    full = whole // each if each else 0
+    return {length_of_part(whole, n, i) for i in {0, full, n - 1} if i < n}
+
+
 def shape_of_part(
     shape: Sequence[int], divisions: Sequence[Division], mesh: Mesh, at: Mapping[Axis, int]
 ) -> tuple[int, ...]:

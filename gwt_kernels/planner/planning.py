@@ -17,6 +17,7 @@ from gwt_kernels.core.hyper import Rule
 from gwt_kernels.core.level import Level, depth_of
 from gwt_kernels.formats.moments import FORMATS, format_of
 from gwt_kernels.models.files import build_on_meta
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.checks import check_initialized, name_of
 from gwt_kernels.optim.options import state_dtype_of
@@ -134,8 +135,18 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of an optimizer's state after its first step, from shapes and options alone.
 
     Args:
-        optimizer: `GWTAdamW` or ``torch.optim.AdamW``, over tensors on any device.
+        optimizer: `GWTAdamW` or another of this package, ``torch.optim.AdamW`` or ``Adam``, over tensors on any
+            device.
+
+    Raises:
+        TypeError: it is another optimizer, whose state is unknown.
+        RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
     """
+    if not isinstance(optimizer, PlannedOptimizer | torch.optim.AdamW | torch.optim.Adam):
+        raise TypeError(
+            f"optimizer must be one of this package, torch.optim.AdamW or Adam, got {type(optimizer).__name__}, "
+            f"whose state is unknown: add up the bytes of its state_dict() after a step"
+        )
     for i, group in enumerate(optimizer.param_groups):
         check_initialized((name_of(group, k, i), p) for k, p in enumerate(group["params"]))
     return sum(
@@ -163,6 +174,8 @@ class _Setting:
             del options["norm_growth_limit"]
         if optimizer.rules[0] == options["rule"] != "gwt":
             del options["rule"]
+        if options.get("rule") == "adamw" and not level:
+            options["rule"] = "gwt"  # which is AdamW at level 0
         # The real optimizer, which checks the options and completes its groups with its defaults.
         self.optimizer = optimizer(groups, **options)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}

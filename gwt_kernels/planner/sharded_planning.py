@@ -23,7 +23,7 @@ from gwt_kernels.planner.mesh import (
     Division,
     Mesh,
     divisions_of,
-    length_of_part,
+    lengths_of_parts,
     part_of,
     shape_of_part,
 )
@@ -42,6 +42,7 @@ without a GPU, and without the driver's launch."""
 MATRIX_FLOPS = 400e12
 """Operations per second of Newton-Schulz; an assumption: two fifths of what an H100 can do in bfloat16."""
 
+_MOST_PROCESSES = 2**31 - 1
 _BUCKETS = [2**20, 25 * 2**20]  # bytes at which DDP sends its first bucket, and later ones
 
 
@@ -82,6 +83,11 @@ def plan_sharded(
     """
     if min(mesh) < 1:
         raise ValueError(f"mesh {mesh!r} has an axis without processes: use 1 for an axis that is not there")
+    if mesh.size > _MOST_PROCESSES:
+        raise ValueError(
+            f"mesh {mesh} has {mesh.size} processes, more than the {_MOST_PROCESSES} that ranks can count: plan "
+            f"for fewer"
+        )
     for what, per_second, value in (
         ("link_bandwidth", "bytes", link_bandwidth),
         ("matrix_flops", "operations", matrix_flops),
@@ -137,7 +143,7 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
         for axis, dim in divisions[entry.name]:
             if dim == len(entry.shape) - 1:
                 n = getattr(mesh, axis)
-                widths = {length_of_part(width, n, i) for width in widths for i in range(n)}
+                widths = set[int]().union(*(lengths_of_parts(width, n) for width in widths))
                 if entry.level != ROW and (common := math.gcd(*widths)) % 2**entry.level:
                     torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
     if torn:

@@ -216,6 +216,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "betas": ({}, {"betas": (0.9, 0.9)}, ValueError, "set adam_beta1 and adam_beta2 in TrainingArguments"),
     "unknown": ({}, {"levels": 2}, TypeError, "levels"),
     "range": ({}, {"level": -1}, ValueError, "level must be an integer of at least 0"),
+    "depth": ({}, {"level": 99}, ValueError, "level 99 is too deep for all matrices of the model"),
     "scale": ({}, {"scale": 0.0}, ValueError, "scale must be a finite number above 0"),
     "together": ({}, {"rule": "foam", "norm_growth_limit": 1.1}, ValueError, "has no limiter"),
     "eps": ({"adam_epsilon": -1.0}, {}, ValueError, "eps must be finite"),
@@ -249,6 +250,27 @@ def test_flattened_parameters_are_refused(attribute, value, message, tmp_path):
 def test_mixin_validates_the_model_at_construction(tmp_path):
     with pytest.raises(ValueError, match="the pattern 'nowhere' matches no parameter"):
         with_mixin(arguments(tmp_path), include=["nowhere"])
+
+
+def test_mixin_evaluates_a_frozen_model(tmp_path):
+    frozen = llama().requires_grad_(False)
+    trainer = MixedTrainer(frozen, arguments(tmp_path), eval_dataset=sentences(8), gwt_options={"level": 1})
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.filterwarnings("error:gwt_param_groups found nothing")
+def test_factory_tries_options_on_a_matrix_that_is_transformed(tmp_path):
+    """And not those that only the model's own matrices can be checked against."""
+    made = gwt_optimizer(arguments(tmp_path), level=3, rule="adam_mini", head_rows=7)
+    assert made[1]["head_rows"] == 7
+    for rule in ("gwt", "foam", "muon", "lion", "adafactor"):
+        gwt_optimizer(arguments(tmp_path), rule=rule, state_dtype=torch.bfloat16, weight_rounding="stochastic")
+
+
+def test_factory_refuses_a_level_that_is_too_deep_for_the_model(tmp_path):
+    trainer = with_factory(arguments(tmp_path), level=9)
+    with pytest.raises(ValueError, match="level 9 is too deep for all matrices of the model"):
+        trainer.train()
 
 
 def test_mixin_builds_the_optimizer_alone(tmp_path):

@@ -208,6 +208,17 @@ def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
     assert len(read(out)["state"]) == len(list(trained.model.parameters()))
 
 
+def test_adamw_at_level_0(trained, tmp_path, capsys):
+    checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
+    assert run(checkpoint, out, trained.config, "--rule", "adamw") == 2
+    assert "level is 2, but rule='adamw' transforms nothing: say --level 0" in capsys.readouterr().err
+    assert run(checkpoint, out, trained.config, "--rule", "adamw", "--level", 0) == 0
+    for options in ({"rule": "adamw", "level": 0}, {}):
+        optimizer = GWTAdamW(gwt_param_groups(trained.model, level=0, weight_decay=0.1), lr=0.003, **options)
+        optimizer.load_state_dict(read(out))
+        assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
 def test_command_in_a_new_process(trained, tmp_path):
     checkpoint = file_of(tmp_path, trained.state)
     command = [sys.executable, "-m", "gwt_kernels", "migrate", str(checkpoint), "--config", str(trained.config)]
@@ -221,12 +232,15 @@ def test_command_in_a_new_process(trained, tmp_path):
 
 def test_the_examples_of_the_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
-    code, printed, of_muon = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:3]
+    code, printed, of_schedule, of_muon = re.findall(r"```(?:python|text)\n(.*?)```", page, re.DOTALL)[:4]
     names: dict = {}
     torch.manual_seed(0)
     exec(code, names)
     assert capsys.readouterr().out == printed
     assert names["after"] < names["before"]
+    exec(of_schedule, names)
+    assert (names["scheduler"].last_epoch, names["scheduler"].base_lrs) == (10, [1e-3] * 3)
+    assert [group["lr"] for group in names["optimizer"].param_groups] == pytest.approx([1e-3 / 1.1] * 3)
     exec(of_muon, names)
     assert names["migration"].tensors[0].notes == {"exp_avg": "exact: sums of blocks"}
     assert names["optimizer"].state[names["mlp"].weight]["exp_avg"].shape == (32, 8)
@@ -354,10 +368,33 @@ def test_existing_files_are_not_overwritten(trained, tmp_path, capsys):
     checkpoint = file_of(tmp_path, trained.state)
     before = checkpoint.read_bytes()
     os.symlink(checkpoint, tmp_path / "link.pt")
-    for out in (checkpoint, tmp_path / "link.pt"):
+    os.symlink(tmp_path / "nowhere.pt", tmp_path / "dangling.pt")
+    for out in (checkpoint, tmp_path / "link.pt", tmp_path / "dangling.pt"):
         assert run(checkpoint, out, trained.config) == 2
         assert f"{out} exists" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=("hard links", "no hard links"))
+def test_a_file_that_appears_meanwhile_is_not_overwritten(links, trained, tmp_path, monkeypatch, capsys):
+    checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
+    save, link = torch.save, os.link
+
+    def saved_while_another_writes(payload, file):
+        save(payload, file)
+        out.write_text("another's")
+
+    def without_links(*names):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link if links else without_links)
+    assert run(checkpoint, tmp_path / "first.pt", trained.config) == 0
+    assert set(read(tmp_path / "first.pt")) == {"state", "param_groups"}
+    monkeypatch.setattr(torch, "save", saved_while_another_writes)
+    assert run(checkpoint, out, trained.config) == 2
+    assert f"{out} exists, and nothing is overwritten" in capsys.readouterr().err
+    assert out.read_text() == "another's"
+    assert sorted(os.listdir(tmp_path)) == ["first.pt", "gwt.pt", "optimizer.pt"]
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):

@@ -214,3 +214,29 @@ def test_options_that_change_on_the_way_act_at_once():
         results.append([x.cpu() for p in params for x in (p.detach(), *optimizer.state[p].values())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_first_moments_of_every_dtype_go_with_weights_of_every_dtype(dtype, gradients):
+    """The wider the moments, the nearer the weights to those of moments in float64."""
+    for options in ({}, {"level": 0}, {"details": "published"}, {"wavelet": "db2"}, {"beta1": None}):
+        made = {}
+        for kept in (torch.float64, None, torch.float32, torch.bfloat16, torch.int8):
+            if kept in (torch.bfloat16, torch.int8) and "wavelet" in options:
+                continue  # which it does not know
+            torch.manual_seed(0)
+            p = torch.nn.Parameter(torch.randn(16, 256).to(dtype))
+            p.grad_dtype = None  # any
+            optimizer = GWTAdafactor([p], lr=1e-2, state_dtype=kept, backend="torch", **options)
+            for _ in range(3):
+                p.grad = torch.randn(16, 256).to(gradients)
+                optimizer.step()
+            state = optimizer.state[p]
+            assert state["exp_avg_sq_row"].dtype == torch.promote_types(dtype, torch.float32)
+            if "exp_avg" in state and kept not in (None, torch.int8):
+                assert state["exp_avg"].dtype == kept
+            made[kept] = p.detach().double()
+        for kept, p in made.items():
+            rough = 2e-2 if kept in (torch.bfloat16, torch.int8) or dtype.itemsize == 2 else 1e-3
+            torch.testing.assert_close(p, made[torch.float64], rtol=rough, atol=rough)

@@ -156,6 +156,24 @@ def test_a_closure_in_the_block_accumulates_its_gradients(device):
     assert_same_bits(results(optimizer), results(other))
 
 
+@pytest.mark.filterwarnings("error")
+def test_schedules_know_of_released_steps(device):
+    """They warn where no step was taken before their own, and there alone."""
+    model, optimizer = build("torch", device)
+    release_gradients(model, optimizer)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 4)
+    backward(model, 0)
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.875 * schedule.base_lrs[0])
+    model, optimizer = build("torch", device)
+    release = release_gradients(model, optimizer)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 4)
+    with release.accumulate():
+        backward(model, 0)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        schedule.step()
+
+
 def test_blocks_nest_and_end_with_an_error(device):
     model, optimizer = build("torch", device)
     release = release_gradients(model, optimizer)

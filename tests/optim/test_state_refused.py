@@ -134,6 +134,25 @@ MISFITS = {
     ),
     "a negative step": (lambda: changed(with_value("step", torch.tensor(-1.0))), ("step", "-1.0")),
     "a step that is NaN": (lambda: changed(with_value("step", torch.tensor(torch.nan))), ("step", "nan")),
+    "a huge step": (lambda: changed(with_value("step", 10**400)), ("step of parameter 1", "inf")),
+    "a negative norm": (lambda: changed(with_value("limiter_norm", torch.tensor(-1.0))), ("limiter_norm", "-1.0")),
+    "a norm that is NaN": (
+        lambda: changed(with_value("limiter_norm", torch.tensor(torch.nan))),
+        ("limiter_norm of parameter 1", "nan", "earlier step"),
+    ),
+    "a list of states": (lambda: {**trained().state_dict(), "state": []}, ("'state' is a list, not a dict",)),
+    "a list for a state": (
+        lambda: {**trained().state_dict(), "state": {1: []}},
+        ("the state of parameter 1 of group 0", "is a list, not a dict"),
+    ),
+    "a dict of groups": (
+        lambda: {**trained().state_dict(), "param_groups": {}},
+        ("'param_groups' is a dict, not a list",),
+    ),
+    "a group without parameters": (
+        lambda: changed(lambda saved: saved["param_groups"][0].pop("params")),
+        ("group 0 of the state is no dict with a list 'params'",),
+    ),
     "a negative rate": (lambda: changed(with_option("lr", -0.5)), ("lr", "-0.5")),
     "a bad beta": (lambda: changed(with_option("betas", (0.9, 1.5))), ("betas[1]", "1.5")),
 }
@@ -151,6 +170,20 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind, steps):
     for o in (optimizer, other):
         train(o, [2])
     assert_same_bits(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.parametrize(("options", "helps"), [({}, False), ({"norm_growth_limit": None}, True)])
+def test_another_dtype_of_moments_is_proposed_only_where_it_helps(options, helps):
+    """The limiter's norm has the dtype of the weights, whatever the moments have."""
+    saved = trained(**options).state_dict()
+
+    def load(**more):
+        GWTAdamW(parameters(SHAPES, dtype=torch.float64), lr=0.1, **options, **more).load_state_dict(saved)
+
+    with pytest.raises(ValueError, match="exp_avg of parameter 0") as told:
+        load()
+    assert ("state_dtype=torch.float32" in str(told.value)) is helps
+    assert "gwt_kernels.migrate" in str(told.value)
 
 
 def test_errors_name_the_parameters():

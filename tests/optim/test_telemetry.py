@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamW, GWTMuon
 from tests.support import interpreter
 from tests.support.runs import BACKENDS, assert_same_bits, backends, give_gradients, parameters, place, results
 
@@ -134,6 +134,24 @@ def test_a_copy_continues_from_the_rows(backend, device):
         give_gradients(its, seed=1)
         step(one)
     assert copied.telemetry() == optimizer.telemetry()
+
+
+def test_detail_energy_of_muon_is_that_of_the_orthogonalised_matrix():
+    """As the pages say: of a gradient whose blocks are nearly constant, it is none of the gradient's."""
+    g = torch.ones(32, 64) + 1e-2 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    energies = []
+    for make in (GWTAdamW, GWTMuon):
+        p = torch.nn.Parameter(torch.zeros(32, 64))
+        optimizer = make([("p", p)], lr=1.0, level=2, scale=1.0, telemetry=True)
+        p.grad = g.clone()
+        optimizer.step()
+        energies.append(optimizer.telemetry()["p"]["detail_energy"])
+    means = g.unflatten(-1, (16, 4)).mean(-1, keepdim=True).expand(-1, -1, 4).flatten(-2)
+    assert energies[0] == pytest.approx(float((g - means).square().sum() / g.square().sum()), rel=1e-2)
+    update = -p.detach().double()  # from 0 without decay: the matrix times a number
+    means = update.unflatten(-1, (16, 4)).mean(-1, keepdim=True).expand(-1, -1, 4).flatten(-2)
+    assert energies[1] == pytest.approx(float((update - means).square().sum() / update.square().sum()), rel=1e-3)
+    assert energies[1] > 100 * energies[0]
 
 
 def test_unnamed_parameters_are_named_by_index(device):

@@ -147,6 +147,17 @@ def test_prediction_for_an_optimizer() -> None:
         assert predicted == sum(step_once(make()).values())
 
 
+def test_prediction_for_an_unknown_optimizer() -> None:
+    with pytest.raises(TypeError, match="got SGD, whose state is unknown"):
+        predicted_state_bytes(torch.optim.SGD(Small().parameters(), lr=0.1))
+
+
+def test_adamw_at_level_0_is_planned() -> None:
+    planned, same = plan(Small(), level=0, rule="adamw"), plan(Small(), level=0)
+    assert planned.chosen == same.chosen
+    assert planned.entries == same.entries
+
+
 def test_small_model_worked_by_hand() -> None:
     model = Small()
     planned = plan(model, level=2)
@@ -355,6 +366,10 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (None, ["llama_60m", "--include", "("], "not a regular expression"),
         (None, ["llama_60m", "--exclude", "nothing"], "matches no parameter"),
         (None, ["llama_60m", "--bandwidth", "3000"], "such as 3350GB/s"),
+        (None, ["llama_60m", "--bandwidth", ""], "bandwidth '' is not understood"),
+        (None, ["llama_60m", "--matrix-flops", "0"], "--matrix-flops needs --world-size or --mesh"),
+        (None, ["llama_60m", "--latency", ""], "--latency needs --world-size or --mesh"),
+        (None, ["llama_60m", "--rule", "adamw"], "rule='adamw' transforms nothing"),
     ],
 )
 def test_bad_input_gives_one_sentence_and_status_2(

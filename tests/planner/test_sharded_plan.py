@@ -17,7 +17,7 @@ from gwt_kernels.mesh import Mesh, mesh_of
 from gwt_kernels.optim.state import kept_dims
 from gwt_kernels.plan import Plan, plan
 from gwt_kernels.plan_sharded import Collective, Held, parse_seconds, plan_sharded
-from gwt_kernels.planner.mesh import divisions_of_state
+from gwt_kernels.planner.mesh import divisions_of_state, lengths_of_parts
 from tests.support import meshes
 
 MESHES = [
@@ -272,3 +272,25 @@ def test_sums_over_rows_and_their_moments_are_those_of_the_optimizer() -> None:
     assert [(c.purpose, c.total_bytes) for c in sharded.collectives if not c.engine] == [
         ("sums over rows", 2 * 7 * 2 * 4)
     ]
+
+
+@pytest.mark.parametrize("whole", [0, 1, 5, 8, 12, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 12, 13, 64])
+def test_lengths_of_parts_are_those_of_chunk(whole: int, n: int) -> None:
+    parts = [len(part) for part in torch.zeros(whole).chunk(n)] if whole else [0]
+    assert lengths_of_parts(whole, n) == {*parts, *([0] if len(parts) < n else [])}
+
+
+def test_many_processes_take_no_longer_to_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    sharded = plan_sharded(plan("llama_60m"), Mesh(fsdp=2**31 - 1))
+    assert sharded.mesh.size == 2**31 - 1
+    with pytest.raises(ValueError, match=r"divides the columns of .* into widths of \[1\]"):
+        plan_sharded(plan("llama_60m"), Mesh(tp=2**31 - 1))
+    for words, flags in (
+        ("more than the 2147483647 that ranks can count", ("--world-size", "9" * 20)),
+        ("of which each has matrices of its own to count", ("--world-size", "100000", "--rule", "muon")),
+    ):
+        assert main(["plan", "llama_60m", *flags]) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1

@@ -62,8 +62,9 @@ def library() -> ctypes.CDLL:
         folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{digest[:16]}.so"
-        if not path.exists():
+        if not _is_whole(path):
             _compile(command, path)
+            _note(path)
         return ctypes.CDLL(str(path))
     except OSError as error:  # without a writable home, each process compiles
         obstacle = str(error)
@@ -102,6 +103,26 @@ def _cache() -> Path:
         return (Path(home) if home else Path.home() / ".cache") / "gwt_kernels"
     except RuntimeError as error:  # a user without a home
         raise OSError(str(error)) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is the one that was compiled; to load one that is cut short ends the process."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text().strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _note(path: Path) -> None:
+    """Write down the library's hash beside it, whole or not at all."""
+    handle, made = tempfile.mkstemp(suffix=".sha256", dir=path.parent)
+    try:
+        with open(handle, "w") as file:
+            file.write(hashlib.sha256(path.read_bytes()).hexdigest())
+        os.replace(made, path.with_suffix(".sha256"))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made)
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -69,8 +69,13 @@ class Factors(NamedTuple):
 def new_factors(
     old: tuple[Tensor | None, Tensor], sums: Sequence[Tensor], whole: Matrices, eps: float, rest2: float | Tensor
 ) -> Factors:
-    """What sums over all rows and columns (:attr:`gwt_kernels.core.factored.Matrices.parts`) make of factors."""
-    (row, col), (rows, columns, means) = old, sums
+    """What sums over all rows and columns (:attr:`gwt_kernels.core.factored.Matrices.parts`) make of factors.
+
+    The result has the dtype of the sums, which may be wider than that of the factors.
+    """
+    rows, columns, means = sums
+    row, col = (None if factor is None else factor.to(rows.dtype) for factor in old)
+    assert col is not None
     n_rows, n_columns = max(whole.rows, 1), max(whole.columns, 1)
     new_row = None if row is None else row.lerp(rows.div(n_columns).add_(eps).view(row.shape), rest2)
     new_col = col.lerp(columns.div(n_rows).add_(eps).view(col.shape), rest2)

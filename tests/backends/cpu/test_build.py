@@ -48,7 +48,7 @@ def take_steps() -> None:
 
 
 def kept(cache: Path) -> list[Path]:
-    return sorted(cache.iterdir()) if cache.exists() else []
+    return sorted(cache.glob("*.so"))
 
 
 def compiler_that_counts(folder: Path) -> Path:
@@ -121,7 +121,30 @@ def test_library_is_synced_to_disk_before_it_is_renamed(cache, monkeypatch):
         own = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, own=own: (calls.append(name), own(*args)))
     build.library()
-    assert calls == ["fsync", "replace"]
+    assert calls[:2] == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "changed", "without its hash", "with half a hash"])
+def test_a_damaged_library_is_compiled_anew(damage, cache, monkeypatch, tmp_path):
+    """To load one ends the process."""
+    monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
+    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
+    monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
+    build.SOURCES[0].write_text("int gwt_answer(void) { return 42; }\n")
+    build.library.__wrapped__()
+    (path,) = kept(cache)
+    whole, note = path.read_bytes(), path.with_suffix(".sha256")
+    path.unlink()  # what is loaded goes on using its memory
+    path.write_bytes({"cut short": whole[: len(whole) // 2], "changed": whole[:-1] + b"x"}.get(damage, whole))
+    if damage == "without its hash":
+        note.unlink()
+    elif damage == "with half a hash":
+        note.write_text(note.read_text()[:9])
+    for _ in range(2):
+        assert build.library.__wrapped__().gwt_answer() == 42
+    assert (tmp_path / "calls").read_text().splitlines() == ["called"] * 2
+    assert sorted(each.suffix for each in cache.iterdir()) == [".sha256", ".so"]
+    assert path.stat().st_size == len(whole)
 
 
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):

@@ -1,0 +1,121 @@
+"""States with damaged groups and numbers: the command and the library say in a sentence what is wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
+from gwt_kernels.migration.carried import Recipe, optimizer_for
+from tests.migration.test_command import file_of, run, trained  # noqa: F401
+
+HUGE = 10**400
+OF_TORCH = {"beta2_decay": -0.8, "d": 1.0, "eps": (None, 1e-3)}
+GROUPS = {
+    "a level without a scale": ({"level": 2}, [], "group 0 of the state has no scale: say it with --scale"),
+    "no lr": ({"lr": ...}, [], "group 0 of the state has no lr: say it with --lr"),
+    "Adafactor's without lr": (
+        OF_TORCH | {"lr": ...},
+        ["--rule", "adafactor", "--adamw-lr", "1"],
+        "group 0 of the state has no lr",
+    ),
+    "Adafactor's with one eps": (
+        OF_TORCH | {"eps": 1e-8},
+        ["--rule", "adafactor", "--adamw-lr", "1"],
+        "group 0 of the state has beta2_decay, but not lr, d and two eps",
+    ),
+    "a huge decay": ({"weight_decay": HUGE}, [], "weight_decay must be finite, got an integer of 401 digits"),
+    "no decay": ({"weight_decay": None}, [], "weight_decay must be a real number, got None"),
+    "a decay in words": ({"weight_decay": "x"}, [], "weight_decay must be a real number, got 'x'"),
+    "no rate": ({"lr": None}, [], "group 0 of the state are damaged: lr must be a real number, got None"),
+    "two rates": ({"lr": torch.ones(2)}, [], "lr must be one number, got a tensor of shape (2,)"),
+    "a complex rate": ({"lr": 1j}, [], "lr must be a real number, got 1j"),
+    "an unknown rule": ({"rule": "zzz"}, [], "group 0 of the state has rule='zzz', which is none of 'gwt', 'foam'"),
+    "rules": ({"rule": ["gwt"]}, [], "group 0 of the state has rule=['gwt'], which is none of"),
+    "a beta": ({"betas": (0.9,)}, [], "group 0 of the state has betas=(0.9,), not two numbers"),
+    "betas in words": ({"betas": ("a", 0.9)}, [], "betas[0] must be a real number, got 'a'"),
+    "a dict of betas": ({"betas": {0.9: 1}}, [], "group 0 of the state has betas={0.9: 1}, not two numbers"),
+    "a beta alone": ({"betas": 3}, [], "group 0 of the state has betas=3, not two numbers"),
+    "an eps of two": ({"eps": torch.ones(2)}, [], "eps must be one number, got a tensor of shape (2,)"),
+    "keys that are none": ({"params": [{}]}, [], "group 0 of the state has {} among its params"),
+}
+NUMBERS = {
+    "a huge step": ("step", HUGE, "its step is inf, not a finite number of at least 0"),
+    "a complex step": ("step", torch.tensor(1j), "its step is 1j, not a finite number of at least 0"),
+    "three steps": ("step", torch.zeros(3), "its step is tensor([0., 0., 0.]), not a finite number"),
+    "a huge norm": ("limiter_norm", HUGE, "not a finite number of at least 0: take another state"),
+    "a norm that is none": ("limiter_norm", float("nan"), "its limiter_norm is nan, not a finite number"),
+}
+
+
+def refused(state, flags, trained, folder, capsys):  # noqa: F811
+    """What the command says of a state that it refuses."""
+    assert run(file_of(folder, state), folder / "gwt.pt", trained.config, *flags) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("gwt-kernels migrate: ")
+    assert said.err.count("\n") == 1
+    assert not (folder / "gwt.pt").exists()
+    return said.err
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_damaged_groups(case, trained, tmp_path, capsys):  # noqa: F811
+    changes, flags, words = GROUPS[case]
+    state = copy.deepcopy(trained.state)
+    group = state["param_groups"][0]
+    group.update(changes)
+    for option in [option for option, value in changes.items() if value is ...]:
+        del group[option]
+    assert words in refused(state, flags, trained, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+@pytest.mark.parametrize(
+    "flags", [(), ("--rule", "adafactor", "--lr", "1", "--adamw-lr", "1")], ids=("gwt", "factors")
+)
+def test_damaged_numbers(case, flags, trained, tmp_path, capsys):  # noqa: F811
+    key, value, words = NUMBERS[case]
+    state = copy.deepcopy(trained.state)
+    state["state"][3][key] = value
+    said = refused(state, flags, trained, tmp_path, capsys)
+    assert words in said
+    assert "'model.layers.0" in said
+
+
+def test_a_state_without_groups(trained, tmp_path, capsys):  # noqa: F811
+    state = {"state": trained.state["state"], "param_groups": []}
+    assert "the state has no groups of parameters" in refused(state, (), trained, tmp_path, capsys)
+
+
+def test_numbers_of_factors(trained):  # noqa: F811
+    """Of a state that has them, whose step is read elsewhere than that of moments."""
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    adafactor = torch.optim.Adafactor([("p", p)])
+    p.grad = torch.ones(8, 8)
+    adafactor.step()
+    optimizer = GWTAdamW([("p", p)])
+    for step in (HUGE, torch.tensor(1j), torch.zeros(3)):
+        state = copy.deepcopy(adafactor.state_dict())
+        state["state"][0]["step"] = step
+        with pytest.raises(ValueError, match=r"its step is .*, not a finite number of at least 0"):
+            migrate(state, optimizer)
+
+
+def test_the_library_refuses_what_the_command_does(trained):  # noqa: F811
+    optimizer = GWTAdamW(gwt_param_groups(trained.model))
+    for option, value in (("weight_decay", HUGE), ("rule", "zzz"), ("betas", 3)):
+        state = copy.deepcopy(trained.state)
+        state["param_groups"][0][option] = value
+        with pytest.raises(ValueError, match=f"group 0 of the state.*{option}"):
+            migrate(state, optimizer, names=trained.model)
+
+
+def test_what_other_optimizers_leave_out_is_no_damage(trained):  # noqa: F811
+    """A rate that relative steps do without, and options that None turns off."""
+    state = copy.deepcopy(trained.state)
+    state["param_groups"][0] |= {"norm_growth_limit": None, "max_grad_norm": None, "beta1": None}
+    optimizer = optimizer_for(trained.model, state, Recipe(), {"rule": "gwt"})
+    assert migrate(state, optimizer, names=trained.model).tensors
