@@ -128,8 +128,9 @@ class Launch:
             shared["Q"] = bucket.stored.block_size(level) if bucket.is_quantized else 0
             self._path = shared | variant(level, flat, bucket.is_quantized)
             tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
-            self._step_path = {"TILES": tiles_of_program(flat), "READS": self._reads, **self._path}
-            programs = [-(-n // self._step_path["TILES"]) for n in tiles]
+            own_tiles = tiles_of_program(level, flat, bucket.is_quantized)
+            self._step_path = {"TILES": own_tiles, "READS": self._reads, **self._path}
+            programs = [-(-n // own_tiles) for n in tiles]
         first_programs = [0, *accumulate(programs)]
         self.n_tiles, self.n_programs = sum(tiles), first_programs[-1]
         layout = chain(*([first, *own] for first, own in zip(first_programs, rows_, strict=False)))

@@ -107,9 +107,9 @@ def step_kernel(
     whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of 4
     (moments), and 2 where it is any.
 
-    A program of the row path takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they
-    share. Where ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of
-    their approximation coefficients and of their update, weight decay apart.
+    A program takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they share. Where
+    ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of their
+    approximation coefficients and of their update, weight decay apart.
     """
     program = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -129,7 +129,7 @@ def step_kernel(
     arrays = arrays_of(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
     draws = draws_of(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    if FLAT:
+    if TILES == 1:
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
             tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
@@ -141,8 +141,13 @@ def step_kernel(
         here = tl.minimum(TILES * NB, n_blocks - first)
         # The compiler is to move nothing out of the loop: every lane's places would take its registers throughout.
         for passed in tl.range(0, here, NB, disable_licm=True):
-            tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, ROWS, MULTIPLE)
-            if is_run(tile, width, padded, W, NB):
+            tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, _FLAT if FLAT else ROWS, MULTIPLE)
+            if FLAT:
+                own = _update(
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, _FLAT,
+                )  # fmt: skip
+            elif is_run(tile, width, padded, W, NB):
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
                     UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, RUN,
