@@ -33,10 +33,12 @@ from gwt_kernels.backends.triton.philox import (
     random_halves,
     random_halves_at,
     random_halves_of_blocks,
+    random_halves_of_calls,
     random_words,
     random_words_at,
+    random_words_of_calls,
 )
-from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
+from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of, run_in_whole
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import (
     ROWS,
@@ -105,7 +107,7 @@ def step_kernel(
     weights lie in an array of their own. Moments in bfloat16 round stochastically; quantized ones are codes with a
     scale per ``Q`` of them, and round stochastically too. Random bits depend on the index in the
     whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of 4
-    (moments), and 2 where it is any.
+    (moments), 2 where it is any, and 3, on the flat path, where such groups of 8 and of 4 lie side by side in both.
 
     A program takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they share. Where
     ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of their
@@ -210,7 +212,10 @@ def _update(
     mean, m, v = _moments(g, m, v, numbers, W, NB, MOMENTS, SQUARES, KIND)
     residual = kernel_residuals(g, mean, W, NB)
     if M == tl.bfloat16 or Q:
-        if SPAN == 2:
+        if SPAN == 3 and NB >= 4:
+            calls = run_in_whole(moments_span, first_block, NB, 4) >> 2
+            bits = random_words_of_calls(calls, NB, step, key)
+        elif SPAN > 1:
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
             bits = random_words_at(in_whole(moments_span, index), step, key)
         elif Q and KIND != _FLAT:
@@ -243,7 +248,10 @@ def _update(
         store_tile(p_ptr, weight, tile, width, padded, W, NB, KIND, MULTIPLE)
     elif ROUNDING == "stochastic":
         TOGETHER: tl.constexpr = 1 if Q else 4 if M == tl.bfloat16 else MULTIPLE  # as in layout.blocks_together
-        if SPAN == 2:
+        if SPAN == 3:
+            calls = run_in_whole(weights_span, first_block * W, NB * W, 8) >> 3
+            bits = random_halves_of_calls(calls, NB * W, step, key)
+        elif SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
             bits = random_halves_at(in_whole(weights_span, index), step, key)
         elif (KIND == ROWS or (Q and KIND == RUN)) and TOGETHER < 4 and W > 1:
