@@ -39,7 +39,6 @@ LIMITS = (
     Limit("bf16", "fp32", "row", "nearest", 31.4, 1.25, 2),
     Limit("bf16", "fp32", "row", "stochastic", 55.1, 1.25, 2),
     Limit("bf16", "int8", "flat", "stochastic", 59.2, 1.04, 2),
-    Limit("bf16", "int8", "flat", "nearest", 31.7, 1.02, 2, level=3),
     Limit("fp32", "fp32", "flat", "nearest", 22.0, 1.0, 2),
     Limit("fp32", "fp32", "row", "nearest", 28.3, 1.16, 2),
     # GWT-Muon's first stage; then its last one, whose blocks are elements unless it rounds at random.
