@@ -293,6 +293,10 @@ class Launch:
             rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
             self._kernels[key] = compiled[programs, 1, 1], rest
 
+    def memory(self) -> list[Tensor]:
+        """What a step with other options would replace, which replays of a captured one go on using."""
+        return []
+
     def _own(self, column: Any) -> Any:
         return column if self._chosen is None else [column[i] for i in self._chosen]
 
