@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bench.codegen.bounds import ARITHMETIC, LANES, demand, shares
+from bench.codegen.bounds import ARITHMETIC, INTEGER, LANES, SHUFFLE, SLOTS, SPECIAL, demands, shares
 from bench.codegen.launches import (
     DWT,
     IDWT,
@@ -23,7 +23,7 @@ from bench.codegen.launches import (
 from bench.codegen.machine_code import body_instructions
 from bench.codegen.variant import Variant
 from gwt_kernels.core.level import ROW
-from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally
+from tests.ptx.counts import CLASSES, LOOK_UPS, SECTOR, ExecutionCounter, Tally, class_of
 from tests.ptx.driver import CHIPS, Driver, Options
 
 __all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of", "table", "widths"]
@@ -105,14 +105,18 @@ def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
 def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str, Any]:
     """What a tally says of each element; ``machine`` is the number of instructions of the machine code."""
     instructions = tally.by_class(tally.threads)
-    slots, size = LANES * int(tally.issued.sum()) / elements, moved / elements
+    size = moved / elements
+    units = _units(tally, elements)
+    needed = demands(units, size)
+    busiest = max(needed, key=lambda name: needed[name])
     text = len(tally.program.kernel.instructions)
     return {
         "elements": elements,
         "programs": tally.programs,
         "instructions": {name: n / elements for name, n in instructions.items()},
         "executed": sum(instructions.values()) / elements,
-        "slots": slots,
+        "slots": units[SLOTS],
+        "units": {name: n for name, n in units.items() if name != SLOTS},
         "machine_ratio": machine / text,
         "dominant": {name: n / elements for name, n in tally.by_opcode().most_common(12)},
         "bytes": size,
@@ -122,17 +126,37 @@ def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str,
         "requested": SECTOR * tally.sectors() / moved,
         "distinct": SECTOR * tally.sectors(distinct=True) / moved,
         "dependent_loads": max(tally.waits, default=None),
-        **{f"{name}_share": share for name, share in shares(slots, size)._asdict().items()},
-        "machine_demand": demand(slots * machine / text, size),
+        "busiest": busiest,
+        **{f"{name}_share": share for name, share in shares(needed[busiest])._asdict().items()},
+        "machine_demand": max(needed[busiest], needed[SLOTS] * machine / text),
     }
+
+
+def unit_of(opcode: str) -> str | None:
+    """The unit that an instruction needs of those that are slower than issue slots; None for none of them."""
+    of_class = {"integer": INTEGER, "conversion": INTEGER, "special": SPECIAL, "shuffle": SHUFFLE}
+    if opcode.split(".")[0] in ("setp", "selp", "min", "max") and not opcode.endswith(".pred"):
+        return INTEGER
+    return of_class.get(class_of(opcode))
+
+
+def _units(tally: Tally, elements: int) -> dict[str, float]:
+    """Lanes' instructions an element, in all and by unit: 32 for each that a warp issues."""
+    found = dict.fromkeys((SLOTS, INTEGER, SPECIAL, SHUFFLE), 0.0)
+    for instruction, n in zip(tally.program.kernel.instructions, tally.issued.tolist(), strict=True):
+        for name in (SLOTS, unit_of(instruction.opcode)):
+            if name is not None:
+                found[name] += LANES * n / elements
+    return found
 
 
 ABOUT = f"""\
 by class: executed PTX instructions of threads, an element; slots: 32 x instructions that warps issue, an element
 bytes: that must move, of an element; req.: 32-byte sectors of each warp's instruction over these; dist.: those of
 each program; look: bytes of tables and single numbers, an element; waits: loads that the first gradient's waits for
-issue, memory: shares of issue slots and of bandwidth where one of both is used to the full; machine: time to issue
-over time to move if executed machine code has to PTX the proportion that it has in the text
+issue, memory: shares of bandwidth and of the busiest of issue slots and units where one of both is used to the
+full; machine: time to issue over time to move if executed machine code has to PTX the proportion that it has in the
+text, or of the busiest unit where that is longer
 {ARITHMETIC}"""
 
 

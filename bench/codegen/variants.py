@@ -41,6 +41,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 PATHS = ("flat", "row")
+WIDTH = 4096
+"""Of the rows of the weights that variants are compiled for."""
 
 
 def variants(
@@ -186,6 +188,9 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
 
 
 def _shape(level: Level, path: str | None) -> tuple[int, int]:
-    """A shape that takes the path: whole blocks and a multiple of 8 elements, or neither."""
-    width = block_width(level, 16)
-    return (5, 4 * width - 1) if path == "row" else (8, 4 * width)
+    """A shape that takes the path: whole blocks and a multiple of 8 elements, or neither.
+
+    Its rows are as wide as a model's, for kernels that take rows have tiles by how wide they are.
+    """
+    width = max(WIDTH, block_width(level, WIDTH))
+    return (5, width - 1) if path == "row" else (8, width)

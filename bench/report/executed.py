@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.codegen.bounds import BANDWIDTH, CLOCK, LANES, MULTIPROCESSORS, SCHEDULERS
+from bench.codegen.bounds import (
+    BANDWIDTH,
+    CLOCK,
+    INTEGER,
+    LANES,
+    MULTIPROCESSORS,
+    RATES,
+    SCHEDULERS,
+    SHUFFLE,
+    SLOTS,
+    SPECIAL,
+)
 from bench.report.kernel_names import kernel_name
 from bench.report.markdown import details, number, origin, percent, table
 from bench.report.rows import Row, Run
@@ -25,12 +36,16 @@ rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 o
 - *waits*: the longest chain of dependent loads that the first load of a gradient waits for.
 - *issue*, *bandwidth*: an H100 issues {MULTIPROCESSORS} × {SCHEDULERS} × {LANES} lanes' instructions a cycle at
   {CLOCK / 1e9:.1f} GHz, and its memory is taken to move {BANDWIDTH / 1e12:.1f} TB/s (its data sheet says 3.35). Of
-  the time to issue the slots and the time to move the bytes the longer one bounds the kernel: its share is 100 %,
-  and the other's is what is needed of it.
-- *machine code*: the time to issue over the time to move, if the machine code executes as many more instructions
+  the {SCHEDULERS * LANES} of a multiprocessor at most {RATES[INTEGER]} are of the *{INTEGER}* (arithmetic, logic
+  and shifts of integers, comparisons, minima, maxima, conversions and, as is assumed, selections), {RATES[SPECIAL]}
+  *{SPECIAL}* and {RATES[SHUFFLE]} *{SHUFFLE}* (CUDA C++ Programming Guide, arithmetic instructions, compute
+  capability 9.0), where each instruction of PTX is taken to be one of its unit's. Time to compute is the longest of
+  the times to issue the slots and to compute what each unit does. Of that and the time to move the bytes the longer
+  one bounds the kernel: its share is 100 %, and the other's is what is needed of it.
+- *machine code*: the time to compute over the time to move, if the machine code issues as many more instructions
   than PTX as there are in its text, without the subroutines of rare numbers: a division is one instruction of PTX
-  and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `issue slots` where PTX's
-  count alone suffices, and `either` between the two."""
+  and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `{SLOTS}` or the busiest unit
+  where PTX's count alone suffices, and `either` between the two."""
 
 
 def section(runs: Sequence[Run]) -> list[str]:
@@ -84,15 +99,15 @@ def _by_level(rows: Sequence[Row]) -> str:
         cell = text if bound(row) == "bandwidth" else f"**{text}**"
         lines.setdefault(tuple(_what(row)[:3]), {})[row["level"]] = cell
     headings = ["kernel", "dtypes", "path", *(f"level {level}" for level in levels)]
-    note = "Instructions · sectors over bytes; bold where issue slots bound the kernel, or either."
+    note = "Instructions · sectors over bytes; bold where bandwidth does not bound the kernel for certain."
     body = [[*what, *(cells.get(level, "") for level in levels)] for what, cells in lines.items()]
     return f"{note}\n\n{table(headings, body, left=3)}"
 
 
 def bound(row: Row) -> str:
-    """Return which of the two bounds limits a kernel."""
+    """Return which of the bounds limits a kernel."""
     if row["issue_share"] >= 1:
-        return "issue slots"
+        return str(row.get("busiest", SLOTS))
     return "bandwidth" if row["machine_demand"] < 1 else "either"
 
 

@@ -138,7 +138,8 @@ def kernel_first_code(fractions, bits):
     z = (fractions * (16129.0 * 65536.0)).to(tl.int32)
     # With 0.5 added no root is near an integer, so the fast root has the floor of the exact one.
     c = tl.sqrt((z >> 16).to(tl.float32) + 0.5).to(tl.int32)
-    up = bits.to(tl.int32) * (2 * c + 1) < z - (c * c << 16)
+    bits = bits.to(tl.int32)
+    up = ((c << 16) + 2 * bits) * c + bits < z  # bits * (2*c + 1) < z - c**2 * 65536
     return tl.minimum(c + up.to(tl.int32), 127)
 
 

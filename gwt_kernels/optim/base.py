@@ -18,7 +18,7 @@ from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
-from gwt_kernels.optim.checks import check_traceable, is_captured, names_of
+from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable, is_captured, names_of
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
@@ -249,6 +249,7 @@ class PlannedOptimizer(Optimizer):
             plan = self._renew_plan(sources, capturing)
         if capturing and any(device.type != "cuda" for device in plan.devices):
             raise RuntimeError("a CUDA graph would not replay the update of parameters on the CPU: move them")
+        check_captured_everywhere(set(plan.devices), capturing)
         self._grad_norm = skipped = None
         if asked.anything and not plan.is_idle:
             check_traceable(asked)

@@ -209,6 +209,33 @@ def check_traceable(asked: ClipRequest) -> None:
         )
 
 
+def check_captured_everywhere(devices: Iterable[torch.device], capturing: bool) -> None:
+    """Raise where a CUDA graph captures the step on some of its devices alone.
+
+    Args:
+        devices: Those of the parameters.
+        capturing: Whether the current device's current stream is being captured.
+
+    Raises:
+        RuntimeError: another device's current stream is captured where this one's is not, or the other way round.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    here = torch.cuda.current_device()
+    for device in devices:
+        if device.type != "cuda" or device.index == here:
+            continue
+        with torch.cuda.device(device):
+            there = torch.cuda.is_current_stream_capturing()
+        if there != capturing:
+            captured, other = (f"cuda:{here}", device) if capturing else (device, f"cuda:{here}")
+            raise RuntimeError(
+                f"step() is being captured in a CUDA graph on {captured} but not on {other}, whose part a replay "
+                "would leave out: make streams of the capture the current ones of both devices, or give the "
+                "parameters of each an optimizer of their own"
+            )
+
+
 def is_captured(capturable: bool) -> bool:
     """Whether a CUDA graph captures the step.
 

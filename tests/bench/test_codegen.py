@@ -333,9 +333,9 @@ def test_kernels_of_rules() -> None:
 
 def test_kernels_that_take_rows_leave_room_for_warps(rule_rows: list[Row]) -> None:
     for name in (ROW_STEP, SHARED_STEP, ROW_NORM):
-        rows = [row for row in rule_rows if row["kernel"] == name and row["level"] in (2, "row")]
+        rows = [row for row in rule_rows if row["kernel"] == name and row["level"] in (0, 2, "row")]
         assert rows
-        assert min(row["resident_warps"] for row in rows) == 32  # as many as programs of one warp may be
+        assert min(row["resident_warps"] for row in rows) >= 32  # half of what a multiprocessor may hold
 
 
 def test_the_narrower_of_two_dtypes_is_accessed_by_as_many_elements(rule_rows: list[Row]) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from bench.codegen import __main__ as codegen
 from bench.codegen import executed, executed_command, machine_code
-from bench.codegen.bounds import demand, shares
+from bench.codegen.bounds import INTEGER, RATES, SHUFFLE, SLOTS, SPECIAL, demands, shares
 from bench.codegen.execution_limits import LIMITS, excesses, limit_of
 from bench.codegen.launches import DTYPES, DWT, IDWT, LIMITER, MOMENTS, NORM, PANEL, ROW_STEP, STEP, arrays_of
 from bench.codegen.variant import Variant
@@ -60,7 +60,9 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
             (path,) = out.glob("executed_triton-*.json")
             done.write_text(json.dumps([records.rows_of(path, "executed"), run.stdout]))
     rows, text = json.loads(done.read_text())
-    assert "132 x 4 x 32 instructions of a thread a cycle, at 1.7 GHz, and moves 3.0 TB/s" in text
+    assert (
+        "132 x 4 x 32 instructions of a thread a cycle, at 1.7 GHz, of which 132 x 64 of the integer unit" in text
+    )
     return rows
 
 
@@ -168,20 +170,75 @@ def test_norm_for_the_clip_reads_gradients_alone(gated: list[Row]) -> None:
 
 def test_derived_shares_follow_from_the_counts(gated: list[Row]) -> None:
     for row in gated:
-        issuing, moving = row["slots"] / (132 * 4 * 32 * 1.7e9), row["bytes"] / 3.0e12
-        assert row["issue_share"] == pytest.approx(min(1, issuing / moving), rel=1e-9)
-        assert row["bandwidth_share"] == pytest.approx(min(1, moving / issuing), rel=1e-9)
-        assert row["machine_demand"] == pytest.approx(row["machine_ratio"] * issuing / moving, rel=1e-9)
+        moving, cycle = row["bytes"] / 3.0e12, 132 * 1.7e9
+        needed = {name: n / RATES[name] / cycle / moving for name, n in row["units"].items()}
+        needed[SLOTS] = row["slots"] / 128 / cycle / moving
+        longest = max(needed.values())
+        assert needed[row["busiest"]] == longest
+        assert row["issue_share"] == pytest.approx(min(1, longest), rel=1e-9)
+        assert row["bandwidth_share"] == pytest.approx(min(1, 1 / longest), rel=1e-9)
+        machine = row["machine_ratio"] * needed[SLOTS]
+        assert row["machine_demand"] == pytest.approx(max(machine, longest), rel=1e-9)
         assert max(row["issue_share"], row["bandwidth_share"]) == 1
 
 
+def test_units_take_part_of_what_is_issued(gated: list[Row]) -> None:
+    """Of full warps an instruction is 32 of a unit's; comparisons and selections are of class *other*."""
+    for row in gated:
+        counts, units = row["instructions"], row["units"]
+        assert list(units) == [INTEGER, SPECIAL, SHUFFLE]
+        assert sum(units.values()) < row["slots"]
+        assert units[INTEGER] >= counts["integer"] + counts["conversion"]
+        assert units[SPECIAL] >= counts["special"]
+        assert units[SHUFFLE] >= counts["shuffle"]
+    row = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
+    assert row["units"][SPECIAL] == row["instructions"]["special"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "opcodes"),
+    [
+        (
+            INTEGER,
+            "add.s32 and.b32 shl.b64 mad.lo.s32 setp.lt.f32 selp.b32 max.f32 min.s32 cvt.rn.bf16.f32 prmt.b32",
+        ),
+        (SPECIAL, "div.rn.f32 sqrt.approx.f32 rcp.rn.f32"),
+        (SHUFFLE, "shfl.sync.bfly.b32"),
+        (None, "add.f32 fma.rn.f32 mov.b32 ld.global.v4.b32 and.pred bra bar.sync st.global.b32"),
+    ],
+)
+def test_units_of_instructions(unit: str | None, opcodes: str) -> None:
+    assert [executed.unit_of(opcode) for opcode in opcodes.split()] == [unit] * len(opcodes.split())
+
+
 def test_bound_of_a_kernel() -> None:
-    assert demand(95.744, 10.0) == pytest.approx(1.0)
-    assert shares(95.744 / 2, 10.0) == pytest.approx((0.5, 1.0))
-    assert shares(2 * 95.744, 10.0) == pytest.approx((1.0, 0.5))
-    cases = [(0.3, 0.9, "bandwidth"), (0.3, 1.1, "either"), (1.0, 1.2, "issue slots")]
+    lanes = {SLOTS: 95.744, INTEGER: 95.744 / 4, SPECIAL: 95.744 / 8, SHUFFLE: 0.0}
+    found = {SLOTS: 1.0, INTEGER: 0.5, SPECIAL: 1.0, SHUFFLE: 0.0}
+    assert demands(lanes, 10.0) == pytest.approx(found)
+    assert shares(0.5) == (0.5, 1.0)
+    assert shares(2.0) == (1.0, 0.5)
+    cases = [(0.3, 0.9, "bandwidth"), (0.3, 1.1, "either"), (1.0, 1.2, INTEGER)]
     for issue, machine, text in cases:
-        assert bound({"issue_share": issue, "machine_demand": machine}) == text
+        assert bound({"issue_share": issue, "machine_demand": machine, "busiest": INTEGER}) == text
+
+
+def test_shards_of_columns_draw_by_whole_calls() -> None:
+    """Half of each row: a step looks up where each call's 8 weights lie, instead of each weight."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(CACHE)
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.support.counted_shards"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr
+    whole, columns = json.loads(run.stdout)
+    assert whole <= 56.1
+    assert columns <= 61.7
 
 
 # What is counted -------------------------------------------------------------------------------------------

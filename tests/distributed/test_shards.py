@@ -19,6 +19,8 @@ PARTS = {
     "rows": (WIDTH, [(slice(0, 4), slice(None)), (slice(4, 11), slice(None))]),
     "odd rows": (WIDTH - 1, [(slice(0, 3), slice(None)), (slice(3, 3), slice(None)), (slice(3, 11), slice(None))]),
     "columns": (WIDTH, [(slice(None), slice(0, 8)), (slice(None), slice(8, 24))]),
+    # Where a call's 8 weights and 4 moments of level 2 are side by side in the part.
+    "columns of whole calls": (96, [(slice(None), slice(0, 32)), (slice(None), slice(32, 96))]),
     "both": (WIDTH, [(slice(0, 5), slice(0, 8)), (slice(0, 5), slice(8, 24)), (slice(5, 11), slice(None))]),
 }
 

@@ -36,8 +36,10 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequ
     total = torch.empty(2, dtype=torch.float64, device=device)
     with device_guard(device):
         for (dtype, aligned), tensors in kinds.items():
-            chunks = workspace.setdefault(f"{dtype}, {aligned}", _Chunks())
-            chunks.cut([g.numel() for g in tensors], device)
+            name, sizes = f"{dtype}, {aligned}", [g.numel() for g in tensors]
+            chunks = workspace.get(name)
+            if chunks is None or chunks.sizes != sizes:  # replays of a captured step may go on using the others
+                chunks = workspace[name] = _Chunks(sizes, device)
             sent = chunks.sender.send(addresses(tensors) + chunks.numbers, device, capturable=True)
             n_chunks = chunks.n
             partials = torch.empty(2, n_chunks, dtype=torch.float32, device=device)
@@ -53,23 +55,16 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequ
 
 
 class _Chunks:
-    """Chunks of tiles, one per program, kept while the tensors' sizes are the same."""
+    """Chunks of tiles of tensors of these nonzero sizes, one per program; they never change."""
 
-    def __init__(self) -> None:
-        self.sender = Sender()
-        self.sizes: list[int] = []
-
-    def cut(self, sizes: list[int], device: torch.device) -> None:
-        """Cut tensors of these nonzero sizes into chunks, unless they are cut already."""
-        if sizes == self.sizes:
-            return
+    def __init__(self, sizes: list[int], device: torch.device) -> None:
+        self.sender, self.sizes = Sender(), sizes
         self.tiles_per_chunk = -(-sum(sizes) // (TILE * MAX_CHUNKS))
         counts = [-(-n // (TILE * self.tiles_per_chunk)) for n in sizes]
         firsts = [0, *accumulate(counts)]
         self.n = firsts[-1]
         self.numbers = array("q", sizes + firsts[:-1]).tobytes()
         self.owners = owners(Sender().send(array("q", counts).tobytes(), device), self.n)
-        self.sizes = sizes
 
 
 def decide(

@@ -123,6 +123,10 @@ class FactoredLaunch(Launch):
             )  # fmt: skip
         return sent
 
+    def memory(self) -> list[Tensor]:
+        """See :class:`gwt_kernels.backends.triton.launch.Launch`."""
+        return [self._numbers]
+
     def add_panels(self, sent: Sent, sums: Tensor, weighted: bool) -> None:
         """Add up squares over rows and columns, ``weighted``: of weights too, in ``sums`` of the whole bucket."""
         bucket, device = self._bucket, sums.device

@@ -128,8 +128,9 @@ class Launch:
             shared["Q"] = bucket.stored.block_size(level) if bucket.is_quantized else 0
             self._path = shared | variant(level, flat, bucket.is_quantized)
             tiles = [-(-own.n_blocks // self._path["NB"]) for own in rows_]
-            self._step_path = {"TILES": tiles_of_program(flat), "READS": self._reads, **self._path}
-            programs = [-(-n // self._step_path["TILES"]) for n in tiles]
+            own_tiles = tiles_of_program(level, flat, bucket.is_quantized)
+            self._step_path = {"TILES": own_tiles, "READS": self._reads, **self._path}
+            programs = [-(-n // own_tiles) for n in tiles]
         first_programs = [0, *accumulate(programs)]
         self.n_tiles, self.n_programs = sum(tiles), first_programs[-1]
         layout = chain(*([first, *own] for first, own in zip(first_programs, rows_, strict=False)))
@@ -148,6 +149,8 @@ class Launch:
         self._spans = [] if spans is None else [[*spans[i][0], *spans[i][1]] for i in chosen]
         padded = [padded_spans(bucket.params[i].shape, level) for i in chosen]
         self._span_kind = _span_kind(self._spans, [(*own[0][1:], *own[1][1:]) if own else None for own in padded])
+        if self._span_kind == 2 and flat and (of_calls := _spans_of_calls(self._spans)):
+            self._span_kind, self._spans = 3, of_calls
         self._span_words = array("q", chain(*zip(*self._spans, strict=True))).tobytes()
         rows = bucket.telemetry
         self._rows = [] if rows is None else [row.data_ptr() for row in rows.unbind()]
@@ -290,11 +293,31 @@ class Launch:
             rest = tuple(constants.get(name) for name in kernel.arg_names[len(arguments) :])
             self._kernels[key] = compiled[programs, 1, 1], rest
 
+    def memory(self) -> list[Tensor]:
+        """What a step with other options would replace, which replays of a captured one go on using."""
+        return []
+
     def _own(self, column: Any) -> Any:
         return column if self._chosen is None else [column[i] for i in self._chosen]
 
     def _own_words(self, column: bytes) -> bytes:
         return column if self._chosen is None else b"".join([column[8 * i : 8 * i + 8] for i in self._chosen])
+
+
+def _spans_of_calls(spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The same positions of shards, if the elements of each call of Philox lie in one run; else none.
+
+    Runs that follow one another without a gap are as good as any others that do, such as those of one call.
+    """
+    found = []
+    for own in spans:
+        parts = []
+        for (first, run, pitch), call in ((own[:3], 8), (own[3:], 4)):
+            parts += [first, call, call] if run == pitch else [first, run, pitch]
+            if any(n % call for n in parts[-3:]):
+                return []
+        found.append(parts)
+    return found
 
 
 def _span_kind(spans: Sequence[Sequence[int]], padded: Sequence[tuple[int, ...] | None]) -> int:

@@ -15,15 +15,18 @@ FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, 
 # On the row path each element of a lane needs its own address in registers: 16 elements. Exchange within one warp
 # needs no barriers, and a short tile rarely has the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
-ROW_TILES = 4  # consecutive tiles of a program, which share the loads from their tensor's tables
+# On the flat path a tile of one warp holds whole blocks of quantized moments, so that no barrier is needed to find
+# their scales. At deeper levels registers would leave room for 8 warps on a multiprocessor, or spill.
+QUANTIZED_TILES = {0: 256, 1: 512, 2: 512, 3: 1024}
+TILES_TOGETHER = 4  # consecutive short tiles of a program, which share the loads from their tensor's tables
 WHOLE_ROW_TILE, WHOLE_ROW_LANES = 1024, 8  # elements of a whole row per tile, and per lane
 
 
 def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
     """Return the compile-time constants of a path at a level, and the number of warps."""
     tile, warps = (FLAT_TILE, FLAT_WARPS) if flat else (ROW_TILE, ROW_WARPS)
-    if flat and quantized and level < 2:
-        tile //= 2  # a whole tile is 8 or more quantized moments per lane, which spills registers
+    if flat and quantized and level in QUANTIZED_TILES:
+        tile, warps = QUANTIZED_TILES[level], 1
     if not flat and (quantized or 2**level > tile):
         # Whole blocks of quantized values need twice the tile, except at level 0, where registers would spill.
         tile, warps = 2 * tile if level else tile, 2 * warps
@@ -41,9 +44,10 @@ def row_variant(widest: int, level: Level, flat: bool) -> dict[str, Any]:
     return {**size, "FLAT": flat, "num_warps": tile // (32 * WHOLE_ROW_LANES)}
 
 
-def tiles_of_program(flat: bool) -> int:
+def tiles_of_program(level: int, flat: bool, quantized: bool) -> int:
     """Return the number of consecutive tiles that a program of the step updates."""
-    return 1 if flat else ROW_TILES
+    # From level 3 on a loop over tiles of quantized moments would leave room for 12 warps instead of 16.
+    return TILES_TOGETHER if not flat or (quantized and level < 3) else 1
 
 
 def blocks_together(level: int, moments: MomentFormat, stochastic: bool) -> int:

@@ -121,11 +121,12 @@ def store_moments(
     """Store ``m`` and, of 2 ``SLOTS``, ``v``: to the nearest, or by random ``bits``; ``m`` takes the lower half."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     if Q:
-        inside = tl.arange(0, NB) < tile[1]
         quanta, known = _quanta(tile, NB, Q)
-        m, m_scales = encode_first(tl.where(inside, m, 0.0), bits & 0xFFFF, Q, NB)
+        m, m_scales = encode_first(m, bits & 0xFFFF, Q, NB)
         if SLOTS == 2:
-            v, v_scales = encode_second(tl.where(inside, v, 0.0), bits >> 16, Q, NB)
+            # Beyond the tile 0, as m is, but NaN where the scale is infinite, which is to stay so.
+            v = tl.where(tl.arange(0, NB) < tile[1], v, 0.0)
+            v, v_scales = encode_second(v, bits >> 16, Q, NB)
         tl.store(m_scale_ptr + quanta, m_scales, mask=known)
         if SLOTS == 2:
             tl.store(v_scale_ptr + quanta, v_scales, mask=known)

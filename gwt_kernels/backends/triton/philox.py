@@ -23,11 +23,17 @@ def _philox(calls, step, purpose: tl.constexpr, key):
 def random_words(first, N: tl.constexpr, step, key):
     """Return 32 random bits for each of ``N`` coefficients from ``first``, a multiple of ``min(N, 4)``: ``[N]``."""
     if N >= 4:
-        w0, w1, w2, w3 = _philox((first >> 2) + tl.arange(0, N // 4), step, _MOMENTS, key)
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
+        words = random_words_of_calls((first >> 2) + tl.arange(0, N // 4), N, step, key)
     else:
         words = random_words_at(first + tl.arange(0, N), step, key)
     return words
+
+
+@triton.jit
+def random_words_of_calls(calls, N: tl.constexpr, step, key):
+    """Return 32 random bits for each of the 4 coefficients of ``calls`` (int64 ``[N // 4]``): ``[N]``."""
+    w0, w1, w2, w3 = _philox(calls, step, _MOMENTS, key)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (N,))
 
 
 @triton.jit
@@ -40,7 +46,13 @@ def random_words_at(index, step, key):
 @triton.jit
 def random_halves(first, N: tl.constexpr, step, key):
     """Return 16 random bits for each of ``N`` weights from ``first``, both multiples of 8: ``[N]``."""
-    w0, w1, w2, w3 = _philox((first >> 3) + tl.arange(0, N // 8), step, _WEIGHTS, key)
+    return random_halves_of_calls((first >> 3) + tl.arange(0, N // 8), N, step, key)
+
+
+@triton.jit
+def random_halves_of_calls(calls, N: tl.constexpr, step, key):
+    """Return 16 random bits for each of the 8 weights of ``calls`` (int64 ``[N // 8]``): ``[N]``."""
+    w0, w1, w2, w3 = _philox(calls, step, _WEIGHTS, key)
     return tl.reshape(_halves(tl.join(tl.join(w0, w2), tl.join(w1, w3))), (N,)).to(tl.uint32)
 
 

@@ -168,7 +168,7 @@ class TritonRunner:
 
     def memory(self) -> list[object]:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
-        return list(self._launches)
+        return [each for launch in self._launches for each in (launch, *launch.memory())]
 
     def _send(self, inputs: StepInputs, decision: Tensor | None, *, counts: bool) -> _Begun:
         """Send the tables of a step; launch nothing yet but what makes a device's own numbers."""

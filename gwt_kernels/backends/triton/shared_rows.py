@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 
 from gwt_kernels.backends.triton import schema
-from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, random_words_at
+from gwt_kernels.backends.triton.philox import (
+    random_halves,
+    random_halves_at,
+    random_halves_of_calls,
+    random_words_at,
+)
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import ROWS
@@ -122,7 +127,7 @@ def shared_step_kernel(
         m, v = MOMENTS(mean, square, m, before, numbers, W**0.5)
         tl.debug_barrier()  # several lanes may have read one block: all of them before one writes it
         if M == tl.bfloat16:
-            if SPAN == 2:
+            if SPAN > 1:
                 index = in_whole(moments_span, row * row_blocks + block + tl.arange(0, NB))
             else:
                 index = row * padded + block + moments_span[0] + tl.arange(0, NB)
@@ -146,7 +151,10 @@ def shared_step_kernel(
             store_part(p_ptr + here, weight, inside, TILE)
         elif ROUNDING == "stochastic":
             first = row * (padded * W) + column + weights_span[0]
-            if SPAN == 2:
+            if SPAN == 3:
+                calls = in_whole(weights_span, here + tl.arange(0, TILE // 8) * 8) >> 3
+                bits = random_halves_of_calls(calls, TILE, step, key)
+            elif SPAN == 2:
                 bits = random_halves_at(in_whole(weights_span, here + tl.arange(0, TILE)), step, key)
             elif FLAT:
                 bits = random_halves(tl.multiple_of(first, 8), TILE, step, key)

@@ -33,10 +33,12 @@ from gwt_kernels.backends.triton.philox import (
     random_halves,
     random_halves_at,
     random_halves_of_blocks,
+    random_halves_of_calls,
     random_words,
     random_words_at,
+    random_words_of_calls,
 )
-from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
+from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of, run_in_whole
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import (
     ROWS,
@@ -105,11 +107,11 @@ def step_kernel(
     weights lie in an array of their own. Moments in bfloat16 round stochastically; quantized ones are codes with a
     scale per ``Q`` of them, and round stochastically too. Random bits depend on the index in the
     whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of 4
-    (moments), and 2 where it is any.
+    (moments), 2 where it is any, and 3, on the flat path, where such groups of 8 and of 4 lie side by side in both.
 
-    A program of the row path takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they
-    share. Where ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of
-    their approximation coefficients and of their update, weight decay apart.
+    A program takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they share. Where
+    ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of their
+    approximation coefficients and of their update, weight decay apart.
     """
     program = tl.program_id(0)
     if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
@@ -129,7 +131,7 @@ def step_kernel(
     arrays = arrays_of(pointers_ptr, i, n_tensors, P, G, M, ALIGN, MOMENT_ALIGN, ROUNDING, Q, SLOTS)
     draws = draws_of(pointers_ptr, i, n_tensors, ROUNDING == "stochastic" or M == tl.bfloat16 or Q, SPAN)
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
-    if FLAT:
+    if TILES == 1:
         tile = tile_of(n_blocks, padded, reciprocal, first, NB, _FLAT, MULTIPLE)
         sums = _update(
             tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
@@ -141,8 +143,13 @@ def step_kernel(
         here = tl.minimum(TILES * NB, n_blocks - first)
         # The compiler is to move nothing out of the loop: every lane's places would take its registers throughout.
         for passed in tl.range(0, here, NB, disable_licm=True):
-            tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, ROWS, MULTIPLE)
-            if is_run(tile, width, padded, W, NB):
+            tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, _FLAT if FLAT else ROWS, MULTIPLE)
+            if FLAT:
+                own = _update(
+                    tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
+                    UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, _FLAT,
+                )  # fmt: skip
+            elif is_run(tile, width, padded, W, NB):
                 own = _update(
                     tile, width, row_blocks, padded, arrays, numbers, rates, draws, P, M, W, NB, MOMENTS, SQUARES,
                     UPDATE, ROUNDING, SPAN, Q, SLOTS, TELEMETRY, READS, RUN,
@@ -205,7 +212,10 @@ def _update(
     mean, m, v = _moments(g, m, v, numbers, W, NB, MOMENTS, SQUARES, KIND)
     residual = kernel_residuals(g, mean, W, NB)
     if M == tl.bfloat16 or Q:
-        if SPAN == 2:
+        if SPAN == 3 and NB >= 4:
+            calls = run_in_whole(moments_span, first_block, NB, 4) >> 2
+            bits = random_words_of_calls(calls, NB, step, key)
+        elif SPAN > 1:
             index = index_in_array(tile, row_blocks, padded, 1, NB, KIND)
             bits = random_words_at(in_whole(moments_span, index), step, key)
         elif Q and KIND != _FLAT:
@@ -238,7 +248,10 @@ def _update(
         store_tile(p_ptr, weight, tile, width, padded, W, NB, KIND, MULTIPLE)
     elif ROUNDING == "stochastic":
         TOGETHER: tl.constexpr = 1 if Q else 4 if M == tl.bfloat16 else MULTIPLE  # as in layout.blocks_together
-        if SPAN == 2:
+        if SPAN == 3:
+            calls = run_in_whole(weights_span, first_block * W, NB * W, 8) >> 3
+            bits = random_halves_of_calls(calls, NB * W, step, key)
+        elif SPAN == 2:
             index = index_in_array(tile, width, padded, W, NB, KIND)
             bits = random_halves_at(in_whole(weights_span, index), step, key)
         elif (KIND == ROWS or (Q and KIND == RUN)) and TOGETHER < 4 and W > 1:

@@ -8,6 +8,7 @@ import triton.language as tl
 from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.moments import moment_arrays
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
+from gwt_kernels.backends.triton.tiles import runs_passed
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
     run, pitch = first, first
     if SPAN:
         first += tl.load(pointers_ptr + which * n_tensors + i)
-    if SPAN == 2:
+    if SPAN > 1:
         run += tl.load(pointers_ptr + (which + 1) * n_tensors + i)
         pitch += tl.load(pointers_ptr + (which + 2) * n_tensors + i)
     return first, run, pitch
@@ -74,7 +75,20 @@ def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
 def in_whole(span, index):
     """The indices in the whole tensor of a shard's elements (int64, any shape)."""
     first, run, pitch = span
-    return first + index // run * pitch + index % run
+    return first + index + index // run * (pitch - run)
+
+
+@triton.jit
+def run_in_whole(span, start, N: tl.constexpr, EVERY: tl.constexpr):
+    """The indices in the whole tensor of every ``EVERY``-th of a shard's ``N`` elements from ``start``.
+
+    They are int64 ``[N // EVERY]``. One division of 64 bits serves all of them.
+    """
+    first, run, pitch = span
+    runs = start // run
+    places = tl.arange(0, N // EVERY) * EVERY
+    passed = runs_passed(places, start - runs * run, run, N)
+    return first + start + places + (runs + passed) * (pitch - run)
 
 
 @triton.jit

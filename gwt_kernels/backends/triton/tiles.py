@@ -136,7 +136,7 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
 
 
 @triton.jit
-def _passed(places, first, n, NB: tl.constexpr):
+def runs_passed(places, first, n, NB: tl.constexpr):
     """``(first + places) // n`` (32 bits) for ``first`` below ``n``, and ``places`` up to ``NB``, by a product."""
     period = tl.minimum(n, 2 * NB + 4).to(tl.uint32)  # where n is longer, there is but one end of it
     before = period - tl.minimum(n - first, period).to(tl.uint32)
@@ -158,8 +158,8 @@ def factor_places(tile, row_blocks, padded, rows, columns, NB: tl.constexpr, KIN
     row = start // columns
     matrix = row // rows
     column = start - row * columns
-    passed = _passed(places, column, columns, NB)
-    matrices = _passed(passed, row - matrix * rows, rows, NB)
+    passed = runs_passed(places, column, columns, NB)
+    matrices = runs_passed(passed, row - matrix * rows, rows, NB)
     first = (matrix * columns + column).to(tl.int32)
     return row.to(tl.int32) + passed, first + places + (matrices - passed) * columns.to(tl.int32), inside
 

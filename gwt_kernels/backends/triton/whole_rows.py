@@ -13,7 +13,12 @@ import triton.language as tl
 
 from gwt_kernels.backends.triton import schema
 from gwt_kernels.backends.triton.moments import moment_arrays
-from gwt_kernels.backends.triton.philox import random_halves, random_halves_at, random_words_at
+from gwt_kernels.backends.triton.philox import (
+    random_halves,
+    random_halves_at,
+    random_halves_of_calls,
+    random_words_at,
+)
 from gwt_kernels.backends.triton.tensors import arrays_of, draws_of, in_whole, numbers_of
 from gwt_kernels.backends.triton.tiles import FLAT as _FLAT
 from gwt_kernels.backends.triton.tiles import array_ptr as _array
@@ -97,7 +102,7 @@ def row_step_kernel(
     if AT_RANDOM:
         index = places
         if SPAN:
-            index = in_whole(moments_span, places) if SPAN == 2 else places + moments_span[0]
+            index = in_whole(moments_span, places) if SPAN > 1 else places + moments_span[0]
         words = random_words_at(index, step, key)
         tl.store(m_ptr + places, stochastic_round(m, words & 0xFFFF, M))
         if V == tl.bfloat16 and SLOTS == 2:
@@ -136,7 +141,10 @@ def row_step_kernel(
             store_part(low_ptr + here, low, inside, TILE)
             store_part(p_ptr + here, weight, inside, TILE)
         elif ROUNDING == "stochastic":
-            if SPAN == 2:
+            if SPAN == 3:
+                calls = in_whole(weights_span, here + tl.arange(0, TILE // 8) * 8) >> 3
+                bits = random_halves_of_calls(calls, TILE, step, key)
+            elif SPAN == 2:
                 bits = random_halves_at(in_whole(weights_span, here + tl.arange(0, TILE)), step, key)
             elif FLAT:
                 bits = random_halves(here + weights_span[0], TILE, step, key)

@@ -6,13 +6,15 @@ which these arguments point. Launches are recorded during a step, and repeated i
 
 from __future__ import annotations
 
+import contextlib
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdafactor, GWTAdamW
 from gwt_kernels.backends.triton import control_launch, launch
+from gwt_kernels.optim.checks import check_captured_everywhere
 from tests.support import interpreter
 from tests.support.runs import assert_differ, assert_same_bits, parameters, results
 
@@ -143,3 +145,61 @@ def test_a_step_that_is_not_capturable_would_repeat_itself():
         else:
             graph.replay()
     assert_differ(captured.results(), eager.results())
+
+
+def test_memory_has_what_a_step_with_other_options_replaces():
+    p = parameters([(8, 64)])[0]
+    optimizer = GWTAdafactor([p], level=2, backend="triton", clip_threshold=1.0)
+
+    def step() -> None:
+        p.grad = torch.ones_like(p)
+        with interpreter.like_a_gpu():
+            optimizer.step()
+
+    step()
+    launched = optimizer._plan.buckets[0].runner._launches[0]
+    numbers, values = launched._numbers, launched._numbers.clone()
+    held = optimizer._plan.memory()
+    optimizer.param_groups[0]["clip_threshold"] = 2.0
+    step()
+    assert optimizer._plan.buckets[0].runner._launches[0]._numbers is not numbers
+    assert any(x is numbers for runners in held if isinstance(runners, list) for x in runners)
+    assert torch.equal(numbers, values)
+
+
+def test_chunks_of_a_norm_stay_as_they_were_captured():
+    workspace = {}
+    with interpreter.like_a_gpu():
+        control_launch.squares([torch.ones(64), torch.ones(8)], workspace)
+        ((name, chunks),) = workspace.items()
+        owners = chunks.owners
+        control_launch.squares([torch.ones(64), torch.ones(8)], workspace)
+        assert workspace[name] is chunks
+        control_launch.squares([torch.ones(16)], workspace)
+    assert workspace[name] is not chunks
+    assert chunks.owners is owners
+
+
+@pytest.mark.parametrize("captured", [(), (0,), (1,), (0, 1)])
+def test_a_capture_on_some_devices_alone_is_refused(monkeypatch, captured):
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] in captured)
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    check_captured_everywhere(devices[:1], 0 in captured)
+    refused = contextlib.nullcontext()
+    if len(captured) == 1:
+        message = f"captured in a CUDA graph on cuda:{captured[0]} but not on cuda:{1 - captured[0]}"
+        refused = pytest.raises(RuntimeError, match=message)
+    with refused:
+        check_captured_everywhere(devices, 0 in captured)
+    assert current == [0]
