@@ -83,7 +83,6 @@ SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {
     "sweep_demo_warmup10.json": {"gwt3"},
     "sweep_demo_warmup10_clipped.json": {"gwt3"},
-    "sweep_cpu.json": {"foam1", "foam3", "foam-row", "gwt-row", "adafactor2-published"},
 }
 """Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
 WIDENED = {"sweep_cpu.json": {"muon0", "muon2"}, "sweep_cpu_medium.json": {"muon2", "adamw"}}
