@@ -242,7 +242,7 @@ class PlannedOptimizer(Optimizer):
         if self._is_sharded:
             held, grads = local_parts(params, grads)
         asked = self._asked
-        options = options_of(groups, capturable, asked.anything, is_sharded=self._is_sharded)
+        options = options_of(groups, capturable, asked.anything)
         sources = Sources(groups, self.state, params, held, grads, options)
         plan = self._plan
         if plan is None or not plan.holds(sources):

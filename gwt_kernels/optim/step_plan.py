@@ -92,6 +92,15 @@ class StepPlan:
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         surveys = [bucket.runner.survey for bucket in self.buckets]
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
+        # Of matrices without a gradient here, these decide which other processes may ask for.
+        self._missing = [
+            p
+            for group in groups
+            if has_matrices(group)
+            for p in group["params"]
+            if p.grad is None and is_sharded(p)
+        ]
+        self._are_trained = [p.requires_grad for p in self._missing]
         self._snapshot = None
         if not choice.is_symbolic():  # nothing that stands for numbers here may be found by a later step
             self._snapshot = Fingerprint(sources, self.survey)
@@ -102,7 +111,8 @@ class StepPlan:
 
     def holds(self, sources: Sources) -> bool:
         """Whether all that the plan rests on is as it was, but for gradients: others of the same kind will do."""
-        return self._snapshot is not None and self._snapshot.holds(sources)
+        are_trained = [p.requires_grad for p in self._missing]
+        return self._snapshot is not None and are_trained == self._are_trained and self._snapshot.holds(sources)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -233,18 +243,14 @@ _Turn = int | Callable[[], None]
 _shared_options = itemgetter(*STRUCTURAL, "backend", "weight_rounding")
 
 
-def options_of(
-    groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool, *, is_sharded: bool = False
-) -> list[Any]:
+def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
     """Return what the checks before a step depend on beside tensors and gradients: ``Sources.options``."""
-    exchanged = filter(has_matrices, groups) if is_sharded else ()
     return [
         *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
         capturable,
         decides,
         choice.tracer(),
         *(getattr(g["lr"], "device", None) for g in groups),
-        *([p.requires_grad for p in g["params"]] for g in exchanged),
     ]
 
 
