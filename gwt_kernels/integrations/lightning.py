@@ -18,6 +18,9 @@ else:
             raise missing(__name__, "lightning", "lightning (or pytorch-lightning)") from error
 
 
+__all__ = ["TelemetryCallback"]
+
+
 class TelemetryCallback(Callback):
     """Log `GWTAdamW`'s telemetry to the loggers of a Lightning Trainer.
 

@@ -22,6 +22,8 @@ try:
 except ModuleNotFoundError as error:
     raise missing(__name__, error.name or "transformers", "transformers accelerate") from error
 
+__all__ = ["GWTTrainerMixin", "TelemetryCallback", "gwt_optimizer"]
+
 _GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
 """Options of gwt_param_groups; all others are the optimizer's."""
 _OF_SHAPES = ("include", "exclude", "row_splits", "head_rows", "workspace_bytes")
