@@ -92,7 +92,7 @@ class StepPlan:
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
         surveys = [bucket.runner.survey for bucket in self.buckets]
         self.survey = next((survey for survey in surveys if survey is not PYTHON), PYTHON)
-        # Of matrices without a gradient here, these decide which other processes may ask for.
+        # Matrices without a gradient here, which other processes exchange unless they are frozen.
         self._missing = [
             p
             for group in groups
@@ -261,7 +261,7 @@ def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]]]:
-    """Parameters that have a gradient, or others' matrices may have one elsewhere, each once, by bucket.
+    """Parameters that have a gradient, and matrices of which another process may have one, each once, by bucket.
 
     And whether norms or factors are over processes, and whether sums over rows are.
     """
