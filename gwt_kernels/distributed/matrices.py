@@ -97,7 +97,6 @@ class MatrixExchange:
                     f"{p.name} has the dtype {p.tensor.dtype}: only floating-point matrices can be taken"
                 )
             check_workspace(p.name, p.tensor.shape, newton_schulz, workspace_bytes, p.flatten, p.row_splits)
-        self._n_params = len(params)
         self.owners: list[list[int]] = [[] for _ in params]
         self.loads: Counter[int] = Counter()
         self._batches: list[_Batch] = []
@@ -146,19 +145,6 @@ class MatrixExchange:
             raise AssertionError("a parameter has a gradient here")
 
         self.run(nothing, nothing)
-
-    def orthogonalize_(self, parts: Sequence[Tensor]) -> None:
-        """Replace this process's parts of all parameters' matrices; they may have any dtype."""
-        if len(parts) != self._n_params:
-            raise ValueError(f"{len(parts)} parts of {self._n_params} parameters")
-
-        def of(pieces: Sequence[MatrixPiece]) -> list[Tensor]:
-            return [piece.of(parts[piece.param]) for piece in pieces]
-
-        self.run(
-            lambda pieces, values: torch._foreach_copy_(list(values), of(pieces)),
-            lambda pieces, values: torch._foreach_copy_(of(pieces), list(values)),
-        )
 
     def _peak(self) -> int:
         done: Counter[int] = Counter()
