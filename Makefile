@@ -43,6 +43,8 @@ reference: ## the C oracle, as a shared library
 reference-sanitize: ## the C oracle's self-test under the address and undefined-behaviour sanitizers
 	$(MAKE) -C csrc_reference CC=$(CC) sanitize
 
+# These tests are for a CPU, on a machine with a GPU too, whose tests bench-gpu runs.
+test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --compiled sm_90 $(COMPILED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --ignore=,$(COMPILED))
