@@ -38,24 +38,24 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: 
             f"exp_avgs and exp_avg_sqs must have one dtype, or be {' and '.join(map(str, expected))}, and "
             f"limiter_norms must be float32, got {' and '.join(map(str, found))}"
         )
-    for p, g, *own in zip(params, arrays["grads"], *moments, strict=True):
+    for p, g, *kept in zip(params, arrays["grads"], *moments, strict=True):
         shape = (*p.shape[:-1], blocks_of(level, p.shape[-1])) if p.dim() else ()
-        shapes = [shape, (*p.shape[:-1], 1) if of_rows and p.dim() else shape][: len(own)]
-        if g.shape != p.shape or [tuple(x.shape) for x in own] != shapes:
+        shapes = [shape, (*p.shape[:-1], 1) if of_rows and p.dim() else shape][: len(kept)]
+        if g.shape != p.shape or [tuple(x.shape) for x in kept] != shapes:
             raise ValueError(
                 f"a parameter of shape {tuple(p.shape)} at level {level} needs a gradient of its shape and moments "
                 f"of shape {' and '.join(sorted({*map(str, shapes)}))}, got {tuple(g.shape)}, "
-                f"{' and '.join(str(tuple(x.shape)) for x in own)}"
+                f"{' and '.join(str(tuple(x.shape)) for x in kept)}"
             )
-        if not all(x.is_contiguous() for x in own):
+        if not all(x.is_contiguous() for x in kept):
             raise ValueError(f"the moments of a parameter of shape {tuple(p.shape)} must be contiguous")
 
 
 def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: Level) -> None:
     """Raise unless each quantized tensor has the scales of all of its blocks beside it, for each moment."""
-    for m, own in zip(exp_avgs, scales, strict=True):
+    for m, pair in zip(exp_avgs, scales, strict=True):
         shape = (stored_as(m.dtype).n_scales(m.shape, level),)
-        for x in own:
+        for x in pair:
             if (x.dtype, tuple(x.shape), x.device, x.is_contiguous()) != (torch.float32, shape, m.device, True):
                 raise ValueError(
                     f"{str(m.dtype).removeprefix('torch.')} moments of shape {tuple(m.shape)} at level {level} "

@@ -51,11 +51,11 @@ class FactoredBucket(Bucket):
         super().__init__(params, exp_avgs or [None] * len(params), exp_avg_sqs, **options)  # type: ignore[list-item]
         if not len(factors) == len(wholes) == len(params):
             raise ValueError(f"{len(params)} params need as many factors, got {len(factors)} and {len(wholes)}")
-        for p, local, own in zip(params, self.local_matrices(), factors, strict=True):
+        for p, local, sums in zip(params, self.local_matrices(), factors, strict=True):
             blocks = blocks_of(self.level, p.shape[-1]) if p.dim() else 1
-            shapes = [None if x is None else tuple(x.shape) for x in own]
+            shapes = [None if x is None else tuple(x.shape) for x in sums]
             fits = self.is_literal or local.numel == (math.prod(p.shape[:-1]) * blocks if p.dim() else 1)
-            if not fits or any(x is not None and (x.device != p.device or not x.is_contiguous()) for x in own):
+            if not fits or any(x is not None and (x.device != p.device or not x.is_contiguous()) for x in sums):
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} at level {self.level} needs contiguous factors on "
                     f"{p.device} for its rows, and for {blocks} columns, got shapes {shapes}"

@@ -258,11 +258,11 @@ class MatrixRunner:
         """Of the sums over whole rows those of the pieces' rows, if there are any."""
         if inputs.row_sums is None:
             return None
-        own = torch.split(inputs.row_sums, self.bucket.n_rows)
+        sums = torch.split(inputs.row_sums, self.bucket.n_rows)
         parts = []
         for piece in pieces:
-            each = len(own[piece.param]) // len(self.bucket.params[piece.param])
-            parts.append(own[piece.param].narrow(0, piece.start * each, piece.length * each))
+            each = len(sums[piece.param]) // len(self.bucket.params[piece.param])
+            parts.append(sums[piece.param].narrow(0, piece.start * each, piece.length * each))
         return torch.cat(parts)
 
     def _renew_without_columns(self, inputs: StepInputs, decision: Tensor | None) -> None:
@@ -285,9 +285,9 @@ class MatrixRunner:
             values = [torch.empty(shape, dtype=self._stage.dtype, device=bucket.device) for shape in shapes]
             self._renews = prepare(self._first_of(pieces, values), self._backend)
         grads = [torch.zeros(shape, dtype=bucket.grad_dtype, device=bucket.device) for shape in shapes]
-        own = [piece.param for piece in pieces]
-        steps, hypers = inputs.steps, [inputs.hypers[i] for i in own]
-        counts = steps.index_select(0, index) if isinstance(steps, Tensor) else [steps[i] for i in own]
+        indices = [piece.param for piece in pieces]
+        steps, hypers = inputs.steps, [inputs.hypers[i] for i in indices]
+        counts = steps.index_select(0, index) if isinstance(steps, Tensor) else [steps[i] for i in indices]
         self._renews.apply(StepInputs(grads, counts, hypers, self._rows_of(pieces, inputs)), decision)
 
     def _is_whole(self, piece: MatrixPiece) -> bool:
@@ -299,9 +299,9 @@ class MatrixRunner:
         span: _Spans | None = None if bucket.spans is None else bucket.spans[piece.param]
         if self._is_whole(piece):
             return span
-        own = span or self._ends(piece.param)
+        spans = span or self._ends(piece.param)
         per_index = p[0].numel(), bucket.exp_avgs[piece.param][0].numel()
-        weights, moments = (_from(x, piece.start * n) for x, n in zip(own, per_index, strict=True))
+        weights, moments = (_from(x, piece.start * n) for x, n in zip(spans, per_index, strict=True))
         return weights, moments
 
     def _ends(self, param: int) -> _Spans:
@@ -328,10 +328,10 @@ class MatrixRunner:
         for batch in self._batches.values():
             if batch.rows is not None:
                 sums.index_add_(0, batch.params, batch.rows)
-        own = sums[:, :limit]
+        observed = sums[:, :limit]
         if decision is not None:  # those of the last step that was taken
-            own = torch.where(decision[1] > 0, own, rows[:, :limit])
-        rows[:, :limit] = own
+            observed = torch.where(decision[1] > 0, observed, rows[:, :limit])
+        rows[:, :limit] = observed
         rows[:, limit] = 1.0
         rows[:, COLUMNS.index("nonfinite")] += sums[:, COLUMNS.index("nonfinite")].clamp(max=1.0)
         rows[:, COLUMNS.index("steps")] += 1.0

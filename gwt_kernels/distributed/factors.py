@@ -73,19 +73,19 @@ class FactorReduction:
         for sums, is_first in ((self._sums, True), (self._squares, False)):
             vector = sums.zeros()
             stops = [(places, next(stages, None)) for places, stages in steps]
-            for places, own in stops:
-                if own is not None and is_first:
-                    vector[places.at] = own[places.sent].to(vector.dtype)
-                elif own is not None:
-                    vector[places.squares] = own.to(vector.dtype)
+            for places, values in stops:
+                if values is not None and is_first:
+                    vector[places.at] = values[places.sent].to(vector.dtype)
+                elif values is not None:
+                    vector[places.squares] = values.to(vector.dtype)
             sums.start(vector)
             total = sums.finish()
             assert total is not None
-            for places, own in stops:
-                if own is not None and is_first:
-                    own[places.sent] = total[places.at].to(own.dtype)
-                elif own is not None:
-                    own.copy_(total[places.squares])
+            for places, values in stops:
+                if values is not None and is_first:
+                    values[places.sent] = total[places.at].to(values.dtype)
+                elif values is not None:
+                    values.copy_(total[places.squares])
         for _, stages in steps:
             next(stages, None)
 
@@ -103,7 +103,7 @@ def _parts(p: Any, shape: Sequence[int]) -> list[tuple[int, Tensor, int, bool]]:
     is_sent = [column in shared, column - 1 in shared, bool({column, column - 1} & shared), True]
     wholes = Matrices.of(shape).parts
     parts = []
-    for own, sent, whole in zip(kept, is_sent, wholes, strict=True):
-        index = places_in_whole(p, [shape[d] for d in own], own).view(-1) if own else one
+    for kept_dims, sent, whole in zip(kept, is_sent, wholes, strict=True):
+        index = places_in_whole(p, [shape[d] for d in kept_dims], kept_dims).view(-1) if kept_dims else one
         parts.append((len(index), index, whole, sent))
     return parts

@@ -205,8 +205,8 @@ def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int]) -> Any:
     import torch.distributed as dist
 
     made = _groups.setdefault(dist.group.WORLD, [])
-    own = [mesh.get_group(sharding[0])] if len(sharding) == 1 else []
-    for group in [*own, dist.group.WORLD, *made]:
+    candidates = [mesh.get_group(sharding[0])] if len(sharding) == 1 else []
+    for group in [*candidates, dist.group.WORLD, *made]:
         if dist.get_process_group_ranks(group) == ranks:
             return group
     made.append(dist.new_group(ranks, use_local_synchronization=True))
@@ -233,9 +233,9 @@ def _units(
             known[alike] = matrix_plan.units_of(0, layout, newton_schulz, workspace_bytes)
         units[key] += [replace(unit, index=index) for unit in known[alike]]
     shares: dict[tuple[int, ...], list[tuple[_Peers, list[Unit]]]] = {}
-    for own, found in zip(peers.values(), units.values(), strict=True):
-        members = tuple(sorted(itertools.chain(*own.ranks))) if own.shared else ()
-        shares.setdefault(members, []).append((own, matrix_plan.in_order(found)))
+    for sharers, found in zip(peers.values(), units.values(), strict=True):
+        members = tuple(sorted(itertools.chain(*sharers.ranks))) if sharers.shared else ()
+        shares.setdefault(members, []).append((sharers, matrix_plan.in_order(found)))
     return sorted(shares.values(), key=lambda alike: not alike[0][0].shared)
 
 
@@ -268,7 +268,7 @@ class _Batch:
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
-        own, ranks, place_of = peers.ranks[replica][position], sorted(peers.ranks[replica]), peers.place_of
+        this_rank, ranks, place_of = peers.ranks[replica][position], sorted(peers.ranks[replica]), peers.place_of
         # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
         # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
         parts = [unit.parts[position] for unit in batch.units]
@@ -291,14 +291,15 @@ class _Batch:
             sizes[batch.owners[i]] += parts[i].numel
         self._first = sum(n for rank, n in sizes.items() if place_of[rank][0] < replica)
         self._last = self._first + sum(sizes[rank] for rank in ranks)
-        self._sent = [sizes[rank] * (rank != own) for rank in ranks]
+        self._sent = [sizes[rank] * (rank != this_rank) for rank in ranks]
         # Parts arrive in the order of the processes that send them.
-        owned = [i for i, owner in enumerate(batch.owners) if owner == own]
-        arriving = [(i, place_of[rank][1]) for rank in ranks if rank != own for i in owned]
+        owned = [i for i, owner in enumerate(batch.owners) if owner == this_rank]
+        arriving = [(i, place_of[rank][1]) for rank in ranks if rank != this_rank for i in owned]
         arrived = [batch.units[i].parts[sender].numel for i, sender in arriving]
         arrival = dict(zip(arriving, starts_of(arrived), strict=False))
         self._arriving = [
-            sum(batch.units[i].parts[place_of[rank][1]].numel for i in owned) * (rank != own) for rank in ranks
+            sum(batch.units[i].parts[place_of[rank][1]].numel for i in owned) * (rank != this_rank)
+            for rank in ranks
         ]
         self._wholes: list[Whole] = []
         at = 0
@@ -319,7 +320,7 @@ class _Batch:
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
         in_use = sum(unit.nbytes for unit, *_ in self._wholes)
-        self._temporary_bytes = min(batch.needed[own], workspace_bytes) - in_use
+        self._temporary_bytes = min(batch.needed[this_rank], workspace_bytes) - in_use
         self.computing_bytes = self._n_whole * itemsize + self._temporary_bytes
         self.sent_bytes = batch.sent_bytes(peers.ranks[replica], position)
         self.reduced_bytes = batch.reduced_bytes(position) * len(peers.replicas)

@@ -160,15 +160,17 @@ def _part(held: Sequence[Runs], first: int, stop: int) -> Part:
     start = sum(min(n, max(0, first - i)) for i, n in held[0])
     dims = (rows, *held[1:])
     boxes = [tuple(zip(*box, strict=True)) for box in itertools.product(*map(_placed, dims))]
-    return Part(start, tuple(sum(n for _, n in dim) for dim in dims), tuple((own, whole) for own, whole in boxes))
+    return Part(
+        start, tuple(sum(n for _, n in dim) for dim in dims), tuple((held_box, whole) for held_box, whole in boxes)
+    )
 
 
 def _placed(runs: Runs) -> Iterator[tuple[slice, slice]]:
     """Where each run lies among the held indices and among all."""
-    own = 0
+    start = 0
     for first, length in runs:
-        yield slice(own, own + length), slice(first, first + length)
-        own += length
+        yield slice(start, start + length), slice(first, first + length)
+        start += length
 
 
 def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter[int]) -> list[int]:
@@ -240,11 +242,11 @@ class Batch:
             return 0
         total = 0
         for unit, owner in zip(self.units, self.owners, strict=True):
-            own = unit.parts[position].numel
+            held = unit.parts[position].numel
             if owner == replica[position]:
-                total += (unit.numel - own) * unit.itemsize
+                total += (unit.numel - held) * unit.itemsize
             elif owner in replica:
-                total += own * unit.itemsize
+                total += held * unit.itemsize
         return total
 
     def reduced_bytes(self, position: int) -> int:

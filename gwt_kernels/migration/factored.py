@@ -150,8 +150,8 @@ def _to_moments(
 
 def _first(source: Source, read: _Read, new: Form, width: int) -> dict[str, Tensor]:
     """The first moment in the form that is wanted."""
-    own = "level" in source.group and {"exp_avg", "exp_avg_scale"} & source.state.keys()
-    if own and is_factored(source.group) and read.form == new:  # every bit
+    is_own = "level" in source.group and {"exp_avg", "exp_avg_scale"} & source.state.keys()
+    if is_own and is_factored(source.group) and read.form == new:  # every bit
         return convert(source.state, read.form, new, width)
     first = torch.zeros_like(read.square) if read.first is None else read.first
     return convert({"exp_avg": first}, read.form._replace(dtype=torch.float64), new, width)

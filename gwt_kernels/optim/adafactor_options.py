@@ -70,7 +70,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
         raise ValueError(f"clip_threshold must be finite and above 0, got {clip}: the published value is 1.0")
     if not -math.inf < decay <= 0.0:
         raise ValueError(f"decay_rate must be finite and not above 0, got {decay}: the published value is -0.8")
-    own = AdafactorNumbers(
+    numbers = AdafactorNumbers(
         eps=smallest,
         least_rms=least_rms if group["scale_parameter"] else None,
         clip_threshold=clip,
@@ -91,7 +91,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
         norm_growth_limit=None,
         maximize=group["maximize"],
         correct_bias=False,
-        own=own,
+        own=numbers,
     )
 
 

@@ -69,9 +69,9 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
         value, said = given[option], [group[option] for group in transformed]
         is_chosen = option in defaults and value != defaults[option].default
         if is_chosen and said and not any(value == each for each in said):
-            own = ", ".join(dict.fromkeys(map(str, said)))
+            values = ", ".join(dict.fromkeys(map(str, said)))
             warnings.warn(
-                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say {option}={own}. "
+                f"{optimizer.__name__}(..., {option}={value}) has no effect: its groups say {option}={values}. "
                 f"Pass it to gwt_param_groups instead",
                 stacklevel=4,
             )

@@ -119,8 +119,8 @@ class PlannedOptimizer(Optimizer):
         self._checks.check_options(defaults, slack=0.0)
         if self._adamw:
             lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
-            own = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
-            check_group({**defaults, **own}, capturable=self.capturable, slack=0.0)
+            adamw = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
+            check_group({**defaults, **adamw}, capturable=self.capturable, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()
@@ -377,8 +377,8 @@ class PlannedOptimizer(Optimizer):
         self.__dict__.setdefault("_captured", [])
         for key, value in self.__dict__.pop("_set_aside", {}).items():
             self.state[key] = value
-        for p, own in self.state.items():
-            self.state[p] = upgraded(own, p if isinstance(p, Tensor) else None)
+        for p, held in self.state.items():
+            self.state[p] = upgraded(held, p if isinstance(p, Tensor) else None)
         self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
         for options in (self.defaults, *self.param_groups):
             options.update(ADDED | options)
@@ -404,8 +404,10 @@ class PlannedOptimizer(Optimizer):
     @property
     def _asked(self) -> ClipRequest:
         """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
-        own = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
-        return ClipRequest(self.max_grad_norm, self.skip_nonfinite, own.get("grad_scale"), own.get("found_inf"))
+        attributes = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
+        return ClipRequest(
+            self.max_grad_norm, self.skip_nonfinite, attributes.get("grad_scale"), attributes.get("found_inf")
+        )
 
     def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
         """Check everything, and plan steps of what is there now."""

@@ -76,11 +76,11 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
     unknown = state_dict["state"].keys() - {key for g in saved_groups for key in g["params"]}
     set_aside.update({key: state_dict["state"][key] for key in unknown})
     optimizer.__dict__["_set_aside"] = set_aside
-    own = [
+    new_groups = [
         {**saved, "rule": group["rule"], "backend": group["backend"]}
         for saved, group in zip(saved_groups, groups, strict=True)
     ]
-    return {**state_dict, "state": {}, "param_groups": own}
+    return {**state_dict, "state": {}, "param_groups": new_groups}
 
 
 def _check_containers(state_dict: Mapping[str, Any]) -> None:

@@ -177,8 +177,8 @@ def matrix_stage(
         ValueError: a parameter's shards cannot be gathered.
     """
     exchange, scales = exchange_of(params, names, options, has_grad)
-    own = [True] * len(params) if has_grad is None else has_grad
-    scales, names = list(compress(scales, own)), list(compress(names, own))
+    present = [True] * len(params) if has_grad is None else has_grad
+    scales, names = list(compress(scales, present)), list(compress(names, present))
     return MatrixStage(exchange.run, options.newton_schulz.dtype, scales, exchange.pieces, names)
 
 
@@ -188,8 +188,8 @@ def exchange_of(
     """What orthogonalises matrices of parameters, and the factors on their updates. As :func:`matrix_stage`."""
     flatten, splits = options.flatten, options.row_splits
     scales, matrices = [], []
-    own = [True] * len(params) if has_grad is None else has_grad
-    for p, name, here in zip(params, names, own, strict=True):
+    present = [True] * len(params) if has_grad is None else has_grad
+    for p, name, here in zip(params, names, present, strict=True):
         # The whole matrices, of which a shard has rows of several, are multiplied by what sets them apart.
         first, *rest = [
             update_scale(options.adjust_lr_fn, s) for s in matrix_shapes(p.shape, flatten, splits, name)

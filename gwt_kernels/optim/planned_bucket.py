@@ -80,12 +80,12 @@ class PlannedBucket:
     ) -> None:
         all_members, members = members, with_gradients(members)
         params = [member.param for member in members]
-        own = [states[p] for p in params]
+        member_states = [states[p] for p in params]
         group = groups[members[0].group]
         self._grads_of = itemgetter(*(member.place for member in members), 0)  # the last makes a tuple of one, too
         self._owners = [member.group for member in members]
         self._owner = self._owners[0] if len(set(self._owners)) == 1 else None
-        self.bucket = _bucket_of(members, own, groups, telemetry, limits is None)
+        self.bucket = _bucket_of(members, member_states, groups, telemetry, limits is None)
         self.device = self.bucket.device
         self.backend: choice.Backend | None = group["backend"]
         self.runner = _runner_of(self.bucket, all_members, groups)
@@ -103,13 +103,13 @@ class PlannedBucket:
         if limits is not None:
             self._limited_places = limits.places_of(params)
             # To take norms together and apart again in each step would be most of it.
-            dtype = own[0]["limiter_norm"].dtype
-            self._norms = Joined(own, "limiter_norm", dtype, self.device, apart=symbolic)
+            dtype = member_states[0]["limiter_norm"].dtype
+            self._norms = Joined(member_states, "limiter_norm", dtype, self.device, apart=symbolic)
         # One addition counts all steps.
         self._is_unread = symbolic or self.device.type == "meta"
         self._on_device = on_device and not self._is_unread
         place = self.device if self._on_device else torch.device("cpu")
-        self._steps = Joined(own, "step", torch.float64, place, apart=symbolic)
+        self._steps = Joined(member_states, "step", torch.float64, place, apart=symbolic)
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Its own among those of all parameters."""
@@ -123,10 +123,12 @@ class PlannedBucket:
 
     def inputs(self, grads: list[Tensor], hypers: Sequence[Hyper]) -> StepInputs:
         """What a step brings to it; ``hypers`` are those of all groups."""
-        own = [hypers[self._owner]] * len(grads) if self._owner is not None else [hypers[i] for i in self._owners]
+        member_hypers = (
+            [hypers[self._owner]] * len(grads) if self._owner is not None else [hypers[i] for i in self._owners]
+        )
         if self._on_device:
             self._steps.read()
-        return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), own)
+        return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), member_hypers)
 
     def row_parts(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Places of its rows' sums among those that its ``RowReduction`` adds up, and this process's parts."""
@@ -180,7 +182,7 @@ class PlannedBucket:
 
 def _bucket_of(
     members: Sequence[Member],
-    own: Sequence[dict[str, Any]],
+    states: Sequence[dict[str, Any]],
     groups: Sequence[Mapping[str, Any]],
     telemetry: Tensor | None,
     decides: bool,
@@ -189,19 +191,19 @@ def _bucket_of(
     params, group = [member.param for member in members], groups[members[0].group]
     local = list(map(local_of, params))
     slots = slots_of(group)
-    moments = [[local_of(s[key]) for s in own] for key in slots]
+    moments = [[local_of(s[key]) for s in states] for key in slots]
     rounding = rounding_of(local[0], group["weight_rounding"])
     stored = [moment_format(p, group) for p in params]
     random = rounding == "stochastic" or stored[0].is_random
     scales: list[Any] = [
         tuple(local_of(s[key]) for key in each.scales_of(slots)) or None
-        for each, s in zip(stored, own, strict=True)
+        for each, s in zip(stored, states, strict=True)
     ]
     make: Callable[..., Bucket] = Bucket
     if any(factors_of(p, group) for p in params):
         keys = [factors_of(p, group) for p in params]
         factors: list[Any] = [
-            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, own, strict=True)
+            (None, *(local_of(s[key]) for key in each))[-2:] for each, s in zip(keys, states, strict=True)
         ]
         make = partial(FactoredBucket, factors=factors, wholes=[(state_shape(p, group), p.numel()) for p in params])
     return make(
@@ -210,11 +212,11 @@ def _bucket_of(
         moments[1] if len(slots) > 1 else None,
         level=group["level"],
         grad_dtype=next(p.grad.dtype for p in params if p.grad is not None),
-        limiter_norms=[s["limiter_norm"] for s in own] if is_limited(group) and decides else None,
+        limiter_norms=[s["limiter_norm"] for s in states] if is_limited(group) and decides else None,
         rule=group["rule"],
         rounding=rounding,
         keys=[key_of(groups[member.group]["seed"], member.stream) for member in members],
-        lows=[low_bits_of(s["weight_low"]) for s in own] if rounding == "split" else None,
+        lows=[low_bits_of(s["weight_low"]) for s in states] if rounding == "split" else None,
         scales=scales,
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,

@@ -81,8 +81,8 @@ class _Tally:
         for p in params:
             peers.setdefault((p.axes, p.dividing), []).append(p)
         loads: dict[Axes, Counter[int]] = {}
-        for (axes, dividing), own in peers.items():
-            self._share(axes, dividing, own, options, loads.setdefault(axes, Counter()))
+        for (axes, dividing), alike in peers.items():
+            self._share(axes, dividing, alike, options, loads.setdefault(axes, Counter()))
 
     def _share(
         self, axes: Axes, dividing: Axes, params: Sequence[_Parameter], options: MatrixOptions, loads: Counter[int]

@@ -18,10 +18,12 @@ def row_sums(bucket: Bucket, grads: Sequence[Tensor]) -> Tensor:
     """This process's parts of :attr:`gwt_kernels.backends.bucket.StepInputs.row_sums`."""
     dtype = compute_dtype(bucket.params[0].dtype)
     sums = torch.empty(sum(bucket.n_rows), bucket.row_numbers, dtype=dtype, device=bucket.device)
-    for g, n, own in zip(grads, bucket.n_rows, torch.split(sums, bucket.n_rows), strict=True):
+    for g, n, sums_of_tensor in zip(grads, bucket.n_rows, torch.split(sums, bucket.n_rows), strict=True):
         width = g.shape[-1] if g.dim() else 1
         at_once = max(1, CHUNK // max(width, 1))
-        for part, out in zip(torch.split(g.reshape(n, width), at_once), torch.split(own, at_once), strict=True):
+        for part, out in zip(
+            torch.split(g.reshape(n, width), at_once), torch.split(sums_of_tensor, at_once), strict=True
+        ):
             x = part.to(dtype)
             if bucket.level == ROW:
                 out[:, 0] = x.sum(1)

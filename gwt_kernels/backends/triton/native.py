@@ -55,7 +55,7 @@ def compiled() -> Survey:
 
     def still(state: States) -> Callable[[States], bool]:
         entries = c.entries(state)
-        values = [x for own in state.values() if isinstance(own, dict) for x in own.values()]
+        values = [x for entry in state.values() if isinstance(entry, dict) for x in entry.values()]
         kinds = [has_memory(x) + is_sharded(x) for x in values]
         places = [local_of(x).data_ptr() if kind else 0 for x, kind in zip(values, kinds, strict=True)]
         memory = struct.pack(f"{2 * len(values)}Q", *chain.from_iterable(zip(kinds, places, strict=True)))

@@ -206,7 +206,7 @@ class TritonRunner:
         if not self._packed:
             given = bytes(map(max, given, misalignments(param_ptrs)))
         if any(given) or self._misaligned is None or self._misaligned != self._own_misaligned:
-            misaligned = [bool(off) or own for off, own in zip(given, self._own_misaligned, strict=True)]
+            misaligned = [bool(off) or is_off for off, is_off in zip(given, self._own_misaligned, strict=True)]
             if misaligned != self._misaligned:
                 self._misaligned = misaligned
                 self._launches = self._plan(misaligned)
