@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from bench.common.models import CONFIGS
@@ -62,6 +64,11 @@ class Comparison(NamedTuple):
         return [row for seeds in self.runs.values() for own in seeds.values() for row in own]
 
     @property
+    def precision(self) -> str:
+        """Return what is not in float32, with a comma before it; nothing where all is."""
+        return sweeps.precision(self.rows[0]) if self.rows else ""
+
+    @property
     def parameters(self) -> int | None:
         """Return the number of the model's parameters."""
         return next((row["parameters"] for row in self.rows if row.get("parameters")), None)
@@ -98,10 +105,18 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
 
 def _place(row: Row) -> tuple[Any, ...]:
     """Return what the runs of one comparison have in common."""
-    preset = str(row.get("preset") or row.get("model"))
-    if row.get("precision") not in (None, "float32"):
-        preset += f", {row['precision']}"
+    preset, precision = str(row.get("preset") or row.get("model")), row.get("precision")
+    if precision not in (None, _precision_of(preset)):
+        preset += f", {precision}"
     return (preset, row.get("model"), row.get("device"), row.get("steps"), row.get("text"))
+
+
+@cache
+def _precision_of(preset: str) -> str:
+    """Return the precision that a preset trains in, on a CPU."""
+    path = CONFIGS / f"preset_{preset}.json"
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    return str(fields.get("precision", "float32"))
 
 
 def setting_of(row: Row) -> Setting:

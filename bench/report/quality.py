@@ -144,7 +144,7 @@ def from_sweeps(comparison: Comparison) -> list[Setting]:
 
 
 def _title(comparison: Comparison) -> str:
-    title = f"{model_name(comparison.model)}, preset `{comparison.preset}`"
+    title = f"{model_name(comparison.model)}, preset `{comparison.preset.partition(',')[0]}`{comparison.precision}"
     title += f", {comparison.length} steps" if comparison.length else ""
     title += f", {comparison.text.strip('()')}" if comparison.text else ""
     return f"{title}, on {comparison.device}"

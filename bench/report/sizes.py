@@ -20,7 +20,7 @@ that were best on the first."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:
-    """Return the table, for comparisons in float32 that hold AdamW; nothing where there is only one."""
+    """Return the table, for comparisons that hold AdamW, in their preset's precision; nothing where there is one."""
     columns = [
         (comparison, {point["optimizer"]: point for point in points(comparison.plain)}) for comparison in compared
     ]
@@ -43,7 +43,7 @@ def section(compared: Sequence[Comparison]) -> list[str]:
 def _head(comparison: Comparison) -> str:
     size = f"{comparison.parameters / 1e6:.2f}M, " if comparison.parameters else ""
     text = f", {comparison.text.strip('()')}" if comparison.text else ""
-    return f"`{comparison.preset}`: {size}{comparison.steps:,} steps{text}"
+    return f"`{comparison.preset}`: {size}{comparison.steps:,} steps{text}{comparison.precision}"
 
 
 def _cell(point: dict[str, Any] | None, adamw: dict[str, Any]) -> str:

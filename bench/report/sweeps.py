@@ -104,7 +104,12 @@ def _title(run: Run) -> str:
         words.append(f"warm-up {round(row['warmup'] * (row.get('steps') or 0))} steps")
     if row.get("grad_clip") is not None:
         words.append(f"gradients clipped to norm {row['grad_clip']:g}" if row["grad_clip"] else "no clipping")
-    return ", ".join(words)
+    return ", ".join(words) + precision(row)
+
+
+def precision(row: Row) -> str:
+    """Return what of a run is not in float32, with a comma before it."""
+    return {"mixed": ", bfloat16 activations", "bfloat16": ", bfloat16 weights"}.get(str(row.get("precision")), "")
 
 
 def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:

@@ -194,13 +194,15 @@ def test_names_for_readers(name: str, said: str) -> None:
 
 def test_what_holds_at_each_size(tmp_path: Path) -> None:
     one_seed = [row for row in compared({"adamw": 2.0, "muon2": 1.6}) if row.get("seed") == 0]
-    medium = [row | {"preset": "cpu_medium", "parameters": 4_900_000} for row in one_seed]
+    about_medium = {"preset": "cpu_medium", "parameters": 4_900_000, "precision": "mixed"}  # as the preset has it
+    medium = [row | about_medium for row in one_seed]
+    medium += [row | about_medium | {"precision": "float32", "median": 9.0} for row in one_seed]  # which is another
     runs = load(tmp_path, quality_cpu=compared({"adamw": 1.5, "muon2": 1.4, "gwt2": 1.45}), quality_medium=medium)
     about, table = sizes.section(comparisons(runs))
     assert about.startswith("## At each size")
     head, _, *lines = table.splitlines()
     assert sorted(head.strip("| ").split(" | ")[1:]) == [
-        "`cpu_medium`: 4.90M, 400 steps, standard library",
+        "`cpu_medium`: 4.90M, 400 steps, standard library, bfloat16 activations",
         "`cpu`: 0.86M, 400 steps, standard library",
     ]
     cells = [line.strip("| ").split(" | ") for line in lines]
