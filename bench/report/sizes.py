@@ -20,7 +20,7 @@ that were best on the first."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:
-    """Return the table, for comparisons that hold AdamW, in their preset's precision; nothing where there is one."""
+    """Return the table, for comparisons in their preset's precision that hold AdamW; nothing for one."""
     columns = [
         (comparison, {point["optimizer"]: point for point in points(comparison.plain)}) for comparison in compared
     ]
