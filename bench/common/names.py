@@ -41,7 +41,7 @@ class Variant(NamedTuple):
     rounding: str = ""
     """Rounding of the weights; empty for the default."""
     details: str = ""
-    """What becomes of details: those of Adafactor as published, those of Muon's update doubled; or the default."""
+    """Adafactor's as published, those of Muon's update doubled; empty for the default."""
 
     @property
     def is_stored_plainly(self) -> bool:
