@@ -75,9 +75,9 @@ def check_name(name: str) -> str:
         raise ValueError(
             f"unknown optimizer {name!r}: choose {', '.join(PEERS)}, or {', '.join(f'{rule}L' for rule in RULES)} "
             f"with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
-            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -doubled for "
-            "twice the details of Muon's update, -bf16 or -int8 for the moments and -stochastic or -split for the "
-            "weights, such as foam2-int8-split"
+            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -doubled "
+            "for twice the details of Muon's update, -bf16 or -int8 for the moments and -stochastic or -split "
+            "for the weights, such as foam2-int8-split"
         )
     return name
 
