@@ -13,13 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     ["--help"],
-    ["--version"],
     ["doctor"],
-    ["doctor", "--help"],
     ["plan", "llama_60m"],
     ["plan", "llama_60m", "--json", "--verbose"],
-    ["plan", "llama_60m", "--world-size", "2"],
-    ["plan", "--help"],
     ["migrate", "--help"],
 )
 
