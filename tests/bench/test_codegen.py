@@ -293,13 +293,18 @@ def test_every_kernel_that_is_launched_is_covered() -> None:
 
 @pytest.fixture(scope="module")
 def rule_rows(run: Run) -> list[Row]:
-    """Rows of every rule, at a level and by rows."""
+    """Rows of every rule, at a level and by rows; of float32 weights, of rules that are not above."""
+    common = "--target", "sm_90", "--path", "flat", "--kernel", *STEPS
     status, rows, text = run(
-        *("--target", "sm_90", "--kernel", *STEPS, *NORMS, "--path", "flat", "--levels", "0,2,row"),
-        *("--weights", "bf16", "fp32", "--moments", "fp32", "int8"),
+        *common, *NORMS, "--levels", "0,2,row", "--weights", "bf16", "--moments", "fp32", "int8"
     )
     assert status == 0, text
-    return rows
+    others = [name for name in rule_names() if name not in ("gwt", "foam")]
+    status, wide, text = run(
+        *common, "--levels", "2,row", "--weights", "fp32", "--moments", "fp32", "--rule", *others
+    )
+    assert status == 0, text
+    return [*rows, *wide]
 
 
 def test_every_rule_of_the_registry_passes_the_gate(rule_rows: list[Row]) -> None:
