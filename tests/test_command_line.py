@@ -1,4 +1,4 @@
-"""The command line as a whole: its output to a closed pipe."""
+"""The command line as a whole: its output to a closed pipe, and to a full disk."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     ["--help"],
-    ["--version"],
     ["doctor"],
-    ["doctor", "--help"],
     ["plan", "llama_60m"],
     ["plan", "llama_60m", "--json", "--verbose"],
-    ["plan", "llama_60m", "--world-size", "2"],
-    ["plan", "--help"],
     ["migrate", "--help"],
 )
 
 
-# Each command runs in a new process, forked with all imports; each exits as Python does.
+# Each command runs in a new process, forked with all imports; each exits as Python does. The last one writes
+# to a disk that is full.
 EACH = """
 import gc, json, os, runpy, sys, tempfile
 import transformers.models.llama.modeling_llama, gwt_kernels
 assert "gwt_kernels.__main__" not in sys.modules
 gc.freeze()  # each exit would look through all imports for garbage, for a second
 commands, ended = json.loads(sys.argv[1]), []
-for command in commands:
+for i, command in enumerate(commands):
     reading, writing = os.pipe()
     os.close(reading)
+    if i + 1 == len(commands):
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
     errors = tempfile.TemporaryFile("w+")
     if not (child := os.fork()):
         os.dup2(writing, 1)
@@ -48,16 +48,21 @@ print(json.dumps(ended))
 """
 
 
-def test_a_closed_pipe_ends_the_command_quietly() -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_a_closed_pipe_ends_the_command_quietly_and_a_full_disk_with_one_sentence() -> None:
     """The pipe is closed from the start; a shell reports 128 + SIGPIPE for such a program."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
     environment["TRITON_INTERPRET"] = "1"  # as doctor would set it, before transformers imports Triton
     done = subprocess.run(
-        [sys.executable, "-c", EACH, json.dumps(COMMANDS)],
+        [sys.executable, "-c", EACH, json.dumps([*COMMANDS, ["plan", "llama_60m"]])],
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[141, ""]] * len(COMMANDS)
+    *closed, (status, errors) = json.loads(done.stdout)
+    assert closed == [[141, ""]] * len(COMMANDS)
+    assert status == 1
+    assert errors.count("\n") == 1
+    assert errors.startswith("gwt-kernels: the output cannot be written: ")
 
 
 def test_the_first_line_is_enough_for_head() -> None:
@@ -69,15 +74,3 @@ def test_the_first_line_is_enough_for_head() -> None:
     )  # fmt: skip
     assert done.stdout.startswith("LlamaForCausalLM from llama_60m")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
-def test_output_that_cannot_be_written_gives_one_sentence() -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "gwt_kernels", "plan", "llama_60m"],
-            stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True, timeout=300, check=False,
-        )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("gwt-kernels: the output cannot be written: ")

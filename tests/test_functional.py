@@ -37,9 +37,15 @@ def on(backend: str) -> torch.device:
 # Against the oracle ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5, 6])
-@rules
-@combinations
+@pytest.mark.parametrize(
+    ("backend", "dtype", "rule", "level"),  # C has code for every dtype, rule and level; else one of two rules
+    [(backend, dtype, rule, level)
+     for i, (backend, dtype) in enumerate(COMBINATIONS)
+     for j, rule in enumerate(("gwt", "foam"))
+     for level in range(7)
+     if backend == "compiled" or (i + j + level) % 2 == 0],
+    ids=str,
+)  # fmt: skip
 def test_steps_follow_the_oracle(backend, dtype, rule, level):
     """From the first step on, with new gradients each time, and a spike that activates the limiter at step 3."""
     shapes = [s for s in SHAPES if 2**level < 2 * s[-1]]
@@ -151,7 +157,7 @@ def test_options_per_tensor(backend, level):
     bucket.check_step(hypers, [t for _, t in zip(hypers, itertools.cycle(at), strict=False)], backend=backend)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(
         st.tuples(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 70)).map(lambda x: (*x[0], x[1])),

@@ -50,9 +50,9 @@ def test_clipping_inside_the_step_equals_the_frameworks(backend, device, rule, m
     dtype = torch.float64 if backend != "triton" else torch.float32
     clipped, params = build(backend, device, dtype, rule=rule, max_grad_norm=max_norm)
     plain, plain_params = build(backend, device, dtype, rule=rule)
-    for t in range(6):
-        give_gradients(params, seed=t, factor=10.0 if t == 3 else 1.0)
-        give_gradients(plain_params, seed=t, factor=10.0 if t == 3 else 1.0)
+    for t in range(4):
+        give_gradients(params, seed=t, factor=10.0 if t == 2 else 1.0)
+        give_gradients(plain_params, seed=t, factor=10.0 if t == 2 else 1.0)
         before = [p.grad.clone() for p in params]
         norm = torch.nn.utils.clip_grad_norm_(plain_params, max_norm)
         step(clipped)
@@ -99,8 +99,7 @@ def test_clipping_of_gradients_in_half_precision_is_not_rounded_to_it(backend, d
 # Skipping ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize(("max_norm", "value"), [(None, math.nan), (1.0, math.inf), (1.0, -math.inf)])
 @backends
 def test_a_bad_batch_changes_nothing(backend, device, max_norm, value):
     optimizer, params = build(backend, device, skip_nonfinite=True, max_grad_norm=max_norm)
@@ -139,8 +138,7 @@ def test_without_the_option_a_bad_batch_acts_as_with_adamw(backend, device):
 # GradScaler --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unscale_first", [False, True])
-@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize(("unscale_first", "max_norm"), [(False, None), (False, 0.5), (True, 0.5)])
 @backends
 def test_with_the_real_grad_scaler(backend, device, max_norm, unscale_first):
     """Steps equal those with unscaled gradients bit for bit, since the scale is a power of two."""
@@ -148,7 +146,7 @@ def test_with_the_real_grad_scaler(backend, device, max_norm, unscale_first):
     plain, plain_params = build(backend, device, max_grad_norm=max_norm)
     scaler = torch.amp.GradScaler(place(backend, device).type, init_scale=1024.0, growth_interval=3)
     scales = []
-    for t in range(6):
+    for t in range(4):
         give_gradients(params, seed=t)
         give_gradients(plain_params, seed=t)
         scale = scaler.scale(torch.ones((), device=place(backend, device)))
@@ -164,12 +162,12 @@ def test_with_the_real_grad_scaler(backend, device, max_norm, unscale_first):
         scales.append(scaler.get_scale())
         if t != 2:
             step(plain)
-    assert scales[:4] == [1024, 1024, 512, 512]
+    assert scales == [1024, 1024, 512, 512]
     assert scaled.skipped_steps == 1
     assert not hasattr(scaled, "found_inf")
     for a, b in zip(results(scaled)["params"], results(plain)["params"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    assert {float(s["step"]) for s in scaled.state.values()} == {5}
+    assert {float(s["step"]) for s in scaled.state.values()} == {3}
 
 
 def test_autocast_and_the_scaler_train_a_model(device):

@@ -173,7 +173,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "steps"), [("torch", 400), ("compiled", 400), ("triton", 45)])
+@pytest.mark.parametrize(("backend", "steps"), [("torch", 210), ("compiled", 210), ("triton", 30)])
 def test_random_faults(backend, steps, device):
     fuzz = Fuzz(backend, place(backend, device), seed=steps)
     order: list = []

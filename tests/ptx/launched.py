@@ -194,7 +194,7 @@ def check_products(chip: str) -> None:
             step(level=5)  # of whose blocks several lanes hold one
 
 
-def main(chip: str) -> None:
+def main(chip: str, first: bool) -> None:
     assert not choice.launches_on("cpu")
     before = driver._active
     with Driver(chip) as d:
@@ -202,20 +202,22 @@ def main(chip: str) -> None:
         assert choice.launches_on("cpu")
         assert not choice.launches_on("meta")
         check_launches(d)
-        check_hooks()
-        check_faults()
+        if first:
+            check_hooks()
+            check_faults()
         check_optimizer()
         assert d.counts.launches["step_kernel"] == 6
     assert driver._active is before
     choice.triton_obstacle.cache_clear()
     assert not choice.launches_on("cpu")
-    check_options(chip)
-    check_products(chip)
-    with refused(ValueError, "sm_70"):
-        Driver("sm_70")
+    if first:  # what no chip does otherwise than the others
+        check_options(chip)
+        check_products(chip)
+        with refused(ValueError, "sm_70"):
+            Driver("sm_70")
 
 
 if __name__ == "__main__":
     for each in sys.argv[1:]:
         print(f"for {each}", flush=True)
-        main(each)
+        main(each, each == sys.argv[1])

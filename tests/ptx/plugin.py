@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -71,7 +71,25 @@ def _start(chip: str, disturb: int | None) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
     from tests.ptx.driver import Driver, Options  # imports Triton, which reads the variables
 
+    _settle_keys()
     _driver = Driver(chip, Options(disturb=disturb)).__enter__()
+
+
+def _settle_keys() -> None:
+    """Give a kernel one key in Triton's cache, whichever kernels were launched before it.
+
+    By itself, Triton puts the constants of a function that the kernel calls into the key only if it knows them, as
+    where another kernel has called the function before.
+    """
+    from triton.runtime.jit import DependenciesFinder
+
+    update = DependenciesFinder._update_hash
+
+    def update_settled(self: Any, function: Any) -> None:
+        function.cache_key  # noqa: B018  which finds the constants
+        update(self, function)
+
+    DependenciesFinder._update_hash = update_settled
 
 
 def driver() -> Driver | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import zlib
-from fractions import Fraction
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from tests.ptx.types import BITS, F16, F32, F64, NAN16, S64, U16, U32, U64
 _HALF = np.uint64(1 << 28)  # what a float64 has beyond float32 where it lies halfway between two of these
 _BEYOND = np.uint64((1 << 29) - 1)
 _SMALLEST = 2.0**-126  # below, a float32 has fewer bits
+_fma = ctypes.CDLL(ctypes.util.find_library("m")).fma
+_fma.argtypes, _fma.restype = [ctypes.c_double] * 3, ctypes.c_double
+_FUSED = np.frompyfunc(_fma, 3, 1)
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -47,25 +51,8 @@ def _to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """``a * b + c`` of float64, rounded once; one at a time, as kernels have few of these."""
-    a, b, c = np.broadcast_arrays(a, b, c)
-    result = a * b + c
-    for i in np.ndindex(result.shape):
-        x, y, z = float(a[i]), float(b[i]), float(c[i])
-        if np.isinf(z) and np.isfinite([x, y]).all():
-            result[i] = z  # however large the product is
-        elif np.isfinite([x, y, z]).all():
-            exact = Fraction(x) * Fraction(y) + Fraction(z)
-            if exact:  # the sign of a zero is what the two roundings make it
-                result[i] = _nearest(exact)
-    return result
-
-
-def _nearest(exact: Fraction) -> float:
-    try:
-        return exact.numerator / exact.denominator  # Python rounds a quotient of integers once
-    except OverflowError:
-        return np.inf if exact > 0 else -np.inf
+    """``a * b + c`` of float64, rounded once: by the C library, one at a time."""
+    return _FUSED(a, b, c).astype(F64)
 
 
 def flush(x: np.ndarray) -> np.ndarray:

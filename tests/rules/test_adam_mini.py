@@ -299,12 +299,13 @@ def test_triton_takes_any_layout(layout):
     check(2, layout=layout)
 
 
-@pytest.mark.parametrize("level", [0, 2, "row"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"weight_rounding": "stochastic"}, {"weight_rounding": "split"}, {"moment_dtype": torch.bfloat16}],
+    ("level", "options"),  # rows take another path than levels
+    [(0, {"moment_dtype": torch.bfloat16}), (2, {}), (2, {"weight_rounding": "stochastic"}),
+     (2, {"weight_rounding": "split"}), ("row", {"weight_rounding": "stochastic"}),
+     ("row", {"weight_rounding": "split"}), ("row", {"moment_dtype": torch.bfloat16})],
     ids=str,
-)
+)  # fmt: skip
 def test_triton_takes_narrow_weights_and_moments(level, options):
     check(level, torch.bfloat16, **options)
 

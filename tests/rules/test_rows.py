@@ -70,7 +70,7 @@ def test_narrow_moments_of_rows(backend, rule, moment_dtype):
         bucket.check_step(HYPER, t, backend=backend)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(
         st.tuples(st.lists(st.integers(1, 4), max_size=2), st.integers(1, 300)).map(lambda x: (*x[0], x[1])),

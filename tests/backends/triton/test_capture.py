@@ -113,7 +113,7 @@ def test_replays_equal_eager_steps(options):
             training.batch(t)
             training.step()
     graph = Graph()
-    for t in range(2, 11):
+    for t in range(2, 7):
         eager.batch(t)
         eager.step()
         captured.batch(t)
@@ -122,7 +122,7 @@ def test_replays_equal_eager_steps(options):
         else:
             graph.replay()
         assert_same_bits(captured.results(), eager.results())
-    assert captured.optimizer.skipped_steps == 2
+    assert captured.optimizer.skipped_steps == 1
     assert len(graph.calls) > 2
     if options.get("telemetry"):
         assert captured.optimizer.telemetry() == eager.optimizer.telemetry()

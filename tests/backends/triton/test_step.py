@@ -85,15 +85,14 @@ def assert_same(results: list[torch.Tensor], others: list[torch.Tensor]) -> None
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("level", [0, 1, 3])
+@pytest.mark.parametrize(("level", "limited"), [(0, False), (1, True), (3, False), (3, True)])
 def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited):
     """Only the norm's sum, and through it the next limited update, may round differently."""
 
     def run(flat_tile: int, row_tile: int) -> list[torch.Tensor]:
         monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
         monkeypatch.setattr(layout, "ROW_TILE", row_tile)
-        bucket = Bucket([(6, 64), (5, 37)], level, limited=limited and level > 0, device=device)
+        bucket = Bucket([(6, 64), (5, 37)], level, limited=limited, device=device)
         bucket.check_step(HYPER, 2, backend="triton")
         return bucket.results()
 
@@ -105,8 +104,10 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
             torch.testing.assert_close(norm, other, rtol=16 * 2**-24, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("level", "dtype"),  # the dtype only says to which bits a weight is rounded
+    [(0, torch.bfloat16), (1, torch.float16), (3, torch.bfloat16)],
+)
 def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level, dtype):
     """From one block per tile, where words are drawn one by one, to tiles larger than the tensor."""
 
