@@ -36,7 +36,7 @@ class GWTAdamMini(PlannedOptimizer):
             which stays float32; the second moment is float32.
 
     State per parameter: ``step``, ``exp_avg`` (``[..., ceil(N / 2**level)]``) and ``exp_avg_sq``
-    (``[..., rows / head_rows, 1]``).
+    (``[..., rows / head_rows, 1]``; whole along dimensions whose shards tear heads).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.
