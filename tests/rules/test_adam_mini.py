@@ -416,3 +416,16 @@ def test_the_function_takes_second_moments_of_heads(backend):
     if backend == "triton":
         with pytest.raises(ValueError, match="6 rows cannot share 4 second moments"):
             gwt_adamw_(params=[own], grads=[g], exp_avgs=[m], exp_avg_sqs=[v.new_zeros(4, 1)], steps=[1], **options)
+
+
+def test_heads_take_as_many_launches_as_paths(monkeypatch):
+    """Wherever the copies of their second moments lie: one for rows in wide accesses, and one for the moments."""
+    from gwt_kernels.backends.triton.launch import Launch
+
+    launched, update = [], Launch.update
+    monkeypatch.setattr(Launch, "update", lambda self, *given: (launched.append(self.flat), update(self, *given)))
+    params = [nn.Parameter(torch.ones(6, 16, device=on("triton"))) for _ in range(3)]
+    optimizer = GWTAdamMini(params, level=2, head_rows=3, backend="triton")
+    with interpreter.like_a_gpu():
+        steps(optimizer, params, 1)
+    assert launched == [True, True]
