@@ -33,7 +33,7 @@ class RowSums(NamedTuple):
 
     Attributes:
         length: Elements of a whole row where it is one block, else blocks.
-        sums: Of the elements, or of the squares of blocks' means: ``[..., 1]``.
+        sums: Of the elements, or of the squares of blocks' means, of a head's rows on average: ``[..., 1]``.
         squares: Sums of squares of elements, or the mean square of the sums of a head's rows, likewise; None where
             no rule asks for them.
     """
