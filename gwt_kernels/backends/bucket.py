@@ -26,7 +26,7 @@ from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import FORMATS, MomentFormat, stored_as
 from gwt_kernels.rules import Rule as RuleOf
 from gwt_kernels.rules import check_rule, rule_of
-from gwt_kernels.rules.blocks import RowSums
+from gwt_kernels.rules.blocks import Heads, RowSums
 
 
 class StepInputs(NamedTuple):
@@ -38,12 +38,14 @@ class StepInputs(NamedTuple):
             tensor ``[n]`` on it with the number of steps taken before this one.
         hypers: Options per parameter.
         row_sums: Of a bucket with parts of rows, sums over the whole ones: ``[rows, Bucket.row_numbers]``.
+        head_sums: Of a bucket with parts of heads, sums over the whole ones: ``[second moments]``.
     """
 
     grads: Sequence[Tensor]
     steps: Sequence[int] | Tensor
     hypers: Sequence[Hyper]
     row_sums: Tensor | None = None
+    head_sums: Tensor | None = None
 
 
 class Bucket:
@@ -64,6 +66,7 @@ class Bucket:
         spans: Where shards of parameters, and of their moments, lie in the whole; None for whole tensors.
         telemetry: Float64 ``[n, 6]``: see :mod:`gwt_kernels.telemetry`.
         whole_widths: Widths of whole rows, of which the parameters have parts; None where they have all of them.
+        heads: Of parameters with parts of heads, the rows that share a second moment; None for whole heads.
         wavelet: Name of the wavelet.
         boundary: How the transform continues a row beyond its ends.
 
@@ -90,6 +93,7 @@ class Bucket:
         spans: Sequence[tuple[Span, Span]] | None = None,
         telemetry: Tensor | None = None,
         whole_widths: Sequence[int] | None = None,
+        heads: Sequence[Heads] | None = None,
         wavelet: str = "haar",
         boundary: Boundary = "zero",
     ) -> None:
@@ -101,7 +105,9 @@ class Bucket:
         self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
         self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
-        self.whole_widths = whole_widths
+        self.whole_widths, self.heads = whole_widths, heads
+        self.gives_heads = False
+        """Whether a step is told of each row what its second moment takes of its head."""
         self.keys = [0] * len(params) if keys is None else keys
         self.limiter_norms = absent if limiter_norms is None else limiter_norms
         self.lows = absent if lows is None else lows
@@ -139,8 +145,8 @@ class Bucket:
     @property
     def shares_rows(self) -> bool:
         """Whether rows share a second moment with other rows."""
-        own = zip(self.params, self.exp_avg_sqs, strict=True) if self.stated.row_slots else ()
-        return any(p.dim() > 1 and p.numel() and v is not None and v.shape[:-1] != p.shape[:-1] for p, v in own)
+        own = zip(self.n_rows, self.moments[1], strict=True) if self.stated.row_slots else ()
+        return self.heads is not None or any(v.numel() != n for n, v in own)
 
     @cached_property
     def n_rows(self) -> list[int]:
@@ -152,7 +158,12 @@ class Bucket:
         """How many numbers a step has to know of each whole row, of which a parameter has a part; else 0."""
         if self.whole_widths is None:
             return 0
-        return self.stated.row_numbers(self.level)
+        return self.stated.row_numbers(self.level) if self.squares == self.stated.squares else 2
+
+    @property
+    def squares(self) -> str | None:
+        """What else of a block the rule's moments take in Triton; of rows that are blocks it may be told."""
+        return "elements" if self.gives_heads and self.level == ROW else self.stated.squares
 
     def row_length(self, i: int) -> int:
         """Elements of whole rows of a parameter where each is one block, else their blocks."""
@@ -228,7 +239,7 @@ class Bucket:
 
     def check_inputs(self, inputs: StepInputs) -> None:
         """Raise a ValueError unless ``inputs`` belong to this bucket; shapes are the backend's to check."""
-        grads, steps, hypers, row_sums = inputs
+        grads, steps, hypers, row_sums, _ = inputs
         n, lengths = len(self), [len(grads), len(steps), len(hypers)]
         if lengths != [n] * 3:
             raise ValueError(f"{n} params need as many of all else, got {lengths}")

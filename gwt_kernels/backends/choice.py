@@ -17,8 +17,6 @@ Backend = Literal["triton", "torch", "compiled"]
 
 _KEYS = torch._C._TorchDispatchModeKey
 
-HEADS = "its kernels know no second moment of several rows: use head_rows=1, or backend='torch', or None to choose"
-"""Why the Triton backend cannot take rows that share a second moment."""
 MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` elements still fits one program's registers."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket
 from gwt_kernels.backends.factored_bucket import FactoredBucket
+from gwt_kernels.backends.heads import HeadsRunner
 from gwt_kernels.backends.runner import ElementwiseRunner
 
 
@@ -35,7 +36,10 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner
         return AdafactorRunner(bucket)
     if bucket.stated.is_factored:
         raise ValueError(f"rule={bucket.rule!r} keeps factors, for which a bucket has no place: use GWTAdafactor")
-    if is_on_triton(bucket, backend):
+    on_triton = is_on_triton(bucket, backend)
+    if bucket.heads is not None or (on_triton and bucket.shares_rows):
+        return HeadsRunner(bucket, partial(prepare, backend=backend), partial(row_summer, backend=backend))
+    if on_triton:
         from gwt_kernels.backends.triton.runner import TritonRunner
 
         return TritonRunner(bucket)
@@ -65,9 +69,5 @@ def is_on_triton(bucket: Bucket, backend: choice.Backend | None) -> bool:
     Raises:
         ValueError, RuntimeError: as :func:`prepare`.
     """
-    if bucket.shares_rows:
-        if backend == "triton":
-            raise RuntimeError(f"backend='triton' cannot run here: {choice.HEADS}")
-        return False
     kind = bucket.level, bucket.wavelet, bucket.boundary
     return {choice.resolve_update(backend, bucket.device, dtype, *kind) for dtype in bucket.dtypes} == {"triton"}

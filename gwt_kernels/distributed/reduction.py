@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -28,12 +28,15 @@ class ShardSums:
     Args:
         params: Sharded over several processes, on one device.
         lengths: How many numbers each of them has; None for one.
-        of_rows: Whether the numbers are of the rows here, and only processes that hold parts of these add them up,
-            so that others may have more or fewer.
+        dims: Of each, the dimensions along which processes add up its numbers, so that others may have more or
+            fewer; None for all that shards divide.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], lengths: Sequence[int] | None = None, *, of_rows: bool = False
+        self,
+        params: Sequence[Tensor],
+        lengths: Sequence[int] | None = None,
+        dims: Sequence[Collection[int]] | None = None,
     ) -> None:
         self.device = params[0].device
         wide = {torch.promote_types(p.dtype, torch.float32) for p in params}
@@ -45,7 +48,7 @@ class ShardSums:
         owners = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         owners = torch.arange(len(params), dtype=torch.int64, device="cpu").repeat_interleave(owners)
         self._rounds: list[tuple[Any, Tensor | None]] = []
-        at_once, rounds = _rounds(params, of_rows)
+        at_once, rounds = _rounds(params, dims)
         for group, members in rounds:
             chosen = None
             if members is not None:
@@ -147,15 +150,15 @@ class LimiterReduction:
 
 
 class RowReduction:
-    """Sums over rows of all parameters on one device of whose rows processes hold parts.
+    """Sums over rows, or heads of rows, of all parameters on one device of which processes hold parts of these.
 
     Args:
         params: As :class:`ShardSums` takes them.
-        lengths: How many numbers each has of its rows here.
+        numbers: How many numbers each has here, and the dimensions along which processes add them up.
     """
 
-    def __init__(self, params: Sequence[Tensor], lengths: Sequence[int]) -> None:
-        self._sums = ShardSums(params, lengths, of_rows=True)
+    def __init__(self, params: Sequence[Tensor], numbers: Sequence[tuple[int, Collection[int]]]) -> None:
+        self._sums = ShardSums(params, *zip(*numbers, strict=True))
         self.places_of = self._sums.places_of
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -208,7 +211,9 @@ class GradNormReduction:
             dist.all_reduce(total, group=group)
 
 
-def _rounds(params: Sequence[Any], of_rows: bool) -> tuple[set[int], list[tuple[Any, list[int] | None]]]:
+def _rounds(
+    params: Sequence[Any], dims: Sequence[Collection[int]] | None
+) -> tuple[set[int], list[tuple[Any, list[int] | None]]]:
     """Return the process groups to reduce over in order, with the indices of their parameters (None: all).
 
     And which parameters all processes add up at once, though some have what others have too. That rests on
@@ -220,14 +225,14 @@ def _rounds(params: Sequence[Any], of_rows: bool) -> tuple[set[int], list[tuple[
         rounds: dict[tuple[int, ...], tuple[Any, list[int]]] = {}  # in order of first use
         for i in members:
             p = params[i]
-            for mesh, dim in reduced_over(p, p.dim() - 1 if of_rows else None):
+            for mesh, dim in chain.from_iterable(reduced_over(p, d) for d in ([None] if dims is None else dims[i])):
                 group = mesh.get_group(dim)
                 rounds.setdefault(tuple(dist.get_process_group_ranks(group)), (group, []))[1].append(i)
         return list(rounds.values())
 
     everywhere = {i for i, p in enumerate(params) if p.device_mesh.size() == dist.get_world_size()}
     chosen, at_once = rounds_of(sorted(everywhere)), set[int]()
-    if len(chosen) > 1 and not of_rows:
+    if len(chosen) > 1 and dims is None:
         chosen, at_once = [(dist.group.WORLD, sorted(everywhere))], everywhere
     chosen += rounds_of(i for i in range(len(params)) if i not in everywhere)
     return at_once, [(group, members if len(members) < len(params) else None) for group, members in chosen]

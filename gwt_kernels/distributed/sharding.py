@@ -145,7 +145,7 @@ def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor
     """Which elements of a tensor of the global ``shape`` this process holds, that keeps these of ``p``'s dims."""
     held = torch.zeros((), dtype=torch.int64, device="cpu")
     for d, n in zip(dims, shape, strict=True):
-        held = held.unsqueeze(-1) * n + _indices(p, d, n)
+        held = held.unsqueeze(-1) * n + indices_of(p, d, n)
     return held
 
 
@@ -158,7 +158,7 @@ def spans_of(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span]:
 
 def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | None:
     """Return :func:`spans_of`; None if no span describes a shard."""
-    start, sharded = _start(p), _sharded_dims(p)
+    start, sharded = _start(p), sharded_dims(p)
     if p.dim() and p.shape[-1] % block_width(level, p.shape[-1]):  # whole rows, in the padded order of random bits
         if sharded and (_span(p, p.shape, start, sharded) is None or math.prod(p.shape[: max(sharded)]) > 1):
             return None
@@ -236,19 +236,6 @@ def check_shards(p: Any, name: str) -> None:
         )
 
 
-def check_heads(p: Any, head_rows: int | None, name: str) -> None:
-    """Raise unless each shard of ``p`` holds whole heads of ``head_rows`` rows; None: all rows are one."""
-    sharded = _sharded_dims(p) - {p.dim() - 1}
-    if head_rows == 1 or not sharded:
-        return
-    rows = p.dim() - 2
-    if head_rows is None or (rows in sharded and _largest_blocks(p, rows) % head_rows):
-        raise ValueError(
-            f"{name} is sharded as {p.placements}, which head_rows={head_rows} would need to leave whole heads: "
-            f"use head_rows=1, a second moment a row"
-        )
-
-
 def check_place_of(x: Any, key: str, p: Any, name: str, dims: Dims | None = None) -> None:
     """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
     if is_sharded(x) != is_sharded(p):
@@ -281,7 +268,7 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
             f"{name} is sharded along its last dimension, over whose edges the filters of {group['wavelet']!r} "
             f"reach: use wavelet='haar', or shard its rows"
         )
-    common = _largest_blocks(p, p.dim() - 1)
+    common = largest_blocks(p, p.dim() - 1)
     if common % 2**level:
         widths = sorted({n for runs in _runs_of_all(p, p.dim() - 1) for _, n in runs})
         fits = (common & -common).bit_length() - 1
@@ -291,7 +278,7 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _largest_blocks(p: Any, dim: int) -> int:
+def largest_blocks(p: Any, dim: int) -> int:
     """Return the length of the largest blocks, of equal length along ``dim``, that no process has a part of."""
     return math.gcd(*(n for runs in _runs_of_all(p, dim) for run in runs for n in run))
 
@@ -304,7 +291,7 @@ def _runs_of_all(p: Any, dim: int) -> set[tuple[tuple[int, int], ...]]:
         coordinate = [0] * mesh.ndim
         for i, place in zip(sharding, places, strict=True):
             coordinate[i] = place
-        found.add(_runs(_indices(p, dim, p.shape[dim], coordinate)))
+        found.add(_runs(indices_of(p, dim, p.shape[dim], coordinate)))
     return found
 
 
@@ -323,7 +310,7 @@ def _dim(placement: Any) -> int | None:
     return getattr(placement, "dim", None)
 
 
-def _indices(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = None) -> Tensor:
+def indices_of(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = None) -> Tensor:
     """Return the rising indices along ``dim`` in a process's shard of a tensor of this length, sharded like ``p``.
 
     The process is that at ``coordinate`` of the mesh; by default this one.
@@ -344,7 +331,7 @@ def _indices(p: Any, dim: int, length: int, coordinate: Sequence[int] | None = N
 
 def held_runs(p: Any, coordinate: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
     """Return the shard of ``p`` at ``coordinate`` of the mesh: index and length of runs, per dimension."""
-    return [_runs(_indices(p, d, n, coordinate)) for d, n in enumerate(p.shape)]
+    return [_runs(indices_of(p, d, n, coordinate)) for d, n in enumerate(p.shape)]
 
 
 def _runs(indices: Tensor) -> tuple[tuple[int, int], ...]:
@@ -356,22 +343,23 @@ def _runs(indices: Tensor) -> tuple[tuple[int, int], ...]:
     return tuple((int(indices[i]), j - i) for i, j in itertools.pairwise(bounds))
 
 
-def _sharded_dims(p: Any) -> set[int]:
+def sharded_dims(p: Any) -> set[int]:
+    """Return the dimensions of ``p`` that its shards divide."""
     dims = {_dim(p.placements[i]) for _, i in reduced_over(p)}
     return {dim for dim in dims if dim is not None}
 
 
 def _local_shape(p: Any, shape: Sequence[int], dims: Dims | None = None) -> tuple[int, ...]:
-    sharded = _sharded_dims(p)
+    sharded = sharded_dims(p)
     dims = range(len(shape)) if dims is None else dims
     return tuple(
-        len(_indices(p, d, n)) if d is not None and d in sharded else n for d, n in zip(dims, shape, strict=True)
+        len(indices_of(p, d, n)) if d is not None and d in sharded else n for d, n in zip(dims, shape, strict=True)
     )
 
 
 def _start(p: Any) -> list[int]:
     """Return the index of this process's first element, per dimension."""
-    held = {d: _indices(p, d, p.shape[d]) for d in _sharded_dims(p)}
+    held = {d: indices_of(p, d, p.shape[d]) for d in sharded_dims(p)}
     return [int(held[d][0]) if d in held and len(held[d]) else 0 for d in range(p.dim())]
 
 
@@ -394,5 +382,5 @@ def _span(p: Any, shape: Sequence[int], start: Sequence[int], sharded: set[int])
     first = sum(i * math.prod(shape[d + 1 :]) for d, i in enumerate(start))
     if math.prod(shape[:last]) == 1:
         return Span(first, 1, 1)
-    local = [len(_indices(p, last, shape[last])), *shape[last + 1 :]]
+    local = [len(indices_of(p, last, shape[last])), *shape[last + 1 :]]
     return Span(first, max(1, math.prod(local)), math.prod(shape[last:]))

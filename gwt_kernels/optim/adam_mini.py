@@ -30,13 +30,13 @@ class GWTAdamMini(PlannedOptimizer):
         level: Levels of the transform, or ``"row"``: one block a row.
         scale: Factor on updates; level 0 ignores it.
         head_rows: Rows, neighbours in the last dimension but one, that share a second moment, such as those of an
-            attention head; None for one of the whole tensor. 1-D tensors have one. More than 1 runs by PyTorch's
-            operators.
+            attention head; None for one of the whole tensor. 1-D tensors have one. Of more than 1, Triton reads
+            gradients twice: sums over rows come first.
         state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below, but for int8,
             which stays float32; the second moment is float32.
 
     State per parameter: ``step``, ``exp_avg`` (``[..., ceil(N / 2**level)]``) and ``exp_avg_sq``
-    (``[..., rows / head_rows, 1]``).
+    (``[..., rows / head_rows, 1]``; whole along dimensions whose shards tear heads).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.

@@ -91,12 +91,6 @@ def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _shares_rows(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether rows of a parameter share a second moment."""
-    rows = p.shape[-2] if p.dim() > 1 else 1
-    return rows > 1 and group.get("head_rows") != 1 and bool(rule_of(group["rule"], group["level"]).row_slots)
-
-
 def check_rounding_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     try:
         rounding_of(p, group["weight_rounding"])
@@ -121,8 +115,6 @@ def check_grad(g: Tensor, p: Tensor, name: str) -> None:
 
 def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
     """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
-    if group["backend"] == "triton" and _shares_rows(p, group):
-        raise RuntimeError(f"{name}: backend='triton' cannot run here: {choice.HEADS}")
     moments = moment_format(p, group).arithmetic
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
@@ -190,11 +182,10 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     if p.device.type != "cuda":
         return
     kind = (p.device, p.dtype, group["level"], group["wavelet"], group["boundary"])
-    heads = choice.HEADS if _shares_rows(p, group) else None
-    if heads or choice.resolve(group["backend"], *kind) == "torch":
+    if choice.resolve(group["backend"], *kind) == "torch":
         raise RuntimeError(
             f"{name}: capturable=True needs the Triton backend, as the torch backend's launches depend on the "
-            f"host's numbers, but {heads or choice.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
+            f"host's numbers, but {choice.triton_obstacle(*kind) or 'backend=' + repr(group['backend'])}"
         )
     if isinstance(group["lr"], Tensor) and group["lr"].device not in (p.device, torch.device("cpu")):
         raise RuntimeError(f"{name} is on {p.device}, its lr on {group['lr'].device}: put both on one device")

@@ -14,11 +14,13 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
+from gwt_kernels.backends.heads import HeadsRunner
 from gwt_kernels.backends.matrix_runner import MatrixRunner
 from gwt_kernels.backends.prepare import prepare, row_summer
 from gwt_kernels.backends.runner import Reduction, Runner, StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
+from gwt_kernels.distributed.heads import heads_here
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.optim.checks import label_of, names_of
 from gwt_kernels.optim.joined import Joined
@@ -31,6 +33,7 @@ from gwt_kernels.optim.state import (
     moment_format,
     needs_row_sums,
     shard_spans,
+    shared_dims,
     slots_of,
     state_shape,
 )
@@ -64,7 +67,7 @@ class PlannedBucket:
         telemetry: Rows of telemetry, or None.
         limits: What adds up the limiter's norms over processes, where these tensors need it.
         totals: What adds up gradients over processes, or None.
-        rows: What adds up sums over rows, where processes hold parts of those of these tensors.
+        rows: What adds up sums over rows, and then over heads, where processes hold parts of those here.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class PlannedBucket:
         telemetry: Tensor | None,
         limits: LimiterReduction | None = None,
         totals: GradNormReduction | None = None,
-        rows: RowReduction | None = None,
+        rows: Sequence[RowReduction] = (),
     ) -> None:
         all_members, members = members, with_gradients(members)
         params = [member.param for member in members]
@@ -95,9 +98,10 @@ class PlannedBucket:
         self.collects_grad_stats = is_limited(group) and self.runner.collects_grad_stats
         self.collects_grad_stats &= self._counted is None or all(self._counted)
         self.rows = rows
-        if rows is not None:
+        if rows:
             self.collects_grad_stats = False  # these pass over gradients once sums over rows are known
-            self._row_places, self._add_up_rows = rows.places_of(params), row_summer(self.bucket, self.backend)
+            self._add_up_rows = row_summer(self.bucket, self.backend)
+            self._row_places = [each.places_of(params) for each in rows]
         symbolic = choice.is_symbolic()
         self.limits = limits
         if limits is not None:
@@ -130,14 +134,21 @@ class PlannedBucket:
             self._steps.read()
         return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), member_hypers)
 
-    def row_parts(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Places of its rows' sums among those that its ``RowReduction`` adds up, and this process's parts."""
-        return self._row_places, self._add_up_rows(inputs.grads)
+    def row_parts(self, stage: int, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Places of its rows' sums among those that its ``RowReduction`` adds up, and this process's parts.
 
-    def with_row_sums(self, inputs: StepInputs, parts: Tensor) -> StepInputs:
-        """A step's inputs with the sums over whole rows, once these have been added up."""
-        assert self.rows is not None
-        return inputs._replace(row_sums=self.rows.finish(self._row_places, parts))
+        In stage 1 those of its heads, once the rows' are known.
+        """
+        if not stage:
+            return self._row_places[0], self._add_up_rows(inputs.grads)
+        assert isinstance(self.runner, HeadsRunner)
+        assert inputs.row_sums is not None
+        return self._row_places[1], self.runner.head_sums(inputs.row_sums)
+
+    def with_row_sums(self, stage: int, inputs: StepInputs, parts: Tensor) -> StepInputs:
+        """A step's inputs with the sums over whole rows, or heads, once these have been added up."""
+        sums = self.rows[stage].finish(self._row_places[stage], parts)
+        return inputs._replace(head_sums=sums) if stage else inputs._replace(row_sums=sums)
 
     def reduce(self, inputs: StepInputs, decision: Tensor | None, *, grad_stats: bool) -> Reduction:
         """The runner's first phase, for what has to be decided before the second."""
@@ -221,6 +232,7 @@ def _bucket_of(
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
         whole_widths=[p.shape[-1] for p in params] if needs_row_sums(params[0], group) else None,
+        heads=[heads_here(p, group["head_rows"]) for p in params] if shared_dims(params[0], group) else None,
         wavelet=group["wavelet"],
         boundary=group["boundary"],
     )

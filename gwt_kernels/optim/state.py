@@ -16,8 +16,8 @@ from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.factored import FACTORS, factor_dims
 from gwt_kernels.core.hyper import Span
 from gwt_kernels.core.level import ROW
+from gwt_kernels.distributed.heads import torn_dims
 from gwt_kernels.distributed.sharding import (
-    check_heads,
     check_place_of,
     check_sharding,
     divides_rows,
@@ -72,10 +72,14 @@ def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int
 def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None, ...] | None:
     """The dimensions of a parameter that an entry of its state keeps, for all of which it is sharded alike.
 
-    None for all of them. What there is one of a row is whole on every process that holds a part of the row.
+    None for all of them. What there is one of a row is whole on every process that holds a part of the row; what
+    there is one of a head on every process that shares any heads with others.
     """
-    of_rows = key in _row_slots(group) or (group["level"] == ROW and key in slots_of(group))
-    return (*range(p.dim() - 1), None) if of_rows and p.dim() else factors_of(p, group).get(key)
+    of_heads = key in _row_slots(group)
+    if p.dim() and (of_heads or (group["level"] == ROW and key in slots_of(group))):
+        torn = shared_dims(p, group) if of_heads else ()
+        return (*(None if d in torn else d for d in range(p.dim() - 1)), None)
+    return factors_of(p, group).get(key)
 
 
 def takes_rows(group: Mapping[str, Any]) -> bool:
@@ -83,9 +87,14 @@ def takes_rows(group: Mapping[str, Any]) -> bool:
     return group["level"] == ROW or bool(_row_slots(group))
 
 
+def shared_dims(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dimensions along which processes share rows that belong together."""
+    return torn_dims(p, group.get("head_rows", 1)) if _row_slots(group) else ()
+
+
 def needs_row_sums(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether sums over rows have to be added up over processes before a step, each of which has parts of rows."""
-    return takes_rows(group) and divides_rows(p)
+    """Whether sums over rows have to be known before a step, of which, or of heads, processes have parts."""
+    return takes_rows(group) and (divides_rows(p) or bool(shared_dims(p, group)))
 
 
 def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:
@@ -301,8 +310,6 @@ def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     stored = moment_format(p, group)
     random = stored.is_random or group["weight_rounding"] == "stochastic"
     check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
-    if is_sharded(p) and _row_slots(group):
-        check_heads(p, group["head_rows"], name)
 
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:

@@ -20,6 +20,7 @@ from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.send import send
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.factors import FactorPlaces, FactorReduction
+from gwt_kernels.distributed.heads import heads_here
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.distributed.sharding import reduced_over
 from gwt_kernels.formats.moments import MOMENTS
@@ -27,7 +28,7 @@ from gwt_kernels.optim.fingerprint import Fingerprint, Sources
 from gwt_kernels.optim.matrices import has_matrices, is_exchanged, stage_key
 from gwt_kernels.optim.options import STRUCTURAL
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, attendance, stream_id_of, with_gradients
-from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_row_sums, state_shape
+from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_row_sums, shared_dims, state_shape
 from gwt_kernels.rules import rule_of
 
 _Reduction = TypeVar("_Reduction")
@@ -53,7 +54,7 @@ class StepPlan:
     ) -> None:
         groups, states = sources.groups, sources.states
         self._limits = _by_device(groups, LimiterReduction, _is_limited_by_rows)
-        self._rows = _by_device(groups, RowReduction, _row_numbers)
+        self._rows = [_by_device(groups, RowReduction, of) for of in (_row_numbers, _head_numbers)]
         self._factors = _by_device(groups, FactorReduction, _factored_shape)
         self._totals = GradNormReduction(sources.params) if decides and any_sharded(sources.params) else None
         self._workspace: dict[Any, dict[str, Any]] = {}
@@ -68,9 +69,9 @@ class StepPlan:
                 telemetry_of(with_gradients(members)),
                 self._limits[members[0].param.device] if reduced and is_limited(groups[members[0].group]) else None,
                 self._totals,
-                self._rows[members[0].param.device] if by_rows else None,
+                [each[members[0].param.device] for each in self._rows[:shared]],
             )
-            for (reduced, by_rows), members in chosen
+            for (reduced, shared), members in chosen
         ]
         # Buckets whose steps have stages that end with sums over processes, by device.
         self._staged: dict[torch.device, dict[int, FactorPlaces]] = {device: {} for device in self._factors}
@@ -84,9 +85,9 @@ class StepPlan:
         self._waiting: list[_Turn] = []
         self._ready: list[_Turn] = []
         indices = iter(range(len(self.buckets)))
-        for (_, by_rows), members in planned:
+        for (_, shared), members in planned:
             turn: _Turn = next(indices) if with_gradients(members) else attendance(members, groups)
-            waits = by_rows or (isinstance(turn, int) and self.buckets[turn].limits is not None)
+            waits = shared or (isinstance(turn, int) and self.buckets[turn].limits is not None)
             if turn not in staged:
                 (self._waiting if waits else self._ready).append(turn)
         self._home = sources.params[0].device if sources.params else torch.device("cpu")
@@ -144,7 +145,7 @@ class StepPlan:
         buckets = self.buckets
         inputs = [bucket.inputs(bucket.gradients(grads), hypers) for bucket in buckets]
         reductions: list[Reduction | None] = [None] * len(buckets)
-        row_parts = self._start_rows(inputs)
+        row_parts = self._start_rows(0, inputs)
         decisions: dict[torch.device, Tensor] | None = None
         if skipped is not None:
             if asked.can_wait:
@@ -154,10 +155,12 @@ class StepPlan:
                 ]
             decisions = self._decide(inputs, reductions, asked, skipped)
         own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
-        ready = self._ready if self._rows else []  # meanwhile sums over rows travel, on which those for limits rest
+        # Meanwhile sums over rows travel, on which those for limits rest.
+        ready = self._ready if self._rows[0] else []
         self._take(ready, inputs, own_decisions)
         for i, parts in row_parts.items():
-            inputs[i] = buckets[i].with_row_sums(inputs[i], parts)
+            inputs[i] = buckets[i].with_row_sums(0, inputs[i], parts)
+        head_parts = self._start_rows(1, inputs)
         for limits in self._limits.values():
             sums = []
             for i, bucket in enumerate(buckets):
@@ -165,6 +168,8 @@ class StepPlan:
                     reduction = reductions[i] or bucket.reduce(inputs[i], own_decisions[i], grad_stats=False)
                     sums.append(bucket.update_sums(reduction))
             limits.start(sums)
+        for i, parts in head_parts.items():
+            inputs[i] = buckets[i].with_row_sums(1, inputs[i], parts)
         self._take(self._waiting if ready else [*self._ready, *self._waiting], inputs, own_decisions)
         for device, staged in self._staged.items():
             self._factors[device].drive(
@@ -182,14 +187,14 @@ class StepPlan:
             else:
                 turn()
 
-    def _start_rows(self, inputs: Sequence[StepInputs]) -> dict[int, Tensor]:
-        """Begin to add up rows of which processes hold parts; return this one's, by bucket."""
+    def _start_rows(self, stage: int, inputs: Sequence[StepInputs]) -> dict[int, Tensor]:
+        """Begin to add up rows, or in stage 1 heads, that processes share; return this one's parts, by bucket."""
         found: dict[int, Tensor] = {}
-        for rows in self._rows.values():
+        for rows in self._rows[stage].values():
             sums = []
             for i, bucket in enumerate(self.buckets):
-                if bucket.rows is rows:
-                    sums.append(bucket.row_parts(inputs[i]))
+                if rows in bucket.rows:
+                    sums.append(bucket.row_parts(stage, inputs[i]))
                     found[i] = sums[-1][1]
             rows.start(sums)
         return found
@@ -260,10 +265,10 @@ def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
     return *_shared_options(group), group.get("head_rows"), is_limited(group), stage_key(group), keeps_none
 
 
-def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]]]:
+def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]]:
     """Parameters that have a gradient, and matrices of which another process may have one, each once, by bucket.
 
-    And whether norms or factors are over processes, and whether sums over rows are.
+    And whether norms or factors are over processes, and whether sums over rows are (1), and over heads too (2).
     """
     chosen: dict[Any, list[Member]] = {}
     place = -1
@@ -280,7 +285,8 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, bool], list[Member]
             reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
             first = moments_of(p, group).get(MOMENTS[0])  # which a rule may do without
             dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, None if first is None else first[1])
-            key = ((reduced, needs_row_sums(p, group)), options, p.device, dtypes, is_sharded(p))
+            shared = needs_row_sums(p, group) + bool(shared_dims(p, group))
+            key = ((reduced, shared), options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
             )
@@ -311,11 +317,18 @@ def _is_limited_by_rows(p: Tensor, group: Mapping[str, Any]) -> bool | None:
     return needs_row_sums(p, group) if is_limited(group) and reduced_over(p) else None
 
 
-def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> int | None:
-    """How many numbers have to be added up of the rows that this process has parts of."""
+def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
+    """How many sums a step takes of this process's rows, and the dimensions along which processes share these."""
     if not needs_row_sums(p, group):
         return None
-    return math.prod(local_of(p).shape[:-1]) * rule_of(group["rule"]).row_numbers(group["level"])
+    n = math.prod(local_of(p).shape[:-1]) * rule_of(group["rule"]).row_numbers(group["level"])
+    return n, (p.dim() - 1,)
+
+
+def _head_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
+    """Likewise of heads."""
+    dims = shared_dims(p, group)
+    return (len(heads_here(p, group["head_rows"]).lengths), dims) if dims else None
 
 
 def _factored_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:

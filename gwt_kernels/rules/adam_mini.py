@@ -35,7 +35,9 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     hyper, level = own.hyper, own.level
     g, mean, width = own.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    if own.rows is None or level == ROW:
+    if own.rows is not None and own.rows.squares is not None:
+        squares = own.rows.squares / own.rows.length**2
+    elif own.rows is None or level == ROW:
         squares = mean.square().mean(-1, keepdim=True)  # of rows
     else:
         squares = own.rows.sums / own.rows.length
@@ -49,7 +51,7 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     return (residual.add_(m.unsqueeze(-1)).div_(denominators.unsqueeze(-1)).view(g.shape),)
 
 
-# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; here ``v``, and squares, are of a row ------------------
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; here ``v``, and squares, are of a row, or of its head ---
 
 
 @statement

@@ -16,13 +16,26 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
+class Heads(NamedTuple):
+    """The rows here that share a second moment of a tensor.
+
+    Attributes:
+        lengths: How many neighbours share each of the second moments that are here: none to all of a head's.
+        rows: How many rows of the whole tensor do.
+    """
+
+    lengths: Sequence[int]
+    rows: int
+
+
 class RowSums(NamedTuple):
     """What is known of whole rows of a gradient, of which a process has some columns.
 
     Attributes:
         length: Elements of a whole row where it is one block, else blocks.
-        sums: Of the elements, or of the squares of blocks' means: ``[..., 1]``.
-        squares: Sums of squares of elements, likewise; None where no rule asks for them.
+        sums: Of the elements, or of the squares of blocks' means, of a head's rows on average: ``[..., 1]``.
+        squares: Sums of squares of elements, or the mean square of the sums of a head's rows, likewise; None where
+            no rule asks for them.
     """
 
     length: int

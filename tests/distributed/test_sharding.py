@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.optim import test_added_groups
-from tests.support import forked, moved_shards, resharded, sharded, sharded_rows, split_shards, unequal, wrapped
+from tests.support import (
+    forked,
+    moved_shards,
+    resharded,
+    sharded,
+    sharded_rows,
+    split_shards,
+    torn_heads,
+    unequal,
+    wrapped,
+)
 
 
 def test_float64_shards_equal_whole_tensors() -> None:
@@ -68,16 +81,33 @@ def test_kernels_take_parts_of_rows() -> None:
     forked.run(2, sharded_rows.columns_by_kernels)
 
 
-def test_checkpoints_of_shared_rows_move_between_numbers_of_processes(tmp_path: Path) -> None:
-    forked.run(4, sharded_rows.checkpoints, tmp_path)
+@pytest.mark.parametrize("heads", [(), (8,), (None,)], ids=["rows", "heads", "tensors"])
+def test_checkpoints_of_shared_rows_move_between_numbers_of_processes(heads: Any, tmp_path: Path) -> None:
+    forked.run(4, sharded_rows.checkpoints, tmp_path, *heads)
 
 
 def test_sums_over_shared_rows_travel_at_once() -> None:
     forked.run(2, sharded_rows.collectives)
 
 
-def test_heads_that_no_process_holds_are_refused() -> None:
-    forked.run(2, sharded_rows.refusals)
+def test_heads_that_shards_tear_are_those_of_whole_tensors() -> None:
+    forked.run(4, torn_heads.float64)
+
+
+def test_kernels_take_parts_of_heads() -> None:
+    forked.run(2, torn_heads.kernels)
+
+
+def test_heads_that_fsdp_tears_alone_and_over_tensor_parallelism() -> None:
+    forked.run(4, torn_heads.layers)
+
+
+def test_sums_over_torn_heads_travel_at_once() -> None:
+    forked.run(4, torn_heads.collectives)
+
+
+def test_torn_heads_without_a_gradient_on_some_processes() -> None:
+    forked.run(3, torn_heads.without_gradients)
 
 
 def test_matrices_without_a_gradient_on_some_processes() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -204,16 +203,21 @@ def whole_gradients() -> Any:
     return mock.patch("tests.support.runs.give_gradients", give)
 
 
-def checkpoints(folder: Path) -> None:
-    """A run whose rows two processes share resumes on two, on four, without shards, and from a gathered state."""
+def checkpoints(folder: Path, *heads: int | None) -> None:
+    """A run whose rows two processes share resumes on two, on four, without shards, and from a gathered state.
+
+    Or, with ``head_rows`` given, one of Adam-mini whose shards of rows tear heads.
+    """
     pair, four = mesh_of(2), mesh_of(4)
 
     def build(mesh: DeviceMesh | None) -> resharded.Run:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8)).double()
         if mesh is not None:
-            fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(p.dim() - 1))
-        groups = gwt_param_groups(model, level="row", include=[r"\d\.weight"])
+            fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(0 if heads else p.dim() - 1))
+        groups = gwt_param_groups(model, level=1 if heads else "row", include=[r"\d\.weight"])
+        if heads:
+            return model, GWTAdamMini(groups, lr=1e-2, head_rows=heads[0])
         return model, GWTAdamW(groups, lr=1e-2)
 
     reference = build(None)
@@ -257,17 +261,3 @@ def collectives() -> None:
             with mock.patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as sent:
                 optimizer.step()
             assert [len(call.args[0]) for call in sent.call_args_list] == expected, (rule, with_gradients)
-
-
-def refusals() -> None:
-    """What needs whole heads is refused by name on every process."""
-    on_each_number(_refusals, [2])
-
-
-def _refusals(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
-    columns = shard(torch.zeros(4, 16), line, [COLUMNS])
-    with pytest.raises(ValueError, match="head_rows=None would need to leave whole heads: use head_rows=1"):
-        GWTAdamMini([shard(torch.zeros(4, 16), line, [ROWS])], head_rows=None)
-    with pytest.raises(ValueError, match="head_rows=2 would need to leave whole heads"):
-        GWTAdamMini([shard(torch.zeros(6, 16), line, [ROWS])], head_rows=2)
-    GWTAdamMini([{"params": [columns], "rule": "adamw"}, {"params": [nn.Parameter(torch.zeros(2, 8))]}])

@@ -102,7 +102,7 @@ class Launch:
         shared: dict[str, Any] = {
             "MOMENTS": self._rule.moments,
             "SLOTS": len(bucket.moments),
-            "SQUARES": bucket.stated.squares or "",
+            "SQUARES": bucket.squares or "",
         }
         self._sender = Sender()
         self._kernels: dict[Any, tuple[Any, tuple[Any, ...]]] = {}

@@ -99,7 +99,8 @@ class TritonRunner:
 
     def _find_misaligned(self) -> list[bool]:
         """Whether any of a tensor's arrays that stay from step to step is misaligned."""
-        arrays = [self._columns[name] for name in (["p"] if self._packed else []) + ["m", "v", "low"]]
+        names = ["m", "low"] if self.bucket.stated.row_slots else ["m", "v", "low"]  # numbers of rows lie anywhere
+        arrays = [self._columns[name] for name in (["p"] if self._packed else []) + names]
         return [any(each) for each in zip(*map(misalignments, arrays), strict=True)]
 
     @property

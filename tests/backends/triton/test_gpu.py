@@ -36,6 +36,10 @@ def optimizer_of(
     return kind(groups, lr=0.01, weight_decay=0.1, backend="triton", **options)
 
 
+def of_heads(*arguments: object, **options: object) -> PlannedOptimizer:
+    return GWTAdamMini(*arguments, head_rows=None, **options)
+
+
 def renew_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
     """Allocate new gradients on the current stream and free the old ones."""
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -137,7 +141,7 @@ def test_more_than_2_to_the_31_elements(shape):
 
 
 @pytest.mark.parametrize("options", [{}, {"telemetry": True, "max_grad_norm": 1.0}], ids=["plain", "observed"])
-@pytest.mark.parametrize("kind", [GWTAdamW, GWTLion, GWTAdamMini, GWTAdafactor, GWTMuon])
+@pytest.mark.parametrize("kind", [GWTAdamW, GWTLion, GWTAdamMini, of_heads, GWTAdafactor, GWTMuon])
 def test_a_step_never_waits_for_the_device(kind, options):
     """From the first step on, including launch tables and state."""
     params = model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdamMini, GWTAdamW
 
 pytestmark = pytest.mark.gpu
 
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.gpu
 class Training:
     """A small model, and one training step on static memory with replaceable contents."""
 
-    def __init__(self, **options) -> None:
+    def __init__(self, kind=GWTAdamW, **options) -> None:
         torch.manual_seed(0)
         layers = [torch.nn.Linear(64, 172), torch.nn.GELU(), torch.nn.Linear(172, 37), torch.nn.Linear(37, 8)]
         self.model = torch.nn.Sequential(*layers).to("cuda")
         self.lr = torch.tensor(0.01, device="cuda")
         self.params = list(self.model.parameters())
         matrices, rest = [p for p in self.params if p.dim() > 1], [p for p in self.params if p.dim() == 1]
-        self.optimizer = GWTAdamW(
+        self.optimizer = kind(
             [{"params": matrices}, {"params": rest, "level": 0}], lr=self.lr, capturable=True, **options
         )
         self.x = torch.zeros(32, 64, device="cuda")
@@ -44,8 +44,13 @@ class Training:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_grad_norm": 0.5, "skip_nonfinite": True}, {"rule": "foam", "state_dtype": "bfloat16"}],
-    ids=["plain", "controlled", "random bits"],
+    [
+        {},
+        {"max_grad_norm": 0.5, "skip_nonfinite": True},
+        {"rule": "foam", "state_dtype": "bfloat16"},
+        {"kind": GWTAdamMini, "head_rows": None},
+    ],
+    ids=["plain", "controlled", "random bits", "heads"],
 )
 def test_replays_equal_eager_steps(options):
     """Many replays with different rates and data, including bad batches."""

@@ -1,0 +1,35 @@
+"""Heads, the rows that share a second moment, of which shards of DTensors hold parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gwt_kernels.core.dtensor import local_of
+from gwt_kernels.distributed.sharding import indices_of, largest_blocks, sharded_dims
+from gwt_kernels.rules.blocks import Heads
+
+
+def torn_dims(p: Any, head_rows: int | None) -> tuple[int, ...]:
+    """Return the dimensions along which processes share heads of ``head_rows`` rows of ``p``; None: all are one.
+
+    Along these every process keeps the second moments of all heads.
+    """
+    if head_rows == 1:
+        return ()
+    sharded, rows = sharded_dims(p) - {p.dim() - 1}, p.dim() - 2
+    if head_rows is None:
+        return tuple(sorted(sharded))
+    return (rows,) if rows in sharded and largest_blocks(p, rows) % head_rows else ()
+
+
+def heads_here(p: Any, head_rows: int | None) -> Heads:
+    """Return how many rows this process has of each head of ``p`` whose second moment it keeps."""
+    shape, rows = local_of(p).shape, p.dim() - 2
+    if head_rows is None:
+        return Heads([math.prod(shape[:-1])], max(1, math.prod(p.shape[:-1])))
+    owners = indices_of(p, rows, p.shape[rows]) // head_rows
+    own = torch.bincount(owners, minlength=p.shape[rows] // head_rows)
+    return Heads(own.tolist() * math.prod(shape[:-2]), head_rows)
