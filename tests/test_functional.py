@@ -182,7 +182,7 @@ def test_options_per_tensor(backend, level):
         correct_bias=st.booleans(),
         grad_factor=st.sampled_from((2.0**-10, 0.3, 1.0)),
         detail_scale=st.floats(0, 2),
-        own=st.none(),
+        rule_options=st.none(),
     ),
     step=st.integers(1, 10_000),
     seed=st.integers(0, 2**16),

@@ -180,7 +180,7 @@ def _launch_step(variant: Variant, arrays: Arrays) -> None:
             factors = list(zip(arrays["rows"], arrays["columns"], strict=True))
             wholes = [((len(rows), len(columns)), x.numel()) for (rows, columns), x in zip(factors, p, strict=True)]
             bucket = FactoredBucket(p, arrays["m"], None, factors=factors, wholes=wholes, **options)
-            inputs = inputs._replace(hypers=[Hyper(own=AdafactorNumbers())] * n)
+            inputs = inputs._replace(hypers=[Hyper(rule_options=AdafactorNumbers())] * n)
             if variant.kernel == RATE:
                 inputs = inputs._replace(steps=torch.full((n,), 9.0, dtype=torch.float64, device=device))
             TritonAdafactorRunner(bucket).apply(inputs)

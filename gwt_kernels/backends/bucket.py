@@ -145,8 +145,8 @@ class Bucket:
     @property
     def shares_rows(self) -> bool:
         """Whether rows share a second moment with other rows."""
-        own = zip(self.n_rows, self.moments[1], strict=True) if self.stated.row_slots else ()
-        return self.heads is not None or any(v.numel() != n for n, v in own)
+        kept = zip(self.n_rows, self.moments[1], strict=True) if self.stated.row_slots else ()
+        return self.heads is not None or any(v.numel() != n for n, v in kept)
 
     @cached_property
     def n_rows(self) -> list[int]:

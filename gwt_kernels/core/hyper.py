@@ -105,7 +105,7 @@ class Hyper(NamedTuple):
             scalar tensor while operators are traced symbolically.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
         detail_scale: Factor on the differences of elements from their block mean, for rules that use it.
-        own: Options that a rule alone has, a record of its module; None for most rules.
+        rule_options: Options that a rule alone has, a record of its module; None for most rules.
     """
 
     lr: float | Tensor = 1e-3
@@ -119,7 +119,7 @@ class Hyper(NamedTuple):
     grad_factor: float | Tensor = 1.0
     correct_bias: bool = True
     detail_scale: float = 1.0
-    own: Any = None
+    rule_options: Any = None
 
     @property
     def signed_factor(self) -> Any:

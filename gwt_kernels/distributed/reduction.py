@@ -52,13 +52,13 @@ class ShardSums:
         for group, members in rounds:
             chosen = None
             if members is not None:
-                own = torch.tensor(members, dtype=torch.int64, device="cpu")
-                chosen = send(torch.isin(owners, own).nonzero().view(-1), self.device)
+                wanted = torch.tensor(members, dtype=torch.int64, device="cpu")
+                chosen = send(torch.isin(owners, wanted).nonzero().view(-1), self.device)
             self._rounds.append((group, chosen))
         # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
         firsts = [i not in at_once or _is_first(p) for i, p in enumerate(params)]
-        own = torch.tensor(firsts, dtype=torch.bool, device="cpu")
-        self._own = None if all(firsts) else send(own[owners], self.device)
+        is_first = torch.tensor(firsts, dtype=torch.bool, device="cpu")
+        self._own = None if all(firsts) else send(is_first[owners], self.device)
         self._work: Any = None
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
@@ -114,8 +114,8 @@ class LimiterReduction:
         self._sums = ShardSums(params)
         self.places_of = self._sums.places_of
         counts = [not rows or is_first_part_of_rows(p) for p, rows in zip(params, of_rows, strict=True)]
-        own = torch.tensor(counts, dtype=torch.bool, device="cpu")
-        self._counts = None if all(counts) else send(own, self._device)
+        is_counted = torch.tensor(counts, dtype=torch.bool, device="cpu")
+        self._counts = None if all(counts) else send(is_counted, self._device)
         self._gammas: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:

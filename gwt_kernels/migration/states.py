@@ -151,15 +151,15 @@ def _sources(
     groups, states = state_dict["param_groups"], state_dict["state"]
     members = [(group, key) for group in groups for key in group["params"]]
     if isinstance(names, Sequence):
-        own: list[str] | None = list(names)
+        known_names: list[str] | None = list(names)
     else:
-        own = names_in(state_dict)
-        if own is None and names is not None:
-            own = _names_by_order(names, [len(group["params"]) for group in groups])
-    if own is not None and len(own) != len(members):
+        known_names = names_in(state_dict)
+        if known_names is None and names is not None:
+            known_names = _names_by_order(names, [len(group["params"]) for group in groups])
+    if known_names is not None and len(known_names) != len(members):
         raise ValueError(
-            f"there are {len(own)} names for the {len(members)} parameters of the state: give one for each, group "
-            f"after group"
+            f"there are {len(known_names)} names for the {len(members)} parameters of the state: give one for "
+            f"each, group after group"
         )
     stray = states.keys() - {key for _, key in members}
     if stray:
@@ -167,7 +167,7 @@ def _sources(
             f"the state holds {sorted(map(str, stray))[:5]}, which are in none of its groups: it is damaged, or "
             f"not a whole state; take another"
         )
-    plain = [None] * len(members) if own is None else plain_names(own)
+    plain = [None] * len(members) if known_names is None else plain_names(known_names)
     held = [own_entries(states.get(key, {}), group, keys) for group, key in members]
     return [
         _Source(name, group, upgraded(state), bytes_of_state(state))
@@ -195,8 +195,8 @@ def _targets(optimizer: PlannedOptimizer, names: nn.Module | Sequence[str] | Non
     in_model = {p: name for name, p in names.named_parameters()} if isinstance(names, nn.Module) else {}
     found: list[tuple[str | None, Tensor, dict[str, Any]]] = []
     for group in optimizer.param_groups:
-        own = group.get("param_names") or [in_model.get(p) for p in group["params"]]
-        found += [(name, p, group) for name, p in zip(own, group["params"], strict=True)]
+        known_names = group.get("param_names") or [in_model.get(p) for p in group["params"]]
+        found += [(name, p, group) for name, p in zip(known_names, group["params"], strict=True)]
     given = [name for name, _, _ in found if name is not None]
     plain: list[Any] = list(plain_names(given) if len(given) == len(found) else [None] * len(found))
     return [

@@ -91,7 +91,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
         norm_growth_limit=None,
         maximize=group["maximize"],
         correct_bias=False,
-        own=numbers,
+        rule_options=numbers,
     )
 
 

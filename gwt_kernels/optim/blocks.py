@@ -190,6 +190,6 @@ def _ancestors(name: str) -> Iterator[tuple[str, str]]:
 
 def _fused(module: nn.Module) -> list[Tensor]:
     """Return a module's direct parameters that may be a stack of experts' matrices."""
-    own = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
-    likely = own and not (is_linear(module) or is_convolution(module) or is_norm(module))
-    return [p for p in own if 1 < p.shape[0] < min(p.shape[1:])] if likely else []
+    tensors = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
+    likely = tensors and not (is_linear(module) or is_convolution(module) or is_norm(module))
+    return [p for p in tensors if 1 < p.shape[0] < min(p.shape[1:])] if likely else []

@@ -61,10 +61,10 @@ def _row_slots(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each moment of a parameter."""
-    shape, own = state_shape(p, group), _row_slots(group)
+    shape, row_keys = state_shape(p, group), _row_slots(group)
     stored = zip(slots_of(group), moment_format(p, group).dtypes, strict=False)
     return {
-        key: (row_shape(p, group.get("head_rows", 1)), wide(dtype).dtypes[0]) if key in own else (shape, dtype)
+        key: (row_shape(p, group.get("head_rows", 1)), wide(dtype).dtypes[0]) if key in row_keys else (shape, dtype)
         for key, dtype in stored
     }
 

@@ -150,8 +150,8 @@ class StepPlan:
         if skipped is not None:
             if asked.can_wait:
                 reductions = [
-                    bucket.reduce(own, None, grad_stats=True) if bucket.collects_grad_stats else None
-                    for bucket, own in zip(buckets, inputs, strict=True)
+                    bucket.reduce(brought, None, grad_stats=True) if bucket.collects_grad_stats else None
+                    for bucket, brought in zip(buckets, inputs, strict=True)
                 ]
             decisions = self._decide(inputs, reductions, asked, skipped)
         own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
@@ -213,18 +213,18 @@ class StepPlan:
     ) -> dict[torch.device, Tensor]:
         """What the device decides about a step, per device: see :func:`gwt_kernels.control.control_`."""
         totals, reduce = self._totals, None
-        grads: list[Sequence[Tensor]] = [own.grads for own in inputs]
+        grads: list[Sequence[Tensor]] = [each_grads.grads for each_grads in inputs]
         if totals is not None:
             reduce = totals.add_up
-            grads = [bucket.counted(own) for bucket, own in zip(self.buckets, grads, strict=True)]
+            grads = [bucket.counted(each_grads) for bucket, each_grads in zip(self.buckets, grads, strict=True)]
             if asked.found_inf is not None:
                 found_inf = asked.found_inf.clone()
                 totals.add_up(found_inf)
                 asked = asked._replace(found_inf=found_inf)
         grad_stats = list(chain.from_iterable(each.grad_stats for each in reductions if each is not None))
         chosen: list[tuple[Sequence[Tensor], choice.Backend | None]] = [
-            (own, bucket.backend)
-            for own, bucket, each in zip(grads, self.buckets, reductions, strict=True)
+            (each_grads, bucket.backend)
+            for each_grads, bucket, each in zip(grads, self.buckets, reductions, strict=True)
             if each is None or not each.grad_stats  # of empty tensors
         ]
         if not (chosen or grad_stats):
@@ -310,7 +310,7 @@ def _by_device(
         for p in group["params"]:
             if (known := of(p, group)) is not None:
                 chosen.setdefault(p.device, {})[id(p)] = p, known
-    return {device: make(*map(list, zip(*own.values(), strict=True))) for device, own in chosen.items()}
+    return {device: make(*map(list, zip(*found.values(), strict=True))) for device, found in chosen.items()}
 
 
 def _is_limited_by_rows(p: Tensor, group: Mapping[str, Any]) -> bool | None:

@@ -26,14 +26,14 @@ from torch import Tensor
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Pass, Rule
+from gwt_kernels.rules.rule import Context, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 
 class AdafactorNumbers(NamedTuple):
-    """Options that Adafactor alone has, as a step takes them: ``Hyper.own``.
+    """Options that Adafactor alone has, as a step takes them: ``Hyper.rule_options``.
 
     Attributes:
         eps: Added to the squares of the approximation.
@@ -67,9 +67,9 @@ class AdafactorNumbers(NamedTuple):
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor | None, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor | None, v: Tensor, context: Context) -> tuple[Tensor, ...]:
     """The approximation's update, the means of blocks, and what details are divided by; ``v`` are denominators."""
-    hyper, level, notes, _ = own
+    hyper, level, notes, _ = context
     width = width_of(g, level)
     if level:
         mean = block_sums(g.to(v.dtype), level).mul_(hyper.signed_factor / width)
@@ -83,12 +83,12 @@ def _moments(g: Tensor, m: Tensor | None, v: Tensor, own: Pass) -> tuple[Tensor,
     return u, mean, v
 
 
-def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
     """``p_j -= gain_k * g_j + offset_k`` for element ``j`` of block ``k``."""
-    (u, mean, v), (hyper, level, notes, _) = parts, own
+    (u, mean, v), (hyper, level, notes, _) = parts, context
     if level:
         width = width_of(g, level)
-        gain = step_size / v if hyper.own.divides_details else step_size * torch.ones_like(v)
+        gain = step_size / v if hyper.rule_options.divides_details else step_size * torch.ones_like(v)
         offset = (u * (step_size / math.sqrt(width))).addcmul_(mean, gain, value=-1)
         blocks = pad_to_blocks(g.to(v.dtype), level)
         shape = blocks.shape

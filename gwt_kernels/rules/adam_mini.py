@@ -22,7 +22,7 @@ from torch import Tensor
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import ROW
 from gwt_kernels.rules.blocks import width_of
-from gwt_kernels.rules.rule import Pass, Rule, subtract
+from gwt_kernels.rules.rule import Context, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    hyper, level = own.hyper, own.level
-    g, mean, width = own.scaled_blocks(g, m.dtype)
+    hyper, level = context.hyper, context.level
+    g, mean, width = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    if own.rows is not None and own.rows.squares is not None:
-        squares = own.rows.squares / own.rows.length**2
-    elif own.rows is None or level == ROW:
+    if context.rows is not None and context.rows.squares is not None:
+        squares = context.rows.squares / context.rows.length**2
+    elif context.rows is None or level == ROW:
         squares = mean.square().mean(-1, keepdim=True)  # of rows
     else:
-        squares = own.rows.sums / own.rows.length
+        squares = context.rows.sums / context.rows.length
     heads = squares.reshape(v.numel(), -1).mean(1).view(v.shape)
     v.mul_(hyper.beta2).add_(heads, alpha=(1 - hyper.beta2) * width)
     denominators = v.sqrt().add_(hyper.eps).view(-1, 1)

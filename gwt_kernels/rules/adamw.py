@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.rules.rule import Pass, Rule
+from gwt_kernels.rules.rule import Context, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
-    hyper = own.hyper
+def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
+    hyper = context.hyper
     g = hyper.scaled(g.to(m.dtype))
     m.mul_(hyper.beta1).add_(g, alpha=1 - hyper.beta1)
     v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-    if own.notes is not None:
-        own.notes.gradient(g, 1.0, g, 1)
+    if context.notes is not None:
+        context.notes.gradient(g, 1.0, g, 1)
     return m, v.sqrt().add_(hyper.eps)
 
 
-def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
     m, denominator = parts
     p.addcdiv_(m, denominator, value=-step_size)  # type: ignore[arg-type]  # level 0 has no limiter: a number
-    if own.notes is not None:
-        own.notes.update(m / denominator, float(step_size))
+    if context.notes is not None:
+        context.notes.update(m / denominator, float(step_size))
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------

@@ -45,8 +45,8 @@ class RowSums(NamedTuple):
     def part(self, first: int, shape: Sequence[int]) -> RowSums:
         """Those of rows from ``first`` on, as many as a gradient of this shape has."""
         n, held = math.prod(shape[:-1]), (*shape[:-1], 1)
-        own = [x.view(-1)[first : first + n].view(held) for x in (self.sums, self.squares) if x is not None]
-        return RowSums(self.length, *own)
+        sums_here = [x.view(-1)[first : first + n].view(held) for x in (self.sums, self.squares) if x is not None]
+        return RowSums(self.length, *sums_here)
 
     def scaled(self, factor: Any, level: Level) -> RowSums:
         """The sums of a gradient ``factor`` times as large."""

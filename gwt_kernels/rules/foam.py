@@ -21,7 +21,7 @@ from torch import Tensor
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.blocks import block_squares, width_of
-from gwt_kernels.rules.rule import Pass, Rule, subtract
+from gwt_kernels.rules.rule import Context, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    hyper, level = own.hyper, own.level
-    g, mean, width = own.scaled_blocks(g, m.dtype)
+    hyper, level = context.hyper, context.level
+    g, mean, width = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
-    v.mul_(hyper.beta2).add_(block_squares(g, level, own.rows), alpha=(1 - hyper.beta2) / width)
+    v.mul_(hyper.beta2).add_(block_squares(g, level, context.rows), alpha=(1 - hyper.beta2) / width)
     residual = g.reshape(*mean.shape, width_of(g, level)) - mean.unsqueeze(-1)
     if hyper.detail_scale != 1.0:
         residual.mul_(hyper.detail_scale)

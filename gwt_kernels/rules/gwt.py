@@ -22,7 +22,7 @@ from torch import Tensor
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.rules.adamw import ADAMW
 from gwt_kernels.rules.blocks import block_sums, cut_like, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Pass, Rule
+from gwt_kernels.rules.rule import Context, Rule
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
     """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
-    hyper, level, notes, rows = own
+    hyper, level, notes, rows = context
     width = width_of(g, level, rows)
     factor = hyper.signed_factor if rows is None else 1.0
     mean = block_sums(g.to(m.dtype), level, rows).mul_(factor / width)
@@ -44,9 +44,9 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, own: Pass) -> tuple[Tensor, ...]:
     return m, gain, mean.sub_(m, alpha=1 / math.sqrt(width))
 
 
-def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
     """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
-    (_, gain, offset), (hyper, level, notes, _) = parts, own
+    (_, gain, offset), (hyper, level, notes, _) = parts, context
     g = pad_to_blocks(g.to(gain.dtype), level)
     gain.mul_(step_size)
     offset.mul_(gain)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.rules.blocks import width_of
-from gwt_kernels.rules.rule import Pass, Rule, subtract
+from gwt_kernels.rules.rule import Context, Rule, subtract
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
     """The updates of the elements, padded to whole blocks and not yet multiplied."""
-    hyper, level = own.hyper, own.level
-    g, mean, _ = own.scaled_blocks(g, m.dtype)
+    hyper, level = context.hyper, context.level
+    g, mean, _ = context.scaled_blocks(g, m.dtype)
     direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     m.mul_(hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if level:

@@ -26,15 +26,15 @@ from torch import Tensor
 from gwt_kernels.core.kernel import statement
 from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
-from gwt_kernels.rules.rule import Pass, Rule
+from gwt_kernels.rules.rule import Context, Rule
 
 # In PyTorch ------------------------------------------------------------------------------------------------
 
 
-def _moments(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
+def _moments(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
     """``M``, padded to whole blocks."""
-    hyper, level = own.hyper, own.level
-    g, mean, _ = own.scaled_blocks(g, m.dtype)
+    hyper, level = context.hyper, context.level
+    g, mean, _ = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     direction = (m * hyper.beta2).add_(mean, alpha=1 - hyper.beta2)
     if not level:
@@ -44,23 +44,23 @@ def _moments(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
     return (residual.view(g.shape),)
 
 
-def _write(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
-    p.copy_(parts[0][..., : p.shape[-1]] if own.level else parts[0])
+def _write(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
+    p.copy_(parts[0][..., : p.shape[-1]] if context.level else parts[0])
 
 
-def _means(g: Tensor, m: Tensor, v: None, own: Pass) -> tuple[Tensor, ...]:
+def _means(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
     """Nothing; telemetry is told of the update's details."""
-    if own.notes is not None:
-        width, level = width_of(g, own.level), own.level
+    if context.notes is not None:
+        width, level = width_of(g, context.level), context.level
         mean = block_sums(pad_to_blocks(g.float(), level), level).div_(width) if level else g
-        own.notes.gradient(g, 1.0, mean, width)
+        context.notes.gradient(g, 1.0, mean, width)
     return ()
 
 
-def _apply(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+def _apply(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
     p.sub_(g, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if own.notes is not None:
-        own.notes.update(g, float(step_size))
+    if context.notes is not None:
+        context.notes.update(g, float(step_size))
 
 
 class UpdateDetails(NamedTuple):

@@ -252,8 +252,8 @@ def update_scale(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
 def workspace_needed(shapes: Sequence[Sequence[int]], newton_schulz: NewtonSchulz) -> int:
     """The fewest bytes for matrices of these shapes: they themselves, and temporaries for the largest."""
     shapes = [s for s in shapes if math.prod(s)]
-    own = sum(map(math.prod, shapes)) * newton_schulz.dtype.itemsize
-    return own + max((newton_schulz.temporary_bytes(s[-2], s[-1]) for s in shapes), default=0)
+    matrix_bytes = sum(map(math.prod, shapes)) * newton_schulz.dtype.itemsize
+    return matrix_bytes + max((newton_schulz.temporary_bytes(s[-2], s[-1]) for s in shapes), default=0)
 
 
 def check_workspace(

@@ -17,7 +17,7 @@ from gwt_kernels.core.notes import Notes
 from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_blocks, width_of
 
 
-class Pass(NamedTuple):
+class Context(NamedTuple):
     """What a rule's statements are told besides tensors.
 
     Attributes:
@@ -43,23 +43,23 @@ class Pass(NamedTuple):
         return g, mean, width
 
 
-def subtract(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, own: Pass) -> None:
+def subtract(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
     """The :data:`Update` of rules without limiter whose moments return the updates of elements, in whole blocks."""
     update = cut_like(parts[0], p)
     p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
-    if own.notes is not None:
-        own.notes.update(update, float(step_size))
+    if context.notes is not None:
+        context.notes.update(update, float(step_size))
 
 
-Moments = Callable[[Tensor, Tensor, Any, Pass], tuple[Tensor, ...]]
-"""Update first and second moment in place from a gradient: ``moments(g, m, v, own)``.
+Moments = Callable[[Tensor, Tensor, Any, Context], tuple[Tensor, ...]]
+"""Update first and second moment in place from a gradient: ``moments(g, m, v, context)``.
 
 ``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
 ``v`` is None for a rule without second moment. Returns what :data:`Update` takes.
 """
 
-Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Pass], None]
-"""Subtract the update from weights in place: ``update_(p, g, parts, step_size, own)``.
+Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Context], None]
+"""Subtract the update from weights in place: ``update_(p, g, parts, step_size, context)``.
 
 ``p`` is ``[..., N]`` in the dtype of the arithmetic, its weight decay already applied; ``parts`` are what
 :data:`Moments` returned, and may be overwritten.

@@ -19,7 +19,7 @@ from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.rules.blocks import block_sums, width_of
-from gwt_kernels.rules.rule import Pass
+from gwt_kernels.rules.rule import Context
 
 
 class AdafactorRunner(TorchRunner):
@@ -34,8 +34,8 @@ class AdafactorRunner(TorchRunner):
         ready = self.decided(inputs, decision)
         if ready is None:
             return
-        for own in self._updates(ready, keeps=True):
-            own.finish(own.squares(own.sums()))
+        for update in self._updates(ready, keeps=True):
+            update.finish(update.squares(update.sums()))
         self.count(inputs)
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
@@ -44,18 +44,21 @@ class AdafactorRunner(TorchRunner):
         if ready is None:
             return
         updates = self._updates(ready, keeps=False)
-        sums = torch.cat([own.sums() for own in updates])
+        sums = torch.cat([update.sums() for update in updates])
         yield sums
-        parts = torch.split(sums, [sum(own.local.parts) for own in updates])
-        squares = torch.stack([own.squares(part) for own, part in zip(updates, parts, strict=True)])
+        parts = torch.split(sums, [sum(update.local.parts) for update in updates])
+        squares = torch.stack([update.squares(part) for update, part in zip(updates, parts, strict=True)])
         yield squares
-        for own, total in zip(updates, squares.unbind(), strict=True):
-            own.finish(total)
+        for update, total in zip(updates, squares.unbind(), strict=True):
+            update.finish(total)
         self.count(inputs)
 
     def _updates(self, inputs: StepInputs, keeps: bool) -> list[_Update]:
         bucket = self._factored
-        return [_Update(bucket, i, scaled_ahead(own), keeps) for i, own in enumerate(bucket.tensor_steps(inputs))]
+        return [
+            _Update(bucket, i, scaled_ahead(tensor_step), keeps)
+            for i, tensor_step in enumerate(bucket.tensor_steps(inputs))
+        ]
 
 
 class Factors(NamedTuple):
@@ -88,23 +91,23 @@ class _Update:
     Args:
         bucket: Of the tensor.
         place: In the bucket.
-        own: Its step.
+        tensor_step: Its step.
         keeps: Whether to keep what several stages need, as large as the moments; else it is computed again.
     """
 
-    def __init__(self, bucket: FactoredBucket, place: int, own: TensorStep, keeps: bool) -> None:
-        self._bucket, self._own, self._keeps = bucket, own, keeps
+    def __init__(self, bucket: FactoredBucket, place: int, tensor_step: TensorStep, keeps: bool) -> None:
+        self._bucket, self._tensor_step, self._keeps = bucket, tensor_step, keeps
         self._factors, self.local = bucket.factors[place], bucket.local_matrices()[place]
         self._whole, self._numel = bucket.matrices[place], bucket.numels[place]
-        self._dtype = dtype_of(own)
-        self._rest2 = own.hyper.own.rest2(own.step)
+        self._dtype = dtype_of(tensor_step)
+        self._rest2 = tensor_step.hyper.rule_options.rest2(tensor_step.step)
         self._kept: Tensor | None = None
         self._new: Factors | None = None
         self._weights = self._factors[1].new_zeros(())
 
     def sums(self) -> Tensor:
         """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
-        own, (row, _), whole = self._own, self._factors, self._whole
+        tensor_step, (row, _), whole = self._tensor_step, self._factors, self._whole
         squares = self._squares()
         rows, columns = squares.sum(-1), squares.sum(-2)
         means = rows.new_zeros(self.local.batch)
@@ -116,14 +119,16 @@ class _Update:
             )
             means = means.sum(-1)
         weights = rows.new_zeros(1)
-        if own.hyper.own.least_rms is not None:
+        if tensor_step.hyper.rule_options.least_rms is not None:
             weights = self._load_weights().square().sum().view(1)
         return torch.cat([rows.view(-1), columns.view(-1), means, weights])
 
     def squares(self, sums: Tensor) -> Tensor:
         """The sum of squares of the approximation's update, from the sums over the whole tensor."""
         *parts, weights = torch.split(sums, self.local.parts)
-        self._new = new_factors(self._factors, parts, self._whole, self._own.hyper.own.eps, self._rest2)
+        self._new = new_factors(
+            self._factors, parts, self._whole, self._tensor_step.hyper.rule_options.eps, self._rest2
+        )
         self._weights = weights.view(())
         row, col, mean = self._new
         sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
@@ -134,15 +139,15 @@ class _Update:
     def finish(self, total: Tensor) -> None:
         """Store the factors, the first moment and the weights; ``total`` is of the whole tensor."""
         assert self._new is not None
-        own, hyper, (row, col) = self._own, self._own.hyper, self._factors
+        tensor_step, hyper, (row, col) = self._tensor_step, self._tensor_step.hyper, self._factors
         mean_square = total / max(self._whole.numel, 1)
-        clip = (mean_square.sqrt() / hyper.own.clip_threshold).clamp(min=1.0)
-        rate: Any = hyper.own.rate(hyper, own.step)
-        if hyper.own.least_rms is not None:
-            rate = rate * (self._weights / max(self._numel, 1)).sqrt().clamp(min=hyper.own.least_rms)
-        if own.p.numel():
+        clip = (mean_square.sqrt() / hyper.rule_options.clip_threshold).clamp(min=1.0)
+        rate: Any = hyper.rule_options.rate(hyper, tensor_step.step)
+        if hyper.rule_options.least_rms is not None:
+            rate = rate * (self._weights / max(self._numel, 1)).sqrt().clamp(min=hyper.rule_options.least_rms)
+        if tensor_step.p.numel():
             denominators = self._denominators(clip)
-            notes = None if own.row is None else Notes(own.row)
+            notes = None if tensor_step.row is None else Notes(tensor_step.row)
             if self._bucket.is_literal:
                 self._transform(denominators, rate)
             else:
@@ -157,40 +162,47 @@ class _Update:
 
     def _fold(self, denominators: Tensor, rate: Any, notes: Notes | None) -> None:
         """Update a chunk of weights after another by the rule's statements."""
-        bucket, own, hyper, rule = self._bucket, self._own, self._own.hyper, self._bucket.stated
-        storage = Storage(bucket.level, bucket.stored, bucket.rounding, own.step, own.key, own.span, notes)
+        bucket, tensor_step, hyper, rule = (
+            self._bucket,
+            self._tensor_step,
+            self._tensor_step.hyper,
+            self._bucket.stated,
+        )
+        storage = Storage(
+            bucket.level, bucket.stored, bucket.rounding, tensor_step.step, tensor_step.key, tensor_step.span, notes
+        )
         step_size = rate * (hyper.scale if rule.is_scaled else 1.0)
-        first, told = denominators if own.m is None else own.m, Pass(hyper, bucket.level, notes)
-        for chunk in chunks(own._replace(m=first, v=denominators), bucket.stored.block_size(bucket.level)):
+        first, told = denominators if tensor_step.m is None else tensor_step.m, Context(hyper, bucket.level, notes)
+        for chunk in chunks(tensor_step._replace(m=first, v=denominators), bucket.stored.block_size(bucket.level)):
             held = chunk._replace(v=None)
-            moments: list[Any] = [None] if own.m is None else storage.load_moments(held, self._dtype)
+            moments: list[Any] = [None] if tensor_step.m is None else storage.load_moments(held, self._dtype)
             parts = rule.moments(chunk.g, moments[0], chunk.v, told)
             p = storage.load_weights(chunk, self._dtype)
             if hyper.weight_decay:
                 p.mul_(1 - rate * hyper.weight_decay)
             rule.update_(p, chunk.g, parts, step_size, told)
-            if own.m is not None:
+            if tensor_step.m is not None:
                 storage.store_moments(held, moments)
             storage.store_weights(chunk, p)
 
     def _transform(self, denominators: Tensor, rate: Any) -> None:
         """Update all weights by the transform and its inverse."""
-        own, hyper = self._own, self._own.hyper
+        tensor_step, hyper = self._tensor_step, self._tensor_step.hyper
         a, *details = self._approximation()
         u = a / denominators
-        if own.m is not None:
-            u = own.m.to(u.dtype) * hyper.beta1 + (1 - hyper.beta1) * u
-            own.m.copy_(u)
+        if tensor_step.m is not None:
+            u = tensor_step.m.to(u.dtype) * hyper.beta1 + (1 - hyper.beta1) * u
+            tensor_step.m.copy_(u)
         coeffs = [u]
         for i, detail in enumerate(details):
-            if hyper.own.divides_details:
+            if hyper.rule_options.divides_details:
                 if i:
                     denominators = denominators.repeat_interleave(2, dim=-1)[..., : detail.shape[-1]]
                 detail = detail / denominators
             coeffs.append(detail)
-        update = waverec(coeffs, filter_bank(self._bucket.wavelet))[..., : own.p.shape[-1]]
-        p = own.p.to(u.dtype) * (1 - rate * hyper.weight_decay)
-        own.p.copy_(p - update * (rate * hyper.scale))
+        update = waverec(coeffs, filter_bank(self._bucket.wavelet))[..., : tensor_step.p.shape[-1]]
+        p = tensor_step.p.to(u.dtype) * (1 - rate * hyper.weight_decay)
+        tensor_step.p.copy_(p - update * (rate * hyper.scale))
 
     def _squares(self) -> Tensor:
         """Of the approximation, as matrices."""
@@ -203,14 +215,14 @@ class _Update:
 
     def _approximation(self) -> list[Tensor]:
         """The approximation of the gradient, and its details where the transform is literal."""
-        bucket, g, factor = self._bucket, self._own.g.to(self._dtype), self._own.hyper.signed_factor
+        bucket, g, factor = self._bucket, self._tensor_step.g.to(self._dtype), self._tensor_step.hyper.signed_factor
         if bucket.is_literal and g.numel():
             return wavedec(g * factor, filter_bank(bucket.wavelet), int(bucket.level), bucket.boundary)
         if bucket.is_literal:
             return [g.new_zeros(self.local)]
         if bucket.level:
             return [block_sums(g, bucket.level).mul_(factor / math.sqrt(width_of(g, bucket.level)))]
-        return [self._own.hyper.scaled(g)]
+        return [self._tensor_step.hyper.scaled(g)]
 
     def _denominators(self, clip: Tensor) -> Tensor:
         """``d * clip`` of the moments' shape."""
@@ -219,9 +231,9 @@ class _Update:
         made = col.sqrt().mul_(clip)
         if row is not None:
             made = made.unsqueeze(-2) * (row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1)).unsqueeze(-1)
-        return made.clamp_(min=self._own.hyper.own.eps)  # what is below has no gradient
+        return made.clamp_(min=self._tensor_step.hyper.rule_options.eps)  # what is below has no gradient
 
     def _load_weights(self) -> Tensor:
-        own, storage = self._own, Storage(self._bucket.level, self._bucket.stored, "nearest", 0, 0)
-        chunk = Chunk(own.p, own.g, own.p, None, own.low, None, 0, 0)
+        tensor_step, storage = self._tensor_step, Storage(self._bucket.level, self._bucket.stored, "nearest", 0, 0)
+        chunk = Chunk(tensor_step.p, tensor_step.g, tensor_step.p, None, tensor_step.low, None, 0, 0)
         return storage.load_weights(chunk, self._dtype)

@@ -77,12 +77,12 @@ class Storage(NamedTuple):
         for part in blocks(n, 4, device):  # of whole blocks of values but for the last
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
-            own = [x[part] for x in flat]
+            floats = [x[part] for x in flat]
             if self.stored.codec is None:
-                for place, x, draws in zip(places, own, bits, strict=False):
+                for place, x, draws in zip(places, floats, bits, strict=False):
                     place[part] = stochastic_round(x, draws, place.dtype)
                 continue
-            values, scales = self.stored.encode(own, bits, self.level)
+            values, scales = self.stored.encode(floats, bits, self.level)
             q = self.stored.block_size(self.level)
             for place, x in zip(places, values, strict=True):
                 place[part] = x

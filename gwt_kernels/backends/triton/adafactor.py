@@ -47,7 +47,7 @@ class TritonAdafactorRunner(TritonRunner):
         pairs = [
             (cast(FactoredLaunch, launch), sent) for launch, sent in zip(self._launches, begun.sent, strict=True)
         ]
-        weighted = any(hyper.own.least_rms is not None for hyper in inputs.hypers)
+        weighted = any(hyper.rule_options.least_rms is not None for hyper in inputs.hypers)
         sums = torch.zeros(sum(self._sizes), dtype=torch.float32, device=bucket.device)
         with device_guard(bucket.device):
             for launch, sent in pairs:
@@ -72,7 +72,7 @@ class TritonAdafactorRunner(TritonRunner):
         bucket = self._factored
         for i in self._empty:
             local = bucket.local_matrices()[i]
-            old, own = bucket.factors[i], inputs.hypers[i].own
+            old, own = bucket.factors[i], inputs.hypers[i].rule_options
             first = sum(self._sizes[:i])
             *parts, _ = torch.split(sums[first : first + self._sizes[i]], local.parts)
             step = inputs.steps[i]
@@ -91,7 +91,7 @@ def _as_kernels_take(inputs: StepInputs) -> StepInputs:
         step = 0 if isinstance(inputs.steps, Tensor) else inputs.steps[i]
         key = id(hyper), step
         if key not in made:
-            own = hyper.own
+            own = hyper.rule_options
             rate = hyper.lr if own.largest_rate is None else own.rate(hyper, step) if step else 1.0
             made[key] = hyper._replace(
                 lr=rate,

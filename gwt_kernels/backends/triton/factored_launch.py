@@ -198,7 +198,7 @@ class FactoredLaunch(Launch):
 
     def _renew_numbers(self, hypers: Sequence[Hyper]) -> None:
         """Send what changes with options alone, if it did."""
-        own = [hypers[i].own for i in self._places]
+        own = [hypers[i].rule_options for i in self._places]
         if own == self._numbers_of:
             return
         rows = []
