@@ -105,7 +105,6 @@ int gwt_muon_step_d(double *p, const double *g, double *momentum_buffer, int64_t
     if (status != GWT_OK)
         return status;
     if (!(o.momentum >= 0 && o.momentum < 1) || !gwt_finite_from(0, o.detail_scale)
-        || !gwt_finite_from(0, o.update_detail_scale)
         || (o.adjust != GWT_ADJUST_ORIGINAL && o.adjust != GWT_ADJUST_MATCH_RMS_ADAMW)
         || !good_iteration(&o.newton_schulz))
         return GWT_BAD_OPTION;
@@ -134,12 +133,6 @@ int gwt_muon_step_d(double *p, const double *g, double *momentum_buffer, int64_t
     for (int64_t e = 0; e < batch; ++e) {
         double *matrix = w.update + e * rows * width;
         iterate(matrix, matrix, memory, rows, width, &o.newton_schulz);
-    }
-    if (o.update_detail_scale != 1) {
-        gwt_analyse_d(w.update, w.coeffs, w.scratch, &w.bands);
-        for (int64_t k = w.coarse; k < w.packed; ++k)
-            w.coeffs[k] *= o.update_detail_scale;
-        gwt_back_to_weights(&w);
     }
     const double tallness = (double)rows / (double)width;
     const double larger = (double)(rows > width ? rows : width);

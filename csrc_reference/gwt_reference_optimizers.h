@@ -59,15 +59,14 @@ enum { GWT_ADJUST_ORIGINAL = 0, GWT_ADJUST_MATCH_RMS_ADAMW = 1 };
  *
  *     m = momentum * m + (1 - momentum) * A
  *     M = IDWT(momentum * m + (1 - momentum) * A with nesterov, else m; detail_scale * D)
- *     O = NewtonSchulz(M), of which update_detail_scale multiplies the details
- *     p = p * (1 - lr * weight_decay) - lr * scale * adjust * O
+ *     p = p * (1 - lr * weight_decay) - lr * scale * adjust * NewtonSchulz(M)
  *
  * where adjust is sqrt(max(1, rows / width)) or 0.2 * sqrt(max(rows, width)). With `summed` the buffer is a sum,
  * m = momentum * m + A, and M is that above over (1 - momentum): the iteration sees the difference in eps alone. */
 typedef struct {
     gwt_common_options common;
     double momentum;     /* in [0, 1) */
-    double detail_scale, update_detail_scale; /* finite, at least 0 */
+    double detail_scale; /* finite, at least 0 */
     gwt_newton_schulz_options newton_schulz;
     int32_t nesterov;
     int32_t adjust;

@@ -52,7 +52,7 @@ static int take_step(const setting *s, int64_t step, double *p, const double *g,
         return gwt_lion_step_d(p, g, state[0], rows, s->width, &o);
     }
     if (s->optimizer == MUON) {
-        gwt_muon_options o = {s->common, 0.9, 0.75, second ? 1 : 1.5, iteration, !second, second, second};
+        gwt_muon_options o = {s->common, 0.9, 0.75, iteration, !second, second, second};
         o.newton_schulz.add_eps = second;
         return gwt_muon_step_d(p, g, state[0], s->batch, s->rows, s->width, &o);
     }
@@ -149,7 +149,7 @@ static void check_refusals(void)
     enum { ROWS = 2, WIDTH = 5, N = ROWS * WIDTH };
     const gwt_common_options common = {1, 0, 0.1, 0.1, 1, NULL};
     const gwt_lion_options lion = {common, 0.9, 0.99, 1};
-    const gwt_muon_options muon = {common, 0.9, 1, 1, iteration, 1, 0, 0};
+    const gwt_muon_options muon = {common, 0.9, 1, iteration, 1, 0, 0};
     const gwt_adafactor_options adafactor = {common, 1, 0.9, 1e-30, 1e-3, 1, -0.8, 0, 0, 0, 1};
     const gwt_adam_mini_options mini = {common, 1, 0.9, 0.999, 1e-8, 1};
     double *p = filled(N, 3), *g = filled(N, 3), *state[SLOTS];
@@ -188,7 +188,6 @@ static void check_refusals(void)
     LION_REFUSES(GWT_BAD_OPTION, detail_scale, NAN);
     MUON_REFUSES(GWT_BAD_OPTION, momentum, 1);
     MUON_REFUSES(GWT_BAD_OPTION, detail_scale, -1);
-    MUON_REFUSES(GWT_BAD_OPTION, update_detail_scale, NAN);
     MUON_REFUSES(GWT_BAD_OPTION, adjust, 2);
     MUON_REFUSES(GWT_BAD_OPTION, newton_schulz.a, NAN);
     MUON_REFUSES(GWT_BAD_OPTION, newton_schulz.eps, -1);

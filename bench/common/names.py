@@ -18,15 +18,13 @@ RULES = {
 """Rules of this package, in the order of the pages, and what their authors call them."""
 ROWS = ("gwt", "foam", "lion", "adam_mini")
 """Those that have blocks of a row."""
-DETAILS = {"adafactor": "published", "muon": "doubled"}
-"""What may become of details besides the default, by rule."""
 PEERS = {
     "adamw": "AdamW", "torch_adafactor": "torch Adafactor",
     "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini",
 }  # fmt: skip
 
 _OWN = re.compile(
-    rf"(?P<rule>{'|'.join(RULES)})(?P<level>\d|-row)(?:-(?P<details>published|doubled))?"
+    rf"(?P<rule>{'|'.join(RULES)})(?P<level>\d|-row)(?:-(?P<details>published))?"
     r"(?:-(?P<moments>bf16|int8))?(?:-(?P<rounding>nearest|stochastic|split))?"
 )
 
@@ -41,7 +39,7 @@ class Variant(NamedTuple):
     rounding: str = ""
     """Rounding of the weights; empty for the default."""
     details: str = ""
-    """Adafactor's as published, those of Muon's update doubled; empty for the default."""
+    """What becomes of Adafactor's details; empty for the default."""
 
     @property
     def is_stored_plainly(self) -> bool:
@@ -61,9 +59,7 @@ def variant(name: str) -> Variant | None:
     if found is None:
         return None
     rule, level = found["rule"], found["level"]
-    if level == f"-{ROW}" and rule not in ROWS:
-        return None
-    if found["details"] and DETAILS.get(rule) != found["details"]:
+    if (level == f"-{ROW}" and rule not in ROWS) or (found["details"] and rule != "adafactor"):
         return None
     own: Level = ROW if level == f"-{ROW}" else int(level)
     return Variant(rule, own, found["moments"] or "", found["rounding"] or "", found["details"] or "")
@@ -75,9 +71,8 @@ def check_name(name: str) -> str:
         raise ValueError(
             f"unknown optimizer {name!r}: choose {', '.join(PEERS)}, or {', '.join(f'{rule}L' for rule in RULES)} "
             f"with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
-            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -doubled "
-            "for twice the details of Muon's update, -bf16 or -int8 for the moments and -stochastic or -split "
-            "for the weights, such as foam2-int8-split"
+            "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or "
+            "-int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
         )
     return name
 

@@ -94,7 +94,7 @@ def build_optimizer(
         "weight_rounding": own.rounding or None,
     }
     if own.details:
-        options |= {"details": "published"} if own.rule == "adafactor" else {"update_detail_scale": 2.0}
+        options["details"] = own.details
     if own.rule == "muon" and momentum is not None:
         options["momentum"] = momentum
     return _RULES[own.rule](groups, lr=lr, **options)

@@ -20,10 +20,9 @@ from torch import Tensor
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.laid_out import LaidOut, MatrixPiece, Places
 from gwt_kernels.distributed import matrix_plan
-from gwt_kernels.distributed.matrix_parts import Whole, copies_of, rows_of, runs_of, starts_of, view_of
+from gwt_kernels.distributed.matrix_parts import Whole, copies_of, runs_of, starts_of, view_of
 from gwt_kernels.distributed.matrix_plan import Layout, Unit
 from gwt_kernels.distributed.sharding import check_shards, held_runs, reduced_over
-from gwt_kernels.rules.muon import UpdateDetails
 from gwt_kernels.rules.newton_schulz import (
     WORKSPACE_BYTES,
     NewtonSchulz,
@@ -70,7 +69,6 @@ class MatrixExchange:
         newton_schulz: The iteration.
         workspace_bytes: What matrices that are computed may take with their temporaries; those that travel
             meanwhile may take as much again.
-        details: The factor on details of the results, if it is not 1.
 
     Raises:
         TypeError, ValueError: a parameter cannot be gathered, has no matrices, or one needs more than
@@ -90,7 +88,6 @@ class MatrixExchange:
         params: Sequence[MatrixParameter],
         newton_schulz: NewtonSchulz,
         workspace_bytes: int = WORKSPACE_BYTES,
-        details: UpdateDetails | None = None,
     ) -> None:
         newton_schulz.check()
         for p in params:
@@ -114,7 +111,7 @@ class MatrixExchange:
                 for unit, owner in zip(units, owners, strict=True):
                     self.owners[unit.index] += [owner] * peers.shared
                 for batch in matrix_plan.batches_of(units, owners, peers.ranks, workspace_bytes):
-                    batches.append(_Batch(batch, peers, params, newton_schulz, workspace_bytes, details))
+                    batches.append(_Batch(batch, peers, params, newton_schulz, workspace_bytes))
                     travelling.append(batch.travelling * peers.shared)
             order = matrix_plan.schedule([batch.stages for batch in batches], travelling, workspace_bytes)
             self._order += [len(self._batches) + i for i in order]
@@ -266,9 +263,8 @@ class _Batch:
         params: Sequence[MatrixParameter],
         newton_schulz: NewtonSchulz,
         workspace_bytes: int,
-        details: UpdateDetails | None,
     ) -> None:
-        self._peers, self._newton_schulz, self._details = peers, newton_schulz, details
+        self._peers, self._newton_schulz = peers, newton_schulz
         self.travels = batch.travels
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
@@ -321,7 +317,6 @@ class _Batch:
         own_params = [(x, params[x.unit.index]) for x in self._wholes]
         self._cut = [(x, p) for x, p in own_params if p.row_splits is not None]
         self._runs = runs_of([(x, p.flatten) for x, p in own_params if p.row_splits is None])
-        self._rows = [] if details is None else rows_of(self._wholes)
         itemsize = newton_schulz.dtype.itemsize
         self.own_bytes = (self._places.numel + sum(self._arriving)) * itemsize
         in_use = sum(unit.nbytes for unit, *_ in self._wholes)
@@ -389,9 +384,6 @@ class _Batch:
         for view, factor in multiplied:
             if factor != 1.0:
                 view.mul_(factor)
-        if self._details is not None:
-            for is_held, at, shape in self._rows:
-                self._details.scale_(view_of(held if is_held else whole, at, shape), self._temporary_bytes)
         if inside:
             torch._foreach_copy_(outside, inside)
 

@@ -82,22 +82,6 @@ def runs_of(wholes: Sequence[tuple[Whole, bool]]) -> list[tuple[bool, int, tuple
     return runs
 
 
-def rows_of(wholes: Sequence[Whole]) -> list[tuple[bool, int, tuple[int, int]]]:
-    """Rows of one length that lie end to end: whether this process holds them, where they lie, their shape."""
-    found: list[tuple[bool, int, tuple[int, int]]] = []
-    for unit, at, is_held, _ in wholes:
-        if unit.numel:
-            n = unit.shape[-1]
-            start, rows = at, unit.numel // n
-            if found and (found[-1][0], found[-1][2][1]) == (is_held, n):
-                _, first, (before, _) = found[-1]
-                if first + before * n == at:
-                    found.pop()
-                    start, rows = first, before + rows
-            found.append((is_held, start, (rows, n)))
-    return found
-
-
 def starts_of(sizes: Sequence[int]) -> list[int]:
     """Where things of these sizes begin that lie end to end, and where the last ends."""
     return [0, *itertools.accumulate(sizes)]

@@ -20,7 +20,6 @@ _NUMBERS: tuple[str, ...] = (
     "momentum",
     "scale",
     "detail_scale",
-    "update_detail_scale",
     "res_scale",
     "norm_growth_limit",
 )

@@ -15,10 +15,8 @@ from gwt_kernels.backends import choice
 from gwt_kernels.backends.matrix_runner import MatrixStage, check_cut
 from gwt_kernels.core.dtensor import is_sharded
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter
-from gwt_kernels.optim.numbers import SLACK, from_zero, number
 from gwt_kernels.optim.state import moment_format, state_shape
 from gwt_kernels.rules import MATRIX_STAGES
-from gwt_kernels.rules.muon import UpdateDetails
 from gwt_kernels.rules.newton_schulz import (
     DTYPES,
     NewtonSchulz,
@@ -30,7 +28,6 @@ from gwt_kernels.rules.newton_schulz import (
 _stage_options = itemgetter(
     *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits")
 )
-_DETAILS = "update_detail_scale"
 _EMBEDDING = re.compile(r"^(embed\w*|\w*_embed|\w*embeddings?|\w*embedding_table|wte|wpe)$", re.IGNORECASE)
 _NO_EMBEDDING = re.compile(r"proj|linear|dense|mapping", re.IGNORECASE)
 _CONVOLUTION = re.compile(r"(^|[._])\w*conv(olution)?\d*d?([._]|$)", re.IGNORECASE)
@@ -46,7 +43,6 @@ class MatrixOptions(NamedTuple):
         workspace_bytes: What matrices that are computed at once may take.
         flatten: Whether tensors of more than two dimensions are one matrix.
         row_splits: Numbers of rows that are orthogonalised apart, or None.
-        details: The factor on details of the orthogonalised matrices, if it is not 1.
     """
 
     newton_schulz: NewtonSchulz
@@ -54,7 +50,6 @@ class MatrixOptions(NamedTuple):
     workspace_bytes: int
     flatten: bool
     row_splits: tuple[int, ...] | None
-    details: UpdateDetails | None = None
 
 
 def has_matrices(group: Mapping[str, Any]) -> bool:
@@ -67,8 +62,7 @@ def stage_key(group: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """What tells the matrix stage of a group, which need not be checked yet, from another's; None for no stage."""
     if not has_matrices(group):
         return None
-    options = *_stage_options(group), group.get(_DETAILS, 1.0)  # which older pickles lack
-    return tuple(tuple(value) if isinstance(value, list) else value for value in options)
+    return tuple(tuple(value) if isinstance(value, list) else value for value in _stage_options(group))
 
 
 def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
@@ -78,14 +72,12 @@ def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
     dtype = getattr(torch, ns_dtype_name(group["ns_dtype"]))
     iteration = NewtonSchulz(tuple(group["ns_coefficients"]), group["ns_steps"], group["eps"], dtype)
     splits = group["row_splits"]
-    factor = from_zero(_DETAILS, number(_DETAILS, group.get(_DETAILS, 1.0)), SLACK)
     return MatrixOptions(
         iteration,
         group["adjust_lr_fn"],
         group["workspace_bytes"],
         group["flatten"],
         None if splits is None else tuple(splits),
-        UpdateDetails(group["level"], factor) if group["level"] and factor != 1.0 else None,
     )
 
 
@@ -205,4 +197,4 @@ def exchange_of(
         scales.append(first)
         factors = (1.0, *(scale / first for scale in rest))
         matrices.append(MatrixParameter(name, p, flatten, splits, factors, here))
-    return MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes, options.details), scales
+    return MatrixExchange(matrices, options.newton_schulz, options.workspace_bytes), scales

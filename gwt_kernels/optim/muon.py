@@ -42,8 +42,6 @@ class GWTMuon(PlannedOptimizer):
         level: Levels of the transform.
         scale: Factor on the update of matrices, at level 0 too.
         detail_scale: Factor on what an element differs by from the mean of its block.
-        update_detail_scale: The same for the orthogonalised matrix. Details have no momentum, so steps of theirs
-            add up to less: 2 brought levels above 0 nearer to Muon's loss (docs/choosing.md).
         ns_dtype: dtype of the iteration, and of matrices that travel between processes: ``torch.bfloat16``,
             ``torch.float32`` or ``torch.float64``.
         workspace_bytes: What matrices that are computed at once may take, with the iteration's temporaries.
@@ -80,7 +78,6 @@ class GWTMuon(PlannedOptimizer):
         level: int = 2,
         scale: float = 1.0,
         detail_scale: float = 1.0,
-        update_detail_scale: float = 1.0,
         ns_dtype: torch.dtype | str = torch.bfloat16,
         workspace_bytes: int = WORKSPACE_BYTES,
         flatten: bool = False,

@@ -5,11 +5,7 @@ For a block of ``W = 2**level`` neighbours of a matrix's row with mean ``mean``,
 
     m = mu*m + (1-mu)*mean
     M_i = mu*m + (1-mu)*mean + s*r_i        with Nesterov's momentum; m + s*r_i without
-    O = NewtonSchulz(M)
-    p = p - lr*weight_decay*p - lr*scale*adjust*O
-
-With ``t = update_detail_scale`` other than 1, ``O_i`` is replaced by ``mean + t*(O_i - mean)`` with the mean of its
-block of ``O`` (:class:`UpdateDetails`).
+    p = p - lr*weight_decay*p - lr*scale*adjust*NewtonSchulz(M)
 
 Level 0 is Muon (K. Jordan, 2024) as in ``torch.optim.Muon``. ``b1`` is ``mu``; ``b2`` is ``mu`` too, or 1 without
 Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes its result
@@ -18,13 +14,10 @@ as a gradient.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gwt_kernels.core.kernel import statement
-from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.rules.blocks import block_sums, pad_to_blocks, width_of
 from gwt_kernels.rules.rule import Context, Rule
 
@@ -61,29 +54,6 @@ def _apply(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | 
     p.sub_(g, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
     if context.notes is not None:
         context.notes.update(g, float(step_size))
-
-
-class UpdateDetails(NamedTuple):
-    """The factor on details of orthogonalised matrices, which have no momentum and so go less far in one direction.
-
-    Attributes:
-        level: Of the transform.
-        factor: ``t``.
-    """
-
-    level: Level
-    factor: float
-
-    def scale_(self, x: Tensor, workspace_bytes: int) -> None:
-        """Replace the contiguous ``x [rows, N]``; means take ``workspace_bytes``, or what those of a row take."""
-        n = x.shape[1]
-        width = width_of(x, self.level)
-        n_whole = n // width * width
-        for rows in x.split(max(1, workspace_bytes // (blocks_of(self.level, n) * x.itemsize))):
-            blocks = rows[:, :n_whole].unflatten(1, (-1, width)), rows[:, None, n_whole:]
-            for part in (each for each in blocks if each.numel()):
-                mean = part.sum(-1, keepdim=True).div_(width)
-                torch.lerp(mean, part, self.factor, out=part)
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------

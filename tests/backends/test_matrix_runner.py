@@ -171,8 +171,7 @@ def test_backends_agree_on_any_layout(layout, grads, dtype):
 @pytest.mark.parametrize(
     "options",
     [{"nesterov": False}, {"detail_scale": 0.5}, {"maximize": True}, {"ns_steps": 0}, {"ns_dtype": torch.float32},
-     {"update_detail_scale": 2.0}, {"capturable": True}, {"capturable": True, "max_grad_norm": 1e9},
-     {"skip_nonfinite": True}],
+     {"capturable": True}, {"capturable": True, "max_grad_norm": 1e9}, {"skip_nonfinite": True}],
     ids=str,
 )  # fmt: skip
 def test_backends_agree_under_every_option(options):

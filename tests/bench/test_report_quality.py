@@ -182,7 +182,6 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
         ("muon0", "Muon"), ("muon2", "GWT-Muon level 2"), ("adafactor0", "Adafactor"),
         ("adafactor2", "GWT-Adafactor level 2"),
         ("adafactor2-published", "GWT-Adafactor level 2, published details"),
-        ("muon2-doubled-int8", "GWT-Muon level 2, doubled details, int8 moments"), ("gwt2-doubled", "gwt2-doubled"),
         ("adam_mini2-int8-split", "GWT-Adam-mini level 2, int8 moments, split weights"),
         ("apollo_mini", "APOLLO-Mini"),
     ],

@@ -87,12 +87,10 @@ def test_muon(shape, level, nesterov, adjust):
         blocks = Blocks(g, level)
         m = 0.9 * m + 0.1 * blocks.mean
         mixed = 0.9 * m + 0.1 * blocks.mean if nesterov else m
-        o = Blocks(oracle.newton_schulz(blocks.spread(mixed) + 0.8 * blocks.rest), level)
-        o = o.spread(o.mean) + 1.7 * o.rest
+        o = oracle.newton_schulz(blocks.spread(mixed) + 0.8 * blocks.rest)
         expected = expected * (1 - 0.1 * 0.2) - 0.1 * 0.7 * factor * o  # scale at level 0 too
         options = {"momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": adjust, "weight_decay": 0.2}
-        options |= {"scale": 0.7, "detail_scale": 0.8, "update_detail_scale": 1.7}
-        oracle.muon_step(p, g, buffer, level=level, lr=0.1, **options)
+        oracle.muon_step(p, g, buffer, level=level, lr=0.1, scale=0.7, detail_scale=0.8, **options)
         close(p, expected)
     close(buffer, math.sqrt(blocks.width) * m)
 

@@ -353,42 +353,13 @@ def test_states_of_other_optimizers_are_refused():
 
 def test_options_of_the_matrix_stage_are_the_states():
     """As a group's other options; the machine's own, its backend, excepted."""
-    details = {"detail_scale": 0.5, "update_detail_scale": 2.0}
-    saved = build(ns_steps=3, ns_dtype=torch.float32, workspace_bytes=1 << 20, momentum=0.8, **details)
+    saved = build(ns_steps=3, ns_dtype=torch.float32, workspace_bytes=1 << 20, detail_scale=0.5, momentum=0.8)
     train(saved, range(1))
     loaded = build()
     loaded.load_state_dict(stored(saved.state_dict()))
     group = loaded.param_groups[0]
-    names = ("ns_steps", "ns_dtype", "workspace_bytes", "momentum", *details)
-    assert [group[name] for name in names] == [3, "float32", 1 << 20, 0.8, *details.values()]
-
-
-def test_a_state_without_the_factor_on_details_of_the_update_takes_the_optimizers():
-    """Those of older releases have none."""
-    saved = build()
-    train(saved, range(1))
-    old = stored(saved.state_dict())
-    for group in old["param_groups"]:
-        group.pop("update_detail_scale")
-    loaded = build(update_detail_scale=1.5)
-    loaded.load_state_dict(old)
-    assert loaded.param_groups[0]["update_detail_scale"] == 1.5
-    train(loaded, range(1))
-
-
-def test_the_factor_on_details_of_the_update_may_change_in_mid_run():
-    changed, other = build(), build(update_detail_scale=2.0)
-    train(changed, range(1))
-    for group in changed.param_groups:
-        group["update_detail_scale"] = 2.0
-    before = [p.clone() for p in changed.param_groups[0]["params"]]
-    train(other, range(1))
-    for p, start in zip(other.param_groups[0]["params"], before, strict=True):
-        p.data.copy_(start)
-    train(changed, range(1, 2))
-    train(other, range(1, 2))
-    for p, q in zip(changed.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
-        assert torch.equal(p, q)
+    names = ("ns_steps", "ns_dtype", "workspace_bytes", "detail_scale", "momentum")
+    assert [group[name] for name in names] == [3, "float32", 1 << 20, 0.5, 0.8]
 
 
 # What is there and what is not ---------------------------------------------------------------------------

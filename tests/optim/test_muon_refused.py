@@ -36,8 +36,6 @@ BAD = {
     "nesterov": (1, TypeError, "nesterov must be True or False, got 1"),
     "adjust_lr_fn": ("keller", ValueError, "adjust_lr_fn='keller' must be None, 'original' or 'match_rms_adamw'"),
     "detail_scale": (-0.5, ValueError, "detail_scale must be finite and at least 0"),
-    "update_detail_scale": (math.inf, ValueError, "update_detail_scale must be finite and at least 0, got inf"),
-    "update_detail_scale of text": ("2", TypeError, "update_detail_scale must be a real number"),
     "scale": (0.0, ValueError, "scale must be finite and above 0"),
     "workspace_bytes": (1e8, TypeError, "workspace_bytes=100000000.0 must be an int"),
     "workspace_bytes too few": (1000, ValueError, "parameter 0 of group 0 of shape (64, 96) needs"),

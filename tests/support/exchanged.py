@@ -24,7 +24,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gwt_kernels.distributed.matrices import MatrixExchange, MatrixParameter, MatrixPiece
-from gwt_kernels.rules.muon import UpdateDetails
 from gwt_kernels.rules.newton_schulz import (
     NewtonSchulz,
     check_workspace,
@@ -281,7 +280,7 @@ def memory() -> None:
         params = [MatrixParameter(str(i), shard(torch.randn(shape), mesh, placements)) for i in range(32)]
         seen = []
         for workspace in (1 << 20, 60_000, 30_000):
-            exchange = MatrixExchange(params, NewtonSchulz(), workspace, UpdateDetails(1, 2.0))
+            exchange = MatrixExchange(params, NewtonSchulz(), workspace)
             with ExitStack() as patches, Peak() as peak:
                 for name, replacement in collectives.items():
                     patches.enter_context(mock.patch(name, replacement))

@@ -56,7 +56,7 @@ class MuonOptions(ctypes.Structure):
     _fields_ = (
         ("common", Common),
         ("momentum", ctypes.c_double),
-        *((name, ctypes.c_double) for name in ("detail_scale", "update_detail_scale")),
+        ("detail_scale", ctypes.c_double),
         ("newton_schulz", NewtonSchulzOptions),
         *((name, ctypes.c_int32) for name in ("nesterov", "adjust", "summed")),
     )
@@ -191,7 +191,6 @@ def muon_step(
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
     scale: float = 1.0,
     detail_scale: float = 1.0,
-    update_detail_scale: float = 1.0,
     maximize: bool = False,
     wavelet: str = "haar",
     boundary: str = "zero",
@@ -216,7 +215,6 @@ def muon_step(
             `0.2*sqrt(max(rows, columns))`.
         scale: factor on the update, at level 0 too.
         detail_scale: factor on the details, `rho`.
-        update_detail_scale: factor on the details of the orthogonalised matrix.
         maximize: follow the gradient up.
         wavelet: PyWavelets' name.
         boundary: PyWavelets' name of the mode.
@@ -235,7 +233,6 @@ def muon_step(
         common=common(level, lr, weight_decay, scale, maximize, wavelet, boundary),
         momentum=momentum,
         detail_scale=detail_scale,
-        update_detail_scale=update_detail_scale,
         newton_schulz=NewtonSchulzOptions(*ns_coefficients, eps, ns_steps, added_eps),
         nesterov=nesterov,
         adjust=ADJUSTMENTS.index(adjust_lr_fn or "original"),

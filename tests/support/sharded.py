@@ -297,7 +297,6 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         muon = compare(layouts + experts, close, steps=20, kind=GWTMuon, level=level, **exact)
         assert len(muon.state) == len(layouts) + len(experts)
         clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
-        clipped["update_detail_scale"] = 1.5
         compare(layouts, close, steps=4, kind=GWTMuon, level=level, **clipped, **exact)
         # A bound that a few matrices at a time fit, so that several batches travel.
         compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
@@ -321,8 +320,7 @@ def _fused_matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None, exact: di
     for adjust in ("original", "match_rms_adamw"):
         options: dict[str, Any] = {"row_splits": (4 * n + 1, 3 * n, n), "adjust_lr_fn": adjust, "level": 2}
         compare(layouts, close, steps=4, kind=GWTMuon, **options, **exact)
-        options |= {"workspace_bytes": 16 << 10, "update_detail_scale": 2.0}
-        compare(layouts, close, steps=2, kind=GWTMuon, **options, **exact)
+        compare(layouts, close, steps=2, kind=GWTMuon, workspace_bytes=16 << 10, **options, **exact)
 
 
 def matrix_bits() -> None:

@@ -125,7 +125,7 @@ def _columns(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     muon = compare(matrices, close, steps=20, level="row", kind=GWTMuon, ns_dtype=torch.float64, **options)
     same_everywhere(muon, line)
     everything = [x for x in layouts if x[1] in (None, grid or line)]
-    for chosen in ({"rule": "foam"}, {}, {"kind": GWTMuon, "ns_dtype": torch.float64, "update_detail_scale": 2.0}):
+    for chosen in ({"rule": "foam"}, {}, {"kind": GWTMuon, "ns_dtype": torch.float64}):
         clipped = compare(everything, close, steps=6, level="row", max_grad_norm=3.0, **options, **chosen)
         assert bool(clipped.grad_norm > 3), "nothing was clipped"
 
