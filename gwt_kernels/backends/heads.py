@@ -42,8 +42,8 @@ class HeadsRunner:
         self.bucket = bucket
         device, seconds = bucket.device, [v.reshape(-1, 1) for v in bucket.moments[1]]
         heads = bucket.heads or list(map(_equal_heads, bucket.n_rows, map(len, seconds)))
-        lengths = torch.tensor([n for own in heads for n in own.lengths], dtype=torch.int64, device="cpu")
-        wholes = torch.tensor([own.rows for own in heads for _ in own.lengths], dtype=torch.int64, device="cpu")
+        lengths = torch.tensor([n for each in heads for n in each.lengths], dtype=torch.int64, device="cpu")
+        wholes = torch.tensor([each.rows for each in heads for _ in each.lengths], dtype=torch.int64, device="cpu")
         self._lengths, self._wholes = send(lengths, device), send(wholes, device)
         owners = torch.arange(len(lengths), dtype=torch.int64, device=device)
         self._owners = torch.repeat_interleave(owners, self._lengths, output_size=sum(bucket.n_rows))
@@ -110,8 +110,8 @@ class HeadsRunner:
         of_heads.apply(
             inputs._replace(grads=self._no_grads, steps=steps, row_sums=self._numbers(means, means)), decision
         )
-        own = self._numbers(row_sums[:, 0], means.index_select(0, self._owners))
-        of_rows.apply(inputs._replace(row_sums=own), decision, divisors)
+        told = self._numbers(row_sums[:, 0], means.index_select(0, self._owners))
+        of_rows.apply(inputs._replace(row_sums=told), decision, divisors)
 
     def memory(self) -> list[object]:
         """See :class:`gwt_kernels.backends.runner.Runner`."""

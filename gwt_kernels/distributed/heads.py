@@ -31,5 +31,5 @@ def heads_here(p: Any, head_rows: int | None) -> Heads:
     if head_rows is None:
         return Heads([math.prod(shape[:-1])], max(1, math.prod(p.shape[:-1])))
     owners = indices_of(p, rows, p.shape[rows]) // head_rows
-    own = torch.bincount(owners, minlength=p.shape[rows] // head_rows)
-    return Heads(own.tolist() * math.prod(shape[:-2]), head_rows)
+    counts = torch.bincount(owners, minlength=p.shape[rows] // head_rows)
+    return Heads(counts.tolist() * math.prod(shape[:-2]), head_rows)
