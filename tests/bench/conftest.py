@@ -1,11 +1,16 @@
-"""What tests of benchmarks share: one thread, whatever a command of theirs has asked PyTorch for."""
+"""What tests of benchmarks share: one thread, whatever a command has asked PyTorch for; a checkout; quick kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from bench.common.measure import Spread
+from bench.kernels import __main__ as kernels
+from tests.support.reports import checkout
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +20,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A checkout without results."""
+    return checkout(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the bandwidth measurement, and shrink the cache so that a few sets of tiny buffers fill it."""
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: Spread(1e9, 0.9e9, 1.1e9, 20))
+    monkeypatch.setattr(kernels, "CPU_CACHE", 4096)
