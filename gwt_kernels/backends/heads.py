@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gwt_kernels.backends.bucket import Bucket, StepInputs
-from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
+from gwt_kernels.backends.runner import ElementwiseRunner, OnePassRunner
 from gwt_kernels.core.level import ROW, blocks_of
 from gwt_kernels.core.send import send
 from gwt_kernels.rules.blocks import Heads
 
 
-class HeadsRunner:
+class HeadsRunner(OnePassRunner):
     """See :class:`gwt_kernels.backends.runner.Runner`. A head is the rows that share a second moment.
 
     Sums over rows make those over heads. Then each row takes its head's mean and a copy of its head's second
@@ -30,8 +30,6 @@ class HeadsRunner:
     Raises:
         ValueError: the second moments of a tensor do not divide its rows.
     """
-
-    collects_grad_stats = False
 
     def __init__(
         self,
@@ -78,17 +76,6 @@ class HeadsRunner:
         """See :class:`gwt_kernels.backends.runner.ElementwiseRunner`."""
         self.bucket.params = params
         self._runners[1].set_params(params)
-
-    def reduce(
-        self,
-        inputs: StepInputs,
-        decision: Tensor | None = None,
-        *,
-        grad_stats: bool = False,
-        update_sums: bool = False,
-    ) -> Reduction:
-        """See :class:`gwt_kernels.backends.runner.Runner`. No rule with such moments has a first pass."""
-        return self._runners[1].reduce(inputs, decision, grad_stats=grad_stats, update_sums=update_sums)
 
     def head_sums(self, row_sums: Tensor) -> Tensor:
         """Sums over the rows here of each head, of squares; in double, and in one order."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import is_on_triton, prepare
-from gwt_kernels.backends.runner import ElementwiseRunner, Reduction
+from gwt_kernels.backends.runner import ElementwiseRunner, OnePassRunner
 from gwt_kernels.core.hyper import Hyper, Span, padded_spans
 from gwt_kernels.core.laid_out import MatrixPiece
 from gwt_kernels.core.level import Level
@@ -93,7 +93,7 @@ class _Batch(NamedTuple):
     rows: Tensor | None
 
 
-class MatrixRunner:
+class MatrixRunner(OnePassRunner):
     """See :class:`gwt_kernels.backends.runner.Runner`. Each stage is one launch for a batch on the Triton backend.
 
     Args:
@@ -101,8 +101,6 @@ class MatrixRunner:
         backend: What was asked for, for both stages.
         stage: The matrix stage.
     """
-
-    collects_grad_stats = False
 
     def __init__(self, bucket: Bucket, backend: choice.Backend | None, stage: MatrixStage) -> None:
         self.bucket, self._backend, self._stage = bucket, backend, stage
@@ -122,19 +120,6 @@ class MatrixRunner:
             from gwt_kernels.backends.triton.native import quickest
 
             self.survey = quickest()
-
-    def reduce(
-        self,
-        inputs: StepInputs,
-        decision: Tensor | None = None,
-        *,
-        grad_stats: bool = False,
-        update_sums: bool = False,
-    ) -> Reduction:
-        """See :class:`gwt_kernels.backends.runner.Runner`. There is neither limiter nor a first pass."""
-        if grad_stats or update_sums:
-            raise ValueError(f"rule={self.bucket.rule!r} has no limiter, and no first pass")
-        return Reduction([], None)
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""

@@ -73,6 +73,26 @@ class Runner(Protocol):
         ...
 
 
+class OnePassRunner:
+    """What runners share whose rule has no limiter, so that nothing is reduced before a step."""
+
+    bucket: Bucket
+    collects_grad_stats = False
+
+    def reduce(
+        self,
+        inputs: StepInputs,
+        decision: Tensor | None = None,
+        *,
+        grad_stats: bool = False,
+        update_sums: bool = False,
+    ) -> Reduction:
+        """See :class:`Runner`. There is neither limiter nor a first pass."""
+        if grad_stats or update_sums:
+            raise ValueError(f"rule={self.bucket.rule!r} has no limiter, and no first pass")
+        return Reduction([], None)
+
+
 class ElementwiseRunner(Runner, Protocol):
     """A runner that updates each element by itself, so that it can take other tensors of the same kinds."""
 

@@ -12,13 +12,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
-from gwt_kernels.core.dtensor import any_sharded, is_sharded
+from gwt_kernels.core.dtensor import any_sharded
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.survey import PYTHON
 from gwt_kernels.distributed.sharding import local_parts, made_by_a_getter
 from gwt_kernels.optim import telemetry as telemetry_rows
 from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unused
-from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable, is_captured, names_of
+from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable, is_captured
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
@@ -31,6 +31,7 @@ from gwt_kernels.optim.options import (
     published_limit,
     state_dtype_name,
 )
+from gwt_kernels.optim.parameter_steps import ParameterSteps
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
 from gwt_kernels.optim.step_plan import StepPlan, count_of_skipped, options_of
@@ -100,9 +101,7 @@ class PlannedOptimizer(Optimizer):
     _has_warned = False
     _release: _Release | None = None
     _plan: StepPlan | None
-    _lone: dict[Tensor, StepPlan]
-    """Of parameters that are updated one by one."""
-    _places: dict[Tensor, tuple[int, int, int]]
+    _single: ParameterSteps
 
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         defaults = {key: value for key, value in options.items() if key not in ("self", "params", "__class__")}
@@ -291,34 +290,21 @@ class PlannedOptimizer(Optimizer):
                 "max_grad_norm, skip_nonfinite and GradScaler need all gradients before the first update; these "
                 "are released: take the options away, or call remove() on what release_gradients returned"
             )
-        place, i, k = self._place_of(p)
+        _, i, k = self._single.place_of(p, self.param_groups)
         group = self.param_groups[i]
         hypers = [hyper_of(group)]
-        held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
-        names = names_of(group)
-        alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
-        options = options_of([group], self.capturable, False)
-        sources = Sources([alone], {p: self.state[p]}, [p], held, grads, options, place)
-        plan = self._lone.get(p)
-        if plan is None or not plan.holds(sources):
+        sources = self._single.sources_of(p, self.param_groups, self.state, self.capturable)
+
+        def checked_plan() -> StepPlan:
             self._checks.check_options(group)
             self._checks.check_one(group, k, i, self.state[p])
             self._forms = kept_forms(self.param_groups, self.state, self._forms)
             complete(self.state[p], p, group)
-            plan = self._lone[p] = StepPlan(
-                sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows
-            )
-        plan.step(grads, hypers, ClipRequest(), None)
-        self._opt_called = True  # schedules, which see calls of step() alone, look here for others
+            return StepPlan(sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows)
 
-    def _place_of(self, p: Tensor) -> tuple[int, int, int]:
-        """A parameter's place among all, its group's, and its place in that."""
-        groups = self.param_groups
-        _, i, k = self._places.get(p, (0, len(groups), 0))
-        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
-            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
-            self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
-        return self._places[p]
+        plan = self._single.plan_of(p, sources, checked_plan)
+        plan.step(sources.grads, hypers, ClipRequest(), None)
+        self._opt_called = True  # schedules, which see calls of step() alone, look here for others
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -391,8 +377,7 @@ class PlannedOptimizer(Optimizer):
 
     def _forget_plans(self) -> None:
         self._plan = None
-        self._lone = {}
-        self._places = {}
+        self._single = ParameterSteps()
 
     def _check_options(self) -> None:
         check_max_grad_norm(self.max_grad_norm)

@@ -1,4 +1,4 @@
-"""What tests of benchmarks share: one thread, whatever a command has asked PyTorch for; a checkout; quick kernels."""
+"""What tests of benchmarks share: one thread, an empty checkout, and quick kernels."""
 
 from __future__ import annotations
 

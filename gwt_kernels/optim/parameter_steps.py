@@ -1,0 +1,48 @@
+"""Plans of steps of one parameter each, for gradients that never exist together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gwt_kernels.core.dtensor import is_sharded
+from gwt_kernels.distributed.sharding import local_parts
+from gwt_kernels.optim.checks import names_of
+from gwt_kernels.optim.fingerprint import Sources
+from gwt_kernels.optim.step_plan import StepPlan, options_of
+
+
+class ParameterSteps:
+    """What an optimizer keeps of steps of one parameter: their plans, and where parameters stand in its groups."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Tensor, StepPlan] = {}
+        self._places: dict[Tensor, tuple[int, int, int]] = {}
+
+    def place_of(self, p: Tensor, groups: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+        """A parameter's place among all, its group's, and its place in that."""
+        _, i, k = self._places.get(p, (0, len(groups), 0))
+        if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
+            listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
+            self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
+        return self._places[p]
+
+    def sources_of(
+        self, p: Tensor, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], capturable: bool
+    ) -> Sources:
+        """What a plan of one parameter's steps is made of."""
+        place, i, k = self.place_of(p, groups)
+        group = groups[i]
+        held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
+        names = names_of(group)
+        alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
+        return Sources([alone], {p: state[p]}, [p], held, grads, options_of([group], capturable, False), place)
+
+    def plan_of(self, p: Tensor, sources: Sources, make: Callable[[], StepPlan]) -> StepPlan:
+        """The plan of a parameter's steps, made anew where ``sources`` are others than those of the last one."""
+        plan = self._plans.get(p)
+        if plan is None or not plan.holds(sources):
+            plan = self._plans[p] = make()
+        return plan
