@@ -12,10 +12,10 @@ from bench.kernels import __main__ as kernels
 from bench.kernels import oracle
 from bench.kernels.cases import RULE_KERNELS, Case, bytes_held, bytes_moved, obstacle
 from bench.kernels.oracle import Buffers
-from tests.bench.test_kernels import CPU, HALF, SINGLE, TINY, error_of, quick, run
 from tests.support import interpreter
+from tests.support.kernel_cases import CPU, HALF, SINGLE, TINY, error_of, run
 
-__all__ = ["quick"]  # the fixture
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize(

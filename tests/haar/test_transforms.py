@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -235,7 +236,7 @@ def test_aliases_compile_too(backend, fresh_compiler):
 @backends
 def test_one_graph_serves_odd_and_even_widths(backend, device, fresh_compiler):
     t = Transform(backend, 11, 2, device)
-    compilations = torch._dynamo.testing.CompileCounter()
+    compilations = CompileCounter()
     there_and_back = torch.compile(
         lambda x: haar_idwt(haar_dwt(x, 2, backend=backend), x.shape[-1], backend=backend),
         fullgraph=True,
