@@ -18,6 +18,8 @@ RULES = {
 """Rules of this package, in the order of the pages, and what their authors call them."""
 ROWS = ("gwt", "foam", "lion", "adam_mini")
 """Those that have blocks of a row."""
+ADAMS = ("gwt", "foam")
+"""Those that are AdamW at level 0."""
 PEERS = {
     "adamw": "AdamW", "torch_adafactor": "torch Adafactor",
     "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini",
@@ -82,7 +84,7 @@ def optimizer_name(name: str) -> str:
     own = variant(name)
     if own is None:
         return PEERS.get(name, name)
-    said = RULES[own.rule]
+    said = PEERS["adamw"] if own.rule in ADAMS and not own.level else RULES[own.rule]
     if own.level:
         said = f"{'' if said.isupper() else 'GWT-'}{said} " + ("row" if own.level == ROW else f"level {own.level}")
     words = [said, f"{own.details} details" if own.details else ""]

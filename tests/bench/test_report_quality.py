@@ -156,8 +156,8 @@ def test_equal_state_and_equal_loss_worked_by_hand(tmp_path: Path) -> None:
 
 def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
     names = ["adamw", "torch_adafactor", "galore", "apollo", "foam-row", "gwt-row", "adam_mini2", "lion2"]
-    names += [f"{rule}{level}" for rule in ("gwt", "foam", "muon", "adafactor") for level in range(5)]
-    names += ["adafactor2-published"]
+    names += [f"{rule}{level}" for rule in ("gwt", "foam", "muon", "adafactor") for level in range(1, 5)]
+    names += ["muon0", "adafactor0", "adafactor2-published"]
     ends = {name: 1.2 + 0.01 * i for i, name in enumerate(names)}
     runs = load(tmp_path, quality_cpu=compared(ends))
     (chart,) = (plot for plot in quality.page(runs)[1] if plot.name == "loss_over_state")
@@ -177,7 +177,8 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gwt2", "GWT level 2"), ("gwt0", "GWT"), ("foam-row", "FOAM row"), ("lion-row", "GWT-Lion row"),
+        ("gwt2", "GWT level 2"), ("gwt0", "AdamW"), ("foam0-int8", "AdamW, int8 moments"),
+        ("foam-row", "FOAM row"), ("lion-row", "GWT-Lion row"),
         ("foam-row-bf16", "FOAM row, bf16 moments"), ("torch_adafactor", "torch Adafactor"), ("sgd", "sgd"),
         ("muon0", "Muon"), ("muon2", "GWT-Muon level 2"), ("adafactor0", "Adafactor"),
         ("adafactor2", "GWT-Adafactor level 2"),
