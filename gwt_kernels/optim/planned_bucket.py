@@ -28,6 +28,7 @@ from gwt_kernels.optim.matrices import exchange_of, matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
 from gwt_kernels.optim.state import (
     factors_of,
+    head_rows_of,
     is_limited,
     low_bits_of,
     moment_format,
@@ -232,7 +233,7 @@ def _bucket_of(
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
         whole_widths=[p.shape[-1] for p in params] if needs_row_sums(params[0], group) else None,
-        heads=[heads_here(p, group["head_rows"]) for p in params] if shared_dims(params[0], group) else None,
+        heads=[heads_here(p, head_rows_of(group)) for p in params] if shared_dims(params[0], group) else None,
         wavelet=group["wavelet"],
         boundary=group["boundary"],
     )

@@ -211,6 +211,22 @@ def test_groups_of_adamw_go_along():
     assert torch.equal(params[2], alone[0])
 
 
+def test_groups_of_adamw_may_say_any_head_rows():
+    def build(head_rows, params):
+        groups = [{"params": params[:1], "head_rows": 2}, {"params": params[1:], "rule": "adamw"}]
+        return GWTAdamMini(groups, head_rows=head_rows)
+
+    params = parameters(shapes=((8, 16), (5, 12)))
+    optimizer = build(3, params)
+    steps(optimizer, params, 1)
+    optimizer.param_groups[1]["head_rows"] = None
+    steps(optimizer, params, 1)
+    build(4, params).load_state_dict(optimizer.state_dict())
+    beside = GWTAdamW(params[1:], level=0, rule="adamw")
+    steps(beside, params[1:], 1)
+    GWTAdamMini([{"params": params[1:], "rule": "adamw"}]).load_state_dict(beside.state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
