@@ -26,9 +26,6 @@ class HeadsRunner(OnePassRunner):
         bucket: Of tensors whose rows share second moments.
         make: Makes the runner of a bucket whose rows share none.
         summer: Makes what adds up the rows of a bucket's gradients.
-
-    Raises:
-        ValueError: the second moments of a tensor do not divide its rows.
     """
 
     def __init__(
@@ -111,6 +108,4 @@ class HeadsRunner(OnePassRunner):
 
 def _equal_heads(rows: int, heads: int) -> Heads:
     """Return the heads of whole rows."""
-    if rows % max(heads, 1):
-        raise ValueError(f"{rows} rows cannot share {heads} second moments: pass one for every n rows, or for all")
     return Heads([rows // heads] * heads, max(1, rows // heads)) if heads else Heads([], 1)

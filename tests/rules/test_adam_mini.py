@@ -418,7 +418,7 @@ def test_heads_of_one_row_are_rows():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "compiled"])
 def test_the_function_takes_second_moments_of_heads(backend):
     generator, place = torch.Generator().manual_seed(5), on(backend)
     p, g = (torch.randn(6, 20, generator=generator).to(place) for _ in range(2))
@@ -430,9 +430,11 @@ def test_the_function_takes_second_moments_of_heads(backend):
                 gwt_adamw_(params=[own], grads=[g], exp_avgs=[m], exp_avg_sqs=[v], steps=[t], **options)
         square = 2 * (g.view(6, 10, 2).mean(-1) ** 2).view(heads, -1).mean(1)
         torch.testing.assert_close(v.view(-1), (1 - 0.999**2) * square, rtol=1e-4, atol=0)
-    if backend == "triton":
-        with pytest.raises(ValueError, match="6 rows cannot share 4 second moments"):
-            gwt_adamw_(params=[own], grads=[g], exp_avgs=[m], exp_avg_sqs=[v.new_zeros(4, 1)], steps=[1], **options)
+    for heads in (0, 4, 12):
+        with pytest.raises(ValueError, match=f"6 rows cannot share {heads} second moments: pass one"):
+            gwt_adamw_(
+                params=[own], grads=[g], exp_avgs=[m], exp_avg_sqs=[v.new_zeros(heads, 1)], steps=[1], **options
+            )
 
 
 def test_heads_take_as_many_launches_as_paths(monkeypatch):
