@@ -75,12 +75,12 @@ class HeadsRunner(OnePassRunner):
         self._runners[1].set_params(params)
 
     def head_sums(self, row_sums: Tensor) -> Tensor:
-        """Sums over the rows here of each head, of squares; in double, and in one order."""
+        """Sums over the rows here of each head, of squares; in double, in one order, and finite unless NaN."""
         squares = row_sums[:, 0].double()
         if self.bucket.level == ROW:
             squares = squares.square()
         sums = torch.segment_reduce(squares, "sum", lengths=self._lengths, initial=0, unsafe=True)
-        return sums.to(self._copies.dtype)
+        return cap_(sums.to(self._copies.dtype))
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -104,6 +104,11 @@ class HeadsRunner(OnePassRunner):
     def _numbers(self, sums: Tensor, means: Tensor) -> Tensor:
         """What a step is told of rows: the mean of their heads, behind their own sums where rows are blocks."""
         return torch.stack((sums, means), 1) if self.bucket.level == ROW else means.unsqueeze(1)
+
+
+def cap_(squares: Tensor) -> Tensor:
+    """Make sums of squares that have overflowed the largest number, which a factor of 0 on gradients makes 0."""
+    return squares.clamp_(max=torch.finfo(squares.dtype).max)
 
 
 def _equal_heads(rows: int, heads: int) -> Heads:

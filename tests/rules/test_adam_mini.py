@@ -395,6 +395,20 @@ def test_telemetry_is_the_same_on_every_backend(head_rows):
             assert value == pytest.approx(rows[1][name][key], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("level", [0, 1, "row"])
+@pytest.mark.parametrize("head_rows", [1, 2, None])
+def test_gradients_whose_squares_overflow_are_clipped_to_nothing(head_rows, level):
+    for backend in ("triton", "torch"):
+        params = [nn.Parameter(p.detach().to(on("triton"))) for p in parameters(shapes=((4, 16),))]
+        before = params[0].detach().clone()
+        optimizer = GWTAdamMini(params, level=level, head_rows=head_rows, max_grad_norm=1.0, backend=backend)
+        params[0].grad = torch.full_like(params[0], 1e25)
+        with interpreter.like_a_gpu():
+            optimizer.step()
+        assert torch.equal(params[0], before)
+        assert not optimizer.state[params[0]]["exp_avg_sq"].any()
+
+
 def test_heads_of_one_row_are_rows():
     """To the bit: all rows of a head take the same numbers."""
     found = []
