@@ -113,11 +113,9 @@ def convert(
             f"that the state was made with"
         )
     m, v = _decoded(state, old)
-    if old.kind == new.kind or not old.row_slots:
-        moments = _carry(m, v, old, new, width)
-    else:
-        m = _carry(m, m, old, new, width)[0]
-        moments = m, _spread(v, m, old, new, width)
+    if old.row_slots and old.kind != new.kind:
+        v = _spread(v, m, old.level, width)
+    moments = _carry(m, v, old, new, width)
     if new.row_slots and old.kind != new.kind:
         moments = moments[0], _gathered(moments[1], new.head_rows)
     return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
@@ -211,14 +209,13 @@ def _unit(form: Form, width: int) -> float:
     return 1.0 if rule_of(form.rule, form.level).is_of_elements else math.sqrt(block_width(form.level, width))
 
 
-def _spread(v: Tensor, m: Tensor, old: Form, new: Form, width: int) -> Tensor:
-    """Second moments of rows, ``head_rows`` each, as those of the new blocks, of which ``m`` is.
+def _spread(v: Tensor, m: Tensor, level: Level, width: int) -> Tensor:
+    """Second moments of rows, ``head_rows`` each, as those of the blocks that ``m`` is of, whose mean they are.
 
-    A block that reaches beyond a row's end has a smaller one, as of fewer elements. A row's is the mean of such.
+    A block that reaches beyond a row's end has a smaller one, as of fewer elements.
     """
-    ones = torch.ones(max(width, 1), dtype=v.dtype, device=v.device)
-    before, after = (_resample(ones, 0, form.level, width) for form in (old, new))
-    return (_of_rows(v, m) / before.mean() * after).view(m.shape)
+    shares = _resample(torch.ones(max(width, 1), dtype=v.dtype, device=v.device), 0, level, width)
+    return (_of_rows(v, m) * (shares / shares.mean())).view(m.shape)
 
 
 def _of_rows(v: Tensor, m: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ LEVELS = pytest.mark.parametrize("level", [0, 1, 3, "row"])
 
 
 def build(level=0, shapes=SHAPES, **options):
-    """Adam-mini, or AdamW where nothing is said of heads."""
-    kind = GWTAdamMini if options else GWTAdamW
+    """Adam-mini, or GWT-Adam where nothing is said of heads."""
+    kind = GWTAdamMini if "head_rows" in options else GWTAdamW
     return kind(parameters(shapes, dtype=torch.float64), level=level, **options)
 
 
@@ -84,6 +84,17 @@ def test_adamws_second_moments_become_means_over_heads(head_rows, level):
     for v, kept, spread in zip(squares(adamw)[:4], squares(taken)[:4], squares(back)[:4], strict=True):
         means = v.view(kept.numel(), -1).mean(1, keepdim=True)
         assert_close([spread.view(kept.numel(), -1)], [means.expand(-1, v.numel() // kept.numel())])
+
+
+@pytest.mark.parametrize("head_rows", [1, 4, None])
+def test_second_moments_of_heads_become_those_of_another_wavelet(head_rows):
+    """As those of elements of which each has its head's."""
+    of_heads, elements = run_of(head_rows=head_rows), build()
+    moved(of_heads, elements)
+    found = [build(2, wavelet="db2") for _ in range(2)]
+    for source, target in zip((of_heads, elements), found, strict=True):
+        moved(source, target)
+    assert_close(*map(squares, found))
 
 
 @pytest.mark.parametrize("head_rows", [2, None])
