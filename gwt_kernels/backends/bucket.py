@@ -58,7 +58,8 @@ class Bucket:
         level: Levels of the transform, or ``"row"``.
         grad_dtype: dtype of the gradients.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
-        limiter. rule: Of the update.
+            limiter.
+        rule: Of the update.
         rounding: How updated weights are stored.
         keys: Philox keys per parameter; None for 0.
         lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes.
@@ -72,8 +73,8 @@ class Bucket:
 
     Raises:
         ValueError: lists of different lengths, an unknown rule, rounding, wavelet or boundary, options that do not
-        go
-            together, or a limiter for some tensors only or under a rule that has none.
+            go together, a limiter for some tensors only or under a rule that has none, or second moments of rows
+            that do not divide these.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Bucket:
         self._check_lengths()
         self._check_transform()
         self._check_state()
+        if self.stated.row_slots and self.heads is None:
+            self._check_heads()
 
     def __len__(self) -> int:
         return len(self.params)
@@ -307,3 +310,11 @@ class Bucket:
             )
         if rule_of(self.rule).norm_growth_limit is None and not absent:
             raise ValueError(f"rule={self.rule!r} has no limiter: pass None in limiter_norms for every parameter")
+
+    def _check_heads(self) -> None:
+        for rows, v in zip(self.n_rows, self.moments[1], strict=True):
+            heads = v.numel()
+            if rows % heads if heads else rows:
+                raise ValueError(
+                    f"{rows} rows cannot share {heads} second moments: pass one for every n rows, or for all"
+                )

@@ -26,9 +26,6 @@ class HeadsRunner(OnePassRunner):
         bucket: Of tensors whose rows share second moments.
         make: Makes the runner of a bucket whose rows share none.
         summer: Makes what adds up the rows of a bucket's gradients.
-
-    Raises:
-        ValueError: the second moments of a tensor do not divide its rows.
     """
 
     def __init__(
@@ -78,12 +75,12 @@ class HeadsRunner(OnePassRunner):
         self._runners[1].set_params(params)
 
     def head_sums(self, row_sums: Tensor) -> Tensor:
-        """Sums over the rows here of each head, of squares; in double, and in one order."""
+        """Sums over the rows here of each head, of squares; in double, in one order, and finite unless NaN."""
         squares = row_sums[:, 0].double()
         if self.bucket.level == ROW:
             squares = squares.square()
         sums = torch.segment_reduce(squares, "sum", lengths=self._lengths, initial=0, unsafe=True)
-        return sums.to(self._copies.dtype)
+        return cap_(sums.to(self._copies.dtype))
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
         """See :class:`gwt_kernels.backends.runner.Runner`."""
@@ -109,8 +106,11 @@ class HeadsRunner(OnePassRunner):
         return torch.stack((sums, means), 1) if self.bucket.level == ROW else means.unsqueeze(1)
 
 
+def cap_(squares: Tensor) -> Tensor:
+    """Make sums of squares that have overflowed the largest number, which a factor of 0 on gradients makes 0."""
+    return squares.clamp_(max=torch.finfo(squares.dtype).max)
+
+
 def _equal_heads(rows: int, heads: int) -> Heads:
     """Return the heads of whole rows."""
-    if rows % max(heads, 1):
-        raise ValueError(f"{rows} rows cannot share {heads} second moments: pass one for every n rows, or for all")
     return Heads([rows // heads] * heads, max(1, rows // heads)) if heads else Heads([], 1)

@@ -15,7 +15,7 @@ from gwt_kernels.migration.foreign import is_of_muon
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
-from gwt_kernels.rules import ADAMW
+from gwt_kernels.rules import ADAMW, rule_of
 
 _FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam", "muon": "Muon", "lion": "Lion"}
 _FAMILIES["adafactor"] = "Adafactor"
@@ -81,7 +81,7 @@ def optimizer_for(
     adams = [group for group, family in zip(every, families, strict=True) if family == "Adam"]
     for option in [name for name in known if name not in _GIVEN | given.keys()]:
         value = agreed(every if option in _SHARED else own, option)
-        is_said = value is not None or (own and all(option in group for group in own))  # None is a value, too
+        is_said = value is not None or any(option in group for group in own)  # None is a value, too
         if is_said and not (option == "res_scale" and rule != "foam"):
             given[option] = value
     if not own and "lr" not in given:
@@ -117,18 +117,18 @@ def optimizer_for(
 
 
 def agreed(groups: Sequence[Mapping[str, Any]], option: str, flag: str | None = None) -> Any:
-    """The value that all groups have; None if none says it.
+    """The value that all groups have that say it; None if none does.
 
     Raises:
         ValueError: they differ.
     """
-    values = [group[option] for group in groups if group.get(option) is not None]
+    values = [group[option] for group in groups if option in group]
     plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v for v in values]
     if len(set(plain)) > 1:
         remedy = "build the optimizer in Python, and use gwt_kernels.migrate"
         if flag or option in _FLAGS:
             remedy = f"say one with --{(flag or option).replace('_', '-')}"
-        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain))}; {remedy}")
+        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain), key=str)}; {remedy}")
     return plain[0] if plain else None
 
 
@@ -160,11 +160,13 @@ def _check_said(group: Mapping[str, Any], index: int, asked: Set[str]) -> None:
 
 
 def _named_here(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A group's options by the names that they have here: those of ``torch.optim.Adafactor`` are its own.
+    """A group's options by the names that they have here, without those that mean nothing to it.
 
-    Its learning rate is multiplied by the RMS of weights, and at most ``1 / sqrt(t)``, which a relative step is at
-    its default.
+    Those of ``torch.optim.Adafactor`` are its own: its learning rate is multiplied by the RMS of weights, and at
+    most ``1 / sqrt(t)``, which a relative step is at its default.
     """
+    if "rule" in group and not rule_of(group["rule"]).row_slots:
+        group = {key: value for key, value in group.items() if key != "head_rows"}
     if "beta2_decay" not in group:
         return group
     least, rms = group["eps"]

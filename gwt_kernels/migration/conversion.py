@@ -13,7 +13,7 @@ from gwt_kernels.backends.torch.literal import approximation_width, filter_bank,
 from gwt_kernels.core.hyper import Rule, literal_alone
 from gwt_kernels.core.level import ROW, Level, block_width, depth_of
 from gwt_kernels.formats.moments import MOMENTS, SCALES, MomentFormat, stored_as, wide
-from gwt_kernels.optim.state import row_shape
+from gwt_kernels.optim.state import head_rows_of, row_shape, row_slots_of
 from gwt_kernels.rules import rule_of
 
 
@@ -27,7 +27,7 @@ class Form(NamedTuple):
     dtype: torch.dtype
     """Of ``exp_avg``."""
     head_rows: int | None = 1
-    """Rows that share a second moment, under a rule that keeps one for rows."""
+    """Rows that share a second moment, under a rule that keeps one for rows; None for all of the tensor's."""
 
     @property
     def kind(self) -> tuple[Level, Rule, str, str, int | None]:
@@ -62,10 +62,12 @@ def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype
     """The form that a group's options give the moments of a tensor.
 
     In it all rules that are AdamW at level 0, all wavelets and boundaries there are one, and all boundaries of rows
-    that are whole blocks.
+    that are whole blocks. So are all ways to say that all rows of a tensor share a second moment.
     """
     level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
-    heads = options.get("head_rows", 1) if rule_of(rule, level).row_slots else 1
+    heads = head_rows_of(options)
+    if row_slots_of(options) and (len(shape) < 2 or heads == math.prod(shape[:-1])):
+        heads = None
     if not level:
         plain: Any = rule_of(rule, 0).name
         return Form(0, plain, "haar", "zero", dtype, heads)
@@ -111,11 +113,9 @@ def convert(
             f"that the state was made with"
         )
     m, v = _decoded(state, old)
-    if old.kind == new.kind or not old.row_slots:
-        moments = _carry(m, v, old, new, width)
-    else:
-        m = _carry(m, m, old, new, width)[0]
-        moments = m, _spread(v, m, new.level, width)
+    if old.row_slots and old.kind != new.kind:
+        v = _spread(v, m, old.level, width)
+    moments = _carry(m, v, old, new, width)
     if new.row_slots and old.kind != new.kind:
         moments = moments[0], _gathered(moments[1], new.head_rows)
     return _encoded(moments[0] * factors[0], moments[1] * factors[1], new)
@@ -133,11 +133,17 @@ def describe(old: Form, new: Form) -> dict[str, str]:
     raised = depth_of(new.level) >= depth_of(old.level)
     if old.kind == new.kind:
         first = second = "exact"
+    elif old._replace(head_rows=new.head_rows).kind == new.kind:
+        first, (a, b) = "exact", (old.head_rows, new.head_rows)
+        of_whole_heads = b is None or (a is not None and b % a == 0)
+        second = "exact: the mean of its heads" if of_whole_heads else "approximate: spread evenly over its rows"
     elif raised:
         first = "exact: " + ("the same average in another unit" if old.level == new.level else "sums of blocks")
         of_elements = rule_of(old.rule, old.level).is_of_elements and not (old.row_slots or new.row_slots)
         if rule_of(new.rule, new.level).is_of_elements and of_elements:
             second = "exact: the mean of its blocks"
+        elif new.level == 0 and new.row_slots and not old.row_slots:
+            second = "exact: the mean of its rows"
         else:
             what = "as it is" if old.level == new.level else "the mean of its blocks"
             what = (
@@ -204,9 +210,12 @@ def _unit(form: Form, width: int) -> float:
 
 
 def _spread(v: Tensor, m: Tensor, level: Level, width: int) -> Tensor:
-    """Second moments of rows, ``head_rows`` each, as those of the elements in the blocks that ``m`` is of."""
-    ones = torch.ones(width, dtype=v.dtype, device=v.device)
-    return (_of_rows(v, m) * _resample(ones, 0, level, width)).view(m.shape)
+    """Second moments of rows, ``head_rows`` each, as those of the blocks that ``m`` is of, whose mean they are.
+
+    A block that reaches beyond a row's end has a smaller one, as of fewer elements.
+    """
+    shares = _resample(torch.ones(max(width, 1), dtype=v.dtype, device=v.device), 0, level, width)
+    return (_of_rows(v, m) * (shares / shares.mean())).view(m.shape)
 
 
 def _of_rows(v: Tensor, m: Tensor) -> Tensor:

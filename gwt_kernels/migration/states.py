@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gwt_kernels.core.dtensor import any_sharded
 from gwt_kernels.core.hyper import Boundary, Rule
 from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, SCALES, wide
@@ -244,6 +245,11 @@ def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source
 
 def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
     """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
+    if any_sharded(source.state.values()):
+        raise ValueError(
+            "its state is of shards, of which this process has parts: load the checkpoint on one process without "
+            "shards, migrate it there, and save it again by torch.distributed.checkpoint"
+        )
     if has_factors(source) or is_factored(target.group):
         return migrate_factors(source, target, lambda has, wants: _migrated(has, wants, unsaid))
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")

@@ -33,10 +33,10 @@ class GWTAdamMini(PlannedOptimizer):
             attention head; None for one of the whole tensor. 1-D tensors have one. Of more than 1, Triton reads
             gradients twice: sums over rows come first.
         state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below, but for int8,
-            which stays float32; the second moment is float32.
+            which stays float32; the second moment is float32, of float64 parameters float64.
 
     State per parameter: ``step``, ``exp_avg`` (``[..., ceil(N / 2**level)]``) and ``exp_avg_sq``
-    (``[..., rows / head_rows, 1]``; whole along dimensions whose shards tear heads).
+    (``[..., rows / head_rows, 1]``, of None ``[1, ..., 1]``; whole along dimensions whose shards tear heads).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.

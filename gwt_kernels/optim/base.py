@@ -281,8 +281,11 @@ class PlannedOptimizer(Optimizer):
     def step_parameter(self, p: Tensor) -> None:
         """Update one parameter alone, with all the checks of a step: for gradients that never exist together.
 
+        A parameter without gradient is left alone.
+
         Raises:
             RuntimeError: the options or a ``GradScaler`` decide about a step by all gradients.
+            ValueError: the parameter is not the optimizer's.
             TypeError, ValueError, RuntimeError: as :meth:`step`.
         """
         if self._asked.anything:
@@ -297,9 +300,10 @@ class PlannedOptimizer(Optimizer):
 
         def checked_plan() -> StepPlan:
             self._checks.check_options(group)
-            self._checks.check_one(group, k, i, self.state[p])
             self._forms = kept_forms(self.param_groups, self.state, self._forms)
-            complete(self.state[p], p, group)
+            if p.grad is not None:
+                self._checks.check_one(group, k, i, self.state[p])
+                complete(self.state[p], p, group)
             return StepPlan(sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows)
 
         plan = self._single.plan_of(p, sources, checked_plan)

@@ -22,11 +22,11 @@ from gwt_kernels.optim.state import (
     check_place,
     check_shards,
     check_state,
+    head_rows_of,
     moment_format,
     state_keys,
     upgraded,
 )
-from gwt_kernels.rules import rule_of
 
 _ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
 
@@ -83,8 +83,8 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
 def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     """Raise unless the rows of a parameter are whole heads."""
-    head_rows, rows = group.get("head_rows"), p.shape[-2] if p.dim() > 1 else 0
-    if head_rows is not None and rule_of(group["rule"], group["level"]).row_slots and rows % head_rows:
+    head_rows, rows = head_rows_of(group), p.shape[-2] if p.dim() > 1 else 0
+    if head_rows is not None and rows % head_rows:
         raise ValueError(
             f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with another "
             f"head_rows, such as 1 for a second moment a row"

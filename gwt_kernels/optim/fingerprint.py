@@ -44,6 +44,7 @@ class Fingerprint:
         self._survey = survey
         self._params = sources.params
         self._options = sources.options
+        self._first_place = sources.first_place
         self._addresses = survey.addresses(sources.held)
         self._are_params = survey.like(sources.held)
         self._is_state = survey.still(sources.states)
@@ -57,6 +58,7 @@ class Fingerprint:
         """Return whether nothing has changed, except for new gradients of the same kind."""
         return (
             sources.options == self._options
+            and sources.first_place == self._first_place
             and self._survey.same(sources.params, self._params)
             # Assignment to p.data changes an address or a kind.
             and self._survey.addresses(sources.held) == self._addresses

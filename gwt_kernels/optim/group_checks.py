@@ -20,6 +20,7 @@ from gwt_kernels.optim.checks import (
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options, has_matrices, ns_dtype_name
 from gwt_kernels.optim.numbers import SLACK
 from gwt_kernels.optim.options import check_group, state_dtype_name
+from gwt_kernels.optim.state import head_rows_of
 from gwt_kernels.rules import check_rule, rule_of
 
 _OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "capturable", "telemetry")
@@ -56,7 +57,7 @@ def kept_forms(
 
 
 def _form_of(group: Mapping[str, Any]) -> Form:
-    named = {**group, "rule": rule_of(group["rule"], group["level"]).name}
+    named = {**group, "rule": rule_of(group["rule"], group["level"]).name, "head_rows": head_rows_of(group)}
     return tuple(named.get(option) for option in _OF_STATES)
 
 

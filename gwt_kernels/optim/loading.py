@@ -13,7 +13,7 @@ from gwt_kernels.optim.checks import check_rounding_of, label_of, name_of
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options
 from gwt_kernels.optim.names import in_order_of
 from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
-from gwt_kernels.optim.state import check_state, exact_copy, state_keys, upgraded
+from gwt_kernels.optim.state import check_state, exact_copy, row_slots_of, state_keys, upgraded
 from gwt_kernels.rules import RULES, rule_of
 
 
@@ -37,7 +37,9 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         )
     set_aside: dict[Any, Any] = {}
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        for option in (*STRUCTURAL, *{"head_rows"} & group.keys()):
+        for option in (*STRUCTURAL, "head_rows"):
+            if option == "head_rows" and not row_slots_of(group):
+                continue
             if option not in saved:
                 raise ValueError(
                     f"group {i} of the state has no {option!r}: it was not saved by this package; "

@@ -22,23 +22,32 @@ class ParameterSteps:
         self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def place_of(self, p: Tensor, groups: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
-        """A parameter's place among all, its group's, and its place in that."""
+        """A parameter's place among all, its group's, and its place in that.
+
+        Raises:
+            ValueError: no group has the parameter.
+        """
         _, i, k = self._places.get(p, (0, len(groups), 0))
         if not (i < len(groups) and k < len(groups[i]["params"]) and groups[i]["params"][k] is p):
             listed = [(i, k, q) for i, group in enumerate(groups) for k, q in enumerate(group["params"])]
             self._places = {q: (place, i, k) for place, (i, k, q) in reversed(list(enumerate(listed)))}
+        if p not in self._places:
+            raise ValueError(
+                f"the parameter of shape {tuple(p.shape)} is not the optimizer's: add it by add_param_group"
+            )
         return self._places[p]
 
     def sources_of(
         self, p: Tensor, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], capturable: bool
     ) -> Sources:
-        """What a plan of one parameter's steps is made of."""
+        """What a plan of one parameter's steps is made of: no state where there is no gradient."""
         place, i, k = self.place_of(p, groups)
         group = groups[i]
         held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
         names = names_of(group)
         alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
-        return Sources([alone], {p: state[p]}, [p], held, grads, options_of([group], capturable, False), place)
+        states = {} if p.grad is None else {p: state[p]}
+        return Sources([alone], states, [p], held, grads, options_of([group], capturable, False), place)
 
     def plan_of(self, p: Tensor, sources: Sources, make: Callable[[], StepPlan]) -> StepPlan:
         """The plan of a parameter's steps, made anew where ``sources`` are others than those of the last one."""

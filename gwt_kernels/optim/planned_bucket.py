@@ -14,12 +14,13 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.factored_bucket import FactoredBucket
-from gwt_kernels.backends.heads import HeadsRunner
+from gwt_kernels.backends.heads import HeadsRunner, cap_
 from gwt_kernels.backends.matrix_runner import MatrixRunner
 from gwt_kernels.backends.prepare import prepare, row_summer
 from gwt_kernels.backends.runner import Reduction, Runner, StagedRunner
 from gwt_kernels.core.dtensor import is_sharded, local_of
 from gwt_kernels.core.hyper import Hyper, key_of
+from gwt_kernels.core.level import ROW
 from gwt_kernels.distributed.heads import heads_here
 from gwt_kernels.distributed.reduction import GradNormReduction, LimiterReduction, RowReduction
 from gwt_kernels.optim.checks import label_of, names_of
@@ -28,6 +29,7 @@ from gwt_kernels.optim.matrices import exchange_of, matrix_options, matrix_stage
 from gwt_kernels.optim.options import rounding_of
 from gwt_kernels.optim.state import (
     factors_of,
+    head_rows_of,
     is_limited,
     low_bits_of,
     moment_format,
@@ -148,6 +150,8 @@ class PlannedBucket:
     def with_row_sums(self, stage: int, inputs: StepInputs, parts: Tensor) -> StepInputs:
         """A step's inputs with the sums over whole rows, or heads, once these have been added up."""
         sums = self.rows[stage].finish(self._row_places[stage], parts)
+        of_elements = not stage and self.bucket.level == ROW  # whose first sums are of no squares
+        cap_(sums[:, 1:] if of_elements else sums)
         return inputs._replace(head_sums=sums) if stage else inputs._replace(row_sums=sums)
 
     def reduce(self, inputs: StepInputs, decision: Tensor | None, *, grad_stats: bool) -> Reduction:
@@ -232,7 +236,7 @@ def _bucket_of(
         spans=[shard_spans(p, group) for p in params] if random and is_sharded(params[0]) else None,
         telemetry=telemetry,
         whole_widths=[p.shape[-1] for p in params] if needs_row_sums(params[0], group) else None,
-        heads=[heads_here(p, group["head_rows"]) for p in params] if shared_dims(params[0], group) else None,
+        heads=[heads_here(p, head_rows_of(group)) for p in params] if shared_dims(params[0], group) else None,
         wavelet=group["wavelet"],
         boundary=group["boundary"],
     )

@@ -51,20 +51,27 @@ def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
     if asked is None or not slots_of(group):
         return wide(p.dtype)
     known = FORMATS[asked]
-    fits = known.fits(state_shape(p, group), group["level"]) and not (known.scales and _row_slots(group))
+    fits = known.fits(state_shape(p, group), group["level"]) and not (known.scales and row_slots_of(group))
     return known if fits else wide(torch.float32)
 
 
-def _row_slots(group: Mapping[str, Any]) -> tuple[str, ...]:
+def row_slots_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of the moments that are one number for a row, or for rows that belong together."""
     return rule_of(group["rule"], group["level"]).row_slots
+
+
+def head_rows_of(group: Mapping[str, Any]) -> int | None:
+    """How many rows share a second moment: None for all of a tensor, 1 where the rule keeps none of rows."""
+    head_rows: int | None = group.get("head_rows", 1) if row_slots_of(group) else 1
+    return head_rows
 
 
 def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each moment of a parameter."""
-    shape, row_keys = state_shape(p, group), _row_slots(group)
+    shape, row_keys = state_shape(p, group), row_slots_of(group)
     stored = zip(slots_of(group), moment_format(p, group).dtypes, strict=False)
     return {
-        key: (row_shape(p, group.get("head_rows", 1)), wide(dtype).dtypes[0]) if key in row_keys else (shape, dtype)
+        key: (row_shape(p, head_rows_of(group)), wide(dtype).dtypes[0]) if key in row_keys else (shape, dtype)
         for key, dtype in stored
     }
 
@@ -75,7 +82,7 @@ def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None
     None for all of them. What there is one of a row is whole on every process that holds a part of the row; what
     there is one of a head on every process that shares any heads with others.
     """
-    of_heads = key in _row_slots(group)
+    of_heads = key in row_slots_of(group)
     if p.dim() and (of_heads or (group["level"] == ROW and key in slots_of(group))):
         torn = shared_dims(p, group) if of_heads else ()
         return (*(None if d in torn else d for d in range(p.dim() - 1)), None)
@@ -84,12 +91,12 @@ def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None
 
 def takes_rows(group: Mapping[str, Any]) -> bool:
     """Whether what becomes of an element depends on all of its row."""
-    return group["level"] == ROW or bool(_row_slots(group))
+    return group["level"] == ROW or bool(row_slots_of(group))
 
 
 def shared_dims(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
     """The dimensions along which processes share rows that belong together."""
-    return torn_dims(p, group.get("head_rows", 1)) if _row_slots(group) else ()
+    return torn_dims(p, head_rows_of(group))
 
 
 def needs_row_sums(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -208,15 +215,15 @@ def check_state(
     for key, (own_shape, dtype) in kept.items():
         if tuple(state[key].shape) != own_shape:
             asked = f"level {group['level']} with wavelet {group['wavelet']!r}"
-            if key in _row_slots(group):
-                asked = f"head_rows={group.get('head_rows', 1)}"
+            if key in row_slots_of(group):
+                asked = f"head_rows={head_rows_of(group)}"
             raise ValueError(
                 f"{key} of {name} has shape {tuple(state[key].shape)}, but {asked} needs {own_shape}: use the "
                 f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
             wider = {"limiter_norm", *factors} & state.keys()  # which follow the parameter, whatever the moments do
-            follows = key not in {*factors, *_row_slots(group)} and all(
+            follows = key not in {*factors, *row_slots_of(group)} and all(
                 state[each].dtype == _norm_dtype(p) for each in wider
             )
             other = f"give it state_dtype={state[key].dtype}, or " if follows else ""

@@ -28,7 +28,15 @@ from gwt_kernels.optim.fingerprint import Fingerprint, Sources
 from gwt_kernels.optim.matrices import has_matrices, is_exchanged, stage_key
 from gwt_kernels.optim.options import STRUCTURAL
 from gwt_kernels.optim.planned_bucket import Member, PlannedBucket, attendance, stream_id_of, with_gradients
-from gwt_kernels.optim.state import factors_of, is_limited, moments_of, needs_row_sums, shared_dims, state_shape
+from gwt_kernels.optim.state import (
+    factors_of,
+    head_rows_of,
+    is_limited,
+    moments_of,
+    needs_row_sums,
+    shared_dims,
+    state_shape,
+)
 from gwt_kernels.rules import rule_of
 
 _Reduction = TypeVar("_Reduction")
@@ -328,7 +336,7 @@ def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, .
 def _head_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
     """Likewise of heads."""
     dims = shared_dims(p, group)
-    return (len(heads_here(p, group["head_rows"]).lengths), dims) if dims else None
+    return (len(heads_here(p, head_rows_of(group)).lengths), dims) if dims else None
 
 
 def _factored_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...] | None:

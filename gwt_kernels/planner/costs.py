@@ -12,7 +12,7 @@ from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.optim.matrices import matrix_options
 from gwt_kernels.optim.options import state_dtype_name
-from gwt_kernels.optim.state import complete, slots_of
+from gwt_kernels.optim.state import complete, row_slots_of, slots_of
 
 
 def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -31,7 +31,8 @@ def first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype | 
     name = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
     complete(state, stand_in(p), {**group, "state_dtype": name})
     if not offered:
-        state |= {key: state[key].to(state_dtype) for key in slots_of(group)}
+        of_rows = row_slots_of(group)  # which stay wide
+        state |= {key: state[key].to(state_dtype) for key in slots_of(group) if key not in of_rows}
     return state
 
 

@@ -66,7 +66,8 @@ def plan(
         exclude: As for `gwt_param_groups`.
         state_dtype: dtype of the moments; None for the optimizer's default. An unsupported dtype is computed too,
             and marked as not offered.
-        rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on.
+        rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on, with the defaults of
+            their own options. :func:`predicted_state_bytes` is for others, such as another ``head_rows``.
         norm_growth_limit: As for `GWTAdamW`; None for no limiter. Other optimizers have none.
         dtype: dtype of weights and gradients; None for the module's or configuration's, or bfloat16 if the
             configuration has none.

@@ -106,6 +106,10 @@ def test_sums_over_torn_heads_travel_at_once() -> None:
     forked.run(4, torn_heads.collectives)
 
 
+def test_gradients_whose_squares_overflow_on_torn_heads() -> None:
+    forked.run(2, torn_heads.overflowing)
+
+
 def test_torn_heads_without_a_gradient_on_some_processes() -> None:
     forked.run(3, torn_heads.without_gradients)
 

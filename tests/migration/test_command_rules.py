@@ -46,6 +46,17 @@ def groups(model, rule, scale=1.0, decay=0.1, **more):
     return gwt_param_groups(model, rule=rule, scale=scale, weight_decay=decay, **more)
 
 
+def of_heads(model, *head_rows, **more):
+    """An Adam-mini whose matrices alone say how many rows share a second moment, some of them otherwise."""
+    first, *rest = groups(model, "adam_mini", **more)
+    n = len(head_rows)
+    parts = [
+        {**first, **{key: first[key][i::n] for key in ("params", "param_names")}, "head_rows": each}
+        for i, each in enumerate(head_rows)
+    ]
+    return GWTAdamMini([*parts, *rest], lr=0.003)
+
+
 ADAMW = {"lr": 0.003, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.1}
 OF_ADAMW = {"adamw_betas": (0.8, 0.9), "adamw_eps": 1e-7}
 CASES = {
@@ -79,6 +90,14 @@ CASES = {
         ["--rule", "adam_mini"],
         lambda m: GWTAdamMini(groups(m, "adam_mini"), lr=0.003, betas=(0.8, 0.9), eps=1e-7),
     ),
+    **{
+        f"GWTAdamMini of {head_rows} rows to another level": (
+            lambda m, head_rows=head_rows: stepped(m, of_heads(m, head_rows, level=1)),
+            ["--rule", "adam_mini", "--level", "2"],
+            lambda m, head_rows=head_rows: GWTAdamMini(groups(m, "adam_mini"), lr=0.003, head_rows=head_rows),
+        )
+        for head_rows in (5, None)
+    },
     "torch's Adafactor to GWTAdafactor": (
         lambda m: stepped(m, torch.optim.Adafactor(m.parameters(), weight_decay=0.1)),
         ["--rule", "adafactor", "--adamw-lr", "0.001"],
@@ -169,6 +188,9 @@ REFUSED = {
     "two rates of AdamW's": (muons, ["--rule", "muon"], ("differ in lr", "[0.001, 0.002]", "--adamw-lr")),
     "an option without a flag": (
         split_matrices, ["--rule", "muon"], ("differ in ns_steps", "[4, 5]", "in Python", "gwt_kernels.migrate"),
+    ),
+    "an option that is None in one group": (
+        lambda m: stepped(m, of_heads(m, 5, None)), ["--rule", "adam_mini"], ("differ in head_rows", "[5, None]"),
     ),
     "an option of others": (
         adamw, ["--rule", "muon", "--lr", "1", "--wavelet", "db2"], ("GWTMuon has no wavelet", "--wavelet"),

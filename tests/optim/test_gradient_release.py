@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, gwt_param_groups, release_gradients
+from gwt_kernels import GWTAdamMini, GWTAdamW, gwt_param_groups, release_gradients
 from gwt_kernels.optim.gradient_release import GradientRelease
 from tests.support import interpreter
 from tests.support.runs import assert_same_bits, backends, parameters, place, refused, results
@@ -286,6 +286,38 @@ def test_parameters_that_change_groups_take_the_new_group_s_options():
         ]
         first, second = optimizer.param_groups
         first["params"], second["params"] = second["params"], first["params"]
+
+
+def test_parameters_that_change_places_take_random_bits_of_the_new_place():
+    results_ = []
+    for is_released in (False, True):
+        params = parameters([(4, 8), (4, 8)], dtype=torch.bfloat16)
+        optimizer = GWTAdamW([{"params": params[:1]}, {"params": params[1:]}], weight_rounding="stochastic")
+        if is_released:
+            release_gradients(torch.nn.ParameterList(params), optimizer)
+        for _ in range(2):
+            sum(p.square().sum() for p in params[-len(optimizer.param_groups) :]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del optimizer.param_groups[:-1]
+        results_.append(params)
+    assert_same_bits(*results_)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone_where_it_is_updated_alone():
+    p, other = parameters([(4, 8), (4, 8)])
+    optimizer = GWTAdamMini([p], head_rows=2)
+    before = p.detach().clone()
+    optimizer.step_parameter(p)
+    assert_same_bits((p.detach(), dict(optimizer.state)), (before, {}))
+    p.grad = torch.ones_like(p)
+    optimizer.step_parameter(p)
+    p.grad, before = None, results(optimizer)
+    optimizer.step_parameter(p)
+    assert_same_bits(results(optimizer), before)
+    other.grad = torch.ones_like(other)
+    with refused(optimizer, ValueError, "of shape (4, 8)", "not the optimizer's", "add_param_group"):
+        optimizer.step_parameter(other)
 
 
 def test_a_bad_gradient_is_refused_in_the_backward_pass():

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from gwt_kernels import GWTAdamW, gwt_param_groups
+from gwt_kernels import GWTAdamMini, GWTAdamW, gwt_param_groups
 from gwt_kernels.cli import main
 from gwt_kernels.models.files import presets
 from gwt_kernels.plan import Plan, measure_bandwidth, parse_bandwidth, plan, predicted_state_bytes
@@ -133,6 +133,20 @@ def test_moments_refused_by_the_optimizer_are_marked(moments: torch.dtype) -> No
         with pytest.raises(ValueError, match="state_dtype"):
             GWTAdamW(gwt_param_groups(Small()), state_dtype=moments)
         assert f"takes no {planned.chosen.moments} moments; their rows are computed only" in str(planned)
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float16], ids=str)
+def test_second_moments_of_rows_stay_wide_offered_or_not(moments: torch.dtype) -> None:
+    planned = plan(Small(), level=2, rule="adam_mini", state_dtype=moments)
+    of_rows = [state for name, (_, state) in planned.states.items() if planned.groups[name]["rule"] == "adam_mini"]
+    assert {(state["exp_avg"].dtype, state["exp_avg_sq"].dtype) for state in of_rows} == {(moments, torch.float32)}
+
+
+@pytest.mark.parametrize("head_rows", [1, 4, None])
+def test_prediction_for_heads(head_rows: int | None) -> None:
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 12), (2, 4, 5), (7,))]
+    optimizer = GWTAdamMini(params, level=1, head_rows=head_rows)
+    assert predicted_state_bytes(optimizer) == sum(step_once(optimizer).values())
 
 
 def test_prediction_for_an_optimizer() -> None:

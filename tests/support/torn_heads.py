@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from gwt_kernels import GWTAdamMini
+from gwt_kernels import GWTAdamMini, GWTAdamW
 from tests.ptx import plugin
 from tests.support import interpreter, runs
 from tests.support.sharded import (
@@ -25,6 +25,7 @@ from tests.support.sharded import (
     compare,
     equal,
     give,
+    mesh_of,
     on_each_number,
     shard,
     whole,
@@ -142,6 +143,22 @@ def collectives() -> None:
         with mock.patch("torch.distributed.all_reduce", wraps=dist.all_reduce) as sent:
             optimizer.step()
         assert [len(call.args[0]) for call in sent.call_args_list] == [9, 6], with_gradients
+
+
+def overflowing() -> None:
+    """Gradients whose squares overflow are clipped to nothing, whatever is torn."""
+    line = mesh_of(2)
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (GWTAdamMini, {"level": level, "head_rows": n}) for level in (1, "row") for n in (1, 2, None)
+    ]
+    for kind, options in [*cases, (GWTAdamW, {"level": "row"}), (GWTAdamW, {"level": "row", "rule": "foam"})]:
+        params = [shard(torch.ones(6, 16), line, [at]) for at in (ROWS, COLUMNS)]
+        optimizer = kind(params, max_grad_norm=1.0, **options)
+        for p in params:
+            p.grad = torch.full_like(p, 1e25)
+        optimizer.step()
+        for p in params:
+            assert bool((whole(p.detach()) == 1).all()), options
 
 
 def without_gradients() -> None:

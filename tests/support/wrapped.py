@@ -15,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gwt_kernels import GWTAdamW, gwt_param_groups
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, gwt_param_groups, migrate
 from tests.support import runs
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, mesh_of, shard
 
@@ -174,6 +174,9 @@ def _of_states() -> None:
     state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"].redistribute(placements=[WHOLE])
     with runs.refused(sharded, ValueError, "exp_avg", "Replicate", "redistribute"):
         sharded.load_state_dict(state)
+    for target in (GWTAdamW([p], level=1), GWTAdamMini([p], head_rows=None), GWTAdafactor([p], level=0)):
+        with pytest.raises(ValueError, match=r"parameter 0 of shape .* is of shards.*one process without shards"):
+            migrate(sharded.state_dict(), target)
 
 
 def _communication() -> None:
