@@ -65,15 +65,15 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     layouts = layouts_of(n, line, grid)
     levels: list[dict[str, Any]] = [{"level": 0}, {"level": 2}, {"level": "row", "maximize": True}]
     for head_rows in (6, None):
-        made = compare(layouts, close, steps=12, groups=levels, head_rows=head_rows, **OPTIONS)
+        made = compare(layouts, close, steps=6, groups=levels, head_rows=head_rows, **OPTIONS)
         same_everywhere(made, line)
         v = made.state[made.param_groups[0]["params"][1]]["exp_avg_sq"]
         assert v.shape == (1, 1)
         assert v.placements == (Replicate(),)
     vectors: list[Layout] = [((2 * n + 1,), line, [ROWS]), ((1, 12), line, [ROWS]), ((5, 3), line, [ROWS])]
     uneven: list[Layout] = [((10, 12), line, [ROWS]), ((5, 2 * n + 1), line, [COLUMNS])]
-    compare(vectors + uneven, close, steps=12, groups=[{"level": 0}, {"level": "row"}], head_rows=None, **OPTIONS)
-    compare(uneven, close, steps=12, level=0, head_rows=5, **OPTIONS)
+    compare(vectors + uneven, close, steps=6, groups=[{"level": 0}, {"level": "row"}], head_rows=None, **OPTIONS)
+    compare(uneven, close, steps=6, level=0, head_rows=5, **OPTIONS)
     everything = [x for x in layouts if x[1] in (None, grid or line)]
     clipped = compare(everything, close, steps=6, level=1, head_rows=6, max_grad_norm=3.0, **OPTIONS)
     assert bool(clipped.grad_norm > 3), "nothing was clipped"
