@@ -1,7 +1,7 @@
 """What tests of benchmarks share: one thread, an empty checkout, and quick kernels.
 
-Where pytest is given a file of this folder, it reads this one before Triton's interpreter is chosen, so nothing here
-imports Triton at once.
+Where pytest is given a file of this folder, it reads this one before it chooses Triton's interpreter. So nothing
+here imports Triton at once.
 """
 
 from __future__ import annotations

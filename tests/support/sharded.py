@@ -68,18 +68,20 @@ def compare(
     dtype: torch.dtype = torch.float64,
     groups: Sequence[dict[str, Any]] = ({},),
     kind: Callable[..., Any] = GWTAdamW,
+    whole_by: str | None = None,
     **options: Any,
 ) -> Any:
     """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
 
-    Each group has a parameter of every layout.
+    Each group has a parameter of every layout. ``whole_by`` is the backend for whole ones, if another.
     """
     references = runs.parameters([shape for _ in groups for shape, _, _ in layouts], dtype=dtype)
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
     n = len(layouts)
+    of_whole = options if whole_by is None else options | {"backend": whole_by}
     both = [
-        kind([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **options)
-        for own in (params, references)
+        kind([{"params": own[i * n : i * n + n], **group} for i, group in enumerate(groups)], **how)
+        for own, how in ((params, options), (references, of_whole))
     ]
     for t in range(steps):
         # Gradients that grow and shrink activate the limiter at some steps and not at others.
@@ -296,11 +298,12 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     for level in (0, 2):
         muon = compare(layouts + experts, close, steps=6, kind=GWTMuon, level=level, **exact)
         assert len(muon.state) == len(layouts) + len(experts)
-        clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
-        compare(layouts, close, steps=4, kind=GWTMuon, level=level, **clipped, **exact)
-        # A bound that a few matrices at a time fit, so that several batches travel.
-        compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
-        compare(layouts, close, steps=4, kind=GWTLion, level=level, lr=0.02, backend="torch")
+    level = (0, 2)[n % 2]  # each of these with both levels, and on each number of processes
+    clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
+    compare(layouts, close, steps=4, kind=GWTMuon, level=level, **clipped, **exact)
+    # A bound that a few matrices at a time fit, so that several batches travel.
+    compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
+    compare(layouts, close, steps=4, kind=GWTLion, level=2 - level, lr=0.02, backend="torch")
     _fused_matrices(n, line, grid, exact)
 
 

@@ -173,6 +173,7 @@ def _columns_by_kernels(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> No
         {"level": "row"},
         {"level": "row", "rule": "foam", "res_scale": 0.5, "maximize": True},
     ]
+    options["whole_by"] = "torch"  # independent of the kernels, and quicker than Triton's interpreter
     with interpreter.like_a_gpu():
         for backend in ("compiled", "triton"):
             options["backend"] = backend
