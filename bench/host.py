@@ -181,8 +181,8 @@ def profile(optimizer: Optimizer, steps: int, lines: int) -> list[tuple[str, flo
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure every scenario, print the results, and add them to the record."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--repetitions", type=int, default=200)
@@ -194,8 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder for the raw JSON")
     parser.add_argument("--commit", help="the commit measured, where the tree is no git checkout")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every scenario, print the results, and add them to the record."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = facts(device, "bench.host", arguments, options.commit) | {"own_backend": "triton"}
     path = records.new_path("host", about, options.out)

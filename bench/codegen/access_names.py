@@ -82,12 +82,16 @@ def _innermost(tree: ast.Module, frame: Frame, wanted: Callable[[ast.Call], bool
     place = (frame.line, frame.column)
     around = [
         node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
+        for node in _calls(tree)
+        if (node.lineno, node.col_offset) <= place < (node.end_lineno or 0, node.end_col_offset or 0)
         and wanted(node)
-        and (node.lineno, node.col_offset) <= place < (node.end_lineno or 0, node.end_col_offset or 0)
     ]
     return max(around, key=lambda node: (node.lineno, node.col_offset), default=None)
+
+
+@functools.cache
+def _calls(tree: ast.Module) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 def _names_of(tree: ast.Module, function: str) -> set[str]:

@@ -120,7 +120,7 @@ def body_instructions(cubin: bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        code = _run(find_tools()[1], "--print-code", str(path))
+        code = _run(find_tools()[1], "--print-code", "--no-dataflow", str(path))
     body = re.split(r"^\$__internal_[^\n]*:$", code, maxsplit=1, flags=re.MULTILINE)[0]
     n = sum(found[1] != "NOP" for found in map(_OPERATION.match, body.splitlines()) if found)
     if not n:

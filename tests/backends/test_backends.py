@@ -201,16 +201,34 @@ def test_functional_checks_the_lengths_of_its_lists():
 # Other processes ------------------------------------------------------------------------------------------
 
 
-def test_importing_the_package_imports_neither_triton_nor_pywavelets_and_a_cpu_step_no_kernels():
-    code = (
-        "import sys, torch; before = set(sys.modules); import gwt_kernels\n"
-        "print([m for m in ('triton', 'pywt') if m in set(sys.modules) - before])\n"
-        "p = torch.nn.Parameter(torch.ones(2, 8)); p.grad = torch.ones(2, 8)\n"
-        "gwt_kernels.GWTAdamW([p]).step(); gwt_kernels.haar_dwt(p, 2)\n"
-        "print([m for m in sys.modules if m.startswith(('gwt_kernels.backends.triton', 'pywt'))])\n"
-        "print(torch.cuda.is_initialized())"
-    )
-    assert python(code) == ["[]", "[]", "False"]
+IMPORTS = (
+    "import sys, torch; before = set(sys.modules); import gwt_kernels\n"
+    "print([m for m in ('triton', 'pywt') if m in set(sys.modules) - before])\n"
+    "p = torch.nn.Parameter(torch.ones(2, 8)); p.grad = torch.ones(2, 8)\n"
+    "gwt_kernels.GWTAdamW([p]).step(); gwt_kernels.haar_dwt(p, 2)\n"
+    "print([m for m in sys.modules if m.startswith(('gwt_kernels.backends.triton', 'pywt'))])\n"
+    "print(torch.cuda.is_initialized())\n"
+)
+REFUSALS = (
+    "import torch; from gwt_kernels import GWTAdamW, haar_dwt\n"
+    "p = torch.nn.Parameter(torch.ones(2, 8)); p.grad = torch.arange(16.0).view(2, 8)\n"
+    "o = GWTAdamW([p], lr=0.1)\n"
+    "def by_step(): o.param_groups[0]['backend'] = 'triton'; o.step()\n"
+    "for f in (lambda: GWTAdamW([p], backend='triton'), lambda: haar_dwt(p, 1, backend='triton'), by_step):\n"
+    "    try: f(); print('ran')\n"
+    "    except RuntimeError as e: print('cpu' in str(e), \"use backend='torch'\" in str(e))\n"
+    "print(bool((p == 1).all()), len(o.state))\n"
+)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What a new process prints of its imports, and then of refusals."""
+    return python(IMPORTS + REFUSALS)
+
+
+def test_importing_the_package_imports_neither_triton_nor_pywavelets_and_a_cpu_step_no_kernels(printed):
+    assert printed[:3] == ["[]", "[]", "False"]
 
 
 BLOCK = (
@@ -242,18 +260,8 @@ def test_without_triton_and_pywavelets_the_package_works_and_names_what_is_missi
     ]
 
 
-def test_triton_is_refused_on_a_cpu_by_constructor_step_and_transform():
-    code = (
-        "import torch; from gwt_kernels import GWTAdamW, haar_dwt\n"
-        "p = torch.nn.Parameter(torch.ones(2, 8)); p.grad = torch.arange(16.0).view(2, 8)\n"
-        "o = GWTAdamW([p], lr=0.1)\n"
-        "def by_step(): o.param_groups[0]['backend'] = 'triton'; o.step()\n"
-        "for f in (lambda: GWTAdamW([p], backend='triton'), lambda: haar_dwt(p, 1, backend='triton'), by_step):\n"
-        "    try: f(); print('ran')\n"
-        "    except RuntimeError as e: print('cpu' in str(e), \"use backend='torch'\" in str(e))\n"
-        "print(bool((p == 1).all()), len(o.state))\n"
-    )
-    assert python(code) == ["True", "True"] * 3 + ["True", "0"]
+def test_triton_is_refused_on_a_cpu_by_constructor_step_and_transform(printed):
+    assert printed[3:] == ["True", "True"] * 3 + ["True", "0"]
 
 
 @pytest.mark.gpu

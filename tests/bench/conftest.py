@@ -1,4 +1,8 @@
-"""What tests of benchmarks share: one thread, an empty checkout, and quick kernels."""
+"""What tests of benchmarks share: one thread, an empty checkout, and quick kernels.
+
+Where pytest is given a file of this folder, it reads this one before it chooses Triton's interpreter. So nothing
+here imports Triton at once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from bench.common.measure import Spread
-from bench.kernels import __main__ as kernels
-from tests.support.reports import checkout
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,16 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A checkout without results."""
+    from tests.support.reports import checkout
+
     return checkout(tmp_path)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the bandwidth measurement, and shrink the cache so that a few sets of tiny buffers fill it."""
+    from bench.common.measure import Spread
+    from bench.kernels import __main__ as kernels
+
     monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: Spread(1e9, 0.9e9, 1.1e9, 20))
     monkeypatch.setattr(kernels, "CPU_CACHE", 4096)

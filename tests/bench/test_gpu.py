@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, host
 from bench.common import records
 from bench.kernels import __main__ as kernels
 from bench.pretrain import __main__ as pretrain
@@ -287,6 +287,8 @@ def test_commands_use_known_options(device: str, tmp_path: Path) -> None:
 
     asked = kernels.parse(arguments("kernels", "bench.kernels"))
     assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
+    asked = host.parse(arguments("kernels", "bench.host"))
+    assert (asked.out, asked.commit, asked.tensors) == (tmp_path, "abc", 300 if device == "cuda" else 20)
     words = arguments("optimizers", "bench.optimizers")
     asked = optimizers.parse(words)
     assert (asked.minutes, asked.out, asked.device.type, asked.commit) == (1.6, tmp_path, device, "abc")
@@ -305,8 +307,8 @@ def test_the_part_kernels_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     original: Callable[..., list[list[str]]] = gpu.commands
 
     def fewer(*arguments: Any) -> list[list[str]]:
-        timed, host = original(*arguments)
-        return [[*timed, "--kernels", "step", "--threads", "1"], host]
+        timed, _ = original(*arguments)  # test_host.py runs the other one
+        return [[*timed, "--kernels", "step", "--threads", "1"]]
 
     monkeypatch.setattr(gpu, "commands", fewer)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as in a shell: nothing is interpreted
@@ -316,5 +318,3 @@ def test_the_part_kernels_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = records.rows_of(path, "kernels")
     assert [row["median"] is None for row in rows if row["metric"] == "time"] == [False]
     assert {row["commit"] for row in rows} == {"abc"}
-    (path,) = tmp_path.glob("host_*.json")
-    assert {(row["commit"], row["tensors"]) for row in records.rows_of(path, "host")} == {("abc", 20)}

@@ -22,7 +22,12 @@ def test_every_scenario_is_a_row(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.host", "--tensors", "20", "--repetitions", "3", "--profile", "40"]
     result = subprocess.run(
-        [*command, "--out", str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--out", str(tmp_path), "--commit", "abc"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert "fingerprint.py: holds" in result.stdout
@@ -30,6 +35,7 @@ def test_every_scenario_is_a_row(tmp_path):
     every = records.rows_of(path, "host")
     rows = [row for row in every if row["metric"] == "host_time"]
     assert [row["scenario"] for row in rows] == [f"GWTAdamW, {scenario.name}" for scenario in host.SCENARIOS]
+    assert {row["commit"] for row in every} == {"abc"}
     assert all(row["samples"] == 3 and row["median"] > 0 and row["tensors"] == 20 for row in rows)
     least = [row for row in every if row["metric"] == "host_time_least"]
     assert all(0 < a["median"] <= b["p20"] for a, b in zip(least, rows, strict=True))

@@ -12,9 +12,14 @@ import pytest
 OPTIONAL = ("accelerate", "lightning", "pytorch_lightning", "tensorboard", "transformers")
 
 
-def test_the_package_imports_no_integrated_library() -> None:
+def test_the_package_imports_no_integrated_library_and_keeps_plan_a_module() -> None:
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in OPTIONAL)
-    code = f"import sys; {blocked}; import gwt_kernels, gwt_kernels.integrations; print(gwt_kernels.GWTAdamW)"
+    code = (
+        f"import sys; {blocked}; import gwt_kernels, gwt_kernels.integrations, gwt_kernels.plan;"
+        "import gwt_kernels.__main__; from gwt_kernels.plan import plan;"
+        "assert callable(plan) and gwt_kernels.plan.plan is plan;"
+        "print(gwt_kernels.GWTAdamW)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
     )

@@ -227,7 +227,8 @@ class _CountingMachine(Machine):
         )
 
     def _threads_in(self, mask: Mask) -> int:
-        return self.programs * self.threads if mask is None else np.count_nonzero(self.full(mask))
+        every = self.programs * self.threads
+        return every if mask is None else np.count_nonzero(mask) * (every // mask.size)
 
     def _warps_of(self, x: np.ndarray) -> np.ndarray:
         return self.full(x).reshape(self.programs, self.warps, WARP)

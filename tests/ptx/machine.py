@@ -126,7 +126,7 @@ class Machine:
 
     def full(self, x: np.ndarray) -> np.ndarray:
         """One element for each thread."""
-        return np.broadcast_to(x, self.shape)
+        return x if x.shape == self.shape else np.broadcast_to(x, self.shape)
 
     def _unwritten(self, register: int) -> np.ndarray:
         """A register that no thread has written: it holds what nobody knows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -48,13 +49,17 @@ def configure(**options: object) -> bool:
     return plugin.configure(SimpleNamespace(getoption=lambda name: options.get(name.removeprefix("--"))))
 
 
-def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("GWT_KERNELS_COMPILED", "")  # which is put back
     with pytest.raises(pytest.UsageError, match="--disturb needs --compiled"):
         configure(disturb=1)
-    done = pytest_run("--compiled", "sm_70", cache=tmp_path)
-    assert done.returncode == 4
-    assert "invalid choice: 'sm_70'" in done.stderr
+    parser = argparse.ArgumentParser()
+    group = SimpleNamespace(addoption=parser.add_argument)
+    plugin.add_options(SimpleNamespace(getgroup=lambda *_: group))
+    assert parser.parse_args(["--compiled", "sm_80"]).compiled == "sm_80"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--compiled", "sm_70"])
+    assert "invalid choice: 'sm_70'" in capsys.readouterr().err
 
 
 def test_a_cuda_device_runs_kernels_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -53,7 +54,8 @@ def quicken() -> None:
 
     By itself, it prepares ``triton.language`` at each call of a device function too, for which it lists all members
     of the language's modules every time: half of the time of a launch. A third of the rest is overflow of integers,
-    which it computes and then, as it does not debug, does not look at.
+    which it computes and then, as it does not debug, does not look at. A third of what is left is to describe the
+    types of tensors, which are few, anew for each.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if not hasattr(interpreter, "_LangPatchScope"):  # not imported, or of another release than 3.7, and slow
@@ -95,3 +97,34 @@ def quicken() -> None:
 
     interpreter._patch_lang, interpreter._patch_builtin = prepare_once, patch_builtins
     interpreter.InterpretedFunction.__call__ = call_prepared
+    _remember_types(interpreter, tl)
+
+
+def _remember_types(interpreter: Any, tl: Any) -> None:
+    """Find what describes a type once for each: its dtype in NumPy, its name, and its shape as the language's."""
+    find, describe = interpreter._get_np_dtype, tl.block_type.__init__
+    dtypes: dict[str, np.dtype] = {}
+    blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def dtype_of(of: Any) -> np.dtype:
+        element = of.scalar
+        if element.name not in dtypes:
+            dtypes[element.name] = find(element)
+        return dtypes[element.name]
+
+    def block_of(self: Any, element: Any, shape: Any) -> None:
+        key = element.name, getattr(element, "address_space", None), *tl.core._unwrap_shape(shape)
+        if key not in blocks:
+            describe(self, element, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def tensor_of(self: Any, handle: Any, of: Any) -> None:
+        shape = tuple(of.shape.values) if of.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(n) for n in shape])
+        self.handle, self.type, self.dtype = handle, of, of.scalar
+        self.numel, self.shape = shapes[shape]
+
+    interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__ = dtype_of, block_of, tensor_of

@@ -60,11 +60,9 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         {"level": 0, "rule": "adamw"},
     ]
     with mock.patch("torch.distributed.all_reduce", side_effect=dist.all_reduce) as sent:
-        optimizer = compare(
-            layouts, close, steps=40 // n, groups=groups, lr=1e-2, weight_decay=0.1, kind=GWTAdafactor
-        )
+        optimizer = compare(layouts, close, steps=6, groups=groups, lr=1e-2, weight_decay=0.1, kind=GWTAdafactor)
     rounds = len(optimizer._plan._factors[torch.device("cpu")]._sums._rounds)
-    assert sent.call_count == 2 * (40 // n) * rounds, "two collectives a step"
+    assert sent.call_count == 2 * 6 * rounds, "two collectives a step"
     for group, p in ((g, p) for g in optimizer.param_groups for p in g["params"]):
         state = optimizer.state[p]
         if isinstance(p, DTensor) and group["rule"] == "adafactor" and p.dim() > 1:
@@ -103,6 +101,7 @@ def _triton(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
     groups = [{"level": 2}, {"level": 2, "scale_parameter": True, "beta1": None}]
     options: dict[str, Any] = {"dtype": torch.float32, "lr": 1e-2, "backend": "triton", "kind": GWTAdafactor}
+    options["whole_by"] = "torch"  # independent of the kernels, and quicker than Triton's interpreter
     with interpreter.like_a_gpu():
         compare(layouts, alike, steps=3, groups=groups, **options)
         compare(layouts[:-1], alike, steps=3, level=2, max_grad_norm=1.0, relative_step=True, **options)

@@ -61,11 +61,11 @@ def _rows(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         {"level": "row", "rule": "foam", "maximize": True},
         {"level": "row", "rule": "foam", "res_scale": 0.5},
     ]
-    optimizer = compare(layouts, close, steps=12, groups=groups, lr=1e-2, weight_decay=0.1)
+    optimizer = compare(layouts, close, steps=6, groups=groups, lr=1e-2, weight_decay=0.1)
     for p in optimizer.param_groups[0]["params"]:
         assert optimizer.state[p]["exp_avg"].shape == (*p.shape[:-1], 1)
     compare(layouts, close, steps=6, level="row", kind=GWTLion, lr=1e-2)
-    compare(layouts, close, steps=12, groups=[{"level": 0}, {"level": 2}, {"level": "row"}], kind=GWTAdamMini)
+    compare(layouts, close, steps=6, groups=[{"level": 0}, {"level": 2}, {"level": "row"}], kind=GWTAdamMini)
     compare([((4 * n, 16), line, [ROWS]), ((2, 4, 8), line, [ROWS])], close, steps=6, kind=GWTAdamMini, head_rows=2)
     narrow = {"dtype": torch.bfloat16, "state_dtype": torch.bfloat16, "weight_rounding": "stochastic"}
     two = [x for x in layouts if len(x[0]) == 2]
@@ -111,18 +111,18 @@ def _columns(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         {"level": "row", "rule": "foam", "res_scale": 0.5},
     ]
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
-    same_everywhere(compare([*layouts, *vectors], close, steps=20, groups=groups, **options), line)
-    compare([*layouts, *vectors], close, steps=20, level="row", kind=GWTLion, **options)
+    same_everywhere(compare([*layouts, *vectors], close, steps=6, groups=groups, **options), line)
+    compare([*layouts, *vectors], close, steps=6, level="row", kind=GWTLion, **options)
     blocks: list[Layout] = [((3, 8 * n), line, [COLUMNS]), ((2, 3, 4 * n), line, [Shard(2)]), ((6, 10), None, [])]
     pairs: list[Layout] = [((3, 4 * n - 2), line, [COLUMNS])] if n > 2 else []  # whole blocks, of uneven parts
     for each, levels in ((layouts + vectors, [0, "row"]), (blocks, [1, 2]), (blocks + pairs, [1])):
-        made = compare(each, close, steps=20, groups=[{"level": x} for x in levels], kind=GWTAdamMini, **options)
+        made = compare(each, close, steps=6, groups=[{"level": x} for x in levels], kind=GWTAdamMini, **options)
         same_everywhere(made, line)
     for head_rows in (2, None):
         heads: list[Layout] = [((4, 8 * n), line, [COLUMNS]), ((2, 4, 4 * n), line, [Shard(2)])]
         compare(heads, close, steps=6, groups=[{"level": 0}, {"level": 2}], kind=GWTAdamMini, head_rows=head_rows)
     matrices = [x for x in layouts if len(x[0]) > 1]
-    muon = compare(matrices, close, steps=20, level="row", kind=GWTMuon, ns_dtype=torch.float64, **options)
+    muon = compare(matrices, close, steps=6, level="row", kind=GWTMuon, ns_dtype=torch.float64, **options)
     same_everywhere(muon, line)
     everything = [x for x in layouts if x[1] in (None, grid or line)]
     for chosen in ({"rule": "foam"}, {}, {"kind": GWTMuon, "ns_dtype": torch.float64}):
@@ -173,6 +173,7 @@ def _columns_by_kernels(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> No
         {"level": "row"},
         {"level": "row", "rule": "foam", "res_scale": 0.5, "maximize": True},
     ]
+    options["whole_by"] = "torch"  # independent of the kernels, and quicker than Triton's interpreter
     with interpreter.like_a_gpu():
         for backend in ("compiled", "triton"):
             options["backend"] = backend

@@ -53,6 +53,14 @@ def kept(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.so"))
 
 
+@pytest.fixture
+def small_source(monkeypatch, tmp_path):
+    """One function in place of the step, which compiles sooner."""
+    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
+    monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
+    build.SOURCES[0].write_text("int gwt_answer(void) { return 42; }\n")
+
+
 def compiler_that_counts(folder: Path) -> Path:
     """Return a compiler that appends a line to a file at each call."""
     script = folder / "counting-cc"
@@ -63,10 +71,11 @@ def compiler_that_counts(folder: Path) -> Path:
 
 def test_one_compilation_serves_all_processes(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
+    monkeypatch.setattr(build, "FLAGS", FLAGS)  # as the other process has them
+    assert build.library().gwt_update
     code = "from gwt_kernels.backends.cpu import build; print(build.library().gwt_update is not None)"
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "True"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
     assert len(kept(cache)) == 1
     assert (tmp_path / "calls").read_text().splitlines() == ["called"]
 
@@ -117,7 +126,7 @@ def test_supported_compilers(cache, monkeypatch, tmp_path, name):
     assert_same_bits(*taken)
 
 
-def test_library_is_synced_to_disk_before_it_is_renamed(cache, monkeypatch):
+def test_library_is_synced_to_disk_before_it_is_renamed(cache, small_source, monkeypatch):
     """Otherwise a crash may leave part of the file, and loading it kills the process."""
     calls = []
     for name in ("fsync", "replace"):
@@ -128,12 +137,9 @@ def test_library_is_synced_to_disk_before_it_is_renamed(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "without its hash", "with half a hash"])
-def test_a_damaged_library_is_compiled_anew(damage, cache, monkeypatch, tmp_path):
+def test_a_damaged_library_is_compiled_anew(damage, cache, small_source, monkeypatch, tmp_path):
     """To load one ends the process."""
     monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
-    monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
-    monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
-    build.SOURCES[0].write_text("int gwt_answer(void) { return 42; }\n")
     build.library.__wrapped__()
     (path,) = kept(cache)
     whole, note = path.read_bytes(), path.with_suffix(".sha256")
@@ -168,7 +174,7 @@ def test_no_writable_folder(cache, monkeypatch, tmp_path):
     assert len(told) == 1
 
 
-def test_no_home_directory(cache, monkeypatch):
+def test_no_home_directory(cache, small_source, monkeypatch):
     def fail() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -178,7 +184,7 @@ def test_no_home_directory(cache, monkeypatch):
         assert isinstance(build.library(), ctypes.CDLL)
 
 
-def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, monkeypatch):
+def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, small_source, monkeypatch):
     """For instance on a file system mounted without exec."""
     load = ctypes.CDLL
 
@@ -189,10 +195,10 @@ def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, monkeypatch)
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     with pytest.warns(UserWarning, match="failed to map segment"):
-        assert build.library().gwt_update
+        assert build.library().gwt_answer() == 42
 
 
-def test_machines_that_share_a_home(cache, monkeypatch):
+def test_machines_that_share_a_home(cache, small_source, monkeypatch):
     """Each machine loads the library compiled for its kind of processor."""
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(platform, "machine", lambda own=machine: own)

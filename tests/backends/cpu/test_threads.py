@@ -59,26 +59,55 @@ def test_threads_are_started_once(two_threads):
     assert (started(), tasks()) == before
 
 
-BUCKETS = """
-import torch
+# Each function runs in a process that has started no thread, forked from one with all imports.
+NEW_PROCESSES = """
+import os, resource, sys, torch
 from gwt_kernels import GWTAdamW
 from gwt_kernels.backends.cpu import step
-torch.set_num_threads(4)
-step.functions().gwt_lend(None)
-for shapes in ([(100, 100)], [(8, 8)] * 100, [(64, 64)] * 30, [(512, 512)]):
-    params = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    GWTAdamW(params, backend="compiled").step()
-    print(step.functions().gwt_threads())
+
+def buckets():
+    torch.set_num_threads(4)
+    for shapes in ([(100, 100)], [(8, 8)] * 100, [(64, 64)] * 30, [(512, 512)]):
+        params = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        GWTAdamW(params, backend="compiled").step()
+        print(step.functions().gwt_threads())
+
+def none_to_be_had():
+    torch.set_num_threads(3)
+    p = torch.nn.Parameter(torch.ones(512, 512))
+    p.grad = torch.ones_like(p)
+    optimizer = GWTAdamW([p], backend="compiled")
+    resource.setrlimit(resource.RLIMIT_AS, (2**22,) * 2)  # no room for a stack
+    optimizer.step()
+    print(step.functions().gwt_threads(), bool((p != 1).all()))
+
+for work in (buckets, none_to_be_had):
+    if not os.fork():
+        try:
+            step.functions().gwt_lend(None)
+            work()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.wait()
+    print("end", flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def printed() -> tuple[list[str], list[str]]:
+    """What each of these processes printed."""
+    done = subprocess.run([sys.executable, "-c", NEW_PROCESSES], capture_output=True, text=True, check=True)
+    buckets, none_to_be_had, _ = done.stdout.split("end\n")
+    return buckets.split(), none_to_be_had.split()
+
+
 @pytest.mark.parametrize("two_threads", ["own"], indirect=True)
-def test_small_buckets_start_no_thread():
+def test_small_buckets_start_no_thread(printed):
     """Work is measured over the whole bucket: many small tensors are as much as a large one."""
-    done = subprocess.run([sys.executable, "-c", BUCKETS], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "0", "2", "3"]
+    assert printed[0] == ["0", "0", "2", "3"]
 
 
 def in_a_child(work) -> str:
@@ -235,22 +264,6 @@ def test_all_threads_flush_denormals_as_the_caller_does():
     assert (moments(False, 2) > 0).all()  # control
 
 
-NONE_TO_BE_HAD = """
-import resource, torch
-from gwt_kernels import GWTAdamW
-from gwt_kernels.backends.cpu import step
-step.functions().gwt_lend(None)
-torch.set_num_threads(3)
-p = torch.nn.Parameter(torch.ones(512, 512))
-p.grad = torch.ones_like(p)
-optimizer = GWTAdamW([p], backend="compiled")
-resource.setrlimit(resource.RLIMIT_AS, (2**22,) * 2)  # no room for a stack
-optimizer.step()
-print(step.functions().gwt_threads(), bool((p != 1).all()))
-"""
-
-
 @pytest.mark.parametrize("two_threads", ["own"], indirect=True)
-def test_process_that_cannot_start_threads_works_alone():
-    done = subprocess.run([sys.executable, "-c", NONE_TO_BE_HAD], capture_output=True, text=True, check=False)
-    assert done.stdout == "0 True\n", done.stderr
+def test_process_that_cannot_start_threads_works_alone(printed):
+    assert printed[1] == ["0", "True"]
