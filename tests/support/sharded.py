@@ -296,7 +296,7 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     ]
     exact: Any = {"lr": 0.02, "ns_dtype": torch.float64, "backend": "torch"}
     for level in (0, 2):
-        muon = compare(layouts + experts, close, steps=6, kind=GWTMuon, level=level, **exact)
+        muon = compare(layouts + experts, close, steps=20 if level else 6, kind=GWTMuon, level=level, **exact)
         assert len(muon.state) == len(layouts) + len(experts)
     level = (0, 2)[n % 2]  # each of these with both levels, and on each number of processes
     clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
