@@ -193,10 +193,14 @@ def final_table(comparison: Comparison, shown: Collection[Setting] | None = None
 
 
 def storage_table(comparison: Comparison) -> str:
-    """Return a table of losses by rule and level, with a column per storage of moments and weights."""
+    """Return a table of losses by rule and level, with a column per storage of moments and weights.
+
+    AdamW of `torch.optim` is this package's level 0 in float32.
+    """
     cells: dict[str, dict[tuple[str, str], list[float]]] = {}
     for setting, losses in final_losses(comparison).items():
-        if losses and (own := variant(setting.optimizer)):
+        own = variant("gwt0" if setting.optimizer == "adamw" else setting.optimizer)
+        if losses and own:
             found = cells.setdefault(optimizer_name(own.swept_name), {})
             known = found.get((own.moments, own.rounding))
             if known is None or mean(losses) < mean(known):  # the best of several settings

@@ -40,7 +40,7 @@ The least state of an optimizer whose mean loss is no higher than that of the on
 CHOICES = ["float32 moments", "without Muon", "any moments", "any moments, without Muon"]
 REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")
 
-SHOWN = ("muon0", "muon2", "muon4", "adafactor2", "foam2", "gwt2", "adamw")
+SHOWN = ("muon0", "muon0-int8", "muon2", "muon2-int8", "adafactor2", "foam2", "gwt2", "adamw")
 """Those in README's table."""
 
 
@@ -148,7 +148,7 @@ def _rows(found: Sequence[dict[str, Any]]) -> str:
 def block(comparison: Comparison, root: str) -> str:
     """Return README's table, the lowest loss first, and the chart of all."""
     found = points(comparison.plain)
-    shown = [point for point in found if point["optimizer"] in SHOWN]
+    shown = [point for point in points(comparison) if point["optimizer"] in SHOWN]
     rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in shown]
     seeds = " or ".join(map(str, sorted({point["seeds"] for point in shown})))
     size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
