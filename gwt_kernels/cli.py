@@ -93,7 +93,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "without memory, from its configuration alone.",
     )
     add = parser.add_argument
-    add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, 130m ... llama_405b")
+    add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, llama_130m, "
+        "llama_350m, llama_1b, llama_7b, llama_13b, llama_70b or llama_405b")  # fmt: skip
     _add_options(parser)
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
@@ -108,7 +109,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     many.add_argument("--world-size", type=int, metavar="N", help="processes; without --mesh all shard by FSDP2")
     many.add_argument("--mesh", metavar="AXES", help="replicas, FSDP2, tensor parallelism: dp=2,fsdp=4,tp=8")
-    many.add_argument("--clip", action="store_true", help="with max_grad_norm")
+    many.add_argument("--clip", action="store_true", help="the step clips gradients: max_grad_norm")
     many.add_argument("--link-bandwidth", metavar="B/s", help="of a process to others (assumed: 50GB/s)")
     many.add_argument("--latency", metavar="S", help="of a message: 1e-5 or 10us (assumed: 10us)")
     many.add_argument("--host-time", metavar="S", help="of the host, for each tensor: 5e-6 or 5us (assumed: 5us)")
@@ -134,7 +135,7 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--config",
         required=True,
         metavar="MODEL",
-        help="a Hugging Face config.json, a folder with one, or a preset",
+        help="a Hugging Face config.json, a folder with one, or a preset (gwt-kernels plan --help)",
     )
     add("--out", required=True, metavar="FILE", help="to write; must not exist")
     _add_options(parser)
@@ -174,7 +175,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--state-dtype",
         choices=[*DTYPES, *others],
         metavar="DTYPE",
-        help=f"of the moments, {', '.join(others)} too (default: the optimizer's)",
+        help=f"of the moments: as --dtype, or {', '.join(others)} (default: the optimizer's)",
     )
     add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW, or muon for GWTMuon and so on "
         "(default: gwt)")  # fmt: skip

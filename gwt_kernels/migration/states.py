@@ -72,9 +72,10 @@ def migrate(
 ) -> Migration:
     """Make a state that ``optimizer`` loads out of one that it would refuse; neither of them is changed.
 
-    Takes the state of ``torch.optim.AdamW``, ``Adam`` or ``Muon``, of an optimizer of this package with another
-    level, rule, dtype of moments, weight rounding, limiter, bias correction, wavelet, boundary or grouping, and of
-    other optimizers that keep ``step``, ``exp_avg`` and ``exp_avg_sq`` per parameter, such as the published one.
+    Takes the state of ``torch.optim.AdamW``, ``Adam``, ``Muon`` or ``Adafactor``, of transformers' ``Adafactor``,
+    of an optimizer of this package with another level, rule, dtype of moments, weight rounding, limiter, bias
+    correction, wavelet, boundary or grouping, and of other optimizers that keep ``step``, ``exp_avg`` and
+    ``exp_avg_sq`` per parameter, such as the published one.
     What is exact and what approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options
     (learning rate, betas and so on) are the optimizer's own; moments made with other betas are rescaled, so that
     what bias correction makes of them stays the same. What a schedule wrote into the state's groups, such as

@@ -22,10 +22,11 @@ class GWTAdafactor(PlannedOptimizer):
     docs/algorithm.md.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
+        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
+            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`, and ``adamw_betas`` and ``adamw_eps``. Groups at
             ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
             AdamW's.
-        lr: Learning rate. It has no say with ``relative_step``, and may be None then.
+        lr: Learning rate. ``relative_step`` ignores it; it may then be None.
         level: Levels of the transform.
         scale: Factor on the updates of transformed tensors.
         beta1: Decay of the first moment, in [0, 1); None for none.
@@ -42,7 +43,7 @@ class GWTAdafactor(PlannedOptimizer):
             are not divided by any second moment.
         wavelet: As for :class:`gwt_kernels.GWTAdamW`.
         boundary: As there.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"`` that have none of their own.
         adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
         state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below.
 

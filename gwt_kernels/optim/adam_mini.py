@@ -20,9 +20,9 @@ class GWTAdamMini(PlannedOptimizer):
     head. Level 0 is Adam-mini, with Adam's bias correction, inside the root. The formulas are in docs/algorithm.md.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
-            ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
-            AdamW's.
+        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
+            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`. Groups at ``rule="adamw"``, as
+            :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are AdamW's.
         lr: Learning rate.
         betas: Decay of the first and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment, which is bias-corrected; of AdamW's groups it is not.

@@ -25,8 +25,10 @@ class GWTAdamW(PlannedOptimizer):
 
     Args:
         params: What ``torch.optim.AdamW`` takes: tensors, named tensors, or group dicts. Every option below
-            may be overridden per group.
-        lr: Learning rate, a float or a one-element CPU tensor.
+            may be overridden per group, but for ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and
+            ``telemetry``, which are the whole optimizer's.
+        lr: Learning rate, a float or a one-element CPU tensor; with ``capturable`` also a float32 tensor on the
+            parameters' device.
         betas: Decay of the first and of the second moment, each in [0, 1).
         eps: Added to the root of the second moment. Since the root is not bias-corrected, ``eps`` here is
             ``torch.optim.AdamW``'s times ``sqrt(1 - b2**t)``.
@@ -61,14 +63,15 @@ class GWTAdamW(PlannedOptimizer):
             counts. Otherwise such gradients spoil weights and moments, as in ``torch.optim.AdamW``.
         capturable: Keep step counts on the parameters' device and take ``lr`` as a tensor there, so that a CUDA
             graph may capture the step and replay it. Needs the Triton backend for CUDA tensors.
-        telemetry: Note, on the device, what :meth:`telemetry` tells about each tensor's steps.
+        telemetry: Note, on the device, what :meth:`telemetry` tells about each tensor's steps; for Haar,
+            ``boundary="zero"`` and parameters that are not sharded.
         backend: ``"triton"``, ``"compiled"`` (the step in C, for CPU tensors), ``"torch"``, or None for Triton on
             CUDA tensors, C on CPU tensors where a compiler is at hand, and torch elsewhere.
 
-    State per parameter: ``step`` (float64 scalar on the CPU), ``exp_avg`` and ``exp_avg_sq``
-    (``[..., ceil(N / 2**level)]`` for Haar, ``[..., 1]`` at ``level="row"``, on the parameter's device) and, where
-    the limiter is on,
-    ``limiter_norm`` (scalar on the parameter's device: float32, float64 for float64 parameters).
+    State per parameter: ``step`` (float64 scalar; on the CPU, or on the parameter's device where that counts);
+    ``exp_avg`` and ``exp_avg_sq`` (``[..., ceil(N / 2**level)]`` for Haar, ``[..., 1]`` at ``level="row"``, on the
+    parameter's device); where the limiter is on, ``limiter_norm`` (scalar on the parameter's device: float32,
+    float64 for float64 parameters); and what int8 moments and ``weight_rounding="split"`` add (docs/interface.md).
 
     Raises:
         TypeError: an option or a parameter has the wrong type.

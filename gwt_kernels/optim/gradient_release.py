@@ -30,9 +30,10 @@ def release_gradients(model: nn.Module, optimizer: PlannedOptimizer) -> Gradient
         :meth:`GradientRelease.remove`.
 
     Raises:
-        RuntimeError: an option needs all gradients at once (clipping to a global norm, ``skip_nonfinite``, a
-            ``GradScaler``, DDP); a parameter is not the optimizer's or has a gradient; or gradients are already
-            released.
+        RuntimeError: something needs all gradients at once (clipping to a global norm, ``skip_nonfinite``, a
+            ``GradScaler``, DDP), or ``capturable`` is on; a parameter is not the optimizer's or has a gradient; or
+            gradients are already released.
+        TypeError: the optimizer is not of this package.
     """
     _check(model, optimizer)
     return GradientRelease(optimizer)

@@ -20,7 +20,8 @@ class GWTLion(PlannedOptimizer):
     two an element. Level 0 is Lion. The formulas are in docs/algorithm.md.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option below may be overridden per group. Groups at
+        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
+            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`, and ``adamw_betas`` and ``adamw_eps``. Groups at
             ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
             AdamW's.
         lr: Learning rate: for Lion 3 to 10 times smaller than for AdamW.
@@ -29,7 +30,7 @@ class GWTLion(PlannedOptimizer):
         level: Levels of the transform, or ``"row"``: one block a row.
         scale: Factor on updates.
         detail_scale: Factor on what an element differs by from the mean of its block.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"`` that have none of their own.
         adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
         state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
 

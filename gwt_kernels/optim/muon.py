@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from gwt_kernels.backends import choice
 from gwt_kernels.core.hyper import Rounding
+from gwt_kernels.core.level import Level
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.matrices import ns_dtype_name
 from gwt_kernels.optim.options import FIXED
@@ -24,12 +25,12 @@ class GWTMuon(PlannedOptimizer):
 
     Matrices alone are Muon's: tensors of two dimensions, and of more as batches of matrices, as of experts
     ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups at ``rule="adamw"``
-    of embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, scale=1.0,
+    of embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, rule="muon", scale=1.0,
     adamw_lr=3e-4)``.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option down to ``backend`` may be overridden per group, but
-            for those that are the whole optimizer's in :class:`gwt_kernels.GWTAdamW`.
+        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
+            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`, and ``adamw_betas`` and ``adamw_eps``.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, at ``lr`` before its adjustment.
         momentum: Decay of the momentum, in [0, 1).
@@ -39,7 +40,7 @@ class GWTMuon(PlannedOptimizer):
         ns_steps: Iterations, below 100.
         adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``,
             or ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
-        level: Levels of the transform.
+        level: Levels of the transform, or ``"row"``: one block a row.
         scale: Factor on the update of matrices, at level 0 too.
         detail_scale: Factor on what an element differs by from the mean of its block.
         ns_dtype: dtype of the iteration, and of matrices that travel between processes: ``torch.bfloat16``,
@@ -49,12 +50,12 @@ class GWTMuon(PlannedOptimizer):
             Blocks stay within the last dimension.
         row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of queries, keys and
             values.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"``.
+        adamw_betas: ``betas`` of groups at ``rule="adamw"`` that have none of their own.
         adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
         state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
 
-    State per parameter: ``step`` and ``exp_avg``, the momentum (``[..., ceil(N / 2**level)]``); of AdamW's groups
-    ``exp_avg_sq`` too. On DTensors every process takes part in every step.
+    State per parameter: ``step``; ``exp_avg``, the momentum (``[..., ceil(N / 2**level)]``); with int8 moments
+    ``exp_avg_scale``; of AdamW's groups ``exp_avg_sq`` too. On DTensors every process takes part in every step.
 
     Raises:
         TypeError, ValueError, RuntimeError: As :class:`gwt_kernels.GWTAdamW`; or a tensor is no matrix, or a matrix
@@ -75,7 +76,7 @@ class GWTMuon(PlannedOptimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
-        level: int = 2,
+        level: Level = 2,
         scale: float = 1.0,
         detail_scale: float = 1.0,
         ns_dtype: torch.dtype | str = torch.bfloat16,

@@ -17,7 +17,7 @@ from gwt_kernels.core.level import check_level_type
 from gwt_kernels.formats.moments import FORMATS, wide
 from gwt_kernels.optim.adafactor_options import adafactor_hyper
 from gwt_kernels.optim.numbers import LARGEST, SLACK, from_zero, learning_rate, number
-from gwt_kernels.rules import ADAFACTOR, ADAMW, RULES, check_rule
+from gwt_kernels.rules import ADAFACTOR, ADAMW, MUON, RULES, check_rule
 
 _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
@@ -129,7 +129,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
     """
     if group["rule"] == ADAFACTOR.name:
         return adafactor_hyper(group, slack, capturable)
-    of_momentum = "momentum" in group and group["rule"] != ADAMW.name
+    of_momentum = group["rule"] == MUON.name and "momentum" in group
     try:
         numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
     except KeyError as missing:

@@ -57,6 +57,10 @@ def test_replicas_stay_equal_bit_for_bit() -> None:
     forked.run(2, wrapped.replicas)
 
 
+def test_released_gradients_of_shards_give_the_same_steps() -> None:
+    forked.run(2, wrapped.released)
+
+
 def test_unsupported_shards_are_refused_on_every_process() -> None:
     forked.run(2, wrapped.refusals)
 

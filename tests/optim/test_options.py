@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gwt_kernels import GWTAdamW
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTLion
 from gwt_kernels.optim.options import check_group, hyper_of, rounding_of, state_dtype_name, state_dtype_of
 from tests.support.runs import (
     BACKENDS,
@@ -190,6 +190,15 @@ def test_good_numbers_of_other_types_are_accepted(betas, lr):
     for t in range(2):
         give_gradients(parameters_of(optimizer), seed=t)
         assert checked_step(optimizer) == 1
+
+
+@pytest.mark.parametrize("kind", [GWTAdamW, GWTLion, GWTAdamMini, GWTAdafactor])
+def test_a_group_may_hold_the_momentum_of_another_optimizer(kind):
+    (group,) = torch.optim.SGD(parameters([(4, 8)]), momentum=0.9).param_groups
+    optimizer = kind([{"params": group["params"], "momentum": group["momentum"]}], lr=0.1)
+    give_gradients(group["params"], 0)
+    optimizer.step()
+    assert optimizer.state[group["params"][0]]["step"] == 1
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33])

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, gwt_param_groups, migrate
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups, migrate, release_gradients
 from tests.support import runs
 from tests.support.sharded import COLUMNS, ROWS, WHOLE, mesh_of, shard
 
@@ -40,6 +40,22 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
+
+
+def released() -> None:
+    """Gradients of shards are released as whole ones are: a matrix at a time travels to its owner and back."""
+    for kind, rule in ((GWTAdamW, "gwt"), (GWTMuon, "muon"), (GWTAdafactor, "adafactor")):
+        made = []
+        for is_released in (False, True):
+            model = fully_shard(network(torch.float32), mesh=mesh_of(2))
+            groups = gwt_param_groups(model, include=["0", "2"], rule=rule)
+            optimizer = kind(groups, lr=1e-2)
+            if is_released:
+                release_gradients(model, optimizer)
+            train(model, optimizer, 4)
+            made.append([p.to_local().detach() for p in model.parameters()])
+            assert [p.grad is None for p in model.parameters()] == [is_released] * len(made[0])
+        runs.assert_same_bits(*made)
 
 
 def replicas() -> None:
