@@ -254,7 +254,7 @@ def _memory(chosen: Sequence[Choice]) -> dict[str, Any] | None:
         }
         for metric, title in titles.items()
     ]
-    return {"what": "MB", "models": models} if models[0]["entries"] else None
+    return {"what": "memory, MB", "models": models} if models[0]["entries"] else None
 
 
 def settings_table(rows: Sequence[Row]) -> str:

@@ -52,7 +52,8 @@ def _elements(case: Case) -> int:
 
 
 def _path(case: Case) -> str:
-    return str(case.what.get("path") or case.what.get("width") or case.what.get("width_class") or "")
+    path = str(case.what.get("path") or case.what.get("width") or case.what.get("width_class") or "")
+    return {"flat": "flat path", "odd": "row path"}.get(path, path)
 
 
 def kernel_panels(found: Sequence[Case]) -> tuple[list[dict[str, Any]], str]:
