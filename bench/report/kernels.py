@@ -14,7 +14,8 @@ from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading
 
 ABOUT = f"""\
 One kernel on one tensor: the fused step with and without the limiter, the Haar transform and its inverse. Several
-sets of buffers take turns, so that no call finds its data in a cache.
+sets of buffers take turns, so that no call finds its data in a cache. Where a time hardly grows with the size of
+the tensor, it is that of the call, and says nothing about bandwidth.
 
 {ROOFLINE}"""
 
