@@ -24,15 +24,17 @@ from gwt_kernels.core.level import ROW, depth_of
 CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
 
 ABOUT = f"""\
-**Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX is executed
-on a CPU and counted, over 16 tensors (transforms: one), so that the look-up of a tile's tensor is a real one: 4
-rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
+**Counts and a bound; nothing here is a measurement.** The kernels are compiled for a GPU, and their PTX (NVIDIA's
+assembly language, from which machine code is made) is executed on a CPU and counted, over 16 tensors (transforms:
+one), so that the look-up of a tile's tensor is a real one: 4 rows of 4,096 on the flat path, 5 of 5,461 (the width
+of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
 
 - *instructions*: PTX instructions that threads execute, over elements. The classes add up to it; *special* is
   divisions, roots and reciprocals, *other* is comparisons, selections, moves, parameters, barriers and jumps.
-- *slots*: {LANES} for each instruction that a warp issues, whatever number of its lanes takes part, over elements.
+- *slots*: {LANES} for each instruction that a warp ({LANES} threads, its lanes) issues, however few of them take
+  part, over elements.
 - *sectors*: the sectors of 32 bytes that instructions of warps request of weights, gradients, moments, scales and
-  low halves, over the bytes that must move of them (1.00 is ideal); *apart*: those of a program, each once.
+  low halves, over the bytes that must move of them (1.00 is ideal); *apart*: each sector of a program counted once.
 - *waits*: the longest chain of dependent loads that the first load of a gradient waits for.
 - *issue*, *bandwidth*: an H100 issues {MULTIPROCESSORS} × {SCHEDULERS} × {LANES} lanes' instructions a cycle at
   {CLOCK / 1e9:.1f} GHz, and its memory is taken to move {BANDWIDTH / 1e12:.1f} TB/s (its data sheet says 3.35). Of
@@ -40,8 +42,8 @@ rows of 4,096 on the flat path, 5 of 5,461 (the width of LLaMA-1B's MLP) or 16 o
   and shifts of integers, comparisons, minima, maxima, conversions and, as is assumed, selections), {RATES[SPECIAL]}
   *{SPECIAL}* and {RATES[SHUFFLE]} *{SHUFFLE}* (CUDA C++ Programming Guide, arithmetic instructions, compute
   capability 9.0), where each instruction of PTX is taken to be one of its unit's. Time to compute is the longest of
-  the times to issue the slots and to compute what each unit does. Of that and the time to move the bytes the longer
-  one bounds the kernel: its share is 100 %, and the other's is what is needed of it.
+  the times to issue the slots and to do each unit's work. The longer of the times to compute and to move the bytes
+  bounds the kernel: its share is 100 %, and the other's is its time over the longer one.
 - *machine code*: the time to compute over the time to move, if the machine code issues as many more instructions
   than PTX as there are in its text, without the subroutines of rare numbers: a division is one instruction of PTX
   and some ten of the machine's. *bound* is `bandwidth` where this too is below 100 %, `{SLOTS}` or the busiest unit

@@ -55,11 +55,12 @@ Warm up over a fifth of such short runs: the published rule's first updates are 
 
 ### GLUE
 
-`--preset glue --task sst2 --model FOLDER --data train.tsv --test-data dev.tsv` fine-tunes RoBERTa with GWT's
-level 2 and scale 2 and the settings of GaLore's fine-tuning table, on which memory-efficient optimizers compare:
-batch 16 (CoLA 32), 30 epochs, 512 tokens, rate 1e-5 (CoLA and MRPC 3e-5). `bench/configs/finetune_glue.json` says
-where each was checked in public, and what could not be: the values of MNLI, QNLI and SST-2, the precision, and
-GWT's own level and scale. STS-B is left out, since its labels are no classes. No GLUE result is recorded here."""
+`--preset glue --task sst2 --model FOLDER --data train.tsv --test-data dev.tsv` fine-tunes RoBERTa with GWT's level
+2 and scale 2 and the settings of GaLore's fine-tuning table, with which papers on memory-efficient optimizers
+compare: batch 16 (CoLA 32), 30 epochs, 512 tokens, rate 1e-5 (CoLA and MRPC 3e-5).
+`bench/configs/finetune_glue.json` says where each was checked in public, and what could not be: the values of
+MNLI, QNLI and SST-2, the precision, and GWT's own level and scale. STS-B is left out, since its labels are no
+classes. No GLUE result is recorded here."""
 
 WORDS = """\
 ## What was measured
@@ -69,7 +70,7 @@ WORDS = """\
 {recipes}
 
 *lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
-AdamW has that knob too. A setting is chosen by its loss on validation examples under the first seed; what stands
+AdamW has it too. A setting is chosen by its loss on validation examples under the first seed; what stands
 here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
 the run's process held: weights, gradients, activations, state and libraries. Rows of *lora* and *head* are compared
 with AdamW's row of the widest recipe. ± is the standard deviation over seeds; a difference within it says nothing.
@@ -254,7 +255,7 @@ def _memory(chosen: Sequence[Choice]) -> dict[str, Any] | None:
         }
         for metric, title in titles.items()
     ]
-    return {"what": "MB", "models": models} if models[0]["entries"] else None
+    return {"what": "memory, MB", "models": models} if models[0]["entries"] else None
 
 
 def settings_table(rows: Sequence[Row]) -> str:

@@ -11,8 +11,17 @@ from bench.report.sections import newest_open
 
 ABOUT = """\
 What `step()` costs in Python and in Triton's launch path over many small tensors. Where no GPU is at hand the
-kernels are compiled for one, and everything but the driver's own launch is done. *The least*: the shortest of all
-steps, taken when nothing else uses the core's caches and memory."""
+kernels are compiled for one, and everything but the driver's own launch and Muon's products of matrices is done.
+*The least*: the shortest of all steps. *limiter*: the published rule's norm-growth limiter; *re-allocated*:
+gradients lie at new addresses in every step; *sharded*: parameters are `DTensor`s; *matrices alone*: all of one
+shape, none left to AdamW."""
+
+LEAST_SHARE = 0.035
+"""Of a step's time: functions that take less are left out."""
+
+PROFILED = """\
+Under cProfile, which makes every call dearer; functions of less than 4 % are left out. What C code calls for every
+tensor is in the share of the function around it."""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.host` measures it."
 
@@ -23,7 +32,12 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     if not of(runs, "host"):
         parts.append(NOTHING)
     for device, own in by_device(of(runs, "host")).items():
-        parts += [f"## Host time on {device}", *newest_open(own, _run)]
+        parts.append(f"## Host time on {device}")
+        alike: dict[frozenset[str], list[Run]] = {}
+        for run in own:  # matrices alone are timed by a run of their own
+            alike.setdefault(frozenset(row["scenario"] for row in run.rows), []).append(run)
+        for each in alike.values():
+            parts += newest_open(each, _run)
     return "\n\n".join(parts) + "\n", []
 
 
@@ -44,18 +58,13 @@ def _run(run: Run) -> str:
 
 
 def _profiles(run: Run) -> list[str]:
-    """Return the host profiles, a table per scenario."""
-    shares: dict[str, list[Sequence[str]]] = {}
-    for row in run.rows:
-        if row.get("metric") == "own_time_share":
-            line = [f"`{cell(row['function'])}`", number(row["calls"]), percent(row["median"])]
-            shares.setdefault(cell(row["scenario"]), []).append(line)
-    return [
-        details(
-            f"Where the time goes: {scenario}",
-            table(["function", "calls a step", "own share of the step"], lines)
-            + "\n\nUnder cProfile, which makes every call dearer. What C code calls for every tensor is in the "
-            "share of the function around it.",
-        )
-        for scenario, lines in shares.items()
+    """Return the host profiles of all scenarios."""
+    lines = [
+        [cell(row["scenario"]), f"`{cell(row['function'])}`", number(row["calls"]), percent(row["median"])]
+        for row in run.rows
+        if row.get("metric") == "own_time_share" and row["median"] >= LEAST_SHARE
     ]
+    if not lines:
+        return []
+    made = table(["scenario", "function", "calls a step", "own share of the step"], lines, left=2)
+    return [details("Where the time goes", f"{PROFILED}\n\n{made}")]

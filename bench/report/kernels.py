@@ -14,7 +14,8 @@ from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading
 
 ABOUT = f"""\
 One kernel on one tensor: the fused step with and without the limiter, the Haar transform and its inverse. Several
-sets of buffers take turns, so that no call finds its data in a cache.
+sets of buffers take turns, so that no call finds its data in a cache. Where a time hardly grows with the size of
+the tensor, it is that of the call, and says nothing about bandwidth.
 
 {ROOFLINE}"""
 
@@ -52,7 +53,8 @@ def _elements(case: Case) -> int:
 
 
 def _path(case: Case) -> str:
-    return str(case.what.get("path") or case.what.get("width") or case.what.get("width_class") or "")
+    path = str(case.what.get("path") or case.what.get("width") or case.what.get("width_class") or "")
+    return {"flat": "flat path", "odd": "row path"}.get(path, path)
 
 
 def kernel_panels(found: Sequence[Case]) -> tuple[list[dict[str, Any]], str]:

@@ -13,13 +13,14 @@ from bench.report.rows import Row, Run, of
 INTRODUCTION = "What the compiler made of each Triton kernel; no GPU is needed for it, and nothing here is a time."
 
 ABOUT = """\
-Read from the machine code. Loads and stores are
-instructions × bits a lane, by array (look-ups in tables and single numbers are left out); what is one element after
-another is best moved 128 bits at a time. *flat*: blocks lie end to end; *row*: the last block of each row is cut
-short. *foam*: the folded rule; *muon* and *orthogonal*: GWT-Muon before and after its matrix products;
-*stochastic*, *split*: how the weights round, where not to the nearest. A *step by rows* takes each row as a block.
-Resident are the warps that registers and shared memory leave room for on one multiprocessor, of those that
-it can hold."""
+Read from the machine code. Loads and stores are instructions × bits a lane, by array: g gradients, p weights, m
+and v moments, low the lower halves of split weights; *g or p* are of one of the two. Look-ups in tables and single
+numbers are left out. What is one element after another is best moved 128 bits at a time. *flat*: blocks lie end to
+end; *row*: the last block of each row is cut short ([both](algorithm.md#how-a-launch-covers-a-model)). *foam*: the
+folded rule; *muon* and *orthogonal*: GWT-Muon before and after its matrix products; *stochastic*, *split*: how the
+weights round, where not to the nearest. A *step by rows* takes each row as a block, a *step of shared rows* has
+one second moment for several rows. Resident are the warps that registers and shared memory leave room for on one
+multiprocessor, of those that it can hold."""
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
@@ -68,7 +69,7 @@ def _accesses(row: Row, what: str) -> str:
     """Return the accesses of tensors: those that touch more than one element in the intermediate code."""
     texts = []
     for array, widths in row[what].items():
-        if array in row[f"tensor_{what}"]:
+        if not row[f"tensor_{what}"].keys().isdisjoint(array.split("|")):  # "g|p": of one of the two
             counts = " ".join(f"{n}×{bits}" for bits, n in sorted(widths.items(), key=lambda item: int(item[0])))
-            texts.append(f"{array} {counts}")
+            texts.append(f"{array.replace('|', ' or ')} {counts}")
     return ", ".join(texts) or "-"

@@ -30,10 +30,10 @@ ABOUT = f"""\
 {ROOFLINE}
 
 *limiter*: the published rule with its norm-growth limiter, which is the default; *foam*: the folded rule
-(`rule="foam"`); *with clipping*: the framework's `clip_grad_norm_` and the step; other words name
-[options](interface.md#gwtadamw). Before it is timed, a step of this package is compared with a float64 oracle,
-and one of another package, whose rule and rounding are its own, with AdamW's update within what its method
-explains: what differs by more is not timed."""
+(`rule="foam"`); neither: the published rule without limiter. *with clipping*: PyTorch's `clip_grad_norm_` and the
+step. Other words name [options](interface.md#gwtadamw). Before it is timed, a step of this package is compared with
+a float64 oracle, and a step of another package with AdamW's update; what differs by more than its rounding and its
+method explain is not timed."""
 
 ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewer, all are shown
 
@@ -41,13 +41,14 @@ NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
 OTHER_RULES = """\
 Muon, Adafactor and Lion (`--peers rules`). Muon's time is that of its products of matrices, which its roofline
-does not count; the update of each is compared with that of its own rule in float64."""
+does not count; the update of each is compared with that of its own rule in float64. With float32 moments above
+level 0 the step in C keeps a workspace of GWT-Muon's between steps: 2 bytes a parameter of what is shown as its
+state."""
 
 ON_CPU = """\
-On a CPU a step waits for memory. Level 0 moves the 28 bytes a parameter that the fused AdamW moves, and takes
-about as long; other levels move fewer. Level 0 executes 3.0 instructions an element in vectors of 32 bytes, as
-`callgrind` counts (level 2: 3.6, its folded rule 4.5); a loop of three additions over the same four arrays takes
-0.98 of its time on one thread of an AMD EPYC."""
+On a CPU a step of float32 weights and moments waits for memory. Level 0 moves the 28 bytes a parameter that the
+fused AdamW moves, and takes about as long; other levels move fewer. With narrower weights and moments steps move
+fewer still, but rounding at random and int8 moments take time to compute."""
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:

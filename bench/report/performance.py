@@ -12,9 +12,9 @@ from bench.report.sections import ROOFLINE
 INTRODUCTION = f"""\
 {ROOFLINE}
 
-Before anything is timed its result is compared with a float64 oracle; what differs by more than rounding is not
-timed. The raw rows are in `bench/results/`, one file a run, with commit, device, versions and the exact command;
-the pages show the newest run of each setting."""
+Before a kernel or a step is timed, its result is compared with a float64 [oracle](glossary.md#oracle); what
+differs by more than rounding is not timed. The raw rows are in `bench/results/`, one file a run, with commit,
+device, versions and the exact command; the pages show the newest run of each setting."""
 
 NO_GPU = """\
 **No GPU was at hand, so no time on a GPU is known yet.** On a CUDA machine `make bench-gpu` checks and measures

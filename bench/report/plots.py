@@ -20,6 +20,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
+OPEN_MARKERS = "o<>dHp"
+"""Of other packages' optimizers where points may coincide."""
 OWN, PEER = COLOURS[0], "#777777"
 FAMILIES = {
     "AdamW": "#000000", "GWT": "#0072b2", "FOAM": "#009e73", "Muon": "#d55e00",
@@ -107,7 +109,7 @@ def _steps(data: Any) -> Figure:
     own, peer = (panels[0].plot([], [], "o", color=colour, markersize=5)[0] for colour in (OWN, PEER))
     roofline = panels[0].plot([], [], "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)[0]
     text = ["gwt_kernels", "others", "roofline: bytes that must move over copy bandwidth"]
-    figure.legend([own, peer, roofline], text, loc="outside lower center", ncols=3)
+    _legend_below(figure, [own, peer, roofline], text, columns=3)
     return figure
 
 
@@ -116,17 +118,18 @@ def _states(data: Any) -> Figure:
     models = data["models"]
     sizes = {label: size for model in models for label, size in model["entries"].items()}
     labels = sorted(sizes, key=lambda label: sizes[label])  # the smallest first, by the largest model
-    figure = Figure(figsize=(7.4, 1.2 + 0.24 * len(labels)), layout="constrained")
+    width = max(7.4, 4.4 + 0.062 * max(map(len, labels)))
+    figure = Figure(figsize=(width, 1.2 + 0.24 * len(labels)), layout="constrained")
     axes = figure.subplots()
     for i, model in enumerate(models):
         places = [labels.index(label) for label in model["entries"]]
-        style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+        style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)], "clip_on": False}
         axes.plot(list(model["entries"].values()), places, linestyle="none", label=model["title"], **style)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    axes.set_xlabel(data["what"])
-    figure.legend(loc="outside lower center", ncols=5)
+    axes.set_xlabel(data["what"], loc="right")  # in the middle of narrow axes it would be cut off
+    _legend_below(figure, *axes.get_legend_handles_labels(), columns=5)
     return figure
 
 
@@ -136,13 +139,13 @@ def _roofline(data: Any) -> Figure:
     # A series looks the same in every panel: a colour per level, a marker per path.
     levels = sorted({series["level"] for panel in data for series in panel["series"]})
     paths = list(dict.fromkeys(series["path"] for panel in data for series in panel["series"]))
-    colours = matplotlib.colormaps["viridis"].resampled(max(2, len(levels)))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(levels))]
     for axes, panel in zip(panels, data, strict=False):
         for series in panel["series"]:
             sizes, shares = zip(*sorted(series["points"]), strict=True)
             shares = tuple(100 * share for share in shares)
             place = paths.index(series["path"])
-            look = {"color": colours(levels.index(series["level"])), "marker": MARKERS[place], "markersize": 4}
+            look = {"color": colours[levels.index(series["level"])], "marker": MARKERS[place], "markersize": 4}
             axes.plot(sizes, shares, linestyle=LINES[place % len(LINES)], linewidth=1, **look)
         axes.axhline(100, color="#999999", linewidth=0.8)
         axes.set_title(panel["title"])
@@ -150,7 +153,7 @@ def _roofline(data: Any) -> Figure:
     _label_lowest(panels, columns, len(data), "elements of the tensor")
     panels[0].set_ylim(bottom=0)
     figure.supylabel("per cent of copy bandwidth", fontsize=9)
-    looks = [{"color": colours(i)} for i in range(len(levels))]
+    looks: list[dict[str, Any]] = [{"color": colour} for colour in colours]
     text = [f"level {level}" for level in levels]
     for i, path in enumerate(paths if len(paths) > 1 else ()):
         looks.append({"color": "black", "marker": MARKERS[i], "markersize": 4, "linestyle": LINES[i % len(LINES)]})
@@ -176,8 +179,7 @@ def _losses(data: Any) -> Figure:
     # The first evaluations are far above the rest; the end is to be compared.
     top = max(min(max(series["mean"]) for series in data), ends[-1] + 0.05)
     axes.set_ylim(lowest - 0.05 * (top - lowest), top)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    _legend_below(figure, *axes.get_legend_handles_labels(), columns=4)
     return figure
 
 
@@ -191,6 +193,8 @@ def _tradeoff(data: Any) -> Figure:
     for point in data:
         rules.setdefault(point["rule"] or point["label"], []).append(point)
     shown = {}
+    peers = [own[0]["label"] for own in rules.values() if not own[0]["own"]]
+    open_markers = {label: OPEN_MARKERS[i % len(OPEN_MARKERS)] for i, label in enumerate(peers)}
     for own in rules.values():
         look = look_of(own[0]["label"])
         along = sorted(own, key=lambda point: point["bytes"])
@@ -206,13 +210,14 @@ def _tradeoff(data: Any) -> Figure:
         for point in own:
             axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
             face = look["color"] if point["own"] else "white"
-            style = {"marker": look_of(point["label"])["marker"], "markersize": 8, "markerfacecolor": face}
+            marker = open_markers.get(point["label"], look_of(point["label"])["marker"])
+            style = {"marker": marker, "markersize": 8, "markerfacecolor": face}
             style |= {"fillstyle": "left"} if line == "--" else {}
             axes.plot(point["bytes"], point["loss"], color=look["color"], alpha=0.85, **style)
         name = re.sub(r"^GWT-| (level \d|row)\b", "", own[0]["label"])
         style = {"color": look["color"], "linestyle": line, "linewidth": 1.5}
         if not own[0]["own"]:
-            style |= {"linestyle": "none", "marker": "o", "markerfacecolor": "white"}
+            style |= {"linestyle": "none", "markerfacecolor": "white", "marker": open_markers[own[0]["label"]]}
         shown[name] = axes.plot([], [], **style)[0]
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -253,8 +258,21 @@ def _sweeps(data: Any) -> Figure:
     panels[0].set_ylim(min(losses) - 0.03 * (top - min(losses)), top + 0.03 * (top - min(losses)))
     figure.supylabel("held-out loss, nats per token", fontsize=9)
     text = [f"scale {scale:g}" for scale in scales]
-    figure.legend([shown[scale] for scale in scales], text, loc="outside lower center", ncols=6)
+    _legend_below(figure, [shown[scale] for scale in scales], text, columns=6)
     return figure
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
+    """Put a legend below all panels, in as many columns as fit into the picture, `columns` at the most.
+
+    The picture grows by every row of it after the second.
+    """
+    for n in range(min(columns, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=n)
+        if n == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / n) - 2))
+            return
+        legend.remove()
 
 
 def _grid(n: int, width: float) -> tuple[Figure, Sequence[Axes], int]:

@@ -34,10 +34,11 @@ from bench.report.rows import Run
 
 INTRODUCTION = """\
 Does the model come out as good? Each preset of `python -m bench.pretrain` pre-trains one LLaMA model on the same
-batches with every optimizer, each at the best of its own sweep unless it says otherwise. *scale* is the rate of
-attention and MLP matrices over the learning rate; AdamW has that knob too, so that no optimizer has one more.
-Losses are on held-out text, in nats per token. The runs on a CPU below shared its cores with other work, some more
-than others: their wall and step times tell little, which the losses do not suffer from."""
+batches with every optimizer, each at the best of its own sweep unless the page says otherwise. *scale* is the rate
+of attention and MLP matrices over the learning rate; AdamW has this setting too, so that no optimizer has one
+more. Losses are on held-out text, in nats per token; a token of `llama_cpu` and the like is a byte. The runs on a
+CPU below shared its cores with other work, some more than others: their wall and step times tell little, which the
+losses do not suffer from."""
 
 NOTHING = (
     "Nothing is recorded yet: `python -m bench.pretrain --preset cpu --compare adamw gwt1 gwt2 gwt3` measures it."
@@ -94,7 +95,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 STORED_OTHERWISE = """\
 The same by how moments and weights are stored, at the rule's and level's own settings, which were not tuned again:
-held-out loss, ± over three seeds, one seed where no ± stands."""
+held-out loss, ± over seeds, one seed where no ± stands."""
 
 # Comparisons.
 

@@ -10,10 +10,10 @@ from bench.report.rows import Case, Run
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "fp64"}
 
 ROOFLINE = """\
-Times are medians over repeated runs after a warm-up, with the 20th and 80th percentile in brackets. Those of a
-kernel and of a step stand beside their [roofline](glossary.md#roofline): the bytes that must move over the
-bandwidth of a plain copy in the same run. On a CPU a step in place may exceed 100 % of it, since a copy also
-reads the lines that it overwrites."""
+Times are medians over repeated runs after a warm-up, with the 20th and 80th percentile in brackets. The
+[roofline](glossary.md#roofline) of a kernel or a step is the bytes that it must move over the bandwidth of a plain
+copy in the same run; the share of the copy bandwidth is the roofline over the time. On a CPU a step in place may
+exceed 100 %, since a copy also reads the cache lines that it overwrites."""
 
 
 def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:

@@ -16,7 +16,7 @@ ABOUT = """\
 
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
 spreads over seeds. A difference within it says nothing. Where a preset has no sweep of its own, settings are those
-that were best on the first."""
+of the first, and its section below names those that were not the best there."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:

@@ -35,7 +35,8 @@ several seeds; of all optimizers, and without Muon, whose step multiplies matric
 EQUAL_LOSS = """\
 ### At equal loss
 
-The least state of an optimizer whose mean loss is no higher than that of the one named first, likewise:"""
+The least state of an optimizer whose mean loss is no higher than that of the one named first, in the same
+columns:"""
 
 CHOICES = ["float32 moments", "without Muon", "any moments", "any moments, without Muon"]
 REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")

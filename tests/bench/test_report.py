@@ -10,7 +10,7 @@ import pytest
 from bench.common import records
 from bench.report import blocks
 from bench.report.__main__ import GENERATED
-from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, measured, quality_rows
+from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, host_rows, measured, quality_rows
 from tests.support.reports import images, page, pages_on_speed, record, report
 
 
@@ -34,8 +34,8 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
-    assert "| step | flat | 1 | p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
-    assert "| step, foam, split | flat | 2 | p 2×128 |" in speed
+    assert "| step | flat | 1 | g or p 9×128, p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
+    assert "| step, foam, split | flat | 2 | g or p 9×128, p 2×128 |" in speed
     assert (
         "| step | bf16/fp32 | flat | 2 | 28.0 | 10.0 | 1.00 | 1.00 | 7 | 30 % | 100 % | 35 % | bandwidth |" in speed
     )
@@ -157,6 +157,16 @@ def test_cpu_results_do_not_count_as_gpu_results(place: Path) -> None:
     report(place)
     assert "No GPU was at hand" in page(place, "performance.md")
     assert "No time on a GPU is known yet" in (place / "README.md").read_text()
+
+
+def test_host_times_of_other_scenarios_are_no_older_runs(place: Path) -> None:
+    for i, scenario in enumerate(("no limiter", "matrices alone", "matrices alone")):
+        rows = host_rows(CPU | {"date": f"2026-03-0{i + 1}T05:06:07+00:00"})[:2]
+        records.append(place / "results" / f"host_{i}.json", "host", [row | {"scenario": scenario} for row in rows])
+    report(place)
+    text = page(place, "performance_host.md")
+    assert [text.count(f"| {scenario} | 300 |") for scenario in ("no limiter", "matrices alone")] == [1, 1]
+    assert "Older runs of the same settings, in `bench/results`: `host_1.json`." in text
 
 
 def test_newest_run_of_each_setting_is_shown(place: Path) -> None:

@@ -172,6 +172,37 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
     assert len(lines) <= 8
     looks = {(plots.look_of(name)["color"], plots.look_of(name)["marker"]) for name in map(optimizer_name, names)}
     assert len(looks) >= len(names) - 2  # Adafactor's two kinds of details and PyTorch's share a look
+    hollow = [line.get_marker() for line in legend.get_lines() if line.get_markerfacecolor() == "white"]
+    assert len(set(hollow)) == len(hollow) == 4, "other packages' points may coincide"
+
+
+LONG = [f"GWT-Muon level {level}, lr 0.03, scale 1.5, momentum 0.8, row {level}" for level in range(8)]
+DRAWN: dict[str, Any] = {
+    "losses": [{"label": name, "tokens": [1, 2], "mean": [2, 1], "low": [2, 1], "high": [2, 1]} for name in LONG],
+    "states": {
+        "what": "bytes of optimizer state per parameter, measured",
+        "models": [{"title": name, "entries": dict.fromkeys(LONG, 1.0)} for name in LONG[:5]],
+    },
+    "sweeps": {
+        "x": "momentum",
+        "panels": [
+            {"title": "Muon", "lines": [{"scale": 1 / (7 + i), "x": [1, 2], "loss": [2, 1]} for i in range(8)]}
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_legends_and_labels_are_within_the_picture(kind: str, tmp_path: Path) -> None:
+    figure = plots.KINDS[kind](DRAWN[kind])
+    figure.savefig(tmp_path / "drawn.png")
+    (legend,) = figure.legends
+    labels = [label for axes in figure.axes for label in (axes.xaxis.label, axes.yaxis.label) if label.get_text()]
+    for shown in (legend, *labels):
+        box = shown.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, shown
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, shown
+    assert len(legend.get_texts()) == (5 if kind == "states" else 8)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,10 @@ def gpu_rows(about: Row) -> list[Row]:
 
 
 def codegen_rows(about: Row) -> list[Row]:
-    wide = {"loads": {"p": {"128": 2}, "layout": {"64": 3}}, "stores": {"p": {"64": 1, "128": 2}}}
+    wide = {
+        "loads": {"g|p": {"128": 9}, "p": {"128": 2}, "layout": {"64": 3}},
+        "stores": {"p": {"64": 1, "128": 2}},
+    }
     what = {"kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "path": "flat", "limited": False, **wide}
     what |= {"tensor_loads": {"p": 1}, "tensor_stores": {"p": 1}, "registers": 77, "spills": 0, "stack": 0}
     storings = [{}, {"rule": "gwt", "rounding": "nearest"}, {"rule": "foam", "rounding": "split"}]
