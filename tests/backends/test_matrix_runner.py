@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gwt_kernels import GWTMuon
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.cpu.runner import CompiledRunner
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.laid_out import LaidOut
+from gwt_kernels.distributed import matrices
 from tests.support import interpreter
 from tests.support.memory import Peak
 from tests.support.poisoned import Poisoned
@@ -296,11 +299,19 @@ def test_memory_of_a_step_stays_below_the_workspace():
     assert loose.bytes >= 2 * tight.bytes
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_nothing_of_the_matrices_is_kept_between_steps(backend):
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
+def test_nothing_of_the_matrices_is_kept_between_steps(backend, state_dtype, monkeypatch):
     """They take as much as the weights do in bfloat16; another optimizer's may take it before the next step."""
-    optimizer = run(backend, ns_dtype=torch.float32, dtype=torch.bfloat16, state_dtype=torch.bfloat16, steps=2)
-    (runner,) = [bucket.runner for bucket in optimizer._plan.buckets]
-    values = [batch.make.bucket.params for batch in runner._batches.values()]
-    assert values
-    assert all(own.nbytes == 0 for own in values)
+    buffers = []
+
+    class Watched(LaidOut):
+        def __init__(self, places, buffer):
+            super().__init__(places, buffer)
+            buffers.append(StorageWeakRef(buffer.untyped_storage()))
+
+    monkeypatch.setattr(matrices, "LaidOut", Watched)
+    optimizer = run(backend, level=2, state_dtype=state_dtype, steps=2)
+    assert optimizer.state
+    assert len(buffers) > 1
+    assert all(buffer.expired() for buffer in buffers)

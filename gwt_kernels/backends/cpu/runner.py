@@ -9,6 +9,7 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.torch.runner import TorchRunner
+from gwt_kernels.core.laid_out import LaidOut
 from gwt_kernels.core.tensor_step import TensorStep
 
 
@@ -22,7 +23,7 @@ class CompiledRunner(TorchRunner):
             super()._update(inputs, divisors)
             return
         self._packed.renew(inputs, divisors)
-        self._packed.step()
+        self._step(self._packed)
 
     def set_params(self, params: Sequence[Tensor]) -> None:
         """See :class:`gwt_kernels.backends.triton.runner.TritonRunner`."""
@@ -39,8 +40,13 @@ class CompiledRunner(TorchRunner):
             return
         packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)
         packed.set_rows(row_sums)
-        packed.step()
+        self._step(packed)
         self._packed = packed if packed.lasts else None
+
+    def _step(self, packed: step.Packed) -> None:
+        packed.step()
+        if isinstance(self.bucket.params, LaidOut):  # whose memory is another's between steps
+            packed.release_params()
 
     def _sums(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> Tensor:
         level = self.bucket.level

@@ -275,6 +275,10 @@ class Packed:
         for i, address in enumerate(map(Tensor.data_ptr, self._params)):
             _POINTER.pack_into(self._buffer, i * STEP.size, address)
 
+    def release_params(self) -> None:
+        """Let go of the parameters' memory; before the next step come others."""
+        self._params = []
+
     def step(self) -> None:
         """Take a step of all tensors."""
         self.run(functions().gwt_update)
@@ -289,7 +293,7 @@ class Packed:
 
     def run(self, function: Any) -> None:
         """Call a function of bucket.c on all tensors."""
-        count = len(self._params)
+        count = len(self._places)
         if count and function(
             *(self._address, self._grads, self._blocks, self._stride, count, torch.get_num_threads())
         ):
@@ -304,7 +308,7 @@ class Packed:
 
     def results(self) -> list[Result]:
         """Return the results of each tensor."""
-        return [self._result(i) for i in range(len(self._params))]
+        return [self._result(i) for i in range(len(self._places))]
 
     def _result(self, i: int) -> Result:
         return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))
