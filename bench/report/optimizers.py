@@ -41,9 +41,7 @@ NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
 OTHER_RULES = """\
 Muon, Adafactor and Lion (`--peers rules`). Muon's time is that of its products of matrices, which its roofline
-does not count; the update of each is compared with that of its own rule in float64. With float32 moments above
-level 0 the step in C keeps a workspace of GWT-Muon's between steps: 2 bytes a parameter of what is shown as its
-state."""
+does not count; the update of each is compared with that of its own rule in float64."""
 
 ON_CPU = """\
 On a CPU a step of float32 weights and moments waits for memory. Level 0 moves the 28 bytes a parameter that the
