@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gwt_kernels.core.level import ROW, Level
+from gwt_kernels.core.level import ROW, Level, depth_of
 
 RULES = {
     "gwt": "GWT",
@@ -24,6 +24,9 @@ PEERS = {
     "adamw": "AdamW", "torch_adafactor": "torch Adafactor",
     "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini",
 }  # fmt: skip
+
+STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
+"""What names say of moments and of the rounding of weights, in the order of the pages; first the default."""
 
 _OWN = re.compile(
     rf"(?P<rule>{'|'.join(RULES)})(?P<level>\d|-row)(?:-(?P<details>published))?"
@@ -90,3 +93,12 @@ def optimizer_name(name: str) -> str:
     words = [said, f"{own.details} details" if own.details else ""]
     words += [f"{own.moments} moments" if own.moments else "", f"{own.rounding} weights" if own.rounding else ""]
     return ", ".join(word for word in words if word)
+
+
+def order_of(name: str) -> tuple[Any, ...]:
+    """Return a key to sort by: peers before this package's optimizers, these by rule, level and storage."""
+    own = variant(name)
+    if own is None:
+        return (0, name)
+    storage = (STORAGE.index(own.moments), STORAGE.index(own.rounding))
+    return (1, list(RULES).index(own.rule), own.details, depth_of(own.level), *storage)

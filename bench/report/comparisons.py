@@ -8,13 +8,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from bench.common.models import CONFIGS
-from bench.common.names import RULES, optimizer_name, variant
+from bench.common.names import optimizer_name, order_of, variant
 from bench.report import sweeps
 from bench.report.markdown import slug
 from bench.report.rows import Row, Run, of
-from gwt_kernels.core.level import depth_of
 
-STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
 STATE = ("state_bytes", "state_bytes_measured")
 STEP = ("optimizer_step", "step_time", "optimizer_time")
 
@@ -100,7 +98,10 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         for seeds in comparison.runs.values():
             for rows in seeds.values():
                 rows.sort(key=lambda row: row.get("step") or 0)
-    return [each._replace(runs=dict(sorted(each.runs.items(), key=_order))) for each in reversed(found.values())]
+    return [
+        each._replace(runs=dict(sorted(each.runs.items(), key=lambda item: order_of(item[0].optimizer))))
+        for each in reversed(found.values())
+    ]
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -168,16 +169,6 @@ def _best_of_sweep(run: Run, preset: str, found: dict[tuple[Any, ...], Compariso
                 "median": None,
                 **(row["optimizer_ms"] or {}),
             }
-
-
-def _order(item: tuple[Setting, Any]) -> tuple[Any, ...]:
-    """Sort key: peers before this package's optimizers, these by rule, level and storage."""
-    setting = item[0]
-    own = variant(setting.optimizer)
-    if own is None:
-        return (0, setting.optimizer)
-    storage = (STORAGE.index(own.moments), STORAGE.index(own.rounding))
-    return (1, list(RULES).index(own.rule), own.details, depth_of(own.level), *storage)
 
 
 def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:

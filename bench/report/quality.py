@@ -6,12 +6,11 @@ from collections.abc import Collection, Sequence
 from statistics import mean
 from typing import Any
 
-from bench.common.names import optimizer_name, variant
+from bench.common.names import STORAGE, optimizer_name, variant
 from bench.report import sizes, sweeps, tradeoff
 from bench.report.comparisons import (
     STATE,
     STEP,
-    STORAGE,
     Comparison,
     Setting,
     comparisons,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from bench.common.names import optimizer_name
+from bench.common.names import optimizer_name, order_of
 from bench.report.markdown import cell, figure, model_name, origin, slug, table, with_spread
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
@@ -88,7 +88,8 @@ def _loss(row: Row) -> float | None:
 
 
 def optimizers(run: Run) -> dict[str, list[Row]]:
-    names = dict.fromkeys(row["optimizer"] for row in run.rows if row.get("optimizer"))
+    """Return a sweep's runs by optimizer, AdamW's and other peers' first."""
+    names = sorted({row["optimizer"] for row in run.rows if row.get("optimizer")}, key=order_of)
     return {name: [row for row in run.rows if row.get("optimizer") == name] for name in names}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench.common import records
-from bench.common.names import optimizer_name, variant
+from bench.common.names import optimizer_name, order_of, variant
 from bench.report import plots, quality, rows, sizes, sweeps, tradeoff
 from bench.report.comparisons import comparisons, final_losses
 from tests.support.made_up_rows import CPU, ENDS, Row, quality_rows
@@ -222,6 +222,11 @@ def test_names_for_readers(name: str, said: str) -> None:
     assert optimizer_name(name) == said
     if own := variant(name):
         assert name.startswith(own.swept_name)
+
+
+def test_order_of_the_pages() -> None:
+    wanted = ["adamw", "galore", "gwt1", "gwt2", "gwt2-split", "gwt2-int8", "gwt-row", "foam1", "muon0"]
+    assert sorted(set(wanted), key=order_of) == wanted
 
 
 def test_what_holds_at_each_size(tmp_path: Path) -> None:
