@@ -16,13 +16,14 @@ ABOUT = """\
 
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
 spreads over seeds. A difference within it says nothing. Where a preset has no sweep of its own, settings are those
-of the first, and its section below names those that were not the best there."""
+of the first, and its section below names those that were not the best there. Other moments than float32's take its
+settings."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:
     """Return the table, for comparisons in their preset's precision that hold AdamW; nothing for one."""
     columns = [
-        (comparison, {point["optimizer"]: point for point in points(comparison.plain)}) for comparison in compared
+        (comparison, {point["optimizer"]: point for point in points(comparison)}) for comparison in compared
     ]
     columns = [(comparison, own) for comparison, own in columns if "adamw" in own and "," not in comparison.preset]
     counts: dict[str, int] = {}
