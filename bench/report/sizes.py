@@ -22,9 +22,7 @@ settings."""
 
 def section(compared: Sequence[Comparison]) -> list[str]:
     """Return the table, for comparisons in their preset's precision that hold AdamW; nothing for one."""
-    columns = [
-        (comparison, {point["optimizer"]: point for point in points(comparison)}) for comparison in compared
-    ]
+    columns = [(comparison, {point["optimizer"]: point for point in points(comparison)}) for comparison in compared]
     columns = [(comparison, own) for comparison, own in columns if "adamw" in own and "," not in comparison.preset]
     counts: dict[str, int] = {}
     for _, own in columns:
