@@ -24,6 +24,7 @@ from bench.common import records
 from bench.common.measure import Spread, available_bytes, chosen_device, clock, copy_bandwidth, facts, is_present
 from bench.common.models import load_config
 from bench.kernels.cases import (
+    CPU_MODEL,
     KERNELS,
     MODELS,
     PARTS,
@@ -194,7 +195,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--kernels", nargs="+", choices=every, metavar="NAME", help=text)
     add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="of matrices (each of the models, "
         "and experts), sizes (a sweep), grid (levels and dtypes at two shapes)")  # fmt: skip
-    add("--models", nargs="+", help=f"whose matrices (default: {' '.join(MODELS)}, and experts; CPU: {MODELS[0]})")
+    add("--models", nargs="+", help=f"whose matrices (default: {' '.join(MODELS)}, and experts; CPU: {CPU_MODEL})")
     add("--shapes", nargs="+", type=_shape, metavar="AxB", help="these alone, such as 2048x5461, not the parts")
     add("--sizes", nargs="+", type=int, metavar="E", help="exponents of the sweep over sizes (default: 16 to 31)")
     add("--levels", nargs="+", type=int, help="levels (default: 2; grid: 0 to 6)")
