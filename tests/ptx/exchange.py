@@ -201,10 +201,7 @@ def _transposed(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(2, 3)).reshape(x.shape[0], -1).view(U32)
 
 
-@forms(
-    "ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16",
-    "ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared::cta.b16",
-)
+@forms("ldmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16")
 def load_matrix(operands: Operands, parts: list[str]) -> Execute:
     operands.count(2)
     base, offset, names = _matrices(operands, parts, operands.text[1], operands.text[0])
@@ -219,10 +216,7 @@ def load_matrix(operands: Operands, parts: list[str]) -> Execute:
     return execute
 
 
-@forms(
-    "stmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16",
-    "stmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared::cta.b16",
-)
+@forms("stmatrix.sync.aligned.m8n8.{x1,x2,x4}{,.trans}.shared.b16")
 def store_matrix(operands: Operands, parts: list[str]) -> Execute:
     operands.count(2)
     base, offset, names = _matrices(operands, parts, operands.text[0], operands.text[1])

@@ -17,7 +17,7 @@ class Instruction:
     """One instruction as it is written.
 
     Attributes:
-        opcode: With all of its modifiers: ``"fma.rn.f32"``.
+        opcode: With all of its modifiers: ``"fma.rn.f32"``. ``.shared::cta`` is written ``.shared``.
         operands: As text; a vector, in braces, or an address, in brackets, is one.
         guard: The predicate under which it runs, and whether that is negated.
         line: Of the PTX, from 1.
@@ -168,6 +168,7 @@ class _Reader:
             raise PtxError(f"{self.kernel}, line {self.line}: {text!r} is not understood")
         negated, guard, opcode, rest = found.groups()
         own = None if guard is None else (guard, bool(negated))
+        opcode = opcode.replace(".shared::cta", ".shared")  # two names of the program's own shared memory
         return Instruction(opcode, _operands(rest), own, self.line, self.source)
 
     def _own(self, name: str) -> str:

@@ -23,7 +23,7 @@ def names(kind: str, n: int) -> str:
     return registers[0] if n == 1 else "{" + ", ".join(registers) + "}"
 
 
-@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("space", ["global", "shared", "shared::cta"])
 @pytest.mark.parametrize(
     ("kind", "n"), [(kind, n) for kind in KINDS for n in (1, 2, 4) if int(kind[1:]) * n <= 128]
 )
