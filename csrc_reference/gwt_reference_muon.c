@@ -105,7 +105,7 @@ int gwt_muon_step_d(double *p, const double *g, double *momentum_buffer, int64_t
     if (status != GWT_OK)
         return status;
     if (!(o.momentum >= 0 && o.momentum < 1) || !gwt_finite_from(0, o.detail_scale)
-        || (o.adjust != GWT_ADJUST_ORIGINAL && o.adjust != GWT_ADJUST_MATCH_RMS_ADAMW)
+        || o.adjust < GWT_ADJUST_ORIGINAL || o.adjust > GWT_ADJUST_SPECTRAL_UNCLAMPED
         || !good_iteration(&o.newton_schulz))
         return GWT_BAD_OPTION;
     if (w.elements == 0)
@@ -136,7 +136,8 @@ int gwt_muon_step_d(double *p, const double *g, double *momentum_buffer, int64_t
     }
     const double tallness = (double)rows / (double)width;
     const double larger = (double)(rows > width ? rows : width);
-    const double adjust = o.adjust == GWT_ADJUST_ORIGINAL ? sqrt(tallness > 1 ? tallness : 1) : 0.2 * sqrt(larger);
+    const double adjust = o.adjust == GWT_ADJUST_SPECTRAL_UNCLAMPED ? sqrt(tallness)
+        : o.adjust == GWT_ADJUST_ORIGINAL ? sqrt(tallness > 1 ? tallness : 1) : 0.2 * sqrt(larger);
     gwt_apply(p, &w, o.common.lr, o.common.weight_decay, o.common.lr * o.common.scale * adjust);
     gwt_end_work(&w);
 

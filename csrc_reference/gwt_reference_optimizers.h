@@ -53,7 +53,7 @@ typedef struct {
 int gwt_newton_schulz_d(const double *x, double *o, int64_t batch, int64_t rows, int64_t width,
                         const gwt_newton_schulz_options *options);
 
-enum { GWT_ADJUST_ORIGINAL = 0, GWT_ADJUST_MATCH_RMS_ADAMW = 1 };
+enum { GWT_ADJUST_ORIGINAL = 0, GWT_ADJUST_MATCH_RMS_ADAMW = 1, GWT_ADJUST_SPECTRAL_UNCLAMPED = 2 };
 
 /* Muon, as torch.optim.Muon has it at level 0 and scale 1:
  *
@@ -61,7 +61,7 @@ enum { GWT_ADJUST_ORIGINAL = 0, GWT_ADJUST_MATCH_RMS_ADAMW = 1 };
  *     M = IDWT(momentum * m + (1 - momentum) * A with nesterov, else m; detail_scale * D)
  *     p = p * (1 - lr * weight_decay) - lr * scale * adjust * NewtonSchulz(M)
  *
- * where adjust is sqrt(max(1, rows / width)) or 0.2 * sqrt(max(rows, width)). With `summed` the buffer is a sum,
+ * where adjust is sqrt(max(1, rows / width)), 0.2 * sqrt(max(rows, width)) or sqrt(rows / width). With `summed` the buffer is a sum,
  * m = momentum * m + A, and M is that above over (1 - momentum): the iteration sees the difference in eps alone. */
 typedef struct {
     gwt_common_options common;

@@ -188,7 +188,8 @@ static void check_refusals(void)
     LION_REFUSES(GWT_BAD_OPTION, detail_scale, NAN);
     MUON_REFUSES(GWT_BAD_OPTION, momentum, 1);
     MUON_REFUSES(GWT_BAD_OPTION, detail_scale, -1);
-    MUON_REFUSES(GWT_BAD_OPTION, adjust, 2);
+    MUON_REFUSES(GWT_BAD_OPTION, adjust, 3);
+    MUON_REFUSES(GWT_BAD_OPTION, adjust, -1);
     MUON_REFUSES(GWT_BAD_OPTION, newton_schulz.a, NAN);
     MUON_REFUSES(GWT_BAD_OPTION, newton_schulz.eps, -1);
     MUON_REFUSES(GWT_BAD_OPTION, newton_schulz.steps, -1);

@@ -39,7 +39,8 @@ class GWTMuon(PlannedOptimizer):
         eps: The smallest norm that a matrix is divided by before the iteration.
         ns_steps: Iterations, below 100.
         adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``,
-            or ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve.
+            ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve, or
+            ``"spectral_unclamped"``, ``sqrt(rows / cols)``.
         level: Levels of the transform, or ``"row"``: one block a row.
         scale: Factor on the update of matrices, at level 0 too.
         detail_scale: Factor on what an element differs by from the mean of its block.

@@ -10,7 +10,7 @@ For a matrix ``X`` with at most as many rows as columns (others are transposed),
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,12 @@ LARGE = 1 << 16
 """Elements of a matrix from which on a CPU products of one matrix at a time are quicker than those of a batch."""
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
-ADJUSTMENTS = (None, "original", "match_rms_adamw")
+ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, cols: math.sqrt(max(1, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
+    "spectral_unclamped": lambda rows, cols: math.sqrt(rows / cols),
+}
+"""What ``torch.optim.Muon`` (PyTorch 2.14) multiplies the learning rate by, under each ``adjust_lr_fn``."""
 
 # The iteration ---------------------------------------------------------------------------------------------
 
@@ -231,19 +236,18 @@ def update_scale(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
     """What ``torch.optim.Muon`` multiplies the learning rate by, for a matrix of the last two of ``shape``.
 
     Args:
-        adjust_lr_fn: ``"original"`` or None: ``sqrt(max(1, rows / cols))``. ``"match_rms_adamw"``:
-            ``0.2 * sqrt(max(rows, cols))``.
+        adjust_lr_fn: A key of :data:`ADJUSTMENTS`; None for ``"original"``.
         shape: One of :func:`matrix_shapes`.
 
     Raises:
         ValueError: another adjustment.
     """
-    if adjust_lr_fn not in ADJUSTMENTS:
-        raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be None, 'original' or 'match_rms_adamw'")
+    name = "original" if adjust_lr_fn is None else adjust_lr_fn
+    if name not in ADJUSTMENTS:
+        known = ", ".join(map(repr, ADJUSTMENTS))
+        raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be None or one of {known}")
     rows, cols = shape[-2:]
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, cols))
-    return math.sqrt(max(1, rows / cols)) if cols else 1.0
+    return ADJUSTMENTS[name](rows, cols) if cols else 1.0
 
 
 # What fits -------------------------------------------------------------------------------------------------

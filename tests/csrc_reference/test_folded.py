@@ -77,12 +77,16 @@ def test_lion_by_hand():
 
 @pytest.mark.parametrize(("shape", "level"), SHAPES)
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw", "spectral_unclamped"])
 def test_muon(shape, level, nesterov, adjust):
     p, grads = start(shape)
     buffer, m, expected = np.zeros(reference.moment_shape(shape, level)), 0.0, p.copy()
     rows, columns = shape[-2:]
-    factor = 0.2 * math.sqrt(max(rows, columns)) if adjust else math.sqrt(max(1, rows / columns))
+    factor = {
+        None: math.sqrt(max(1, rows / columns)),
+        "match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)),
+        "spectral_unclamped": math.sqrt(rows / columns),
+    }[adjust]
     for g in grads:
         blocks = Blocks(g, level)
         m = 0.9 * m + 0.1 * blocks.mean

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import golden, reference
+from tests.support import golden, reference, torch_muon
 from tests.support import reference_optimizers as oracle
 
 CASES = {family: golden.optimizer_cases(family) for family in ("muon", "adafactor", "adam_mini")}
@@ -144,8 +144,7 @@ def test_a_sum_as_buffer_is_an_average_with_a_smaller_eps(case):
         {"nesterov": False},
         {"momentum": 0.0},
         {"momentum": 0.6, "weight_decay": 0.0},
-        {"adjust_lr_fn": "original"},
-        {"adjust_lr_fn": "match_rms_adamw"},
+        *({"adjust_lr_fn": name} for name in torch_muon.ADJUSTMENTS),
         {"ns_steps": 0},
         {"ns_steps": 7, "ns_coefficients": (1.875, -1.25, 0.375)},
         {"eps": 30.0},

@@ -34,7 +34,11 @@ BAD = {
     "momentum": (1.0, ValueError, "momentum must be at least 0 and below 1, got 1.0"),
     "momentum of text": ("fast", TypeError, "momentum must be a real numbe"),
     "nesterov": (1, TypeError, "nesterov must be True or False, got 1"),
-    "adjust_lr_fn": ("keller", ValueError, "adjust_lr_fn='keller' must be None, 'original' or 'match_rms_adamw'"),
+    "adjust_lr_fn": (
+        "keller",
+        ValueError,
+        "adjust_lr_fn='keller' must be None or one of 'original', 'match_rms_adamw', 'spec",
+    ),
     "detail_scale": (-0.5, ValueError, "detail_scale must be finite and at least 0"),
     "scale": (0.0, ValueError, "scale must be finite and above 0"),
     "workspace_bytes": (1e8, TypeError, "workspace_bytes=100000000.0 must be an int"),

@@ -11,7 +11,7 @@ import torch
 from gwt_kernels import GWTMuon
 from gwt_kernels.functional import Hyper
 from gwt_kernels.rules import rule_of
-from tests.support import golden, interpreter, poisoned, steps
+from tests.support import golden, interpreter, poisoned, steps, torch_muon
 from tests.support import reference_optimizers as oracle
 from tests.support.poisoned import Poisoned
 from tests.support.reference import block_width, moment_shape
@@ -61,7 +61,7 @@ def compare(shapes, *, level, oracle_options=None, n=4, **options):
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 4, "row"])
-@pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", [None, *oracle.ADJUSTMENTS])
 def test_steps_follow_the_oracle(level, adjust_lr_fn):
     shapes = [s for s in SHAPES if level == "row" or 2**level < 2 * s[-1]]
     compare(shapes, level=level, adjust_lr_fn=adjust_lr_fn)
@@ -110,7 +110,7 @@ def test_a_flattened_tensor_is_one_matrix_whose_blocks_are_those_of_its_own_rows
     follow(params, optimizer, expected)
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", oracle.ADJUSTMENTS)
 @pytest.mark.parametrize("shape", [(12, 8), (3, 12, 8)])
 def test_splits_of_rows_are_matrices_of_their_own(shape, adjust_lr_fn):
     splits = (9, 2, 1)
@@ -187,8 +187,7 @@ SHARED = [
     {"nesterov": False},
     {"momentum": 0.0},
     {"momentum": 0.6, "weight_decay": 0.0},
-    {"adjust_lr_fn": "original"},
-    {"adjust_lr_fn": "match_rms_adamw"},
+    *({"adjust_lr_fn": name} for name in torch_muon.ADJUSTMENTS),
     {"ns_steps": 0},
     {"ns_steps": 7, "ns_coefficients": (1.875, -1.25, 0.375)},
     {"eps": 30.0},

@@ -21,7 +21,7 @@ from gwt_kernels.rules.newton_schulz import (
     views_of,
     workspace_needed,
 )
-from tests.support import runs
+from tests.support import runs, torch_muon
 from tests.support.memory import Peak
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -224,7 +224,7 @@ def test_bad_options_are_refused_by_name(options: dict[str, Any], error: type[Ex
     NewtonSchulz([3, -4, 2], 99, 0, FP64).check()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust", [None, *torch_muon.ADJUSTMENTS])
 @pytest.mark.parametrize("shape", [(3, 5), (64, 16), (16, 64), (8, 8)])
 def test_the_scale_is_that_of_muon(shape: tuple[int, int], adjust: str | None) -> None:
     assert update_scale(adjust, shape) == _adjust_lr(1.0, adjust, torch.Size(shape))

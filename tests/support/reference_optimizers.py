@@ -17,13 +17,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from tests.support.reference import Level, Wavelet, call, level_code, moment_shape, rows_and_width, wavelet_of
 
-ADJUSTMENTS = ("original", "match_rms_adamw")  # in the order of GWT_ADJUST_ORIGINAL and its neighbour
+Adjustment = Literal["original", "match_rms_adamw", "spectral_unclamped"]
+ADJUSTMENTS: tuple[Adjustment, ...] = get_args(Adjustment)  # in the order of the oracle's GWT_ADJUST_...
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -188,7 +189,7 @@ def muon_step(
     ns_coefficients: tuple[float, float, float] = COEFFICIENTS,
     eps: float = 1e-7,
     ns_steps: int = 5,
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+    adjust_lr_fn: Adjustment | None = None,
     scale: float = 1.0,
     detail_scale: float = 1.0,
     maximize: bool = False,
@@ -212,7 +213,7 @@ def muon_step(
         eps: the least norm that it divides by.
         ns_steps: its steps.
         adjust_lr_fn: "original" (None) is `sqrt(max(1, rows/columns))`, "match_rms_adamw" is
-            `0.2*sqrt(max(rows, columns))`.
+            `0.2*sqrt(max(rows, columns))`, "spectral_unclamped" is `sqrt(rows/columns)`.
         scale: factor on the update, at level 0 too.
         detail_scale: factor on the details, `rho`.
         maximize: follow the gradient up.

@@ -1,0 +1,18 @@
+"""What the installed ``torch.optim.Muon`` knows: PyTorch 2.14 has an adjustment of the rate that 2.13 has not."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.reference_optimizers import ADJUSTMENTS as OWN
+
+
+def _is_known(name: str) -> bool:
+    try:
+        torch.optim.Muon([torch.nn.Parameter(torch.zeros(1, 1))], adjust_lr_fn=name)
+    except ValueError:
+        return False
+    return True
+
+
+ADJUSTMENTS = tuple(name for name in OWN if _is_known(name))
