@@ -22,8 +22,10 @@ from bench.report import (
     performance,
     plots,
     quality,
+    quality_runs,
     rows,
     state,
+    sweeps,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,8 @@ GENERATED = {
     "performance_host.md": host,
     "performance_machine_code.md": machine_code,
     "quality.md": quality,
+    "quality_runs.md": quality_runs,
+    "sweeps.md": sweeps,
     "finetuning.md": finetune,
 }
 """Pages that are written as a whole, and the modules that do."""

@@ -16,8 +16,8 @@ ABOUT = """\
 
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
 spreads over seeds. A difference within it says nothing. Where a preset has no sweep of its own, settings are those
-of the first, and its section below names those that were not the best there. Other moments than float32's take its
-settings."""
+of the first, and the [page of all runs](quality_runs.md) names those that were not the best there. Other moments
+than float32's take its settings."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:

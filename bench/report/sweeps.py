@@ -1,4 +1,4 @@
-"""Sweeps over rate, scale and momentum: the section of the quality page, and the settings to begin with."""
+"""The page on sweeps over rate, scale and momentum, and the settings to begin with."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ swept to the end: its best may be better still; one with more was tried further 
 of the grid. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
 
 
-def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
-    """Return the section on sweeps and its plots."""
+def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
+    """Return the page and its plots."""
     found = swept(runs)
     plots: list[Plot] = []
-    parts = ["## Sweeps", ABOUT, regimes(runs) if found else NOTHING]
+    parts = ["# Sweeps", ABOUT, *([] if found else [NOTHING])]
     for run in found:
-        parts.append(f"### {_title(run)}")
+        parts += [f"## {_title(run)}", best_table(run)]
         name = slug(run.file.removesuffix(".json"))
         while any(plot.name.removesuffix("-momentum") == name for plot in plots):  # another regime in the same file
             name += "_other"
@@ -39,8 +39,8 @@ def section(runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
             parts.append(scales_table(run, key))
         parts.append(origin(run))
     if any(_axis(rows) == "momentum" for run in found for rows in optimizers(run).values()):
-        parts[3:3] = ["### Muon's momentum and the length of a run", MOMENTA, momenta_table(found)]
-    return parts, plots
+        parts[2:2] = ["## Muon's momentum and the length of a run", MOMENTA, momenta_table(found)]
+    return "\n\n".join(parts) + "\n", plots
 
 
 AXES = {"lr": "learning rate", "momentum": "momentum"}
@@ -124,19 +124,18 @@ def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
     return chosen, [loss for row in own if (loss := _loss(row)) is not None]
 
 
-def regimes(runs: Sequence[Run]) -> str:
-    """Return a table of all sweeps: the best of each optimizer, mean and standard deviation over seeds."""
+def best_table(run: Run) -> str:
+    """Return a table of a sweep: the best of each optimizer, mean and standard deviation over seeds."""
     lines = []
-    for run in swept(runs):
-        for optimizer, rows in optimizers(run).items():
-            head = [_title(run), optimizer_name(optimizer), _settings(rows)]
-            if (found := best(rows)) is None:
-                lines.append([*head, "-", "-", "-", "all diverged", "-"])
-            else:
-                chosen, losses = found
-                lines.append([*head, *_numbers(chosen), with_spread(losses), str(len(losses))])
-    headings = ["sweep", "optimizer", "settings", "best lr", "best scale", "momentum", "held-out loss", "seeds"]
-    return table(headings, lines, left=2)
+    for optimizer, rows in optimizers(run).items():
+        head = [optimizer_name(optimizer), _settings(rows)]
+        if (found := best(rows)) is None:
+            lines.append([*head, "-", "-", "-", "all diverged", "-"])
+        else:
+            chosen, losses = found
+            lines.append([*head, *_numbers(chosen), with_spread(losses), str(len(losses))])
+    headings = ["optimizer", "settings", "best lr", "best scale", "momentum", "held-out loss", "seeds"]
+    return table(headings, lines)
 
 
 def _settings(rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ from bench.common import records
 from bench.report import blocks
 from bench.report.__main__ import GENERATED
 from tests.support.made_up_rows import CPU, ENDS, GPU, MAKERS, host_rows, measured, quality_rows
-from tests.support.reports import images, page, pages_on_speed, record, report
+from tests.support.reports import images, page, pages_on_quality, pages_on_speed, record, report
 
 
 def test_every_benchmark_is_shown(place: Path) -> None:
@@ -20,7 +20,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
         if benchmark in ("optimizers", "kernels"):
             record(place, benchmark, GPU)
     assert report(place) == 0
-    speed, models = pages_on_speed(place), page(place, "quality.md")
+    speed, models = pages_on_speed(place), pages_on_quality(place)
     assert "No GPU was at hand" not in speed
     assert speed.index("## NVIDIA H100") < speed.index("## Abacus 3000")
     assert "| optimizer | weights | step, ms | with clipping, ms | wall, ms |" in speed
@@ -116,12 +116,14 @@ def test_a_newer_run_of_other_rules_stands_apart(place: Path) -> None:
 
 def test_settings_not_from_a_sweep_are_named(place: Path) -> None:
     record(place, "quality", CPU)
-    said = "Not the best of a sweep below, so the comparison is not even: "
+    said = "Not the best of a [sweep](sweeps.md), so the comparison is not even: "
     report(place)
-    assert f"{said}AdamW, APOLLO, GaLore, GWT level 1, GWT level 2, GWT level 3.\n" in page(place, "quality.md")
+    assert f"{said}AdamW, APOLLO, GaLore, GWT level 1, GWT level 2, GWT level 3.\n" in page(
+        place, "quality_runs.md"
+    )
     record(place, "sweep", CPU)
     report(place)
-    assert f"{said}APOLLO.\n" in page(place, "quality.md")
+    assert f"{said}APOLLO.\n" in page(place, "quality_runs.md")
 
 
 def test_many_storage_options_get_their_own_table(place: Path) -> None:
@@ -129,7 +131,7 @@ def test_many_storage_options_get_their_own_table(place: Path) -> None:
     ends = ENDS | {f"{rule}2{way}": 1.3 + 0.01 * i for i, way in enumerate(ways) for rule in ("foam", "gwt")}
     records.append(place / "results" / "quality.json", "quality", quality_rows(CPU, ends))
     report(place)
-    text = page(place, "quality.md")
+    text = page(place, "quality_runs.md")
     first, folded = text.split("<details")[:2]
     assert "| moments | float32 | float32 | bf16 | bf16 | int8 |" in first
     assert "| weights | nearest | split | nearest | stochastic | nearest |" in first
@@ -142,11 +144,11 @@ def test_many_storage_options_get_their_own_table(place: Path) -> None:
 
 def test_pages_without_results_say_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(place) == 0
-    speed, models = pages_on_speed(place), page(place, "quality.md")
+    speed, models = pages_on_speed(place), pages_on_quality(place)
     assert "No GPU was at hand" in speed
     assert "make bench-gpu" in speed
     assert speed.count("Nothing is recorded yet") == 5
-    assert models.count("Nothing is recorded yet") == 2
+    assert models.count("Nothing is recorded yet") == 3
     assert images(place) == {"state"}
     assert report(place, "--check") == 0
 

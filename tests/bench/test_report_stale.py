@@ -36,7 +36,7 @@ def tamper_row(place: Path) -> None:
 
 
 def tamper_page(place: Path) -> None:
-    path = place / "docs" / "quality.md"
+    path = place / "docs" / "quality_runs.md"
     path.write_text(path.read_text().replace("1.570 ± 0.010", "1.470 ± 0.010"))
 
 
@@ -52,7 +52,7 @@ def tamper_picture(place: Path) -> None:
 
 TAMPERED = {
     "steps_abacus-3000.svg: drawn from other rows": tamper_row,
-    r"quality.md:\d+: not what the results say": tamper_page,
+    r"quality_runs.md:\d+: not what the results say": tamper_page,
     r"README.md:\d+: not what the results say": tamper_block,
     "losses_cpu.svg: drawn from other rows": tamper_picture,
     "losses_cpu.svg: missing": lambda place: (place / "docs" / "images" / "losses_cpu.svg").unlink(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.report import comparisons, markdown, optimizers, quality, rows
+from bench.report import comparisons, markdown, optimizers, quality_runs, rows
 from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, GPU, measured, optimizer_rows, quality_rows
 
@@ -60,8 +60,8 @@ def test_unfinished_runs_have_no_final_loss() -> None:
     losses = {setting.optimizer: values for setting, values in comparisons.final_losses(comparison).items()}
     assert losses["gwt2"] == pytest.approx([1.56, 1.57])
     assert len(losses["adamw"]) == 3
-    assert "| 2, 1 not finished |" in quality.final_table(comparison)
-    curve = next(series for series in quality.curves(comparison) if series["label"] == "GWT level 2")
+    assert "| 2, 1 not finished |" in quality_runs.final_table(comparison)
+    curve = next(series for series in quality_runs.curves(comparison) if series["label"] == "GWT level 2")
     assert curve["tokens"] == [1024 * step for step in range(40, 201, 40)]  # as far as all seeds went
 
 

@@ -51,5 +51,9 @@ def pages_on_speed(place: Path) -> str:
     return "\n".join(page(place, name) for name in GENERATED if name.startswith("performance"))
 
 
+def pages_on_quality(place: Path) -> str:
+    return "\n".join(page(place, name) for name in GENERATED if name.startswith("quality") or name == "sweeps.md")
+
+
 def images(place: Path) -> set[str]:
     return {path.stem for path in (place / "docs" / "images").glob("*.svg")}
