@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -20,6 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose between Triton's interpreter and compiled kernels, before a test module imports Triton."""
     if not plugin.configure(config) and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage while tests are collected, of which nearly all stays: a quarter of that time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
