@@ -83,9 +83,14 @@ SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {
     "sweep_demo_warmup10.json": {"gwt3"},
     "sweep_demo_warmup10_clipped.json": {"gwt3"},
+    "sweep_cpu_long.json": {"gwt1", "gwt3", "foam3", "adafactor2"},  # at the rate that was better for all others
 }
 """Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
-WIDENED = {name: {"muon0", "muon2"} for name in ("sweep_cpu.json", "sweep_cpu_long.json")}
+WIDENED = {
+    "sweep_cpu.json": {"muon0", "muon2"},
+    "sweep_cpu_long.json": {"muon0", "muon2", "foam2"},
+    "sweep_cpu_medium.json": {"apollo"},
+}
 """Optimizers whose best is at the edge of what was tried, so that their grid goes on from there."""
 SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
 """Seeds of the best setting, where they are not three."""
