@@ -15,10 +15,9 @@ ABOUT = """\
 ## At each size and on each text
 
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
-spreads over seeds. A difference within it says nothing. [Sweeps](sweeps.md) count the settings; some optimizers had
-fewer than AdamW over 1,600 steps. Where a preset has no sweep of its own, settings are those of the first, and the
-[page of all runs](quality_runs.md) names those that were not the best there. Other moments than float32's take its
-settings."""
+spreads over seeds. A difference within it says nothing. [Sweeps](sweeps.md) count the settings of each. Where a
+preset has no sweep of its own, settings are those of the first, and the [page of all runs](quality_runs.md) names
+those that were not the best there. Other moments than float32's take its settings."""
 
 
 def section(compared: Sequence[Comparison]) -> list[str]:

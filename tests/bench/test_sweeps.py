@@ -83,7 +83,6 @@ SWEEPS = sorted(pretrain.RESULTS.glob("sweep_*.json"))
 UNFINISHED = {
     "sweep_demo_warmup10.json": {"gwt3"},
     "sweep_demo_warmup10_clipped.json": {"gwt3"},
-    "sweep_cpu_long.json": {"gwt1", "gwt3", "foam3", "adafactor2"},  # at the rate that was better for all others
 }
 """Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
 WIDENED = {
