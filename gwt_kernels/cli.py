@@ -39,6 +39,14 @@ def level_of(text: str) -> Level:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'row'") from None
 
 
+def head_rows_of(text: str) -> int | None:
+    """``head_rows`` as it is written: ``all`` for None."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'all'") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status.
 
@@ -96,6 +104,13 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("model", help="a Hugging Face config.json, a folder with one, or a preset: llama_60m, llama_130m, "
         "llama_350m, llama_1b, llama_7b, llama_13b, llama_70b or llama_405b")  # fmt: skip
     _add_options(parser)
+    add(
+        "--head-rows",
+        type=head_rows_of,
+        default=1,
+        metavar="N",
+        help="rows that share a second moment, for --rule adam_mini (default: 1), or all: all of a tensor",
+    )
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument(
         "--bandwidth",
@@ -139,7 +154,6 @@ def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--out", required=True, metavar="FILE", help="to write; must not exist")
     _add_options(parser)
-    add("--weight-rounding", choices=("nearest", "stochastic", "split"), help="as for GWTAdamW")
     for number in ("--lr", "--eps", "--weight-decay", "--momentum"):
         add(number, type=float, metavar="X", help="default: the checkpoint's")
     add("--adamw-lr", type=float, metavar="X", help="of what GWTMuon, GWTLion and GWTAdafactor leave to AdamW "
@@ -180,6 +194,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--rule", choices=tuple(RULES), default="gwt", help="as for GWTAdamW, or muon for GWTMuon and so on "
         "(default: gwt)")  # fmt: skip
     add("--no-limiter", action="store_true", help="norm_growth_limit=None")
+    add("--weight-rounding", choices=("nearest", "stochastic", "split"), help="as for GWTAdamW")
     add("--include", action="append", metavar="RE", help="transform matrices of this name too; may be repeated")
     add(
         "--exclude", action="append", metavar="RE", help="leave parameters of this name at level 0; may be repeated"
@@ -259,10 +274,12 @@ def _plan(options: argparse.Namespace) -> int:
             level=options.level,
             state_dtype=_dtype(options.state_dtype),
             rule=options.rule,
-            norm_growth_limit=None if options.no_limiter else "published",
             include=options.include,
             exclude=options.exclude,
             dtype=_dtype(options.dtype),
+            weight_rounding=options.weight_rounding,
+            **({"norm_growth_limit": None} if options.no_limiter else {}),
+            **({"head_rows": options.head_rows} if options.head_rows != 1 else {}),
             bandwidth=measure_bandwidth() if options.measure else bandwidth,
         )
         if planned.too_narrow and not any(entry.level for entry in planned.entries):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,12 +18,24 @@ def torn_dims(p: Any, head_rows: int | None) -> tuple[int, ...]:
 
     Along these every process keeps the second moments of all heads.
     """
+    rows = p.dim() - 2
+    return torn_of(sharded_dims(p), rows, lambda: largest_blocks(p, rows), head_rows)
+
+
+def torn_of(sharded: Iterable[int], rows: int, block: Callable[[], int], head_rows: int | None) -> tuple[int, ...]:
+    """Return :func:`torn_dims` of a tensor whose dimension ``rows`` comes before the last.
+
+    Args:
+        sharded: Its dimensions that processes divide.
+        rows: The dimension of its rows.
+        block: Computes the length of the largest blocks of rows that no process has a part of.
+        head_rows: As for :func:`torn_dims`.
+    """
     if head_rows == 1:
         return ()
-    sharded, rows = sharded_dims(p) - {p.dim() - 1}, p.dim() - 2
     if head_rows is None:
-        return tuple(sorted(sharded))
-    return (rows,) if rows in sharded and largest_blocks(p, rows) % head_rows else ()
+        return tuple(sorted(dim for dim in set(sharded) if dim <= rows))
+    return (rows,) if rows in sharded and block() % head_rows else ()
 
 
 def heads_here(p: Any, head_rows: int | None) -> Heads:

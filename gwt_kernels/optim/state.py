@@ -76,16 +76,20 @@ def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int
     }
 
 
-def kept_dims(key: str, p: Tensor, group: Mapping[str, Any]) -> tuple[int | None, ...] | None:
+def kept_dims(
+    key: str, p: Tensor, group: Mapping[str, Any], torn: tuple[int, ...] | None = None
+) -> tuple[int | None, ...] | None:
     """The dimensions of a parameter that an entry of its state keeps, for all of which it is sharded alike.
 
     None for all of them. What there is one of a row is whole on every process that holds a part of the row; what
-    there is one of a head on every process that shares any heads with others.
+    there is one of a head on every process that shares any heads with others: along ``torn`` dimensions, by default
+    :func:`shared_dims`.
     """
     of_heads = key in row_slots_of(group)
     if p.dim() and (of_heads or (group["level"] == ROW and key in slots_of(group))):
-        torn = shared_dims(p, group) if of_heads else ()
-        return (*(None if d in torn else d for d in range(p.dim() - 1)), None)
+        if torn is None:
+            torn = shared_dims(p, group)
+        return (*(None if of_heads and d in torn else d for d in range(p.dim() - 1)), None)
     return factors_of(p, group).get(key)
 
 

@@ -12,7 +12,7 @@ from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.formats.moments import MOMENTS, SCALES
 from gwt_kernels.optim.matrices import matrix_options
 from gwt_kernels.optim.options import state_dtype_name
-from gwt_kernels.optim.state import complete, row_slots_of, slots_of
+from gwt_kernels.optim.state import complete, head_rows_of, row_slots_of, slots_of
 
 
 def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -56,12 +56,15 @@ def is_offered(state_dtype: torch.dtype | None) -> bool:
 def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] | None = None) -> int:
     """Return the bytes that a step reads and writes for a parameter, without the limiter's second read.
 
-    For a matrix stage these are the bytes of the element-wise passes: one writes its matrix, another reads it.
+    For a matrix stage these are the bytes of the element-wise passes: one writes its matrix, another reads it. Rows
+    that share a second moment are read once more, before.
     """
     options = None if group is None else matrix_options(group)
     matrices = 0 if options is None else 2 * p.numel() * options.newton_schulz.dtype.itemsize
+    sums = 0 if group is None or head_rows_of(group) == 1 else bytes_of(p)
+    low = bytes_of(*(state[key] for key in ("weight_low",) if key in state))
     # 3: p is read and written, its gradient (of p's dtype) is read.
-    return 3 * bytes_of(p) + 2 * _moment_bytes(state) + matrices
+    return 3 * bytes_of(p) + 2 * (_moment_bytes(state) + low) + matrices + sums
 
 
 def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gwt_kernels.distributed.heads import torn_of
+
 Axis = Literal["fsdp", "tp"]
 Division = tuple[Axis, int]
 """Mesh axis over which a tensor is sharded, and the sharded dimension."""
@@ -122,6 +124,22 @@ def lengths_of_parts(whole: int, n: int) -> set[int]:
     each = -(-whole // n)
     full = whole // each if each else 0
     return {length_of_part(whole, n, i) for i in {0, full, n - 1} if i < n}
+
+
+def lengths_along(dim: int, whole: int, divisions: Sequence[Division], mesh: Mesh) -> set[int]:
+    """Return the lengths of all parts of a tensor along a dimension."""
+    lengths = {whole}
+    for axis, divided in divisions:
+        if divided == dim:
+            lengths = set[int]().union(*(lengths_of_parts(length, getattr(mesh, axis)) for length in lengths))
+    return lengths
+
+
+def torn_by(p: Tensor, divisions: Sequence[Division], mesh: Mesh, head_rows: int | None) -> tuple[int, ...]:
+    """Return the dimensions along which processes would share heads of ``head_rows`` rows; None: all are one."""
+    rows = p.dim() - 2
+    sharded = {dim for axis, dim in divisions if getattr(mesh, axis) > 1}
+    return torn_of(sharded, rows, lambda: math.gcd(*lengths_along(rows, p.shape[rows], divisions, mesh)), head_rows)
 
 
 def shape_of_part(

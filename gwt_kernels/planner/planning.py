@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ from gwt_kernels.planner.costs import (
 from gwt_kernels.planner.plan import Cost, Entry, Plan
 
 LEVELS = (0, 1, 2, 3, 4)
+_NOT_PLANNED = {
+    "params",
+    "level",
+    "rule",
+    "state_dtype",
+    *("max_grad_norm", "skip_nonfinite", "capturable", "telemetry"),
+}
+"""Arguments of optimizers that are no options here: given otherwise, or of a step and not of its groups."""
 MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes[0] != torch.float64)
 
 
@@ -45,11 +54,11 @@ def plan(
     level: Level = 2,
     state_dtype: torch.dtype | None = None,
     rule: Rule = "gwt",
-    norm_growth_limit: float | Literal["published"] | None = "published",
     include: Sequence[str | re.Pattern[str]] | None = None,
     exclude: Sequence[str | re.Pattern[str]] | None = None,
     dtype: torch.dtype | None = None,
     bandwidth: float | None = None,
+    **options: Any,
 ) -> Plan:
     """Compute state and traffic of an optimizer over the groups of `gwt_param_groups`, without allocating any.
 
@@ -66,16 +75,17 @@ def plan(
         exclude: As for `gwt_param_groups`.
         state_dtype: dtype of the moments; None for the optimizer's default. An unsupported dtype is computed too,
             and marked as not offered.
-        rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on, with the defaults of
-            their own options. :func:`predicted_state_bytes` is for others, such as another ``head_rows``.
-        norm_growth_limit: As for `GWTAdamW`; None for no limiter. Other optimizers have none.
+        rule: As for `GWTAdamW`; ``"muon"`` for `GWTMuon`, ``"lion"`` for `GWTLion`, and so on.
         dtype: dtype of weights and gradients; None for the module's or configuration's, or bfloat16 if the
             configuration has none.
         bandwidth: Memory bandwidth in bytes per second, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
+        **options: Options of the optimizer, where its defaults are not meant: ``norm_growth_limit``,
+            ``weight_rounding``, ``head_rows``, ``workspace_bytes`` and so on. Clipping is an argument of
+            :func:`gwt_kernels.plan_sharded.plan_sharded`.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as :func:`gwt_kernels.models.files.build_on_meta`.
-        TypeError: the model, a parameter or an option has a wrong type.
+        TypeError: the model, a parameter or an option has a wrong type, or the optimizer has no such option.
         ValueError: the file is not a model configuration, or an option is out of range.
         RuntimeError: a parameter of a lazy module has no shape before the first forward pass.
     """
@@ -92,10 +102,20 @@ def plan(
     module = model if isinstance(model, nn.Module) else build_on_meta(model, dtype)
     check_initialized((f"parameter {name!r}", p) for name, p in module.named_parameters())
 
+    optimizer = optimizer_of(rule)
+    taken = [name for name in inspect.signature(optimizer).parameters if name not in _NOT_PLANNED]
+    if "norm_growth_limit" not in taken and options.get("norm_growth_limit") in (None, "published"):
+        options.pop("norm_growth_limit", None)  # there is no limiter
+    for option in options:
+        if option not in taken:
+            raise TypeError(
+                f"plan takes no option {option!r} of {optimizer.__name__}'s: it takes {', '.join(taken)}"
+            )
+
     def options_at(level: Level) -> _Setting:
         decided = decide(module, level=level, include=include, exclude=exclude)
         stand_ins = [(stand_in(p, dtype), decision) for p, decision in decided]
-        return _Setting(stand_ins, level, rule=rule, norm_growth_limit=norm_growth_limit)
+        return _Setting(stand_ins, level, rule, options)
 
     requested = options_at(level)
     settings: dict[Level, _Setting] = {level: requested}
@@ -161,7 +181,9 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 class _Setting:
     """An optimizer over a model's tensors at one level, on the meta device."""
 
-    def __init__(self, members: list[tuple[Tensor, Decision]], level: Level, **options: Any) -> None:
+    def __init__(
+        self, members: list[tuple[Tensor, Decision]], level: Level, rule: Rule, options: Mapping[str, Any]
+    ) -> None:
         self.members = members
         self.level = level
         kinds = {(d.level, d.is_transformed) for _, d in members}
@@ -170,13 +192,9 @@ class _Setting:
             | ({} if kind[1] else {"rule": "adamw"})
             for kind in sorted(kinds, key=lambda kind: (depth_of(kind[0]), kind[1]))
         ]
-        optimizer = optimizer_of(options["rule"])
-        if options["norm_growth_limit"] == "published" or optimizer is not optimizer_of("gwt"):
-            del options["norm_growth_limit"]
-        if optimizer.rules[0] == options["rule"] != "gwt":
-            del options["rule"]
-        if options.get("rule") == "adamw" and not level:
-            options["rule"] = "gwt"  # which is AdamW at level 0
+        optimizer = optimizer_of(rule)
+        if "rule" in inspect.signature(optimizer).parameters:  # "gwt" at level 0 is AdamW
+            options = {**options, "rule": "gwt" if rule == "adamw" and not level else rule}
         # The real optimizer, which checks the options and completes its groups with its defaults.
         self.optimizer = optimizer(groups, **options)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}

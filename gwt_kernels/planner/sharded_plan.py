@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from gwt_kernels.optim.state import kept_dims, takes_rows
+from gwt_kernels.optim.state import head_rows_of, kept_dims, takes_rows
 from gwt_kernels.planner.costs import adamw_state, bytes_of, limiter_bytes, pass_bytes
 from gwt_kernels.planner.matrix_work import MatrixWork
-from gwt_kernels.planner.mesh import Axis, Division, Mesh, divisions_of_state, part_of, shape_of_part
+from gwt_kernels.planner.mesh import Axis, Division, Mesh, divisions_of_state, part_of, shape_of_part, torn_by
 from gwt_kernels.planner.plan import Plan, label, moments_of
 from gwt_kernels.planner.tables import aligned, three_digits, unit_of
 
@@ -182,10 +182,12 @@ def held(
     for name, (whole, state) in planned.states.items():
         p = part_of(whole, divisions[name], mesh, at)
         group = planned.groups[name]
-        kept = {key: divisions_of_state(kept_dims(key, whole, group), divisions[name]) for key in state}
+        torn = torn_by(whole, divisions[name], mesh, head_rows_of(group))
+        kept = {key: divisions_of_state(kept_dims(key, whole, group, torn), divisions[name]) for key in state}
         shards = {key: part_of(x, kept[key], mesh, at) for key, x in state.items()}
         adamw = adamw_state(p, p.dtype)
-        reads = clip + (takes_rows(group) and any(dim == whole.dim() - 1 for _, dim in divisions[name]))
+        of_parts = takes_rows(group) and any(dim == whole.dim() - 1 for _, dim in divisions[name])
+        reads = clip + (of_parts and head_rows_of(group) == 1)  # of heads, pass_bytes has them
         moved = pass_bytes(p, shards, group) + limiter_bytes(p, shards) + reads * bytes_of(p)
         row = (bytes_of(p), bytes_of(*shards.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
         sums = [a + b for a, b in zip(sums, row, strict=True)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, format_of
-from gwt_kernels.optim.state import takes_rows
+from gwt_kernels.optim.state import head_rows_of, kept_dims, row_shape, takes_rows
 from gwt_kernels.planner.costs import bytes_of
 from gwt_kernels.planner.matrix_work import MatrixWork, work_of
 from gwt_kernels.planner.mesh import (
@@ -23,9 +24,11 @@ from gwt_kernels.planner.mesh import (
     Division,
     Mesh,
     divisions_of,
-    lengths_of_parts,
+    divisions_of_state,
+    lengths_along,
     part_of,
     shape_of_part,
+    torn_by,
 )
 from gwt_kernels.planner.plan import Plan
 from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
@@ -139,13 +142,17 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
     """Raise unless every process has whole blocks of every transformed row."""
     torn: dict[str, tuple[int, set[int]]] = {}
     for entry in planned.entries:
-        widths = {entry.shape[-1]} if entry.level else {0}
-        for axis, dim in divisions[entry.name]:
-            if dim == len(entry.shape) - 1:
-                n = getattr(mesh, axis)
-                widths = set[int]().union(*(lengths_of_parts(width, n) for width in widths))
-                if entry.level != ROW and (common := math.gcd(*widths)) % 2**entry.level:
-                    torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
+        last = len(entry.shape) - 1
+        if not entry.level or entry.level == ROW or last not in {dim for _, dim in divisions[entry.name]}:
+            continue
+        if (wavelet := planned.groups[entry.name]["wavelet"]) != "haar":
+            raise ValueError(
+                f"mesh {mesh} divides the columns of {entry.name}, over whose edges the filters of {wavelet!r} "
+                f"reach: use wavelet='haar', or a mesh that divides rows alone"
+            )
+        widths = lengths_along(last, entry.shape[-1], divisions[entry.name], mesh)
+        if (common := math.gcd(*widths)) % 2**entry.level:
+            torn[entry.name] = ((common & -common).bit_length() - 1, widths - {0})
     if torn:
         name, (_, widths) = min(torn.items(), key=lambda item: item[1][0])
         level, works = planned.chosen.level or 0, min(fits for fits, _ in torn.values())
@@ -174,10 +181,12 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
                     f"split: shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or "
                     f"another mesh"
                 )
-        if len(rows) > 1 and not even and stored is not None and stored.is_random:
+        stochastic = planned.groups[entry.name]["weight_rounding"] == "stochastic"
+        if len(rows) > 1 and not even and (stochastic or (stored is not None and stored.is_random)):
+            what, remedy = ("weights", "weight_rounding=None") if stochastic else ("moments", "float32 moments")
             raise ValueError(
                 f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
-                f"for which the random bits of bfloat16 moments are undefined: use float32 moments, or another mesh"
+                f"for which the random bits of bfloat16 {what} are undefined: use {remedy}, or another mesh"
             )
 
 
@@ -186,8 +195,9 @@ def _of_the_step(
 ) -> Iterator[Collective]:
     if not any(divisions.values()):
         return  # replicas compute the same decision without communication
-    for axis, size in _rows_by_axis(planned, mesh, divisions):
-        yield Collective("sums over rows", False, "all-reduce", getattr(mesh, axis), 1, size)
+    for what, of in (("rows", _row_sums), ("heads", _head_sums)):
+        for axis, size in _bytes_by_axis(planned, mesh, divisions, of):
+            yield Collective(f"sums over {what}", False, "all-reduce", getattr(mesh, axis), 1, size)
     if clip:
         yield Collective("gradient norm, non-finite", False, "all-reduce", mesh.size, 1, 2 * 8)
     limited = [name for name, (_, state) in planned.states.items() if "limiter_norm" in state and divisions[name]]
@@ -206,19 +216,39 @@ def _of_the_step(
         yield Collective("updates' squares", False, "all-reduce", n, 1, width * len(factored))
 
 
-def _rows_by_axis(
-    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]
+_Sums = Callable[[Tensor, Mapping[str, Any], Sequence[Division], Mesh], tuple[int, Collection[int]]]
+"""How many sums a process takes of a parameter before a step, and the dimensions along which they are added up."""
+
+
+def _row_sums(
+    p: Tensor, group: Mapping[str, Any], divisions: Sequence[Division], mesh: Mesh
+) -> tuple[int, Collection[int]]:
+    if not takes_rows(group):
+        return 0, ()
+    rows = math.prod(shape_of_part(p.shape, divisions, mesh, FIRST)[:-1])
+    return rows * rule_of(group["rule"]).row_numbers(group["level"]), (p.dim() - 1,)
+
+
+def _head_sums(
+    p: Tensor, group: Mapping[str, Any], divisions: Sequence[Division], mesh: Mesh
+) -> tuple[int, Collection[int]]:
+    torn = torn_by(p, divisions, mesh, head_rows_of(group))
+    kept = divisions_of_state(kept_dims(MOMENTS[1], p, group, torn), divisions)
+    return math.prod(shape_of_part(row_shape(p, head_rows_of(group)), kept, mesh, FIRST)), torn
+
+
+def _bytes_by_axis(
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], of: _Sums
 ) -> Iterator[tuple[Axis, int]]:
-    """The axes along which rows are divided whose sums a step needs, and the bytes of these sums on a process."""
+    """Yield the axes along which a step adds up sums, and the bytes of these on a process."""
     numbers: Counter[Axis] = Counter()
     width = 4
     for name, (p, _) in planned.states.items():
-        group = planned.groups[name]
-        axes = [axis for axis, dim in divisions[name] if dim == p.dim() - 1]
-        if axes and takes_rows(group):
-            rows = math.prod(shape_of_part(p.shape, divisions[name], mesh, FIRST)[:-1])
-            numbers.update(dict.fromkeys(axes, rows * rule_of(group["rule"]).row_numbers(group["level"])))
-            width = max(width, p.dtype.itemsize)
+        n, dims = of(p, planned.groups[name], divisions[name], mesh)
+        divided = sorted((dim, axis) for axis, dim in divisions[name])  # in the order of the step's collectives
+        axes = [axis for dim, axis in divided if dim in dims and getattr(mesh, axis) > 1]
+        numbers.update(dict.fromkeys(axes, n))
+        width = max(width, p.dtype.itemsize) if axes else width
     yield from ((axis, width * n) for axis, n in numbers.items())
 
 

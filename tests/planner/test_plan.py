@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import nn
 
-from gwt_kernels import GWTAdamMini, GWTAdamW, gwt_param_groups
+from gwt_kernels import GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups
 from gwt_kernels.cli import main
 from gwt_kernels.models.files import presets
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.plan import Plan, measure_bandwidth, parse_bandwidth, plan, predicted_state_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,39 @@ def test_prediction_for_heads(head_rows: int | None) -> None:
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 12), (2, 4, 5), (7,))]
     optimizer = GWTAdamMini(params, level=1, head_rows=head_rows)
     assert predicted_state_bytes(optimizer) == sum(step_once(optimizer).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (GWTAdamW, {"weight_rounding": "split"}),
+        (GWTAdamW, {"wavelet": "db2"}),
+        (GWTAdamMini, {"head_rows": None}),
+        (GWTMuon, {"norm_growth_limit": None}),
+        (GWTMuon, {"norm_growth_limit": "published", "workspace_bytes": 1 << 30, "adamw_eps": 1e-6}),
+    ],
+)
+def test_options_are_those_of_the_optimizer(kind: type[PlannedOptimizer], options: dict[str, object]) -> None:
+    model, rule = Small().to(torch.bfloat16), kind.rules[0]
+    planned = plan(model, rule=rule, **options)
+    taken = {key: value for key, value in options.items() if kind is not GWTMuon or key != "norm_growth_limit"}
+    held = step_once(kind(gwt_param_groups(model, rule=rule), **taken))
+    assert planned.state_bytes == sum(held.values())
+    assert planned.chosen in planned.options
+
+
+def test_bytes_of_heads_and_of_split_weights_are_counted_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False, dtype=torch.bfloat16))
+
+    def moved(**options: object) -> int:
+        return plan(model, level=1, include=["weight"], **options).chosen.moved_bytes
+
+    # Weights twice, the gradient; two bytes more of each weight twice; half of 128 first moments, 16 second ones.
+    one = 2 * 3 * 128
+    assert moved(norm_growth_limit=None) == one + 2 * 4 * (64 + 64)
+    assert moved(norm_growth_limit=None, weight_rounding="split") == one + 2 * 2 * 128 + 2 * 4 * (64 + 64)
+    assert moved(rule="adam_mini") == one + 2 * 4 * (64 + 16)
+    assert moved(rule="adam_mini", head_rows=8) == one + 2 * 128 + 2 * 4 * (64 + 2)
 
 
 def test_prediction_for_an_optimizer() -> None:
@@ -302,6 +336,11 @@ def test_model_without_anything_to_transform_says_so() -> None:
         ({"state_dtype": "bf16"}, TypeError, r"state_dtype must be.*'bf16'"),
         ({"level": -1}, ValueError, "level"),
         ({"norm_growth_limit": 0.5}, ValueError, "norm_growth_limit"),
+        ({"rule": "muon", "norm_growth_limit": 1.5}, TypeError, "no option 'norm_growth_limit' of GWTMuon's"),
+        ({"head_rows": 2}, TypeError, "no option 'head_rows' of GWTAdamW's: it takes lr, betas, eps"),
+        ({"max_grad_norm": 1.0}, TypeError, "no option 'max_grad_norm'"),
+        ({"rule": "adam_mini", "head_rows": 7}, ValueError, "head_rows"),
+        ({"weight_rounding": "up"}, ValueError, "weight_rounding"),
         ({"model": nn.Linear(4, 4).requires_grad_(False)}, ValueError, "no trainable parameter"),
         ({"model": nn.Linear(4, 4, dtype=torch.complex64)}, TypeError, "complex64"),
     ],
@@ -342,6 +381,9 @@ def test_command_prints_step_times_and_every_parameter(capsys: pytest.CaptureFix
     assert f"{planned.chosen.moved_bytes / 1e3:.0f}" in re.search(r"^>.*\d$", text, re.M)[0].split()
     assert "A step (give --bandwidth or --measure for its time)" in printed(capsys, str(path))
     assert "GB/s" in printed(capsys, str(path), "--measure")
+    options = ("--rule", "adam_mini", "--head-rows", "all", "--weight-rounding", "stochastic", "--json")
+    heads = plan(path, rule="adam_mini", head_rows=None, weight_rounding="stochastic")
+    assert json.loads(printed(capsys, str(path), *options)) == json.loads(json.dumps(heads.as_dict()))
 
 
 def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -382,6 +424,9 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (None, ["llama_60m", "--matrix-flops", "0"], "--matrix-flops needs --world-size or --mesh"),
         (None, ["llama_60m", "--latency", ""], "--latency needs --world-size or --mesh"),
         (None, ["llama_60m", "--rule", "adamw"], "rule='adamw' transforms nothing"),
+        (None, ["llama_60m", "--head-rows", "2"], "no option 'head_rows' of GWTAdamW's"),
+        (None, ["llama_60m", "--rule", "adam_mini", "--head-rows", "5"], "head_rows"),
+        (None, ["llama_60m", "--dtype", "fp32", "--weight-rounding", "split"], "split"),
     ],
 )
 def test_bad_input_gives_one_sentence_and_status_2(

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gwt_kernels import GWTAdamMini, GWTAdamW
 from gwt_kernels.cli import main
 from gwt_kernels.mesh import Mesh, mesh_of
+from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.state import kept_dims
 from gwt_kernels.plan import Plan, plan
-from gwt_kernels.plan_sharded import Collective, Held, parse_seconds, plan_sharded
+from gwt_kernels.plan_sharded import Collective, Held, ShardedPlan, parse_seconds, plan_sharded
 from gwt_kernels.planner.mesh import divisions_of_state, lengths_of_parts
 from tests.support import meshes
 
@@ -126,24 +128,29 @@ def test_split_blocks_are_refused_with_the_level_that_works() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "moments", "message"),
+    ("mesh", "moments", "options", "message"),
     [
         (
             Mesh(fsdp=5, tp=2),
             torch.bfloat16,
-            r"12 rows of embed\.weight are divided by tp and by fsdp into 10 uneven",
+            {},
+            r"12 rows of embed\.weight are divided by tp and by fsdp into 10 uneven.*float32 moments",
         ),
-        (Mesh(fsdp=5), torch.int8, r"int8 moments of big\.weight have a scale per 128"),
+        (Mesh(fsdp=5, tp=2), None, {"weight_rounding": "stochastic"}, r"uneven.* of bfloat16 weights"),
+        (Mesh(fsdp=5), torch.int8, {}, r"int8 moments of big\.weight have a scale per 128"),
+        (Mesh(tp=2), None, {"wavelet": "db2"}, r"columns of layers\.0\.mlp\.down\.weight.*'db2'"),
     ],
 )
-def test_the_optimizer_refuses_what_the_plan_refuses(mesh: Mesh, moments: torch.dtype, message: str) -> None:
+def test_the_optimizer_refuses_what_the_plan_refuses(
+    mesh: Mesh, moments: torch.dtype | None, options: dict[str, Any], message: str
+) -> None:
     model = meshes.Small().to(torch.bfloat16)
     if moments == torch.int8:
         model.add_module("big", nn.Linear(128, 128, bias=False, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=message):
-        plan_sharded(plan(model, state_dtype=moments), mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
-    for error in meshes.on_every_rank(meshes.refusal, mesh, moments, ranks=[0]).values():
-        assert re.search(r"random bits depend|int8 moments of", error)
+        plan_sharded(plan(model, state_dtype=moments, **options), mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
+    for error in meshes.on_every_rank(meshes.refusal, mesh, moments, options, ranks=[0]).values():
+        assert re.search(r"random bits depend|int8 moments of|filters of 'db2'", error)
 
 
 @pytest.mark.parametrize(
@@ -259,15 +266,54 @@ def test_factors_are_divided_along_the_dimensions_that_they_keep():
         assert of(key, x, group, divided[1:]) == list(divided[1:])
 
 
-def test_sums_over_rows_and_their_moments_are_those_of_the_optimizer() -> None:
-    mesh = Mesh(fsdp=2, tp=2)
-    planned = small(level="row", rule="foam")
+def equal_on_all(
+    mesh: Mesh, kind: type[PlannedOptimizer], grouping: dict[str, Any], options: dict[str, Any]
+) -> ShardedPlan:
+    """Compare the states and collectives of a plan with those of every process."""
+    planned = small(**{"rule": kind.rules[0], **grouping, **options})
     sharded = plan_sharded(planned, mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
-    found = meshes.on_every_rank(meshes.steps_of_rows, mesh)
+    found = meshes.on_every_rank(meshes.stepped, mesh, kind, grouping, options)
     for (_, fsdp, tp), (state_bytes, step) in found.items():
         assert sharded.held_by(fsdp, tp).state_bytes == state_bytes
         if fsdp == 0:
             assert step == [(c.kind, c.processes, c.total_bytes) for c in sharded.collectives if not c.engine]
+    return sharded
+
+
+@pytest.mark.parametrize(
+    ("mesh", "head_rows", "sums"),
+    [
+        (Mesh(fsdp=2), None, [("sums over heads", 2, 2 * 4)]),  # one head each of both up
+        (Mesh(fsdp=2, tp=2), None, [("sums over heads", 2, 2 * 4)] * 2),
+        (Mesh(fsdp=2), 8, [("sums over heads", 2, 2 * 3 * 4)]),  # 24 rows in two parts of 12
+        (Mesh(fsdp=3), 8, []),
+        (Mesh(dp=2, tp=2), 12, []),
+        (Mesh(fsdp=5), 6, [("sums over heads", 5, 2 * 4 * 4)]),
+    ],
+    ids=str,
+)
+def test_heads_that_a_mesh_tears_are_whole_and_summed(
+    mesh: Mesh, head_rows: int | None, sums: list[tuple[str, int, int]]
+) -> None:
+    sharded = equal_on_all(mesh, GWTAdamMini, {"level": 1, "exclude": ["down"]}, {"head_rows": head_rows})
+    assert [(c.purpose, c.processes, c.total_bytes) for c in sharded.collectives if not c.engine] == sums
+
+
+def test_heads_of_parts_of_rows() -> None:
+    sharded = equal_on_all(Mesh(fsdp=2, tp=2), GWTAdamMini, {"level": 2}, {"head_rows": None})
+    purposes = [c.purpose for c in sharded.collectives if not c.engine]
+    assert purposes == ["sums over rows", "sums over heads", "sums over heads"]
+
+
+def test_halves_of_split_weights_are_divided_as_weights_are() -> None:
+    sharded = equal_on_all(Mesh(fsdp=5, tp=2), GWTAdamW, {"level": 1}, {"weight_rounding": "split"})
+    more = sharded.plan.state_bytes - small(level=1).state_bytes
+    assert more == 2 * sum(p.numel() for p, _ in sharded.plan.states.values())
+    assert sharded.plan.chosen.moved_bytes - small(level=1).chosen.moved_bytes == 2 * more
+
+
+def test_sums_over_rows_and_their_moments_are_those_of_the_optimizer() -> None:
+    sharded = equal_on_all(Mesh(fsdp=2, tp=2), GWTAdamW, {"level": "row"}, {"rule": "foam"})
     # The rows of both layers' down, a half of 13 rounded up, two numbers each.
     assert [(c.purpose, c.total_bytes) for c in sharded.collectives if not c.engine] == [
         ("sums over rows", 2 * 7 * 2 * 4)

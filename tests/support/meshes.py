@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.scaling.collectives import Recorder
 from gwt_kernels import GWTAdamW, gwt_param_groups
 from gwt_kernels.mesh import Mesh
+from gwt_kernels.optim.base import PlannedOptimizer
 
 TENSOR_PARALLEL = {"layers.*.mlp.up": "colwise", "layers.*.mlp.down": "rowwise", "embed": "embedding_rowwise"}
 STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "embedding_rowwise": RowwiseParallel}
@@ -137,24 +138,26 @@ def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str,
     return [engine.calls, step.calls]
 
 
-def steps_of_rows(rank: int, mesh: Mesh) -> tuple[int, list[tuple[str, int, int]]]:
-    """Return the bytes of state of rows as blocks, and the collectives of a step."""
+def stepped(
+    rank: int, mesh: Mesh, kind: type[PlannedOptimizer], grouping: dict[str, Any], options: dict[str, Any]
+) -> tuple[int, list[tuple[str, int, int]]]:
+    """Return the bytes of state of an optimizer after a step, and the collectives of the step."""
     with process(rank, mesh) as devices:
         model = divide(Small().to(torch.bfloat16), mesh, devices)
-        optimizer = GWTAdamW(gwt_param_groups(model, level="row"), rule="foam")
+        optimizer = kind(gwt_param_groups(model, **grouping), **options)
         with Recorder() as step:
             state_bytes = held(optimizer)
     return state_bytes, step.calls
 
 
-def refusal(rank: int, mesh: Mesh, moments: torch.dtype) -> str:
+def refusal(rank: int, mesh: Mesh, moments: torch.dtype | None, options: dict[str, Any]) -> str:
     """Return the optimizer's error for a model with unsupported sharding."""
     with process(rank, mesh) as devices:
         model = Small().to(torch.bfloat16)
         if moments == torch.int8:
             model.add_module("big", nn.Linear(128, 128, bias=False, dtype=torch.bfloat16))
         try:
-            GWTAdamW(gwt_param_groups(divide(model, mesh, devices), level=2), state_dtype=moments)
+            GWTAdamW(gwt_param_groups(divide(model, mesh, devices), level=2), state_dtype=moments, **options)
         except ValueError as error:
             return str(error)
     return ""
