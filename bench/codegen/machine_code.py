@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime.cache import get_cache_manager
 
 from bench.codegen.access_names import Frames, array_name, parse_comment, parse_locations
 
@@ -134,7 +136,12 @@ def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(cuobjdump, "-res-usage", str(cubin))
-        code = _run(nvdisasm, "--print-line-info", "--print-code", "--no-dataflow", str(cubin))
+        # Kept where Triton keeps its kernels: to start nvdisasm takes longer than to read what it prints.
+        kept = get_cache_manager(hashlib.sha256(kernel.asm["cubin"] + nvdisasm.encode()).hexdigest())
+        if (path := kept.get_file("sass")) is None:
+            text = _run(nvdisasm, "--print-line-info", "--print-code", "--no-dataflow", str(cubin))
+            path = kept.put(text, "sass", binary=False)
+    code = Path(path).read_text()
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if resources is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {kernel.metadata.name}: {usage!r}")
