@@ -86,8 +86,8 @@ def check_heads_of(p: Tensor, group: Mapping[str, Any], name: str) -> None:
     head_rows, rows = head_rows_of(group), p.shape[-2] if p.dim() > 1 else 0
     if head_rows is not None and rows % head_rows:
         raise ValueError(
-            f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with another "
-            f"head_rows, such as 1 for a second moment a row"
+            f"{name} has {rows} rows, which head_rows={head_rows} does not divide: give it a group with a divisor "
+            f"of {rows}, such as 1 for a second moment a row, or exclude it from the transform"
         )
 
 

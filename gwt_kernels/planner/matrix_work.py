@@ -14,8 +14,9 @@ import torch
 from gwt_kernels.distributed import matrix_plan
 from gwt_kernels.distributed.matrix_plan import Layout, Runs, Unit
 from gwt_kernels.optim.matrices import MatrixOptions, matrix_options
+from gwt_kernels.optim.state import takes_rows
 from gwt_kernels.optim.step_plan import bucket_options
-from gwt_kernels.planner.mesh import Division, Mesh, way_of
+from gwt_kernels.planner.mesh import Division, Mesh
 from gwt_kernels.planner.plan import Plan
 
 Axes = tuple[str, ...]
@@ -146,17 +147,21 @@ class _Tally:
 
 
 def work_of(
-    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], ways: Mapping[str, str]
+    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], every: Mapping[str, Axes]
 ) -> MatrixWork | None:
-    """Return what a step's matrices take of each process of ``mesh``; None where the optimizer has none."""
+    """Return what a step's matrices take of each process; None where the optimizer has none.
+
+    ``every`` has the axes of ``mesh`` that a parameter is on.
+    """
     buckets: dict[Any, tuple[MatrixOptions, list[_Parameter]]] = {}
     for name, (p, state) in planned.states.items():
         group = planned.groups[name]
         options = matrix_options(group)
         if options is None:
             continue
-        axes = _axes_of(name, mesh, ways)
-        key = bucket_options(group), p.dtype, state["exp_avg"].dtype, bool(axes)
+        axes = every[name]
+        shares_rows = takes_rows(group) and any(dim == p.dim() - 1 for _, dim in divisions[name])
+        key = bucket_options(group), p.dtype, state["exp_avg"].dtype, bool(axes), shares_rows
         buckets.setdefault(key, (options, []))[1].append(_Parameter(tuple(p.shape), axes, divisions[name]))
     if not buckets:
         return None
@@ -177,12 +182,6 @@ def work_of(
         dict(tally.reductions),
         {n: max(each[n] for each in tally.added) for n in tally.reductions},
     )
-
-
-def _axes_of(name: str, mesh: Mesh, ways: Mapping[str, str]) -> Axes:
-    """The axes of the mesh that a parameter is on: those of FSDP2 with its replicas, and of tensor parallelism."""
-    by_engine = {"dp": mesh.fsdp > 1, "fsdp": True, "tp": way_of(name, ways) is not None}
-    return tuple(axis for axis, n in mesh._asdict().items() if n > 1 and by_engine[axis])
 
 
 def _held(p: _Parameter, mesh: Mesh, dividing: Axes) -> Iterable[tuple[Runs, ...]]:

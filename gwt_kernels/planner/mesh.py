@@ -104,6 +104,12 @@ def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> t
     return tuple(divisions)
 
 
+def axes_of(name: str, mesh: Mesh, ways: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the axes of the mesh that a parameter is on: of FSDP2 with its replicas, and of tensor parallelism."""
+    by_engine = {"dp": mesh.fsdp > 1, "fsdp": True, "tp": way_of(name, ways) is not None}
+    return tuple(axis for axis, n in mesh._asdict().items() if n > 1 and by_engine[axis])
+
+
 def way_of(name: str, ways: Mapping[str, str]) -> str | None:
     """How a plan for tensor parallelism, which names modules or their direct parameters, divides a parameter."""
     for pattern, way in ways.items():

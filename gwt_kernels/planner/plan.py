@@ -236,6 +236,10 @@ def _notes(plan: Plan) -> list[str]:
             state_dtype_name(dtype)
         except ValueError as error:
             notes.append(f"* This optimizer takes no {dtype} moments; their rows are computed only: {error}.")
+        else:
+            notes.append(
+                f"* With these options this optimizer takes no {dtype} moments; their rows are computed only."
+            )
     if not all(cost.offered for cost in plan.adamw):
         notes.append(
             "* torch.optim.AdamW keeps its moments in the weights' dtype: float32 ones take float32 weights, or a "

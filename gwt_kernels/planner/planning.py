@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from gwt_kernels.core.hyper import Rule
 from gwt_kernels.core.level import Level, depth_of
-from gwt_kernels.formats.moments import FORMATS, format_of
+from gwt_kernels.formats.moments import FORMATS, MOMENTS, format_of
 from gwt_kernels.models.files import build_on_meta
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
@@ -38,13 +38,10 @@ from gwt_kernels.planner.plan import Cost, Entry, Plan
 
 LEVELS = (0, 1, 2, 3, 4)
 _NOT_PLANNED = {
-    "params",
-    "level",
-    "rule",
-    "state_dtype",
-    *("max_grad_norm", "skip_nonfinite", "capturable", "telemetry"),
+    *("params", "level", "rule", "state_dtype"),
+    *("max_grad_norm", "skip_nonfinite", "capturable", "telemetry", "backend"),
 }
-"""Arguments of optimizers that are no options here: given otherwise, or of a step and not of its groups."""
+"""Arguments of optimizers that are no options here: given otherwise, or of a step and not of its states."""
 MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes[0] != torch.float64)
 
 
@@ -102,6 +99,8 @@ def plan(
     module = model if isinstance(model, nn.Module) else build_on_meta(model, dtype)
     check_initialized((f"parameter {name!r}", p) for name, p in module.named_parameters())
 
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be a string, such as 'gwt', got {rule!r}")
     optimizer = optimizer_of(rule)
     taken = [name for name in inspect.signature(optimizer).parameters if name not in _NOT_PLANNED]
     if "norm_growth_limit" not in taken and options.get("norm_growth_limit") in (None, "published"):
@@ -118,6 +117,8 @@ def plan(
         return _Setting(stand_ins, level, rule, options)
 
     requested = options_at(level)
+    if state_dtype is not None and is_offered(state_dtype):
+        requested.made(state_dtype)
     settings: dict[Level, _Setting] = {level: requested}
     for other in LEVELS:
         if other not in settings:
@@ -144,7 +145,9 @@ def plan(
         if level and 1 in settings
         else (),
         float32_moments=tuple(
-            d.name for _, d, state in requested.states(state_dtype) if state["exp_avg"].dtype == torch.float32
+            d.name
+            for _, d, state in requested.states(state_dtype)
+            if MOMENTS[0] in state and state[MOMENTS[0]].dtype == torch.float32
         )
         if requested_format is not None and requested_format.smallest
         else (),
@@ -187,17 +190,31 @@ class _Setting:
         self.members = members
         self.level = level
         kinds = {(d.level, d.is_transformed) for _, d in members}
-        groups = [
+        self._groups = [
             {"params": [(d.name, p) for p, d in members if (d.level, d.is_transformed) == kind], "level": kind[0]}
             | ({} if kind[1] else {"rule": "adamw"})
             for kind in sorted(kinds, key=lambda kind: (depth_of(kind[0]), kind[1]))
         ]
-        optimizer = optimizer_of(rule)
-        if "rule" in inspect.signature(optimizer).parameters:  # "gwt" at level 0 is AdamW
-            options = {**options, "rule": "gwt" if rule == "adamw" and not level else rule}
-        # The real optimizer, which checks the options and completes its groups with its defaults.
-        self.optimizer = optimizer(groups, **options)
+        self._make, self._options = optimizer_of(rule), {**options, "level": level}
+        if "rule" in inspect.signature(self._make).parameters:
+            self._options["rule"] = rule
+        self.optimizer = self.made(None)
         self.group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+
+    def made(self, state_dtype: torch.dtype | None) -> PlannedOptimizer:
+        """Make the real optimizer, which checks the options and completes its groups with its defaults."""
+        groups = [dict(group) for group in self._groups]
+        return self._make(groups, state_dtype=state_dtype, **self._options)  # type: ignore[call-arg]  # a subclass's
+
+    def _is_offered(self, state_dtype: torch.dtype | None) -> bool:
+        """Return whether the optimizer takes moments of this dtype together with its options."""
+        if state_dtype is None or not is_offered(state_dtype):
+            return state_dtype is None
+        try:
+            self.made(state_dtype)
+        except ValueError:
+            return False
+        return True
 
     def states(self, state_dtype: torch.dtype | None) -> Iterator[tuple[Tensor, Decision, dict[str, Tensor]]]:
         for p, decision in self.members:
@@ -223,7 +240,7 @@ class _Setting:
             state_bytes=sum(bytes_of(*state.values()) for _, _, state in states),
             moved_bytes=sum(pass_bytes(p, state, self.group_of[p]) for p, _, state in states) + limiter,
             limiter_bytes=limiter,
-            offered=is_offered(state_dtype),
+            offered=self._is_offered(state_dtype),
         )
 
     def adamw(self, moments: torch.dtype | None) -> Cost:

@@ -5,34 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.factored import FACTORS
 from gwt_kernels.core.level import ROW
 from gwt_kernels.formats.moments import MOMENTS, format_of
-from gwt_kernels.optim.state import head_rows_of, kept_dims, row_shape, takes_rows
-from gwt_kernels.planner.costs import bytes_of
+from gwt_kernels.planner.collectives import Placed, step_collectives
+from gwt_kernels.planner.costs import bytes_of, name_of_dtype
 from gwt_kernels.planner.matrix_work import MatrixWork, work_of
-from gwt_kernels.planner.mesh import (
-    FIRST,
-    Axis,
-    Division,
-    Mesh,
-    divisions_of,
-    divisions_of_state,
-    lengths_along,
-    part_of,
-    shape_of_part,
-    torn_by,
-)
+from gwt_kernels.planner.mesh import FIRST, Division, Mesh, axes_of, divisions_of, lengths_along, part_of
 from gwt_kernels.planner.plan import Plan
 from gwt_kernels.planner.sharded_plan import Collective, ShardedPlan, held, weights
-from gwt_kernels.rules import rule_of
 
 LINK_BANDWIDTH = 50e9
 """Bytes per second that a process sends while receiving as many; assumes 400 Gbit/s per GPU."""
@@ -64,13 +50,14 @@ def plan_sharded(
 
     ``tp`` first shards the layers that a tensor-parallel plan names. ``fsdp`` then shards the rows (dimension 0) of
     every tensor as :func:`torch.chunk` does, so the last processes may have less or nothing. Moments are sharded
-    like their parameters. Replicas (``dp``) have the same shards. All limited parameters are assumed to be on the
-    whole mesh, so that the limiter needs one all-reduce.
+    like their parameters. Replicas (``dp``) have the same shards.
 
     Args:
         planned: The model as a whole, as :func:`gwt_kernels.plan.plan` returns it.
         mesh: Number of processes along each axis.
-        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and one all-reduce is added.
+        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and one all-reduce is added, of
+            parameters that all are on the whole mesh, also where ``tensor_parallel`` does not name them: the
+            optimizer clips no others.
             ``skip_nonfinite`` alone adds the all-reduce too, but reads only gradients without limiter.
         tensor_parallel: ``"colwise"`` (shards a linear layer's outputs), ``"rowwise"`` (its inputs) or
             ``"embedding_rowwise"`` by module name, with ``*`` for a number; None for the model's
@@ -109,8 +96,9 @@ def plan_sharded(
     divisions = {name: divisions_of(name, p, mesh, ways) for name, p in weights(planned)}
     _check_columns(planned, mesh, divisions)
     _check_rows(planned, mesh, divisions)
-    matrices = work_of(planned, mesh, divisions, ways)
-    sums = _of_the_step(planned, mesh, divisions, clip)
+    axes = {name: axes_of(name, mesh, ways) for name in divisions}
+    matrices = work_of(planned, mesh, divisions, axes)
+    sums = step_collectives(Placed(planned, mesh, divisions, axes), clip)
     return ShardedPlan(
         plan=planned,
         mesh=mesh,
@@ -172,84 +160,29 @@ def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divisio
         n = math.prod(getattr(mesh, axis) for axis, _ in split)
         rows = [dim for _, dim in split if dim == 0]
         even = not split or entry.shape[0] % n == 0
-        stored = format_of(state[MOMENTS[0]].dtype)
-        if stored is not None and stored.scales and split:
+        first = state.get(MOMENTS[0])  # which a rule may do without
+        stored = None if first is None else format_of(first.dtype)
+        if first is not None and stored is not None and stored.scales and split:
             q = stored.block_size(entry.level)
-            if not even or len(rows) < len(split) or state[MOMENTS[0]].numel() // n % q:
+            if not even or len(rows) < len(split) or first.numel() // n % q:
                 raise ValueError(
                     f"{stored.name} moments of {entry.name} have a scale per {q} values, which mesh {mesh} would "
                     f"split: shards of rows must be equal and multiples of {q} values; use bfloat16 moments, or "
                     f"another mesh"
                 )
-        stochastic = planned.groups[entry.name]["weight_rounding"] == "stochastic"
-        if len(rows) > 1 and not even and (stochastic or (stored is not None and stored.is_random)):
-            what, remedy = ("weights", "weight_rounding=None") if stochastic else ("moments", "float32 moments")
+        if len(rows) < 2 or even:
+            continue
+        random = {}
+        if stored is not None and stored.is_random:
+            random[f"{stored.name} moments"] = "float32 moments"
+        if planned.groups[entry.name]["weight_rounding"] == "stochastic":
+            random[f"{name_of_dtype(entry.dtype)} weights"] = "weight_rounding=None"
+        if random:
             raise ValueError(
                 f"the {entry.shape[0]} rows of {entry.name} are divided by tp and by fsdp into {n} uneven parts, "
-                f"for which the random bits of bfloat16 {what} are undefined: use {remedy}, or another mesh"
+                f"for which the random bits of {' and '.join(random)} are undefined: use "
+                f"{' and '.join(random.values())}, or another mesh"
             )
-
-
-def _of_the_step(
-    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], clip: bool
-) -> Iterator[Collective]:
-    if not any(divisions.values()):
-        return  # replicas compute the same decision without communication
-    for what, of in (("rows", _row_sums), ("heads", _head_sums)):
-        for axis, size in _bytes_by_axis(planned, mesh, divisions, of):
-            yield Collective(f"sums over {what}", False, "all-reduce", getattr(mesh, axis), 1, size)
-    if clip:
-        yield Collective("gradient norm, non-finite", False, "all-reduce", mesh.size, 1, 2 * 8)
-    limited = [name for name, (_, state) in planned.states.items() if "limiter_norm" in state and divisions[name]]
-    if limited:
-        axes = {axis for name in limited for axis, _ in divisions[name]}
-        n = mesh.size if len(axes) > 1 else getattr(mesh, *axes)
-        width = max(planned.states[name][1]["limiter_norm"].element_size() for name in limited)
-        yield Collective("limiter norms", False, "all-reduce", n, 1, width * len(limited))
-    factored = [name for name, (_, state) in planned.states.items() if FACTORS[0] in state and divisions[name]]
-    if factored:
-        axes = {axis for name in factored for axis, _ in divisions[name]}
-        n = mesh.size if len(axes) > 1 else getattr(mesh, *axes)
-        width = max(planned.states[name][1][FACTORS[0]].element_size() for name in factored)
-        numbers = sum(_numbers_sent(planned.states[name][1], divisions[name]) for name in factored)
-        yield Collective("sums over rows and columns", False, "all-reduce", n, 1, width * numbers)
-        yield Collective("updates' squares", False, "all-reduce", n, 1, width * len(factored))
-
-
-_Sums = Callable[[Tensor, Mapping[str, Any], Sequence[Division], Mesh], tuple[int, Collection[int]]]
-"""How many sums a process takes of a parameter before a step, and the dimensions along which they are added up."""
-
-
-def _row_sums(
-    p: Tensor, group: Mapping[str, Any], divisions: Sequence[Division], mesh: Mesh
-) -> tuple[int, Collection[int]]:
-    if not takes_rows(group):
-        return 0, ()
-    rows = math.prod(shape_of_part(p.shape, divisions, mesh, FIRST)[:-1])
-    return rows * rule_of(group["rule"]).row_numbers(group["level"]), (p.dim() - 1,)
-
-
-def _head_sums(
-    p: Tensor, group: Mapping[str, Any], divisions: Sequence[Division], mesh: Mesh
-) -> tuple[int, Collection[int]]:
-    torn = torn_by(p, divisions, mesh, head_rows_of(group))
-    kept = divisions_of_state(kept_dims(MOMENTS[1], p, group, torn), divisions)
-    return math.prod(shape_of_part(row_shape(p, head_rows_of(group)), kept, mesh, FIRST)), torn
-
-
-def _bytes_by_axis(
-    planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], of: _Sums
-) -> Iterator[tuple[Axis, int]]:
-    """Yield the axes along which a step adds up sums, and the bytes of these on a process."""
-    numbers: Counter[Axis] = Counter()
-    width = 4
-    for name, (p, _) in planned.states.items():
-        n, dims = of(p, planned.groups[name], divisions[name], mesh)
-        divided = sorted((dim, axis) for axis, dim in divisions[name])  # in the order of the step's collectives
-        axes = [axis for dim, axis in divided if dim in dims and getattr(mesh, axis) > 1]
-        numbers.update(dict.fromkeys(axes, n))
-        width = max(width, p.dtype.itemsize) if axes else width
-    yield from ((axis, width * n) for axis, n in numbers.items())
 
 
 def _of_matrices(work: MatrixWork | None) -> Iterator[Collective]:
@@ -260,15 +193,6 @@ def _of_matrices(work: MatrixWork | None) -> Iterator[Collective]:
         yield Collective("matrices to owners and back", False, "all-to-all", n, calls, work.exchanged_bytes[n])
     for n, calls in sorted(work.reductions.items()):
         yield Collective("matrices of replicas", False, "all-reduce", n, calls, work.added_bytes[n])
-
-
-def _numbers_sent(state: Mapping[str, Tensor], divisions: Sequence[Division]) -> int:
-    """How many sums a factored tensor adds up over processes before its factors are known."""
-    row, col = (state[key] for key in FACTORS)
-    dims = {dim for _, dim in divisions}
-    rows, columns = row.dim() in dims, row.dim() - 1 in dims
-    means = math.prod(row.shape[:-1]) if rows or columns else 0
-    return rows * row.numel() + columns * col.numel() + means + 1
 
 
 def _of_the_engine(

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from gwt_kernels import GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups
 from gwt_kernels.cli import main
 from gwt_kernels.models.files import presets
 from gwt_kernels.optim.base import PlannedOptimizer
@@ -165,6 +165,19 @@ def test_options_are_those_of_the_optimizer(kind: type[PlannedOptimizer], option
     held = step_once(kind(gwt_param_groups(model, rule=rule), **taken))
     assert planned.state_bytes == sum(held.values())
     assert planned.chosen in planned.options
+
+
+def test_dtypes_that_the_options_exclude_are_computed_only() -> None:
+    planned = plan(Small(), wavelet="db2")
+    assert {cost.moments for cost in planned.options if cost.level and not cost.offered} == {"bfloat16", "int8"}
+    assert "With these options it takes no int8 moments" in str(planned)
+
+
+@pytest.mark.parametrize("moments", [None, torch.bfloat16, torch.int8])
+def test_adafactor_without_a_first_moment(moments: torch.dtype | None) -> None:
+    planned = plan(Small(), rule="adafactor", beta1=None, state_dtype=moments)
+    groups = gwt_param_groups(Small(), rule="adafactor")
+    assert planned.state_bytes == sum(step_once(GWTAdafactor(groups, beta1=None, state_dtype=moments)).values())
 
 
 def test_bytes_of_heads_and_of_split_weights_are_counted_by_hand() -> None:
@@ -339,6 +352,11 @@ def test_model_without_anything_to_transform_says_so() -> None:
         ({"rule": "muon", "norm_growth_limit": 1.5}, TypeError, "no option 'norm_growth_limit' of GWTMuon's"),
         ({"head_rows": 2}, TypeError, "no option 'head_rows' of GWTAdamW's: it takes lr, betas, eps"),
         ({"max_grad_norm": 1.0}, TypeError, "no option 'max_grad_norm'"),
+        ({"backend": "triton"}, TypeError, "no option 'backend'"),
+        ({"rule": ["gwt"]}, TypeError, r"rule must be a string.*\['gwt'\]"),
+        ({"rule": "adamw", "level": 0, "norm_growth_limit": 1.5}, ValueError, "rule='adamw' has no limiter"),
+        ({"wavelet": "db2", "state_dtype": torch.bfloat16}, ValueError, "knows no wavelet 'db2'"),
+        ({"boundary": "periodic", "state_dtype": torch.int8}, ValueError, "boundary"),
         ({"rule": "adam_mini", "head_rows": 7}, ValueError, "head_rows"),
         ({"weight_rounding": "up"}, ValueError, "weight_rounding"),
         ({"model": nn.Linear(4, 4).requires_grad_(False)}, ValueError, "no trainable parameter"),

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gwt_kernels import GWTAdamMini, GWTAdamW
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW
 from gwt_kernels.cli import main
 from gwt_kernels.mesh import Mesh, mesh_of
 from gwt_kernels.optim.base import PlannedOptimizer
@@ -137,6 +137,12 @@ def test_split_blocks_are_refused_with_the_level_that_works() -> None:
             r"12 rows of embed\.weight are divided by tp and by fsdp into 10 uneven.*float32 moments",
         ),
         (Mesh(fsdp=5, tp=2), None, {"weight_rounding": "stochastic"}, r"uneven.* of bfloat16 weights"),
+        (
+            Mesh(fsdp=5, tp=2),
+            torch.bfloat16,
+            {"weight_rounding": "stochastic"},
+            r"of bfloat16 moments and bfloat16 weights are undefined: use float32 moments and weight_rounding=None",
+        ),
         (Mesh(fsdp=5), torch.int8, {}, r"int8 moments of big\.weight have a scale per 128"),
         (Mesh(tp=2), None, {"wavelet": "db2"}, r"columns of layers\.0\.mlp\.down\.weight.*'db2'"),
     ],
@@ -267,12 +273,19 @@ def test_factors_are_divided_along_the_dimensions_that_they_keep():
 
 
 def equal_on_all(
-    mesh: Mesh, kind: type[PlannedOptimizer], grouping: dict[str, Any], options: dict[str, Any]
+    mesh: Mesh,
+    kind: type[PlannedOptimizer],
+    grouping: dict[str, Any],
+    options: dict[str, Any],
+    ways: dict[str, str] = meshes.TENSOR_PARALLEL,
+    wide: str = "",
 ) -> ShardedPlan:
     """Compare the states and collectives of a plan with those of every process."""
-    planned = small(**{"rule": kind.rules[0], **grouping, **options})
-    sharded = plan_sharded(planned, mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
-    found = meshes.on_every_rank(meshes.stepped, mesh, kind, grouping, options)
+    planned_options = {key: value for key, value in options.items() if key != "max_grad_norm"}
+    model = meshes.in_dtypes(meshes.Small(), wide)
+    planned = plan(model, **{"rule": kind.rules[0], **grouping, **planned_options})
+    sharded = plan_sharded(planned, mesh, clip="max_grad_norm" in options, tensor_parallel=ways)
+    found = meshes.on_every_rank(meshes.stepped, mesh, kind, grouping, options, ways, wide)
     for (_, fsdp, tp), (state_bytes, step) in found.items():
         assert sharded.held_by(fsdp, tp).state_bytes == state_bytes
         if fsdp == 0:
@@ -303,6 +316,44 @@ def test_heads_of_parts_of_rows() -> None:
     sharded = equal_on_all(Mesh(fsdp=2, tp=2), GWTAdamMini, {"level": 2}, {"head_rows": None})
     purposes = [c.purpose for c in sharded.collectives if not c.engine]
     assert purposes == ["sums over rows", "sums over heads", "sums over heads"]
+
+
+ROWWISE = {"layers.*.mlp.down": "rowwise"}
+"""A plan for tensor parallelism that leaves most parameters to FSDP2."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (GWTAdamMini, {"head_rows": None}),
+        (GWTAdafactor, {}),
+        (GWTAdafactor, {"beta1": None, "weight_rounding": "stochastic"}),
+        (GWTAdamW, {}),
+    ],
+    ids=str,
+)
+def test_parameters_on_a_part_of_the_mesh_are_summed_apart(
+    kind: type[PlannedOptimizer], options: dict[str, Any]
+) -> None:
+    sharded = equal_on_all(Mesh(fsdp=2, tp=2), kind, {"level": 1}, options, ROWWISE)
+    purposes = [c.purpose for c in sharded.collectives if not c.engine]
+    assert len(purposes) > len(set(purposes))
+
+
+def test_sums_are_as_wide_as_the_widest_parameter_that_needs_them() -> None:
+    equal_on_all(Mesh(fsdp=2, tp=2), GWTAdamMini, {"level": 1}, {"head_rows": None}, wide="up")
+    equal_on_all(Mesh(fsdp=2), GWTAdamW, {"level": 1}, {}, wide="down")
+
+
+def test_a_gradient_norm_comes_before_sums_over_heads() -> None:
+    options = {"head_rows": None, "max_grad_norm": 1.0}
+    sharded = equal_on_all(Mesh(fsdp=2), GWTAdamMini, {"level": 1, "exclude": ["down"]}, options)
+    assert next(c.purpose for c in sharded.collectives if not c.engine) == "gradient norm, non-finite"
+
+
+def test_replicas_of_tensor_parallel_layers_add_up_no_gradient_norm() -> None:
+    sharded = plan_sharded(small(), Mesh(dp=2, tp=2), clip=True, tensor_parallel=meshes.TENSOR_PARALLEL)
+    assert [c.processes for c in sharded.collectives if c.purpose == "gradient norm, non-finite"] == [2]
 
 
 def test_halves_of_split_weights_are_divided_as_weights_are() -> None:

@@ -64,12 +64,21 @@ def process(rank: int, mesh: Mesh) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def divide(model: nn.Module, mesh: Mesh, devices: Any) -> nn.Module:
+def in_dtypes(model: nn.Module, wide: str) -> nn.Module:
+    """Make modules whose names end with ``wide`` float64, and the others bfloat16."""
+    model.to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if wide and name.endswith(wide):
+            module.double()
+    return model
+
+
+def divide(model: nn.Module, mesh: Mesh, devices: Any, plan: dict[str, str] = TENSOR_PARALLEL) -> nn.Module:
     """Shard a model by PyTorch's own functions, each layer by itself."""
     if mesh.tp > 1:
         ways = {
             f"layers.{i}.{name.removeprefix('layers.*.')}" if "*" in name else name: STYLES[way]()
-            for name, way in TENSOR_PARALLEL.items()
+            for name, way in plan.items()
             for i in range(2)
         }
         parallelize_module(model, devices["tp"], ways)
@@ -139,11 +148,20 @@ def sent(rank: int, mesh: Mesh, options: dict[str, Any]) -> list[list[tuple[str,
 
 
 def stepped(
-    rank: int, mesh: Mesh, kind: type[PlannedOptimizer], grouping: dict[str, Any], options: dict[str, Any]
+    rank: int,
+    mesh: Mesh,
+    kind: type[PlannedOptimizer],
+    grouping: dict[str, Any],
+    options: dict[str, Any],
+    ways: dict[str, str],
+    wide: str,
 ) -> tuple[int, list[tuple[str, int, int]]]:
-    """Return the bytes of state of an optimizer after a step, and the collectives of the step."""
+    """Return the bytes of state of an optimizer after a step, and the collectives of the step.
+
+    ``ways`` is the plan for tensor parallelism. Parameters whose names have ``wide`` in them are float64.
+    """
     with process(rank, mesh) as devices:
-        model = divide(Small().to(torch.bfloat16), mesh, devices)
+        model = divide(in_dtypes(Small(), wide), mesh, devices, ways)
         optimizer = kind(gwt_param_groups(model, **grouping), **options)
         with Recorder() as step:
             state_bytes = held(optimizer)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from gwt_kernels import GWTMuon, gwt_param_groups
+from gwt_kernels.core.level import Level
 from gwt_kernels.mesh import Mesh
 from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import plan_sharded
@@ -24,14 +25,15 @@ def main() -> None:
     for mesh in (Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=2, tp=2), Mesh(tp=4), Mesh(dp=2, tp=2)):
         for dtype in (torch.float32, torch.bfloat16):
             with SMALL_BATCHES if dtype == torch.bfloat16 else nullcontext():
-                _check(mesh, dtype)
+                _check(mesh, dtype, 1)
+        _check(mesh, torch.float32, "row")  # parts of rows are exchanged apart from whole ones
 
 
-def _check(mesh: Mesh, dtype: torch.dtype) -> None:
+def _check(mesh: Mesh, dtype: torch.dtype, level: Level) -> None:
     torch.manual_seed(0)
     devices = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=("dp", "fsdp", "tp"))
     model = meshes.divide(meshes.Small().to(dtype), mesh, devices)
-    optimizer = GWTMuon(gwt_param_groups(model, level=1))
+    optimizer = GWTMuon(gwt_param_groups(model, level=level))
     sent: list[int] = []
     reduced: list[int] = []
     to_all, reduce = dist.all_to_all_single, dist.all_reduce
@@ -41,7 +43,8 @@ def _check(mesh: Mesh, dtype: torch.dtype) -> None:
         return to_all(output, given, *arguments, **options)
 
     def add_up(x: Any, **options: Any) -> Any:
-        reduced.append(x.nbytes)
+        if x.dtype == torch.bfloat16:  # sums over rows are wider
+            reduced.append(x.nbytes)
         return reduce(x, **options)
 
     for p in model.parameters():
@@ -52,7 +55,7 @@ def _check(mesh: Mesh, dtype: torch.dtype) -> None:
         FlopCounterMode(display=False) as counter,
     ):
         optimizer.step()
-    planned = plan(meshes.Small().to(dtype), level=1, rule="muon")
+    planned = plan(meshes.Small().to(dtype), level=level, rule="muon")
     sharded = plan_sharded(planned, mesh, tensor_parallel=meshes.TENSOR_PARALLEL)
     work, rank = sharded.matrices, dist.get_rank()
     assert work is not None
