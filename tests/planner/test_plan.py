@@ -170,7 +170,7 @@ def test_options_are_those_of_the_optimizer(kind: type[PlannedOptimizer], option
 def test_dtypes_that_the_options_exclude_are_computed_only() -> None:
     planned = plan(Small(), wavelet="db2")
     assert {cost.moments for cost in planned.options if cost.level and not cost.offered} == {"bfloat16", "int8"}
-    assert "With these options it takes no int8 moments" in str(planned)
+    assert "With these options this optimizer takes no int8 moments" in str(planned)
 
 
 @pytest.mark.parametrize("moments", [None, torch.bfloat16, torch.int8])
