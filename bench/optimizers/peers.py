@@ -24,7 +24,7 @@ FOUR_BIT = Likeness(0.9, 0.7, 1.3)
 
 
 def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> list[Candidate]:
-    """Return the candidates of the packages named, those of the targets first."""
+    """Return the candidates of the packages named, those of the targets first; beside other rules also AdamW."""
     on_cpu = device.type == "cpu"
     main = torch.float32 if on_cpu else torch.bfloat16
     chosen: list[Candidate] = []
@@ -35,6 +35,8 @@ def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> 
                 chosen += PEERS[name](torch.float32, list(levels))
             if on_cpu:
                 chosen += _ON_CPU.get(name, lambda levels: [])(list(levels))
+    if rules.NAME in names and "torch" not in names:  # so that every run has the step that pages divide by
+        chosen.append(adamw(main, fused=True)._replace(peer=rules.NAME))
     return chosen
 
 
@@ -57,9 +59,11 @@ def _gwt_on_cpu(levels: list[int]) -> list[Candidate]:
     found = [gwt(level, single, limiter=False, rule="foam") for level in levels if level]
     if 2 not in levels:
         return found
+    found += [gwt(2, dtype, limiter=False, rule="foam", moments=half) for dtype in (single, half)]
     found += [gwt(2, single, limiter=False, moments=moments) for moments in (half, torch.int8)]
     found += [gwt(2, half, limiter=on) for on in (False, True)] + [gwt(2, half, limiter=False, rule="foam")]
     found += [gwt(2, half, limiter=False, rounding=rounding) for rounding in ("stochastic", "split")]
+    found += [gwt(2, half, limiter=False, moments=half)]  # rounds to the nearest, as the fused AdamW does
     found += [gwt(2, half, limiter=False, moments=m, rounding="stochastic") for m in (half, torch.int8)]
     return found + [gwt(2, other, limiter=False, rounding=rounding) for rounding in (None, "stochastic")]
 

@@ -54,7 +54,7 @@ def suite(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
     exact = {"backend": "torch", "ns_dtype": torch.float64}
     found = [_candidate("Muon and AdamW(fused=True)", dtype, None, MuonAndAdamW, NARROW, muon(0, **exact))]
     for level in (0, *chosen):
-        kept = (None,) if level == 0 else (None, torch.bfloat16, torch.int8)
+        kept = (None, torch.int8) if level == 0 else (None, torch.bfloat16, torch.int8)
         for moments in kept:
             words = f", {str(moments).removeprefix('torch.')} moments" if moments else ""
             name = f"GWTMuon level {level}{words}"

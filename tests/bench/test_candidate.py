@@ -30,7 +30,7 @@ WIDE = [Shape("wide", (64, 128), True, True)]
     "candidate",
     [
         *(gwt(level, dtype, limiter=level == 2) for level in range(4) for dtype in (SINGLE, HALF)),
-        *(gwt(2, dtype, limiter=False, rule="foam") for dtype in (SINGLE, HALF)),
+        *(gwt(2, dtype, limiter=False, rule="foam", moments=m) for dtype in (SINGLE, HALF) for m in (None, HALF)),
         *(gwt(2, HALF, limiter=on, moments=moments) for on in (False, True) for moments in (HALF, torch.int8)),
         adamw(SINGLE, foreach=True),
         *(adamw(HALF, **how) for how in ({"fused": True}, {"foreach": True}, {"foreach": False})),
@@ -44,7 +44,7 @@ def test_right_results_pass_the_check(candidate: Candidate) -> None:
     assert 0 < error <= 1
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_wrong_results_of_other_rules_fail_the_check(index: int) -> None:
     candidate = rules.suite(SINGLE, [2])[index]
 

@@ -67,7 +67,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     names.append("GWTAdamW level 2, limiter, skips bad batches")
     names += [f"GWTAdamW level 2, {what}" for what in ("foam", "stochastic rounding", "split rounding")]
     names += [f"GWTAdamW level 2, {dtype} moments" for dtype in ("bfloat16", "int8")]
-    names += [f"{name}, stochastic rounding" for name in names[-2:]]
+    names += [f"{name}, stochastic rounding" for name in names[-2:]] + ["GWTAdamW level 2, foam, bfloat16 moments"]
     names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
     times = {"step_time", "host_time", "wall_time"}
     metrics = times | {"bytes_moved", "roofline_time", "copy_bandwidth_fraction"}

@@ -100,6 +100,24 @@ def test_names_of_candidates_are_distinct() -> None:
     ]
 
 
+def test_foam_with_bfloat16_moments_is_timed_on_a_cpu_beside_equal_weights() -> None:
+    """So are the published rule's bfloat16 moments without stochastic rounding, as AdamW's weights round."""
+    found = {(candidate.name, candidate.weights) for candidate in suite(["gwt", "torch"], [2], CPU)}
+    for weights in ("float32", "bfloat16"):
+        moments = {f"GWTAdamW level 2, {rule}bfloat16 moments" for rule in ("", "foam, ")}
+        assert {(name, weights) for name in moments | {"AdamW(fused=True)"}} <= found
+
+
+def test_other_rules_are_timed_beside_the_fused_adamw() -> None:
+    def names(*packages: str) -> list[str]:
+        return [candidate.name for candidate in suite(packages, [2], CPU) if candidate.weights == "float32"]
+
+    assert names("rules").count("AdamW(fused=True)") == 1
+    assert names("torch", "rules").count("AdamW(fused=True)") == 1
+    assert {candidate.peer for candidate in suite(["rules"], [2], CPU)} == {"rules"}
+    assert "GWTMuon level 0, int8 moments" in names("rules")
+
+
 def like(build: Callable[[list[dict]], Optimizer], likeness: Likeness = ADAMW) -> Candidate:
     return Candidate("other AdamW", torch.float32, None, False, build, None, "other", likeness)
 
