@@ -45,7 +45,7 @@ MEND = "run `python -m bench.report` and commit what it writes"
 
 
 def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
-    """Return the text of every page under `root` that has generated blocks, and all plots.
+    """Return the text of every page under `root` that has generated blocks, of files beside them, and all plots.
 
     Raises:
         ValueError: a file of results is not in the known format, or a page has a block of unknown name.
@@ -54,6 +54,7 @@ def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
     pages = {
         page: blocks.fill(page.read_text(), runs, _to_docs(page, root)) for page in blocks.pages(root, GENERATED)
     }
+    pages |= {root / "docs" / name: text for name, text in machine_code.files(runs).items()}
     drawn = [state.plot()]
     for name, part in GENERATED.items():
         text, own = part.page(runs)

@@ -16,10 +16,9 @@ from bench.codegen.bounds import (
     SLOTS,
     SPECIAL,
 )
-from bench.report.kernel_names import kernel_name
-from bench.report.markdown import details, number, origin, percent, table
+from bench.report.kernel_names import is_usual, kernel_name
+from bench.report.markdown import comma_separated, number, origin, percent, table
 from bench.report.rows import Row, Run
-from gwt_kernels.core.level import ROW, depth_of
 
 CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
 
@@ -29,8 +28,9 @@ assembly language, from which machine code is made) is executed on a CPU and cou
 one), so that the look-up of a tile's tensor is a real one: 4 rows of 4,096 on the flat path, 5 of 5,461 (the width
 of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
 
-- *instructions*: PTX instructions that threads execute, over elements. The classes add up to it; *special* is
-  divisions, roots and reciprocals, *other* is comparisons, selections, moves, parameters, barriers and jumps.
+- *instructions*: PTX instructions that threads execute, over elements. The classes in the file add up to it;
+  *special* is divisions, roots and reciprocals, *other* is comparisons, selections, moves, parameters, barriers and
+  jumps.
 - *slots*: {LANES} for each instruction that a warp ({LANES} threads, its lanes) issues, however few of them take
   part, over elements.
 - *sectors*: the sectors of 32 bytes that instructions of warps request of weights, gradients, moments, scales and
@@ -50,60 +50,53 @@ of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
   where PTX's count alone suffices, and `either` between the two."""
 
 
-def section(runs: Sequence[Run]) -> list[str]:
-    """Return the section from the newest record."""
+def section(runs: Sequence[Run], file: str) -> list[str]:
+    """Return the section from the newest record; `file` is the path of its `listing` beside the page."""
     parts = ["## Executed instructions", ABOUT]
     if not runs:
         return [*parts, "Nothing is recorded yet: `python -m bench.codegen --executed --record` counts them."]
     run = runs[0]
     for target in dict.fromkeys(row["target"] for row in run.rows):
         every = [row for row in run.rows if row["target"] == target]
-        # At the levels that the project promises counts of, in full; of the others what costs most.
-        rows = [row for row in every if row["level"] in (2, ROW)]
-        what = ["kernel", "dtypes", "path", "level"]
-        headings = [
-            *what,
-            "instructions",
-            "bytes",
-            "sectors",
-            "apart",
-            "waits",
-            "issue",
-            "bandwidth",
-            "machine code",
-        ]
-        parts.append(f"### On {target}, level 2 and rows")
-        usual = [row for row in rows if "," not in kernel_name(row)] or rows
-        others = [row for row in rows if row not in usual]
-        bounds = [
-            table([*headings, "bound"], [[*_what(row), *_bound(row)] for row in shown], left=4)
-            for shown in (usual, others)
-        ]
-        parts.append(bounds[0])
-        if others:
-            parts.append(
-                details(f"{target}, level 2 and rows, other rules and roundings ({len(others)} kernels)", bounds[1])
-            )
-        headings = [*what, *CLASSES, "instructions", "slots", "look-ups, bytes"]
-        classes = table(headings, [[*_what(row), *_classes(row)] for row in rows], left=4)
-        parts.append(details(f"{target}, level 2 and rows, instructions by class ({len(rows)} kernels)", classes))
-        if len(every) > len(rows):
-            parts.append(details(f"{target}, every level ({len(every)} kernels)", _by_level(every)))
+        parts += [f"### On {target}", "All kernels, by what bounds them, weights and moments:", _by_bound(every)]
+        headings = ["kernel", "path", "level", "instructions", "bytes", "sectors", "apart", "waits", "issue"]
+        headings += ["bandwidth", "machine code", "bound"]
+        rows = [[kernel_name(row), _path(row), str(row["level"]), *_bound(row)] for row in every if is_usual(row)]
+        words = "Level 2 and rows, bf16 weights and gradients, float32 moments, weights rounded to the nearest"
+        parts += [f"{words} ([every kernel, by class of instruction too]({file})):", table(headings, rows, left=3)]
     return [*parts, origin(run)]
 
 
-def _by_level(rows: Sequence[Row]) -> str:
-    """Lay out one line a kernel, with instructions and sectors at each level."""
-    levels = sorted({row["level"] for row in rows}, key=depth_of)
-    lines: dict[tuple[str, ...], dict[int, str]] = {}
+def listing(run: Run) -> str:
+    """Return every kernel of a run as comma-separated values; shares are fractions."""
+    headings = ["target", "kernel", "weights", "moments", "path", "width", "level", "instructions", "bytes"]
+    headings += ["sectors", "apart", "waits", "issue", "bandwidth", "machine code", "bound"]
+    headings += [*(f"{name} instructions" for name in CLASSES), "slots", "look-ups, bytes"]
+    return comma_separated(headings, map(_listed, run.rows))
+
+
+def _listed(row: Row) -> list[object]:
+    what = (row["target"], kernel_name(row), row["weights"], row["moments"] or "", row["path"], row["width"])
+    counts = (row["executed"], row["bytes"], row["requested"], row["distinct"])
+    shares = (row["issue_share"], row["bandwidth_share"], row["machine_demand"])
+    classes = [
+        *(row["instructions"][name] for name in CLASSES),
+        row["slots"],
+        row["sectors"].get("look-ups load", 0),
+    ]
+    numbers = [f"{each:.2f}" for each in (*counts, *shares, *classes)]
+    return [*what, row["level"], *numbers[:4], row["dependent_loads"], *numbers[4:7], bound(row), *numbers[7:]]
+
+
+def _by_bound(rows: Sequence[Row]) -> str:
+    """Count the kernels of each combination of dtypes by what bounds them."""
+    bounds = list(dict.fromkeys(["bandwidth", "either", *map(bound, rows)]))
+    counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        text = f"{number(row['executed'])} · {row['requested']:.2f}"
-        cell = text if bound(row) == "bandwidth" else f"**{text}**"
-        lines.setdefault(tuple(_what(row)[:3]), {})[row["level"]] = cell
-    headings = ["kernel", "dtypes", "path", *(f"level {level}" for level in levels)]
-    note = "Instructions · sectors over bytes; bold where bandwidth does not bound the kernel for certain."
-    body = [[*what, *(cells.get(level, "") for level in levels)] for what, cells in lines.items()]
-    return f"{note}\n\n{table(headings, body, left=3)}"
+        own = counts.setdefault(f"{row['weights']}/{row['moments'] or '-'}", dict.fromkeys(bounds, 0))
+        own[bound(row)] += 1
+    lines = [[dtypes, *(str(own[each]) for each in bounds)] for dtypes, own in counts.items()]
+    return table(["weights/moments", *bounds], lines)
 
 
 def bound(row: Row) -> str:
@@ -113,9 +106,8 @@ def bound(row: Row) -> str:
     return "bandwidth" if row["machine_demand"] < 1 else "either"
 
 
-def _what(row: Row) -> list[str]:
-    path = "flat" if row["path"] == "flat" else f"row, {row['width']:,}"
-    return [kernel_name(row), f"{row['weights']}/{row['moments'] or '-'}", path, str(row["level"])]
+def _path(row: Row) -> str:
+    return "flat" if row["path"] == "flat" else f"row, {row['width']:,}"
 
 
 def _bound(row: Row) -> list[str]:
@@ -128,8 +120,3 @@ def _bound(row: Row) -> list[str]:
         *(percent(row[name]) for name in ("issue_share", "bandwidth_share", "machine_demand")),
         bound(row),
     ]
-
-
-def _classes(row: Row) -> list[str]:
-    counts = [*(row["instructions"][name] for name in CLASSES), row["executed"], row["slots"]]
-    return [*(f"{n:.1f}" for n in counts), number(row["sectors"].get("look-ups load", 0.0))]

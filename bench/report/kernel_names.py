@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.report.rows import Row
+from gwt_kernels.core.level import ROW
 
 NAMES = {
     "step_kernel": "step",
@@ -21,3 +22,13 @@ def kernel_name(row: Row) -> str:
     kernel = NAMES[row["kernel"]] + (" after limiter" if row["limited"] else "")
     usual = ("gwt", "nearest", None)
     return ", ".join([kernel, *(row[k] for k in ("rule", "rounding") if row.get(k) not in usual)])
+
+
+def is_usual(row: Row) -> bool:
+    """Return whether the page shows a kernel: level 2 or rows, float32 moments, weights rounded to the nearest."""
+    return (
+        row["level"] in (2, ROW)
+        and row["moments"] in ("fp32", None)
+        and row.get("rounding") in ("nearest", None)
+        and row["weights"] == "bf16"
+    )

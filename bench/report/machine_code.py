@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report import executed
-from bench.report.kernel_names import NAMES, kernel_name
-from bench.report.markdown import details, origin, table
+from bench.report.kernel_names import NAMES, is_usual, kernel_name
+from bench.report.markdown import comma_separated, origin, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
 
@@ -23,10 +23,33 @@ one second moment for several rows. Resident are the warps that registers and sh
 multiprocessor, of those that it can hold."""
 
 
+TARGET = "sm_90"
+"""The target whose kernels are shown, if it is recorded; the file lists those of all."""
+
+LISTING, EXECUTED = "data/machine_code.csv", "data/executed.csv"
+"""Files that list every kernel, beside the page."""
+
+
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page, which has no plots."""
     parts = ["# Machine code", INTRODUCTION, *_resources(of(runs, "codegen"))]
-    return "\n\n".join([*parts, *executed.section(of(runs, "executed"))]) + "\n", []
+    return "\n\n".join([*parts, *executed.section(of(runs, "executed"), EXECUTED)]) + "\n", []
+
+
+def files(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the files that the page links to, by their paths beside it."""
+    found = {}
+    if codegen := of(runs, "codegen"):
+        headings = ["target", "kernel", "weights", "moments", "path", "level", "loads", "stores", "registers"]
+        headings += ["spills", "stack, bytes", "resident warps", "warps at most"]
+        found[LISTING] = comma_separated(headings, map(_listed, _known(codegen[0])))
+    if counted := of(runs, "executed"):
+        found[EXECUTED] = executed.listing(counted[0])
+    return found
+
+
+def _known(run: Run) -> list[Row]:
+    return [row for row in run.rows if row["kernel"] in NAMES]
 
 
 def _resources(runs: Sequence[Run]) -> list[str]:
@@ -34,35 +57,54 @@ def _resources(runs: Sequence[Run]) -> list[str]:
     parts = ["## Loads, stores and resources", ABOUT]
     if not runs:
         return [*parts, "Nothing is recorded yet: `python -m bench.codegen --record` compiles every variant."]
-    run = runs[0]
-    for target in dict.fromkeys(row["target"] for row in run.rows):
-        rows = [row for row in run.rows if row["target"] == target and row["kernel"] in NAMES]
-        dtypes = len({(row["weights"], row["moments"]) for row in rows if row["moments"]}) > 1
-        headings = ["kernel", *(["dtypes"] if dtypes else []), "path", "level", "loads", "stores"]
-        headings += ["registers", "spills", "resident warps"]
-        lines = [_line(row, target, dtypes) for row in rows]
-        parts.append(details(f"{target} ({len(lines)} kernels)", table(headings, lines, left=5 + dtypes)))
-    weights = sorted({row["weights"] for row in run.rows if row["weights"]})
-    moments = sorted({row["moments"] for row in run.rows if row["moments"]})
-    parts.append(f"Weights and gradients: {', '.join(weights)}; moments: {', '.join(moments)}.")
-    return [*parts, origin(run)]
+    known = _known(runs[0])
+    targets = list(dict.fromkeys(row["target"] for row in known))
+    headings = ["target", "kernels", "that spill", "most registers", "fewest resident warps"]
+    parts += ["All kernels, by target:", table(headings, [_summary(target, known) for target in targets])]
+    target = TARGET if TARGET in targets else targets[0]
+    headings = ["kernel", "path", "level", "loads", "stores", "registers", "spills", "resident warps"]
+    shown = [row for row in known if row["target"] == target and is_usual(row)]
+    what = "bf16 weights and gradients, float32 moments, weights rounded to the nearest"
+    parts.append(f"On {target} at level 2 and by rows, {what} ([every kernel]({LISTING})):")
+    parts.append(table(headings, [_line(row, target) for row in shown], left=5))
+    return [*parts, origin(runs[0])]
 
 
-def _line(row: Row, target: str, dtypes: bool) -> list[str]:
+def _summary(target: str, known: Sequence[Row]) -> list[str]:
+    own = [row for row in known if row["target"] == target]
+    fewest = min(row["resident_warps"] for row in own)
+    spilling = sum(bool(row["spills"] or row["stack"]) for row in own)
+    return [target, *map(str, (len(own), spilling, max(row["registers"] for row in own))), _of_all(fewest, target)]
+
+
+def _of_all(resident: int, target: str) -> str:
+    return f"{resident} of {_most_warps(target)}"
+
+
+def _most_warps(target: str) -> int:
     from bench.codegen.machine_code import LIMITS  # needs Triton, as did the rows of this table
 
-    resident = f"{row['resident_warps']} of {LIMITS[target].warps}"
+    return LIMITS[target].warps
+
+
+def _line(row: Row, target: str) -> list[str]:
     return [
         kernel_name(row),
-        *([f"{row['weights']}/{row['moments'] or '-'}"] if dtypes else []),
         str(row["path"]),
         str(row["level"]),
         _accesses(row, "loads"),
         _accesses(row, "stores"),
         str(row["registers"]),
         str(row["spills"]) + (f", {row['stack']} bytes of stack" if row["stack"] else ""),
-        resident,
+        _of_all(row["resident_warps"], target),
     ]
+
+
+def _listed(row: Row) -> list[object]:
+    what = (kernel_name(row), row["weights"], row["moments"] or "", row["path"], row["level"])
+    used = (row["registers"], row["spills"], row["stack"], row["resident_warps"])
+    accesses = (_accesses(row, "loads"), _accesses(row, "stores"))
+    return [row["target"], *what, *accesses, *used, _most_warps(row["target"])]
 
 
 def _accesses(row: Row, what: str) -> str:

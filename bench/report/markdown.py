@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -11,11 +13,22 @@ from typing import Any
 from bench.common import sources
 from bench.report.rows import Row, Run
 
+TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+SIZES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+"""Units and their names, the largest first."""
+
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """Return a Markdown table whose columns are aligned to the right after the first `left` ones."""
     marks = ["---" if i < left else "--:" for i in range(len(headings))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows))
+
+
+def comma_separated(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table as comma-separated values, for what is too long for a page."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([headings, *rows])
+    return text.getvalue()
 
 
 def details(summary: str, body: str) -> str:
@@ -37,6 +50,23 @@ def number(value: float | None, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits - 1}e}")
     decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:,.{max(0, decimals)}f}"
+
+
+def duration(seconds: float) -> str:
+    """Format a time with three significant digits, in the unit that needs no leading zeros."""
+    return _in_units(seconds, TIMES)
+
+
+def size(count: float) -> str:
+    """Format a number of bytes likewise."""
+    return _in_units(count, SIZES)
+
+
+def _in_units(value: float, units: Sequence[tuple[float, str]]) -> str:
+    if value == 0:
+        return "0"
+    factor, unit = next((each for each in units if float(f"{value:.2e}") >= each[0]), units[-1])
+    return f"{number(value / factor)} {unit}"
 
 
 def spread(row: Row | None, factor: float = 1.0) -> str:

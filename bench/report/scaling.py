@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench.report.markdown import details, number, origin, spread, table
+from bench.report.markdown import duration, number, origin, size, spread, table
 from bench.report.rows import Row, Run, of
 from bench.scaling.__main__ import REFERENCES
 from gwt_kernels.mesh import Mesh, mesh_of
@@ -28,12 +28,11 @@ def gpus_table() -> str:
     The first has what a GPU holds, the second what it sends and the time of a step.
     """
     held_headings = [
-        "LLaMA", "GPUs", "weights + gradients, GiB", "AdamW's states, GiB", "GWT's states, GiB",
-        "over an even share",
+        "LLaMA", "GPUs", "weights + gradients", "AdamW's states", "GWT's states", "over an even share",
     ]  # fmt: skip
     time_headings = [
-        "LLaMA", "GPUs", "AdamW: memory, ms", "GWT: memory, ms", "GWT: all-reduce, ms", "GWT: host, ms",
-        "GWT's step, ms", "all-reduce, bytes", "FSDP2 gathers and scatters, GiB", "FSDP2, s",
+        "LLaMA", "GPUs", "AdamW: memory", "GWT: memory", "GWT: all-reduce", "GWT: host", "GWT's step",
+        "sent by all-reduce", "sent by FSDP2", "FSDP2",
     ]  # fmt: skip
     held_rows, time_rows = [], []
     for model in MODELS:
@@ -42,7 +41,7 @@ def gpus_table() -> str:
             held = sharded.largest
             excess = (held.weight_bytes + held.gradient_bytes + held.state_bytes) / sharded.even_bytes - 1
             sizes = (held.weight_bytes + held.gradient_bytes, held.adamw_state_bytes, held.state_bytes)
-            held_rows.append([model.upper(), f"{n:,}", *map(_gib, sizes), f"{100 * excess:.1f} %"])
+            held_rows.append([model.upper(), f"{n:,}", *map(size, sizes), f"{100 * excess:.1f} %"])
             time_rows.append([model.upper(), f"{n:,}", *_times(sharded), *_sent(sharded)])
     return f"{table(held_headings, held_rows)}\n\n{table(time_headings, time_rows)}"
 
@@ -50,16 +49,15 @@ def gpus_table() -> str:
 def meshes_table() -> str:
     """Return the Markdown table of the largest model on the most GPUs, by mesh, with float32 moments."""
     headings = [
-        "mesh", "weights + gradients, GiB", "GWT's states, GiB", "AdamW: memory, ms", "GWT: memory, ms",
-        "GWT: all-reduce, ms", "GWT: host, ms", "GWT's step, ms", "all-reduce, bytes",
-        "gathers, scatters, reductions, GiB", "engine, s",
+        "mesh", "weights + gradients", "GWT's states", "AdamW: memory", "GWT: memory", "GWT: all-reduce",
+        "GWT: host", "GWT's step", "sent by all-reduce", "sent by the engine", "engine",
     ]  # fmt: skip
     rows = []
     for text in MESHES:
         sharded = plan_sharded(_planned(MODELS[-1], None), mesh_of(GPUS[-1], text))
         held = sharded.largest
         sizes = (held.weight_bytes + held.gradient_bytes, held.state_bytes)
-        rows.append([f"`{text}`", *map(_gib, sizes), *_times(sharded), *_sent(sharded)])
+        rows.append([f"`{text}`", *map(size, sizes), *_times(sharded), *_sent(sharded)])
     return table(headings, rows)
 
 
@@ -72,11 +70,9 @@ def example() -> str:
 
 
 def measured(runs: Sequence[Run]) -> str:
-    """Return predictions and measurements of every run: the newest open, older ones folded."""
-    parts = [_run(run) for run in of(runs, "scaling")]
-    if not parts:
-        return "Nothing is recorded yet: `python -m bench.scaling` measures it."
-    return "\n\n".join([parts[0], *(details(f"An earlier run ({i})", part) for i, part in enumerate(parts[1:], 1))])
+    """Return predictions and measurements of the newest run."""
+    found = of(runs, "scaling")
+    return _run(found[0]) if found else "Nothing is recorded yet: `python -m bench.scaling` measures it."
 
 
 def _run(run: Run) -> str:
@@ -131,7 +127,7 @@ def _pieces(run: Run, keys: Sequence[tuple[int, str | None]]) -> str:
     rows = []
     for n in numbers:
         alone, crowding = cases[n, None], cases[n, REFERENCES["gwt"]]["crowding"]
-        reduces = [spread(alone.get(f"all_reduce_time {size}"), 1e3) for size in sizes]
+        reduces = [spread(alone.get(f"all_reduce_time {each}"), 1e3) for each in sizes]
         rows.append([str(n), number(crowding["median"]), spread(alone["copy_bandwidth"], 1e-9), *reduces])
     return table(headings, rows)
 
@@ -141,19 +137,15 @@ def _planned(model: str, moments: torch.dtype | None) -> Plan:
     return plan(f"llama_{model}", dtype=torch.bfloat16, state_dtype=moments, bandwidth=BANDWIDTH)
 
 
-def _gib(size: int) -> str:
-    return number(size / 2**30)
-
-
 def _times(sharded: ShardedPlan) -> list[str]:
     adamw = sharded.largest.adamw_moved_bytes / BANDWIDTH
     own = (sharded.memory_seconds or 0.0, sharded.collective_seconds, sharded.host_seconds, sharded.seconds or 0.0)
     times = (adamw, *own)
-    return [number(1e3 * seconds) for seconds in times]
+    return [duration(seconds) for seconds in times]
 
 
 def _sent(sharded: ShardedPlan) -> list[str]:
     """Return the bytes of the optimizer's collectives, and bytes and seconds of the engine's."""
     own = sum(c.total_bytes for c in sharded.collectives if not c.engine)
     engine = sum(c.total_bytes for c in sharded.collectives if c.engine)
-    return [f"{own:,}", f"{engine / 2**30:,.1f}", f"{sharded.engine_seconds:,.2f}"]
+    return [size(own), size(engine), duration(sharded.engine_seconds)]

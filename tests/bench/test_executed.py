@@ -6,6 +6,7 @@ import copy
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from bench.codegen.variant_runs import VariantError
 from bench.common import records
 from bench.kernels import cases as kernel_cases
 from bench.report.executed import CLASSES as SHOWN
-from bench.report.executed import bound, section
+from bench.report.executed import bound, listing, section
 from bench.report.rows import Run
 from tests.ptx.counts import CLASSES
 from tests.ptx.plugin import CACHE
@@ -347,14 +348,17 @@ def test_a_limit_that_is_exceeded_fails_the_command(
     assert "1e+04 instructions an element instead of at most" in capsys.readouterr().out
 
 
-def test_every_level_is_shown(gated: list[Row]) -> None:
-    """Level 2 in full, and all levels in one line a kernel, bold where issue slots bound it."""
+def test_every_level_is_listed(gated: list[Row]) -> None:
+    """Level 2 is on the page, with the numbers of kernels by bound; the file has all."""
     flat = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
     deeper = flat | {"level": 4, "executed": 123.0, "issue_share": 1.0}
-    text = "\n".join(section([Run("file.json", "executed", "none", [*gated, deeper])]))
-    assert f"every level ({1 + len(gated)} kernels)" in text
-    assert "| step | bf16/fp32 | flat |  | 22.5 · 1.00 | **123 · 1.00** |  |" in text
-    assert "| step by rows | bf16/fp32 | flat |  |  |  | " in text
-    assert text.count("123") == 1
-    of_two = [row for row in gated if row["level"] == 2]
-    assert "every level" not in "\n".join(section([Run("file.json", "executed", "none", of_two)]))
+    run = Run("file.json", "executed", "none", [*gated, deeper])
+    text, listed = "\n".join(section([run], "all.csv")), listing(run)
+    assert "](all.csv)" in text
+    assert "| step | flat | 2 | 22.5 |" in text
+    assert "123" not in text
+    assert len(listed.splitlines()) == 1 + len(run.rows)
+    assert "sm_90,step,bf16,fp32,flat,4096,2,22.50," in listed
+    assert "sm_90,step,bf16,fp32,flat,4096,4,123.00," in listed
+    counts = re.findall(r"^\| \w+/[\w-]+ \|((?: \d+ \|)+)$", text, re.MULTILINE)
+    assert sum(int(n) for line in counts for n in re.findall(r"\d+", line)) == len(run.rows)
