@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
-from bench.report import brief, finetune, optimizers, quality, sweeps, tradeoff
+from bench.report import brief, choice, finetune, optimizers, quality, sweeps, tradeoff
 from bench.report.comparisons import comparisons, final_losses, name_of
 from bench.report.markdown import origin, setting, table, with_spread
-from bench.report.rows import Case, Run, by_device, of
+from bench.report.rows import Run, of
 from bench.report.scaling import example, gpus_table, measured, meshes_table
 
 BLOCK = re.compile(r"<!-- (?P<name>[a-z0-9]+) -->\n(?P<text>.*?)\n?<!-- /(?P=name) -->", re.DOTALL)
@@ -43,11 +43,12 @@ def pages(root: Path, generated: Collection[str]) -> list[Path]:
 
 
 def _speed(runs: Sequence[Run], root: str) -> str:
-    shown = next(_timed(runs), None)
+    shown = next(optimizers.timed(runs), None)
     if shown is None:
         return "Nothing is timed yet: `python -m bench.optimizers` does it."
     run, model, found = shown
-    shortened = brief.speed(run, model, optimizers.plain(found))
+    made = brief.speed(run, model, optimizers.plain(found), brief.IN_README)
+    shortened = f"{made}\n\n{' '.join(brief.ROUNDING.split())}"
     return shortened if run.cuda else f"No time on a GPU is known yet. {shortened}"
 
 
@@ -59,17 +60,6 @@ def _tradeoff(runs: Sequence[Run], root: str) -> str:
 def _begin(runs: Sequence[Run], root: str) -> str:
     shown = tradeoff.of_preset(comparisons(runs))
     return sweeps.NOTHING if shown is None else sweeps.begin(runs, shown.model, shown.length)
-
-
-def _timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
-    """Yield each run that timed a step, GPUs first and newest first, with the largest model that it timed."""
-    for own in by_device(of(runs, "optimizers")).values():
-        for run in own:
-            models = {} if run.is_of_other_rules else optimizers.steps_by_model(run)
-            timed = [model for model, found in models.items() if any(case.metrics for case in found)]
-            if timed:
-                model = max(timed, key=optimizers.size)
-                yield run, model, models[model]
 
 
 def _int8(runs: Sequence[Run], root: str) -> str:
@@ -133,6 +123,7 @@ BLOCKS: dict[str, Callable[[Sequence[Run], str], str]] = {
     "meshes": lambda runs, root: meshes_table(),
     "measured": lambda runs, root: measured(runs),
     "manyplan": lambda runs, root: example(),
+    "take": lambda runs, root: choice.block(runs, tradeoff.of_preset(comparisons(runs))),
     "speed": _speed,
     "tradeoff": _tradeoff,
     "int8": _int8,

@@ -10,7 +10,7 @@ from typing import Any
 from bench.report.markdown import cell, details, figure, number, origin, percent, setting, slug, table
 from bench.report.plots import Plot
 from bench.report.rows import Case, Run, by_device, cases, of, telling_columns
-from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading, newest_open, scaled, targets
+from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading, newest_open, ratios, scaled
 
 ABOUT = f"""\
 One kernel on one tensor: the fused step with and without the limiter, the Haar transform and its inverse. Several
@@ -121,4 +121,4 @@ def _run(run: Run) -> str:
         for case in untimed:
             reasons[case.note] = reasons.get(case.note, 0) + 1
         parts.append("Not timed:\n\n" + "\n".join(f"- {n} cases: {cell(note)}" for note, n in reasons.items()))
-    return "\n\n".join([*parts, *about_machine(run), *targets(run), origin(run)])
+    return "\n\n".join([*parts, *about_machine(run), *ratios(run), origin(run)])

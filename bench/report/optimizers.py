@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.report import brief
@@ -22,7 +22,7 @@ from bench.report.markdown import (
 )
 from bench.report.plots import Plot
 from bench.report.rows import Case, Run, by_device, cases, of, telling_columns
-from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading, newest_open, scaled, targets
+from bench.report.sections import DTYPES, ROOFLINE, about_machine, head, heading, newest_open, scaled
 
 ABOUT = f"""\
 `step()` alone, over the real parameter lists of LLaMA models, beside what one would use instead.
@@ -31,9 +31,12 @@ ABOUT = f"""\
 
 *limiter*: the published rule with its norm-growth limiter, which is the default; *foam*: the folded rule
 (`rule="foam"`); neither: the published rule without limiter. *with clipping*: PyTorch's `clip_grad_norm_` and the
-step. Other words name [options](interface.md#gwtadamw). Before it is timed, a step of this package is compared with
-a float64 oracle, and a step of another package with AdamW's update; what differs by more than its rounding and its
-method explain is not timed."""
+step. Other words name [options](interface.md#gwtadamw).
+
+{brief.ROUNDING}
+
+Before it is timed, a step of this package is compared with a float64 oracle, and a step of another package with
+AdamW's update; what differs by more than its rounding and its method explain is not timed."""
 
 ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewer, all are shown
 
@@ -79,7 +82,7 @@ def _run(run: Run) -> str:
             parts += [f"**{model_name(model)}**, {setting(run)}:", whole]
         else:
             parts += [short, details(f"{model_name(model)}, every optimizer of this run", whole)]
-    return "\n\n".join([*parts, *about_machine(run), *targets(run), origin(run)])
+    return "\n\n".join([*parts, *about_machine(run), origin(run)])
 
 
 Write = Callable[[Case], str]
@@ -122,7 +125,14 @@ def steps_table(found: Sequence[Case]) -> str:
         other = clipped.get(_unclipped(case))
         return "-" if other is None else spread(other.metrics.get("step_time"), 1e3)
 
+    fused = {case.what.get("weights"): case.median("step_time") for case in timed if _is_fused(case)}
+
+    def over_fused(case: Case) -> str:
+        base, own = fused.get(case.what.get("weights")), case.median("step_time")
+        return "-" if base is None or own is None else f"{own / base:.2f}"
+
     known = {"step, ms": COLUMNS["step, ms"], "with clipping, ms": with_clipping} | COLUMNS
+    known["times fused AdamW"] = over_fused
     columns = {head: write for head, write in known.items() if any(write(case) != "-" for case in timed)}
     for name, metric in (("wall, ms", "wall_time"), ("host, ms", "host_time")):
         if timed and not any(_differs(case, metric) for case in timed):  # on a CPU all are the time of the call
@@ -133,6 +143,10 @@ def steps_table(found: Sequence[Case]) -> str:
     notes = [f"- {', '.join(head(case, keys))}: {cell(_reason(case.note))}" for case in found if not case.metrics]
     parts = [table([*map(heading, keys), *columns], lines, left=len(keys))] if timed else []
     return "\n\n".join(parts + (["Not timed:\n\n" + "\n".join(notes)] if notes else []))
+
+
+def _is_fused(case: Case) -> bool:
+    return bool(case.what["optimizer"] == "AdamW(fused=True)")
 
 
 def _reason(note: str) -> str:
@@ -157,6 +171,17 @@ def steps_by_model(run: Run) -> dict[str, list[Case]]:
     found = cases(row for row in run.rows if row.get("optimizer"))
     models = dict.fromkeys(case.what["model"] for case in found)
     return {model: [case for case in found if case.what["model"] == model] for model in models}
+
+
+def timed(runs: Sequence[Run]) -> Iterator[tuple[Run, str, list[Case]]]:
+    """Yield each run that timed a step, GPUs first and newest first, with the largest model that it timed."""
+    for own in by_device(of(runs, "optimizers")).values():
+        for run in own:
+            models = {} if run.is_of_other_rules else steps_by_model(run)
+            shown = [model for model, found in models.items() if any(case.metrics for case in found)]
+            if shown:
+                model = max(shown, key=size)
+                yield run, model, models[model]
 
 
 def _label(case: Case, found: Sequence[Case]) -> str:

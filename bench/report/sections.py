@@ -1,13 +1,17 @@
-"""Parts of the pages on measured times: runs in order, the machine, targets, headings of tables."""
+"""Parts of the pages on measured times: runs in order, the machine, ratios, headings of tables."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from bench.report.markdown import cell, details, model_name, spread
 from bench.report.rows import Case, Run
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "fp64"}
+
+BOUND = re.compile(r" \((?:target|aim): .*\)$")
+"""The bound that `bench.kernels.targets` writes behind a ratio, for those who work on the kernels."""
 
 ROOFLINE = """\
 Times are medians over repeated runs after a warm-up, with the 20th and 80th percentile in brackets. The
@@ -52,19 +56,15 @@ def head(case: Case, keys: Sequence[str]) -> list[str]:
     return [DTYPES.get(str(case.what.get(key)), cell(case.what.get(key))) for key in keys]
 
 
-def targets(run: Run) -> list[str]:
-    """Return the project's targets as the run recorded them, folded; nothing if it has none."""
+def ratios(run: Run) -> list[str]:
+    """Return the ratios of times that the run recorded, folded; nothing if it has none."""
     notes = [row["note"] for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
     stated = []
     for note in notes:
         model, colon, rest = note.partition(": ")
         words = f"{model_name(model)}{colon}{rest}" if colon else note
-        stated.append(f"- {words.replace('(aim: ', '(target: ')}")  # older runs say "aim"
-    return (
-        [details("Targets that the project set itself, and this run's numbers", "\n".join(stated))]
-        if stated
-        else []
-    )
+        stated.append(f"- {re.sub(BOUND, '', words)}")
+    return [details("Ratios between times of this run", "\n".join(stated))] if stated else []
 
 
 def about_machine(run: Run) -> list[str]:

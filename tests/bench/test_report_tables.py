@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.report import comparisons, markdown, optimizers, quality_runs, rows
+from bench.report import comparisons, markdown, optimizers, quality_runs, rows, sections
 from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, GPU, measured, optimizer_rows, quality_rows
 
@@ -81,6 +81,36 @@ def test_a_repeated_run_replaces_the_older_one() -> None:
 )
 def test_numbers_have_three_significant_digits(value: float | None, text: str) -> None:
     assert markdown.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (6.404e-6, "6.40 µs"),
+        (9.996e-4, "1.00 ms"),
+        (0.0146, "14.6 ms"),
+        (50.1, "50.1 s"),
+        (2e-8, "0.0200 µs"),
+        (0, "0"),
+    ],
+)
+def test_times_are_in_a_unit_without_leading_zeros(seconds: float, text: str) -> None:
+    assert markdown.duration(seconds) == text
+
+
+def test_sizes_likewise() -> None:
+    assert [markdown.size(count) for count in (896, 2**20 * 6.6, 2**40 * 2.28)] == ["896 B", "6.60 MiB", "2.28 TiB"]
+
+
+def test_ratios_are_facts_without_the_bounds_of_the_project() -> None:
+    note = "8192x28672: step_muon, share of the copy bandwidth: 0.91 (target: at least 0.9, met)"
+    older = "llama_1b: level 2, times as fast: 1.20 (aim: at least 1.7, NOT met)"
+    found = [{"metric": "ratio", "median": 1.0, "note": each} for each in (note, older)]
+    (text,) = sections.ratios(rows.Run("file.json", "kernels", "none", found))
+    assert (
+        "\n- 8192x28672: step_muon, share of the copy bandwidth: 0.91\n- LLaMA-1B: level 2, times as fast: 1.20\n"
+        in text
+    )
 
 
 def test_a_new_column_keeps_cases_apart() -> None:
