@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from bench.memory import level_table, memory_table
-from bench.report import brief, choice, finetune, optimizers, quality, sweeps, tradeoff
+from bench.report import begin, brief, choice, finetune, optimizers, quality, tradeoff
 from bench.report.comparisons import comparisons, final_losses, name_of
 from bench.report.markdown import origin, setting, table, with_spread
 from bench.report.rows import Run, of
@@ -58,8 +58,7 @@ def _tradeoff(runs: Sequence[Run], root: str) -> str:
 
 
 def _begin(runs: Sequence[Run], root: str) -> str:
-    shown = tradeoff.of_preset(comparisons(runs))
-    return sweeps.NOTHING if shown is None else sweeps.begin(runs, shown.model, shown.length)
+    return begin.section(runs, comparisons(runs))
 
 
 def _int8(runs: Sequence[Run], root: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from statistics import mean
 from typing import Any, NamedTuple
 
 from bench.common.models import CONFIGS
@@ -91,8 +93,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     for run in reversed(of(runs, "quality")):
         _add(found, run, run.rows)
     for run in reversed(sweeps.swept(runs)):
-        preset = run.file.removeprefix("sweep_").removesuffix(".json")
-        if (CONFIGS / f"preset_{preset}.json").exists():
+        if (preset := sweeps.preset_of(run)) is not None:
             _add(found, run, list(_best_of_sweep(run, preset, found)))
     for comparison in found.values():
         for seeds in comparison.runs.values():
@@ -182,6 +183,15 @@ def final_losses(comparison: Comparison) -> dict[Setting, list[float]]:
         ]
         for setting, seeds in comparison.runs.items()
     }
+
+
+def best_settings(comparison: Comparison) -> list[Setting]:
+    """Return for each optimizer the setting of the lowest mean loss; an unfinished one if there is no other."""
+    final = final_losses(comparison)
+    found: dict[str, Setting] = {}
+    for setting in sorted(comparison.runs, key=lambda each: mean(final[each] or [math.inf])):
+        found.setdefault(setting.optimizer, setting)
+    return sorted(found.values(), key=lambda each: order_of(each.optimizer))
 
 
 def name_of(setting: Setting, settings: Iterable[Setting]) -> str:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -97,7 +98,8 @@ def _steps(data: Any) -> Figure:
     for axes, panel in zip(panels, data, strict=True):
         for entry in panel["entries"]:
             y, colour = labels.index(entry["label"]), OWN if entry["own"] else PEER
-            axes.plot(1e3 * entry["median"], y, "o", markersize=5, color=colour)
+            face = colour if entry["own"] else "white"
+            axes.plot(1e3 * entry["median"], y, "o", markersize=5, color=colour, markerfacecolor=face, zorder=3)
             axes.plot([1e3 * entry["p20"], 1e3 * entry["p80"]], [y, y], color=colour, linewidth=1.5)
             if entry["roofline"] is not None:
                 axes.plot(1e3 * entry["roofline"], y, "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)
@@ -106,7 +108,10 @@ def _steps(data: Any) -> Figure:
         _decades(axes)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.4, -0.6)
-    own, peer = (panels[0].plot([], [], "o", color=colour, markersize=5)[0] for colour in (OWN, PEER))
+    own, peer = (
+        panels[0].plot([], [], "o", color=colour, markerfacecolor=face, markersize=5)[0]
+        for colour, face in ((OWN, OWN), (PEER, "white"))
+    )
     roofline = panels[0].plot([], [], "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)[0]
     text = ["gwt_kernels", "others", "roofline: bytes that must move over copy bandwidth"]
     _legend_below(figure, [own, peer, roofline], text, columns=3)
@@ -136,27 +141,29 @@ def _states(data: Any) -> Figure:
 def _roofline(data: Any) -> Figure:
     """Draw the share of the copy bandwidth by size, a panel per kernel; `data`: panels of title and series."""
     figure, panels, columns = _grid(len(data), width=3.4)
-    # A series looks the same in every panel: a colour per level, a marker per path.
+    # A series looks the same in every panel: colour and marker say the level, the line says the path.
     levels = sorted({series["level"] for panel in data for series in panel["series"]})
     paths = list(dict.fromkeys(series["path"] for panel in data for series in panel["series"]))
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(levels))]
+    own = [
+        {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+        for i in range(len(levels))
+    ]
     for axes, panel in zip(panels, data, strict=False):
         for series in panel["series"]:
             sizes, shares = zip(*sorted(series["points"]), strict=True)
             shares = tuple(100 * share for share in shares)
-            place = paths.index(series["path"])
-            look = {"color": colours[levels.index(series["level"])], "marker": MARKERS[place], "markersize": 4}
-            axes.plot(sizes, shares, linestyle=LINES[place % len(LINES)], linewidth=1, **look)
+            line = LINES[paths.index(series["path"]) % len(LINES)]
+            axes.plot(sizes, shares, linestyle=line, linewidth=1, **own[levels.index(series["level"])])
         axes.axhline(100, color="#999999", linewidth=0.8)
         axes.set_title(panel["title"])
         axes.set_xscale("log", base=2)
     _label_lowest(panels, columns, len(data), "elements of the tensor")
     panels[0].set_ylim(bottom=0)
     figure.supylabel("per cent of copy bandwidth", fontsize=9)
-    looks: list[dict[str, Any]] = [{"color": colour} for colour in colours]
+    looks = [{**look, "linestyle": "none"} for look in own]
     text = [f"level {level}" for level in levels]
     for i, path in enumerate(paths if len(paths) > 1 else ()):
-        looks.append({"color": "black", "marker": MARKERS[i], "markersize": 4, "linestyle": LINES[i % len(LINES)]})
+        looks.append({"color": "black", "linestyle": LINES[i % len(LINES)]})
         text.append(path)
     handles = [panels[0].plot([], [], linewidth=1.2, **look)[0] for look in looks]
     figure.legend(handles, text, loc="outside right upper")
@@ -184,82 +191,123 @@ def _losses(data: Any) -> Figure:
 
 
 def _tradeoff(data: Any) -> Figure:
-    """Draw held-out loss over bytes of state per parameter, a line per rule; `data`: points of label, rule, level,
-    own, loss, low, high, bytes.
+    """Draw held-out loss over bytes of state per parameter, a line per rule, the level beside each point.
+
+    The area of a marker is the time of a step, if `ms` is known of any. `data`: points of label, rule, level, own,
+    loss, low, high, bytes, ms.
     """
     figure = Figure(figsize=(8.2, 4.8), layout="constrained")
     axes = figure.subplots()
-    rules: dict[str, list[dict[str, Any]]] = {}
-    for point in data:
-        rules.setdefault(point["rule"] or point["label"], []).append(point)
+    series: dict[str, list[dict[str, Any]]] = {}
+    for point in sorted(data, key=lambda point: point["bytes"]):
+        series.setdefault(point["rule"] or point["label"], []).append(point)
+    longest = max((point["ms"] for point in data if point.get("ms")), default=None)
+    names = {_series_name(points[0]["label"]): points for points in series.values()}
     shown = {}
-    peers = [own[0]["label"] for own in rules.values() if not own[0]["own"]]
-    open_markers = {label: OPEN_MARKERS[i % len(OPEN_MARKERS)] for i, label in enumerate(peers)}
-    for own in rules.values():
-        look = look_of(own[0]["label"])
-        along = sorted(own, key=lambda point: point["bytes"])
-        line = "--" if "published" in own[0]["label"] else "-"
-        axes.plot(
-            [p["bytes"] for p in along],
-            [p["loss"] for p in along],
-            line,
-            color=look["color"],
-            linewidth=0.9,
-            alpha=0.6,
-        )
-        for point in own:
-            axes.plot([point["bytes"]] * 2, [point["low"], point["high"]], color=look["color"], linewidth=1.2)
-            face = look["color"] if point["own"] else "white"
-            marker = open_markers.get(point["label"], look_of(point["label"])["marker"])
-            style = {"marker": marker, "markersize": 8, "markerfacecolor": face}
-            style |= {"fillstyle": "left"} if line == "--" else {}
-            axes.plot(point["bytes"], point["loss"], color=look["color"], alpha=0.85, **style)
-        name = re.sub(r"^GWT-| (level \d|row)\b", "", own[0]["label"])
-        style = {"color": look["color"], "linestyle": line, "linewidth": 1.5}
-        if not own[0]["own"]:
-            style |= {"linestyle": "none", "markerfacecolor": "white", "marker": open_markers[own[0]["label"]]}
-        shown[name] = axes.plot([], [], **style)[0]
+    for name, look in _series_looks(names).items():
+        handle = {**look, "linewidth": 1.5, "linestyle": look["linestyle"] if names[name][0]["own"] else "none"}
+        shown[name] = axes.plot([], [], markersize=6, **handle)[0]
+        places = zip(*((point["bytes"], point["loss"]) for point in names[name]), strict=True)
+        axes.plot(*places, color=look["color"], linestyle=look["linestyle"], linewidth=0.9, alpha=0.6)
+        for point in names[name]:
+            _tradeoff_point(axes, point, look, longest)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("bytes of optimizer state per parameter")
     axes.set_ylabel("held-out loss, nats per token")
-    levels = sorted({point["level"] for point in data if point["own"]})
-    marks = {}
-    for level in levels:
-        said = level if level == "row" else f"level {level}"
-        marks[said] = axes.plot([], [], look_of(said)["marker"], color="#777777", markersize=5)[0]
-    handles, text = [*shown.values(), *marks.values()], [*shown, *marks]
-    figure.legend(handles, text, loc="outside right upper", title="filled: gwt_kernels")
+    for ms in _round_times(data):
+        size = math.sqrt(LARGEST * ms / (longest or ms))
+        shown[f"{ms:g} ms a step"] = axes.plot([], [], "o", color="#777777", markersize=size)[0]
+    if longest is not None and any(point.get("ms") is None for point in data):
+        shown["not timed"] = axes.plot([], [], "x", color="#777777", markersize=6)[0]
+    title = "filled: gwt_kernels"
+    figure.legend(list(shown.values()), list(shown), loc="outside right upper", title=title, labelspacing=0.8)
     return figure
 
 
+LARGEST = 300.0
+"""Area of the marker of the longest step, in square points."""
+
+
+def _tradeoff_point(axes: Axes, point: dict[str, Any], look: dict[str, Any], longest: float | None) -> None:
+    """Draw a point of the chart of loss and state: its marker, its range over seeds and its level."""
+    x, y, ms = point["bytes"], point["loss"], point.get("ms")
+    axes.plot([x, x], [point["low"], point["high"]], color=look["color"], linewidth=1.2)
+    area = 64.0 if longest is None else 36.0 if ms is None else LARGEST * ms / longest
+    if longest is not None and ms is None:
+        axes.scatter([x], [y], s=area, marker="x", color=look["color"], zorder=3)
+    else:
+        colours = {"facecolors": look["color"] if point["own"] else "none", "edgecolors": look["color"]}
+        axes.scatter([x], [y], s=area, marker=look["marker"], alpha=0.85, zorder=3, **colours)
+    if point["own"]:
+        offset = (math.sqrt(area) / 2 + 2, 3)
+        axes.annotate(point["level"], (x, y), offset, textcoords="offset points", fontsize=7, color=look["color"])
+
+
+def _series_looks(names: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the look of each series: its own marker and line, open for other packages' optimizers."""
+    looks = {}
+    own, others = ([name for name, points in names.items() if points[0]["own"] == mine] for mine in (True, False))
+    for found, markers in ((own, MARKERS), (others, OPEN_MARKERS)):
+        for i, name in enumerate(found):
+            look = {"color": look_of(name)["color"], "marker": markers[i % len(markers)]}
+            look |= {"markerfacecolor": look["color"] if name in own else "white"}
+            looks[name] = {**look, "linestyle": LINES[i % len(LINES)]}
+    return looks
+
+
+def _series_name(label: str) -> str:
+    return re.sub(r"^GWT-| (level \d|row)\b", "", label)
+
+
+def _round_times(data: Any) -> list[float]:
+    """Return up to three round times of a step between the shortest and the longest, for the legend."""
+    times = [point["ms"] for point in data if point.get("ms")]
+    if not times:
+        return []
+    wanted = (min(times), math.sqrt(min(times) * max(times)), max(times))
+    return sorted({float(f"{ms:.0e}") for ms in wanted})
+
+
 def _sweeps(data: Any) -> Figure:
-    """Draw held-out loss by rate or momentum, a line per scale, a panel per optimizer; `data`: what `x` is, and
-    panels of title and lines.
+    """Draw held-out loss by rate, momentum or scale, a panel per optimizer; `data`: what `x` is, what a line is
+    `per`, and panels of title and lines.
     """
-    what, data = data["x"], data["panels"]
+    what, per, data = data["x"], data["per"], data["panels"]
     figure, panels, columns = _grid(len(data), width=2.6)
-    scales = sorted({line["scale"] for panel in data for line in panel["lines"]})
+    values = sorted({line["value"] for panel in data for line in panel["lines"]})
     shown: dict[float, Any] = {}
     losses = [loss for panel in data for line in panel["lines"] for loss in line["loss"]]
     top = min(max(losses), min(losses) + 0.5)  # diverged runs would flatten the rest
     for axes, panel in zip(panels, data, strict=False):
         for line in panel["lines"]:
-            i = scales.index(line["scale"])
-            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            shown[line["scale"]] = axes.plot(line["x"], line["loss"], linewidth=1.2, **look)[0]
+            i = values.index(line["value"])
+            look = {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)], "markersize": 4}
+            look["color"] = scale_colour(line["value"]) if per == "scale" else COLOURS[i % len(COLOURS)]
+            shown[line["value"]] = axes.plot(line["x"], line["loss"], linewidth=1.2, **look)[0]
         axes.set_title(panel["title"].replace(", ", ",\n"))
-        if what == "learning rate":
+        if what != "momentum":
             axes.set_xscale("log")
-        rates = sorted({rate for panel in data for line in panel["lines"] for rate in line["x"]})
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        places = sorted({x for panel in data for line in panel["lines"] for x in line["x"]})
+        axes.set_xticks(places, [f"{x:g}" for x in places])
         axes.xaxis.set_minor_locator(NullLocator())
     _label_lowest(panels, columns, len(data), what)
     panels[0].set_ylim(min(losses) - 0.03 * (top - min(losses)), top + 0.03 * (top - min(losses)))
     figure.supylabel("held-out loss, nats per token", fontsize=9)
-    text = [f"scale {scale:g}" for scale in scales]
-    _legend_below(figure, [shown[scale] for scale in scales], text, columns=6)
+    text = [f"{per} {value:g}" for value in values]
+    _legend_below(figure, [shown[value] for value in values], text, columns=6)
     return figure
+
+
+SCALES = (0.0125, 2.4)
+"""The lowest and the highest scale that has a colour of its own."""
+
+
+def scale_colour(scale: float) -> str:
+    """Return the colour of a scale, the same in every plot: from dark to light."""
+    low, high = map(math.log, SCALES)
+    place = min(max((math.log(scale) - low) / (high - low), 0.0), 1.0)
+    return str(to_hex(matplotlib.colormaps["plasma"](0.88 * place)))  # without the yellow that vanishes on white
 
 
 def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:

@@ -34,7 +34,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     if not compared:
         parts.append(NOTHING)
     elif (chosen := tradeoff.of_preset(compared)) is not None:
-        answered, plots = tradeoff.section(chosen)
+        answered, plots = tradeoff.section(chosen, runs)
         parts += answered
-    parts += sizes.section(compared)
+    parts += sizes.section(compared, runs)
     return "\n\n".join(parts) + "\n", plots

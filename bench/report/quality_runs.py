@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
 from bench.common.names import STORAGE, optimizer_name, variant
 from bench.report import sweeps
+from bench.report.captions import caption
 from bench.report.comparisons import (
     STATE,
     STEP,
     Comparison,
     Setting,
+    best_settings,
     final_losses,
     name_of,
-    setting_of,
 )
+from bench.report.edges import bests, edges_of
 from bench.report.markdown import (
     cell,
     details,
@@ -52,20 +54,27 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         while name in taken:  # the same preset on another device, of another length or over another text
             name += "_older"
         taken.add(name)
+        parts.append(f"Plot and tables: {caption(comparison.rows)}.")
         if data := curves(comparison.plain):
             plots.append(Plot(name, "losses", data))
             parts.append(figure("Held-out loss against tokens", name))
             words = "Lines are means over seeds; bands reach from the lowest to the highest seed."
             if len(data) < len(comparison.plain.runs):
-                words += " AdamW and the lowest losses are drawn, of those that were evaluated on the way."
+                words += (
+                    " AdamW and the lowest losses are drawn, of the optimizers whose best setting was evaluated on "
+                    "the way."
+                )
             parts.append(words)
-        parts.append(final_table(comparison.plain))
+        edges = edges_of(comparison, runs)
+        if any(edges.values()):
+            parts.append(sweeps.EDGE_NOTE)
+        parts.append(final_table(comparison.plain, edges=edges))
         if len(comparison.plain.runs) < len(comparison.runs):
             parts += [STORED_OTHERWISE, storage_table(comparison)]
             parts.append(
                 details(
                     "These, with state and time",
-                    final_table(comparison, comparison.runs.keys() - comparison.plain.runs),
+                    final_table(comparison, comparison.runs.keys() - comparison.plain.runs, edges),
                 )
             )
         if names := [name_of(setting, comparison.runs) for setting in unswept(comparison.plain, runs)]:
@@ -88,17 +97,19 @@ held-out loss, ± over seeds, one seed where no ± stands."""
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
     """Return the data of the loss plot: mean and range at each step that all seeds reached.
 
-    Of many optimizers, AdamW and those of the lowest losses are in it.
+    Each optimizer is in it at its best setting, if this was evaluated on the way. Of many optimizers, AdamW and
+    those of the lowest losses are.
     """
     series = []
-    for setting, seeds in comparison.runs.items():
+    for setting in best_settings(comparison):
+        seeds = comparison.runs[setting]
         whole = [rows for rows in seeds.values() if rows and all(row["median"] is not None for row in rows)]
         points = list(zip(*whole, strict=False)) if whole else []
         if len(points) > 1:
             losses = [[row["median"] for row in point] for point in points]
             series.append(
                 {
-                    "label": name_of(setting, comparison.runs),
+                    "label": optimizer_name(setting.optimizer),
                     "tokens": [
                         mean(row.get("tokens") or row.get("step") or 0 for row in point) for point in points
                     ],
@@ -113,13 +124,7 @@ def curves(comparison: Comparison) -> list[dict[str, Any]]:
 
 def unswept(comparison: Comparison, runs: Sequence[Run]) -> list[Setting]:
     """Return the settings that are not the best of a recorded sweep of the comparison's model and length."""
-    alike = {"model": comparison.model, "steps": comparison.length}
-    swept = {
-        setting_of(found[0])
-        for run in sweeps.swept(runs)
-        for rows in sweeps.optimizers(run).values()
-        if alike.items() <= rows[0].items() and (found := sweeps.best(rows))
-    }
+    swept = bests(comparison, runs)
     return [setting for setting in comparison.runs if setting not in swept]
 
 
@@ -136,12 +141,17 @@ def _title(comparison: Comparison) -> str:
     return f"{title}, on {comparison.device}"
 
 
-def final_table(comparison: Comparison, shown: Collection[Setting] | None = None) -> str:
+def final_table(
+    comparison: Comparison,
+    shown: Collection[Setting] | None = None,
+    edges: Mapping[Setting, Collection[str]] | None = None,
+) -> str:
     """Return a table of losses with spread, state and time by optimizer; differences are from AdamW's mean.
 
     Args:
         comparison: The runs.
         shown: Settings to show; None for all.
+        edges: What of a setting to mark, as at the edge of its sweep.
     """
     final = final_losses(comparison)
     adamw = {mean(losses): setting for setting, losses in final.items() if setting.optimizer == "adamw" and losses}
@@ -156,7 +166,7 @@ def final_table(comparison: Comparison, shown: Collection[Setting] | None = None
         lines.append(
             [
                 optimizer_name(setting.optimizer),
-                *("-" if value is None else f"{value:g}" for value in setting[1:]),
+                *sweeps.numbers(setting._asdict(), (edges or {}).get(setting, ())),
                 f"{len(losses)}" + (f", {unfinished} not finished" if unfinished else ""),
                 with_spread(losses),
                 "-" if reference is None or not losses else f"{mean(losses) - reference:+.3f}",

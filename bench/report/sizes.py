@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from bench.report.comparisons import Comparison
+from bench.report.captions import caption
+from bench.report.comparisons import Comparison, Setting
+from bench.report.edges import edges_of
 from bench.report.markdown import table
+from bench.report.rows import Run
+from bench.report.sweeps import EDGE, EDGE_NOTE
 from bench.report.tradeoff import points
 
-__all__ = ["section"]
+__all__ = ["columns", "section", "wider"]
 
 ABOUT = """\
 ## At each size and on each text
@@ -17,26 +22,38 @@ ABOUT = """\
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
 spreads over seeds. A difference within it says nothing. [Sweeps](sweeps.md) count the settings of each. Where a
 preset has no sweep of its own, settings are those of the first, and the [page of all runs](quality_runs.md) names
-those that were not the best there. Other moments than float32's take its settings."""
+those that were not the best there. Other moments than float32's take its settings. What does not hold at each size
+is on the [choosing page](choosing.md#learning-rate-and-scale)."""
 
 
-def section(compared: Sequence[Comparison]) -> list[str]:
-    """Return the table, for comparisons in their preset's precision that hold AdamW; nothing for one."""
-    columns = [(comparison, {point["optimizer"]: point for point in points(comparison)}) for comparison in compared]
-    columns = [(comparison, own) for comparison, own in columns if "adamw" in own and "," not in comparison.preset]
-    counts: dict[str, int] = {}
-    for _, own in columns:
-        for optimizer in own:
-            counts[optimizer] = counts.get(optimizer, 0) + 1
+def columns(compared: Sequence[Comparison]) -> list[tuple[Comparison, dict[str, dict[str, Any]]]]:
+    """Return the comparisons in their preset's precision that hold AdamW, with their points by optimizer."""
+    found = [(each, {point["optimizer"]: point for point in points(each)}) for each in compared]
+    return [(each, own) for each, own in found if "adamw" in own and "," not in each.preset]
+
+
+def section(compared: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
+    """Return the table and where its columns are from; nothing for one comparison."""
+    found = columns(compared)
+    counts = Counter(optimizer for _, own in found for optimizer in own)
     shown = [optimizer for optimizer, n in counts.items() if n > 1 and optimizer != "adamw"]
     if not shown:
         return []
-    heads = ["optimizer", *(_head(comparison) for comparison, _ in columns)]
-    rows = [["AdamW's loss", *(own["adamw"]["spread"] for _, own in columns)]]
+    heads = ["optimizer", *(_head(comparison) for comparison, _ in found)]
+    edges = [edges_of(comparison, runs) for comparison, _ in found]
+    rows = [
+        [
+            "AdamW's loss",
+            *(own["adamw"]["spread"] + _mark(own["adamw"], at) for (_, own), at in zip(found, edges, strict=True)),
+        ]
+    ]
     for optimizer in shown:
-        label = next(own[optimizer]["label"] for _, own in columns if optimizer in own)
-        rows.append([label, *(_cell(own.get(optimizer), own["adamw"]) for _, own in columns)])
-    return [ABOUT, table(heads, rows)]
+        label = next(own[optimizer]["label"] for _, own in found if optimizer in own)
+        cells = [_cell(own.get(optimizer), own["adamw"], at) for (_, own), at in zip(found, edges, strict=True)]
+        rows.append([label, *cells])
+    origins = "\n".join(f"- `{comparison.preset}`: {caption(comparison.rows)}" for comparison, _ in found)
+    note = [EDGE_NOTE] if any(EDGE in cell for row in rows for cell in row) else []
+    return [ABOUT, table(heads, rows), *note, origins]
 
 
 def _head(comparison: Comparison) -> str:
@@ -45,10 +62,19 @@ def _head(comparison: Comparison) -> str:
     return f"`{comparison.preset}`: {size}{comparison.steps:,} steps{text}{comparison.precision}"
 
 
-def _cell(point: dict[str, Any] | None, adamw: dict[str, Any]) -> str:
+def _mark(point: dict[str, Any], edges: Mapping[Setting, Collection[str]]) -> str:
+    return EDGE if edges.get(point["setting"]) else ""
+
+
+def _cell(point: dict[str, Any] | None, adamw: dict[str, Any], edges: Mapping[Setting, Collection[str]]) -> str:
     if point is None:
         return "-"
-    spreads = [float(each["spread"].partition("±")[2]) for each in (point, adamw) if "±" in each["spread"]]
-    few = min(point["seeds"], adamw["seeds"])
-    spread = f" ± {max(spreads):.3f}" if spreads else ""
-    return f"{point['loss'] - adamw['loss']:+.3f}{spread}" + (" (1 seed)" if few == 1 else "")
+    found = wider(point, adamw)
+    spread = f" ± {found:.3f}" if found is not None else ""
+    few = " (1 seed)" if min(point["seeds"], adamw["seeds"]) == 1 else ""
+    return f"{point['loss'] - adamw['loss']:+.3f}{spread}{few}{_mark(point, edges)}"
+
+
+def wider(*found: dict[str, Any]) -> float | None:
+    """Return the largest standard deviation over seeds of some points; None if none ran under several."""
+    return max((point["deviation"] for point in found if point["deviation"] is not None), default=None)

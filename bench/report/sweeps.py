@@ -1,12 +1,13 @@
-"""The page on sweeps over rate, scale and momentum, and the settings to begin with."""
+"""The page on sweeps over rate, scale and momentum."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import mean
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from bench.common.models import CONFIGS
 from bench.common.names import optimizer_name, order_of
+from bench.report.captions import caption
 from bench.report.markdown import cell, figure, model_name, origin, slug, table, with_spread
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
@@ -15,31 +16,47 @@ NOTHING = "Nothing is recorded yet: `python -m bench.pretrain --sweep adamw gwt2
 
 ABOUT = """\
 Each optimizer is tried at a grid of learning rate and scale, Muon at one of scale and momentum, under one seed; the
-best setting of each is then repeated under further ones. An optimizer with fewer *settings* than AdamW was not
-swept to the end: its best may be better still; one with more was tried further out, where its best was at the edge
-of the grid. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+best setting of each is then repeated under further ones. For the presets of `bench.pretrain` the losses over seeds
+are on the [page of all runs](quality_runs.md), and the best settings side by side on the
+[choosing page](choosing.md#learning-rate-and-scale).
+
+Few grids were extended: where an optimizer has more *settings* than AdamW, some were added beyond the edge of its
+grid or within it. One with fewer was not swept to the end: its best may be better still. In the tables by scale the
+best of each optimizer is bold. In the plots, losses far above the lowest are cut off, and runs that diverged have
+no point."""
+
+EDGE = "†"
+EDGE_NOTE = f"{EDGE} At the edge of the settings tried: a value beyond may be better."
+"""The footnote of every table that shows a best. A setting of which one value was tried is not marked."""
+
+KEYS = ("lr", "scale", "momentum")
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
     found = swept(runs)
     plots: list[Plot] = []
-    parts = ["# Sweeps", ABOUT, *([] if found else [NOTHING])]
+    parts = ["# Sweeps", ABOUT, *([f"{EDGE_NOTE} {ONE_VALUE}"] if found else [NOTHING])]
     for run in found:
-        parts += [f"## {_title(run)}", best_table(run)]
+        parts += [f"## {_title(run)}", f"On {run.device}, {caption(run.rows)}:"]
+        if preset_of(run) is None:
+            parts.append(best_table(run))
         name = slug(run.file.removesuffix(".json"))
         while any(plot.name.removesuffix("-momentum") == name for plot in plots):  # another regime in the same file
             name += "_other"
         for key, said in AXES.items():
-            if not (data := sweep_panels(run, key)):
+            data = sweep_data(run, key)
+            if not data["panels"]:
                 continue
-            if sum(len(line["x"]) for panel in data for line in panel["lines"]) > len(data):
-                plots.append(Plot(name if key == "lr" else f"{name}-{key}", "sweeps", {"x": said, "panels": data}))
+            if sum(len(line["x"]) for panel in data["panels"] for line in panel["lines"]) > len(data["panels"]):
+                plots.append(Plot(name if key == "lr" else f"{name}-{key}", "sweeps", data))
                 parts.append(figure(f"Held-out loss by {said} and scale", plots[-1].name))
             parts.append(scales_table(run, key))
         parts.append(origin(run))
-    if any(_axis(rows) == "momentum" for run in found for rows in optimizers(run).values()):
-        parts[2:2] = ["## Muon's momentum and the length of a run", MOMENTA, momenta_table(found)]
+    if of_muon := [run for run in found if any(_axis(rows) == "momentum" for rows in optimizers(run).values())]:
+        rows = [row for run in of_muon for row in run.rows if row.get("momentum") is not None]
+        words = f"{MOMENTA} {caption(rows)}:"
+        parts[3:3] = ["## Muon's momentum and the length of a run", words, momenta_table(found)]
     return "\n\n".join(parts) + "\n", plots
 
 
@@ -47,7 +64,9 @@ AXES = {"lr": "learning rate", "momentum": "momentum"}
 """What is swept besides the scale."""
 
 MOMENTA = """\
-The lowest loss at each momentum, and the scale that reached it; one seed. *-*: not tried."""
+The lowest loss at each momentum, and the scale that reached it; one seed. *-*: not tried. From the sweeps below,"""
+
+ONE_VALUE = "A learning rate or momentum of which a sweep tried one value only is not marked."
 
 
 def _axis(rows: Sequence[Row]) -> str:
@@ -119,88 +138,110 @@ def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
     if not tried:
         return None
     chosen = min(tried, key=lambda row: _loss(row) or 0.0)
-    keys = ("lr", "scale", "momentum")
-    own = [row for row in rows if all(row.get(key) == chosen.get(key) for key in keys)]
+    own = [row for row in rows if all(row.get(key) == chosen.get(key) for key in KEYS)]
     return chosen, [loss for row in own if (loss := _loss(row)) is not None]
+
+
+def edges(rows: Sequence[Row]) -> set[str]:
+    """Return which settings of a sweep's best run have no value tried on both sides, the others being equal.
+
+    A setting of which the sweep tried one value is not among them.
+    """
+    found = best(rows)
+    if found is None:
+        return set()
+    chosen, first = found[0], _first_seed(rows)
+    several = [key for key in KEYS if len({row.get(key) for row in first}) > 1]
+    return {key for key in several if _is_outermost(chosen, first, key)}
+
+
+def _is_outermost(chosen: Row, rows: Sequence[Row], key: str) -> bool:
+    others = [other for other in KEYS if other != key]
+    beside = [row[key] for row in rows if all(row.get(other) == chosen.get(other) for other in others)]
+    return chosen[key] in (min(beside), max(beside))
+
+
+def preset_of(run: Run) -> str | None:
+    """Return the preset whose sweep this is; None if it is of no preset."""
+    preset = run.file.removeprefix("sweep_").removesuffix(".json")
+    return preset if (CONFIGS / f"preset_{preset}.json").exists() else None
 
 
 def best_table(run: Run) -> str:
     """Return a table of a sweep: the best of each optimizer, mean and standard deviation over seeds."""
     lines = []
     for optimizer, rows in optimizers(run).items():
-        head = [optimizer_name(optimizer), _settings(rows)]
+        head = [optimizer_name(optimizer), str(settings(rows))]
         if (found := best(rows)) is None:
             lines.append([*head, "-", "-", "-", "all diverged", "-"])
         else:
             chosen, losses = found
-            lines.append([*head, *_numbers(chosen), with_spread(losses), str(len(losses))])
+            lines.append([*head, *numbers(chosen, edges(rows)), with_spread(losses), str(len(losses))])
     headings = ["optimizer", "settings", "best lr", "best scale", "momentum", "held-out loss", "seeds"]
     return table(headings, lines)
 
 
-def _settings(rows: Sequence[Row]) -> str:
-    return str(len({(row["lr"], row["scale"], row.get("momentum")) for row in _first_seed(rows)}))
+def settings(rows: Sequence[Row]) -> int:
+    """Return the number of settings that an optimizer was tried at."""
+    return len({tuple(row.get(key) for key in KEYS) for row in _first_seed(rows)})
 
 
-def _numbers(row: Row) -> list[str]:
-    return ["-" if row.get(key) is None else f"{row[key]:g}" for key in ("lr", "scale", "momentum")]
+def numbers(row: Row, at: Collection[str]) -> list[str]:
+    """Format learning rate, scale and momentum, and mark those in `at`."""
+    return ["-" if row.get(key) is None else f"{row[key]:g}{EDGE if key in at else ''}" for key in KEYS]
 
 
-PUBLISHED = (0.01, 0.25)
-"""Learning rate and scale of the published recipe."""
+def loss_at(rows: Sequence[Row], lr: float, scale: float) -> str:
+    """Format the loss of the first seed at a setting."""
+    found = [_loss(row) for row in _first_seed(rows) if (row["lr"], row["scale"]) == (lr, scale)]
+    return "not tried" if not found else "diverged" if found[0] is None else f"{found[0]:.3f}"
 
 
-def begin(runs: Sequence[Run], model: str, steps: int | None) -> str:
-    """Return the best setting of each optimizer in the newest sweep of a model and length, beside the published."""
-    found = (run for run in swept(runs) if run.rows[0].get("model") == model)
-    run = next((run for run in found if run.rows[0].get("steps") == steps), None)
-    if run is None:
-        return NOTHING
-    lines = []
-    for optimizer, rows in optimizers(run).items():
-        if (found := best(rows)) is None:
-            continue
-        chosen, losses = found
-        published = [_loss(row) for row in _first_seed(rows) if (row["lr"], row["scale"]) == PUBLISHED]
-        shown = "not tried" if not published else "diverged" if published[0] is None else f"{published[0]:.3f}"
-        cells = [optimizer_name(optimizer), *_numbers(chosen), _settings(rows), with_spread(losses), shown]
-        lines.append((losses, cells))
-    lines.sort(key=lambda line: mean(line[0]))
-    headings = ["optimizer", "lr", "scale", "momentum", "settings", "held-out loss"]
-    headings.append("loss at lr {:g}, scale {:g}".format(*PUBLISHED))
-    return f"{_title(run)}, on {run.device}:\n\n{table(headings, [cells for _, cells in lines])}"
-
-
-def _lowest(rows: Sequence[Row], key: str) -> str:
-    """Format the lowest loss of some runs, and the value of `key` that reached it."""
+def lowest(rows: Sequence[Row]) -> Row | None:
+    """Return the run of the lowest loss; None if none has a loss."""
     reached = [row for row in rows if _loss(row) is not None]
-    lowest = min(reached, key=lambda row: _loss(row) or 0.0, default=None)
-    if lowest is None:
+    return min(reached, key=lambda row: _loss(row) or 0.0, default=None)
+
+
+def _lowest(rows: Sequence[Row], key: str, marked: Row | None = None, mark: str = "") -> str:
+    """Format the lowest loss of some runs and the value of `key` that reached it; `marked` in bold with a mark."""
+    found = lowest(rows)
+    if found is None:
         return "diverged" if rows else "-"
-    return f"{_loss(lowest):.3f} ({key} {lowest[key]:g})"
+    loss = f"**{_loss(found):.3f}**{mark}" if found is marked else f"{_loss(found):.3f}"
+    return f"{loss} ({key} {found[key]:g})"
 
 
 def scales_table(run: Run, key: str) -> str:
     """Return for each optimizer whose sweep has that axis, and each scale, the lowest loss along the axis."""
-    swept = {name: _first_seed(rows) for name, rows in optimizers(run).items() if _axis(rows) == key}
+    swept = {name: rows for name, rows in optimizers(run).items() if _axis(rows) == key}
     scales = sorted({row["scale"] for rows in swept.values() for row in rows})
-    lines = [
-        [optimizer_name(name), *(_lowest([row for row in rows if row["scale"] == scale], key) for scale in scales)]
-        for name, rows in swept.items()
-    ]
-    return table(["optimizer", *(f"scale {cell(scale)}" for scale in scales)], lines)
+    lines = []
+    for name, rows in swept.items():
+        found, mark, first = best(rows), EDGE if edges(rows) else "", _first_seed(rows)
+        marked = found[0] if found else None
+        cells = [_lowest([row for row in first if row["scale"] == scale], key, marked, mark) for scale in scales]
+        lines.append([optimizer_name(name), str(settings(rows)), *cells])
+    return table(["optimizer", "settings", *(f"scale {cell(scale)}" for scale in scales)], lines)
 
 
-def sweep_panels(run: Run, key: str) -> list[dict[str, Any]]:
-    """Return the data of a sweep's plot along one axis; diverged runs have no point."""
+def sweep_data(run: Run, key: str) -> dict[str, Any]:
+    """Return the data of a sweep's plot: a line per scale along an axis, or along the scale if that has one value.
+
+    Diverged runs have no point.
+    """
+    swept = {name: _first_seed(rows) for name, rows in optimizers(run).items() if _axis(rows) == key}
+    along, per = (
+        (key, "scale") if len({row[key] for rows in swept.values() for row in rows}) > 1 else ("scale", key)
+    )
     panels = []
-    for optimizer, rows in optimizers(run).items():
+    for optimizer, rows in swept.items():
         lines = []
-        for scale in sorted({row["scale"] for row in rows}) if _axis(rows) == key else ():
-            own = [row for row in _first_seed(rows) if row["scale"] == scale]
-            points = sorted((row[key], loss) for row in own if (loss := _loss(row)))
+        for value in sorted({row[per] for row in rows}):
+            points = sorted((row[along], loss) for row in rows if row[per] == value and (loss := _loss(row)))
             if points:
-                lines.append({"scale": scale, "x": [x for x, _ in points], "loss": [loss for _, loss in points]})
+                lines.append({"value": value, "x": [x for x, _ in points], "loss": [loss for _, loss in points]})
         if lines:
             panels.append({"title": optimizer_name(optimizer), "lines": lines})
-    return panels
+    said = {"scale": "scale", **AXES}
+    return {"x": said[along], "per": said[per], "panels": panels}

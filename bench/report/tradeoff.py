@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from bench.common.names import optimizer_name, variant
+from bench.report.captions import caption
 from bench.report.comparisons import STATE, Comparison, final_losses
-from bench.report.markdown import figure, period, table, with_spread
+from bench.report.markdown import figure, table, with_spread
 from bench.report.plots import Plot
+from bench.report.rows import Row, Run, of
 from gwt_kernels.core.level import ROW
+
+_Points = Sequence[dict[str, Any]]
 
 CHART = "loss_over_state"
 PRESET = "cpu"
@@ -19,9 +23,15 @@ PRESET = "cpu"
 ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
 is the mean over seeds, its upright line reaches from the lowest to the highest; where it has none, one seed ran.
-Other lines join the levels of one rule. Moments are in float32. The bytes are of the whole model, whose embeddings
-and head keep AdamW's 8 bytes a parameter; in a larger model they are a smaller share. What a step costs is on
-[another page](performance_optimizers.md): these runs shared their cores with other work."""
+The number beside a point is its level, and a line joins the levels of one rule. Moments are in float32. The bytes
+are of the whole model, whose embeddings and head keep AdamW's 8 bytes a parameter; in a larger model they are a
+smaller share."""
+
+UNTIMED = """\
+What a step costs is on [another page](performance_optimizers.md): these runs shared their cores with other work."""
+SERIES = ("adamw", "gwt", "foam", "muon", "adafactor", "galore", "apollo", "adam_mini")
+"""Rules and other packages' optimizers of the chart; of others the lowest losses, while there is room."""
+MOST = 8
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
 """Bytes of state a parameter."""
@@ -69,7 +79,9 @@ def points(comparison: Comparison) -> list[dict[str, Any]]:
             "high": max(losses),
             "bytes": state["median"] / comparison.parameters,
             "spread": with_spread(losses),
+            "deviation": stdev(losses) if len(losses) > 1 else None,
             "seeds": len(losses),
+            "setting": chosen,
         }
         old = found.get(chosen.optimizer)
         if old is None or old["loss"] > point["loss"]:
@@ -77,24 +89,67 @@ def points(comparison: Comparison) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda point: point["loss"])
 
 
-def section(comparison: Comparison) -> tuple[list[str], list[Plot]]:
+def section(comparison: Comparison, runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
     """Return the part of the page that weighs loss and state, and its chart; nothing without results."""
     found = points(comparison.plain)
     if len(found) < 2:
         return [], []
     everything = [point for point in points(comparison) if point["seeds"] > 1]
-    parts = ["## Memory or a better model?", ABOUT, figure("Held-out loss over bytes of state", CHART)]
+    shown, left = charted(found)
+    times = step_times(runs)
+    data = [
+        {key: point[key] for key in DRAWN}
+        | {"ms": times[name]["median"] if (name := point["optimizer"]) in times else None}
+        for point in shown
+    ]
+    words = [ABOUT, _about_time(list(times.values())) if times else UNTIMED]
+    if left:
+        names = ", ".join(point["label"] for point in left)
+        words.append(f"Left out, so that the chart can be read: {names}; [all runs](quality_runs.md) has them.")
+    parts = ["## Memory or a better model?", " ".join(words), figure("Held-out loss over bytes of state", CHART)]
+    parts += [f"Chart and tables of this section: {caption(comparison.rows)}."]
     parts += [EQUAL_STATE, _equal_state(found, everything), EQUAL_LOSS, _equal_loss(found, everything)]
     if costs := _rows(found):
         parts += ["### What a row costs", costs]
-    return parts, [Plot(CHART, "tradeoff", found)]
+    return parts, [Plot(CHART, "tradeoff", data)]
+
+
+DRAWN = ("label", "rule", "level", "own", "loss", "low", "high", "bytes")
+
+
+def charted(found: _Points) -> tuple[_Points, _Points]:
+    """Return the points of at most `MOST` rules and other optimizers, and those left out."""
+    names = list(dict.fromkeys(_series(point) for point in found))  # the lowest loss first
+    names.sort(key=lambda name: SERIES.index(name) if name in SERIES else len(SERIES))
+    drawn = set(names[:MOST])
+    parted: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for point in found:
+        parted[_series(point) not in drawn].append(point)
+    return parted
+
+
+def _series(point: dict[str, Any]) -> str:
+    return str(point["rule"] or point["optimizer"])
+
+
+def step_times(runs: Sequence[Run]) -> dict[str, Row]:
+    """Return the newest record of times of a step of the chart's preset, by optimizer."""
+    for run in of(runs, "step_times"):
+        rows = [row for row in run.rows if row.get("of") == "pretrain" and row.get("preset") == PRESET]
+        if found := {row["optimizer"]: row for row in rows if row.get("median") is not None}:
+            return found
+    return {}
+
+
+def _about_time(rows: Sequence[Row]) -> str:
+    return (
+        "The area of a marker is the median time of one step of the optimizer, timed apart from training on this "
+        f"preset's model: {rows[0]['device']}, {caption(rows)}."
+    )
 
 
 def _said(point: dict[str, Any]) -> str:
     return f"{point['label']}, {point['spread']}"
-
-
-_Points = Sequence[dict[str, Any]]
 
 
 def _equal_state(found: _Points, everything: _Points) -> str:
@@ -152,8 +207,7 @@ def block(comparison: Comparison, root: str) -> str:
     shown = [point for point in points(comparison) if point["optimizer"] in SHOWN]
     rows = [[point["label"], point["spread"], f"{point['bytes']:.2f}"] for point in shown]
     seeds = " or ".join(map(str, sorted({point["seeds"] for point in shown})))
-    size = f"{comparison.parameters / 1e6:.2f}M parameters, " if comparison.parameters else ""
-    words = f"{size}{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {period(comparison.rows)}"
+    words = f"{comparison.steps} steps, preset `{PRESET}`, {comparison.device}, {caption(comparison.rows)}"
     made = table(["optimizer", "held-out loss, nats a byte", "state, bytes a parameter"], rows)
     parts = [f"{words}, mean ± standard deviation over {seeds} seeds:", made]
     if len(found) > 1:

@@ -9,7 +9,8 @@ import pytest
 
 from bench.common import records
 from bench.common.names import optimizer_name, order_of, variant
-from bench.report import plots, quality, quality_runs, rows, sizes, sweeps, tradeoff
+from bench.report import begin, plots, quality, quality_runs, rows, sizes, sweeps, tradeoff
+from bench.report.captions import caption
 from bench.report.comparisons import comparisons, final_losses
 from tests.support.made_up_rows import CPU, ENDS, Row, quality_rows
 
@@ -53,7 +54,9 @@ def test_an_optimizer_that_was_only_swept_is_compared_too(tmp_path: Path) -> Non
     own = swept("muon2", MUON) + swept("gwt2", {(0.03, 0.1, None): [9]})
     runs = load(tmp_path, quality_cpu=compared(), sweep_cpu=own)
     page, drawn = quality_runs.page(runs)
-    row = "| GWT-Muon level 2 | 0.03 | 0.6 | 0.8 | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % | 2.00 (1.00–3.00) |"
+    row = (
+        "| GWT-Muon level 2 | 0.03 | 0.6† | 0.8† | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % | 2.00 (1.00–3.00) |"
+    )
     assert row in page
     assert "| GWT level 2 | 0.03 | 0.1 | - | 3 | 1.570 ± 0.010 |" in page  # what was compared stays
     assert "\nThese are a sweep's own runs: GWT-Muon level 2.\n" in page
@@ -95,9 +98,10 @@ def test_other_lengths_and_texts_are_other_comparisons(tmp_path: Path) -> None:
     ):
         assert f"\n{title}\n" in page
     assert "| AdamW | 0.01 | 0.2 | - | 1 | 1.100 | +0.000 |" in page
-    assert "| AdamW | 0.03 | 0.1 | - | 1 | 1.500 |" in sweeps.begin(runs, "llama_cpu", 400)
-    assert "| AdamW | 0.01 | 0.2 | - | 1 | 1.100 |" in sweeps.begin(runs, "llama_cpu", 1600)
-    assert "Nothing is recorded" in sweeps.begin(runs, "llama_cpu", 7)
+    head, _, row = begin.section(runs, ()).splitlines()[:3]
+    assert head.startswith("| optimizer | `cpu`: 0.86M, 400 steps | `cpu_long`: 0.86M, 1,600 steps | loss at")
+    assert row == "| AdamW | 0.03 / 0.1 | 0.01 / 0.2 | 1.500 | not tried |"
+    assert "Nothing is recorded" in begin.section([], ())
 
 
 def test_a_record_of_two_lengths_is_two_sweeps(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_a_record_of_two_lengths_is_two_sweeps(tmp_path: Path) -> None:
     assert "\n## llama_cpu, 400 steps" in page
     assert "\n## llama_cpu, 800 steps" in page
     assert {plot.name for plot in drawn} == {"sweep-mine-momentum", "sweep-mine_other-momentum"}
-    assert "| GWT-Muon level 2 | 4 | 0.03 | 0.6 | 0.8 |" in page
+    assert "| GWT-Muon level 2 | 4 | 0.03 | 0.6† | 0.8† |" in page
 
 
 def test_the_best_momentum_by_length(tmp_path: Path) -> None:
@@ -159,7 +163,13 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
     ends = {name: 1.2 + 0.01 * i for i, name in enumerate(names)}
     runs = load(tmp_path, quality_cpu=compared(ends))
     (chart,) = (plot for plot in quality.page(runs)[1] if plot.name == "loss_over_state")
-    assert len(chart.data) == len(names)
+    series = {point["rule"] or point["label"] for point in chart.data}
+    assert len(series) == 8
+    assert series >= {"gwt", "foam", "muon", "adafactor", "AdamW", "GaLore", "APOLLO"}
+    left = [name for name in map(optimizer_name, names) if name not in {point["label"] for point in chart.data}]
+    assert left == ["torch Adafactor", "GWT-Lion level 2", "GWT-Adafactor level 2, published details"]
+    said = quality.page(runs)[0].split("Left out, so that the chart can be read: ")[1].partition("; [all runs]")[0]
+    assert sorted(said.replace("2, pub", "2 pub").split(", ")) == sorted(n.replace(",", "") for n in left)
     figure = plots.KINDS["tradeoff"](chart.data)
     figure.savefig(tmp_path / "chart.png")
     (legend,) = figure.legends
@@ -170,8 +180,34 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
     assert len(lines) <= 8
     looks = {(plots.look_of(name)["color"], plots.look_of(name)["marker"]) for name in map(optimizer_name, names)}
     assert len(looks) >= len(names) - 2  # Adafactor's two kinds of details and PyTorch's share a look
-    hollow = [line.get_marker() for line in legend.get_lines() if line.get_markerfacecolor() == "white"]
-    assert len(set(hollow)) == len(hollow) == 4, "other packages' points may coincide"
+    shown = legend.get_lines()
+    without_colour = {(line.get_marker(), line.get_markerfacecolor() == "white") for line in shown}
+    assert len(without_colour) == len(shown) == 8, "rules and other packages' points may coincide"
+
+
+def test_the_area_of_a_marker_is_the_time_of_a_step(tmp_path: Path) -> None:
+    of_step = {"of": "pretrain", "preset": "cpu", "p20": 0.9, "p80": 9.0, "samples": 50, "own_backend": "compiled"}
+    times = [CPU | of_step | {"optimizer": name, "median": ms} for name, ms in (("adamw", 2.0), ("gwt2", 8.0))]
+    times.append(times[0] | {"preset": "cpu_medium", "median": 99.0})
+    plain = quality.page(load(tmp_path, quality_cpu=compared()))
+    records.append(tmp_path / "step_times_cpu.json", "step_times", times)
+    page, (chart,) = quality.page(rows.load(tmp_path))
+    assert "The area of a marker is the median time of one step of the optimizer" in page
+    assert "Abacus 3000, `compiled` backend, 2 threads, runs of 2026-01-02, commit 0123456" in page
+    assert "The area of a marker" not in plain[0]
+    assert {point["label"]: point["ms"] for point in chart.data if point["ms"]} == {
+        "AdamW": 2.0,
+        "GWT level 2": 8.0,
+    }
+    figure = plots.KINDS["tradeoff"](chart.data)
+    areas = sorted(dots.get_sizes()[0] for dots in figure.axes[0].collections)
+    assert areas[-1] == pytest.approx(4 * min(area for area in areas if area != 36.0))  # 36: those not timed
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [text for text in texts if text.endswith("ms a step") or text == "not timed"] == [
+        "2 ms a step", "4 ms a step", "8 ms a step", "not timed",
+    ]  # fmt: skip
+    same = plots.KINDS["tradeoff"](plain[1][0].data)
+    assert len({dots.get_sizes()[0] for dots in same.axes[0].collections}) == 1
 
 
 LONG = [f"GWT-Muon level {level}, lr 0.03, scale 1.5, momentum 0.8, row {level}" for level in range(8)]
@@ -183,8 +219,9 @@ DRAWN: dict[str, Any] = {
     },
     "sweeps": {
         "x": "momentum",
+        "per": "scale",
         "panels": [
-            {"title": "Muon", "lines": [{"scale": 1 / (7 + i), "x": [1, 2], "loss": [2, 1]} for i in range(8)]}
+            {"title": "Muon", "lines": [{"value": 1 / (7 + i), "x": [1, 2], "loss": [2, 1]} for i in range(8)]}
         ],
     },
 }
@@ -233,7 +270,10 @@ def test_what_holds_at_each_size(tmp_path: Path) -> None:
     medium = [row | about_medium for row in one_seed]
     medium += [row | about_medium | {"precision": "float32", "median": 9.0} for row in one_seed]  # which is another
     runs = load(tmp_path, quality_cpu=compared({"adamw": 1.5, "muon2": 1.4, "gwt2": 1.45}), quality_medium=medium)
-    about, table = sizes.section(comparisons(runs))
+    about, table, origins = sizes.section(comparisons(runs), runs)
+    assert (
+        "- `cpu`: 0.86M parameters, backend not recorded, 2 threads, runs of 2026-01-02, commit 0123456" in origins
+    )
     assert about.startswith("## At each size")
     head, _, *lines = table.splitlines()
     assert sorted(head.strip("| ").split(" | ")[1:]) == [
@@ -243,4 +283,129 @@ def test_what_holds_at_each_size(tmp_path: Path) -> None:
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert [line[0] for line in cells] == ["AdamW's loss", "GWT-Muon level 2"]  # what two presets hold
     assert sorted(cells[1][1:]) == ["-0.100 ± 0.010", "-0.400 (1 seed)"]
-    assert sizes.section(comparisons(load(tmp_path / "one", quality=compared()))) == []
+    one = load(tmp_path / "one", quality=compared())
+    assert sizes.section(comparisons(one), one) == []
+
+
+GRID: dict[tuple[Any, ...], list[float | None]] = {
+    (0.01, 0.1, None): [1.8],
+    (0.03, 0.1, None): [1.5],
+    (0.1, 0.1, None): [1.6],
+    (0.03, 0.2, None): [None],
+}
+
+
+def test_the_best_at_the_edge_of_its_grid_is_marked_in_every_table(tmp_path: Path) -> None:
+    inner = GRID | {(0.03, 0.05, None): [1.55]}
+    one_value: dict[tuple[Any, ...], list[float | None]] = {(0.03, 0.1, None): [1.4], (0.1, 0.1, None): [1.5]}
+    assert sweeps.edges(swept("gwt2", GRID)) == {"scale"}  # a run that diverged was tried
+    assert sweeps.edges(swept("gwt2", inner)) == set()
+    assert sweeps.edges(swept("gwt2", one_value)) == {"lr"}  # one scale is no grid
+    assert sweeps.edges(swept("muon2", MUON)) == {"scale", "momentum"}  # of 0.6 twice, of 0.8 at the same scale
+    assert sweeps.edges(swept("gwt2", {(0.03, 0.1, None): [None]})) == set()
+    own = [*swept("gwt2", GRID), *swept("adamw", inner)]
+    runs = load(tmp_path, sweep_cpu=own, sweep_cpu_long=[row | {"steps": 1600} for row in own], sweep_mine=own)
+    note = "† At the edge of the settings tried: a value beyond may be better."
+    made = begin.section(runs, ())
+    assert "| GWT level 2 | 0.03 / 0.1† | 0.03 / 0.1† |" in made
+    assert "| AdamW | 0.03 / 0.1 | 0.03 / 0.1 |" in made
+    page = sweeps.page(runs)[0]
+    assert "| GWT level 2 | 4 | - | **1.500**† (lr 0.03) | diverged |" in page
+    assert "| AdamW | 5 | 1.550 (lr 0.03) | **1.500** (lr 0.03) | diverged |" in page
+    assert page.count("| GWT level 2 | 4 | 0.03 | 0.1† | - |") == 1  # the presets' are on the page of all runs
+    of_runs, of_sizes = quality_runs.page(runs)[0], quality.page(runs)[0]
+    assert of_runs.count("| GWT level 2 | 0.03 | 0.1† | - | 1 |") == 2
+    assert "| GWT level 2 | +0.000 (1 seed)† | +0.000 (1 seed)† |" in of_sizes
+    assert all(text.count(note) >= 1 for text in (made, page, of_runs, of_sizes))
+
+
+def test_what_changes_between_sizes(tmp_path: Path) -> None:
+    better = {key: [loss and loss - 0.3 for loss in losses] for key, losses in GRID.items()}
+    longer: dict[tuple[Any, ...], list[float | None]] = {(0.03, 0.05, None): [1.4], (0.03, 0.1, None): [1.5]}
+    runs = load(
+        tmp_path,
+        sweep_cpu=swept("adamw", GRID) + swept("gwt2", better) + swept("foam2", longer),
+        sweep_cpu_long=swept("adamw", longer, steps=1600)
+        + swept("gwt2", GRID, steps=1600)
+        + swept("foam2", {(0.03, 0.025, None): [1.45], (0.01, 0.025, None): [1.6]}, steps=1600),
+    )
+    assert begin.rates(begin.presets(runs)) == [
+        "The best rate of the matrices, lr × scale, at `cpu_long` against `cpu`: "
+        "lower for AdamW (0.003 to 0.0015); the same for GWT level 2; not known for FOAM level 2."
+    ]
+    assert begin.differences(comparisons(runs)) == [
+        "GWT level 2 against AdamW: below at `cpu`, above at `cpu_long`.",
+        "FOAM level 2 against AdamW: below at `cpu`, above at `cpu_long`.",
+        "GWT level 2 against FOAM level 2: below at `cpu`, above at `cpu_long`.",
+    ]
+
+
+def test_a_sweep_of_one_rate_is_drawn_over_the_scale(tmp_path: Path) -> None:
+    scales = {(0.03, scale, None): [1.5 + scale] for scale in (0.1, 0.05, 0.2)}
+    first, second = load(tmp_path, sweep_mine=swept("gwt2", scales), sweep_other=swept("gwt2", GRID))
+    by_file = {run.file: sweeps.sweep_data(run, "lr") for run in (first, second)}
+    (panel,) = by_file["sweep_mine.json"]["panels"]
+    assert (by_file["sweep_mine.json"]["x"], by_file["sweep_mine.json"]["per"]) == ("scale", "learning rate")
+    assert panel["lines"] == [{"value": 0.03, "x": [0.05, 0.1, 0.2], "loss": [1.55, 1.6, 1.7]}]
+    assert (by_file["sweep_other.json"]["x"], by_file["sweep_other.json"]["per"]) == ("learning rate", "scale")
+    for data in by_file.values():
+        plots.KINDS["sweeps"](data).savefig(tmp_path / "drawn.png")
+
+
+def test_a_scale_has_the_same_colour_in_every_sweep() -> None:
+    def drawn(*scales: float) -> dict[str, Any]:
+        lines = [{"value": scale, "x": [0.01, 0.1], "loss": [2.0, 1.0]} for scale in scales]
+        figure = plots.KINDS["sweeps"](
+            {"x": "learning rate", "per": "scale", "panels": [{"title": "A", "lines": lines}]}
+        )
+        (legend,) = figure.legends
+        texts = [text.get_text() for text in legend.get_texts()]
+        return dict(zip(texts, (line.get_color() for line in legend.get_lines()), strict=True))
+
+    one, other = drawn(0.025, 0.1, 0.25), drawn(0.1, 0.2, 0.25, 2.4)
+    assert {text: one[text] for text in one.keys() & other.keys()} == {
+        text: other[text] for text in ("scale 0.1", "scale 0.25")
+    }
+    assert len({*one.values(), *other.values()}) == 5
+
+
+def test_levels_are_told_apart_without_colour() -> None:
+    series = [{"level": level, "path": "flat path", "points": [(2**16, 0.5), (2**20, 0.9)]} for level in range(4)]
+    figure = plots.KINDS["roofline"]([{"title": "step", "series": series}])
+    assert len({line.get_marker() for line in figure.axes[0].lines if len(line.get_xdata()) == 2} - {"None"}) == 4
+    assert len({line.get_marker() for line in figure.legends[0].get_lines()}) == 4
+
+
+def test_curves_are_of_the_best_settings(tmp_path: Path) -> None:
+    ended_once = swept("gwt2", {(0.1, 0.05, None): [1.2]})
+    worse = [row | {"lr": 0.1} for row in compared({"gwt1": 1.9})]
+    (comparison,) = comparisons(load(tmp_path, quality_cpu=compared() + worse, sweep_cpu=ended_once))
+    found = {line["label"]: line["mean"][-1] for line in quality_runs.curves(comparison)}
+    assert found["GWT level 1"] == pytest.approx(1.59)  # not 2.01
+    assert "GWT level 2" not in found  # the best was evaluated at its end only
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([CPU], "backend not recorded, 2 threads, runs of 2026-01-02, commit 0123456"),
+        (
+            [
+                {"parameters": 860_000, "own_backend": "torch", "date": "2026-01-0" + day, "commit": day * 40}
+                for day in "1324"
+            ],
+            "0.86M parameters, `torch` backend, runs of 2026-01-01 to 2026-01-04, commits 4444444 and 3 more",
+        ),
+        (
+            [
+                {"own_backend": "torch", "commit": "aaaaaaaaaa-dirty"},
+                {"date": "2026-01-02", "commit": "bbbbbbbbbb"},
+            ],
+            "`torch` backend (of some runs not recorded), runs of 2026-01-02 (some undated), "
+            "commits bbbbbbb, aaaaaaa with uncommitted changes",
+        ),
+        ([{"threads": 1}, {"threads": 2}], "backend not recorded, 1 thread or 2 threads, date not recorded"),
+    ],
+)
+def test_captions_say_where_numbers_are_from(rows: list[Row], said: str) -> None:
+    assert caption(rows) == said

@@ -117,6 +117,32 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
         assert len(again) == SEEDS.get(record.name, 3)
 
 
+def test_what_the_choosing_page_says_of_momentum_and_scale() -> None:
+    """Over 1,600 steps: the hand-written numbers below Muon's example."""
+    runs = [run for run in read_runs(pretrain.RESULTS / "sweep_cpu_long.json") if run["seed"] == 0]
+    lowest = {
+        (level, momentum): min(
+            run["heldout_loss"]
+            for run in runs
+            if (run["optimizer"], run.get("momentum")) == (f"muon{level}", momentum)
+        )
+        for level in range(5)
+        for momentum in (0.8, 0.95)
+    }
+    stated = {0: (0.998, 1.008), 3: (1.039, 1.047)}
+    page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
+    for level in range(5):
+        shown = tuple(round(lowest[level, momentum], 3) for momentum in (0.8, 0.95))
+        if level in stated:
+            assert shown == stated[level]
+            assert "{:.3f} against {:.3f}".format(*shown) in page
+        else:
+            assert abs(lowest[level, 0.8] - lowest[level, 0.95]) < 0.001
+        best = best_settings(runs, f"muon{level}")
+        assert best is not None
+        assert best["scale"] == (0.6 if level < 3 else max(run["scale"] for run in runs if run.get("momentum")))
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_uses_the_best_setting_of_its_sweep(path: Path) -> None:
     parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
