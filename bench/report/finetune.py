@@ -125,7 +125,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
         chosen = choices(pair.rows)
         parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
         if edges := at_the_edge(pair.rows, chosen):
-            parts.append(f"Chosen at the edge of what was tried, so that beyond it may be better: {edges}.")
+            parts.append(f"At the edge of the settings tried, so that a value beyond may be better: {edges}.")
         if memory := _memory(chosen):
             plots.append(Plot(f"{pair.name}_memory", "states", memory))
             parts.append(figure("Optimizer state and peak memory by optimizer", plots[-1].name))
