@@ -75,9 +75,9 @@ def test_choices_at_the_edge_are_named(tmp_path: Path) -> None:
     ]
     made += run_rows("adamw", "lora", 1e-3, 0, 0.45)  # the only one tried
     text, _ = page_of(tmp_path, made)
-    assert "so that beyond it may be better: AdamW, full.\n" in text
+    assert "so that a value beyond may be better: AdamW, full.\n" in text
     inside, _ = page_of(tmp_path / "inside", [row for row in made if row["optimizer"] == "gwt2"])
-    assert "beyond it" not in inside
+    assert "a value beyond" not in inside
 
 
 def test_all_diverged_and_nothing_recorded(tmp_path: Path) -> None:
