@@ -4,6 +4,7 @@ python -m bench.finetune                                     # MiniLM-L6 on film
 python -m bench.finetune --preset kernel_docs                # SmolLM2-135M goes on with the kernel's documentation
 python -m bench.finetune --sweep --seeds 3 --record          # what the recorded best come from
 python -m bench.finetune --model FOLDER --data train.tsv --test-data dev.tsv --text-column sentence --lr 1e-4
+python -m bench.finetune --step-times                        # times of a step, on a machine that is idle
 python -m bench.finetune --preset glue --task sst2 --model FOLDER --data train.tsv --test-data dev.tsv
 """
 
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from bench.common import records
+from bench.common import records, step_times
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS
 from bench.finetune import models, results
-from bench.finetune.examples import Columns
+from bench.finetune.examples import Columns, labels_of, read_examples
 from bench.finetune.table import print_table
 from bench.finetune.tasks import Sizes, Task, load_classification, load_plain_text
 from bench.finetune.training import MODULE, RunConfig, train_apart
@@ -101,12 +104,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=_at_least(0), default=0, help="the first seed: new head, dropout, order of batches")
     add("--seeds", type=_at_least(1), default=1, help="how many seeds")
     add(
+        "--step-times",
+        type=_at_least(1),
+        nargs="?",
+        const=step_times.ROUNDS,
+        metavar="STEPS",
+        help="train nothing: time steps of all optimizers and recipes of the preset, or those named, in turns",
+    )
+    add(
         "--record",
         type=Path,
         nargs="?",
         const=_OF_PRESET,
         metavar="FILE",
-        help="record of raw results: finetune_PRESET.json without FILE; else results.json in --out",
+        help="record of raw results: finetune_PRESET.json, or "
+        "step_times_PRESET.json, without FILE; else results.json in --out",
     )
     add("--again", action="store_true", help="repeat runs that the record holds")
     add("--out", type=Path, help="folder of results; runs/finetune/PRESET if not given")
@@ -178,6 +190,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.model not in (None, options.own["model"]) or options.data not in (None, options.own["data"]):
         options.name += "_own"  # neither the preset's record nor its best serve another model or other data
     options.out = options.out or Path("runs") / "finetune" / options.name
+    if options.step_times:
+        options.recipes = known.recipes or [name for name in models.RECIPES if name in grids]
+        if options.record in (None, _OF_PRESET):
+            options.record = step_times.default_path(options.name)
     if options.record == _OF_PRESET:
         options.record = results.default_path(options.name)
     return options
@@ -207,6 +223,33 @@ def load_task(options: argparse.Namespace) -> Task:
         FileNotFoundError: A file or folder is missing.
         ValueError: Model, tokenizer or data cannot be used, or do not fit each other.
     """
+    check_paths(options)
+    folder = options.tokenizer or options.model
+    tokenizer = models.load_tokenizer(folder)
+    sizes = Sizes(options.examples, options.validation, options.test, options.max_length)
+    columns = columns_of(options)
+    task: Task
+    if options.kind == "classify":
+        task = load_classification(options.data, options.test_data, columns, tokenizer, sizes)
+    else:
+        task = load_plain_text(options.data, str(folder), sizes, heldout_fraction=0.05)
+    models.check_fit(options.model, task.largest_id, options.max_length)
+    task.facts["model_digest"] = models.digest_of(options.model)
+    return task
+
+
+def columns_of(options: argparse.Namespace) -> Columns:
+    """Return where the data keep texts and labels."""
+    return Columns(options.text_column, options.pair_column, options.label_column)
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Refuse a model folder that cannot be used, and data that are not named or not fetched.
+
+    Raises:
+        FileNotFoundError: A file or folder is missing.
+        ValueError: Model or data are not named, or the model cannot be used.
+    """
     for key in ("model", "data"):
         path = getattr(options, key)
         if path is None:
@@ -218,18 +261,6 @@ def load_task(options: argparse.Namespace) -> Task:
                 f"--{key} {path}: is not there yet; run python -m {MODULE}.fetch {options.fetch}"
             )
     models.check_folder(options.model)
-    folder = options.tokenizer or options.model
-    tokenizer = models.load_tokenizer(folder)
-    sizes = Sizes(options.examples, options.validation, options.test, options.max_length)
-    columns = Columns(options.text_column, options.pair_column, options.label_column)
-    task: Task
-    if options.kind == "classify":
-        task = load_classification(options.data, options.test_data, columns, tokenizer, sizes)
-    else:
-        task = load_plain_text(options.data, str(folder), sizes, heldout_fraction=0.05)
-    models.check_fit(options.model, task.largest_id, options.max_length)
-    task.facts["model_digest"] = models.digest_of(options.model)
-    return task
 
 
 def check_out(out: Path) -> None:
@@ -361,6 +392,32 @@ class Comparison:
                     self.once(replace(config, seed=seed))
 
 
+def time_steps(options: argparse.Namespace, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:
+    """Time steps of optimizers and recipes over the preset's model, and record them."""
+    check_paths(options)
+    classes = 0
+    if options.kind == "classify":
+        examples = read_examples(options.data, columns_of(options))
+        classes = len(labels_of(examples, f"--data {options.data}"))
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    how = {"lr": options.preset_rates["lr"][0], "scale": options.preset_rates["scale"][0], "weight_decay": 0.0}
+
+    def contender(optimizer: str, recipe: str) -> step_times.Contender:
+        def build() -> tuple[nn.Module, Optimizer]:
+            torch.manual_seed(options.seed)
+            model = models.build_model(str(options.model), classes, recipe, rank=options.rank, dtype=dtype)
+            model = model.to(device)
+            return model, step_times.fused(models.optimizer_of(model, optimizer, recipe, **how))
+
+        return step_times.Contender(optimizer, recipe, build)
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    what = {"of": "finetune", "preset": options.name, "model": str(options.model), "precision": options.precision}
+    found = step_times.measure([contender(*pair) for pair in pairs], device, rounds=options.step_times)
+    step_times.record(options.record, step_times.rows_of(found, what, facts(device, MODULE, sys.argv[1:])))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
     options = parse(argv)
@@ -373,6 +430,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_out(options.out)
     if options.record:
         check_record(options.record)
+    if options.step_times:
+        time_steps(options, pairs, device)
+        return
     comparison = Comparison(options, load_task(options), device)
     records.rows_of(comparison.path, results.BENCHMARK)  # another file's format is an error now, not after a run
     for pair in pairs:

@@ -4,6 +4,7 @@ python -m bench.pretrain                                          # one run of t
 python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
 python -m bench.pretrain --preset llama_60m --optimizer gwt2 --steps 1000
 python -m bench.pretrain --sweep adamw gwt2 gwt3                  # the sweep behind the cpu preset's settings
+python -m bench.pretrain --step-times                             # times of a step, on a machine that is idle
 torchrun --standalone --nproc-per-node 2 -m bench.pretrain --parallel fsdp2 --device cpu
 """
 
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 
+from bench.common import step_times
 from bench.common.measure import chosen_device, facts, is_present
-from bench.common.models import CONFIGS
+from bench.common.models import CONFIGS, build_model, load_config
 from bench.common.names import PEERS, RULES
 from bench.common.records import RESULTS
 from bench.pretrain import low_rank, parallel, quality
@@ -36,7 +40,7 @@ from bench.pretrain.data import (
     load_stream,
     load_text,
 )
-from bench.pretrain.optimizers import check_name, swept_name
+from bench.pretrain.optimizers import build_optimizer, check_name, swept_name
 from bench.pretrain.sweep import best_settings, read_runs, settings_of, sweep
 from bench.pretrain.training import RunConfig, train
 
@@ -90,12 +94,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
     add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
     add(
+        "--step-times",
+        type=_positive,
+        nargs="?",
+        const=step_times.ROUNDS,
+        metavar="STEPS",
+        help="train nothing: time steps of those after --compare or --sweep, else of the preset's grids, in turns",
+    )
+    add(
         "--record",
         type=Path,
         nargs="?",
         const=_RECORD_OF_PRESET,
         metavar="FILE",
-        help="add every finished run to this record of raw results; quality_PRESET.json without FILE",
+        help="add every finished run to this record of raw results; quality_PRESET.json, "
+        "or step_times_PRESET.json, without FILE",
     )
     add("--out", type=Path, default=Path("runs/pretrain"), help="folder of the run")
 
@@ -160,6 +173,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     options = parser.parse_args(argv)
     if options.precision is None:
         options.precision = "bfloat16" if options.device.startswith("cuda") else "float32"
+    if options.step_times and options.record in (None, _RECORD_OF_PRESET):
+        options.record = step_times.default_path(options.preset)
     if options.record is _RECORD_OF_PRESET:
         options.record = quality.default_path(options.preset)
     options.preset_rates = {"lr": values["lr"], "scale": values["scale"]}
@@ -230,6 +245,42 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
     base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
     text = {"text": load_corpus(options, base.seed).facts["text"]}
     sweep(settings, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
+
+
+def time_steps(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
+    """Time steps of the optimizers that are named, and record them.
+
+    GaLore and APOLLO are left out, with a line, where their packages are missing.
+
+    Raises:
+        ValueError: None is named, or the preset's model is none.
+    """
+    named = list(dict.fromkeys(options.compare or options.sweep or grids))
+    lacking = {name: said for name in named if name in low_rank.NAMES and (said := low_rank.missing(name))}
+    for said in lacking.values():
+        print(f"left out: {said}", file=sys.stderr)
+    if not (names := [name for name in named if name not in lacking]):
+        raise ValueError("--step-times: nothing to time is left; name optimizers after --compare")
+    load = {"dtype": torch.bfloat16 if options.precision == "bfloat16" else torch.float32, "device": device}
+    model_config = load_config(options.model)
+
+    def contender(name: str) -> step_times.Contender:
+        config = run_config(options, name)
+
+        def build() -> tuple[nn.Module, Optimizer]:
+            model = build_model(model_config, seed=config.seed, **load)
+            how = {key: getattr(config, key) for key in ("lr", "scale", "projection_gap", "momentum")}
+            return model, step_times.fused(build_optimizer(name, model, **how))
+
+        gap = config.projection_gap
+        untimed = gap is not None and gap >= step_times.WARM_UP + options.step_times
+        note = f"new projections every {gap} steps, none among those timed" if untimed else ""
+        return step_times.Contender(name, None, build, note)
+
+    what = {"of": "pretrain", "preset": options.preset, "model": options.model, "precision": options.precision}
+    found = step_times.measure([contender(name) for name in names], device, rounds=options.step_times)
+    about = facts(device, "bench.pretrain", sys.argv[1:])
+    step_times.record(options.record, step_times.rows_of(found, what, about))
 
 
 def run_one(
@@ -310,7 +361,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--device {options.device}: PyTorch sees no such CUDA device here; use --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if options.sweep:
+    if options.step_times:
+        time_steps(options, grids, device)
+    elif options.sweep:
         run_sweep(options, grids, device)
     elif options.compare:
         seeds = range(options.seed, options.seed + options.seeds)

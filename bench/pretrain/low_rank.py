@@ -26,6 +26,15 @@ def _package(name: str) -> Any:
         raise ModuleNotFoundError(f"{name} needs other packages ({error}): pip install {wanted}") from error
 
 
+def missing(name: str) -> str:
+    """Return what an optimizer needs that is not installed; empty where nothing is missing."""
+    try:
+        _package(name)
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
 def build(
     name: str,
     model: nn.Module,
