@@ -70,12 +70,18 @@ def variant(name: str) -> Variant | None:
     return Variant(rule, own, found["moments"] or "", found["rounding"] or "", found["details"] or "")
 
 
-def check_name(name: str) -> str:
-    """Return `name`, or raise a `ValueError` that lists the known names."""
+def check_name(name: str, option: str = "") -> str:
+    """Return `name`, or raise a `ValueError` that lists the known names.
+
+    Args:
+        name: Of an optimizer.
+        option: The option that named it, for the message.
+    """
     if name not in PEERS and variant(name) is None:
+        where = f"{option}: " if option else ""
         raise ValueError(
-            f"unknown optimizer {name!r}: choose {', '.join(PEERS)}, or {', '.join(f'{rule}L' for rule in RULES)} "
-            f"with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
+            f"{where}unknown optimizer {name!r}: choose {', '.join(PEERS)}, "
+            f"or {', '.join(f'{rule}L' for rule in RULES)} with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
             "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or "
             "-int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
         )

@@ -144,6 +144,6 @@ def record(path: Path, rows: Sequence[Row]) -> None:
     records.append(path, BENCHMARK, rows, keep=lambda row: tuple(row.get(key) for key in IDENTITY) not in new)
     for row in rows:
         name = row["optimizer"] + (f", {row['recipe']}" if row["recipe"] else "")
-        times = "{median:.3g} ms ({p20:.3g} to {p80:.3g} over {samples} steps)".format(**row)
+        times = "{median:.4g} ms ({p20:.4g} to {p80:.4g} over {samples} steps)".format(**row)
         print(f"{name}: {times}" + (f"; {row['note']}" if row["note"] else ""))
     print(f"numbers: {path}")

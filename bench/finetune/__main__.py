@@ -226,6 +226,7 @@ def load_task(options: argparse.Namespace) -> Task:
     check_paths(options)
     folder = options.tokenizer or options.model
     tokenizer = models.load_tokenizer(folder)
+    models.check_tokenizer(options.model, folder, len(tokenizer))
     sizes = Sizes(options.examples, options.validation, options.test, options.max_length)
     columns = columns_of(options)
     task: Task
@@ -233,7 +234,7 @@ def load_task(options: argparse.Namespace) -> Task:
         task = load_classification(options.data, options.test_data, columns, tokenizer, sizes)
     else:
         task = load_plain_text(options.data, str(folder), sizes, heldout_fraction=0.05)
-    models.check_fit(options.model, task.largest_id, options.max_length)
+    models.check_fit(options.model, folder, task.largest_id, options.max_length)
     task.facts["model_digest"] = models.digest_of(options.model)
     return task
 

@@ -29,6 +29,10 @@ WHOLE = ("matrices", "full")
 """Recipes that train matrices, so that optimizers of matrices differ from AdamW."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PADDED = 128
+"""Rows of an embedding by which it may differ from its tokenizer's vocabulary."""
+PADDED_SHARE = 0.05
+"""The same as a share of the rows, for large vocabularies."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
 
@@ -36,18 +40,21 @@ def check_folder(model: Path) -> None:
     """Refuse a folder that holds no model.
 
     Raises:
-        FileNotFoundError: There is no folder, no configuration, or there are no weights in it.
-        ValueError: The configuration is none that transformers reads.
+        FileNotFoundError: There is no folder, no configuration, or weights are missing in it.
+        ValueError: Configuration or list of weights are none that transformers reads.
     """
     if not model.is_dir():
         raise FileNotFoundError(f"--model {model}: no such folder; give one that `save_pretrained` wrote")
     if not (model / "config.json").is_file():
         raise FileNotFoundError(f"--model {model}: has no config.json; give a folder that `save_pretrained` wrote")
-    if not any((model / name).is_file() for name in WEIGHTS):
+    weights = next((name for name in WEIGHTS if (model / name).is_file()), None)  # in transformers' order
+    if weights is None:
         raise FileNotFoundError(
             f"--model {model}: has no weights ({' or '.join(WEIGHTS[::2])}); download them into the folder, "
             "or give one that `save_pretrained` wrote"
         )
+    if weights.endswith(".index.json"):
+        _check_shards(model, weights)
     try:
         AutoConfig.from_pretrained(model)
     except (ValueError, OSError, KeyError) as error:
@@ -56,6 +63,21 @@ def check_folder(model: Path) -> None:
             f"--model {model}: transformers cannot read its config.json ({line}); "
             "give the folder of a model that it knows"
         ) from error
+
+
+def _check_shards(model: Path, index: str) -> None:
+    try:
+        shards = sorted(set(json.loads((model / index).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--model {model}: cannot read which files hold its weights from {index} "
+            f"({type(error).__name__}: {error}); download it again"
+        ) from error
+    if missing := [name for name in shards if not (model / name).is_file()]:
+        raise FileNotFoundError(
+            f"--model {model}: lacks {missing[0]}, one of {len(missing)} missing of the {len(shards)} files of "
+            f"weights that {index} names; download them into the folder"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -81,26 +103,59 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_fit(model: Path, largest_id: int, length: int) -> None:
+def check_tokenizer(model: Path, folder: Path, ids: int) -> None:
+    """Refuse a tokenizer whose vocabulary is not about as large as the model's.
+
+    Some tokens may have been added, and rows of the embedding padded to a round number.
+
+    Args:
+        model: The model's folder.
+        folder: The tokenizer's.
+        ids: How many token ids the tokenizer has.
+
+    Raises:
+        ValueError: The sizes differ by more.
+    """
+    rows = _vocabulary(model)
+    if abs(rows - ids) > max(PADDED, PADDED_SHARE * rows):
+        raise ValueError(
+            f"--tokenizer {folder}: has {ids:,} token ids, and the embedding of --model {model} {rows:,} rows; "
+            "give the tokenizer that the model was trained with"
+        )
+
+
+def check_fit(model: Path, folder: Path, largest_id: int, length: int) -> None:
     """Refuse token ids and lengths that a model has no place for.
+
+    Args:
+        model: The model's folder.
+        folder: The tokenizer's.
+        largest_id: The largest token id of the texts.
+        length: Tokens of the longest text.
 
     Raises:
         ValueError: A token id is outside the vocabulary, or the texts are longer than the model takes.
     """
+    size = _vocabulary(model)
+    if largest_id >= size:
+        raise ValueError(
+            f"--tokenizer {folder}: token id {largest_id} is outside the vocabulary of --model {model}, "
+            f"{size} ids; give the tokenizer that the model was trained with"
+        )
+    most = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(f"--max-length {length}: --model {model} takes {most} tokens at most; give at most {most}")
+
+
+def _vocabulary(model: Path) -> int:
+    """Return the rows of a model's embedding."""
     config = AutoConfig.from_pretrained(model).get_text_config()
     size = getattr(config, "vocab_size", None)
     if size is None:
         raise ValueError(
             f"--model {model}: is no model of text, {config.model_type}; give one that has a vocabulary"
         )
-    if largest_id >= size:
-        raise ValueError(
-            f"--tokenizer: token id {largest_id} is outside the vocabulary of --model {model}, "
-            f"{size} ids; give the tokenizer that the model was trained with"
-        )
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ValueError(f"--max-length {length}: --model {model} takes {most} tokens at most; give at most {most}")
+    return int(size)
 
 
 def digest_of(model: Path) -> str:
@@ -121,9 +176,9 @@ def check_pair(optimizer: str, recipe: str) -> None:
         ValueError: There is no such optimizer or recipe, or they do not go together.
         ModuleNotFoundError: peft is needed and not installed.
     """
-    check_name(optimizer)
+    check_name(optimizer, "--optimizers")
     if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}: choose from {', '.join(RECIPES)}")
+        raise ValueError(f"--recipes: unknown recipe {recipe!r}: choose from {', '.join(RECIPES)}")
     if recipe not in WHOLE and optimizer != "adamw":
         raise ValueError(
             f"recipe {recipe!r} trains no matrix that {optimizer} would treat otherwise: use adamw with it"

@@ -188,10 +188,11 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
     """
     record = read_runs(options.sweep_record) if options.sweep_record else []
     of_this_model = [run for run in record if run["model"] == options.model]
+    named_by = next((f"--{each}" for each in ("sweep", "compare") if getattr(options, each)), "--optimizer")
     tuned = best_settings(of_this_model, swept_name(optimizer)) or options.preset_rates
     return RunConfig(
         model=options.model,
-        optimizer=check_name(optimizer),
+        optimizer=check_name(optimizer, named_by),
         lr=tuned["lr"] if options.lr is None else options.lr,
         scale=tuned["scale"] if options.scale is None else options.scale,
         steps=options.steps,
@@ -233,7 +234,9 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
         raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
 
     if missing := [name for name in options.sweep if name not in grids]:
-        raise ValueError(f"no sweep grid for {missing[0]!r} in the preset: it has {', '.join(grids)}; add one")
+        raise ValueError(
+            f"--sweep: no sweep grid for {missing[0]!r} in the preset: it has {', '.join(grids)}; add one"
+        )
     settings = {name: settings_of(grids[name])[: options.sweep_settings] for name in options.sweep}
 
     def once(config: RunConfig) -> dict[str, Any]:

@@ -259,13 +259,13 @@ def test_errors_name_the_value_and_the_remedy(tmp_path: Path, options: list[str]
         str(tmp_path / "short.txt"),
     )
     fails(ValueError, r"held-out tokens are too few for 9999 windows.*--eval-windows", "--eval-windows", "9999")
-    fails(ValueError, r"unknown optimizer 'sgd': choose adamw", "--optimizer", "sgd")
-    fails(ValueError, r"unknown optimizer 'gwt': choose adamw", "--compare", "adamw", "gwt")
+    fails(ValueError, r"^--optimizer: unknown optimizer 'sgd': choose adamw", "--optimizer", "sgd")
+    fails(ValueError, r"^--compare: unknown optimizer 'gwt': choose adamw", "--compare", "adamw", "gwt")
     fails(FileNotFoundError, r"--model llama_9b: .*llama_60m", "--model", "llama_9b")
     narrow = tmp_path / "narrow.json"
     narrow.write_text(tiny.read_text().replace("256", "64"))
     fails(ValueError, r"token id 1\d\d is outside .* 64 ids; choose another --tokenizer", "--model", str(narrow))
-    fails(ValueError, r"no sweep grid for 'gwt7'.*add one", "--sweep", "gwt7")
+    fails(ValueError, r"^--sweep: no sweep grid for 'gwt7'.*add one", "--sweep", "gwt7")
     fails(ValueError, r"--heldout-split 'train'.*another", "--dataset", "some/text", "--heldout-split", "train")
 
 

@@ -301,10 +301,16 @@ def test_bad_input_is_refused_before_training(tmp_path: Path, refused: Callable[
     large = write_tokenizer(tmp_path / "large", more=9)
     words = tmp_path / "words.tsv"
     words.write_text("sentence\tlabel\n" + "".join(f"more8 {'cast ' * i}\t{i % 2}\n" for i in range(60)))
-    refused(r"token id 23 is outside the vocabulary", "--tokenizer", str(large), "--data", str(words))
+    refused(
+        r"--tokenizer .*large: token id 23 is outside the vocabulary of --model .*bert, 15",
+        "--tokenizer",
+        str(large),
+        "--data",
+        str(words),
+    )
     refused(r"--max-length 25: --model .* takes 24 tokens at most", "--max-length", "25")
-    refused(r"unknown optimizer 'sgd': choose", "--optimizers", "adamw", "sgd")
-    refused(r"unknown recipe 'all': choose", "--recipes", "all")
+    refused(r"^--optimizers: unknown optimizer 'sgd': choose adamw", "--optimizers", "adamw", "sgd")
+    refused(r"^--recipes: unknown recipe 'all': choose from head", "--recipes", "all")
     refused(r"examples leave none to train on after 70", "--validation", "70")
     refused(r"--sweep: preset 'glue' has no grid for recipe 'matrices'; give", *_glue_sweep())
     refused(r"--device cuda:7: PyTorch sees no such device", "--device", "cuda:7")
@@ -313,6 +319,22 @@ def test_bad_input_is_refused_before_training(tmp_path: Path, refused: Callable[
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "results.json").write_text('{"format": "another"}')
     refused(r"has the format 'another', and this version reads")
+
+
+def test_parts_that_are_missing_or_of_another_model_are_refused_before_training(
+    tmp_path: Path, refused: Callable[..., None]
+) -> None:
+    few = write_bert(tmp_path / "few", vocab_size=3000)
+    few_refused = r"--tokenizer .*few: has 15 token ids, and the embedding of --model .*few 3,000 rows; give the"
+    refused(few_refused, "--model", str(few))
+    many = str(write_tokenizer(tmp_path / "many", more=500))
+    refused(r"--tokenizer .*many: has 515 token ids, and the embedding .*bert 15 rows; give", "--tokenizer", many)
+    model = tmp_path / "bert"
+    (model / "model.safetensors").unlink()
+    named = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": named}))
+    (model / "model-1-of-2.safetensors").write_text("")
+    refused(r"--model .*bert: lacks model-2-of-2\.safetensors, one of 1 missing of the 2 files .*; download them")
 
 
 def _glue_sweep() -> list[str]:

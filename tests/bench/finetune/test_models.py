@@ -113,9 +113,11 @@ def test_the_head_alone_warns_of_nothing(tmp_path: Path, recwarn: pytest.Warning
 def test_pairs_that_do_not_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"recipe 'head' trains no matrix that gwt2 would .*: use adamw with it"):
         models.check_pair("gwt2", "head")
-    with pytest.raises(ValueError, match=r"unknown recipe 'all': choose from head, lora, matrices, full"):
+    with pytest.raises(
+        ValueError, match=r"^--recipes: unknown recipe 'all': choose from head, lora, matrices, full"
+    ):
         models.check_pair("adamw", "all")
-    with pytest.raises(ValueError, match=r"unknown optimizer 'sgd': choose adamw"):
+    with pytest.raises(ValueError, match=r"^--optimizers: unknown optimizer 'sgd': choose adamw"):
         models.check_pair("sgd", "full")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"recipe 'lora' needs peft .*pip install peft"):
@@ -146,17 +148,69 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     folder = write_bert(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"--tokenizer: token id 15 is outside .*bert, 15 ids; give the tokenizer"):
-        models.check_fit(folder, 15, 16)
-    models.check_fit(folder, 14, 24)
+    words = tmp_path / "words"
+    with pytest.raises(
+        ValueError, match=r"--tokenizer .*words: token id 15 is outside .*bert, 15 ids; give the tok"
+    ):
+        models.check_fit(folder, words, 15, 16)
+    models.check_fit(folder, words, 14, 24)
     with pytest.raises(ValueError, match=r"--max-length 25: --model .*bert takes 24 tokens at most"):
-        models.check_fit(folder, 14, 25)
+        models.check_fit(folder, words, 14, 25)
     with pytest.raises(FileNotFoundError, match=r"--tokenizer .*none: has no tokenizer\.json; name the folder"):
         models.load_tokenizer(tmp_path / "none")
     write_tokenizer(tmp_path / "words")
     (tmp_path / "words" / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"--tokenizer .*words: cannot be read \(.*\); give another folder"):
         models.load_tokenizer(tmp_path / "words")
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "fits"),
+    [
+        (49_152, 49_152, True),
+        (50_304, 50_257, True),  # rows padded to a multiple of 128, as of GPT-2's tokenizer
+        (51_200, 50_295, True),  # Phi
+        (50_257, 50_258, True),  # a token to pad with was added
+        (152_064, 151_665, True),  # Qwen2.5
+        (30, 15, True),
+        (49_152, 9, False),
+        (49_152, 30_522, False),
+        (30_522, 49_152, False),
+        (256, 9, False),
+    ],
+)
+def test_a_tokenizer_is_about_as_large_as_the_embedding(tmp_path: Path, rows: int, ids: int, fits: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
+    if fits:
+        models.check_tokenizer(tmp_path, tmp_path / "words", ids)
+    else:
+        match = (
+            rf"--tokenizer .*words: has {ids:,} token ids, and .*--model .* {rows:,} rows; give the tokenizer that"
+        )
+        with pytest.raises(ValueError, match=match):
+            models.check_tokenizer(tmp_path, tmp_path / "words", ids)
+
+
+@pytest.mark.parametrize("index", [name for name in models.WEIGHTS if name.endswith(".index.json")])
+def test_shards_that_are_missing(tmp_path: Path, index: str) -> None:
+    folder = write_bert(tmp_path / "bert")
+    listed = folder / index
+    listed.write_text(json.dumps({"weight_map": {"a": "gone-1", "b": "gone-2", "c": "gone-2"}}))
+    models.check_folder(folder)  # transformers takes the single file that is there
+    (folder / "model.safetensors").unlink()
+    for name, match in {"gone-1": "gone-1, one of 2 missing of the 2", "gone-2": "gone-2, one of 1"}.items():
+        with pytest.raises(
+            FileNotFoundError, match=rf"--model .*bert: lacks {match} .* {index} names; download them"
+        ):
+            models.check_folder(folder)
+        (folder / name).write_text("")
+    models.check_folder(folder)
+    for broken in ("{", "[]", '{"weight_map": 1}'):
+        listed.write_text(broken)
+        with pytest.raises(
+            ValueError, match=rf"--model .*bert: cannot read which files .* {index} \(.*; download it"
+        ):
+            models.check_folder(folder)
 
 
 def test_digest_is_of_the_weights(tmp_path: Path) -> None:
