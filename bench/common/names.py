@@ -81,7 +81,8 @@ def check_name(name: str, option: str = "") -> str:
         where = f"{option}: " if option else ""
         raise ValueError(
             f"{where}unknown optimizer {name!r}: choose {', '.join(PEERS)}, "
-            f"or {', '.join(f'{rule}L' for rule in RULES)} with a level L, such as gwt2 (muon0 is Muon itself, adafactor0 Adafactor), or {', '.join(ROWS)} with "
+            f"or {', '.join(f'{rule}L' for rule in RULES)} with a level L, such as gwt2 (muon0 is Muon itself, "
+            f"adafactor0 Adafactor), or {', '.join(ROWS)} with "
             "-row for a level, such as foam-row; then -published for Adafactor's details as published, -bf16 or "
             "-int8 for the moments and -stochastic or -split for the weights, such as foam2-int8-split"
         )
