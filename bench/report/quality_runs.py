@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from bench.common.names import STORAGE, optimizer_name, variant
-from bench.report import sweeps
+from bench.report import step_times, sweeps
 from bench.report.captions import caption
 from bench.report.comparisons import (
     STATE,
@@ -35,7 +35,7 @@ from bench.report.rows import Run
 
 INTRODUCTION = """\
 The runs behind the [quality page](quality.md), preset by preset: the loss of each optimizer at its settings, the
-state that it kept and the time of its step, which other work on the same cores has stretched."""
+state that it kept and, where it was measured, the time of its step."""
 
 
 MANY = 8  # lines of a plot at most
@@ -48,7 +48,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     if not (compared := in_order(runs)):
         parts.append(NOTHING)
     taken: set[str] = set()
-    for comparison in compared:
+    for comparison in (step_times.with_times(each, runs) for each in compared):
         parts.append(f"## {_title(comparison)}")
         name = comparison.name
         while name in taken:  # the same preset on another device, of another length or over another text
@@ -83,6 +83,8 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
             )
         if names := [name_of(setting, comparison.runs) for setting in from_sweeps(comparison)]:
             parts.append(f"These are a sweep's own runs: {', '.join(names)}.")
+        if timed := [row for (_, metric), row in comparison.others.items() if metric == STEP[0]]:
+            parts.append(step_times.about(timed))
         parts.append(origin(comparison.last))
     return "\n\n".join(parts) + "\n", plots
 
@@ -157,6 +159,7 @@ def final_table(
     adamw = {mean(losses): setting for setting, losses in final.items() if setting.optimizer == "adamw" and losses}
     reference = min(adamw, default=None)
     whole = None if reference is None else comparison.metric(adamw[reference], STATE)
+    timed = any(comparison.metric(setting, STEP) for setting in final if shown is None or setting in shown)
     lines = []
     for setting, losses in final.items():
         if shown is not None and setting not in shown:
@@ -172,7 +175,7 @@ def final_table(
                 "-" if reference is None or not losses else f"{mean(losses) - reference:+.3f}",
                 "-" if state is None else f"{state['median']:,.0f}",
                 "-" if state is None or whole is None else f"{100 * state['median'] / whole['median']:.0f} %",
-                spread(step, 1e3 if step and step.get("unit") == "s" else 1.0),
+                *([spread(step)] if timed else []),
             ]
         )
     headings = ["optimizer", "lr", "scale", "momentum", "seeds", "held-out loss", "minus AdamW's", "state bytes"]
@@ -184,7 +187,7 @@ def final_table(
         and row.get("note")
         and (shown is None or setting in shown)
     }
-    made = table([*headings, "of AdamW's", "optimizer step, ms"], lines)
+    made = table([*headings, "of AdamW's", *(["optimizer step, ms"] if timed else [])], lines)
     return made + ("\n\nNot finished:\n\n" + "\n".join(notes) if notes else "")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from bench.common import records
+from bench.common import records, sources
+from bench.common.models import CONFIGS
 from bench.report import finetune, rows
+from bench.report.sweeps import EDGE_NOTE
 from tests.support.made_up_rows import CPU, Row, measured
 
 
@@ -49,12 +52,14 @@ def test_choices_are_made_by_validation_and_reported_by_tests(tmp_path: Path) ->
     made += run_rows("gwt2", "full", 3e-4, 0, 0.39) + run_rows("adamw", "lora", 1e-3, 0, 0.45)
     text, plots = page_of(tmp_path, made)
     line = "| full | AdamW | 0.0003 | 0.5 | 3 | 2 | 0.510 ± 0.014 | +0.000 | 59.0 ± 1.4 | 180.0 | 100 % | 901 |"
-    assert f"{line} 50.0 (45.0–55.0) |" in text
-    assert "| full | GWT level 2 | 0.0003 | 0.5 | 1 | 1 | 0.490 | -0.020 | 61.0 | 118.0 | 66 % | 900 |" in text
+    assert f"{line}\n" in text  # no time of a step, since runs share their cores
+    assert "| full | GWT level 2 | 0.0003 | 0.5 | 1 | 1 | 0.490 | -0.020 | 61.0 | 118.0 | 66 % | 900 |\n" in text
     assert "| lora | AdamW | 0.001 | 0.5 | 1 | 1 | 0.550 | +0.040 |" in text
     assert "| full | AdamW | 0.001 | 0.5 | diverged | diverged |" in text
     assert "| full | AdamW | 0.0001 | 0.5 | 0.500 | 0.600 |" in text
-    assert "22.7M parameters, 1,000 examples, 32 steps of 32, 400 to choose by and 1,000 to report on" in text
+    assert "1,000 examples, 32 steps of 32, 400 to choose by and 1,000 to report on" in text
+    assert "Each optimizer was tried at 1 setting, but AdamW (full) at 3. Tables and plot: 22.70M param" in text
+    assert ", 2 threads, runs of 2026-01-02, commit 0123456." in text
     assert text.count("## MiniLM-L6 on film reviews") == 1
     (plot,) = plots
     assert plot.name == "finetune_reviews_memory"
@@ -66,7 +71,7 @@ def test_choices_are_made_by_validation_and_reported_by_tests(tmp_path: Path) ->
     assert re.search(r"`python -m bench\.made_up`.*finetune_reviews\.json", text)
 
 
-def test_choices_at_the_edge_are_named(tmp_path: Path) -> None:
+def test_choices_at_the_edge_are_marked(tmp_path: Path) -> None:
     made = [
         row for i, lr in enumerate((1e-4, 2e-4, 3e-4)) for row in run_rows("adamw", "full", lr, 0, 0.5 - 0.1 * i)
     ]
@@ -75,9 +80,52 @@ def test_choices_at_the_edge_are_named(tmp_path: Path) -> None:
     ]
     made += run_rows("adamw", "lora", 1e-3, 0, 0.45)  # the only one tried
     text, _ = page_of(tmp_path, made)
-    assert "so that a value beyond may be better: AdamW, full.\n" in text
+    assert "| full | AdamW | 0.0003† | 0.5 | 3 |" in text
+    assert "| full | GWT level 2 | 0.0002 | 0.5 | 3 |" in text
+    assert "| lora | AdamW | 0.001 | 0.5 | 1 |" in text
+    assert f"\n{EDGE_NOTE}\n" in text
     inside, _ = page_of(tmp_path / "inside", [row for row in made if row["optimizer"] == "gwt2"])
-    assert "a value beyond" not in inside
+    assert "†" not in inside
+    corner = [row for lr in (1e-4, 2e-4) for row in run_rows("gwt2", "full", lr, 0, 0.5)]
+    corner += [row for lr in (2e-4, 3e-4) for row in run_rows("gwt2", "full", lr, 0, 0.3 + 500 * lr, scale=1.0)]
+    text, _ = page_of(tmp_path / "corner", corner)
+    assert "| full | GWT level 2 | 0.0002† | 1† |" in text  # each value beside those with the other one equal
+
+
+def test_times_of_steps_are_those_measured_apart(tmp_path: Path) -> None:
+    made = run_rows("adamw", "full", 3e-4, 0, 0.40) + run_rows("gwt2", "full", 3e-4, 0, 0.39)
+    what = {"of": "finetune", "preset": "reviews", "model": "m", "precision": "mixed", "recipe": "full"}
+    what |= CPU | {"own_backend": "compiled", "sources": sources.digest("compiled"), "parameters": 22_700_000}
+    what |= {"optimizer": "adamw"} | measured("optimizer step", "ms", 30.0, 60)
+    older = what | {"date": "2026-01-01T00:00:00"} | measured("optimizer step", "ms", 9.0, 60)
+    kinds: list[Row] = [{"of": "pretrain"}, {"preset": "kernel_docs"}, {"device": "another"}]
+    others = [older | {"date": "2026-01-03T00:00:00"} | kind for kind in [*kinds, {"precision": "bfloat16"}]]
+    record = tmp_path / "step_times_reviews.json"
+    records.append(record, "step_times", [what, older, *others])
+    text, _ = page_of(tmp_path, made)
+    assert re.search(r"^\| full \| AdamW \|.* 100 % \| 900 \| 30\.0 \(27\.0–33\.0\) \|$", text, re.MULTILINE)
+    assert re.search(r"^\| full \| GWT level 2 \|.* 66 % \| 900 \| - \|$", text, re.MULTILINE)
+    assert "AdamW as `fused=True`. Median, 20th and 80th percentile: 22.70M parameters, `compiled` backend" in text
+    assert ", runs of 2026-01-02, commit 0123456.\n" in text
+    assert "sources have changed" not in text
+    records.append(record, "step_times", [what | {"sources": "older", "date": "2026-01-04T00:00:00"}])
+    assert "; **the step's sources have changed since**." in finetune.page(rows.load(tmp_path))[0]
+
+
+def test_commands_run_at_the_best_of_sweeps_or_it_is_said(tmp_path: Path) -> None:
+    presets = {path: json.loads((CONFIGS / f"finetune_{path}.json").read_text()) for path in finetune.PRESETS}
+    made = [
+        row
+        for preset, values in presets.items()
+        for recipe in values["recipes"]
+        for optimizer in values["optimizers"]
+        for row in run_rows(optimizer, recipe, 3e-4, 0, 0.4, preset=preset)
+    ]
+    text, _ = page_of(tmp_path, made)
+    assert "\nEach optimizer runs at the best of its sweep below. When" in text
+    lacking = [row for row in made if (row["preset"], row["optimizer"]) != ("kernel_docs", "muon2")]
+    text, _ = page_of(tmp_path / "lacking", lacking)
+    assert "setting or its grid's middle: GWT-Muon level 2 (kernel_docs, matrices). When" in text
 
 
 def test_all_diverged_and_nothing_recorded(tmp_path: Path) -> None:
@@ -109,8 +157,8 @@ def test_a_language_model_has_no_accuracy_and_a_loss_before(tmp_path: Path) -> N
     text, _ = page_of(tmp_path, made)
     assert "## SmolLM2-135M on the kernel's documentation" in text
     assert "accuracy, %" not in text
-    assert "windows of plain text, 32 steps" in text
-    assert "Before training the loss of the tests is 4.250." in text
+    assert "Windows of plain text, 32 steps" in text
+    assert "Before training the test loss is 4.250." in text
 
 
 def test_readme_says_what_was_reached_and_where(tmp_path: Path) -> None:
@@ -122,9 +170,10 @@ def test_readme_says_what_was_reached_and_where(tmp_path: Path) -> None:
     made += [row for row in text if row["metric"] != "test_accuracy"]
     records.append(tmp_path / "finetune_reviews.json", "finetune", made)
     reviews, documents = finetune.brief(rows.load(tmp_path)).splitlines()
-    assert reviews.startswith("- MiniLM-L6 on film reviews (22.7M parameters, 32 steps of 32, 2 seeds, ")
-    assert re.search(r"threads?, runs of 2026-\d\d-\d\d .*\), share of tests right and state: ", reviews)
-    said = "AdamW 59.0 ± 1.4 % (180 MB), GWT level 2 61.0 % (118 MB, 1 seed), LoRA 55.0 % (180 MB, 1 seed)."
-    assert reviews.endswith(f": {said}")
-    assert documents.endswith(", loss of the tests and state: GWT level 2 3.700 (118 MB), AdamW 3.800 (180 MB).")
+    assert reviews.startswith("- MiniLM-L6 on film reviews, test accuracy and state: AdamW 59.0")
+    about = "32 steps of 32, 2 seeds; 22.70M parameters, backend not recorded, 2 threads, runs of 2026-01-02"
+    assert f" ({about}, commit 0123456)." in reviews
+    said = "AdamW 59.0 ± 1.4 % (180 MB), GWT level 2 61.0 % (118 MB, 1 seed), LoRA 55.0 % (180 MB, 1 seed) (32"
+    assert f": {said}" in reviews
+    assert ", test loss and state: GWT level 2 3.700 (118 MB), AdamW 3.800 (180 MB) (32 steps" in documents
     assert finetune.brief([]) == finetune.NOTHING

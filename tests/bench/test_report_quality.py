@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from bench.common import records
+from bench.common import records, sources
 from bench.common.names import optimizer_name, order_of, variant
 from bench.report import begin, plots, quality, quality_runs, rows, sizes, sweeps, tradeoff
 from bench.report.captions import caption
 from bench.report.comparisons import comparisons, final_losses
-from tests.support.made_up_rows import CPU, ENDS, Row, quality_rows
+from tests.support.made_up_rows import CPU, ENDS, Row, measured, quality_rows
 
 TEXT = {"text": "(standard library)"}
 PARAMETERS = 860_000
@@ -50,13 +50,27 @@ def compared(ends: dict[str, float] = ENDS, **more: Any) -> list[Row]:
     return [row | TEXT | more for row in quality_rows(CPU, ends)]
 
 
+def test_times_of_steps_are_those_measured_apart(tmp_path: Path) -> None:
+    about = {"of": "pretrain", "preset": "cpu", "model": "llama_cpu", "precision": "mixed", "recipe": None} | CPU
+    about |= {"own_backend": "compiled", "sources": sources.digest("compiled"), "parameters": PARAMETERS}
+    times = [about | {"optimizer": "gwt2"} | measured("optimizer step", "ms", 7.0, 60)]
+    times += [about | {"optimizer": "galore", "model": "llama_small"} | measured("optimizer step", "ms", 8.0, 60)]
+    bfloat16 = [row | {"precision": "bfloat16"} for row in compared()]
+    records.append(tmp_path / "step_times_cpu.json", "step_times", times)
+    runs = load(tmp_path, quality_cpu=compared(), quality_cpu_bf16=bfloat16)
+    page, _ = quality_runs.page(runs)
+    assert page.count("| optimizer step, ms |") == 1  # not of bfloat16 weights, which were not timed
+    assert "| 1,500,000 | 30 % | 7.00 (6.30–7.70) |\n" in page
+    assert "| 5,000,000 | 100 % | - |\n" in page  # the run's own time, on shared cores, is not shown
+    assert "| 5,000,000 | 100 % |\n" in page
+    assert page.count("AdamW as `fused=True`. Median, 20th and 80th percentile: 0.86M parameters, `compiled`") == 1
+
+
 def test_an_optimizer_that_was_only_swept_is_compared_too(tmp_path: Path) -> None:
     own = swept("muon2", MUON) + swept("gwt2", {(0.03, 0.1, None): [9]})
     runs = load(tmp_path, quality_cpu=compared(), sweep_cpu=own)
     page, drawn = quality_runs.page(runs)
-    row = (
-        "| GWT-Muon level 2 | 0.03 | 0.6† | 0.8† | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % | 2.00 (1.00–3.00) |"
-    )
+    row = "| GWT-Muon level 2 | 0.03 | 0.6† | 0.8† | 2 | 1.420 ± 0.028 | -0.190 | 860,000 | 17 % |\n"
     assert row in page
     assert "| GWT level 2 | 0.03 | 0.1 | - | 3 | 1.570 ± 0.010 |" in page  # what was compared stays
     assert "\nThese are a sweep's own runs: GWT-Muon level 2.\n" in page
