@@ -44,7 +44,8 @@ def about(rows: Collection[Row]) -> str:
     digests = {(row["own_backend"], row["sources"]) for row in rows}
     changed = any(then != sources.digest(backend) for backend, then in digests)
     notes = sorted({row["note"] for row in rows if row["note"]})
-    words = [f"{ABOUT}: {caption(list(rows))}", *(f"GaLore's and APOLLO's: {note}" for note in notes)]
+    sized = [row | {"parameters": None} if row["recipe"] == "lora" else row for row in rows]  # without adapters
+    words = [f"{ABOUT}: {caption(sized)}", *(f"GaLore's and APOLLO's: {note}" for note in notes)]
     words += ["**the step's sources have changed since**"] if changed else []
     return "; ".join(words) + "."
 

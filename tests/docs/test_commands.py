@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.finetune import __main__ as finetune
 from gwt_kernels.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -20,11 +21,15 @@ NOT_RUN = {
     r"make test": "this test is part of it",
     r"make demo": ".ci/run runs it, with fewer steps",
     r"make package": ".ci/run runs it",
-    r"make finetune.*": "minutes, and data from registries; tests/bench/finetune runs its parts",
+    r"make finetune": ".ci/run runs it, with fewer steps and optimizers",
+    r"make finetune PAIR=kernel_docs": "130 MB from Debian and PyPI; .ci/run runs it on the other pair",
     r"python -m bench\.finetune .*": "minutes, and a model of the reader's",
     r"python -m bench\.report( --check)?": ".ci/run runs it in `make docs`",
     r"git (tag|push) .*": "a release is a person's to make",
 }
+
+
+CI = (ROOT / ".ci" / "run").read_text().replace("\\\n", " ")
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -65,6 +70,24 @@ def test_command(page: str, command: str, printed: str, capsys: pytest.CaptureFi
         importlib.import_module(f"{words[2]}.__main__").make_parser().parse_args(words[3:])
     else:
         pytest.fail(f"{page}: nothing runs {command!r}: add it here, or to NOT_RUN with a reason")
+
+
+def test_ci_runs_what_is_said_to_run_there() -> None:
+    run = [line for line in CI.splitlines() if line.startswith("make ")]
+    for pattern, reason in NOT_RUN.items():
+        if reason.startswith(".ci/run runs it"):
+            named = re.search(r"in `(.*)`", reason)
+            target = named[1] if named else pattern
+            assert [line for line in run if re.match(rf"{target}( |$)", line)], f"{reason!r}, of {pattern!r}"
+
+
+def test_ci_fine_tunes_briefly_and_records_nothing() -> None:
+    (line,) = re.findall(r'^make finetune FINETUNE_ARGS="(.*)"$', CI, re.MULTILINE)
+    options = finetune.parse(shlex.split(line))
+    assert (options.preset, options.record, options.out.parts[0]) == ("reviews", None, "runs")
+    assert len(finetune.pairs_of(options)) == 2
+    assert options.steps <= 10
+    assert options.again  # also where an earlier run left its results
 
 
 @pytest.mark.parametrize("command", ["plan", "migrate"])
