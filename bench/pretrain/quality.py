@@ -13,7 +13,7 @@ from bench.pretrain.training import RunConfig
 BENCHMARK = "quality"
 
 _SETTINGS = tuple(field.name for field in fields(RunConfig))
-_FACTS = ("commit", "date", "command", "device", "driver", "threads", "python", "torch", "triton")
+_FACTS = ("commit", "date", "command", "device", "driver", "threads", "own_backend", "python", "torch", "triton")
 
 
 def default_path(preset: str) -> Path:
