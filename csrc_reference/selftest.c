@@ -11,26 +11,11 @@
 
 static long configurations = 0;
 
-double noise(void)
-{
-    static uint64_t state = 1;
-    state = state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (double)(state >> 11) / 4503599627370496.0 - 1;
-}
-
 static gwt_adamw_options usual_options(int level)
 {
     const gwt_adamw_options o = {1,     0.01, 0.9,          0.999, 1e-6, 0.1, 0.25, 1.01,
                                  level, 0,    GWT_RULE_GWT, 1,     0.75, NULL};
     return o;
-}
-
-int deepest(int64_t width)
-{
-    int level = 0;
-    while (width > 1 && ((int64_t)1 << level) < width)
-        ++level;
-    return level;
 }
 
 #define REAL float

@@ -1,4 +1,4 @@
-/* What the files of the self-test share. */
+/* What the files of the self-test share: checks, and what selftest_inputs.c has. */
 #ifndef SELFTEST_H
 #define SELFTEST_H
 

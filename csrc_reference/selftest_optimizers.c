@@ -7,16 +7,6 @@
 #include <math.h>
 #include <string.h>
 
-static const double dec_lo[4] = {-0.12940952255126037, 0.22414386804201339,
-                                  0.83651630373780790, 0.48296291314453416};
-static const double dec_hi[4] = {-0.48296291314453416, 0.83651630373780790,
-                                  -0.22414386804201339, -0.12940952255126037};
-static const double rec_lo[4] = {0.48296291314453416, 0.83651630373780790,
-                                  0.22414386804201339, -0.12940952255126037};
-static const double rec_hi[4] = {-0.12940952255126037, -0.22414386804201339,
-                                  0.83651630373780790, -0.48296291314453416};
-const gwt_wavelet daubechies = {4, dec_lo, dec_hi, rec_lo, rec_hi, GWT_BOUNDARY_ZERO};
-
 enum { LION, MUON, ADAFACTOR, VECTOR, ADAM_MINI, OPTIMIZERS, SLOTS = 3 };
 
 typedef struct {
