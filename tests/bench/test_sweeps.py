@@ -88,9 +88,9 @@ UNFINISHED = {
 WIDENED = {
     "sweep_cpu.json": {"muon0", "muon2"},
     "sweep_cpu_long.json": {"muon0", "muon2", "foam2"},
-    "sweep_cpu_medium.json": {"apollo"},
+    "sweep_cpu_medium.json": {"apollo", "gwt1", "gwt2", "gwt3", "foam1", "foam2", "adafactor2"},
 }
-"""Optimizers whose best is at the edge of what was tried, so that their grid goes on from there."""
+"""Optimizers whose best was at the edge of what was tried, so that their grid goes on from there."""
 SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
 """Seeds of the best setting, where they are not three."""
 
