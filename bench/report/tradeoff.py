@@ -7,11 +7,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from bench.common.names import optimizer_name, variant
+from bench.report import step_times
 from bench.report.captions import caption
 from bench.report.comparisons import STATE, Comparison, final_losses
 from bench.report.markdown import figure, table, with_spread
 from bench.report.plots import Plot
-from bench.report.rows import Row, Run, of
+from bench.report.rows import Row, Run
 from gwt_kernels.core.level import ROW
 
 _Points = Sequence[dict[str, Any]]
@@ -96,7 +97,8 @@ def section(comparison: Comparison, runs: Sequence[Run]) -> tuple[list[str], lis
         return [], []
     everything = [point for point in points(comparison) if point["seeds"] > 1]
     shown, left = charted(found)
-    times = step_times(runs)
+    alike = {"preset": PRESET, "device": comparison.device}
+    times = {name: row for (name, _), row in step_times.times(runs, "pretrain", **alike).items()}
     data = [
         {key: point[key] for key in DRAWN}
         | {"ms": times[name]["median"] if (name := point["optimizer"]) in times else None}
@@ -130,15 +132,6 @@ def charted(found: _Points) -> tuple[_Points, _Points]:
 
 def _series(point: dict[str, Any]) -> str:
     return str(point["rule"] or point["optimizer"])
-
-
-def step_times(runs: Sequence[Run]) -> dict[str, Row]:
-    """Return the newest record of times of a step of the chart's preset, by optimizer."""
-    for run in of(runs, "step_times"):
-        rows = [row for row in run.rows if row.get("of") == "pretrain" and row.get("preset") == PRESET]
-        if found := {row["optimizer"]: row for row in rows if row.get("median") is not None}:
-            return found
-    return {}
 
 
 def _about_time(rows: Sequence[Row]) -> str:

@@ -200,7 +200,15 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
 
 
 def test_the_area_of_a_marker_is_the_time_of_a_step(tmp_path: Path) -> None:
-    of_step = {"of": "pretrain", "preset": "cpu", "p20": 0.9, "p80": 9.0, "samples": 50, "own_backend": "compiled"}
+    of_step = {
+        "of": "pretrain",
+        "preset": "cpu",
+        "recipe": None,
+        "p20": 0.9,
+        "p80": 9.0,
+        "samples": 50,
+        "own_backend": "compiled",
+    }
     times = [CPU | of_step | {"optimizer": name, "median": ms} for name, ms in (("adamw", 2.0), ("gwt2", 8.0))]
     times.append(times[0] | {"preset": "cpu_medium", "median": 99.0})
     plain = quality.page(load(tmp_path, quality_cpu=compared()))
