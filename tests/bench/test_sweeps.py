@@ -161,7 +161,7 @@ def test_preset_uses_the_best_setting_of_its_sweep(path: Path) -> None:
 
 def test_presets_set_known_options_only() -> None:
     known = {action.dest for action in pretrain.make_parser()._actions} | {"about", "grids"}
-    own = {"preset_cpu", "preset_cpu_long", "preset_cpu_medium", "preset_cpu_docs"}
+    own = {f"preset_cpu{size}{text}" for size in ("", "_long", "_medium") for text in ("", "_docs")}
     assert own | {"preset_small", "preset_llama_60m"} == {path.stem for path in PRESETS}
     for path in PRESETS:
         assert json.loads(path.read_text()).keys() <= known
