@@ -96,6 +96,7 @@ def test_the_wheel_has_the_package_alone(built: tuple[Path, Path]) -> None:
     assert (said["Name"], said["Version"]) == ("gwt-kernels", gwt_kernels.__version__)
     assert (said["License-Expression"], said["Requires-Python"]) == ("Apache-2.0", ">=3.11")
     assert said["Description-Content-Type"] == "text/markdown"
+    assert "Paper: GWT, https://arxiv.org/abs/2501.07237" in said.get_all("Project-URL", [])
 
 
 def folder_of_torch(python: str) -> str | None:
