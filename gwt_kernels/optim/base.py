@@ -21,7 +21,7 @@ from gwt_kernels.optim.added_groups import divided, warn_of_level_0, warn_of_unu
 from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable, is_captured
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
-from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_forms
+from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside
 from gwt_kernels.optim.options import (
     ADDED,
@@ -112,8 +112,8 @@ class PlannedOptimizer(Optimizer):
         self._adamw = {key: defaults.pop(f"adamw_{key}") for key in ("betas", "eps") if f"adamw_{key}" in defaults}
         self.max_grad_norm, self.skip_nonfinite = defaults.pop("max_grad_norm"), defaults.pop("skip_nonfinite")
         self.capturable, self._observed = defaults.pop("capturable"), defaults.pop("telemetry")
-        self._shapes: list[list[torch.Size]] = []  # of each group's parameters, as they were checked last
-        self._forms: list[Form] = []  # of each group's states, as they were checked last
+        self._shapes: list[dict[Tensor, torch.Size]] = []  # of each group's parameters, as they were checked last
+        self._forms: dict[Tensor, Form] = {}  # of the parameters' states, as they were checked last
         self._check_options()
         self._checks.check_options(defaults, slack=0.0)
         if self._adamw:
@@ -300,7 +300,7 @@ class PlannedOptimizer(Optimizer):
 
         def checked_plan() -> StepPlan:
             self._checks.check_options(group)
-            self._forms = kept_forms(self.param_groups, self.state, self._forms)
+            self._forms[p] = kept_form(group, k, i, self.state.get(p), self._forms.get(p))
             if p.grad is not None:
                 self._checks.check_one(group, k, i, self.state[p])
                 complete(self.state[p], p, group)
@@ -376,7 +376,7 @@ class PlannedOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._note_shapes()
-        self._forms = []
+        self._forms = {}
         self._forget_plans()
 
     def _forget_plans(self) -> None:
@@ -424,7 +424,7 @@ class PlannedOptimizer(Optimizer):
         self._note_shapes()
 
     def _note_shapes(self) -> None:
-        self._shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
+        self._shapes = [{p: p.shape for p in group["params"]} for group in self.param_groups]
 
     @property
     def _checks(self) -> GroupChecks:

@@ -139,15 +139,17 @@ def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping
         check_place(state, p, name)
 
 
-def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group_index: int) -> None:
+def check_replaced(
+    group: Mapping[str, Any], before: Sequence[Mapping[Tensor, torch.Size]], group_index: int
+) -> None:
     """Raise if a flat buffer, in which no rows are left, has taken the place of parameters, as under ZeRO.
 
     A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is
-    one of another model.
+    one of another model. One that was there itself is none, whatever group it is in now.
 
     Args:
         group: Whose parameters may be others than they were.
-        shapes: Of those that were there.
+        before: Shape by parameter of each group, as they were.
         group_index: Of the group, for the message.
 
     Raises:
@@ -155,9 +157,9 @@ def check_replaced(group: Mapping[str, Any], shapes: Sequence[torch.Size], group
     """
     if not group["level"]:
         return
-    params = group["params"]
+    params, shapes = group["params"], list(before[group_index].values()) if group_index < len(before) else []
     for k, p in enumerate(params):
-        if p.dim() != 1 or p.shape in shapes or is_sharded(p):
+        if p.dim() != 1 or p.shape in shapes or is_sharded(p) or any(each.get(p) == p.shape for each in before):
             continue
         replaced = shapes[k] if k < len(shapes) else ()
         if len(params) < len(shapes) or len(replaced) > 1:

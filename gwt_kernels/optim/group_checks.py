@@ -33,27 +33,42 @@ Form = tuple[Any, ...]
 
 
 def kept_forms(
-    groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Mapping[str, Any]], before: Sequence[Form]
-) -> list[Form]:
-    """Return the forms of the groups' states.
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    before: Mapping[Tensor, Form],
+) -> dict[Tensor, Form]:
+    """Return the forms of the parameters' states: see :func:`kept_form`.
 
     Args:
-        groups: The optimizer's groups.
+        groups: The optimizer's groups, which may be others than before, or in another order.
         states: State by parameter.
-        before: The forms at the last check; those of later groups are not known yet.
+        before: The forms at the last check; those of later parameters are not known yet.
+    """
+    return {
+        p: kept_form(group, k, i, states.get(p), before.get(p))
+        for i, group in enumerate(groups)
+        for k, p in enumerate(group["params"])
+    }
+
+
+def kept_form(
+    group: Mapping[str, Any], k: int, index: int, state: Mapping[str, Any] | None, before: Form | None
+) -> Form:
+    """Return the form of the state of parameter ``k`` of a group.
 
     Raises:
-        ValueError: a group that has states has another form than before.
+        ValueError: the parameter has a state, which had another form ``before``.
     """
-    forms = [_form_of(group) for group in groups]
-    for i, (group, form, old) in enumerate(zip(groups, forms, before, strict=False)):
-        if form != old and any(states.get(p) for p in group["params"]):
-            option, was, now = next(each for each in zip(_OF_STATES, old, form, strict=True) if each[1] != each[2])
-            raise ValueError(
-                f"{option} of group {i} was changed from {was!r} to {now!r}, but its states are of {was!r}: set it "
-                f"back, or convert the states with gwt_kernels.migrate"
-            )
-    return forms
+    form = _form_of(group)
+    if before is not None and form != before and state:
+        changes = zip(_OF_STATES, before, form, strict=True)
+        option, was, now = next(each for each in changes if each[1] != each[2])
+        raise ValueError(
+            f"{option} of group {index} was changed from {was!r} to {now!r}, but the state of "
+            f"{label_of(group, k, index)} is of {was!r}: set it back, or convert the states with "
+            f"gwt_kernels.migrate"
+        )
+    return form
 
 
 def _form_of(group: Mapping[str, Any]) -> Form:
@@ -109,18 +124,18 @@ class GroupChecks(NamedTuple):
         self,
         groups: Sequence[Mapping[str, Any]],
         states: Mapping[Tensor, Mapping[str, Any]],
-        shapes: Sequence[Sequence[torch.Size]],
+        shapes: Sequence[Mapping[Tensor, torch.Size]],
     ) -> None:
         """Check all groups before a step, and their parameters that have gradients.
 
         Args:
             groups: The optimizer's groups.
             states: State by parameter; one without state has not been stepped.
-            shapes: Shapes of each group's parameters when they were checked last.
+            shapes: Shape by parameter of each group, as they were checked last.
         """
         for i, group in enumerate(groups):
             self.check_options(group)
-            check_replaced(group, shapes[i] if i < len(shapes) else [], i)
+            check_replaced(group, shapes, i)
             for k, p in enumerate(group["params"]):
                 if p.grad is not None:
                     self.check_one(group, k, i, states.get(p))

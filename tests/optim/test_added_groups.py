@@ -162,6 +162,47 @@ def test_one_matrix_flattened_is_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize("level", [1, 0], ids=["one level", "two levels"])
+@pytest.mark.parametrize("change", ["delete", "reverse", "insert"])
+def test_groups_are_removed_and_moved_as_in_torch(level, change):
+    """Layers that are frozen again are taken out so; what stays goes on as before."""
+    matrices, vectors = two((8, 8), (8, 8), (4, 8)), two((8,), (12,))
+    optimizer = GWTAdamW([{"params": matrices, "level": 1}, {"params": vectors, "level": level}])
+    alone = copy.deepcopy(optimizer)
+    runs.train(optimizer, range(2))
+    runs.train(alone, range(2))
+    groups = optimizer.param_groups
+    if change == "delete":
+        del groups[0]
+    elif change == "reverse":
+        groups.reverse()
+    else:
+        optimizer.add_param_group({"params": two((2, 8)), "level": 2})
+        groups.insert(0, groups.pop())
+    for p in (*matrices, *vectors):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p, q in zip((*matrices, *vectors), runs.parameters_of(alone), strict=True):
+        q.grad = None if change == "delete" and p.dim() > 1 else torch.ones_like(q)
+    alone.step()
+    runs.assert_same_bits([*matrices, *vectors], runs.parameters_of(alone))
+
+
+def test_a_parameter_is_moved_to_a_group_of_its_form():
+    matrices = two((8, 8), (4, 8))
+    optimizer = GWTAdamW([{"params": matrices}, {"params": two((16, 8)), "rule": "foam"}])
+    step(optimizer)
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+    runs.give_gradients(runs.parameters_of(optimizer), seed=1)
+    words = "rule of group 1 was changed from 'gwt' to 'foam'", "state of parameter 1 of group 1"
+    with runs.refused(optimizer, ValueError, *words):
+        optimizer.step()
+    optimizer.param_groups[1]["rule"] = "gwt"
+    optimizer.param_groups[0]["params"].append(optimizer.param_groups[1]["params"].pop())
+    optimizer.state.pop(optimizer.param_groups[1]["params"][0])
+    step(optimizer)
+
+
 def test_one_dimensional_views_are_no_flat_buffers():
     base = torch.randn(10, 2)
     GWTAdamW([nn.Parameter(base[..., 0])], level=1)
