@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import compress
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +24,8 @@ from gwt_kernels.rules.newton_schulz import (
     update_scale,
 )
 
-_stage_options = itemgetter(
-    *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits")
+_STAGE_OPTIONS = (
+    *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits"),
 )
 _EMBEDDING = re.compile(r"^(embed\w*|\w*_embed|\w*embeddings?|\w*embedding_table|wte|wpe)$", re.IGNORECASE)
 _NO_EMBEDDING = re.compile(r"proj|linear|dense|mapping", re.IGNORECASE)
@@ -62,7 +61,8 @@ def stage_key(group: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """What tells the matrix stage of a group, which need not be checked yet, from another's; None for no stage."""
     if not has_matrices(group):
         return None
-    return tuple(tuple(value) if isinstance(value, list) else value for value in _stage_options(group))
+    values = map(group.get, _STAGE_OPTIONS)  # of which a group may have none yet
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:

@@ -23,7 +23,7 @@ _numbers = itemgetter(
     "lr", "betas", "eps", "weight_decay", "scale", "norm_growth_limit", "maximize", "correct_bias"
 )
 _NO_BETAS = (0.0, 0.0)
-_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, float) for gamma in (float, type(None))}
+_PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, str, float) for gamma in (float, type(None))}
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
 """Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
@@ -54,11 +54,9 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     check_rule(group["rule"], "haar")
     if level and group["rule"] == ADAMW.name:
         raise ValueError(f"level is {level}, but rule='adamw' transforms nothing: give the group level 0")
-    if level and not RULES[group["rule"]].takes_detail_scale and _detail_scale(group) != 1.0:
-        raise ValueError(
-            f"{'detail_scale' if 'detail_scale' in group else 'res_scale'} is {_detail_scale(group)}, but "
-            f"rule={group['rule']!r} takes none: leave it out"
-        )
+    name, detail_scale = _detail_scale(group)
+    if level and not RULES[group["rule"]].takes_detail_scale and detail_scale != 1.0:
+        raise ValueError(f"{name} is {detail_scale}, but rule={group['rule']!r} takes none: leave it out")
     if published_limit(group["rule"]) is None and group["norm_growth_limit"] is not None:
         raise ValueError(
             f"norm_growth_limit is {group['norm_growth_limit']}, but rule={group['rule']!r} has no limiter: "
@@ -69,10 +67,10 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
     if group["wavelet"] != "haar":
         filter_bank(group["wavelet"])
     check_rule(group["rule"], group["wavelet"], group["boundary"], level)
-    name, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
-    if name is not None and FORMATS[name].is_random and unknown:
+    stored, unknown = state_dtype_name(group["state_dtype"]), literal_alone(group["wavelet"], group["boundary"])
+    if stored is not None and FORMATS[stored].is_random and unknown:
         raise ValueError(
-            f"state_dtype=torch.{name} knows no {unknown}: use None, or wavelet='haar' and boundary='zero'"
+            f"state_dtype=torch.{stored} knows no {unknown}: use None, or wavelet='haar' and boundary='zero'"
         )
     if group["weight_rounding"] is not None:
         check_rounding(group["weight_rounding"], torch.bfloat16, group["wavelet"], group["boundary"])
@@ -131,7 +129,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         return adafactor_hyper(group, slack, capturable)
     of_momentum = group["rule"] == MUON.name and "momentum" in group
     try:
-        numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), _detail_scale(group)
+        numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), *_detail_scale(group)
     except KeyError as missing:
         raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
@@ -161,7 +159,7 @@ def _checked_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) 
 
 def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -> Hyper:
     """See :func:`hyper_of`."""
-    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias, detail_scale = numbers
+    lr, betas, eps, weight_decay, scale, gamma, maximize, correct_bias, *detail_scale = numbers
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
     for name, value in (("maximize", maximize), ("correct_bias", correct_bias)):
@@ -177,7 +175,7 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
         norm_growth_limit=None if gamma is None else number("norm_growth_limit", gamma),
         maximize=maximize,
         correct_bias=correct_bias,
-        detail_scale=from_zero("detail_scale", number("detail_scale", detail_scale), slack),
+        detail_scale=from_zero(detail_scale[0], number(*detail_scale), slack),
     )
     for i, beta in enumerate((hyper.beta1, hyper.beta2)):
         if not beta < 1.0:
@@ -192,9 +190,10 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
     return hyper
 
 
-def _detail_scale(group: Mapping[str, Any]) -> Any:
-    """The factor on details, which FOAM's authors call ``res_scale``."""
-    return group["detail_scale"] if "detail_scale" in group else group.get("res_scale", 1.0)
+def _detail_scale(group: Mapping[str, Any]) -> tuple[str, Any]:
+    """The factor on details, and what the group calls it: FOAM's authors say ``res_scale``."""
+    name = "detail_scale" if "detail_scale" in group else "res_scale"
+    return name, group.get(name, 1.0)
 
 
 _remembered = functools.lru_cache(maxsize=256)(_checked)

@@ -243,7 +243,7 @@ def update_scale(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
         ValueError: another adjustment.
     """
     name = "original" if adjust_lr_fn is None else adjust_lr_fn
-    if name not in ADJUSTMENTS:
+    if not isinstance(name, str) or name not in ADJUSTMENTS:
         known = ", ".join(map(repr, ADJUSTMENTS))
         raise ValueError(f"adjust_lr_fn={adjust_lr_fn!r} must be None or one of {known}")
     rows, cols = shape[-2:]

@@ -39,6 +39,7 @@ BAD = {
         ValueError,
         "adjust_lr_fn='keller' must be None or one of 'original', 'match_rms_adamw', 'spec",
     ),
+    "adjust_lr_fn of no text": ([1.0], ValueError, "adjust_lr_fn=[1.0] must be None or one of 'original'"),
     "detail_scale": (-0.5, ValueError, "detail_scale must be finite and at least 0"),
     "scale": (0.0, ValueError, "scale must be finite and above 0"),
     "workspace_bytes": (1e8, TypeError, "workspace_bytes=100000000.0 must be an int"),
