@@ -68,6 +68,11 @@ def check_param(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise TypeError(
             f"{name} is {p.dtype}: only real floating-point tensors are updated; leave it out of the optimizer"
         )
+    if p.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} is {p.dtype}, in which PyTorch does not compute: give the optimizer weights in torch.bfloat16 "
+            f"or wider, and convert these after each step"
+        )
     if p.layout != torch.strided:
         raise TypeError(f"{name} has layout {p.layout}: only dense tensors are updated; call to_dense() on it")
     if any(stride == 0 and n > 1 for stride, n in zip(p.stride(), p.shape, strict=True)):

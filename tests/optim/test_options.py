@@ -347,6 +347,7 @@ BAD_PARAMETERS = {
     "complex": (torch.ones(3, 8, dtype=torch.complex64), TypeError, ("torch.complex64", "leave it out")),
     "sparse": (torch.ones(3, 8).to_sparse(), TypeError, ("torch.sparse_coo", "to_dense()")),
     "expanded": (torch.ones(1, 8).expand(3, 8), ValueError, ("(0, 1)", "share memory", "clone()")),
+    "of one byte": (torch.ones(3, 8).to(torch.float8_e4m3fn), TypeError, ("torch.float8_e4m3fn", "torch.bfloat16")),
     "a scalar": (torch.ones(()), ValueError, ("level 2", "()", "level 0 or less")),
     "too narrow": (torch.ones(8, 1), ValueError, ("level 2", "(8, 1)", "level 0 or less")),
 }
