@@ -148,6 +148,8 @@ class PlannedOptimizer(Optimizer):
         try:
             for part in parts:
                 self._add_group(part)
+            if not self._has_warned:  # here, as warnings may be errors
+                self._has_warned = warn_of_level_0(rest, self.defaults["level"])
         except BaseException:
             del self.param_groups[count:]
             self._forget_plans()
@@ -155,8 +157,6 @@ class PlannedOptimizer(Optimizer):
         if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
             param_group.update(self.param_groups[count])
             self.param_groups[count] = param_group
-        if not self._has_warned:
-            self._has_warned = warn_of_level_0(rest, self.defaults["level"])
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else

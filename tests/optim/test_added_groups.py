@@ -85,6 +85,16 @@ def test_level_0_of_added_parameters_is_warned_of_once():
         base(level=0).add_param_group({"params": nn.Parameter(torch.ones(8))})
 
 
+def test_a_warning_that_is_an_error_adds_nothing():
+    optimizer = base(level=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with runs.refused(optimizer, UserWarning, "without a level"):
+            optimizer.add_param_group({"params": two((8, 8), (8,))})
+        optimizer.add_param_group({"params": two((8, 8), (8,)), "level": 1})
+    step(optimizer)
+
+
 def test_an_explicit_level_is_kept_or_refused():
     optimizer = base()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8))], "level": 1})
