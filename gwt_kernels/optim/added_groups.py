@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,12 +79,17 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
 
 
 def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Name the parameters if those of other groups are named: ``"added.2.0"`` for the first of group 2."""
+    """Name the parameters if those of other groups are named: ``"added.2.0"`` for the first of group 2.
+
+    A later number stands for the group where groups were removed and another has that name.
+    """
     params = added["params"]
     if not groups or "param_names" not in groups[0] or "param_names" in added:
         return
     if not any(isinstance(p, tuple) for p in params):
-        added["param_names"] = [f"added.{len(groups)}.{k}" for k in range(len(params))]
+        taken = {str(name).rpartition(".")[0] for group in groups for name in group.get("param_names") or ()}
+        number = next(i for i in itertools.count(len(groups)) if f"added.{i}" not in taken)
+        added["param_names"] = [f"added.{number}.{k}" for k in range(len(params))]
 
 
 def _split_by_level(

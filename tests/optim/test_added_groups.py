@@ -61,6 +61,19 @@ def test_groups_without_names_and_level_are_accepted(named):
     torch.optim.AdamW([("first", nn.Parameter(torch.ones(2)))]).state_dict()
 
 
+def test_names_by_place_are_given_once():
+    """A name tells telemetry and random bits of a parameter from another's."""
+    optimizer = base(telemetry=True)
+    for _ in range(2):
+        optimizer.add_param_group({"params": two((8, 8))})
+    del optimizer.param_groups[1]
+    optimizer.add_param_group({"params": two((8, 8), (4, 8))})
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert names == ["first", "added.2.0", "added.3.0", "added.3.1"]
+    step(optimizer)
+    assert list(optimizer.telemetry()) == names
+
+
 @pytest.mark.filterwarnings("ignore:.*without a level")
 def test_named_embeddings_and_heads_stay_at_level_0():
     optimizer = base()
