@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -51,6 +51,8 @@ class _Release(Protocol):
     """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
 
     accumulating: bool
+
+    def watch(self, groups: Iterable[Mapping[str, Any]]) -> None: ...
 
 
 class _Step(NamedTuple):
@@ -157,6 +159,8 @@ class PlannedOptimizer(Optimizer):
         if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
             param_group.update(self.param_groups[count])
             self.param_groups[count] = param_group
+        if self._release is not None:
+            self._release.watch(self.param_groups[count:])
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else

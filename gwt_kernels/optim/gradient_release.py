@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.checks import check_initialized
@@ -50,9 +52,16 @@ class GradientRelease:
         self._optimizer = optimizer
         self.accumulating = False
         self._scalers_looked_for = False
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in dict.fromkeys(params)]
+        self._handles: list[RemovableHandle] = []
+        self.watch(optimizer.param_groups)
         optimizer.gradient_release = self
+
+    def watch(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Update the parameters of more groups in the backward pass, frozen ones as soon as they are trained."""
+        for p in dict.fromkeys(p for group in groups for p in group["params"]):
+            is_trained = p.requires_grad
+            self._handles.append(p.requires_grad_().register_post_accumulate_grad_hook(self._step))
+            p.requires_grad_(is_trained)  # without which no hook can be registered
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

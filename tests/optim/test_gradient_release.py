@@ -304,6 +304,30 @@ def test_parameters_that_change_places_take_random_bits_of_the_new_place():
     assert_same_bits(*results_)
 
 
+def test_parameters_that_are_unfrozen_or_added_later_are_updated_in_the_backward_pass():
+    """As layers that a finetuning callback unfreezes; the loop calls no step()."""
+    results_ = []
+    for is_released in (False, True):
+        first, frozen, added, still = params = parameters([(4, 8)] * 4)
+        frozen.requires_grad_(False)
+        still.requires_grad_(False)
+        optimizer = GWTAdamW([first, frozen, still], lr=0.1)
+        if is_released:
+            release_gradients(torch.nn.ParameterList([first, frozen, still]), optimizer)
+        for t in range(3):
+            if t == 1:
+                frozen.requires_grad_(True)
+                optimizer.add_param_group({"params": [added]})
+            sum(p.square().sum() for p in params[: 3 if t else 1]).backward()
+            assert all(p.grad is None for p in params) or not is_released
+            if not is_released:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert not still.requires_grad
+        results_.append(results(optimizer))
+    assert_same_bits(*results_)
+
+
 def test_a_parameter_without_a_gradient_is_left_alone_where_it_is_updated_alone():
     p, other = parameters([(4, 8), (4, 8)])
     optimizer = GWTAdamMini([p], head_rows=2)
