@@ -72,7 +72,8 @@ def kept_form(
 
 
 def _form_of(group: Mapping[str, Any]) -> Form:
-    named = {**group, "rule": rule_of(group["rule"], group["level"]).name, "head_rows": head_rows_of(group)}
+    said = {"rule": rule_of(group["rule"], group["level"]).name, "head_rows": head_rows_of(group)}
+    named = {**group, **said, "state_dtype": state_dtype_name(group["state_dtype"])}
     return tuple(named.get(option) for option in _OF_STATES)
 
 

@@ -47,6 +47,8 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                 )
             if option == "rule" and _name_at_level(saved) == _name_at_level(group):
                 continue  # as of groups at level 0 in older checkpoints
+            if option == "state_dtype" and _spelled(saved[option]) == _spelled(group[option]):
+                continue  # as a user sets it in a group
             if saved[option] != group[option]:
                 raise ValueError(
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
@@ -112,3 +114,8 @@ def _check_norm(state: Mapping[str, Any], name: str) -> None:
 def _name_at_level(group: dict[str, Any]) -> Any:
     """What the group's rule is called at its level."""
     return rule_of(group["rule"], group["level"]).name if group["rule"] in RULES else group["rule"]
+
+
+def _spelled(state_dtype: object) -> str:
+    """A dtype, or what stands in its place, without the name of the package."""
+    return str(state_dtype).removeprefix("torch.")

@@ -178,6 +178,24 @@ def test_options_come_from_the_state_except_the_backend(device):
     assert file["param_groups"][0]["backend"] == "triton"
 
 
+def test_a_dtype_of_moments_may_be_set_in_a_group_as_torch_spells_it():
+    """The constructor stores its name; what a user stores later means the same."""
+    saved, loaded = (GWTAdamW(parameters(SHAPES), state_dtype=torch.bfloat16, level=1) for _ in range(2))
+    saved.param_groups[0]["state_dtype"] = torch.bfloat16
+    train(saved, range(1))
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    for each in (saved, loaded):
+        train(each, [1])
+        each.param_groups[0]["state_dtype"] = "bfloat16"
+        train(each, [2])
+        each.param_groups[0]["state_dtype"] = torch.bfloat16
+        train(each, [3])
+    assert_same_bits(saved.state_dict()["state"], loaded.state_dict()["state"])
+    loaded.param_groups[0]["state_dtype"] = torch.float32
+    with refused(loaded, ValueError, "exp_avg", "torch.bfloat16", "torch.float32"):
+        train(loaded, [4])
+
+
 def test_a_tensor_learning_rate_and_names_survive():
     net = nn.Linear(6, 5)
     saved = GWTAdamW(net.named_parameters(), lr=torch.tensor(0.25), level=1)
