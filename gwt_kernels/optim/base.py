@@ -300,16 +300,19 @@ class PlannedOptimizer(Optimizer):
         _, i, k = self._single.place_of(p, self.param_groups)
         group = self.param_groups[i]
         hypers = [hyper_of(group)]
-        sources = self._single.sources_of(p, self.param_groups, self.state, self.capturable)
+
+        def sources_now() -> Sources:
+            return self._single.sources_of(p, self.param_groups, self.state, self.capturable)
 
         def checked_plan() -> StepPlan:
             self._checks.check_options(group)
             self._forms[p] = kept_form(group, k, i, self.state.get(p), self._forms.get(p))
             if p.grad is not None:
-                self._checks.check_one(group, k, i, self.state[p])
+                self._checks.check_one(group, k, i, self.state.get(p))
                 complete(self.state[p], p, group)
-            return StepPlan(sources, on_device=False, decides=False, telemetry_of=self._telemetry_rows)
+            return StepPlan(sources_now(), on_device=False, decides=False, telemetry_of=self._telemetry_rows)
 
+        sources = sources_now()
         plan = self._single.plan_of(p, sources, checked_plan)
         plan.step(sources.grads, hypers, ClipRequest(), None)
         self._opt_called = True  # schedules, which see calls of step() alone, look here for others

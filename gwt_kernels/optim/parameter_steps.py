@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,15 +38,15 @@ class ParameterSteps:
         return self._places[p]
 
     def sources_of(
-        self, p: Tensor, groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], capturable: bool
+        self, p: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], capturable: bool
     ) -> Sources:
-        """What a plan of one parameter's steps is made of: no state where there is no gradient."""
+        """What a plan of one parameter's steps is made of: no state where there is no gradient, or none yet."""
         place, i, k = self.place_of(p, groups)
         group = groups[i]
         held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
         names = names_of(group)
         alone = {**group, "params": [p], "param_names": names and names[k : k + 1]}
-        states = {} if p.grad is None else {p: state[p]}
+        states = {} if p.grad is None or p not in state else {p: state[p]}
         return Sources([alone], states, [p], held, grads, options_of([group], capturable, False), place)
 
     def plan_of(self, p: Tensor, sources: Sources, make: Callable[[], StepPlan]) -> StepPlan:

@@ -334,6 +334,10 @@ def test_a_parameter_without_a_gradient_is_left_alone_where_it_is_updated_alone(
     before = p.detach().clone()
     optimizer.step_parameter(p)
     assert_same_bits((p.detach(), dict(optimizer.state)), (before, {}))
+    p.grad = torch.ones_like(p).to_sparse()
+    with refused(optimizer, RuntimeError, "sparse"):
+        optimizer.step_parameter(p)
+    assert not optimizer.state
     p.grad = torch.ones_like(p)
     optimizer.step_parameter(p)
     p.grad, before = None, results(optimizer)
