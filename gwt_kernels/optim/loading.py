@@ -113,7 +113,8 @@ def _check_norm(state: Mapping[str, Any], name: str) -> None:
 
 def _name_at_level(group: dict[str, Any]) -> Any:
     """What the group's rule is called at its level."""
-    return rule_of(group["rule"], group["level"]).name if group["rule"] in RULES else group["rule"]
+    rule = group["rule"]
+    return rule_of(rule, group["level"]).name if isinstance(rule, str) and rule in RULES else rule
 
 
 def _spelled(state_dtype: object) -> str:

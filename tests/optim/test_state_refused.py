@@ -87,6 +87,7 @@ MISFITS = {
         ("correct_bias=False", "correct_bias=True", "state's value", MIGRATE),
     ),
     "another rule": (lambda: changed(with_option("rule", "other")), ("rule='other'", "rule='gwt'")),
+    "a rule that is no text": (lambda: changed(with_option("rule", ["gwt"])), ("rule=['gwt']", "rule='gwt'")),
     "another state_dtype": (
         lambda: trained(state_dtype=torch.float64).state_dict(),
         ("state_dtype='float64'", "None", MIGRATE),
