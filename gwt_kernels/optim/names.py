@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
+from gwt_kernels.optim.checks import names_of
 from gwt_kernels.optim.param_groups import clean_name
 
 Group = Mapping[str, Any]
@@ -43,7 +44,8 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
         ValueError: names do not match; the message has them.
     """
     in_order = [dict(group) for group in saved]
-    if any(group.get("param_names") is None for group in (*groups, *saved) if group["params"]):
+    are_named = all(names_of(group) for group in groups if group["params"])  # and no parameter was taken out
+    if not are_named or any(group.get("param_names") is None for group in saved if group["params"]):
         return in_order
     for i, group in enumerate(saved):
         names = group.get("param_names") or ()

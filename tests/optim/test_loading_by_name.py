@@ -179,3 +179,17 @@ def test_distributed_checkpoints_of_modules_in_another_order():
     step(old_net, old, 3)
     step(net, optimizer, 3)
     runs.assert_same_bits(by_name(net, optimizer), by_name(old_net, old))
+
+
+def test_an_optimizer_loads_its_own_state_after_a_parameter_was_taken_out():
+    """As a layer that is frozen again; its name stays among the group's, as in torch."""
+    params = runs.parameters([(4, 8), (3, 8)])
+    optimizer = GWTAdamW(list(zip(("first", "second"), params, strict=True)))
+    runs.train(optimizer, range(2))
+    del optimizer.param_groups[0]["params"][0]
+    del optimizer.state[params[0]]
+    other = copy.deepcopy(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, other):
+        runs.train(each, [2])
+    runs.assert_same_bits(runs.results(optimizer), runs.results(other))
