@@ -82,7 +82,8 @@ def gwt_adamw_(
                 to rebuild them.
 
     Raises:
-        RuntimeError: the requested backend cannot run on these tensors.
+        RuntimeError: the requested backend cannot run on these tensors, or a CUDA graph captures Triton's step with
+            ``steps`` as a list, whose numbers a replay would repeat, or with tensors not yet in ``workspace``.
         TypeError: an option is unknown.
         ValueError: lists of different lengths; an unknown backend, rule, wavelet or boundary; a limiter for some
             tensors only or with the folded rule; that rule with another wavelet than Haar or another boundary

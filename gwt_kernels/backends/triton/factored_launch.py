@@ -25,7 +25,7 @@ from gwt_kernels.backends.triton.launch import Launch, Sent
 from gwt_kernels.backends.triton.moments import FACTORED
 from gwt_kernels.backends.triton.schema import FACTOR_NUMBERS, PANELS, POINTERS, SCALARS
 from gwt_kernels.backends.triton.step import norm_kernel
-from gwt_kernels.backends.triton.tables import Sender, owners
+from gwt_kernels.backends.triton.tables import owners
 from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.hyper import Hyper
 from gwt_kernels.core.level import block_width
@@ -102,7 +102,6 @@ class FactoredLaunch(Launch):
         self._rows_alignment = {"ALIGN": self._step_alignment["ALIGN"], "MULTIPLE": 1}
         if flat and not any(n % 8 for n in widths):
             self._rows_alignment["MULTIPLE"] = 8
-        self._numbers_sender = Sender()
         self._numbers_of: list[AdafactorNumbers] = []
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
@@ -217,5 +216,5 @@ class FactoredLaunch(Launch):
                 "whole_weights": self._factored.numels[i],
             }
             rows.append(_pack_numbers(*map(numbers.__getitem__, FACTOR_NUMBERS)))
-        sent = self._numbers_sender.send(b"".join(rows), self._bucket.device, capturable=True)
+        sent = self._sender.send(b"".join(rows), self._bucket.device)
         self._numbers, self._numbers_of = sent.view(torch.float64), own

@@ -209,8 +209,8 @@ class TritonRunner:
         if any(given) or self._misaligned is None or self._misaligned != self._own_misaligned:
             misaligned = [bool(off) or is_off for off, is_off in zip(given, self._own_misaligned, strict=True)]
             if misaligned != self._misaligned:
+                self._launches = self._plan(misaligned)  # which may be refused
                 self._misaligned = misaligned
-                self._launches = self._plan(misaligned)
                 for launch in self._launches:
                     launch.set_pointers(self._columns)
         if not self._packed:

@@ -46,7 +46,8 @@ class Sender:
     """Sends bytes to a device without waiting for it, also while a CUDA graph is being captured.
 
     A replay copies the host memory again. Captured copies therefore use pinned memory that was allocated before the
-    capture (which cannot allocate any) and is never written again.
+    capture and is never written again. What they send is on the device only once the graph is replayed, so that
+    tables of later steps are refused.
     """
 
     def __init__(self) -> None:
@@ -59,19 +60,21 @@ class Sender:
         Args:
             data: Bytes to send, a multiple of 8.
             device: Target device.
-            capturable: Whether a later call, of at most as many bytes, may be captured.
+            capturable: Whether this call, or a later one of at most as many bytes, may be captured.
 
         Raises:
-            RuntimeError: a graph is being captured, and no earlier call has allocated pinned memory.
+            RuntimeError: a graph is being captured, and this is not capturable, or no earlier call has allocated
+                pinned memory.
         """
         host = torch.frombuffer(bytearray(data), dtype=torch.int64)
         if device.type != "cuda":
             return host.to(device)
-        if capturable and torch.cuda.is_current_stream_capturing():
-            if self._spare is None or len(self._spare) < len(host):
+        if torch.cuda.is_current_stream_capturing():
+            if not capturable or self._spare is None or len(self._spare) < len(host):
                 raise RuntimeError(
-                    "step() is being captured in a CUDA graph with tensors that it has not stepped "
-                    "before: take a few steps before each capture, on a side stream"
+                    "a step is being captured in a CUDA graph with tensors or options that it has not stepped "
+                    "before, or that the host counts: take a few steps before each capture, on a side stream, "
+                    "which the device counts"
                 )
             pinned, self._spare = self._spare, None
             self._captured.append(pinned)

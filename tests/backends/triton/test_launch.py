@@ -7,6 +7,7 @@ import torch
 
 from gwt_kernels import haar_dwt, haar_idwt
 from gwt_kernels.backends.triton import haar_launch, launch
+from gwt_kernels.backends.triton.tables import Sender
 from gwt_kernels.functional import Hyper
 from tests.support.poisoned import Poisoned
 from tests.support.steps import Bucket
@@ -16,6 +17,13 @@ KERNELS = {
     launch: ("step_kernel", "norm_kernel", "limiter_kernel"),
     haar_launch: ("dwt_kernel", "idwt_kernel"),
 }
+
+
+class OnADevice(Sender):
+    """Sends to a CUDA device, as far as it gets."""
+
+    def send(self, data: bytes, device: torch.device, *, capturable: bool = False) -> torch.Tensor:
+        return super().send(data, torch.device("cuda"), capturable=capturable)
 
 
 @pytest.fixture
@@ -84,6 +92,28 @@ def test_alignment_that_changes_from_call_to_call(device):
         bucket.check_step(HYPER, t, backend="triton", workspace=workspace)
         flat.append([x.n for x in workspace["runner"].launches if x.flat])
     assert flat == [[2], [], [1], [2]]
+
+
+def test_alignment_that_changes_in_a_step_that_is_refused(device, monkeypatch):
+    """As one in a CUDA graph is, which cannot send new tables: the next step does without the old ones."""
+    bucket = Bucket([(4, 16)], 2, limited=True, device=device)
+    workspace = {}
+    bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
+    bucket.renew_gradients(layouts=["misaligned"])
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capturing.setattr(launch, "Sender", OnADevice)
+        with pytest.raises(RuntimeError, match="captured"):
+            bucket.step(HYPER, 2, backend="triton", workspace=workspace)
+    bucket.check_step(HYPER, 2, backend="triton", workspace=workspace)
+    assert [x.flat for x in workspace["runner"].launches] == [False]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_tables_that_no_replay_could_send_are_refused(monkeypatch, capturable):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="take a few steps before each capture"):
+        Sender().send(bytes(8), torch.device("cuda"), capturable=capturable)
 
 
 def test_workspace_with_other_tensors(device):
