@@ -139,6 +139,10 @@ class LimiterReduction:
             limiter_norms.copy_(torch.where(control[1] > 0, limiter_norms, old))
         return limits
 
+    def memory(self) -> list[Tensor]:
+        """What a step with other options would replace, which replays of a captured one go on using."""
+        return list(self._gammas.values())
+
     def _gamma_tensor(self, gammas: tuple[float, ...], dtype: torch.dtype) -> Tensor | float:
         first = gammas[0]
         if gammas.count(first) == len(gammas):

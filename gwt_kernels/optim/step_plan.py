@@ -210,7 +210,8 @@ class StepPlan:
     def memory(self) -> list[object]:
         """What replays of a captured step go on using, whatever becomes of the plan."""
         launched = [bucket.runner.memory() for bucket in self.buckets]
-        return [*self.buckets, *launched, *(dict(workspace) for workspace in self._workspace.values())]
+        limited = [limits.memory() for limits in self._limits.values()]
+        return [self, *launched, *limited, *(dict(workspace) for workspace in self._workspace.values())]
 
     def _decide(
         self,

@@ -7,15 +7,18 @@ which these arguments point. Launches are recorded during a step, and repeated i
 from __future__ import annotations
 
 import contextlib
+import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor, Shard
 
 from gwt_kernels import GWTAdafactor, GWTAdamW
 from gwt_kernels.backends.triton import control_launch, launch
+from gwt_kernels.mesh import Mesh
 from gwt_kernels.optim.checks import check_captured_everywhere
-from tests.support import interpreter
+from tests.support import interpreter, meshes
 from tests.support.runs import assert_differ, assert_same_bits, parameters, results
 
 if torch.cuda.is_available():
@@ -165,6 +168,37 @@ def test_memory_has_what_a_step_with_other_options_replaces():
     assert optimizer._plan.buckets[0].runner._launches[0]._numbers is not numbers
     assert any(x is numbers for runners in held if isinstance(runners, list) for x in runners)
     assert torch.equal(numbers, values)
+
+
+@pytest.mark.parametrize("kind", [GWTAdafactor, GWTAdamW])
+def test_memory_has_what_steps_on_shards_read(kind):
+    """Where sums over processes lie, and numbers that a step with other options would replace."""
+    with meshes.process(0, Mesh(fsdp=2)) as mesh:
+        params = [DTensor.from_local(torch.ones(4, 8), mesh["fsdp"], [Shard(0)]) for _ in range(2)]
+        groups = [{"params": [torch.nn.Parameter(p)]} for p in params]
+        optimizer = kind(groups, level=2)
+
+        def step(limit: float) -> None:
+            for group in optimizer.param_groups:
+                if kind is GWTAdamW:  # one limit each
+                    group["norm_growth_limit"] = limit = limit + 0.1
+                for p in group["params"]:
+                    p.grad = torch.ones_like(p)
+            optimizer.step()
+
+        step(1.0)
+        plan = optimizer._plan
+        places = [x for staged in plan._staged.values() for own in staged.values() for x in own]
+        gammas = [x for limits in plan._limits.values() for x in limits._gammas.values()]
+        read = [weakref.ref(x) for x in places + gammas]
+        held = plan.memory()
+        del plan, places, gammas
+        step(2.0)
+        optimizer.add_param_group({"params": torch.nn.Parameter(torch.ones(8)), "level": 0})  # forgets the plan
+        assert read
+        assert None not in [x() for x in read]
+        del held
+        assert [x() for x in read] == [None] * len(read)  # control
 
 
 def test_chunks_of_a_norm_stay_as_they_were_captured():
