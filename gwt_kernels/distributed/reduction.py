@@ -238,7 +238,9 @@ def _rounds(
     chosen, at_once = rounds_of(sorted(everywhere)), set[int]()
     if len(chosen) > 1 and dims is None:
         chosen, at_once = [(dist.group.WORLD, sorted(everywhere))], everywhere
-    chosen += rounds_of(i for i in range(len(params)) if i not in everywhere)
+    # In the order of larger meshes, some of whose processes may lack what is on smaller ones.
+    rest = (i for i in range(len(params)) if i not in everywhere)
+    chosen += rounds_of(sorted(rest, key=lambda i: -params[i].device_mesh.size()))
     return at_once, [(group, members if len(members) < len(params) else None) for group, members in chosen]
 
 

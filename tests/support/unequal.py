@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups
 from tests.support import runs
-from tests.support.sharded import COLUMNS, ROWS, Layout, close, give, on_each_number, shard, whole
+from tests.support.sharded import COLUMNS, ROWS, Layout, close, give, mesh_of, on_each_number, shard, whole
 
 
 def matrices() -> None:
@@ -121,12 +121,27 @@ def meshes() -> None:
     """Parameters that some processes alone have do not change how all add up the others'."""
     everyone = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    layouts: list[Layout] = [((8, 8), everyone, [ROWS]), ((8, 8), grid, [ROWS, COLUMNS])]
-    if dist.get_rank() < 2:
-        layouts.append(((8, 8), grid["tensor"], [ROWS]))
-    references = runs.parameters([shape for shape, _, _ in layouts], dtype=torch.float64)
-    params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=True)]
-    both = [GWTAdamW(own, lr=0.01, level=1) for own in (params, references)]
+    some = grid["tensor"]
+    layouts: list[Layout] = [((8, 8), everyone, [ROWS]), ((8, 8), grid, [ROWS, COLUMNS]), ((8, 8), some, [ROWS])]
+    _steps_on(layouts, 3 if dist.get_rank() < 2 else 2)
+
+
+def meshes_of_some() -> None:
+    """As :func:`meshes`, where no mesh has all processes, whatever comes first."""
+    grid = mesh_of(2, 2)
+    if grid.get_coordinate() is None:
+        return
+    layouts: list[Layout] = [((8, 8), grid, [ROWS, COLUMNS]), ((8, 8), grid["b"], [ROWS])]
+    for backwards in (False, True):
+        _steps_on(layouts, 2 if dist.get_rank() < 2 else 1, backwards)
+
+
+def _steps_on(layouts: Sequence[Layout], n: int, backwards: bool = False) -> None:
+    """Steps of the first ``n`` parameters, which this process has, are those of whole ones."""
+    references = runs.parameters([shape for shape, _, _ in layouts[:n]], dtype=torch.float64)
+    params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=False)]
+    order = slice(None, None, -1 if backwards else 1)
+    both = [GWTAdamW(own[order], lr=0.01, level=1) for own in (params, references)]
     for t in range(4):
         give(params, references, t, factor=1.0 + t)
         for optimizer in both:
