@@ -93,8 +93,11 @@ class StepPlan:
         self._waiting: list[_Turn] = []
         self._ready: list[_Turn] = []
         indices = iter(range(len(self.buckets)))
-        for (_, shared), members in planned:
-            turn: _Turn = next(indices) if with_gradients(members) else attendance(members, groups)
+        turns: list[_Turn] = [
+            next(indices) if with_gradients(members) else attendance(members, groups) for _, members in planned
+        ]
+        in_order = sorted(zip(planned, turns, strict=True), key=lambda each: _precedence(each[0][1]))
+        for ((_, shared), _), turn in in_order:
             waits = shared or (isinstance(turn, int) and self.buckets[turn].limits is not None)
             if turn not in staged:
                 (self._waiting if waits else self._ready).append(turn)
@@ -300,6 +303,16 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]
                 Member(p, place, i, stream_id_of(group, k, sources.first_place + place))
             )
     return ((key[0], members) for key, members in chosen.items())
+
+
+def _precedence(members: Sequence[Member]) -> tuple[int, int]:
+    """What orders buckets alike on all processes that share them: the first member on the largest mesh.
+
+    Other members of a bucket may be on meshes of some of these processes, the rest of which do not know them.
+    """
+    params: list[Any] = [member.param for member in members]
+    sizes = [p.device_mesh.size() if is_sharded(p) else 0 for p in params]
+    return min((-size, member.place) for size, member in zip(sizes, members, strict=True))
 
 
 def _by_device(

@@ -129,6 +129,7 @@ def test_frozen_parameters_and_gradients_that_come_late() -> None:
 def test_parameters_that_few_processes_have() -> None:
     forked.run(4, unequal.meshes)
     forked.run(5, unequal.meshes_of_some)
+    forked.run(4, unequal.matrices_of_some)
 
 
 def test_shards_of_shards_are_judged_by_what_each_process_holds() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTMuon, gwt_param_groups
@@ -134,6 +134,26 @@ def meshes_of_some() -> None:
     layouts: list[Layout] = [((8, 8), grid, [ROWS, COLUMNS]), ((8, 8), grid["b"], [ROWS])]
     for backwards in (False, True):
         _steps_on(layouts, 2 if dist.get_rank() < 2 else 1, backwards)
+
+
+def matrices_of_some() -> None:
+    """Muon's matrices of two dtypes, the first of which some processes alone have."""
+    line, grid = mesh_of(4), mesh_of(2, 2)
+    layouts: list[Layout] = [((8, 8), grid["b"], [ROWS]), ((8, 12), line, [ROWS]), ((12, 8), line, [ROWS])]
+    references = runs.parameters([shape for shape, _, _ in layouts], dtype=torch.float64)
+    references[1].data = references[1].data.float()
+    own = slice(0 if dist.get_rank() < 2 else 1, None)
+    params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references[own], layouts[own], strict=True)]
+    options: dict[str, Any] = {"lr": 0.02, "level": 1, "ns_dtype": torch.float64, "backend": "torch"}
+    both = [GWTMuon(each, **options) for each in (params, references[own])]
+    for t in range(3):
+        runs.give_gradients(references, t)
+        for p, r in zip(params, references[own], strict=True):
+            p.grad = distribute_tensor(r.grad, p.device_mesh, p.placements, src_data_rank=None)
+        for optimizer in both:
+            optimizer.step()
+        for p, r in zip(params, references[own], strict=True):
+            close(whole(p.detach()).double(), r.detach().double(), f"step {t}, {tuple(p.shape)}")
 
 
 def _steps_on(layouts: Sequence[Layout], n: int, backwards: bool = False) -> None:
