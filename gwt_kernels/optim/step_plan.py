@@ -296,7 +296,9 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]
             seen.add(id(p))
             reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
             first = moments_of(p, group).get(MOMENTS[0])  # which a rule may do without
-            dtypes = (p.dtype, (p if p.grad is None else p.grad).dtype, None if first is None else first[1])
+            # Where another process has the gradient, it is of the dtype that the parameter says, if it says one.
+            grad_dtype = (p.grad_dtype or p.dtype) if p.grad is None else p.grad.dtype
+            dtypes = (p.dtype, grad_dtype, None if first is None else first[1])
             shared = needs_row_sums(p, group) + bool(shared_dims(p, group))
             key = ((reduced, shared), options, p.device, dtypes, is_sharded(p))
             chosen.setdefault(key, []).append(

@@ -43,6 +43,7 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         rows = [i for i, (_, _, placements) in enumerate(layouts) if placements == [ROWS]]
         _matrices_without([layouts[i] for i in rows], [without[i] for i in rows], {"level": "row"})
     _matrices_without(layouts, [{0}] * len(layouts), {"level": 1})  # a process has none at all
+    _wide_gradients_without(n, line)
 
 
 def _matrices_without(layouts: Sequence[Layout], absent: Sequence[set[int]], options: dict[str, Any]) -> None:
@@ -63,6 +64,23 @@ def _matrices_without(layouts: Sequence[Layout], absent: Sequence[set[int]], opt
                 runs.assert_same_bits(p.detach().to_local(), old.to_local())
         for p, r in zip(params, references, strict=True):
             close(whole(p.detach()), r.detach(), f"step {t}, {tuple(p.shape)}, without {absent}, {options}")
+
+
+def _wide_gradients_without(n: int, line: DeviceMesh) -> None:
+    """Gradients of float32 for bfloat16 weights, the first of which is on the first process alone."""
+    references = runs.parameters([(2 * n, 8)] * 2, dtype=torch.bfloat16)
+    params = [shard(r, line, [ROWS]) for r in references]
+    for p in (*params, *references):
+        p.grad_dtype = torch.float32
+    both = [GWTMuon(own, lr=0.02, level=1, backend="torch") for own in (params, references)]
+    for t in range(2):
+        for p, r in zip(params, references, strict=True):
+            r.grad = torch.randn(r.shape, generator=torch.Generator().manual_seed(t))
+            p.grad = distribute_tensor(r.grad, line, [ROWS], src_data_rank=None)
+        _remove(params[0], references[0], set(range(1, n)))
+        for optimizer in both:
+            optimizer.step()
+        assert torch.equal(whole(params[1].detach()), references[1].detach())
 
 
 def _remove(p: Any, r: Tensor, without: set[int]) -> None:
