@@ -266,7 +266,7 @@ class PlannedOptimizer(Optimizer):
         if now.skipped is not None and decisions is not None and now.asked.of_gradients:
             self._grad_norm = decisions[now.skipped.device][2]
         if now.capturing:  # replays go on using this memory, whatever becomes of the plan
-            self._captured.append((now.plan.memory(), decisions, self._skipped))
+            self._captured.append((now.plan.memory(), now.hypers, now.asked, decisions, self._skipped))
         if now.symbolic:
             self._forget_plans()
 

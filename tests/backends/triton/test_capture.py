@@ -201,6 +201,24 @@ def test_memory_has_what_steps_on_shards_read(kind):
         assert [x() for x in read] == [None] * len(read)  # control
 
 
+def test_a_learning_rate_of_a_captured_step_stays_in_memory():
+    """Also where a loaded state brings another one."""
+    training = Training()
+    training.optimizer.load_state_dict(training.optimizer.state_dict())  # and with it a rate of its own
+    training.batch(0)
+    training.step()
+    now = training.optimizer._begin()
+    with interpreter.like_a_gpu():
+        training.optimizer._end(now._replace(capturing=True), now.plan.step(*now[1:5]))
+    rates = [weakref.ref(hyper.lr) for hyper in now.hypers]
+    del now
+    training.optimizer.load_state_dict(training.optimizer.state_dict())
+    training.step()
+    assert None not in [rate() for rate in rates]
+    training.optimizer._captured.clear()
+    assert [rate() for rate in rates] == [None] * len(rates)  # control
+
+
 def test_chunks_of_a_norm_stay_as_they_were_captured():
     workspace = {}
     with interpreter.like_a_gpu():
