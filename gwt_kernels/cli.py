@@ -82,7 +82,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         "doctor",
         help="versions, devices, backends and a self-check, for bug reports",
         description="Print versions, devices and which backend each gets, then check the fused step against the "
-        "literal algorithm. Without a CUDA device the Triton kernels are checked through Triton's interpreter.",
+        "literal algorithm. Without a CUDA device the Triton kernels are checked through Triton's interpreter, if "
+        "numpy is there.",
     )
     _add_plan(commands)
     _add_migrate(commands)
@@ -336,7 +337,8 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
 def _doctor() -> int:
     import torch
 
-    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    needed = ("triton", "numpy")  # of the interpreter
+    if all(map(importlib.util.find_spec, needed)) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, and for this process alone
     from gwt_kernels import doctor
 
