@@ -141,6 +141,11 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
         OSError: the file cannot be opened.
         ValueError: it is no such file, is cut short, or holds more than tensors and plain data.
     """
+    if (path / ".metadata").is_file():
+        raise IsADirectoryError(
+            f"{path} is a checkpoint of torch.distributed.checkpoint: make it a file by python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE, and give that"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory: give the file in it that holds the optimizer's state")
     with path.open("rb") as file:

@@ -81,13 +81,21 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
             _check_options(group, i)
     if len(several) == 1:
         (state,) = several
-        return dict(state)
+        return {**state, "param_groups": [_named(group) for group in state["param_groups"]]}
     groups: list[dict[str, Any]] = []
     held: dict[Any, Any] = {}
     for i, each in enumerate(several):
-        groups += [{**group, "params": [(i, key) for key in group["params"]]} for group in each["param_groups"]]
+        named = map(_named, each["param_groups"])
+        groups += [{**group, "params": [(i, key) for key in group["params"]]} for group in named]
         held.update({(i, key): state for key, state in each["state"].items()})
     return {"state": held, "param_groups": groups}
+
+
+def _named(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A group with the names that key its parameters in ``torch.distributed.checkpoint``, if it has no others."""
+    keys = group["params"]
+    is_named = group.get("param_names") is not None or not all(isinstance(key, str) for key in keys)
+    return group if is_named else {**group, "param_names": list(keys)}
 
 
 def _check_options(group: Mapping[str, Any], index: int) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
@@ -208,6 +209,30 @@ def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
     assert len(read(out)["state"]) == len(list(trained.model.parameters()))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_states_keyed_by_name_as_in_distributed_checkpoints(several, trained, tmp_path):
+    """Neither the order nor the groups are those of the model: the keys are the names."""
+    named = list(trained.model.named_parameters())
+    halves = [[p for _, p in half] for half in (named[5:][::-1], named[:5])]
+    optimizers = [torch.optim.AdamW(half, lr=0.003) for half in halves]
+    for optimizer in optimizers:
+        step(trained.model, optimizer, 5)
+    if several:
+        payload = [get_optimizer_state_dict(trained.model, each) for each in optimizers]
+        payload, keys = dict(zip("ab", payload, strict=True)), ("--key", "a", "--key", "b")
+    else:
+        payload, keys = get_optimizer_state_dict(trained.model, optimizers), ()
+    out = tmp_path / "gwt.pt"
+    assert run(file_of(tmp_path, payload), out, trained.config, "--level", 0, *keys) == 0
+    written = read(out)["a"] if several else read(out)
+    order = [name for group in written["param_groups"] for name in group["param_names"]]
+    assert sorted(order) == sorted(name for name, _ in named)
+    held = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    parameters = dict(named)
+    for i, name in enumerate(order):
+        assert torch.equal(written["state"][i]["exp_avg"], held[parameters[name]]["exp_avg"]), name
+
+
 def test_adamw_at_level_0(trained, tmp_path, capsys):
     checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
     assert run(checkpoint, out, trained.config, "--rule", "adamw") == 2
@@ -275,6 +300,11 @@ def two_states(folder, trained):
     return file_of(folder, {"first": trained.state, "second": trained.state})
 
 
+def of_shards(folder, trained):
+    (folder / ".metadata").touch()
+    return folder
+
+
 def with_two_rates(state):
     """Return a state with the same parameters in two groups."""
     group = state["param_groups"][0]
@@ -295,6 +325,7 @@ FILES = {
     "code in it": (lambda folder, _: file_of(folder, {"state": Trap()}), [], ("optimizer.pt", "plain data")),
     "no file": (lambda folder, _: folder / "nowhere.pt", [], ("nowhere.pt", "No such file")),
     "a folder": (lambda folder, _: folder, [], ("directory",)),
+    "a folder of shards": (of_shards, [], ("torch.distributed.checkpoint", "dcp_to_torch", "FILE")),
     "a model's": (
         lambda folder, trained: file_of(folder, trained.model.state_dict()),
         [],

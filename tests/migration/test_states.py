@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from gwt_kernels import GWTAdamW, migrate
+from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
 from gwt_kernels.formats.int8 import decode_first, decode_second
 from tests.support.golden import Case, adamw_cases, foam_cases, variant_cases
 from tests.support.runs import (
@@ -146,6 +147,18 @@ def test_second_moment_has_the_right_size_for_uncorrelated_neighbours(rule, leve
     # 60 * 400 / 8 squares of deviation sqrt(2), over many steps: within 1 %, where a wrong factor would be 100 %.
     assert totals["taken"] == pytest.approx(totals["whole"], rel=0.03)
     assert totals["taken further"] == pytest.approx(totals["whole"], rel=0.03)
+
+
+def test_names_that_key_a_state_win_over_its_order():
+    """Of tensors of one shape, which no check could tell apart."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    theirs = torch.optim.AdamW(list(model.parameters())[::-1], lr=0.01)
+    train(theirs, range(3))
+    state = get_optimizer_state_dict(model, theirs)
+    assert state["param_groups"][0]["params"] == ["1.weight", "0.weight"]
+    ours = loaded(state, GWTAdamW(gwt_param_groups(model, level=0), lr=0.01), names=model)
+    for p in model.parameters():
+        assert torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"])
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
