@@ -198,6 +198,8 @@ def _first_of(
     m = state.get("exp_avg")
     if m is None:
         return None, ""
+    if not isinstance(m, Tensor):
+        raise ValueError(f"its exp_avg is {m!r}, no tensor: it is damaged; take another state")
     if tuple(m.shape) != shape:
         raise ValueError(f"its exp_avg has shape {tuple(m.shape)}, but {form} needs {shape}: take another state")
     if "level" in group:

@@ -251,6 +251,10 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
             "its state is of shards, of which this process has parts: load the checkpoint on one process without "
             "shards, migrate it there, and save it again by torch.distributed.checkpoint"
         )
+    if away := [key for key, x in source.state.items() if isinstance(x, Tensor) and x.device.type == "meta"]:
+        raise ValueError(
+            f"its {away[0]} is on the meta device, which holds no numbers: load the state onto the CPU first"
+        )
     if has_factors(source) or is_factored(target.group):
         return migrate_factors(source, target, lambda has, wants: _migrated(has, wants, unsaid))
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")

@@ -125,10 +125,11 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or a tensor that only the device could read.
         ValueError: a number is out of range, or a tensor holds several.
     """
-    if group["rule"] == ADAFACTOR.name:
-        return adafactor_hyper(group, slack, capturable)
     of_momentum = group["rule"] == MUON.name and "momentum" in group
     try:
+        if group["rule"] == ADAFACTOR.name:
+            return adafactor_hyper(group, slack, capturable)
+        nesterov = group["nesterov"] if of_momentum else None
         numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), *_detail_scale(group)
     except KeyError as missing:
         raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
@@ -138,7 +139,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         hyper = _checked(numbers, slack, capturable)
     if not of_momentum:
         return hyper
-    return _with_momentum(hyper, group["momentum"], group["nesterov"], slack)
+    return _with_momentum(hyper, group["momentum"], nesterov, slack)
 
 
 def _with_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> Hyper:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
+from gwt_kernels import GWTAdafactor, GWTAdamW, GWTLion, GWTMuon, gwt_param_groups, migrate
 from gwt_kernels.migration.carried import Recipe, optimizer_for
 from tests.migration.test_command import file_of, run, trained  # noqa: F401
 
@@ -119,3 +119,37 @@ def test_what_other_optimizers_leave_out_is_no_damage(trained):  # noqa: F811
     state["param_groups"][0] |= {"norm_growth_limit": None, "max_grad_norm": None, "beta1": None}
     optimizer = optimizer_for(trained.model, state, Recipe(), {"rule": "gwt"})
     assert migrate(state, optimizer, names=trained.model).tensors
+
+
+@pytest.mark.parametrize("target", ["factors", "moments"])
+def test_a_first_moment_beside_factors_that_is_no_tensor(target):
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    ours = GWTAdafactor([("p", p)], lr=0.1, beta1=0.9)
+    p.grad = torch.ones(8, 8)
+    ours.step()
+    state = ours.state_dict()
+    state["state"][0]["exp_avg"] = [0.5]
+    optimizer = ours if target == "factors" else GWTAdamW([("p", p)])
+    with pytest.raises(ValueError, match=r"parameter 'p' .*its exp_avg is \[0.5\], no tensor"):
+        migrate(state, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "target"), [(GWTAdafactor, "decay_rate", GWTAdamW), (GWTMuon, "nesterov", GWTLion)]
+)
+def test_an_option_of_the_old_rule_that_is_missing_is_named(kind, option, target):
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    old = kind([("p", p)], lr=0.1)
+    p.grad = torch.ones(8, 8)
+    old.step()
+    state = old.state_dict()
+    del state["param_groups"][0][option]
+    with pytest.raises(ValueError, match=f"parameter 'p' .*the group has no '{option}', which rule="):
+        migrate(state, target([("p", p)], lr=0.1))
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg"])
+def test_tensors_without_numbers(key, trained, tmp_path, capsys):  # noqa: F811
+    state = copy.deepcopy(trained.state)
+    state["state"][3][key] = state["state"][3][key].to("meta")
+    assert f"its {key} is on the meta device" in refused(state, (), trained, tmp_path, capsys)
