@@ -34,12 +34,25 @@ def own_entries(
     """A parameter's state by the names that are used here, without what is to be left behind or is not there.
 
     That of ``torch.optim.Muon`` is recognised: its momentum is an average, and it counts no steps.
+
+    Raises:
+        ValueError: two entries would have one name.
     """
-    if "momentum_buffer" in state and is_of_muon(group):
+    of_muon = "momentum_buffer" in state and is_of_muon(group)
+    if of_muon:
         keys = {"momentum_buffer": "exp_avg", **keys}
-        state = {"step": torch.zeros((), dtype=torch.float64, device="cpu"), **state}
-    named = ((keys.get(key, key), value) for key, value in state.items())
-    return {key: value for key, value in named if key is not None and value is not None}
+    held = [key for key, value in state.items() if value is not None]
+    named: dict[str, str] = {}
+    for name, key in ((keys.get(key, key), key) for key in held):
+        if name in named:
+            raise ValueError(
+                f"the state of a parameter has {named[name]!r} and {key!r}, which would both be {name!r}: leave "
+                f"one of them behind with keys={{{key!r}: None}}"
+            )
+        if name is not None:
+            named[name] = key
+    own = {name: state[key] for name, key in named.items()}
+    return {"step": torch.zeros((), dtype=torch.float64, device="cpu"), **own} if of_muon else own
 
 
 def is_of_muon(group: Mapping[str, Any]) -> bool:

@@ -153,3 +153,12 @@ def test_tensors_without_numbers(key, trained, tmp_path, capsys):  # noqa: F811
     state = copy.deepcopy(trained.state)
     state["state"][3][key] = state["state"][3][key].to("meta")
     assert f"its {key} is on the meta device" in refused(state, (), trained, tmp_path, capsys)
+
+
+def test_two_entries_of_one_name(trained, tmp_path, capsys):  # noqa: F811
+    state = copy.deepcopy(trained.state)
+    for each in state["state"].values():
+        each["slow"] = each["exp_avg"].clone()
+    words = "has 'exp_avg' and 'slow', which would both be 'exp_avg': leave one of them behind"
+    assert words in refused(state, ("--rename", "slow=exp_avg"), trained, tmp_path, capsys)
+    assert words not in refused(state, ("--rename", "slow=", "--rename", "exp_avg="), trained, tmp_path, capsys)
