@@ -14,6 +14,7 @@ from gwt_kernels.core.level import Level
 from gwt_kernels.migration.foreign import is_of_muon
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
+from gwt_kernels.optim.numbers import number
 from gwt_kernels.optim.param_groups import gwt_param_groups
 from gwt_kernels.rules import ADAMW, rule_of
 
@@ -121,14 +122,19 @@ def agreed(groups: Sequence[Mapping[str, Any]], option: str, flag: str | None = 
 
     Raises:
         ValueError: they differ.
+        TypeError, ValueError: one is a tensor of something else than one real number.
     """
     values = [group[option] for group in groups if option in group]
-    plain = [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v for v in values]
-    if len(set(plain)) > 1:
+    plain = [
+        number(option, v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v
+        for v in values
+    ]
+    distinct = [v for i, v in enumerate(plain) if v not in plain[:i]]  # a damaged one may not be hashable
+    if len(distinct) > 1:
         remedy = "build the optimizer in Python, and use gwt_kernels.migrate"
         if flag or option in _FLAGS:
             remedy = f"say one with --{(flag or option).replace('_', '-')}"
-        raise ValueError(f"the state's groups differ in {option}: {sorted(set(plain), key=str)}; {remedy}")
+        raise ValueError(f"the state's groups differ in {option}: {sorted(distinct, key=str)}; {remedy}")
     return plain[0] if plain else None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gwt_kernels.core.level import check_level_type
 from gwt_kernels.optim.numbers import number
 from gwt_kernels.rules import RULES
 
@@ -124,6 +125,11 @@ def _check_options(group: Mapping[str, Any], index: int) -> None:
             f"group {index} of the state has rule={group['rule']!r}, which is none of "
             f"{', '.join(map(repr, RULES))}: it is damaged; take another"
         )
+    if "level" in group:
+        try:
+            check_level_type(group["level"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"group {index} of the state is damaged: {error}; take another state") from None
     for option in _NUMBERS:
         may_be_none = option in _OFF_WITH_NONE or (option == "lr" and group.get("relative_step"))
         if option in group and not (group[option] is None and may_be_none):

@@ -39,6 +39,17 @@ GROUPS = {
     "a dict of betas": ({"betas": {0.9: 1}}, [], "group 0 of the state has betas={0.9: 1}, not two numbers"),
     "a beta alone": ({"betas": 3}, [], "group 0 of the state has betas=3, not two numbers"),
     "an eps of two": ({"eps": torch.ones(2)}, [], "eps must be one number, got a tensor of shape (2,)"),
+    "a tensor for a level": (
+        {"level": torch.ones(2)},
+        [],
+        "group 0 of the state is damaged: level must be an integer",
+    ),
+    "a tensor for a name": (
+        {"boundary": torch.tensor(1j)},
+        [],
+        "boundary must be a real number, got a torch.complex64",
+    ),
+    "no word for a name": ({"wavelet": {"haar"}}, [], "wavelet {'haar'}: use 'haar'"),
     "keys that are none": ({"params": [{}]}, [], "group 0 of the state has {} among its params"),
 }
 NUMBERS = {
