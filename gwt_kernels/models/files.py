@@ -94,7 +94,7 @@ def _find(model: str | Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not text
+    except (RecursionError, ValueError) as error:  # not JSON, nested without end, or not text
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{path} is no model configuration: a Hugging Face config.json has a 'model_type'")

@@ -423,6 +423,7 @@ def test_command_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         (None, ["nowhere.json"], "no file or preset 'nowhere.json'.*one of llama_60m, .*llama_405b"),
         (None, ["FOLDER"], "no file or preset"),
         ("{", ["FILE"], "is not JSON"),
+        ("[" * 100_000, ["FILE"], "is not JSON"),
         ("\x80", ["FILE"], "is not JSON"),
         ("[1]", ["FILE"], "no model configuration.*'model_type'"),
         ('{"name": "left-pad"}', ["FILE"], "no model configuration.*'model_type'"),
