@@ -221,7 +221,7 @@ def _migrate(options: argparse.Namespace) -> int:
             dtype=_dtype(options.dtype),
             recipe=Recipe(options.level, options.include, options.exclude),
             reading=Reading(
-                None if options.names is None else Path(options.names).read_text(encoding="utf-8").split(),
+                None if options.names is None else _names_in(Path(options.names)),
                 _renamed(options.rename or ()),
                 options.key or (),
                 options.allow or (),
@@ -256,6 +256,13 @@ def _refuse(command: str, error: Exception) -> int:
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
     print(f"gwt-kernels {command}: {text}", file=sys.stderr)
     return 2
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--names {path} is no text ({error}): give a file with a name per line") from error
 
 
 def _renamed(pairs: Sequence[str]) -> dict[str, str | None]:

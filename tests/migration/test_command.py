@@ -364,6 +364,11 @@ FILES = {
         ["--rename", "norm"],
         ("'norm'", "OLD=NEW"),
     ),
+    "names that are no text": (
+        lambda folder, trained: file_of(folder, trained.state),
+        ["--names", "optimizer.pt"],
+        ("--names optimizer.pt is no text", "a name per line"),
+    ),
     "no configuration": (
         lambda folder, trained: file_of(folder, trained.state),
         ["--config", "nowhere.json"],
