@@ -187,10 +187,14 @@ def write(path: Path, payload: Any) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("xb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("xb") as file:
+                torch.save(payload, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # the first may hide behind the second
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path} cannot be written: {cause}: give --out another place") from error
         try:
             os.link(partial, path)  # which fails where there is something; a rename would replace it
         except FileExistsError:
