@@ -14,6 +14,7 @@ from gwt_kernels.optim.adamw import GWTAdamW
 from gwt_kernels.optim.base import PlannedOptimizer
 from gwt_kernels.optim.by_rule import optimizer_of
 from gwt_kernels.optim.param_groups import gwt_param_groups
+from gwt_kernels.rules import ADAMW
 
 try:
     import accelerate  # noqa: F401  # Trainer cannot be built without it
@@ -76,6 +77,8 @@ class GWTTrainerMixin:
 
     def __init__(self, *args: Any, gwt_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(gwt_options, Mapping | None):
+            raise TypeError(f"gwt_options must be a dict, such as {{'level': 2}}, got {gwt_options!r}")
         self.gwt_options = dict(gwt_options or {})
         self.args: TrainingArguments
         self.model: nn.Module
@@ -225,6 +228,8 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
         chosen = {"scale": scale, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
     level = chosen.get("level", 2)
+    if options.get("rule") == ADAMW.name and level == 0:  # the groups', without which its default is refused
+        options = {"norm_growth_limit": None, **options, "level": 0}
     if level and not any(group["level"] for group in groups):
         shallow = {**chosen, "level": 1, "verbose": False}
         if any(group["level"] for group in gwt_param_groups(model, **shallow)):

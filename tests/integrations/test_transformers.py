@@ -106,6 +106,15 @@ def test_other_rules_choose_theirs(route, rule, kind, scale, tmp_path):
 
 
 @routes
+def test_adamw_at_level_0(route, tmp_path):
+    trainer = route(arguments(tmp_path, max_steps=2), rule="adamw", level=0)
+    assert {(group["rule"], group["level"]) for group in trainer.create_optimizer().param_groups} == {("adamw", 0)}
+    trainer.train()
+    with pytest.raises(ValueError, match="level is 2, but rule='adamw' transforms nothing"):
+        route(arguments(tmp_path), rule="adamw", level=2)
+
+
+@routes
 def test_equals_the_optimizer_made_by_hand(route, tmp_path):
     """Accumulation, clipping and schedule: bit for bit the steps of the same gradients outside Trainer."""
     trainer = route(arguments(tmp_path, max_grad_norm=0.5))
@@ -279,6 +288,12 @@ def test_mixin_builds_the_optimizer_alone(tmp_path):
         MixedTrainer(llama(), arguments(tmp_path), optimizers=(other, None))
     with pytest.raises(ValueError, match="leave out optimizers"):
         MixedTrainer(llama(), arguments(tmp_path), optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
+
+
+@pytest.mark.parametrize("options", ["level=2", ["level"], 2])
+def test_options_of_the_mixin_are_a_dict(options, tmp_path):
+    with pytest.raises(TypeError, match=r"gwt_options must be a dict, such as {'level': 2}, got "):
+        MixedTrainer(llama(), arguments(tmp_path), gwt_options=options)
 
 
 def test_mixin_has_to_come_first():
