@@ -96,8 +96,7 @@ def _from_moments(
     step = float(moments["step"])
     corrected = 1.0 - float(betas[1]) ** step if step and source.group.get("correct_bias", True) else 1.0
     square = moments["exp_avg_sq"].double() / corrected
-    row = square.mean(-1) if square.dim() > 1 else None
-    col = square.mean(-2) if square.dim() > 1 else square
+    row, col = (_means(square, -1), _means(square, -2)) if square.dim() > 1 else (None, square)
     new = _form_of(target.group, p)
     read = _Read(step, None, row, col, new._replace(dtype=torch.float64))
     read = read._replace(
@@ -146,6 +145,11 @@ def _to_moments(
     if "exp_avg_sq" in notes:
         notes["exp_avg_sq"] = "approximate: the product of the factors; " + how.notes["exp_avg_sq"]
     return state, how._replace(before=form, notes=notes)
+
+
+def _means(square: Tensor, dim: int) -> Tensor:
+    """The means along a dimension, 0 of no elements."""
+    return square.mean(dim) if square.shape[dim] else square.sum(dim)
 
 
 def _first(source: Source, read: _Read, new: Form, width: int) -> dict[str, Tensor]:

@@ -186,3 +186,15 @@ def test_what_says_nothing_of_factors_is_refused():
     steps(optimizer, params, range(1))
     with pytest.raises(ValueError, match="wavelet"):
         migrate(optimizer.state_dict(), GWTAdafactor(params, wavelet="db2"))
+
+
+def test_empty_tensors_take_over_adams_state_and_give_it_back():
+    params = parameters(((0, 4), (4, 0), (3, 0, 5)))
+    adamw, adafactor = torch.optim.AdamW(params, lr=0.1), GWTAdafactor(params, lr=0.1, level=0)
+    steps(adamw, params, range(2))
+    adafactor.load_state_dict(migrate(adamw.state_dict(), adafactor).state_dict)
+    for state in adafactor.state.values():
+        assert all(x.isfinite().all() for x in state.values())
+    steps(adafactor, params, range(2))
+    ours = GWTAdamW(params, lr=0.1, level=0)
+    ours.load_state_dict(migrate(adafactor.state_dict(), ours).state_dict)
