@@ -109,6 +109,10 @@ def migrate(
         raise TypeError(f"optimizer must be a GWTAdamW or another of this package, got {type(optimizer).__name__}")
     if names is not None and (isinstance(names, str) or not isinstance(names, nn.Module | Sequence)):
         raise TypeError(f"names must be a module or a sequence of names, got {type(names).__name__}")
+    if isinstance(names, Sequence) and (wrong := [name for name in names if not isinstance(name, str)]):
+        raise TypeError(f"names must be a module or a sequence of names, got {wrong[0]!r} among them")
+    if not isinstance(keys, Mapping | None):
+        raise TypeError(f"keys must be a dict, such as {{'norm': 'limiter_norm'}}, got {type(keys).__name__}")
     check_rule(rule, wavelet, boundary)
     unsaid = {"rule": rule, "wavelet": wavelet, "boundary": boundary}
     one = as_one(state_dict)
@@ -358,6 +362,8 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
             )
     found = [cast(Tensor, state[key]).dtype for key in slots]
     dense = all(state[key].layout == torch.strided for key in slots)
+    if found[0].is_floating_point and found[0].itemsize == 1:
+        raise ValueError(f"its moments are {found[0]}, in which nothing is computed: make them float32 first")
     wides, pairs = form.row_slots, zip(slots, stored.dtypes, strict=False)
     kept = [wide(x).dtypes[0] if key in wides else x for key, x in pairs]
     if found != kept or not dense or not stored.arithmetic.is_floating_point:

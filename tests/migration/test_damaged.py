@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -173,3 +174,25 @@ def test_two_entries_of_one_name(trained, tmp_path, capsys):  # noqa: F811
     words = "has 'exp_avg' and 'slow', which would both be 'exp_avg': leave one of them behind"
     assert words in refused(state, ("--rename", "slow=exp_avg"), trained, tmp_path, capsys)
     assert words not in refused(state, ("--rename", "slow=", "--rename", "exp_avg="), trained, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"names": [None] * 20}, "names must be a module or a sequence of names, got None among them"),
+        ({"names": ["a", 1]}, "names must be a module or a sequence of names, got 1 among them"),
+        ({"keys": ["exp_avg"]}, "keys must be a dict, such as {'norm': 'limiter_norm'}, got list"),
+    ],
+)
+def test_arguments_of_other_types(how, words, trained):  # noqa: F811
+    optimizer = GWTAdamW(gwt_param_groups(trained.model))
+    with pytest.raises(TypeError, match=re.escape(words)):
+        migrate(trained.state, optimizer, **{"names": trained.model, **how})
+
+
+def test_moments_in_eight_bits_without_scales(trained):  # noqa: F811
+    state = copy.deepcopy(trained.state)
+    for each in state["state"].values():
+        each.update({key: each[key].to(torch.float8_e5m2) for key in ("exp_avg", "exp_avg_sq")})
+    with pytest.raises(ValueError, match=r"its moments are torch.float8_e5m2, in which nothing is computed"):
+        migrate(state, GWTAdamW(gwt_param_groups(trained.model)), names=trained.model)
