@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from gwt_kernels.core.hyper import Rule
 from gwt_kernels.core.level import ROW, Level
@@ -17,6 +17,7 @@ from gwt_kernels.distributed.sharding import ROWS_STAY
 from gwt_kernels.haar.transform import deepest_level
 from gwt_kernels.optim.blocks import Layout, is_convolution, is_embedding, is_linear, is_norm, owner_of
 from gwt_kernels.optim.checks import check_initialized
+from gwt_kernels.optim.numbers import number
 from gwt_kernels.rules import ADAMW, check_rule
 
 # Path components that name a role, as spelled by model families: Hugging Face (self_attn, attn,
@@ -130,13 +131,13 @@ def gwt_param_groups(
 
     Source: the recipe of GWT (arXiv 2501.07237): the tensors that GaLore (arXiv 2403.03507) projects.
     """
-    if not (math.isfinite(scale) and scale > 0):
+    if not (_is_finite("scale", scale) and scale > 0):
         raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if not (_is_finite("weight_decay", weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
     if rule is not None:
         check_rule(rule, "haar")
-    if adamw_lr is not None and not (math.isfinite(adamw_lr) and adamw_lr >= 0):
+    if adamw_lr is not None and not (_is_finite("adamw_lr", adamw_lr) and adamw_lr >= 0):
         raise ValueError(f"adamw_lr must be a finite number of at least 0, got {adamw_lr!r}")
     decided = decide(model, level=level, include=include, exclude=exclude)
     if verbose:
@@ -377,13 +378,21 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def _is_finite(name: str, value: Any) -> bool:
+    return math.isfinite(value if isinstance(value, Tensor) and value.numel() == 1 else number(name, value))
+
+
 def _patterns(option: str, patterns: Sequence[str | re.Pattern[str]] | None) -> list[re.Pattern[str]]:
     if isinstance(patterns, str | re.Pattern):
         raise TypeError(
             f"{option} must be a sequence of regular expressions, got {patterns!r}; write [{patterns!r}]"
         )
+    if not isinstance(patterns, Iterable | None):
+        raise TypeError(f"{option} must be a sequence of regular expressions, got {patterns!r}")
     compiled = []
     for pattern in patterns or ():
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(f"{option} must be a sequence of regular expressions, got {pattern!r} among them")
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:

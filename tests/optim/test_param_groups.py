@@ -378,6 +378,12 @@ def test_including_a_narrow_tensor_is_an_error() -> None:
         ({"level": 2.0}, ValueError, r"level must be an integer of at least 0, got 2\.0"),
         ({"level": True}, ValueError, r"level must be an integer of at least 0, got True"),
         ({"scale": 0.0}, ValueError, r"scale must be a finite number above 0, got 0.0"),
+        ({"scale": "x"}, TypeError, r"scale must be a real number, got 'x'"),
+        ({"scale": torch.ones(2)}, ValueError, r"scale must be one number, got a tensor of shape \(2,\)"),
+        ({"weight_decay": None}, TypeError, r"weight_decay must be a real number, got None"),
+        ({"adamw_lr": "x"}, TypeError, r"adamw_lr must be a real number, got 'x'"),
+        ({"include": 5}, TypeError, r"include must be a sequence of regular expressions, got 5"),
+        ({"exclude": [5]}, TypeError, r"exclude must be a sequence of regular expressions, got 5 among them"),
         ({"scale": float("nan")}, ValueError, r"scale must be a finite number above 0, got nan"),
         (
             {"weight_decay": -0.1},
