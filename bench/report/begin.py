@@ -126,7 +126,6 @@ def _way(here: float, old: float, tried: Sequence[float]) -> str:
 def differences(compared: Sequence[Comparison]) -> list[str]:
     """Return which optimizers do not stand alike to AdamW at every preset, and which two change their order."""
     found = sizes.columns([comparison.plain for comparison in compared])
-    found.sort(key=lambda column: (column[0].parameters or 0, column[0].steps))
     lines = []
     for name in sorted({name for _, own in found for name in own} - {"adamw"}, key=order_of):
         said = {comparison.preset: _order(own[name], own["adamw"]) for comparison, own in found if name in own}

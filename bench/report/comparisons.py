@@ -105,6 +105,13 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     ]
 
 
+def by_text_and_size(compared: Iterable[Comparison]) -> list[Comparison]:
+    """Sort comparisons by text in order of appearance, then by their models' sizes, then by length."""
+    found = list(compared)
+    texts = list(dict.fromkeys(each.text for each in found))
+    return sorted(found, key=lambda each: (texts.index(each.text), each.parameters or 0, each.length or 0))
+
+
 def _place(row: Row) -> tuple[Any, ...]:
     """Return what the runs of one comparison have in common."""
     preset, precision = str(row.get("preset") or row.get("model")), row.get("precision")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report import sizes, tradeoff
-from bench.report.comparisons import Comparison, comparisons
+from bench.report.comparisons import Comparison, by_text_and_size, comparisons
 from bench.report.plots import Plot
 from bench.report.rows import Run
 
@@ -22,8 +22,9 @@ NOTHING = (
 
 
 def in_order(runs: Sequence[Run]) -> list[Comparison]:
-    """Return the comparisons of the runs, those of the preset that is weighed first."""
-    return sorted(comparisons(runs), key=lambda each: each.preset.partition(",")[0] != tradeoff.PRESET)
+    """Return the comparisons of the runs by text and size, those of the preset that is weighed first."""
+    found = by_text_and_size(comparisons(runs))
+    return sorted(found, key=lambda each: each.preset.partition(",")[0] != tradeoff.PRESET)
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:

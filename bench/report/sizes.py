@@ -1,4 +1,4 @@
-"""What holds at each size and on each text: one table of held-out losses minus AdamW's."""
+"""What holds at each size and on each text: a table a text of held-out losses minus AdamW's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bench.report.captions import caption
-from bench.report.comparisons import Comparison, Setting
+from bench.report.comparisons import Comparison, Setting, by_text_and_size
 from bench.report.edges import edges_of
 from bench.report.markdown import table
 from bench.report.rows import Run
@@ -28,38 +28,44 @@ is on the [choosing page](choosing.md#learning-rate-and-scale)."""
 
 def columns(compared: Sequence[Comparison]) -> list[tuple[Comparison, dict[str, dict[str, Any]]]]:
     """Return the comparisons in their preset's precision that hold AdamW, with their points by optimizer."""
-    found = [(each, {point["optimizer"]: point for point in points(each)}) for each in compared]
+    found = [(each, {point["optimizer"]: point for point in points(each)}) for each in by_text_and_size(compared)]
     return [(each, own) for each, own in found if "adamw" in own and "," not in each.preset]
 
 
 def section(compared: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
-    """Return the table and where its columns are from; nothing for one comparison."""
+    """Return a table for each text and where their columns are from; nothing for one comparison."""
     found = columns(compared)
     counts = Counter(optimizer for _, own in found for optimizer in own)
     shown = [optimizer for optimizer, n in counts.items() if n > 1 and optimizer != "adamw"]
     if not shown:
         return []
-    heads = ["optimizer", *(_head(comparison) for comparison, _ in found)]
+    parts = [ABOUT]
+    for text in dict.fromkeys(comparison.text for comparison, _ in found):
+        over = [one for one in found if one[0].text == text]
+        parts += [f"Over the {text.strip('()')}:"] if text else []
+        parts.append(_table(over, [each for each in shown if any(each in own for _, own in over)], runs))
+    origins = "\n".join(f"- `{comparison.preset}`: {caption(comparison.rows)}" for comparison, _ in found)
+    note = [EDGE_NOTE] if any(EDGE in part for part in parts) else []
+    return [*parts, *note, origins]
+
+
+def _table(
+    found: Sequence[tuple[Comparison, dict[str, dict[str, Any]]]], shown: Sequence[str], runs: Sequence[Run]
+) -> str:
+    """The losses of the optimizers minus AdamW's, a column a comparison."""
     edges = [edges_of(comparison, runs) for comparison, _ in found]
-    rows = [
-        [
-            "AdamW's loss",
-            *(own["adamw"]["spread"] + _mark(own["adamw"], at) for (_, own), at in zip(found, edges, strict=True)),
-        ]
-    ]
+    adamw = (own["adamw"]["spread"] + _mark(own["adamw"], at) for (_, own), at in zip(found, edges, strict=True))
+    rows = [["AdamW's loss", *adamw]]
     for optimizer in shown:
         label = next(own[optimizer]["label"] for _, own in found if optimizer in own)
         cells = [_cell(own.get(optimizer), own["adamw"], at) for (_, own), at in zip(found, edges, strict=True)]
         rows.append([label, *cells])
-    origins = "\n".join(f"- `{comparison.preset}`: {caption(comparison.rows)}" for comparison, _ in found)
-    note = [EDGE_NOTE] if any(EDGE in cell for row in rows for cell in row) else []
-    return [ABOUT, table(heads, rows), *note, origins]
+    return table(["optimizer", *(_head(comparison) for comparison, _ in found)], rows)
 
 
 def _head(comparison: Comparison) -> str:
     size = f"{comparison.parameters / 1e6:.2f}M, " if comparison.parameters else ""
-    text = f", {comparison.text.strip('()')}" if comparison.text else ""
-    return f"`{comparison.preset}`: {size}{comparison.steps:,} steps{text}{comparison.precision}"
+    return f"`{comparison.preset}`: {size}{comparison.steps:,} steps{comparison.precision}"
 
 
 def _mark(point: dict[str, Any], edges: Mapping[Setting, Collection[str]]) -> str:

@@ -291,20 +291,28 @@ def test_what_holds_at_each_size(tmp_path: Path) -> None:
     about_medium = {"preset": "cpu_medium", "parameters": 4_900_000, "precision": "mixed"}  # as the preset has it
     medium = [row | about_medium for row in one_seed]
     medium += [row | about_medium | {"precision": "float32", "median": 9.0} for row in one_seed]  # which is another
-    runs = load(tmp_path, quality_cpu=compared({"adamw": 1.5, "muon2": 1.4, "gwt2": 1.45}), quality_medium=medium)
-    about, table, origins = sizes.section(comparisons(runs), runs)
+    other = compared({"adamw": 1.2, "muon2": 1.3}, preset="cpu_docs", text="(Linux kernel's documentation)")
+    runs = load(
+        tmp_path,
+        quality_cpu=compared({"adamw": 1.5, "muon2": 1.4, "gwt2": 1.45}),
+        quality_medium=medium,
+        quality_cpu_docs=other,
+    )
+    about, text, table, other_text, other_table, origins = sizes.section(comparisons(runs), runs)
+    assert (text, other_text) == ("Over the standard library:", "Over the Linux kernel's documentation:")
+    assert other_table.splitlines()[-1] == "| GWT-Muon level 2 | +0.100 ± 0.010 |"
     assert (
         "- `cpu`: 0.86M parameters, backend not recorded, 2 threads, runs of 2026-01-02, commit 0123456" in origins
     )
     assert about.startswith("## At each size")
     head, _, *lines = table.splitlines()
-    assert sorted(head.strip("| ").split(" | ")[1:]) == [
-        "`cpu_medium`: 4.90M, 400 steps, standard library, bfloat16 activations",
-        "`cpu`: 0.86M, 400 steps, standard library",
+    assert head.strip("| ").split(" | ")[1:] == [
+        "`cpu`: 0.86M, 400 steps",
+        "`cpu_medium`: 4.90M, 400 steps, bfloat16 activations",
     ]
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert [line[0] for line in cells] == ["AdamW's loss", "GWT-Muon level 2"]  # what two presets hold
-    assert sorted(cells[1][1:]) == ["-0.100 ± 0.010", "-0.400 (1 seed)"]
+    assert cells[1][1:] == ["-0.100 ± 0.010", "-0.400 (1 seed)"]
     one = load(tmp_path / "one", quality=compared())
     assert sizes.section(comparisons(one), one) == []
 
