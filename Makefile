@@ -9,6 +9,9 @@ FINETUNE := build/finetune
 PAIR ?= reviews
 CC ?= cc
 
+# One more than the two cores of CI: tests of several processes wait for one another.
+WORKERS := 3
+
 # Tests of kernels, rules, formats and of what decides about a step run compiled, which shows more than Triton's
 # interpreter. The others that take Triton launch the same kernels a few times each, which is quicker interpreted.
 COMPILED := tests/backends/triton tests/backends/test_control.py tests/backends/test_matrix_runner.py tests/formats \
@@ -46,8 +49,8 @@ reference-sanitize: ## the C oracle's self-test under the address and undefined-
 # These tests are for a CPU, on a machine with a GPU too, whose tests bench-gpu runs.
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --compiled sm_90 $(COMPILED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --ignore=,$(COMPILED))
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --compiled sm_90 $(COMPILED)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(addprefix --ignore=,$(COMPILED))
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/bench/test_peers.py tests/bench/test_low_rank.py
 	PYTHONPATH="$(CURDIR)/$(TORCHTITAN)" $(BIN)/python -m pytest tests/integrations/test_torchtitan.py tests/docs/test_examples.py -k torchtitan
 
