@@ -25,8 +25,8 @@ from gwt_kernels.rules.newton_schulz import (
 )
 
 _STAGE_OPTIONS = (
-    *("ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits"),
-)
+    "ns_coefficients", "ns_steps", "eps", "ns_dtype", "adjust_lr_fn", "workspace_bytes", "flatten", "row_splits",
+)  # fmt: skip
 _EMBEDDING = re.compile(r"^(embed\w*|\w*_embed|\w*embeddings?|\w*embedding_table|wte|wpe)$", re.IGNORECASE)
 _NO_EMBEDDING = re.compile(r"proj|linear|dense|mapping", re.IGNORECASE)
 _CONVOLUTION = re.compile(r"(^|[._])\w*conv(olution)?\d*d?([._]|$)", re.IGNORECASE)

@@ -73,8 +73,8 @@ class Sender:
             if not capturable or self._spare is None or len(self._spare) < len(host):
                 raise RuntimeError(
                     "a step is being captured in a CUDA graph with tensors or options that it has not stepped "
-                    "before, or that the host counts: take a few steps before each capture, on a side stream, "
-                    "which the device counts"
+                    "before, or with counts of steps on the host: take a few steps before each capture, on a side "
+                    "stream, with counts of steps on the device"
                 )
             pinned, self._spare = self._spare, None
             self._captured.append(pinned)
