@@ -297,7 +297,8 @@ class Bucket:
             raise ValueError(
                 "lows must hold a tensor for every parameter where rounding='split', and None otherwise"
             )
-        if list(self.scales).count(None) != (0 if self.is_quantized else n):
+        counts = {0 if own is None else len(own) for own in self.scales}
+        if counts != {len(slots) if self.is_quantized else 0}:
             raise ValueError(
                 f"scales must hold {'a pair of tensors' if len(slots) > 1 else 'a tensor'} for every parameter "
                 f"whose moments are "

@@ -15,7 +15,18 @@ from gwt_kernels.rules.lion import LION
 from gwt_kernels.rules.muon import MUON
 from gwt_kernels.rules.rule import Rule
 
-__all__ = ["ADAFACTOR", "ADAMW", "ADAM_MINI", "MATRIX_STAGES", "MUON", "RULES", "Rule", "check_rule", "rule_of"]
+__all__ = [
+    "ADAFACTOR",
+    "ADAMW",
+    "ADAM_MINI",
+    "GWT",
+    "MATRIX_STAGES",
+    "MUON",
+    "RULES",
+    "Rule",
+    "check_rule",
+    "rule_of",
+]
 
 RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON, ADAM_MINI, ADAFACTOR)}
 """By the option ``rule``."""

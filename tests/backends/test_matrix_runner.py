@@ -87,7 +87,7 @@ def compiled_steps(monkeypatch):
     original = step.Packed.step
 
     def watch(self):
-        taken.append(self._rule)
+        taken.append(self._rule.name)
         original(self)
 
     monkeypatch.setattr(step.Packed, "step", watch)
@@ -115,7 +115,9 @@ def test_the_step_in_c_leaves_the_bits_of_pytorchs_operators(level, dtype, round
 @pytest.mark.parametrize(
     ("options", "taken"),
     [({"level": 0}, []), ({"level": 2, "telemetry": True}, ["muon"]), ({"level": 2}, ["muon", "orthogonal"]),
-     ({"level": 2, "state_dtype": torch.bfloat16}, ["orthogonal"]), ({"level": 11, "shapes": [(4, 2048)]}, []),
+     ({"level": 2, "state_dtype": torch.bfloat16}, ["muon", "orthogonal"]),
+     ({"level": 2, "state_dtype": torch.int8, "shapes": [(64, 256)]}, ["muon", "orthogonal"]),
+     ({"level": 11, "shapes": [(4, 2048)]}, []),
      ({"level": 2, "ns_dtype": torch.float32}, ["muon", "orthogonal"]),
      ({"level": 2, "ns_dtype": torch.float64}, [])],
     ids=str,

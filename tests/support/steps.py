@@ -20,6 +20,7 @@ from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.level import Level, blocks_of
 from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.rules import rule_of
 from tests.support import interpreter, poisoned, reference, rounding
 from tests.support.poisoned import Poisoned
 
@@ -110,7 +111,8 @@ class Bucket:
         n = len(self.params)
         before = [x.clone() for x in self.tensors("grads")]
         with interpreter.like_a_gpu(), poisoned.uninitialized():
-            arguments = {name: self.tensors(name) for name in ARRAYS} | {
+            kept = ["params", "grads", *(f"{slot}s" for slot in rule_of(self.rule).slots)]
+            arguments = {name: self.tensors(name) if name in kept else None for name in ARRAYS} | {
                 "limiter_norms": self.tensors("norms") if self.norms else [None] * n,
                 "steps": [step] * n if isinstance(step, int) else step,
                 "hypers": [hypers] * n if isinstance(hypers, Hyper) else hypers,

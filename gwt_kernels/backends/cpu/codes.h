@@ -33,7 +33,8 @@ static inline uint32_t fourth_power(int32_t c)
     return square * square; /* modulo 2**32 */
 }
 
-/* Write the quantized values (codes) of one block and return its scale: formats/int8.py. */
+/* Write the quantized values (codes) of one block and return its scale: formats/int8.py. A rule without a second
+ * moment has no v_codes. */
 static float encode_first(const float *restrict m, int8_t *restrict codes, const uint32_t *restrict words, int n)
 {
     const float scale = largest(m, n);
@@ -80,22 +81,36 @@ static void encode(const float *m, const float *v, int8_t *m_codes, uint8_t *v_c
     for (int i = 0; i < n; i += q) {
         const int own = q < n - i ? q : n - i;
         m_scales[i / q] = encode_first(m + i, m_codes + i, words + i, own);
-        v_scales[i / q] = encode_second(v + i, v_codes + i, words + i, own);
+        if (v_codes)
+            v_scales[i / q] = encode_second(v + i, v_codes + i, words + i, own);
     }
 }
 
-static void decode(float *restrict m, float *restrict v, const int8_t *restrict m_codes,
-                   const uint8_t *restrict v_codes, const float *m_scales, const float *v_scales, int n, int level)
+static void decode_first(float *restrict m, const int8_t *restrict codes, float scale, int n)
+{
+    for (int i = 0; i < n; ++i) {
+        const float c = codes[i];
+        m[i] = c * fabsf(c) * (float)(1.0 / 16129) * scale;
+    }
+}
+
+static void decode_second(float *restrict v, const uint8_t *restrict codes, float scale, int n)
+{
+    for (int i = 0; i < n; ++i) {
+        const float square = (float)codes[i] * (float)codes[i] * (float)(1.0 / 65025);
+        v[i] = square * square * scale;
+    }
+}
+
+static void decode(float *m, float *v, const int8_t *m_codes, const uint8_t *v_codes, const float *m_scales,
+                   const float *v_scales, int n, int level)
 {
     const int q = quantum_of(level);
     for (int i = 0; i < n; i += q) {
-        const float m_scale = m_scales[i / q], v_scale = v_scales[i / q];
-        const int stop = q < n - i ? i + q : n;
-        for (int k = i; k < stop; ++k) {
-            const float c = m_codes[k], square = (float)v_codes[k] * (float)v_codes[k] * (float)(1.0 / 65025);
-            m[k] = c * fabsf(c) * (float)(1.0 / 16129) * m_scale;
-            v[k] = square * square * v_scale;
-        }
+        const int own = q < n - i ? q : n - i;
+        decode_first(m + i, m_codes + i, m_scales[i / q], own);
+        if (v_codes)
+            decode_second(v + i, v_codes + i, v_scales[i / q], own);
     }
 }
 

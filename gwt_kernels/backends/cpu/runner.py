@@ -35,10 +35,10 @@ class CompiledRunner(TorchRunner):
     def _take(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> None:
         bucket = self.bucket
         level = bucket.level
-        if not step.knows(tensor_steps, level, bucket.stated.name):
+        if not step.knows(tensor_steps, level, bucket.stated):
             super()._take(tensor_steps, row_sums)
             return
-        packed = step.Packed(tensor_steps, level, bucket.rule, bucket.rounding)
+        packed = step.Packed(tensor_steps, level, bucket.stated, bucket.rounding)
         packed.set_rows(row_sums)
         self._step(packed)
         self._packed = packed if packed.lasts else None
@@ -50,6 +50,6 @@ class CompiledRunner(TorchRunner):
 
     def _sums(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> Tensor:
         level = self.bucket.level
-        if step.knows(tensor_steps, level):
+        if step.knows(tensor_steps, level, self.bucket.stated):
             return step.update_sums(tensor_steps, level=level, row_sums=row_sums)
         return super()._sums(tensor_steps, row_sums)

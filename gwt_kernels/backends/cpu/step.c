@@ -14,8 +14,8 @@
  *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
  *
- * (docs/algorithm.md); level 0 is Adam. GWT-Muon's two stages, of rules/muon.py, are passes likewise. Arithmetic is in float without fused multiply-add, so results do not depend
- * on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
+ * (docs/algorithm.md); level 0 is Adam. Lion of rules/lion.py and GWT-Muon's two stages of rules/muon.py are passes
+ * likewise. Arithmetic is in float without fused multiply-add, so results do not depend on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
  * independent: threads may take ranges of them. Nothing allocates or fails; the caller has checked everything. */
 #if defined(__GNUC__) && !defined(__clang__) /* clang refuses an option of that name */
 /* No memcpy in place of loops that read main memory: it took twice the time. */
@@ -38,7 +38,7 @@ enum { SPACED = LARGEST + 144 };
 
 /* Scratch of a tile between stages; incomplete blocks are padded with zeros. */
 typedef struct {
-    float g[SPACED], update[SPACED];                     /* of elements */
+    float g[SPACED], update[SPACED], signs[SPACED];      /* of elements; what Lion takes signs of */
     float sum[SPACED], square[SPACED];                   /* of blocks, from here on */
     float m[SPACED], v[SPACED];                          /* unless stored in float32 */
     float mean[SPACED], offset[SPACED], gain[SPACED];
@@ -131,23 +131,24 @@ static float *weights(const gwt_step *s, int64_t k, int n)
     return at_once ? (float *)s->p + all.element : NULL;
 }
 
-/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. */
+/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. Without v, `*v` is of no use. */
 static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, float **v)
 {
     const int64_t quantum = k / quantum_of(s->level);
     if (s->m_type == FLOAT32) {
         *m = (float *)s->m + k;
-        *v = (float *)s->v + k;
+        *v = s->v ? (float *)s->v + k : NULL;
         return;
     }
     *m = t->m;
     *v = t->v;
     if (s->m_type == INT8)
-        decode(t->m, t->v, (const int8_t *)s->m + k, (const uint8_t *)s->v + k, s->m_scales + quantum,
+        decode(t->m, t->v, (const int8_t *)s->m + k, s->v ? (const uint8_t *)s->v + k : NULL, s->m_scales + quantum,
                s->v_scales + quantum, n, s->level);
     else {
         load(t->m, s->m, k, n, s->m_type);
-        load(t->v, s->v, k, n, s->m_type);
+        if (s->v)
+            load(t->v, s->v, k, n, s->m_type);
     }
 }
 
@@ -174,13 +175,16 @@ static const void *draw_bits(tile *t, int size, int64_t first, int n, const gwt_
 
 /* -- writing ----------------------------------------------------------------------------------------------- */
 
-static void round_moments(const float *restrict m, const float *restrict v, uint16_t *restrict m_to,
-                          uint16_t *restrict v_to, int n, const uint32_t *restrict words)
+static void round_first(const float *restrict m, uint16_t *restrict to, int n, const uint32_t *restrict words)
 {
-    for (int i = 0; i < n; ++i) {
-        m_to[i] = to_bfloat16_at_random(m[i], words[i] & 0xFFFF);
-        v_to[i] = to_bfloat16_at_random(v[i], words[i] >> 16);
-    }
+    for (int i = 0; i < n; ++i)
+        to[i] = to_bfloat16_at_random(m[i], words[i] & 0xFFFF);
+}
+
+static void round_second(const float *restrict v, uint16_t *restrict to, int n, const uint32_t *restrict words)
+{
+    for (int i = 0; i < n; ++i)
+        to[i] = to_bfloat16_at_random(v[i], words[i] >> 16);
 }
 
 static void store_moments(const gwt_step *s, int64_t k, int n, tile *t)
@@ -189,11 +193,14 @@ static void store_moments(const gwt_step *s, int64_t k, int n, tile *t)
     if (s->m_type == FLOAT32)
         return;
     const uint32_t *words = draw_bits(t, sizeof *words, k, n, &s->coefficients, MOMENTS, s);
-    if (s->m_type == BFLOAT16)
-        round_moments(t->m, t->v, (uint16_t *)s->m + k, (uint16_t *)s->v + k, n, words);
-    else
-        encode(t->m, t->v, (int8_t *)s->m + k, (uint8_t *)s->v + k, s->m_scales + quantum,
+    if (s->m_type == INT8) {
+        encode(t->m, t->v, (int8_t *)s->m + k, s->v ? (uint8_t *)s->v + k : NULL, s->m_scales + quantum,
                s->v_scales + quantum, n, words, s->level);
+        return;
+    }
+    round_first(t->m, (uint16_t *)s->m + k, n, words);
+    if (s->v)
+        round_second(t->v, (uint16_t *)s->v + k, n, words);
 }
 
 static void add_to_floats(float *restrict p, const float *restrict update, float keep, int n)
@@ -340,6 +347,26 @@ static inline ALWAYS void adam(const gwt_step *restrict s, const float *restrict
     }
 }
 
+/* Lion, per block: what signs are taken of will be base + detail * (g_i - mean). */
+static void average_signed(const gwt_step *restrict s, const float *restrict sum, float *restrict m,
+                           float *restrict means, float *restrict base, int n)
+{
+    for (int k = 0; k < n; ++k) {
+        means[k] = sum[k] * s->per_sum;
+        base[k] = m[k] * s->beta1 + means[k] * s->rest1;
+        m[k] = m[k] * s->beta2 + means[k] * s->rest2;
+    }
+}
+
+/* Signs as updates; that of 0 is 0, those of infinity and NaN are NaN. */
+static inline ALWAYS void take_signs(const gwt_step *restrict s, const float *restrict u, float *restrict to, int n,
+                                     int adds)
+{
+    const float keep = s->keep, size = -s->step_size;
+    for (int i = 0; i < n; ++i)
+        PUT(to[i], (float)((u[i] > 0) - (u[i] < 0)) * size + u[i] * 0);
+}
+
 /* GWT-Muon before its matrix products, per block: M_i will be base + detail * (g_i - mean). */
 static void average_momentum(const gwt_step *restrict s, const float *restrict sum, float *restrict m,
                              float *restrict means, float *restrict base, int n)
@@ -355,6 +382,26 @@ static void multiply(const float *from, float factor, float *to, int n)
 {
     for (int i = 0; i < n; ++i)
         to[i] = from[i] * factor;
+}
+
+/* Return n gradients times their factor: as they are if it is 1, or in the tile. */
+static const float *scaled(const gwt_step *s, const float *g, int n, tile *t)
+{
+    if (s->factor == 1)
+        return g;
+    multiply(g, s->factor, t->g, n);
+    return t->g;
+}
+
+/* Lion's updates of n blocks, whose base and mean are in the tile; they are added to weights if `adds`. */
+static void spread_signs(const gwt_step *s, const float *g, int n, tile *t, float *to, int adds)
+{
+    const float *u = t->offset; /* at level 0 */
+    if (s->level) {
+        spread_momentum_at[s->level](s, g, t->mean, t->offset, t->signs, n);
+        u = t->signs;
+    }
+    adds ? take_signs(s, u, to, n << s->level, 1) : take_signs(s, u, to, n << s->level, 0);
 }
 
 /* Store the matrices of n blocks from k on, which take the place of weights. */
@@ -377,15 +424,13 @@ static void store_matrices(const gwt_step *s, int64_t k, int n, const float *res
 
 static void make_matrices(const gwt_step *s, int64_t k, int n, tile *t)
 {
-    const float *g = gradients(s, k, n, t);
-    float *const p = weights(s, k, n), *const to = p ? p : t->update;
-    if (s->factor != 1) {
-        multiply(g, s->factor, t->g, n << s->level);
-        g = t->g;
-    }
+    const float *g = scaled(s, gradients(s, k, n, t), n << s->level, t);
+    float *const p = weights(s, k, n), *const to = p ? p : t->update, *m, *v;
+    moments(s, k, n, t, &m, &v);
     fold(g, t->sum, n, s->level);
-    average_momentum(s, t->sum, (float *)s->m + k, t->mean, t->offset, n);
+    average_momentum(s, t->sum, m, t->mean, t->offset, n);
     spread_momentum_at[s->level](s, g, t->mean, t->offset, to, n);
+    store_moments(s, k, n, t);
     if (!p)
         store_matrices(s, k, n, to);
 }
@@ -476,8 +521,16 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
         const float *g = gradients(s, k, n, &t);
         float *const p = weights(s, k, n), *const to = p ? p : t.update;
         const int adds = p != NULL;
+        const double factor = s->factor;
+        const double squares = s->observed ? sum_of_squares(g, n << s->level) * factor * factor : 0;
         moments(s, k, n, &t, &m, &v);
-        if (s->level == 0) {
+        if (s->rule == SIGNED) {
+            g = scaled(s, g, n << s->level, &t);
+            if (s->level)
+                fold(g, t.sum, n, s->level);
+            average_signed(s, s->level ? t.sum : g, m, t.mean, t.offset, n);
+            spread_signs(s, g, n, &t, to, adds);
+        } else if (s->level == 0) {
             adds ? adam(s, g, m, v, to, n, 1) : adam(s, g, m, v, to, n, 0);
         } else if (s->rule == FOLDED) {
             fold_both(g, s->factor, t.sum, t.square, n, s->level);
@@ -489,7 +542,6 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
             spread_at[adds][s->level](s, g, t.offset, t.gain, to, n);
         }
         if (s->observed) {
-            const double factor = s->factor, squares = sum_of_squares(g, n << s->level) * factor * factor;
             sums[GRADIENTS] += squares;
             sums[MEANS] += s->level ? sum_of_squares(t.mean, n) * (1 << s->level) : squares;
         }

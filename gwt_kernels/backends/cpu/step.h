@@ -9,8 +9,9 @@
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum { NEAREST, STOCHASTIC, SPLIT };
 enum { WEIGHTS, MOMENTS }; /* purposes of random bits */
-/* Rules: the published one, or Adam at level 0; the folded one; GWT-Muon before its matrix products, and after them. */
-enum { PUBLISHED, FOLDED, MOMENTUM, ORTHOGONAL };
+/* Rules: the published one, or Adam at level 0; the folded one; Lion; GWT-Muon before its matrix products, and after
+ * them. Lion and GWT-Muon have no v. */
+enum { PUBLISHED, FOLDED, SIGNED, MOMENTUM, ORTHOGONAL };
 
 /* Sums over a tensor of squares of m / (sqrt(v) + eps), of gradients, of block means and of updates. */
 enum { NORM, GRADIENTS, MEANS, UPDATES, SUMS };
@@ -38,7 +39,7 @@ typedef struct {
     /* From here on: numbers that change from step to step. */
     uint32_t step;
     float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum;
-    float per_root; /* 1 / sqrt(block); of the folded rule and of MOMENTUM the factor on residuals */
+    float per_root; /* 1 / sqrt(block); of the folded rule, of SIGNED and of MOMENTUM the factor on residuals */
     float gamma;
     float limit;     /* divisor of the update, computed by the limiter if there is one */
     float step_size; /* full_step / limit */

@@ -23,7 +23,7 @@ from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
 from gwt_kernels.core.tensor_step import TensorStep
 from gwt_kernels.formats.moments import stored_as
-from gwt_kernels.rules import MATRIX_STAGES
+from gwt_kernels.rules import GWT, MATRIX_STAGES, Rule
 
 # In the order of the enums in step.h; formats of moments have their ``c_type`` there.
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,8 +31,8 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
 PART_OF_ROW = 3
 """The level of the parts in which C takes a row that is one block."""
-RULES = {"gwt": 0, "adamw": 0, "foam": 1, "muon": 2, "orthogonal": 3}
-"""Rules that C takes, and what step.h calls them; at level 0 all Adams are one."""
+RULES = {"gwt": 0, "adamw": 0, "foam": 1, "lion": 2, "muon": 3, "orthogonal": 4}
+"""Rules that C takes, and what step.h calls them."""
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
@@ -77,20 +77,20 @@ def threads_of_pytorch() -> int | None:
     return ctypes.cast(parallel, ctypes.c_void_p).value
 
 
-def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: str = "gwt") -> bool:
+def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: Rule) -> bool:
     """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory.
 
-    Of GWT-Muon's stages it has those with float32 moments, without telemetry, above level 0, which has the bits of
-    ``torch.optim.Muon`` from the same operators.
+    GWT-Muon's stages it has without telemetry, above level 0, which has the bits of ``torch.optim.Muon`` from the
+    same operators.
     """
     p, g, m, *_ = tensor_steps[0]
-    if rule in MATRIX_STAGES:
+    if rule.name in MATRIX_STAGES:
         if level in (0, ROW) or any(t.row is not None for t in tensor_steps):
             return False
-        if m is not None and (m.dtype != torch.float32 or p.dtype == torch.float16):
+        if m is not None and p.dtype == torch.float16:
             return False
     return (
-        rule in RULES
+        rule.name in RULES
         and (level == ROW or level <= MAX_LEVEL)
         and p.dtype in TYPES
         and g.dtype in TYPES
@@ -120,7 +120,7 @@ class Result(NamedTuple):
 
 def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, row_sums: Tensor | None = None) -> Tensor:
     """See :meth:`gwt_kernels.backends.runner.Runner.reduce`; arguments are already checked."""
-    packed = Packed(tensor_steps, level, "gwt", "nearest")
+    packed = Packed(tensor_steps, level, GWT, "nearest")
     packed.set_rows(row_sums)
     packed.run(functions().gwt_sum)
     sums = iter(packed.results())
@@ -139,10 +139,7 @@ def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
     if lows:
         check_low_bits(params, lows)
     scales = [t.scales for t in tensor_steps if t.scales is not None]
-    stored = stored_as(torch.float32 if exp_avgs[0] is None else exp_avgs[0].dtype)
-    if stored.scales:
-        if len(scales) != len(tensor_steps):
-            raise ValueError(f"{stored.name} moments need scales: pass a pair of tensors for every parameter")
+    if scales:
         check_scales(exp_avgs, scales, level)
 
 
@@ -152,7 +149,7 @@ class Packed:
     A tensor without columns of the rows that it shares with other processes is not empty: it has their moments.
     """
 
-    def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: str, rounding: Rounding) -> None:
+    def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
         self._places = [i for i, t in enumerate(tensor_steps) if (t.p if t.rows is None else t.m).numel()]
         self._has_empty = len(self._places) < len(tensor_steps)
@@ -160,7 +157,7 @@ class Packed:
         self.lasts = True
         """Whether later steps with the same tensors can use it, since none had to be copied."""
         self._level, self._rule = level, rule
-        self._is_divided = bool(level) and rule == "gwt"
+        self._is_divided = rule.direction is not None
         self._params = [t.p for t in present]
         self._block_widths = [
             block_width(level, t.p.shape[-1] if t.p.dim() else 1) if t.rows is None else t.rows.length
@@ -178,7 +175,7 @@ class Packed:
         assert m_type is not None  # see knows()
         types = [TYPES.index(p.dtype), TYPES.index(g.dtype), m_type]
         parts = PART_OF_ROW if level == ROW else level
-        kind = (*types, ROUNDINGS.index(rounding), parts, RULES[rule] if level else 0)
+        kind = (*types, ROUNDINGS.index(rounding), parts, RULES[rule.name])
         for i, t in enumerate(present):
             self._pack(i * STEP.size, t, kind, self._block_widths[i])
         grads = [self._plain(t.g, False) for t in present]
@@ -234,7 +231,8 @@ class Packed:
         width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
         rows = count // width if count else t.m.numel()  # of no columns
         low = 0 if t.low is None else t.low.data_ptr()
-        scales = (0, 0) if t.scales is None else (t.scales[0].data_ptr(), t.scales[1].data_ptr())
+        scales = [0, 0] if t.scales is None else [x.data_ptr() for x in t.scales]
+        scales += [0] * (2 - len(scales))
         addresses = [x.data_ptr() for x in (p, *t.moments)]
         if not all(addresses):
             _check_memory([p] * len(addresses), [p, *t.moments])
@@ -260,12 +258,9 @@ class Packed:
         return copy
 
     def _numbers(self, hyper: Hyper, step: int, block: int, limit: float = 1.0) -> bytes:
-        numbers, gamma = (
-            _numbers(hyper, block, self._rule if self._level else "gwt"),
-            hyper.norm_growth_limit or 0.0,
-        )
-        corrects = self._rule not in MATRIX_STAGES
-        step_size = hyper.step_size(step, bool(self._level), corrects) if step else 0.0  # 0: sums only
+        numbers, gamma = _numbers(hyper, block, self._rule), hyper.norm_growth_limit or 0.0
+        corrects = self._rule.corrects_bias
+        step_size = hyper.step_size(step, self._rule.is_scaled, corrects) if step else 0.0  # 0: sums only
         return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
 
     def set_params(self, params: Sequence[Tensor]) -> None:
@@ -324,22 +319,13 @@ def _check_memory(params: Sequence[Tensor], arrays: Sequence[Tensor]) -> None:
             )
 
 
-def _numbers(hyper: Hyper, block: int, rule: str) -> tuple[float, ...]:
+def _numbers(hyper: Hyper, block: int, rule: Rule) -> tuple[float, ...]:
     """Return the fields ``beta1`` to ``per_root``."""
     factor, per_block = hyper.signed_factor, 1 / block
     keep = 1 - float(hyper.lr) * hyper.weight_decay
     rest1, rest2 = 1 - hyper.beta1, 1 - hyper.beta2
-    if rule in ("foam", *MATRIX_STAGES):  # means and squares are of the gradient times the factor
-        return (
-            hyper.beta1,
-            rest1,
-            hyper.beta2,
-            rest2 / block if rule == "foam" else rest2,
-            hyper.eps,
-            keep,
-            factor,
-            per_block,
-            hyper.detail_scale,
-        )
+    if rule.takes_detail_scale:  # means and squares are of the gradient times the factor
+        rest2 = rest2 / block if rule.squares else rest2
+        return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, per_block, hyper.detail_scale
     rest1, rest2, root = rest1 * math.sqrt(block), rest2 * block, math.sqrt(block)
     return hyper.beta1, rest1, hyper.beta2, rest2, hyper.eps, keep, factor, factor / block, 1 / root

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gwt_kernels import GWTAdamW
 from gwt_kernels.backends.cpu import build
 from gwt_kernels.backends.cpu import step as compiled_step
 from gwt_kernels.core import philox
@@ -23,6 +22,8 @@ from gwt_kernels.formats import int8 as quantized
 from gwt_kernels.formats import split as split_
 from gwt_kernels.formats import stochastic
 from gwt_kernels.functional import Hyper, gwt_adamw_
+from gwt_kernels.optim.by_rule import optimizer_of
+from gwt_kernels.rules import GWT, RULES, rule_of
 from tests.support.native import needs_step_in_c
 from tests.support.poisoned import LAYOUTS
 from tests.support.runs import assert_differ, assert_same_bits, give_gradients, parameters, snapshot, train
@@ -35,7 +36,7 @@ STEP = 2**24 + 3
 SHAPES = [(150, 256), (37, 311), (3, 5003), (1000, 3), (4099,), ()]
 
 pytestmark = needs_step_in_c
-rules = pytest.mark.parametrize("rule", ["gwt", "foam"])
+rules = pytest.mark.parametrize("rule", ["gwt", "foam", "lion"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -69,15 +70,17 @@ class State:
         self.g = (torch.randn(shape, generator=generator) + 0.3).to(g_dtype)
         self.m = torch.randn(coefficients, generator=generator) * 0.1
         self.v = torch.rand(coefficients, generator=generator) * 0.1
+        self.slots = ("m",) if rule == "lion" else ("m", "v")
         self.low: Tensor | None = None
-        self.scales: tuple[Tensor, Tensor] | None = None
+        self.scales: tuple[Tensor, ...] | None = None
 
     def step(
         self, backend: str = "compiled", rounding: str = "nearest", weight_decay: float = 0.1, **options: object
     ) -> State:
         limited = self.rule == "gwt" and self.level > 0
         hyper = Hyper(lr=0.01, weight_decay=weight_decay, norm_growth_limit=1.01 if limited else None)
-        arrays = {"params": [self.p], "grads": [self.g], "exp_avgs": [self.m], "exp_avg_sqs": [self.v]}
+        arrays = {"params": [self.p], "grads": [self.g], "exp_avgs": [self.m]}
+        arrays["exp_avg_sqs"] = [self.v] if "v" in self.slots else None
         gwt_adamw_(
             **arrays, limiter_norms=[torch.tensor(0.5) if limited else None], steps=[STEP], hypers=[hyper],
             level=self.level, rule=self.rule, rounding=rounding, keys=[KEY], lows=[self.low], scales=[self.scales],
@@ -166,14 +169,15 @@ def test_split_weights_are_the_float32_weights(rule, shape):
 def test_bfloat16_moments_are_the_rounded_float32_moments(rule, shape):
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
-        narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
-        wide.m, wide.v = narrow.m.float(), narrow.v.float()
+        for slot in narrow.slots:
+            setattr(narrow, slot, getattr(narrow, slot).to(BF16))
+            setattr(wide, slot, getattr(narrow, slot).float())
         words = philox.random_words_at(drawn(shape, wide.m.shape, level, 1), STEP, KEY).to(torch.int32)
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        assert same(narrow.m, stochastic.stochastic_round(wide.m, words & 0xFFFF, BF16))
-        assert same(narrow.v, stochastic.stochastic_round(wide.v, words >> 16 & 0xFFFF, BF16))
+        for slot, bits in zip(narrow.slots, (words & 0xFFFF, words >> 16 & 0xFFFF), strict=False):
+            assert same(getattr(narrow, slot), stochastic.stochastic_round(getattr(wide, slot), bits, BF16))
 
 
 @shapes
@@ -189,26 +193,23 @@ def test_int8_moments_are_the_quantized_float32_moments(spoiled, rule, shape):
             g = each.g.view(-1)
             for i, x in enumerate((0.0, 1e-45, 1e-20, 1e18, *((math.inf, math.nan) if spoiled else ()))):
                 g[i * 900 : i * 900 + 700 if i < 4 else i * 900 + 1] = x
-        m, v = narrow.m * (torch.rand(narrow.m.shape) > 0.2), narrow.v
-        m.view(-1)[: 2 * q], v.view(-1)[: 2 * q] = 0.0, 0.0
-        (codes_m, scale_m), (codes_v, scale_v) = (
-            quantized.encode_first(m, words & 1, level),
-            quantized.encode_second(v, words & 1, level),
-        )
-        narrow.m, narrow.v, narrow.scales = codes_m, codes_v, (scale_m, scale_v)
-        wide.m, wide.v = (
-            quantized.decode_first(codes_m, scale_m, level),
-            quantized.decode_second(codes_v, scale_v, level),
-        )
+        narrow.m *= torch.rand(narrow.m.shape) > 0.2
+        encoders = quantized.encode_first, quantized.encode_second
+        decoders = quantized.decode_first, quantized.decode_second
+        for slot, encode, decode in zip(narrow.slots, encoders, decoders, strict=False):
+            getattr(narrow, slot).view(-1)[: 2 * q] = 0.0
+            codes, scale = encode(getattr(narrow, slot), words & 1, level)
+            setattr(narrow, slot, codes)
+            setattr(wide, slot, decode(codes, scale, level))
+            narrow.scales = (*(narrow.scales or ()), scale)
         wide.step()
         narrow.step()
         assert same(narrow.p, wide.p)
-        first = quantized.encode_first(wide.m, words & 0xFFFF, level)
-        second = quantized.encode_second(wide.v, words >> 16 & 0xFFFF, level)
-        for got, expected in zip(
-            (narrow.m, narrow.scales[0], narrow.v, narrow.scales[1]), first + second, strict=True
-        ):
-            assert same(got, expected)
+        bits = words & 0xFFFF, words >> 16 & 0xFFFF
+        for slot, scale, encode, own in zip(narrow.slots, narrow.scales, encoders, bits, strict=False):
+            expected_codes, expected_scale = encode(getattr(wide, slot), own, level)
+            assert same(getattr(narrow, slot), expected_codes)
+            assert same(scale, expected_scale)
 
 
 def test_rounding_never_exceeds_the_largest_quantized_value():
@@ -269,11 +270,13 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
     assert same(narrow.v, stochastic.stochastic_round(wide.v, (words >> 16 & 0xFFFF).int(), BF16))
 
 
-def steps(dtype: torch.dtype = BF16, *, telemetry: bool = True, **options: object) -> list[object]:
+def steps(
+    dtype: torch.dtype = BF16, *, telemetry: bool = True, rule: str = "gwt", **options: object
+) -> list[object]:
     """Weights, state and telemetry after each of some steps."""
     params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=dtype)
-    groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
-    optimizer = GWTAdamW(groups, lr=0.03, backend="compiled", telemetry=telemetry, **options)
+    groups = [{"params": params[:2], "rule": rule}, {"params": params[2:], "rule": rule, "level": 0}]
+    optimizer = optimizer_of(rule)(groups, lr=0.03, backend="compiled", telemetry=telemetry, **options)
     history: list[object] = []
     for t in range(3):
         give_gradients(params, seed=t)
@@ -310,9 +313,9 @@ def test_what_is_observed_is_the_same(rule, level):
 
     def run(observed: bool, seed: int = 0) -> list[Tensor]:
         params = parameters([(70, 2048), (3, 1030), (4099,)])
-        groups = [{"params": params[:2]}, {"params": params[2:], "level": 0}]
-        options = {"rule": rule, "level": level, "lr": 0.03, "weight_decay": 0.1}
-        train(GWTAdamW(groups, backend="compiled", telemetry=observed, **options), range(seed, seed + 3))
+        groups = [{"params": params[:2], "rule": rule}, {"params": params[2:], "rule": rule, "level": 0}]
+        options = {"level": level, "lr": 0.03, "weight_decay": 0.1, "backend": "compiled"}
+        train(optimizer_of(rule)(groups, telemetry=observed, **options), range(seed, seed + 3))
         return [p.detach() for p in params]
 
     assert_same_bits(run(False), run(True))
@@ -340,14 +343,19 @@ def on_a_cpu_with(vectors: str) -> pytest.MarkDecorator:
 def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vectors):
     """All stored numbers are equal on every machine, including limiter norm and telemetry."""
     runs = [{"weight_rounding": r, "state_dtype": s} for r, s in (("stochastic", "int8"), ("split", "bfloat16"))]
+    runs += [{"weight_rounding": "stochastic", "state_dtype": s, "rule": "lion"} for s in ("int8", "bfloat16")]
     runs += [
         {"dtype": dtype, "rule": rule, "level": 1}
-        for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"))
+        for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"), (FP16, "lion"))
     ]
     runs += [{"level": level} for level in (3, 4, 7)]
     # What is not observed is added to weights in float32 at once.
     runs += [{"dtype": FP32, "level": level, "telemetry": False} for level in (1, 2, 4)]
-    runs += [{"dtype": FP32, "level": level, "telemetry": False, "rule": "foam"} for level in (1, 2, 5)]
+    runs += [
+        {"dtype": FP32, "level": level, "telemetry": False, "rule": rule}
+        for rule in ("foam", "lion")
+        for level in (1, 2, 5)
+    ]
     expected = [steps(**options) for options in runs]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "VECTORS", dict.fromkeys(build.VECTORS, vectors))
@@ -372,6 +380,14 @@ def test_struct_layout_is_that_of_c():
     size = ctypes.c_int64.in_dll(build.library(), "gwt_step_size").value
     assert size == compiled_step.STEP.size
     enums = re.findall(r"enum \{ ([\w, ]*) \}", source)
+    numbers = {
+        "PUBLISHED": "gwt",
+        "FOLDED": "foam",
+        "SIGNED": "lion",
+        "MOMENTUM": "muon",
+        "ORTHOGONAL": "orthogonal",
+    }
+    assert [compiled_step.RULES[numbers[name]] for name in enums[3].split(", ")] == list(range(5))
     assert enums[0].split(", ") == ["FLOAT32", "BFLOAT16", "FLOAT16", "INT8"]
     assert enums[1].lower().split(", ") == list(compiled_step.ROUNDINGS)
     assert enums[-1].lower().split(", ")[:-1] == list(compiled_step.Result._fields[-4:])
@@ -399,12 +415,14 @@ def test_unsupported_steps_run_on_the_torch_backend(shape, level, dtype):
 def test_supported_dtypes_rules_and_levels():
     p, m = torch.zeros(2, 2048), torch.zeros(2, 2)
     one = TensorStep(p=p, g=p, m=m, v=m, norm=None, step=1, hyper=Hyper())
-    assert compiled_step.knows([one], 10)
-    assert not compiled_step.knows([one], 11)
+    assert compiled_step.knows([one], 10, GWT)
+    assert not compiled_step.knows([one], 11, GWT)
+    known = {name for name in RULES if compiled_step.knows([one], 2, rule_of(name))}
+    assert known == {"gwt", "foam", "adamw", "lion", "muon"}
     for name, half, byte in (("p", True, False), ("g", True, False), ("m", False, True)):
         for dtype, known in ((BF16, True), (FP16, half), (torch.int8, byte), (torch.float64, False)):
             other = one._replace(**{name: getattr(one, name).to(dtype)})
-            assert compiled_step.knows([other], 10) == known
+            assert compiled_step.knows([other], 10, GWT) == known
 
 
 def test_sums_are_the_torch_backends():
