@@ -31,6 +31,10 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner
             from gwt_kernels.backends.triton.adafactor import TritonAdafactorRunner
 
             return TritonAdafactorRunner(bucket)
+        if choice.is_compiled(backend, bucket.device):
+            from gwt_kernels.backends.cpu.adafactor import CompiledAdafactorRunner
+
+            return CompiledAdafactorRunner(bucket)
         from gwt_kernels.backends.torch.adafactor import AdafactorRunner
 
         return AdafactorRunner(bucket)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from gwt_kernels import GWTAdafactor
+from gwt_kernels.backends.cpu.step import Packed
 from gwt_kernels.formats.int8 import decode_first
 from gwt_kernels.formats.split import join_low
 from gwt_kernels.optim.state import low_bits_of
 from tests.support import golden, interpreter, poisoned, runs
 from tests.support import reference_optimizers as oracle
+from tests.support.native import needs_step_in_c
 from tests.support.poisoned import Poisoned
 from tests.test_functional import BACKENDS, backends, on
 
@@ -282,11 +284,12 @@ def test_int8_moments_follow_float32_ones_within_their_step(details):
     assert float(error) < 0.05
 
 
+@pytest.mark.parametrize("other", ["triton", pytest.param("compiled", marks=needs_step_in_c)])
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8])
-def test_backends_round_alike(narrow):
+def test_backends_round_alike(narrow, other):
     """Both store the same number at random as the same bits, but for what float32 rounds otherwise."""
     results = []
-    for backend in ("torch", "triton"):
+    for backend in ("torch", other):
         params = parameters(torch.bfloat16, on(backend), shapes=[(96, 256), (33, 130)])
         optimizer = GWTAdafactor(
             params, state_dtype=narrow, weight_rounding="stochastic", backend=backend, seed=3, max_grad_norm=5.0
@@ -298,6 +301,34 @@ def test_backends_round_alike(narrow):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         else:
             assert (a != b).float().mean() < 0.01
+
+
+@needs_step_in_c
+def test_what_c_takes_of_a_step(monkeypatch):
+    """All tensors but those that are observed, in float64, or of other wavelets; shards' stages too."""
+    seen = []
+    for name in ("sum_squares", "sum_divided", "step"):
+        original = getattr(Packed, name)
+
+        def watch(self, *arguments, original=original):
+            seen.append(original.__name__)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Packed, name, watch)
+    shapes = [(24, 64), (3, 10, 37), (50,), (0, 8)]
+    for options in ({}, {"level": 0}, {"beta1": None}, {"state_dtype": torch.bfloat16}, {"relative_step": True}):
+        params = parameters(shapes=shapes)
+        optimizer = GWTAdafactor(params, **{"lr": None if "relative_step" in options else 0.01, **options})
+        steps(optimizer, params, range(2))
+        assert seen == ["sum_squares", "sum_divided", "step"] * 6, options
+        seen.clear()
+    for dtype, options in (
+        (torch.float64, {}), (torch.float32, {"telemetry": True}), (torch.float32, {"wavelet": "db2"}),
+        (torch.float32, {"level": 11}), (torch.float32, {"backend": "torch"}),
+    ):  # fmt: skip
+        params = parameters(dtype, shapes=[(24, 4096)])
+        steps(GWTAdafactor(params, **options), params, range(1))
+        assert not seen, options
 
 
 @backends

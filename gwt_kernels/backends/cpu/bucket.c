@@ -137,8 +137,7 @@ static int run_all(gwt_step *steps, int64_t count, int threads, int updates)
     return failed;
 }
 
-/* Set each tensor's gradient and its numbers, which are `stride` bytes apart. */
-static void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count)
+void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count)
 {
     const size_t first = offsetof(gwt_step, step), stop = offsetof(gwt_step, sums);
     for (int64_t i = 0; i < count; ++i) {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "threads")]
+SOURCES = [Path(__file__).with_name(f"{name}.c") for name in ("step", "bucket", "factors", "threads")]
 # Flags of both gcc and clang, since clang refuses unknown ones.
 FLAGS = [
     *("-std=c11", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),

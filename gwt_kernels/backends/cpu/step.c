@@ -14,7 +14,7 @@
  *     m = b1*m + (1-b1)*mean   v = b2*v + (1-b2)*sum(g*g)/W
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
  *
- * (docs/algorithm.md); level 0 is Adam. Lion of rules/lion.py and GWT-Muon's two stages of rules/muon.py are passes
+ * (docs/algorithm.md); level 0 is Adam. Lion, Adafactor and GWT-Muon's two stages, of the files in rules/, are passes
  * likewise. Arithmetic is in float without fused multiply-add, so results do not depend on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
  * independent: threads may take ranges of them. Nothing allocates or fails; the caller has checked everything. */
 #if defined(__GNUC__) && !defined(__clang__) /* clang refuses an option of that name */
@@ -62,21 +62,31 @@ static run run_of(const gwt_step *s, int64_t k, int64_t stop)
     return (run){row * s->width + block * w, (int)(left < padded ? left : padded), (int)padded};
 }
 
-/* Sum squares of n floats in an order that does not depend on the width of vectors. */
-static double sum_of_squares(const float *restrict x, int n)
+/* Sum n floats, or their squares, in an order that does not depend on the width of vectors. */
+static inline ALWAYS double sum_in_lanes(const float *restrict x, int n, int squared)
 {
     enum { LANES = 16 };
     double part[LANES] = {0};
     int i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int lane = 0; lane < LANES; ++lane)
-            part[lane] += (double)x[i + lane] * (double)x[i + lane];
+            part[lane] += squared ? (double)x[i + lane] * (double)x[i + lane] : (double)x[i + lane];
     for (int lane = 0; lane < n - i; ++lane)
-        part[lane] += (double)x[i + lane] * (double)x[i + lane];
+        part[lane] += squared ? (double)x[i + lane] * (double)x[i + lane] : (double)x[i + lane];
     for (int half = LANES / 2; half; half /= 2)
         for (int lane = 0; lane < half; ++lane)
             part[lane] += part[lane + half];
     return part[0];
+}
+
+static double sum_of_squares(const float *restrict x, int n)
+{
+    return sum_in_lanes(x, n, 1);
+}
+
+static double sum_of(const float *restrict x, int n)
+{
+    return sum_in_lanes(x, n, 0);
 }
 
 /* -- reading ----------------------------------------------------------------------------------------------- */
@@ -131,12 +141,12 @@ static float *weights(const gwt_step *s, int64_t k, int n)
     return at_once ? (float *)s->p + all.element : NULL;
 }
 
-/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. Without v, `*v` is of no use. */
+/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. What there is not is in neither. */
 static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, float **v)
 {
     const int64_t quantum = k / quantum_of(s->level);
     if (s->m_type == FLOAT32) {
-        *m = (float *)s->m + k;
+        *m = s->m ? (float *)s->m + k : NULL;
         *v = s->v ? (float *)s->v + k : NULL;
         return;
     }
@@ -482,6 +492,7 @@ int64_t tile_elements(const gwt_step *s)
 }
 
 #include "rows.inc"
+#include "factored.inc"
 
 void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
 {
@@ -524,7 +535,9 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums)
         const double factor = s->factor;
         const double squares = s->observed ? sum_of_squares(g, n << s->level) * factor * factor : 0;
         moments(s, k, n, &t, &m, &v);
-        if (s->rule == SIGNED) {
+        if (s->rule == FACTORED) {
+            update_factored(s, k, n, g, m, &t, to, adds);
+        } else if (s->rule == SIGNED) {
             g = scaled(s, g, n << s->level, &t);
             if (s->level)
                 fold(g, t.sum, n, s->level);

@@ -9,9 +9,9 @@
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 enum { NEAREST, STOCHASTIC, SPLIT };
 enum { WEIGHTS, MOMENTS }; /* purposes of random bits */
-/* Rules: the published one, or Adam at level 0; the folded one; Lion; GWT-Muon before its matrix products, and after
- * them. Lion and GWT-Muon have no v. */
-enum { PUBLISHED, FOLDED, SIGNED, MOMENTUM, ORTHOGONAL };
+/* Rules: the published one, or Adam at level 0; the folded one; Lion; Adafactor; GWT-Muon before its matrix products,
+ * and after them. The first two have a v. */
+enum { PUBLISHED, FOLDED, SIGNED, FACTORED, MOMENTUM, ORTHOGONAL };
 
 /* Sums over a tensor of squares of m / (sqrt(v) + eps), of gradients, of block means and of updates. */
 enum { NORM, GRADIENTS, MEANS, UPDATES, SUMS };
@@ -31,14 +31,16 @@ typedef struct {
     float *norm;                    /* the limiter's previous norm, updated; NULL for no limiter */
     const float *row_sums;          /* sum of each whole row's gradients, of the folded rule their squares' behind it;
                                      * NULL where p has whole rows */
+    const float *row_factors, *col_factors; /* FACTORED: [matrices, matrix_rows], NULL for 1s, and [matrices, columns] */
     int64_t rows, width;            /* of p and g; one row if rows are whole blocks */
     int64_t block;                  /* elements of a block: 2**level, or a whole row's, taken 2**level at a time */
+    int64_t columns, matrix_rows;   /* FACTORED: blocks of a row, and rows of a matrix */
     gwt_span weights, coefficients; /* positions in the whole tensor, for random bits */
     uint64_t key;
     int32_t p_type, g_type, m_type, rounding, level, rule, observed;
     /* From here on: numbers that change from step to step. */
     uint32_t step;
-    float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum;
+    float beta1, rest1, beta2, rest2, eps, keep, factor, per_sum; /* FACTORED: beta2 as a flag, see factored.inc */
     float per_root; /* 1 / sqrt(block); of the folded rule, of SIGNED and of MOMENTUM the factor on residuals */
     float gamma;
     float limit;     /* divisor of the update, computed by the limiter if there is one */
@@ -54,6 +56,15 @@ int64_t tile_elements(const gwt_step *s);
 /* Process tiles `first` to `stop - 1` and add to `sums`: NORM only, or update the tiles and add the others. */
 void sum_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums);
 void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums);
+
+/* Set each tensor's gradient and its numbers, which are `stride` bytes apart. */
+void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count);
+
+/* FACTORED: of rows `first` to `stop - 1`, all of one matrix, write the sums of squares of the approximation to `rows`
+ * and add those of columns to `columns`; or return the sum of squares divided by both factors, times the mean of the
+ * row factors. Squares are written to `kept`, and read from there; NULL to compute them twice. */
+void sum_squares(const gwt_step *s, int64_t first, int64_t stop, float *kept, float *rows, float *columns);
+double sum_divided(const gwt_step *s, int64_t first, int64_t stop, const float *kept, double mean);
 
 /* Call work(context, i) once for each i below `count`, on `useful` of `threads` threads. Each thread begins with its
  * own range, and then takes items of others. */

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
+from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.hyper import Hyper, Rounding
 from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
@@ -31,13 +32,14 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
 PART_OF_ROW = 3
 """The level of the parts in which C takes a row that is one block."""
-RULES = {"gwt": 0, "adamw": 0, "foam": 1, "lion": 2, "muon": 3, "orthogonal": 4}
+RULES = {"gwt": 0, "adamw": 0, "foam": 1, "lion": 2, "adafactor": 3, "muon": 4, "orthogonal": 5}
 """Rules that C takes, and what step.h calls them."""
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
     **dict.fromkeys(("p", "g", "m", "v", "low", "m_scales", "v_scales", "norm", "row_sums"), "P"),
-    **dict.fromkeys(("rows", "width", "block"), "q"),
+    **dict.fromkeys(("row_factors", "col_factors"), "P"),
+    **dict.fromkeys(("rows", "width", "block", "columns", "matrix_rows"), "q"),
     **dict.fromkeys(("weights", "coefficients"), "qqq"),
     "key": "Q",
     **dict.fromkeys(("p_type", "g_type", "m_type", "rounding", "level", "rule", "observed"), "i"),
@@ -52,16 +54,22 @@ _POINTER = struct.Struct("P")
 # Parts of it: ``step`` to ``full_step``, which C copies there every step, and ``limit`` to ``sums``, the results.
 NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
 RESULTS_AT = STEP.size - RESULTS.size
-ROW_SUMS_AT = struct.calcsize("P") * list(FIELDS).index("row_sums")
+_NAMES = list(FIELDS)
+ROW_SUMS_AT, ROW_FACTORS_AT = (_POINTER.size * _NAMES.index(name) for name in ("row_sums", "row_factors"))
+MATRICES_AT = struct.calcsize("".join([*FIELDS.values()][: _NAMES.index("columns")]))
 
 
 @functools.cache
 def functions() -> ctypes.CDLL:
     """Return the functions of bucket.c, with their signatures."""
     lib = library()
+    pointers = (ctypes.c_void_p,) * 3
     for function in (lib.gwt_update, lib.gwt_sum):
-        function.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
+        function.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         function.restype = ctypes.c_int
+    lib.gwt_sum_squares.argtypes = (*pointers, ctypes.c_int64, *pointers, ctypes.c_int)
+    lib.gwt_sum_divided.argtypes = lib.gwt_sum_squares.argtypes
+    lib.gwt_sum_squares.restype = lib.gwt_sum_divided.restype = ctypes.c_int
     lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p,), None
     lib.gwt_lend(threads_of_pytorch())
     return lib
@@ -191,6 +199,32 @@ class Packed:
         for i, row in enumerate(self._first_rows):
             struct.pack_into("P", self._buffer, i * STEP.size + ROW_SUMS_AT, first + row * per_row)
 
+    def set_factors(self, row: Tensor | None, col: Tensor, matrices: Matrices) -> None:
+        """Take the factors of the one tensor's second moment, or of its root, for what is called next."""
+        self._factors = row, col
+        address = 0 if row is None else row.data_ptr()
+        struct.pack_into("PP", self._buffer, ROW_FACTORS_AT, address, col.data_ptr())
+        struct.pack_into("qq", self._buffer, MATRICES_AT, matrices.columns, matrices.rows)
+
+    def sum_squares(self, matrices: int, kept: Tensor | None, rows: Tensor, columns: Tensor) -> None:
+        """Write the sums of squares of the one tensor's approximation over each row and each column.
+
+        The squares themselves are written to ``kept`` if it is not None.
+        """
+        place = 0 if kept is None else kept.data_ptr()
+        self._call(functions().gwt_sum_squares, matrices, place, rows.data_ptr(), columns.data_ptr())
+
+    def sum_divided(self, matrices: int, kept: Tensor | None, means: Tensor) -> float:
+        """Return the sum of squares of the one tensor's approximation, divided by its second moment."""
+        total, place = ctypes.c_double(), 0 if kept is None else kept.data_ptr()
+        self._call(functions().gwt_sum_divided, matrices, place, means.data_ptr(), ctypes.addressof(total))
+        return total.value
+
+    def _call(self, function: Any, *arguments: int) -> None:
+        """Call a function of factors.c on the one tensor."""
+        if function(self._address, self._grads, self._blocks, *arguments, torch.get_num_threads()):
+            raise MemoryError("there is no memory for the sums of a step")
+
     def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
         """Pack gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
         columns: list[Any] = [*inputs[:3]] if divisors is None else [*inputs[:3], divisors.unbind()]
@@ -231,21 +265,37 @@ class Packed:
         width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
         rows = count // width if count else t.m.numel()  # of no columns
         low = 0 if t.low is None else t.low.data_ptr()
-        scales = [0, 0] if t.scales is None else [x.data_ptr() for x in t.scales]
-        scales += [0] * (2 - len(scales))
         addresses = [x.data_ptr() for x in (p, *t.moments)]
         if not all(addresses):
             _check_memory([p] * len(addresses), [p, *t.moments])
-        addresses += [0] * (3 - len(addresses))
+        p_at, m_at, v_at = (*addresses, 0, 0)[:3]
+        m_scales, v_scales = (*(x.data_ptr() for x in t.scales or ()), 0, 0)[:2]
         norm = 0
         if self._is_divided and t.norm is not None and t.hyper.norm_growth_limit is not None:
             norm = self._plain(t.norm, True, torch.float32).data_ptr()
         weights, coefficients = ((0, count, 0), (0, max(count, 1), 0)) if t.span is None else t.span
-        p_at, m_at, v_at = addresses
         numbers = (0,) * 18
+        absent = (0,) * 3  # until set_rows() or set_factors()
         STEP.pack_into(
-            *(self._buffer, at, p_at, 0, m_at, v_at, low, *scales, norm, 0, rows, width, block, *weights),
-            *(*coefficients, t.key, *kind, t.row is not None, *numbers),
+            *(
+                self._buffer,
+                at,
+                p_at,
+                0,
+                m_at,
+                v_at,
+                low,
+                m_scales,
+                v_scales,
+                norm,
+                *absent,
+                rows,
+                width,
+                block,
+                0,
+                0,
+            ),
+            *(*weights, *coefficients, t.key, *kind, t.row is not None, *numbers),
         )
 
     def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -53,12 +53,16 @@ class AdafactorRunner(TorchRunner):
             update.finish(total)
         self.count(inputs)
 
-    def _updates(self, inputs: StepInputs, keeps: bool) -> list[_Update]:
+    def _updates(self, inputs: StepInputs, keeps: bool) -> list[FactoredStep]:
         bucket = self._factored
         return [
-            _Update(bucket, i, scaled_ahead(tensor_step), keeps)
+            self._step_of(i, scaled_ahead(tensor_step), keeps)
             for i, tensor_step in enumerate(bucket.tensor_steps(inputs))
         ]
+
+    def _step_of(self, place: int, tensor_step: TensorStep, keeps: bool) -> FactoredStep:
+        """The step of one tensor; see :class:`FactoredStep`."""
+        return FactoredStep(self._factored, place, tensor_step, keeps)
 
 
 class Factors(NamedTuple):
@@ -85,7 +89,7 @@ def new_factors(
     return Factors(new_row, new_col, means.div(n_rows).add_(rest2 * eps))
 
 
-class _Update:
+class FactoredStep:
     """The step of one tensor, in the notation of ``rules/adafactor.py``.
 
     Args:
@@ -108,8 +112,7 @@ class _Update:
     def sums(self) -> Tensor:
         """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
         tensor_step, (row, _), whole = self._tensor_step, self._factors, self._whole
-        squares = self._squares()
-        rows, columns = squares.sum(-1), squares.sum(-2)
+        rows, columns = self._line_sums()
         means = rows.new_zeros(self.local.batch)
         if row is not None:
             # Other processes may hold the same rows: each counts as much of them as it holds of the columns.
@@ -130,11 +133,7 @@ class _Update:
             self._factors, parts, self._whole, self._tensor_step.hyper.rule_options.eps, self._rest2
         )
         self._weights = weights.view(())
-        row, col, mean = self._new
-        sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
-        if row is not None:
-            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
-        return sums.sum()
+        return self._divided_sum(*self._new)
 
     def finish(self, total: Tensor) -> None:
         """Store the factors, the first moment and the weights; ``total`` is of the whole tensor."""
@@ -146,28 +145,32 @@ class _Update:
         if hyper.rule_options.least_rms is not None:
             rate = rate * (self._weights / max(self._numel, 1)).sqrt().clamp(min=hyper.rule_options.least_rms)
         if tensor_step.p.numel():
-            denominators = self._denominators(clip)
-            notes = None if tensor_step.row is None else Notes(tensor_step.row)
             if self._bucket.is_literal:
-                self._transform(denominators, rate)
+                self._transform(self._denominators(clip), rate)
             else:
-                self._fold(denominators, rate, notes)
-            if notes is not None:
-                notes.limit(clip)
-                notes.close()
+                self._fold(clip, rate)
         if self._new.row is not None and row is not None:
             row.copy_(self._new.row)
         col.copy_(self._new.col)
         self._kept = None
 
-    def _fold(self, denominators: Tensor, rate: Any, notes: Notes | None) -> None:
+    def _line_sums(self) -> tuple[Tensor, Tensor]:
+        """Sums of squares of the approximation over rows, and over columns, of each matrix."""
+        squares = self._squares()
+        return squares.sum(-1), squares.sum(-2)
+
+    def _divided_sum(self, row: Tensor | None, col: Tensor, mean: Tensor) -> Tensor:
+        """The sum of squares of the approximation divided by the second moment that the factors make."""
+        sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
+        if row is not None:
+            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
+        return sums.sum()
+
+    def _fold(self, clip: Tensor, rate: Any) -> None:
         """Update a chunk of weights after another by the rule's statements."""
-        bucket, tensor_step, hyper, rule = (
-            self._bucket,
-            self._tensor_step,
-            self._tensor_step.hyper,
-            self._bucket.stated,
-        )
+        bucket, tensor_step, denominators = self._bucket, self._tensor_step, self._denominators(clip)
+        hyper, rule = tensor_step.hyper, bucket.stated
+        notes = None if tensor_step.row is None else Notes(tensor_step.row)
         storage = Storage(
             bucket.level, bucket.stored, bucket.rounding, tensor_step.step, tensor_step.key, tensor_step.span, notes
         )
@@ -184,6 +187,9 @@ class _Update:
             if tensor_step.m is not None:
                 storage.store_moments(held, moments)
             storage.store_weights(chunk, p)
+        if notes is not None:
+            notes.limit(clip)
+            notes.close()
 
     def _transform(self, denominators: Tensor, rate: Any) -> None:
         """Update all weights by the transform and its inverse."""
@@ -224,13 +230,17 @@ class _Update:
             return [block_sums(g, bucket.level).mul_(factor / math.sqrt(width_of(g, bucket.level)))]
         return [self._tensor_step.hyper.scaled(g)]
 
-    def _denominators(self, clip: Tensor) -> Tensor:
-        """``d * clip`` of the moments' shape."""
+    def _roots(self, clip: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The factors of ``d * clip``: one a row, and one a column."""
         assert self._new is not None
         row, col, mean = self._new
-        made = col.sqrt().mul_(clip)
+        return None if row is None else row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1), col.sqrt().mul_(clip)
+
+    def _denominators(self, clip: Tensor) -> Tensor:
+        """``d * clip`` of the moments' shape."""
+        row, made = self._roots(clip)
         if row is not None:
-            made = made.unsqueeze(-2) * (row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1)).unsqueeze(-1)
+            made = made.unsqueeze(-2) * row.unsqueeze(-1)
         return made.clamp_(min=self._tensor_step.hyper.rule_options.eps)  # what is below has no gradient
 
     def _load_weights(self) -> Tensor:

@@ -294,9 +294,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(threads):
+@pytest.mark.parametrize("own", [{}, {"rule": "adafactor", "telemetry": False}], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(threads, own):
     """Weights, moments and telemetry have the same bits."""
-    options: dict[str, object] = {"weight_rounding": "stochastic", "state_dtype": "int8"}
+    options: dict[str, object] = {"weight_rounding": "stochastic", "state_dtype": "int8", **own}
     runs = []
     for n in (1, 2, 5):
         threads(n)
@@ -349,6 +350,10 @@ def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vecto
         for dtype, rule in ((FP32, "foam"), (FP16, "gwt"), (FP16, "foam"), (FP16, "lion"))
     ]
     runs += [{"level": level} for level in (3, 4, 7)]
+    runs += [
+        {"rule": "adafactor", "telemetry": False, "level": level, "dtype": dtype}
+        for level, dtype in ((0, FP32), (1, BF16), (2, FP32), (4, FP16))
+    ]
     # What is not observed is added to weights in float32 at once.
     runs += [{"dtype": FP32, "level": level, "telemetry": False} for level in (1, 2, 4)]
     runs += [
@@ -380,14 +385,8 @@ def test_struct_layout_is_that_of_c():
     size = ctypes.c_int64.in_dll(build.library(), "gwt_step_size").value
     assert size == compiled_step.STEP.size
     enums = re.findall(r"enum \{ ([\w, ]*) \}", source)
-    numbers = {
-        "PUBLISHED": "gwt",
-        "FOLDED": "foam",
-        "SIGNED": "lion",
-        "MOMENTUM": "muon",
-        "ORTHOGONAL": "orthogonal",
-    }
-    assert [compiled_step.RULES[numbers[name]] for name in enums[3].split(", ")] == list(range(5))
+    names = {"PUBLISHED": "gwt", "FOLDED": "foam", "SIGNED": "lion", "FACTORED": "adafactor", "MOMENTUM": "muon"}
+    assert [compiled_step.RULES[names.get(x, x.lower())] for x in enums[3].split(", ")] == list(range(6))
     assert enums[0].split(", ") == ["FLOAT32", "BFLOAT16", "FLOAT16", "INT8"]
     assert enums[1].lower().split(", ") == list(compiled_step.ROUNDINGS)
     assert enums[-1].lower().split(", ")[:-1] == list(compiled_step.Result._fields[-4:])
@@ -418,7 +417,7 @@ def test_supported_dtypes_rules_and_levels():
     assert compiled_step.knows([one], 10, GWT)
     assert not compiled_step.knows([one], 11, GWT)
     known = {name for name in RULES if compiled_step.knows([one], 2, rule_of(name))}
-    assert known == {"gwt", "foam", "adamw", "lion", "muon"}
+    assert known == {"gwt", "foam", "adamw", "lion", "adafactor", "muon"}
     for name, half, byte in (("p", True, False), ("g", True, False), ("m", False, True)):
         for dtype, known in ((BF16, True), (FP16, half), (torch.int8, byte), (torch.float64, False)):
             other = one._replace(**{name: getattr(one, name).to(dtype)})
