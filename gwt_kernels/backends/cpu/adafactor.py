@@ -1,73 +1,72 @@
-"""Run Adafactor's step in C, or by PyTorch's operators if C does not support the bucket or a gradient."""
+"""Run Adafactor's step of a bucket by one call of C, or by PyTorch's operators if C does not support it."""
 
 from __future__ import annotations
+
+import struct
 
 from torch import Tensor
 
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.cpu import step
 from gwt_kernels.backends.factored_bucket import FactoredBucket
-from gwt_kernels.backends.torch.adafactor import AdafactorRunner, FactoredStep
-from gwt_kernels.core.tensor_step import TensorStep
+from gwt_kernels.backends.torch.adafactor import AdafactorRunner
+from gwt_kernels.core.hyper import Hyper
 
-_KEPT_FROM = 2
-"""The level from which writing squares of coefficients and reading them is quicker than reading gradients again."""
+# ``gwt_factors`` of factors.c, field by field, with the formats of the struct module.
+FACTORS = {
+    **dict.fromkeys(("row", "col"), "P"),
+    **dict.fromkeys(("matrices", "columns", "matrix_rows"), "q"),
+    **dict.fromkeys(("rest2", "eps", "clip_threshold", "rate", "scale", "weight_decay", "least_rms"), "d"),
+}
+TABLE_ROW = struct.Struct("".join(FACTORS.values()))
 
 
 class CompiledAdafactorRunner(AdafactorRunner):
-    """See :class:`gwt_kernels.backends.runner.StagedRunner`. Keeps the packed tensors between steps."""
+    """See :class:`gwt_kernels.backends.runner.StagedRunner`. Keeps the packed bucket between steps.
+
+    Stages, between which processes add up their sums, are PyTorch's operators.
+    """
 
     def __init__(self, bucket: FactoredBucket) -> None:
         super().__init__(bucket)
-        self._packed: dict[int, step.Packed] = {}
+        self._packed: step.Packed | None = None
+        is_whole = bucket.local_matrices() == bucket.matrices
+        self._is_plain = is_whole and not bucket.is_literal and bucket.telemetry is None
 
-    def _step_of(self, place: int, tensor_step: TensorStep, keeps: bool) -> FactoredStep:
+    def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
+        """See :class:`gwt_kernels.backends.runner.Runner`."""
         bucket = self._factored
-        known = step.knows([tensor_step], bucket.level, bucket.stated)
-        if bucket.is_literal or tensor_step.row is not None or not tensor_step.p.numel() or not known:
-            return super()._step_of(place, tensor_step, keeps)
-        own = _CompiledStep(bucket, place, tensor_step, keeps)
-        own.pack(self._packed.pop(place, None))
-        if own.packed.lasts:
-            self._packed[place] = own.packed
-        return own
+        ready = self.decided(inputs, decision)
+        if ready is None:
+            return
+        own = {id(hyper): _in_c(hyper) for hyper in ready.hypers}
+        given = ready._replace(hypers=[own[id(hyper)] for hyper in ready.hypers])
+        if self._packed is not None:
+            self._packed.renew(given, None)
+            packed = self._packed
+        else:
+            tensor_steps = bucket.tensor_steps(given)
+            if not (self._is_plain and step.knows(tensor_steps, bucket.level, bucket.stated)):
+                super().apply(inputs, decision, divisors)
+                return
+            packed = step.Packed(tensor_steps, bucket.level, bucket.stated, bucket.rounding)
+            self._packed = packed if packed.lasts else None
+        packed.step_factored(b"".join(self._row(i, ready.hypers[i], int(ready.steps[i])) for i in packed.places))
+        self.count(inputs)
+
+    def _row(self, i: int, hyper: Hyper, count: int) -> bytes:
+        """Return the factors and options of a tensor, as C takes them."""
+        bucket, numbers = self._factored, hyper.rule_options
+        (row, col), whole = bucket.factors[i], bucket.matrices[i]
+        return TABLE_ROW.pack(
+            0 if row is None else row.data_ptr(),
+            *(col.data_ptr(), whole.batch, whole.columns, whole.rows, numbers.rest2(count), numbers.eps),
+            *(numbers.clip_threshold, numbers.rate(hyper, count), hyper.scale if bucket.stated.is_scaled else 1.0),
+            *(hyper.weight_decay, -1.0 if numbers.least_rms is None else numbers.least_rms),
+        )
 
 
-class _CompiledStep(FactoredStep):
-    """The step of one tensor, whose passes over gradients and weights are in C."""
-
-    packed: step.Packed
-
-    def pack(self, known: step.Packed | None) -> None:
-        """Pack the tensor for C, into what was packed for its step before this one, if there was any."""
-        bucket, numbers = self._bucket, self._tensor_step.hyper.rule_options
-        hyper = self._tensor_step.hyper._replace(eps=numbers.eps, beta2=float(numbers.divides_details))
-        g = self._tensor_step.g.resolve_neg().contiguous()
-        self._tensor_step = self._tensor_step._replace(g=g, hyper=hyper)
-        self.packed = known or step.Packed([self._tensor_step], bucket.level, bucket.stated, bucket.rounding)
-        self._renew()
-
-    def _renew(self) -> None:
-        tensor_step = self._tensor_step
-        self.packed.renew(StepInputs([tensor_step.g], [tensor_step.step], [tensor_step.hyper]), None)
-
-    def _line_sums(self) -> tuple[Tensor, Tensor]:
-        batch, rows, columns = self.local
-        of_rows, of_columns = (self._factors[1].new_empty(batch, n) for n in (rows, columns))
-        self.packed.set_factors(None, self._factors[1], self.local)
-        if self._keeps and int(self._bucket.level) >= _KEPT_FROM:
-            self._kept = self._factors[1].new_empty(self.local)
-        self.packed.sum_squares(batch, self._kept, of_rows, of_columns)
-        return of_rows, of_columns
-
-    def _divided_sum(self, row: Tensor | None, col: Tensor, mean: Tensor) -> Tensor:
-        self.packed.set_factors(row, col, self.local)
-        return col.new_tensor(self.packed.sum_divided(self.local.batch, self._kept, mean))
-
-    def _fold(self, clip: Tensor, rate: float | Tensor) -> None:
-        hyper = self._tensor_step.hyper._replace(lr=float(rate))
-        self._tensor_step = self._tensor_step._replace(hyper=hyper)
-        row, col = self._roots(clip)
-        self.packed.set_factors(row, col, self.local)
-        self._renew()
-        self.packed.step()
+def _in_c(hyper: Hyper) -> Hyper:
+    """Return options with which step.py packs the numbers of factored.inc."""
+    numbers = hyper.rule_options
+    return hyper._replace(eps=numbers.eps, beta2=float(numbers.divides_details))

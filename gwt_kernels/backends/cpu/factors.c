@@ -1,90 +1,187 @@
-/* Adafactor's sums over one tensor, cut into panels of rows for the threads.
+/* Adafactor's step of a bucket, one tensor after another: rules/adafactor.py.
  *
- * Panels do not depend on the number of threads, and their sums are added in order, so that results do not either. */
+ * The second moment of a tensor is a factor a row and a factor a column of its matrices, updated by sums of squares over
+ * all of the tensor, and the update is clipped by its own norm. So a step takes three passes: sums of squares, the sum
+ * of their quotients by the new factors, and the update. Sums are those of panels of rows, which do not depend on the
+ * number of threads, added in order, so that results do not either. */
 #include "step.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 enum { PANEL = 1 << 16 }; /* approximate elements of a panel */
+enum { ITEM = 1 << 14 };  /* and of an item of the last pass */
 enum { SHARE = 1 << 15 }; /* fewest elements for which another thread pays */
+/* The level from which writing the squares and reading them is quicker than reading gradients again. */
+enum { KEPT_FROM = 2 };
+
+/* A tensor's factors and options, the same fields as FACTORS of adafactor.py. */
+typedef struct {
+    float *row, *col; /* [matrices, matrix_rows], NULL for a tensor of one dimension; [matrices, columns] */
+    int64_t matrices, columns, matrix_rows;
+    double rest2, eps, clip_threshold;            /* of AdafactorNumbers */
+    double rate, scale, weight_decay, least_rms; /* least_rms is negative if weights do not multiply the rate */
+} gwt_factors;
+
+enum { SQUARES, QUOTIENTS, APPLY };
 
 typedef struct {
     const gwt_step *s;
-    const float *means; /* of the row factors of each matrix, for the sum of quotients */
-    float *kept;        /* squares of all coefficients, or NULL */
-    int64_t matrices, per_matrix, panel_rows;
-    float *rows, *columns; /* sums of squares: of rows, and of each panel's columns */
-    double *quotients;     /* of each panel */
-} panels;
+    int pass;
+    int64_t per_matrix, panel_rows, panels;
+    gwt_sums sums;
+    float *columns;  /* sums of squares of each panel's columns */
+    double *results; /* of each panel: of its weights' squares, or of quotients */
+    double *means;   /* of the row factors of each matrix */
+} job;
 
-static panels cut(const gwt_step *s, int64_t matrices, float *kept)
+static int64_t least(int64_t a, int64_t b)
 {
-    panels own = {.s = s, .kept = kept, .matrices = matrices};
-    const int64_t width = s->columns << s->level;
-    own.panel_rows = PANEL / width > 1 ? PANEL / width : 1;
-    own.per_matrix = (s->matrix_rows + own.panel_rows - 1) / own.panel_rows;
-    return own;
+    return a < b ? a : b;
+}
+
+static int64_t tiles_at_once(const gwt_step *s)
+{
+    const int64_t most = ITEM / tile_elements(s);
+    return most > 1 ? most : 1;
 }
 
 static void work_on(void *context, int64_t i)
 {
-    const panels *own = context;
-    const int64_t matrix = i / own->per_matrix, rows = own->s->matrix_rows;
-    const int64_t first = i % own->per_matrix * own->panel_rows;
-    const int64_t stop = first + own->panel_rows < rows ? first + own->panel_rows : rows;
-    if (own->quotients)
-        own->quotients[i] = sum_divided(own->s, matrix * rows + first, matrix * rows + stop, own->kept,
-                                        (double)own->means[matrix]);
-    else
-        sum_squares(own->s, matrix * rows + first, matrix * rows + stop, own->kept, own->rows,
-                    own->columns + i * own->s->columns);
+    const job *own = context;
+    const gwt_step *s = own->s;
+    if (own->pass == APPLY) {
+        double unasked[SUMS] = {0};
+        const int64_t first = i * tiles_at_once(s);
+        update_tiles(s, first, least(first + tiles_at_once(s), tiles_of(s)), unasked);
+        return;
+    }
+    const int64_t matrix = i / own->per_matrix, start = i % own->per_matrix * own->panel_rows;
+    const int64_t first = matrix * s->matrix_rows + start;
+    const int64_t stop = first + least(own->panel_rows, s->matrix_rows - start);
+    own->results[i] = own->pass == SQUARES ? sum_squares(s, first, stop, &own->sums, own->columns + i * s->columns)
+                                           : sum_divided(s, first, stop, &own->sums, own->means[matrix]);
 }
 
-static void run(panels *own, int threads)
+static void pass_over(job *own, int pass, int threads)
 {
-    const int64_t useful = own->matrices * own->s->matrix_rows * (own->s->columns << own->s->level) / SHARE;
-    share_out(work_on, own, own->matrices * own->per_matrix, useful < threads ? (int)useful : threads, threads);
+    const gwt_step *s = own->s;
+    const int64_t useful = s->rows * s->width / SHARE, count = (tiles_of(s) + tiles_at_once(s) - 1) / tiles_at_once(s);
+    own->pass = pass;
+    share_out(work_on, own, pass == APPLY ? count : own->panels, (int)least(useful, threads), threads);
 }
 
-/* Sums of squares of the approximation over each row and each column of all matrices. Return nonzero if memory runs
- * out. */
-EXPORT int gwt_sum_squares(gwt_step *s, const void *const *grad, const char *numbers, int64_t matrices, float *kept,
-                           float *rows, float *columns, int threads)
+static double total(const double *x, int64_t n)
 {
-    panels own = cut(s, matrices, kept);
-    renew(s, grad, numbers, 0, 1);
-    own.rows = rows;
-    own.columns = calloc((size_t)(matrices * own.per_matrix * s->columns) + 1, sizeof *own.columns);
-    if (own.columns == NULL)
-        return -1;
-    run(&own, threads);
-    for (int64_t matrix = 0; matrix < matrices; ++matrix)
-        for (int64_t column = 0; column < s->columns; ++column) {
-            const float *part = own.columns + matrix * own.per_matrix * s->columns + column;
-            double total = 0;
-            for (int64_t panel = 0; panel < own.per_matrix; ++panel)
-                total += (double)part[panel * s->columns];
-            columns[matrix * s->columns + column] = (float)total;
+    double all = 0;
+    for (int64_t i = 0; i < n; ++i)
+        all += x[i];
+    return all;
+}
+
+/* Factors after this step: their average with the mean of squares over `n`, plus eps. Write them, and return their
+ * mean. */
+static double average_factors(const gwt_factors *f, const float *old, float *sums, int64_t count, double n)
+{
+    double all = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const double factor = (double)old[i] * (1 - f->rest2) + ((double)sums[i] / n + f->eps) * f->rest2;
+        sums[i] = (float)factor;
+        all += factor;
+    }
+    return all / (double)count;
+}
+
+/* Add up the columns of a matrix's panels in order; all begin with those of the first. */
+static void add_columns(const job *own, int64_t matrix, float *columns)
+{
+    const float *part = own->columns + matrix * own->per_matrix * own->s->columns;
+    for (int64_t column = 0; column < own->s->columns; ++column) {
+        double all = 0;
+        for (int64_t panel = 0; panel < own->per_matrix; ++panel)
+            all += (double)part[panel * own->s->columns + column];
+        columns[column] = (float)all;
+    }
+}
+
+/* Numbers of floats and doubles that a tensor's sums need. */
+static job cut(const gwt_step *s, const gwt_factors *f)
+{
+    job own = {.s = s};
+    const int64_t width = s->columns << s->level;
+    own.panel_rows = PANEL / width > 1 ? PANEL / width : 1;
+    own.per_matrix = (s->matrix_rows + own.panel_rows - 1) / own.panel_rows;
+    own.panels = f->matrices * own.per_matrix;
+    own.sums.weighs = f->least_rms >= 0;
+    return own;
+}
+
+static void step_one(gwt_step *s, const gwt_factors *f, job *own, int threads)
+{
+    const int64_t rows = f->matrices * s->matrix_rows, columns = f->matrices * s->columns;
+    float *const new_row = own->sums.rows, *const new_col = own->columns + own->panels * s->columns;
+    pass_over(own, SQUARES, threads);
+    const double weights = total(own->results, own->panels), count = (double)(s->rows * s->width);
+    for (int64_t matrix = 0; matrix < f->matrices; ++matrix) {
+        float *const col = new_col + matrix * s->columns, *const row = new_row + matrix * s->matrix_rows;
+        add_columns(own, matrix, col);
+        average_factors(f, f->col + matrix * s->columns, col, s->columns, (double)s->matrix_rows);
+        if (f->row)
+            own->means[matrix] =
+                average_factors(f, f->row + matrix * s->matrix_rows, row, s->matrix_rows, (double)s->columns);
+    }
+    s->row_factors = f->row ? new_row : NULL;
+    s->col_factors = new_col;
+    pass_over(own, QUOTIENTS, threads);
+    const double quotients = total(own->results, own->panels) / (double)(rows * s->columns);
+    double clip = sqrt(quotients) / f->clip_threshold, rate = f->rate;
+    clip = clip < 1 ? 1 : clip; /* NaN stays */
+    if (f->least_rms >= 0) {
+        const double rms = sqrt(weights / count);
+        rate *= rms < f->least_rms ? f->least_rms : rms;
+    }
+    s->keep = (float)(1 - rate * f->weight_decay);
+    s->step_size = (float)(rate * f->scale);
+    for (int64_t i = 0; f->row && i < rows; ++i) {
+        f->row[i] = new_row[i];
+        new_row[i] = (float)sqrt((double)new_row[i] / own->means[i / s->matrix_rows]);
+    }
+    for (int64_t i = 0; i < columns; ++i) {
+        f->col[i] = new_col[i];
+        new_col[i] = (float)(sqrt((double)new_col[i]) * clip);
+    }
+    pass_over(own, APPLY, threads);
+}
+
+EXPORT const int64_t gwt_factors_size = sizeof(gwt_factors);
+
+/* Update all tensors. Return nonzero if memory runs out, after which the tensor and those behind it are as before. */
+EXPORT int gwt_factored(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count,
+                        const gwt_factors *factors, int threads)
+{
+    renew(steps, grads, numbers, stride, count);
+    for (int64_t i = 0; i < count; ++i) {
+        gwt_step *s = steps + i;
+        const gwt_factors *f = factors + i;
+        s->columns = f->columns;
+        s->matrix_rows = f->matrix_rows;
+        job own = cut(s, f);
+        const int64_t rows = f->matrices * s->matrix_rows, keeps = s->level >= KEPT_FROM ? rows * s->columns : 0;
+        float *floats = calloc((size_t)(rows + (own.panels + f->matrices) * s->columns + keeps) + 1, sizeof *floats);
+        double *doubles = calloc((size_t)(own.panels + f->matrices) + 1, sizeof *doubles);
+        if (floats != NULL && doubles != NULL) {
+            own.sums.rows = floats;
+            own.columns = floats + rows;
+            own.sums.kept = keeps ? own.columns + (own.panels + f->matrices) * s->columns : NULL;
+            own.results = doubles;
+            own.means = doubles + own.panels;
+            step_one(s, f, &own, threads);
         }
-    free(own.columns);
-    return 0;
-}
-
-/* The sum of squares of the approximation, each divided by its row factor over their mean and by its column factor. */
-EXPORT int gwt_sum_divided(gwt_step *s, const void *const *grad, const char *numbers, int64_t matrices, float *kept,
-                           const float *means, double *sum, int threads)
-{
-    panels own = cut(s, matrices, kept);
-    own.means = means;
-    renew(s, grad, numbers, 0, 1);
-    const int64_t count = matrices * own.per_matrix;
-    own.quotients = calloc((size_t)count + 1, sizeof *own.quotients);
-    if (own.quotients == NULL)
-        return -1;
-    run(&own, threads);
-    *sum = 0;
-    for (int64_t i = 0; i < count; ++i)
-        *sum += own.quotients[i];
-    free(own.quotients);
+        const int failed = floats == NULL || doubles == NULL;
+        free(floats);
+        free(doubles);
+        if (failed)
+            return -1;
+    }
     return 0;
 }

@@ -60,11 +60,18 @@ void update_tiles(const gwt_step *s, int64_t first, int64_t stop, double *sums);
 /* Set each tensor's gradient and its numbers, which are `stride` bytes apart. */
 void renew(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count);
 
-/* FACTORED: of rows `first` to `stop - 1`, all of one matrix, write the sums of squares of the approximation to `rows`
- * and add those of columns to `columns`; or return the sum of squares divided by both factors, times the mean of the
- * row factors. Squares are written to `kept`, and read from there; NULL to compute them twice. */
-void sum_squares(const gwt_step *s, int64_t first, int64_t stop, float *kept, float *rows, float *columns);
-double sum_divided(const gwt_step *s, int64_t first, int64_t stop, const float *kept, double mean);
+/* FACTORED: where sums of squares of the approximation go. */
+typedef struct {
+    float *rows; /* of each row */
+    float *kept; /* the squares themselves, NULL to compute them twice */
+    int weighs;  /* whether those of weights are added up too */
+} gwt_sums;
+
+/* FACTORED: of rows `first` to `stop - 1`, all of one matrix, write the sums of squares of the approximation and add those
+ * of columns to `columns`; return the sum of squares of the weights if it is asked for. */
+double sum_squares(const gwt_step *s, int64_t first, int64_t stop, const gwt_sums *to, float *columns);
+/* Return the sum of the squares, divided by both factors, times the mean of the row factors. */
+double sum_divided(const gwt_step *s, int64_t first, int64_t stop, const gwt_sums *from, double mean);
 
 /* Call work(context, i) once for each i below `count`, on `useful` of `threads` threads. Each thread begins with its
  * own range, and then takes items of others. */

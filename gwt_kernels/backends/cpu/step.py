@@ -18,7 +18,6 @@ from torch.autograd.graph import increment_version
 from gwt_kernels.backends.bucket import StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.backends.cpu.build import library
-from gwt_kernels.core.factored import Matrices
 from gwt_kernels.core.hyper import Hyper, Rounding
 from gwt_kernels.core.level import ROW, Level, block_width
 from gwt_kernels.core.notes import Notes
@@ -54,9 +53,7 @@ _POINTER = struct.Struct("P")
 # Parts of it: ``step`` to ``full_step``, which C copies there every step, and ``limit`` to ``sums``, the results.
 NUMBERS, RESULTS = struct.Struct("=I12fd"), struct.Struct("=ff5d")
 RESULTS_AT = STEP.size - RESULTS.size
-_NAMES = list(FIELDS)
-ROW_SUMS_AT, ROW_FACTORS_AT = (_POINTER.size * _NAMES.index(name) for name in ("row_sums", "row_factors"))
-MATRICES_AT = struct.calcsize("".join([*FIELDS.values()][: _NAMES.index("columns")]))
+ROW_SUMS_AT = _POINTER.size * list(FIELDS).index("row_sums")
 
 
 @functools.cache
@@ -67,9 +64,8 @@ def functions() -> ctypes.CDLL:
     for function in (lib.gwt_update, lib.gwt_sum):
         function.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         function.restype = ctypes.c_int
-    lib.gwt_sum_squares.argtypes = (*pointers, ctypes.c_int64, *pointers, ctypes.c_int)
-    lib.gwt_sum_divided.argtypes = lib.gwt_sum_squares.argtypes
-    lib.gwt_sum_squares.restype = lib.gwt_sum_divided.restype = ctypes.c_int
+    lib.gwt_factored.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+    lib.gwt_factored.restype = ctypes.c_int
     lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p,), None
     lib.gwt_lend(threads_of_pytorch())
     return lib
@@ -159,9 +155,9 @@ class Packed:
 
     def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
         _check(tensor_steps, level)
-        self._places = [i for i, t in enumerate(tensor_steps) if (t.p if t.rows is None else t.m).numel()]
-        self._has_empty = len(self._places) < len(tensor_steps)
-        present = [tensor_steps[i] for i in self._places]
+        self.places = [i for i, t in enumerate(tensor_steps) if (t.p if t.rows is None else t.m).numel()]
+        self._has_empty = len(self.places) < len(tensor_steps)
+        present = [tensor_steps[i] for i in self.places]
         self.lasts = True
         """Whether later steps with the same tensors can use it, since none had to be copied."""
         self._level, self._rule = level, rule
@@ -172,7 +168,7 @@ class Packed:
             for t in present
         ]
         first_rows = [0, *accumulate(math.prod(t.p.shape[:-1]) for t in tensor_steps)]
-        self._first_rows = [first_rows[i] for i in self._places]
+        self._first_rows = [first_rows[i] for i in self.places]
         self._rows = [(i, t.row) for i, t in enumerate(present) if t.row is not None]  # telemetry
         self._copies: list[tuple[Tensor, Tensor]] = []  # (target of write_back, copy for C)
         self._buffer = bytearray(STEP.size * len(present))
@@ -199,37 +195,16 @@ class Packed:
         for i, row in enumerate(self._first_rows):
             struct.pack_into("P", self._buffer, i * STEP.size + ROW_SUMS_AT, first + row * per_row)
 
-    def set_factors(self, row: Tensor | None, col: Tensor, matrices: Matrices) -> None:
-        """Take the factors of the one tensor's second moment, or of its root, for what is called next."""
-        self._factors = row, col
-        address = 0 if row is None else row.data_ptr()
-        struct.pack_into("PP", self._buffer, ROW_FACTORS_AT, address, col.data_ptr())
-        struct.pack_into("qq", self._buffer, MATRICES_AT, matrices.columns, matrices.rows)
-
-    def sum_squares(self, matrices: int, kept: Tensor | None, rows: Tensor, columns: Tensor) -> None:
-        """Write the sums of squares of the one tensor's approximation over each row and each column.
-
-        The squares themselves are written to ``kept`` if it is not None.
-        """
-        place = 0 if kept is None else kept.data_ptr()
-        self._call(functions().gwt_sum_squares, matrices, place, rows.data_ptr(), columns.data_ptr())
-
-    def sum_divided(self, matrices: int, kept: Tensor | None, means: Tensor) -> float:
-        """Return the sum of squares of the one tensor's approximation, divided by its second moment."""
-        total, place = ctypes.c_double(), 0 if kept is None else kept.data_ptr()
-        self._call(functions().gwt_sum_divided, matrices, place, means.data_ptr(), ctypes.addressof(total))
-        return total.value
-
-    def _call(self, function: Any, *arguments: int) -> None:
-        """Call a function of factors.c on the one tensor."""
-        if function(self._address, self._grads, self._blocks, *arguments, torch.get_num_threads()):
-            raise MemoryError("there is no memory for the sums of a step")
+    def step_factored(self, factors: bytes) -> None:
+        """Take a step of Adafactor of all tensors, with a ``gwt_factors`` of factors.c for each."""
+        self.run(functions().gwt_factored, factors)
+        self.write_back()
 
     def renew(self, inputs: StepInputs, divisors: Tensor | None) -> None:
         """Pack gradients and numbers of another step with the same tensors; see ``Runner.apply``."""
         columns: list[Any] = [*inputs[:3]] if divisors is None else [*inputs[:3], divisors.unbind()]
         if self._has_empty:
-            columns = [[column[i] for i in self._places] for column in columns]
+            columns = [[column[i] for i in self.places] for column in columns]
         self._take(*columns)
         self.set_rows(inputs.row_sums)
 
@@ -275,7 +250,7 @@ class Packed:
             norm = self._plain(t.norm, True, torch.float32).data_ptr()
         weights, coefficients = ((0, count, 0), (0, max(count, 1), 0)) if t.span is None else t.span
         numbers = (0,) * 18
-        absent = (0,) * 3  # until set_rows() or set_factors()
+        absent = (0,) * 3  # until set_rows(); factors.c has its own
         STEP.pack_into(
             *(
                 self._buffer,
@@ -315,7 +290,7 @@ class Packed:
 
     def set_params(self, params: Sequence[Tensor]) -> None:
         """Take others of the same shapes in place of the parameters; one that is no plain tensor ends its use."""
-        self._params = [params[i] for i in self._places]
+        self._params = [params[i] for i in self.places]
         self.lasts &= all(p.is_contiguous() and not p.is_neg() for p in self._params)
         for i, address in enumerate(map(Tensor.data_ptr, self._params)):
             _POINTER.pack_into(self._buffer, i * STEP.size, address)
@@ -336,11 +311,11 @@ class Packed:
             notes.limit(squares[0])
             notes.close()
 
-    def run(self, function: Any) -> None:
-        """Call a function of bucket.c on all tensors."""
-        count = len(self._places)
+    def run(self, function: Any, *more: Any) -> None:
+        """Call a function of bucket.c or factors.c on all tensors."""
+        count = len(self.places)
         if count and function(
-            *(self._address, self._grads, self._blocks, self._stride, count, torch.get_num_threads())
+            *(self._address, self._grads, self._blocks, self._stride, count, *more, torch.get_num_threads())
         ):
             raise MemoryError(f"there is no memory for the sums of a step over {count} tensors")
 
@@ -353,7 +328,7 @@ class Packed:
 
     def results(self) -> list[Result]:
         """Return the results of each tensor."""
-        return [self._result(i) for i in range(len(self._places))]
+        return [self._result(i) for i in range(len(self.places))]
 
     def _result(self, i: int) -> Result:
         return Result._make(RESULTS.unpack_from(self._buffer, i * STEP.size + RESULTS_AT))

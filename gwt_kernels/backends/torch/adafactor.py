@@ -53,16 +53,12 @@ class AdafactorRunner(TorchRunner):
             update.finish(total)
         self.count(inputs)
 
-    def _updates(self, inputs: StepInputs, keeps: bool) -> list[FactoredStep]:
+    def _updates(self, inputs: StepInputs, keeps: bool) -> list[_Update]:
         bucket = self._factored
         return [
-            self._step_of(i, scaled_ahead(tensor_step), keeps)
+            _Update(bucket, i, scaled_ahead(tensor_step), keeps)
             for i, tensor_step in enumerate(bucket.tensor_steps(inputs))
         ]
-
-    def _step_of(self, place: int, tensor_step: TensorStep, keeps: bool) -> FactoredStep:
-        """The step of one tensor; see :class:`FactoredStep`."""
-        return FactoredStep(self._factored, place, tensor_step, keeps)
 
 
 class Factors(NamedTuple):
@@ -89,7 +85,7 @@ def new_factors(
     return Factors(new_row, new_col, means.div(n_rows).add_(rest2 * eps))
 
 
-class FactoredStep:
+class _Update:
     """The step of one tensor, in the notation of ``rules/adafactor.py``.
 
     Args:
@@ -112,7 +108,8 @@ class FactoredStep:
     def sums(self) -> Tensor:
         """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
         tensor_step, (row, _), whole = self._tensor_step, self._factors, self._whole
-        rows, columns = self._line_sums()
+        squares = self._squares()
+        rows, columns = squares.sum(-1), squares.sum(-2)
         means = rows.new_zeros(self.local.batch)
         if row is not None:
             # Other processes may hold the same rows: each counts as much of them as it holds of the columns.
@@ -133,7 +130,11 @@ class FactoredStep:
             self._factors, parts, self._whole, self._tensor_step.hyper.rule_options.eps, self._rest2
         )
         self._weights = weights.view(())
-        return self._divided_sum(*self._new)
+        row, col, mean = self._new
+        sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
+        if row is not None:
+            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
+        return sums.sum()
 
     def finish(self, total: Tensor) -> None:
         """Store the factors, the first moment and the weights; ``total`` is of the whole tensor."""
@@ -145,32 +146,28 @@ class FactoredStep:
         if hyper.rule_options.least_rms is not None:
             rate = rate * (self._weights / max(self._numel, 1)).sqrt().clamp(min=hyper.rule_options.least_rms)
         if tensor_step.p.numel():
+            denominators = self._denominators(clip)
+            notes = None if tensor_step.row is None else Notes(tensor_step.row)
             if self._bucket.is_literal:
-                self._transform(self._denominators(clip), rate)
+                self._transform(denominators, rate)
             else:
-                self._fold(clip, rate)
+                self._fold(denominators, rate, notes)
+            if notes is not None:
+                notes.limit(clip)
+                notes.close()
         if self._new.row is not None and row is not None:
             row.copy_(self._new.row)
         col.copy_(self._new.col)
         self._kept = None
 
-    def _line_sums(self) -> tuple[Tensor, Tensor]:
-        """Sums of squares of the approximation over rows, and over columns, of each matrix."""
-        squares = self._squares()
-        return squares.sum(-1), squares.sum(-2)
-
-    def _divided_sum(self, row: Tensor | None, col: Tensor, mean: Tensor) -> Tensor:
-        """The sum of squares of the approximation divided by the second moment that the factors make."""
-        sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
-        if row is not None:
-            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
-        return sums.sum()
-
-    def _fold(self, clip: Tensor, rate: Any) -> None:
+    def _fold(self, denominators: Tensor, rate: Any, notes: Notes | None) -> None:
         """Update a chunk of weights after another by the rule's statements."""
-        bucket, tensor_step, denominators = self._bucket, self._tensor_step, self._denominators(clip)
-        hyper, rule = tensor_step.hyper, bucket.stated
-        notes = None if tensor_step.row is None else Notes(tensor_step.row)
+        bucket, tensor_step, hyper, rule = (
+            self._bucket,
+            self._tensor_step,
+            self._tensor_step.hyper,
+            self._bucket.stated,
+        )
         storage = Storage(
             bucket.level, bucket.stored, bucket.rounding, tensor_step.step, tensor_step.key, tensor_step.span, notes
         )
@@ -187,9 +184,6 @@ class FactoredStep:
             if tensor_step.m is not None:
                 storage.store_moments(held, moments)
             storage.store_weights(chunk, p)
-        if notes is not None:
-            notes.limit(clip)
-            notes.close()
 
     def _transform(self, denominators: Tensor, rate: Any) -> None:
         """Update all weights by the transform and its inverse."""
@@ -230,17 +224,13 @@ class FactoredStep:
             return [block_sums(g, bucket.level).mul_(factor / math.sqrt(width_of(g, bucket.level)))]
         return [self._tensor_step.hyper.scaled(g)]
 
-    def _roots(self, clip: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The factors of ``d * clip``: one a row, and one a column."""
-        assert self._new is not None
-        row, col, mean = self._new
-        return None if row is None else row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1), col.sqrt().mul_(clip)
-
     def _denominators(self, clip: Tensor) -> Tensor:
         """``d * clip`` of the moments' shape."""
-        row, made = self._roots(clip)
+        assert self._new is not None
+        row, col, mean = self._new
+        made = col.sqrt().mul_(clip)
         if row is not None:
-            made = made.unsqueeze(-2) * row.unsqueeze(-1)
+            made = made.unsqueeze(-2) * (row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1)).unsqueeze(-1)
         return made.clamp_(min=self._tensor_step.hyper.rule_options.eps)  # what is below has no gradient
 
     def _load_weights(self) -> Tensor:

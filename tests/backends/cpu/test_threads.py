@@ -83,7 +83,8 @@ def none_to_be_had():
     optimizer.step()  # has the memory that a step needs
     once = p.detach().clone()
     torch.set_num_threads(3)
-    resource.setrlimit(resource.RLIMIT_AS, (2**22,) * 2)  # no room for a stack
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**25,) * 2)  # room, but not for a stack
     optimizer.step()
     torch.set_num_threads(1)
     print(step.functions().gwt_threads(), bool((p != once).all()))
@@ -105,9 +106,8 @@ for work in (buckets, none_to_be_had):
 def printed() -> tuple[list[str], list[str]]:
     """What each of these processes printed."""
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # a thread of NumPy's, ended by the fork, would leave a stack
-    done = subprocess.run(
-        [sys.executable, "-c", NEW_PROCESSES], stdout=subprocess.PIPE, text=True, check=True, env=env
-    )
+    command = 'ulimit -s 65536 && exec "$0" -c "$1"', sys.executable, NEW_PROCESSES
+    done = subprocess.run(["bash", "-c", *command], stdout=subprocess.PIPE, text=True, check=True, env=env)
     buckets, none_to_be_had, _ = done.stdout.split("end\n")
     return buckets.split(), none_to_be_had.split()
 
