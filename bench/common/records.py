@@ -32,7 +32,10 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
         raise ValueError(
             f"{path} has the format {found!r}, and this version reads {FORMAT!r}: measure again, or move it away"
         )
-    return content["benchmark"], content["rows"]
+    benchmark, rows = content.get("benchmark"), content.get("rows")
+    if not isinstance(benchmark, str) or not isinstance(rows, list) or not all(isinstance(x, dict) for x in rows):
+        raise ValueError(f"{path} names no benchmark, or holds no list of rows: restore it from version control")
+    return benchmark, rows
 
 
 def rows_of(path: Path, benchmark: str) -> list[dict[str, Any]]:

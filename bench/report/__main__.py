@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = options.root / "docs" / "images"
     try:
         pages, drawn = make(options.results, options.root)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not options.check:

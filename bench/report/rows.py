@@ -58,8 +58,11 @@ def load(folder: Path) -> list[Run]:
     """Return every run in a folder, newest first.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: a file is no record, or has a format that this version cannot read; the message names it.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: --results names one of raw results")
     runs = []
     for path in sorted(folder.glob("*.json")):
         benchmark, rows = records.read(path)

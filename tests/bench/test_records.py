@@ -37,7 +37,18 @@ def test_a_row_that_json_cannot_represent_changes_nothing(tmp_path):
     assert records.rows_of(path, "kernels") == [{"a": 1}]
 
 
-@pytest.mark.parametrize("content", ["[]", '{"rows": []}', '{"format": "gwt_kernels results 2"}', "{", "3"])
+KNOWN = f'"format": "{records.FORMAT}"'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", '{"rows": []}', '{"format": "gwt_kernels results 2"}', "{", "3"),
+        *(f'{{{KNOWN}, "rows": []}}', f'{{{KNOWN}, "benchmark": "kernels"}}'),
+        *(f'{{{KNOWN}, "benchmark": {rest}}}' for rest in ('["kernels"], "rows": []', '"kernels", "rows": [3]')),
+        f'{{{KNOWN}, "benchmark": "kernels", "rows": {{"a": 1}}}}',
+    ],
+)
 def test_a_file_of_unknown_format_is_refused_by_name(tmp_path, content):
     path = tmp_path / "strange.json"
     path.write_text(content)

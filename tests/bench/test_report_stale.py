@@ -11,6 +11,7 @@ import pytest
 
 from bench.common import sources
 from bench.report import markdown, optimizers, plots, rows
+from bench.report.__main__ import main
 from bench.report.rows import Run
 from tests.support.made_up_rows import CPU, GPU, optimizer_rows
 from tests.support.reports import checkout, record, report
@@ -116,6 +117,17 @@ def test_unknown_format_is_refused_by_name(
     assert "odd.json" in errors
     assert "gwt_kernels results 99" in errors
     assert not (place / "docs" / "performance.md").exists()
+
+
+def test_missing_folders_are_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages are not written anew as if nothing had been measured."""
+    before = (place / "README.md").read_text()
+    assert main(["--results", str(place / "typo"), "--root", str(place)]) == 1
+    assert "there is no folder" in (said := capsys.readouterr().err)
+    assert "typo" in said
+    assert (place / "README.md").read_text() == before
+    assert main(["--results", str(place / "results"), "--root", str(place / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_unknown_block_is_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
