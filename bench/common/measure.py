@@ -157,8 +157,14 @@ def chosen_device(name: str | None) -> torch.device:
     """Return the device of a name, by default CUDA if available; a CUDA device always with its index.
 
     `torch.cuda.set_device` refuses a device without an index, and events and streams use the current device.
+
+    Raises:
+        ValueError: PyTorch knows no device of that name.
     """
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: PyTorch knows no such device; use --device cpu or cuda") from error
     return torch.device("cuda", 0) if device == torch.device("cuda") else device
 
 

@@ -30,13 +30,22 @@ def load_config(model: str) -> LlamaConfig:
 
     Raises:
         FileNotFoundError: There is no such configuration; the message lists the existing ones.
+        ValueError: The file holds no configuration of a LLaMA.
     """
     named = {file.stem: file for folder in FOLDERS for file in folder.glob("llama_*.json")}
     path = named.get(model, Path(model))
     if not path.is_file():
         known = ", ".join(sorted(named))
         raise FileNotFoundError(f"--model {model}: no such configuration; choose from {known}, or give a JSON file")
-    fields = json.loads(path.read_text())
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"--model {path}: is not JSON ({error}); give a file of LlamaConfig fields") from error
+    # LlamaConfig takes any fields, and the sizes of LLaMA-7B where it is given none.
+    if not isinstance(fields, dict) or "hidden_size" not in fields or fields.get("model_type", "llama") != "llama":
+        raise ValueError(
+            f"--model {path}: is no configuration of a LLaMA; give a file with its hidden_size and so on"
+        )
     for label in ("about", "model_type"):
         fields.pop(label, None)
     return LlamaConfig(**fields)

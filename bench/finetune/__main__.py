@@ -13,22 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from bench.common import records, step_times
+from bench.common.arguments import above_zero, at_least, share
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS
+from bench.common.places import check_out, check_record
 from bench.finetune import models, results
 from bench.finetune.examples import Columns, labels_of, read_examples
 from bench.finetune.table import print_table
@@ -37,38 +36,6 @@ from bench.finetune.training import MODULE, RunConfig, train_apart
 from bench.pretrain.optimizers import swept_name
 
 _OF_PRESET = Path()  # stands for the preset's own record, which the parser does not know yet
-ROOM = 10_000_000
-"""Free bytes without which nothing is begun: records take less."""
-
-
-def _at_least(least: float, kind: type = int) -> Any:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least {least:g}")
-        return value
-
-    return convert
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _at_least(0.0, float)(text)
-    if value > 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a share between 0 and 1")
-    return float(value)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,13 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="; ".join(f"{name}: {what}" for name, what in models.RECIPES.items()),
     )
-    add(
-        "--lr", nargs="+", type=_above_zero, help="peak rates of head, embeddings and norms; else the recorded best"
-    )
+    add("--lr", nargs="+", type=above_zero, help="peak rates of head, embeddings and norms; else the recorded best")
     add(
         "--scale",
         nargs="+",
-        type=_above_zero,
+        type=above_zero,
         help="rates of matrices, or adapters, over --lr; else the recorded best",
     )
     add(
@@ -101,11 +66,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="every setting of the preset's grid under one seed, the best under --seeds",
     )
-    add("--seed", type=_at_least(0), default=0, help="the first seed: new head, dropout, order of batches")
-    add("--seeds", type=_at_least(1), default=1, help="how many seeds")
+    add("--seed", type=at_least(0), default=0, help="the first seed: new head, dropout, order of batches")
+    add("--seeds", type=at_least(1), default=1, help="how many seeds")
     add(
         "--step-times",
-        type=_at_least(1),
+        type=at_least(1),
         nargs="?",
         const=step_times.ROUNDS,
         metavar="STEPS",
@@ -136,28 +101,28 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--pair-column", help="column of the second text, where there are two")
     add("--label-column", default="label")
-    add("--examples", type=_at_least(1), help="training examples at most")
+    add("--examples", type=at_least(1), help="training examples at most")
     add(
         "--validation",
-        type=_at_least(0),
+        type=at_least(0),
         help="examples, or windows of text, to choose settings by; 0: those of the test",
     )
-    add("--test", type=_at_least(1), help="examples, or windows of text, to report on")
-    add("--max-length", type=_at_least(1), help="tokens of an example at most, or of a window of text")
+    add("--test", type=at_least(1), help="examples, or windows of text, to report on")
+    add("--max-length", type=at_least(1), help="tokens of an example at most, or of a window of text")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_above_zero, help="passes over the training data")
-    add("--steps", type=_at_least(1), help="optimizer steps, in place of --epochs")
-    add("--batch", type=_at_least(1))
-    add("--warmup", type=_share, help="share of the steps over which the rate rises")
-    add("--weight-decay", type=_at_least(0.0, float), default=0.0)
-    add("--grad-clip", type=_at_least(0.0, float), default=0.0, help="largest gradient norm; 0 for no clipping")
-    add("--rank", type=_at_least(1), default=8, help="rank of the adapters of recipe lora")
+    add("--epochs", type=above_zero, help="passes over the training data")
+    add("--steps", type=at_least(1), help="optimizer steps, in place of --epochs")
+    add("--batch", type=at_least(1))
+    add("--warmup", type=share, help="share of the steps over which the rate rises")
+    add("--weight-decay", type=at_least(0.0, float), default=0.0)
+    add("--grad-clip", type=at_least(0.0, float), default=0.0, help="largest gradient norm; 0 for no clipping")
+    add("--rank", type=at_least(1), default=8, help="rank of the adapters of recipe lora")
     add(
         "--precision", choices=("float32", "mixed", "bfloat16"), help="mixed: float32 weights, bfloat16 activations"
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=_at_least(1), help="CPU threads")
+    add("--threads", type=at_least(1), help="CPU threads")
     return parser
 
 
@@ -262,44 +227,6 @@ def check_paths(options: argparse.Namespace) -> None:
                 f"--{key} {path}: is not there yet; run python -m {MODULE}.fetch {options.fetch}"
             )
     models.check_folder(options.model)
-
-
-def check_out(out: Path) -> None:
-    """Refuse a folder that cannot be written to, before hours are spent.
-
-    Raises:
-        ValueError: It is no folder, or the disk has no room.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-    _check_room(out, f"--out {out}")
-
-
-def check_record(record: Path) -> None:
-    """Refuse a record that cannot be written to, before hours are spent.
-
-    Raises:
-        ValueError: It is a folder, or in none that can be written to, or the disk has no room.
-    """
-    if record.is_dir():
-        raise ValueError(f"--record {record}: is a folder; name a file in it")
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=record.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--record {record}: cannot be written ({error.strerror}); give another file") from error
-    _check_room(record.parent, f"--record {record}")
-
-
-def _check_room(folder: Path, option: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < ROOM:
-        raise ValueError(
-            f"{option}: {free / 1e6:.1f} MB are free and results take up to {ROOM / 1e6:.0f} MB; make room"
-        )
 
 
 class Comparison:

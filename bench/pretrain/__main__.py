@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from bench.common import step_times
+from bench.common import records, step_times
+from bench.common.arguments import above_zero, at_least, share
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS, build_model, load_config
 from bench.common.names import PEERS, RULES
+from bench.common.places import check_out, check_record
 from bench.common.records import RESULTS
 from bench.pretrain import low_rank, parallel, quality
 from bench.pretrain.compare import compare
@@ -45,20 +47,6 @@ from bench.pretrain.sweep import best_settings, read_runs, settings_of, sweep
 from bench.pretrain.training import RunConfig, train
 
 _RECORD_OF_PRESET = object()  # --record without a file: the preset's own, which is known after parsing
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number of at least 1")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}: give a share between 0 and 1")
-    return value
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,13 +77,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="run the preset's grid of settings and record every run",
     )
     add("--sweep-record", type=Path, help="the record of --sweep, and where lr and scale are taken from")
-    add("--sweep-steps", type=_positive, help="length of a sweep's runs; by default --steps")
-    add("--sweep-settings", type=_positive, help="how many settings of each grid to try; by default all")
-    add("--sweep-seeds", type=_positive, default=3, help="seeds for the best setting of a sweep")
-    add("--seeds", type=_positive, default=1, help="how many seeds --compare runs each under, from --seed on")
+    add("--sweep-steps", type=at_least(1), help="length of a sweep's runs; by default --steps")
+    add("--sweep-settings", type=at_least(1), help="how many settings of each grid to try; by default all")
+    add("--sweep-seeds", type=at_least(1), default=3, help="seeds for the best setting of a sweep")
+    add("--seeds", type=at_least(1), default=1, help="how many seeds --compare runs each under, from --seed on")
     add(
         "--step-times",
-        type=_positive,
+        type=at_least(1),
         nargs="?",
         const=step_times.ROUNDS,
         metavar="STEPS",
@@ -119,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     named = ", ".join(f"{name} ({said})" for name, said in CORPORA.items())
     text.add_argument("--corpus", choices=CORPORA, default="stdlib", help=f"the text by name: {named}")
     text.add_argument("--text", type=Path, help="a file or folder of text instead")
-    add("--heldout-fraction", type=_share, help="share of the text that is only evaluated on")
+    add("--heldout-fraction", type=share, help="share of the text that is only evaluated on")
     add("--dataset", help="stream this Hugging Face data set instead, such as allenai/c4")
     add("--dataset-config", help="its configuration, such as en")
     add("--heldout-split", default="validation", help="its split to evaluate on")
@@ -127,20 +115,20 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--lr", type=float, help="peak rate of embeddings, head and norms")
-    add("--scale", type=float, help="rate of attention and MLP matrices over --lr")
-    add("--steps", type=_positive, help="optimizer steps")
-    add("--batch", type=_positive, help="windows per forward pass")
-    add("--accumulate", type=_positive, help="forward passes per optimizer step")
-    add("--context", type=_positive, help="tokens predicted per window")
-    add("--warmup", type=_share, help="share of the steps over which the rate rises")
-    add("--min-lr", type=_share, help="share of the peak rate that the cosine ends at")
-    add("--weight-decay", type=float)
-    add("--momentum", type=float, help="Muon's; by default that of the sweep, or 0.95")
-    add("--projection-gap", type=_positive, help="steps between new projections of GaLore and APOLLO")
-    add("--grad-clip", type=float, help="largest gradient norm; 0 for no clipping")
-    add("--evals", type=_positive, help="evaluations, evenly spaced")
-    add("--eval-windows", type=_positive, help="held-out windows per evaluation")
+    add("--lr", type=at_least(0.0, float), help="peak rate of embeddings, head and norms")
+    add("--scale", type=above_zero, help="rate of attention and MLP matrices over --lr")
+    add("--steps", type=at_least(1), help="optimizer steps")
+    add("--batch", type=at_least(1), help="windows per forward pass")
+    add("--accumulate", type=at_least(1), help="forward passes per optimizer step")
+    add("--context", type=at_least(1), help="tokens predicted per window")
+    add("--warmup", type=share, help="share of the steps over which the rate rises")
+    add("--min-lr", type=share, help="share of the peak rate that the cosine ends at")
+    add("--weight-decay", type=at_least(0.0, float))
+    add("--momentum", type=at_least(0.0, float), help="Muon's; by default that of the sweep, or 0.95")
+    add("--projection-gap", type=at_least(1), help="steps between new projections of GaLore and APOLLO")
+    add("--grad-clip", type=at_least(0.0, float), help="largest gradient norm; 0 for no clipping")
+    add("--evals", type=at_least(1), help="evaluations, evenly spaced")
+    add("--eval-windows", type=at_least(1), help="held-out windows per evaluation")
     add("--seed", type=int, default=0, help="decides initial weights and order of the text")
 
     group = parser.add_argument_group("machine")
@@ -149,11 +137,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--parallel", choices=parallel.MODES, help="divide the run among the processes that torchrun starts")
     add("--precision", choices=("float32", "bfloat16", "mixed"), help="bfloat16 on CUDA, float32 on a CPU")
     add("--compile", action="store_true", help="run the model through torch.compile")
-    add("--threads", type=_positive, help="CPU threads; by default PyTorch's choice")
+    add("--threads", type=at_least(1), help="CPU threads; by default PyTorch's choice")
     add("--resume", action="store_true", help="continue from the checkpoint in --out where there is one")
-    add("--stop-at", type=_positive, help="end early after this step, to be resumed")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0 for one at the end only")
-    add("--log-every", type=_positive, default=10, help="steps between lines of training loss in the log")
+    add("--stop-at", type=at_least(1), help="end early after this step, to be resumed")
+    add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0 for one at the end only")
+    add("--log-every", type=at_least(1), default=10, help="steps between lines of training loss in the log")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
@@ -349,9 +337,42 @@ def run_on_several(options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+def run_comparison(options: argparse.Namespace, device: torch.device) -> None:
+    """Run every optimizer under every seed; one that is interrupted shows what was measured before."""
+    seeds = range(options.seed, options.seed + options.seeds)
+    configs = [run_config(options, name, seed) for seed in seeds for name in dict.fromkeys(options.compare)]
+    results: list[dict[str, Any]] = []
+    try:
+        for config in configs:
+            folder = options.out / config.optimizer / f"seed{config.seed}"
+            results.append(run_one(options, config, folder, device))
+    finally:
+        if results:
+            compare(results, options.out)
+
+
+def check_places(options: argparse.Namespace) -> None:
+    """Refuse a folder or a record that cannot be written to, and a file that is no record of these results.
+
+    Raises:
+        ValueError: There is one.
+    """
+    record, benchmark = options.record, quality.BENCHMARK
+    if options.step_times:
+        benchmark = step_times.BENCHMARK
+    elif options.sweep:
+        record, benchmark = options.sweep_record, "sweep"
+    else:
+        check_out(options.out)
+    if record is not None:
+        check_record(record)
+        records.rows_of(record, benchmark)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options, grids = parse(argv)
+    check_places(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.parallel:
@@ -360,8 +381,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if parallel.started_by_torchrun():
         raise ValueError("torchrun has started several processes: say how they divide the run with --parallel")
     device = chosen_device(options.device)
-    if device.type == "cuda" and not is_present(device):
-        raise ValueError(f"--device {options.device}: PyTorch sees no such CUDA device here; use --device cpu")
+    if not is_present(device):
+        raise ValueError(f"--device {options.device}: PyTorch sees no such device here; use --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if options.step_times:
@@ -369,11 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.sweep:
         run_sweep(options, grids, device)
     elif options.compare:
-        seeds = range(options.seed, options.seed + options.seeds)
-        configs = [run_config(options, name, seed) for seed in seeds for name in options.compare]
-        folders = [options.out / config.optimizer / f"seed{config.seed}" for config in configs]
-        pairs = zip(configs, folders, strict=True)
-        compare([run_one(options, config, folder, device) for config, folder in pairs], options.out)
+        run_comparison(options, device)
     else:
         compare([run_one(options, run_config(options, options.optimizer), options.out, device)], options.out)
 
@@ -381,5 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: --resume goes on from the last checkpoint; a sweep goes on by the same command")

@@ -19,18 +19,39 @@ def write_atomically(path: Path, payload: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text; after a crash `path` holds the complete old or the complete new file."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, accepting only tensors and plain data."""
-    payload: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return payload
+    """Read a checkpoint to the CPU, accepting only tensors and plain data.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        payload: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # any type: torch.load raises what the first wrong byte leads to
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}): restore it, or start a new run in another --out"
+        ) from error
+    return payload if isinstance(payload, dict) else {}
 
 
-def check_same_run(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+def check_same_run(path: Path, saved: dict[str, Any] | None, asked: dict[str, Any]) -> None:
     """Refuse to continue a run under different settings.
 
     Raises:
-        ValueError: Settings differ; the message names each, with both values.
+        ValueError: Settings differ; the message names each, with both values. Or the file has none.
     """
+    if saved is None:
+        raise ValueError(f"{path} is no checkpoint of a run: start a new one in another --out")
     differing = [
         f"{key}={saved.get(key)!r} there, {asked.get(key)!r} here"
         for key in sorted(saved.keys() | asked.keys())

@@ -67,7 +67,8 @@ def make_table(results: list[dict[str, Any]]) -> Table:
         if not done:
             table.add_row(name, *rates, ", ".join(failures), *["-"] * 5)
             continue
-        loss = with_spread([result["heldout_loss"] for result in done], 4)
+        losses = [result["heldout_loss"] for result in done if result["heldout_loss"] is not None]
+        loss = with_spread(losses, 4) if losses else "-"  # of a run that stopped before its first evaluation
         if failures:
             loss += f"\n{len(done)} of {len(group)} seeds: {', '.join(failures)}"
         held = done[0]["state_bytes_measured"]

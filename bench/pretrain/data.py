@@ -51,7 +51,11 @@ class PretrainedTokenizer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            said = str(error).partition("\n")[0]
+            raise ValueError(f"--tokenizer {name}: cannot be read ({said}); give another name or folder") from error
         separator = self._tokenizer.eos_token_id
         if separator is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token: choose one that has")

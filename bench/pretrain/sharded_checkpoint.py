@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from bench.pretrain import checkpoint
+from bench.pretrain.checkpoint import write_text
 from bench.pretrain.parallel import Processes
 
 _LATEST = "latest"  # the file that names the last complete checkpoint; replacing it commits a checkpoint
@@ -64,12 +65,12 @@ def _commit(folder: Path, name: str, sums: dict[str, int], about: dict[str, Any]
     missing = [file for file in sums if not (partial / file).is_file()]
     if missing:
         raise ValueError(f"{partial}: {missing} cannot be seen from the first process; --out has to be shared")
-    _write_text(partial / _MANIFEST, json.dumps(sums, indent=2))
+    write_text(partial / _MANIFEST, json.dumps(sums, indent=2))
     _sync(partial)
     os.rename(partial, folder / name)
     _sync(folder)
     before = (folder / _LATEST).read_text() if exists(folder) else None
-    _write_text(folder / _LATEST, name)
+    write_text(folder / _LATEST, name)
     _sync(folder)
     for other in folder.iterdir():
         if other.is_dir() and other.name not in (name, before):
@@ -132,15 +133,6 @@ def _checksum(file: Path) -> int:
         while part := stream.read(1 << 24):
             value = zlib.crc32(part, value)
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _sync(folder: Path) -> None:

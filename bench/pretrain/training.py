@@ -227,7 +227,7 @@ class Run:
             path, saved = sharded_checkpoint.read_about(path, self.processes)
         else:
             saved = checkpoint.read(path)
-        checkpoint.check_same_run(path, saved["run"], self._identity())
+        checkpoint.check_same_run(path, saved.get("run"), self._identity())
         if self.processes.mode is not None:
             state = sharded_checkpoint.read_state(path, self._state())
             set_model_state_dict(self.model, state["model"])
@@ -264,7 +264,7 @@ class Log:
             return
         kept = []
         if upto is not None and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= upto]
+            kept = [json.dumps(entry) for entry in _entries(path) if entry["step"] <= upto]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self.empty = not kept
@@ -279,14 +279,26 @@ class Log:
             self._file.close()
 
 
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log, without a last one that a crash has cut short."""
+    try:
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or start a new run in another --out") from error
+
+
 def read_log(path: Path, kind: str) -> list[dict[str, Any]]:
     """Return the lines of one kind (`run`, `train`, `eval`) of a run's log."""
-    return [entry for line in path.read_text().splitlines() if (entry := json.loads(line))["kind"] == kind]
+    return [entry for entry in _entries(path) if entry["kind"] == kind]
 
 
 def read_result(out: Path) -> dict[str, Any]:
     """Return the result that `train` left in the folder of a run."""
-    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    path = out / "result.json"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or start a new run in another --out") from error
     return result
 
 
@@ -387,7 +399,7 @@ def train(
         **facts(device, "bench.pretrain", sys.argv[1:]),
     }
     if processes.is_first:
-        (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        checkpoint.write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

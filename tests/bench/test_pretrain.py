@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench.common import records
 from bench.common.models import build_model, load_config
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain import checkpoint
 from bench.pretrain.optimizers import build_optimizer
-from bench.pretrain.training import Run, lr_factor, read_log
+from bench.pretrain.training import Run, RunConfig, lr_factor, read_log
 from tests.support.pretraining import (
     TEXT,
     assert_predicted_state_bytes,
@@ -286,6 +287,120 @@ def test_resuming_another_run_is_refused(tmp_path: Path, options: list[str]) -> 
         with pytest.raises(ValueError, match=message):
             trained([*options, *more], tmp_path / "out", resume=True)
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
+
+
+def test_places_are_looked_at_before_training(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "train", lambda *args, **more: pytest.fail("it trains"))
+    out, file = ["--out", str(tmp_path / "out")], tmp_path / "file"
+    file.write_text("{")
+
+    def refused(match: str, *more: str) -> None:
+        for line in ([*out, *more], [*out, *more, "--compare", "adamw", "gwt2"]):
+            with pytest.raises(ValueError, match=match):
+                pretrain.main([*options, *line])
+
+    refused(r"--out .*file: cannot be made .*; give another folder", "--out", str(file))
+    refused(r"--record .*: is a folder; name a file in it", "--record", str(tmp_path))
+    refused(r"--record .*file/r\.json: cannot be written .*; give another file", "--record", str(file / "r.json"))
+    refused(r"file is not JSON", "--record", str(file))
+    refused(r"file is not JSON", "--record", str(file), "--step-times", "1")
+    refused(r"file is not JSON", "--sweep", "gwt2", "--sweep-record", str(file))
+    records.append(tmp_path / "other.json", "kernels", [])
+    refused(r"is a record of 'kernels', not of 'quality'", "--record", str(tmp_path / "other.json"))
+
+
+def test_models_tokenizers_and_devices_that_are_none(tmp_path: Path, options: list[str]) -> None:
+    def refused(match: str, *more: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            pretrain.main([*options, "--out", str(tmp_path / "out"), *more])
+
+    for content, match in (
+        ("{", r"is not JSON .*; give a file of LlamaConfig fields"),
+        ("[]", r"is no configuration of a LLaMA; give"),
+        ('{"format": "gwt_kernels results 1"}', r"is no configuration of a LLaMA; give"),  # else LLaMA-7B is built
+        ('{"model_type": "gpt2", "hidden_size": 8}', r"is no configuration of a LLaMA; give"),
+    ):
+        (tmp_path / "model.json").write_text(content)
+        refused(rf"^--model .*model\.json: {match}", "--model", str(tmp_path / "model.json"))
+    nowhere = str(tmp_path / "nowhere")
+    refused(r"^--tokenizer .*nowhere: cannot be read \(.*\); give another", "--tokenizer", nowhere)
+    refused(r"^--device nonsense: PyTorch knows no such device; use", "--device", "nonsense")
+    refused(r"^--device mps: PyTorch sees no such device here; use", "--device", "mps")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(["--lr", "nan"], ["--lr", "-1"], ["--scale", "0"], ["--grad-clip", "-1"], ["--save-every", "-1"]),
+        *(["--steps", "0"], ["--steps", "x"], ["--weight-decay", "inf"], ["--warmup", "2"], ["--momentum", "-0.1"]),
+    ],
+    ids=" ".join,
+)
+def test_numbers_out_of_range(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain.parse(line)
+    assert f"argument {line[0]}: {line[1]!r}: give a " in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_shows_what_it_measured(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, record = tmp_path / "out", tmp_path / "r.json"
+    real = pretrain.train
+
+    def interrupted(config: RunConfig, *args: Any, **more: Any) -> dict[str, Any]:
+        if config.optimizer == "gwt2":
+            raise KeyboardInterrupt
+        return real(config, *args, **more)
+
+    line = [*options, "--out", str(out), "--record", str(record), "--compare", "adamw", "gwt2", "adamw"]
+    monkeypatch.setattr(pretrain, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(line)
+    assert [result["optimizer"] for result in json.loads((out / "compare.json").read_text())] == ["adamw"]
+    assert "adamw" in (out / "table.txt").read_text()
+    before = records.rows_of(record, "quality")
+    assert {row["optimizer"] for row in before} == {"adamw"}
+
+    monkeypatch.setattr(pretrain, "train", real)
+    pretrain.main([*line, "--resume"])
+    names = [result["optimizer"] for result in json.loads((out / "compare.json").read_text())]
+    assert names == ["adamw", "gwt2"]  # each once, however often it was named
+    assert [row for row in records.rows_of(record, "quality") if row["optimizer"] == "adamw"] == before
+
+
+def test_a_run_that_stops_before_its_first_evaluation(tmp_path: Path, options: list[str]) -> None:
+    pretrain.main([*options, "--out", str(tmp_path / "out"), "--evals", "1", "--stop-at", "2"])
+    assert (tmp_path / "out" / "checkpoint.pt").exists()
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())[0]["heldout_loss"] is None
+
+
+def test_damaged_files_of_a_run(tmp_path: Path, options: list[str]) -> None:
+    """A log whose last line was cut goes on; everything else that is damaged is refused by name."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    trained(options, whole)
+    trained(options, out, stop_at=4)
+    files = {name: (out / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl")}
+
+    def refused(name: str, content: bytes, match: str = "is damaged") -> None:
+        before = (out / name).read_bytes()
+        (out / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} {match}.*(restore it|in another --out)"):
+            trained(options, out, resume=True)
+        (out / name).write_bytes(before)
+
+    saved = files["checkpoint.pt"]
+    for content in (b"", b"hello", saved[:5000], saved[:-50]):
+        refused("checkpoint.pt", content)
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    refused("checkpoint.pt", (tmp_path / "other.pt").read_bytes(), "is no checkpoint of a run")
+    refused("log.jsonl", b'{"kind": "ru\n' + files["log.jsonl"])
+    (out / "log.jsonl").write_bytes(files["log.jsonl"] + b'{"kind": "tra')
+    trained(options, out, resume=True)
+    assert read_log(out / "log.jsonl", "train") == read_log(whole / "log.jsonl", "train")
+    refused("result.json", b'{"model"')
 
 
 # GPU only

@@ -149,7 +149,7 @@ def _odd_heads(root: Path) -> Path:
 def _saves_that_fail(out: Path, options: list[str], first: bool) -> None:
     """If one process cannot write, all stop, the last checkpoint is unchanged, and the run can continue."""
     good = last_good(out)
-    for function, on_first in (("_checksum", False), ("_sync", True), ("_write_text", True)):
+    for function, on_first in (("_checksum", False), ("_sync", True), ("write_text", True)):
         real = getattr(sharded_checkpoint, function)
         reading = len(list(good.iterdir()))  # checksums of the files that are verified on resuming
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common import records
+from bench.common import places, records
 from bench.common.models import CONFIGS
 from bench.finetune import __main__ as finetune
 from bench.finetune import models, results
@@ -376,7 +376,7 @@ def test_bad_data_and_sizes_are_refused_before_training(tmp_path: Path, refused:
 
 def test_no_room_on_the_disk(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     full = type("Usage", (), {"free": 1_000_000})()
-    monkeypatch.setattr(finetune.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: full)
     refused(r"--out .*out: 1\.0 MB are free and results take up to 10 MB; make room")
 
 

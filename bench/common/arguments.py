@@ -1,0 +1,40 @@
+"""Numbers on the command lines of benchmarks, checked as they are parsed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """Return a converter, for argparse, of finite numbers that are not below `least`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(least) - 1
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r}: give a number of at least {least:g}")
+        return value
+
+    return convert
+
+
+def above_zero(text: str) -> float:
+    """Return the finite number above 0 that a text is."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    """Return the number from 0 to 1 that a text is."""
+    value = at_least(0.0, float)(text)
+    if value > 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share between 0 and 1")
+    return value

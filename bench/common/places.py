@@ -1,0 +1,48 @@
+"""Refuse folders and records that cannot be written to, before hours are spent."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+ROOM = 10_000_000
+"""Free bytes without which nothing is begun: records take less."""
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that cannot be written to.
+
+    Raises:
+        ValueError: It is no folder, or the disk has no room.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
+    _check_room(out, f"--out {out}")
+
+
+def check_record(record: Path) -> None:
+    """Refuse a record that cannot be written to.
+
+    Raises:
+        ValueError: It is a folder, or in none that can be written to, or the disk has no room.
+    """
+    if record.is_dir():
+        raise ValueError(f"--record {record}: is a folder; name a file in it")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=record.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--record {record}: cannot be written ({error.strerror}); give another file") from error
+    _check_room(record.parent, f"--record {record}")
+
+
+def _check_room(folder: Path, option: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        raise ValueError(
+            f"{option}: {free / 1e6:.1f} MB are free and results take up to {ROOM / 1e6:.0f} MB; make room"
+        )
