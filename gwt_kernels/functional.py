@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gwt_kernels.backends import choice
+from gwt_kernels.backends import choice, function_arguments
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
-from gwt_kernels.core.level import Level
+from gwt_kernels.core.level import Level, check_level_type
 from gwt_kernels.rules import MATRIX_STAGES
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
+
+OPTIONS = (
+    *("limiter_norms", "rule", "rounding", "keys", "lows", "scales", "control", "telemetry", "spans", "limits"),
+    *("wavelet", "boundary", "backend", "workspace"),
+)
+"""Keyword arguments of `gwt_adamw_` that have defaults."""
 
 
 @torch.no_grad()
@@ -84,32 +90,40 @@ def gwt_adamw_(
     Raises:
         RuntimeError: the requested backend cannot run on these tensors, or a CUDA graph captures Triton's step with
             ``steps`` as a list, whose numbers a replay would repeat, or with tensors not yet in ``workspace``.
-        TypeError: an option is unknown.
-        ValueError: lists of different lengths; an unknown backend, rule, wavelet or boundary; a limiter for some
+        TypeError: an option is unknown, a tensor is none, sparse, or not of real floating-point numbers, or a
+            number has the wrong type.
+        ValueError: lists of different lengths; tensors that are not one bucket, have other shapes, or are given
+            twice; a number out of range; an unknown backend, rule, wavelet or boundary; a limiter for some
             tensors only or with the folded rule; that rule with another wavelet than Haar or another boundary
             than zero; or ``control`` with ``steps`` as a list.
     """
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    function_arguments.check_lists(lists)
+    function_arguments.check_numbers(steps, hypers)
     if not params:
         return
     control, limits = options.pop("control", None), options.pop("limits", None)
     backend, workspace = options.pop("backend", None), options.pop("workspace", None)
     choice.check_name(backend)
-    if (rule := options.get("rule", "gwt")) in MATRIX_STAGES:
+    if not isinstance(workspace, dict | None):
+        raise TypeError(f"workspace must be a dict or None, got {type(workspace).__name__}")
+    if unknown := sorted(options.keys() - OPTIONS):
+        raise TypeError(f"gwt_adamw_ has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}")
+    check_level_type(level)
+    if (rule := options.get("rule", "gwt")) in list(MATRIX_STAGES):
         raise ValueError(
             f"rule={rule!r} orthogonalises matrices between two element-wise stages, and gwt_adamw_ is one of "
             f"elements: use gwt_kernels.GWTMuon"
         )
-    lengths = [len(x) for x in (grads, exp_avgs, exp_avg_sqs) if x is not None]
+    lengths = [len(x) for x in lists.values() if x is not None]
     if lengths.count(len(params)) != len(lengths):
         raise ValueError(f"{len(params)} params need as many of all else, got {lengths}")
     bucket = Bucket(params, exp_avgs, exp_avg_sqs, level=level, grad_dtype=grads[0].dtype, **options)
     inputs = StepInputs(grads, steps, hypers)
     bucket.check_inputs(inputs)
-    if control is not None and not isinstance(steps, Tensor):
-        raise ValueError("control goes with steps that the device counts: pass them as a float64 tensor")
-    if limits is not None and (limits.shape != (len(params),) or bucket.limiter_norms[0] is not None):
-        raise ValueError(f"limits must be one per parameter, in place of limiter_norms, got {tuple(limits.shape)}")
+    function_arguments.check_step(bucket, inputs, control, limits)
     runner = prepare(bucket, backend) if workspace is None else _runner(bucket, grads, backend, workspace)
+    function_arguments.check_tensors(bucket, grads)  # the reason why a backend cannot run comes first
     runner.apply(inputs, control, limits)
 
 

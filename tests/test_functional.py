@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -428,6 +429,13 @@ def test_lists_of_different_lengths_are_refused(name):
         ({"backend": "triton", "boundary": "reflect"}, RuntimeError, "know boundary='zero' only, not 'reflect'"),
         ({"rule": "foam", "boundary": "reflect"}, ValueError, "knows no boundary 'reflect': use wavelet='haar'"),
         ({"params": [torch.ones(2, 8).double()], "backend": "triton"}, RuntimeError, "torch.float64 would lose"),
+        ({"rule": "nonsense"}, ValueError, "unknown rule 'nonsense': use one of"),
+        ({"rule": ["gwt"]}, ValueError, r"unknown rule \['gwt'\]"),
+        ({"levels": 2}, TypeError, "gwt_adamw_ has no option 'levels': it has limiter_norms"),
+        ({"level": -1}, ValueError, "level must not be negative, got -1"),
+        ({"level": 2.0}, TypeError, "level must be an integer or 'row', got 2.0"),
+        ({"workspace": []}, TypeError, "workspace must be a dict or None, got list"),
+        ({"exp_avgs": None}, ValueError, "rule='gwt' keeps exp_avg and exp_avg_sq"),
     ],
 )
 def test_unsupported_arguments_are_refused(changed, error, message):
@@ -437,6 +445,87 @@ def test_unsupported_arguments_are_refused(changed, error, message):
     with pytest.raises(error, match=message):
         gwt_adamw_(**before)
     assert torch.equal(before["params"][0], torch.ones_like(before["params"][0]))
+
+
+def wrong(name: str, x: object) -> dict:
+    """Arguments of two tensors, the second of which is wrong in one list."""
+    two = {key: [torch.ones_like(own[0]) if torch.is_tensor(own[0]) else own[0] for _ in range(2)]
+           for key, own in arguments().items() if key != "level"}  # fmt: skip
+    two |= {"limiter_norms": [torch.zeros(()) for _ in range(2)]}
+    return two | {"level": 2, name: [two[name][0], x]}
+
+
+@backends
+@pytest.mark.parametrize(
+    ("name", "x", "error", "message"),
+    [
+        ("grads", None, TypeError, r"grads\[1\] must be a dense tensor, got NoneType: leave parameters without"),
+        (
+            "grads",
+            torch.eye(8)[:2].to_sparse(),
+            TypeError,
+            r"grads\[1\] must be a dense tensor, got torch.sparse_coo",
+        ),
+        (
+            "grads",
+            torch.ones(2, 8, dtype=torch.int64),
+            TypeError,
+            r"grads\[1\] must be a real floating-point tensor",
+        ),
+        ("grads", torch.ones(2, 8) + 0j, TypeError, r"grads\[1\] must be a real .*, got torch.complex64"),
+        ("grads", torch.ones(1, 8), ValueError, r"needs a gradient of its shape .*, got \(1, 8\)"),
+        ("params", torch.ones(2, 8, dtype=torch.int32), TypeError, r"params\[1\] must be a real floating-point"),
+        ("params", torch.ones(2, 8).double(), ValueError, "a bucket has one device, and one dtype each"),
+        ("params", torch.ones(1, 8).expand(2, 8), ValueError, r"params\[1\] is expanded, .*: clone\(\) it"),
+        ("exp_avgs", torch.zeros(2, 3), ValueError, r"needs .* moments of shape \(2, 2\), got"),
+        ("exp_avgs", torch.zeros(2, 2).t(), ValueError, "must be contiguous"),
+        ("limiter_norms", torch.zeros(3), ValueError, r"limiter_norms\[1\] must be a floating-point scalar on"),
+        ("limiter_norms", 0.0, ValueError, r"limiter_norms\[1\] must be a floating-point scalar on"),
+        ("steps", 0, ValueError, r"steps\[1\] must be at least 1, which is the first step, got 0"),
+        ("steps", 1.0, TypeError, r"steps\[1\] must be an integer, 1 for the first step, got 1.0"),
+        ("hypers", {"lr": 0.1}, TypeError, "hypers must be gwt_kernels.functional.Hyper, got dict"),
+        ("hypers", Hyper(lr=math.nan), ValueError, "lr must be at least 0 and finite, got nan"),
+        ("hypers", Hyper(lr="0.1"), TypeError, "lr must be a real number, got '0.1'"),
+        ("hypers", Hyper(beta2=1.0), ValueError, "beta2 must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_wrong_arguments_change_nothing(backend, name, x, error, message):
+    """A first tensor in order stays as it is where the second one is wrong, whatever the backend."""
+    given = wrong(name, x)
+    first = [given[key][0] for key in ("params", "exp_avgs", "exp_avg_sqs", "limiter_norms")]
+    before = [tensor.clone() for tensor in first]
+    with pytest.raises(error, match=message):
+        gwt_adamw_(**given, backend=backend)
+    assert all(map(torch.equal, first, before))
+
+
+@backends
+@pytest.mark.parametrize(
+    ("option", "x", "message"),
+    [
+        ("telemetry", torch.zeros(2, 6), "telemetry must be a contiguous float64 tensor of shape"),
+        ("telemetry", torch.zeros(2, 5).double(), "telemetry must be a contiguous float64 tensor of shape"),
+        ("limits", torch.ones(2), "limits take the place of limiter_norms: pass None"),
+        ("control", torch.ones(3).double(), "control goes with steps that the device counts"),
+        ("keys", [0, -1], r"keys\[1\] must be what gwt_kernels.core.hyper.key_of returns, got -1"),
+        ("steps", torch.zeros(2, 1).double(), r"steps must be a contiguous float64 tensor of shape \(2,\)"),
+    ],
+)
+def test_wrong_numbers_of_a_step_change_nothing(backend, option, x, message):
+    given = wrong("hypers", Hyper()) | {option: x}
+    with pytest.raises(ValueError, match=message):
+        gwt_adamw_(**given, backend=backend)
+    assert torch.equal(given["params"][0], torch.ones(2, 8))
+
+
+@backends
+def test_a_tensor_is_written_once(backend):
+    """Moments that are one tensor would be each other's."""
+    given = wrong("hypers", Hyper())
+    with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] is exp_avgs\[0\] once more: a step writes each"):
+        gwt_adamw_(**given | {"exp_avg_sqs": given["exp_avgs"]}, backend=backend)
+    with pytest.raises(ValueError, match=r"params\[1\] is params\[0\] once more"):
+        gwt_adamw_(**given | {"params": given["params"][:1] * 2}, backend=backend)
 
 
 def test_autograd_does_not_record_the_step():

@@ -114,10 +114,11 @@ class Bucket:
         self.lows = absent if lows is None else lows
         self.scales = absent if scales is None else scales
         self._places: Sequence[tuple[Span, Span] | None] = absent if spans is None else spans
+        self._check_lengths()
+        self._check_rule()
+        self._check_transform()
         if spans is None and self.params and self.is_random:
             self._places = [padded_spans(p.shape, level) for p in params]
-        self._check_lengths()
-        self._check_transform()
         self._check_state()
         if self.stated.row_slots and self.heads is None:
             self._check_heads()
@@ -269,8 +270,17 @@ class Bucket:
         if any(n != len(self) for n in lengths.values()):
             raise ValueError(f"{len(self)} params need as many of all else, got {lengths}")
 
-    def _check_transform(self) -> None:
+    def _check_rule(self) -> None:
         check_rule(self.rule, self.wavelet, self.boundary, self.level)
+        slots = self.stated.slots
+        found = [name for name in ("exp_avgs", "exp_avg_sqs") if None not in getattr(self, name)]
+        if found != [f"{slot}s" for slot in slots]:
+            raise ValueError(
+                f"rule={self.rule!r} keeps {' and '.join(slots) or 'nothing'}: pass tensors for every parameter of "
+                f"what it keeps, and None for the rest, got {' and '.join(found) or 'none'}"
+            )
+
+    def _check_transform(self) -> None:
         unknown = literal_alone(self.wavelet, self.boundary)
         if self.telemetry is not None and unknown:
             raise ValueError(
@@ -287,12 +297,6 @@ class Bucket:
 
     def _check_state(self) -> None:
         n, slots = len(self), self.stated.slots
-        found = [name for name in ("exp_avgs", "exp_avg_sqs") if None not in getattr(self, name)]
-        if found != [f"{slot}s" for slot in slots]:
-            raise ValueError(
-                f"rule={self.rule!r} keeps {' and '.join(slots) or 'nothing'}: pass tensors for every parameter of "
-                f"what it keeps, and None for the rest, got {' and '.join(found) or 'none'}"
-            )
         if list(self.lows).count(None) != (0 if self.rounding == "split" else n):
             raise ValueError(
                 "lows must hold a tensor for every parameter where rounding='split', and None otherwise"

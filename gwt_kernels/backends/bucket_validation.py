@@ -7,17 +7,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gwt_kernels.core.level import Level, blocks_of
+from gwt_kernels.backends.torch.literal import approximation_width
+from gwt_kernels.core.level import Level
 from gwt_kernels.formats.moments import stored_as
 
 
-def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: bool = False) -> None:
+def check_bucket(
+    arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: bool = False, wavelet: str = "haar"
+) -> None:
     """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.
 
     Args:
         arrays: ``params``, ``grads``, ``exp_avgs`` and, where there are any, ``exp_avg_sqs`` and ``limiter_norms``.
         level: Levels of the transform.
         of_rows: Whether second moments are those of rows, and wide.
+        wavelet: Name of the wavelet.
     """
     params = arrays["params"]
     for name, tensors in arrays.items():
@@ -39,7 +43,7 @@ def check_bucket(arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: 
             f"limiter_norms must be float32, got {' and '.join(map(str, found))}"
         )
     for p, g, *kept in zip(params, arrays["grads"], *moments, strict=True):
-        shape = (*p.shape[:-1], blocks_of(level, p.shape[-1])) if p.dim() else ()
+        shape = (*p.shape[:-1], approximation_width(p.shape[-1], level, wavelet)) if p.dim() else ()
         shapes = [shape, (*p.shape[:-1], 1) if of_rows and p.dim() else shape][: len(kept)]
         if g.shape != p.shape or [tuple(x.shape) for x in kept] != shapes:
             raise ValueError(
