@@ -193,9 +193,15 @@ class TelemetryCallback(TrainerCallback):
 
 def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None:
     """Raise on options and training arguments that contradict each other."""
-    taken_over = _taken_over(optimizer_of(options.get("rule", "gwt")))
+    kind = optimizer_of(options.get("rule", "gwt"))
+    taken_over = _taken_over(kind)
     for option in options.keys() & taken_over.keys():
         raise ValueError(f"{option} is not an option here: set {taken_over[option]} in TrainingArguments")
+    elsewhere = {"params", *taken_over}
+    known = [x for x in (*_GROUPING, "rule", *inspect.signature(kind).parameters) if x not in elsewhere]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{option!r} is no option here: {kind.__name__} has {', '.join(dict.fromkeys(known))}")
     optim = str(getattr(args.optim, "value", args.optim))
     if optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ValueError(f"TrainingArguments asks for optim={optim!r}, which GWTAdamW would replace: leave it out")

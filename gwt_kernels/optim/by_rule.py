@@ -16,4 +16,4 @@ _BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules i
 
 def optimizer_of(rule: str) -> type[PlannedOptimizer]:
     """The optimizer whose groups may have a rule; for AdamW's and unknown ones, which it refuses, ``GWTAdamW``."""
-    return _BY_RULE.get(rule, GWTAdamW)
+    return _BY_RULE[rule] if rule in list(_BY_RULE) else GWTAdamW
