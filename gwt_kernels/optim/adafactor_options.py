@@ -30,6 +30,7 @@ _NAMES = (
 )
 _values = itemgetter(*_NAMES)
 _DETAILS = ("published", "divided")
+_PLAIN = {float, int, bool, str, tuple, type(None)}
 
 
 def adafactor_hyper(group: Mapping[str, Any], slack: float, capturable: bool) -> Hyper:
@@ -37,10 +38,9 @@ def adafactor_hyper(group: Mapping[str, Any], slack: float, capturable: bool) ->
     values = _values(group)
     eps = values[_NAMES.index("eps")]
     plain = (*values, *eps) if isinstance(eps, tuple) else values
-    if all(
-        x is None or type(x) in (float, int, bool, str, tuple) for x in plain
-    ):  # of no tensor, which might change
-        return _remembered(values, slack)
+    types = tuple(map(type, plain))
+    if _PLAIN.issuperset(types):  # of no tensor, which might change
+        return _remembered(values, types, slack)
     return _checked(values, slack, capturable)
 
 
@@ -95,4 +95,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
     )
 
 
-_remembered = functools.lru_cache(maxsize=256)(_checked)
+@functools.lru_cache(maxsize=256)
+def _remembered(values: tuple[Any, ...], types: tuple[type, ...], slack: float) -> Hyper:
+    """See :func:`adafactor_hyper`; by their types, since True and 1.0 are one key."""
+    return _checked(values, slack)

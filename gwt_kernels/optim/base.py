@@ -35,7 +35,7 @@ from gwt_kernels.optim.parameter_steps import ParameterSteps
 from gwt_kernels.optim.planned_bucket import Member
 from gwt_kernels.optim.state import complete, upgraded
 from gwt_kernels.optim.step_plan import StepPlan, count_of_skipped, options_of
-from gwt_kernels.rules import ADAMW
+from gwt_kernels.rules import ADAMW, check_rule
 
 _NO_CONTROL = {
     "max_grad_norm": None,
@@ -108,6 +108,7 @@ class PlannedOptimizer(Optimizer):
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         defaults = {key: value for key, value in options.items() if key not in ("self", "params", "__class__")}
         defaults["state_dtype"] = state_dtype_name(defaults["state_dtype"])
+        check_rule(defaults["rule"], "haar")
         self._limiter_is_published = defaults["norm_growth_limit"] == "published"
         if self._limiter_is_published:
             defaults["norm_growth_limit"] = published_limit(defaults["rule"])
@@ -121,7 +122,11 @@ class PlannedOptimizer(Optimizer):
         if self._adamw:
             lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
             adamw = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
-            check_group({**defaults, **adamw}, capturable=self.capturable, slack=0.0)
+            try:
+                check_group({**defaults, **adamw}, capturable=self.capturable, slack=0.0)
+            except (TypeError, ValueError) as error:  # which has the names of a group's options
+                said = str(error)
+                raise type(error)(f"adamw_{said}" if said.startswith(tuple(self._adamw)) else said) from None
         self._rows = {}
         self._captured = []
         self._forget_plans()
@@ -165,6 +170,7 @@ class PlannedOptimizer(Optimizer):
     def _add_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):  # the base class refuses anything else
             rule = param_group.get("rule", self.defaults["rule"])
+            check_rule(rule, "haar")
             if rule == ADAMW.name:
                 param_group.update({key: value for key, value in self._adamw.items() if key not in param_group})
             if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):

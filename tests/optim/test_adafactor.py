@@ -182,6 +182,17 @@ def test_bad_options_are_refused_by_name(options, error, words):
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("scale_parameter", 0), ("relative_step", 0), ("warmup_init", 0.0), ("maximize", 0), ("clip_threshold", True)],
+)
+def test_types_are_looked_at_whatever_was_built_before(option, value):
+    """A number that equals a right one of another type is not taken for it."""
+    GWTAdafactor(parameters()[:2])
+    with pytest.raises(TypeError, match=f"{option} must be"):
+        GWTAdafactor(parameters()[:2], **{option: value})
+
+
 def test_other_optimizers_refuse_what_is_adafactors():
     with pytest.raises(ValueError, match="rule='adafactor' is no rule of GWTAdamW"):
         GWTAdamW(parameters(), rule="adafactor")

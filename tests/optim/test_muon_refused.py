@@ -48,8 +48,8 @@ BAD = {
     "row_splits": ((30, 30), ValueError, "row_splits=(30, 30) must be positive and add up to the 64 rows"),
     "row_splits of a numbe": (64, TypeError, "row_splits=64 must be a tuple"),
     "row_splits of floats": ((32.0, 32.0), TypeError, "must hold numbers of rows, which are ints"),
-    "adamw_betas": ((0.9, 1.0), ValueError, "betas[1] must be at least 0 and below 1"),
-    "adamw_eps": (-1.0, ValueError, "eps must be finite and at least 0"),
+    "adamw_betas": ((0.9, 1.0), ValueError, "adamw_betas[1] must be at least 0 and below 1"),
+    "adamw_eps": (-1.0, ValueError, "adamw_eps must be finite and at least 0"),
     "level": (8, ValueError, "level 8 is too deep for parameter 0"),
 }
 
@@ -122,6 +122,7 @@ def test_what_only_sounds_like_it_is_taken(name, shape):
         ({"rule": "foam"}, "rule='foam' is no rule of GWTMuon: use one of 'muon', 'adamw'"),
         ({"rule": "orthogonal"}, "rule='orthogonal' is no rule of GWTMuon"),
         ({"rule": "sgd"}, "unknown rule 'sgd'"),
+        ({"rule": ["muon"]}, r"unknown rule \['muon'\]"),
         ({"rule": "adamw", "level": 2}, "rule='adamw' transforms nothing"),
         ({"wavelet": "db2"}, "knows no wavelet 'db2'"),
         ({"boundary": "symmetric"}, "knows no boundary 'symmetric'"),
