@@ -32,8 +32,10 @@ def check_lists(lists: Mapping[str, Any]) -> None:
                     f"{name}[{i}] must be a dense tensor, got {kind}: leave parameters without gradient out of all "
                     f"lists"
                 )
-            if name in REAL and not x.is_floating_point():
-                raise TypeError(f"{name}[{i}] must be a real floating-point tensor, got {x.dtype}")
+            if name in REAL and not (x.is_floating_point() and x.dtype.itemsize > 1):
+                raise TypeError(
+                    f"{name}[{i}] must be a real floating-point tensor of 16 bits or more, got {x.dtype}"
+                )
 
 
 def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
@@ -53,7 +55,7 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
         check_scales(bucket.exp_avgs, bucket.scales, bucket.level)  # type: ignore[arg-type]
     for i, p in enumerate(bucket.params):
         if any(n > 1 and stride == 0 for n, stride in zip(p.shape, p.stride(), strict=True)):
-            raise ValueError(f"params[{i}] is expanded, so that elements share their memory: clone() it")
+            raise ValueError(f"params[{i}] has strides {p.stride()}, so elements share memory: clone() it")
     known: dict[int, str] = {}
     for name in ("params", "exp_avgs", "exp_avg_sqs", "limiter_norms", "lows"):
         for i, x in enumerate(getattr(bucket, name)):

@@ -30,7 +30,8 @@ def haar_dwt(x: Tensor, level: int, *, backend: choice.Backend | None = None) ->
         ``A`` has the shape of ``D_L``. At level 0, ``[A]`` is a copy of x.
 
     Raises:
-        TypeError: x is not a real floating-point tensor, or level is not an integer.
+        TypeError: x is not a dense tensor of real floating-point numbers of 16 bits or more, or level is not an
+            integer.
         ValueError: x has no dimension, the level does not fit the width, or the backend is unknown.
         RuntimeError: the requested backend cannot run on x.
     """
@@ -60,8 +61,8 @@ def haar_idwt(
         Tensor ``[..., length]`` of the coefficients' dtype and device, contiguous.
 
     Raises:
-        TypeError: a coefficient is not a real floating-point tensor, they differ in dtype or device, or length
-                is not an integer.
+        TypeError: a coefficient is not such a tensor as :func:`haar_dwt` takes, they differ in dtype or device, or
+            length is not an integer.
         ValueError: there are no coefficients, their widths do not belong to one length, or it is negative.
         RuntimeError: the requested backend cannot run on the coefficients.
     """
@@ -115,9 +116,15 @@ def band_widths(length: int, level: int) -> list[int]:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a real floating-point tensor with at least one dimension."""
+    """Raise unless ``x`` is a dense tensor of real floating-point numbers with at least one dimension."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a real floating-point tensor, got {getattr(x, 'dtype', type(x))}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got one of layout {x.layout}: convert it, as by to_dense()"
+        )
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"{name} is {x.dtype}, in which PyTorch computes nothing: convert it to 16 bits or more")
     if x.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension, got a scalar: give it one with reshape(1)")
 

@@ -265,6 +265,13 @@ def test_a_gradient_flows_through_one_band_alone(device):
         (torch.zeros(8, dtype=torch.int64), 1, TypeError, "must be a real floating-point tensor, got torch.int64"),
         (torch.zeros(8, dtype=torch.complex64), 1, TypeError, "floating-point tensor, got torch.complex64"),
         ([1.0, 2.0], 1, TypeError, "x must be a real floating-point tensor, got <class 'list'>"),
+        (torch.eye(8).to_sparse(), 1, TypeError, "x must be a dense tensor, got one of layout torch.sparse_coo"),
+        (
+            torch.ones(8).to(torch.float8_e4m3fn),
+            1,
+            TypeError,
+            "x is torch.float8_e4m3fn, in which PyTorch computes",
+        ),
         (torch.tensor(1.0), 1, ValueError, r"at least one dimension, got a scalar: give it one with reshape\(1\)"),
         (torch.zeros(8), -1, ValueError, "level must not be negative, got -1"),
         (torch.zeros(8), 1.0, TypeError, "level must be an integer, got 1.0"),
@@ -278,6 +285,18 @@ def test_forward_refuses(x, level, error, message):
         haar_dwt(x, level)
 
 
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype)")
+def test_tensors_without_strides_are_refused():
+    ragged = [torch.ones(8)]
+    for make in (
+        lambda: torch.eye(8).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor(ragged),
+        lambda: torch.nested.nested_tensor(ragged, layout=torch.jagged),
+    ):
+        with pytest.raises(TypeError, match=r"x must be a dense tensor, got one of layout .*: convert it"):
+            haar_dwt(make(), 1)
+
+
 F32, F64 = torch.float32, torch.float64
 
 
@@ -286,6 +305,7 @@ F32, F64 = torch.float32, torch.float64
     [
         ([], None, ValueError, "at least the approximation, got an empty sequence"),
         ([torch.zeros(2), torch.zeros(2).int()], None, TypeError, r"coeffs\[1\] must be a real floating"),
+        ([torch.zeros(2), torch.zeros(2).to_sparse()], None, TypeError, r"coeffs\[1\] must be a dense tensor"),
         ([torch.zeros(2, dtype=F32), torch.zeros(2, dtype=F64)], None, TypeError, r"coeffs\[1\] is torch.float64"),
         ([torch.zeros(3, 2), torch.zeros(4, 2)], None, ValueError, r"coeffs\[1\] has shape \(4, 2\), but"),
         ([torch.zeros(2), torch.zeros(2)], 5, ValueError, r"widths \[2, 2\] do not belong to length 5"),
