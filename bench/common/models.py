@@ -39,7 +39,7 @@ def load_config(model: str) -> LlamaConfig:
         raise FileNotFoundError(f"--model {model}: no such configuration; choose from {known}, or give a JSON file")
     try:
         fields = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+    except (RecursionError, ValueError) as error:  # no JSON, nested without end, or no text
         raise ValueError(f"--model {path}: is not JSON ({error}); give a file of LlamaConfig fields") from error
     # LlamaConfig takes any fields, and the sizes of LLaMA-7B where it is given none.
     if not isinstance(fields, dict) or "hidden_size" not in fields or fields.get("model_type", "llama") != "llama":

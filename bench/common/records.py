@@ -25,7 +25,7 @@ def read(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:  # no JSON, nested without end, or no text
         raise ValueError(f"{path} is not JSON ({error}): delete it, or restore it from version control") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:

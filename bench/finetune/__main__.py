@@ -172,7 +172,7 @@ def pairs_of(options: argparse.Namespace) -> list[tuple[str, str]]:
         ModuleNotFoundError: A package is missing.
     """
     pairs = []
-    for recipe, optimizer in product(options.recipes, options.optimizers):
+    for recipe, optimizer in dict.fromkeys(product(options.recipes, options.optimizers)):
         if recipe in models.WHOLE or optimizer == "adamw" or len(options.optimizers) == len(options.recipes) == 1:
             models.check_pair(optimizer, recipe)
             pairs.append((optimizer, recipe))
@@ -297,7 +297,7 @@ class Comparison:
                 raise ValueError(
                     f"--sweep: preset {options.preset!r} has no grid for recipe {recipe!r}; give --lr and --scale"
                 )
-            return list(product(options.lr or grid["lr"], options.scale or grid["scale"]))
+            return _distinct(options.lr or grid["lr"], options.scale or grid["scale"])
         recorded = records.rows_of(results.default_path(options.name), results.BENCHMARK)
         best = results.best_setting(recorded, optimizer, recipe)
         known = {"lr": [best["lr"]], "scale": [best["scale"]]} if best else dict(options.preset_rates)
@@ -305,7 +305,7 @@ class Comparison:
             for key, tried in grid.items():
                 if not set(known[key]) <= set(tried):
                     known[key] = [tried[(len(tried) - 1) // 2]]
-        return list(product(options.lr or known["lr"], options.scale or known["scale"]))
+        return _distinct(options.lr or known["lr"], options.scale or known["scale"])
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Run every setting under the first seed, then of each optimizer and recipe the best under the others."""
@@ -318,6 +318,11 @@ class Comparison:
                 config = self.config(optimizer, recipe, best["lr"], best["scale"], self.options.seed)
                 for seed in range(self.options.seed + 1, self.options.seed + self.options.seeds):
                     self.once(replace(config, seed=seed))
+
+
+def _distinct(rates: Sequence[float], scales: Sequence[float]) -> list[tuple[float, float]]:
+    """Return all pairs, each once."""
+    return list(dict.fromkeys(product(rates, scales)))
 
 
 def time_steps(options: argparse.Namespace, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:

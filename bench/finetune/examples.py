@@ -129,7 +129,7 @@ def _json_lines(lines: list[str], columns: Columns, where: str) -> Iterator[Exam
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:  # no JSON, or nested without end
             raise ValueError(f"{where}: line {number} is not JSON ({error}); give one object a line") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{where}: line {number} is no JSON object; give one object a line")

@@ -47,6 +47,7 @@ KNOWN = f'"format": "{records.FORMAT}"'
         *(f'{{{KNOWN}, "rows": []}}', f'{{{KNOWN}, "benchmark": "kernels"}}'),
         *(f'{{{KNOWN}, "benchmark": {rest}}}' for rest in ('["kernels"], "rows": []', '"kernels", "rows": [3]')),
         f'{{{KNOWN}, "benchmark": "kernels", "rows": {{"a": 1}}}}',
+        pytest.param("[" * 100_000, id="nested without end"),
     ],
 )
 def test_a_file_of_unknown_format_is_refused_by_name(tmp_path, content):

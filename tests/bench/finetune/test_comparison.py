@@ -96,6 +96,11 @@ def test_runs_are_not_repeated_unless_asked(tmp_path: Path, options: list[str], 
     assert settings(ran[4:]) == [("adamw", "full", 0.01, 0.5, 1), ("gwt2", "full", 0.01, 0.5, 1)]
     finetune.main([*line, "--examples", "40"])  # on other data they are other runs
     assert len(ran) == 8
+    before = (tmp_path / "out" / "table.txt").read_text()
+    twice = ["--optimizers", "adamw", "gwt2", "gwt2", "--recipes", "full", "full", "--lr", "0.01", "0.01"]
+    finetune.main([*line, "--examples", "40", *twice])  # what is named twice counts once
+    assert len(ran) == 8
+    assert (tmp_path / "out" / "table.txt").read_text() == before
 
 
 def test_an_interrupted_comparison_keeps_what_it_measured(

@@ -85,6 +85,7 @@ UNUSABLE = {
         '{"sentence": "a", "label": 1}\n{"sen',
         r"broken\.jsonl: line 2 is not JSON .*one object a line",
     ),
+    "deep.jsonl": ("[" * 100_000 + "\n", r"deep\.jsonl: line 1 is not JSON .*one object a line"),
     "list.jsonl": ("[1, 2]\n", r"list\.jsonl: line 1 is no JSON object; give one object a line"),
     "words.rated": ("1\tgood\ta film\n", r"words\.rated: line 1 is not number, mean and sentence"),
     "table.csv": ("sentence,label\n", r"table\.csv: unknown ending '\.csv'; give one of \.tsv"),
