@@ -165,3 +165,7 @@ def train_apart(config: RunConfig, task: Task, device: torch.device, threads: in
             raise MemoryError(
                 "the process was ended from outside, as when memory runs out; lower --batch or --max-length"
             ) from error
+        except KeyboardInterrupt:  # the pool would wait until the run has ended
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise

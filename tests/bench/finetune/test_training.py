@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,26 @@ def test_a_process_of_its_own(tmp_path: Path, bert: Path) -> None:
         train_apart(tiny_config(bert, lr=1e30, steps=CHECK_EVERY), task, CPU, 1)
     with pytest.raises(MemoryError, match=r"ended from outside.*lower --batch"):
         train_apart(config, Ended(task.parts, 2, 0, task.facts), CPU, 1)
+
+
+class Interrupting(Classification):
+    """Sends this process's parent, named by its facts, what Ctrl-C sends, and notes that it was not ended."""
+
+    def deal(self, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
+        for step, each in enumerate(super().deal(batch, seed)):
+            if step == 1:
+                os.kill(self.facts["parent"], signal.SIGINT)
+            if step == 400:
+                Path(self.facts["note"]).touch()
+            yield each
+
+
+def test_an_interrupted_run_does_not_go_on(tmp_path: Path, bert: Path) -> None:
+    task, note = tiny_task(tmp_path), tmp_path / "went on"
+    told = task.facts | {"parent": os.getpid(), "note": str(note)}
+    with pytest.raises(KeyboardInterrupt):
+        train_apart(tiny_config(bert, steps=401), Interrupting(task.parts, 2, 0, told), CPU, 1)
+    assert not note.exists()
 
 
 def test_a_checksum_is_of_every_tensor() -> None:
