@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def append(
 ) -> None:
     """Add rows to a record, or create one; an interruption leaves the old file or the new one.
 
-    Several processes may add to one record.
+    Several processes may add to one record. A hidden file beside it is their lock, as jobs of a cluster have
+    temporary folders of their own.
 
     Args:
         path: The record.
@@ -73,7 +73,7 @@ def append(
         ValueError: the file is no record of this benchmark, or a row holds a value that JSON cannot represent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(tempfile.gettempdir()) / f"{path.name}.lock"):
+    with FileLock(path.with_name(f".{path.name}.lock")):
         old = [row for row in rows_of(path, benchmark) if keep is None or keep(row)]
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in [*old, *rows])
         head = json.dumps({"format": FORMAT, "benchmark": benchmark})[:-1]

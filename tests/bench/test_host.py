@@ -31,7 +31,7 @@ def test_every_scenario_is_a_row(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "fingerprint.py: holds" in result.stdout
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     every = records.rows_of(path, "host")
     rows = [row for row in every if row["metric"] == "host_time"]
     assert [row["scenario"] for row in rows] == [f"GWTAdamW, {scenario.name}" for scenario in host.SCENARIOS]

@@ -50,7 +50,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     assert "times as long as AdamW(foreach=False)" in printed
     assert "target: at most 1.2" in printed
 
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.json")
     _, rows = records.read(path)
     fields = set(rows[0])
     origin = {"commit", "date", "device", "driver", "torch", "triton", "command", "python", "threads"}
@@ -92,7 +92,9 @@ def test_a_run_for_each_number_of_threads(tiny_model: str, tmp_path: Path, monke
     monkeypatch.setattr(optimizers, "facts", lambda *args: own(*args) | {"date": next(dates)})
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
     assert optimizers.main([*arguments, "--threads", "1", "2"]) == 0
-    counts = [{row["threads"] for row in records.read(path)[1]} for path in sorted((tmp_path / "out").iterdir())]
+    counts = [
+        {row["threads"] for row in records.read(path)[1]} for path in sorted((tmp_path / "out").glob("*.json"))
+    ]
     assert counts == [{1}, {2}]
     assert torch.get_num_threads() == before
 
@@ -128,7 +130,7 @@ def test_an_interrupted_run_keeps_its_results(
     arguments = ["--device", "cpu", "--models", tiny_model, "--repetitions", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(KeyboardInterrupt):
         optimizers.main(arguments)
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.json")
     _, rows = records.read(path)
     assert {row["optimizer"] for row in rows} == {None, good.name, loop.name}
     assert sum(row["metric"] == "step_time" for row in rows) == 4
@@ -141,7 +143,7 @@ def test_candidates_beyond_the_time_limit_become_rows(
     monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
     arguments = ["--device", "cpu", "--models", tiny_model, "--minutes", "1e-9", "--out", str(tmp_path / "out")]
     assert optimizers.main(arguments) == 0
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.json")
     _, rows = records.read(path)
     assert [row["note"] for row in rows if row["optimizer"]] == ["left out: --minutes 1e-09 were over"]
     assert "left out" in capsys.readouterr().out
@@ -170,7 +172,7 @@ def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(optimizers, "copy_bandwidth", lambda *_: pytest.fail("measured"))
     assert optimizers.main(["--device", "cuda:1", "--out", str(tmp_path), "--commit", "abc"]) == 1
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     (row,) = records.rows_of(path, "optimizers")
     assert (row["metric"], row["median"]) == ("step_time", None)
     assert row["note"] == "no device: PyTorch finds no cuda:1 here, so nothing was measured"
@@ -220,7 +222,7 @@ def test_the_cuda_suite(tiny_model: str, tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     for name in ("AdamW(fused=True)", "GWTAdamW level 0", "GWTAdamW level 3, limiter", "AdamW(foreach=False)"):
         assert name in printed
-    (path,) = (tmp_path / "out").iterdir()
+    (path,) = (tmp_path / "out").glob("*.json")
     _, rows = records.read(path)
     assert {row["metric"] for row in rows} >= {
         *("peak_extra_bytes", "host_time", "wall_time", "kernel_launches", "copy_bandwidth", "launch_latency")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,9 @@ def test_a_record_of_another_benchmark_is_refused(tmp_path):
 
 
 def _add(path: Path, number: int) -> None:
+    """Add rows with a temporary folder of one's own, as jobs of a cluster have."""
+    tempfile.tempdir = str(path.parent / f"tmp{number}")
+    Path(tempfile.tempdir).mkdir()
     for k in range(10):
         records.append(path, "sweep", [{"writer": number, "k": k}])
 

@@ -34,7 +34,7 @@ def record(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
     arguments = ["--model", str(model), "--processes", "2", "--repetitions", "2", "--out", str(out)]
     assert scaling.main([*arguments, "--note", "Nothing else ran."]) == 0
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.json")
     return path
 
 

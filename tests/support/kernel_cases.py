@@ -20,7 +20,7 @@ TINY = ["--device", "cpu", "--shapes", "6x16", "5x37", "--repetitions", "2", "--
 def run(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     """Return the status and the rows of a run."""
     status = kernels.main([*arguments, "--out", str(folder / "out")])
-    (path,) = (folder / "out").iterdir()
+    (path,) = (folder / "out").glob("*.json")
     benchmark, rows = records.read(path)
     assert benchmark == "kernels"
     return status, rows
