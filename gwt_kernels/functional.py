@@ -122,19 +122,26 @@ def gwt_adamw_(
     inputs = StepInputs(grads, steps, hypers)
     bucket.check_inputs(inputs)
     function_arguments.check_step(bucket, inputs, control, limits)
-    runner = prepare(bucket, backend) if workspace is None else _runner(bucket, grads, backend, workspace)
-    function_arguments.check_tensors(bucket, grads)  # the reason why a backend cannot run comes first
+    runner = _prepared(bucket, grads, backend) if workspace is None else _runner(bucket, grads, backend, workspace)
     runner.apply(inputs, control, limits)
+
+
+def _prepared(bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None) -> Runner:
+    """Return a runner of tensors that were looked at."""
+    function_arguments.check_kept(bucket)
+    runner = prepare(bucket, backend)
+    function_arguments.check_tensors(bucket, grads)  # the reason why a backend cannot run comes first
+    return runner
 
 
 def _runner(
     bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None, workspace: dict[str, Any]
 ) -> Runner:
     """Return the workspace's runner if it is for the same tensors, or else a new one."""
-    kinds = [(g.dtype, g.shape, g.is_contiguous(), g.is_neg()) for g in grads]
+    kinds = [(g.dtype, g.shape, g.device, g.is_contiguous(), g.is_neg()) for g in grads]
     known = bucket.fingerprint(), kinds, backend, choice.tracer()
     if workspace.get("fingerprint") != known:
-        workspace["runner"] = prepare(bucket, backend)
+        workspace["runner"] = _prepared(bucket, grads, backend)
         workspace["fingerprint"] = known
     runner: Runner = workspace["runner"]
     return runner

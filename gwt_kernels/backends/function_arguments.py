@@ -38,6 +38,19 @@ def check_lists(lists: Mapping[str, Any]) -> None:
                 )
 
 
+def check_kept(bucket: Bucket) -> None:
+    """Raise unless a backend can be prepared for what a bucket keeps beside weights and moments."""
+    n, device = len(bucket), bucket.device
+    for i, norm in enumerate(bucket.limiter_norms):
+        is_norm = isinstance(norm, Tensor) and norm.is_floating_point() and norm.numel() == 1
+        if norm is not None and not (is_norm and norm.device == device):
+            raise ValueError(f"limiter_norms[{i}] must be a floating-point scalar on {device}, got {norm!r}")
+    _check_numbers_of_each("telemetry", bucket.telemetry, (n, len(COLUMNS)), torch.float64, device)
+    for i, key in enumerate(bucket.keys):
+        if isinstance(key, bool) or not isinstance(key, Integral) or not 0 <= key < 2**63:
+            raise ValueError(f"keys[{i}] must be what gwt_kernels.core.hyper.key_of returns, got {key!r}")
+
+
 def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
     """Raise unless the tensors are one bucket: of one device, one dtype a list, the shapes of a step, each once."""
     arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
@@ -80,10 +93,6 @@ def check_numbers(steps: Any, hypers: Any) -> None:
 def check_step(bucket: Bucket, inputs: StepInputs, control: Tensor | None, limits: Tensor | None) -> None:
     """Raise unless the tensors of numbers that a step takes have one for each parameter."""
     n, device = len(bucket), bucket.device
-    for i, norm in enumerate(bucket.limiter_norms):
-        is_norm = isinstance(norm, Tensor) and norm.is_floating_point() and norm.numel() == 1
-        if norm is not None and not (is_norm and norm.device == device):
-            raise ValueError(f"limiter_norms[{i}] must be a floating-point scalar on {device}, got {norm!r}")
     if isinstance(inputs.steps, Tensor):
         _check_numbers_of_each("steps", inputs.steps, (n,), torch.float64, device)
     elif control is not None:
@@ -92,10 +101,6 @@ def check_step(bucket: Bucket, inputs: StepInputs, control: Tensor | None, limit
         raise ValueError("limits take the place of limiter_norms: pass None in these for every parameter")
     _check_numbers_of_each("control", control, (3,), torch.float64, device)
     _check_numbers_of_each("limits", limits, (n,), torch.float32, device)
-    _check_numbers_of_each("telemetry", bucket.telemetry, (n, len(COLUMNS)), torch.float64, device)
-    for i, key in enumerate(bucket.keys):
-        if isinstance(key, bool) or not isinstance(key, Integral) or not 0 <= key < 2**63:
-            raise ValueError(f"keys[{i}] must be what gwt_kernels.core.hyper.key_of returns, got {key!r}")
 
 
 def _check_numbers_of_each(
