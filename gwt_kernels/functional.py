@@ -105,7 +105,7 @@ def gwt_adamw_(
     control, limits = options.pop("control", None), options.pop("limits", None)
     backend, workspace = options.pop("backend", None), options.pop("workspace", None)
     choice.check_name(backend)
-    if not isinstance(workspace, dict | None):
+    if workspace is not None and not isinstance(workspace, dict):
         raise TypeError(f"workspace must be a dict or None, got {type(workspace).__name__}")
     if unknown := sorted(options.keys() - OPTIONS):
         raise TypeError(f"gwt_adamw_ has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}")

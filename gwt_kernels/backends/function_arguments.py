@@ -23,7 +23,7 @@ REAL = ("params", "grads")
 def check_lists(lists: Mapping[str, Any]) -> None:
     """Raise a TypeError unless these are lists of dense tensors, or None."""
     for name, tensors in lists.items():
-        if not isinstance(tensors, Sequence | None):
+        if tensors is not None and not isinstance(tensors, Sequence):
             raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
         for i, x in enumerate(tensors or ()):
             kind = x.layout if isinstance(x, Tensor) else type(x).__name__
@@ -78,8 +78,8 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
 
 def check_numbers(steps: Any, hypers: Any) -> None:
     """Raise unless steps are counts from 1 on, or the device's, and every ``Hyper`` can be honoured."""
-    if not isinstance(steps, Sequence | Tensor) or not isinstance(hypers, Sequence):
-        wrong = "hypers" if isinstance(steps, Sequence | Tensor) else "steps"
+    if not isinstance(steps, (Sequence, Tensor)) or not isinstance(hypers, Sequence):
+        wrong = "hypers" if isinstance(steps, (Sequence, Tensor)) else "steps"
         raise TypeError(f"{wrong} must be a list of one for each parameter")
     for i, step in enumerate(steps if isinstance(steps, Sequence) else ()):
         if isinstance(step, bool) or not isinstance(step, Integral):
