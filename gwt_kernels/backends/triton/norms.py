@@ -38,10 +38,10 @@ def limiter_kernel(
     gamma = tl.load(scalars_ptr + i * schema.N_SCALARS + schema.GAMMA)
     previous_ptr = tl.load(pointers_ptr + schema.NORM_PTR * n_tensors + i).to(tl.pointer_type(tl.float32))
     previous = tl.load(previous_ptr)
-    limit = tl.maximum(norm / (previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL) / gamma
-    limit = tl.where(previous == 0.0, 1.0, limit)
-    tl.store(previous_ptr, norm / limit)
-    tl.store(factors_ptr + i, 1.0 / limit)
+    growth = tl.maximum(tl.div_rn(norm, previous + 1e-8), gamma, propagate_nan=tl.PropagateNan.ALL)
+    limit = tl.where(previous == 0.0, 1.0, tl.div_rn(growth, gamma))
+    tl.store(previous_ptr, tl.div_rn(norm, limit))
+    tl.store(factors_ptr + i, tl.div_rn(1.0, limit))
 
 
 @triton.jit
