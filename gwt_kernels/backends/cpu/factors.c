@@ -1,13 +1,14 @@
 /* Adafactor's step of a bucket, one tensor after another: rules/adafactor.py.
  *
- * The second moment of a tensor is a factor a row and a factor a column of its matrices, updated by sums of squares over
- * all of the tensor, and the update is clipped by its own norm. So a step takes three passes: sums of squares, the sum
- * of their quotients by the new factors, and the update. Sums are those of panels of rows, which do not depend on the
- * number of threads, added in order, so that results do not either. */
+ * The second moment of a tensor is a factor a row and a factor a column of its matrices, updated by sums of squares
+ * over all of the tensor, and the update is clipped by its own norm. So a step takes three passes: sums of squares, the
+ * sum of their quotients by the new factors, and the update. Sums are those of panels of rows, which do not depend on
+ * the number of threads, added in order, so that results do not either. */
 #include "step.h"
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { PANEL = 1 << 16 }; /* approximate elements of a panel */
 enum { ITEM = 1 << 14 };  /* and of an item of the last pass */
@@ -20,7 +21,7 @@ typedef struct {
     float *row, *col; /* [matrices, matrix_rows], NULL for a tensor of one dimension; [matrices, columns] */
     int64_t matrices, columns, matrix_rows;
     double rest2, eps, clip_threshold;            /* of AdafactorNumbers */
-    double rate, scale, weight_decay, least_rms; /* least_rms is negative if weights do not multiply the rate */
+    double rate, scale, weight_decay, least_rms;  /* least_rms is negative if weights do not multiply the rate */
 } gwt_factors;
 
 enum { SQUARES, QUOTIENTS, APPLY };
@@ -104,15 +105,26 @@ static void add_columns(const job *own, int64_t matrix, float *columns)
     }
 }
 
-/* Numbers of floats and doubles that a tensor's sums need. */
-static job cut(const gwt_step *s, const gwt_factors *f)
+/* The panels of a tensor, whose sums are in `floats` and `doubles`, if these are not NULL. Write how long those have to
+ * be to `sizes`. */
+static job cut(const gwt_step *s, const gwt_factors *f, float *floats, double *doubles, size_t sizes[2])
 {
     job own = {.s = s};
-    const int64_t width = s->columns << s->level;
+    const int64_t width = f->columns << s->level, rows = f->matrices * f->matrix_rows;
     own.panel_rows = PANEL / width > 1 ? PANEL / width : 1;
-    own.per_matrix = (s->matrix_rows + own.panel_rows - 1) / own.panel_rows;
+    own.per_matrix = (f->matrix_rows + own.panel_rows - 1) / own.panel_rows;
     own.panels = f->matrices * own.per_matrix;
-    own.sums.weighs = f->least_rms >= 0;
+    const int64_t of_columns = (own.panels + f->matrices) * f->columns;
+    const int64_t kept = s->level >= KEPT_FROM ? rows * f->columns : 0;
+    sizes[0] = (size_t)(rows + of_columns + kept);
+    sizes[1] = (size_t)(own.panels + f->matrices);
+    if (floats == NULL || doubles == NULL)
+        return own;
+    own.sums = (gwt_sums){floats, kept ? floats + rows + of_columns : NULL, f->least_rms >= 0};
+    own.columns = floats + rows;
+    own.results = doubles;
+    own.means = doubles + own.panels;
+    memset(own.columns, 0, (size_t)of_columns * sizeof *floats);
     return own;
 }
 
@@ -155,33 +167,27 @@ static void step_one(gwt_step *s, const gwt_factors *f, job *own, int threads)
 
 EXPORT const int64_t gwt_factors_size = sizeof(gwt_factors);
 
-/* Update all tensors. Return nonzero if memory runs out, after which the tensor and those behind it are as before. */
+/* Update all tensors. Return nonzero, before anything changes, if memory runs out. */
 EXPORT int gwt_factored(gwt_step *steps, const void *const *grads, const char *numbers, int64_t stride, int64_t count,
                         const gwt_factors *factors, int threads)
 {
+    size_t most[2] = {1, 1}, sizes[2];
     renew(steps, grads, numbers, stride, count);
     for (int64_t i = 0; i < count; ++i) {
-        gwt_step *s = steps + i;
-        const gwt_factors *f = factors + i;
-        s->columns = f->columns;
-        s->matrix_rows = f->matrix_rows;
-        job own = cut(s, f);
-        const int64_t rows = f->matrices * s->matrix_rows, keeps = s->level >= KEPT_FROM ? rows * s->columns : 0;
-        float *floats = calloc((size_t)(rows + (own.panels + f->matrices) * s->columns + keeps) + 1, sizeof *floats);
-        double *doubles = calloc((size_t)(own.panels + f->matrices) + 1, sizeof *doubles);
-        if (floats != NULL && doubles != NULL) {
-            own.sums.rows = floats;
-            own.columns = floats + rows;
-            own.sums.kept = keeps ? own.columns + (own.panels + f->matrices) * s->columns : NULL;
-            own.results = doubles;
-            own.means = doubles + own.panels;
-            step_one(s, f, &own, threads);
-        }
-        const int failed = floats == NULL || doubles == NULL;
-        free(floats);
-        free(doubles);
-        if (failed)
-            return -1;
+        cut(&steps[i], &factors[i], NULL, NULL, sizes);
+        for (int kind = 0; kind < 2; ++kind)
+            most[kind] = sizes[kind] > most[kind] ? sizes[kind] : most[kind];
     }
-    return 0;
+    float *floats = malloc(most[0] * sizeof *floats);
+    double *doubles = malloc(most[1] * sizeof *doubles);
+    const int failed = floats == NULL || doubles == NULL;
+    for (int64_t i = 0; i < count && !failed; ++i) {
+        steps[i].columns = factors[i].columns;
+        steps[i].matrix_rows = factors[i].matrix_rows;
+        job own = cut(&steps[i], &factors[i], floats, doubles, sizes);
+        step_one(&steps[i], &factors[i], &own, threads);
+    }
+    free(floats);
+    free(doubles);
+    return failed;
 }

@@ -15,8 +15,9 @@
  *     p_i = p_i*keep - step_size * (m + r_i) / (sqrt(v + r_i*r_i) + eps)
  *
  * (docs/algorithm.md); level 0 is Adam. Lion, Adafactor and GWT-Muon's two stages, of the files in rules/, are passes
- * likewise. Arithmetic is in float without fused multiply-add, so results do not depend on the width of vectors. Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are
- * independent: threads may take ranges of them. Nothing allocates or fails; the caller has checked everything. */
+ * likewise. Arithmetic is in float without fused multiply-add, so results do not depend on the width of vectors.
+ * Stochastic rounding is that of formats/stochastic.py and int8.py, bit for bit. Tiles are independent: threads may
+ * take ranges of them. Nothing allocates or fails; the caller has checked everything. */
 #if defined(__GNUC__) && !defined(__clang__) /* clang refuses an option of that name */
 /* No memcpy in place of loops that read main memory: it took twice the time. */
 #pragma GCC optimize("no-tree-loop-distribute-patterns")
@@ -141,7 +142,7 @@ static float *weights(const gwt_step *s, int64_t k, int n)
     return at_once ? (float *)s->p + all.element : NULL;
 }
 
-/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. What there is not is in neither. */
+/* Point to the moments of n coefficients from k on: in place, or loaded into the tile. */
 static void moments(const gwt_step *s, int64_t k, int n, tile *t, float **m, float **v)
 {
     const int64_t quantum = k / quantum_of(s->level);

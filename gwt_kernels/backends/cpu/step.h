@@ -31,7 +31,8 @@ typedef struct {
     float *norm;                    /* the limiter's previous norm, updated; NULL for no limiter */
     const float *row_sums;          /* sum of each whole row's gradients, of the folded rule their squares' behind it;
                                      * NULL where p has whole rows */
-    const float *row_factors, *col_factors; /* FACTORED: [matrices, matrix_rows], NULL for 1s, and [matrices, columns] */
+    const float *row_factors;       /* FACTORED: [matrices, matrix_rows], NULL for 1s */
+    const float *col_factors;       /* FACTORED: [matrices, columns] */
     int64_t rows, width;            /* of p and g; one row if rows are whole blocks */
     int64_t block;                  /* elements of a block: 2**level, or a whole row's, taken 2**level at a time */
     int64_t columns, matrix_rows;   /* FACTORED: blocks of a row, and rows of a matrix */
@@ -67,8 +68,8 @@ typedef struct {
     int weighs;  /* whether those of weights are added up too */
 } gwt_sums;
 
-/* FACTORED: of rows `first` to `stop - 1`, all of one matrix, write the sums of squares of the approximation and add those
- * of columns to `columns`; return the sum of squares of the weights if it is asked for. */
+/* FACTORED: of rows `first` to `stop - 1`, all of one matrix, write the sums of squares of the approximation, and add
+ * those of columns to `columns`; return the sum of squares of the weights if it is asked for. */
 double sum_squares(const gwt_step *s, int64_t first, int64_t stop, const gwt_sums *to, float *columns);
 /* Return the sum of the squares, divided by both factors, times the mean of the row factors. */
 double sum_divided(const gwt_step *s, int64_t first, int64_t stop, const gwt_sums *from, double mean);
