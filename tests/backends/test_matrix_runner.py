@@ -115,6 +115,8 @@ def test_the_step_in_c_leaves_the_bits_of_pytorchs_operators(level, dtype, round
 @pytest.mark.parametrize(
     ("options", "taken"),
     [({"level": 0}, []), ({"level": 2, "telemetry": True}, ["muon"]), ({"level": 2}, ["muon", "orthogonal"]),
+     ({"level": 0, "state_dtype": torch.bfloat16}, ["muon"]),
+     ({"level": 0, "state_dtype": torch.int8, "shapes": [(64, 256)]}, ["muon"]),
      ({"level": 2, "state_dtype": torch.bfloat16}, ["muon", "orthogonal"]),
      ({"level": 2, "state_dtype": torch.int8, "shapes": [(64, 256)]}, ["muon", "orthogonal"]),
      ({"level": 11, "shapes": [(4, 2048)]}, []),

@@ -438,9 +438,12 @@ static void make_matrices(const gwt_step *s, int64_t k, int n, tile *t)
     const float *g = scaled(s, gradients(s, k, n, t), n << s->level, t);
     float *const p = weights(s, k, n), *const to = p ? p : t->update, *m, *v;
     moments(s, k, n, t, &m, &v);
-    fold(g, t->sum, n, s->level);
-    average_momentum(s, t->sum, m, t->mean, t->offset, n);
-    spread_momentum_at[s->level](s, g, t->mean, t->offset, to, n);
+    if (s->level) {
+        fold(g, t->sum, n, s->level);
+        average_momentum(s, t->sum, m, t->mean, t->offset, n);
+        spread_momentum_at[s->level](s, g, t->mean, t->offset, to, n);
+    } else
+        average_momentum(s, g, m, t->mean, to, n);
     store_moments(s, k, n, t);
     if (!p)
         store_matrices(s, k, n, to);

@@ -84,12 +84,14 @@ def threads_of_pytorch() -> int | None:
 def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: Rule) -> bool:
     """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory.
 
-    GWT-Muon's stages it has without telemetry, above level 0, which has the bits of ``torch.optim.Muon`` from the
-    same operators.
+    GWT-Muon's stages it has without telemetry. At level 0 with float32 moments they are ``torch.optim.Muon``'s
+    operators, with its bits.
     """
     p, g, m, *_ = tensor_steps[0]
     if rule.name in MATRIX_STAGES:
-        if level in (0, ROW) or any(t.row is not None for t in tensor_steps):
+        if level == ROW or any(t.row is not None for t in tensor_steps):
+            return False
+        if not level and (m is None or m.dtype == torch.float32):
             return False
         if m is not None and p.dtype == torch.float16:
             return False
