@@ -10,9 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ITEM = 1 << 14 };  /* approximate elements of an item */
-enum { SHARE = 1 << 15 }; /* fewest elements for which another thread pays */
-enum { LOT = 1 << 20 };   /* fewest elements of a lot; they fit the outer caches */
+enum { LOT = 1 << 20 }; /* fewest elements of a lot; they fit the outer caches */
 
 enum { SUM, UPDATE };
 
@@ -25,7 +23,7 @@ typedef struct {
     int all; /* sums of all tensors, not only of limited ones */
 } job;
 
-static int64_t tiles_of_item(const gwt_step *s)
+int64_t tiles_of_item(const gwt_step *s)
 {
     const int64_t most = ITEM / tile_elements(s);
     return most > 1 ? most : 1;

@@ -11,8 +11,6 @@
 #include <string.h>
 
 enum { PANEL = 1 << 16 }; /* approximate elements of a panel */
-enum { ITEM = 1 << 14 };  /* and of an item of the last pass */
-enum { SHARE = 1 << 15 }; /* fewest elements for which another thread pays */
 /* The level from which writing the squares and reading them is quicker than reading gradients again. */
 enum { KEPT_FROM = 2 };
 
@@ -41,20 +39,14 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-static int64_t tiles_at_once(const gwt_step *s)
-{
-    const int64_t most = ITEM / tile_elements(s);
-    return most > 1 ? most : 1;
-}
-
 static void work_on(void *context, int64_t i)
 {
     const job *own = context;
     const gwt_step *s = own->s;
     if (own->pass == APPLY) {
         double unasked[SUMS] = {0};
-        const int64_t first = i * tiles_at_once(s);
-        update_tiles(s, first, least(first + tiles_at_once(s), tiles_of(s)), unasked);
+        const int64_t first = i * tiles_of_item(s);
+        update_tiles(s, first, least(first + tiles_of_item(s), tiles_of(s)), unasked);
         return;
     }
     const int64_t matrix = i / own->per_matrix, start = i % own->per_matrix * own->panel_rows;
@@ -67,7 +59,7 @@ static void work_on(void *context, int64_t i)
 static void pass_over(job *own, int pass, int threads)
 {
     const gwt_step *s = own->s;
-    const int64_t useful = s->rows * s->width / SHARE, count = (tiles_of(s) + tiles_at_once(s) - 1) / tiles_at_once(s);
+    const int64_t useful = s->rows * s->width / SHARE, count = (tiles_of(s) + tiles_of_item(s) - 1) / tiles_of_item(s);
     own->pass = pass;
     share_out(work_on, own, pass == APPLY ? count : own->panels, (int)least(useful, threads), threads);
 }

@@ -50,8 +50,12 @@ typedef struct {
     double sums[SUMS]; /* NORM for the limiter, the others if observed */
 } gwt_step;
 
-/* Number of tiles of a tensor, which are independent of each other. */
+enum { ITEM = 1 << 14 };  /* approximate elements of an item, which a thread takes at once */
+enum { SHARE = 1 << 15 }; /* fewest elements for which another thread pays */
+
+/* Number of tiles of a tensor, which are independent of each other; and of an item. */
 int64_t tiles_of(const gwt_step *s);
+int64_t tiles_of_item(const gwt_step *s);
 /* Elements of each tile except the last. */
 int64_t tile_elements(const gwt_step *s);
 /* Process tiles `first` to `stop - 1` and add to `sums`: NORM only, or update the tiles and add the others. */
