@@ -118,7 +118,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         metavar="B/s",
         help="of memory: bytes per second (3.35e12), or with a unit: 3350GB/s, 3.35TB/s",
     )
-    speed.add_argument("--measure", action="store_true", help="measure the bandwidth of a copy on this machine")
+    speed.add_argument("--measure", action="store_true", help="measure this machine's bandwidth")
     many = parser.add_argument_group(
         "several processes",
         "bytes of each process, collectives, and their predicted times on links of this bandwidth and latency",

@@ -136,23 +136,6 @@ def held_bytes(holder: object, apart: Iterable[Tensor] = ()) -> int:
     return sum(sizes.values())
 
 
-def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions: int = 20) -> Spread:
-    """Measure bytes moved per second (read plus written) by a copy within the device's memory.
-
-    Args:
-        device: Where to copy.
-        size: Bytes of the buffer; None for 4 GiB on CUDA (less where less is free) and 256 MiB on a CPU, both
-            far above any cache.
-        repetitions: Timed copies, after three for warming up.
-    """
-    if size is None:
-        size = min(4 * 2**30, available_bytes(device) // 4) if device.type == "cuda" else 256 * 2**20
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = [clock(lambda: target.copy_(source), device)[0] for _ in range(3 + repetitions)][3:]
-    return Spread.of([2 * size / second for second in seconds])
-
-
 def chosen_device(name: str | None) -> torch.device:
     """Return the device of a name, by default CUDA if available; a CUDA device always with its index.
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import records
-from bench.common.measure import Spread, available_bytes, chosen_device, clock, copy_bandwidth, facts, is_present
+from bench.common.bandwidth import copy_bandwidth
+from bench.common.measure import Spread, available_bytes, chosen_device, clock, facts, is_present
 from bench.common.models import load_config
 from bench.kernels.cases import (
     CPU_MODEL,

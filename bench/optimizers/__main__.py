@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bench.common import records, sources
-from bench.common.measure import Spread, chosen_device, copy_bandwidth, facts, is_present, wall_clock
+from bench.common.bandwidth import Bandwidth, step_bandwidth
+from bench.common.measure import Spread, chosen_device, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
 from bench.kernels.targets import Target, compared, targets
 from bench.optimizers import rules as other_rules
@@ -93,11 +94,14 @@ def table(results: Sequence[Result]) -> str:
         "clipped": ("step_time", True, "{:.3f}", 1e3),
         "roofline": ("roofline_time", False, "{:.3f}", 1e3),
         "of copy": ("copy_bandwidth_fraction", False, "{:.0f} %", 100),
+        "in place": ("in_place_bandwidth_fraction", False, "{:.0f} %", 100),
         "launches": ("kernel_launches", False, "{:.0f}", 1),
         "state B/param": ("state_bytes_per_parameter", False, "{:.3f}", 1),
         "extra MiB": ("peak_extra_bytes", False, "{:.2f}", 2**-20),
         "error": ("check_error", False, "{:.2f}", 1),
     }
+    known = {metric.name for result in results for metric in result.metrics}
+    columns = {heading: column for heading, column in columns.items() if column[0] in known or heading != "of copy"}
     lines: list[tuple[str, ...]] = [("model", "optimizer", "weights", *columns)]
     for result in results:
         head = (result.model, result.candidate.name, result.candidate.weights)
@@ -197,7 +201,7 @@ def batches(
 
 
 def run(
-    options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: float
+    options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: Bandwidth
 ) -> Iterator[tuple[Sequence[Shape], list[Result]]]:
     """Measure batch after batch, and yield each batch when it is done, until the time is up."""
     device, begin = options.device, time.monotonic()
@@ -251,15 +255,15 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
         return 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bandwidth = copy_bandwidth(device)
+    bandwidth = step_bandwidth(device)
     release(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
-    low, high = bandwidth.p20 / 1e9, bandwidth.p80 / 1e9
-    print(f"copy bandwidth {bandwidth.median / 1e9:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
+    low, middle, high = (1e-9 * value for value in bandwidth.spread[:3])
+    print(f"{bandwidth.words} {middle:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
 
     about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}
     about["sources"] = sources.digest(about["own_backend"])
-    machine = [row("copy_bandwidth", "B/s", bandwidth, about)]
+    machine = [row(bandwidth.metric, "B/s", bandwidth.spread, about)]
     latency = launch_latency(device) if device.type == "cuda" else None
     if latency is not None:
         machine.append(row("launch_latency", "s", latency, about))
@@ -267,7 +271,7 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
 
     results: list[Result] = []
     try:
-        for shapes, found in run(options, suite(options.peers, options.levels, device), bandwidth.median):
+        for shapes, found in run(options, suite(options.peers, options.levels, device), bandwidth):
             elements = sum(torch.Size(shape.size).numel() for shape in shapes)
             results += found
             fresh = [each for result in found for each in rows(result, about | {"parameters": elements})]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench.common.bandwidth import Bandwidth
 from bench.common.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
 from bench.common.models import Shape
 from bench.optimizers.candidate import (
@@ -77,7 +78,7 @@ def measure(
     device: torch.device,
     *,
     repetitions: int,
-    bandwidth: float,
+    bandwidth: Bandwidth,
     seconds: float = SECONDS,
 ) -> list[Result]:
     """Build, check and time candidates; those built together take turns, so that all meet the same load.
@@ -88,7 +89,7 @@ def measure(
         shapes: The tensors of the model.
         device: Where to run.
         repetitions: Timed steps of each, after the warm-up; fewer if they take too long.
-        bandwidth: Bytes per second of a copy on this device.
+        bandwidth: Of this device.
         seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
@@ -158,7 +159,7 @@ def _metrics(
     device: torch.device,
     samples: Sequence[tuple[_Sample, _Sample]],
     error: float,
-    bandwidth: float,
+    bandwidth: Bandwidth,
 ) -> Iterator[Metric]:
     def exact(name: str, unit: str, value: float, clipped: bool = False) -> Metric:
         return Metric(name, unit, Spread(value, value, value, 1), clipped)
@@ -168,9 +169,10 @@ def _metrics(
             yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
 
     moved = bytes_moved(built)
+    roofline = moved / bandwidth.spread.median
     yield exact("bytes_moved", "B", moved)
-    yield exact("roofline_time", "s", moved / bandwidth)
-    yield Metric("copy_bandwidth_fraction", "1", Spread.of([moved / bandwidth / s.step_time for s, _ in samples]))
+    yield exact("roofline_time", "s", roofline)
+    yield Metric(f"{bandwidth.metric}_fraction", "1", Spread.of([roofline / s.step_time for s, _ in samples]))
 
     weights_and_gradients = [t for p in built.tensors for t in (p, p.grad) if t is not None]
     state = held_bytes(built.optimizer, weights_and_gradients)

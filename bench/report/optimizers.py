@@ -97,6 +97,7 @@ COLUMNS: dict[str, Write] = {
     "wall, ms": _metric("wall_time", 1e3),
     "roofline, ms": lambda case: number(scaled(case.median("roofline_time"), 1e3)),
     "of copy bandwidth": lambda case: percent(case.median("copy_bandwidth_fraction")),
+    "of bandwidth in place": lambda case: percent(case.median("in_place_bandwidth_fraction")),
     "host, ms": _metric("host_time", 1e3),
     "launches": lambda case: "-" if (n := case.median("kernel_launches")) is None else f"{n:g}",
     "state, bytes a parameter": lambda case: number(state_per_parameter(case)),

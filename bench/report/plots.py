@@ -113,7 +113,7 @@ def _steps(data: Any) -> Figure:
         for colour, face in ((OWN, OWN), (PEER, "white"))
     )
     roofline = panels[0].plot([], [], "|", color=COLOURS[1], markersize=11, markeredgewidth=1.8)[0]
-    text = ["gwt_kernels", "others", "roofline: bytes that must move over copy bandwidth"]
+    text = ["gwt_kernels", "others", "roofline: bytes that must move over bandwidth"]
     _legend_below(figure, [own, peer, roofline], text, columns=3)
     return figure
 

@@ -16,8 +16,12 @@ BOUND = re.compile(r" \((?:target|aim): .*\)$")
 ROOFLINE = """\
 Times are medians over repeated runs after a warm-up, with the 20th and 80th percentile in brackets. The
 [roofline](glossary.md#roofline) of a kernel or a step is the bytes that it must move over the bandwidth of a plain
-copy in the same run; the share of the copy bandwidth is the roofline over the time. On a CPU a step in place may
-exceed 100 %, since a copy also reads the cache lines that it overwrites."""
+copy in the same run; the share of the copy bandwidth is the roofline over the time. On a CPU, where a copy also
+reads the cache lines that it overwrites, an optimizer's step is compared with a pass in place, `x.mul_(1)`; kernels
+are compared with a copy, and those that work in place may exceed 100 %."""
+
+BANDWIDTHS = {"copy_bandwidth": "Copy bandwidth", "in_place_bandwidth": "Bandwidth of a pass in place"}
+"""What a run measures to draw its roofline from, and how the pages call it."""
 
 
 def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
@@ -68,8 +72,9 @@ def ratios(run: Run) -> list[str]:
 
 
 def about_machine(run: Run) -> list[str]:
-    """Return the copy bandwidth, and the reason if a run measured nothing."""
+    """Return the measured bandwidth, and the reason if a run measured nothing."""
     of_machine = [row for row in run.rows if not row.get("optimizer") and not row.get("kernel")]
-    copied = [f"{spread(row, 1e-9)} GB/s" for row in of_machine if row.get("metric") == "copy_bandwidth"]
+    known = [row for row in of_machine if row.get("metric") in BANDWIDTHS]
+    measured = [f"{BANDWIDTHS[row['metric']]}: {spread(row, 1e-9)} GB/s." for row in known]
     notes = [f"Not measured: {cell(row['note'])}." for row in of_machine if row["median"] is None and row["note"]]
-    return [*(f"Copy bandwidth: {found}." for found in copied), *notes]
+    return [*measured, *notes]

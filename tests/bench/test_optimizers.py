@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.common import records
-from bench.common.measure import copy_bandwidth
+from bench.common.bandwidth import step_bandwidth
 from bench.optimizers import __main__ as optimizers
 from bench.optimizers.candidate import adamw, gwt
 from tests.support import pretraining
@@ -24,7 +24,7 @@ def tiny_model(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the bandwidth on little memory."""
-    monkeypatch.setattr(optimizers, "copy_bandwidth", partial(copy_bandwidth, size=1 << 20))
+    monkeypatch.setattr(optimizers, "step_bandwidth", partial(step_bandwidth, size=1 << 20))
 
 
 @needs_ptwt
@@ -70,13 +70,13 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
     names += [f"{name}, stochastic rounding" for name in names[-2:]] + ["GWTAdamW level 2, foam, bfloat16 moments"]
     names += [f"AdamW({how}=True)" for how in ("foreach", "fused")] + ["AdamW(foreach=False)"]
     times = {"step_time", "host_time", "wall_time"}
-    metrics = times | {"bytes_moved", "roofline_time", "copy_bandwidth_fraction"}
+    metrics = times | {"bytes_moved", "roofline_time", "in_place_bandwidth_fraction"}
     metrics |= {"state_bytes", "state_bytes_per_parameter", "check_error"}
     found = {(row["optimizer"], row["metric"], row["clipped"]) for row in rows if row["optimizer"]}
     assert found == {(name, metric, False) for name in names for metric in metrics} | {
         (name, metric, True) for name in names for metric in times
     }
-    assert [row["metric"] for row in rows if not row["optimizer"]] == ["copy_bandwidth", *["ratio"] * 13]
+    assert [row["metric"] for row in rows if not row["optimizer"]] == ["in_place_bandwidth", *["ratio"] * 13]
     assert {row["weights"] for row in rows if row["optimizer"]} == {"float32", "bfloat16", "float16"}
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows if row["metric"] == "step_time")
     assert all(row["samples"] == 2 for row in rows if row["metric"] == "step_time")
@@ -134,7 +134,7 @@ def test_an_interrupted_run_keeps_its_results(
     _, rows = records.read(path)
     assert {row["optimizer"] for row in rows} == {None, good.name, loop.name}
     assert sum(row["metric"] == "step_time" for row in rows) == 4
-    assert [row["metric"] for row in rows if row["optimizer"] is None] == ["copy_bandwidth", "ratio"]
+    assert [row["metric"] for row in rows if row["optimizer"] is None] == ["in_place_bandwidth", "ratio"]
 
 
 def test_candidates_beyond_the_time_limit_become_rows(
@@ -170,7 +170,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(optimizers, "copy_bandwidth", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(optimizers, "step_bandwidth", lambda *_: pytest.fail("measured"))
     assert optimizers.main(["--device", "cuda:1", "--out", str(tmp_path), "--commit", "abc"]) == 1
     (path,) = tmp_path.glob("*.json")
     (row,) = records.rows_of(path, "optimizers")
@@ -189,7 +189,7 @@ def test_a_cuda_device_gets_an_index(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
     monkeypatch.setattr(optimizers, "facts", lambda *_: {"device": "made up", "date": "2026"})
-    monkeypatch.setattr(optimizers, "copy_bandwidth", first_step)
+    monkeypatch.setattr(optimizers, "step_bandwidth", first_step)
     with pytest.raises(InterruptedError):
         optimizers.main(["--device", name])
     assert made == [torch.device("cuda", 0)]

@@ -18,6 +18,7 @@ from bench.optimizers import timing
 from bench.optimizers.candidate import Candidate, Likeness, build, bytes_moved
 from bench.optimizers.checks import check
 from bench.optimizers.peers import ADAMW, EIGHT_BIT, PEERS, projection_time, suite
+from tests.support.candidates import BANDWIDTH
 
 CPU = torch.device("cpu")
 PACKAGES = {
@@ -56,7 +57,7 @@ def test_a_missing_package_becomes_a_row(name: str, monkeypatch: pytest.MonkeyPa
         return original(module, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    results = timing.measure("tiny", peers(name), SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    results = timing.measure("tiny", peers(name), SHAPES, CPU, repetitions=1, bandwidth=BANDWIDTH)
     assert results
     for result in results:
         assert result.note.startswith(f"cannot run here: ModuleNotFoundError: No module named '{PACKAGES[name]}")
@@ -79,7 +80,7 @@ def test_a_missing_package_becomes_a_row(name: str, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_an_installed_package_is_checked_and_timed(name: str, dtype: torch.dtype) -> None:
-    results = timing.measure("tiny", peers(name, dtype), SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    results = timing.measure("tiny", peers(name, dtype), SHAPES, CPU, repetitions=1, bandwidth=BANDWIDTH)
     for result in results:
         assert bool(result.metrics) != bool(result.note)
         assert not result.note or result.note.startswith("cannot run here: "), result.note
@@ -167,7 +168,7 @@ def test_an_update_like_adamw_passes() -> None:
 )
 @pytest.mark.parametrize("likeness", [ADAMW, EIGHT_BIT], ids=["exact", "8 bits"])
 def test_an_update_unlike_adamw_fails(broken: Callable[[list[dict]], Optimizer], likeness: Likeness) -> None:
-    (result,) = timing.measure("tiny", [like(broken, likeness)], SHAPES, CPU, repetitions=1, bandwidth=1e9)
+    (result,) = timing.measure("tiny", [like(broken, likeness)], SHAPES, CPU, repetitions=1, bandwidth=BANDWIDTH)
     assert not result.metrics
     assert result.note.startswith("not timed: differs from AdamW's update by ")
     assert not result.failed  # of this package

@@ -33,6 +33,9 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert re.search(r"\| GWTAdamW level 2 \| bf16 \| 6\.00 .*\| 80 % \|.*\| 0\.86 \|$", speed, re.MULTILINE)
     assert "target: " not in speed  # bounds are for those who work on the kernels
     assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
+    assert "Bandwidth of a pass in place: 3,000 (2,700–3,300) GB/s." in speed
+    assert "| of copy bandwidth |" in speed
+    assert "| of bandwidth in place |" in speed
     assert "| 2048x5461 | bf16 | fp32 |" in speed
     assert "- 1 cases: does not fit: needs 20 GiB" in speed
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed

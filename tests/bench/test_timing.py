@@ -10,11 +10,11 @@ from bench.optimizers import timing
 from bench.optimizers.candidate import Candidate, Likeness, gwt
 from bench.optimizers.timing import Result
 from gwt_kernels import GWTAdamW
-from tests.support.candidates import CPU, HALF, SHAPES, SINGLE, ScaledWrong
+from tests.support.candidates import BANDWIDTH, CPU, HALF, SHAPES, SINGLE, ScaledWrong
 
 
 def measured(candidates: list[Candidate], repetitions: int = 2) -> list[Result]:
-    return timing.measure("tiny", candidates, SHAPES, CPU, repetitions=repetitions, bandwidth=1e9)
+    return timing.measure("tiny", candidates, SHAPES, CPU, repetitions=repetitions, bandwidth=BANDWIDTH)
 
 
 class NotANumber(GWTAdamW):

@@ -7,6 +7,8 @@ import importlib.util
 import pytest
 import torch
 
+from bench.common.bandwidth import Bandwidth
+from bench.common.measure import Spread
 from bench.common.models import Shape
 from gwt_kernels import GWTAdamW
 
@@ -16,6 +18,7 @@ needs_ptwt = pytest.mark.skipif(
 
 CPU = torch.device("cpu")
 SINGLE, HALF = torch.float32, torch.bfloat16
+BANDWIDTH = Bandwidth("in_place_bandwidth", "bandwidth in place", Spread(1e9, 0.9e9, 1.1e9, 20))
 SHAPES = [
     Shape("wide", (6, 16), True, True),
     Shape("odd", (5, 37), True, True),

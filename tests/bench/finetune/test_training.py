@@ -199,6 +199,15 @@ class Interrupting(Classification):
             yield each
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, which a shell's job in the background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_does_not_go_on(tmp_path: Path, bert: Path) -> None:
     task, note = tiny_task(tmp_path), tmp_path / "went on"
     told = task.facts | {"parent": os.getpid(), "note": str(note)}
