@@ -9,7 +9,7 @@ import pytest
 from tests.architectures import __main__ as architectures
 
 RELEASE, EXPECTED = architectures.expected()
-EVERY = 3
+EVERY = 6
 """One in this many architectures is tested; ``python -m tests.architectures`` tests all of them."""
 
 
@@ -40,7 +40,7 @@ def test_every_linear_of_a_repeated_block_is_transformed_or_has_a_reason() -> No
         built += 1
         faults += [f"{kind}: {fault}" for fault in architectures.broken(model)]
     assert not faults
-    assert built > 0.8 * len(kinds) > 50
+    assert built > 0.8 * len(kinds) > 25
 
 
 def test_every_reason_is_explained() -> None:

@@ -326,17 +326,17 @@ def vectors_of(capability: str) -> list[str]:
     return {"AVX512": ["AVX2", "AVX512"], "AVX2": ["AVX2"]}.get(capability, [])
 
 
-def on_a_cpu_with(vectors: str) -> pytest.MarkDecorator:
-    has = vectors in vectors_of(torch.backends.cpu.get_cpu_capability())
-    return pytest.mark.skipif(not has, reason="needs a CPU with such vectors: run it on one")
+def on_a_cpu_with_more_than(vectors: str) -> pytest.MarkDecorator:
+    """For vectors that this CPU has and the package does not take by itself."""
+    *others, _ = vectors_of(torch.backends.cpu.get_cpu_capability()) or [""]
+    return pytest.mark.skipif(vectors not in others, reason="needs a CPU with wider vectors: run it on one")
 
 
 @pytest.mark.parametrize(
     "vectors",
     [
         pytest.param([], id="plain"),
-        pytest.param(build.AVX2, id="avx2", marks=on_a_cpu_with("AVX2")),
-        pytest.param(build.AVX512, id="avx512", marks=on_a_cpu_with("AVX512")),
+        pytest.param(build.AVX2, id="avx2", marks=on_a_cpu_with_more_than("AVX2")),
     ],
 )
 def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vectors):
