@@ -23,6 +23,7 @@ from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside
+from gwt_kernels.optim.numbers import plain
 from gwt_kernels.optim.options import (
     ADDED,
     check_group,
@@ -345,6 +346,16 @@ class PlannedOptimizer(Optimizer):
             ``nonfinite``. Empty unless the optimizer was built with ``telemetry=True``.
         """
         return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, as ``torch.optim.Optimizer`` does, with plain numbers for NumPy's among the options.
+
+        ``torch.load(..., weights_only=True)`` refuses NumPy's.
+        """
+        found = super().state_dict()
+        for group in found.get("param_groups", ()):  # which a user's hook may leave out
+            group.update({name: plain(value) for name, value in group.items() if name != "params"})
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.

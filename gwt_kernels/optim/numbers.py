@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -72,3 +72,14 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got an integer of {len(str(value))} digits") from None
+
+
+def plain(value: Any) -> Any:
+    """A number of another library, such as a NumPy scalar, as Python's, in pairs too; anything else as it is."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if isinstance(value, (bool, Tensor)) or type(value) in (int, float):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return _as_tensor("", value).item() if getattr(value, "shape", None) == () else value

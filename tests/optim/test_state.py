@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -206,6 +207,31 @@ def test_a_tensor_learning_rate_and_names_survive():
     saved.param_groups[0]["lr"].fill_(9.0)
     assert loaded.param_groups[0]["lr"] == 0.25
     assert loaded.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """``torch.load`` takes them for code, and refuses them."""
+    (p,) = parameters([(4, 8)])
+    optimizer = GWTAdamW([p], lr=np.float64(0.1), betas=(np.float32(0.5), 0.75), seed=7, backend="torch")
+    optimizer.param_groups[0] |= {"eps": np.array(1e-3), "weight_decay": np.float32(0.25), "warmup": np.int64(10)}
+    optimizer.param_groups[0] |= {"of_the_user": [np.float32(0.5), "text"], "counts": np.arange(2)}
+    train(optimizer, range(2))
+    with pytest.raises(pickle.UnpicklingError):
+        through_a_file(optimizer.state_dict())
+    del optimizer.param_groups[0]["counts"]
+    loaded = through_a_file(optimizer.state_dict())
+    (group,) = loaded["param_groups"]
+    expected = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.25, "warmup": 10, "seed": 7}
+    assert {name: group[name] for name in expected} == expected
+    assert [type(group[name]) for name in ("lr", "eps", "warmup")] == [float, float, int]
+    assert group["of_the_user"] == [0.5, "text"]
+    assert isinstance(optimizer.param_groups[0]["lr"], np.float64)  # a scheduler's number stays in the group
+    twin = GWTAdamW(parameters([(4, 8)]), backend="torch")
+    twin.load_state_dict(loaded)
+    twin.param_groups[0]["params"][0].data.copy_(p.detach())
+    train(optimizer, range(2, 4))
+    train(twin, range(2, 4))
+    assert_same_bits(results(twin), results(optimizer))
 
 
 def test_users_own_entries_are_kept():
