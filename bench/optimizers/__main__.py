@@ -86,7 +86,7 @@ def promises(results: Sequence[Result], device: torch.device, latency: Spread | 
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the results as an aligned table; times in milliseconds, sizes in MiB."""
+    """Return the results as an aligned table of the metrics that any has; times in milliseconds, sizes in MiB."""
     columns = {
         "step": ("step_time", False, "{:.3f}", 1e3),
         "wall": ("wall_time", False, "{:.3f}", 1e3),
@@ -101,7 +101,7 @@ def table(results: Sequence[Result]) -> str:
         "error": ("check_error", False, "{:.2f}", 1),
     }
     known = {metric.name for result in results for metric in result.metrics}
-    columns = {heading: column for heading, column in columns.items() if column[0] in known or heading != "of copy"}
+    columns = {heading: column for heading, column in columns.items() if column[0] in known}
     lines: list[tuple[str, ...]] = [("model", "optimizer", "weights", *columns)]
     for result in results:
         head = (result.model, result.candidate.name, result.candidate.weights)
