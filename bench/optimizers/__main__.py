@@ -100,7 +100,7 @@ def table(results: Sequence[Result]) -> str:
         "extra MiB": ("peak_extra_bytes", False, "{:.2f}", 2**-20),
         "error": ("check_error", False, "{:.2f}", 1),
     }
-    known = {metric.name for result in results for metric in result.metrics}
+    known = {"step_time", *(metric.name for result in results for metric in result.metrics)}
     columns = {heading: column for heading, column in columns.items() if column[0] in known}
     lines: list[tuple[str, ...]] = [("model", "optimizer", "weights", *columns)]
     for result in results:
