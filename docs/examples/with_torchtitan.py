@@ -20,7 +20,7 @@ class GWTOptimizers(OptimizersContainer):
         groups: dict[str, Any] = field(default_factory=dict)
         """Options of `gwt_param_groups`: level, scale, weight_decay, include, exclude."""
         kind: Any = GWTAdamW
-        """The optimizer: `GWTAdamW`, `GWTLion` or `GWTMuon`."""
+        """The optimizer: `GWTAdamW`, `GWTMuon` or another of gwt_kernels."""
         options: dict[str, Any] = field(default_factory=dict)
         """Its options: state_dtype, weight_rounding, betas and so on."""
 

@@ -49,7 +49,8 @@ class Cost(NamedTuple):
     moved_bytes: int
     """Per step: gradients read, weights and moments read and written, plus ``limiter_bytes``."""
     limiter_bytes: int
-    """Bytes of the limiter's second read of gradients and moments, included in ``moved_bytes``."""
+    """Bytes of the limiter's second read of gradients and moments, or of the two further reads of gradients that
+    `GWTAdafactor` takes, included in ``moved_bytes``."""
     offered: bool
     """Whether the optimizer supports moments of this dtype; if not, the costs are hypothetical."""
 

@@ -24,9 +24,9 @@ class Held(NamedTuple):
     """Including frozen weights."""
     gradient_bytes: int
     state_bytes: int
-    """State of `GWTAdamW`, including scalars, which every process has."""
+    """State of the planned optimizer, including scalars, which every process has."""
     moved_bytes: int
-    """Traffic of each step of `GWTAdamW`."""
+    """Traffic of each of its steps."""
     adamw_state_bytes: int
     """State of ``torch.optim.AdamW`` with moments in the weights' dtype."""
     adamw_moved_bytes: int

@@ -25,7 +25,7 @@ LINK_BANDWIDTH = 50e9
 LATENCY = 10e-6
 """Seconds from one process to another for an empty message; an assumption of a network's order of magnitude."""
 HOST_TIME = 5e-6
-"""Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 0.5 to 1.6 µs
+"""Seconds of Python and launches per tensor of a step; an assumption: ``bench.host`` measured 0.5 to 1.4 µs
 without a GPU, and without the driver's launch."""
 
 MATRIX_FLOPS = 400e12
