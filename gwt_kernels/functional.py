@@ -14,7 +14,7 @@ from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
 from gwt_kernels.core.level import Level, check_level_type
-from gwt_kernels.rules import MATRIX_STAGES
+from gwt_kernels.rules import ADAFACTOR, MATRIX_STAGES
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
 
@@ -114,6 +114,10 @@ def gwt_adamw_(
         raise ValueError(
             f"rule={rule!r} orthogonalises matrices between two element-wise stages, and gwt_adamw_ is one of "
             f"elements: use gwt_kernels.GWTMuon"
+        )
+    if rule == ADAFACTOR.name:
+        raise ValueError(
+            f"rule={rule!r} keeps factors, for which gwt_adamw_ has no place: use gwt_kernels.GWTAdafactor"
         )
     lengths = [len(x) for x in lists.values() if x is not None]
     if lengths.count(len(params)) != len(lengths):

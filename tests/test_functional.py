@@ -493,6 +493,9 @@ def wrong(name: str, x: object) -> dict:
         ("hypers", Hyper(lr=math.nan), ValueError, "lr must be at least 0 and finite, got nan"),
         ("hypers", Hyper(lr="0.1"), TypeError, "lr must be a real number, got '0.1'"),
         ("hypers", Hyper(beta2=1.0), ValueError, "beta2 must be at least 0 and below 1, got 1.0"),
+        ("hypers", Hyper(scale=-1.0), ValueError, "scale must be at least 0 and finite, got -1.0"),
+        ("hypers", Hyper(detail_scale=math.inf), ValueError, "detail_scale must be at least 0 and finite, got inf"),
+        ("hypers", Hyper(grad_factor=math.nan), ValueError, "grad_factor must be at least 0 and finite, got nan"),
     ],
 )
 def test_wrong_arguments_change_nothing(backend, name, x, error, message):
@@ -503,6 +506,12 @@ def test_wrong_arguments_change_nothing(backend, name, x, error, message):
     with pytest.raises(error, match=message):
         gwt_adamw_(**given, backend=backend)
     assert all(map(torch.equal, first, before))
+
+
+@pytest.mark.parametrize(("rule", "optimizer"), [("adafactor", "GWTAdafactor"), ("muon", "GWTMuon")])
+def test_rules_that_are_no_step_of_elements_name_their_optimizer(rule, optimizer):
+    with pytest.raises(ValueError, match=f"rule={rule!r} .*: use gwt_kernels.{optimizer}"):
+        gwt_adamw_(**wrong("steps", 1), rule=rule)
 
 
 @backends

@@ -128,9 +128,12 @@ def _check_hyper(hyper: Any) -> None:
         ("beta2", hyper.beta2, 0.0, 1.0),
         ("eps", hyper.eps, 0.0, math.inf),
         ("weight_decay", hyper.weight_decay, 0.0, math.inf),
+        ("scale", hyper.scale, 0.0, math.inf),
         ("norm_growth_limit", 1.0 if limit is None else limit, 1.0, math.inf),
+        ("grad_factor", hyper.grad_factor, 0.0, math.inf),
+        ("detail_scale", hyper.detail_scale, 0.0, math.inf),
     ):
-        if isinstance(value, Tensor) and name == "lr":
+        if isinstance(value, Tensor) and name in ("lr", "grad_factor"):
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a real number, got {value!r}")

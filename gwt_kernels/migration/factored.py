@@ -142,7 +142,7 @@ def _to_moments(
     notes = how.notes | {"exp_avg": "approximate: times the root of the factors; " + how.notes["exp_avg"]}
     if read.first is None:
         notes["exp_avg"] = "new: zeros"
-    if "exp_avg_sq" in notes:
+    if not how.notes.get("exp_avg_sq", "dropped").startswith("dropped"):
         notes["exp_avg_sq"] = "approximate: the product of the factors; " + how.notes["exp_avg_sq"]
     return state, how._replace(before=form, notes=notes)
 

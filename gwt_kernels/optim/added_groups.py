@@ -46,9 +46,9 @@ def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
     if rest is None:
         return False
     warnings.warn(
-        f"{len(rest['params'])} of the parameters added without a level are one-dimensional, "
-        f"embeddings, or too narrow for its level {level}, and get level 0 (AdamW): say 'level' in the group, or "
-        f"use gwt_param_groups",
+        f"level 0 (AdamW) for {len(rest['params'])} of the parameters added without a level, which have one "
+        f"dimension, are embeddings or are too narrow for its level {level}: say 'level' in the group, or use "
+        f"gwt_param_groups",
         stacklevel=3,
     )
     return True

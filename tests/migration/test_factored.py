@@ -137,6 +137,15 @@ def test_adams_moments_become_factors_and_back():
     assert all(p.isfinite().all() for p in params)
 
 
+def test_a_rule_without_a_second_moment_drops_the_factors():
+    params = parameters()
+    optimizer = GWTAdafactor(params, level=2)
+    steps(optimizer, params, range(3))
+    notes = migrated(optimizer, GWTLion(params, level=2)).tensors[0].notes
+    assert notes["exp_avg"].startswith("approximate: times the root of the factors; ")
+    assert notes["exp_avg_sq"] == "dropped: rule='lion' keeps none"
+
+
 def test_groups_at_adamw_take_over_adafactors():
     transformers = pytest.importorskip("transformers")
     params = parameters()

@@ -88,7 +88,7 @@ def test_named_embeddings_and_heads_stay_at_level_0():
 
 def test_level_0_of_added_parameters_is_warned_of_once():
     optimizer = base()
-    with pytest.warns(UserWarning, match=r"^1 of the parameters added .* level 0"):
+    with pytest.warns(UserWarning, match=r"^level 0 \(AdamW\) for 1 of the parameters added without a level"):
         optimizer.add_param_group({"params": nn.Parameter(torch.ones(8))})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
