@@ -75,11 +75,11 @@ def number(name: str, value: Any) -> float:
 
 
 def plain(value: Any) -> Any:
-    """A number of another library, such as a NumPy scalar, as Python's, in pairs too; anything else as it is."""
+    """A scalar of another library, such as NumPy, as Python's, in tuples and lists too; anything else as it is."""
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
     if isinstance(value, (bool, Tensor)) or type(value) in (int, float):
         return value
     if isinstance(value, Real):
         return int(value) if isinstance(value, Integral) else float(value)
-    return _as_tensor("", value).item() if getattr(value, "shape", None) == () else value
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

@@ -214,7 +214,7 @@ def test_numbers_of_numpy_become_plain_ones():
     (p,) = parameters([(4, 8)])
     optimizer = GWTAdamW([p], lr=np.float64(0.1), betas=(np.float32(0.5), 0.75), seed=7, backend="torch")
     optimizer.param_groups[0] |= {"eps": np.array(1e-3), "weight_decay": np.float32(0.25), "warmup": np.int64(10)}
-    optimizer.param_groups[0] |= {"of_the_user": [np.float32(0.5), "text"], "counts": np.arange(2)}
+    optimizer.param_groups[0] |= {"of_the_user": [np.float32(0.5), np.str_("text"), True], "counts": np.arange(2)}
     train(optimizer, range(2))
     with pytest.raises(pickle.UnpicklingError):
         through_a_file(optimizer.state_dict())
@@ -224,7 +224,7 @@ def test_numbers_of_numpy_become_plain_ones():
     expected = {"lr": 0.1, "betas": (0.5, 0.75), "eps": 1e-3, "weight_decay": 0.25, "warmup": 10, "seed": 7}
     assert {name: group[name] for name in expected} == expected
     assert [type(group[name]) for name in ("lr", "eps", "warmup")] == [float, float, int]
-    assert group["of_the_user"] == [0.5, "text"]
+    assert group["of_the_user"] == [0.5, "text", True]
     assert isinstance(optimizer.param_groups[0]["lr"], np.float64)  # a scheduler's number stays in the group
     twin = GWTAdamW(parameters([(4, 8)]), backend="torch")
     twin.load_state_dict(loaded)
