@@ -258,7 +258,7 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
     bandwidth = step_bandwidth(device)
     release(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
-    low, middle, high = (1e-9 * value for value in bandwidth.spread[:3])
+    middle, low, high = (1e-9 * value for value in bandwidth.spread[:3])
     print(f"{bandwidth.words} {middle:.1f} GB/s (20 % {low:.1f}, 80 % {high:.1f})", flush=True)
 
     about |= {"layers": options.layers, "embeddings": options.embeddings, "parameters": None}

@@ -66,19 +66,20 @@ def functions() -> ctypes.CDLL:
         function.restype = ctypes.c_int
     lib.gwt_factored.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
     lib.gwt_factored.restype = ctypes.c_int
-    lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p,), None
-    lib.gwt_lend(threads_of_pytorch())
+    lib.gwt_lend.argtypes, lib.gwt_lend.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    lib.gwt_lend(*threads_of_pytorch())
     return lib
 
 
-def threads_of_pytorch() -> int | None:
-    """Return the address of GOMP_parallel in PyTorch's OpenMP; None if there is none."""
+def threads_of_pytorch() -> tuple[int | None, int | None]:
+    """Return the addresses of GOMP_parallel and omp_get_thread_num in PyTorch's OpenMP; None if there is none."""
     try:
         # Resolved in the OpenMP that the library is linked with: GNU, LLVM or Intel.
-        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel, number = library.GOMP_parallel, library.omp_get_thread_num
     except (OSError, AttributeError):
-        return None
-    return ctypes.cast(parallel, ctypes.c_void_p).value
+        return None, None
+    return ctypes.cast(parallel, ctypes.c_void_p).value, ctypes.cast(number, ctypes.c_void_p).value
 
 
 def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: Rule) -> bool:

@@ -27,13 +27,14 @@ typedef struct {
     void *context;
     range *ranges;
     int threads;
-    atomic_int joined; /* PyTorch's threads so far */
     fenv_t environment;
 } share;
 
-/* GOMP_parallel of PyTorch's OpenMP; NULL for none. */
+/* GOMP_parallel and omp_get_thread_num of PyTorch's OpenMP; NULL for none. */
 typedef void gwt_team(void (*work)(void *), void *context, unsigned threads, unsigned flags);
+typedef int gwt_number(void);
 static _Atomic(gwt_team *) team;
+static _Atomic(gwt_number *) number_in_team;
 static atomic_int forked;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -137,11 +138,12 @@ static int started(int threads)
     return pool.started < threads ? pool.started : threads;
 }
 
-/* Take part as one of PyTorch's threads; surplus ones return. */
+/* Take part as one of PyTorch's threads; surplus ones return. By its number a thread has the same range in both passes
+ * of the limiter: the second reads what is in this core's caches. */
 static void join(void *context)
 {
     share *job = context;
-    const int self = atomic_fetch_add_explicit(&job->joined, 1, memory_order_relaxed);
+    const int self = atomic_load(&number_in_team)();
     fenv_t own;
     if (self >= job->threads)
         return;
@@ -204,10 +206,11 @@ void share_out(gwt_work *work, void *context, int64_t count, int useful, int thr
         share_with_own(&job, count);
 }
 
-/* Set a function like GOMP_parallel, whose threads are used; NULL for the pool. */
-EXPORT void gwt_lend(gwt_team *parallel)
+/* Set functions like GOMP_parallel and omp_get_thread_num, whose threads are used; NULL for the pool. */
+EXPORT void gwt_lend(gwt_team *parallel, gwt_number *number)
 {
     pthread_once(&once, forget_after_forks); /* before first use, so that every child is reset */
+    atomic_store(&number_in_team, number);
     atomic_store(&team, parallel);
 }
 

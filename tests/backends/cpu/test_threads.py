@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -27,9 +28,9 @@ def two_threads(request):
     before, c = torch.get_num_threads(), compiled_step.functions()
     torch.set_num_threads(2)
     if request.param == "own":
-        c.gwt_lend(None)
+        c.gwt_lend(None, None)
     yield request.param
-    c.gwt_lend(compiled_step.threads_of_pytorch())
+    c.gwt_lend(*compiled_step.threads_of_pytorch())
     torch.set_num_threads(before)
 
 
@@ -92,7 +93,7 @@ def none_to_be_had():
 for work in (buckets, none_to_be_had):
     if not os.fork():
         try:
-            step.functions().gwt_lend(None)
+            step.functions().gwt_lend(None, None)
             work()
         finally:
             sys.stdout.flush()
@@ -116,6 +117,32 @@ def printed() -> tuple[list[str], list[str]]:
 def test_small_buckets_start_no_thread(printed):
     """Work is measured over the whole bucket: many small tensors are as much as a large one."""
     assert printed[0] == ["0", "0", "2", "3"]
+
+
+@pytest.mark.parametrize("two_threads", ["PyTorch's"], indirect=True)
+def test_a_thread_takes_the_range_of_its_number():
+    """The same one in both passes of the limiter, in whatever order threads begin; surplus ones take none."""
+    optimizer, twin = optimizer_of(seed=3), optimizer_of(seed=3)
+    begun, asked, c = [], [], compiled_step.functions()
+    work_of = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, work_of, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def one_after_another(work, context, threads, flags):
+        for number in (7, 1, 0):
+            begun.append(number)
+            work(context)
+
+    @ctypes.CFUNCTYPE(ctypes.c_int)
+    def own_number():
+        asked.append(begun[-1])
+        return begun[-1]
+
+    c.gwt_lend(*(ctypes.cast(each, ctypes.c_void_p) for each in (one_after_another, own_number)))
+    optimizer.step()
+    c.gwt_lend(*compiled_step.threads_of_pytorch())
+    twin.step()
+    assert asked == begun == 2 * [7, 1, 0]
+    assert_same_bits(snapshot(optimizer), snapshot(twin))
 
 
 def in_a_child(work) -> str:
