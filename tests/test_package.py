@@ -48,7 +48,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 def tracked(*folders: str) -> set[str]:
     """Return the files under version control, or skip where there is none."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("no version control here says which files belong to the project: run it in a clone")
+        pytest.skip(reason="no version control here says which files belong to the project: run it in a clone")
     listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
 
@@ -111,7 +111,7 @@ def test_the_wheel_installs_and_runs(built: tuple[Path, Path], version: str, tmp
     """A step and `gwt-kernels doctor` run where the Python has PyTorch; elsewhere it is all that is missing."""
     python = interpreter(version)
     if python is None:
-        pytest.skip(f"no Python {version} is at hand: install it as python{version}")
+        pytest.skip(reason=f"no Python {version} is at hand: install it as python{version}")
     place = tmp_path / "environment"
     made = run(python, "-m", "venv", "--without-pip", place)
     assert made.returncode == 0, made.stderr

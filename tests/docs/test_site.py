@@ -79,7 +79,7 @@ class Handler(SimpleHTTPRequestHandler):
 def browser() -> str:
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
+        pytest.skip(reason=f"none of {', '.join(BROWSERS)} is installed: apt-get install chromium")
     return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -214,6 +216,19 @@ def test_an_interrupted_run_does_not_go_on(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_apart(tiny_config(bert, steps=401), Interrupting(task.parts, 2, 0, told), CPU, 1)
     assert not note.exists()
+
+
+def test_the_end_of_a_job_interrupts_the_command() -> None:
+    """What batch systems send is what Ctrl-C is, so that the run's own process ends too."""
+    ended = (
+        "import argparse, os, runpy, signal\n"
+        "argparse.ArgumentParser.parse_args = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "runpy.run_module('bench.finetune', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ended], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr[:11]) == (1, "interrupted"), done.stderr
 
 
 def test_a_checksum_is_of_every_tensor() -> None:
