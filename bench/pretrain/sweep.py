@@ -19,6 +19,9 @@ from bench.common import records
 from bench.common.measure import facts
 from bench.pretrain.training import RunConfig
 
+Grid = Mapping[str, Sequence[float]]
+"""Values of `lr`, `scale` and, of Muon, `momentum`, to be tried in every combination."""
+
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
     """Return every recorded run; an empty list if there is no record."""
@@ -45,10 +48,16 @@ def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(optimizer for optimizer, *_ in tried))
 
 
-def settings_of(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float | None]]:
-    """Return all products of a grid's `lr`, `scale` and, of Muon, `momentum`, in the grid's order."""
-    values = (grid["lr"], grid["scale"], grid.get("momentum", [None]))
-    return [dict(zip(("lr", "scale", "momentum"), each, strict=True)) for each in product(*values)]
+def settings_of(grid: Grid | Sequence[Grid]) -> list[dict[str, float | None]]:
+    """Return all products of a grid's `lr`, `scale` and, of Muon, `momentum`, in the grid's order.
+
+    Several grids are taken one after another: the later ones go beyond the edges of the first.
+    """
+    settings = []
+    for one in [grid] if isinstance(grid, Mapping) else grid:
+        values = (one["lr"], one["scale"], one.get("momentum", [None]))
+        settings += [dict(zip(("lr", "scale", "momentum"), each, strict=True)) for each in product(*values)]
+    return settings
 
 
 def sweep(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from bench.common.models import load_config
 from bench.finetune import fetch
 from bench.pretrain import __main__ as pretrain
-from bench.pretrain.sweep import best_settings, read_runs, settings_tried
+from bench.pretrain.sweep import best_settings, read_runs, settings_of, settings_tried
 from tests.support.pretraining import TEXT, config_of, tiny_options, trained
 
 PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
@@ -34,6 +33,13 @@ def test_best_setting_is_chosen_on_one_seed() -> None:
     assert best is not None
     assert best["lr"] == 0.2
     assert best_settings(runs, "adamw") is None
+
+
+def test_grids_of_an_optimizer_are_tried_one_after_another() -> None:
+    first, beyond = {"lr": [0.1, 0.2], "scale": [1.0]}, {"lr": [0.3], "scale": [1.0], "momentum": [0.8, 0.9]}
+    tried = [tuple(setting.values()) for setting in settings_of([first, beyond])]
+    assert tried == [(0.1, 1.0, None), (0.2, 1.0, None), (0.3, 1.0, 0.8), (0.3, 1.0, 0.9)]
+    assert settings_of(first) == settings_of([first])
 
 
 def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +152,7 @@ def test_what_the_choosing_page_says_of_momentum_and_scale() -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_preset_uses_the_best_setting_of_its_sweep(path: Path) -> None:
     parsed, grids = pretrain.parse(["--preset", path.stem.removeprefix("preset_")])
-    sizes = {math.prod(map(len, grid.values())) for grid in grids.values()}
+    sizes = {len(settings_of(grid)) for grid in grids.values()}
     assert len(sizes) <= 1, "each has as many settings"
     runs = read_runs(parsed.sweep_record) if parsed.sweep_record else []
     for name in {*grids, "adamw", "gwt2"}:
