@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from bench.common.measure import Spread, available_bytes, clock
@@ -26,39 +24,40 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions
     return Spread.of([2 * size / second for second in seconds])
 
 
-def in_place_bandwidth(device: torch.device, *, size: int | None = None, repetitions: int = 20) -> Spread:
-    """Measure bytes moved per second (read plus written) by a pass that overwrites what it has read.
+class StepBandwidth:
+    """The bandwidth that bounds an optimizer's step: of a pass in place on a CPU, else of a copy.
 
-    On a CPU an optimizer's step is such a pass, and a copy is a slower one: it also reads the cache lines that it
-    overwrites.
-
-    Args:
-        device: Where to pass.
-        size: Bytes of the buffer; None for 256 MiB, far above any cache.
-        repetitions: Timed passes, after three for warming up.
-    """
-    size = 256 * 2**20 if size is None else size
-    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
-    seconds = [clock(lambda: buffer.mul_(1.0), device)[0] for _ in range(3 + repetitions)][3:]
-    return Spread.of([2 * size / second for second in seconds])
-
-
-class Bandwidth(NamedTuple):
-    """Bytes that a pass over memory moves per second.
+    On a CPU an optimizer's step is a pass that overwrites what it has read, and a copy is a slower one: it also
+    reads the cache lines that it overwrites. Neighbours and the clock change a CPU's bandwidth within seconds, so
+    that a pass takes turns with the steps.
 
     Attributes:
         metric: What the results call it.
         words: What people call it.
-        spread: As measured.
+        spread: Bytes moved per second (read plus written), measured when this is made.
     """
 
-    metric: str
-    words: str
-    spread: Spread
+    def __init__(self, device: torch.device, *, size: int | None = None, repetitions: int = 20) -> None:
+        """Measure it.
 
+        Args:
+            device: Whose memory.
+            size: Bytes of the buffer; None for `copy_bandwidth`'s.
+            repetitions: Timed passes, after three for warming up.
+        """
+        self._device = device
+        self._buffer: torch.Tensor | None = None
+        if device.type != "cpu":
+            self.metric, self.words = "copy_bandwidth", "copy bandwidth"
+            self.spread = copy_bandwidth(device, size=size, repetitions=repetitions)
+            return
+        self.metric, self.words = "in_place_bandwidth", "bandwidth in place"
+        self._buffer = torch.ones((256 * 2**20 if size is None else size) // 4)
+        self.spread = Spread.of([self.now() for _ in range(3 + repetitions)][3:])
 
-def step_bandwidth(device: torch.device, *, size: int | None = None) -> Bandwidth:
-    """Measure the bandwidth that bounds an optimizer's step: of a pass in place on a CPU, else of a copy."""
-    if device.type == "cpu":
-        return Bandwidth("in_place_bandwidth", "bandwidth in place", in_place_bandwidth(device, size=size))
-    return Bandwidth("copy_bandwidth", "copy bandwidth", copy_bandwidth(device, size=size))
+    def now(self) -> float:
+        """Return bytes moved per second by one more pass on a CPU, else the median of those measured."""
+        if self._buffer is None:
+            return self.spread.median
+        buffer = self._buffer
+        return 2 * buffer.nbytes / clock(lambda: buffer.mul_(1.0), self._device)[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.common import records, sources
-from bench.common.bandwidth import Bandwidth, step_bandwidth
+from bench.common.bandwidth import StepBandwidth
 from bench.common.measure import Spread, chosen_device, facts, is_present, wall_clock
 from bench.common.models import Shape, load_config, shapes_of
 from bench.kernels.targets import Target, compared, targets
@@ -201,7 +201,7 @@ def batches(
 
 
 def run(
-    options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: Bandwidth
+    options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: StepBandwidth
 ) -> Iterator[tuple[Sequence[Shape], list[Result]]]:
     """Measure batch after batch, and yield each batch when it is done, until the time is up."""
     device, begin = options.device, time.monotonic()
@@ -255,7 +255,7 @@ def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str
         return 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    bandwidth = step_bandwidth(device)
+    bandwidth = StepBandwidth(device)
     release(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}")
     middle, low, high = (1e-9 * value for value in bandwidth.spread[:3])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.common.bandwidth import Bandwidth
+from bench.common.bandwidth import StepBandwidth
 from bench.common.measure import Spread, available_bytes, clock, held_bytes, kernel_launches, wall_clock
 from bench.common.models import Shape
 from bench.optimizers.candidate import (
@@ -71,6 +71,14 @@ class _Sample(NamedTuple):
     wall_time: float
 
 
+class _Turn(NamedTuple):
+    """A candidate's steps in one round, and the bytes per second that bounded them."""
+
+    step: _Sample
+    clipped: _Sample
+    bandwidth: float
+
+
 def measure(
     model: str,
     candidates: Sequence[Candidate],
@@ -78,7 +86,7 @@ def measure(
     device: torch.device,
     *,
     repetitions: int,
-    bandwidth: Bandwidth,
+    bandwidth: StepBandwidth,
     seconds: float = SECONDS,
 ) -> list[Result]:
     """Build, check and time candidates; those built together take turns, so that all meet the same load.
@@ -89,7 +97,7 @@ def measure(
         shapes: The tensors of the model.
         device: Where to run.
         repetitions: Timed steps of each, after the warm-up; fewer if they take too long.
-        bandwidth: Of this device.
+        bandwidth: Of this device; on a CPU it is measured again in every round.
         seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
@@ -114,13 +122,14 @@ def measure(
         del built
         release(device)
 
-    samples: dict[str, list[tuple[_Sample, _Sample]]] = {name: [] for name in ready}
+    turns: dict[str, list[_Turn]] = {name: [] for name in ready}
     begin, patience = time.monotonic(), seconds * len(ready)
     for round_ in range(WARM_UP + repetitions):
+        now = bandwidth.now()
         for name, built in list(ready.items()):
             try:
-                taken = _sample(built, device, samples[name], clipped=False)
-                samples[name].append((taken, _sample(built, device, samples[name], clipped=True)))
+                taken = [_sample(built, device, turns[name], clipped=clipped) for clipped in (False, True)]
+                turns[name].append(_Turn(*taken, now))
             except Exception as error:
                 notes[name] = _excuse(error, device)
                 del ready[name], built
@@ -131,16 +140,14 @@ def measure(
     metrics: dict[str, list[Metric]] = {name: [] for name in ready}
     for name, built in ready.items():
         try:
-            for metric in _metrics(built, device, samples[name][WARM_UP:], errors[name], bandwidth):
+            for metric in _metrics(built, device, turns[name][WARM_UP:], errors[name], bandwidth.metric):
                 metrics[name].append(metric)  # one by one, so that earlier metrics stay if a later one fails
         except Exception as error:
             notes[name] = _excuse(error, device)
     return [Result(model, c, metrics.get(c.name, ()), notes.get(c.name, "")) for c in candidates]
 
 
-def _sample(
-    built: BuiltCandidate, device: torch.device, before: Sequence[tuple[_Sample, _Sample]], *, clipped: bool
-) -> _Sample:
+def _sample(built: BuiltCandidate, device: torch.device, before: Sequence[_Turn], *, clipped: bool) -> _Sample:
     """Time one step with new gradients; on CUDA two, since the lead that hides launch latency spoils host time."""
     work = built.clipped_step if clipped else built.optimizer.step
     renew_gradients(built)
@@ -148,7 +155,7 @@ def _sample(
         seconds, _ = clock(work, device)
         return _Sample(seconds, seconds, seconds)
     host, wall = wall_clock(work, device)
-    usual = min(sample[clipped].host_time for sample in before) if before else host
+    usual = min((turn.clipped if clipped else turn.step).host_time for turn in before) if before else host
     renew_gradients(built)
     on_device, _ = clock(work, device, lead=min(max(0.01, 2 * usual), 0.5))
     return _Sample(on_device, host, wall)
@@ -157,22 +164,23 @@ def _sample(
 def _metrics(
     built: BuiltCandidate,
     device: torch.device,
-    samples: Sequence[tuple[_Sample, _Sample]],
+    turns: Sequence[_Turn],
     error: float,
-    bandwidth: Bandwidth,
+    bandwidth: str,
 ) -> Iterator[Metric]:
     def exact(name: str, unit: str, value: float, clipped: bool = False) -> Metric:
         return Metric(name, unit, Spread(value, value, value, 1), clipped)
 
     for clipped in (False, True):
         for index, name in enumerate(_Sample._fields):
-            yield Metric(name, "s", Spread.of([pair[clipped][index] for pair in samples]), clipped)
+            yield Metric(name, "s", Spread.of([turn[clipped][index] for turn in turns]), clipped)
 
     moved = bytes_moved(built)
-    roofline = moved / bandwidth.spread.median
+    rooflines = [moved / turn.bandwidth for turn in turns]
+    shares = [roofline / turn.step.step_time for roofline, turn in zip(rooflines, turns, strict=True)]
     yield exact("bytes_moved", "B", moved)
-    yield exact("roofline_time", "s", roofline)
-    yield Metric(f"{bandwidth.metric}_fraction", "1", Spread.of([roofline / s.step_time for s, _ in samples]))
+    yield exact("roofline_time", "s", Spread.of(rooflines).median)
+    yield Metric(f"{bandwidth}_fraction", "1", Spread.of(shares))
 
     weights_and_gradients = [t for p in built.tensors for t in (p, p.grad) if t is not None]
     state = held_bytes(built.optimizer, weights_and_gradients)
@@ -186,7 +194,7 @@ def _metrics(
     projection = projection_time(built, device)
     if projection is not None:
         each = projection / REFRESH_GAP
-        step = Spread.of([sample.step_time for sample, _ in samples]).median
+        step = Spread.of([turn.step.step_time for turn in turns]).median
         yield exact("projection_time", "s", projection)
         yield exact("projection_share", "1", each / (each + step))
     for clipped in (False, True):

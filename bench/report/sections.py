@@ -18,8 +18,7 @@ Times are medians over repeated runs after a warm-up, with the 20th and 80th per
 [roofline](glossary.md#roofline) of a kernel or a step is the bytes that it must move over the bandwidth of a plain
 copy in the same run; the share of the copy bandwidth is the roofline over the time. On a CPU, where a copy also
 reads the cache lines that it overwrites, an optimizer's step is compared with a pass in place, `x.mul_(1)`, timed
-once, before the steps: on a machine that others share, steps may exceed 100 %. Kernels are compared with a copy
-there, and those that work in place may exceed it too."""
+in turns with the steps. Kernels are compared with a copy there, and those that work in place may exceed it."""
 
 BANDWIDTHS = {"copy_bandwidth": "Copy bandwidth", "in_place_bandwidth": "Bandwidth of a pass in place"}
 """What a run measures to draw its roofline from, and how the pages call it."""

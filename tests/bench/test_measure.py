@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.common.bandwidth import step_bandwidth
+from bench.common.bandwidth import StepBandwidth
 from bench.common.measure import Spread, facts, held_bytes, plain_tensors
 from bench.optimizers.candidate import build, gwt
 from tests.support.candidates import CPU, SHAPES, SINGLE
 
 
 def test_a_step_on_a_cpu_is_compared_with_a_pass_in_place() -> None:
-    metric, words, spread = step_bandwidth(CPU, size=1 << 20)
-    assert (metric, words) == ("in_place_bandwidth", "bandwidth in place")
-    assert 1e7 < spread.p20 <= spread.median <= spread.p80 < 1e14
-    assert spread.samples == 20
+    bandwidth = StepBandwidth(CPU, size=1 << 20)
+    assert (bandwidth.metric, bandwidth.words) == ("in_place_bandwidth", "bandwidth in place")
+    assert 1e7 < bandwidth.spread.p20 <= bandwidth.spread.median <= bandwidth.spread.p80 < 1e14
+    assert bandwidth.spread.samples == 20
+    assert 1e7 < bandwidth.now() < 1e14
 
 
 def test_held_bytes() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.common import records
-from bench.common.bandwidth import step_bandwidth
+from bench.common.bandwidth import StepBandwidth
 from bench.optimizers import __main__ as optimizers
 from bench.optimizers.candidate import adamw, gwt
 from tests.support import pretraining
@@ -24,7 +24,7 @@ def tiny_model(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the bandwidth on little memory."""
-    monkeypatch.setattr(optimizers, "step_bandwidth", partial(step_bandwidth, size=1 << 20))
+    monkeypatch.setattr(optimizers, "StepBandwidth", partial(StepBandwidth, size=1 << 20))
 
 
 @needs_ptwt
@@ -170,7 +170,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 
 def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(optimizers, "step_bandwidth", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(optimizers, "StepBandwidth", lambda *_: pytest.fail("measured"))
     assert optimizers.main(["--device", "cuda:1", "--out", str(tmp_path), "--commit", "abc"]) == 1
     (path,) = tmp_path.glob("*.json")
     (row,) = records.rows_of(path, "optimizers")
@@ -189,7 +189,7 @@ def test_a_cuda_device_gets_an_index(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
     monkeypatch.setattr(optimizers, "facts", lambda *_: {"device": "made up", "date": "2026"})
-    monkeypatch.setattr(optimizers, "step_bandwidth", first_step)
+    monkeypatch.setattr(optimizers, "StepBandwidth", first_step)
     with pytest.raises(InterruptedError):
         optimizers.main(["--device", name])
     assert made == [torch.device("cuda", 0)]

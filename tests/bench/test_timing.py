@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from bench.common.bandwidth import StepBandwidth
+from bench.common.measure import Spread
 from bench.optimizers import __main__ as optimizers
 from bench.optimizers import timing
 from bench.optimizers.candidate import Candidate, Likeness, gwt
@@ -121,3 +125,29 @@ def test_running_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) ->
     (result,) = measured([gwt(2, SINGLE, limiter=True)])
     assert result.note.startswith("does not fit: out of memory")
     assert not result.failed
+
+
+def test_a_roofline_is_drawn_from_the_bandwidth_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halving(StepBandwidth):
+        """Bandwidth that is half of the round before's."""
+
+        rounds = 0
+
+        def now(self) -> float:
+            self.rounds += 1
+            return 1e9 / 2**self.rounds
+
+    def one_second(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+        work()
+        return 1.0, 1.0
+
+    bandwidth = Halving(CPU, size=1 << 12, repetitions=1)
+    before = bandwidth.rounds
+    monkeypatch.setattr(timing, "clock", one_second)
+    candidates = [gwt(2, SINGLE, limiter=False)]
+    (result,) = timing.measure("tiny", candidates, SHAPES, CPU, repetitions=3, bandwidth=bandwidth)
+    assert bandwidth.rounds - before == timing.WARM_UP + 3
+    found = {metric.name: metric.spread for metric in result.metrics if not metric.clipped}
+    seconds = [found["bytes_moved"].median / (1e9 / 2**each) for each in range(before + 4, bandwidth.rounds + 1)]
+    assert found["roofline_time"].median == seconds[1]
+    assert found["in_place_bandwidth_fraction"] == pytest.approx(Spread.of(seconds))

@@ -7,8 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from bench.common.bandwidth import Bandwidth
-from bench.common.measure import Spread
+from bench.common.bandwidth import StepBandwidth
 from bench.common.models import Shape
 from gwt_kernels import GWTAdamW
 
@@ -18,7 +17,7 @@ needs_ptwt = pytest.mark.skipif(
 
 CPU = torch.device("cpu")
 SINGLE, HALF = torch.float32, torch.bfloat16
-BANDWIDTH = Bandwidth("in_place_bandwidth", "bandwidth in place", Spread(1e9, 0.9e9, 1.1e9, 20))
+BANDWIDTH = StepBandwidth(CPU, size=1 << 20, repetitions=2)
 SHAPES = [
     Shape("wide", (6, 16), True, True),
     Shape("odd", (5, 37), True, True),
