@@ -17,6 +17,19 @@ ORIGIN = (
 )
 
 
+class _FromFile(dict[str, Any]):
+    """A row that names its file where it lacks a column."""
+
+    def __init__(self, row: Row, file: str) -> None:
+        super().__init__(row)
+        self.file = file
+
+    def __missing__(self, column: str) -> Any:
+        raise ValueError(
+            f"{self.file}: a row lacks {column!r}, which the pages show: measure again, or move the file away"
+        )
+
+
 class Run(NamedTuple):
     """The rows of one file that come from one device."""
 
@@ -60,6 +73,7 @@ def load(folder: Path) -> list[Run]:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: a file is no record, or has a format that this version cannot read; the message names it.
+            A row that lacks a column raises it when the column is asked for.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: --results names one of raw results")
@@ -68,7 +82,7 @@ def load(folder: Path) -> list[Run]:
         benchmark, rows = records.read(path)
         split: dict[str, list[Row]] = {}
         for row in rows:
-            split.setdefault(str(row.get("device")), []).append(row)
+            split.setdefault(str(row.get("device")), []).append(_FromFile(row, path.name))
         runs += [Run(path.name, benchmark, device, own) for device, own in split.items()]
     return sorted(runs, key=lambda run: (run.date, run.file), reverse=True)
 
@@ -89,6 +103,8 @@ def cases(rows: Iterable[Row]) -> list[Case]:
     found: dict[str, Case] = {}
     for row in rows:
         what = {k: v for k, v in row.items() if k not in MEASURED and k not in ORIGIN and not isinstance(v, float)}
+        if isinstance(row, _FromFile):
+            what = _FromFile(what, row.file)
         case = found.setdefault(repr(what), Case(what, {}, row.get("note") or ""))
         if row.get("median") is not None:
             case.metrics[row["metric"]] = row

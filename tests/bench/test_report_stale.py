@@ -11,9 +11,9 @@ import pytest
 
 from bench.common import sources
 from bench.report import markdown, optimizers, plots, rows
-from bench.report.__main__ import main
+from bench.report.__main__ import main, make
 from bench.report.rows import Run
-from tests.support.made_up_rows import CPU, GPU, optimizer_rows
+from tests.support.made_up_rows import CPU, GPU, MAKERS, optimizer_rows
 from tests.support.reports import checkout, record, report
 
 
@@ -117,6 +117,24 @@ def test_unknown_format_is_refused_by_name(
     assert "odd.json" in errors
     assert "gwt_kernels results 99" in errors
     assert not (place / "docs" / "performance.md").exists()
+
+
+@pytest.mark.parametrize("benchmark", MAKERS)
+def test_a_row_without_a_column_is_refused_by_name(benchmark: str, tmp_path: Path) -> None:
+    """Or the pages do without it."""
+    place = checkout(tmp_path)
+    path = record(place, benchmark, CPU)
+    content = json.loads(path.read_text())
+    said = {}
+    for column in dict.fromkeys(column for row in content["rows"] for column in row):
+        short = [{key: value for key, value in row.items() if key != column} for row in content["rows"]]
+        path.write_text(json.dumps(content | {"rows": short}))
+        try:
+            make(place / "results", place)
+        except ValueError as error:
+            said[column] = str(error)
+    assert said or benchmark == "gpu"
+    assert all(words.startswith(f"{path.name}: a row lacks {column!r}") for column, words in said.items())
 
 
 def test_missing_folders_are_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
