@@ -208,9 +208,13 @@ def matrix_shapes(
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in row_splits):
         raise TypeError(f"row_splits={row_splits!r} must hold numbers of rows, which are ints")
     if any(n <= 0 for n in row_splits) or sum(row_splits) != rows:
+        transposed = (
+            ", which are its columns: a weight stored as [inputs, outputs], such as GPT-2's Conv1D, is not split; "
+            "put it into a group with row_splits=None"
+        )
         raise ValueError(
             f"row_splits={tuple(row_splits)!r} must be positive and add up to the {rows} rows of {name} of shape "
-            f"{tuple(shape)}, not to {sum(row_splits)}"
+            f"{tuple(shape)}, not to {sum(row_splits)}{transposed if sum(row_splits) == cols else ''}"
         )
     return [(*batch, n, cols) for n in row_splits]
 
