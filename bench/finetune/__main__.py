@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from bench.common import records, step_times
 from bench.common.arguments import above_zero, at_least, share
+from bench.common.grids import settings_of
 from bench.common.measure import chosen_device, facts, is_present
 from bench.common.models import CONFIGS
 from bench.common.places import check_out, check_record
@@ -36,6 +37,7 @@ from bench.finetune.tasks import Sizes, Task, load_classification, load_plain_te
 from bench.finetune.training import MODULE, RunConfig, train_apart
 from bench.pretrain.optimizers import swept_name
 
+RATES = ("lr", "scale")
 _OF_PRESET = Path()  # stands for the preset's own record, which the parser does not know yet
 
 
@@ -285,12 +287,13 @@ class Comparison:
         self.rows += new
         return new
 
-    def rates(self, optimizer: str, recipe: str) -> list[tuple[float, float]]:
+    def rates(self, optimizer: str, recipe: str) -> list[tuple[float | None, ...]]:
         """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's.
 
         Where the preset's value is none of the grid of optimizer and recipe, the middle of the grid is taken.
         """
         options = self.options
+        given = {"lr": options.lr, "scale": options.scale}
         rule = swept_name(optimizer).rstrip("0123456789")
         grid = options.grids.get(f"{recipe} {rule}") or options.grids.get(recipe)
         if options.sweep:
@@ -298,15 +301,15 @@ class Comparison:
                 raise ValueError(
                     f"--sweep: preset {options.preset!r} has no grid for recipe {recipe!r}; give --lr and --scale"
                 )
-            return _distinct(options.lr or grid["lr"], options.scale or grid["scale"])
+            return settings_of(grid, RATES, given)
         recorded = records.rows_of(results.default_path(options.name), results.BENCHMARK)
         best = results.best_setting(recorded, optimizer, recipe)
         known = {"lr": [best["lr"]], "scale": [best["scale"]]} if best else dict(options.preset_rates)
         if best is None and grid is not None:
-            for key, tried in grid.items():
+            for key, tried in (grid if isinstance(grid, Mapping) else grid[0]).items():
                 if not set(known[key]) <= set(tried):
                     known[key] = [tried[(len(tried) - 1) // 2]]
-        return _distinct(options.lr or known["lr"], options.scale or known["scale"])
+        return settings_of(known, RATES, given)
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Run every setting under the first seed, then of each optimizer and recipe the best under the others."""
@@ -319,11 +322,6 @@ class Comparison:
                 config = self.config(optimizer, recipe, best["lr"], best["scale"], self.options.seed)
                 for seed in range(self.options.seed + 1, self.options.seed + self.options.seeds):
                     self.once(replace(config, seed=seed))
-
-
-def _distinct(rates: Sequence[float], scales: Sequence[float]) -> list[tuple[float, float]]:
-    """Return all pairs, each once."""
-    return list(dict.fromkeys(product(rates, scales)))
 
 
 def time_steps(options: argparse.Namespace, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:

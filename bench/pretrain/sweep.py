@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,12 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import records
+from bench.common import grids, records
+from bench.common.grids import Grid
 from bench.common.measure import facts
 from bench.pretrain.training import RunConfig
-
-Grid = Mapping[str, Sequence[float]]
-"""Values of `lr`, `scale` and, of Muon, `momentum`, to be tried in every combination."""
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -49,15 +46,9 @@ def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def settings_of(grid: Grid | Sequence[Grid]) -> list[dict[str, float | None]]:
-    """Return all products of a grid's `lr`, `scale` and, of Muon, `momentum`, in the grid's order.
-
-    Several grids are taken one after another: the later ones go beyond the edges of the first.
-    """
-    settings = []
-    for one in [grid] if isinstance(grid, Mapping) else grid:
-        values = (one["lr"], one["scale"], one.get("momentum", [None]))
-        settings += [dict(zip(("lr", "scale", "momentum"), each, strict=True)) for each in product(*values)]
-    return settings
+    """Return the settings of a grid's `lr`, `scale` and, of Muon, `momentum`."""
+    names = ("lr", "scale", "momentum")
+    return [dict(zip(names, setting, strict=True)) for setting in grids.settings_of(grid, names)]
 
 
 def sweep(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.common import places, records
+from bench.common.grids import settings_of
 from bench.common.models import CONFIGS
 from bench.finetune import __main__ as finetune
 from bench.finetune import models, results
@@ -233,9 +234,11 @@ def test_muon_has_a_grid_of_its_own(tmp_path: Path) -> None:
     parsed = finetune.parse(["--sweep", "--out", str(tmp_path)])
     task = type("Nothing", (), {"facts": {}})()
     comparison = finetune.Comparison(parsed, task, torch.device("cpu"))
-    grid = parsed.grids["full muon"]
+    first, *beyond = parsed.grids["full muon"]
     for name in ("muon2", "muon0"):
-        assert comparison.rates(name, "full") == [(lr, scale) for lr in grid["lr"] for scale in grid["scale"]]
+        tried = comparison.rates(name, "full")
+        assert tried[:9] == [(lr, scale) for lr in first["lr"] for scale in first["scale"]]
+        assert tried[9:] == [(lr, scale) for grid in beyond for lr in grid["lr"] for scale in grid["scale"]]
     others = {tuple(comparison.rates(name, "full")) for name in ("adamw", "gwt2", "gwt3", "foam2")}
     assert len(others) == 1
     assert others != {tuple(comparison.rates("muon2", "full"))}
@@ -248,7 +251,7 @@ def test_presets_name_what_there_is_and_sweep_alike(path: Path) -> None:
     assert values.keys() <= known | {"about", "grids", "tasks", "fetch"}
     assert set(values["recipes"]) <= values["grids"].keys()
     assert {name.split()[0] for name in values["grids"]} <= models.RECIPES.keys()
-    assert len({len(grid["lr"]) * len(grid["scale"]) for grid in values["grids"].values()}) == 1
+    assert len({len(settings_of(grid, ("lr", "scale"))) for grid in values["grids"].values()}) == 1
     assert all(check_name(name) for name in values["optimizers"])
     assert "adamw" in values["optimizers"]
     for task, changed in values.get("tasks", {}).items():
