@@ -13,25 +13,32 @@ from bench.report.comparisons import Comparison
 from bench.report.markdown import table
 from bench.report.rows import Row, Run
 
-__all__ = ["differences", "section"]
+__all__ = ["section"]
 
 PUBLISHED = (0.01, 0.25)
 """Learning rate and scale of the published recipe."""
 
-SHIFTS = """\
-What does not hold at each size and on each text; *below* and *above*: by more than the larger spread over seeds,
-which are few:"""
+RATES = "The best rate of the matrices, *lr × scale*, at each size:"
+
+ORDERS = """\
+What does not hold at each size and on each text: optimizers whose loss is not everywhere on one side of AdamW's,
+and pairs that change their order. *below*, *above*: by more than the larger spread over seeds, which are few;
+*within*: by less."""
 
 
 def section(runs: Sequence[Run], compared: Sequence[Comparison]) -> str:
-    """Return the table, where its numbers are from, and what does not hold at each size."""
+    """Return the tables, where their numbers are from, and what does not hold at each size."""
     found = presets(runs)
     if not found:
         return sweeps.NOTHING
-    made = best_table(found)
-    parts = [made, *([sweeps.EDGE_NOTE] if sweeps.EDGE in made else []), "\n".join(map(_origin, found))]
-    if listed := [*rates(found), *differences(compared)]:
-        parts += [SHIFTS, "\n".join(f"- {line}" for line in listed)]
+    parts = [best_table(found)]
+    if rates := rates_table(found):
+        parts += [RATES, rates]
+    if any(sweeps.EDGE in part for part in parts):
+        parts.append(sweeps.EDGE_NOTE)
+    parts.append("\n".join(map(_origin, found)))
+    if orders := differences_table(compared):
+        parts += [ORDERS, orders]
     return "\n\n".join(parts)
 
 
@@ -90,66 +97,44 @@ def _origin(run: Run) -> str:
     return f"- `{sweeps.preset_of(run)}`: {several} settings each, {run.device}, {caption(run.rows)}"
 
 
-def rates(found: Sequence[Run]) -> list[str]:
-    """Return for each sweep but the first which optimizers' best rate of matrices is lower or higher than there."""
-    lines = []
-    first = {name: sweeps.best(rows) for name, rows in sweeps.optimizers(found[0]).items()}
-    for run in found[1:]:
-        ways: dict[str, list[str]] = {"lower": [], "higher": [], "the same": [], "not known": []}
-        for name, rows in sweeps.optimizers(run).items():
-            best, there = sweeps.best(rows), first.get(name)
-            if best and there:
-                here, old = _rate(best[0]), _rate(there[0])
-                way = _way(here, old, [_rate(row) for row in rows])
-                moved = f" ({old:g} to {here:g})" if way in ("lower", "higher") else ""
-                ways[way].append(optimizer_name(name) + moved)
-        if ways["lower"] or ways["higher"]:
-            said = "; ".join(f"{way} for {', '.join(names)}" for way, names in ways.items() if names)
-            presets = f"`{sweeps.preset_of(run)}` against `{sweeps.preset_of(found[0])}`"
-            lines.append(f"The best rate of the matrices, lr × scale, at {presets}: {said}.")
-    return lines
+def rates_table(found: Sequence[Run]) -> str:
+    """Return the best rate of the matrices of each optimizer that more than one sweep has, a column a sweep."""
+    swept = [sweeps.optimizers(run) for run in found]
+    shared = {name for own in swept for name in own if sum(name in each for each in swept) > 1}
+    rows = [
+        [optimizer_name(name), *(_best_rate(own.get(name)) for own in swept)]
+        for name in sorted(shared, key=order_of)
+    ]
+    return table(["optimizer", *(f"`{sweeps.preset_of(run)}`" for run in found)], rows) if rows else ""
+
+
+def _best_rate(rows: Sequence[Row] | None) -> str:
+    best = sweeps.best(rows) if rows else None
+    if rows is None or best is None:
+        return "-"
+    tried = [_rate(row) for row in rows]
+    edge = sweeps.EDGE if _rate(best[0]) in (min(tried), max(tried)) else ""
+    return f"{_rate(best[0]):g}{edge}"
 
 
 def _rate(row: Row) -> float:
     return float(f"{row['lr'] * row['scale']:.6g}")  # 0.1 × 0.03 is 0.03 × 0.1
 
 
-def _way(here: float, old: float, tried: Sequence[float]) -> str:
-    """Return how the best rate moved; not known if none was tried beyond it, towards the old one."""
-    if here == old:
-        return "the same"
-    if here < old:
-        return "lower" if max(tried) > here else "not known"
-    return "higher" if min(tried) < here else "not known"
-
-
-def differences(compared: Sequence[Comparison]) -> list[str]:
+def differences_table(compared: Sequence[Comparison]) -> str:
     """Return which optimizers do not stand alike to AdamW at every preset, and which two change their order."""
     found = sizes.columns([comparison.plain for comparison in compared])
-    lines = []
-    for name in sorted({name for _, own in found for name in own} - {"adamw"}, key=order_of):
-        said = {comparison.preset: _order(own[name], own["adamw"]) for comparison, own in found if name in own}
-        if len(set(said.values())) > 1:
-            label = optimizer_name(name)
-            lines.append(f"{label} against AdamW: {_places(said)}.")
-    for one, other in combinations(sorted({name for _, own in found for name in own} - {"adamw"}, key=order_of), 2):
-        said = {
-            comparison.preset: _order(own[one], own[other])
-            for comparison, own in found
-            if {one, other} <= own.keys()
-        }
-        if {"below", "above"} <= set(said.values()):
-            lines.append(f"{optimizer_name(one)} against {optimizer_name(other)}: {_places(said)}.")
-    return lines
+    names = sorted({name for _, own in found for name in own} - {"adamw"}, key=order_of)
+    rows = []
+    for one, other in [*((name, "adamw") for name in names), *combinations(names, 2)]:
+        said = [_order(own[one], own[other]) if {one, other} <= own.keys() else "-" for _, own in found]
+        kinds = {*said} - {"-"}
+        if len(kinds) > 1 if other == "adamw" else {"below", "above"} <= kinds:
+            rows.append([optimizer_name(one), optimizer_name(other), *said])
+    presets = [f"`{comparison.preset}`" for comparison, _ in found]
+    return table(["optimizer", "against", *presets], rows, left=2) if rows else ""
 
 
 def _order(one: dict[str, Any], other: dict[str, Any]) -> str:
     over, spread = one["loss"] - other["loss"], sizes.wider(one, other) or 0.0
-    return "within the spread" if abs(over) <= spread else "below" if over < 0 else "above"
-
-
-def _places(said: dict[str, str]) -> str:
-    return ", ".join(
-        f"{order} at {' and '.join(f'`{p}`' for p, own in said.items() if own == order)}"
-        for order in dict.fromkeys(said.values())
-    )
+    return "within" if abs(over) <= spread else "below" if over < 0 else "above"

@@ -359,15 +359,21 @@ def test_what_changes_between_sizes(tmp_path: Path) -> None:
         + swept("gwt2", GRID, steps=1600)
         + swept("foam2", {(0.03, 0.025, None): [1.45], (0.01, 0.025, None): [1.6]}, steps=1600),
     )
-    assert begin.rates(begin.presets(runs)) == [
-        "The best rate of the matrices, lr × scale, at `cpu_long` against `cpu`: "
-        "lower for AdamW (0.003 to 0.0015); the same for GWT level 2; not known for FOAM level 2."
+    assert begin.rates_table(begin.presets(runs)).splitlines() == [
+        "| optimizer | `cpu` | `cpu_long` |",
+        "| --- | --: | --: |",
+        "| AdamW | 0.003 | 0.0015† |",
+        "| GWT level 2 | 0.003 | 0.003 |",
+        "| FOAM level 2 | 0.0015† | 0.00075† |",
     ]
-    assert begin.differences(comparisons(runs)) == [
-        "GWT level 2 against AdamW: below at `cpu`, above at `cpu_long`.",
-        "FOAM level 2 against AdamW: below at `cpu`, above at `cpu_long`.",
-        "GWT level 2 against FOAM level 2: below at `cpu`, above at `cpu_long`.",
+    assert begin.differences_table(comparisons(runs)).splitlines() == [
+        "| optimizer | against | `cpu` | `cpu_long` |",
+        "| --- | --- | --: | --: |",
+        "| GWT level 2 | AdamW | below | above |",
+        "| FOAM level 2 | AdamW | below | above |",
+        "| GWT level 2 | FOAM level 2 | below | above |",
     ]
+    assert begin.rates_table(begin.presets(runs)[:1]) == begin.differences_table(()) == ""
 
 
 def test_a_sweep_of_one_rate_is_drawn_over_the_scale(tmp_path: Path) -> None:
