@@ -9,8 +9,8 @@ FINETUNE := build/finetune
 PAIR ?= reviews
 CC ?= cc
 
-# One more than the two cores of CI: tests of several processes wait for one another.
-WORKERS := 3
+# Twice the cores of CI: tests of commands and of several processes wait for one another.
+WORKERS := 4
 
 # Tests of kernels, rules, formats and of what decides about a step run compiled, which shows more than Triton's
 # interpreter. The others that take Triton launch the same kernels a few times each, which is quicker interpreted.
