@@ -1,4 +1,4 @@
-"""Options of groups at ``rule="adafactor"``, checked: what other rules call otherwise, and what it alone has."""
+"""Checks of options of groups with ``rule="adafactor"``, which differ from other rules' in names or meaning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adafactor_hyper(group: Mapping[str, Any], slack: float, capturable: bool) ->
     eps = values[_NAMES.index("eps")]
     plain = (*values, *eps) if isinstance(eps, tuple) else values
     types = tuple(map(type, plain))
-    if _PLAIN.issuperset(types):  # of no tensor, which might change
+    if _PLAIN.issuperset(types):  # no tensor, whose value might change
         return _remembered(values, types, slack)
     return _checked(values, slack, capturable)
 
@@ -97,5 +97,5 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
 
 @functools.lru_cache(maxsize=256)
 def _remembered(values: tuple[Any, ...], types: tuple[type, ...], slack: float) -> Hyper:
-    """See :func:`adafactor_hyper`; by their types, since True and 1.0 are one key."""
+    """Cache :func:`_checked`, with ``types`` in the key, since True and 1.0 are equal."""
     return _checked(values, slack)

@@ -1,4 +1,4 @@
-"""GWTAdamMini, Adam-mini with its first moment on the means of blocks: its options; how it steps is base.py's."""
+"""GWTAdamMini, Adam-mini with its first moment on the means of blocks: its options. Its steps are in base.py."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ class GWTAdamMini(PlannedOptimizer):
     head. Level 0 is Adam-mini, with Adam's bias correction, inside the root. The formulas are in docs/algorithm.md.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
-            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`. Groups at ``rule="adamw"``, as
-            :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are AdamW's.
+        params: As for ``torch.optim.AdamW``. Every option may be overridden per group, except the options of the
+            whole optimizer (see :class:`gwt_kernels.GWTAdamW`). Groups with ``rule="adamw"`` use AdamW:
+            :func:`gwt_kernels.gwt_param_groups` makes them of the tensors that it does not transform.
         lr: Learning rate.
         betas: Decay of the first and of the second moment, each in [0, 1).
-        eps: Added to the root of the second moment, which is bias-corrected; of AdamW's groups it is not.
+        eps: Added to the root of the second moment, which is bias-corrected, except in groups with
+            ``rule="adamw"``.
         weight_decay: Decoupled weight decay.
-        level: Levels of the transform, or ``"row"``: one block a row.
+        level: Levels of the transform, or ``"row"``: one block per row.
         scale: Factor on updates; level 0 ignores it.
-        head_rows: Rows, neighbours in the last dimension but one, that share a second moment, such as those of an
-            attention head; None for one of the whole tensor. 1-D tensors have one. Of more than 1, Triton reads
-            gradients twice: sums over rows come first.
-        state_dtype: Of the first moment, as for :class:`gwt_kernels.GWTAdamW`, as all options below, but for int8,
-            which stays float32; the second moment is float32, of float64 parameters float64.
+        head_rows: Number of neighbouring rows (along the last dimension but one) that share a second moment, such
+            as those of an attention head; None: all rows of a tensor share one. 1-D tensors have one. If several
+            rows share one, Triton reads gradients twice, first for the sums over rows.
+        state_dtype: dtype of the first moment. This and all options below are as for
+            :class:`gwt_kernels.GWTAdamW`, except that with int8 the first moment stays float32. The second moment
+            is float32 (float64 for float64 parameters).
 
     State per parameter: ``step``, ``exp_avg`` (``[..., ceil(N / 2**level)]``) and ``exp_avg_sq``
-    (``[..., rows / head_rows, 1]``, of None ``[1, ..., 1]``; whole along dimensions whose shards tear heads).
+    (``[..., rows / head_rows, 1]``, or ``[1, ..., 1]`` for None; whole along dimensions whose shards split heads).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.

@@ -1,4 +1,4 @@
-"""Groups that other code makes: names and level 0 for what is added, warnings of what has no effect."""
+"""Groups made by other code: names and levels of added groups, and warnings of options without effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEFT = re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared|\w*head|cla
 def divided(
     added: dict[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Return a copy of an added group, with names if the other groups have them, and its part at level 0.
+    """Return a copy of an added group, with names if the other groups have them, and its rest, at level 0.
 
     Either is None if it would be empty.
 
@@ -55,9 +55,9 @@ def warn_of_level_0(rest: Mapping[str, Any] | None, level: Level) -> bool:
 
 
 def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn of what a constructor was given for the transformed groups, all of which say something else.
+    """Warn of options of a constructor that have no effect, since all transformed groups have other values.
 
-    Groups of :func:`gwt_kernels.gwt_param_groups` say these options themselves, so it would change nothing.
+    Groups of :func:`gwt_kernels.gwt_param_groups` have their own values, which override the optimizer's.
 
     Args:
         optimizer: The optimizer's class.
@@ -81,7 +81,7 @@ def warn_of_unused(optimizer: type, given: Mapping[str, Any], groups: Sequence[M
 def _name_by_place(added: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Name the parameters if those of other groups are named: ``"added.2.0"`` for the first of group 2.
 
-    A later number stands for the group where groups were removed and another has that name.
+    A later number is used if another group already has that name, as after groups were removed.
     """
     params = added["params"]
     if not groups or "param_names" not in groups[0] or "param_names" in added:

@@ -1,4 +1,4 @@
-"""What optimizers of this package share: groups, steps by a plan, state, pickles; a subclass names the options."""
+"""Base class of this package's optimizers: groups, planned steps, state, pickling. A subclass names the options."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _NO_CONTROL = {
     "capturable": False,
     "_observed": False,
     "_skipped": None,
-}  # what older pickles lack
+}  # attributes that older pickles lack
 _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_adamw", "_rows", *_NO_CONTROL)
 
 
 class _Release(Protocol):
-    """What updates parameters in the backward pass, as the optimizer sees it: ``GradientRelease`` is one."""
+    """Interface that the optimizer uses of ``GradientRelease``, which updates parameters in the backward pass."""
 
     accumulating: bool
 
@@ -57,11 +57,11 @@ class _Release(Protocol):
 
 
 class _Step(NamedTuple):
-    """A step that is about to be taken: its plan, what :meth:`StepPlan.step` takes, and what follows it.
+    """A checked step before its execution: its plan, and the arguments of :meth:`StepPlan.step`.
 
     Attributes:
         capturing: Whether a CUDA graph captures it.
-        symbolic: Whether tensors stand for others now.
+        symbolic: Whether tensors may be symbolic (fake tensors, proxies in a graph).
     """
 
     plan: StepPlan
@@ -76,31 +76,31 @@ class _Step(NamedTuple):
 class PlannedOptimizer(Optimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
-    A subclass says which ``rules`` its groups may have.
+    A subclass declares the ``rules`` that its groups may have.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes.
-        options: ``locals()`` of the subclass's constructor, each of whose arguments is an option: of a step, of
-            groups at ``rule="adamw"`` (``adamw_betas``, ``adamw_eps``), or else of groups. And options of groups
-            that it fixes.
+        params: As for ``torch.optim.AdamW``.
+        options: ``locals()`` of the subclass's constructor, whose arguments are options of a step, of groups with
+            ``rule="adamw"`` (``adamw_betas``, ``adamw_eps``), or of all groups; and group options that the
+            subclass fixes.
     """
 
     rules: tuple[str, ...]
-    """What a group's ``rule`` may be."""
+    """Allowed values of a group's ``rule``."""
 
     max_grad_norm: float | None
     skip_nonfinite: bool
     capturable: bool
     _observed: bool
-    # torch.amp.GradScaler then hands over its scale and what it found, and the step unscales and skips by itself.
+    # torch.amp.GradScaler then passes grad_scale and found_inf, and the step itself unscales, or is skipped.
     _step_supports_amp_scaling = True
     found_inf = FoundInf()
     _grad_norm: Tensor | None = None
     _skipped: Tensor | None = None
     _captured: list[Any]
     _rows: dict[Tensor, Tensor]
-    _is_sharded = False  # whether there are DTensors among the parameters
-    _is_built = False  # whether groups that are added come after the constructor's
+    _is_sharded = False  # whether any parameter is a DTensor
+    _is_built = False  # whether the constructor has added its groups
     _has_warned = False
     _release: _Release | None = None
     _plan: StepPlan | None
@@ -116,16 +116,16 @@ class PlannedOptimizer(Optimizer):
         self._adamw = {key: defaults.pop(f"adamw_{key}") for key in ("betas", "eps") if f"adamw_{key}" in defaults}
         self.max_grad_norm, self.skip_nonfinite = defaults.pop("max_grad_norm"), defaults.pop("skip_nonfinite")
         self.capturable, self._observed = defaults.pop("capturable"), defaults.pop("telemetry")
-        self._shapes: list[dict[Tensor, torch.Size]] = []  # of each group's parameters, as they were checked last
-        self._forms: dict[Tensor, Form] = {}  # of the parameters' states, as they were checked last
+        self._shapes: list[dict[Tensor, torch.Size]] = []  # of each group's parameters, at the last check
+        self._forms: dict[Tensor, Form] = {}  # of the parameters' states, at the last check
         self._check_options()
         self._checks.check_options(defaults, slack=0.0)
         if self._adamw:
-            lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # which some rules find themselves
+            lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # some rules compute it themselves
             adamw = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
             try:
                 check_group({**defaults, **adamw}, capturable=self.capturable, slack=0.0)
-            except (TypeError, ValueError) as error:  # which has the names of a group's options
+            except (TypeError, ValueError) as error:  # its message has the names of a group's options
                 said = str(error)
                 raise type(error)(f"adamw_{said}" if said.startswith(tuple(self._adamw)) else said) from None
         self._rows = {}
@@ -136,12 +136,12 @@ class PlannedOptimizer(Optimizer):
         warn_of_unused(type(self), defaults, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, as in ``torch.optim.Optimizer``; a bad one is refused and not added.
+        """Add a parameter group, as in ``torch.optim.Optimizer``; an invalid group is refused and not added.
 
-        A group that says no ``level`` of its own, as callbacks that unfreeze layers add them to an optimizer, takes
-        the optimizer's for its matrices. Its one-dimensional tensors, what its names call embeddings or heads, and
-        what is too narrow for the level become a second group of level 0, with a warning, once. Where the other
-        groups have names and this one has none, its parameters are named by their places.
+        If a group has no ``level``, as when a callback unfreezes layers, its matrices get the optimizer's level.
+        Its one-dimensional tensors, tensors named as embeddings or heads, and tensors too narrow for the level
+        become a second group at level 0, with a warning the first time. If the other groups have names and this
+        one has none, its parameters are named by their positions.
 
         Raises:
             TypeError, ValueError, RuntimeError: as the constructor.
@@ -156,13 +156,13 @@ class PlannedOptimizer(Optimizer):
         try:
             for part in parts:
                 self._add_group(part)
-            if not self._has_warned:  # here, as warnings may be errors
+            if not self._has_warned:  # within try, as a filter may turn warnings into errors
                 self._has_warned = warn_of_level_0(rest, self.defaults["level"])
         except BaseException:
             del self.param_groups[count:]
             self._forget_plans()
             raise
-        if self.param_groups[count] is not param_group:  # which the base class would have completed and kept
+        if self.param_groups[count] is not param_group:  # the base class completes and keeps the caller's dict
             param_group.update(self.param_groups[count])
             self.param_groups[count] = param_group
         if self._release is not None:
@@ -200,9 +200,9 @@ class PlannedOptimizer(Optimizer):
             closure: Re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, the backend asked for cannot run on a parameter, or a CUDA graph is
-                being captured.
-            TypeError, ValueError: a group's options were changed to something that cannot be honoured.
+            RuntimeError: a gradient is sparse, the requested backend cannot run on a parameter, or a CUDA graph
+                captures the step without ``capturable``, or before the same step was taken outside the capture.
+            TypeError, ValueError: a group's options were changed to invalid values.
         """
         loss = None
         if closure is not None:
@@ -214,7 +214,7 @@ class PlannedOptimizer(Optimizer):
             self._update_outside_graphs()
         elif (now := self._begin()) is not None:
             self._end(now, now.plan.step(now.grads, now.hypers, now.asked, now.skipped))
-        if self._release is not None:  # sums that no backward pass outside accumulate() has used
+        if self._release is not None:  # free sums that no backward pass outside accumulate() has used
             self.zero_grad()
         return loss
 
@@ -223,13 +223,13 @@ class PlannedOptimizer(Optimizer):
         if self._release is None or not self._release.accumulating:
             super().zero_grad(set_to_none)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one a tensor; dear where none is made
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # one graph break, not one per tensor; slow in eager mode
     def _update_outside_graphs(self) -> None:
         if (now := self._begin()) is not None:
             self._end(now, now.plan.step(now.grads, now.hypers, now.asked, now.skipped))
 
     def _begin(self) -> _Step | None:
-        """Check and plan a step, and change nothing but states; None where nothing but these was wanted."""
+        """Check and plan a step, and complete the states; return None if the caller only wants new states."""
         if self._release is not None and "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a GradScaler's gradients were released before it unscaled them: see release_gradients"
@@ -237,7 +237,7 @@ class PlannedOptimizer(Optimizer):
         capturing = is_captured(self.capturable)
         self._check_options()
         symbolic = choice.tracer() is not None and choice.is_symbolic()
-        if symbolic:  # nothing that stands for numbers here may be found by a later step
+        if symbolic:  # a later step must not find symbolic tensors
             self._forget_plans()
         groups, capturable = self.param_groups, self.capturable
         hypers = [hyper_of(group, capturable=capturable) for group in groups]
@@ -245,7 +245,7 @@ class PlannedOptimizer(Optimizer):
         held, grads = params, (PYTHON if self._plan is None else self._plan.survey).grads(params)
         if not self.state and made_by_a_getter():
             self._check_before_step()
-            self._complete_states()  # and that is all that is wanted
+            self._complete_states()  # a checkpointing library calls step() only for these
             return None
         if self._plan is None or not self._plan.is_of(params):
             self._is_sharded = any_sharded(params)
@@ -269,17 +269,17 @@ class PlannedOptimizer(Optimizer):
         return _Step(plan, grads, hypers, asked, skipped, capturing, symbolic)
 
     def _end(self, now: _Step, decisions: dict[torch.device, Tensor] | None) -> None:
-        """Note what was decided about a step that was taken."""
+        """Record the decision about a finished step; keep a captured plan's memory, drop a symbolic plan."""
         if now.skipped is not None and decisions is not None and now.asked.of_gradients:
             self._grad_norm = decisions[now.skipped.device][2]
-        if now.capturing:  # replays go on using this memory, whatever becomes of the plan
+        if now.capturing:  # replays use this memory even after the plan is replaced
             self._captured.append((now.plan.memory(), now.hypers, now.asked, decisions, self._skipped))
         if now.symbolic:
             self._forget_plans()
 
     @property
     def gradient_release(self) -> _Release | None:
-        """What updates parameters in the backward pass (:func:`gwt_kernels.release_gradients`), or None."""
+        """Hooks that update parameters in the backward pass (:func:`gwt_kernels.release_gradients`), or None."""
         return self._release
 
     @gradient_release.setter
@@ -290,12 +290,12 @@ class PlannedOptimizer(Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step_parameter(self, p: Tensor) -> None:
-        """Update one parameter alone, with all the checks of a step: for gradients that never exist together.
+        """Update one parameter alone, with all checks of a step, for gradients that never exist at the same time.
 
         A parameter without gradient is left alone.
 
         Raises:
-            RuntimeError: the options or a ``GradScaler`` decide about a step by all gradients.
+            RuntimeError: an option or a ``GradScaler`` needs all gradients to decide about a step.
             ValueError: the parameter is not the optimizer's.
             TypeError, ValueError, RuntimeError: as :meth:`step`.
         """
@@ -322,13 +322,13 @@ class PlannedOptimizer(Optimizer):
         sources = sources_now()
         plan = self._single.plan_of(p, sources, checked_plan)
         plan.step(sources.grads, hypers, ClipRequest(), None)
-        self._opt_called = True  # schedules, which see calls of step() alone, look here for others
+        self._opt_called = True  # schedulers check it, and set it only in calls of step()
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global norm of the last step's gradients, before clipping, unscaled: a float64 scalar on their device.
+        """Global norm of the last step's unscaled gradients before clipping: a float64 scalar on their device.
 
-        None where neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. To read it waits for the device.
+        None if neither ``max_grad_norm`` nor ``skip_nonfinite`` is set. Reading its value waits for the device.
         """
         return self._grad_norm
 
@@ -338,39 +338,39 @@ class PlannedOptimizer(Optimizer):
         return torch.zeros((), dtype=torch.float64, device="cpu") if self._skipped is None else self._skipped
 
     def telemetry(self) -> dict[str, dict[str, float]]:
-        """What the last steps did to each tensor that took one; waits for the device, so ask every n steps.
+        """Return statistics of each updated tensor; waits for the device, so call it only every n steps.
 
         Returns:
-            By parameter, its name or else its place such as ``"0.3"`` (the fourth of group 0), numbers that
+            By parameter name, or else position such as ``"0.3"`` (the fourth of group 0), the numbers that
             :func:`gwt_kernels.telemetry.read` explains: ``detail_energy``, ``update_rms``, ``limiter`` and
             ``nonfinite``. Empty unless the optimizer was built with ``telemetry=True``.
         """
         return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as ``torch.optim.Optimizer`` does, with plain numbers for NumPy's among the options.
+        """Return the state, as ``torch.optim.Optimizer`` does, with NumPy scalars in options as Python numbers.
 
-        ``torch.load(..., weights_only=True)`` refuses NumPy's.
+        ``torch.load(..., weights_only=True)`` refuses NumPy scalars.
         """
         found = super().state_dict()
-        for group in found.get("param_groups", ()):  # which a user's hook may leave out
+        for group in found.get("param_groups", ()):  # a user's hook may remove the groups
             group.update({name: plain(value) for name, value in group.items() if name != "params"})
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as :meth:`state_dict` returned it: same dtypes, same bits, copied.
+        """Load a state that :meth:`state_dict` returned: same dtypes, same bits, copied.
 
-        Differs from ``torch.optim.Optimizer`` where that would lose something: moments keep their dtype
+        Differs from ``torch.optim.Optimizer`` where that would lose information: moments keep their dtype
         instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
-        rule, wavelet, boundary, dtype, shapes or bias correction do not belong to these parameters is refused
+        rule, wavelet, boundary, dtype, shapes or bias correction do not fit these parameters is refused
         before anything changes.
-        A group's options are taken from the state, but for ``backend``, which belongs to the machine.
+        A group's options are taken from the state, except ``backend``, which depends on the machine.
 
         Raises:
             ValueError: the state does not fit; the message names the group or the parameter.
             TypeError: an option in the state has the wrong type.
         """
-        # Registered last, so that it sees what the user's own hooks have made of the state.
+        # Registered last, so that it checks the state after the user's own hooks have changed it.
         handle = self.register_load_state_dict_pre_hook(check_and_set_aside)
         try:
             super().load_state_dict(state_dict)
@@ -416,14 +416,14 @@ class PlannedOptimizer(Optimizer):
 
     @property
     def _asked(self) -> ClipRequest:
-        """What is asked of all gradients; a ``GradScaler`` sets attributes for the time of a step."""
-        attributes = self.__dict__  # getattr would ask found_inf's descriptor, which raises, and that is dear
+        """Options that need all gradients, and the attributes that a ``GradScaler`` sets for one step."""
+        attributes = self.__dict__  # getattr would call found_inf's descriptor, whose exception takes time
         return ClipRequest(
             self.max_grad_norm, self.skip_nonfinite, attributes.get("grad_scale"), attributes.get("found_inf")
         )
 
     def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
-        """Check everything, and plan steps of what is there now."""
+        """Check everything, and plan steps of the current parameters, gradients and options."""
         if capturing:
             raise RuntimeError(
                 "step() is being captured in a CUDA graph with parameters, gradients or options that it "
@@ -432,7 +432,7 @@ class PlannedOptimizer(Optimizer):
         self._check_before_step()
         self._complete_states()
         decides = self._asked.anything
-        self._plan = None  # and its memory, before another takes some
+        self._plan = None  # frees its memory before the new plan allocates
         self._plan = StepPlan(
             sources,
             on_device=self.capturable or decides,
@@ -461,9 +461,9 @@ class PlannedOptimizer(Optimizer):
                     complete(self.state[p], p, group)
 
     def _telemetry_rows(self, members: Sequence[Member]) -> Tensor | None:
-        """One tensor for a bucket's rows, which go on from where they were; None where nothing is observed."""
+        """Return a bucket's telemetry rows in one tensor, with their values so far; None without telemetry."""
         if not self._observed or choice.is_symbolic():
             return None
         for gone in self._rows.keys() - set(chain.from_iterable(group["params"] for group in self.param_groups)):
-            del self._rows[gone]  # a parameter that another took the place of
+            del self._rows[gone]  # a parameter that was replaced
         return telemetry_rows.joined(self._rows, [member.param for member in members])

@@ -163,7 +163,7 @@ class Layout:
         ]
 
     def _find_experts(self, parent: str, children: dict[str, list[str]]) -> None:
-        """Find routers, whose outputs are as many as the experts beside them: fused ones, or a list of blocks."""
+        """Find routers, with one output for each of the experts beside them: fused ones, or a list of blocks."""
         within = (parent, *children[parent])
         fused = {name: {p.shape[0] for p in _fused(self.modules[name])} for name in within}
         listed = {

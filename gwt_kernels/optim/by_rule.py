@@ -1,4 +1,4 @@
-"""Which optimizer has which rule."""
+"""The optimizer class of each rule."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ _BY_RULE = {rule: each for each in reversed(OPTIMIZERS) for rule in each.rules i
 
 
 def optimizer_of(rule: str) -> type[PlannedOptimizer]:
-    """The optimizer whose groups may have a rule; for AdamW's and unknown ones, which it refuses, ``GWTAdamW``."""
+    """Return the optimizer class of a rule; ``GWTAdamW`` for ``"adamw"``, and for unknown rules, to refuse them."""
     return _BY_RULE[rule] if rule in list(_BY_RULE) else GWTAdamW

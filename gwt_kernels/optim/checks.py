@@ -28,25 +28,25 @@ from gwt_kernels.optim.state import (
     upgraded,
 )
 
-_ADDED = ("limiter_norm", "weight_low")  # what an option turned on in mid-run may still have to add to a state
+_ADDED = ("limiter_norm", "weight_low")  # a state may lack these if their option was turned on in mid-run
 
 
 def name_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
-    """What an error calls a parameter: its name if the group has names, its place and shape otherwise."""
+    """Return the description of a parameter in errors: its name, or position if the group has none, and shape."""
     p = group["params"][index]
     return label_of(group, index, group_index) + ("" if is_lazy(p) else f" of shape {tuple(p.shape)}")
 
 
 def label_of(group: Mapping[str, Any], index: int, group_index: int) -> str:
-    """As :func:`name_of`, without the shape."""
+    """Return :func:`name_of` without the shape."""
     names = names_of(group)
     return f"parameter {repr(names[index]) if names else f'{index} of group {group_index}'}"
 
 
 def names_of(group: Mapping[str, Any]) -> Sequence[str] | None:
-    """The names of a group's parameters, if it has them.
+    """Return the names of a group's parameters; None if it has none.
 
-    ``ZeroRedundancyOptimizer`` hands out some of a group's parameters with the names of all: these are none.
+    ``ZeroRedundancyOptimizer`` passes some of a group's parameters with the names of all, which are ignored.
     """
     names = group.get("param_names")
     return names if names and len(names) == len(group["params"]) else None
@@ -119,7 +119,7 @@ def check_grad(g: Tensor, p: Tensor, name: str) -> None:
 
 
 def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[str, Any]) -> None:
-    """Raise if the backend asked for cannot take the parameter, its gradient or its moments."""
+    """Raise if the requested backend cannot take the parameter, its gradient or its moments."""
     moments = moment_format(p, group).arithmetic
     for what, dtype in (("dtype", p.dtype), ("gradient", grad_dtype), ("state_dtype", moments)):
         try:
@@ -131,7 +131,7 @@ def check_backend(p: Tensor, name: str, grad_dtype: torch.dtype, group: Mapping[
 
 
 def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless a parameter, its gradient, which is there, and its state, if there is one, belong together."""
+    """Raise unless a parameter, its gradient (not None) and its state, if any, fit together."""
     assert p.grad is not None
     check_param(p, group, name)
     check_grad(p.grad, p, name)
@@ -147,18 +147,18 @@ def check_before_step(p: Tensor, state: Mapping[str, Any] | None, group: Mapping
 def check_replaced(
     group: Mapping[str, Any], before: Sequence[Mapping[Tensor, torch.Size]], group_index: int
 ) -> None:
-    """Raise if a flat buffer, in which no rows are left, has taken the place of parameters, as under ZeRO.
+    """Raise if a flat buffer, which keeps no rows, has replaced parameters, as under ZeRO.
 
-    A DTensor keeps its rows, and a tensor as long as one that was there, or in the place of one without rows, is
-    one of another model. One that was there itself is none, whatever group it is in now.
+    A DTensor keeps its rows. A tensor as long as a former parameter of the group, or in the place of a
+    one-dimensional one, counts as another model's. A former parameter itself is no buffer, in whichever group.
 
     Args:
-        group: Whose parameters may be others than they were.
-        before: Shape by parameter of each group, as they were.
-        group_index: Of the group, for the message.
+        group: Group whose parameters may have been replaced.
+        before: Shape by parameter of each group, at the last check.
+        group_index: Index of the group, for the message.
 
     Raises:
-        TypeError: as said.
+        TypeError: a parameter is such a buffer.
     """
     if not group["level"]:
         return
@@ -175,7 +175,7 @@ def check_replaced(
 
 
 def check_observable(group: Mapping[str, Any]) -> None:
-    """Raise unless telemetry can tell about the group's parameters."""
+    """Raise unless telemetry supports the group's options and parameters."""
     if unknown := literal_alone(group["wavelet"], group["boundary"]):
         raise ValueError(
             f"telemetry=True knows no {unknown}: turn it off, or use wavelet='haar' and boundary='zero'"
@@ -199,7 +199,7 @@ def check_capturable(p: Tensor, group: Mapping[str, Any], name: str) -> None:
 
 
 def check_traceable(asked: ClipRequest) -> None:
-    """Raise if a graph is being made of a step that may have to be skipped."""
+    """Raise if a graph is being traced of a step that may have to be skipped."""
     if choice.is_graph() and (asked.skip_nonfinite or asked.found_inf is not None):
         raise RuntimeError(
             f"step() is being traced by {choice.tracer()}, and a graph cannot skip a step: take "
@@ -208,10 +208,10 @@ def check_traceable(asked: ClipRequest) -> None:
 
 
 def check_captured_everywhere(devices: Iterable[torch.device], capturing: bool) -> None:
-    """Raise where a CUDA graph captures the step on some of its devices alone.
+    """Raise if a CUDA graph captures the step on some of its devices only.
 
     Args:
-        devices: Those of the parameters.
+        devices: Devices of the parameters.
         capturing: Whether the current device's current stream is being captured.
 
     Raises:
@@ -235,10 +235,10 @@ def check_captured_everywhere(devices: Iterable[torch.device], capturing: bool) 
 
 
 def is_captured(capturable: bool) -> bool:
-    """Whether a CUDA graph captures the step.
+    """Return whether a CUDA graph captures the step.
 
     Raises:
-        RuntimeError: it does, and the optimizer was not built for that.
+        RuntimeError: it does, and the optimizer is not ``capturable``.
     """
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
     if capturing and not capturable:

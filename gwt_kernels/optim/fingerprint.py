@@ -11,13 +11,13 @@ from gwt_kernels.core.survey import Survey
 
 
 class Sources(NamedTuple):
-    """What a plan is made from and rests on.
+    """Groups, states and tensors that a plan is made from and depends on.
 
     Attributes:
         groups: Parameter groups, whose options are checked.
         states: States of the parameters, complete for those that have a gradient.
         params: Parameters of all groups, in order.
-        held: What this process holds of them.
+        held: This process's shards of them, or plain tensors themselves.
         grads: Their gradients, or the shards of these.
         options: Other values that the checks depend on; compared by ``==``.
         first_place: Index of the first parameter among all of the optimizer.
@@ -36,7 +36,7 @@ class Fingerprint:
     """Parameters, options, kinds of gradients, and states of all groups at one time; keeps no gradient alive.
 
     Args:
-        sources: What there is at that time.
+        sources: The sources at that time.
         survey: Functions that compare tensors and states.
     """
 

@@ -61,7 +61,7 @@ class GradientRelease:
         for p in dict.fromkeys(p for group in groups for p in group["params"]):
             is_trained = p.requires_grad
             self._handles.append(p.requires_grad_().register_post_accumulate_grad_hook(self._step))
-            p.requires_grad_(is_trained)  # without which no hook can be registered
+            p.requires_grad_(is_trained)  # a hook can be registered only while it is True
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -137,7 +137,7 @@ def _refuse_scalers() -> None:
     # A scaler scales the loss before the backward pass and unscales gradients after it: too late.
     if not _any_scaler():
         return
-    gc.collect()  # one that was deleted may wait for it, in a circle of references
+    gc.collect()  # a deleted scaler may wait for it in a reference cycle
     if _any_scaler():
         raise RuntimeError(
             "an enabled torch.amp.GradScaler is alive, but released gradients are used before it could unscale "

@@ -1,4 +1,4 @@
-"""What an optimizer requires of its groups and their parameters: as they are added, and before a step."""
+"""Checks of an optimizer's groups and their parameters, when they are added and before a step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from gwt_kernels.optim.state import head_rows_of
 from gwt_kernels.rules import check_rule, rule_of
 
 _OF_THE_OPTIMIZER = ("max_grad_norm", "skip_nonfinite", "capturable", "telemetry")
-"""Options that a group cannot have for itself; groups of other optimizers say some of them are off."""
+"""Options of the whole optimizer, which a group must not turn on; groups of other optimizers turn some off."""
 _OF_STATES = ("level", "rule", "wavelet", "state_dtype", "head_rows")
 
 
 Form = tuple[Any, ...]
-"""What of a group's options its parameters' states depend on."""
+"""Values of the group options that the states of its parameters depend on."""
 
 
 def kept_forms(
@@ -40,9 +40,9 @@ def kept_forms(
     """Return the forms of the parameters' states: see :func:`kept_form`.
 
     Args:
-        groups: The optimizer's groups, which may be others than before, or in another order.
+        groups: The optimizer's groups, which may have been replaced or reordered.
         states: State by parameter.
-        before: The forms at the last check; those of later parameters are not known yet.
+        before: The forms at the last check; parameters added since then have none.
     """
     return {
         p: kept_form(group, k, i, states.get(p), before.get(p))
@@ -82,9 +82,9 @@ class GroupChecks(NamedTuple):
 
     Attributes:
         optimizer: Name of the optimizer's class.
-        rules: What a group's ``rule`` may be.
-        capturable: Whether CUDA graphs capture the steps.
-        telemetry: Whether the steps are observed.
+        rules: Allowed values of a group's ``rule``.
+        capturable: Whether CUDA graphs may capture the steps.
+        telemetry: Whether the steps record telemetry.
     """
 
     optimizer: str
@@ -106,7 +106,7 @@ class GroupChecks(NamedTuple):
             check_observable(group)
 
     def check_new(self, group: dict[str, Any], index: int) -> None:
-        """Check a group that is added, and store the names of its dtypes in their place."""
+        """Check an added group, and replace its dtypes by their names."""
         for option in _OF_THE_OPTIMIZER:
             if group.get(option):
                 raise ValueError(
@@ -132,7 +132,7 @@ class GroupChecks(NamedTuple):
         Args:
             groups: The optimizer's groups.
             states: State by parameter; one without state has not been stepped.
-            shapes: Shape by parameter of each group, as they were checked last.
+            shapes: Shape by parameter of each group, at the last check.
         """
         for i, group in enumerate(groups):
             self.check_options(group)
@@ -147,7 +147,7 @@ class GroupChecks(NamedTuple):
         self._check_uses(group, k, index)
 
     def _check_uses(self, group: Mapping[str, Any], k: int, index: int) -> None:
-        """Check that a parameter suits its group's matrix stage, and a CUDA graph."""
+        """Check that a parameter fits its group's matrix stage and, with ``capturable``, a CUDA graph."""
         p = group["params"][k]
         check_matrix(p, group, label_of(group, k, index))
         if self.capturable:

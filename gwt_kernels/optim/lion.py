@@ -1,4 +1,4 @@
-"""GWTLion, Lion with its moment on the means of blocks: its options; how it steps is base.py's."""
+"""GWTLion, Lion with its moment on the means of blocks: its options. Its steps are in base.py."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from gwt_kernels.optim.options import FIXED
 class GWTLion(PlannedOptimizer):
     """Lion (arXiv 2302.06675) whose one moment lives on the block means of each gradient.
 
-    A block is ``2**level`` neighbours along the last dimension. Its state is one number a block, where Adam keeps
-    two an element. Level 0 is Lion. The formulas are in docs/algorithm.md.
+    A block is ``2**level`` neighbours along the last dimension. The state is one number per block, where Adam keeps
+    two per element. Level 0 is Lion. The formulas are in docs/algorithm.md.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
-            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`, and ``adamw_betas`` and ``adamw_eps``. Groups at
-            ``rule="adamw"``, as :func:`gwt_kernels.gwt_param_groups` makes them of what it does not transform, are
-            AdamW's.
+        params: As for ``torch.optim.AdamW``. Every option may be overridden per group, except the options of the
+            whole optimizer (see :class:`gwt_kernels.GWTAdamW`), ``adamw_betas`` and ``adamw_eps``. Groups with
+            ``rule="adamw"`` use AdamW: :func:`gwt_kernels.gwt_param_groups` makes them of the tensors that it does
+            not transform.
         lr: Learning rate: for Lion 3 to 10 times smaller than for AdamW.
         betas: Weight of the moment in the update, and its decay, each in [0, 1).
         weight_decay: Decoupled weight decay: for Lion 3 to 10 times larger than for AdamW.
-        level: Levels of the transform, or ``"row"``: one block a row.
+        level: Levels of the transform, or ``"row"``: one block per row.
         scale: Factor on updates.
-        detail_scale: Factor on what an element differs by from the mean of its block.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"`` that have none of their own.
-        adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
-        state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
+        detail_scale: Factor on the difference of an element from the mean of its block.
+        adamw_betas: ``betas`` of groups with ``rule="adamw"`` that have none of their own.
+        adamw_eps: ``eps`` of such groups, added to the root of the second moment, which is not bias-corrected.
+        state_dtype: This and all options below are as for :class:`gwt_kernels.GWTAdamW`.
 
-    State per parameter: ``step`` and ``exp_avg`` (``[..., ceil(N / 2**level)]``); of AdamW's groups ``exp_avg_sq``
-    too.
+    State per parameter: ``step`` and ``exp_avg`` (``[..., ceil(N / 2**level)]``); with ``rule="adamw"`` also
+    ``exp_avg_sq``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`gwt_kernels.GWTAdamW`.

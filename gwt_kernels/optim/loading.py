@@ -18,7 +18,7 @@ from gwt_kernels.rules import RULES, rule_of
 
 
 def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Check a state before it is loaded, and keep its tensors from the base class, which would cast them."""
+    """Check a state before it is loaded, and hide its tensors from the base class, which would cast them."""
     if not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
             f"the state has the keys {sorted(map(str, state_dict))[:5]}, but needs 'state' and 'param_groups': "
@@ -46,9 +46,9 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                     f"gwt_kernels.migrate takes over an AdamW's, and a Muon's"
                 )
             if option == "rule" and _name_at_level(saved) == _name_at_level(group):
-                continue  # as of groups at level 0 in older checkpoints
+                continue  # older checkpoints have another name at level 0
             if option == "state_dtype" and _spelled(saved[option]) == _spelled(group[option]):
-                continue  # as a user sets it in a group
+                continue  # a user may have set a torch.dtype in a group
             if saved[option] != group[option]:
                 raise ValueError(
                     f"group {i} of the state has {option}={saved[option]!r}, the optimizer "
@@ -88,7 +88,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
 
 
 def _check_containers(state_dict: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless states and groups are held as ``state_dict()`` holds them."""
+    """Raise a ValueError unless states and groups are in containers as those of ``state_dict()``."""
     states, groups = state_dict["state"], state_dict["param_groups"]
     if not isinstance(states, Mapping):
         raise ValueError(
@@ -102,7 +102,7 @@ def _check_containers(state_dict: Mapping[str, Any]) -> None:
 
 
 def _check_norm(state: Mapping[str, Any], name: str) -> None:
-    """Raise a ValueError unless the limiter's norm can be one, where no device has to be waited for."""
+    """Raise a ValueError if the limiter's norm is negative or NaN; on a device it is not read."""
     norm = state.get("limiter_norm")
     if isinstance(norm, Tensor) and norm.device.type == "cpu" and not choice.is_symbolic() and not float(norm) >= 0:
         raise ValueError(
@@ -112,11 +112,11 @@ def _check_norm(state: Mapping[str, Any], name: str) -> None:
 
 
 def _name_at_level(group: dict[str, Any]) -> Any:
-    """What the group's rule is called at its level."""
+    """Return the name of the group's rule at its level."""
     rule = group["rule"]
     return rule_of(rule, group["level"]).name if isinstance(rule, str) and rule in RULES else rule
 
 
 def _spelled(state_dtype: object) -> str:
-    """A dtype, or what stands in its place, without the name of the package."""
+    """Return the text of a dtype, or of its name, without ``torch.``."""
     return str(state_dtype).removeprefix("torch.")

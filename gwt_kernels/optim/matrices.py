@@ -1,4 +1,4 @@
-"""Options of groups whose updates are orthogonalised matrices, and the stage of a step that does it."""
+"""Options of groups whose updates are orthogonalised matrices, and the stage of a step that orthogonalises them."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _KERNELS = ([1, 1], [3, 3], [5, 5], [7, 7])
 
 
 class MatrixOptions(NamedTuple):
-    """What decides about the matrix stage of a group; of groups that share it they are equal.
+    """Options of a group's matrix stage; groups that share a stage have equal ones.
 
     Attributes:
         newton_schulz: The iteration.
         adjust_lr_fn: How the learning rate depends on a matrix's shape.
-        workspace_bytes: What matrices that are computed at once may take.
+        workspace_bytes: The most bytes that matrices computed at once may take.
         flatten: Whether tensors of more than two dimensions are one matrix.
-        row_splits: Numbers of rows that are orthogonalised apart, or None.
+        row_splits: Numbers of rows that are orthogonalised separately, or None.
     """
 
     newton_schulz: NewtonSchulz
@@ -52,21 +52,21 @@ class MatrixOptions(NamedTuple):
 
 
 def has_matrices(group: Mapping[str, Any]) -> bool:
-    """Whether the rule of a group, which need not be checked yet, has a matrix stage."""
+    """Return whether the rule of a group, which need not be checked yet, has a matrix stage."""
     rule = group["rule"]
     return isinstance(rule, str) and rule in MATRIX_STAGES
 
 
 def stage_key(group: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What tells the matrix stage of a group, which need not be checked yet, from another's; None for no stage."""
+    """Return a key of the matrix stage of a group, which need not be checked yet; None if it has no stage."""
     if not has_matrices(group):
         return None
-    values = map(group.get, _STAGE_OPTIONS)  # of which a group may have none yet
+    values = map(group.get, _STAGE_OPTIONS)  # None for those that a group lacks
     return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
 def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
-    """The options of a group's matrix stage; None where its rule has none."""
+    """Return the options of a group's matrix stage; None if its rule has none."""
     if not has_matrices(group):
         return None
     dtype = getattr(torch, ns_dtype_name(group["ns_dtype"]))
@@ -82,10 +82,10 @@ def matrix_options(group: Mapping[str, Any]) -> MatrixOptions | None:
 
 
 def ns_dtype_name(ns_dtype: torch.dtype | str) -> str:
-    """The option as a checkpoint holds it: a plain name.
+    """Return the option as a checkpoint stores it: a plain name.
 
     Raises:
-        ValueError: Newton-Schulz does not know this dtype.
+        ValueError: Newton-Schulz does not support this dtype.
     """
     name = str(ns_dtype).removeprefix("torch.")
     if name not in (known := [str(dtype).removeprefix("torch.") for dtype in DTYPES]):
@@ -94,10 +94,10 @@ def ns_dtype_name(ns_dtype: torch.dtype | str) -> str:
 
 
 def check_matrix_options(group: Mapping[str, Any]) -> None:
-    """Raise unless the options of a group's matrix stage have a meaning.
+    """Raise unless the options of a group's matrix stage are valid.
 
     Raises:
-        TypeError, ValueError: they have none; the message names the option.
+        TypeError, ValueError: an option is not; the message names it.
     """
     if not has_matrices(group):
         return
@@ -119,7 +119,7 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
     Args:
         p: The parameter.
         group: Its group.
-        label: What :func:`gwt_kernels.optim.checks.label_of` calls the parameter.
+        label: The parameter's label from :func:`gwt_kernels.optim.checks.label_of`.
 
     Raises:
         TypeError, ValueError, RuntimeError: It is not; the message names the parameter and the remedy.
@@ -150,7 +150,7 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
         label, p.shape, options.newton_schulz, options.workspace_bytes, options.flatten, options.row_splits
     )
     stored = moment_format(p, group)
-    if stored.codec is not None and p.dim() > 2 and not is_sharded(p):  # shards: when steps are planned
+    if stored.codec is not None and p.dim() > 2 and not is_sharded(p):  # shards are checked later, by the plan
         named = f"{label} of shape {tuple(p.shape)}"
         for piece in matrix_stage([p], [label], options).pieces:
             if piece.length < len(p):
@@ -158,20 +158,20 @@ def check_matrix(p: Tensor, group: Mapping[str, Any], label: str) -> None:
 
 
 def is_exchanged(p: Any, group: Mapping[str, Any]) -> bool:
-    """Whether matrices of a parameter travel between processes, also to those that have no gradient of it."""
+    """Return whether processes exchange matrices of a parameter, also those that have no gradient of it."""
     return has_matrices(group) and p.requires_grad and is_sharded(p) and p.device_mesh.size() > 1
 
 
 def matrix_stage(
     params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions, has_grad: Sequence[bool] | None = None
 ) -> MatrixStage:
-    """The matrix stage of parameters, whole or sharded; all processes have to make it alike.
+    """Return the matrix stage of parameters, whole or sharded; all processes must construct it alike.
 
     Args:
         params: The parameters.
-        names: What errors call them.
-        options: Those of their groups.
-        has_grad: Which of them have a gradient on this process, if not all; the stage is that of these.
+        names: Their names in errors.
+        options: Options of their groups.
+        has_grad: Which of them have a gradient on this process, None for all; the stage is for these only.
 
     Raises:
         ValueError: a parameter's shards cannot be gathered.
@@ -185,12 +185,12 @@ def matrix_stage(
 def exchange_of(
     params: Sequence[Tensor], names: Sequence[str], options: MatrixOptions, has_grad: Sequence[bool] | None = None
 ) -> tuple[MatrixExchange, list[float]]:
-    """What orthogonalises matrices of parameters, and the factors on their updates. As :func:`matrix_stage`."""
+    """Return the exchange that orthogonalises matrices, and the factors on updates; see :func:`matrix_stage`."""
     flatten, splits = options.flatten, options.row_splits
     scales, matrices = [], []
     present = [True] * len(params) if has_grad is None else has_grad
     for p, name, here in zip(params, names, present, strict=True):
-        # The whole matrices, of which a shard has rows of several, are multiplied by what sets them apart.
+        # A shard may have rows of several splits: whole matrices are multiplied by factors relative to the first.
         first, *rest = [
             update_scale(options.adjust_lr_fn, s) for s in matrix_shapes(p.shape, flatten, splits, name)
         ]

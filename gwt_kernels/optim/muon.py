@@ -1,4 +1,4 @@
-"""GWTMuon, Muon with its momentum on the means of blocks: its options; how it steps is base.py's."""
+"""GWTMuon, Muon with its momentum on the means of blocks: its options. Its steps are in base.py."""
 
 from __future__ import annotations
 
@@ -18,49 +18,50 @@ from gwt_kernels.rules.newton_schulz import WORKSPACE_BYTES
 class GWTMuon(PlannedOptimizer):
     """Muon whose momentum lives on the block means of each gradient.
 
-    A block is ``2**level`` neighbours along the last dimension. What an element differs by from the mean of its
-    block goes into the update as it is. Its state is one number a block, where Adam keeps two an element. Level 0
-    is ``torch.optim.Muon``, for batches of matrices, shards and 16-bit weights too. The formulas are in
-    docs/algorithm.md.
+    A block is ``2**level`` neighbours along the last dimension. The difference of an element from the mean of its
+    block goes into the update without momentum. The state is one number per block, where Adam keeps two per
+    element. Level 0 is ``torch.optim.Muon``, for batches of matrices, shards and 16-bit weights too. The formulas
+    are in docs/algorithm.md.
 
-    Matrices alone are Muon's: tensors of two dimensions, and of more as batches of matrices, as of experts
-    ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups at ``rule="adamw"``
-    of embeddings, heads, norms and biases, which are AdamW's: ``gwt_param_groups(model, rule="muon", scale=1.0,
+    Muon takes matrices only: tensors of two dimensions, and tensors of more as batches of matrices, such as experts
+    ``[E, rows, cols]``. :func:`gwt_kernels.gwt_param_groups` makes a group of them, and groups with
+    ``rule="adamw"`` of embeddings, heads, norms and biases: ``gwt_param_groups(model, rule="muon", scale=1.0,
     adamw_lr=3e-4)``.
 
     Args:
-        params: What ``torch.optim.AdamW`` takes. Every option may be overridden per group, but for those that are
-            the whole optimizer's in :class:`gwt_kernels.GWTAdamW`, and ``adamw_betas`` and ``adamw_eps``.
+        params: As for ``torch.optim.AdamW``. Every option may be overridden per group, except the options of the
+            whole optimizer (see :class:`gwt_kernels.GWTAdamW`), ``adamw_betas`` and ``adamw_eps``.
         lr: Learning rate.
         weight_decay: Decoupled weight decay, at ``lr`` before its adjustment.
         momentum: Decay of the momentum, in [0, 1).
         nesterov: Whether the update looks ahead by the gradient's part of the momentum.
-        ns_coefficients: Of the quintic of the Newton-Schulz iteration.
+        ns_coefficients: Coefficients of the quintic Newton-Schulz iteration.
         eps: The smallest norm that a matrix is divided by before the iteration.
-        ns_steps: Iterations, below 100.
-        adjust_lr_fn: What the learning rate is multiplied by: ``"original"`` (None), ``sqrt(max(1, rows / cols))``,
-            ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, with which AdamW's learning rates serve, or
+        ns_steps: Number of iterations, below 100.
+        adjust_lr_fn: Factor on the learning rate: ``"original"`` (None), ``sqrt(max(1, rows / cols))``;
+            ``"match_rms_adamw"``, ``0.2 * sqrt(max(rows, cols))``, which suits AdamW's learning rates; or
             ``"spectral_unclamped"``, ``sqrt(rows / cols)``.
-        level: Levels of the transform, or ``"row"``: one block a row.
+        level: Levels of the transform, or ``"row"``: one block per row.
         scale: Factor on the update of matrices, at level 0 too.
-        detail_scale: Factor on what an element differs by from the mean of its block.
+        detail_scale: Factor on the difference of an element from the mean of its block.
         ns_dtype: dtype of the iteration, and of matrices that travel between processes: ``torch.bfloat16``,
             ``torch.float32`` or ``torch.float64``.
-        workspace_bytes: What matrices that are computed at once may take, with the iteration's temporaries.
-        flatten: Take tensors of more than two dimensions as one matrix ``[shape[0], -1]``, as of convolutions.
+        workspace_bytes: The most bytes that matrices computed at once may take, with the iteration's temporaries.
+        flatten: Take tensors of more than two dimensions, such as convolutions, as one matrix ``[shape[0], -1]``.
             Blocks stay within the last dimension.
-        row_splits: Numbers of rows of fused matrices that are orthogonalised apart, such as of queries, keys and
+        row_splits: Numbers of rows of fused matrices that are orthogonalised separately, such as queries, keys and
             values.
-        adamw_betas: ``betas`` of groups at ``rule="adamw"`` that have none of their own.
-        adamw_eps: ``eps`` of these, added to the root of the second moment, which is not bias-corrected.
-        state_dtype: As for :class:`gwt_kernels.GWTAdamW`, as all options below.
+        adamw_betas: ``betas`` of groups with ``rule="adamw"`` that have none of their own.
+        adamw_eps: ``eps`` of such groups, added to the root of the second moment, which is not bias-corrected.
+        state_dtype: This and all options below are as for :class:`gwt_kernels.GWTAdamW`.
 
     State per parameter: ``step``; ``exp_avg``, the momentum (``[..., ceil(N / 2**level)]``); with int8 moments
-    ``exp_avg_scale``; of AdamW's groups ``exp_avg_sq`` too. On DTensors every process takes part in every step.
+    ``exp_avg_scale``; with ``rule="adamw"`` also ``exp_avg_sq``. With DTensors every process takes part in every
+    step.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As :class:`gwt_kernels.GWTAdamW`; or a tensor is no matrix, or a matrix
-            needs more than ``workspace_bytes``.
+        TypeError, ValueError, RuntimeError: As :class:`gwt_kernels.GWTAdamW`; or a tensor is not a matrix, or a
+            matrix needs more than ``workspace_bytes``.
     """
 
     rules = ("muon", "adamw")

@@ -44,7 +44,7 @@ def in_order_of(groups: Sequence[Group], saved: Sequence[Group]) -> list[dict[st
         ValueError: names do not match; the message has them.
     """
     in_order = [dict(group) for group in saved]
-    are_named = all(names_of(group) for group in groups if group["params"])  # and no parameter was taken out
+    are_named = all(names_of(group) for group in groups if group["params"])  # False after one was removed
     if not are_named or any(group.get("param_names") is None for group in saved if group["params"]):
         return in_order
     for i, group in enumerate(saved):

@@ -1,4 +1,4 @@
-"""Numbers among options, checked: each error names the option, its value and the remedy."""
+"""Checks of numbers among options: each error names the option, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 
 SLACK = 1e-12
-"""What a scheduler's rounding may leave below 0 where it means 0, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
+"""Largest distance below 0 that counts as 0: schedulers round so, as ``LinearLR(optimizer, 1 / 3, 0.0)`` does."""
 LARGEST = torch.finfo(torch.float32).max
-"""Kernels take numbers as float32."""
+"""Largest number allowed: kernels take float32."""
 
 
 def from_zero(name: str, value: Any, slack: float) -> Any:
-    """The number, or 0 where it is below that by no more than ``slack``."""
+    """Return the number, or 0 if it is below 0 by at most ``slack``; raise a ValueError if it is out of range."""
     if isinstance(value, Tensor) or 0.0 <= value <= LARGEST:
         return value
     if -slack <= value < 0.0:
@@ -29,10 +29,10 @@ def from_zero(name: str, value: Any, slack: float) -> Any:
 
 
 def learning_rate(lr: Any, capturable: bool) -> float | Tensor:
-    """The rate as a number; one on a device, where it may stay there, as the float32 scalar that it is."""
+    """Return the rate as a number; if ``capturable``, a float32 scalar on a device as it is."""
     if not (capturable and isinstance(lr, Tensor)):
         return number("lr", lr)
-    if lr.device.type == "cpu" and not choice.launches_on("cpu"):  # where Triton does, that is its device
+    if lr.device.type == "cpu" and not choice.launches_on("cpu"):  # in Triton's interpreter it is the device
         return number("lr", lr)
     if lr.dtype != torch.float32:
         raise TypeError(f"lr must be a number or a float32 tensor of one element, got a {lr.dtype} tensor")
@@ -46,15 +46,15 @@ def _check_single(name: str, value: Tensor) -> None:
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
-    """A numpy array of numbers as a tensor; everything else is refused."""
+    """Return a NumPy array of numbers as a tensor; refuse everything else."""
     if hasattr(value, "__array__"):
-        with contextlib.suppress(TypeError, ValueError):  # an array of anything
+        with contextlib.suppress(TypeError, ValueError):  # not an array of numbers
             return torch.from_numpy(value.__array__())
     raise TypeError(f"{name} must be a real number, got {value!r}")
 
 
 def number(name: str, value: Any) -> float:
-    if type(value) is float:  # which the other checks take a while to say
+    if type(value) is float:  # the common case; the other checks are slower
         return value
     if isinstance(value, Tensor):
         _check_single(name, value)
@@ -75,7 +75,7 @@ def number(name: str, value: Any) -> float:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of another library, such as NumPy, as Python's, in tuples and lists too; anything else as it is."""
+    """Return scalars of other libraries, such as NumPy, as Python's, also in tuples and lists; others unchanged."""
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
     if isinstance(value, (bool, Tensor)) or type(value) in (int, float):

@@ -26,22 +26,22 @@ _NO_BETAS = (0.0, 0.0)
 _PLAIN = {(float, tuple, float, float, float, gamma, bool, bool, str, float) for gamma in (float, type(None))}
 
 STRUCTURAL = ("level", "rule", "wavelet", "boundary", "state_dtype", "correct_bias")
-"""Options that decide the shape or the meaning of the state, or what becomes of it: a checkpoint has to agree."""
+"""Options that decide the shape, the meaning or the use of the state: a checkpoint must have the same values."""
 
 FIXED: dict[str, Any] = {"norm_growth_limit": None, "wavelet": "haar", "boundary": "zero", "correct_bias": True}
-"""Options of groups that an optimizer without limiter and other wavelets leaves as they are."""
+"""Values of those group options that an optimizer's constructor does not take."""
 
 ADDED: dict[str, Any] = {"boundary": "zero", "correct_bias": True}
-"""Options that groups in older checkpoints and pickles lack, and what these mean by it."""
+"""Options that groups in older checkpoints and pickles lack, with the values that apply to these."""
 
 
 def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> None:
-    """Raise unless every option of the group is one that the optimizer can honour.
+    """Raise unless every option of the group is valid.
 
     Args:
-        group: All of its options.
+        group: All options of the group.
         capturable: Whether a learning rate may be a tensor on the device.
-        slack: How far below 0 a number may be that means 0: not at all in what a user asks for.
+        slack: Largest distance below 0 that counts as 0; 0 for the numbers that a user passes.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -82,7 +82,7 @@ def check_group(group: Mapping[str, Any], *, capturable: bool = False, slack: fl
 
 
 def check_head_rows(head_rows: object) -> None:
-    """Raise unless as many rows can share a second moment; None: all of a tensor."""
+    """Raise unless ``head_rows`` is an integer of at least 1, or None for all rows of a tensor."""
     if head_rows is None:
         return
     if isinstance(head_rows, bool) or not isinstance(head_rows, int):
@@ -101,15 +101,15 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
 
 
 def published_limit(rule: str) -> float | None:
-    """The limiter's gamma that belongs to a rule; None for a rule that has no limiter."""
-    return RULES[rule].norm_growth_limit if rule in RULES else None  # which check_group refuses
+    """Return the default gamma of a rule's limiter; None for a rule that has no limiter."""
+    return RULES[rule].norm_growth_limit if rule in RULES else None  # check_group refuses others
 
 
 def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
-    """How a parameter's updated weights are stored: to the nearest by default.
+    """Return the rounding of a parameter's updated weights: to the nearest by default.
 
     Raises:
-        ValueError: weights of this dtype cannot be rounded so.
+        ValueError: weights of this dtype do not support it.
     """
     rounding = "nearest" if weight_rounding is None else weight_rounding
     check_rounding(rounding, param.dtype, "haar")
@@ -117,12 +117,12 @@ def rounding_of(param: Tensor, weight_rounding: Rounding | None) -> Rounding:
 
 
 def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float = SLACK) -> Hyper:
-    """The group's numbers as floats, checked; a learning rate on the device as it is where ``capturable``.
+    """Check the group's numbers and return them as floats, but for a learning rate on the device if ``capturable``.
 
-    A number that is below 0 by ``slack`` at the most is 0.
+    A number below 0 by at most ``slack`` becomes 0.
 
     Raises:
-        TypeError: a number is not a real number, or a tensor that only the device could read.
+        TypeError: a number is not a real number, or is a tensor on a device, which the host would wait for.
         ValueError: a number is out of range, or a tensor holds several.
     """
     of_momentum = group["rule"] == MUON.name and "momentum" in group
@@ -134,7 +134,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
     except KeyError as missing:
         raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
-        hyper = _remembered(numbers, slack)  # of no tensor, which might change where it lies
+        hyper = _remembered(numbers, slack)  # no tensor, whose value might change in place
     else:
         hyper = _checked(numbers, slack, capturable)
     if not of_momentum:
@@ -143,7 +143,7 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
 
 
 def _with_momentum(hyper: Hyper, momentum: Any, nesterov: Any, slack: float) -> Hyper:
-    """The numbers of a rule whose moment is a momentum."""
+    """Return the numbers of a rule whose moment is a momentum."""
     if type(momentum) is float and type(nesterov) is bool and not isinstance(hyper.lr, Tensor):
         return _remembered_momentum(hyper, momentum, nesterov, slack)
     return _checked_momentum(hyper, momentum, nesterov, slack)
@@ -192,7 +192,7 @@ def _checked(numbers: tuple[Any, ...], slack: float, capturable: bool = False) -
 
 
 def _detail_scale(group: Mapping[str, Any]) -> tuple[str, Any]:
-    """The factor on details, and what the group calls it: FOAM's authors say ``res_scale``."""
+    """Return the name and the value of the factor on details: FOAM's authors call it ``res_scale``."""
     name = "detail_scale" if "detail_scale" in group else "res_scale"
     return name, group.get(name, 1.0)
 
@@ -202,10 +202,10 @@ _remembered_momentum = functools.lru_cache(maxsize=256)(_checked_momentum)
 
 
 def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
-    """The option as a checkpoint holds it: a plain name, or None for the default.
+    """Return the option as a checkpoint stores it: a plain name, or None for the default.
 
     Raises:
-        ValueError: moments of this dtype are not offered.
+        ValueError: moments of this dtype are not supported.
     """
     if state_dtype is None:
         return None
@@ -219,6 +219,6 @@ def state_dtype_name(state_dtype: torch.dtype | str | None) -> str | None:
 
 
 def state_dtype_of(param: Tensor, state_dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype of a parameter's moments: float32 by default, float64 for float64 parameters."""
+    """Return the dtype of a parameter's moments: by default float32, float64 for float64 parameters."""
     name = state_dtype_name(state_dtype)
     return (wide(param.dtype) if name is None else FORMATS[name]).dtypes[0]

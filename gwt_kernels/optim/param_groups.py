@@ -66,7 +66,7 @@ class Decision(NamedTuple):
     """Qualified name without wrapper prefixes; for tied weights the first one."""
     shape: tuple[int, ...]
     level: Level
-    """Levels of the wavelet transform; 0 means plain AdamW."""
+    """Levels of the wavelet transform; 0 for none."""
     decayed: bool
     """Whether weight decay applies."""
     reason: str
@@ -106,7 +106,7 @@ def gwt_param_groups(
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
         level: Levels of the transform for the matrices of the recipe, or ``"row"``.
-        scale: Factor on the update of the transformed matrices. Groups at level 0 carry 1.
+        scale: Factor on the update of the transformed matrices. Other groups have 1.
         weight_decay: Decoupled weight decay of the groups that decay.
         include: Regular expressions, tried with `re.search` on the qualified names, of matrices to transform
             besides those of the recipe. Only tensors with two or more dimensions are affected, and no biases.
@@ -118,10 +118,10 @@ def gwt_param_groups(
 
     Returns:
         The non-empty groups of: transformed matrices, other decayed tensors, tensors without decay. They are dicts
-        with "params", "param_names", "level", "scale" and "weight_decay"; groups that are not transformed also have
-        "rule", which is "adamw", and "lr" if `adamw_lr` is set. Each trainable parameter appears exactly once, tied
-        weights under their first name; frozen ones are left out. Names have no wrapper prefix: they do not change
-        when a model is compiled or wrapped in DDP.
+        with "params", "param_names", "level", "scale" and "weight_decay". The first also has "rule" if `rule` is
+        given; the others have "rule", which is "adamw", unless `level` is 0 and `rule` None, and "lr" if `adamw_lr`
+        is set. Each trainable parameter appears exactly once, tied weights under their first name; frozen ones are
+        left out. Names have no wrapper prefix: they do not change when a model is compiled or wrapped in DDP.
 
     Raises:
         TypeError: `model` is not a module, or `include` or `exclude` is a single string.

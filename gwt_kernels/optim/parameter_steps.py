@@ -1,4 +1,4 @@
-"""Plans of steps of one parameter each, for gradients that never exist together."""
+"""Plans of steps of one parameter each, for gradients that never exist at the same time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gwt_kernels.optim.step_plan import StepPlan, options_of
 
 
 class ParameterSteps:
-    """What an optimizer keeps of steps of one parameter: their plans, and where parameters stand in its groups."""
+    """Plans of steps of one parameter each, and the positions of parameters in an optimizer's groups."""
 
     def __init__(self) -> None:
         self._plans: dict[Tensor, StepPlan] = {}
         self._places: dict[Tensor, tuple[int, int, int]] = {}
 
     def place_of(self, p: Tensor, groups: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
-        """A parameter's place among all, its group's, and its place in that.
+        """Return a parameter's index among all, the index of its group, and its index in the group.
 
         Raises:
             ValueError: no group has the parameter.
@@ -40,7 +40,7 @@ class ParameterSteps:
     def sources_of(
         self, p: Tensor, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, Any], capturable: bool
     ) -> Sources:
-        """What a plan of one parameter's steps is made of: no state where there is no gradient, or none yet."""
+        """Return the sources of a plan of one parameter's steps, with its state if it has one and a gradient."""
         place, i, k = self.place_of(p, groups)
         group = groups[i]
         held, grads = local_parts([p], [p.grad]) if is_sharded(p) else ([p], [p.grad])
@@ -50,7 +50,7 @@ class ParameterSteps:
         return Sources([alone], states, [p], held, grads, options_of([group], capturable, False), place)
 
     def plan_of(self, p: Tensor, sources: Sources, make: Callable[[], StepPlan]) -> StepPlan:
-        """The plan of a parameter's steps, made anew where ``sources`` are others than those of the last one."""
+        """Return the plan of a parameter's steps; ``make`` a new one if ``sources`` have changed."""
         plan = self._plans.get(p)
         if plan is None or not plan.holds(sources):
             plan = self._plans[p] = make()

@@ -1,4 +1,4 @@
-"""A bucket of an optimizer: its tensors, their runner, and what of their states a step reads and counts."""
+"""A bucket of an optimizer: its tensors, their runner, and the scalars of their states that a step updates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Member(NamedTuple):
         param: The parameter.
         place: Its index among all parameters of the optimizer.
         group: Its group's index.
-        stream: What tells its random bits from another parameter's.
+        stream: Id of its random bits, from :func:`stream_id_of`.
     """
 
     param: Tensor
@@ -61,15 +61,15 @@ class PlannedBucket:
     """Tensors that share one launch per pass: one device, dtype combination, level, rule and backend.
 
     Args:
-        members: Its parameters, at least one of which has a gradient. Of the others nothing is updated here; other
+        members: Its parameters, at least one of which has a gradient. The others are not updated here, but other
             processes need this one to orthogonalise their matrices.
-        states: Complete states of these.
+        states: Complete states of those with a gradient.
         groups: All groups of the optimizer.
         on_device: Whether the device counts steps.
         telemetry: Rows of telemetry, or None.
-        limits: What adds up the limiter's norms over processes, where these tensors need it.
-        totals: What adds up gradients over processes, or None.
-        rows: What adds up sums over rows, and then over heads, where processes hold parts of those here.
+        limits: Reduction of the limiter's norms over processes; None if these tensors need none.
+        totals: Reduction of the gradient norm over processes, or None.
+        rows: Reductions of sums over rows, and then over heads, if processes hold parts of these.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PlannedBucket:
         params = [member.param for member in members]
         member_states = [states[p] for p in params]
         group = groups[members[0].group]
-        self._grads_of = itemgetter(*(member.place for member in members), 0)  # the last makes a tuple of one, too
+        self._grads_of = itemgetter(*(member.place for member in members), 0)  # 0: a tuple for one member, too
         self._owners = [member.group for member in members]
         self._owner = self._owners[0] if len(set(self._owners)) == 1 else None
         self.bucket = _bucket_of(members, member_states, groups, telemetry, limits is None)
@@ -95,20 +95,20 @@ class PlannedBucket:
         self.backend: choice.Backend | None = group["backend"]
         self.runner = _runner_of(self.bucket, all_members, groups)
         self._counted = None if totals is None else list(map(totals.counts, params))
-        # Whether the limiter's first pass can read gradients for the step's decision. Another process counts those
-        # that this one does not.
+        # Whether the limiter's first pass can collect gradient statistics for the step's decision: not if another
+        # process counts some of the gradients.
         self.collects_grad_stats = is_limited(group) and self.runner.collects_grad_stats
         self.collects_grad_stats &= self._counted is None or all(self._counted)
         self.rows = rows
         if rows:
-            self.collects_grad_stats = False  # these pass over gradients once sums over rows are known
+            self.collects_grad_stats = False  # their first pass needs the sums over rows
             self._add_up_rows = row_summer(self.bucket, self.backend)
             self._row_places = [each.places_of(params) for each in rows]
         symbolic = choice.is_symbolic()
         self.limits = limits
         if limits is not None:
             self._limited_places = limits.places_of(params)
-            # To take norms together and apart again in each step would be most of it.
+            # Stacking and unbinding the norms in each step would take most of its time.
             dtype = member_states[0]["limiter_norm"].dtype
             self._norms = Joined(member_states, "limiter_norm", dtype, self.device, apart=symbolic)
         # One addition counts all steps.
@@ -118,17 +118,17 @@ class PlannedBucket:
         self._steps = Joined(member_states, "step", torch.float64, place, apart=symbolic)
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Its own among those of all parameters."""
+        """Return the members' gradients from those of all parameters."""
         return list(self._grads_of(grads)[:-1])
 
     def counted(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Its gradients, without those that another process counts."""
+        """Return its gradients, with empty tensors for those that another process counts."""
         if self._counted is None:
             return grads
         return [g if counts else g.new_empty(0) for g, counts in zip(grads, self._counted, strict=True)]
 
     def inputs(self, grads: list[Tensor], hypers: Sequence[Hyper]) -> StepInputs:
-        """What a step brings to it; ``hypers`` are those of all groups."""
+        """Return the inputs of its step; ``hypers`` are those of all groups."""
         member_hypers = (
             [hypers[self._owner]] * len(grads) if self._owner is not None else [hypers[i] for i in self._owners]
         )
@@ -137,9 +137,9 @@ class PlannedBucket:
         return StepInputs(grads, self._steps.values if self._on_device else self._steps.next_steps(), member_hypers)
 
     def row_parts(self, stage: int, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Places of its rows' sums among those that its ``RowReduction`` adds up, and this process's parts.
+        """Return the positions of its rows' sums in its ``RowReduction``, and this process's parts of them.
 
-        In stage 1 those of its heads, once the rows' are known.
+        In stage 1 those of its heads, which follow from the finished sums over rows.
         """
         if not stage:
             return self._row_places[0], self._add_up_rows(inputs.grads)
@@ -148,24 +148,24 @@ class PlannedBucket:
         return self._row_places[1], self.runner.head_sums(inputs.row_sums)
 
     def with_row_sums(self, stage: int, inputs: StepInputs, parts: Tensor) -> StepInputs:
-        """A step's inputs with the sums over whole rows, or heads, once these have been added up."""
+        """Return a step's inputs with the reduced sums over whole rows, or in stage 1 over heads."""
         sums = self.rows[stage].finish(self._row_places[stage], parts)
-        of_elements = not stage and self.bucket.level == ROW  # whose first sums are of no squares
+        of_elements = not stage and self.bucket.level == ROW  # the first sums are not of squares
         cap_(sums[:, 1:] if of_elements else sums)
         return inputs._replace(head_sums=sums) if stage else inputs._replace(row_sums=sums)
 
     def reduce(self, inputs: StepInputs, decision: Tensor | None, *, grad_stats: bool) -> Reduction:
-        """The runner's first phase, for what has to be decided before the second."""
+        """Run the first phase, whose sums are needed for decisions before the second."""
         inputs, decision = self._readable(inputs, decision)
         return self.runner.reduce(inputs, decision, grad_stats=grad_stats, update_sums=self.limits is not None)
 
     def update_sums(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """Places of its sums among those that its ``LimiterReduction`` adds up, and their values."""
+        """Return the positions of its sums in its ``LimiterReduction``, and their values."""
         assert reduction.update_sums is not None
         return self._limited_places, reduction.update_sums
 
     def apply(self, inputs: StepInputs, decision: Tensor | None) -> None:
-        """Take a step, or the rest of it, and count it."""
+        """Take a step, or the rest of it after :meth:`reduce`, and count it."""
         divisors = None
         if self.limits is not None:
             gammas: Any = [hyper.norm_growth_limit for hyper in inputs.hypers]
@@ -188,7 +188,7 @@ class PlannedBucket:
             self._steps.count()
 
     def _readable(self, inputs: StepInputs, decision: Tensor | None) -> tuple[StepInputs, Tensor | None]:
-        """The step with a factor that nobody can read, as of fake tensors, as a tensor of its own."""
+        """Move the decision's factor into the options if tensors have no values, as fake ones; return both."""
         if not self._is_unread or decision is None:
             return inputs, decision
         hypers = [hyper._replace(grad_factor=hyper.grad_factor * decision[0]) for hyper in inputs.hypers]
@@ -202,7 +202,7 @@ def _bucket_of(
     telemetry: Tensor | None,
     decides: bool,
 ) -> Bucket:
-    """What a backend takes of the members, of shards what this process holds; ``decides``: on the limiter, too."""
+    """Return a backend's bucket of the members' local tensors; ``decides``: whether it computes the limiter."""
     params, group = [member.param for member in members], groups[members[0].group]
     local = list(map(local_of, params))
     slots = slots_of(group)
@@ -243,7 +243,7 @@ def _bucket_of(
 
 
 def _runner_of(bucket: Bucket, members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> Runner:
-    """What updates the bucket: a backend's runner, or one with a matrix stage between two of these."""
+    """Return the runner of the bucket: a backend's, or one with a matrix stage between two of a backend's."""
     group = groups[members[0].group]
     options = matrix_options(group)
     if options is None:
@@ -254,7 +254,7 @@ def _runner_of(bucket: Bucket, members: Sequence[Member], groups: Sequence[Mappi
 
 
 def attendance(members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> Callable[[], None]:
-    """What takes part in other processes' steps of a bucket of which no member has a gradient here."""
+    """Return a function that takes part in other processes' steps of a bucket without gradients here."""
     options = matrix_options(groups[members[0].group])
     assert options is not None
     exchange, _ = exchange_of(*_params_of(members, groups), options, [False] * len(members))
@@ -262,23 +262,23 @@ def attendance(members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -
 
 
 def with_gradients(members: Sequence[Member]) -> list[Member]:
-    """Those that have a gradient on this process."""
+    """Return the members that have a gradient on this process."""
     return [member for member in members if member.param.grad is not None]
 
 
 def _params_of(members: Sequence[Member], groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[str]]:
-    """The members' parameters, and what errors call them."""
+    """Return the members' parameters and their names in errors."""
     names = [_name_of(member, groups[member.group]) for member in members]
     return [member.param for member in members], names
 
 
 def _name_of(member: Member, group: Mapping[str, Any]) -> str:
-    """What errors call a member."""
+    """Return the name of a member in errors."""
     index = next(i for i, p in enumerate(group["params"]) if p is member.param)
     return label_of(group, index, member.group)
 
 
 def stream_id_of(group: Mapping[str, Any], index: int, place: int) -> int:
-    """What tells a parameter's random bits from another's: its name, or else its place in the optimizer."""
+    """Return the id of a parameter's random bits: CRC-32 of its name, or else its index in the optimizer."""
     names = names_of(group)
     return zlib.crc32(str(names[index]).encode()) if names else place

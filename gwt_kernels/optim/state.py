@@ -1,4 +1,4 @@
-"""One parameter's optimizer state: what it holds, how it begins, and whether a given one fits."""
+"""One parameter's optimizer state: its entries, their initial values, and checks of a given state."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from gwt_kernels.rules import rule_of
 
 
 def is_limited(group: Mapping[str, Any]) -> bool:
-    """Whether the group's tensors have a limiter: level 0 has none."""
+    """Return whether the group's tensors have a limiter; level 0 has none."""
     return bool(group["level"]) and group["norm_growth_limit"] is not None
 
 
 def slots_of(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """State entries that hold the moments of the group's tensors; with ``beta1`` None there is no first one."""
+    """Return the state entries of moments of the group's tensors; there is no first one with ``beta1=None``."""
     rule = rule_of(group["rule"], group["level"])
     return rule.slots[1:] if rule.is_factored and group.get("beta1", 0.0) is None else rule.slots
 
 
 def factors_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """State entries that hold the factors of a parameter's second moment, and the dimensions each keeps of it."""
+    """Return the state entries of factors of a parameter's second moment, and the dimensions that each keeps."""
     return factor_dims(p.dim()) if rule_of(group["rule"], group["level"]).is_factored else {}
 
 
 def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
-    """How a parameter's moments are stored: as the group says, or in float32 where that does not fit them."""
+    """Return the storage format of a parameter's moments: the group's, or float32 if they do not fit that."""
     asked = state_dtype_name(group["state_dtype"])
     if asked is None or not slots_of(group):
         return wide(p.dtype)
@@ -56,18 +56,18 @@ def moment_format(p: Tensor, group: Mapping[str, Any]) -> MomentFormat:
 
 
 def row_slots_of(group: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of the moments that are one number for a row, or for rows that belong together."""
+    """Return the state entries of moments that have one number per row, or per head (rows that share one)."""
     return rule_of(group["rule"], group["level"]).row_slots
 
 
 def head_rows_of(group: Mapping[str, Any]) -> int | None:
-    """How many rows share a second moment: None for all of a tensor, 1 where the rule keeps none of rows."""
+    """Return how many rows share a second moment: None for all of a tensor, 1 if the rule has no such moments."""
     head_rows: int | None = group.get("head_rows", 1) if row_slots_of(group) else 1
     return head_rows
 
 
 def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each moment of a parameter."""
+    """Return shape and dtype of each moment of a parameter."""
     shape, row_keys = state_shape(p, group), row_slots_of(group)
     stored = zip(slots_of(group), moment_format(p, group).dtypes, strict=False)
     return {
@@ -79,11 +79,11 @@ def moments_of(p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[tuple[int
 def kept_dims(
     key: str, p: Tensor, group: Mapping[str, Any], torn: tuple[int, ...] | None = None
 ) -> tuple[int | None, ...] | None:
-    """The dimensions of a parameter that an entry of its state keeps, for all of which it is sharded alike.
+    """Return the dimensions of a parameter that a state entry keeps, along which both are sharded alike.
 
-    None for all of them. What there is one of a row is whole on every process that holds a part of the row; what
-    there is one of a head on every process that shares any heads with others: along ``torn`` dimensions, by default
-    :func:`shared_dims`.
+    None means all dimensions. An entry with one number per row is whole on every process that holds a part of the
+    row. An entry with one number per head is also whole along the ``torn`` dimensions, along which processes share
+    heads; by default :func:`shared_dims`.
     """
     of_heads = key in row_slots_of(group)
     if p.dim() and (of_heads or (group["level"] == ROW and key in slots_of(group))):
@@ -94,29 +94,29 @@ def kept_dims(
 
 
 def takes_rows(group: Mapping[str, Any]) -> bool:
-    """Whether what becomes of an element depends on all of its row."""
+    """Return whether the update of an element depends on its whole row."""
     return group["level"] == ROW or bool(row_slots_of(group))
 
 
 def shared_dims(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-    """The dimensions along which processes share rows that belong together."""
+    """Return the dimensions along which processes share heads: rows with a common second moment."""
     return torn_dims(p, head_rows_of(group))
 
 
 def needs_row_sums(p: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether sums over rows have to be known before a step, of which, or of heads, processes have parts."""
+    """Return whether a step first needs sums over rows, or heads, of which processes hold parts."""
     return takes_rows(group) and (divides_rows(p) or bool(shared_dims(p, group)))
 
 
 def row_shape(p: Tensor, head_rows: int | None) -> tuple[int, ...]:
-    """Shape of moments of one number for ``head_rows`` rows; None: one for all of them."""
+    """Return the shape of moments with one number per ``head_rows`` rows; None: one for all rows."""
     if head_rows is None:
         return (1,) * p.dim()
     return (*p.shape[:-2], p.shape[-2] // head_rows, 1) if p.dim() > 1 else (1,) * p.dim()
 
 
 def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a parameter's state under the group's options holds."""
+    """Return the keys of a parameter's state under the group's options."""
     slots = slots_of(group)
     keys = ["step", *slots, *factors_of(p, group), *moment_format(p, group).scales_of(slots)]
     keys += ["limiter_norm"] if is_limited(group) else []
@@ -125,7 +125,7 @@ def state_keys(p: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
-    """Make the state of a first step; of a later one, what an option turned on since then needs."""
+    """Initialize an empty state, or add to an existing one what options that were turned on since then need."""
     state.update(upgraded(state, p))
     if not state:
         shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
@@ -145,16 +145,16 @@ def complete(state: dict[str, Any], p: Tensor, group: Mapping[str, Any]) -> None
 
 
 def low_bits_of(low: Tensor) -> Tensor:
-    """What this process holds of ``weight_low``, int16 of the weights' shape: the same memory."""
+    """Return this process's part of ``weight_low`` as int16 of the weights' shape, in the same memory."""
     return local_of(low).view(torch.int16).squeeze(-1)
 
 
 def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, Any]:
-    """A state as it is kept now, from an older or a foreign checkpoint; the very same where nothing has to change.
+    """Convert a state of an older or a foreign checkpoint; return the same object if nothing has to change.
 
-    ``step`` is a float64 tensor, ``limiter_norm`` one of its own dtype if it is known whose (``p``), and
-    ``weight_low`` bytes: others hold plain numbers, counts of another dtype, and int16, which no process can send
-    another.
+    ``step`` becomes a float64 tensor, ``limiter_norm`` a tensor of its own dtype if its parameter ``p`` is given,
+    and ``weight_low`` bytes. Such checkpoints hold plain numbers, counts of another dtype, and int16, which
+    collectives cannot transfer.
     """
     changed: dict[str, Any] = {}
     if not isinstance(state, Mapping):
@@ -175,13 +175,13 @@ def upgraded(state: Mapping[str, Any], p: Tensor | None = None) -> Mapping[str, 
 
 
 def _is_scalar(x: object) -> bool:
-    """Whether ``x`` is a tensor of one real number that can be read."""
+    """Return whether ``x`` is a tensor of one real number that can be read."""
     dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type != "meta"
     return dense and isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex()
 
 
 def _in_range(value: Any) -> Any:
-    """The number; infinity in place of one of so many digits that no float holds it, which checks then refuse."""
+    """Return the number, or infinity of its sign if it is too large for a float; checks refuse that later."""
     try:
         float(value)
     except OverflowError:
@@ -192,14 +192,14 @@ def _in_range(value: Any) -> Any:
 
 
 def _is_number(value: object) -> bool:
-    """Whether ``value`` is a number of Python or NumPy."""
+    """Return whether ``value`` is a number of Python or NumPy."""
     return (isinstance(value, Real) and not isinstance(value, bool)) or type(value).__module__ == "numpy"
 
 
 def check_state(
     state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str, keys: Iterable[str]
 ) -> None:
-    """Raise unless ``state`` has the ``keys`` and is what a step of ``p`` under the group's options takes."""
+    """Raise unless ``state`` has the ``keys`` and fits a step of ``p`` under the group's options."""
     missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
     if missing:
         raise ValueError(
@@ -226,7 +226,7 @@ def check_state(
                 f"options and the model that the state was made with, or gwt_kernels.migrate for other options"
             )
         if state[key].dtype != dtype:
-            wider = {"limiter_norm", *factors} & state.keys()  # which follow the parameter, whatever the moments do
+            wider = {"limiter_norm", *factors} & state.keys()  # their dtypes follow the parameter's alone
             follows = key not in {*factors, *row_slots_of(group)} and all(
                 state[each].dtype == _norm_dtype(p) for each in wider
             )
@@ -279,7 +279,7 @@ def check_state(
 
 
 def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
-    """Raise unless a kernel can take the tensors of ``state`` as they lie in memory."""
+    """Raise unless the tensors of ``state`` are on ``p``'s device, contiguous and allocated, as kernels need."""
     for key in {*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low"} & state.keys():
         if state[key].device != p.device or not local_of(state[key]).is_contiguous():
             raise ValueError(
@@ -291,7 +291,7 @@ def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
 
 
 def check_memory(x: Tensor, name: str) -> None:
-    """Raise unless the memory of a tensor, whose address goes to C or to a kernel, is there."""
+    """Raise unless the memory of a tensor, whose address is passed to C or to a kernel, is allocated."""
     x = local_of(x)
     if not x.numel() or choice.is_symbolic() or not torch._C._has_storage(x):
         return
@@ -305,7 +305,7 @@ def check_memory(x: Tensor, name: str) -> None:
 
 
 def exact_copy(name: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> Any:
-    """A copy of one entry of a state, bit for bit, where ``p``'s state keeps it."""
+    """Return a copy, bit for bit, of one state entry on the device where ``p``'s state keeps it."""
     if not isinstance(value, Tensor):
         return value
     device = torch.device("cpu") if name == "step" else p.device
@@ -317,19 +317,19 @@ def exact_copy(name: str, value: Any, p: Tensor, group: Mapping[str, Any]) -> An
 
 
 def check_shards(p: Tensor, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless what this process holds of ``p`` is what the group's options can be applied to."""
+    """Raise unless the group's options can be applied to this process's shard of ``p``."""
     stored = moment_format(p, group)
     random = stored.is_random or group["weight_rounding"] == "stochastic"
     check_sharding(p, group, name, state_shape(p, group), stored.block_size(group["level"]), random)
 
 
 def shard_spans(p: Tensor, group: Mapping[str, Any]) -> tuple[Span, Span]:
-    """Where what this process holds of ``p``, and of its moments, lies in the whole."""
+    """Return the positions of this process's shard of ``p``, and of its moments, in the whole."""
     return spans_of(p, state_shape(p, group), group["level"])
 
 
 def state_shape(p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of the moments of a parameter."""
+    """Return the shape of a parameter's moments."""
     if group["level"] == 0 or not p.dim():
         return tuple(p.shape)
     return (*p.shape[:-1], approximation_width(p.shape[-1], group["level"], group["wavelet"]))

@@ -1,4 +1,4 @@
-"""The plan of a step: buckets with their runners, reductions over processes, and what all of it rests on."""
+"""The plan of a step: buckets with their runners, reductions over processes, and a fingerprint of its sources."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _Reduction = TypeVar("_Reduction")
 
 
 class StepPlan:
-    """How the parameters that have a gradient are updated, for as long as nothing but values and gradients changes.
+    """Plan of the updates of all parameters with gradients, valid while only values and gradients change.
 
     Args:
-        sources: What it is made from.
+        sources: Groups, states and tensors that it is made from.
         on_device: Whether the device counts steps.
-        decides: Whether something is decided about steps before they are taken.
-        telemetry_of: Makes the rows of telemetry of a bucket's members, or None.
+        decides: Whether clipping or skipping is decided before each step.
+        telemetry_of: Returns the telemetry rows of a bucket's members, or None.
     """
 
     def __init__(
@@ -114,21 +114,21 @@ class StepPlan:
         ]
         self._are_trained = [p.requires_grad for p in self._missing]
         self._snapshot = None
-        if not choice.is_symbolic():  # nothing that stands for numbers here may be found by a later step
+        if not choice.is_symbolic():  # a later step must not find symbolic tensors
             self._snapshot = Fingerprint(sources, self.survey)
 
     def is_of(self, params: list[Tensor]) -> bool:
-        """Whether these are the very parameters of the plan, in their order."""
+        """Return whether these are the same parameter objects as the plan's, in the same order."""
         return self._snapshot is not None and self._snapshot.is_of(params)
 
     def holds(self, sources: Sources) -> bool:
-        """Whether all that the plan rests on is as it was, but for gradients: others of the same kind will do."""
+        """Return whether the plan is still valid: nothing changed, except for new gradients of the same kind."""
         are_trained = [p.requires_grad for p in self._missing]
         return self._snapshot is not None and are_trained == self._are_trained and self._snapshot.holds(sources)
 
     @property
     def devices(self) -> list[torch.device]:
-        """Of the buckets; of the first parameter where other processes alone have gradients."""
+        """Devices of the buckets; the first parameter's if only other processes have gradients."""
         return [bucket.device for bucket in self.buckets] or [self._home]
 
     @property
@@ -141,17 +141,17 @@ class StepPlan:
     ) -> dict[torch.device, Tensor] | None:
         """Take one step.
 
-        Nothing but ``skipped`` changes before all is decided.
+        Nothing but ``skipped`` changes before the decision.
 
         Args:
-            grads: Of all parameters, or what this process holds of them.
-            hypers: Of all groups.
-            asked: What all gradients together decide.
-            skipped: From :func:`count_of_skipped` where something is asked: the number of skipped steps, counted
-            here.
+            grads: Gradients of all parameters, or this process's shards of them.
+            hypers: Options of all groups.
+            asked: Clipping and skipping, which all gradients decide together.
+            skipped: Number of skipped steps, from :func:`count_of_skipped`, which a skipped step increments; None
+                if nothing is asked.
 
         Returns:
-            What was decided, per device; None where nothing was asked.
+            The decision on each device; None if nothing is asked.
         """
         buckets = self.buckets
         inputs = [bucket.inputs(bucket.gradients(grads), hypers) for bucket in buckets]
@@ -166,7 +166,7 @@ class StepPlan:
                 ]
             decisions = self._decide(inputs, reductions, asked, skipped)
         own_decisions = [None if decisions is None else decisions[bucket.device] for bucket in buckets]
-        # Meanwhile sums over rows travel, on which those for limits rest.
+        # Meanwhile sums over rows travel between processes; the sums for limits depend on them.
         ready = self._ready if self._rows[0] else []
         self._take(ready, inputs, own_decisions)
         for i, parts in row_parts.items():
@@ -191,7 +191,7 @@ class StepPlan:
     def _take(
         self, turns: Sequence[_Turn], inputs: Sequence[StepInputs], decisions: Sequence[Tensor | None]
     ) -> None:
-        """Update buckets, and take part in what others alone have gradients for, in the order of all processes."""
+        """Update buckets, and take part in exchanges without gradients here, in the order of all processes."""
         for turn in turns:
             if isinstance(turn, int):
                 self.buckets[turn].apply(inputs[turn], decisions[turn])
@@ -199,7 +199,7 @@ class StepPlan:
                 turn()
 
     def _start_rows(self, stage: int, inputs: Sequence[StepInputs]) -> dict[int, Tensor]:
-        """Begin to add up rows, or in stage 1 heads, that processes share; return this one's parts, by bucket."""
+        """Start to sum shared rows (stage 0) or heads (stage 1) over processes; return local parts by bucket."""
         found: dict[int, Tensor] = {}
         for rows in self._rows[stage].values():
             sums = []
@@ -211,7 +211,7 @@ class StepPlan:
         return found
 
     def memory(self) -> list[object]:
-        """What replays of a captured step go on using, whatever becomes of the plan."""
+        """Return the objects whose memory replays of a captured step use, even after the plan is replaced."""
         launched = [bucket.runner.memory() for bucket in self.buckets]
         limited = [limits.memory() for limits in self._limits.values()]
         return [self, *launched, *limited, *(dict(workspace) for workspace in self._workspace.values())]
@@ -223,7 +223,7 @@ class StepPlan:
         asked: ClipRequest,
         skipped: Tensor,
     ) -> dict[torch.device, Tensor]:
-        """What the device decides about a step, per device: see :func:`gwt_kernels.control.control_`."""
+        """Return the decision about a step on each device: see :func:`gwt_kernels.control.control_`."""
         totals, reduce = self._totals, None
         grads: list[Sequence[Tensor]] = [each_grads.grads for each_grads in inputs]
         if totals is not None:
@@ -237,7 +237,7 @@ class StepPlan:
         chosen: list[tuple[Sequence[Tensor], choice.Backend | None]] = [
             (each_grads, bucket.backend)
             for each_grads, bucket, each in zip(grads, self.buckets, reductions, strict=True)
-            if each is None or not each.grad_stats  # of empty tensors
+            if each is None or not each.grad_stats  # empty tensors have none
         ]
         if not (chosen or grad_stats):
             chosen = [([torch.empty(0, dtype=torch.float32, device=skipped.device)], None)]
@@ -247,7 +247,7 @@ class StepPlan:
 
 
 def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) -> Tensor:
-    """The count of skipped steps, from 0 where there is none yet, on the device that decides: a CUDA one if any."""
+    """Return the count of skipped steps, 0 at first, on the device that decides: a CUDA device if there is one."""
     home = next((device for device in devices if device.type == "cuda"), devices[0])
     if skipped is None:
         return torch.zeros((), dtype=torch.float64, device=home)
@@ -255,13 +255,13 @@ def count_of_skipped(skipped: Tensor | None, devices: Sequence[torch.device]) ->
 
 
 _Turn = int | Callable[[], None]
-"""A bucket's index, or what :func:`gwt_kernels.optim.planned_bucket.attendance` returns."""
+"""A bucket's index, or the function that :func:`gwt_kernels.optim.planned_bucket.attendance` returns."""
 
 _shared_options = itemgetter(*STRUCTURAL, "backend", "weight_rounding")
 
 
 def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: bool) -> list[Any]:
-    """Return what the checks before a step depend on beside tensors and gradients: ``Sources.options``."""
+    """Return what the checks before a step depend on besides tensors and gradients: ``Sources.options``."""
     return [
         *((*bucket_options(g), g["seed"], len(g["params"])) for g in groups),
         capturable,
@@ -272,15 +272,16 @@ def options_of(groups: Sequence[Mapping[str, Any]], capturable: bool, decides: b
 
 
 def bucket_options(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a group's options decides with which other tensors its tensors can share a launch."""
+    """Return the options of a group that all tensors of one launch must have in common."""
     keeps_none = group.get("beta1", 0.0) is None
     return *_shared_options(group), group.get("head_rows"), is_limited(group), stage_key(group), keeps_none
 
 
 def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]]:
-    """Parameters that have a gradient, and matrices of which another process may have one, each once, by bucket.
+    """Yield buckets of the parameters with a gradient here, and of matrices that may have one elsewhere.
 
-    And whether norms or factors are over processes, and whether sums over rows are (1), and over heads too (2).
+    Each parameter is in one bucket. The first pair says whether norms or factors are reduced over processes, and
+    whether sums over rows are (1), and over heads too (2).
     """
     chosen: dict[Any, list[Member]] = {}
     place = -1
@@ -289,14 +290,14 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]
         options = bucket_options(group)
         for k, p in enumerate(group["params"]):
             place += 1
-            if id(p) in seen:  # listed twice in one group: torch warns, once is what is meant
+            if id(p) in seen:  # listed twice in one group: torch warns; it is updated once
                 continue
             if p.grad is None and not is_exchanged(p, group):
                 continue
             seen.add(id(p))
             reduced = (is_limited(group) or bool(factors_of(p, group))) and bool(reduced_over(p))
-            first = moments_of(p, group).get(MOMENTS[0])  # which a rule may do without
-            # Where another process has the gradient, it is of the dtype that the parameter says, if it says one.
+            first = moments_of(p, group).get(MOMENTS[0])  # None if the rule keeps none
+            # A gradient that only another process has is of the parameter's grad_dtype, if that is set.
             grad_dtype = (p.grad_dtype or p.dtype) if p.grad is None else p.grad.dtype
             dtypes = (p.dtype, grad_dtype, None if first is None else first[1])
             shared = needs_row_sums(p, group) + bool(shared_dims(p, group))
@@ -308,9 +309,9 @@ def _members(sources: Sources) -> Iterator[tuple[tuple[bool, int], list[Member]]
 
 
 def _precedence(members: Sequence[Member]) -> tuple[int, int]:
-    """What orders buckets alike on all processes that share them: the first member on the largest mesh.
+    """Return a sort key of buckets, equal on all processes that share them: the first member on the largest mesh.
 
-    Other members of a bucket may be on meshes of some of these processes, the rest of which do not know them.
+    Other members may be on meshes of only some of these processes; the other processes do not know them.
     """
     params: list[Any] = [member.param for member in members]
     sizes = [p.device_mesh.size() if is_sharded(p) else 0 for p in params]
@@ -322,12 +323,12 @@ def _by_device(
     make: Callable[[list[Any], list[Any]], _Reduction],
     of: Callable[[Tensor, Mapping[str, Any]], Any],
 ) -> dict[torch.device, _Reduction]:
-    """A reduction per device, of all parameters that need it, frozen ones too, which may have gradients elsewhere.
+    """Return a reduction per device over all parameters that need it; frozen ones may have gradients elsewhere.
 
     Args:
         groups: All parameter groups.
-        make: Makes it from the parameters of a device, and what it has to know of each.
-        of: What that is of a parameter of a group; None where the parameter needs no reduction.
+        make: Constructs the reduction from the parameters of a device and the result of ``of`` for each.
+        of: Returns what the reduction needs to know about a parameter of a group; None if it needs no reduction.
     """
     chosen: dict[torch.device, dict[int, tuple[Tensor, Any]]] = {}
     for group in groups:
@@ -342,7 +343,7 @@ def _is_limited_by_rows(p: Tensor, group: Mapping[str, Any]) -> bool | None:
 
 
 def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
-    """How many sums a step takes of this process's rows, and the dimensions along which processes share these."""
+    """Return the number of sums over this process's rows, and the dimensions along which processes share rows."""
     if not needs_row_sums(p, group):
         return None
     n = math.prod(local_of(p).shape[:-1]) * rule_of(group["rule"]).row_numbers(group["level"])
@@ -350,7 +351,7 @@ def _row_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, .
 
 
 def _head_numbers(p: Tensor, group: Mapping[str, Any]) -> tuple[int, tuple[int, ...]] | None:
-    """Likewise of heads."""
+    """Return the number of heads of this process, and the dimensions along which processes share heads."""
     dims = shared_dims(p, group)
     return (len(heads_here(p, head_rows_of(group)).lengths), dims) if dims else None
 

@@ -4,12 +4,12 @@ A step writes a row of six float64 numbers per tensor on its device:
 
     0  sum of squares of the gradient's details        ``sum (g - mean)**2``, after clipping
     1  sum of squares of its approximation             ``W * sum mean**2``
-    2  sum of squares of the update                    learning rate and limiter included, weight decay apart
+    2  sum of squares of the update                    with learning rate and limiter, without weight decay
     3  the limiter's divisor                           1 if it did not limit, or there is none
     4  number of steps whose gradient was not finite   or that were skipped
     5  number of steps
 
-Under ``rule="muon"`` the first two are of the orthogonalised matrix, which takes the gradient's place in the pass.
+With ``rule="muon"`` the first two are of the orthogonalised matrix, which replaces the gradient in that pass.
 """
 
 from __future__ import annotations
