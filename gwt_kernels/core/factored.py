@@ -11,7 +11,7 @@ FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 
 def factor_dims(dims: int) -> dict[str, tuple[int, ...]]:
-    """The factors that a tensor of so many dimensions has, and which dimensions of its moments each keeps."""
+    """Return the factors of a tensor of ``dims`` dimensions, and the dimensions of its moments that each keeps."""
     if dims < 2:
         return {"exp_avg_sq": tuple(range(dims))}
     every = tuple(range(dims))
@@ -27,17 +27,17 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Matrices:
-        """Of a shape ``[..., rows, columns]``."""
+        """Return the matrices of a shape ``[..., rows, columns]``."""
         return cls(math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1] if shape else 1)
 
     @property
     def numel(self) -> int:
-        """Elements of all of them."""
+        """Number of elements of all matrices."""
         return self.batch * self.rows * self.columns
 
     @property
     def parts(self) -> list[int]:
-        """Lengths of what a step adds up of a tensor with these moments, one behind another.
+        """Lengths of the sums that a step computes for a tensor with these moments, in order.
 
         They are the sums of squares of the approximation over rows, and over columns; per matrix the sum of new row
         factors, without ``eps``; and the sum of squares of the weights.

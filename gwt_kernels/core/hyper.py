@@ -13,7 +13,7 @@ from gwt_kernels.core.level import Level, block_width
 
 Rule = Literal["gwt", "foam", "adamw", "lion", "muon", "adam_mini", "adafactor"]
 """``"gwt"``: arXiv 2501.07237, algorithm 1; ``"foam"``: the folded variant, arXiv 2512.07112; ``"adamw"``: AdamW,
-which these are at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"``, ``"adam_mini"`` (arXiv
+which both equal at level 0; on block means ``"lion"`` (arXiv 2302.06675), ``"muon"``, ``"adam_mini"`` (arXiv
 2406.16793) and ``"adafactor"`` (arXiv 1804.04235)."""
 
 
@@ -105,7 +105,7 @@ class Hyper(NamedTuple):
             scalar tensor while operators are traced symbolically.
         correct_bias: Whether the update is multiplied by ``sqrt(1-b2**t) / (1-b1**t)``.
         detail_scale: Factor on the differences of elements from their block mean, for rules that use it.
-        rule_options: Options that a rule alone has, a record of its module; None for most rules.
+        rule_options: Options of one rule only, in a record from its module; None for most rules.
     """
 
     lr: float | Tensor = 1e-3

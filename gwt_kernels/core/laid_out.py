@@ -1,4 +1,4 @@
-"""Tensors that lie end to end in one buffer, of which kernels take addresses, and others views."""
+"""Tensors end to end in one buffer: kernels take their addresses, other code takes views."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class MatrixPiece(NamedTuple):
-    """What is exchanged at once of this process's part of a parameter: ``part[start : start + length]``.
+    """Slice of this process's part of a parameter that is exchanged at once: ``part[start : start + length]``.
 
     Attributes:
         param: The parameter's index among those that have a gradient on this process.
-        start: An index of the first dimension of this process's part.
-        length: All of that dimension, unless it is one of a batch of matrices.
+        start: First index along the first dimension of this process's part.
+        length: Size of that dimension, unless it is a batch dimension, which may be cut.
     """
 
     param: int
@@ -26,16 +26,16 @@ class MatrixPiece(NamedTuple):
     length: int
 
     def of(self, part: Tensor) -> Tensor:
-        """The piece of this process's part of the parameter, or of a state with the same first dimension."""
+        """Return the slice of this process's part of the parameter, or of a state with the same first dimension."""
         return part if self.length == part.shape[0] else part.narrow(0, self.start, self.length)
 
 
 class Places:
-    """Where tensors of given shapes lie in a buffer, the same in every step.
+    """Positions of tensors of given shapes in a buffer, the same in every step.
 
     Args:
-        shapes: Of the tensors, in order.
-        dtype: Of the buffer.
+        shapes: Shapes of the tensors, in order.
+        dtype: dtype of the buffer.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
@@ -50,23 +50,23 @@ class Places:
     def addresses(self, buffer: Tensor) -> bytes:
         """Return the tensors' addresses in a buffer, 8 bytes each."""
         first = buffer.data_ptr()
-        if first != self._first:  # an allocator tends to give what it was given back
+        if first != self._first:  # an allocator tends to return the same memory again
             self._first = first
             self._words = array("q", [first + offset for offset in self._offsets]).tobytes()
         return self._words
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return the tensors."""
+        """Return the tensors, as views of a buffer."""
         runs = buffer.split_with_sizes([n * math.prod(shape) for n, shape in self._alike]) if self._alike else ()
         return [x for run, (n, shape) in zip(runs, self._alike, strict=True) for x in run.view(n, *shape).unbind()]
 
 
 class LaidOut(Sequence[Tensor]):
-    """Tensors in a buffer, made when one of them is asked for.
+    """Tensors in a buffer, created at the first access to one of them.
 
     Args:
-        places: Where they lie.
-        buffer: Of one dimension.
+        places: Their positions.
+        buffer: Tensor of one dimension.
     """
 
     def __init__(self, places: Places, buffer: Tensor) -> None:
@@ -91,5 +91,5 @@ class LaidOut(Sequence[Tensor]):
         return self._buffer.nbytes
 
     def release(self) -> None:
-        """Let go of the buffer, whoever has the sequence still."""
+        """Release the buffer, even if other code still refers to the sequence."""
         self._buffer, self._views = self._buffer.new_empty(0), None

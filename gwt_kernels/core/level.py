@@ -1,4 +1,4 @@
-"""Levels of the transform, and the blocks of neighbours that they make of a row."""
+"""Levels of the transform, and the blocks of neighbours into which they divide a row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ ROW: Literal["row"] = "row"
 
 
 def block_width(level: Level, width: int) -> int:
-    """Elements of a block in rows of ``width``."""
+    """Return the number of elements of a block in rows of ``width``."""
     return max(width, 1) if level == ROW else 1 << level
 
 
 def blocks_of(level: Level, width: int) -> int:
-    """Blocks of a row of ``width``, the last of which may be cut short."""
+    """Return the number of blocks of a row of ``width``; the last block may be incomplete."""
     return 1 if level == ROW else -(-width // (1 << level))
 
 
 def depth_of(level: Level) -> float:
-    """What levels are ordered by: a row is a longer block than those of any level."""
+    """Return the sort key of a level: a row is a longer block than the blocks of any level."""
     return float("inf") if level == ROW else level
 
 

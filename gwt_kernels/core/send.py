@@ -1,4 +1,4 @@
-"""Copies between devices for which the host does not wait where it need not."""
+"""Copies between devices for which the host waits only if it has to."""
 
 from __future__ import annotations
 
