@@ -61,9 +61,9 @@ def haar_idwt(
         Tensor ``[..., length]`` of the coefficients' dtype and device, contiguous.
 
     Raises:
-        TypeError: a coefficient is not such a tensor as :func:`haar_dwt` takes, they differ in dtype or device, or
-            length is not an integer.
-        ValueError: there are no coefficients, their widths do not belong to one length, or it is negative.
+        TypeError: a coefficient is not a tensor that :func:`haar_dwt` accepts, coefficients differ in dtype or
+            device, or length is not an integer.
+        ValueError: there are no coefficients, their shapes do not belong to one length, or length is negative.
         RuntimeError: the requested backend cannot run on the coefficients.
     """
     coeffs = list(coeffs)
