@@ -1,3 +1,3 @@
-"""GWTAdamW in training loops of other libraries; each module is imported by the user only."""
+"""Optimizers of this package in training loops of other libraries; only users import these modules."""
 
 __all__: list[str] = []

@@ -26,15 +26,15 @@ except ModuleNotFoundError as error:
 __all__ = ["GWTTrainerMixin", "TelemetryCallback", "gwt_optimizer"]
 
 _GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
-"""Options of gwt_param_groups; all others are the optimizer's."""
+"""Options of gwt_param_groups; all others are options of the optimizer."""
 _OF_SHAPES = ("include", "exclude", "row_splits", "head_rows", "workspace_bytes")
-"""Options that only the model's own tensors can be checked against."""
+"""Options that can be checked only against the model's own tensors."""
 
 _TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
 def _taken_over(kind: type[PlannedOptimizer]) -> dict[str, str]:
-    """Options of an optimizer that are those of TrainingArguments, and what they are called there."""
+    """Return the options of an optimizer that TrainingArguments sets, with their names there."""
     apart = "adamw_betas" in inspect.signature(kind).parameters
     betas, eps = ("adamw_betas", "adamw_eps") if apart else ("betas", "eps")
     return {**_TRAINING_ARGUMENTS, betas: "adam_beta1 and adam_beta2", eps: "adam_epsilon"}
@@ -50,16 +50,16 @@ class GWTTrainerMixin:
 
         MyTrainer(model, args, train_dataset=data, gwt_options={"level": 2, "rule": "foam"}).train()
 
-    The optimizer is that of the ``rule``: `GWTMuon` for ``"muon"``, `GWTLion` for ``"lion"``, and so on.
-    Learning rate, betas, eps and weight decay are those of `TrainingArguments`; betas and eps are those of what is
-    not transformed where the rule has others. Its ``adam_epsilon`` is 1e-8 unless you set it, where `GWTAdamW` and
-    the published recipe have 1e-6.
+    The ``rule`` chooses the optimizer: `GWTMuon` for ``"muon"``, `GWTLion` for ``"lion"``, and so on.
+    Learning rate, betas, eps and weight decay are those of `TrainingArguments`. If an optimizer has
+    ``adamw_betas``, betas and eps apply only to the tensors that are not transformed. ``adam_epsilon`` is 1e-8
+    unless you set it; `GWTAdamW` and the published recipe have 1e-6.
 
     Args:
-        *args: Trainer's.
+        *args: Trainer's arguments.
         gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``adamw_lr``,
             ``verbose``), ``rule``, and options of its optimizer (``state_dtype`` and so on).
-        **kwargs: Trainer's.
+        **kwargs: Trainer's keyword arguments.
 
     Raises:
         TypeError: an option is unknown or of the wrong type, or the mixin does not come before Trainer.
@@ -90,7 +90,7 @@ class GWTTrainerMixin:
                 "use Trainer without the mixin"
             )
         _check_together(self.args, self.gwt_options)
-        if any(p.requires_grad for p in self.model.parameters()):  # else it can evaluate
+        if any(p.requires_grad for p in self.model.parameters()):  # otherwise it may only evaluate
             _try_out(self.model, self.args, self.gwt_options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -105,7 +105,7 @@ class GWTTrainerMixin:
 
 
 def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[str, Any]]:
-    """Return what makes a Trainer optimize with an optimizer of this package over groups of `gwt_param_groups`.
+    """Return ``optimizer_cls_and_kwargs`` of a Trainer for an optimizer over the groups of `gwt_param_groups`.
 
     ::
 
@@ -123,7 +123,7 @@ def gwt_optimizer(args: TrainingArguments, **options: Any) -> tuple[type, dict[s
         RuntimeError: at the start of training, if this version of transformers passes no model to optimizers.
     """
     _check_together(args, options)
-    # Wide enough for any level, of two outputs as one is a score; bfloat16 supports every weight rounding.
+    # Wide enough for any level, with two outputs, since one is a score; bfloat16 supports every weight rounding.
     any_matrix = nn.ModuleDict({"mlp": nn.Linear(1 << 20, 2, device="meta", dtype=torch.bfloat16)})
     _try_out(any_matrix, args, {k: v for k, v in options.items() if k not in _OF_SHAPES})
     return _Factory, {"args": args, **options}
@@ -234,7 +234,7 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
         chosen = {"scale": scale, **chosen, "rule": options.pop("rule")}
     groups = gwt_param_groups(model, weight_decay=args.weight_decay, **chosen)
     level = chosen.get("level", 2)
-    if options.get("rule") == ADAMW.name and level == 0:  # the groups', without which its default is refused
+    if options.get("rule") == ADAMW.name and level == 0:  # as in the groups; this rule refuses the default
         options = {"norm_growth_limit": None, **options, "level": 0}
     if level and not any(group["level"] for group in groups):
         shallow = {**chosen, "level": 1, "verbose": False}
@@ -247,4 +247,4 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
         for group in groups:
             group["params"] = [torch.empty(p.shape, dtype=p.dtype, device=on) for p in group["params"]]
     numbers: dict[str, Any] = {betas: (args.adam_beta1, args.adam_beta2), eps: args.adam_epsilon}
-    return kind(groups, lr=args.learning_rate, **numbers, **options)  # type: ignore[call-arg]  # a subclass's own
+    return kind(groups, lr=args.learning_rate, **numbers, **options)  # type: ignore[call-arg]  # options of subclasses
