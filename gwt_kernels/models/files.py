@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # Entries about remote code and weight storage: irrelevant for shapes, and they might run code or need a package.
 _IGNORED = ("auto_map", "quantization_config")
-_FETCHED = "use_pretrained_backbone"  # weights of a part of the model, which shapes do without
+_FETCHED = "use_pretrained_backbone"  # would fetch weights of a part of the model, which shapes do not need
 
 
 def presets() -> dict[str, Path]:
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_weights(fields: Any) -> Any:
-    """A configuration, parts included, that asks for no weights from elsewhere."""
+    """Return a configuration in which no part asks for pretrained weights."""
     if isinstance(fields, list):
         return [_without_weights(each) for each in fields]
     if not isinstance(fields, dict):
@@ -111,7 +111,7 @@ def _without_weights(fields: Any) -> Any:
 
 
 def _named_backbone(fields: Any) -> str | None:
-    """The backbone that a configuration, or one of its parts, names instead of describing it."""
+    """Return the backbone that a configuration, or a part of it, names without describing it; None for none."""
     if not isinstance(fields, dict):
         return None
     if isinstance(fields.get("backbone"), str) and not fields.get("backbone_config"):
@@ -133,10 +133,10 @@ def _model_class(transformers: Any, config: Any) -> Any:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep transformers from asking the Hub for what a configuration names; what is there already is read."""
+    """Keep transformers from downloading what a configuration names; cached files are still read."""
     constants: Any = importlib.import_module("huggingface_hub.constants")
     hub: Any = importlib.import_module("transformers.utils.hub")
-    flags = [(constants, "HF_HUB_OFFLINE"), (hub, "_is_offline_mode")]  # the second one of transformers 4
+    flags = [(constants, "HF_HUB_OFFLINE"), (hub, "_is_offline_mode")]  # the second is that of transformers 4
     before = [(module, name, getattr(module, name)) for module, name in flags if hasattr(module, name)]
     for module, name, _ in before:
         setattr(module, name, True)
