@@ -32,7 +32,7 @@ DTYPES = {
 
 
 def level_of(text: str) -> Level:
-    """A level as it is written."""
+    """Parse a level: an integer, or ``row``."""
     try:
         return ROW if text == ROW else int(text)
     except ValueError:
@@ -40,7 +40,7 @@ def level_of(text: str) -> Level:
 
 
 def head_rows_of(text: str) -> int | None:
-    """``head_rows`` as it is written: ``all`` for None."""
+    """Parse ``head_rows``: an integer, or ``all`` for None."""
     try:
         return None if text == "all" else int(text)
     except ValueError:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Let the flush at exit write to nowhere."""
+    """Redirect standard output to the null device, for the flush at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -344,7 +344,7 @@ def _sharded(planned: Plan, options: argparse.Namespace) -> ShardedPlan | None:
 def _doctor() -> int:
     import torch
 
-    needed = ("triton", "numpy")  # of the interpreter
+    needed = ("triton", "numpy")  # by Triton's interpreter
     if all(map(importlib.util.find_spec, needed)) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, and for this process alone
     from gwt_kernels import doctor

@@ -69,8 +69,8 @@ def self_check() -> Iterator[tuple[str, float | Exception, float]]:
     """Run a few random steps on every available backend.
 
     Yields:
-        The name of the check, the largest error of weights and moments relative to the largest value of the
-        float64 result, or what kept the step from being taken, and the allowed error.
+        The name of the check; the largest error of weights and moments relative to the largest value of the
+        float64 result, or the exception that a step raised; and the allowed error.
     """
     for device, _ in _devices():
         for backend, dtype, bound in (

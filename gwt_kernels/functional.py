@@ -47,9 +47,9 @@ def gwt_adamw_(
         params: Floating-point tensors ``[..., N]``, any strides; N may differ between them.
         grads: Dense gradients of the parameters' shapes, any strides.
         exp_avgs: First moments of the approximation, contiguous ``[..., nb]`` with ``nb = ceil(N / 2**level)``
-            for Haar, 1 of ``level="row"``, and the approximation's width otherwise.
-        exp_avg_sqs: Second moments, like ``exp_avgs``; None under a rule that keeps none (``"lion"``); of
-            ``"adam_mini"`` float32 ``[..., rows / n, 1]``, one for ``n`` rows, or ``[1, ...]`` for all.
+            for Haar, 1 for ``level="row"``, and the approximation's width otherwise.
+        exp_avg_sqs: Second moments, like ``exp_avgs``; None with a rule that keeps none (``"lion"``). With
+            ``"adam_mini"`` they are float32 ``[..., rows / n, 1]``, one for ``n`` rows, or ``[1, ...]`` for all.
         steps: Number of this step per parameter, 1 for the first; or a contiguous float64 tensor ``[n]`` on the
             device with the number of steps before this one, which the device increments.
         hypers: Options per parameter.
@@ -60,7 +60,7 @@ def gwt_adamw_(
             limiter_norms: The limiter's previous norm per parameter: scalar tensors on the parameter's device
                 (0: none yet), or None for all of them without limiter.
             rule: ``"gwt"``, the published rule; ``"foam"``, the folded one (arXiv 2512.07112), without limiter;
-                ``"adamw"`` at level 0, which these are there; ``"lion"`` (arXiv 2302.06675) or ``"adam_mini"``
+                ``"adamw"`` at level 0, which both equal there; ``"lion"`` (arXiv 2302.06675) or ``"adam_mini"``
                 (arXiv 2406.16793), on block means.
             rounding: Rounding of updated weights: ``"nearest"``; ``"stochastic"``, to bfloat16 or float16; or
                 ``"split"``, float32 master weights as bfloat16 weights and ``lows``. bfloat16 moments are always
@@ -75,7 +75,7 @@ def gwt_adamw_(
                 gradients, and whether to take the step. Requires ``steps`` as a tensor.
             telemetry: Float64 ``[n, 6]`` on the parameters' device, rows of :mod:`gwt_kernels.telemetry`, for Haar
                 and ``boundary="zero"`` only; or None.
-            spans: Positions of shards in the whole parameters and moments, from which random bits follow, with
+            spans: Positions of shards in the whole parameters and moments, on which random bits depend, with
                 rows padded as by :func:`gwt_kernels.core.hyper.padded_spans`; None for whole tensors.
             limits: The limiter's divisors of the updates, ``[len(params)]`` on their device, in place of
                 ``limiter_norms``; None to compute them from ``limiter_norms``.
@@ -90,8 +90,8 @@ def gwt_adamw_(
     Raises:
         RuntimeError: the requested backend cannot run on these tensors, or a CUDA graph captures Triton's step with
             ``steps`` as a list, whose numbers a replay would repeat, or with tensors not yet in ``workspace``.
-        TypeError: an option is unknown, a tensor is none, sparse, or not of real floating-point numbers, or a
-            number has the wrong type.
+        TypeError: an option is unknown, an entry is not a dense tensor, ``params`` or ``grads`` are not real
+            floating-point numbers of 16 bits or more, or a number has the wrong type.
         ValueError: lists of different lengths; tensors that are not one bucket, have other shapes, or are given
             twice; a number out of range; an unknown backend, rule, wavelet or boundary; a limiter for some
             tensors only or with the folded rule; that rule with another wavelet than Haar or another boundary
@@ -131,7 +131,7 @@ def gwt_adamw_(
 
 
 def _prepared(bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None) -> Runner:
-    """Return a runner of tensors that were looked at."""
+    """Check the tensors and return their runner."""
     function_arguments.check_kept(bucket)
     runner = prepare(bucket, backend)
     function_arguments.check_tensors(bucket, grads)  # the reason why a backend cannot run comes first
@@ -141,7 +141,7 @@ def _prepared(bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend |
 def _runner(
     bucket: Bucket, grads: Sequence[Tensor], backend: choice.Backend | None, workspace: dict[str, Any]
 ) -> Runner:
-    """Return the workspace's runner if it is for the same tensors, or else a new one."""
+    """Return the workspace's runner if it is for the same tensors, otherwise a new one."""
     kinds = [(g.dtype, g.shape, g.device, g.is_contiguous(), g.is_neg()) for g in grads]
     known = bucket.fingerprint(), kinds, backend, choice.tracer()
     if workspace.get("fingerprint") != known:
