@@ -1,4 +1,4 @@
-"""What is added up over processes for factored second moments, between the stages of a step."""
+"""Sums over processes for factored second moments, between the stages of a step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gwt_kernels.distributed.sharding import places_in_whole, reduced_over
 
 
 class FactorPlaces(NamedTuple):
-    """Where the sums of a bucket lie among those of all parameters.
+    """Indices of a bucket's sums among those of all parameters.
 
     Attributes:
-        sent: Places in the bucket's vector of the first stage of what processes add up; the rest is complete.
-        at: Where these lie in the vector of all.
-        squares: Where those of the second stage lie.
+        sent: Indices in the bucket's first vector of what processes add up; the rest is complete.
+        at: Indices of the same in the vector of all.
+        squares: Indices of the bucket's second vector in that of all.
     """
 
     sent: Tensor
@@ -32,17 +32,18 @@ class FactorPlaces(NamedTuple):
 class FactorReduction:
     """Sums over rows and columns of all factored, sharded parameters on one device, in two collectives a step.
 
-    Sums over rows travel where rows are shared out, sums over columns where columns are, means where either is.
+    The first has each row's sum if shards divide columns, each column's sum if they divide rows, each matrix's sum
+    of row factors if they divide either, and the weights' sum of squares.
 
-    The second collective has one number a parameter, the sum of the update's squares, by which it is clipped:
-    ``sum(A_ij**2 * mean(R) / (R_i * C_j))``. No sums of the first tell it, for ``R`` and ``C``, known after these
-    alone, stand under each square. With ``R`` and ``C`` of earlier steps in them, ``A*A`` of ``[[2, 0], [0, 2]]``
-    and of ``[[1, 1], [1, 1]]`` have the same sums over rows and columns, and others of the update's squares.
+    The second has one number a parameter, the sum of the update's squares, by which the update is clipped:
+    ``sum(A_ij**2 * mean(R) / (R_i * C_j))``. ``R`` and ``C`` are known only after the first. As they contain
+    earlier steps, ``A*A`` of ``[[2, 0], [0, 2]]`` and of ``[[1, 1], [1, 1]]``, whose sums over rows and columns
+    are the same, have different sums of the update's squares.
 
     Args:
-        params: All parameters whose second moment is factored and that are sharded over several processes, on one
-            device; as :class:`gwt_kernels.distributed.reduction.ShardSums` takes them.
-        shapes: Of their whole moments.
+        params: All parameters on one device that are sharded over several processes and whose second moment is
+            factored, as :class:`gwt_kernels.distributed.reduction.ShardSums` takes them.
+        shapes: Shapes of their whole moments.
     """
 
     def __init__(self, params: Sequence[Any], shapes: Sequence[Sequence[int]]) -> None:
@@ -53,7 +54,7 @@ class FactorReduction:
         self._sums, self._squares = ShardSums(params, lengths), ShardSums(params)
 
     def places_of(self, params: Sequence[Tensor]) -> FactorPlaces:
-        """Where the sums of a bucket of ``params`` lie."""
+        """Return the indices of the sums of a bucket of ``params``."""
         sent, at, first = [], [], 0
         places = [self._place[id(p)] for p in params]
         for i in places:
@@ -69,7 +70,7 @@ class FactorReduction:
         return FactorPlaces(send(torch.cat(sent), device), send(torch.cat(at), device), send(squares, device))
 
     def drive(self, steps: Sequence[tuple[FactorPlaces, Iterator[Tensor]]]) -> None:
-        """Take steps of buckets, all at once: see :class:`gwt_kernels.backends.runner.StagedRunner`."""
+        """Take the steps of all buckets, stage by stage: see :class:`gwt_kernels.backends.runner.StagedRunner`."""
         for sums, is_first in ((self._sums, True), (self._squares, False)):
             vector = sums.zeros()
             stops = [(places, next(stages, None)) for places, stages in steps]
@@ -91,9 +92,9 @@ class FactorReduction:
 
 
 def _parts(p: Any, shape: Sequence[int]) -> list[tuple[int, Tensor, int, bool]]:
-    """Of the sums of one parameter, part by part, as ``Matrices.parts`` names them.
+    """Return for each of ``Matrices.parts`` of one parameter ``(n, index, whole, is_sent)``.
 
-    How many are here; which of all these are; how many there are in all; whether other processes have more to add.
+    ``n`` sums are on this process, at ``index`` among ``whole`` in all; ``is_sent``: other processes add to them.
     """
     dims = len(shape)
     shared = {placement.dim for placement in (p.placements[i] for _, i in reduced_over(p))}

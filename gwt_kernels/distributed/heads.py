@@ -1,4 +1,4 @@
-"""Heads, the rows that share a second moment, of which shards of DTensors hold parts."""
+"""Heads, the rows that share a second moment. A torn head is one of which several shards hold parts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gwt_kernels.rules.blocks import Heads
 
 
 def torn_dims(p: Any, head_rows: int | None) -> tuple[int, ...]:
-    """Return the dimensions along which processes share heads of ``head_rows`` rows of ``p``; None: all are one.
+    """Return the dimensions along which shards of ``p`` tear heads of ``head_rows`` rows (None: of all rows).
 
-    Along these every process keeps the second moments of all heads.
+    Along these dimensions every process keeps the second moments of all heads.
     """
     rows = p.dim() - 2
     return torn_of(sharded_dims(p), rows, lambda: largest_blocks(p, rows), head_rows)
@@ -26,9 +26,9 @@ def torn_of(sharded: Iterable[int], rows: int, block: Callable[[], int], head_ro
     """Return :func:`torn_dims` of a tensor whose dimension ``rows`` comes before the last.
 
     Args:
-        sharded: Its dimensions that processes divide.
-        rows: The dimension of its rows.
-        block: Computes the length of the largest blocks of rows that no process has a part of.
+        sharded: Dimensions that its shards divide.
+        rows: Dimension of its rows.
+        block: Returns the length of the largest blocks of rows that no shard splits.
         head_rows: As for :func:`torn_dims`.
     """
     if head_rows == 1:

@@ -33,15 +33,15 @@ from gwt_kernels.rules.newton_schulz import (
 
 
 class MatrixParameter(NamedTuple):
-    """A parameter whose matrices are orthogonalised; a plain tensor is computed by every process that has it.
+    """A parameter whose matrices are orthogonalised. Every process that has a plain tensor computes it.
 
     Attributes:
-        name: What errors call it.
-        tensor: The parameter, of which the shape and, of a DTensor, the placements count.
-        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
-        row_splits: Likewise.
-        factors: What each of the matrices is multiplied by that ``row_splits`` make; of none by 1.
-        has_grad: Whether this process has a gradient of it. A part without one is zeros for the other processes.
+        name: Its name in errors.
+        tensor: The parameter. Only its shape and, for a DTensor, its placements matter.
+        flatten: Whether it is one matrix: see :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Numbers of rows to cut its matrices into, or None: see there.
+        factors: Factors on the results, one for each matrix that ``row_splits`` makes; 1 where there is none.
+        has_grad: Whether this process has its gradient. A part without one counts as zeros on other processes.
     """
 
     name: str
@@ -53,34 +53,34 @@ class MatrixParameter(NamedTuple):
 
 
 _groups: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
-"""Process groups made here, which last as long as the processes are connected, by the group of all of them."""
+"""Process groups made here, keyed by the default process group, with which they are dropped."""
 
 Stage = Callable[[Sequence[MatrixPiece], Sequence[Tensor]], None]
 
 
 class MatrixExchange:
-    """The stage of a step between two that are element-wise: from each matrix ``M`` to its orthogonal ``O``.
+    """The stage between the two element-wise stages of a step: replace each matrix ``M`` by the orthogonal ``O``.
 
-    All processes construct it of the same parameters in the same order, and take part in every :meth:`run`,
-    whether they have gradients or not. Owners follow from order, shapes and placements alone.
+    All processes construct it from the same parameters in the same order, and take part in every :meth:`run`,
+    whether they have gradients or not. Owners depend on order, shapes and placements alone.
 
     Args:
         params: Plain tensors and DTensors, of any meshes.
         newton_schulz: The iteration.
-        workspace_bytes: What matrices that are computed may take with their temporaries; those that travel
-            meanwhile may take as much again.
+        workspace_bytes: Bytes for the matrices being computed and their temporaries; those that travel meanwhile
+            may take as much again.
 
     Raises:
         TypeError, ValueError: a parameter cannot be gathered, has no matrices, or one needs more than
-            ``workspace_bytes``; or an option has no meaning.
+            ``workspace_bytes``; or an option is invalid.
 
     Attributes:
-        owners: The processes that orthogonalise each parameter, in the order of its units; none for plain ones.
-        loads: The work of each process, as :meth:`NewtonSchulz.work` measures it, of matrices that are shared.
-        peak_bytes: The most that this process needs at once, besides the parameters.
-        pieces: What this process has of all units, in batches.
-        sent_bytes: What this process sends in a step to the owners, and as one.
-        reduced_bytes: What it adds up in a step with those that hold replicas.
+        owners: Ranks that orthogonalise each parameter, in the order of its units; none for plain tensors.
+        loads: Work of each rank for shared matrices, as :meth:`NewtonSchulz.work` measures it.
+        peak_bytes: The most bytes that this process needs at once, besides the parameters.
+        pieces: This process's pieces of parameters that have a gradient here, batch after batch.
+        sent_bytes: Bytes that this process sends in a step: parts to owners, and results as an owner.
+        reduced_bytes: Bytes that it passes to all-reduces over replicas in a step.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MatrixExchange:
         self.loads: Counter[int] = Counter()
         self._batches: list[_Batch] = []
         self._order: list[int] = []
-        # Each set of processes by itself, so that nothing rests on matrices that some of them do not know.
+        # Each set of processes by itself, so that no choice depends on matrices that some of them do not have.
         for shares in _units(params, newton_schulz, workspace_bytes):
             loads: Counter[int] = Counter()
             batches: list[_Batch] = []
@@ -124,13 +124,13 @@ class MatrixExchange:
 
     @torch.no_grad()
     def run(self, make: Stage, use: Stage) -> None:
-        """One step, batch after batch.
+        """Run the stage for one step, batch after batch.
 
         Args:
             make: ``make(pieces, values)`` writes ``M`` into ``values``: contiguous, of the iteration's dtype.
             use: ``use(pieces, values)`` gets the same tensors, which now hold ``O``, until it returns.
 
-        Neither gets pieces of parameters that have no gradient here.
+        Neither gets pieces of parameters without a gradient here.
         """
         under_way: dict[int, Iterator[None]] = {}
         for i in self._order:
@@ -139,7 +139,7 @@ class MatrixExchange:
             next(under_way[i], None)
 
     def attend(self) -> None:
-        """Take part in a step of others, where no parameter has a gradient here."""
+        """Take part in a step of other processes when no parameter has a gradient here."""
 
         def nothing(pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> None:
             raise AssertionError("a parameter has a gradient here")
@@ -162,14 +162,14 @@ class MatrixExchange:
 
 
 class _Peers:
-    """The processes that share parameters in one way, and this one's place among them.
+    """The processes over which parameters are sharded in one way, and this process's place among them.
 
     Attributes:
-        ranks: Processes ``[replica][position]``.
-        shared: Whether there is more than this process.
-        place_of: Replica and position of each process.
-        place: This process's.
-        group: The process group of its replica, in the order of ranks; None where it is alone.
+        ranks: Ranks ``[replica][position]``.
+        shared: Whether there are others than this process.
+        place_of: Replica and position of each rank.
+        place: Those of this process.
+        group: Process group of this process's replica, in the order of ranks; None for a replica of one process.
         replicas: A process group for each dimension of the mesh with replicas.
     """
 
@@ -196,12 +196,12 @@ class _Peers:
 
 
 def _sharding(p: Any) -> list[int]:
-    """The dimensions of the mesh that divide ``p``."""
+    """Return the dimensions of the mesh that divide ``p``."""
     return [i for _, i in reduced_over(p)]
 
 
 def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int]) -> Any:
-    """The process group of ``ranks``, this process's replica; made by these alone where there is none."""
+    """Return the process group of ``ranks``, this process's replica; if there is none, these processes make it."""
     import torch.distributed as dist
 
     made = _groups.setdefault(dist.group.WORLD, [])
@@ -216,10 +216,10 @@ def _group_of(mesh: Any, sharding: Sequence[int], ranks: list[int]) -> Any:
 def _units(
     params: Sequence[MatrixParameter], newton_schulz: NewtonSchulz, workspace_bytes: int
 ) -> list[list[tuple[_Peers, list[Unit]]]]:
-    """For each set of processes the units of parameters that they share in the same way; plain ones last."""
+    """Return for each set of processes the units of parameters that are sharded alike; plain tensors last."""
     peers: dict[tuple[object, ...], _Peers] = {}
     units: dict[tuple[object, ...], list[Unit]] = {}
-    known: dict[tuple[object, ...], list[Unit]] = {}  # of parameters that are alike, as those of layers are
+    known: dict[tuple[object, ...], list[Unit]] = {}  # by kind of parameter; most layers are alike
     for index, p in enumerate(params):
         x: Any = p.tensor
         mesh = (x.device_mesh, *_sharding(x)) if is_sharded(x) and x.device_mesh.size() > 1 else ()
@@ -240,7 +240,7 @@ def _units(
 
 
 def _held(p: Any, peers: _Peers) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
-    """What each position holds of ``p``: runs of indices per dimension."""
+    """Return what each position holds of ``p``: runs of indices per dimension."""
     if not peers.shared:
         return (tuple(((0, n),) for n in p.shape),)
     mesh, sharding = p.device_mesh, _sharding(p)
@@ -254,7 +254,7 @@ def _held(p: Any, peers: _Peers) -> tuple[tuple[tuple[tuple[int, int], ...], ...
 
 
 class _Batch:
-    """What this process does for a batch, planned once: sizes, places in its buffers, and whom to talk to."""
+    """What this process does for a batch, planned once: sizes, offsets in its buffers, and its peers."""
 
     def __init__(
         self,
@@ -269,8 +269,8 @@ class _Batch:
         self.stages = 1 + 2 * batch.travels + len(peers.replicas)
         replica, position = peers.place
         this_rank, ranks, place_of = peers.ranks[replica][position], sorted(peers.ranks[replica]), peers.place_of
-        # What a process holds lies in an order that its replicas share: by the replica of the owner, last what lies
-        # where it is computed, and else by the owner's rank, so that what is sent is one piece of memory.
+        # Replicas order the parts that they hold alike: by the replica of the owner; in it by the owner's rank, but
+        # last the parts whose owner is at this position. So the parts to send are contiguous.
         parts = [unit.parts[position] for unit in batch.units]
         order = sorted(
             (i for i, part in enumerate(parts) if part.numel),
@@ -326,7 +326,7 @@ class _Batch:
         self.reduced_bytes = batch.reduced_bytes(position) * len(peers.replicas)
 
     def steps(self, make: Stage, use: Stage) -> Iterator[None]:
-        """Go through the batch, stopping where other batches may go on while this one travels."""
+        """Run the batch; yield after each start of a transfer, so that other batches go on meanwhile."""
         import torch.distributed as dist
 
         held = self._empty(self._places.numel)
@@ -355,7 +355,7 @@ class _Batch:
         if self._peers.replicas:
             held[: self._first].zero_()
             held[self._last :].zero_()
-        for group in self._peers.replicas:  # one of them has a number, the others have 0
+        for group in self._peers.replicas:  # one replica has the result, the others have 0
             work = dist.all_reduce(held, group=group, async_op=True)
             yield
             work.wait()
@@ -364,7 +364,7 @@ class _Batch:
         all_values.release()
 
     def _orthogonalize(self, held: Tensor, arrived: Tensor) -> None:
-        """Put the matrices together, and replace their parts by the results."""
+        """Assemble the matrices, orthogonalise them, and replace their parts by the results."""
         whole = self._empty(self._n_whole)
         matrices = [view_of(held if is_held else whole, at, shape) for is_held, at, shape in self._runs]
         multiplied: list[tuple[Tensor, float]] = []

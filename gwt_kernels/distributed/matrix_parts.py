@@ -1,4 +1,4 @@
-"""How matrices are put together from parts that lie in buffers, as many at once as lie in order."""
+"""Assemble matrices from parts in buffers, with one copy for parts that lie end to end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Whole(NamedTuple):
     """A unit that this process orthogonalises.
 
     Attributes:
-        at: Where it lies among the batch's matrices; or, as this process holds all of it, among its parts.
-        is_held: Which of both.
-        parts: What it is put together from: whether that arrives, where it lies, and the part.
+        at: Its offset in the buffer of held parts if ``is_held``, else in that of matrices.
+        is_held: Whether this process holds all of it.
+        parts: Its parts, as (arrives, offset in its buffer, part); none if ``is_held``.
     """
 
     unit: Unit
@@ -29,15 +29,15 @@ class Whole(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """The same part of several units, which lie end to end as the parts do.
+    """The same part of several units; the units lie end to end, and so do the parts.
 
     Attributes:
-        n: How many.
-        shape: A unit's.
-        at: Where the first unit lies among the batch's matrices.
+        n: Number of units.
+        shape: Shape of a unit.
+        at: Offset of the first unit in the buffer of matrices.
         arrives: Whether the parts arrive, or lie among those held.
-        start: Where the first of them lies.
-        part: Any of them.
+        start: Offset of the first part there.
+        part: Any of the parts.
     """
 
     n: int
@@ -49,7 +49,7 @@ class Copy(NamedTuple):
 
 
 def copies_of(wholes: Sequence[Whole]) -> list[Copy]:
-    """How units are put together from their parts, as many at once as lie in order."""
+    """Return the copies that assemble units from their parts."""
     made: list[Copy] = []
     going_on: dict[tuple[int, bool, int], int] = {}
     for unit, at, _, parts in wholes:
@@ -64,7 +64,7 @@ def copies_of(wholes: Sequence[Whole]) -> list[Copy]:
 
 
 def runs_of(wholes: Sequence[tuple[Whole, bool]]) -> list[tuple[bool, int, tuple[int, ...]]]:
-    """Matrices of one shape that lie end to end: whether this process holds them, where they lie, and the shape.
+    """Return runs of matrices that lie end to end, as (held here, offset, shape ``[n, rows, cols]``).
 
     Args:
         wholes: Units, and whether each is one matrix whatever its dimensions: ``flatten``.
@@ -83,10 +83,10 @@ def runs_of(wholes: Sequence[tuple[Whole, bool]]) -> list[tuple[bool, int, tuple
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:
-    """Where things of these sizes begin that lie end to end, and where the last ends."""
+    """Return the offsets of items of these sizes that lie end to end, and the end of the last."""
     return [0, *itertools.accumulate(sizes)]
 
 
 def view_of(buffer: Tensor, at: int, shape: Sequence[int]) -> Tensor:
-    """The contiguous tensor of ``shape`` that begins at an element of ``buffer``."""
+    """Return the contiguous tensor of ``shape`` that begins at element ``at`` of ``buffer``."""
     return buffer[at : at + math.prod(shape)].view(shape)

@@ -1,7 +1,7 @@
-"""Who orthogonalises which matrices, and in which batches: decided from shapes and placements, without a process.
+"""Decide which process orthogonalises which matrices, and in which batches, from shapes and placements alone.
 
-A *unit* is what one process orthogonalises: a parameter's matrix, or of a batch of matrices some of the first
-dimension. The processes of a mesh are replicas of *positions*: the positions of one replica share out a parameter.
+A *unit* is what one process orthogonalises: a parameter's matrix, or a range of the first dimension of a batch of
+matrices. A mesh has *replicas* of a parameter, and each replica divides it over *positions*, one for each process.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gwt_kernels.rules.newton_schulz import NewtonSchulz, matrix_shapes
 OVERLAPPED = 3
 """Batches that are under way at once: one arrives while the next is computed and the one after it is collected."""
 FEWEST_BATCHES = 4
-"""Into how many batches matrices that travel are cut, where these are large and every process gets one of each."""
+"""Fewest batches of matrices that travel, where these are large and each batch has a unit for every process."""
 SMALLEST_BATCH = 1 << 20
-"""Bytes of a process's matrices that are worth a batch: fewer have travelled before the host begins the next."""
+"""Bytes of a process's matrices that are worth a batch: fewer arrive before the host begins the next one."""
 
 Runs = tuple[tuple[int, int], ...]
 """First index and length of each run of indices, in rising order."""
@@ -33,11 +33,11 @@ class Layout:
     """How a parameter is shared out, the same on every process.
 
     Attributes:
-        shape: The whole parameter's.
-        flatten: As in :func:`gwt_kernels.rules.newton_schulz.views_of`.
-        row_splits: Likewise.
+        shape: Shape of the whole parameter.
+        flatten: Whether it is one matrix: see :func:`gwt_kernels.rules.newton_schulz.views_of`.
+        row_splits: Numbers of rows to cut its matrices into, or None: see there.
         held: What each position holds: runs of indices per dimension.
-        ranks: The processes ``[replica][position]``.
+        ranks: Ranks ``[replica][position]``.
     """
 
     shape: tuple[int, ...]
@@ -56,8 +56,8 @@ class Part(NamedTuple):
     """What a position holds of a unit: ``shape[0]`` indices of its shard's first dimension, from ``start`` on.
 
     Attributes:
-        start: The first of these.
-        shape: All other dimensions are the shard's.
+        start: The first of these indices.
+        shape: Shape of the part; all dimensions but the first are the shard's.
         boxes: Pairs of slices, of the part and of the unit, that are the same elements.
     """
 
@@ -72,15 +72,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process orthogonalises.
+    """Matrices that one process orthogonalises.
 
     Attributes:
-        index: Which parameter.
-        shape: The unit's, of the parameter's number of dimensions.
+        index: Index of the parameter.
+        shape: Shape of the unit, with as many dimensions as the parameter.
         parts: What each position holds of it.
         work: A measure of the time that it takes.
         flops: Floating-point operations of its products.
-        workspace: Bytes of temporaries, all its matrices at once; of copies too where rows are cut.
+        workspace: Bytes of temporaries for all its matrices at once, and of copies if ``row_splits`` cuts them.
         itemsize: Bytes of an element.
     """
 
@@ -107,15 +107,15 @@ class Unit:
 
     @cached_property
     def holder(self) -> int | None:
-        """The position that holds all of it."""
+        """The position that holds all of it, or None."""
         return next((i for i, part in enumerate(self.parts) if part.numel == self.numel), None)
 
 
 def units_of(index: int, layout: Layout, newton_schulz: NewtonSchulz, workspace_bytes: int) -> list[Unit]:
-    """The units of a parameter; none where it has no elements.
+    """Return the units of a parameter; none if it has no elements.
 
     A batch is cut where shards of its first dimension end, and further, so that there is a unit for every process
-    and each fits into ``workspace_bytes`` with its temporaries, where that can be.
+    and each fits into ``workspace_bytes`` with its temporaries, if possible.
     """
     if not math.prod(layout.shape):
         return []
@@ -154,7 +154,7 @@ def _unit(index: int, layout: Layout, first: int, stop: int, newton_schulz: Newt
 
 
 def _part(held: Sequence[Runs], first: int, stop: int) -> Part:
-    """What of the indices ``first`` to ``stop`` of the first dimension is held."""
+    """Return the held part of the indices ``first`` to ``stop - 1`` of the first dimension."""
     clipped = [(max(i, first), min(i + n, stop)) for i, n in held[0]]
     rows = tuple((i - first, end - i) for i, end in clipped if i < end)
     start = sum(min(n, max(0, first - i)) for i, n in held[0])
@@ -166,7 +166,7 @@ def _part(held: Sequence[Runs], first: int, stop: int) -> Part:
 
 
 def _placed(runs: Runs) -> Iterator[tuple[slice, slice]]:
-    """Where each run lies among the held indices and among all."""
+    """Yield the position of each run among the held indices, and among all."""
     start = 0
     for first, length in runs:
         yield slice(start, start + length), slice(first, first + length)
@@ -174,14 +174,14 @@ def _placed(runs: Runs) -> Iterator[tuple[slice, slice]]:
 
 
 def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter[int]) -> list[int]:
-    """The process that orthogonalises each of ``units``, which come in the order of :func:`in_order`.
+    """Return the owner rank of each of ``units``, which come in the order of :func:`in_order`.
 
-    A unit that one position holds goes to the replica of it that has least to do, unless that is more than a fair
-    share; all others, the most work first, to the process that has least to do.
+    A unit that one position holds goes to the process with the least work there, in any replica, unless that is
+    more than a fair share; all others, the most work first, to the process with the least work.
 
     Args:
-        units: Those of one mesh.
-        ranks: The processes ``[replica][position]``.
+        units: Units of one mesh.
+        ranks: Ranks ``[replica][position]``.
         loads: The work of each process so far, which this adds to.
     """
     everyone = [rank for replica in ranks for rank in replica]
@@ -207,7 +207,7 @@ def assign(units: Sequence[Unit], ranks: Sequence[Sequence[int]], loads: Counter
 
 
 def in_order(units: Sequence[Unit]) -> list[Unit]:
-    """The most work first; of as much work, the same shapes together, in the order of the parameters."""
+    """Return the units with the most work first; if equal, one shape after another, in the parameters' order."""
     return sorted(units, key=lambda unit: (-unit.work, unit.shape))
 
 
@@ -216,9 +216,9 @@ class Batch:
     """Units that travel and are computed together.
 
     Attributes:
-        units: In the order of :func:`in_order`.
-        owners: The process that orthogonalises each.
-        travels: Whether any process sends a part of one to another of its replica.
+        units: Units in the order of :func:`in_order`.
+        owners: The rank that orthogonalises each.
+        travels: Whether a process sends a part of a unit to another process of its replica.
         held: Bytes of the shards on a process, at most.
         needed: Bytes of matrices and temporaries, by owner.
         arriving: Bytes of matrices that come from other processes, by owner.
@@ -237,7 +237,7 @@ class Batch:
         return self.held + max(self.arriving.values(), default=0)
 
     def sent_bytes(self, replica: Sequence[int], position: int) -> int:
-        """What one of the processes ``replica`` sends to the owners among them, and back to others as one."""
+        """Return the bytes that a process of ``replica`` sends: parts to owners there, and results as an owner."""
         if not self.travels:
             return 0
         total = 0
@@ -250,7 +250,7 @@ class Batch:
         return total
 
     def reduced_bytes(self, position: int) -> int:
-        """What a process adds up with one of its replicas."""
+        """Return the bytes that a process passes to one all-reduce over replicas."""
         return sum(unit.parts[position].numel * unit.itemsize for unit in self.units)
 
     def add(self, unit: Unit, owner: int, moves: bool) -> None:
@@ -265,9 +265,10 @@ class Batch:
 def batches_of(
     units: Sequence[Unit], owners: Sequence[int], ranks: Sequence[Sequence[int]], workspace_bytes: int
 ) -> list[Batch]:
-    """Consecutive units in batches, each of which fits with its temporaries, and some of which travel at once.
+    """Return consecutive units in batches that fit into ``workspace_bytes`` with their temporaries.
 
-    Where units are too large for that, a batch is one of each owner, as far as they can travel; or else one alone.
+    :data:`OVERLAPPED` of them can travel at once. If units are too large for that, a batch has one unit an owner,
+    as many as can travel together.
     """
     position = {rank: i for replica in ranks for i, rank in enumerate(replica)}
     alone = len(position) == 1
@@ -289,11 +290,10 @@ def batches_of(
 
 
 def schedule(stages: Sequence[int], travelling: Sequence[int], workspace_bytes: int) -> list[int]:
-    """The order in which batches go on by a stage, each as often as it has stages.
+    """Return the order in which batches advance by one stage; each appears as often as it has stages.
 
-    A batch starts, then those before it go on, the newest first, so that what one waits for travels while another
-    is computed. Before that, as many end as have to for all under way to take ``workspace_bytes`` at most, or one
-    to be alone.
+    After a batch starts, the earlier ones advance, the newest first, so that one travels while another is computed.
+    Before that, the oldest ones end until all under way take ``workspace_bytes`` at most, or it is alone.
     """
     order: list[int] = []
     left: dict[int, int] = {}

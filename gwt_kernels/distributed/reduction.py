@@ -1,4 +1,4 @@
-"""Reductions over processes that share tensors: limiter norms, and gradient norm."""
+"""Reductions over processes that share tensors: limiter norms, sums over rows and heads, and gradient norm."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from gwt_kernels.rules.limiter import limit_
 
 
 class ShardSums:
-    """Adds up numbers of sharded parameters over the processes that hold their shards.
+    """Add up numbers of sharded parameters over the processes that hold their shards.
 
-    Every process makes it of the same parameters in the same order, and takes part in every collective whichever of
-    them have gradients there.
+    Every process makes it from the same parameters in the same order, and takes part in every collective, whichever
+    parameters have gradients there.
 
-    If all parameters are sharded over the same processes, only these communicate. Otherwise all processes
-    communicate at once for the parameters on meshes that have all of them, and for those on other meshes one
-    dimension after another.
+    Numbers are added up over one mesh dimension after another. If parameters on meshes of all processes need
+    several process groups, and ``dims`` is None, one all-reduce over all processes replaces theirs.
 
     Args:
-        params: Sharded over several processes, on one device.
-        lengths: How many numbers each of them has; None for one.
-        dims: Of each, the dimensions along which processes add up its numbers, so that others may have more or
-            fewer; None for all that shards divide.
+        params: Parameters on one device that are sharded over several processes.
+        lengths: How many numbers each parameter has; None for one.
+        dims: For each parameter the dimensions along which its numbers are added up; processes that differ along
+            other dimensions may have more or fewer numbers. None for all dimensions that shards divide.
     """
 
     def __init__(
@@ -55,31 +54,31 @@ class ShardSums:
                 wanted = torch.tensor(members, dtype=torch.int64, device="cpu")
                 chosen = send(torch.isin(owners, wanted).nonzero().view(-1), self.device)
             self._rounds.append((group, chosen))
-        # For a round of all processes: whose sums this one contributes, as the first that holds such a shard.
+        # For an all-reduce over all processes: the sums that this one contributes, as the first with such a shard.
         firsts = [i not in at_once or _is_first(p) for i, p in enumerate(params)]
         is_first = torch.tensor(firsts, dtype=torch.bool, device="cpu")
         self._own = None if all(firsts) else send(is_first[owners], self.device)
         self._work: Any = None
 
     def places_of(self, params: Sequence[Tensor]) -> Tensor:
-        """The indices of the numbers of ``params`` among those of all."""
+        """Return the indices of the numbers of ``params`` among those of all parameters."""
         ranges = [self._places[id(p)] for p in params]
         places = [torch.arange(x.start, x.stop, dtype=torch.int64, device="cpu") for x in ranges]
         return send(torch.cat(places), self.device)
 
     def zeros(self) -> Tensor:
-        """A vector of the numbers of all."""
+        """Return a vector for the numbers of all parameters."""
         return torch.zeros(self._n, dtype=self.dtype, device=self.device)
 
     def gathered(self, sums: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """A vector of the numbers of all, from (places, values); 0 at other places."""
+        """Return a vector of the numbers of all parameters from (places, values); 0 at other places."""
         vector = self.zeros()
         for places, values in sums:
             vector[places] = values.view(-1).to(vector.dtype)
         return vector
 
     def start(self, vector: Tensor) -> None:
-        """Begin to add up the vectors of all processes; nothing waits for the result."""
+        """Begin to add up the vectors of all processes; the last all-reduce is not waited for."""
         import torch.distributed as dist
 
         self.finish()  # where no parameter had a gradient, nothing has asked for the last step's result
@@ -91,7 +90,7 @@ class ShardSums:
             self._work = dist.all_reduce(self._part, group=group, async_op=True)
 
     def finish(self) -> Tensor | None:
-        """The sums that were begun last; None where there are none."""
+        """Wait for the sums that were begun last, and return them; None if none were."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -104,9 +103,9 @@ class LimiterReduction:
     """Sums of squares of all limited, sharded parameters on one device, and the limiter's divisors from them.
 
     Args:
-        params: All parameters that have a limiter and are sharded over several processes, on one device; as
+        params: All parameters on one device that have a limiter and are sharded over several processes, as
             :class:`ShardSums` takes them.
-        of_rows: Whether the moments of each are those of whole rows, which all that hold parts of a row have.
+        of_rows: For each whether its moments are those of whole rows, kept by every process with a part of the row.
     """
 
     def __init__(self, params: Sequence[Tensor], of_rows: Sequence[bool]) -> None:
@@ -119,7 +118,7 @@ class LimiterReduction:
         self._gammas: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start to reduce sums, passed as (places, values), over processes, without waiting for the result."""
+        """Begin to add up sums, passed as (places, values): see :meth:`ShardSums.start`."""
         vector = self._sums.gathered(sums)
         self._sums.start(vector if self._counts is None else torch.where(self._counts, vector, 0))
 
@@ -140,7 +139,7 @@ class LimiterReduction:
         return limits
 
     def memory(self) -> list[Tensor]:
-        """What a step with other options would replace, which replays of a captured one go on using."""
+        """Return tensors that a step with other options would replace, and replays of a captured one read."""
         return list(self._gammas.values())
 
     def _gamma_tensor(self, gammas: tuple[float, ...], dtype: torch.dtype) -> Tensor | float:
@@ -154,11 +153,11 @@ class LimiterReduction:
 
 
 class RowReduction:
-    """Sums over rows, or heads of rows, of all parameters on one device of which processes hold parts of these.
+    """Sums over rows, or heads, of all parameters on one device whose rows or heads are divided over processes.
 
     Args:
         params: As :class:`ShardSums` takes them.
-        numbers: How many numbers each has here, and the dimensions along which processes add them up.
+        numbers: For each how many numbers it has on this process, and along which dimensions they are added up.
     """
 
     def __init__(self, params: Sequence[Tensor], numbers: Sequence[tuple[int, Collection[int]]]) -> None:
@@ -166,24 +165,24 @@ class RowReduction:
         self.places_of = self._sums.places_of
 
     def start(self, sums: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start to add up parts of sums, passed as (places, values), without waiting for the result."""
+        """Begin to add up this process's parts, passed as (places, values): see :meth:`ShardSums.start`."""
         self._sums.start(self._sums.gathered(sums))
 
     def finish(self, places: Tensor, parts: Tensor) -> Tensor:
-        """Return the sums at ``places``, of which ``parts`` are this process's."""
+        """Return the sums at ``places``, in shape and dtype of ``parts``, this process's own."""
         total = self._sums.finish()
         assert total is not None
         return total[places].to(parts.dtype).view(parts.shape)
 
 
 class GradNormReduction:
-    """Sums over the elements of all parameters, each counted by one of the processes that have it.
+    """Sums over the gradients of all parameters; one of the processes that have an element counts it.
 
     Args:
         params: All parameters, some of them sharded.
 
     Raises:
-        ValueError: they are on meshes of different processes, so that no process group has them all.
+        ValueError: their meshes have different processes, so that no process group has all of these.
     """
 
     def __init__(self, params: Sequence[Any]) -> None:
@@ -218,10 +217,10 @@ class GradNormReduction:
 def _rounds(
     params: Sequence[Any], dims: Sequence[Collection[int]] | None
 ) -> tuple[set[int], list[tuple[Any, list[int] | None]]]:
-    """Return the process groups to reduce over in order, with the indices of their parameters (None: all).
+    """Return parameters to add up over all processes at once, and process groups with their parameters, in order.
 
-    And which parameters all processes add up at once, though some have what others have too. That rests on
-    parameters alone that all processes have.
+    Parameters are indices; None for all. Which are added up at once, replicas included, depends only on parameters
+    that all processes have.
     """
     import torch.distributed as dist
 
@@ -238,7 +237,7 @@ def _rounds(
     chosen, at_once = rounds_of(sorted(everywhere)), set[int]()
     if len(chosen) > 1 and dims is None:
         chosen, at_once = [(dist.group.WORLD, sorted(everywhere))], everywhere
-    # In the order of larger meshes, some of whose processes may lack what is on smaller ones.
+    # Larger meshes first: some of their processes may lack the parameters on smaller ones.
     rest = (i for i in range(len(params)) if i not in everywhere)
     chosen += rounds_of(sorted(rest, key=lambda i: -params[i].device_mesh.size()))
     return at_once, [(group, members if len(members) < len(params) else None) for group, members in chosen]

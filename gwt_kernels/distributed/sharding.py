@@ -89,20 +89,20 @@ def divides_rows(p: Any) -> bool:
 
 
 def is_first_part_of_rows(p: Any) -> bool:
-    """Return whether this process holds the first part of rows of ``p``, or whole ones."""
+    """Return whether this process holds the first parts of rows of ``p``, or whole rows."""
     coordinate = p.device_mesh.get_coordinate() if is_sharded(p) else ()
     return not any(coordinate[i] for _, i in reduced_over(p, p.dim() - 1))
 
 
 Dims = Sequence[int | None]
-"""Dimensions of a parameter that an entry of its state keeps, in order; None for one of its own, of one index."""
+"""Dimensions of a parameter that an entry of its state keeps, in order; None for one of its own, of size 1."""
 
 
 def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Dims | None = None) -> Tensor:
-    """Zeros of the global ``shape``, sharded as ``p`` is: a DTensor where ``p`` is one.
+    """Return zeros of the global ``shape``, sharded as ``p`` is: a DTensor if ``p`` is one.
 
-    Along ``p``'s last dimension a shard is as much narrower than ``p``'s as the whole is; a shape of one
-    dimension is sharded as ``p``'s rows are. ``dims`` says which of ``p``'s dimensions the shape keeps, if not all.
+    Along the last dimension, a shard is as much narrower than ``p``'s as the whole is. A shape of one dimension is
+    sharded as ``p``'s first. ``dims`` are the dimensions of ``p`` that the shape keeps, if not all.
     """
     if not is_sharded(p):
         return torch.zeros(tuple(shape), dtype=dtype, device=p.device)
@@ -121,7 +121,7 @@ def zeros_like_shard(p: Any, shape: Sequence[int], dtype: torch.dtype, dims: Dim
 
 
 def placements_of(p: Any, dims: Dims | None) -> tuple[Any, ...]:
-    """Where a DTensor lies that keeps these of ``p``'s dimensions: whole along those of which it is a mean."""
+    """Return the placements of a DTensor that keeps dimensions ``dims`` of ``p``: Replicate along the others."""
     if dims is None:
         return tuple(p.placements)
     from torch.distributed.tensor import Replicate
@@ -133,7 +133,7 @@ def placements_of(p: Any, dims: Dims | None) -> tuple[Any, ...]:
 
 
 def _moved(placement: Any, dim: int) -> Any:
-    """The placement, of another dimension."""
+    """Return the placement for dimension ``dim``."""
     if placement.dim == dim:
         return placement
     if hasattr(placement, "split_factor"):
@@ -142,7 +142,7 @@ def _moved(placement: Any, dim: int) -> Any:
 
 
 def places_in_whole(p: Any, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
-    """Which elements of a tensor of the global ``shape`` this process holds, that keeps these of ``p``'s dims."""
+    """Return the flat indices of a tensor of the global ``shape``, with dims ``dims`` of ``p``, in this shard."""
     held = torch.zeros((), dtype=torch.int64, device="cpu")
     for d, n in zip(dims, shape, strict=True):
         held = held.unsqueeze(-1) * n + indices_of(p, d, n)
@@ -165,7 +165,7 @@ def _spans(p: Any, shape: Sequence[int], level: Level) -> tuple[Span, Span] | No
         row = sum(i * math.prod(p.shape[d + 1 : -1]) for d, i in enumerate(start[:-1]))
         return padded_spans(p.shape, level, row)
     first = [*start[:-1], start[-1] * shape[-1] // max(p.shape[-1], 1)] if start else []
-    of_moments = sharded - {p.dim() - 1} if level == ROW else sharded  # whole for every part of a row
+    of_moments = sharded - {p.dim() - 1} if level == ROW else sharded  # every part of a row has them whole
     weights, coefficients = _span(p, p.shape, start, sharded), _span(p, shape, first, of_moments)
     return None if weights is None or coefficients is None else (weights, coefficients)
 
@@ -237,7 +237,7 @@ def check_shards(p: Any, name: str) -> None:
 
 
 def check_place_of(x: Any, key: str, p: Any, name: str, dims: Dims | None = None) -> None:
-    """Raise unless ``x``, ``key`` of ``p``'s state, is sharded as ``p`` is, of which it keeps ``dims``."""
+    """Raise unless ``x``, the entry ``key`` of ``p``'s state that keeps ``dims`` of it, is sharded as ``p`` is."""
     if is_sharded(x) != is_sharded(p):
         held, other = ("a plain tensor", "a DTensor") if is_sharded(p) else ("a DTensor", "a plain tensor")
         raise ValueError(
@@ -259,7 +259,7 @@ def _is_part_of_a_buffer(p: Tensor) -> bool:
 
 
 def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise unless every shard of a row has whole blocks; of a row that is one block, it may have any part."""
+    """Raise unless every shard of a row has whole blocks. If a row is one block, shards may have any part of it."""
     level = group["level"]
     if not level or level == ROW:
         return
@@ -279,12 +279,12 @@ def _check_columns(p: Any, group: Mapping[str, Any], name: str) -> None:
 
 
 def largest_blocks(p: Any, dim: int) -> int:
-    """Return the length of the largest blocks, of equal length along ``dim``, that no process has a part of."""
+    """Return the length of the largest blocks, of equal length along ``dim``, that no shard splits."""
     return math.gcd(*(n for runs in _runs_of_all(p, dim) for run in runs for n in run))
 
 
 def _runs_of_all(p: Any, dim: int) -> set[tuple[tuple[int, int], ...]]:
-    """Return the runs of indices along ``dim`` (:func:`_runs`) that processes hold of ``p``."""
+    """Return the different runs of indices along ``dim`` (:func:`_runs`) that shards of ``p`` have."""
     mesh, sharding = p.device_mesh, [i for i, placement in enumerate(p.placements) if _dim(placement) == dim]
     found = set()
     for places in itertools.product(*(range(mesh.size(i)) for i in sharding)):
@@ -330,7 +330,7 @@ def indices_of(p: Any, dim: int, length: int, coordinate: Sequence[int] | None =
 
 
 def held_runs(p: Any, coordinate: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
-    """Return the shard of ``p`` at ``coordinate`` of the mesh: index and length of runs, per dimension."""
+    """Return the shard of ``p`` at ``coordinate`` of the mesh: start and length of each run, per dimension."""
     return [_runs(indices_of(p, d, n, coordinate)) for d, n in enumerate(p.shape)]
 
 
@@ -364,7 +364,7 @@ def _start(p: Any) -> list[int]:
 
 
 def _span(p: Any, shape: Sequence[int], start: Sequence[int], sharded: set[int]) -> Span | None:
-    """Return the position of a shard in the tensor of the global ``shape``, which shares out the dims ``sharded``.
+    """Return the position of a shard in the tensor of the global ``shape``, divided along the dims ``sharded``.
 
     None if no span describes it.
     """
