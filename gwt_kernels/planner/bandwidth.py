@@ -11,8 +11,8 @@ import torch
 def measure_bandwidth(device: torch.device | None = None, *, size: int | None = None) -> float:
     """Measure the bytes per second (read plus written) of a copy on CUDA, or of a pass in place on a CPU.
 
-    A copy on a CPU also reads the cache lines that it overwrites, which an optimizer's step does not: it has read
-    what it writes.
+    A copy on a CPU also reads the cache lines that it overwrites. For an optimizer's step these are no extra reads,
+    since it has read what it writes.
 
     Args:
         device: None for the CUDA device if there is one, else the CPU.

@@ -33,9 +33,9 @@ class Placed(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """How many sums a process takes of a parameter, and the dimensions along which processes add them up.
+    """Number of sums that a process has for a parameter, and the dimensions along which processes add them up.
 
-    ``dims`` is None for all that they divide.
+    ``dims`` is None for all dimensions that shards divide.
     """
 
     n: int
@@ -46,7 +46,7 @@ _Of = Callable[[Placed, str, Tensor, Mapping[str, Tensor], Mapping[str, Any]], _
 
 
 def step_collectives(placed: Placed, clip: bool) -> Iterator[Collective]:
-    """Yield the collectives of a step; with ``clip`` all parameters are taken to be on the whole mesh."""
+    """Yield the collectives of a step; with ``clip`` all parameters are assumed to be on the same mesh."""
     if not any(placed.divisions.values()):
         return  # replicas compute the same decision without communication
     yield from _added_up("sums over rows", placed, _row_sums)
@@ -121,7 +121,7 @@ def _update_square(
 def _factor_sums(
     placed: Placed, name: str, p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]
 ) -> _Sums | None:
-    """How many sums a factored tensor adds up over processes before its factors are known."""
+    """Return how many sums of a factored tensor are added up over processes before its factors are known."""
     if FACTORS[0] not in state:
         return None
     row, col = (state[key] for key in FACTORS)

@@ -31,7 +31,7 @@ def first_state(p: Tensor, group: Mapping[str, Any], state_dtype: torch.dtype | 
     name = group["state_dtype"] if state_dtype is None or not offered else state_dtype_name(state_dtype)
     complete(state, stand_in(p), {**group, "state_dtype": name})
     if not offered:
-        of_rows = row_slots_of(group)  # which stay wide
+        of_rows = row_slots_of(group)  # which stay float32 or wider
         state |= {key: state[key].to(state_dtype) for key in slots_of(group) if key not in of_rows}
     return state
 
@@ -56,8 +56,8 @@ def is_offered(state_dtype: torch.dtype | None) -> bool:
 def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] | None = None) -> int:
     """Return the bytes that a step reads and writes for a parameter, without the limiter's second read.
 
-    For a matrix stage these are the bytes of the element-wise passes: one writes its matrix, another reads it. Rows
-    that share a second moment are read once more, before.
+    For a matrix stage these are the bytes of the element-wise passes: one writes the matrix, another reads it. A
+    gradient whose rows share second moments is read once more, before the pass.
     """
     options = None if group is None else matrix_options(group)
     matrices = 0 if options is None else 2 * p.numel() * options.newton_schulz.dtype.itemsize
@@ -68,7 +68,7 @@ def pass_bytes(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any] 
 
 
 def limiter_bytes(p: Tensor, state: Mapping[str, Tensor]) -> int:
-    """Bytes of the limiter's second read, or of the two that factors need; 0 where there is neither."""
+    """Return the bytes of the limiter's second read, or of two more reads of gradients for factors; else 0."""
     if FACTORS[0] in state:
         return 2 * bytes_of(p)
     return bytes_of(p) + _moment_bytes(state) if "limiter_norm" in state else 0

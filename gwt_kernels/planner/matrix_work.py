@@ -1,4 +1,4 @@
-"""What processes compute and send for matrices that one of them orthogonalises for all, without any process."""
+"""Count what processes compute and send for matrices that one orthogonalises for all, without starting any."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Axes = tuple[str, ...]
 
 @dataclass(frozen=True)
 class MatrixWork:
-    """What a step of Newton-Schulz takes of each process, in the order of ranks.
+    """Costs of Newton-Schulz in a step: three for each process in the order of ranks, then collectives.
 
     Attributes:
-        flops: Floating-point operations of its products.
-        sent_bytes: What it sends to owners of matrices and, as one, back.
-        reduced_bytes: What it adds up with those that hold replicas.
-        exchanges: Numbers of all-to-alls, by the number of processes that take part.
-        exchanged_bytes: What the busiest process sends in these.
-        reductions: Numbers of all-reduces, likewise.
-        added_bytes: Their bytes, at most.
+        flops: Floating-point operations of the process's products.
+        sent_bytes: Bytes that it sends: parts to owners of matrices, and results as an owner.
+        reduced_bytes: Bytes that it passes to all-reduces over replicas.
+        exchanges: Number of all-to-alls, by the number of processes that take part.
+        exchanged_bytes: Bytes that the busiest process sends in these.
+        reductions: Number of all-reduces, by the number of processes that take part.
+        added_bytes: Bytes of the busiest process in these.
     """
 
     flops: tuple[int, ...]
@@ -51,7 +51,7 @@ class MatrixWork:
 
 
 class _Parameter(NamedTuple):
-    """A parameter with matrices, and the axes of its mesh and of these the ones that divide it."""
+    """Shape of a parameter with matrices, the axes of the mesh that it is on, and its divisions."""
 
     shape: tuple[int, ...]
     axes: Axes
@@ -59,7 +59,7 @@ class _Parameter(NamedTuple):
 
     @property
     def dividing(self) -> Axes:
-        """Those of its axes that divide it."""
+        """The axes that divide the parameter."""
         dividing = [axis for axis, _ in self.divisions]
         return tuple(axis for axis in self.axes if axis in dividing)
 
@@ -68,7 +68,7 @@ _MOST_PROCESSES = 2**16
 
 
 class _Tally:
-    """Adds up what the processes of a mesh do."""
+    """Add up what the processes of a mesh do for matrices."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -88,7 +88,7 @@ class _Tally:
     def _share(
         self, axes: Axes, dividing: Axes, params: Sequence[_Parameter], options: MatrixOptions, loads: Counter[int]
     ) -> None:
-        """Count for parameters that the processes along ``axes`` share in one way."""
+        """Count for parameters on ``axes`` that are divided along the same axes ``dividing``."""
         sizes = [getattr(self._mesh, axis) for axis in axes]
         others = [axis for axis in axes if axis not in dividing]
         order = [axes.index(axis) for axis in (*others, *dividing)]
@@ -137,7 +137,7 @@ class _Tally:
         return matrix_plan.in_order(units)
 
     def _ranks(self, axes: Axes) -> Iterable[tuple[int, int]]:
-        """Every process, and its place among those that differ from it along ``axes`` alone."""
+        """Yield every process, and its place among those that differ from it along ``axes`` alone."""
         for rank, at in enumerate(itertools.product(*map(range, self._mesh))):
             place = 0
             for axis, i in zip(self._mesh._fields, at, strict=True):
@@ -149,9 +149,9 @@ class _Tally:
 def work_of(
     planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]], every: Mapping[str, Axes]
 ) -> MatrixWork | None:
-    """Return what a step's matrices take of each process; None where the optimizer has none.
+    """Return the costs of the matrices of a step; None if the optimizer has no matrices.
 
-    ``every`` has the axes of ``mesh`` that a parameter is on.
+    ``every`` has the axes of ``mesh`` that each parameter is on.
     """
     buckets: dict[Any, tuple[MatrixOptions, list[_Parameter]]] = {}
     for name, (p, state) in planned.states.items():
@@ -185,7 +185,7 @@ def work_of(
 
 
 def _held(p: _Parameter, mesh: Mesh, dividing: Axes) -> Iterable[tuple[Runs, ...]]:
-    """What each position holds: see :class:`gwt_kernels.distributed.matrix_plan.Layout`."""
+    """Yield what each position holds: see :class:`gwt_kernels.distributed.matrix_plan.Layout`."""
     for at in itertools.product(*(range(getattr(mesh, axis)) for axis in dividing)):
         place = dict(zip(dividing, at, strict=True))
         spans = [(0, n) for n in p.shape]

@@ -105,13 +105,13 @@ def divisions_of(name: str, p: Tensor, mesh: Mesh, ways: Mapping[str, str]) -> t
 
 
 def axes_of(name: str, mesh: Mesh, ways: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the axes of the mesh that a parameter is on: of FSDP2 with its replicas, and of tensor parallelism."""
+    """Return the axes of the mesh that a parameter is on: FSDP2's with its replicas, and tensor parallelism's."""
     by_engine = {"dp": mesh.fsdp > 1, "fsdp": True, "tp": way_of(name, ways) is not None}
     return tuple(axis for axis, n in mesh._asdict().items() if n > 1 and by_engine[axis])
 
 
 def way_of(name: str, ways: Mapping[str, str]) -> str | None:
-    """How a plan for tensor parallelism, which names modules or their direct parameters, divides a parameter."""
+    """Return a parameter's style in a tensor-parallel plan, which names modules or their parameters; else None."""
     for pattern, way in ways.items():
         numbered = re.escape(pattern).replace(r"\*", r"\d+")
         if re.fullmatch(rf"{numbered}(\.weight|\.bias)?", name):
@@ -126,7 +126,7 @@ def length_of_part(whole: int, n: int, i: int) -> int:
 
 
 def lengths_of_parts(whole: int, n: int) -> set[int]:
-    """Return the lengths of all parts: there are three at most, of whole parts, of the last one and of none."""
+    """Return the lengths of all parts, three at most: of a full part, of the last one, and 0."""
     each = -(-whole // n)
     full = whole // each if each else 0
     return {length_of_part(whole, n, i) for i in {0, full, n - 1} if i < n}
@@ -142,7 +142,7 @@ def lengths_along(dim: int, whole: int, divisions: Sequence[Division], mesh: Mes
 
 
 def torn_by(p: Tensor, divisions: Sequence[Division], mesh: Mesh, head_rows: int | None) -> tuple[int, ...]:
-    """Return the dimensions along which processes would share heads of ``head_rows`` rows; None: all are one."""
+    """Return the dimensions along which shards would tear heads of ``head_rows`` rows (None: of all rows)."""
     rows = p.dim() - 2
     sharded = {dim for axis, dim in divisions if getattr(mesh, axis) > 1}
     return torn_of(sharded, rows, lambda: math.gcd(*lengths_along(rows, p.shape[rows], divisions, mesh)), head_rows)
@@ -159,7 +159,7 @@ def shape_of_part(
 
 
 def divisions_of_state(dims: Sequence[int | None] | None, divisions: Sequence[Division]) -> Sequence[Division]:
-    """How an entry of a parameter's state is divided that keeps these of its dimensions, or all: None."""
+    """Return the divisions of a state entry that keeps dimensions ``dims`` of its parameter; None: all of them."""
     if dims is None:
         return divisions
     return [(axis, dims.index(dim)) for axis, dim in divisions if dim in dims]

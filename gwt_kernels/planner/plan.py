@@ -26,7 +26,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     level: Level
-    """Levels of the wavelet transform; 0 means plain AdamW."""
+    """Levels of the wavelet transform; 0 for none: the rule itself, or plain AdamW."""
     decayed: bool
     reason: str
     weight_bytes: int

@@ -41,7 +41,7 @@ _NOT_PLANNED = {
     *("params", "level", "rule", "state_dtype"),
     *("max_grad_norm", "skip_nonfinite", "capturable", "telemetry", "backend"),
 }
-"""Arguments of optimizers that are no options here: given otherwise, or of a step and not of its states."""
+"""Arguments of optimizers that are not among the options: `plan` sets them, or no state depends on them."""
 MOMENT_DTYPES = tuple(each.dtypes[0] for each in FORMATS.values() if each.dtypes[0] != torch.float64)
 
 
@@ -76,8 +76,8 @@ def plan(
         dtype: dtype of weights and gradients; None for the module's or configuration's, or bfloat16 if the
             configuration has none.
         bandwidth: Memory bandwidth in bytes per second, such as :func:`gwt_kernels.plan.measure_bandwidth` returns.
-        **options: Options of the optimizer, where its defaults are not meant: ``norm_growth_limit``,
-            ``weight_rounding``, ``head_rows``, ``workspace_bytes`` and so on. Clipping is an argument of
+        **options: Further options of the optimizer, such as ``norm_growth_limit``, ``weight_rounding``,
+            ``head_rows`` and ``workspace_bytes``; its defaults for others. Clipping is an argument of
             :func:`gwt_kernels.plan_sharded.plan_sharded`.
 
     Raises:

@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 
     purpose: str
     engine: bool
-    """Whether DDP or FSDP2 sends it around forward and backward, and not the optimizer's step."""
+    """Whether DDP or FSDP2 sends it during forward and backward, and not the optimizer in its step."""
     kind: Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
     processes: int
     """Number of processes that take part."""
@@ -84,15 +84,15 @@ class ShardedPlan:
     latency: float
     """Seconds."""
     host_time: float
-    """Seconds for each tensor."""
+    """Host seconds for each tensor."""
     matrices: MatrixWork | None = None
-    """Of an optimizer that orthogonalises matrices, what each process computes and sends for them."""
+    """What processes compute and send for matrices, if the optimizer orthogonalises any."""
     matrix_flops: float = 1.0
     """Floating-point operations per second of products of matrices."""
 
     @property
     def matrix_seconds(self) -> float:
-        """Predicted time of the products of matrices, of the process that has most of them."""
+        """Predicted time of the products of matrices on the process that has most of them."""
         return 0.0 if self.matrices is None else max(self.matrices.flops) / self.matrix_flops
 
     @property
@@ -119,7 +119,7 @@ class ShardedPlan:
     def seconds(self) -> float | None:
         """Predicted time of the optimizer's step: memory, matrices and collectives, or the host time if longer.
 
-        Nothing of that is taken to overlap, though matrices travel while others are computed.
+        No overlap is assumed, although matrices travel while others are computed.
 
         None without a memory bandwidth.
         """
@@ -187,7 +187,7 @@ def held(
         shards = {key: part_of(x, kept[key], mesh, at) for key, x in state.items()}
         adamw = adamw_state(p, p.dtype)
         of_parts = takes_rows(group) and any(dim == whole.dim() - 1 for _, dim in divisions[name])
-        reads = clip + (of_parts and head_rows_of(group) == 1)  # of heads, pass_bytes has them
+        reads = clip + (of_parts and head_rows_of(group) == 1)  # pass_bytes counts that of heads
         moved = pass_bytes(p, shards, group) + limiter_bytes(p, shards) + reads * bytes_of(p)
         row = (bytes_of(p), bytes_of(*shards.values()), moved, bytes_of(*adamw.values()), pass_bytes(p, adamw))
         sums = [a + b for a, b in zip(sums, row, strict=True)]

@@ -55,10 +55,10 @@ def plan_sharded(
     Args:
         planned: The model as a whole, as :func:`gwt_kernels.plan.plan` returns it.
         mesh: Number of processes along each axis.
-        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and one all-reduce is added, of
-            parameters that all are on the whole mesh, also where ``tensor_parallel`` does not name them: the
-            optimizer clips no others.
-            ``skip_nonfinite`` alone adds the all-reduce too, but reads only gradients without limiter.
+        clip: Whether ``max_grad_norm`` is on: gradients are read once more, and one all-reduce is added. This
+            assumes that all parameters are on one mesh, even if ``tensor_parallel`` does not name them, since the
+            optimizer clips no others. ``skip_nonfinite`` alone adds the all-reduce too, but reads only gradients
+            of tensors without limiter.
         tensor_parallel: ``"colwise"`` (shards a linear layer's outputs), ``"rowwise"`` (its inputs) or
             ``"embedding_rowwise"`` by module name, with ``*`` for a number; None for the model's
             own plan in transformers.
@@ -154,13 +154,13 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
 
 
 def _check_rows(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Division, ...]]) -> None:
-    """Raise where the optimizer would: a scale's values are split, or random bits have no index rule."""
+    """Raise where the optimizer would: if the values of a scale are split, or random bits have no index rule."""
     for entry in planned.entries:
         state, split = planned.states[entry.name][1], divisions[entry.name]
         n = math.prod(getattr(mesh, axis) for axis, _ in split)
         rows = [dim for _, dim in split if dim == 0]
         even = not split or entry.shape[0] % n == 0
-        first = state.get(MOMENTS[0])  # which a rule may do without
+        first = state.get(MOMENTS[0])  # None under a rule without it
         stored = None if first is None else format_of(first.dtype)
         if first is not None and stored is not None and stored.scales and split:
             q = stored.block_size(entry.level)
