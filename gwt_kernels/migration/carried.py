@@ -1,4 +1,4 @@
-"""The optimizer that goes on from a checkpoint: which options its groups say, and which have to be given."""
+"""Build the optimizer that continues from a checkpoint, from given options and those of the checkpoint's groups."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FAMILIES = {"gwt": "Adam", "foam": "Adam", "adamw": "Adam", "adam_mini": "Adam"
 _FAMILIES["adafactor"] = "Adafactor"
 _GIVEN = {"params", "level", "scale", "rule", "norm_growth_limit", "weight_decay", "state_dtype", "weight_rounding"}
 _GIVEN |= {"capturable", "telemetry", "backend", "adamw_betas", "adamw_eps"}
-"""Options that no checkpoint decides, or not by itself."""
+"""Options that no checkpoint decides, or that are taken from it in a way of their own."""
 _SHARED = ("maximize", "seed", "max_grad_norm", "skip_nonfinite")
 """Options that mean the same in every optimizer."""
 _FLAGS = {"lr", "betas", "eps", "momentum", "wavelet", "boundary", "correct_bias"}
@@ -30,7 +30,7 @@ _FLAGS = {"lr", "betas", "eps", "momentum", "wavelet", "boundary", "correct_bias
 
 
 class Recipe(NamedTuple):
-    """What `gwt_param_groups` is asked for."""
+    """Arguments of `gwt_param_groups`."""
 
     level: Level = 2
     include: list[str] | None = None
@@ -40,20 +40,21 @@ class Recipe(NamedTuple):
 def optimizer_for(
     model: nn.Module, state: Mapping[str, Any], recipe: Recipe, options: Mapping[str, Any]
 ) -> PlannedOptimizer:
-    """An optimizer over the model with the options asked for, and for the rest the checkpoint's.
+    """Return an optimizer over the model with the given options, and the checkpoint's for the rest.
 
-    Learning rate, betas and the like are the checkpoint's where they are those of an optimizer of the same family:
-    Adam's, with Adam-mini; Muon's; Lion's; Adafactor's. Of AdamW's groups beside them it is its AdamW's.
+    Learning rate, betas and the like are taken from the checkpoint's groups of the same family of optimizers: Adam
+    (with Adam-mini), Muon, Lion or Adafactor. For groups at ``rule="adamw"`` in ``GWTMuon``, ``GWTLion`` and
+    ``GWTAdafactor``, they are taken from its groups of Adam.
 
     Args:
         model: As for :func:`gwt_kernels.gwt_param_groups`.
-        state: The checkpoint's.
-        recipe: Which parameters are transformed, and how deep.
-        options: ``rule``, and those of its optimizer; None for what is not asked for. ``adamw_lr`` is the learning
-            rate of AdamW's groups.
+        state: The optimizer's state in the checkpoint.
+        recipe: Which parameters are transformed, and at which level.
+        options: ``rule``, and options of its optimizer; None if not given. ``adamw_lr`` is the learning rate of
+            groups at ``rule="adamw"``.
 
     Raises:
-        ValueError: an option that the optimizer does not have, or one that neither is given nor is in the state.
+        ValueError: the optimizer does not have an option, or one is neither given nor in the state.
         TypeError, ValueError: as the optimizer, and as :func:`gwt_kernels.gwt_param_groups`.
     """
     given = {key: value for key, value in options.items() if value is not None}
@@ -118,18 +119,18 @@ def optimizer_for(
 
 
 def agreed(groups: Sequence[Mapping[str, Any]], option: str, flag: str | None = None) -> Any:
-    """The value that all groups have that say it; None if none does.
+    """Return the value of an option in all groups that have it; None if none does.
 
     Raises:
-        ValueError: they differ.
-        TypeError, ValueError: one is a tensor of something else than one real number.
+        ValueError: the values differ.
+        TypeError, ValueError: a value is a tensor, but not one real number.
     """
     values = [group[option] for group in groups if option in group]
     plain = [
         number(option, v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list | tuple) else v
         for v in values
     ]
-    distinct = [v for i, v in enumerate(plain) if v not in plain[:i]]  # a damaged one may not be hashable
+    distinct = [v for i, v in enumerate(plain) if v not in plain[:i]]  # damaged values may not be hashable
     if len(distinct) > 1:
         remedy = "build the optimizer in Python, and use gwt_kernels.migrate"
         if flag or option in _FLAGS:
@@ -139,7 +140,7 @@ def agreed(groups: Sequence[Mapping[str, Any]], option: str, flag: str | None = 
 
 
 def _family_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> str:
-    """Whose learning rate and options a group's are."""
+    """Return the family of optimizers that a group's learning rate and options are for."""
     if group.get("rule") in _FAMILIES:
         return _FAMILIES[group["rule"]]
     held = {key for member in group["params"] for key in state["state"].get(member, {})}
@@ -151,7 +152,7 @@ def _family_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> str:
 
 
 def _check_said(group: Mapping[str, Any], index: int, asked: Set[str]) -> None:
-    """Raise a ValueError unless a group has the options that the optimizer's are made of, or they are asked for."""
+    """Raise a ValueError if a group lacks an option that is needed and not in ``asked``, or one of Adafactor's."""
     needed = {"lr": "--lr"} | ({"scale": "--scale"} if group.get("level") else {})
     for option, flag in needed.items():
         if option not in asked and option not in group:
@@ -166,10 +167,10 @@ def _check_said(group: Mapping[str, Any], index: int, asked: Set[str]) -> None:
 
 
 def _named_here(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A group's options by the names that they have here, without those that mean nothing to it.
+    """Return a group's options under this package's names, without those that have no effect in it.
 
-    Those of ``torch.optim.Adafactor`` are its own: its learning rate is multiplied by the RMS of weights, and at
-    most ``1 / sqrt(t)``, which a relative step is at its default.
+    Options of ``torch.optim.Adafactor`` are translated. It multiplies its learning rate by the RMS of weights and
+    bounds it by ``1 / sqrt(t)``; at its default rate that is a relative step.
     """
     if "rule" in group and not rule_of(group["rule"]).row_slots:
         group = {key: value for key, value in group.items() if key != "head_rows"}

@@ -1,4 +1,4 @@
-"""``gwt-kernels migrate``: the state of optimizers in a checkpoint file made into one of ours, in another file."""
+"""``gwt-kernels migrate``: convert the state of optimizers in a checkpoint file, and write another file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Reading(NamedTuple):
     """How a checkpoint is read.
 
     Attributes:
-        names: Of the parameters in the state's order, where it has none and neither known order is its own.
+        names: Names of the parameters in the state's order, if it has none and is in neither known order.
         renamed: ``keys`` of :func:`gwt_kernels.migrate`.
-        keys: Where in the dict the state is, if in several places; of several optimizers, that of each.
+        keys: Key of the state in the file if it holds several; of several optimizers, the key of each.
         allow: As for :func:`read`.
-        prefix: Of the parameters' names, where the optimizer is over a module that has the model as an attribute.
+        prefix: Prefix of the parameters' names, if the optimizer is over a module with the model as an attribute.
     """
 
     names: list[str] | None = None
@@ -41,8 +41,8 @@ class Written(NamedTuple):
     """What :func:`migrate_file` did.
 
     Attributes:
-        migration: Of the state.
-        notes: On the checkpoint's schedules, a sentence each.
+        migration: How the state was converted.
+        notes: A sentence on each schedule of the checkpoint.
     """
 
     migration: Migration
@@ -59,27 +59,27 @@ def migrate_file(
     reading: Reading,
     **options: Any,
 ) -> Written:
-    """Write a copy of a checkpoint in which the optimizer's state is one of ours; nothing else differs.
+    """Write a copy of a checkpoint with its optimizer's state and schedules converted, and all else unchanged.
 
-    Schedules keep values of each group, and those of this optimizer become ones for the new groups: in the file, or
-    in one beside it, such as ``scheduler.pt`` beside ``optimizer.pt``, of which a copy is written beside ``out``.
+    Schedules keep values for each group; those of this optimizer get values for the new groups. They are in the
+    file, or in one beside it, such as ``scheduler.pt`` beside ``optimizer.pt``; its copy is written beside ``out``.
 
     The state is made for the optimizer of ``rule``, such as ``GWTAdamW(gwt_param_groups(model, level=...,
-    include=..., exclude=...), ...)``, over the model that the configuration says. Options are the checkpoint's
-    unless given, as :func:`gwt_kernels.migration.carried.optimizer_for` says, and weight decay is its largest, on
-    the tensors that `gwt_param_groups` decays. A state without names is taken to be of an optimizer over
+    include=..., exclude=...), ...)``, over the model that the configuration describes. Options are the checkpoint's
+    unless given, as :func:`gwt_kernels.migration.carried.optimizer_for` says; weight decay is its only one besides
+    0, on the tensors that `gwt_param_groups` decays. A state without names is assumed to be of an optimizer over
     ``model.parameters()`` if it has one group, and of Hugging Face's Trainer if it has two. States of several
-    optimizers become one, in the place of the first; the others' places are left out.
+    optimizers become one, in the place of the first; the others' places are removed.
 
     Args:
-        checkpoint: What ``torch.save`` wrote: the optimizer's ``state_dict``, or a dict that holds it. It is read
-            without executing anything in it but the classes in ``reading.allow``.
-        out: Written whole or not at all. Must not exist.
+        checkpoint: File written by ``torch.save``: the optimizer's ``state_dict``, or a dict that holds it. It is
+            read without executing anything in it but the classes in ``reading.allow``.
+        out: The new file, written completely or not at all. Must not exist.
         config: A preset's name, a Hugging Face ``config.json``, or its folder.
-        dtype: Of the weights; None for the configuration's.
-        recipe: Which parameters are transformed, and how deep.
+        dtype: dtype of the weights; None for the configuration's.
+        recipe: Which parameters are transformed, and at which level.
         reading: How the checkpoint is read.
-        options: ``rule``, those of its optimizer, and ``adamw_lr``.
+        options: ``rule``, options of its optimizer, and ``adamw_lr``.
 
     Returns:
         What was done.
@@ -125,13 +125,13 @@ def migrate_file(
 
 
 def check_free(out: Path) -> None:
-    """Raise a FileExistsError where something is, be it a link that leads nowhere."""
+    """Raise a FileExistsError if the path exists, even as a dangling link."""
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists, and nothing is overwritten: give --out another name")
 
 
 def read(path: Path, allow: Iterable[str] = ()) -> Any:
-    """What ``torch.save`` wrote, on the CPU; only plain data is read, and nothing is executed.
+    """Return what ``torch.save`` wrote, on the CPU. Only plain data is read, and nothing is executed.
 
     Args:
         path: The file.
@@ -139,7 +139,7 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no such file, is cut short, or holds more than tensors and plain data.
+        ValueError: it is no such file, is truncated, or holds more than tensors and plain data.
     """
     if (path / ".metadata").is_file():
         raise IsADirectoryError(
@@ -155,7 +155,7 @@ def read(path: Path, allow: Iterable[str] = ()) -> Any:
 
 
 def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Where in a checkpoint the optimizer's state is, as the keys that lead to it, and the state.
+    """Return the keys that lead to the optimizer's state in a checkpoint, and the state.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -180,10 +180,10 @@ def find_state(payload: Any, path: Path, key: str | None = None) -> tuple[tuple[
 
 
 def write(path: Path, payload: Any) -> None:
-    """``torch.save``, after which the file is there whole or not at all, in place of nothing that was there.
+    """Save like ``torch.save``, but write the file completely or not at all, and replace no other file.
 
     Raises:
-        OSError: it cannot be written, or there is something of that name, be it since the beginning.
+        OSError: the file cannot be written, or the path exists, even if only since this call began.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -192,11 +192,11 @@ def write(path: Path, payload: Any) -> None:
                 torch.save(payload, file)
                 file.flush()
                 os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # the first may hide behind the second
+        except (OSError, RuntimeError) as error:  # torch.save may raise the second because of the first
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise OSError(f"{path} cannot be written: {cause}: give --out another place") from error
         try:
-            os.link(partial, path)  # which fails where there is something; a rename would replace it
+            os.link(partial, path)  # fails if the path exists, which a rename would replace
         except FileExistsError:
             check_free(path)
             raise
@@ -208,7 +208,7 @@ def write(path: Path, payload: Any) -> None:
 
 
 def _states_in(payload: Any) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """The optimizers' states in a checkpoint, by the keys that lead to them."""
+    """Return the optimizers' states in a checkpoint, by the keys that lead to them."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {(): payload} if is_state(payload) else {}
     if not found and isinstance(payload, Mapping):
         for name, value in payload.items():
@@ -221,9 +221,9 @@ def _states_in(payload: Any) -> dict[tuple[Any, ...], Mapping[str, Any]]:
 def _with_schedules(
     payload: Any, places: Sequence[tuple[Any, ...]], migration: Migration, groups: int
 ) -> tuple[Any, list[str]]:
-    """A copy of a checkpoint with this optimizer's schedules for its new groups, and what was done.
+    """Return a copy of a checkpoint with this optimizer's schedules for its new groups, and what was done.
 
-    Where there are several optimizers, a schedule is known to be of one by its place in a list as long as theirs.
+    With several optimizers, a schedule belongs to the one at the same place in a list of the same length.
     """
     made, notes, several = payload, [], len(_states_in(payload)) > 1
     for place in schedules_in(payload):
@@ -245,7 +245,7 @@ def _renewed(schedule: Mapping[str, Any], migration: Migration, groups: int) -> 
 
 
 def _beside(path: Path, checkpoint: Path) -> Path | None:
-    """The file of the schedule beside an optimizer's, as Trainer and Accelerate call them; None if unknown."""
+    """Return the schedule's file beside an optimizer's, as Trainer and Accelerate name them; None if unknown."""
     if "optimizer" not in checkpoint.name:
         return None
     if "optimizer" in path.name:
@@ -254,7 +254,7 @@ def _beside(path: Path, checkpoint: Path) -> Path | None:
 
 
 def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> Any:
-    """A copy of nested containers, as far as the place goes, with the state there."""
+    """Return a copy of the nested containers along ``place``, with the state there."""
     if not place:
         return state
     within = payload[place[0]]
@@ -264,7 +264,7 @@ def _replaced(payload: Any, place: tuple[Any, ...], state: dict[str, Any]) -> An
 
 
 def _without(payload: Any, place: tuple[Any, ...]) -> Any:
-    """A copy of nested containers, as far as the place goes, without what is there."""
+    """Return a copy of the nested containers along ``place``, without what is there."""
     if isinstance(payload, Mapping):
         rest = {key: value for key, value in payload.items() if key != place[0]}
         return rest if len(place) == 1 else {**rest, place[0]: _without(payload[place[0]], place[1:])}
@@ -272,10 +272,10 @@ def _without(payload: Any, place: tuple[Any, ...]) -> Any:
 
 
 def _within(model: nn.Module, prefix: str | None) -> nn.Module:
-    """A module that has the model as the attribute that the prefix of its names says.
+    """Return a module that has the model at the attribute path ``prefix``; None for the model itself.
 
     Raises:
-        ValueError: no attribute can be called so.
+        ValueError: the prefix is no path of attributes.
     """
     for name in reversed([] if prefix is None else prefix.removesuffix(".").split(".")):
         outer = nn.Module()
@@ -291,7 +291,7 @@ def _within(model: nn.Module, prefix: str | None) -> nn.Module:
 
 
 def _likely_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """The names of a state's parameters, from the number of its groups.
+    """Return the names of a state's parameters, from the number of its groups.
 
     Raises:
         ValueError: neither order fits.
@@ -314,6 +314,6 @@ def _likely_names(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 
 
 def _decayed_by_trainer(model: nn.Module) -> set[str]:
-    """What Hugging Face's Trainer puts into the first of its two groups."""
+    """Return the parameters that Hugging Face's Trainer puts into the first of its two groups."""
     trainer: Any = importlib.import_module("transformers").Trainer
     return set(trainer.get_decay_parameter_names(None, model))

@@ -1,4 +1,4 @@
-"""One tensor's moments from one level, rule, wavelet and dtype to another, and what of that is exact."""
+"""Convert one tensor's moments between levels, rules, wavelets and dtypes, and say what is exact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Form(NamedTuple):
     wavelet: str
     boundary: str
     dtype: torch.dtype
-    """Of ``exp_avg``."""
+    """dtype of ``exp_avg``."""
     head_rows: int | None = 1
     """Rows that share a second moment, under a rule that keeps one for rows; None for all of the tensor's."""
 
@@ -36,17 +36,17 @@ class Form(NamedTuple):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """State entries that hold them."""
+        """State entries that hold the moments."""
         return rule_of(self.rule, self.level).slots
 
     @property
     def row_slots(self) -> tuple[str, ...]:
-        """Those of them that are one number for rows."""
+        """The entries with one number for ``head_rows`` rows, and not for a block."""
         return rule_of(self.rule, self.level).row_slots
 
     @property
     def stored(self) -> MomentFormat:
-        """How they are stored: as floating-point numbers, where no format has the dtype."""
+        """How the moments are stored: as floating-point numbers, if no format has the dtype."""
         return stored_as(self.dtype)
 
     def __str__(self) -> str:
@@ -59,10 +59,10 @@ class Form(NamedTuple):
 
 
 def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> Form:
-    """The form that a group's options give the moments of a tensor.
+    """Return the form that a group's options give the moments of a tensor.
 
-    In it all rules that are AdamW at level 0, all wavelets and boundaries there are one, and all boundaries of rows
-    that are whole blocks. So are all ways to say that all rows of a tensor share a second moment.
+    Options that make no difference are the same in all forms: rules that are AdamW at level 0, wavelet and boundary
+    at level 0, the boundary of rows of whole blocks, and ``head_rows`` if all rows share a second moment.
     """
     level, rule, wavelet, boundary = (options[key] for key in ("level", "rule", "wavelet", "boundary"))
     heads = head_rows_of(options)
@@ -77,33 +77,34 @@ def form_of(options: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype
 
 
 def _is_whole_blocks(width: int, level: Level, wavelet: str) -> bool:
-    """Whether the transform of a row never looks beyond its ends."""
+    """Return whether the transform of a row never reads beyond its ends."""
     return wavelet == "haar" and width % block_width(level, width) == 0
 
 
 def convert(
     state: Mapping[str, Tensor], old: Form, new: Form, width: int, factors: tuple[float, float] = (1.0, 1.0)
 ) -> dict[str, Tensor]:
-    """The moments of a state in another form, with their scales where they are codes.
+    """Return the moments of a state in another form, with their scales if they are quantized.
 
-    With ``mu`` the average that belongs to the mean of a block of ``2**level`` neighbours (``exp_avg`` of
-    ``rule="foam"`` and of level 0; ``exp_avg / sqrt(2**level)`` of ``rule="gwt"``), a higher level's ``mu`` is the
-    mean of its parts, zeros beyond a row's end among them. A lower level's is unknown but for its mean, and becomes
-    that, with the details taken as zero: of all averages with this mean the one of least norm. ``exp_avg_sq`` goes
-    the same way under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so that its square has
-    the expectation of the mean of the elements' squares if they are uncorrelated. With another wavelet, or another
-    boundary than zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter,
-    times what a biorthogonal wavelet makes of white noise by correlating it.
+    Let ``mu`` be the running average of the mean of a block of ``2**level`` neighbours: ``exp_avg`` under
+    ``rule="foam"`` and at level 0, ``exp_avg / sqrt(2**level)`` under ``rule="gwt"``. At a higher level ``mu`` is
+    the mean of its parts, including zeros beyond a row's end. At a lower level only the mean is known, and every
+    part gets it: with zero details, the average of least norm that has this mean. ``exp_avg_sq`` is converted alike
+    under either rule: a block's coefficient is its sum over ``sqrt(2**level)``, so the expectation of its square is
+    the mean of the elements' squares if they are uncorrelated. With another wavelet, or another boundary than
+    zeros, ``exp_avg`` is transformed further, and ``exp_avg_sq`` by the squares of the same filter. It is corrected
+    for biorthogonal wavelets, whose coefficients of white noise are correlated.
 
     Args:
-        state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and where they are codes their scales.
-        old: Of ``state``.
-        new: Wanted.
+        state: ``exp_avg`` and ``exp_avg_sq`` ``[..., nb]``, and their scales if they are quantized.
+        old: Form of ``state``.
+        new: Form of the result.
         width: Last dimension of the parameter.
-        factors: On the two moments.
+        factors: Factors on the two moments.
 
     Raises:
-        ValueError: no average of the old form says anything of the new one.
+        ValueError: the new form keeps a moment that the old one does not, or cannot be made from the old wavelet,
+            boundary and level.
     """
     if (old, factors) == (new, (1.0, 1.0)):
         return {key: state[key].detach().clone() for key in (*new.slots, *SCALES) if key in state}
@@ -122,14 +123,14 @@ def convert(
 
 
 def update_norm(state: Mapping[str, Tensor], form: Form, eps: float) -> float:
-    """``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
+    """Return ``||exp_avg / (sqrt(exp_avg_sq) + eps)||``, whose growth the limiter limits."""
     m, v = _decoded(state, form)
     v = _of_rows(v, m) if form.row_slots else v
     return float((m / (v.sqrt() + eps)).nan_to_num().square().sum().sqrt())  # 0 / 0 where eps is 0
 
 
 def describe(old: Form, new: Form) -> dict[str, str]:
-    """For either moment whether :func:`convert` is exact, and the way that it goes."""
+    """Return for each moment of either form whether :func:`convert` is exact, and how it converts the moment."""
     raised = depth_of(new.level) >= depth_of(old.level)
     if old.kind == new.kind:
         first = second = "exact"
@@ -182,7 +183,7 @@ def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tens
             )
         bank = filter_bank(new.wavelet)
         squares = tuple(tuple(h * h for h in taps) for taps in bank)
-        assert old.level != ROW != new.level  # of which no wavelet but Haar knows
+        assert old.level != ROW != new.level  # which only Haar has
         further = new.level - old.level
         moments = ((m * (math.sqrt(2**old.level) / _unit(old, width)), bank), (v, squares))
         first, second = (wavedec(x, taps, further, new.boundary)[0] for x, taps in moments)  # type: ignore[arg-type]
@@ -194,7 +195,7 @@ def _carry(m: Tensor, v: Tensor, old: Form, new: Form, width: int) -> tuple[Tens
 
 
 def _energy(low: Sequence[float], level: int) -> float:
-    """The mean square of white noise after ``level`` low-pass filters, over what each alone would make of it."""
+    """Return the mean square of white noise after ``level`` low-pass filters, over the product of single gains."""
     taps = torch.tensor(low, dtype=torch.float64, device="cpu")
     whole = torch.ones(1, 1, 1, dtype=torch.float64, device="cpu")
     for i in range(level):
@@ -205,27 +206,27 @@ def _energy(low: Sequence[float], level: int) -> float:
 
 
 def _unit(form: Form, width: int) -> float:
-    """What an approximation coefficient is of the mean of its block."""
+    """Return the ratio of an approximation coefficient to the mean of its block."""
     return 1.0 if rule_of(form.rule, form.level).is_of_elements else math.sqrt(block_width(form.level, width))
 
 
 def _spread(v: Tensor, m: Tensor, level: Level, width: int) -> Tensor:
-    """Second moments of rows, ``head_rows`` each, as those of the blocks that ``m`` is of, whose mean they are.
+    """Return second moments of ``head_rows`` rows as those of the blocks of ``m``, with the same mean in each row.
 
-    A block that reaches beyond a row's end has a smaller one, as of fewer elements.
+    A block that reaches beyond a row's end gets a smaller one, as it has fewer elements.
     """
     shares = _resample(torch.ones(max(width, 1), dtype=v.dtype, device=v.device), 0, level, width)
     return (_of_rows(v, m) * (shares / shares.mean())).view(m.shape)
 
 
 def _of_rows(v: Tensor, m: Tensor) -> Tensor:
-    """Second moments of ``head_rows`` rows each as those of the rows of ``m``, ``[..., 1]``."""
+    """Return second moments of ``head_rows`` rows each as one for each row of ``m``: ``[..., 1]``."""
     rows = m[..., :1] if m.dim() else m
     return v.reshape(-1, 1).expand(-1, rows.numel() // max(v.numel(), 1)).reshape(rows.shape)
 
 
 def _gathered(v: Tensor, head_rows: int | None) -> Tensor:
-    """The means of second moments of blocks over as many rows."""
+    """Return the means of the blocks' second moments over ``head_rows`` rows each."""
     if not v.numel():
         return v.new_zeros(row_shape(v, head_rows))
     rows = v.mean(-1, keepdim=True)
@@ -233,7 +234,7 @@ def _gathered(v: Tensor, head_rows: int | None) -> Tensor:
 
 
 def _resample(x: Tensor, old: Level, new: Level, width: int) -> Tensor:
-    """Means of the blocks of another level, zeros beyond the ``width`` among them."""
+    """Return the means of the blocks of another level, including zeros beyond the ``width``."""
     if old == new or not x.dim():
         return x
     sizes = [block_width(level, width) for level in (old, new)]
@@ -252,7 +253,7 @@ def _resample(x: Tensor, old: Level, new: Level, width: int) -> Tensor:
 
 
 def _decoded(state: Mapping[str, Tensor], form: Form) -> tuple[Tensor, Tensor]:
-    """Both moments in float64; zeros for a second one that the rule does not keep."""
+    """Return both moments in float64; zeros for a second one that the rule does not keep."""
     stored, slots = form.stored, form.slots
     scales = [state[key] for key in stored.scales_of(slots)]
     m, *rest = stored.decode([state[key].detach() for key in slots], scales, form.level)

@@ -1,4 +1,4 @@
-"""Factored second moments: from other Adafactors, between levels, from and to Adam's moments."""
+"""Convert factored second moments: from other Adafactors, between levels, from and to Adam's moments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Migrate = Callable[[Source, Target], tuple[dict[str, Tensor], Migrated]]
 
 
 class _Read(NamedTuple):
-    """What a state says, in float64, and in which form."""
+    """Contents of a state in float64, and their form."""
 
     step: float
     first: Tensor | None
@@ -31,7 +31,7 @@ class _Read(NamedTuple):
 
     @property
     def square(self) -> Tensor:
-        """The second moment that the factors stand for."""
+        """The second moment that the factors stand for, their product."""
         if self.row is None:
             return self.col
         mean = self.row.mean(-1, keepdim=True)
@@ -39,26 +39,26 @@ class _Read(NamedTuple):
 
 
 def is_factored(group: Mapping[str, Any]) -> bool:
-    """Whether a group's tensors keep factors."""
+    """Return whether a group's tensors keep factors."""
     return bool(rule_of(group["rule"], group["level"]).is_factored)
 
 
 def has_factors(source: Source) -> bool:
-    """Whether a state is an Adafactor's: this package's, PyTorch's or transformers'."""
+    """Return whether a state is an Adafactor's: this package's, PyTorch's or transformers'."""
     state = source.state
     return source.group.get("rule") == ADAFACTOR.name or bool({*_TORCH, *FACTORS, "RMS"} & state.keys())
 
 
 def migrate_factors(source: Source, target: Target, migrate: Migrate) -> tuple[dict[str, Tensor], Migrated]:
-    """The state of one parameter, and how it was made, where either side keeps factors.
+    """Return the new state of one parameter, and how it was made, if its old or new state keeps factors.
 
     Args:
-        source: What there is.
-        target: What is wanted.
-        migrate: Carries over moments, of states without factors.
+        source: The old state.
+        target: The parameter in the new optimizer.
+        migrate: Converts states without factors.
 
     Raises:
-        ValueError: the state is damaged, or says nothing of what is wanted.
+        ValueError: the state is damaged, or the new one cannot be made from it.
     """
     p = torch.empty(target.param.shape, dtype=target.param.dtype, device="meta")
     if not has_factors(source):
@@ -89,7 +89,7 @@ def migrate_factors(source: Source, target: Target, migrate: Migrate) -> tuple[d
 def _from_moments(
     source: Source, target: Target, p: Tensor, migrate: Migrate
 ) -> tuple[dict[str, Tensor], Migrated]:
-    """Factors of Adam's second moment, and its first over their root."""
+    """Return factors of Adam's second moment, and its first moment over the root of their product."""
     betas = source.group.get("betas") or (0.9, 0.999)
     plain = {**target.group, "rule": "gwt", "betas": betas, "eps": 0.0, "lr": 0.0, "state_dtype": None}
     moments, how = migrate(source, target._replace(group=plain))
@@ -118,10 +118,10 @@ def _from_moments(
 def _to_moments(
     read: _Read, source: Source, target: Target, migrate: Migrate
 ) -> tuple[dict[str, Tensor], Migrated]:
-    """Adam's moments from factors: their product, and the first moment times its root."""
+    """Return Adam's moments from factors: their product, and the first moment times its root."""
     square = read.square
     first = torch.zeros_like(square) if read.first is None else read.first * square.sqrt()
-    betas = target.group.get("betas", (0.9, 0.999))  # those without correct no bias by them
+    betas = target.group.get("betas", (0.9, 0.999))  # optimizers without betas correct no bias by them
     biased = 1.0 - float(betas[1]) ** read.step if target.group["correct_bias"] else 1.0
     form = read.form
     made = {
@@ -148,21 +148,21 @@ def _to_moments(
 
 
 def _means(square: Tensor, dim: int) -> Tensor:
-    """The means along a dimension, 0 of no elements."""
+    """Return the means along a dimension; 0 if it has no elements."""
     return square.mean(dim) if square.shape[dim] else square.sum(dim)
 
 
 def _first(source: Source, read: _Read, new: Form, width: int) -> dict[str, Tensor]:
-    """The first moment in the form that is wanted."""
+    """Return the first moment in the form ``new``."""
     is_own = "level" in source.group and {"exp_avg", "exp_avg_scale"} & source.state.keys()
-    if is_own and is_factored(source.group) and read.form == new:  # every bit
+    if is_own and is_factored(source.group) and read.form == new:  # bit for bit
         return convert(source.state, read.form, new, width)
     first = torch.zeros_like(read.square) if read.first is None else read.first
     return convert({"exp_avg": first}, read.form._replace(dtype=torch.float64), new, width)
 
 
 def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
-    """What a state says, and what has to be said of its first moment beyond its conversion."""
+    """Return a state's contents, and a note on its first moment, if any, besides that of its conversion."""
     group = source.group
     state = {_TORCH.get(key, key): x for key, x in source.state.items()}
     if unknown := sorted(map(str, state.keys() - _KNOWN)):
@@ -198,7 +198,7 @@ def _read(source: Source, target: Target, p: Tensor) -> tuple[_Read, str]:
 def _first_of(
     state: Mapping[str, Any], group: Mapping[str, Any], form: Form, shape: tuple[int, ...], step: float
 ) -> tuple[Tensor | None, str]:
-    """A state's first moment, of updates that no learning rate has multiplied, and how it comes by that."""
+    """Return a state's first moment, of updates not multiplied by a learning rate, and a note on how."""
     m = state.get("exp_avg")
     if m is None:
         return None, ""
@@ -220,7 +220,7 @@ def _first_of(
 
 
 def _factors(p: Tensor, row: Tensor | None, col: Tensor) -> dict[str, Tensor]:
-    """The factors as entries of a parameter's state; without those of rows where it has one dimension."""
+    """Return the factors as entries of a parameter's state; without a row factor if it has one dimension."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     named = zip(reversed(factor_dims(p.dim())), (col, row), strict=False)
     return {key: x.to(dtype).contiguous() for key, x in named if x is not None}

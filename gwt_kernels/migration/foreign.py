@@ -1,4 +1,4 @@
-"""States as they come: whether something is one, several as one, and what others call a parameter's entries."""
+"""Read foreign states: recognise and check them, merge several into one, and rename a parameter's entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gwt_kernels.optim.numbers import number
 from gwt_kernels.rules import RULES
 
 _OF_MUON = "ns_coefficients"
-"""An option that torch.optim.Muon's groups have, and SGD's, whose buffer is a sum, do not."""
+"""An option of torch.optim.Muon's groups that SGD's, whose momentum buffer is a sum, do not have."""
 _NUMBERS: tuple[str, ...] = (
     "lr",
     "adamw_lr",
@@ -32,9 +32,9 @@ _OFF_WITH_NONE = ("beta1", "norm_growth_limit", "max_grad_norm")
 def own_entries(
     state: Mapping[str, Any], group: Mapping[str, Any], keys: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """A parameter's state by the names that are used here, without what is to be left behind or is not there.
+    """Return a parameter's state under this package's names, without entries that are None or dropped by ``keys``.
 
-    That of ``torch.optim.Muon`` is recognised: its momentum is an average, and it counts no steps.
+    A state of ``torch.optim.Muon`` is recognised: its momentum is an average, and it counts no steps.
 
     Raises:
         ValueError: two entries would have one name.
@@ -57,12 +57,12 @@ def own_entries(
 
 
 def is_of_muon(group: Mapping[str, Any]) -> bool:
-    """Whether a group is one of ``torch.optim.Muon`` or of ``GWTMuon``."""
+    """Return whether a group is one of ``torch.optim.Muon`` or of ``GWTMuon``."""
     return _OF_MUON in group
 
 
 def is_state(value: object) -> bool:
-    """Whether this is what an optimizer's ``state_dict()`` returns, whatever the optimizer."""
+    """Return whether this is what ``state_dict()`` of any optimizer returns."""
     if not (isinstance(value, Mapping) and {"state", "param_groups"} <= value.keys()):
         return False
     states, groups = value["state"], value["param_groups"]
@@ -75,10 +75,10 @@ def is_state(value: object) -> bool:
 
 
 def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """A state as it is, or several optimizers' as that of one, the groups of each after those of the one before.
+    """Return one state, or those of several optimizers as that of one, with the groups of one after another's.
 
     Raises:
-        ValueError: One of them is no state, or its groups are damaged.
+        ValueError: an item is no state, or its groups are damaged.
     """
     several: list[Any] = list(states) if isinstance(states, list | tuple) else [states]
     for each in several:
@@ -106,14 +106,14 @@ def as_one(states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[s
 
 
 def _named(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A group with the names that key its parameters in ``torch.distributed.checkpoint``, if it has no others."""
+    """Return a group; if it has no names, with the keys of ``torch.distributed.checkpoint`` as its names."""
     keys = group["params"]
     is_named = group.get("param_names") is not None or not all(isinstance(key, str) for key in keys)
     return group if is_named else {**group, "param_names": list(keys)}
 
 
 def _check_options(group: Mapping[str, Any], index: int) -> None:
-    """Raise a ValueError unless a group's parameters, its rule and its numbers are such, whatever its optimizer."""
+    """Raise a ValueError unless a group's params, rule, level and numbers are valid, whatever its optimizer."""
     wrong = next((key for key in group["params"] if not isinstance(key, int | str | tuple)), None)
     if wrong is not None:
         raise ValueError(
@@ -150,7 +150,7 @@ def _check_options(group: Mapping[str, Any], index: int) -> None:
 
 def _check_number(option: str, value: Any, index: int) -> None:
     if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
-        return  # not read: a device would have to be waited for
+        return  # not read, which would wait for the device
     try:
         number(option, value)
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a migration takes and makes of one parameter, and what it does alike for moments and for factors."""
+"""Records of one parameter's migration, and what moments and factors have in common in it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Migrated(NamedTuple):
     """How one tensor's state was carried over."""
 
     name: str
-    """Of the parameter, or its place among all where nobody named it."""
+    """Name of the parameter, or its index among all if it has none."""
     before: Form
     after: Form
     notes: dict[str, str]
-    """By entry of the state: ``exact``, ``approximate``, ``new`` or ``dropped``, and how."""
+    """For each entry of the state ``exact``, ``approximate``, ``new`` or ``dropped``, and how."""
     bytes_before: int
     bytes_after: int
 
 
 class Source(NamedTuple):
-    """What a state holds of one parameter."""
+    """One parameter's old state."""
 
     name: str | None
     group: Mapping[str, Any]
     state: Mapping[str, Any]
     size: int
-    """Bytes of it as it came."""
+    """Bytes of the state as it was passed."""
 
 
 class Target(NamedTuple):
-    """One parameter of the optimizer."""
+    """One parameter of the new optimizer."""
 
     name: str | None
     label: str
@@ -48,12 +48,12 @@ class Target(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Its name, or its place among all."""
+        """Its name, or its index among all."""
         return self.label.split(" ")[1] if self.name is None else self.name
 
 
 def number_in(state: Mapping[str, Any], key: str) -> float:
-    """A number of a state, such as its step count; 0 where it has none.
+    """Return a number of a state, such as its step count; 0 if it has none.
 
     Raises:
         ValueError: it is no single real number, not finite, or below 0.
@@ -69,12 +69,12 @@ def number_in(state: Mapping[str, Any], key: str) -> float:
 
 
 def bytes_of_state(state: Mapping[str, Any]) -> int:
-    """Bytes of a state's tensors."""
+    """Return the bytes of a state's tensors."""
     return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, Tensor))
 
 
 def form_of_options(source: Source, defaults: Mapping[str, Any], shape: torch.Size, dtype: torch.dtype) -> Form:
-    """The form of a state's moments by the options of its group, which has a level; others are ``defaults``."""
+    """Return the form of a state's moments by its group's options, which have a level; ``defaults`` for others."""
     options = {**defaults, **ADDED, **source.group, "backend": None}
     try:
         check_group(options)
@@ -91,7 +91,7 @@ def finished(
     p: Tensor,
     forms: tuple[Form, Form],
 ) -> tuple[dict[str, Tensor], Migrated]:
-    """Add the low halves of weights to a state, whether of moments or of factors; check it and put it in order."""
+    """Add the weights' low bits to a state, of moments or of factors, check it, and order its entries."""
     keys, low = state_keys(p, target.group), source.state.get("weight_low")
     if "weight_low" in keys and "weight_low" not in state:
         fresh = torch.zeros((*p.shape, 2), dtype=torch.uint8, device=next(reversed(state.values())).device)

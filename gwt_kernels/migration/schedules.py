@@ -1,4 +1,4 @@
-"""Learning-rate schedules of a run that changes its optimizer: what they keep of each group, for the new groups."""
+"""Convert learning-rate schedules, which keep values for each group, to the groups of a run's new optimizer."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ _OTHERS = ("base_momentum", "max_momentum")
 """What PyTorch's schedules write into an optimizer's groups."""
 _RATES_OF_ALL = ("base_lrs", "min_lrs", "max_lrs")
 _LISTS = (*_RATES_OF_ALL, "_last_lr", "lr_lambdas", "base_momentums", "max_momentums")
-"""What they keep themselves, a value a group."""
+"""Lists that schedules keep themselves, with a value for each group."""
 
 Group = Mapping[str, Any]
 
 
 class Origin(NamedTuple):
-    """The group of the old state that a new one's parameters come from."""
+    """The old group that a new group's parameters come from."""
 
     place: int
     factor: float
-    """New learning rates over old ones: 1 where the new group has the old one's."""
+    """Ratio of new to old learning rates; 1 if the new group has the old one's."""
 
 
 def origins_of(
     members: Iterable[tuple[Group, Group]], before: Sequence[Group], after: Sequence[Group]
 ) -> tuple[Origin, ...]:
-    """Return where each new group comes from: of several, the first one with its learning rate.
+    """Return the origin of each new group; of several, the first one with its learning rate.
 
     Args:
-        members: The old and the new group of each parameter, the very objects.
+        members: The old and the new group of each parameter, the same objects as in ``before`` and ``after``.
         before: All old groups.
         after: All new groups.
     """
@@ -47,9 +47,9 @@ def origins_of(
 
 
 def with_rates(groups: Sequence[Group], origins: Sequence[Origin], before: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return the groups with what a schedule wrote into the old ones, where they do not have it.
+    """Return the groups, with options that a schedule wrote into the old ones where they do not have them.
 
-    A learning rate that was given in place of the old one is an initial one.
+    A learning rate other than the old one becomes the initial one.
     """
     made = []
     for group, origin in zip(groups, origins, strict=True):
@@ -63,7 +63,7 @@ def with_rates(groups: Sequence[Group], origins: Sequence[Origin], before: Seque
 
 
 def is_schedule(value: object, groups: int | None = None) -> bool:
-    """Whether this is what a schedule's ``state_dict()`` returns, of an optimizer with as many groups, or any."""
+    """Return whether this is what a schedule's ``state_dict()`` returns, for so many ``groups``; None: for any."""
     if not isinstance(value, Mapping) or not {"last_epoch", "_schedulers"} & value.keys():
         return False
     last = value.get("_last_lr")
@@ -73,13 +73,13 @@ def is_schedule(value: object, groups: int | None = None) -> bool:
 def renewed(
     schedule: Mapping[str, Any], origins: Sequence[Origin], groups: Sequence[Group], before: int
 ) -> dict[str, Any]:
-    """Return a schedule's state for the new groups, each with what the schedule keeps of the one it comes from.
+    """Return a schedule's state for the new groups, each with the values of the old group that it comes from.
 
     Args:
-        schedule: As ``state_dict()`` returns it.
-        origins: Of the new groups.
+        schedule: State that the schedule's ``state_dict()`` returns.
+        origins: Origins of the new groups.
         groups: The new groups.
-        before: How many the old ones are.
+        before: Number of old groups.
     """
     made = dict(schedule)
     for key in [key for key in _LISTS if isinstance(schedule.get(key), list | tuple)]:
@@ -97,7 +97,7 @@ def renewed(
 
 
 def schedules_in(payload: Any) -> list[tuple[Any, ...]]:
-    """Return where in a checkpoint schedules are: keys of its entries, or keys and places in lists there."""
+    """Return the places of schedules in a checkpoint: keys of its entries, or keys and indices in lists there."""
     found: list[tuple[Any, ...]] = []
     for name, value in payload.items() if isinstance(payload, Mapping) else ():
         if isinstance(value, list | tuple):  # as Lightning keeps them

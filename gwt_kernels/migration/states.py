@@ -1,4 +1,4 @@
-"""``gwt_kernels.migrate``: the state of another optimizer, level, rule or dtype as one that its own loads."""
+"""``gwt_kernels.migrate``: convert the state of another optimizer, level, rule or dtype."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _KNOWN = {"step", *MOMENTS, *SCALES, "limiter_norm", "weight_low", "max_exp_avg_
 
 @dataclass(frozen=True)
 class Migration:
-    """What :func:`migrate` made. ``str()`` says for each kind of tensor what is exact and what approximate."""
+    """Result of :func:`migrate`. ``str()`` says for each kind of tensor what is exact and what approximate."""
 
     state_dict: dict[str, Any]
-    """For ``optimizer.load_state_dict``."""
+    """New state, for ``optimizer.load_state_dict``."""
     tensors: tuple[Migrated, ...]
-    """In the optimizer's order, those that have a state."""
+    """Records of the tensors that have a state, in the optimizer's order."""
     origins: tuple[Origin, ...] = ()
-    """Of each group of the new state: the old group that its parameters come from."""
+    """For each group of the new state the old group that its parameters come from."""
 
     @property
     def is_exact(self) -> bool:
@@ -70,7 +70,7 @@ def migrate(
     boundary: Boundary = "zero",
     keys: Mapping[str, str | None] | None = None,
 ) -> Migration:
-    """Make a state that ``optimizer`` loads out of one that it would refuse; neither of them is changed.
+    """Convert a state that ``optimizer`` would refuse into one that it loads; both are left unchanged.
 
     Takes the state of ``torch.optim.AdamW``, ``Adam``, ``Muon`` or ``Adafactor``, of transformers' ``Adafactor``,
     of an optimizer of this package with another level, rule, dtype of moments, weight rounding, limiter, bias
@@ -78,30 +78,30 @@ def migrate(
     ``exp_avg_sq`` per parameter, such as the published one.
     What is exact and what approximate is on the page docs/migrate.md, and in ``str()`` of the result. Options
     (learning rate, betas and so on) are the optimizer's own; moments made with other betas are rescaled, so that
-    what bias correction makes of them stays the same. What a schedule wrote into the state's groups, such as
-    ``initial_lr``, is kept; a learning rate other than the state's is an initial one.
+    the bias-corrected moments stay the same. What a schedule wrote into the state's groups, such as ``initial_lr``,
+    is kept; a learning rate other than the state's becomes the initial one.
 
     Parameters are matched by name. The optimizer's groups and the state's have names if they were built from named
-    parameters, as by `gwt_param_groups`; ``names`` says those that are missing. Where neither has any, they are
-    matched by place, which needs groups of the same sizes.
+    parameters, as by `gwt_param_groups`; ``names`` gives missing names. If neither has any, parameters are matched
+    by order, which requires groups of the same sizes.
 
     Args:
-        state_dict: As ``torch.optim.Optimizer.state_dict`` returns it; or a list of several, as of a Muon of the
-            matrices and an AdamW of the rest.
-        optimizer: Over the same parameters, on any device (``"meta"`` too), with the options to go on with.
-        names: The model, where the state is of an optimizer over ``model.parameters()``, in one group; otherwise
-            the names of the state's parameters, group after group, which win over its own.
-        rule: Of a state with fewer coefficients than weights that does not say its rule.
-        wavelet: Of such a state.
-        boundary: Of such a state.
-        keys: What the entries of a parameter's state are called here if not so there, such as
-            ``{"norm": "limiter_norm"}``; None for those to leave behind.
+        state_dict: What ``torch.optim.Optimizer.state_dict`` returns; or a list of several, such as of a Muon for
+            matrices and an AdamW for the rest.
+        optimizer: The new optimizer over the same parameters, on any device (also ``"meta"``), with its options.
+        names: The model, if the state is of an optimizer over ``model.parameters()``, in one group; otherwise
+            the names of the state's parameters, group after group, which override its own.
+        rule: Rule of a state that has fewer coefficients than weights and does not record its rule.
+        wavelet: Wavelet of such a state.
+        boundary: Boundary of such a state.
+        keys: This package's names of entries that the state names otherwise, such as
+            ``{"norm": "limiter_norm"}``; None drops an entry.
 
     Returns:
-        The new state, its tensors on the device of the old ones, and how each was made.
+        The new state, with tensors on the device of the old ones, and how each was made.
 
     Raises:
-        ValueError: the state is none, holds nothing, or does not fit; the message names the parameter, the value
+        ValueError: the state is not one, is empty, or does not fit; the message names the parameter, the value
             and the remedy.
         TypeError: an argument has the wrong type.
     """
@@ -139,7 +139,7 @@ def migrate(
 
 
 def names_in(state_dict: Mapping[str, Any]) -> list[str] | None:
-    """The names of a state's parameters, group after group; None if it has none."""
+    """Return the names of a state's parameters, group after group; None if it has none."""
     groups = state_dict["param_groups"]
     if any(group.get("param_names") is None for group in groups):
         return None
@@ -249,7 +249,7 @@ def _pairs(sources: list[_Source], targets: list[_Target]) -> list[tuple[_Source
 
 
 def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[dict[str, Tensor], Migrated]:
-    """The state of one parameter, and how it was made; ``unsaid`` are options of a state that has none."""
+    """Return one parameter's new state, and how it was made; ``unsaid`` are options of a state that has none."""
     if any_sharded(source.state.values()):
         raise ValueError(
             "its state is of shards, of which this process has parts: load the checkpoint on one process without "
@@ -295,9 +295,9 @@ def _migrated(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tu
 
 
 def _as_momentum(source: _Source, target: _Target, unsaid: Mapping[str, Any]) -> tuple[_Source, Mapping[str, Any]]:
-    """A foreign state of a momentum alone, as SGD's or Lion's, which need not count steps, as one of Muon's.
+    """Return a foreign state with a momentum alone, such as SGD's or Lion's, as one of Muon's, at step 0.
 
-    Left as it is where the target keeps more than that.
+    A step count that it has is kept. Other states are returned unchanged, as are all if the target keeps more.
     """
     state, group = source.state, source.group
     is_momentum = isinstance(state.get("exp_avg"), Tensor) and "exp_avg_sq" not in state
@@ -308,7 +308,7 @@ def _as_momentum(source: _Source, target: _Target, unsaid: Mapping[str, Any]) ->
 
 
 def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mapping[str, Any]) -> Form:
-    """The form of a state's moments: as its group says, or else by their shape."""
+    """Return the form of a state's moments: from its group's options, or else from their shape."""
     group, m = source.group, source.state.get("exp_avg")
     if not isinstance(m, Tensor):
         raise ValueError(
@@ -333,7 +333,7 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
 
 
 def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
-    """The step count of a state that is whole and fits; raises a ValueError about any other."""
+    """Return the step count of a state that is complete and fits; raise a ValueError for any other."""
     unknown = sorted(map(str, state.keys() - _KNOWN))
     if unknown:
         raise ValueError(
@@ -385,14 +385,14 @@ def _checked(state: Mapping[str, Any], p: Tensor, form: Form) -> float:
 def _limiter_norm(
     source: _Source, state: Mapping[str, Tensor], old: Form, new: Form, eps: float, same: bool
 ) -> tuple[float, str]:
-    """The norm that the limiter goes on from, and how it was made."""
+    """Return the norm from which the limiter continues, and how it was made."""
     norm = number_in(source.state, "limiter_norm")
     if "limiter_norm" in source.state and same:
         return norm, "exact"
     size = update_norm(source.state, old, float(source.group.get("eps", eps)))
     if not norm or not size:
         return 0.0, "new: none yet, as at a first step, which is not limited"
-    # The limiter may have held the norm far below that of the moments: it goes on doing so.
+    # The limiter may have kept the norm far below that of the moments: it continues to do so.
     return norm * update_norm(state, new, eps) / size, "approximate: the same share of the norm of the moments"
 
 
@@ -407,7 +407,7 @@ def _check_finite(state: Mapping[str, Tensor], form: Form) -> None:
 
 
 def _other_bias(old: Any, new: tuple[float, float], step: float) -> tuple[float, float]:
-    """What makes averages that began ``step`` steps ago as biased towards 0 as the optimizer takes them to be."""
+    """Return factors on both moments after ``step`` steps that give them the bias towards 0 of the new betas."""
     if old is None or not step:
         return 1.0, 1.0
     if not isinstance(old, list | tuple) or len(old) != 2 or not all(0 <= float(beta) < 1 for beta in old):

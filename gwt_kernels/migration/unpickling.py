@@ -1,4 +1,4 @@
-"""Checkpoint files read without executing what is in them: the classes that they may hold, and what others mean."""
+"""Read checkpoint files without executing what is in them: the classes that they may hold, and errors on others."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _REMEDY = (
 
 
 def load(path: Path, allow: Iterable[str] = ()) -> Any:
-    """What ``torch.save`` wrote, on the CPU, with ``weights_only=True``.
+    """Return what ``torch.save`` wrote, on the CPU, read with ``weights_only=True``.
 
-    Beside what PyTorch allows there may be the standard library's classes of plain data, such as
-    ``argparse.Namespace`` and paths, and numpy's arrays and scalars. Numpy's own unpickling would believe whatever
-    the file says of their memory. So numbers and strings are rebuilt here, and what else is numpy's stays as the
-    file describes it until it is written again.
+    In addition to what PyTorch allows, files may hold classes of plain data of the standard library, such as
+    ``argparse.Namespace`` and paths, and numpy's arrays and scalars. Numpy's own unpickling would trust what the
+    file says about their memory. So scalars are rebuilt here, and other objects of numpy stay as the file describes
+    them until they are written again.
 
     Args:
-        path: A file that is there and not empty.
+        path: A file that exists and is not empty.
         allow: Names of further classes, ``module.Class``. They are imported, and making them executes their code.
 
     Raises:
-        ValueError: the file is no checkpoint, is cut short, or holds something else; a class is unknown.
+        ValueError: the file is no checkpoint, is truncated, or holds something else; a class is unknown.
     """
     allowed = [*_plain_data(), *map(_class_named, allow)]
     with torch.serialization.safe_globals(allowed):
@@ -54,19 +54,19 @@ def load(path: Path, allow: Iterable[str] = ()) -> Any:
 
 
 def _explained(path: Path, refused: list[str]) -> str:
-    """The message for a file that holds these classes or functions."""
+    """Return the message for a file that holds these classes or functions."""
     held = f"{path} holds {', '.join(refused)}, which is more than tensors and plain data"
     for name in refused:
         module, _, attribute = name.rpartition(".")
         of_a_script = module == "__main__" and not hasattr(sys.modules["__main__"], attribute)
-        if of_a_script or module.split(".")[0] in (*_BLOCKED, "builtins"):  # functions, these
+        if of_a_script or module.split(".")[0] in (*_BLOCKED, "builtins"):  # these are functions
             return f"{held}, and {name} cannot be allowed: {_REMEDY}"
     allow = " ".join(f"--allow {name}" for name in refused)
     return f"{held}: if you trust the file, since making a class executes its code, add {allow}; or {_REMEDY}"
 
 
 def _unread(path: Path, error: Exception) -> str:
-    """The message for a file that cannot be read, with the reason that torch gives at the end of its own."""
+    """Return the message for a file that cannot be read, with the reason at the end of torch's message."""
     said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).rpartition("WeightsUnpickler error:")[2]
     said = " ".join(said.partition("\n\nCheck the documentation")[0].split())
     held = re.search(r"Can only (?:\w+) .*?<class '([^']+)'>", said)
@@ -80,16 +80,16 @@ def _unread(path: Path, error: Exception) -> str:
 
 
 def _refused_in(path: Path, message: str) -> list[str]:
-    """The classes and functions in a file that are not allowed."""
-    with contextlib.suppress(Exception):  # bytes that are no checkpoint, too
+    """Return the classes and functions in a file that are not allowed."""
+    with contextlib.suppress(Exception):  # also of bytes that are no checkpoint
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    # A file of the kind before torch 1.6 is no archive, and its first one alone is known.
+    # A file in the format before torch 1.6 is no archive, and only its first one is known.
     found = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
     return [] if found is None else [found[1] if "." in found[1] else f"builtins.{found[1]}"]
 
 
 def _class_named(name: str) -> tuple[Callable[..., Any], str]:
-    """The class that ``--allow`` names, and its name in the file.
+    """Return the class that ``--allow`` names, and its name in the file.
 
     Raises:
         ValueError: there is no such class.
@@ -101,7 +101,7 @@ def _class_named(name: str) -> tuple[Callable[..., Any], str]:
         raise ValueError(f"--allow {name}: PyTorch allows nothing of that module in a file: {_REMEDY}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the module's own, too
+    except Exception as error:  # also the module's own
         raise ValueError(
             f"--allow {name}: there is no such class to import ({error}): put its module on PYTHONPATH, or "
             f"{_REMEDY}"
@@ -112,7 +112,7 @@ def _class_named(name: str) -> tuple[Callable[..., Any], str]:
 
 
 class _Unread:
-    """A numpy object as the file describes it; written, it is what it was."""
+    """A numpy object as the file describes it, which is written as it was."""
 
     def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.make, self.arguments = make, arguments
@@ -129,12 +129,12 @@ class _Unread:
 
 
 def _as_dict(*default: Any) -> dict[Any, Any]:
-    """A plain dict, which torch.load can fill, in place of a defaultdict, which it cannot."""
+    """Return a plain dict, which torch.load can fill, in place of a defaultdict, which it cannot."""
     return {}
 
 
 def _plain_data() -> _Allowed:
-    """Classes that hold plain data, and functions that rebuild numpy's, under the names that they have in files."""
+    """Return classes of plain data, and functions that rebuild numpy's, under the names that they have in files."""
     allowed: _Allowed = [(each, f"{each.__module__}.{each.__name__}") for each in _PLAIN]
     for module in ("pathlib", "pathlib._local"):  # Python 3.13's
         allowed += [(each, f"{module}.{each.__name__}") for each in _PATHS]
