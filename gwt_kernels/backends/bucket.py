@@ -1,4 +1,4 @@
-"""A bucket: tensors that a backend updates together. What one step brings to it."""
+"""Buckets, the tensors that a backend updates together, and their inputs for a step."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from gwt_kernels.rules.blocks import Heads, RowSums
 
 
 class StepInputs(NamedTuple):
-    """What one step brings to a bucket.
+    """Inputs of a bucket for one step.
 
     Attributes:
         grads: Dense gradients of the parameters' shapes, any strides.
         steps: Number of this step per parameter, 1 for the first; or, counted by the device, a contiguous float64
             tensor ``[n]`` on it with the number of steps taken before this one.
         hypers: Options per parameter.
-        row_sums: Of a bucket with parts of rows, sums over the whole ones: ``[rows, Bucket.row_numbers]``.
-        head_sums: Of a bucket with parts of heads, sums over the whole ones: ``[second moments]``.
+        row_sums: For a bucket with parts of rows, sums over whole rows: ``[rows, Bucket.row_numbers]``.
+        head_sums: For a bucket with parts of heads, sums over whole heads: ``[second moments]``.
     """
 
     grads: Sequence[Tensor]
@@ -59,22 +59,22 @@ class Bucket:
         grad_dtype: dtype of the gradients.
         limiter_norms: The limiter's previous norm per parameter, a scalar tensor; None for a bucket without
             limiter.
-        rule: Of the update.
+        rule: Name of the update rule.
         rounding: How updated weights are stored.
         keys: Philox keys per parameter; None for 0.
         lows: Error-correction bits of ``rounding="split"``, contiguous int16 tensors of the parameters' shapes.
-        scales: Of moments that have them, float32 tensors per parameter, one for each moment.
+        scales: Scales of quantized moments, float32 tensors per parameter, one for each moment.
         spans: Where shards of parameters, and of their moments, lie in the whole; None for whole tensors.
         telemetry: Float64 ``[n, 6]``: see :mod:`gwt_kernels.telemetry`.
-        whole_widths: Widths of whole rows, of which the parameters have parts; None where they have all of them.
-        heads: Of parameters with parts of heads, the rows that share a second moment; None for whole heads.
+        whole_widths: Widths of whole rows if the parameters have parts of rows; None if they have whole rows.
+        heads: Rows that share a second moment, if the parameters have parts of heads; None for whole heads.
         wavelet: Name of the wavelet.
         boundary: How the transform continues a row beyond its ends.
 
     Raises:
         ValueError: lists of different lengths, an unknown rule, rounding, wavelet or boundary, options that do not
-            go together, a limiter for some tensors only or under a rule that has none, or second moments of rows
-            that do not divide these.
+            go together, a limiter for some tensors only or under a rule that has none, or a number of second
+            moments that does not divide the rows.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class Bucket:
         absent = [None] * len(params)
         self.params = params
         self.device = params[0].device if len(params) else torch.device("cpu")
-        """Where all tensors lie."""
+        """Device of all tensors."""
         self.exp_avgs: Sequence[Any] = absent if exp_avgs is None else exp_avgs
         self.exp_avg_sqs = absent if exp_avg_sqs is None else exp_avg_sqs
         self.level, self.rule, self.rounding, self.grad_dtype = level, rule, rounding, grad_dtype
         self.wavelet, self.boundary, self.telemetry, self.spans = wavelet, boundary, telemetry, spans
         self.whole_widths, self.heads = whole_widths, heads
         self.gives_heads = False
-        """Whether a step is told of each row what its second moment takes of its head."""
+        """Whether ``StepInputs.row_sums`` has for each row the mean of squares over its head."""
         self.keys = [0] * len(params) if keys is None else keys
         self.limiter_norms = absent if limiter_norms is None else limiter_norms
         self.lows = absent if lows is None else lows
@@ -133,7 +133,7 @@ class Bucket:
 
     @property
     def stored(self) -> MomentFormat:
-        """How moments are stored: as floating-point numbers to the nearest, where no format has their dtype."""
+        """Format of the moments: floating-point numbers, rounded to nearest, if no format has their dtype."""
         return stored_as(self.exp_avgs[0].dtype if self.stated.slots else torch.float32)
 
     @property
@@ -143,7 +143,7 @@ class Bucket:
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether what a block becomes depends on all of its row."""
+        """Whether the update of a block depends on its whole row."""
         return self.level == ROW or bool(self.stated.row_slots)
 
     @property
@@ -159,18 +159,18 @@ class Bucket:
 
     @property
     def row_numbers(self) -> int:
-        """How many numbers a step has to know of each whole row, of which a parameter has a part; else 0."""
+        """Number of sums that a step needs for each whole row if parameters have parts of rows; else 0."""
         if self.whole_widths is None:
             return 0
         return self.stated.row_numbers(self.level) if self.squares == self.stated.squares else 2
 
     @property
     def squares(self) -> str | None:
-        """What else of a block the rule's moments take in Triton; of rows that are blocks it may be told."""
+        """``Rule.squares``, but ``"elements"`` if ``gives_heads`` and rows are blocks."""
         return "elements" if self.gives_heads and self.level == ROW else self.stated.squares
 
     def row_length(self, i: int) -> int:
-        """Elements of whole rows of a parameter where each is one block, else their blocks."""
+        """Return the elements of a whole row of a parameter if it is one block, else its blocks."""
         assert self.whole_widths is not None
         width = self.whole_widths[i]
         return width if self.level == ROW else blocks_of(self.level, width)
@@ -193,16 +193,16 @@ class Bucket:
 
     @property
     def is_literal(self) -> bool:
-        """Whether no block of neighbours states the transform, so that the published algorithm runs literally."""
+        """Whether the transform is not one of separate blocks, so that the published algorithm runs literally."""
         return bool(self.level) and literal_alone(self.wavelet, self.boundary) is not None
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """Of the floating-point arrays, the gradients among them."""
+        """dtypes of the floating-point arrays, including gradients."""
         return {self.params[0].dtype, self.grad_dtype, self.stored.arithmetic}
 
     def fingerprint(self) -> list[Any]:
-        """What tells this bucket from another: its options, its tensors' objects, and where their memory lies."""
+        """Return what tells this bucket from another: options, tensor objects, and addresses of their memory."""
         arrays: list[Any] = [self.params, self.exp_avgs, self.exp_avg_sqs, self.limiter_norms, self.lows]
         tensors = [x for array in arrays for x in array] + [x for own in self.scales for x in own or ()]
         tensors.append(self.telemetry)
@@ -211,7 +211,7 @@ class Bucket:
         return [*options, list(self.keys), self.spans and list(self.spans), places]
 
     def tensor_steps(self, inputs: StepInputs, divisors: Tensor | None = None) -> list[TensorStep]:
-        """The step, tensor by tensor; ``divisors`` are the limiter's where the caller has decided them."""
+        """Return the step of each tensor; ``divisors`` are the limiter's if the caller has computed them."""
         absent = [None] * len(self)
         columns: Any = (
             self.params,
@@ -232,7 +232,7 @@ class Bucket:
         return list(starmap(TensorStep, zip(*columns, strict=True)))
 
     def _rows_of(self, inputs: StepInputs) -> Sequence[RowSums | None]:
-        """Sums over whole rows, times the gradients' factors, per parameter."""
+        """Return the sums over whole rows of scaled gradients, per parameter."""
         if inputs.row_sums is None:
             return [None] * len(self)
         rows = []
@@ -242,7 +242,7 @@ class Bucket:
         return rows
 
     def check_inputs(self, inputs: StepInputs) -> None:
-        """Raise a ValueError unless ``inputs`` belong to this bucket; shapes are the backend's to check."""
+        """Raise a ValueError unless ``inputs`` belong to this bucket; the backend checks shapes."""
         grads, steps, hypers, row_sums, _ = inputs
         n, lengths = len(self), [len(grads), len(steps), len(hypers)]
         if lengths != [n] * 3:

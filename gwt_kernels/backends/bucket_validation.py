@@ -1,4 +1,4 @@
-"""What kernels trust of a bucket's tensors, checked before they get the addresses."""
+"""Check a bucket's tensors before kernels get their addresses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gwt_kernels.formats.moments import stored_as
 def check_bucket(
     arrays: Mapping[str, Sequence[Tensor]], level: Level, of_rows: bool = False, wavelet: str = "haar"
 ) -> None:
-    """Raise unless the kernels may trust the tensors: one device, one dtype an array, the shapes of a step.
+    """Raise a ValueError unless the tensors have one device, one dtype per array, and the shapes of a step.
 
     Args:
         arrays: ``params``, ``grads``, ``exp_avgs`` and, where there are any, ``exp_avg_sqs`` and ``limiter_norms``.
         level: Levels of the transform.
-        of_rows: Whether second moments are those of rows, and wide.
+        of_rows: Whether second moments are one number per row, in float32.
         wavelet: Name of the wavelet.
     """
     params = arrays["params"]
@@ -56,7 +56,7 @@ def check_bucket(
 
 
 def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]], level: Level) -> None:
-    """Raise unless each quantized tensor has the scales of all of its blocks beside it, for each moment."""
+    """Raise a ValueError unless every quantized moment has a scale for each of its quantization blocks."""
     for m, pair in zip(exp_avgs, scales, strict=True):
         shape = (stored_as(m.dtype).n_scales(m.shape, level),)
         for x in pair:
@@ -69,7 +69,7 @@ def check_scales(exp_avgs: Sequence[Tensor], scales: Sequence[Sequence[Tensor]],
 
 
 def check_low_bits(params: Sequence[Tensor], lows: Sequence[Tensor]) -> None:
-    """Raise unless each weight in bfloat16 has a low half beside it."""
+    """Raise a ValueError unless weights are bfloat16 and have int16 low bits of their shapes."""
     for p, low in zip(params, lows, strict=True):
         if (p.dtype, low.dtype, low.shape, low.device) != (torch.bfloat16, torch.int16, p.shape, p.device):
             raise ValueError(

@@ -173,7 +173,7 @@ def _has_mode(*keys: Any) -> bool:
 def launches_on(device_type: str) -> bool:
     """Return whether Triton runs kernels on this type of device here.
 
-    True for CUDA, for CPU tensors in Triton's interpreter, and for the device of another active driver.
+    In Triton's interpreter, True for CPU tensors only; else for CUDA and the device of another active driver.
     """
     if interpreted():
         return device_type == "cpu"

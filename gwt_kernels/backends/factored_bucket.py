@@ -1,4 +1,4 @@
-"""A bucket whose rule keeps the factors of a second moment, and perhaps no first moment."""
+"""A bucket whose rule keeps factors of a second moment, and possibly no first moment."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class FactoredBucket(Bucket):
 
     Args:
         params: As there.
-        exp_avgs: As there; None where the rule goes by the update as it is.
+        exp_avgs: As there; None without first moments (``beta1=None``).
         exp_avg_sqs: None.
         factors: Means of rows ``[..., rows]``, None for a tensor of one dimension, and of columns ``[..., nb]``,
-            per parameter; contiguous, of the arithmetic's dtype.
-        wholes: Shapes of the whole moments, of which these may be shards, and elements of the whole parameters.
+            per parameter; contiguous, in the dtype of the arithmetic.
+        wholes: Shape of the whole moments, of which this may be a shard, and elements of the whole, per parameter.
         options: As there.
 
     Raises:
-        ValueError: as there; or factors do not fit.
+        ValueError: as there; or the factors do not fit.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FactoredBucket(Bucket):
 
     @property
     def stated(self) -> Rule:
-        """The rule at its level, with the moments that there are."""
+        """The rule at its level; without slots if there are no first moments."""
         return self._stated
 
     @property
@@ -72,7 +72,7 @@ class FactoredBucket(Bucket):
         return super().stored if self.stated.slots else wide(self.params[0].dtype)
 
     def local_matrices(self) -> list[Matrices]:
-        """What is here of the moments, whose shapes the factors' are."""
+        """Return the shapes of this process's moments, from those of the factors."""
         return [
             Matrices.of((*col.shape[:-1], 1 if row is None else row.shape[-1], *col.shape[-1:]))
             for row, col in self.factors

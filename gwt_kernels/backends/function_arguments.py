@@ -17,7 +17,7 @@ from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.formats.moments import FORMATS
 
 REAL = ("params", "grads")
-"""Lists whose tensors hold real numbers; moments may hold codes."""
+"""Lists whose tensors hold real numbers; moments may be quantized."""
 
 
 def check_lists(lists: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ def check_lists(lists: Mapping[str, Any]) -> None:
 
 
 def check_kept(bucket: Bucket) -> None:
-    """Raise unless a backend can be prepared for what a bucket keeps beside weights and moments."""
+    """Raise unless a bucket's limiter norms, telemetry and keys are valid."""
     n, device = len(bucket), bucket.device
     for i, norm in enumerate(bucket.limiter_norms):
         is_norm = isinstance(norm, Tensor) and norm.is_floating_point() and norm.numel() == 1
@@ -52,7 +52,7 @@ def check_kept(bucket: Bucket) -> None:
 
 
 def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
-    """Raise unless the tensors are one bucket: of one device, one dtype a list, the shapes of a step, each once."""
+    """Raise unless the tensors form one bucket: one device, one dtype per list, the shapes of a step, each once."""
     arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
     arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
     if bucket.stated.row_slots:  # the bucket has compared them with the rows
@@ -77,7 +77,7 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
 
 
 def check_numbers(steps: Any, hypers: Any) -> None:
-    """Raise unless steps are counts from 1 on, or the device's, and every ``Hyper`` can be honoured."""
+    """Raise unless steps are counts from 1 on, or a tensor, and the options of every ``Hyper`` are in range."""
     if not isinstance(steps, (Sequence, Tensor)) or not isinstance(hypers, Sequence):
         wrong = "hypers" if isinstance(steps, (Sequence, Tensor)) else "steps"
         raise TypeError(f"{wrong} must be a list of one for each parameter")
@@ -91,7 +91,7 @@ def check_numbers(steps: Any, hypers: Any) -> None:
 
 
 def check_step(bucket: Bucket, inputs: StepInputs, control: Tensor | None, limits: Tensor | None) -> None:
-    """Raise unless the tensors of numbers that a step takes have one for each parameter."""
+    """Raise unless ``steps`` and ``limits`` have a number per parameter, ``control`` 3, and they go together."""
     n, device = len(bucket), bucket.device
     if isinstance(inputs.steps, Tensor):
         _check_numbers_of_each("steps", inputs.steps, (n,), torch.float64, device)
@@ -106,7 +106,7 @@ def check_step(bucket: Bucket, inputs: StepInputs, control: Tensor | None, limit
 def _check_numbers_of_each(
     name: str, x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise unless the argument is None, or a contiguous tensor of this kind."""
+    """Raise unless the argument is None, or a contiguous tensor of this shape, dtype and device."""
     if x is None:
         return
     if not isinstance(x, Tensor):

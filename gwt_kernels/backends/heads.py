@@ -1,4 +1,4 @@
-"""Runs rows that share a second moment as rows with a copy of it each, and updates what they share by itself."""
+"""Update rows that share a second moment, each with a copy of it, and the shared second moments separately."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gwt_kernels.rules.blocks import Heads
 class HeadsRunner(OnePassRunner):
     """See :class:`gwt_kernels.backends.runner.Runner`. A head is the rows that share a second moment.
 
-    Sums over rows make those over heads. Then each row takes its head's mean and a copy of its head's second
-    moment, as a part of a row takes what is known of the whole one. The second moments themselves are updated as
-    those of rows without columns: all that a process keeps, also of heads of which it has no row.
+    Sums over rows are added up to sums over heads. Each row then uses the mean of its head and a copy of its head's
+    second moment, as a part of a row uses sums over the whole row. The second moments themselves are updated as
+    those of rows without columns: all that a process keeps, also for heads of which it has no row.
 
     Args:
-        bucket: Of tensors whose rows share second moments.
-        make: Makes the runner of a bucket whose rows share none.
-        summer: Makes what adds up the rows of a bucket's gradients.
+        bucket: A bucket whose rows share second moments.
+        make: Returns the runner of a bucket whose rows share none.
+        summer: Returns a function that adds up the rows of a bucket's gradients.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HeadsRunner(OnePassRunner):
         self._runners[1].set_params(params)
 
     def head_sums(self, row_sums: Tensor) -> Tensor:
-        """Sums over the rows here of each head, of squares; in double, in one order, and finite unless NaN."""
+        """Return sums of squares over the rows here of each head: in double, in a fixed order, finite or NaN."""
         squares = row_sums[:, 0].double()
         if self.bucket.level == ROW:
             squares = squares.square()
@@ -102,15 +102,15 @@ class HeadsRunner(OnePassRunner):
         return [self, *(x for runner in self._runners for x in runner.memory())]
 
     def _numbers(self, sums: Tensor, means: Tensor) -> Tensor:
-        """What a step is told of rows: the mean of their heads, behind their own sums where rows are blocks."""
+        """Return ``row_sums``: the means of the rows' heads, after the rows' own sums if rows are blocks."""
         return torch.stack((sums, means), 1) if self.bucket.level == ROW else means.unsqueeze(1)
 
 
 def cap_(squares: Tensor) -> Tensor:
-    """Make sums of squares that have overflowed the largest number, which a factor of 0 on gradients makes 0."""
+    """Replace overflowed sums of squares by the largest number, which times 0 is 0; infinity would give NaN."""
     return squares.clamp_(max=torch.finfo(squares.dtype).max)
 
 
 def _equal_heads(rows: int, heads: int) -> Heads:
-    """Return the heads of whole rows."""
+    """Return ``heads`` heads that divide ``rows`` rows equally."""
     return Heads([rows // heads] * heads, max(1, rows // heads)) if heads else Heads([], 1)

@@ -1,4 +1,4 @@
-"""Runs steps with a matrix stage: an element-wise stage makes matrices, and another takes what becomes of them."""
+"""Run steps with a matrix stage between two element-wise ones, which make the matrices and use the results."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ class MatrixStage(NamedTuple):
 
     Attributes:
         run: ``run(make, use)`` calls both for each batch: ``make(pieces, values)`` writes matrices into ``values``,
-        and
-            ``use(pieces, values)`` finds there what became of them. ``pieces`` are the same list in each step.
-        dtype: Of ``values``.
+            where ``use(pieces, values)`` finds the results. ``pieces`` is the same list in each step.
+        dtype: dtype of ``values``.
         scales: Factors on the update, one for each parameter.
-        pieces: Those of all batches.
-        names: What errors call the parameters.
+        pieces: Pieces of all batches.
+        names: Names of the parameters in errors.
     """
 
     run: Callable[[_Stage, _Stage], None]
@@ -50,14 +49,14 @@ class MatrixStage(NamedTuple):
 
 
 def check_cut(piece: MatrixPiece, moments: Sequence[int], stored: MomentFormat, level: Level, name: str) -> None:
-    """Raise unless a piece of a parameter ends where its quantized moments begin another scale.
+    """Raise a ValueError if a piece of a parameter splits the values of a scale of its quantized moments.
 
     Args:
         piece: The piece.
         moments: Shape of the parameter's moments.
         stored: Their format.
-        level: Of the transform.
-        name: What the error calls the parameter.
+        level: Level of the transform.
+        name: Name of the parameter in the error.
     """
     size, per_index = stored.block_size(level), math.prod(moments[1:])
     first, last = piece.start * per_index, (piece.start + piece.length) * per_index
@@ -75,12 +74,12 @@ class _Batch(NamedTuple):
     """The runners of both stages for some pieces.
 
     Attributes:
-        pieces: Whose; kept alive, as they tell batches apart.
-        of: Of what there is for each parameter, that of the pieces.
-        grads: Of all gradients, the pieces' parts.
+        pieces: The pieces; kept alive, as the ``id`` of the list tells batches apart.
+        of: Picks the items for the pieces' parameters from a sequence with one per parameter.
+        grads: Picks the pieces' parts from all gradients.
         make: Runs the first stage.
-        use: Runs the last one.
-        params: Their places, int64 on the device.
+        use: Runs the last stage.
+        params: Indices of the pieces' parameters, int64 on the device.
         rows: Telemetry of the pieces, or None.
     """
 
@@ -97,8 +96,8 @@ class MatrixRunner(OnePassRunner):
     """See :class:`gwt_kernels.backends.runner.Runner`. Each stage is one launch for a batch on the Triton backend.
 
     Args:
-        bucket: What it updates, under a rule that has a last stage.
-        backend: What was asked for, for both stages.
+        bucket: The bucket that it updates, under a rule that has a last stage.
+        backend: The requested backend for both stages.
         stage: The matrix stage.
     """
 
@@ -106,8 +105,8 @@ class MatrixRunner(OnePassRunner):
         self.bucket, self._backend, self._stage = bucket, backend, stage
         self._batches: dict[int, _Batch] = {}
         self._hypers: Sequence[Hyper] = []
-        self._last_hypers: list[Hyper] = []  # what these become for the last stage
-        self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # of these, those of each batch
+        self._last_hypers: list[Hyper] = []  # for the last stage
+        self._picked: dict[int, tuple[list[Hyper], list[Hyper]]] = {}  # those of each batch, for both stages
         self._columnless: tuple[list[MatrixPiece], Tensor] | None = None
         self._renews: ElementwiseRunner | None = None
         for piece in stage.pieces:
@@ -153,7 +152,7 @@ class MatrixRunner(OnePassRunner):
         return [self._stage, *chain.from_iterable(runner.memory() for runner in runners)]
 
     def _adjust(self, hypers: Sequence[Hyper]) -> None:
-        """Make the options of the last stage, one for each parameter, if they are not those of the last step."""
+        """Make the last stage's options of each parameter if ``hypers`` differ from those of the last step."""
         if len(self._hypers) == len(hypers) and all(map(is_, hypers, self._hypers)):
             return
         made: dict[tuple[int, float], Hyper] = {}
@@ -167,14 +166,14 @@ class MatrixRunner(OnePassRunner):
         self._picked.clear()
 
     def _hypers_of(self, batch: _Batch) -> tuple[list[Hyper], list[Hyper]]:
-        """The options of a batch's pieces, in the first and in the last stage."""
+        """Return the options of a batch's pieces in the first and in the last stage."""
         key = id(batch.pieces)
         if key not in self._picked:
             self._picked[key] = batch.of(self._hypers), batch.of(self._last_hypers)
         return self._picked[key]
 
     def _batch(self, pieces: Sequence[MatrixPiece], values: Sequence[Tensor], inputs: StepInputs) -> _Batch:
-        """The runners of a batch, made for the first step that has it."""
+        """Return the runners of a batch, made in the first step that has it."""
         known = self._batches.get(id(pieces))
         if known is not None:
             return known
@@ -211,16 +210,17 @@ class MatrixRunner(OnePassRunner):
         return made
 
     def _last_level(self) -> Level:
-        """The level of the last stage: of kernels 0, whose blocks are elements, so that rows are one aligned run.
+        """Return the level of the last stage: 0 on Triton, so that blocks are elements, and rows one aligned run.
 
-        Telemetry asks for the means of blocks, and random bits are those of the weights' place among blocks.
+        It is the bucket's elsewhere, and for telemetry, which has means of blocks, and for random bits of weights,
+        which depend on their place among blocks.
         """
         bucket = self.bucket
         asks = not self._on_triton or bucket.telemetry is not None or bucket.rounding == "stochastic"
         return bucket.level if asks else 0
 
     def _shared_of(self, pieces: Sequence[MatrixPiece]) -> dict[str, Any]:
-        """Options of the buckets of both stages."""
+        """Return options of the buckets of both stages."""
         bucket = self.bucket
         spans = [self._spans_of(piece) for piece in pieces]
         shared: dict[str, Any] = {"level": bucket.level, "keys": [bucket.keys[piece.param] for piece in pieces]}
@@ -229,7 +229,7 @@ class MatrixRunner(OnePassRunner):
         return shared
 
     def _first_of(self, pieces: Sequence[MatrixPiece], values: Sequence[Tensor]) -> Bucket:
-        """The bucket of the first stage, which writes ``values``."""
+        """Return the bucket of the first stage, which writes ``values``."""
         bucket, shared = self.bucket, self._shared_of(pieces)
         if bucket.whole_widths is not None:
             shared["whole_widths"] = [bucket.whole_widths[piece.param] for piece in pieces]
@@ -240,7 +240,7 @@ class MatrixRunner(OnePassRunner):
         )
 
     def _rows_of(self, pieces: Sequence[MatrixPiece], inputs: StepInputs) -> Tensor | None:
-        """Of the sums over whole rows those of the pieces' rows, if there are any."""
+        """Return the sums over whole rows for the pieces' rows, or None."""
         if inputs.row_sums is None:
             return None
         sums = torch.split(inputs.row_sums, self.bucket.n_rows)
@@ -251,7 +251,7 @@ class MatrixRunner(OnePassRunner):
         return torch.cat(parts)
 
     def _renew_without_columns(self, inputs: StepInputs, decision: Tensor | None) -> None:
-        """Update the moments of rows of which nothing is here, by matrices of no use."""
+        """Update the moments of rows of which this process has no columns, with dummy matrices."""
         if inputs.row_sums is None:
             return
         bucket = self.bucket
@@ -279,7 +279,7 @@ class MatrixRunner(OnePassRunner):
         return piece.length == len(self.bucket.params[piece.param])
 
     def _spans_of(self, piece: MatrixPiece) -> _Spans | None:
-        """Where a piece, and its moments, lie in the whole tensor; None where it is the whole."""
+        """Return the spans of a piece and of its moments in the whole tensor; None if it is the whole."""
         p, bucket = self.bucket.params[piece.param], self.bucket
         span: _Spans | None = None if bucket.spans is None else bucket.spans[piece.param]
         if self._is_whole(piece):
@@ -290,13 +290,13 @@ class MatrixRunner(OnePassRunner):
         return weights, moments
 
     def _ends(self, param: int) -> _Spans:
-        """Where a whole tensor, and its moments, lie."""
+        """Return the spans of a whole tensor and of its moments."""
         p, m = self.bucket.params[param], self.bucket.exp_avgs[param]
         whole = Span(0, p.numel(), p.numel()), Span(0, m.numel(), m.numel())
         return padded_spans(p.shape, self.bucket.level) or whole
 
     def _scales_of(self, piece: MatrixPiece) -> tuple[Tensor, ...] | None:
-        """The scales of a piece's moments."""
+        """Return the scales of a piece's moments."""
         m, scales = self.bucket.exp_avgs[piece.param], self.bucket.scales[piece.param]
         if scales is None or piece.length == len(m):
             return scales
@@ -305,7 +305,7 @@ class MatrixRunner(OnePassRunner):
         return tuple(x[first // size : -(-last // size)] for x in scales)
 
     def _observe(self, decision: Tensor | None) -> None:
-        """Gather the pieces' rows of telemetry in the parameters' own."""
+        """Add up the pieces' rows of telemetry into those of the parameters."""
         rows = self.bucket.telemetry
         assert rows is not None
         limit = COLUMNS.index("limit")
@@ -325,19 +325,19 @@ class MatrixRunner(OnePassRunner):
 def _inputs(
     batch: _Batch, grads: Sequence[Tensor], steps: Sequence[int] | Tensor, hypers: list[Hyper]
 ) -> StepInputs:
-    """What a step brings to a stage; counts of the device's own are copies, as each stage counts."""
+    """Return the inputs of a stage; counts on the device are copied, as each stage increments its own."""
     counts = steps.index_select(0, batch.params) if isinstance(steps, Tensor) else batch.of(steps)
     return StepInputs(grads, counts, hypers)
 
 
 def _picker(places: Sequence[int]) -> _Of:
-    """What takes those at ``places`` out of a sequence."""
-    pick = itemgetter(*places, places[0])  # of one place alone it would give no tuple
+    """Return a function that picks the items at ``places`` from a sequence."""
+    pick = itemgetter(*places, places[0])  # for a single place it would return no tuple
     return lambda values: list(pick(values)[:-1])
 
 
 def _from(span: Span, offset: int) -> Span:
-    """The span of what begins at element ``offset`` of another one."""
+    """Return the span that begins at element ``offset`` of another one."""
     if span.run == span.pitch:
         return span._replace(first=span.first + offset)
     return span._replace(first=span.first + offset // span.run * span.pitch + offset % span.run)

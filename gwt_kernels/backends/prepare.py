@@ -57,7 +57,7 @@ def prepare(bucket: Bucket, backend: choice.Backend | None) -> ElementwiseRunner
 
 
 def row_summer(bucket: Bucket, backend: choice.Backend | None) -> Callable[[Sequence[Tensor]], Tensor]:
-    """Return what adds up the parts of rows that gradients have here: ``[rows, numbers]``, of all rows."""
+    """Return a function that adds up this process's parts of the rows of gradients: ``[rows, numbers]``."""
     if is_on_triton(bucket, backend):
         from gwt_kernels.backends.triton.row_sums import RowSummer
 

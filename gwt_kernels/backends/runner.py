@@ -74,7 +74,7 @@ class Runner(Protocol):
 
 
 class OnePassRunner:
-    """What runners share whose rule has no limiter, so that nothing is reduced before a step."""
+    """Base of runners whose rule has no limiter, so that nothing is reduced before a step."""
 
     bucket: Bucket
     collects_grad_stats = False
@@ -103,14 +103,14 @@ class ElementwiseRunner(Runner, Protocol):
 
 @runtime_checkable
 class StagedRunner(Runner, Protocol):
-    """A runner whose step has stages, at the ends of which processes that share its tensors have sums to add up.
+    """A runner whose step has stages, between which processes that share its tensors add up sums.
 
     ``apply`` goes through all stages.
     """
 
     def stages(self, inputs: StepInputs, decision: Tensor | None = None) -> Iterator[Tensor]:
-        """Take the step; stop with a vector of sums at each stage's end, and go on from what it holds then.
+        """Take the step; yield a vector of sums between stages, and continue with what the caller made of it.
 
-        A step that is skipped may stop nowhere.
+        A step that is skipped may yield nothing.
         """
         ...

@@ -133,7 +133,7 @@ def decide(
 
 
 def _kernels_of(backend: str) -> Any:
-    """The module that has :func:`squares` and :func:`decide` for a backend."""
+    """Return the module that has :func:`squares` and :func:`decide` for a backend."""
     if backend == "torch":
         from gwt_kernels.backends.torch import control
 
