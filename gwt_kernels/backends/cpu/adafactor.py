@@ -24,7 +24,7 @@ TABLE_ROW = struct.Struct("".join(FACTORS.values()))
 class CompiledAdafactorRunner(AdafactorRunner):
     """See :class:`gwt_kernels.backends.runner.StagedRunner`. Keeps the packed bucket between steps.
 
-    Stages, between which processes add up their sums, are PyTorch's operators.
+    Separate stages, between which processes add up sums, run PyTorch's operators.
     """
 
     def __init__(self, bucket: FactoredBucket) -> None:
@@ -67,6 +67,6 @@ class CompiledAdafactorRunner(AdafactorRunner):
 
 
 def _in_c(hyper: Hyper) -> Hyper:
-    """Return options with which step.py packs the numbers of factored.inc."""
+    """Return options from which step.py packs the numbers that factored.inc takes."""
     numbers = hyper.rule_options
     return hyper._replace(eps=numbers.eps, beta2=float(numbers.divides_details))

@@ -43,11 +43,11 @@ def compiler() -> list[str] | None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compile and load bucket.c.
+    """Compile the C files, unless they are cached, and load the library.
 
     Raises:
         RuntimeError: there is no compiler, or it fails; the message ends with its output.
-        OSError: there is nowhere to write to, or the library cannot be loaded.
+        OSError: no folder can be written to, or the library cannot be loaded.
     """
     command = compiler()
     if command is None:
@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "step.so"
         _compile(command, path)
-        loaded = ctypes.CDLL(str(path))  # a loaded library needs its file no more
+        loaded = ctypes.CDLL(str(path))  # a loaded library no longer needs its file
     warnings.warn(
         f"the step in C cannot be kept for other processes ({obstacle}), so each one compiles it: name a folder "
         f"that can be written to in XDG_CACHE_HOME",
@@ -106,7 +106,7 @@ def _cache() -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library is the one that was compiled; to load one that is cut short ends the process."""
+    """Return whether this is the library that was compiled; loading a truncated one crashes the process."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text().strip()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -114,7 +114,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _note(path: Path) -> None:
-    """Write down the library's hash beside it, whole or not at all."""
+    """Write the library's hash to a file beside it, completely or not at all."""
     handle, made = tempfile.mkstemp(suffix=".sha256", dir=path.parent)
     try:
         with open(handle, "w") as file:

@@ -45,7 +45,7 @@ class CompiledRunner(TorchRunner):
 
     def _step(self, packed: step.Packed) -> None:
         packed.step()
-        if isinstance(self.bucket.params, LaidOut):  # whose memory is another's between steps
+        if isinstance(self.bucket.params, LaidOut):  # whose memory others use between steps
             packed.release_params()
 
     def _sums(self, tensor_steps: Sequence[TensorStep], row_sums: Tensor | None) -> Tensor:

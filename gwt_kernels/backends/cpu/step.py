@@ -30,9 +30,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "split")
 MAX_LEVEL = 10
 PART_OF_ROW = 3
-"""The level of the parts in which C takes a row that is one block."""
+"""Level of the parts, ``2**3`` elements, in which C processes a row that is one block."""
 RULES = {"gwt": 0, "adamw": 0, "foam": 1, "lion": 2, "adafactor": 3, "muon": 4, "orthogonal": 5}
-"""Rules that C takes, and what step.h calls them."""
+"""Rules that C supports, and their numbers in step.h."""
 
 # ``gwt_step`` of step.h, field by field, with the formats of the struct module.
 FIELDS = {
@@ -58,7 +58,7 @@ ROW_SUMS_AT = _POINTER.size * list(FIELDS).index("row_sums")
 
 @functools.cache
 def functions() -> ctypes.CDLL:
-    """Return the functions of bucket.c, with their signatures."""
+    """Return the library, with its functions' signatures set."""
     lib = library()
     pointers = (ctypes.c_void_p,) * 3
     for function in (lib.gwt_update, lib.gwt_sum):
@@ -85,8 +85,8 @@ def threads_of_pytorch() -> tuple[int | None, int | None]:
 def knows(tensor_steps: Sequence[TensorStep], level: Level, rule: Rule) -> bool:
     """Return whether the step in C supports a bucket: float32 arithmetic, short blocks, tensors in memory.
 
-    GWT-Muon's stages it has without telemetry. At level 0 with float32 moments they are ``torch.optim.Muon``'s
-    operators, with its bits.
+    It supports GWT-Muon's stages without telemetry. At level 0 with float32 moments they run as PyTorch's
+    operators, for the bits of ``torch.optim.Muon``.
     """
     p, g, m, *_ = tensor_steps[0]
     if rule.name in MATRIX_STAGES:
@@ -113,7 +113,7 @@ def _has_memory(x: Tensor) -> bool:
 
 
 class Result(NamedTuple):
-    """Results of C for one tensor: the update's divisor, and sums of squares in double."""
+    """Results of C for one tensor: the update's divisor, step sizes, and sums of squares in double."""
 
     limit: float
     step_size: float
@@ -153,7 +153,7 @@ def _check(tensor_steps: Sequence[TensorStep], level: Level) -> None:
 class Packed:
     """A bucket as an array of ``gwt_step`` for C, without empty tensors.
 
-    A tensor without columns of the rows that it shares with other processes is not empty: it has their moments.
+    A shard with no columns of rows that other processes share is not empty: it has their moments.
     """
 
     def __init__(self, tensor_steps: Sequence[TensorStep], level: Level, rule: Rule, rounding: Rounding) -> None:
@@ -162,7 +162,7 @@ class Packed:
         self._has_empty = len(self.places) < len(tensor_steps)
         present = [tensor_steps[i] for i in self.places]
         self.lasts = True
-        """Whether later steps with the same tensors can use it, since none had to be copied."""
+        """Whether later steps with the same tensors can reuse it, since none had to be copied."""
         self._level, self._rule = level, rule
         self._is_divided = rule.direction is not None
         self._params = [t.p for t in present]
@@ -190,7 +190,7 @@ class Packed:
         self._take(grads, [t.step for t in present], [t.hyper for t in present], limits)
 
     def set_rows(self, row_sums: Tensor | None) -> None:
-        """Take the sums over whole rows of this step: see :class:`gwt_kernels.backends.bucket.StepInputs`."""
+        """Set the sums over whole rows of this step: see :class:`gwt_kernels.backends.bucket.StepInputs`."""
         if row_sums is None:
             return
         self._row_sums = row_sums.to(torch.float32).contiguous()
@@ -218,7 +218,7 @@ class Packed:
         hypers: Sequence[Hyper],
         limits: Sequence[Tensor | None] = (),
     ) -> None:
-        """Pack gradient addresses and the numbers of a step: one block if all tensors share it, else one each."""
+        """Pack gradient addresses and a step's numbers: once if all tensors share them, else for each tensor."""
         addresses = tuple(map(Tensor.data_ptr, grads))
         if not all(addresses):
             _check_memory(self._params, grads)
@@ -241,7 +241,7 @@ class Packed:
         p = self._plain(t.p, True)
         count = p.numel()
         width = p.shape[-1] if p.dim() and (self._level == ROW or p.shape[-1] % block) else count
-        rows = count // width if count else t.m.numel()  # of no columns
+        rows = count // width if count else t.m.numel()  # without columns
         low = 0 if t.low is None else t.low.data_ptr()
         addresses = [x.data_ptr() for x in (p, *t.moments)]
         if not all(addresses):
@@ -253,7 +253,7 @@ class Packed:
             norm = self._plain(t.norm, True, torch.float32).data_ptr()
         weights, coefficients = ((0, count, 0), (0, max(count, 1), 0)) if t.span is None else t.span
         numbers = (0,) * 18
-        absent = (0,) * 3  # until set_rows(); factors.c has its own
+        absent = (0,) * 3  # set_rows() sets row sums, factors.c the factors
         STEP.pack_into(
             *(
                 self._buffer,
@@ -277,7 +277,7 @@ class Packed:
         )
 
     def _plain(self, x: Tensor, is_written: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the tensor, or a contiguous copy of the dtype."""
+        """Return the tensor, or a contiguous copy in the dtype."""
         if x.is_contiguous() and not x.is_neg() and (dtype is None or x.dtype == dtype):
             return x
         copy = x.resolve_neg().to(dtype or x.dtype).contiguous()
@@ -292,14 +292,14 @@ class Packed:
         return NUMBERS.pack(step & 0xFFFFFFFF, *numbers, gamma, limit, 0.0, step_size)
 
     def set_params(self, params: Sequence[Tensor]) -> None:
-        """Take others of the same shapes in place of the parameters; one that is no plain tensor ends its use."""
+        """Replace the parameters by others of the same shapes; one that is not contiguous ends :attr:`lasts`."""
         self._params = [params[i] for i in self.places]
         self.lasts &= all(p.is_contiguous() and not p.is_neg() for p in self._params)
         for i, address in enumerate(map(Tensor.data_ptr, self._params)):
             _POINTER.pack_into(self._buffer, i * STEP.size, address)
 
     def release_params(self) -> None:
-        """Let go of the parameters' memory; before the next step come others."""
+        """Drop the references to the parameters; :meth:`set_params` sets others before the next step."""
         self._params = []
 
     def step(self) -> None:
