@@ -1,4 +1,4 @@
-"""Numbers on the command lines of benchmarks, checked as they are parsed."""
+"""Converters for argparse: numbers on the command lines of benchmarks, with checks of their range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """Return a converter, for argparse, of finite numbers that are not below `least`."""
+    """Return a converter for argparse that accepts finite numbers of at least `least`."""
 
     def convert(text: str) -> float:
         try:
@@ -22,7 +22,7 @@ def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str
 
 
 def above_zero(text: str) -> float:
-    """Return the finite number above 0 that a text is."""
+    """Parse a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -33,7 +33,7 @@ def above_zero(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """Return the number from 0 to 1 that a text is."""
+    """Parse a number from 0 to 1."""
     value = at_least(0.0, float)(text)
     if value > 1.0:
         raise argparse.ArgumentTypeError(f"{text!r}: give a share between 0 and 1")

@@ -1,4 +1,4 @@
-"""Bandwidths of memory, over which a roofline divides the bytes that must move."""
+"""Memory bandwidths for rooflines, which are the bytes that must move over such a bandwidth."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions
     """Measure bytes moved per second (read plus written) by a copy within the device's memory.
 
     Args:
-        device: Where to copy.
+        device: Device whose memory is copied.
         size: Bytes of the buffer; None for 4 GiB on CUDA (less where less is free) and 256 MiB on a CPU, both
             far above any cache.
-        repetitions: Timed copies, after three for warming up.
+        repetitions: Number of timed copies, after three to warm up.
     """
     if size is None:
         size = min(4 * 2**30, available_bytes(device) // 4) if device.type == "cuda" else 256 * 2**20
@@ -25,25 +25,25 @@ def copy_bandwidth(device: torch.device, *, size: int | None = None, repetitions
 
 
 class StepBandwidth:
-    """The bandwidth that bounds an optimizer's step: of a pass in place on a CPU, else of a copy.
+    """The bandwidth that bounds an optimizer's step: that of an in-place pass on a CPU, else that of a copy.
 
-    On a CPU an optimizer's step is a pass that overwrites what it has read, and a copy is a slower one: it also
-    reads the cache lines that it overwrites. Neighbours and the clock change a CPU's bandwidth within seconds, so
-    that a pass takes turns with the steps.
+    On a CPU a step overwrites the cache lines that it has read. A copy is slower, since it also has to read the
+    lines that it overwrites. Other load and the clock rate change a CPU's bandwidth within seconds, so passes take
+    turns with the steps.
 
     Attributes:
-        metric: What the results call it.
-        words: What people call it.
-        spread: Bytes moved per second (read plus written), measured when this is made.
+        metric: Name in the records.
+        words: Name in printed text.
+        spread: Bytes moved per second (read plus written), measured by the constructor.
     """
 
     def __init__(self, device: torch.device, *, size: int | None = None, repetitions: int = 20) -> None:
-        """Measure it.
+        """Measure the bandwidth.
 
         Args:
-            device: Whose memory.
-            size: Bytes of the buffer; None for `copy_bandwidth`'s.
-            repetitions: Timed passes, after three for warming up.
+            device: Device whose memory is measured.
+            size: Bytes of the buffer; None as for `copy_bandwidth`.
+            repetitions: Number of timed passes, after three to warm up.
         """
         self._device = device
         self._buffer: torch.Tensor | None = None
@@ -56,7 +56,7 @@ class StepBandwidth:
         self.spread = Spread.of([self.now() for _ in range(3 + repetitions)][3:])
 
     def now(self) -> float:
-        """Return bytes moved per second by one more pass on a CPU, else the median of those measured."""
+        """Return bytes moved per second: by one more pass on a CPU, else the measured median."""
         if self._buffer is None:
             return self.spread.median
         buffer = self._buffer

@@ -1,4 +1,4 @@
-"""Grids of settings, as presets hold them, and the settings that they stand for."""
+"""Grids of hyper-parameters, as in presets, and their combinations, which are settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 Grid = Mapping[str, Sequence[float]]
-"""Values of each number of an optimizer, to be tried in every combination."""
+"""Values of each hyper-parameter, to be swept in every combination."""
 Value = float | None
 
 
@@ -16,9 +16,9 @@ def settings_of(
     """Return every combination of a grid once, in the grid's order.
 
     Args:
-        grid: One grid, or several that are taken one after another: the later ones go beyond the first's edges.
-        names: The numbers, in the order of a setting; None stands for one that the grid has not.
-        given: Values to take in place of the grid's, where they are not None.
+        grid: One grid, or several in sequence, of which the later ones extend the first beyond its edges.
+        names: Hyper-parameters in the order of a setting, which has None for one that the grid lacks.
+        given: Values that replace the grid's, unless None or empty.
     """
     own = {name: values for name, values in (given or {}).items() if values}
     settings: list[tuple[Value, ...]] = []

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from gwt_kernels.backends import choice
 
-_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, about; rounded up, so that the queue is never shorter than asked for
+_CYCLES_PER_SECOND = 2e9  # about a GPU's clock rate, rounded up, so that it never idles for less than requested
 
 
 class Spread(NamedTuple):
@@ -41,15 +41,15 @@ class Spread(NamedTuple):
 def clock(work: Callable[[], object], device: torch.device, *, lead: float = 0.01) -> tuple[float, float]:
     """Run `work` once and return its seconds on the device and on the host.
 
-    On CUDA the first is the time between two events around the work, and the second how long the call kept the
-    host; on a CPU both are the time of the call. The CUDA work is queued behind some idling, so that the device
-    does not wait for the host and the events enclose device work alone; where the work itself waits for the
-    device, or launches more than the queue takes (about a thousand kernels), launch latency remains in it.
+    On CUDA the first is the time between two events around the work, and the second the host's time for the call;
+    on a CPU both are the time of the call. CUDA work is queued behind a sleep kernel, so that the device does not
+    wait for the host and the events enclose device work only. If the work itself waits for the device, or launches
+    more kernels than the queue holds (about a thousand), its time includes launch latency.
 
     Args:
-        work: What to time.
-        device: Where it runs.
-        lead: Seconds of idling, which should be longer than the work takes to launch.
+        work: Function to time.
+        device: Device that it runs on.
+        lead: Seconds of sleep, which should be longer than the work takes to launch.
     """
     if device.type != "cuda":
         start = time.perf_counter()
@@ -69,7 +69,7 @@ def clock(work: Callable[[], object], device: torch.device, *, lead: float = 0.0
 
 
 def wall_clock(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Run `work` once on an idle device; return the host's and the device's time until they are done.
+    """Run `work` once on an idle device; return the time until the call returns and until the device is done.
 
     Both are seconds from the start of the call; on a CPU they are equal.
     """
@@ -106,7 +106,7 @@ def kernel_launches(work: Callable[[], object], device: torch.device) -> int | N
 
 
 def plain_tensors(holder: object) -> Iterator[Tensor]:
-    """Return every plain tensor of an object, once each: in containers, attributes and tensor subclasses."""
+    """Yield every plain tensor of an object once: those in containers, attributes and tensor subclasses."""
     seen: dict[int, object] = {}
     pending = [holder]
     while pending:

@@ -1,4 +1,4 @@
-"""LLaMA models and their shapes, from configuration files: presets, those of `bench/configs`, or a path."""
+"""LLaMA models and their shapes, from the package's configuration files, those of `bench/configs`, or a path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 def load_config(model: str) -> LlamaConfig:
-    """The model configuration named `model` (`llama_60m`), or in the JSON file of that path.
+    """Return the model configuration of that name, such as `llama_60m`, or in the JSON file of that path.
 
     Raises:
         FileNotFoundError: There is no such configuration; the message lists the existing ones.
@@ -41,7 +41,7 @@ def load_config(model: str) -> LlamaConfig:
         fields = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:  # no JSON, nested without end, or no text
         raise ValueError(f"--model {path}: is not JSON ({error}); give a file of LlamaConfig fields") from error
-    # LlamaConfig takes any fields, and the sizes of LLaMA-7B where it is given none.
+    # LlamaConfig accepts any fields, and its default sizes are those of LLaMA-7B.
     if not isinstance(fields, dict) or "hidden_size" not in fields or fields.get("model_type", "llama") != "llama":
         raise ValueError(
             f"--model {path}: is no configuration of a LLaMA; give a file with its hidden_size and so on"
@@ -60,11 +60,11 @@ def build_model(config: LlamaConfig, *, seed: int, device: torch.device, dtype: 
 
 
 def shapes_of(model: str, *, layers: int | None = None, embeddings: bool = True) -> list[Shape]:
-    """Return the tensors of a model of `bench/configs`; nothing is allocated.
+    """Return the shapes of a model's tensors; nothing is allocated.
 
     Args:
-        model: Name of a configuration file, without ".json".
-        layers: Number of layers to take; None for all.
+        model: Name or path, as for `load_config`.
+        layers: Number of layers to include; None for all.
         embeddings: Whether to include embedding, output head and last norm.
     """
     config = load_config(model)

@@ -1,4 +1,4 @@
-"""Names of optimizers in comparisons and records, such as `foam2-bf16`: taken apart, and as readers say them."""
+"""Names of optimizers in comparisons and records, such as `foam2-bf16`: their parts, and names for readers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ RULES = {
     "adafactor": "Adafactor",
     "muon": "Muon",
 }
-"""Rules of this package, in the order of the pages, and what their authors call them."""
+"""Rules of this package in the order of the pages, with the names that their authors use."""
 ROWS = ("gwt", "foam", "lion", "adam_mini")
-"""Those that have blocks of a row."""
+"""Rules that can have one block per row."""
 ADAMS = ("gwt", "foam")
-"""Those that are AdamW at level 0."""
+"""Rules that equal AdamW at level 0."""
 PEERS = {
     "adamw": "AdamW", "torch_adafactor": "torch Adafactor",
     "galore": "GaLore", "apollo": "APOLLO", "apollo_mini": "APOLLO-Mini",
 }  # fmt: skip
 
 STORAGE = ("", "bf16", "int8", "nearest", "stochastic", "split")
-"""What names say of moments and of the rounding of weights, in the order of the pages; first the default."""
+"""Suffixes for the moments and for the rounding of weights, in the order of the pages; the default is first."""
 
 _OWN = re.compile(
     rf"(?P<rule>{'|'.join(RULES)})(?P<level>\d|-row)(?:-(?P<details>published))?"
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
     rounding: str = ""
     """Rounding of the weights; empty for the default."""
     details: str = ""
-    """What becomes of Adafactor's details; empty for the default."""
+    """How Adafactor treats the details; empty for the default."""
 
     @property
     def is_stored_plainly(self) -> bool:
@@ -53,13 +53,13 @@ class Variant(NamedTuple):
 
     @property
     def swept_name(self) -> str:
-        """Return the name under which settings are swept: storage is not."""
+        """Return the name under which settings are swept, which leaves storage out."""
         level = f"-{ROW}" if self.level == ROW else self.level
         return f"{self.rule}{level}" + (f"-{self.details}" if self.details else "")
 
 
 def variant(name: str) -> Variant | None:
-    """Take a name apart; None for an optimizer that is not of this package."""
+    """Parse a name; return None for an optimizer that is not from this package."""
     found = _OWN.fullmatch(name)
     if found is None:
         return None
@@ -74,7 +74,7 @@ def check_name(name: str, option: str = "") -> str:
     """Return `name`, or raise a `ValueError` that lists the known names.
 
     Args:
-        name: Of an optimizer.
+        name: Name of an optimizer.
         option: The option that named it, for the message.
     """
     if name not in PEERS and variant(name) is None:
@@ -103,7 +103,7 @@ def optimizer_name(name: str) -> str:
 
 
 def order_of(name: str) -> tuple[Any, ...]:
-    """Return a key to sort by: peers before this package's optimizers, these by rule, level and storage."""
+    """Return a sort key: peers, then this package's optimizers by rule, details, level and storage."""
     own = variant(name)
     if own is None:
         return (0, name)

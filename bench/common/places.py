@@ -1,4 +1,4 @@
-"""Refuse folders and records that cannot be written to, before hours are spent."""
+"""Checks of output folders and records, made before hours are spent on a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import tempfile
 from pathlib import Path
 
 ROOM = 10_000_000
-"""Free bytes without which nothing is begun: records take less."""
+"""Free bytes that a run needs to start; records take less."""
 
 
 def check_out(out: Path) -> None:
-    """Refuse a folder that cannot be written to.
+    """Make a folder for results, and check that its disk has room.
 
     Raises:
-        ValueError: It is no folder, or the disk has no room.
+        ValueError: The folder cannot be made, or the disk has too little room.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -24,10 +24,10 @@ def check_out(out: Path) -> None:
 
 
 def check_record(record: Path) -> None:
-    """Refuse a record that cannot be written to.
+    """Check that a record can be written, and make its folder.
 
     Raises:
-        ValueError: It is a folder, or in none that can be written to, or the disk has no room.
+        ValueError: It is a folder, its folder cannot be written to, or the disk has too little room.
     """
     if record.is_dir():
         raise ValueError(f"--record {record}: is a folder; name a file in it")

@@ -60,8 +60,8 @@ def append(
 ) -> None:
     """Add rows to a record, or create one; an interruption leaves the old file or the new one.
 
-    Several processes may add to one record. A hidden file beside it is their lock, as jobs of a cluster have
-    temporary folders of their own.
+    Several processes may add to one record. Their lock is a hidden file in the record's folder, since jobs of a
+    cluster share no temporary folder.
 
     Args:
         path: The record.

@@ -1,4 +1,4 @@
-"""Times of optimizer steps to compare: taken in turns, over copies of one model with the same gradients."""
+"""Comparable times of optimizer steps, measured in turns over copies of one model with the same gradients."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from bench.common.measure import Spread, clock
 
 BENCHMARK = "step_times"
 WARM_UP = 5
-"""Steps before the timed ones, whenever an optimizer was built."""
+"""Untimed steps of each newly built optimizer."""
 ROUNDS = 60
 """Timed steps of each optimizer."""
 LARGE = 10_000_000
-"""Parameters of a model above which one copy at a time is in memory."""
+"""Number of parameters above which only one copy of the model is in memory at a time."""
 PASSES = 3
-"""How often each optimizer has its turn where copies are in memory one at a time."""
+"""Turns of each optimizer if copies are in memory one at a time."""
 Row = dict[str, Any]
 
 
@@ -32,13 +32,13 @@ class Contender(NamedTuple):
 
     optimizer: str
     recipe: str | None
-    """What of the model is trained; None where all of it is."""
+    """The part of the model that is trained; None for all of it."""
     build: Callable[[], tuple[nn.Module, Optimizer]]
     note: str = ""
 
 
 class Timed(NamedTuple):
-    """The step of one contender, in milliseconds, and how many parameters there are."""
+    """The step time of one contender in milliseconds, and its numbers of parameters."""
 
     contender: Contender
     milliseconds: Spread
@@ -52,7 +52,7 @@ def default_path(preset: str) -> Path:
 
 
 def fused(optimizer: Optimizer) -> Optimizer:
-    """Return AdamW of `torch.optim` as people use it, fused; another optimizer as it is."""
+    """Return the fused form of a `torch.optim.AdamW`, which is in common use; other optimizers unchanged."""
     if type(optimizer) is not AdamW:
         return optimizer
     return AdamW([{**group, "fused": True, "foreach": None} for group in optimizer.param_groups], fused=True)
@@ -63,14 +63,14 @@ def measure(
 ) -> list[Timed]:
     """Time steps in turns, so that all meet the same load.
 
-    Small models are in memory together, and each round is a step of each optimizer. Of a large model one copy is
-    built, timed and freed at a time, and all have several such turns.
+    Small models are in memory together, and each round is a step of each optimizer. Copies of a large model are
+    built, timed and freed one at a time, each several times.
 
     Args:
-        contenders: What to time.
-        device: Where.
-        rounds: Timed steps of each.
-        large: Parameters above which a model is large.
+        contenders: Optimizers to time.
+        device: Device to run on.
+        rounds: Number of timed steps of each.
+        large: Number of parameters above which a model is large.
     """
     counts = [_counts(contender.build()[0]) for contender in contenders]
     together = max(total for total, _ in counts) <= large
@@ -99,7 +99,7 @@ def _counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _ready(contender: Contender, device: torch.device) -> Optimizer:
-    """Build an optimizer whose parameters have gradients; each model's are the same."""
+    """Build an optimizer whose parameters have gradients, the same for each copy of the model."""
     model, optimizer = contender.build()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -113,9 +113,9 @@ def rows_of(found: Sequence[Timed], what: Row, about: Row) -> list[Row]:
     """Return rows in long format.
 
     Args:
-        found: What `measure` returned.
-        what: `of`, `preset`, `model` and `precision`.
-        about: Facts about machine and versions.
+        found: Results of `measure`.
+        what: Columns `of`, `preset`, `model` and `precision`.
+        about: Facts about the machine and versions.
     """
     about = about | {"sources": sources.digest(about["own_backend"])}
     return [
