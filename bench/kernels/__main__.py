@@ -1,4 +1,4 @@
-"""Time each kernel alone: the fused step with and without limiter, those of other rules, and the Haar transforms.
+"""Time each kernel alone: the fused step with and without limiter, steps of other rules, and the Haar transforms.
 
 Every case is compared with float64 before it is timed. Sets of buffers take turns, so that none is in the cache
 when its turn comes. The time is the device time of one call on one tensor; for a step it includes the copy of its

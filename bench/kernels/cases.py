@@ -20,10 +20,10 @@ KERNELS = ("step", "step_limiter", "haar_dwt", "haar_idwt")
 RULE_KERNELS = ("step_foam", "step_adam_mini", "step_muon", "step_orthogonal")
 """Steps of other rules, and the stages of GWT-Muon before and after its matrix products."""
 MATRICES = torch.bfloat16
-"""dtype of what lies between these stages."""
+"""dtype of the matrices between these stages."""
 PARTS = ("matrices", "sizes", "grid")
 MODELS = ("llama_60m", "llama_350m", "llama_1b", "llama_7b", "llama_70b")
-CPU_MODEL = "llama_350m"  # whose matrices take a CPU long enough to hide what a call costs by itself
+CPU_MODEL = "llama_350m"  # its matrices take a CPU long enough to hide the overhead of a call
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -59,12 +59,12 @@ class Case(NamedTuple):
 
     @property
     def written(self) -> torch.dtype:
-        """Dtype of the weights, or of the matrices in their place."""
+        """Dtype of the weights, or of the matrices written in their place."""
         return self.data if self.rule.reads_weights else MATRICES
 
     @property
     def read(self) -> torch.dtype:
-        """Dtype of the gradients, or of what became of the matrices."""
+        """Dtype of the gradients, or of the orthogonalised matrices read in their place."""
         return self.data if self.rule.slots else MATRICES
 
     @property
@@ -124,10 +124,10 @@ def _moment_bytes(case: Case) -> int:
 def bytes_moved(case: Case) -> int:
     """Count the bytes that a call must move.
 
-    A step reads the gradients once, and reads and writes weights and moments once; what takes the place of weights
-    is not read. The limiter needs the norm of
-    the whole normalised approximation before any weight is written, so it reads gradients and moments a second
-    time. A transform reads its tensor and writes the coefficients, its inverse the other way round.
+    A step reads the gradients once, and reads and writes weights and moments once; matrices in place of weights are
+    only written. The limiter needs the norm of the whole normalised approximation before any weight is written, so
+    it reads gradients and moments a second time. A transform reads its tensor and writes the coefficients; its
+    inverse does the reverse.
     """
     if not case.is_step:
         return bytes_held(case)
@@ -143,7 +143,7 @@ def bytes_read_twice(case: Case) -> int:
 
 
 def set_count(case: Case, cache: int) -> int:
-    """Return how many sets of buffers take turns, so that the others fill a cache of this size twice.
+    """Return how many sets of buffers must take turns so that the others fill a cache of this size twice.
 
     At least two, since a second set holds the values from before the step; at most `MAX_SETS`.
     """
@@ -175,10 +175,10 @@ class Grid(NamedTuple):
     data: Sequence[torch.dtype]
     moments: Sequence[torch.dtype]
     is_of_adamw: bool = False
-    """Whether these tensors are AdamW's whatever the rule, such as embeddings."""
+    """Whether AdamW updates these tensors, such as embeddings, with every rule."""
 
     def cases(self, kernels: Sequence[str]) -> Iterator[Case]:
-        """Return the cases of the product, dtype by dtype; level 0 has no transform and no limiter."""
+        """Yield the cases of the product, dtype by dtype; level 0 has no transform and no limiter."""
         product = itertools.product(self.data, self.moments, self.shapes, self.levels, kernels)
         for data, moments, shape, level, kernel in product:
             if self.is_of_adamw and kernel != "step":

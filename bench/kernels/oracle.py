@@ -28,7 +28,7 @@ STEP = 1000
 CHUNK = 1 << 22  # elements per comparison: float64 copies of 2**31 elements would not fit
 TEMPORARIES = 40  # upper bound on the float64 arrays of a chunk's size in a comparison
 EPS = torch.finfo(torch.float32).eps
-NORM_ROUNDING = 32 * EPS  # of a float32 sum of squares, added up in trees
+NORM_ROUNDING = 32 * EPS  # relative error of a float32 sum of squares, added up in trees
 
 _HAAR = literal.filter_bank("haar")
 
@@ -90,7 +90,7 @@ class Buffers:
 
     @property
     def scales(self) -> list[Tensor]:
-        """Scales of both moments, if these are int8."""
+        """Scales of the moments if these are int8, else none."""
         slots = len(self.case.rule.slots)
         return self.outputs[1 + slots : 1 + 2 * slots] if self.case.quantized else []
 
@@ -180,7 +180,7 @@ def _bucket(
 
 
 def _rule_error(after: Buffers, before: Buffers) -> Tensor:
-    """Compare with PyTorch's operators in float64; rounding errors are those of sums of what a row has."""
+    """Compare with PyTorch's operators in float64; bounds are relative to the largest magnitude of a row."""
     case, slots = after.case, len(after.case.rule.slots)
     once = 8 * (case.level + 4) * EPS + (quantized.DECODING if case.quantized else 0.0)
     worst = torch.zeros((), dtype=torch.float64, device=after.outputs[0].device)
@@ -250,7 +250,7 @@ def _step_error(after: Buffers, before: Buffers) -> Tensor:
 
 
 def _exact_chunks(buffers: Buffers) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Yield chunks of rows in float64: gradients, weights, both moments, and their first coefficient's offset."""
+    """Yield chunks of rows: the first coefficient's offset; gradients, weights and both moments in float64."""
     first = 0
     for g, p, *stored in _chunks(*buffers.inputs, *buffers.outputs[:3]):
         m, v = (x.double() for x in stored)
@@ -292,7 +292,7 @@ def _step_bounds(
 
 
 def _transform_error(after: Buffers) -> Tensor:
-    """Compare a transform; each level is an addition, a product and a rounded constant."""
+    """Compare a transform in float64; each level rounds a sum, a product and a constant."""
     case = after.case
     once = 1.5 * EPS
     worst = torch.zeros((), dtype=torch.float64, device=after.inputs[0].device)

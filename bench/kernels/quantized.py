@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gwt_kernels.formats.int8 import block_size
 
-DECODING = 3 * torch.finfo(torch.float32).eps  # relative: a constant and products, one of them squared
+DECODING = 3 * torch.finfo(torch.float32).eps  # relative error: a constant and products, one of them squared
 
 
 class Quantizer(NamedTuple):

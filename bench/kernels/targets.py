@@ -10,7 +10,7 @@ import torch
 from bench.kernels.cases import Case, bytes_moved, bytes_read_twice
 
 Key = tuple[str, str]
-"""Name of an optimizer, dtype of its weights."""
+"""Name of an optimizer, and dtype of its weights."""
 
 Found = Mapping[str, float]
 """Medians by metric."""
@@ -42,7 +42,7 @@ class Target(NamedTuple):
     """A measured value and its bound."""
 
     model: str
-    """A model, or the tensor of a kernel."""
+    """Name of a model, or of a kernel's case."""
     label: str
     value: float
     bound: float
@@ -56,7 +56,7 @@ class Target(NamedTuple):
 
 
 class _Promise(NamedTuple):
-    """A bound on the ratio of the step times of two optimizers, on the models named or on all."""
+    """A bound on the ratio of two optimizers' step times, for the named models or for all."""
 
     label: str
     over: Key
@@ -137,10 +137,10 @@ def compared(device_type: str) -> set[Key]:
 
 
 def targets(model: str, found: Mapping[Key, Found], device_type: str, launch_latency: float | None) -> list[Target]:
-    """Return the ratios promised for a model, from measurements without clipping.
+    """Return the targets of a model, computed from measurements without clipping.
 
     Args:
-        model: A name of `bench/configs`.
+        model: Name of the model, such as `llama_7b`.
         found: Metrics by optimizer; optimizers without a time are missing.
         device_type: "cpu" or "cuda".
         launch_latency: Wall time of one small kernel in seconds; None on a CPU.
@@ -152,7 +152,7 @@ def targets(model: str, found: Mapping[Key, Found], device_type: str, launch_lat
 
 
 def kernel_targets(seconds: Mapping[Case, float], bandwidth: float, cache: int) -> list[Target]:
-    """Return the targets for the step's kernels at level 2 in bf16, each for the tensor farthest from it.
+    """Return the targets for the step's kernels at level 2 in bf16, each with the case that is farthest from it.
 
     Args:
         seconds: Median time by case.
