@@ -56,7 +56,7 @@ def rows(result: Result, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def row(metric: str, unit: str, spread: Spread, about: dict[str, Any]) -> dict[str, Any]:
-    """Return the row of a quantity of the machine."""
+    """Return the row for a property of the machine, such as its bandwidth."""
     return EMPTY | {"metric": metric, "unit": unit} | spread._asdict() | about
 
 
@@ -86,7 +86,7 @@ def promises(results: Sequence[Result], device: torch.device, latency: Spread | 
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the results as an aligned table of the metrics that any has; times in milliseconds, sizes in MiB."""
+    """Return an aligned table of all metrics in the results; times are in milliseconds, sizes in MiB."""
     columns = {
         "step": ("step_time", False, "{:.3f}", 1e3),
         "wall": ("wall_time", False, "{:.3f}", 1e3),
@@ -182,11 +182,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def batches(
     models: Sequence[str], candidates: Sequence[Candidate], device: torch.device
 ) -> list[tuple[str, list[Candidate]]]:
-    """Return what is measured together, most important first, so that a time budget is well spent.
+    """Return batches of candidates to measure together, the most important first, as time may be limited.
 
-    On a CPU that is everything on weights of one dtype, so that all meet the same load, and products of matrices
-    apart, which take a hundred times as long as the other steps; on CUDA each candidate alone, to save memory, and
-    first what the targets compare, on the models that they name.
+    On a CPU a batch has the candidates with weights of one dtype, so that all meet the same load; other rules are
+    separate, since matrix products take a hundred times as long as other steps. On CUDA each candidate is a batch,
+    to save memory. Those that the targets compare, on the models that these name, come first.
     """
     if device.type == "cpu":
         groups: dict[object, list[Candidate]] = {}
@@ -203,7 +203,7 @@ def batches(
 def run(
     options: argparse.Namespace, candidates: Sequence[Candidate], bandwidth: StepBandwidth
 ) -> Iterator[tuple[Sequence[Shape], list[Result]]]:
-    """Measure batch after batch, and yield each batch when it is done, until the time is up."""
+    """Measure batch after batch, and yield shapes and results of each; notes only, once the time is up."""
     device, begin = options.device, time.monotonic()
     shapes = {
         path: shapes_of(path, layers=options.layers, embeddings=options.embeddings) for path in options.models
@@ -232,7 +232,7 @@ def launch_latency(device: torch.device) -> Spread:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite of a device; return 1 if this package failed its check or did not run, or without device."""
+    """Run the suite of a device; return 1 if an oracle's check or this package failed, or without a device."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     before = torch.get_num_threads()
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_with(threads: int, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run the suite with a number of threads, recorded in a file of its own."""
+    """Run the suite with a number of threads, and write its own record."""
     device, present = options.device, is_present(options.device)
     torch.set_num_threads(threads)
     about = facts(device if present else torch.device("cpu"), "bench.optimizers", arguments, options.commit)

@@ -1,4 +1,4 @@
-"""One optimizer on one model's shapes: construction on random data, new gradients, and its bytes."""
+"""One optimizer on one model's shapes: construction on random data, new gradients, and counts of bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
     """The optimizer's package, as `--peers` names it."""
     likeness: Likeness | None = None
     resembles: Callable[[list[Group]], Optimizer] = partial(AdamW, foreach=False)  # type: ignore[assignment]
-    """Builds what the likeness is to, in float64."""
+    """Builds the optimizer that the likeness refers to, in float64."""
     state_bytes: float | None = None
     """Upper bound on the bytes of state per element; None: two moments as GWT or torch keep them."""
 
@@ -98,7 +98,7 @@ def gwt(
     skips: bool = False,
     telemetry: bool = False,
 ) -> Candidate:
-    """GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments."""
+    """Return GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments."""
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
     own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
@@ -120,7 +120,7 @@ def gwt(
 
 
 def ptwt(level: int, dtype: torch.dtype) -> Candidate:
-    """The literal step by ptwt's convolutions; its oracle is the package's torch backend."""
+    """Return the literal step with ptwt's convolutions; its oracle is the package's torch backend."""
 
     def build_literal(groups: list[Group]) -> Optimizer:
         from bench.optimizers.ptwt_step import LiteralGWTAdamW  # needs ptwt, which may not be installed
@@ -132,7 +132,7 @@ def ptwt(level: int, dtype: torch.dtype) -> Candidate:
 
 
 def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
-    """torch.optim.AdamW in the named implementation; its oracle is the plain loop.
+    """Return torch.optim.AdamW in the named implementation; its oracle is the plain loop.
 
     On narrow dtypes only the fused implementation computes in float32; the others round in between, and are checked
     by likeness.
@@ -152,7 +152,7 @@ def adamw(dtype: torch.dtype, **implementation: bool) -> Candidate:
 
 
 def bytes_needed(candidate: Candidate, shapes: Sequence[Shape]) -> int:
-    """Estimate the peak bytes of a built candidate: weights, gradients, moments, its largest check."""
+    """Estimate the peak bytes of a candidate: weights, gradients, moments, and the check of its largest tensor."""
     total = 0.0
     largest = 0
     moment = candidate.dtype.itemsize if candidate.level is None else max(candidate.dtype.itemsize, 4)

@@ -68,7 +68,7 @@ def against_oracle(built: BuiltCandidate) -> float:
 
 
 def against_another(built: BuiltCandidate) -> float:
-    """Take a second step with new gradients, and compare its update with what it resembles does in float64.
+    """Take a second step with new gradients, and compare its update with that of the other optimizer in float64.
 
     This is a sanity check for packages with their own rule or rounding: the right tensors have moved, by about the
     right length and in about the right direction, as the candidate's likeness says.
@@ -108,7 +108,7 @@ def _rounding_of(p: Tensor, optimizer: Optimizer) -> str | None:
 
 
 def _draw_gradients(built: BuiltCandidate) -> None:
-    """Return a separate gradient for every tensor, so that confusing tensors of equal size shows."""
+    """Draw a separate gradient for every tensor, so that a mix-up of tensors of equal size shows."""
     renew_gradients(built)
     for p in built.tensors:
         _gradient(p).normal_()
@@ -128,14 +128,14 @@ def _gradient(p: Tensor) -> Tensor:
 
 
 def _values(p: Tensor, optimizer: Optimizer, level: int = 0) -> dict[str, Tensor]:
-    """Copy what a step changes except the step count; int8 moments are dequantized."""
+    """Copy weights and state except the step count; int8 moments are dequantized, split weights joined."""
     state = optimizer.state[p]
     values = {key: value.clone() for key, value in state.items() if key != "step"}
     for key, decode in (("exp_avg", decode_first), ("exp_avg_sq", decode_second)):
         scales = values.pop(f"{key}_scale", None)
         if scales is not None:
             values[key] = decode(values[key], scales, level)
-    low = values.pop("weight_low", None)  # with which they are float32 weights
+    low = values.pop("weight_low", None)  # low bits of float32 weights
     return {"weights": p.detach().clone() if low is None else join_low(p.detach(), low_bits_of(low)), **values}
 
 
@@ -170,7 +170,7 @@ def _error(found: Tensor, expected: Tensor, old: Tensor, *, at_random: bool = Fa
 
 
 def _update_of(candidate: Candidate, shape: Shape, start: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Return what the candidate resembles does at rate 1 by the last gradient, with moments of all gradients."""
+    """Return the other optimizer's update by the last gradient at rate 1, with moments from all gradients."""
     p = nn.Parameter(start.clone())
     other = candidate.resembles(groups_of([shape], [p], candidate.level))
     for gradient in gradients:

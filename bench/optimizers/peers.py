@@ -24,7 +24,7 @@ FOUR_BIT = Likeness(0.9, 0.7, 1.3)
 
 
 def suite(names: Iterable[str], levels: Iterable[int], device: torch.device) -> list[Candidate]:
-    """Return the candidates of the packages named, those of the targets first; beside other rules also AdamW."""
+    """Return the candidates of the named packages, those of the targets first; other rules come with AdamW."""
     on_cpu = device.type == "cpu"
     main = torch.float32 if on_cpu else torch.bfloat16
     chosen: list[Candidate] = []
@@ -69,7 +69,7 @@ def _gwt_on_cpu(levels: list[int]) -> list[Candidate]:
 
 
 def _torch_on_cpu(_: list[int]) -> list[Candidate]:
-    """Return the implementation that computes in float32, for each dtype of weights."""
+    """Return the implementation that computes in float32, for each 16-bit dtype of weights."""
     return [adamw(dtype, fused=True) for dtype in (torch.bfloat16, torch.float16)]
 
 
@@ -78,7 +78,7 @@ def _torch(dtype: torch.dtype, _: list[int]) -> list[Candidate]:
 
 
 def _ptwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
-    """Return candidates at level 2, the level of the targets, or else at the levels asked for."""
+    """Return candidates at level 2, the level of the targets, or else at the requested levels."""
     return [ptwt(level, dtype) for level in levels if level == 2 or (level and 2 not in levels)]
 
 
@@ -257,7 +257,7 @@ def projection_time(built: BuiltCandidate, device: torch.device) -> float | None
         def seconds(step: int, projector: Any = projector, gradient: Tensor = gradient) -> float:
             return clock(lambda: projector.project(gradient, step), device)[0]
 
-        # It renews itself if the step is a multiple of the gap; the first decomposition also initialises a library.
+        # Projectors renew at multiples of the gap; the first decomposition also initialises a library.
         renewed, plain = (min(seconds(step) for _ in range(2)) for step in (0, 1))
         total += max(0.0, renewed - plain) * len(tensors)
     return total

@@ -1,4 +1,4 @@
-"""The GWT step level by level, by a convolution-based transform: the baseline of the folded step."""
+"""The GWT step level by level, with a convolution-based transform: the baseline for the folded step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HAAR = pywt.Wavelet("haar")
 class LiteralGWTAdamW(Optimizer):
     """GWT-Adam with `ptwt.wavedec` and `ptwt.waverec`, level by level; no folding identity, no backend.
 
-    Arguments and state as for `gwt_kernels.GWTAdamW`, so that one harness runs both; narrow weights and
+    Arguments and state are as for `gwt_kernels.GWTAdamW`, so that one harness runs both; narrow weights and
     gradients are widened to float32. Tensors at level 0 take a plain AdamW step. Source: GWT
     (arXiv 2501.07237), with the limiter of Fira (arXiv 2410.01623).
     """

@@ -1,4 +1,4 @@
-"""Optimizers with other rules than Adam's as candidates: Muon, Adafactor and Lion, of torch and of this package."""
+"""Candidates with other rules than Adam's: Muon and Adafactor from torch; Muon, Adafactor and Lion from here."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bench.optimizers.candidate import Candidate, Group, Likeness
 from gwt_kernels import GWTAdafactor, GWTLion, GWTMuon
 
 NAME = "rules"
-"""Their name among the packages of `--peers`."""
+"""Name of these candidates among the packages of `--peers`."""
 
 CLOSE = Likeness(0.999, 0.99, 1.01)
 NARROW = Likeness(0.99, 0.97, 1.03)
-"""Where Newton-Schulz runs in bfloat16, or the sign of a sum near 0 may differ."""
+"""For Newton-Schulz in bfloat16, and for rules where the sign of a sum near 0 may differ."""
 
 
 class MuonAndAdamW(Optimizer):
-    """`torch.optim.Muon` of the transformed matrices and the fused AdamW of all else, which Muon does not take."""
+    """`torch.optim.Muon` for the transformed matrices, and fused AdamW for tensors that Muon does not take."""
 
     def __init__(self, groups: list[Group]) -> None:
         super().__init__([dict(group) for group in groups], {"lr": 1e-3})
@@ -37,7 +37,10 @@ class MuonAndAdamW(Optimizer):
 
 
 def suite(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
-    """Return Muon, and GWT-Muon, GWT-Adafactor and GWT-Lion at level 2, or else at the levels asked for."""
+    """Return torch's Muon and Adafactor, and this package's rules at level 2, or else at the requested levels.
+
+    GWTMuon also comes at level 0, where it is Muon.
+    """
     chosen = [2] if 2 in levels else [level for level in levels if level]
 
     def muon(level: int, **options: Any) -> Callable[[list[Group]], Optimizer]:
@@ -70,7 +73,7 @@ def _adafactor(groups: list[Group]) -> Optimizer:
 
 
 def _with_rules(groups: list[Group], level: int) -> list[Group]:
-    """Return the groups with the level and the rule that each has."""
+    """Return the groups with their levels; those that are not transformed get level 0 and AdamW's rule."""
     return [
         group | ({"level": level} if group["transformed"] else {"level": 0, "rule": "adamw"}) for group in groups
     ]

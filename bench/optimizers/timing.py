@@ -26,7 +26,7 @@ from bench.optimizers.peers import REFRESH_GAP, projection_time
 
 WARM_UP = 3
 FEWEST = 3  # fewest timed steps when a candidate's time is up
-SECONDS = 10.0  # for the timed steps of a candidate
+SECONDS = 10.0  # time limit for the timed steps of a candidate
 
 
 class Metric(NamedTuple):
@@ -64,7 +64,7 @@ class Result(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Seconds of one step, with the metrics' names."""
+    """Seconds of one step; the fields have the metrics' names."""
 
     step_time: float
     host_time: float
@@ -95,9 +95,9 @@ def measure(
         model: Name of the model in the results.
         candidates: Candidates to time. A CPU holds several at once; pass one at a time if memory is short.
         shapes: The tensors of the model.
-        device: Where to run.
+        device: Device to run on.
         repetitions: Timed steps of each, after the warm-up; fewer if they take too long.
-        bandwidth: Of this device; on a CPU it is measured again in every round.
+        bandwidth: Bandwidth of this device; on a CPU it is measured again in every round.
         seconds: Time limit for the timed steps of each.
     """
     notes: dict[str, str] = {}
@@ -148,7 +148,7 @@ def measure(
 
 
 def _sample(built: BuiltCandidate, device: torch.device, before: Sequence[_Turn], *, clipped: bool) -> _Sample:
-    """Time one step with new gradients; on CUDA two, since the lead that hides launch latency spoils host time."""
+    """Time one step with new gradients; on CUDA two, as the lead that hides launch latency spoils host time."""
     work = built.clipped_step if clipped else built.optimizer.step
     renew_gradients(built)
     if device.type != "cuda":
