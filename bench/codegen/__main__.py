@@ -1,6 +1,6 @@
 """Compile every kernel variant without a GPU, show its machine code's costs, and gate the flat path.
 
-With --executed, execute variants instead, and count instructions, sectors of memory and dependent loads an element.
+With --executed, execute variants instead; count dependent loads, and instructions and memory sectors per element.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from bench.common import records
 from gwt_kernels.core.level import ROW, Level, depth_of
 from gwt_kernels.rules import rule_of
 
-# Arrays that the gate knows; whatever else a kernel accesses are tables, or one number of a tensor or of a row.
+# Arrays that the gate knows; everything else that a kernel accesses is a table, or one number per tensor or row.
 ARRAYS = ("p", "g", "m", "v", "low", "m_scale", "v_scale")
 GATED = ("sm_80", "sm_90", "sm_100")
 WIDE = 128
 
 
 def gated(row: dict[str, Any]) -> bool:
-    """Tell whether the project promises that :func:`violations` finds nothing in a row."""
+    """Return whether the gate requires that :func:`violations` finds nothing in a row."""
     return (
         row["target"] in GATED
         and row["kernel"] in (*STEPS, *NORMS)
@@ -66,10 +66,10 @@ def gated(row: dict[str, Any]) -> bool:
 
 
 def passes(row: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """How often the kernel of a row loads and stores a tile of each array, in the intermediate code.
+    """Return how often a row's kernel loads and stores a tile of each array, in the intermediate code.
 
-    A kernel that takes rows reads gradients twice: for what it needs of the whole row, and to update it, unless
-    the rule needs nothing. Of Adafactor's update no first moment is measured.
+    A kernel for rows reads gradients twice, for sums over the row and for its update, unless the rule has no
+    moments. The norm of Adafactor's update reads no first moment.
     """
     rule = rule_of(row["rule"] or "gwt", row["level"])
     step = row["kernel"] in STEPS
@@ -85,13 +85,13 @@ def passes(row: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def violations(row: dict[str, Any]) -> list[str]:
-    """Return what keeps a row of a step or norm from being one optimal pass.
+    """Return the reasons why a row of a step or norm is not one optimal pass.
 
-    Weights and gradients are accessed by 128-bit instructions alone, and by as many as the tile has 128-bit words
-    (of a loop over a row's tiles by no fewer, as it may be unrolled; of two dtypes the wider ones, the narrower by
-    as many elements), moments in codes by none narrower than the
-    codes of the blocks in 16 bytes of weights; nothing spills; no product is contracted with a sum; in the
-    intermediate code, each array is loaded and stored as often as :func:`passes` says.
+    Weights, low bits and gradients must be accessed by 128-bit instructions only, as many as a tile has 128-bit
+    words (or more, in a loop over a row's tiles, which may be unrolled). Of two dtypes, this holds for the wider;
+    accesses of the narrower have as many elements. Accesses of int8 moments must be as wide as the moments of the
+    blocks in 16 bytes of weights. Nothing may spill, and no product may be contracted with a sum. The intermediate
+    code must load and store each array as often as :func:`passes` says.
     """
     found = []
     if row["stack"] or row["spills"]:
@@ -105,7 +105,7 @@ def violations(row: dict[str, Any]) -> list[str]:
         expected = set(times) & set(ARRAYS)
         if in_code != times:
             found.append(f"{what} in the intermediate code: {in_code} instead of {times}")
-        if looped:  # where it is unrolled, instructions of one line are known to be of some arrays together
+        if looped:  # if it is unrolled, instructions of one line may be counted for several arrays together
             accesses = _apart(accesses)
         strange = [name for name in accesses if not name.isidentifier()]
         if strange:
@@ -134,7 +134,7 @@ def violations(row: dict[str, Any]) -> list[str]:
 
 
 def _apart(accesses: Accesses) -> Accesses:
-    """Accesses of several known arrays together, as accesses of each."""
+    """Count accesses that belong to several known arrays together as accesses of each."""
     found: Accesses = {}
     for names, widths in accesses.items():
         together = names.split("|")
@@ -187,7 +187,7 @@ def table(target: str, rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 where a variant fails the gate or to compile, 2 where nothing can be measured."""
+    """Run the command line; return 1 if a variant fails the gate or to compile, 2 if nothing can be measured."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

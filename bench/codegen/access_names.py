@@ -1,4 +1,4 @@
-"""Which array an instruction accesses, found from the place in the kernels' source that it was compiled from."""
+"""Names of the arrays that instructions access, found from the source lines that these were compiled from."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _tree(file: str) -> ast.Module | None:
 
 
 def _innermost(tree: ast.Module, frame: Frame, wanted: Callable[[ast.Call], bool]) -> ast.Call | None:
-    """The last wanted call to open before the place and close after it; Triton places a call at an argument."""
+    """Return the innermost wanted call around a place; Triton locates a call at one of its arguments."""
     place = (frame.line, frame.column)
     around = [
         node
@@ -95,7 +95,7 @@ def _calls(tree: ast.Module) -> list[ast.Call]:
 
 
 def _names_of(tree: ast.Module, function: str) -> set[str]:
-    """What a file calls a function: its name, or another that it is imported by."""
+    """Return the names of a function in a file: its own, and aliases that it is imported as."""
     imported = [name for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names]
     return {function} | {str(name.asname) for name in imported if name.name == function and name.asname}
 

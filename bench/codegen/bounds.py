@@ -1,4 +1,4 @@
-"""What an H100 issues, computes and moves in a second, and which of these bounds a kernel that is counted."""
+"""Rates at which an H100 issues, computes and moves, and which of them bounds a kernel with known counts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 MULTIPROCESSORS, SCHEDULERS, LANES = 132, 4, 32
 CLOCK = 1.7e9
-"""Of a multiprocessor, in a second: each scheduler issues one warp's instruction a cycle."""
+"""Cycles per second of a multiprocessor, in each of which every scheduler issues one warp's instruction."""
 BANDWIDTH = 3.0e12
-"""Bytes that its memory is taken to move in a second; its data sheet says 3.35e12."""
+"""Assumed bytes per second of its memory; the data sheet says 3.35e12."""
 SLOTS, INTEGER, SPECIAL, SHUFFLE = "issue slots", "integer unit", "special functions", "shuffles"
 RATES = {SLOTS: SCHEDULERS * LANES, INTEGER: 64, SPECIAL: 16, SHUFFLE: 32}
-"""Lanes' instructions that a multiprocessor takes a cycle: in all, and by the unit that some of them need.
+"""Instructions of lanes that a multiprocessor takes per cycle: in total, and by the unit that some of them need.
 
-The units' are those of the CUDA C++ Programming Guide, "Arithmetic Instructions", for compute capability 9.0: 64
+The units' rates are from the CUDA C++ Programming Guide, "Arithmetic Instructions", for compute capability 9.0: 64
 for additions, products, logic and shifts of integers, for comparisons, minima and maxima, and for conversions; 16
-for reciprocals, roots and exponentials; 32 for shuffles. Selections are taken to be as quick as comparisons. Each
-instruction of PTX is taken to be one of its unit's, also of 64 bits and a conversion from or to these.
+for reciprocals, roots and exponentials; 32 for shuffles. Selections are assumed to be as fast as comparisons. Each
+PTX instruction is assumed to be one of its unit, also if it has 64 bits or converts from or to 64 bits.
 """
 
 ARITHMETIC = (
@@ -28,23 +28,23 @@ ARITHMETIC = (
 
 
 class Shares(NamedTuple):
-    """How busy a kernel can keep multiprocessors and memory: what bounds it to the full, the other in part."""
+    """How busy a kernel can keep multiprocessors and memory: 1 for the one that bounds it, less for the other."""
 
     issue: float
     bandwidth: float
 
 
 def demands(lanes: Mapping[str, float], moved: float) -> dict[str, float]:
-    """Time to compute over time to move, for one element, of each of ``RATES``: above 1 it bounds the kernel.
+    """Return the time to compute over the time to move by key of ``RATES``; above 1 this bounds the kernel.
 
     Args:
-        lanes: 32 for each instruction that a warp issues, in all and by unit.
-        moved: Bytes.
+        lanes: Instructions per element, 32 for each that a warp issues, in total and by unit.
+        moved: Bytes that move per element.
     """
     a_cycle = MULTIPROCESSORS * CLOCK * moved / BANDWIDTH
     return {name: n / RATES[name] / a_cycle for name, n in lanes.items()}
 
 
 def shares(needed: float) -> Shares:
-    """Of the largest of :func:`demands`."""
+    """Return the shares that follow from the largest of :func:`demands`."""
     return Shares(min(1.0, needed), min(1.0, 1 / needed))

@@ -1,4 +1,4 @@
-"""Executes kernel variants without a GPU, and counts instructions, sectors and dependent loads an element."""
+"""Execute kernel variants without a GPU: count dependent loads, and instructions and sectors per element."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from tests.ptx.driver import CHIPS, Driver, Options
 __all__ = ["ABOUT", "CHIPS", "COUNTED", "bytes_that_move", "count", "shapes_of", "table", "widths"]
 
 COUNTED = (*STEPS, *NORMS, PANEL, DWT, IDWT)
-"""Kernels that pass over tensors; the others take one number of a tile, of a row or of a tensor."""
+"""Kernels that pass over tensors; the others pass over one number per tile, row or tensor."""
 TENSORS = 16
-"""In one launch: several, so that finding a tile's tensor is a real look-up, and no more than counts need."""
+"""Tensors in one launch: several, so that finding a tile's tensor is a real look-up, but no more than needed."""
 FLAT_SHAPE = 4, 4096
 ODD_WIDTH = 5461
-"""Of LLaMA-1B's MLP, whose last block of a row is cut short at every level."""
+"""Width of LLaMA-1B's MLP, whose last block of a row is cut short at every level."""
 EVEN_WIDTH = 1000
-"""Of which blocks of 16 and more do not come out."""
+"""A multiple of 8 but not of 16, so that blocks of 16 and more are cut short."""
 ROWS = {ODD_WIDTH: 5, EVEN_WIDTH: 16}
-"""So many that tiles across rows are full but for one in a hundred; of an odd number of elements where all are."""
+"""Number of rows by width: tiles across rows are full, except for one in a hundred; 5 * 5461 is odd."""
 
 
 def widths(variant: Variant) -> list[int]:
-    """Row widths that a variant is counted at."""
+    """Return the row widths that a variant is executed with."""
     if variant.path == "flat":
         return [FLAT_SHAPE[1]]
     level = variant.level or 0
@@ -50,7 +50,7 @@ def widths(variant: Variant) -> list[int]:
 
 
 def shapes_of(variant: Variant, width: int) -> list[tuple[int, int]]:
-    """Shapes of the tensors of one launch: a bucket, or the one tensor of a transform."""
+    """Return the shapes of the tensors of one launch: a bucket, or the one tensor of a transform."""
     rows = FLAT_SHAPE[0] if variant.path == "flat" else ROWS[width]
     if variant.kernel not in (DWT, IDWT):
         return [(rows, width)] * TENSORS
@@ -58,15 +58,15 @@ def shapes_of(variant: Variant, width: int) -> list[tuple[int, int]]:
 
 
 def count(variant: Variant, width: int) -> dict[str, Any]:
-    """Run a variant on full tiles of rows of a width, and return its row.
+    """Execute a variant on rows of a width, which fill its tiles, and return its row of the record.
 
     Raises:
-        Fault: the kernel does what a GPU would stop at, or leave undefined.
+        Fault: the kernel does something that would stop a GPU, or that is undefined.
     """
     shapes = shapes_of(variant, width)
     arrays = arrays_of(variant, shapes, torch.device("cpu"))
     awaited = {DWT: "x", IDWT: "coefficients"}.get(variant.kernel, "g")
-    # A transform looks nothing up, so what is in no array that was made here is what it makes.
+    # A transform has no look-ups, so accesses outside the arrays made here are accesses of its result.
     others = "result" if variant.kernel in (DWT, IDWT) else LOOK_UPS
     counter = ExecutionCounter(arrays, awaited, others)
     with Driver(variant.target, Options(races=False, counter=counter, machine_code=True)) as driver:
@@ -78,12 +78,12 @@ def count(variant: Variant, width: int) -> dict[str, Any]:
 
 
 def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
-    """Bytes that a launch must move: everything read once, and what changes written once.
+    """Return the bytes that a launch must move: each input read once, and each changed tensor written once.
 
-    A step reads gradients, and reads and writes weights, moments, scales and low halves; what takes the place of
-    weights is written alone. The norm reads gradients, moments and scales, and for Adafactor's clip gradients
-    alone, as do sums of their squares. A transform reads its tensor and writes the coefficients, its inverse the
-    other way round.
+    A step reads gradients, and reads and writes weights, moments, scales and low halves; matrices in place of
+    weights are only written. The norm reads gradients, moments and scales. The norm for Adafactor's clip and its
+    sums of squares read gradients only. A transform reads its tensor and writes the coefficients; its inverse does
+    the reverse.
     """
     size = {name: sum(x.numel() * x.element_size() for x in own) for name, own in arrays.items()}
     if variant.kernel not in (DWT, IDWT):
@@ -103,7 +103,7 @@ def bytes_that_move(variant: Variant, arrays: Arrays, width: int) -> int:
 
 
 def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str, Any]:
-    """What a tally says of each element; ``machine`` is the number of instructions of the machine code."""
+    """Return a tally's counts per element; ``machine`` is the number of instructions of the machine code."""
     instructions = tally.by_class(tally.threads)
     size = moved / elements
     units = _units(tally, elements)
@@ -133,7 +133,7 @@ def _numbers(tally: Tally, machine: int, elements: int, moved: int) -> dict[str,
 
 
 def unit_of(opcode: str) -> str | None:
-    """The unit that an instruction needs of those that are slower than issue slots; None for none of them."""
+    """Return the unit that an instruction needs, among those that are slower than issue slots; None for none."""
     of_class = {"integer": INTEGER, "conversion": INTEGER, "special": SPECIAL, "shuffle": SHUFFLE}
     if opcode.split(".")[0] in ("setp", "selp", "min", "max") and not opcode.endswith(".pred"):
         return INTEGER
@@ -141,7 +141,7 @@ def unit_of(opcode: str) -> str | None:
 
 
 def _units(tally: Tally, elements: int) -> dict[str, float]:
-    """Lanes' instructions an element, in all and by unit: 32 for each that a warp issues."""
+    """Return instructions of lanes per element, in total and by unit: 32 for each that a warp issues."""
     found = dict.fromkeys((SLOTS, INTEGER, SPECIAL, SHUFFLE), 0.0)
     for instruction, n in zip(tally.program.kernel.instructions, tally.issued.tolist(), strict=True):
         for name in (SLOTS, unit_of(instruction.opcode)):

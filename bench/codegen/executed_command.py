@@ -1,4 +1,4 @@
-"""The command that executes variants and shows what they execute: ``python -m bench.codegen --executed``."""
+"""The command that executes variants and shows their counts: ``python -m bench.codegen --executed``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from bench.codegen.variants import variants
 
 
 def execute(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Execute the variants asked for, and show what they execute; 1 where one faults, 2 where none can be."""
+    """Execute the requested variants and print their counts.
+
+    Return 1 if one fails or exceeds its limit, 2 if none can be executed.
+    """
     if given := [
         name for name in ("align", "can-skip", "collect-grad-stats") if getattr(options, name.replace("-", "_"))
     ]:
@@ -69,7 +72,7 @@ def _asked_for(variant: Variant, options: argparse.Namespace) -> bool:
 
 
 def count(variant: Variant, width: int) -> dict[str, Any]:
-    """Return the row of a variant.
+    """Execute a variant and return its row.
 
     Raises:
         VariantError: it does not compile, or faults.

@@ -1,4 +1,4 @@
-"""What the project promises of executed kernels: at most so many instructions, sectors and dependent loads."""
+"""Limits of the gate on executed kernels: the most instructions, sectors and dependent loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Limit(NamedTuple):
     path: str
     rounding: str
     executed: float
-    """PTX instructions an element."""
+    """PTX instructions per element."""
     requested: float
     """Sectors over bytes that must move."""
     dependent_loads: int
@@ -41,7 +41,7 @@ LIMITS = (
     Limit("bf16", "int8", "flat", "stochastic", 59.2, 1.04, 2),
     Limit("fp32", "fp32", "flat", "nearest", 22.0, 1.0, 2),
     Limit("fp32", "fp32", "row", "nearest", 28.3, 1.16, 2),
-    # GWT-Muon's first stage; then its last one, whose blocks are elements unless it rounds at random.
+    # GWT-Muon's first stage; then its last one, whose blocks are elements unless it rounds stochastically.
     Limit("bf16", "fp32", "flat", "nearest", 14.6, 1.0, 2, "muon"),
     Limit("bf16", "bf16", "flat", "nearest", 24.0, 1.0, 2, "muon"),
     Limit("bf16", "int8", "flat", "nearest", 25.9, 1.03, 2, "muon"),
@@ -51,7 +51,7 @@ LIMITS = (
     Limit("bf16", None, "flat", "split", 20.2, 1.0, 2, "orthogonal", 0),
     Limit("bf16", None, "flat", "stochastic", 30.0, 1.0, 2, "orthogonal"),
     Limit("fp32", None, "flat", "nearest", 12.9, 1.0, 2, "orthogonal", 0),
-    # Two more than a sign alone takes, so that infinity and NaN show in the weights.
+    # Two instructions more than a sign takes, so that infinity and NaN show in the weights.
     Limit("bf16", "fp32", "flat", "nearest", 26.2, 1.0, 2, "lion"),
     Limit("bf16", "fp32", "row", "nearest", 35.3, 1.31, 2, "lion"),
     # Adafactor: its sums of squares, its clip, and its step.
@@ -75,13 +75,13 @@ LIMITS = (
 
 
 def limit_of(row: dict[str, Any]) -> Limit | None:
-    """Return what is promised of a row of counts; None where nothing is."""
+    """Return the limit on a row of counts, or None."""
     variant = Variant(*(row[field] for field in Variant._fields))
     return next((limit for limit in LIMITS if limit.variant == variant), None)
 
 
 def excesses(row: dict[str, Any]) -> list[str]:
-    """Return what of a row is above what is promised of it."""
+    """Return a text for each count of a row that is above its limit."""
     limit = limit_of(row)
     if limit is None:
         return []

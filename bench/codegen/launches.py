@@ -1,4 +1,4 @@
-"""The library's own launch of a kernel variant, on tensors of any shapes and of any device."""
+"""The library's own launch of a kernel variant, on tensors of any shapes and on any device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gwt_kernels.rules import RULES, Rule, rule_of
 from gwt_kernels.rules.adafactor import AdafactorNumbers
 
 Arrays = dict[str, list[Tensor]]
-"""Tensors by the name that a kernel has for them, one for each tensor of the bucket."""
+"""Lists of tensors by their name in the kernel, with an entry for each tensor of the bucket."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 MOMENTS = {**DTYPES, "int8": torch.int8}
@@ -31,7 +31,7 @@ PANEL, JOIN, MEAN, FACTOR = "panel_kernel", "join_kernel", "mean_kernel", "facto
 RATE, CLIP = "rate_kernel", "clip_kernel"
 SUM, DWT, IDWT = "sum_kernel", "dwt_kernel", "idwt_kernel"
 FACTORED, FACTORED_KERNELS = "adafactor", (PANEL, JOIN, MEAN, FACTOR, RATE, CLIP)
-"""The rule whose second moment is factored, and the kernels that are its own."""
+"""The rule whose second moment is factored, and the kernels that only it has."""
 LAUNCHED_FROM = {
     **dict.fromkeys((STEP, NORM, ROW_STEP, ROW_NORM, SHARED_STEP, LIMITER, SUM, OBSERVE), launch),
     **dict.fromkeys(FACTORED_KERNELS, factored_launch),
@@ -39,15 +39,15 @@ LAUNCHED_FROM = {
 }
 KERNELS = tuple(LAUNCHED_FROM)
 STEPS, NORMS = (STEP, ROW_STEP, SHARED_STEP), (NORM, ROW_NORM)
-"""Kernels that update weights, and those that read for the limiter, or for Adafactor's clip."""
+"""Kernels that update weights, and those that compute norms for the limiter or for Adafactor's clip."""
 OF_NUMBERS = (LIMITER, SUM, OBSERVE, JOIN, MEAN, FACTOR, RATE, CLIP)
-"""Kernels that pass over one number of a tile, of a row or of a tensor."""
+"""Kernels that pass over one number per tile, row or tensor."""
 MATRICES = torch.bfloat16
-"""dtype of what lies between the two stages of a rule with a matrix stage."""
+"""dtype of the matrices between the two stages of a rule with a matrix stage."""
 
 
 def rule_names() -> list[str]:
-    """The rules of the registry, and the last stages that some have."""
+    """Return the names of the registered rules and of the last stages that some have."""
     return [
         name
         for rule in RULES.values()
@@ -56,11 +56,11 @@ def rule_names() -> list[str]:
 
 
 def kernel_of(rule: str, level: Level) -> str | None:
-    """The kernel that takes a rule's step at a level; None for a rule that has none of its own there."""
+    """Return the kernel that takes a rule's step at a level; None if the rule has no step of its own there."""
     stated = rule_of(rule, level)
     names = rule_names()
     if level and any(rule_of(name, level).plain is stated for name in names):
-        return None  # it is what others are at level 0
+        return None  # it is what other rules become at level 0
     if level == ROW:
         return None if stated.is_factored else ROW_STEP
     if not level and next(name for name in names if rule_of(name, level) is stated) != rule:
@@ -69,24 +69,24 @@ def kernel_of(rule: str, level: Level) -> str | None:
 
 
 def rule_of_variant(variant: Variant) -> Rule:
-    """The rule whose statements a variant of a step or norm runs."""
+    """Return the rule whose statements a variant of a step or norm runs."""
     return rule_of(variant.rule or "gwt", 2 if variant.level is None else variant.level)
 
 
 def data_of(variant: Variant) -> dict[str, torch.dtype]:
-    """dtypes of what a variant updates and of the gradients that it reads."""
+    """Return the dtypes of the tensors that a variant updates and of the gradients that it reads."""
     stated, data = rule_of_variant(variant), DTYPES[variant.weights or "bf16"]
     after_matrices = any(rule.last_stage is stated for rule in RULES.values())
     return {"p": data if stated.reads_weights else MATRICES, "g": MATRICES if after_matrices else data}
 
 
 def arrays_of(variant: Variant, shapes: Sequence[tuple[int, int]], device: torch.device) -> Arrays:
-    """Make what the launch of a variant reads and writes in place: random, and moments as in mid-training.
+    """Make the tensors that a variant's launch reads and writes in place: random, moments as in mid-training.
 
     Args:
-        variant: Which kernel, and its dtypes, level and rounding.
-        shapes: Of the weights, or of what is transformed.
-        device: Where tensors are made; ``meta`` for none that have memory.
+        variant: The kernel, and its dtypes, level and rounding.
+        shapes: Shapes of the weights, or of the tensors to transform.
+        device: Device of the tensors; ``meta`` for tensors without memory.
     """
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
@@ -132,7 +132,7 @@ def arrays_of(variant: Variant, shapes: Sequence[tuple[int, int]], device: torch
 
 
 def _depth(variant: Variant) -> int:
-    """The number of levels; of none, and of rows, any."""
+    """Return the number of levels; 0 for None and for rows, which ignore it."""
     return variant.level if isinstance(variant.level, int) else 0
 
 
@@ -140,9 +140,9 @@ def launch_variant(variant: Variant, arrays: Arrays, width: int) -> None:
     """Run the launch that reaches a variant's kernel.
 
     Args:
-        variant: Which kernel, and its options.
-        arrays: As :func:`arrays_of` makes them.
-        width: Of what a transform's coefficients are of.
+        variant: The kernel and its options.
+        arrays: Tensors as made by :func:`arrays_of`.
+        width: Row width of the tensor that a transform's coefficients belong to.
     """
     if variant.kernel == DWT:
         for x in arrays["x"]:

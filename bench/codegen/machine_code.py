@@ -1,4 +1,4 @@
-"""What a compiled kernel asks of the device: registers, spills, memory accesses and resident warps."""
+"""Resources that a compiled kernel uses: registers, spills, memory accesses and resident warps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.codegen.access_names import Frames, array_name, parse_comment, parse_
 
 
 class ChipLimits(NamedTuple):
-    """What the warps on one multiprocessor (on AMD: the wavefronts on one compute unit) share.
+    """Resources that the warps on one multiprocessor share (on AMD: the wavefronts on one compute unit).
 
     Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 Instruction
     Set Architecture and LLVM's AMDGPU usage guide (gfx942).
@@ -27,12 +27,12 @@ class ChipLimits(NamedTuple):
 
     warps: int
     programs: int
-    registers: int  # of 32 bits for each lane, over all warps; warps * this * lanes is the register file
-    register_unit: int  # registers a lane that are allotted at once
+    registers: int  # of 32 bits, per lane, summed over all warps; times a warp's lanes it is the register file
+    register_unit: int  # registers per lane that are allocated at once
     schedulers: int  # parts that warps and registers are divided into
     shared: int  # bytes
     shared_unit: int
-    shared_reserved: int  # bytes a program that the system takes
+    shared_reserved: int  # bytes per program that the system takes
 
     def __str__(self) -> str:
         return (
@@ -59,11 +59,11 @@ def read(kernel: CompiledKernel, target: str) -> dict[str, Any]:
     """Read a compiled kernel's machine code and intermediate code.
 
     Args:
-        kernel: As :func:`bench.codegen.variants.compile_variant` returns it.
+        kernel: Kernel from :func:`bench.codegen.variants.compile_variant`.
         target: A key of ``LIMITS``.
 
     Returns:
-        ``warps`` (a program), ``registers`` (a lane), ``stack`` (bytes a lane), ``spills`` (instructions that
+        ``warps`` (per program), ``registers`` (per lane), ``stack`` (bytes per lane), ``spills`` (instructions that
         access the stack), ``shared`` (bytes), ``barriers`` and ``instructions`` (in the code), ``loads`` and
         ``stores`` (:data:`Accesses`, all instructions that access global memory), ``tensor_loads`` and
         ``tensor_stores`` (by array, those on more than one element in Triton's intermediate code),
@@ -81,7 +81,10 @@ def read(kernel: CompiledKernel, target: str) -> dict[str, Any]:
 
 
 def resident_warps(limits: ChipLimits, warps: int, registers: int, shared: int) -> int:
-    """Warps that a multiprocessor holds at once, for programs of ``warps`` with ``registers`` a lane."""
+    """Return the number of warps that a multiprocessor holds at once.
+
+    Programs have ``warps`` warps with ``registers`` registers per lane, and use ``shared`` bytes of shared memory.
+    """
     allotted = max(1, -(-registers // limits.register_unit)) * limits.register_unit
     by_registers = limits.registers // limits.schedulers // allotted * limits.schedulers
     programs = min(limits.programs, limits.warps // warps, by_registers // warps)
@@ -111,10 +114,10 @@ def find_tools() -> tuple[str, str]:
 
 
 def body_instructions(cubin: bytes) -> int:
-    """Count the instructions of a kernel itself: not those that fill a line, nor subroutines.
+    """Count the instructions of a kernel's body, without padding and without subroutines.
 
-    These compute what divisions and roots of the smallest and the largest numbers take, which are rare, and
-    divisions of 64 bits.
+    Subroutines are for divisions and roots of the smallest and the largest numbers, which are rare, and for 64-bit
+    divisions.
 
     Raises:
         RuntimeError: the disassembler is missing, or finds no instruction.
@@ -136,7 +139,7 @@ def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _run(cuobjdump, "-res-usage", str(cubin))
-        # Kept where Triton keeps its kernels: to start nvdisasm takes longer than to read what it prints.
+        # Cached with Triton's kernels, since starting nvdisasm takes longer than reading its output.
         kept = get_cache_manager(hashlib.sha256(kernel.asm["cubin"] + nvdisasm.encode()).hexdigest())
         if (path := kept.get_file("sass")) is None:
             text = _run(nvdisasm, "--print-line-info", "--print-code", "--no-dataflow", str(cubin))
@@ -173,9 +176,9 @@ def _read_nvidia(kernel: CompiledKernel) -> dict[str, Any]:
 def _name_by_ptx(machine: Counter[tuple[int, int, str]], ptx: str) -> tuple[Accesses, Accesses]:
     """Name the arrays of machine instructions, whose places have no column, by those of PTX, whose places do.
 
-    Where instructions of one line, kind and width belong to different arrays in PTX, the machine code must hold
-    exactly as many; otherwise they are booked under all names together. Where PTX has none of the width, as of a
-    64-bit number whose lower half alone is used, the names are those of the line's other widths.
+    If instructions of one line, kind and width belong to different arrays in PTX, the machine code must have
+    exactly as many; otherwise they are counted for all names together. If PTX has none of that width, as when only
+    the lower half of a 64-bit number is used, the names are those of the line's other widths.
     """
     named: dict[tuple[int, int, str], Counter[str]] = defaultdict(Counter)
     of_line: dict[tuple[int, str], set[str]] = defaultdict(set)
@@ -187,7 +190,7 @@ def _name_by_ptx(machine: Counter[tuple[int, int, str]], ptx: str) -> tuple[Acce
     counts: dict[str, Counter[tuple[str, int]]] = {"ld": Counter(), "st": Counter()}
     for (line, bits, kind), n in machine.items():
         names = named[line, bits, kind]
-        if names.total() != n:  # unrolled, say
+        if names.total() != n:  # for example, unrolled
             names = Counter({"|".join(sorted(names or of_line[line, kind])) or "?": n})
         for name, share in names.items():
             counts[kind][name, bits] += share
@@ -211,7 +214,7 @@ def _read_amd(code: str) -> dict[str, Any]:
             counts["load"][name, 32 * int(found[1] or 1)] += 1
     instructions = re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE)
     return {
-        "registers": number("vgpr_count"),  # accumulation registers included: the file is one
+        "registers": number("vgpr_count"),  # including accumulation registers, which are in the same file
         "stack": number("private_segment_fixed_size"),
         "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
         "barriers": instructions.count("s_barrier"),

@@ -1,4 +1,4 @@
-"""One kernel variant: what of a launch decides which machine code runs."""
+"""One kernel variant: the properties of a launch that decide which machine code runs."""
 
 from __future__ import annotations
 

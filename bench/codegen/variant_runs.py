@@ -1,4 +1,4 @@
-"""Runs of work on many variants, in several processes: their rows, how they are shown, recorded and gated."""
+"""Measurement of many variants in several processes; printing, recording and gating of their rows."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ WIDTH = 220  # columns of the table where no terminal sets them
 
 
 class VariantError(Exception):
-    """A variant does not compile, or cannot be executed; names it, and says why."""
+    """Error of a variant that does not compile or cannot be executed; the message names it and says why."""
 
 
 def measure_all(
     work: list[Callable[[], dict[str, Any]]], jobs: int
 ) -> tuple[list[dict[str, Any]], list[VariantError]]:
-    """Return the rows of all variants that do not fail, in order, and why the others do.
+    """Return the rows of all variants that do not fail, in order, and the errors of the others.
 
-    One job is done in this process, which then compiles sooner the next time.
+    With one job, everything runs in this process, where later compilations are then faster.
     """
     rows, failures = [], []
     with contextlib.ExitStack() as stack:
         results: list[Callable[[], dict[str, Any]]] = work
         if jobs > 1:
-            # Forked workers, for they need no second import of torch; nothing here has started a thread.
+            # Forked workers need no second import of torch; forking is safe, as nothing here has started a thread.
             pool = ProcessPoolExecutor(min(jobs, len(work)), multiprocessing.get_context("fork"))
             stack.callback(pool.shutdown, cancel_futures=True)
             results = [pool.submit(each).result for each in work]
@@ -54,19 +54,19 @@ def measure_all(
 def record(
     rows: list[dict[str, Any]], benchmark: str, arguments: Sequence[str], folder: Path | None, console: Console
 ) -> None:
-    """Say in each row where it comes from, and write all to a record where a folder is given."""
+    """Add their origin to the rows, and write them to a record if a folder is given."""
     origin = facts(torch.device("cpu"), "bench.codegen", arguments)
     for row in rows:
         row |= origin
     if folder and rows:
-        # The machine code is of the compiler's making, wherever it ran, so that is what the file is named by.
+        # Machine code depends on the compiler, not on this machine, so the file is named by the compiler.
         path = records.new_path(benchmark, origin | {"device": f"triton {triton.__version__}"}, folder)
         records.append(path, benchmark, rows)
         console.print(f"raw measurements: {path.name}", highlight=False)
 
 
 def report_failures(failures: Iterable[VariantError], console: Console) -> None:
-    """Print what each variant that failed says."""
+    """Print the error of each variant that failed."""
     for failure in failures:
         console.print(str(failure), style="red", markup=False, highlight=False)
 
@@ -74,7 +74,7 @@ def report_failures(failures: Iterable[VariantError], console: Console) -> None:
 def report_violations(
     rows: list[dict[str, Any]], find: Callable[[dict[str, Any]], list[str]], console: Console
 ) -> int:
-    """Print what is found of each row; 1 where anything is."""
+    """Print the violations found in each row; return 1 if there are any."""
     broken = [(row, found) for row in rows if (found := find(row))]
     for row, found in broken:
         name = Variant(*(row[field] for field in Variant._fields))
@@ -83,7 +83,7 @@ def report_violations(
 
 
 def wide_console() -> Console:
-    """Return where tables go: as wide as they are where there is no terminal."""
+    """Return a console for tables, which is as wide as they are if there is no terminal."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=WIDTH)
 

@@ -1,4 +1,4 @@
-"""Which kernel variants there are, and how each is compiled ahead of time as its launch would compile it."""
+"""All kernel variants, and the compilation of each ahead of time, as its launch would compile it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TARGETS = {
 }
 PATHS = ("flat", "row")
 WIDTH = 4096
-"""Of the rows of the weights that variants are compiled for."""
+"""Row width of the weights that variants are compiled for."""
 
 
 def variants(
@@ -56,10 +56,10 @@ def variants(
 ) -> Iterator[Variant]:
     """Yield each distinct variant within the given choices, in a table's order.
 
-    A step has one of each rule of the registry, and of each stage of one, unless ``rules`` are given.
+    A step has variants for each registered rule and its last stage, unless ``rules`` selects some.
     """
     found = _variants(targets, kernels, weights, moments, levels, paths)
-    for variant in dict.fromkeys(found):  # some store no moments
+    for variant in dict.fromkeys(found):  # rules without moments repeat a variant
         if rules is None or variant.rule is None or variant.rule in rules:
             yield variant
 
@@ -95,15 +95,15 @@ def _variants(
 
 
 def _measured(kernel: str, level: Level) -> list[str | None]:
-    """Rules whose updates a norm's kernel measures: that of the limiter, and Adafactor for its clip."""
+    """Return the rules whose updates a norm's kernel measures: None for the limiter, Adafactor for its clip."""
     limited = [None] if level and (level == ROW) == (kernel == ROW_NORM) else []  # AdamW has no limiter
     return [*limited, *([FACTORED] if kernel == NORM and level != ROW else [])]
 
 
 def _storings(kernel: str, weights: str, level: Level, limited: bool) -> list[tuple[str, str]]:
-    """Rules and roundings of a step: each rule with the nearest, each rounding with one rule of the kernel's.
+    """Return rules and roundings of a step: each rule with the nearest, each rounding with one rule of the kernel.
 
-    That is the rule of one pass; and rules without moments, of which storing weights is all that is to be known.
+    That rule is foam if the kernel has it. Rules without moments also have each rounding.
     """
     own = [name for name in rule_names() if kernel_of(name, level) == kernel]
     if limited:
@@ -115,7 +115,7 @@ def _storings(kernel: str, weights: str, level: Level, limited: bool) -> list[tu
 
 
 def _held(rule: str, level: Level, moments: str) -> tuple[str | None] | None:
-    """How moments that are to be stored in a way are; None where a rule cannot store them so."""
+    """Return the moments' format in a tuple, ``(None,)`` for a rule without moments; None if it is impossible."""
     stated = rule_of(rule, level)
     if not stated.slots:
         return (None,)
@@ -125,11 +125,11 @@ def _held(rule: str, level: Level, moments: str) -> tuple[str | None] | None:
 def compile_variant(
     variant: Variant, overrides: dict[str, Any] | None = None
 ) -> tuple[CompiledKernel, dict[str, Any]]:
-    """Compile a variant for its target, which need not be at hand.
+    """Compile a variant for its target, which need not be present.
 
     The library's own launch is run on tensors without storage, and the call that reaches the kernel goes to
-    Triton's warm-up, which compiles what a launch with these arguments would. Their addresses count as aligned to
-    16 bytes, which an allocator's are.
+    Triton's warm-up, which compiles what a launch with these arguments would. Addresses count as aligned to 16
+    bytes, as an allocator's are.
 
     Args:
         variant: What to compile.
@@ -152,7 +152,7 @@ def compile_variant(
 
 
 class _Ahead:
-    """What Triton asks of a driver before it compiles, answered for a device that is not there."""
+    """Substitute for the driver of a device that is absent, with what Triton needs to compile."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -188,9 +188,9 @@ def _record(variant: Variant) -> list[tuple[str, tuple[Any, ...], dict[str, Any]
 
 
 def _shape(level: Level, path: str | None) -> tuple[int, int]:
-    """A shape that takes the path: whole blocks and a multiple of 8 elements, or neither.
+    """Return a shape that takes the path: whole blocks and a multiple of 8 elements, or neither.
 
-    Its rows are as wide as a model's, for kernels that take rows have tiles by how wide they are.
+    Its rows are as wide as a model's, since kernels for rows choose their tiles by that width.
     """
     width = max(WIDTH, block_width(level, WIDTH))
     return (5, width - 1) if path == "row" else (8, width)
