@@ -1,4 +1,4 @@
-"""Pre-trains a LLaMA model on real text with one optimizer, or with several on the same batches.
+"""Pre-train a LLaMA model on real text with one optimizer, or with several on the same batches.
 
 python -m bench.pretrain                                          # one run of the cpu preset with gwt2
 python -m bench.pretrain --compare adamw gwt2 gwt3 galore apollo --seeds 3 --record
@@ -200,7 +200,7 @@ def run_config(options: argparse.Namespace, optimizer: str, seed: int | None = N
 
 
 def load_corpus(options: argparse.Namespace, seed: int) -> Corpus:
-    """Load the text that the options select, at its beginning."""
+    """Load the text that the options select, positioned at its beginning."""
     tokenizer = PretrainedTokenizer(options.tokenizer) if options.tokenizer else ByteTokenizer()
     sizes = {"context": options.context, "eval_windows": options.eval_windows}
     if options.dataset:
@@ -216,7 +216,7 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
     """Sweep the optimizers that `--sweep` names.
 
     Raises:
-        ValueError: There is no record to write to, or no grid of an optimizer.
+        ValueError: There is no record to write to, or no grid for an optimizer.
     """
     if options.sweep_record is None:
         raise ValueError(f"--sweep: preset {options.preset!r} names no record; give --sweep-record FILE")
@@ -239,12 +239,12 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
 
 
 def time_steps(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:
-    """Time steps of the optimizers that are named, and record them.
+    """Time steps of the optimizers that are named, or else of the preset's grids, and record them.
 
-    GaLore and APOLLO are left out, with a line, where their packages are missing.
+    GaLore and APOLLO are left out, with a message, if their packages are missing.
 
     Raises:
-        ValueError: None is named, or the preset's model is none.
+        ValueError: No optimizer is left, or the model's file is no configuration of a LLaMA.
     """
     named = list(dict.fromkeys(options.compare or options.sweep or grids))
     lacking = {name: said for name in named if name in low_rank.NAMES and (said := low_rank.missing(name))}
@@ -284,7 +284,7 @@ def run_one(
     """Train under one configuration.
 
     Returns:
-        The result of `train`. In a comparison, a run that diverges, misses a package or runs out of memory is
+        The result of `train`. In a comparison, a run that diverges, lacks a package or runs out of memory is
         returned as its settings with `failed` and `note`, and the comparison continues.
     """
     corpus = load_corpus(options, config.seed)
@@ -338,7 +338,7 @@ def run_on_several(options: argparse.Namespace) -> None:
 
 
 def run_comparison(options: argparse.Namespace, device: torch.device) -> None:
-    """Run every optimizer under every seed; one that is interrupted shows what was measured before."""
+    """Run every optimizer with every seed; an interrupted comparison shows the runs that have ended."""
     seeds = range(options.seed, options.seed + options.seeds)
     configs = [run_config(options, name, seed) for seed in seeds for name in dict.fromkeys(options.compare)]
     results: list[dict[str, Any]] = []
@@ -352,10 +352,10 @@ def run_comparison(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def check_places(options: argparse.Namespace) -> None:
-    """Refuse a folder or a record that cannot be written to, and a file that is no record of these results.
+    """Make the folders of the run's output, and check that the record can be written and is of this benchmark.
 
     Raises:
-        ValueError: There is one.
+        ValueError: One of these is impossible.
     """
     record, benchmark = options.record, quality.BENCHMARK
     if options.step_times:

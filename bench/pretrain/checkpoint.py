@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         payload: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # any type: torch.load raises what the first wrong byte leads to
+    except Exception as error:  # of any type: what torch.load raises depends on the first wrong byte
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}): restore it, or start a new run in another --out"
         ) from error
@@ -48,7 +48,7 @@ def check_same_run(path: Path, saved: dict[str, Any] | None, asked: dict[str, An
     """Refuse to continue a run under different settings.
 
     Raises:
-        ValueError: Settings differ; the message names each, with both values. Or the file has none.
+        ValueError: Settings differ, which the message names with both values; or the file has none.
     """
     if saved is None:
         raise ValueError(f"{path} is no checkpoint of a run: start a new one in another --out")

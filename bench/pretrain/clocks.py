@@ -10,7 +10,7 @@ import torch
 
 
 class OptimizerTimer:
-    """Times `optimizer.step()`; on CUDA by events, which are read without synchronisation until the end."""
+    """Timer of `optimizer.step()`; on CUDA it records events, and synchronises only to read them at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -48,7 +48,7 @@ def with_spread(values: Sequence[float], digits: int) -> str:
 
 
 def make_table(results: list[dict[str, Any]]) -> Table:
-    """Return a table of losses, state and time by optimizer; percentages are of the first one that finished."""
+    """Return a table of losses, state and time by optimizer; percentages are over the first that finished."""
     finished = [result for result in results if "failed" not in result]
     seeds = len({result["seed"] for result in results})
     caption = "scale: rate of attention and MLP matrices over lr; step: median, 20th to 80th percentile"
@@ -142,8 +142,8 @@ def compare(results: list[dict[str, Any]], out: Path) -> None:
     """Print the table of `results` and write `compare.json`, `table.txt` and `losses.png` to `out`.
 
     Args:
-        results: What `train` returned for each optimizer and seed; for a run that could not be finished its
-            settings, `failed` (in a word or two) and `note` (why).
+        results: Results of `train` for each optimizer and seed; for a run that could not finish, its settings,
+            `failed` (a word or two) and `note` (the reason).
         out: Output folder; created if missing.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.finetune import fetch
 
 CORPORA = {"stdlib": "standard library", "kernel_docs": "Linux kernel's documentation"}
-"""Texts with a name: the running Python's own sources, and what `bench.finetune.fetch` makes."""
+"""Named texts: the running Python's own sources, and the text that `bench.finetune.fetch` downloads."""
 
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
 _STDLIB_TESTS = {"test", "tests", "idle_test"}  # some distributions omit them
@@ -44,7 +44,7 @@ class ByteTokenizer:
 
 
 class PretrainedTokenizer:
-    """A tokenizer of the `transformers` library, by name or folder."""
+    """A tokenizer from the `transformers` library, by name or folder."""
 
     dtype = torch.int32
 
@@ -66,7 +66,7 @@ class PretrainedTokenizer:
 
 
 class Source(Protocol):
-    """Deals training windows in a fixed order, and restores any position in it."""
+    """Source of training windows in a fixed order, in which any position can be restored."""
 
     def take(self, count: int) -> Tensor:
         """Return the next `count` windows, `[count, context + 1]`."""
@@ -125,7 +125,7 @@ class StreamedWindows:
     """Windows of a stream of documents too large to hold in memory; restarts at the end of the stream.
 
     Args:
-        open_documents: Called with a number of documents to skip, returns the rest of the stream.
+        open_documents: Function from a number of documents to skip to the rest of the stream.
         tokenizer: Encodes each document.
         context: Tokens predicted per window.
     """
@@ -180,7 +180,7 @@ def standard_library() -> Path:
 
 
 def folder_of(corpus: str) -> Path | None:
-    """Return the folder of a text with a name, None for the standard library's.
+    """Return the folder of a named text; None for the standard library's sources.
 
     Raises:
         FileNotFoundError: It has not been fetched yet.
@@ -284,7 +284,7 @@ def load_text(
         heldout_fraction: Share of the characters set aside, in (0, 1).
         seed: Decides the order of the training windows.
         spread: Take the held-out windows evenly spaced from all held-out text, not from its beginning.
-        called: What records call the text; None for its path.
+        called: Name of the text in records; None for its path.
 
     Raises:
         FileNotFoundError: There is no such file or folder.

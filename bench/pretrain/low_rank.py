@@ -27,7 +27,7 @@ def _package(name: str) -> Any:
 
 
 def missing(name: str) -> str:
-    """Return what an optimizer needs that is not installed; empty where nothing is missing."""
+    """Return a message that names the missing packages of an optimizer; empty if none is missing."""
     try:
         _package(name)
     except ModuleNotFoundError as error:

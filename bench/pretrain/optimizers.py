@@ -1,4 +1,4 @@
-"""The optimizers of a comparison, built on equal terms, and the state each will hold."""
+"""The optimizers of a comparison, built with the same options, and the bytes of their state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RULES: dict[str, Callable[..., Optimizer]] = {
 
 
 def level_of(name: str) -> Level | None:
-    """Return the levels of the transform: 0 for AdamW and Muon, None for optimizers without one."""
+    """Return the level of the transform: 0 for AdamW, None for other packages' optimizers without one."""
     own = variant(name)
     return own.level if own else (0 if name == "adamw" else None)
 
@@ -54,17 +54,17 @@ def build_optimizer(
     """Build the optimizer called `name` over the parameters of `model`.
 
     Args:
-        name: `adamw` and `torch_adafactor` for those of `torch.optim`; `galore`, `apollo` and `apollo_mini` from
-            their packages; else a rule of this package with its level and storage (`bench.common.names`), such as
+        name: `adamw` and `torch_adafactor` from `torch.optim`; `galore`, `apollo` and `apollo_mini` from their
+            packages; else a rule of this package with its level and storage (`bench.common.names`), such as
             `gwt2`, `muon0` (Muon itself), `foam-row`, `adafactor2-published` or `foam2-bf16-split`.
-        model: Its attention and MLP matrices are what GWT transforms.
+        model: Model whose attention and MLP matrices GWT transforms.
         lr: Learning rate of embeddings, output head, norms and biases.
         scale: Rate of the attention and MLP matrices over `lr`. This is GWT's `scale`; AdamW gets the same
-            option as a learning rate of `lr * scale` for the same matrices, so that both have equally many. So
-            does Adafactor of `torch.optim`, whose rates are multiplied by the RMS of a tensor besides.
+            option as a learning rate of `lr * scale` for the same matrices, so that both have equally many options.
+            So does `torch.optim.Adafactor`, which also multiplies the rates by the RMS of a tensor.
         weight_decay: Decoupled weight decay, scaled like `torch.optim.AdamW`'s by each group's own rate.
         betas: Decay rates of the two moments.
-        momentum: Muon's; None for its default.
+        momentum: Muon's momentum; None for its default.
         projection_gap: Steps between new projections of GaLore and APOLLO; None for their packages' 200.
 
     Raises:
@@ -103,7 +103,7 @@ def build_optimizer(
 def _of_torch(
     name: str, model: nn.Module, *, lr: float, scale: float, weight_decay: float, betas: tuple[float, float]
 ) -> Optimizer:
-    """Build AdamW or Adafactor of `torch.optim`, whose matrices have a learning rate of `lr * scale`."""
+    """Build AdamW or Adafactor from `torch.optim`, with a learning rate of `lr * scale` for matrices."""
     groups = [
         {
             "params": group["params"],
@@ -130,7 +130,7 @@ def predicted_state_bytes(optimizer: Optimizer) -> int:
 
 
 def _torch_adafactor_bytes(group: dict[str, Any], p: torch.Tensor) -> int:
-    """Return the bytes of a tensor: its step, in float32, and means of rows and of columns, or its squares."""
+    """Return the bytes of a tensor's state: a float32 step, and means of rows and of columns, or of its squares."""
     step = torch.float32.itemsize
     if p.dim() < 2:
         return step + p.numel() * p.element_size()

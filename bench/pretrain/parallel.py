@@ -22,16 +22,16 @@ from bench.common.models import build_model
 
 MODES = ("ddp", "fsdp2", "hsdp", "tp")
 _REPLICAS = 2  # of hsdp: number of copies of the model, each sharded over the rest of the processes
-_WAIT = datetime.timedelta(minutes=10)  # seconds that the other processes wait for the slowest one
+_WAIT = datetime.timedelta(minutes=10)  # time that the other processes wait for the slowest one
 _T = TypeVar("_T")
 
 
 class Processes:
-    """This process among those of a run; by default the only one.
+    """This process among those of a run; the only one if `mode` is None.
 
     Args:
-        mode: How the model is divided: `ddp`, `fsdp2`, `hsdp`, `tp`, or None for a process of its own.
-        device: Where this process computes.
+        mode: How the model is divided: `ddp`, `fsdp2`, `hsdp`, `tp`, or None for a single process.
+        device: Device of this process.
 
     Raises:
         ValueError: The mode needs another number of processes.
@@ -216,6 +216,6 @@ def start(mode: str, device: str) -> Processes:
         own = torch.device("cuda", local)
         torch.cuda.set_device(own)
     if not dist.is_initialized():
-        # gloo beside NCCL carries Python objects: names of files, errors.
+        # gloo, in addition to NCCL, transfers Python objects: names of files, errors.
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=_WAIT)
     return Processes(mode, own)

@@ -46,7 +46,7 @@ def settings_tried(runs: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def settings_of(grid: Grid | Sequence[Grid]) -> list[dict[str, float | None]]:
-    """Return the settings of a grid's `lr`, `scale` and, of Muon, `momentum`."""
+    """Return the settings of a grid: `lr`, `scale` and, for Muon, `momentum`."""
     names = ("lr", "scale", "momentum")
     return [dict(zip(names, setting, strict=True)) for setting in grids.settings_of(grid, names)]
 
@@ -66,13 +66,13 @@ def sweep(
     A run already recorded in `path` is not repeated, so a sweep can be stopped, continued and extended.
 
     Args:
-        settings: For each optimizer to sweep what to run: `lr`, `scale` and `momentum`.
+        settings: Settings to run for each optimizer: `lr`, `scale` and `momentum`.
         base: All other settings.
         path: The record, to which runs are added one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
-        seeds: Seeds for the best setting of each, the sweep's own included.
+        seeds: Number of seeds for each best setting, including the sweep's own.
         device: Device of the runs, for the record.
-        on: What tells the runs from others of the same settings, such as their text; each has it in its result.
+        on: Further columns of the results that tell runs with the same settings apart, such as their text.
     """
 
     def once(config: RunConfig) -> None:

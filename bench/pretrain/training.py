@@ -60,7 +60,7 @@ class RunConfig:
     projection_gap: int | None = None
     """Steps between new projections, for the optimizers that have them."""
     momentum: float | None = None
-    """Muon's; None for its default, and for the others."""
+    """Muon's momentum; None for its default, and for other optimizers."""
 
 
 def lr_factor(step: int, *, steps: int, warmup: float, min_lr: float) -> float:
