@@ -30,11 +30,11 @@ from gwt_kernels.plan import plan
 from gwt_kernels.plan_sharded import ShardedPlan, plan_sharded
 
 REFERENCES = {"gwt": "no limiter", "foam": "foam"}
-"""For each rule the step without collectives: on one process it tells how fast a core moves the plan's bytes."""
+"""Settings without collectives by rule, whose step on one process tells how fast a core moves the plan's bytes."""
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
-"""Tells the C library to keep freed memory. Else, depending on their size, it gives temporaries back to the system
-again and again: page faults were half of the folded rule's step on one process, and on two there were none."""
+"""Environment for a C library that keeps freed memory. Otherwise it returns temporaries of some sizes to the system
+again and again: page faults were half of the folded rule's step on one process, and there were none on two."""
 
 
 class Measured(NamedTuple):
@@ -46,7 +46,7 @@ class Measured(NamedTuple):
     """For each process, wall and thread CPU seconds by timed call, such as "2/step/limiter"."""
 
     def spread(self, act: str, *, cpu: bool) -> Spread:
-        """Seconds of the first process's CPU, whose share is planned, or wall seconds of the slowest process."""
+        """Return CPU seconds of the first process, whose share is planned, or wall seconds of the slowest one."""
         own = [times[act] for times in self.times if act in times]
         if cpu:
             return Spread.of([seconds for _, seconds in own[0]])
@@ -103,7 +103,7 @@ def rows_of(model: str, n: int, setting: str, measured: Measured) -> list[dict[s
     check(sharded, setting, measured.counted)
     collectives = [c for c in sharded.collectives if not c.engine]
     cpu = host + sharded.largest.moved_bytes / bandwidth
-    # More processes than cores, and other load, take turns with this process.
+    # Wall over CPU time: more processes than cores, and other load, take turns with this process.
     crowding = measured.median(f"{n}/step/{reference}", cpu=False) / measured.median(
         f"{n}/step/{reference}", cpu=True
     )

@@ -1,4 +1,4 @@
-"""A recorder of the collectives that are called, whoever calls them."""
+"""A recorder of all collectives that are called, by any code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Torch's names of the collectives, and the argument that holds the bytes of all processes together.
+# By torch's name of a collective: its kind, and the index of the argument with the data of all processes.
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
     "_allgather_base_": ("all-gather", 0),
@@ -17,7 +17,7 @@ _KINDS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Records each collective: kind (torch's name for rare ones), number of processes, bytes."""
+    """Dispatch mode that records each collective: kind (torch's name for rare ones), number of processes, bytes."""
 
     def __init__(self) -> None:
         super().__init__()

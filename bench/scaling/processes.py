@@ -32,7 +32,7 @@ NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, 
     "head_dim": 8,
     "vocab_size": 16,
 }
-"""A configuration with as many but tiny tensors, so that only the host's work is left."""
+"""Fields for a configuration with as many tensors, all tiny, so that only the host's work is left."""
 COPIED = 64 * 2**20  # bytes of a buffer, far larger than a core's cache
 LARGE = 4 * 2**20  # bytes of an all-reduce whose time is mostly bandwidth
 WARM_UP = 3
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def work(rank: int, job: Job) -> None:
-    """Run this process's part of every mesh that includes it; others wait at a barrier without using a core."""
+    """Run this process's part of every mesh that includes it; otherwise wait at a barrier without using a core."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{job.store}", rank=rank, world_size=job.numbers[-1])
     config = load_config(job.model)
@@ -127,7 +127,7 @@ def _take_turns(
             names = list(turns[n])
             first = round_ % max(len(names), 1)  # a different one comes first in each round
             for name in names[first:] + names[:first]:
-                dist.barrier(group=meshes[n].get_group())  # as after backward's last reduce-scatter
+                dist.barrier(group=meshes[n].get_group())  # start together, as after backward's last reduce-scatter
                 wall, cpu = time.perf_counter(), time.thread_time()
                 turns[n][name]()
                 taken = time.perf_counter() - wall, time.thread_time() - cpu
