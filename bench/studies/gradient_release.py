@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     about = facts(device, "bench.studies.gradient_release", arguments, options.commit)
     path = records.new_path("release", about, options.out)
-    # glibc otherwise keeps freed tensors for later ones, after the first is freed, and its fragments are measured.
+    # Otherwise glibc, once a tensor is freed, keeps freed memory for reuse, and its fragments are measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     for mode in ("ordinary", "released"):
         command = [sys.executable, "-m", "bench.studies.gradient_release", "--one", mode]

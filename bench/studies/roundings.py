@@ -1,6 +1,6 @@
 """Cost on a CPU of storing weights or moments in fewer bits: steps on one matrix over the float32 step.
 
-Each is timed between two float32 steps of the same rule and backend, on the thread's own clock, after a check that
+Each is timed between two float32 steps of the same rule and backend, by the thread's CPU clock, after a check that
 both backends take the same first step.
 """
 
@@ -26,7 +26,7 @@ RULES = ("gwt", "foam")
 
 
 class Storage(NamedTuple):
-    """How weights and moments are kept."""
+    """How weights and moments are stored."""
 
     weights: str = "float32"
     rounding: str = "nearest"
@@ -66,7 +66,7 @@ def seconds(optimizer: torch.optim.Optimizer) -> float:
 def agree(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
     """Return whether two optimizers of one parameter hold the same numbers, up to float32's rounding.
 
-    Values in fewer bits then differ only if rounding decides otherwise, and by at most one unit in the last place.
+    In fewer bits, rounding may change up to 2 % of the values by one unit in the last place.
     """
     held = []
     for optimizer in (a, b):
