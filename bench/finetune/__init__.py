@@ -1,1 +1,1 @@
-"""Fine-tuning: pre-trained models on labelled or plain text, each optimizer at settings swept alike."""
+"""Fine-tuning: pre-trained models on labelled or plain text, with settings of each optimizer from a sweep."""

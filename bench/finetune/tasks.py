@@ -1,4 +1,4 @@
-"""What a model is fine-tuned to do: to tell labels of texts apart, or to go on with plain text."""
+"""Tasks that a model is fine-tuned on: classification of texts, or language modelling of plain text."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _Encoded = tuple[list[int], int]
 
 
 class Task(Protocol):
-    """Data ready to be trained on; it travels to the process of each run."""
+    """Data prepared for training, which is sent to the process of each run."""
 
     kind: str
     """`classify` or `text`: which head the model has."""
     classes: int
-    """Outputs of a new head; 0 where the model's own is kept."""
+    """Number of outputs of a new head; 0 to keep the model's own head."""
     facts: dict[str, Any]
-    """What decides which batches there are, for the records."""
+    """Columns of the records that determine the batches."""
     largest_id: int
     pad: int | None
 
     def steps_of(self, epochs: float, batch: int) -> int:
-        """Return the steps that so many passes over the data take."""
+        """Return the number of steps of this many passes over the data."""
         ...
 
     def deal(self, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -54,7 +54,7 @@ class Task(Protocol):
 
 
 def checksum(batch: dict[str, Tensor], before: int) -> int:
-    """Go on with a checksum of all batches, by which runs on other batches are known."""
+    """Extend a checksum of all batches so far, by which runs on other batches are detected."""
     for name in sorted(batch):
         before = zlib.crc32(batch[name].contiguous().numpy().data, before)
     return before
@@ -62,7 +62,7 @@ def checksum(batch: dict[str, Tensor], before: int) -> int:
 
 @dataclass
 class Classification:
-    """Texts with one label of several, encoded."""
+    """Encoded texts, each with one of several labels."""
 
     parts: dict[str, list[_Encoded]]
     """`train`, `validation` and `test`."""
@@ -144,14 +144,14 @@ class PlainText:
 
 
 class Sizes(NamedTuple):
-    """How much of the data is used."""
+    """Amounts of data to use."""
 
     examples: int | None
     """Training examples at most; None for all."""
     validation: int
-    """Examples, or windows of text, that choose a setting."""
+    """Examples, or windows of text, by whose loss a setting is chosen."""
     test: int
-    """Examples, or windows of text, that the choice is reported on."""
+    """Examples, or windows of text, on which the chosen setting is reported."""
     max_length: int
     """Tokens of an example at most, or of a window."""
 
@@ -159,14 +159,14 @@ class Sizes(NamedTuple):
 def load_classification(
     data: Path, test_data: Path | None, columns: Columns, tokenizer: Any, sizes: Sizes
 ) -> Classification:
-    """Read labelled examples; what is tested on is apart from what is trained on and what settings are chosen by.
+    """Read labelled examples, and split them into training, validation and test examples without overlap.
 
     Args:
         data: The file of training examples, of which some are set aside.
         test_data: A file to test on; None to set examples of `data` aside for it.
-        columns: Where both files keep texts and labels.
-        tokenizer: The model's, of transformers.
-        sizes: How many of them to take.
+        columns: The columns of texts and labels in both files.
+        tokenizer: The model's tokenizer, from transformers.
+        sizes: Numbers of examples, and their length.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -242,12 +242,12 @@ def _encoded(examples: list[Example], places: dict[str, int], tokenizer: Any, le
 
 
 def load_plain_text(data: Path | None, tokenizer: str | None, sizes: Sizes, heldout_fraction: float) -> PlainText:
-    """Read a file or folder of text; its last part is held out, one half to choose by and one to test on.
+    """Read a file or folder of text; its last part is held out for validation and test.
 
     Args:
         data: A file or folder; None for the Python standard library's sources.
-        tokenizer: A folder of the model's tokenizer; None for one token a byte.
-        sizes: How many windows of which length.
+        tokenizer: A folder of the model's tokenizer; None for one token per byte.
+        sizes: Numbers of windows, and their length.
         heldout_fraction: Share of the text that is held out.
 
     Raises:
@@ -279,7 +279,7 @@ def load_plain_text(data: Path | None, tokenizer: str | None, sizes: Sizes, held
 
 
 def _in_these_options(message: str) -> str:
-    """Name the options of bench.pretrain, whose reader of text this is, as they are called here."""
+    """Replace names of options of bench.pretrain, whose function reads the text, by the names used here."""
     names = {"--text ": "--data ", "--eval-windows": "--validation, --test", "--context": "--max-length"}
     for theirs, ours in names.items():
         message = message.replace(theirs, ours)

@@ -1,4 +1,4 @@
-"""One fine-tuning run, in a process of its own, so that its peak memory is its own."""
+"""One fine-tuning run, in its own process, so that the process's peak memory is that of the run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from bench.pretrain.clocks import OptimizerTimer, Stopwatch
 from bench.pretrain.optimizers import measured_state_bytes
 
 MODULE = "bench.finetune"
-CHECK_EVERY = 10  # steps between looks at the loss, for which the host waits
+CHECK_EVERY = 10  # steps between checks of the loss, for which the host waits
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that, with the data, decides a run's numbers."""
+    """The settings that, with the data, decide a run's numbers."""
 
     model: str
     """Folder of a pre-trained model."""
     optimizer: str
     recipe: str
-    """What is trained: one of `bench.finetune.models.RECIPES`."""
+    """The part that is trained: one of `bench.finetune.models.RECIPES`."""
     lr: float
     """Peak rate of head, embeddings, norms and biases."""
     scale: float
@@ -42,20 +42,20 @@ class RunConfig:
     steps: int
     batch: int
     warmup: float
-    """Share of the steps over which the rate rises; it falls to 0 along a line."""
+    """Share of the steps over which the rate rises, before it falls linearly to 0."""
     weight_decay: float
     grad_clip: float
     """Largest gradient norm; 0 for no clipping."""
     seed: int
-    """Decides a new head or adapters, dropout and the order of the batches."""
+    """Seed of a new head or adapters, of dropout and of the order of the batches."""
     precision: str
     """`float32`, `bfloat16` (weights too), or `mixed` (float32 weights, bfloat16 activations)."""
     rank: int
-    """Of adapters."""
+    """Rank of adapters."""
 
 
 def lr_factor(step: int, *, steps: int, warmup: float) -> float:
-    """Share of the peak rate at `step` (1 for the first): it rises, then falls to 0 after the last, along lines."""
+    """Return the rate over its peak at `step` (1 for the first): it rises, then falls to 0, both linearly."""
     rise = max(1, round(warmup * steps))
     return step / rise if step <= rise else (steps + 1 - step) / (steps + 1 - rise)
 
@@ -64,9 +64,9 @@ def train(config: RunConfig, task: Task, device: torch.device, threads: int | No
     """Fine-tune and evaluate.
 
     Returns:
-        Settings and facts; `validation` and `test` with `loss` and, where there are labels, `accuracy`;
-        `untrained_loss` of the tests where the model has a head of its own; parameters and those trained, bytes
-        of optimizer state, peak memory of the process (of the device on CUDA), and times of steps.
+        Settings and facts; `validation` and `test` with `loss` and, if there are labels, `accuracy`;
+        `untrained_loss` on the test if the model keeps its own head; numbers of parameters and of trained ones,
+        bytes of optimizer state, peak memory of the process (of the device on CUDA), and times of steps.
 
     Raises:
         FloatingPointError: The loss is not finite.
@@ -141,16 +141,16 @@ def _check_finite(loss: float, step: int, config: RunConfig) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most memory that this process, or on CUDA its tensors, has held; None where nothing says."""
+    """Return the peak memory of this process, or on CUDA of its tensors; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # not `getrusage`, which starts from what the parent had
+    status = Path("/proc/self/status")  # not `getrusage`, whose peak starts from the parent's
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) * 1024 if found else None
 
 
 def train_apart(config: RunConfig, task: Task, device: torch.device, threads: int | None) -> dict[str, Any]:
-    """Do what `train` does in a new process.
+    """Run `train` in a new process.
 
     Raises:
         FloatingPointError: The loss is not finite.
