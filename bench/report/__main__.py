@@ -40,12 +40,12 @@ GENERATED = {
     "sweeps.md": sweeps,
     "finetuning.md": finetune,
 }
-"""Pages that are written as a whole, and the modules that do."""
+"""Pages that are generated as a whole, and the modules that generate them."""
 MEND = "run `python -m bench.report` and commit what it writes"
 
 
 def make(results: Path, root: Path) -> tuple[dict[Path, str], list[plots.Plot]]:
-    """Return the text of every page under `root` that has generated blocks, of files beside them, and all plots.
+    """Return the text of every page under `root` with generated blocks and of their data files, and all plots.
 
     Raises:
         ValueError: a file of results is not in the known format, or a page has a block of unknown name.

@@ -27,7 +27,7 @@ and pairs that change their order. *below*, *above*: by more than the larger spr
 
 
 def section(runs: Sequence[Run], compared: Sequence[Comparison]) -> str:
-    """Return the tables, where their numbers are from, and what does not hold at each size."""
+    """Return the tables, the origin of their numbers, and what does not hold at each size."""
     found = presets(runs)
     if not found:
         return sweeps.NOTHING
@@ -52,7 +52,7 @@ def presets(runs: Sequence[Run]) -> list[Run]:
 
 
 def best_table(found: Sequence[Run]) -> str:
-    """Return the best setting of each optimizer in each sweep, and what the published one reaches in the first."""
+    """Return the best setting of each optimizer in each sweep, and the published one's loss in the first sweep."""
     swept = [sweeps.optimizers(run) for run in found]
     names = sorted(
         {name for own in swept for name in own}, key=lambda name: (_loss(swept[0].get(name)), order_of(name))
@@ -98,7 +98,7 @@ def _origin(run: Run) -> str:
 
 
 def rates_table(found: Sequence[Run]) -> str:
-    """Return the best rate of the matrices of each optimizer that more than one sweep has, a column a sweep."""
+    """Return the matrices' best rate for each optimizer that is in several sweeps, with a column per sweep."""
     swept = [sweeps.optimizers(run) for run in found]
     shared = {name for own in swept for name in own if sum(name in each for each in swept) > 1}
     rows = [
@@ -122,7 +122,7 @@ def _rate(row: Row) -> float:
 
 
 def differences_table(compared: Sequence[Comparison]) -> str:
-    """Return which optimizers do not stand alike to AdamW at every preset, and which two change their order."""
+    """Return optimizers whose order against AdamW differs between presets, and pairs that change their order."""
     found = sizes.columns([comparison.plain for comparison in compared])
     names = sorted({name for _, own in found for name in own} - {"adamw"}, key=order_of)
     rows = []

@@ -93,7 +93,7 @@ def _precision(runs: Sequence[Run], root: str) -> str:
 
 
 def _roundings(runs: Sequence[Run], root: str) -> str:
-    """Return steps on a CPU over the float32 step of the same rule and backend, and the times of the latter."""
+    """Return step times on a CPU over the float32 step of the same rule and backend, and times of the latter."""
     found = of(runs, "roundings")
     if not found:
         return "Nothing is recorded yet: `python -m bench.studies.roundings` measures it."

@@ -1,4 +1,4 @@
-"""The short table of step times, like beside like."""
+"""The short table of step times, which compares optimizers with the same weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ updates that are too small for bf16; drawing its random numbers is part of the t
 
 
 IN_README = {label: name for label, name in SHOWN.items() if "foreach" not in label and "int8" not in label}
-"""Those of README's table."""
+"""The optimizers in README's table."""
 
 
 def speed(run: Run, model: str, found: Sequence[Case], names: Mapping[str, str] = SHOWN) -> str:
-    """Return the steps of one run that compare like with like, each over fused AdamW's with the same weights.
+    """Return a table of comparable steps of one run, with each time over fused AdamW's for the same weights.
 
     Args:
         run: The run.

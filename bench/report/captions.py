@@ -10,11 +10,11 @@ from bench.report.rows import Row
 __all__ = ["caption"]
 
 NAMED = 3
-"""Commits named at most; of more, the newest is."""
+"""Largest number of commits that are named; if there are more, only the newest is named."""
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Return in half a line where the numbers of a table are from."""
+    """Return the origin of a table's numbers, in half a line."""
     sizes = [
         f"{parameters / 1e6:.2f}M" for parameters in sorted({row.get("parameters") or 0 for row in rows} - {0})
     ]
@@ -41,7 +41,7 @@ def _dates(rows: Sequence[Row]) -> str:
 
 
 def _commits(rows: Sequence[Row]) -> list[str]:
-    """Return the commits, the newest first; of those without a date the later row's is newer."""
+    """Return the commits, the newest first; among commits without a date, that of a later row is newer."""
     last: dict[str, tuple[str, int]] = {}
     for i, row in enumerate(rows):
         if row.get("commit"):

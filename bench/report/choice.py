@@ -1,4 +1,4 @@
-"""README's table of which optimizer to take: what each keeps, reaches and takes, from the records."""
+"""README's table for the choice of an optimizer: state, loss and step time of each, from the records."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _state(rule: str, level: int, moments: torch.dtype | None) -> float:
 
 
 class _Timed:
-    """Times of steps over the fused AdamW's: same device, model, weights, threads and layers."""
+    """Step times over the fused AdamW's with the same device, model, weights, threads and layers."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._main, self._model, _ = next(optimizers.timed(runs), (None, "", []))
@@ -134,7 +134,7 @@ class _Timed:
         self._absent = False
 
     def over_fused(self, name: str) -> str:
-        """Return the newest step's time over the fused AdamW's, marked if the latter is of another run."""
+        """Return the newest step's time over the fused AdamW's, marked if the latter is from another run."""
         for run, case in self._cases(name):
             for other, fused in sorted(self._cases(FUSED), key=lambda found: found[0] is not run):
                 if _part(other) == _part(run):
@@ -154,7 +154,7 @@ class _Timed:
                     yield run, case
 
     def about(self) -> str:
-        """Return what the times are of; to be called when all are known."""
+        """Return the footnote on the times; call it after the last `over_fused`."""
         if self._main is None:
             return "³ Nothing is timed yet."
         layers = self._main.rows[-1].get("layers")
@@ -174,5 +174,5 @@ def _setting(run: Run) -> tuple[Any, ...]:
 
 
 def _part(run: Run) -> tuple[Any, ...]:
-    """Return what else must be equal for times of two runs to be compared."""
+    """Return further values that must be equal before times of two runs are compared."""
     return tuple(run.rows[-1].get(key) for key in ("layers", "embeddings", "torch"))

@@ -1,4 +1,4 @@
-"""What pre-training runs of one kind reached, by setting and seed: from comparisons, and from sweeps."""
+"""Results of pre-training runs of one kind, by setting and seed, from comparisons and from sweeps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
     model: str
     device: str
     length: int | None
-    """Steps that its runs were to take."""
+    """Planned number of steps of its runs."""
     text: str | None
     runs: dict[Setting, dict[int, list[Row]]]
     """Evaluations in the order of steps; a run's other rows are in `others`."""
@@ -65,7 +65,7 @@ class Comparison(NamedTuple):
 
     @property
     def precision(self) -> str:
-        """Return what is not in float32, with a comma before it; nothing where all is."""
+        """Return what is not in float32, after a comma; empty if all is in float32."""
         return sweeps.precision(self.rows[0]) if self.rows else ""
 
     @property
@@ -87,7 +87,7 @@ def _is_plain(optimizer: str) -> bool:
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """Collect the measurements of each preset, newest first; a repeated run replaces the older one.
 
-    Where a sweep's best setting of an optimizer was not compared, the sweep's own runs of it are taken.
+    If a sweep's best setting of an optimizer was not compared, the sweep's own runs of it are used.
     """
     found: dict[tuple[Any, ...], Comparison] = {}
     for run in reversed(of(runs, "quality")):
@@ -113,7 +113,7 @@ def by_text_and_size(compared: Iterable[Comparison]) -> list[Comparison]:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    """Return what the runs of one comparison have in common."""
+    """Return the values that the runs of one comparison have in common."""
     preset, precision = str(row.get("preset") or row.get("model")), row.get("precision")
     if precision not in (None, _precision_of(preset)):
         preset += f", {precision}"
@@ -154,7 +154,7 @@ def _add(found: dict[tuple[Any, ...], Comparison], run: Run, rows: Sequence[Row]
 
 
 def _best_of_sweep(run: Run, preset: str, found: dict[tuple[Any, ...], Comparison]) -> Iterator[Row]:
-    """Yield rows of the best setting of each optimizer of a sweep where its preset's comparison lacks it."""
+    """Yield rows of the best setting of each optimizer of a sweep, if its preset's comparison lacks it."""
     for rows in sweeps.optimizers(run).values():
         best = sweeps.best(rows)
         if best is None:
@@ -202,7 +202,7 @@ def best_settings(comparison: Comparison) -> list[Setting]:
 
 
 def name_of(setting: Setting, settings: Iterable[Setting]) -> str:
-    """Return the name of an optimizer, with its setting where there are several."""
+    """Return the name of an optimizer, with its setting if there are several."""
     if sum(other.optimizer == setting.optimizer for other in settings) == 1:
         return optimizer_name(setting.optimizer)
     numbers = f", lr {setting.lr:g}, scale {setting.scale:g}"

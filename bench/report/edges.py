@@ -1,4 +1,4 @@
-"""Which settings of a comparison are the best of a sweep, and which of these lie at the edge of what it tried."""
+"""Settings of a comparison that are the best of a sweep, and those of them that are at the edge of its grid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bests(comparison: Comparison, runs: Sequence[Run]) -> dict[Setting, set[str]
 
 
 def edges_of(comparison: Comparison, runs: Sequence[Run]) -> dict[Setting, set[str]]:
-    """Return for each setting what of it lies at the edge; another storage takes its rule's and level's setting."""
+    """Return for each setting its keys at the edge of the grid; other storage has the setting of its rule."""
     known = bests(comparison, runs)
     return {setting: known.get(setting) or known.get(_swept(setting), set()) for setting in comparison.runs}
 

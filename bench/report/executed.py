@@ -1,4 +1,4 @@
-"""Tables of what each kernel executes, requests and waits for, and of its bound."""
+"""Tables of the instructions, sectors and waits of each kernel, and of its bound."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ of LLaMA-1B's MLP) or 16 of 1,000 on the row path.
 
 
 def section(runs: Sequence[Run], file: str) -> list[str]:
-    """Return the section from the newest record; `file` is the path of its `listing` beside the page."""
+    """Return the section from the newest record; `file` is the path of its `listing`, relative to the page."""
     parts = ["## Executed instructions", ABOUT]
     if not runs:
         return [*parts, "Nothing is recorded yet: `python -m bench.codegen --executed --record` counts them."]

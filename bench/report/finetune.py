@@ -1,4 +1,4 @@
-"""The page on fine-tuning: what each optimizer reached and kept, and the sweeps that chose its setting."""
+"""The page on fine-tuning: loss and state of each optimizer, and the sweeps that chose its setting."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(runs: Sequence[Run]) -> list[Pair]:
-    """Bring together what was measured of each preset; other data, steps or devices are another pair."""
+    """Group the rows of each preset; other data, steps or devices are another pair."""
     keys = ("preset", "model_digest", "text_digest", "steps", "batch", "precision", "device")
     rows: dict[tuple[Any, ...], list[Row]] = {}
     last: dict[tuple[Any, ...], Run] = {}
@@ -146,7 +146,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 
 def brief(runs: Sequence[Run]) -> str:
-    """Return README's lines, one a pair: what each optimizer reached in the pair's widest recipe, and its state."""
+    """Return README's lines, one per pair: result and state of each optimizer in the pair's widest recipe."""
     lines = []
     for pair in pairs_of(runs):
         row, chosen = pair.rows[0], [choice for choice in choices(pair.rows) if choice.best is not None]
@@ -181,12 +181,12 @@ def _about(pair: Pair) -> str:
 
 
 def _caption(pair: Pair) -> str:
-    """Say where the numbers of a pair are from; adapters do not count as parameters of the model."""
+    """Format the origin of a pair's numbers; adapters do not count as parameters of the model."""
     return caption([row | {"parameters": None} if row["recipe"] == "lora" else row for row in pair.rows])
 
 
 def _tried(rows: Sequence[Row]) -> str:
-    """Say how many settings each optimizer was tried at."""
+    """Format the number of settings that were tried for each optimizer."""
     counts: dict[int, list[str]] = {}
     for choice in choices(rows):
         counts.setdefault(choice.tried, []).append(f"{optimizer_name(choice.optimizer)} ({choice.recipe})")
@@ -197,7 +197,7 @@ def _tried(rows: Sequence[Row]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """Say at which settings the commands run."""
+    """Format the settings that the commands use."""
     untuned = []
     for preset in PRESETS:
         values = json.loads((CONFIGS / f"finetune_{preset}.json").read_text())
@@ -219,13 +219,13 @@ def _settings(runs: Sequence[Run]) -> str:
 def results_table(
     rows: Sequence[Row], chosen: Sequence[Choice], steps: Mapping[tuple[str, str | None], Row]
 ) -> str:
-    """Return what each optimizer reached at its best setting, beside AdamW under the same recipe.
+    """Return results of each optimizer at its best setting, compared with AdamW under the same recipe.
 
-    Recipes that train no matrix stand beside AdamW under one that does.
+    Recipes that train no matrix are compared with AdamW under one that does.
 
     Args:
         rows: All runs of the pair.
-        chosen: The best of each optimizer and recipe.
+        chosen: The best setting of each optimizer and recipe.
         steps: The time of a step of each, if it was measured.
     """
     timed = any((choice.optimizer, choice.recipe) in steps for choice in chosen)
@@ -265,7 +265,7 @@ def results_table(
 
 
 def _marked(best: Row, rows: Sequence[Row]) -> list[str]:
-    """Return rate and scale of a best setting, marked where no value beyond was tried."""
+    """Return rate and scale of a best setting, each marked if no value beyond it was tried."""
     own = [row for row in rows if all(row[key] == best[key] for key in ("optimizer", "recipe", "seed", "metric"))]
     cells = []
     for key, other in (("lr", "scale"), ("scale", "lr")):
@@ -283,7 +283,7 @@ def _beside(choice: Choice, chosen: Sequence[Choice]) -> dict[str, list[float]]:
 
 
 def with_spread(values: Sequence[float], digits: int) -> str:
-    """Write mean and standard deviation over seeds."""
+    """Format mean and standard deviation over seeds."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 

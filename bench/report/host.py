@@ -17,7 +17,7 @@ gradients lie at new addresses in every step; *sharded*: parameters are `DTensor
 shape, none left to AdamW."""
 
 LEAST_SHARE = 0.035
-"""Of a step's time: functions that take less are left out."""
+"""Share of a step's time below which functions are left out."""
 
 PROFILED = """\
 Under cProfile, which makes every call dearer; functions of less than 4 % are left out. What C code calls for every
@@ -34,7 +34,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
     for device, own in by_device(of(runs, "host")).items():
         parts.append(f"## Host time on {device}")
         alike: dict[frozenset[str], list[Run]] = {}
-        for run in own:  # matrices alone are timed by a run of their own
+        for run in own:  # matrices alone are timed in a separate run
             alike.setdefault(frozenset(row["scenario"] for row in run.rows), []).append(run)
         for each in alike.values():
             parts += newest_open(each, _run)

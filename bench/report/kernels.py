@@ -58,7 +58,7 @@ def _path(case: Case) -> str:
 
 
 def kernel_panels(found: Sequence[Case]) -> tuple[list[dict[str, Any]], str]:
-    """Return the data of the roofline plot, of one combination of dtypes, and its name."""
+    """Return the data of the roofline plot for the most frequent dtypes, and the names of these."""
     found = [case for case in found if "copy_bandwidth_fraction" in case.metrics]
     with_moments = [case for case in found if case.what.get("moments")] or found
     counts: dict[tuple[Any, Any], int] = {}

@@ -1,4 +1,4 @@
-"""The page on machine code: loads, stores and resources of each kernel, and what it executes."""
+"""The page on machine code: loads, stores and resources of each kernel, and counts of executed instructions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ multiprocessor, of those that it can hold."""
 
 
 TARGET = "sm_90"
-"""The target whose kernels are shown, if it is recorded; the file lists those of all."""
+"""The target whose kernels are shown, if it is recorded; the file lists the kernels of all targets."""
 
 LISTING, EXECUTED = "data/machine_code.csv", "data/executed.csv"
-"""Files that list every kernel, beside the page."""
+"""Files that list every kernel, by paths relative to the page."""
 
 
 def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
@@ -37,7 +37,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 
 def files(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the files that the page links to, by their paths beside it."""
+    """Return the files that the page links to, by paths relative to it."""
     found = {}
     if codegen := of(runs, "codegen"):
         headings = ["target", "kernel", "weights", "moments", "path", "level", "loads", "stores", "registers"]

@@ -25,14 +25,14 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
 
 
 def comma_separated(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table as comma-separated values, for what is too long for a page."""
+    """Return a table as comma-separated values, if it is too long for a page."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([headings, *rows])
     return text.getvalue()
 
 
 def details(summary: str, body: str) -> str:
-    """Return a collapsed section, for the site and GitHub alike."""
+    """Return a collapsed section, for both the site and GitHub."""
     return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>'
 
 
@@ -42,7 +42,7 @@ def figure(text: str, name: str, root: str = "") -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format a number with so many significant digits, never with an exponent."""
+    """Format a number with `digits` significant digits and without an exponent."""
     if value is None:
         return "-"
     if value == 0 or not math.isfinite(value):
@@ -58,7 +58,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Format a number of bytes likewise."""
+    """Format a number of bytes with three significant digits, in the unit that needs no leading zeros."""
     return _in_units(count, SIZES)
 
 
@@ -109,7 +109,7 @@ def model_name(model: str | None) -> str:
 
 
 def slug(text: str) -> str:
-    """Return a name without the characters that a file name may not contain."""
+    """Return a name for files: in lower case, with hyphens for all but letters and digits."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""The page on optimizer steps: what `step()` takes, beside other optimizers."""
+"""The page on optimizer steps: the time of `step()`, compared with other optimizers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ step. Other words name [options](interface.md#gwtadamw).
 Before it is timed, a step of this package is compared with a float64 oracle, and a step of another package with
 AdamW's update; what differs by more than its rounding and its method explain is not timed."""
 
-ENOUGH = 5  # optimizers of a comparison of like with like; where there are fewer, all are shown
+ENOUGH = 5  # optimizers in the short comparison; if there are fewer, all optimizers are shown
 
 NOTHING = "Nothing is recorded yet: `python -m bench.optimizers` measures it."
 
@@ -74,7 +74,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 
 def _run(run: Run) -> str:
-    """Return the comparison of like with like, and every case folded."""
+    """Return the short comparison, and a collapsed table of every case."""
     parts = [OTHER_RULES] if run.is_of_other_rules else []
     for model, found in steps_by_model(run).items():
         short, whole = brief.speed(run, model, plain(found)), steps_table(found)
@@ -151,7 +151,7 @@ def _is_fused(case: Case) -> bool:
 
 
 def _reason(note: str) -> str:
-    """Return why an optimizer was not timed, in words, of the exception that its package raised."""
+    """Return in words why an optimizer was not timed, from the exception that its package raised."""
     if found := re.search(r"No module named '([\w.]+)'", note):
         return f"{found[1]} is not installed"
     if note.startswith("cannot run here") and re.search(r"CUDA|0 active drivers", note):
@@ -194,12 +194,12 @@ def _label(case: Case, found: Sequence[Case]) -> str:
 
 
 def plain(found: Sequence[Case]) -> list[Case]:
-    """Leave out the cases timed together with clipping."""
+    """Return the cases that were timed without clipping."""
     return [case for case in found if not case.what.get("clipped")]
 
 
 def _newest_of_each_model(runs: Sequence[Run]) -> dict[str, list[Case]]:
-    """Return for each model what plots show of the newest run that timed it, the smallest model first."""
+    """Return for each model the cases that plots show, from its newest run; the smallest model is first."""
     newest: dict[str, list[Case]] = {}
     for run in runs:
         for model, found in ({} if run.is_of_other_rules else steps_by_model(run)).items():

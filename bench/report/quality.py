@@ -1,4 +1,4 @@
-"""The page on quality: what to take at equal state and at equal loss, and what holds at each size."""
+"""The page on quality: the best optimizers at equal state and at equal loss, and results at each size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTHING = (
 
 
 def in_order(runs: Sequence[Run]) -> list[Comparison]:
-    """Return the comparisons of the runs by text and size, those of the preset that is weighed first."""
+    """Return the comparisons of the runs by text and size; those of the chart's preset come first."""
     found = by_text_and_size(comparisons(runs))
     return sorted(found, key=lambda each: each.preset.partition(",")[0] != tradeoff.PRESET)
 

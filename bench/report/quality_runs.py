@@ -99,8 +99,8 @@ held-out loss, ± over seeds, one seed where no ± stands."""
 def curves(comparison: Comparison) -> list[dict[str, Any]]:
     """Return the data of the loss plot: mean and range at each step that all seeds reached.
 
-    Each optimizer is in it at its best setting, if this was evaluated on the way. Of many optimizers, AdamW and
-    those of the lowest losses are.
+    Each optimizer has its best setting, if this was evaluated during training. Of many optimizers, only AdamW and
+    those with the lowest losses are included.
     """
     series = []
     for setting in best_settings(comparison):
@@ -153,7 +153,7 @@ def final_table(
     Args:
         comparison: The runs.
         shown: Settings to show; None for all.
-        edges: What of a setting to mark, as at the edge of its sweep.
+        edges: Keys of a setting to mark, as at the edge of its sweep.
     """
     final = final_losses(comparison)
     adamw = {mean(losses): setting for setting, losses in final.items() if setting.optimizer == "adamw" and losses}

@@ -1,4 +1,4 @@
-"""Reads a folder of raw results, in the order in which the pages show them."""
+"""Reader of a folder of raw results, in the order in which the pages show them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORIGIN = (
 
 
 class _FromFile(dict[str, Any]):
-    """A row that names its file where it lacks a column."""
+    """A row whose error for a missing column names its file."""
 
     def __init__(self, row: Row, file: str) -> None:
         super().__init__(row)
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     @property
     def is_of_other_rules(self) -> bool:
-        """Return whether it times Muon, Adafactor and Lion, apart from the others (`bench.optimizers.rules`)."""
+        """Return whether it is a separate run of Muon, Adafactor and Lion (`bench.optimizers.rules`)."""
         return {row.get("peer") for row in self.rows if row.get("optimizer")} == {"rules"}
 
     @property
@@ -73,7 +73,7 @@ def load(folder: Path) -> list[Run]:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: a file is no record, or has a format that this version cannot read; the message names it.
-            A row that lacks a column raises it when the column is asked for.
+            A row that lacks a column raises it when the column is read.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: --results names one of raw results")
@@ -93,7 +93,7 @@ def of(runs: Iterable[Run], benchmark: str) -> list[Run]:
 
 
 def by_device(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Sort runs by device, GPUs first; within a device the order stays."""
+    """Sort runs by device, GPUs first; within a device the order is kept."""
     devices = dict.fromkeys(run.device for run in sorted(runs, key=lambda run: not run.cuda))
     return {device: [run for run in runs if run.device == device] for device in devices}
 

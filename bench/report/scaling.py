@@ -1,4 +1,4 @@
-"""Tables of docs/scaling.md: what each GPU holds, sends and needs as predicted, and measurements beside it."""
+"""Tables of docs/scaling.md: predictions of what each GPU holds, sends and needs, and measurements."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _cases(run: Run) -> dict[tuple[int, str | None], dict[str, Row]]:
 
 
 def _pieces(run: Run, keys: Sequence[tuple[int, str | None]]) -> str:
-    """Return the components that each number of processes timed alone, at once."""
+    """Return the components timed alone, by the number of processes that ran them at once."""
     cases = _cases(run)
     numbers = dict.fromkeys(n for n, _ in keys)
     sizes = sorted({row["bytes"] for row in run.rows if "bytes" in row})

@@ -11,7 +11,7 @@ from bench.report.rows import Case, Run
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16", "float64": "fp64"}
 
 BOUND = re.compile(r" \((?:target|aim): .*\)$")
-"""The bound that `bench.kernels.targets` writes behind a ratio, for those who work on the kernels."""
+"""The bound that `bench.kernels.targets` writes after a ratio, which the pages leave out."""
 
 ROOFLINE = """\
 Times are medians over repeated runs after a warm-up, with the 20th and 80th percentile in brackets. The
@@ -21,11 +21,11 @@ reads the cache lines that it overwrites, an optimizer's step is compared with a
 in turns with the steps. Kernels are compared with a copy there, and those that work in place may exceed it."""
 
 BANDWIDTHS = {"copy_bandwidth": "Copy bandwidth", "in_place_bandwidth": "Bandwidth of a pass in place"}
-"""What a run measures to draw its roofline from, and how the pages call it."""
+"""Metrics of bandwidth from which rooflines are computed, and their names on the pages."""
 
 
 def newest_open(runs: Sequence[Run], write: Callable[[Run], str]) -> list[str]:
-    """Return the newest run open, the newest of other threads or models folded, and the names of all others."""
+    """Return the newest run, the newest with other threads or models collapsed, and the names of all others."""
     newest: dict[object, Run] = {}
     for run in runs:
         newest.setdefault(_settings(run), run)
@@ -61,7 +61,7 @@ def head(case: Case, keys: Sequence[str]) -> list[str]:
 
 
 def ratios(run: Run) -> list[str]:
-    """Return the ratios of times that the run recorded, folded; nothing if it has none."""
+    """Return the ratios of times that the run recorded, collapsed; nothing if it has none."""
     notes = [row["note"] for row in run.rows if row.get("metric") == "ratio" and row.get("note")]
     stated = []
     for note in notes:

@@ -1,4 +1,4 @@
-"""What holds at each size and on each text: a table a text of held-out losses minus AdamW's."""
+"""Results at each size and on each text: a table per text of held-out losses minus AdamW's."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ is on the [choosing page](choosing.md#learning-rate-and-scale)."""
 
 
 def columns(compared: Sequence[Comparison]) -> list[tuple[Comparison, dict[str, dict[str, Any]]]]:
-    """Return the comparisons in their preset's precision that hold AdamW, with their points by optimizer."""
+    """Return the comparisons in their preset's precision that include AdamW, with their points by optimizer."""
     found = [(each, {point["optimizer"]: point for point in points(each)}) for each in by_text_and_size(compared)]
     return [(each, own) for each, own in found if "adamw" in own and "," not in each.preset]
 
 
 def section(compared: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
-    """Return a table for each text and where their columns are from; nothing for one comparison."""
+    """Return a table for each text and the origins of their columns; nothing for a single comparison."""
     found = columns(compared)
     counts = Counter(optimizer for _, own in found for optimizer in own)
     shown = [optimizer for optimizer, n in counts.items() if n > 1 and optimizer != "adamw"]
@@ -52,7 +52,7 @@ def section(compared: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
 def _table(
     found: Sequence[tuple[Comparison, dict[str, dict[str, Any]]]], shown: Sequence[str], runs: Sequence[Run]
 ) -> str:
-    """The losses of the optimizers minus AdamW's, a column a comparison."""
+    """Return the losses of the optimizers minus AdamW's, with a column per comparison."""
     edges = [edges_of(comparison, runs) for comparison, _ in found]
     adamw = (own["adamw"]["spread"] + _mark(own["adamw"], at) for (_, own), at in zip(found, edges, strict=True))
     rows = [["AdamW's loss", *adamw]]
@@ -82,5 +82,5 @@ def _cell(point: dict[str, Any] | None, adamw: dict[str, Any], edges: Mapping[Se
 
 
 def wider(*found: dict[str, Any]) -> float | None:
-    """Return the largest standard deviation over seeds of some points; None if none ran under several."""
+    """Return the largest standard deviation over seeds of some points; None if none has several seeds."""
     return max((point["deviation"] for point in found if point["deviation"] is not None), default=None)

@@ -16,7 +16,7 @@ SHORT = {"bfloat16": "bf16", "float32": "fp32", "int8": "int8"}
 
 @functools.cache
 def plot() -> Plot:
-    """Return the plot: bf16 weights, and AdamW beside every level and dtype of moments."""
+    """Return the plot: AdamW, and every level and dtype of moments, for bf16 weights."""
     models = []
     for model in MODELS:
         planned = plan(model, dtype=torch.bfloat16)

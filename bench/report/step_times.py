@@ -1,4 +1,4 @@
-"""Times of a step that can be compared, measured apart from the runs whose tables show them."""
+"""Comparable times of a step, measured separately from the runs whose tables show them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def times(runs: Sequence[Run], of_: str, **alike: Any) -> dict[tuple[str, str | 
     Args:
         runs: All results.
         of_: `pretrain` or `finetune`.
-        alike: What the rows have in common with the runs.
+        alike: Values that the rows have in common with the runs.
     """
     found: dict[tuple[str, str | None], Row] = {}
     for run in of(runs, BENCHMARK):
@@ -38,7 +38,7 @@ def times(runs: Sequence[Run], of_: str, **alike: Any) -> dict[tuple[str, str | 
 
 
 def about(rows: Collection[Row]) -> str:
-    """Say how the times of a table were measured, when and where; nothing where there are none."""
+    """Format how, when and where the times of a table were measured; empty if there are none."""
     if not rows:
         return ""
     digests = {(row["own_backend"], row["sources"]) for row in rows}
@@ -51,7 +51,7 @@ def about(rows: Collection[Row]) -> str:
 
 
 def with_times(comparison: Comparison, runs: Sequence[Run]) -> Comparison:
-    """Return a comparison whose times of steps are those measured apart, of its model and dtype of weights.
+    """Return a comparison with the step times that were measured separately for its model and dtype of weights.
 
     The times taken during the runs, which shared their cores, are left out.
     """

@@ -27,7 +27,7 @@ no point."""
 
 EDGE = "†"
 EDGE_NOTE = f"{EDGE} At the edge of the settings tried: a value beyond may be better."
-"""The footnote of every table that shows a best. A setting of which one value was tried is not marked."""
+"""The footnote of every table of best settings. A key with only one tried value is not marked."""
 
 KEYS = ("lr", "scale", "momentum")
 
@@ -61,7 +61,7 @@ def page(runs: Sequence[Run]) -> tuple[str, list[Plot]]:
 
 
 AXES = {"lr": "learning rate", "momentum": "momentum"}
-"""What is swept besides the scale."""
+"""The keys that are swept in addition to the scale, and their names."""
 
 MOMENTA = """\
 The lowest loss at each momentum, and the scale that reached it; one seed. *-*: not tried. From the sweeps below,"""
@@ -128,7 +128,7 @@ def _title(run: Run) -> str:
 
 
 def precision(row: Row) -> str:
-    """Return what of a run is not in float32, with a comma before it."""
+    """Return what is not in float32 in a run, after a comma."""
     return {"mixed": ", bfloat16 activations", "bfloat16": ", bfloat16 weights"}.get(str(row.get("precision")), "")
 
 
@@ -143,9 +143,9 @@ def best(rows: Sequence[Row]) -> tuple[Row, list[float]] | None:
 
 
 def edges(rows: Sequence[Row]) -> set[str]:
-    """Return which settings of a sweep's best run have no value tried on both sides, the others being equal.
+    """Return the keys whose value in a sweep's best run is the lowest or highest tried, the other keys being equal.
 
-    A setting of which the sweep tried one value is not among them.
+    A key with only one value in the sweep is not among them.
     """
     found = best(rows)
     if found is None:
@@ -162,7 +162,7 @@ def _is_outermost(chosen: Row, rows: Sequence[Row], key: str) -> bool:
 
 
 def preset_of(run: Run) -> str | None:
-    """Return the preset whose sweep this is; None if it is of no preset."""
+    """Return the preset whose sweep this is; None if there is none."""
     preset = run.file.removeprefix("sweep_").removesuffix(".json")
     return preset if (CONFIGS / f"preset_{preset}.json").exists() else None
 
@@ -182,12 +182,12 @@ def best_table(run: Run) -> str:
 
 
 def settings(rows: Sequence[Row]) -> int:
-    """Return the number of settings that an optimizer was tried at."""
+    """Return the number of settings that were tried for an optimizer."""
     return len({tuple(row.get(key) for key in KEYS) for row in _first_seed(rows)})
 
 
 def numbers(row: Row, at: Collection[str]) -> list[str]:
-    """Format learning rate, scale and momentum, and mark those in `at`."""
+    """Format learning rate, scale and momentum, and mark those whose keys are in `at`."""
     return ["-" if row.get(key) is None else f"{row[key]:g}{EDGE if key in at else ''}" for key in KEYS]
 
 
@@ -198,7 +198,7 @@ def loss_at(rows: Sequence[Row], lr: float, scale: float) -> str:
 
 
 def lowest(rows: Sequence[Row]) -> Row | None:
-    """Return the run of the lowest loss; None if none has a loss."""
+    """Return the run with the lowest loss; None if none has a loss."""
     reached = [row for row in rows if _loss(row) is not None]
     return min(reached, key=lambda row: _loss(row) or 0.0, default=None)
 

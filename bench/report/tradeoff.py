@@ -1,4 +1,4 @@
-"""Loss against state: the chart, what the least of either costs of the other, and README's short table."""
+"""Loss against state: the chart, tables of the best at equal state and at equal loss, and README's short table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Points = Sequence[dict[str, Any]]
 
 CHART = "loss_over_state"
 PRESET = "cpu"
-"""The preset with most optimizers."""
+"""The preset with the most optimizers."""
 
 ABOUT = """\
 Held-out loss over bytes of optimizer state per parameter, preset `cpu`: lower and further left is better. A point
@@ -31,11 +31,11 @@ smaller share."""
 UNTIMED = """\
 What a step costs is on [another page](performance_optimizers.md): these runs shared their cores with other work."""
 SERIES = ("adamw", "gwt", "foam", "muon", "adafactor", "galore", "apollo", "adam_mini")
-"""Rules and other packages' optimizers of the chart; of others the lowest losses, while there is room."""
+"""Rules and other packages' optimizers in the chart; others follow by lowest loss, while there is room."""
 MOST = 8
 
 BUDGETS = (8.0, 4.5, 2.5, 1.6, 1.2, 0.9, 0.7, 0.5)
-"""Bytes of state a parameter."""
+"""Bytes of state per parameter."""
 
 EQUAL_STATE = """\
 ### At equal state
@@ -53,16 +53,16 @@ CHOICES = ["float32 moments", "without Muon", "any moments", "any moments, witho
 REFERENCES = ("muon0", "muon2", "foam2", "gwt2", "adamw", "adafactor0", "apollo", "galore")
 
 SHOWN = ("muon0", "muon0-int8", "muon2", "muon2-int8", "adafactor2", "foam2", "gwt2", "adamw")
-"""Those in README's table."""
+"""The optimizers in README's table."""
 
 
 def of_preset(compared: Sequence[Comparison]) -> Comparison | None:
-    """Return the comparison that the chart is drawn of."""
+    """Return the comparison that the chart is drawn from."""
     return next((comparison for comparison in compared if comparison.preset == PRESET), None)
 
 
 def points(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return loss and state by optimizer, the lowest loss first; of several settings the best."""
+    """Return loss and state by optimizer, the lowest loss first; from several settings, the best."""
     found: dict[str, dict[str, Any]] = {}
     for chosen, losses in final_losses(comparison).items():
         state = comparison.metric(chosen, STATE)
@@ -91,7 +91,7 @@ def points(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def section(comparison: Comparison, runs: Sequence[Run]) -> tuple[list[str], list[Plot]]:
-    """Return the part of the page that weighs loss and state, and its chart; nothing without results."""
+    """Return the part of the page that compares loss and state, and its chart; nothing without results."""
     found = points(comparison.plain)
     if len(found) < 2:
         return [], []
@@ -175,13 +175,13 @@ def _equal_loss(found: _Points, everything: _Points) -> str:
 
 
 def _choices(found: _Points, everything: _Points) -> tuple[_Points, ...]:
-    """Return what a column of both tables chooses from."""
+    """Return the points that each column of both tables chooses from."""
     others = [[point for point in among if point["rule"] != "muon"] for among in (found, everything)]
     return found, others[0], everything, others[1]
 
 
 def _rows(found: Sequence[dict[str, Any]]) -> str:
-    """Return what optimizers with blocks of a row lose against their level 2 and AdamW."""
+    """Return losses of optimizers with one block per row, and their differences from AdamW and level 2."""
     known = {point["optimizer"]: point for point in found}
     lines = []
     for point in found:
