@@ -37,7 +37,7 @@ PEERS = ROOT / "build" / "peers"
 # Shares of the remaining time; time that a part does not use goes to the next ones.
 SHARES = {"correctness": 0.35, "kernels": 0.25, "optimizers": 0.2, "quality": 0.2}
 GRACE = 15.0  # seconds that an interrupted part has to write its results
-EARLIER = 0.8  # of a part's time; after it the part starts nothing new
+EARLIER = 0.8  # share of a part's time after which it starts nothing new
 
 
 class Outcome(NamedTuple):
@@ -48,16 +48,16 @@ class Outcome(NamedTuple):
     note: str
     seconds: float
     late: bool
-    """Whether it timed out without a failure before."""
+    """Whether it timed out, with no failure before that."""
 
 
 def commands(part: str, options: argparse.Namespace, folder: Path, minutes: float) -> list[list[str]]:
-    """Return the commands of a part, in order, as arguments of Python; on a CPU tiny ones, to test this driver.
+    """Return the commands of a part in order, as arguments of Python. On a CPU they are tiny, to test this driver.
 
     Args:
         part: One of `SHARES`.
         options: The command line.
-        folder: Folder of the checkpoints of a run that takes several calls.
+        folder: Folder for the checkpoints of a run that takes several calls.
         minutes: Time limit of the part.
     """
     small = options.device.type == "cpu"
@@ -211,7 +211,7 @@ def outcomes(options: argparse.Namespace, done: dict[str, str], sources: str, lo
         options: The command line.
         done: When each finished part ended.
         sources: What `fingerprint` returned.
-        log_of: The path of a part's log.
+        log_of: Function from a part to the path of its log.
     """
     end = time.monotonic() + 60 * options.minutes - GRACE
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

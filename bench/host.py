@@ -1,6 +1,6 @@
 """Host time of GWTAdamW.step(): Python and Triton's launch path over many tensors, with or without a GPU.
 
-Without a CUDA device the kernels are compiled for one, and every part of a launch but the driver call is run.
+Without a CUDA device the kernels are compiled for one, and all of a launch except the driver call is run.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gwt_kernels import GWTAdamW, GWTMuon
 from gwt_kernels.backends import choice
 from gwt_kernels.rules.newton_schulz import NewtonSchulz
 
-SIZE = (8, 64)  # small: on a CPU the copies of a clipped gradient must not count
+SIZE = (8, 64)  # small, since only host time is measured
 WARM_UP = 5
 TURN = 10  # steps of a scenario before the next one's turn
 
 
 class NoDevice:
-    """A stand-in for Triton's driver on an H100 that is absent; launches end before the driver call."""
+    """Substitute for Triton's driver of an H100 that is absent. Launches end before the driver call."""
 
     def get_current_device(self) -> int:
         return 0
@@ -82,7 +82,7 @@ SCENARIOS = [Scenario(*each) for each in itertools.product((False, True), repeat
 
 @contextlib.contextmanager
 def two_processes(device: torch.device) -> Iterator[DeviceMesh]:
-    """Return a mesh of this process and a simulated one: a collective costs only the host's call."""
+    """Yield a mesh of this process and a simulated one, where a collective costs only the host's call."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         yield init_device_mesh(device.type, (2,))
@@ -93,10 +93,10 @@ def two_processes(device: torch.device) -> Iterator[DeviceMesh]:
 def build(
     tensors: int, device: torch.device, *, limiter: bool, mesh: DeviceMesh | None = None
 ) -> tuple[Optimizer, list[torch.nn.Parameter]]:
-    """Build parameters as `gwt_param_groups` sorts them: seven matrices in nine, two norms, an embedding and a
-    head.
+    """Build an optimizer over groups like those of `gwt_param_groups`.
 
-    With a mesh, `fully_shard` shards the tensors over it, by rows.
+    Seven tensors in nine are matrices and two are norms, in addition to an embedding and a head. With a mesh they
+    are DTensors sharded by rows, as `fully_shard` makes them.
     """
     values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
     if mesh is not None:
@@ -116,7 +116,7 @@ def build(
 def build_matrices(
     tensors: int, device: torch.device, kind: type[GWTAdamW | GWTMuon], mesh: DeviceMesh | None = None
 ) -> tuple[Optimizer, list[torch.nn.Parameter]]:
-    """Build matrices of one shape, for an optimizer without limiter, sharded as `build` does."""
+    """Build an optimizer without limiter over matrices of one shape, sharded as in `build`."""
     values = [torch.randn(SIZE, device=device, dtype=torch.bfloat16) for _ in range(tensors)]
     if mesh is not None:
         values = [DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for x in values]
@@ -136,7 +136,7 @@ def gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def time_steps(optimizer: Optimizer, params: Sequence[torch.nn.Parameter], *, reallocated: bool) -> Iterator[float]:
-    """Measure the thread CPU time of each call of step(), after a warm-up; other load does not count."""
+    """Yield the thread's CPU time of each call of step() after the warm-up; other load does not count."""
     sets = [gradients(params), gradients(params)]
     for i in itertools.count():
         if reallocated or i == 0:
@@ -164,7 +164,7 @@ def take_turns(runs: Sequence[Iterator[float]], repetitions: int) -> list[list[f
 
 
 def profile(optimizer: Optimizer, steps: int, lines: int) -> list[tuple[str, float, float]]:
-    """Profile `steps` steps: the most expensive functions, their share without callees, and calls per step.
+    """Profile `steps` steps; return the most expensive functions, their own share of time, and calls per step.
 
     Time of C code called for every tensor (`map(Tensor.data_ptr, ...)`) counts towards the calling function.
     """
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare_matrices(
     options: argparse.Namespace, about: dict[str, Any], path: Path, device: torch.device, mesh: DeviceMesh
 ) -> None:
-    """Measure GWTAdamW and GWTMuon in turns; without a device the products of matrices are left out."""
+    """Measure GWTAdamW and GWTMuon in turns, without matrix products if there is no CUDA device."""
     made = [
         (kind, sharded, build_matrices(options.tensors, device, kind, mesh if sharded else None))
         for sharded in (False, True)
@@ -245,7 +245,7 @@ def _compare_matrices(
 
 
 def without_products() -> contextlib.AbstractContextManager[Any]:
-    """Leave matrices as they are, where a device would have to launch products of them."""
+    """Replace Newton-Schulz, whose matrix products need a device, by a function that does nothing."""
     return patch.object(NewtonSchulz, "update_", lambda self, x: None)
 
 
