@@ -11,16 +11,12 @@ ROOM = 10_000_000
 
 
 def check_out(out: Path) -> None:
-    """Make a folder for results, and check that its disk has room.
+    """Check that a folder for results can be written to, and make it.
 
     Raises:
-        ValueError: The folder cannot be made, or the disk has too little room.
+        ValueError: The folder cannot be made or written to, or its disk has too little room.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from error
-    _check_room(out, f"--out {out}")
+    _check_folder(out, f"--out {out}", "give another folder")
 
 
 def check_record(record: Path) -> None:
@@ -31,13 +27,17 @@ def check_record(record: Path) -> None:
     """
     if record.is_dir():
         raise ValueError(f"--record {record}: is a folder; name a file in it")
+    _check_folder(record.parent, f"--record {record}", "give another file")
+
+
+def _check_folder(folder: Path, option: str, remedy: str) -> None:
     try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=record.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--record {record}: cannot be written ({error.strerror}); give another file") from error
-    _check_room(record.parent, f"--record {record}")
+        raise ValueError(f"{option}: cannot be written ({error.strerror}); {remedy}") from error
+    _check_room(folder, option)
 
 
 def _check_room(folder: Path, option: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common import records
+from bench.common import places, records
 from bench.common.models import build_model, load_config
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain import checkpoint
@@ -301,7 +303,7 @@ def test_places_are_looked_at_before_training(
             with pytest.raises(ValueError, match=match):
                 pretrain.main([*options, *line])
 
-    refused(r"--out .*file: cannot be made .*; give another folder", "--out", str(file))
+    refused(r"--out .*file: cannot be written .*; give another folder", "--out", str(file))
     refused(r"--record .*: is a folder; name a file in it", "--record", str(tmp_path))
     refused(r"--record .*file/r\.json: cannot be written .*; give another file", "--record", str(file / "r.json"))
     refused(r"file is not JSON", "--record", str(file))
@@ -309,6 +311,12 @@ def test_places_are_looked_at_before_training(
     refused(r"file is not JSON", "--sweep", "gwt2", "--sweep-record", str(file))
     records.append(tmp_path / "other.json", "kernels", [])
     refused(r"is a record of 'kernels', not of 'quality'", "--record", str(tmp_path / "other.json"))
+
+    def read_only(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(places.tempfile, "TemporaryFile", read_only)
+    refused(r"--out .*out: cannot be written \(Read-only file system\); give another folder")
 
 
 def test_models_tokenizers_and_devices_that_are_none(tmp_path: Path, options: list[str]) -> None:

@@ -323,7 +323,7 @@ def test_bad_input_is_refused_before_training(tmp_path: Path, refused: Callable[
     refused(r"--sweep: preset 'glue' has no grid for recipe 'matrices'; give", *_glue_sweep())
     refused(r"--device cuda:7: PyTorch sees no such device", "--device", "cuda:7")
     (tmp_path / "file").write_text("")
-    refused(r"--out .*file/out: cannot be made .*; give another folder", "--out", str(tmp_path / "file" / "out"))
+    refused(r"--out .*file/out: cannot be written .*; give another folder", "--out", str(tmp_path / "file" / "out"))
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "results.json").write_text('{"format": "another"}')
     refused(r"has the format 'another', and this version reads")
