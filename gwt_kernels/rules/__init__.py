@@ -29,21 +29,21 @@ __all__ = [
 ]
 
 RULES = {rule.name: rule for rule in (GWT, FOAM, ADAMW, LION, MUON, ADAM_MINI, ADAFACTOR)}
-"""By the option ``rule``."""
+"""Rules by the option ``rule``."""
 _BUCKETS = RULES | {rule.last_stage.name: rule.last_stage for rule in RULES.values() if rule.last_stage}
-"""What a bucket's rule may be: a stage of one, too."""
+"""Rules that a bucket may have: all rules, and last stages of rules."""
 MATRIX_STAGES = {stage for rule in RULES.values() if rule.last_stage for stage in (rule.name, rule.last_stage.name)}
-"""Rules that are no step by themselves: what comes before matrices are orthogonalised, and after it."""
+"""Names of rules that are only a stage of a step, before or after matrices are orthogonalised."""
 
 
 def rule_of(name: str, level: Level = 1) -> Rule:
-    """The rule of that name at a level."""
+    """Return the named rule; at level 0 the rule to which it reduces."""
     rule = _BUCKETS[name]
     return rule if level or rule.plain is None else rule.plain
 
 
 def check_rule(rule: object, wavelet: str, boundary: str = "zero", level: Level = 1) -> None:
-    """Raise a ValueError unless rule and boundary are known, and rule and level know boundary and wavelet."""
+    """Raise a ValueError if rule or boundary is unknown, or if the rule supports no such level or transform."""
     if boundary not in get_args(Boundary):
         raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
     if rule not in list(_BUCKETS):

@@ -1,4 +1,4 @@
-"""Adafactor (arXiv 1804.04235) on the approximation of each gradient, as the authors of GWT publish it, or divided.
+"""Adafactor (arXiv 1804.04235) on each gradient's approximation; details as GWT's authors publish them, or divided.
 
 The second moment of a matrix is kept as two factors, means of rows and of columns. For a block of ``W = 2**level``
 neighbours with mean ``mean``, in row ``i`` and column ``k`` of the approximation, at step ``t``::
@@ -9,10 +9,9 @@ neighbours with mean ``mean``, in row ``i`` and column ``k`` of the approximatio
     m = b1*m + (1-b1)*A/(d*clip)                      without beta1: m = A/(d*clip)
     u_j = r_j/(d*clip) + m/sqrt(W)                    details="published": u_j = r_j + m/sqrt(W)
 
-with ``r_j = g_j - mean``. A tensor of one dimension is a matrix of one row, of which ``R`` is not needed. ``clip``
-is one number of the whole tensor. Level 0 is Adafactor, without ``scale``. There is neither limiter nor bias
-correction.
-Statements take the denominators ``d*clip`` of a tile in place of a second moment.
+with ``r_j = g_j - mean``. A tensor of one dimension is a matrix of one row, which needs no ``R``. ``clip`` is one
+number for the whole tensor. Level 0 is Adafactor, without ``scale``. There is neither limiter nor bias correction.
+In place of a second moment, the PyTorch statements take the denominators ``d*clip``.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 
 
 class AdafactorNumbers(NamedTuple):
-    """Options that Adafactor alone has, as a step takes them: ``Hyper.rule_options``.
+    """Options of a step that only Adafactor has: ``Hyper.rule_options``.
 
     Attributes:
-        eps: Added to the squares of the approximation.
-        least_rms: The least RMS of weights that multiplies the learning rate; None where none does.
+        eps: Number added to the squares of the approximation.
+        least_rms: Lower bound of the weights' RMS, which multiplies the learning rate; None if it does not.
         clip_threshold: RMS of the approximation's update above which it is clipped.
-        decay_rate: Of second moments at step ``t``: ``1 - t**decay_rate``.
-        largest_rate: Of ``min(largest_rate, 1 / sqrt(t))``, the learning rate of a relative step; None for none.
+        decay_rate: The second moment's decay at step ``t`` is ``1 - t**decay_rate``.
+        largest_rate: The learning rate of a relative step is ``min(largest_rate, 1 / sqrt(t))``; None for ``lr``.
         rate_grows: Whether ``largest_rate`` is multiplied by ``t``.
         divides_details: Whether details are divided as the approximation is.
     """
@@ -54,11 +53,11 @@ class AdafactorNumbers(NamedTuple):
     divides_details: bool = True
 
     def rest2(self, step: int) -> float:
-        """The weight of this step's squares in the second moment, ``1 - b2``."""
+        """Return the weight of this step's squares in the second moment, ``1 - b2``."""
         return float(float(step) ** self.decay_rate)
 
     def rate(self, hyper: Hyper, step: int) -> float:
-        """The learning rate of a step, before the weights' RMS multiplies it."""
+        """Return the learning rate of a step, before it is multiplied by the weights' RMS."""
         if self.largest_rate is None:
             return float(hyper.lr)
         return min(self.largest_rate * (step if self.rate_grows else 1), 1 / math.sqrt(max(step, 1)))
@@ -68,7 +67,7 @@ class AdafactorNumbers(NamedTuple):
 
 
 def _moments(g: Tensor, m: Tensor | None, v: Tensor, context: Context) -> tuple[Tensor, ...]:
-    """The approximation's update, the means of blocks, and what details are divided by; ``v`` are denominators."""
+    """Return the approximation's update, the means of blocks, and the denominators ``v``, which are ``d*clip``."""
     hyper, level, notes, _ = context
     width = width_of(g, level)
     if level:
@@ -84,7 +83,7 @@ def _moments(g: Tensor, m: Tensor | None, v: Tensor, context: Context) -> tuple[
 
 
 def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
-    """``p_j -= gain_k * g_j + offset_k`` for element ``j`` of block ``k``."""
+    """Compute ``p_j -= gain_k * g_j + offset_k`` for element ``j`` of block ``k``."""
     (u, mean, v), (hyper, level, notes, _) = parts, context
     if level:
         width = width_of(g, level)
@@ -106,8 +105,8 @@ def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor |
 
 
 # In Triton: see :class:`gwt_kernels.rules.rule.Kernel` ---------------------------------------------------------
-# Here ``v`` is ``1 / d``, and numbers hold ``1 / clip`` in place of ``eps``, and as ``detail_scale`` whether
-# details are divided.
+# Here ``v`` is ``1 / d``. ``numbers`` has ``1 / clip`` in place of ``eps``, and in place of ``detail_scale`` 1 if
+# details are divided, else 0.
 
 
 @statement
@@ -125,7 +124,7 @@ def kernel_update(g, residual, m, v, step_size, numbers, per_root):
 
 @statement
 def kernel_measured(mean, square, m, v, numbers, root):
-    """As ``kernel_moments``, with ``A / d`` for the first moment."""
+    """Return ``A / d`` in place of the first moment, and ``v``."""
     return mean * root * v, v
 
 

@@ -1,4 +1,4 @@
-"""Adam-mini (arXiv 2406.16793) on the means of blocks: a first moment a block, and one second moment for many.
+"""Adam-mini (arXiv 2406.16793) on the means of blocks: a first moment per block, a second moment for many blocks.
 
 For a block of ``W = 2**level`` neighbours with mean ``mean``, with ``r_i = g_i - mean``, and for a *head*, the rows
 that share a second moment (one, ``head_rows``, or all of a tensor)::
@@ -8,8 +8,8 @@ that share a second moment (one, ``head_rows``, or all of a tensor)::
     u_i = (m / (1-b1**t) + r_i) / (sqrt(v / (1-b2**t)) + eps)
 
 ``W*mean**2`` is the square of an approximation coefficient. Level 0, where no ``scale`` multiplies updates, is
-Adam-mini. Its bias correction stands inside the root; here that is the rule ``(m + s*r_i) / (sqrt(v) + eps)``
-with the options of :meth:`gwt_kernels.core.hyper.Hyper.corrected`.
+Adam-mini. Its bias correction is inside the root. The statements compute ``(m + s*r_i) / (sqrt(v) + eps)`` with
+the options of :meth:`gwt_kernels.core.hyper.Hyper.corrected`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
-    """The updates of the elements, padded to whole blocks and not yet multiplied."""
+    """Return the updates of the elements, padded to whole blocks and not yet multiplied by the step size."""
     hyper, level = context.hyper, context.level
     g, mean, width = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
     if context.rows is not None and context.rows.squares is not None:
         squares = context.rows.squares / context.rows.length**2
     elif context.rows is None or level == ROW:
-        squares = mean.square().mean(-1, keepdim=True)  # of rows
+        squares = mean.square().mean(-1, keepdim=True)  # per row
     else:
         squares = context.rows.sums / context.rows.length
     heads = squares.reshape(v.numel(), -1).mean(1).view(v.shape)
@@ -51,7 +51,7 @@ def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor,
     return (residual.add_(m.unsqueeze(-1)).div_(denominators.unsqueeze(-1)).view(g.shape),)
 
 
-# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; here ``v``, and squares, are of a row, or of its head ---
+# In Triton: see :class:`gwt_kernels.rules.rule.Kernel`; ``v`` and ``square`` are of a row, or of its head -------
 
 
 @statement

@@ -1,4 +1,4 @@
-"""AdamW without bias correction inside the root: what every rule is at level 0.
+"""AdamW without bias correction inside the root: the rules of GWT and FOAM at level 0.
 
 Per element, with ``m`` and ``v`` the moments (Loshchilov and Hutter, arXiv 1711.05101)::
 

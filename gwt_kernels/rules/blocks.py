@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Heads(NamedTuple):
-    """The rows here that share a second moment of a tensor.
+    """Heads of a tensor: neighbouring rows that share a second moment.
 
     Attributes:
-        lengths: How many neighbours share each of the second moments that are here: none to all of a head's.
-        rows: How many rows of the whole tensor do.
+        lengths: Number of this process's rows for each of its second moments: none to all of a head.
+        rows: Number of rows of a whole head.
     """
 
     lengths: Sequence[int]
@@ -29,13 +29,14 @@ class Heads(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What is known of whole rows of a gradient, of which a process has some columns.
+    """Sums over whole rows of a gradient, of which a process has some columns.
 
     Attributes:
-        length: Elements of a whole row where it is one block, else blocks.
-        sums: Of the elements, or of the squares of blocks' means, of a head's rows on average: ``[..., 1]``.
-        squares: Sums of squares of elements, or the mean square of the sums of a head's rows, likewise; None where
-            no rule asks for them.
+        length: Number of a row's elements if it is one block, else of its blocks.
+        sums: Sums of elements if a row is one block, else of blocks' squared means (averaged over a head's rows):
+            ``[..., 1]``.
+        squares: Sums of squared elements, or the mean square of the sums of a head's rows: ``[..., 1]``; None if
+            the rule needs neither.
     """
 
     length: int
@@ -43,28 +44,28 @@ class RowSums(NamedTuple):
     squares: Tensor | None = None
 
     def part(self, first: int, shape: Sequence[int]) -> RowSums:
-        """Those of rows from ``first`` on, as many as a gradient of this shape has."""
+        """Return the sums of rows from ``first`` on, as many as a gradient of this shape has."""
         n, held = math.prod(shape[:-1]), (*shape[:-1], 1)
         sums_here = [x.view(-1)[first : first + n].view(held) for x in (self.sums, self.squares) if x is not None]
         return RowSums(self.length, *sums_here)
 
     def scaled(self, factor: Any, level: Level) -> RowSums:
-        """The sums of a gradient ``factor`` times as large."""
+        """Return the sums of the gradient times ``factor``."""
         sums = self.sums * (factor if level == ROW else factor * factor)
         return RowSums(self.length, sums, None if self.squares is None else self.squares * (factor * factor))
 
 
 def width_of(g: Tensor, level: Level, rows: RowSums | None = None) -> int:
-    """Elements of a block of ``g``: of whole ``rows`` where these are blocks, of which ``g`` is a part."""
+    """Return the number of elements of a block of ``g``, or of a whole row if ``rows`` are blocks."""
     if rows is not None and level == ROW:
         return rows.length
     return block_width(level, g.shape[-1] if g.dim() else 1)
 
 
 def block_sums(g: Tensor, level: Level, rows: RowSums | None = None) -> Tensor:
-    """Sums of the blocks along the last dimension, zeros beyond its end: ``[..., nb]``; see :func:`width_of`.
+    """Return the sums of blocks (see :func:`width_of`) along the last dimension, padded with zeros: ``[..., nb]``.
 
-    Pairwise additions of strided halves: on a CPU several times as fast as a sum over a short last axis.
+    It adds strided halves pairwise: on a CPU several times as fast as a sum over a short last axis.
     """
     if level == ROW:
         return g.sum(-1, keepdim=True) if rows is None else rows.sums.clone()
@@ -75,30 +76,30 @@ def block_sums(g: Tensor, level: Level, rows: RowSums | None = None) -> Tensor:
 
 
 def block_squares(g: Tensor, level: Level, rows: RowSums | None) -> Tensor:
-    """Sums of the squares of the blocks' elements, as :func:`block_sums`."""
+    """Return the sums of the squares of the blocks' elements, like :func:`block_sums`."""
     if rows is not None and rows.squares is not None:
         return rows.squares
     return block_sums(g.square(), level)
 
 
 def pad_to_blocks(x: Tensor, level: Level) -> Tensor:
-    """``x`` with zeros on the right up to a whole number of blocks."""
+    """Return ``x`` with zeros on the right up to a whole number of blocks."""
     missing = -x.shape[-1] % width_of(x, level) if x.dim() else 0
     return F.pad(x, (0, missing)) if missing else x
 
 
 def cut_like(x: Tensor, p: Tensor) -> Tensor:
-    """Of ``x``, of whole blocks, what lies in the rows of ``p``."""
+    """Cut the rows of ``x``, padded to whole blocks, to the width of ``p``."""
     return x[..., : p.shape[-1]] if p.dim() else x
 
 
 @statement
 def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """The sum of each block of ``x [NB * W]``: of pairs of neighbours, then of pairs of these sums, and so on.
+    """Return the sum of each block of ``x [NB * W]``: add pairs of neighbours, then pairs of these sums, and so on.
 
-    So the sums are the same to the bit in any layout, as ``a + b`` is ``b + a``. On the row path a block's elements
-    lie in as many lanes, and one of them is to compute what there is one of a block. Where there is a block for
-    each lane, a block's elements all go to that lane; else lanes add up, and one gets the last sum.
+    So the sums are the same to the bit in any layout, as ``a + b`` is ``b + a``. On the row path each element of a
+    block is in another lane, and one lane computes the block's moments. If there is a block for each lane, all its
+    elements go to that lane; else its lanes add them up, and one gets the last sum.
     """
     for i in tl.static_range(0, 12):
         if W >> i > 1:
@@ -113,10 +114,10 @@ def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
 
 @statement
 def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """The mean of each block of ``g [NB * W]``, and ``m [NB]`` as it is.
+    """Return the mean of each block of ``g [NB * W]``, and ``m [NB]`` unchanged.
 
-    On the row path they come out of one operation. Else the compiler would find it cheaper to add up a block in
-    all of its lanes, for what each needs of the mean, than to send them what the lane found that holds ``m``.
+    On the row path one operation returns both. Otherwise the compiler would add up a block in all of its lanes,
+    which need its mean: it finds that cheaper than to send them the sum from the lane that holds ``m``.
     """
     mean = g
     if W > 1:
@@ -128,13 +129,13 @@ def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constex
 
 @statement
 def kernel_block_squares(g, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """The mean of the squares of each block of ``g [NB * W]``: ``[NB]``."""
+    """Return the mean of the squares of each block of ``g [NB * W]``: ``[NB]``."""
     return kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
 
 
 @statement
 def kernel_residuals(g, mean, W: tl.constexpr, NB: tl.constexpr):
-    """What the elements of ``g [NB * W]`` differ by from the means of their blocks ``[NB]``: ``[NB, W]``."""
+    """Return the differences of ``g [NB * W]`` from the means of their blocks ``[NB]``: ``[NB, W]``."""
     residual = tl.zeros((NB, 1), tl.float32)
     if W > 1:
         residual = tl.reshape(g, (NB, W)) - mean[:, None]

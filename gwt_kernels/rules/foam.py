@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
-    """The updates of the elements, padded to whole blocks and not yet multiplied."""
+    """Return the updates of the elements, padded to whole blocks and not yet multiplied by the step size."""
     hyper, level = context.hyper, context.level
     g, mean, width = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)

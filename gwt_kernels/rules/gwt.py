@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, context: Context) -> tuple[Tensor, ...]:
-    """``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
+    """Return ``m``, ``1 / (sqrt(v) + eps)`` and ``mean - m / sqrt(W)``."""
     hyper, level, notes, rows = context
     width = width_of(g, level, rows)
     factor = hyper.signed_factor if rows is None else 1.0
     mean = block_sums(g.to(m.dtype), level, rows).mul_(factor / width)
     m.mul_(hyper.beta1).add_(mean, alpha=(1 - hyper.beta1) * math.sqrt(width))
     v.mul_(hyper.beta2).addcmul_(mean, mean, value=(1 - hyper.beta2) * width)
-    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # of an element's update per element of its gradient
+    gain = v.sqrt().add_(hyper.eps).reciprocal_()  # factor on an element's gradient in its update
     if notes is not None:
         notes.gradient(g, hyper.signed_factor, mean, width)
     return m, gain, mean.sub_(m, alpha=1 / math.sqrt(width))
 
 
 def _update(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
-    """``p_i += step_size * gain_k * (offset_k -+ g_i)`` for element ``i`` of block ``k``."""
+    """Compute ``p_i += step_size * gain_k * (offset_k - factor * g_i)`` for element ``i`` of block ``k``."""
     (_, gain, offset), (hyper, level, notes, _) = parts, context
     g = pad_to_blocks(g.to(gain.dtype), level)
     gain.mul_(step_size)

@@ -1,6 +1,6 @@
 """Fira's norm-growth limiter (arXiv 2410.01623), as arXiv 2501.07237 uses it: one divisor for a tensor's update::
 
-    limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 where n_prev is 0: none yet
+    limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 if n_prev is 0: no norm yet
     n_prev = n / limit
 
 with ``n`` the norm of the update's approximation, :attr:`gwt_kernels.rules.Rule.direction`.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def limit_(previous: Tensor, norm: Tensor, gamma: float | Tensor) -> Tensor:
-    """Fira's norm-growth limiter: the divisor of the update, with ``previous`` replaced, all on the device."""
+    """Return the limiter's divisor of the update, and replace ``previous``, without waiting for the device."""
     growth = norm / (previous + 1e-8)
     limit = torch.where(previous == 0, torch.ones_like(growth), growth.clamp(min=gamma) / gamma)
     previous.copy_(norm / limit)

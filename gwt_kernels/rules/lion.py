@@ -6,8 +6,8 @@ For a block of ``W = 2**level`` neighbours with mean ``mean`` and moment ``m``, 
     u_i = sign(b1*m + (1-b1)*mean + s*r_i)
     m = b2*m + (1-b2)*mean
 
-Level 0 is Lion. There is neither limiter nor bias correction. The sign of 0 is 0. That of infinity and NaN
-is NaN, so that weights show them: PyTorch's 0 for NaN would hide what stays in the moment.
+Level 0 is Lion. There is neither limiter nor bias correction. The sign of 0 is 0. The sign of infinity and NaN
+is NaN, so that weights show them: PyTorch's sign of NaN, 0, would hide what stays in the moment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def _moments(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
-    """The updates of the elements, padded to whole blocks and not yet multiplied."""
+    """Return the updates of the elements, padded to whole blocks and not yet multiplied by the step size."""
     hyper, level = context.hyper, context.level
     g, mean, _ = context.scaled_blocks(g, m.dtype)
     direction = (m * hyper.beta1).add_(mean, alpha=1 - hyper.beta1)

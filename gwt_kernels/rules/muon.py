@@ -1,4 +1,4 @@
-"""GWT-Muon: momentum on the means of blocks, orthogonalised by Newton-Schulz (newton_schulz.py) with its details.
+"""GWT-Muon: momentum on the means of blocks; Newton-Schulz (newton_schulz.py) orthogonalises it with the details.
 
 For a block of ``W = 2**level`` neighbours of a matrix's row with mean ``mean``, with ``r_i = g_i - mean`` and
 ``s = detail_scale``::
@@ -8,8 +8,8 @@ For a block of ``W = 2**level`` neighbours of a matrix's row with mean ``mean``,
     p = p - lr*weight_decay*p - lr*scale*adjust*NewtonSchulz(M)
 
 Level 0 is Muon (K. Jordan, 2024) as in ``torch.optim.Muon``. ``b1`` is ``mu``; ``b2`` is ``mu`` too, or 1 without
-Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes its result
-as a gradient.
+Nesterov's momentum. The first stage, :data:`MUON`, writes ``M``; the last one, :data:`ORTHOGONAL`, takes
+``NewtonSchulz(M)`` as a gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gwt_kernels.rules.rule import Context, Rule
 
 
 def _moments(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
-    """``M``, padded to whole blocks."""
+    """Return ``M``, padded to whole blocks."""
     hyper, level = context.hyper, context.level
     g, mean, _ = context.scaled_blocks(g, m.dtype)
     m.mul_(hyper.beta1).add_(mean, alpha=1 - hyper.beta1)
@@ -42,7 +42,7 @@ def _write(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | 
 
 
 def _means(g: Tensor, m: Tensor, v: None, context: Context) -> tuple[Tensor, ...]:
-    """Nothing; telemetry is told of the update's details."""
+    """Return nothing; add the update's details and approximation to telemetry."""
     if context.notes is not None:
         width, level = width_of(g, context.level), context.level
         mean = block_sums(pad_to_blocks(g.float(), level), level).div_(width) if level else g

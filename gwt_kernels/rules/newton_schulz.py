@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 256 << 20
-"""The default of the option ``workspace_bytes``."""
+"""Default of the option ``workspace_bytes``."""
 
 LARGE = 1 << 16
-"""Elements of a matrix from which on a CPU products of one matrix at a time are quicker than those of a batch."""
+"""Elements of a matrix from which, on a CPU, products of one matrix at a time are faster than those of a batch."""
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
@@ -28,7 +28,7 @@ ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
     "spectral_unclamped": lambda rows, cols: math.sqrt(rows / cols),
 }
-"""What ``torch.optim.Muon`` (PyTorch 2.14) multiplies the learning rate by, under each ``adjust_lr_fn``."""
+"""Factors on the learning rate in ``torch.optim.Muon`` (PyTorch 2.14), by ``adjust_lr_fn``."""
 
 # The iteration ---------------------------------------------------------------------------------------------
 
@@ -38,7 +38,7 @@ class NewtonSchulz(NamedTuple):
 
     Attributes:
         coefficients: ``a, b, c``: the option ``ns_coefficients``.
-        steps: How often: ``ns_steps``, less than 100.
+        steps: Number of iterations, less than 100: ``ns_steps``.
         eps: The smallest norm that a matrix is divided by.
         dtype: bfloat16, float32 or float64: ``ns_dtype``.
     """
@@ -49,7 +49,7 @@ class NewtonSchulz(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     def check(self) -> None:
-        """Raise a TypeError or ValueError that names the option unless all of them have a meaning."""
+        """Raise a TypeError or ValueError that names the first invalid option."""
         numbers = self.coefficients
         if not isinstance(numbers, (tuple, list)) or len(numbers) != 3 or not all(map(_is_number, numbers)):
             raise ValueError(f"ns_coefficients={numbers!r} must be a tuple of exactly 3 finite numbers")
@@ -63,7 +63,7 @@ class NewtonSchulz(NamedTuple):
             raise ValueError(f"ns_dtype={self.dtype!r} must be one of {', '.join(map(str, DTYPES))}")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The matrices ``x [..., rows, cols]`` after the iteration, as a new tensor of :attr:`dtype`."""
+        """Return the matrices ``x [..., rows, cols]`` after the iteration, as a new tensor of :attr:`dtype`."""
         with torch.no_grad():
             result = x.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
             if x.numel():
@@ -71,17 +71,17 @@ class NewtonSchulz(NamedTuple):
         return result
 
     def temporary_bytes(self, rows: int, cols: int, copied: bool = False) -> int:
-        """Bytes of the temporaries of :meth:`update_` for each matrix, and of a copy of it."""
+        """Return the bytes of temporaries of :meth:`update_` per matrix, with a copy of it if ``copied``."""
         small = min(rows, cols)
         elements = (1 + copied) * rows * cols + 2 * small * small
         return elements * self.dtype.itemsize
 
     def work(self, rows: int, cols: int) -> int:
-        """A measure of the time that one matrix takes, by which matrices are shared out."""
+        """Return an estimate of one matrix's time, by which matrices are distributed over processes."""
         return rows * cols * min(rows, cols) * max(self.steps, 1)
 
     def flops(self, rows: int, cols: int) -> int:
-        """Floating-point operations of the products for one matrix, an addition and a multiplication each two."""
+        """Return the floating-point operations of one matrix's products; a multiply-add counts as two."""
         small, large = min(rows, cols), max(rows, cols)
         return self.steps * 2 * small * small * (2 * large + small)
 
@@ -91,7 +91,7 @@ class NewtonSchulz(NamedTuple):
         small, large = min(rows, cols), max(rows, cols)
         a, b, c = self.coefficients
         x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_(min=self.eps))
-        # One matrix alone takes torch.optim.Muon's own products, of two dimensions.
+        # A single matrix uses torch.optim.Muon's own products, of two dimensions.
         batch = () if n == 1 else (n,)
         multiply, add_product = (torch.mm, torch.addmm) if n == 1 else (torch.bmm, torch.baddbmm)
         gram, update = x.new_empty(*batch, small, small), x.new_empty(*batch, small, small)
@@ -112,16 +112,16 @@ class NewtonSchulz(NamedTuple):
 def orthogonalize_(
     matrices: Sequence[Tensor], newton_schulz: NewtonSchulz, workspace_bytes: int = WORKSPACE_BYTES
 ) -> None:
-    """Replace matrices by what the iteration makes of them, those of one shape in batches.
+    """Replace matrices by the iteration's results; matrices of one shape are computed in batches.
 
     Matrices of the iteration's dtype that lie end to end in memory are a batch as they are; others are copied
-    into one. A matrix that is alone in its batch gets the bits of ``torch.optim.Muon``; in larger batches the
-    products are the library's batched ones, which on a CPU give the same bits and on other devices may not.
+    into one. The result of a matrix alone in its batch equals ``torch.optim.Muon``'s to the bit. Larger batches
+    use the library's batched products, which give the same bits on a CPU, but perhaps not on other devices.
 
     Args:
-        matrices: Tensors ``[..., rows, cols]``, each dimension before the last two one of a batch.
+        matrices: Tensors ``[..., rows, cols]``; all dimensions before the last two are batch dimensions.
         newton_schulz: The iteration.
-        workspace_bytes: What all temporaries together may take.
+        workspace_bytes: Largest size of all temporaries together.
 
     Raises:
         ValueError: one matrix alone needs more than ``workspace_bytes``.
@@ -137,7 +137,7 @@ def orthogonalize_(
 
 
 def _orthogonalize_group(group: list[Tensor], newton_schulz: NewtonSchulz, workspace_bytes: int) -> None:
-    """As :func:`orthogonalize_`, for batches ``[n, rows, cols]`` of one shape, dtype and device."""
+    """Apply :func:`orthogonalize_` to batches ``[n, rows, cols]`` of one matrix shape, dtype and device."""
     rows, cols = group[0].shape[1:]
     place = f"matrices of shape ({rows}, {cols})"
     copies_at_once = workspace_bytes // newton_schulz.temporary_bytes(rows, cols, copied=True)
@@ -164,7 +164,7 @@ def _orthogonalize_group(group: list[Tensor], newton_schulz: NewtonSchulz, works
 
 
 def _end_to_end(group: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The batches, those that follow one another in memory as one."""
+    """Yield the batches, with those that follow one another in memory joined to one."""
     run = group[0]
     for x in group[1:]:
         follows = x.storage_offset() == run.storage_offset() + run.numel()
@@ -184,10 +184,10 @@ def _end_to_end(group: Sequence[Tensor]) -> Iterator[Tensor]:
 def matrix_shapes(
     shape: Sequence[int], flatten: bool = False, row_splits: Sequence[int] | None = None, name: str = "a tensor"
 ) -> list[tuple[int, ...]]:
-    """The shapes of :func:`views_of` for a tensor of ``shape``: ``(rows, cols)``, or ``(n, rows, cols)``.
+    """Return the shapes of :func:`views_of` for a tensor of ``shape``: ``(rows, cols)``, or ``(n, rows, cols)``.
 
     Raises:
-        TypeError: ``flatten`` or ``row_splits`` is of another type.
+        TypeError: ``flatten`` or ``row_splits`` has the wrong type.
         ValueError: the tensor has fewer than two dimensions, or ``row_splits`` does not add up to its rows.
     """
     if not isinstance(flatten, bool):
@@ -220,11 +220,11 @@ def matrix_shapes(
 
 
 def views_of(x: Tensor, flatten: bool = False, row_splits: Sequence[int] | None = None) -> list[Tensor]:
-    """The matrices of ``x`` that are orthogonalised apart, as views: ``[rows, cols]``, or ``[n, rows, cols]``.
+    """Return views of the matrices that are orthogonalised separately: ``[rows, cols]``, or ``[n, rows, cols]``.
 
     Args:
-        x: A contiguous tensor of a parameter's shape. Dimensions before the last two are those of a batch.
-        flatten: Take ``[x.shape[0], -1]``, as for a convolution, in place of a batch.
+        x: A contiguous tensor of a parameter's shape. Dimensions before the last two are batch dimensions.
+        flatten: View ``x`` as ``[x.shape[0], -1]``, as for a convolution, and not as a batch.
         row_splits: Numbers of rows to cut each matrix into, as for fused queries, keys and values.
 
     Raises:
@@ -237,14 +237,14 @@ def views_of(x: Tensor, flatten: bool = False, row_splits: Sequence[int] | None 
 
 
 def update_scale(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
-    """What ``torch.optim.Muon`` multiplies the learning rate by, for a matrix of the last two of ``shape``.
+    """Return the factor on the learning rate in ``torch.optim.Muon``, for a matrix of ``shape[-2:]``.
 
     Args:
         adjust_lr_fn: A key of :data:`ADJUSTMENTS`; None for ``"original"``.
         shape: One of :func:`matrix_shapes`.
 
     Raises:
-        ValueError: another adjustment.
+        ValueError: ``adjust_lr_fn`` is unknown.
     """
     name = "original" if adjust_lr_fn is None else adjust_lr_fn
     if not isinstance(name, str) or name not in ADJUSTMENTS:
@@ -258,7 +258,7 @@ def update_scale(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
 
 
 def workspace_needed(shapes: Sequence[Sequence[int]], newton_schulz: NewtonSchulz) -> int:
-    """The fewest bytes for matrices of these shapes: they themselves, and temporaries for the largest."""
+    """Return the fewest bytes for matrices of these shapes: the matrices, and temporaries for the largest."""
     shapes = [s for s in shapes if math.prod(s)]
     matrix_bytes = sum(map(math.prod, shapes)) * newton_schulz.dtype.itemsize
     return matrix_bytes + max((newton_schulz.temporary_bytes(s[-2], s[-1]) for s in shapes), default=0)
@@ -272,12 +272,13 @@ def check_workspace(
     flatten: bool = False,
     row_splits: Sequence[int] | None = None,
 ) -> None:
-    """Raise unless a parameter has matrices that fit into ``workspace_bytes`` one at a time.
+    """Raise unless the matrices of a parameter fit into ``workspace_bytes`` one at a time.
 
-    That is a whole matrix, its rows not yet cut; of a batch, all at one index of the first dimension.
+    One at a time is a whole matrix, before ``row_splits``; in a batch, all matrices at one index of the first
+    dimension.
 
     Raises:
-        TypeError: ``workspace_bytes`` is no int; or as :func:`matrix_shapes`.
+        TypeError: ``workspace_bytes`` is not an int; or as :func:`matrix_shapes`.
         ValueError: the matrix needs more; or as :func:`matrix_shapes`.
     """
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):

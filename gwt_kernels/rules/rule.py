@@ -1,4 +1,4 @@
-"""What an update rule is: a name, the state it keeps, its limiter, and its statements in PyTorch and in Triton."""
+"""Interface of an update rule: its name, state and limiter, and its statements in PyTorch and in Triton."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gwt_kernels.rules.blocks import RowSums, block_sums, cut_like, pad_to_block
 
 
 class Context(NamedTuple):
-    """What a rule's statements are told besides tensors.
+    """Arguments of a rule's statements besides tensors.
 
     Attributes:
         hyper: Options of the parameter.
         level: Levels of the transform.
-        notes: Told of gradient and update where the step is observed.
-        rows: Where the gradient has some columns of rows that it shares with other processes, the sums that the
-            rule needs of whole rows, of the gradient times its factor.
+        notes: Receives gradient and update for telemetry; None without telemetry.
+        rows: If other processes hold columns of the gradient's rows, the sums over whole rows that the rule needs,
+            of the gradient times its factor.
     """
 
     hyper: Hyper
@@ -34,7 +34,7 @@ class Context(NamedTuple):
     rows: RowSums | None = None
 
     def scaled_blocks(self, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-        """The gradient times its factor, padded to whole blocks; the means of these; and their width."""
+        """Return the gradient times its factor, padded to whole blocks; the blocks' means; and their width."""
         width = width_of(g, self.level, self.rows)
         g = self.hyper.scaled(pad_to_blocks(g.to(dtype), self.level))
         mean = block_sums(g, self.level, self.rows).div_(width) if self.level else g
@@ -44,7 +44,7 @@ class Context(NamedTuple):
 
 
 def subtract(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor | float, context: Context) -> None:
-    """The :data:`Update` of rules without limiter whose moments return the updates of elements, in whole blocks."""
+    """Subtract the whole blocks of updates that moments returned: :data:`Update` of rules without limiter."""
     update = cut_like(parts[0], p)
     p.sub_(update, alpha=step_size)  # type: ignore[arg-type]  # a number, as there is no limiter
     if context.notes is not None:
@@ -54,8 +54,8 @@ def subtract(p: Tensor, g: Tensor, parts: tuple[Tensor, ...], step_size: Tensor 
 Moments = Callable[[Tensor, Tensor, Any, Context], tuple[Tensor, ...]]
 """Update first and second moment in place from a gradient: ``moments(g, m, v, context)``.
 
-``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, a number a block, in the arithmetic's;
-``v`` is None for a rule without second moment. Returns what :data:`Update` takes.
+``g`` is ``[..., N]`` in any dtype; ``m`` and ``v`` are ``[..., nb]``, one number per block, in the dtype of the
+arithmetic; ``v`` is None for a rule without second moment. Returns the ``parts`` that :data:`Update` takes.
 """
 
 Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Context], None]
@@ -67,18 +67,18 @@ Update = Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor | float, Context],
 
 
 class Kernel(NamedTuple):
-    """A rule in Triton's language, on the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
+    """A rule's statements in Triton, for the tile of a program: ``NB`` blocks of ``W`` elements, in float32.
 
-    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``. A kernel finds means and residuals.
+    ``numbers`` are ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale``. The calling kernel computes means and residuals.
 
     Attributes:
-        moments: ``kernel_moments(mean, square, m, v, numbers, root)``, of the blocks' means, of the means of
-            squares that the rule takes, and of ``m`` and ``v``, all ``[NB]``, and ``root``, the square root
-            of ``W``: the new ``m`` and ``v``. A rule without second moment gets any ``v``, and returns as ``v``
-            what its update takes of a block.
-        update: ``kernel_update(g, residual, m, v, step_size, numbers, per_root)``, of gradients and residuals
-            ``[NB, W]`` and ``1 / root``: what is subtracted from the weights, ``[NB, W]``.
-        direction: ``kernel_direction(m, v, numbers)``, ``[NB]``; None for a rule without limiter.
+        moments: ``kernel_moments(mean, square, m, v, numbers, root)`` returns the new ``m`` and ``v``, from the
+            blocks' means, the means of the squares ``Rule.squares``, and the old ``m`` and ``v``, all ``[NB]``.
+            ``root`` is ``sqrt(W)``. A rule without second moment gets any ``v``, and returns as ``v`` the numbers
+            of each block that its update takes.
+        update: ``kernel_update(g, residual, m, v, step_size, numbers, per_root)`` returns the numbers to subtract
+            from the weights, ``[NB, W]``, from gradients and residuals ``[NB, W]``. ``per_root`` is ``1 / root``.
+        direction: ``kernel_direction(m, v, numbers)``: see ``Rule.direction``; ``[NB]``. None without limiter.
     """
 
     moments: Any
@@ -92,31 +92,30 @@ class Rule:
 
     Attributes:
         name: The option ``rule`` of an optimizer.
-        module: Where its statements stand; those in Triton's language as :class:`Kernel` names them.
+        module: Name of the module that has its statements; those in Triton have the names in :class:`Kernel`.
         moments: The PyTorch statement of its moments.
         update_: The PyTorch statement of its update.
-        direction: The part of the update whose norm the limiter compares, from what ``moments`` returned, as a
-            tensor of its own; None for a rule without limiter.
+        direction: Returns, from the result of ``moments``, the part of the update whose norm the limiter compares,
+            as a new tensor; None for a rule without limiter.
         slots: State entries that hold its moments, in order.
-        row_slots: Those of them that are one number for a row, or for rows that belong together, and not for a
-            block: they are kept in float32 whatever ``state_dtype``.
-        plain: The rule that it is at level 0; None for itself.
+        row_slots: Those ``slots`` that have a number for a row, or for the rows of a head, instead of a block; they
+            are kept in float32 (float64 for float64 parameters), whatever the ``state_dtype``.
+        plain: The rule to which it reduces at level 0; None for itself.
         statements: Names of ``kernel_moments`` and ``kernel_update`` in the module.
-        last_stage: The rule that takes what becomes of this one's result, a batch of matrices, as gradients; None
-        where
-            the update is element-wise.
-        reads_weights: Whether an update changes weights; else it takes their place, without weight decay.
-        norm_growth_limit: The limiter's default gamma; None for none.
+        last_stage: The rule that takes the matrices made of this rule's result as gradients; None if the update is
+            element-wise.
+        reads_weights: Whether an update changes weights; otherwise it replaces them, without weight decay.
+        norm_growth_limit: The limiter's default gamma; None for no limiter.
         is_scaled: Whether the option ``scale`` multiplies its update.
-        corrects_bias: Whether it knows Adam's bias correction.
-        corrects_inside: Whether that is of the moments alone, inside the root: see :meth:`Hyper.corrected`.
+        corrects_bias: Whether it has Adam's bias correction.
+        corrects_inside: Whether it corrects only the moments, inside the root: see :meth:`Hyper.corrected`.
         takes_detail_scale: Whether it takes a factor on details.
-        squares: What else of a block its moments take in Triton: the mean of the squares of its ``"elements"``, or
-            of the ``"coefficients"`` that share a second moment.
-        is_literal: Whether the published algorithm states it for every wavelet and boundary.
-        is_of_elements: Whether moments are averages of elements: of a block's mean, and of the mean of its squares;
-            else of its approximation coefficient.
-        is_factored: Whether it keeps the factors of a second moment (``core/factored.py``) beside ``slots``.
+        squares: Squares whose mean its moments take in Triton: those of a block's ``"elements"``, or of the
+            ``"coefficients"`` that share a second moment; None for none.
+        is_literal: Whether the published algorithm defines it for every wavelet and boundary.
+        is_of_elements: Whether a first moment averages block means, and a second moment of a block the mean of its
+            squared elements; otherwise both are of the approximation coefficient.
+        is_factored: Whether it also keeps the factors of a second moment (``core/factored.py``).
     """
 
     name: str
@@ -141,12 +140,12 @@ class Rule:
     is_factored: bool = False
 
     def row_numbers(self, level: Level) -> int:
-        """How many sums over a whole row a step needs where processes hold parts of it: see :class:`RowSums`."""
+        """Return the number of sums over a row that a step needs where processes hold parts: :class:`RowSums`."""
         return 2 if level == ROW and self.squares == "elements" else 1
 
     @property
     def kernel(self) -> Kernel:
-        """Its statements in Triton's language, which are Triton's own functions from now on."""
+        """The rule's statements in Triton, wrapped by ``triton.jit`` at the first access."""
         kernel.load()
         module = sys.modules[self.module]
         moments, update = (getattr(module, name) for name in self.statements)
