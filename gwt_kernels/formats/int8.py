@@ -26,18 +26,18 @@ _SECOND = 255**4
 
 
 def block_size(level: Level) -> int:
-    """Return how many values share a scale; tiles of both kernel paths hold whole groups of these."""
+    """Return the number of values that share a scale; tiles of both kernel paths hold whole blocks of that size."""
     return 1 if level == ROW else max(1, min(128, 1024 >> level))
 
 
 def decode_first(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
-    """Return float32 ``exp_avg`` of int8 quantized values and their blocks' scales."""
+    """Return float32 ``exp_avg`` from int8 quantized values and their blocks' scales."""
     c = _quanta(codes, level).to(torch.float32)
     return _like(codes, c.mul_(c.abs()).mul_(1 / _FIRST).mul_(scales.unsqueeze(1)))
 
 
 def decode_second(codes: Tensor, scales: Tensor, level: Level) -> Tensor:
-    """Return float32 ``exp_avg_sq`` of uint8 quantized values and their blocks' scales."""
+    """Return float32 ``exp_avg_sq`` from uint8 quantized values and their blocks' scales."""
     c = _quanta(codes, level).to(torch.float32)
     c.mul_(c).mul_(1 / 65025)  # square_ does not support functionalization
     return _like(codes, c.mul_(c).mul_(scales.unsqueeze(1)))
@@ -62,7 +62,7 @@ def encode_second(v: Tensor, bits: Tensor, level: Level) -> tuple[Tensor, Tensor
     z = z.mul_(float(_SECOND))
     c = z.sqrt().sqrt_().to(torch.int32)
     z = z.to(torch.int64).to(torch.int32)  # modulo 2**32, as all below: compared differences are small
-    c.sub_(_fourth(c).sub_(z).gt_(0))  # roots are rounded
+    c.sub_(_fourth(c).sub_(z).gt_(0))  # a rounded root may be 1 too large
     low = _fourth(c)
     gap = _fourth(c + 1).sub_(low)
     # bits * gap >> 16, where the product has 42 bits
@@ -86,7 +86,7 @@ def _like(x: Tensor, quanta: Tensor) -> Tensor:
 
 
 def _fractions(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide magnitudes ``[n, block size]`` by the largest of their block; return that too, ``[n]``."""
+    """Return magnitudes ``[n, block size]`` divided by the largest of their block, and the largest, ``[n]``."""
     scales = magnitudes.amax(dim=1)
     return (magnitudes / scales.unsqueeze(1)).nan_to_num_(nan=0.0), scales
 
@@ -124,7 +124,7 @@ def kernel_decode_second(codes, scales, Q: tl.constexpr, N: tl.constexpr):
 def kernel_fractions(magnitudes, Q: tl.constexpr, N: tl.constexpr):
     """Return the largest magnitude of each block ``[N // Q]``, and magnitudes divided by it ``[N]``.
 
-    The largest of their bits, so that a NaN is larger than any number, as in PyTorch: a GPU's maximum ignores it.
+    It compares bits, so that a NaN is larger than any number, as in PyTorch: a GPU's maximum of floats ignores NaN.
     """
     sizes = magnitudes.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scales = tl.max(tl.reshape(sizes, (N // Q, Q)), axis=1).to(tl.float32, bitcast=True)

@@ -32,7 +32,7 @@ class MomentFormat:
         scales: State keys of the scales: float32, one per block of values.
         is_random: Whether values are rounded stochastically.
         smallest: Fewest coefficients of a tensor in this format; smaller ones keep float32 moments.
-        deepest: Deepest level in this format, likewise.
+        deepest: Deepest level in this format; tensors at deeper ones keep float32 moments.
         codec: Module that decodes and encodes values, in PyTorch and in Triton, such as :mod:`.int8`; None if the
             values are the numbers themselves.
         c_type: Number of the first moment's dtype in ``backends/cpu/step.h``; None if the step in C lacks it.
@@ -121,7 +121,7 @@ def format_of(dtype: torch.dtype) -> MomentFormat | None:
 
 
 def stored_as(dtype: torch.dtype) -> MomentFormat:
-    """Return the format whose first moment has this dtype, or one that rounds to the nearest."""
+    """Return the format whose first moment has this dtype, or else a new one, rounded to the nearest."""
     return format_of(dtype) or _floating(dtype)
 
 

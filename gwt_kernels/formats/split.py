@@ -30,7 +30,7 @@ def split_low_(x: Tensor, weight: Tensor, low: Tensor) -> None:
 
 
 def join_low(weight: Tensor, low: Tensor) -> Tensor:
-    """Return the float32 of :func:`split_low`'s two tensors."""
+    """Return the float32 tensor that :func:`split_low` split."""
     return low.to(torch.int32).add_(weight.view(torch.int16).to(torch.int32), alpha=1 << 16).view(torch.float32)
 
 
@@ -39,7 +39,7 @@ def join_low(weight: Tensor, low: Tensor) -> Tensor:
 
 @statement
 def kernel_split_low(x):
-    """Return what :func:`split_low` returns."""
+    """Return a bfloat16 and error-correction bits like :func:`split_low`."""
     raw = tl.where(x != x, 0x7FC00000, x.to(tl.uint32, bitcast=True))
     high = (raw + 0x8000) >> 16
     low = (raw - (high << 16)).to(tl.int32, bitcast=True)
@@ -48,6 +48,6 @@ def kernel_split_low(x):
 
 @statement
 def kernel_join_low(weight, low):
-    """Return the float32 of ``kernel_split_low``'s two numbers."""
+    """Return the float32 that ``kernel_split_low`` split."""
     high = weight.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
     return (high + low.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)

@@ -18,21 +18,21 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round ``x`` to bfloat16 or float16, up or down with probabilities whose expectation is ``x``.
+    """Round ``x`` to bfloat16 or float16, up or down with probabilities that make the expectation ``x``.
 
     Args:
         x: float32 tensor.
         bits: 16 random bits for each element, int32 of ``x``'s shape.
-        dtype: Result dtype. Finite numbers beyond its largest become that; infinity and NaN stay.
+        dtype: Result dtype. Finite numbers beyond its largest number become that number; infinity and NaN stay.
     """
     if dtype == torch.bfloat16:
         raw = _one_nan(x).view(torch.int32)
         below = raw.bitwise_and(0x7FFFFFFF).lt_(_LARGEST_BF16)
         raw.add_(below.mul_(bits)).bitwise_right_shift_(16)
         return raw.to(torch.int16).view(torch.bfloat16)
-    # float16: in units in the last place, which are fixed below 2**-14. All of this is exact.
+    # float16: count in units in the last place, which are constant below 2**-14. All of this is exact.
     size = x.abs()
-    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, or else 0
+    infinite = torch.gt(size, _LARGEST, out=torch.empty_like(size)).mul_(size)  # infinity, NaN, or 0
     size.clamp_(max=65504.0)
     exponent = size.view(torch.int32).bitwise_right_shift(23).clamp_(min=113)
     per_unit = exponent.neg_().add_(264).bitwise_left_shift_(23).view(torch.float32)
