@@ -1,1 +1,1 @@
-"""Plain PyTorch implementations: the CPU path and the readable statement of the mathematics."""
+"""Plain PyTorch implementations: the path without Triton or C, and the readable statement of the mathematics."""

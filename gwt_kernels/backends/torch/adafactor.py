@@ -62,7 +62,7 @@ class AdafactorRunner(TorchRunner):
 
 
 class Factors(NamedTuple):
-    """Factors with a step's squares in them, and the mean of the row factors per matrix."""
+    """Factors updated with a step's squares, and the mean of the row factors per matrix."""
 
     row: Tensor | None
     col: Tensor
@@ -72,7 +72,7 @@ class Factors(NamedTuple):
 def new_factors(
     old: tuple[Tensor | None, Tensor], sums: Sequence[Tensor], whole: Matrices, eps: float, rest2: float | Tensor
 ) -> Factors:
-    """What sums over all rows and columns (:attr:`gwt_kernels.core.factored.Matrices.parts`) make of factors.
+    """Return factors updated with sums of :attr:`gwt_kernels.core.factored.Matrices.parts`, over whole tensors.
 
     The result has the dtype of the sums, which may be wider than that of the factors.
     """
@@ -89,10 +89,10 @@ class _Update:
     """The step of one tensor, in the notation of ``rules/adafactor.py``.
 
     Args:
-        bucket: Of the tensor.
-        place: In the bucket.
-        tensor_step: Its step.
-        keeps: Whether to keep what several stages need, as large as the moments; else it is computed again.
+        bucket: The tensor's bucket.
+        place: The tensor's index in the bucket.
+        tensor_step: The tensor's step.
+        keeps: Whether to keep the squares, as large as the moments, for later stages; else compute them again.
     """
 
     def __init__(self, bucket: FactoredBucket, place: int, tensor_step: TensorStep, keeps: bool) -> None:
@@ -106,13 +106,13 @@ class _Update:
         self._weights = self._factors[1].new_zeros(())
 
     def sums(self) -> Tensor:
-        """See :attr:`gwt_kernels.core.factored.Matrices.parts`."""
+        """Return the sums of :attr:`gwt_kernels.core.factored.Matrices.parts`."""
         tensor_step, (row, _), whole = self._tensor_step, self._factors, self._whole
         squares = self._squares()
         rows, columns = squares.sum(-1), squares.sum(-2)
         means = rows.new_zeros(self.local.batch)
         if row is not None:
-            # Other processes may hold the same rows: each counts as much of them as it holds of the columns.
+            # Other processes may hold the same rows: each counts old factors by its share of the columns.
             share = self.local.columns / max(whole.columns, 1)
             means = rows.mul(self._rest2 / max(whole.columns, 1)).add_(
                 row.view(rows.shape), alpha=(1 - self._rest2) * share
@@ -124,7 +124,7 @@ class _Update:
         return torch.cat([rows.view(-1), columns.view(-1), means, weights])
 
     def squares(self, sums: Tensor) -> Tensor:
-        """The sum of squares of the approximation's update, from the sums over the whole tensor."""
+        """Compute new factors from the sums over the whole tensor; return the sum of squares of ``A / d``."""
         *parts, weights = torch.split(sums, self.local.parts)
         self._new = new_factors(
             self._factors, parts, self._whole, self._tensor_step.hyper.rule_options.eps, self._rest2
@@ -133,11 +133,11 @@ class _Update:
         row, col, mean = self._new
         sums = (self._squares() / col.view(self.local.batch, 1, self.local.columns)).sum(-1)
         if row is not None:
-            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros alone stays 0
+            sums.mul_(mean.view(-1, 1)).div_(row.view(sums.shape))  # a row of zeros stays 0
         return sums.sum()
 
     def finish(self, total: Tensor) -> None:
-        """Store the factors, the first moment and the weights; ``total`` is of the whole tensor."""
+        """Update factors, first moment and weights; ``total`` is the whole tensor's :meth:`squares`."""
         assert self._new is not None
         tensor_step, hyper, (row, col) = self._tensor_step, self._tensor_step.hyper, self._factors
         mean_square = total / max(self._whole.numel, 1)
@@ -161,7 +161,7 @@ class _Update:
         self._kept = None
 
     def _fold(self, denominators: Tensor, rate: Any, notes: Notes | None) -> None:
-        """Update a chunk of weights after another by the rule's statements."""
+        """Update first moment and weights, chunk by chunk, by the rule's statements."""
         bucket, tensor_step, hyper, rule = (
             self._bucket,
             self._tensor_step,
@@ -186,7 +186,7 @@ class _Update:
             storage.store_weights(chunk, p)
 
     def _transform(self, denominators: Tensor, rate: Any) -> None:
-        """Update all weights by the transform and its inverse."""
+        """Update first moment and weights by the transform and its inverse."""
         tensor_step, hyper = self._tensor_step, self._tensor_step.hyper
         a, *details = self._approximation()
         u = a / denominators
@@ -205,7 +205,7 @@ class _Update:
         tensor_step.p.copy_(p - update * (rate * hyper.scale))
 
     def _squares(self) -> Tensor:
-        """Of the approximation, as matrices."""
+        """Return the squares of the approximation, as matrices."""
         if self._kept is not None:
             return self._kept
         squares = self._approximation()[0].reshape(self.local).square()
@@ -214,7 +214,7 @@ class _Update:
         return squares
 
     def _approximation(self) -> list[Tensor]:
-        """The approximation of the gradient, and its details where the transform is literal."""
+        """Return the approximation of the gradient, and its details if the transform is literal."""
         bucket, g, factor = self._bucket, self._tensor_step.g.to(self._dtype), self._tensor_step.hyper.signed_factor
         if bucket.is_literal and g.numel():
             return wavedec(g * factor, filter_bank(bucket.wavelet), int(bucket.level), bucket.boundary)
@@ -225,13 +225,13 @@ class _Update:
         return [self._tensor_step.hyper.scaled(g)]
 
     def _denominators(self, clip: Tensor) -> Tensor:
-        """``d * clip`` of the moments' shape."""
+        """Return ``d * clip``, in the moments' shape."""
         assert self._new is not None
         row, col, mean = self._new
         made = col.sqrt().mul_(clip)
         if row is not None:
             made = made.unsqueeze(-2) * (row.sqrt() / mean.sqrt().view(*row.shape[:-1], 1)).unsqueeze(-1)
-        return made.clamp_(min=self._tensor_step.hyper.rule_options.eps)  # what is below has no gradient
+        return made.clamp_(min=self._tensor_step.hyper.rule_options.eps)  # smaller ones have zero gradients
 
     def _load_weights(self) -> Tensor:
         tensor_step, storage = self._tensor_step, Storage(self._bucket.level, self._bucket.stored, "nearest", 0, 0)

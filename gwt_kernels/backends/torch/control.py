@@ -11,7 +11,7 @@ from torch import Tensor
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.torch.haar import compute_dtype
 
-ROW = 4096  # elements whose squares are summed in the gradient's precision; these sums are added in float64
+ROW = 4096  # elements whose squares are summed in float32 (float64 for float64); these sums are added in float64
 
 
 def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequence[Tensor] = ()) -> Tensor:

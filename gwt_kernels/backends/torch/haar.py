@@ -48,7 +48,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _alternate(even: Tensor, odd: Tensor, width: int) -> Tensor:
     """Return ``[even[0], odd[0], even[1], ...]``, cut to ``width`` columns.
 
-    A graph with symbolic width gathers them, since a view's strides depend on whether columns are cut.
+    A graph with symbolic width gathers the columns, since a view's strides depend on whether columns are cut.
     """
     pairs = even.shape[-1]
     if _is_certain(width <= 2 * pairs):

@@ -1,7 +1,7 @@
 """The published algorithm, literally, for any discrete wavelet: transform, divide, limit, invert, update.
 
 It is slow, and the only path for wavelets other than Haar and boundaries other than zero. With ``wavelet="haar"``
-and ``boundary="zero"`` it is an independent reference of the folded step. Notation of docs/algorithm.md.
+and ``boundary="zero"`` it is an independent reference for the folded step. For the notation see docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def approximation_width(width: int, level: Level, wavelet: str) -> int:
     """Return the approximation's width for a row: ``ceil(width / 2**level)`` for Haar, 1 for ``"row"``."""
     if wavelet == "haar":
         return blocks_of(level, width)
-    assert level != ROW  # which check_rule refuses for other wavelets
+    assert level != ROW  # check_rule refuses it for other wavelets
     taps = len(filter_bank(wavelet)[0])
     for _ in range(level):
         width = (width + taps - 1) // 2

@@ -15,7 +15,7 @@ from gwt_kernels.rules.blocks import block_sums, width_of
 
 
 def row_sums(bucket: Bucket, grads: Sequence[Tensor]) -> Tensor:
-    """This process's parts of :attr:`gwt_kernels.backends.bucket.StepInputs.row_sums`."""
+    """Return this process's parts of :attr:`gwt_kernels.backends.bucket.StepInputs.row_sums`."""
     dtype = compute_dtype(bucket.params[0].dtype)
     sums = torch.empty(sum(bucket.n_rows), bucket.row_numbers, dtype=dtype, device=bucket.device)
     for g, n, sums_of_tensor in zip(grads, bucket.n_rows, torch.split(sums, bucket.n_rows), strict=True):

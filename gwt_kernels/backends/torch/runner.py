@@ -1,4 +1,4 @@
-"""Runs a bucket's steps by PyTorch's operators, one tensor after another."""
+"""Runner of a bucket's steps by PyTorch's operators, one tensor after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gwt_kernels.core.tensor_step import TensorStep
 class TorchRunner:
     """See :class:`gwt_kernels.backends.runner.Runner`.
 
-    Where a device counts steps, the host waits to learn of them.
+    If a device counts steps, the host waits for the counts.
     """
 
     collects_grad_stats = False
@@ -46,7 +46,7 @@ class TorchRunner:
         if not update_sums:
             return Reduction([], None)
         factor = 1.0 if decision is None else float(decision[0])
-        inputs = inputs._replace(steps=[0] * len(self.bucket))  # which the sums do not depend on
+        inputs = inputs._replace(steps=[0] * len(self.bucket))  # the sums do not depend on them
         return Reduction([], self._sums(self.bucket.tensor_steps(_scaled(inputs, factor)), inputs.row_sums))
 
     def apply(self, inputs: StepInputs, decision: Tensor | None = None, divisors: Tensor | None = None) -> None:
@@ -57,21 +57,21 @@ class TorchRunner:
             self.count(inputs)
 
     def decided(self, inputs: StepInputs, decision: Tensor | None) -> StepInputs | None:
-        """The step as the host knows it, by what was decided; None where it is skipped."""
+        """Return inputs with counts on the host and the decided factor; None if the step is skipped."""
         counts = inputs.steps
         if not isinstance(counts, Tensor):
             return inputs
-        if decision is not None:  # on a CUDA device the one place that waits for it
+        if decision is not None:  # on a CUDA device the only place that waits for the decision
             factor, go, _ = decision.tolist()
             if not go:
                 if self.bucket.telemetry is not None:
-                    self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and the steps
+                    self.bucket.telemetry[:, COLUMNS.index("nonfinite") :].add_(1)  # and "steps"
                 return None
             inputs = _scaled(inputs, factor)
         return inputs._replace(steps=list(map(int, (counts + 1).tolist())))
 
     def count(self, inputs: StepInputs) -> None:
-        """Count a step that was taken, where the device counts."""
+        """Count a step that was taken, if the device counts steps."""
         if isinstance(inputs.steps, Tensor):
             inputs.steps.add_(1)
 
@@ -99,6 +99,6 @@ class TorchRunner:
 
 
 def _scaled(inputs: StepInputs, factor: float) -> StepInputs:
-    """The step with gradients multiplied by ``factor``."""
+    """Return the step with ``factor`` on its gradients."""
     hypers = [hyper._replace(grad_factor=hyper.grad_factor * factor) for hyper in inputs.hypers]
     return inputs._replace(hypers=hypers)

@@ -21,7 +21,7 @@ from gwt_kernels.rules import Rule, rule_of
 from gwt_kernels.rules.limiter import limit_
 from gwt_kernels.rules.rule import Context
 
-CHUNK = 1 << 20  # elements; a chunk stays in the caches between the passes over it, and passes stay long enough
+CHUNK = 1 << 20  # elements: few enough to stay in the caches between passes, and enough for efficient operators
 
 
 def gwt_adamw_(tensor_steps: Iterable[TensorStep], *, level: Level, rule: RuleName, rounding: Rounding) -> None:
@@ -64,7 +64,7 @@ def update_sums(tensor_steps: Sequence[TensorStep], *, level: Level, rule: RuleN
 
 
 def _without_columns(tensor_step: TensorStep) -> TensorStep:
-    """A tensor of rows without columns here, whose moments are of whole rows: with weights of no use."""
+    """Return a step with dummy weights for a tensor without columns here, which has moments of whole rows."""
     assert tensor_step.rows is not None
     p, g, m = (
         torch.zeros_like(tensor_step.rows.sums, dtype=x.dtype)
@@ -74,24 +74,24 @@ def _without_columns(tensor_step: TensorStep) -> TensorStep:
 
 
 def _stored(tensor_step: TensorStep) -> MomentFormat:
-    """How its moments are stored, if it has any."""
+    """Return the storage format of the tensor's moments; float32 if it has none."""
     return stored_as(torch.float32 if tensor_step.m is None else tensor_step.m.dtype)
 
 
 def _both(moments: Sequence[Tensor]) -> tuple[Any, Any]:
-    """The first moment, or None, and the second, or None."""
+    """Return the first and the second moment, None for missing ones."""
     m, v, *_ = *moments, None, None
     return m, v
 
 
 def dtype_of(tensor_step: TensorStep) -> torch.dtype:
-    """The dtype of its arithmetic."""
+    """Return the dtype of the tensor's arithmetic."""
     stored = tensor_step.p.dtype if tensor_step.m is None or tensor_step.scales else tensor_step.m.dtype
     return compute_dtype(torch.promote_types(tensor_step.p.dtype, stored))
 
 
 def scaled_ahead(tensor_step: TensorStep) -> TensorStep:
-    """The tensor with its gradient multiplied by a factor that has no number, and no factor left."""
+    """Multiply the gradient by its factor if that is a tensor, and set the factor to 1."""
     factor = tensor_step.hyper.grad_factor
     if not isinstance(factor, Tensor):
         return tensor_step
@@ -101,7 +101,7 @@ def scaled_ahead(tensor_step: TensorStep) -> TensorStep:
 
 
 def _step(chunks: Iterable[Chunk], tensor_step: TensorStep, rule: Rule, storage: Storage) -> None:
-    """One tensor: moments, then weights; with the limiter, all moments first, as its norm is the tensor's."""
+    """Update a tensor's moments, then weights; with the limiter all moments first, for the whole tensor's norm."""
     hyper, level, notes, dtype = tensor_step.hyper, storage.level, storage.notes, dtype_of(tensor_step)
     limits = rule.direction is not None
     gamma = hyper.norm_growth_limit if limits and tensor_step.norm is not None else None
@@ -117,7 +117,7 @@ def _step(chunks: Iterable[Chunk], tensor_step: TensorStep, rule: Rule, storage:
         if gamma is None or rule.direction is None:
             _update(chunk, parts, step_size, tensor_step, rule, storage)
         else:
-            # On a CPU sum adds in a tree, vector_norm one by one and so less exactly.
+            # On a CPU sum adds in a tree; vector_norm adds one by one, which is less exact.
             part = _sum_of_squares(rule.direction(parts))
             total = part if total is None else total + part
             pending.append((chunk, parts))
@@ -139,7 +139,7 @@ def _update(
     rule: Rule,
     storage: Storage,
 ) -> None:
-    """Weight decay, and the rule's update, of a chunk's weights."""
+    """Apply weight decay and the rule's update to a chunk's weights."""
     if rule.reads_weights:
         p = storage.load_weights(chunk, dtype_of(tensor_step))
     else:
@@ -151,24 +151,24 @@ def _update(
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """Of all elements; overwrites them. ``square_``, which is the same, knows no functionalization."""
+    """Return the sum of squares, and overwrite ``x``. ``square_`` does not support functionalization."""
     return x.mul_(x).sum()
 
 
 def chunks(tensor_step: TensorStep, q: int) -> Iterator[Chunk]:
-    """Views that cover the tensors row by row, small enough for the caches on a CPU, of whole quanta of ``q``."""
+    """Yield views that cover the tensors row by row, in parts that fit a CPU's caches, of whole blocks of ``q``."""
     p, scales = tensor_step.p, tensor_step.scales
-    m = p if tensor_step.m is None else tensor_step.m  # whose rows and widths are those of what is kept
+    m = p if tensor_step.m is None else tensor_step.m  # quantized values have its rows
     places = [x is not None for x in (p, tensor_step.g, tensor_step.m, tensor_step.v, tensor_step.low)]
     tensors = [x for x in (p, tensor_step.g, tensor_step.m, tensor_step.v, tensor_step.low) if x is not None]
     contiguous = all(x.is_contiguous() for x in tensors)
-    alike = all(x.shape == p.shape for x in tensors) and p.shape[-1:] != (1,)  # where no row says what a block is
+    alike = all(x.shape == p.shape for x in tensors) and p.shape[-1:] != (1,)  # at width 1 a row is a block
     if p.device.type != "cpu" or p.numel() <= CHUNK or (p.dim() == 1 and not contiguous):
         parts = [[x] for x in tensors]
     elif contiguous and alike:
         parts = [list(torch.split(x.view(-1), CHUNK)) for x in tensors]
     elif contiguous:
-        whole = q // math.gcd(q, m.shape[-1]) if scales else 1  # rows that are whole quanta
+        whole = q // math.gcd(q, m.shape[-1]) if scales else 1  # rows that are whole blocks of values
         parts = _split([x.view(-1, x.shape[-1]) for x in tensors], CHUNK // p.shape[-1], whole)
     else:
         whole = q // math.gcd(q, m.numel() // m.shape[0]) if scales else 1
@@ -187,12 +187,12 @@ def chunks(tensor_step: TensorStep, q: int) -> Iterator[Chunk]:
 
 
 def _split(tensors: Sequence[Tensor], n: int, whole: int) -> list[list[Tensor]]:
-    """Parts of ``n`` rows of the first tensor, or fewer, as need be, and what of the others belongs to them."""
+    """Split the first tensor into parts of about ``n`` rows, multiples of ``whole``, and the others accordingly."""
     rows = tensors[0].shape[0]
     n = _multiple(n, math.lcm(whole, *(rows // x.shape[0] for x in tensors)))
     return [list(torch.split(x, n * x.shape[0] // rows)) for x in tensors]
 
 
 def _multiple(n: int, of: int) -> int:
-    """The largest multiple that is not above ``n``, and at least one."""
+    """Return the largest multiple of ``of`` that is at most ``n``, or else ``of``."""
     return max(of, n // of * of)

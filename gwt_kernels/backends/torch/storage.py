@@ -1,4 +1,4 @@
-"""How weights and moments are read from the dtypes that they are kept in, and stored there."""
+"""Loads and stores of weights and moments in their storage formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gwt_kernels.rules.blocks import RowSums
 
 
 class Chunk(NamedTuple):
-    """Views of the same rows of a parameter and what belongs to it."""
+    """Views of the same rows of a parameter, its gradient and its state."""
 
     p: Tensor
     g: Tensor
@@ -28,13 +28,13 @@ class Chunk(NamedTuple):
     v: Any
     low: Tensor | None
     scales: tuple[Tensor, ...] | None
-    """Of the moments' blocks of values, where these are quantized; a chunk begins with a whole block."""
+    """Scales of the moments' blocks of values, if these are quantized; a chunk begins with a new block."""
     first: int
-    """Index of the first weight in the whole parameter."""
+    """Index of the first weight in the parameter, or shard."""
     first_coefficient: int
-    """Index of the first coefficient in the whole of the moments."""
+    """Index of the first coefficient in its moments."""
     rows: RowSums | None = None
-    """Sums over its rows, of which other processes hold parts."""
+    """Sums over its rows, if other processes hold parts of them."""
 
     @property
     def moments(self) -> list[Tensor]:
@@ -43,7 +43,7 @@ class Chunk(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How one parameter's numbers are stored in one step."""
+    """Format and rounding of one parameter's numbers in one step."""
 
     level: Level
     stored: MomentFormat
@@ -51,20 +51,20 @@ class Storage(NamedTuple):
     step: int
     key: int
     spans: tuple[Span, Span] | None = None
-    """Where weights and coefficients lie in the whole tensor, if these are a shard's."""
+    """Positions of weights and coefficients among random bits' indices, for shards and padded rows."""
     notes: Notes | None = None
-    """What is told about the step."""
+    """Telemetry of the step."""
 
     def load_moments(self, chunk: Chunk, dtype: torch.dtype) -> list[Tensor]:
-        """The moments that there are, in ``dtype``: views where that is what they are kept in."""
+        """Return the moments in ``dtype``: the stored tensors themselves if they have it."""
         return [x.to(dtype) for x in self.stored.decode(chunk.moments, chunk.scales or (), self.level)]
 
     def load_weights(self, chunk: Chunk, dtype: torch.dtype) -> Tensor:
         return chunk.p.to(dtype) if chunk.low is None else join_low(chunk.p, chunk.low).to(dtype)
 
     def store_moments(self, chunk: Chunk, moments: Sequence[Tensor]) -> None:
-        """Store moments as their format says: rounded at random, or to the nearest."""
-        # What a rule keeps of rows alone is never narrow.
+        """Store moments in their format: rounded stochastically, or to the nearest."""
+        # Moments of rows never have a narrow dtype.
         narrow = [self.stored.is_random and x.dtype in self.stored.dtypes for x in chunk.moments]
         for place, x, is_narrow in zip(chunk.moments, moments, narrow, strict=True):
             if not is_narrow:
@@ -74,7 +74,7 @@ class Storage(NamedTuple):
         places = [x.view(-1) for x in compress(chunk.moments, narrow)]
         flat = [x.float().reshape(-1) for x in compress(moments, narrow)]
         n, device = flat[0].numel(), flat[0].device
-        for part in blocks(n, 4, device):  # of whole blocks of values but for the last
+        for part in blocks(n, 4, device):  # whole blocks of values, except in the last part
             words = self._random_words(chunk.first_coefficient + part.start, part.stop - part.start, device)
             bits = words & 0xFFFF, (words >> 16).bitwise_and_(0xFFFF)
             floats = [x[part] for x in flat]
@@ -90,7 +90,7 @@ class Storage(NamedTuple):
                 place[part.start // q : -(-part.stop // q)] = x
 
     def store_weights(self, chunk: Chunk, p: Tensor) -> None:
-        """``p`` may be overwritten."""
+        """Store weights with their rounding; ``p`` may be overwritten."""
         if chunk.low is not None:
             split_low_(p.float(), chunk.p, chunk.low)
         elif self.rounding == "stochastic":
@@ -123,18 +123,18 @@ def _drawn(
     key: int,
     device: torch.device,
 ) -> Tensor:
-    """Random bits of ``n`` elements of a tensor, or shard, from ``first`` on."""
+    """Return the random bits of ``n`` elements of a tensor, or shard, from ``first`` on."""
     if span is None or span.run == span.pitch:
         return draw(first + (span.first if span else 0), n, step, key, device)
     element = torch.arange(first, first + n, dtype=torch.int64, device=device)
     index = element // span.run * span.pitch + element % span.run
     if span.pitch > 2 * span.run:
         return draw_at(span.first + index, step, key)
-    # Fewer calls draw what lies between runs too than one for each element.
+    # To draw also for the gaps between runs takes fewer calls than one call per element.
     low, high = (i // span.run * span.pitch + i % span.run for i in (first, first + n - 1))
     return draw(span.first + low, high - low + 1, step, key, device)[index - low]
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
-    if value is not target:  # else it was updated in place
+    if value is not target:  # otherwise it was updated in place
         target.copy_(value)
