@@ -1,1 +1,1 @@
-"""Fused Triton kernels and their launch; imported only where a tensor is to be updated by Triton."""
+"""Fused Triton kernels and their launches; imported only when Triton is to update a tensor."""

@@ -22,7 +22,7 @@ class TritonAdafactorRunner(TritonRunner):
     """See :class:`gwt_kernels.backends.runner.Runner` and :class:`gwt_kernels.backends.runner.StagedRunner`.
 
     Raises:
-        ValueError: the kernels could not trust the tensors.
+        ValueError: shapes, dtypes, devices or layouts do not fit the kernels.
     """
 
     collects_grad_stats = False
@@ -68,7 +68,7 @@ class TritonAdafactorRunner(TritonRunner):
         return FactoredLaunch(self._factored, places, flat)
 
     def _renew_alone(self, inputs: StepInputs, decision: Tensor | None, sums: Tensor) -> None:
-        """Update the factors of tensors in no launch: of a shard without weights they may be whole."""
+        """Update the factors of tensors in no launch: a shard without weights may have whole factors."""
         bucket = self._factored
         for i in self._empty:
             local = bucket.local_matrices()[i]
@@ -84,7 +84,7 @@ class TritonAdafactorRunner(TritonRunner):
 
 
 def _as_kernels_take(inputs: StepInputs) -> StepInputs:
-    """The step with the options that kernels know: what a count of steps decides is in them, if the host counts."""
+    """Return the step with options as kernels take them, computed for its number if the host counts steps."""
     made: dict[tuple[int, int], Hyper] = {}
     hypers = []
     for i, hyper in enumerate(inputs.hypers):

@@ -1,10 +1,10 @@
-"""What every launch asks of Triton's compiler."""
+"""Options of Triton's compiler for every launch."""
 
 from __future__ import annotations
 
 UNFUSED = {"enable_fp_fusion": False}
 """No multiplication is contracted with an addition.
 
-Lanes that hold one block would each round the product of another lane, and not their own, and so hold, and store,
-other sums of it.
+Otherwise each lane of a block would round other lanes' products but not its own, and lanes would hold, and store,
+different sums.
 """

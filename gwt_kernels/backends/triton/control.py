@@ -24,7 +24,7 @@ def squares_kernel(
 ):
     """Compute a gradient chunk's sum of squares, and its number of infinite or NaN elements.
 
-    ``owners`` int32 ``[n_chunks]``: each chunk's gradient.
+    ``owners`` int32 ``[n_chunks]``: index of each chunk's gradient.
     ``table`` int64 ``[3, n]``: addresses of gradients (multiples of ``ALIGN`` bytes), their sizes (multiples of
     ``MULTIPLE`` elements) and their first chunks. ``partials`` float32 ``[2, n_chunks]``.
     """
@@ -143,7 +143,7 @@ def rows_kernel(
     tl.store(steps_ptr + i, step.to(tl.int64), mask=inside)
     correction1 = 1.0 - tl.exp(step * tl.log(b1))
     correction2 = 1.0 - tl.exp(step * tl.log(b2))
-    corrects_bias = tl.load(row + schema.CORRECTS_BIAS_C, mask=inside, other=0.0)  # 2 where inside the root
+    corrects_bias = tl.load(row + schema.CORRECTS_BIAS_C, mask=inside, other=0.0)  # 2: inside the root
     corrects = corrects_bias != 0.0
     eps = tl.load(row + schema.EPS_C, mask=inside, other=0.0)
     eps = tl.where(corrects_bias == 2.0, eps * tl.sqrt(correction2), eps)

@@ -38,7 +38,7 @@ def squares(grads: Sequence[Tensor], workspace: dict[str, Any], grad_stats: Sequ
         for (dtype, aligned), tensors in kinds.items():
             name, sizes = f"{dtype}, {aligned}", [g.numel() for g in tensors]
             chunks = workspace.get(name)
-            if chunks is None or chunks.sizes != sizes:  # replays of a captured step may go on using the others
+            if chunks is None or chunks.sizes != sizes:  # replays of a captured step may still use the old ones
                 chunks = workspace[name] = _Chunks(sizes, device)
             sent = chunks.sender.send(addresses(tensors) + chunks.numbers, device, capturable=True)
             n_chunks = chunks.n

@@ -33,8 +33,8 @@ from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.rules import adafactor
 from gwt_kernels.rules.adafactor import AdafactorNumbers
 
-TILE, TILE_WIDTH, PANEL_WARPS = 2048, 512, 4  # elements that a program adds up at a time, of a row, and its warps
-ROW_CHUNK, MAX_ROW_CHUNKS = 64, 64  # rows of a panel at least, and panels that divide a matrix's rows, at the most
+TILE, TILE_WIDTH, PANEL_WARPS = 2048, 512, 4  # elements per program and loop step, those of one row, and warps
+ROW_CHUNK, MAX_ROW_CHUNKS = 64, 64  # least number of rows of a panel, and most panels along a matrix's rows
 JOIN_BLOCK, MEAN_BLOCK, SCALAR_BLOCK = 128, 1024, 128
 _pack_numbers = struct.Struct(f"{len(FACTOR_NUMBERS)}d").pack
 
@@ -105,7 +105,7 @@ class FactoredLaunch(Launch):
         self._numbers_of: list[AdafactorNumbers] = []
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
-        """See :class:`gwt_kernels.backends.triton.launch.Launch`; a record stands for a second moment."""
+        """See :class:`gwt_kernels.backends.triton.launch.Launch`; records replace second moments."""
         super().set_pointers(columns)
         first, size = self._records.data_ptr(), 8 * (len(self._records) // self.n)
         self._columns["v"] = array("q", range(first, first + size * self.n, size)).tobytes()
@@ -127,7 +127,7 @@ class FactoredLaunch(Launch):
         return [self._numbers]
 
     def add_panels(self, sent: Sent, sums: Tensor, weighted: bool) -> None:
-        """Add up squares over rows and columns, ``weighted``: of weights too, in ``sums`` of the whole bucket."""
+        """Add up squares over rows and columns, and of weights if ``weighted``, in ``sums`` of the bucket."""
         bucket, device = self._bucket, sums.device
         p, g, _ = self._dtypes
         parts = torch.empty(self._n_parts, dtype=torch.float32, device=device)
@@ -163,7 +163,7 @@ class FactoredLaunch(Launch):
         self.add_up(sent, squares)
 
     def finish(self, sent: Sent, sums: Tensor, squares: Tensor, weighted: bool) -> None:
-        """Clip the update, and take it."""
+        """Clip the update, and apply it."""
         own = squares if self._index is None else squares[self._index]
         sent.factors = torch.empty(self.n, dtype=torch.float32, device=sums.device)
         self._run(
@@ -171,7 +171,7 @@ class FactoredLaunch(Launch):
             sent.factors, self.n, BLOCK=SCALAR_BLOCK, WEIGHTED=weighted,
         )  # fmt: skip
         self.update(sent, None)
-        if self._bucket.telemetry is not None:  # where the clip stands for the limiter
+        if self._bucket.telemetry is not None:  # the clip in place of the limiter's divisor
             taken = sent.scalars.view(self.n, -1)[:, SCALARS.index("taken")] != 0
             told = self._bucket.telemetry[:, COLUMNS.index("limit")]
             before = told if self._index is None else told[self._index]
@@ -184,19 +184,19 @@ class FactoredLaunch(Launch):
         launch(*arguments, *rest)
 
     def _cut(self, own: Matrices) -> tuple[int, int, int]:
-        """How many panels divide rows and columns of a matrix, and rows of a panel."""
+        """Return the numbers of panels along a matrix's rows and columns, and the rows of a panel."""
         step = self._tile["TR"]
         chunk = max(ROW_CHUNK, -(-own.rows // MAX_ROW_CHUNKS))
         chunk = -(-chunk // step) * step
         return -(-own.rows // chunk), -(-own.columns // self._tile["TC"]), chunk
 
     def _take(self, n: int) -> int:
-        """Where ``n`` numbers more of the workspace begin."""
+        """Reserve ``n`` numbers of the workspace, and return the index of the first."""
         first, self._n_parts = self._n_parts, self._n_parts + n
         return first
 
     def _renew_numbers(self, hypers: Sequence[Hyper]) -> None:
-        """Send what changes with options alone, if it did."""
+        """Send the numbers that depend on options only, if these changed."""
         own = [hypers[i].rule_options for i in self._places]
         if own == self._numbers_of:
             return

@@ -1,12 +1,12 @@
 """Kernels of a factored second moment: sums of squares over rows and columns, the factors, and the clip.
 
-Each is one launch for tensors of a bucket that take one path. A tensor is a batch of matrices, each cut into
-panels of ``chunk_rows`` rows and ``TC`` blocks. A program adds up one panel, ``TR`` rows at a time. The parts lie
-in a workspace, and are added in a fixed order: there are no atomics. Pairs of neighbours come first
+Each is launched once for the tensors of a bucket on one path. A tensor is a batch of matrices, each cut into
+panels of ``chunk_rows`` rows and ``TC`` blocks. A program adds up one panel, ``TR`` rows at a time. These partial
+sums lie in a workspace, and are added in a fixed order, without atomics. Pairs of neighbours come first
 (``kernel_block_sums``), so that sums are the same whatever the dtypes and the alignment.
 
-``panels`` int64 and ``numbers`` float64: see ``schema.py``; ``sums`` float32: for each tensor what
-:attr:`gwt_kernels.core.factored.Matrices.parts` says. For the other tables see ``step.py``.
+``panels`` int64 and ``numbers`` float64: see ``schema.py``; ``sums`` float32: for each tensor those of
+:attr:`gwt_kernels.core.factored.Matrices.parts`. For the other tables see ``step.py``.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def panel_kernel(
     ROUNDING: tl.constexpr,
     CAN_SKIP: tl.constexpr,
 ):
-    """Sums of squares of the approximation in one panel, over each row and over each column.
+    """Compute the sums of squares of the approximation in one panel, over each row and over each column.
 
-    ``parts`` float32 receives them, and where ``WEIGHTED`` the sum of squares of the panel's weights. Rows are
+    ``parts`` float32 receives them, and if ``WEIGHTED`` the sum of squares of the panel's weights. Rows are
     multiples of ``MULTIPLE`` elements long, and begin at multiples of ``ALIGN`` bytes, as in ``step.py``.
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     scalars_ptr += i * schema.N_SCALARS
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + schema.TAKEN) == 0.0:
             return
     panels_ptr += i * schema.N_PANELS
@@ -67,7 +67,7 @@ def panel_kernel(
     first_row = row_chunk * tl.load(panels_ptr + schema.CHUNK_ROWS)
     end_row = tl.minimum(first_row + tl.load(panels_ptr + schema.CHUNK_ROWS), rows)
     first_column = col_chunk * TC
-    # 32 bits hold a place within a panel's rows, as far as one step of the loop goes.
+    # 32 bits suffice for the numbers of rows and columns within a panel.
     left = tl.multiple_of(tl.minimum(width - first_column * W, TC * W).to(tl.int32), MULTIPLE)
     element = tl.arange(0, TC * W)[None, :]
     row = tl.arange(0, TR)
@@ -114,7 +114,7 @@ def panel_kernel(
 def join_kernel(
     owners_ptr, panels_ptr, scalars_ptr, parts_ptr, sums_ptr, BLOCK: tl.constexpr, CAN_SKIP: tl.constexpr
 ):
-    """Add up the panels' parts of ``BLOCK`` rows and columns of one tensor, in order."""
+    """Add up the panels' partial sums of ``BLOCK`` rows and columns of one tensor, in order."""
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
     if CAN_SKIP:  # noqa: SIM102
@@ -150,9 +150,9 @@ def mean_kernel(
     WEIGHTED: tl.constexpr,
     CAN_SKIP: tl.constexpr,
 ):
-    """The sum of new row factors of one matrix, without ``eps``; of the first one the sum of the tensor's weights.
+    """Add up one matrix's new row factors, without ``eps``; for the first matrix also the tensor's squared weights.
 
-    Where columns are shared out, processes hold the same rows: each counts as much of them as it holds of these.
+    If columns are sharded, processes hold the same rows: each counts old factors by its share of the columns.
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
@@ -206,8 +206,8 @@ def factor_kernel(
         R = b2*R + (1-b2)*(mean + eps)        gain = 1 / sqrt(R / mean(R))
         C = b2*C + (1-b2)*(mean + eps)        gain = 1 / sqrt(C)
 
-    A tensor without row factors has gains of 1 there. Those of rows without any gradient end at 1e22, so that their
-    products with gains of columns, and with such a gradient, are finite.
+    A tensor without row factors has row gains of 1. Gains are at most 1e22, so that for rows without any gradient
+    the products with gains of columns, and with such a gradient, are finite.
     """
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
@@ -249,7 +249,7 @@ def factor_kernel(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def rate_kernel(numbers_ptr, steps_ptr, scalars_ptr, n_tensors, BLOCK: tl.constexpr):
-    """Make what of a step's numbers depends on a count that only the device knows: ``steps`` int64 ``[n]``."""
+    """Compute the step's scalars that depend on a count on the device: ``steps`` int64 ``[n]``."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors
     numbers_ptr += i * schema.N_FACTOR_NUMBERS
@@ -262,7 +262,7 @@ def rate_kernel(numbers_ptr, steps_ptr, scalars_ptr, n_tensors, BLOCK: tl.conste
     grows = tl.load(numbers_ptr + schema.RATE_GROWS, mask=inside, other=0.0) != 0.0
     rate = tl.minimum(tl.where(grows, largest * step, largest), 1.0 / tl.sqrt(step))
     is_relative = inside & (largest > 0.0)
-    for which in tl.static_range(2):  # made at a rate of 1
+    for which in tl.static_range(2):  # computed with a rate of 1
         number_ptr = scalars_ptr + (schema.STEP_SIZE if which else schema.DECAY)
         number = tl.load(number_ptr, mask=is_relative, other=0.0).to(tl.float64)
         tl.store(number_ptr, (number * rate).to(tl.float32), mask=is_relative)
@@ -280,11 +280,11 @@ def clip_kernel(
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):
-    """What the sum of squares of a tensor's update, and that of its weights, make of the numbers of its step.
+    """Complete a step's scalars from the sums of squares of a tensor's update and weights.
 
-    ``squares`` float32 ``[n]``. ``factors`` float32 ``[n]`` receives ``1 / clip``, and so does ``eps`` of the
-    numbers, which a factored rule reads as that. Where there is a least RMS, step size and decay are multiplied by
-    the weights'.
+    ``squares`` float32 ``[n]`` are the update's. ``factors`` float32 ``[n]`` receives ``1 / clip``, and so does the
+    scalar ``eps``, in which a factored rule expects it. With a least RMS, step size and decay are multiplied by it
+    or the weights' RMS, whichever is larger.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_tensors

@@ -45,20 +45,20 @@ LIMITER_BLOCK = 1024
 OBSERVE_BLOCK = 1024
 
 _TENSORS = POINTERS[: POINTERS.index("norm") + 1]
-_STATE = POINTERS[: POINTERS.index("step") + 1]  # and behind it where shards lie
+_STATE = POINTERS[: POINTERS.index("step") + 1]  # followed by the spans of shards
 
 
 class Sent:
-    """The tables of one step on the device, and what its first phase made of them.
+    """The tables of one step on the device, and the results of its first phase.
 
     Attributes:
         pointers: int64: addresses of the tensors' arrays.
-        scalars: float32 ``[n, 12]``: the numbers that the step goes by.
-        telemetry: int64 ``[n]``: addresses of telemetry's rows.
-        factors: float32 ``[n]``: reciprocals of the limiter's divisors, where the step decides them.
+        scalars: float32 ``[n, 12]``: the step's scalars.
+        telemetry: int64 ``[n]``: addresses of the rows of telemetry.
+        factors: float32 ``[n]``: ``1 / clip`` of each tensor whose second moment is factored.
         partials: float32 ``[chunks]``: partial sums of the update's squares.
-        grad_stats: float32 ``[2, chunks]``: what the first phase read of the gradients.
-        row_sums: float32 ``[rows, numbers]``: sums over whole rows of which there are parts here.
+        grad_stats: float32 ``[2, chunks]``: statistics of the gradients from the first phase.
+        row_sums: float32 ``[rows, numbers]``: sums over whole rows, if this process has parts of them.
         can_skip: Whether the device may decide to skip the step.
     """
 
@@ -74,7 +74,7 @@ class Sent:
             self.scalars = rest.view(torch.float32)
 
     def decide(self, decision: Tensor | None, *, counts: bool = True) -> None:
-        """Make the numbers of a step that the device counts; without ``counts`` as if it were counted."""
+        """Compute the scalars of a step that the device counts; with ``counts`` also update stored counts."""
         n = self._n
         constants = self._rest[len(DEVICE_SCALARS) * n :].view(torch.float64)
         steps = self.pointers[POINTERS.index("step") * n :]
@@ -83,11 +83,11 @@ class Sent:
 
 
 class Launch:
-    """Tensors of one bucket and one path: what stays the same from step to step.
+    """Tensors of one bucket and one path, with the tables that stay the same from step to step.
 
     Args:
-        bucket: Whose tensors these are.
-        chosen: Places of the tensors in the bucket.
+        bucket: Their bucket.
+        chosen: Indices of the tensors in the bucket.
         flat: Whether they take the flat path.
     """
 
@@ -144,7 +144,7 @@ class Launch:
         self._chunk_owners = owners(self._first_chunks.diff(), self.n_chunks)
         indices = array("q", self._chosen or ()).tobytes()
         self._index = self._sender.send(indices, device) if indices else None
-        # A random bit's index is that of the whole tensor.
+        # Random bits depend on the index in the whole tensor.
         spans = bucket.spans if bucket.is_random else None
         self._spans = [] if spans is None else [[*spans[i][0], *spans[i][1]] for i in chosen]
         padded = [padded_spans(bucket.params[i].shape, level) for i in chosen]
@@ -160,7 +160,7 @@ class Launch:
         self._step_alignment = alignment(wider, m, held, flat)
 
     def set_pointers(self, columns: Mapping[str, bytes]) -> None:
-        """Take the columns of the pointers' table that stay from step to step: all but gradients and steps."""
+        """Set the columns of the pointer table that stay from step to step: all except gradients and steps."""
         self._columns = {name: self._own_words(column) for name, column in columns.items()}
 
     def send(self, grad_ptrs: bytes, inputs: StepInputs, decision: Tensor | None, counts: bool) -> Sent:
@@ -168,8 +168,8 @@ class Launch:
 
         Args:
             grad_ptrs: Addresses of the bucket's gradients.
-            inputs: Of the step.
-            decision: What was decided about it, if anything.
+            inputs: Inputs of the step.
+            decision: Step decision, or None.
             counts: Whether a device that counts steps counts this one now.
         """
         bucket, n = self._bucket, self.n
@@ -195,7 +195,7 @@ class Launch:
         telemetry = array("q", self._own(self._rows)).tobytes() if self._rows else b""
         telemetry += bytes(-len(telemetry) % 16)
         rows = self._own(rows)
-        alike = rows.count(rows[0]) == n  # as most are, and then multiplied faster than joined
+        alike = rows.count(rows[0]) == n  # usually; to repeat a row is faster than to join rows
         numbers = rows[0] * n if alike else b"".join(rows)
         pieces = [table, telemetry, *(array("q", self._own(x)).tobytes() for x in device_scalars), numbers]
         sent = self._sender.send(b"".join(pieces), bucket.device, capturable=counted)
@@ -207,7 +207,7 @@ class Launch:
         return result
 
     def norms(self, sent: Sent, grad_stats: bool) -> None:
-        """Make the partial sums of the update's squares, and read the gradients for ``grad_stats``."""
+        """Compute partial sums of the update's squares and, if ``grad_stats``, statistics of the gradients."""
         device = self._layout.device
         _, g, m = self._dtypes
         sent.partials = torch.empty(self.n_chunks, dtype=torch.float32, device=device)
@@ -225,26 +225,26 @@ class Launch:
         )  # fmt: skip
 
     def _of_rows(self, sent: Sent) -> tuple[Tensor, ...]:
-        """What kernels that take rows are told besides: sums over whole ones, not read where there are none."""
+        """Return the further argument of kernels that take rows: sums over whole rows, or an unread tensor."""
         if not (self._bucket.is_by_rows or self._bucket.level == ROW):
             return ()
         return (sent.scalars if sent.row_sums is None else sent.row_sums,)
 
     def _step_kernel(self) -> Any:
-        """The kernel that takes these tensors: by tiles, or by rows that are blocks or share a second moment."""
+        """Return the step's kernel: for tiles, for rows that are blocks, or for rows with one second moment."""
         if self._bucket.level == ROW:
             return row_step_kernel
         return shared_step_kernel if self._bucket.is_by_rows else step_kernel
 
     def add_up(self, sent: Sent, sums: Tensor) -> None:
-        """Add up the partial sums of each tensor in ``sums``, float32 ``[len(bucket)]``."""
+        """Add up the partial sums of each tensor, and write them to ``sums``, float32 ``[len(bucket)]``."""
         own = torch.empty(self.n, dtype=torch.float32, device=self._layout.device)
         launch, rest = self._ready(sum_kernel, self.n, BLOCK=LIMITER_BLOCK)
         launch(self._first_chunks, sent.partials, own, *rest)
         sums[slice(None) if self._index is None else self._index] = own
 
     def update(self, sent: Sent, divisors: Tensor | None) -> None:
-        """Update weights and moments, by the limiter's ``divisors`` where the caller has decided them."""
+        """Update weights and moments, with the limiter's ``divisors`` if the caller has computed them."""
         bucket, device = self._bucket, self._layout.device
         p, g, m = self._dtypes
         limited = bucket.is_limited or divisors is not None
@@ -277,16 +277,16 @@ class Launch:
             )  # fmt: skip
 
     def _ready(self, kernel: Any, programs: int, **constants: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """What launches a kernel, and what it takes behind the kernel's arguments.
+        """Return a launcher of a kernel, and the arguments that it takes after the kernel's.
 
-        What Triton compiled the first time is launched again without binding arguments anew. It serves as long as
-        Triton would find it: sizes are this launch's own, and all pointers multiples of 16.
+        After the first time the compiled kernel is launched directly, without binding arguments. Triton would find
+        the same one: sizes are constants of this launch, and all pointers are multiples of 16.
         """
         key = (kernel, *constants.values())
         return self._kernels.get(key) or (partial(self._compile, key, programs, constants), ())
 
     def _compile(self, key: tuple[Any, ...], programs: int, constants: dict[str, Any], *arguments: Any) -> None:
-        """Launch a kernel for the first time; interpreted kernels are launched so each time."""
+        """Launch a kernel for the first time; interpreted kernels are launched like this each time."""
         kernel = key[0]
         compiled = kernel[(programs,)](*arguments, **constants, **UNFUSED)
         if isinstance(compiled, CompiledKernel):
@@ -294,7 +294,7 @@ class Launch:
             self._kernels[key] = compiled[programs, 1, 1], rest
 
     def memory(self) -> list[Tensor]:
-        """What a step with other options would replace, which replays of a captured one go on using."""
+        """Return tensors that a step with other options would replace, but that replays of a captured step use."""
         return []
 
     def _own(self, column: Any) -> Any:
@@ -305,9 +305,9 @@ class Launch:
 
 
 def _spans_of_calls(spans: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same positions of shards, if the elements of each call of Philox lie in one run; else none.
+    """Return equivalent spans whose runs are whole calls of Philox; an empty list if there are none.
 
-    Runs that follow one another without a gap are as good as any others that do, such as those of one call.
+    Runs that follow one another without a gap are equivalent to runs of another length, such as that of one call.
     """
     found = []
     for own in spans:
@@ -321,11 +321,11 @@ def _spans_of_calls(spans: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _span_kind(spans: Sequence[Sequence[int]], padded: Sequence[tuple[int, ...] | None]) -> int:
-    """How shards lie in whole tensors: 0 they are whole, 1 a shift that leaves calls in order, 2 anyhow.
+    """Return the kind of shards' positions: 0 for whole tensors, 1 for a shift by whole Philox calls, 2 for others.
 
     Args:
-        spans: First element, run and pitch, of weights and of moments; of no tensor where all are whole.
-        padded: Runs and pitches of weights and moments whose rows are padded, None where they are not.
+        spans: First element, run and pitch, of weights and of moments; empty if all tensors are whole.
+        padded: Runs and pitches of weights and moments if rows are padded, otherwise None.
     """
     if not spans:
         return 0

@@ -16,7 +16,7 @@ FLAT_TILE, FLAT_WARPS = 4096, 8  # elements that one program updates at a time, 
 # needs no barriers, and a short tile rarely has the end of a row.
 ROW_TILE, ROW_WARPS = 512, 1
 # On the flat path a tile of one warp holds whole blocks of quantized moments, so that no barrier is needed to find
-# their scales. At deeper levels registers would leave room for 8 warps on a multiprocessor, or spill.
+# their scales. At deeper levels registers would leave room for only 8 warps on a multiprocessor, or spill.
 QUANTIZED_TILES = {0: 256, 1: 512, 2: 512, 3: 1024}
 TILES_TOGETHER = 4  # consecutive short tiles of a program, which share the loads from their tensor's tables
 WHOLE_ROW_TILE, WHOLE_ROW_LANES = 1024, 8  # elements of a whole row per tile, and per lane
@@ -34,9 +34,9 @@ def variant(level: int, flat: bool, quantized: bool = False) -> dict[str, Any]:
 
 
 def row_variant(widest: int, level: Level, flat: bool) -> dict[str, Any]:
-    """The compile-time constants of programs that take rows, ``widest`` elements at the most, and their warps.
+    """Return the compile-time constants of programs that take rows of at most ``widest`` elements, and their warps.
 
-    Of rows that fit, the tile does not decide how they are added up: zeros beyond them change no sum.
+    If rows fit the tile, its size does not change their sums: it only adds zeros beyond them.
     """
     block = 1 if level == ROW else 2**level
     tile = min(WHOLE_ROW_TILE, max(32 * WHOLE_ROW_LANES, block, 1 << (widest - 1).bit_length()))
@@ -55,7 +55,7 @@ def blocks_together(level: int, moments: MomentFormat, stochastic: bool) -> int:
 
     Args:
         level: Level of the transform.
-        moments: Format of the moments. Blocks of a scale cross rows, so that each coefficient draws by itself.
+        moments: Format of the moments. Values with one scale may cross rows, so each coefficient draws by itself.
         stochastic: Whether weights are rounded stochastically.
     """
     if moments.scales:
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
     """Numbers of a tensor's blocks: see ``tiles.py``."""
 
     n_blocks: int
-    """Including the padding of rows."""
+    """Blocks, including the padding of rows."""
     width: int
     row_blocks: int
     padded: int
@@ -95,9 +95,9 @@ class Rows(NamedTuple):
     reciprocal: int
     """``(2**64 - 1) // padded``, as a signed 64-bit number."""
     row_length: int = 0
-    """Of programs that take parts of rows: elements of whole ones where these are blocks, else their blocks."""
+    """For programs that take parts of rows: elements of a whole row if it is one block, else its blocks."""
     first_row: int = 0
-    """Of these, the place of the tensor's first row among all of the bucket."""
+    """For these programs: index of the tensor's first row among all rows of the bucket."""
 
 
 def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
@@ -117,7 +117,7 @@ def rows_of(p: Tensor, width: int, together: int = 1) -> Rows:
 
 
 def rows_by_row(p: Tensor, level: Level) -> Rows:
-    """The rows of a tensor, counted one by one, and their blocks."""
+    """Count the rows of a tensor, one by one, and the blocks of a row."""
     width = p.shape[-1] if p.dim() else 1
     row_blocks = blocks_of(level, width)
     whole = width % block_width(level, width) == 0

@@ -1,4 +1,4 @@
-"""What a step does with the moments of a tile's blocks: where they lie, how they are read and stored."""
+"""Moments of a tile's blocks: their addresses, and how kernels load and store them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gwt_kernels.formats import stochastic
 from gwt_kernels.formats.moments import FORMATS
 
 FACTORED = 4
-"""What ``SLOTS``, the number of moments, is more where a second moment is factored."""
+"""Added to ``SLOTS``, the number of moments, if a second moment is factored."""
 
 kernel.load()
 # Kernels know one format with scales, the one for which Q is not 0.
@@ -35,9 +35,9 @@ def moment_arrays(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Where ``m`` and, of 2 ``SLOTS``, ``v`` of a tensor lie, and the scales of their quantized values.
+    """Return the addresses of a tensor's ``m`` and, if ``SLOTS`` is 2, ``v``, and of scales of quantized values.
 
-    A factored ``v`` has in its place where its factors' reciprocal roots lie: see ``schema.FACTORS``.
+    A factored ``v`` is replaced by the addresses and sizes of ``schema.FACTORS``, for factors' reciprocal roots.
     """
     m_ptr = _array(pointers_ptr, schema.M_PTR, i, n_tensors, M, MOMENT_ALIGN)
     if SLOTS >= 4:
@@ -54,7 +54,7 @@ def moment_arrays(
         if Q:
             m_scale_ptr = _array(pointers_ptr, schema.M_SCALES_PTR, i, n_tensors, tl.float32, 4)
     elif SLOTS < 2:
-        v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, but for the scales
+        v_ptr, m_scale_ptr, v_scale_ptr = m_ptr, m_ptr, m_ptr  # not read, except the scales
         if Q:
             m_scale_ptr = _array(pointers_ptr, schema.M_SCALES_PTR, i, n_tensors, tl.float32, 4)
     elif Q:
@@ -79,9 +79,9 @@ def load_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; where no ``v`` is kept, any.
+    """Load ``m`` and ``v`` of a tile's blocks, in float32, 0 beyond the last; any ``v`` if none is kept.
 
-    Of a factored ``v`` it is ``1 / sqrt(v)``.
+    For a factored ``v`` return ``1 / sqrt(v)``.
     """
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     m = tl.zeros((NB,), tl.float32)
@@ -118,13 +118,13 @@ def store_moments(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Store ``m`` and, of 2 ``SLOTS``, ``v``: to the nearest, or by random ``bits``; ``m`` takes the lower half."""
+    """Store ``m`` and, if ``SLOTS`` is 2, ``v``, to nearest or by random ``bits``; ``m`` takes the lower half."""
     m_ptr, v_ptr, m_scale_ptr, v_scale_ptr = moments
     if Q:
         quanta, known = _quanta(tile, NB, Q)
         m, m_scales = encode_first(m, bits & 0xFFFF, Q, NB)
         if SLOTS == 2:
-            # Beyond the tile 0, as m is, but NaN where the scale is infinite, which is to stay so.
+            # Beyond the tile v is 0, but NaN if the scale is infinite: that scale would become NaN.
             v = tl.where(tl.arange(0, NB) < tile[1], v, 0.0)
             v, v_scales = encode_second(v, bits >> 16, Q, NB)
         tl.store(m_scale_ptr + quanta, m_scales, mask=known)
@@ -146,6 +146,6 @@ def store_moments(
 
 @triton.jit
 def _quanta(tile, NB: tl.constexpr, Q: tl.constexpr):
-    """Which scales are those of a tile's codes ``[NB // Q]``, and which of them there are."""
+    """Return the indices of the scales of a tile's values, and a mask of those that exist: ``[NB // Q]``."""
     places = tl.arange(0, NB // Q)
     return tile[0] // Q + places, places * Q < tile[1]

@@ -1,4 +1,4 @@
-"""Surveys in C, compiled by Triton's own means of building extension modules."""
+"""Surveys in C, compiled by Triton's own builder of extension modules."""
 
 from __future__ import annotations
 

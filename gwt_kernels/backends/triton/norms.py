@@ -25,7 +25,7 @@ def limiter_kernel(
     """Apply Fira's norm-growth limiter to one tensor's partial sums::
 
         n = sqrt(sum of partials)
-        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 if n_prev is 0: none yet
+        limit = max(n / (n_prev + 1e-8), gamma) / gamma        1 if n_prev is 0: no norm yet
         n_prev = n / limit
 
     ``factors [n]`` receives ``1 / limit``.

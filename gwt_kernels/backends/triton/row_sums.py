@@ -22,7 +22,7 @@ class RowSummer:
     """Adds up the rows of a bucket's gradients, as :func:`gwt_kernels.backends.torch.row_sums.row_sums` does.
 
     Args:
-        bucket: With parts of rows.
+        bucket: A bucket of parts of rows.
     """
 
     def __init__(self, bucket: Bucket) -> None:

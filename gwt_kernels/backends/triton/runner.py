@@ -1,4 +1,4 @@
-"""Runs a bucket's steps by Triton's kernels: one launch per pass and path, and nothing waits for the device."""
+"""Runner of a bucket's steps by Triton's kernels: one launch per pass and path, and no waiting for the device."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class TritonRunner:
     contiguous is updated in a contiguous copy, which is then copied back; a gradient is only copied.
 
     Args:
-        bucket: What it updates. Gradients of all steps have the shapes and the dtype of the first one's.
+        bucket: The bucket that it updates. Gradients of all steps have the shapes and dtype of the first step's.
 
     Raises:
-        ValueError: the kernels could not trust the tensors.
+        ValueError: shapes, dtypes, devices or layouts do not fit the kernels.
     """
 
     collects_grad_stats = True
@@ -53,11 +53,11 @@ class TritonRunner:
         self.bucket = bucket
         self.survey = quickest()
         self._packed = all(map(Tensor.is_contiguous, bucket.params))
-        self._plain: bool | None = None  # whether gradients are contiguous and mean what they hold
+        self._plain: bool | None = None  # whether gradients are contiguous, without the negative bit
         self._misaligned: list[bool] | None = None
         self._launches: list[Launch] = []
         self._begun: _Begun | None = None
-        # Rows of which there are no columns here have moments all the same.
+        # Rows without columns on this process have moments nevertheless.
         self._is_empty = [
             not (n if bucket.row_numbers else p.numel()) for p, n in zip(bucket.params, bucket.n_rows, strict=True)
         ]
@@ -86,7 +86,7 @@ class TritonRunner:
         self._own_misaligned = self._find_misaligned()
 
     def set_params(self, params: Sequence[Tensor]) -> None:
-        """Take other tensors of the same shapes, dtype and layouts in place of the bucket's parameters."""
+        """Replace the bucket's parameters by tensors of the same shapes, dtype and layouts."""
         self.bucket.params = params
         words, before = addresses(params), self._columns["p"]
         if words == before:
@@ -98,14 +98,14 @@ class TritonRunner:
             launch.set_pointers(self._columns)
 
     def _find_misaligned(self) -> list[bool]:
-        """Whether any of a tensor's arrays that stay from step to step is misaligned."""
-        names = ["m", "low"] if self.bucket.stated.row_slots else ["m", "v", "low"]  # numbers of rows lie anywhere
+        """Return for each tensor whether any array that stays from step to step is misaligned."""
+        names = ["m", "low"] if self.bucket.stated.row_slots else ["m", "v", "low"]  # row slots may lie anywhere
         arrays = [self._columns[name] for name in (["p"] if self._packed else []) + names]
         return [any(each) for each in zip(*map(misalignments, arrays), strict=True)]
 
     @property
     def launches(self) -> list[Launch]:
-        """One for each path that a tensor takes, after the first step."""
+        """Launches, one for each path that a tensor takes; none before the first step."""
         return self._launches
 
     def reduce(
@@ -155,13 +155,13 @@ class TritonRunner:
         self.finish(begun, decision)
 
     def finish(self, begun: _Begun, decision: Tensor | None) -> None:
-        """Count the step of what is in no launch, and bring updated copies home."""
+        """Count the step of tensors in no launch, and write updated copies back to the parameters."""
         inputs = begun.inputs
         if isinstance(inputs.steps, Tensor):
             for i in self._empty:  # in no launch
                 inputs.steps[i].add_(1.0 if decision is None else decision[1])
         if not isinstance(self.bucket.params, LaidOut):
-            increment_version(self.bucket.params)  # for autograd, which else knows of no change
+            increment_version(self.bucket.params)  # for autograd, which does not see the change
         if begun.params is not self.bucket.params:
             for p, x in zip(self.bucket.params, begun.params, strict=True):
                 if x is not p:
@@ -172,16 +172,14 @@ class TritonRunner:
         return [each for launch in self._launches for each in (launch, *launch.memory())]
 
     def _send(self, inputs: StepInputs, decision: Tensor | None, *, counts: bool) -> _Begun:
-        """Send the tables of a step; launch nothing yet but what makes a device's own numbers."""
+        """Send the tables of a step, and launch only the kernels that compute scalars on the device."""
         bucket, grads, params = self.bucket, inputs.grads, self.bucket.params
         if self._plain is None:
             self._check(grads)
         if not self._plain:
             grads = [g.resolve_neg().contiguous() for g in grads]
         grad_ptrs = addresses(grads)
-        if (
-            _NULL in grad_ptrs and bucket.device.type != "meta"
-        ):  # whose launches are recorded, and read from nowhere
+        if _NULL in grad_ptrs and bucket.device.type != "meta":  # launches on meta tensors are only recorded
             _check_memory(grads, grad_ptrs)
         param_ptrs = self._columns["p"]
         if not self._packed:
@@ -193,7 +191,7 @@ class TritonRunner:
         return _Begun(inputs, params, grads, sent, counts)
 
     def _check(self, grads: Sequence[Tensor]) -> None:
-        """Check what kernels trust of all tensors, once."""
+        """Check once what kernels assume of all tensors."""
         bucket = self.bucket
         arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
         arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
@@ -202,14 +200,14 @@ class TritonRunner:
         self._plain = all(map(Tensor.is_contiguous, grads)) and not any(map(Tensor.is_neg, grads))
 
     def _aim(self, grad_ptrs: bytes, param_ptrs: bytes) -> None:
-        """Bring the tensors into launches by path, if one that was aligned is no longer, or the other way round."""
+        """Group the tensors into launches by path if the alignment of one has changed; set pointers to copies."""
         given = misalignments(grad_ptrs)
         if not self._packed:
             given = bytes(map(max, given, misalignments(param_ptrs)))
         if any(given) or self._misaligned is None or self._misaligned != self._own_misaligned:
             misaligned = [bool(off) or is_off for off, is_off in zip(given, self._own_misaligned, strict=True)]
             if misaligned != self._misaligned:
-                self._launches = self._plan(misaligned)  # which may be refused
+                self._launches = self._plan(misaligned)  # may raise
                 self._misaligned = misaligned
                 for launch in self._launches:
                     launch.set_pointers(self._columns)
@@ -218,7 +216,7 @@ class TritonRunner:
                 launch.set_pointers(self._columns)
 
     def _plan(self, misaligned: list[bool]) -> list[Launch]:
-        """Group the tensors that are not empty by path."""
+        """Return the launches of the tensors that are not empty, grouped by path."""
         chosen: dict[bool, list[int]] = {True: [], False: []}
         for i, p in enumerate(self.bucket.params):
             if not self._is_empty[i]:
@@ -230,7 +228,7 @@ class TritonRunner:
 
 
 def _check_memory(grads: Sequence[Tensor], words: bytes) -> None:
-    """Raise if the memory of a gradient was freed, so that a kernel would read from nowhere."""
+    """Raise if the memory of a gradient was freed, so that a kernel would read from a null pointer."""
     for i, g in enumerate(grads):
         if words[8 * i : 8 * i + 8] == _NULL and g.numel():
             raise ValueError(

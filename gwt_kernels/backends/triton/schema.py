@@ -11,7 +11,7 @@ def _indices(columns: tuple[str, ...]) -> list[tl.constexpr]:
     return [tl.constexpr(i) for i in range(len(columns))]
 
 
-# Addresses of a tensor's arrays, and integers: int64 [columns, n]; only the first columns that are read are sent.
+# Addresses of a tensor's arrays, and integers: int64 [columns, n]; only the leading columns that are read are sent.
 POINTERS = (
     "p", "g", "m", "v", "norm", "key", "low", "m_scales", "v_scales", "step",
     "weights_first", "weights_run", "weights_pitch", "moments_first", "moments_run", "moments_pitch",
@@ -44,11 +44,11 @@ LAYOUT = ("first_program", "n_blocks", "width", "row_blocks", "padded", "recipro
 FIRST_PROGRAM, N_BLOCKS, WIDTH, ROW_BLOCKS, PADDED, RECIPROCAL, ROW_LENGTH, FIRST_ROW = _indices(LAYOUT)
 N_LAYOUT = tl.constexpr(len(LAYOUT))
 
-# Of a tensor whose second moment is factored, at the address that ``v`` would have: int64 [columns].
+# Record of a tensor whose second moment is factored; its address replaces that of ``v``: int64 [columns].
 FACTORS = ("row_gains", "col_gains", "rows", "columns")
 ROW_GAINS_PTR, COL_GAINS_PTR, MATRIX_ROWS, MATRIX_COLUMNS = _indices(FACTORS)
 
-# How such a tensor is cut into panels, and where its sums, its factors and their parts lie: int64 [n, columns].
+# Panels of such a tensor, and positions of its sums, factors, gains and partial sums: int64 [n, columns].
 PANELS = (
     "first_program", "rows", "columns", "width", "row_chunks", "col_chunks", "chunk_rows", "row_parts", "col_parts",
     "weight_parts", "first_block", "matrices", "first_matrix", "sums", "row", "col", "row_gains", "col_gains",
@@ -59,7 +59,7 @@ PANELS = (
 ) = _indices(PANELS)  # fmt: skip
 N_PANELS = tl.constexpr(len(PANELS))
 
-# The numbers of such a tensor's step that change with options alone: float64 [n, columns].
+# Numbers of such a tensor's step that depend on options only: float64 [n, columns].
 FACTOR_NUMBERS = (
     "eps", "clip_threshold", "least_rms", "decay_rate", "largest_rate", "rate_grows", "whole_rows", "whole_columns",
     "whole_moments", "whole_weights",

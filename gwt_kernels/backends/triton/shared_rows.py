@@ -1,7 +1,7 @@
-"""Kernel of the step where blocks of a row share a second moment: a program reads its row for it, and then again.
+"""Kernel of the step if blocks of a row share a second moment: a program reads its row for that, then to update it.
 
-As in ``whole_rows.py``, but that a row is ``row_blocks`` blocks of ``W`` elements, the last of which may be cut
-short. A tile is ``NB`` blocks. Indices of random bits count rows as padded (``hyper.padded_spans``).
+As in ``whole_rows.py``, except that a row is ``row_blocks`` blocks of ``W`` elements, the last of which may be
+incomplete. A tile is ``NB`` blocks. Indices of random bits count rows as padded (``hyper.padded_spans``).
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def shared_step_kernel(
     TELEMETRY: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """The step of one row, as ``step_kernel`` takes it of a tile: the second moment first, then all else.
+    """Take the step of one row, as ``step_kernel`` does of a tile: the second moment first, then all else.
 
-    Where rows are ``GIVEN``, ``row_sums`` float32 ``[rows]`` has the sums of the squares of their blocks' means.
-    The rule has no limiter, two moments, and takes the mean square of a row's approximation coefficients.
+    If sums are ``GIVEN``, ``row_sums`` float32 ``[rows]`` has the sums of the squares of the blocks' means. The
+    rule has no limiter and two moments, and takes the mean square of a row's approximation coefficients.
     """
     tl.static_assert(SQUARES == "coefficients" and SLOTS == 2 and not LIMITED)
     TILE: tl.constexpr = NB * W
     program = tl.program_id(0)
     i = tl.load(owners_ptr + program)
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     row = program - tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)
@@ -109,7 +109,7 @@ def shared_step_kernel(
     applied = tl.zeros((TILE,), tl.float32)
     end = width
     if GIVEN:
-        end = tl.maximum(width, 1)  # rows of no columns here have a second moment all the same
+        end = tl.maximum(width, 1)  # rows without columns here have a second moment too
     for column in tl.range(0, end, TILE):
         here = start + column
         inside = inside_row(width, column, TILE, FLAT)
@@ -125,7 +125,7 @@ def shared_step_kernel(
         mean, m = kernel_block_means(g, m, W, NB, KIND)
         residual = kernel_residuals(g, mean, W, NB)
         m, v = MOMENTS(mean, square, m, before, numbers, W**0.5)
-        tl.debug_barrier()  # several lanes may have read one block: all of them before one writes it
+        tl.debug_barrier()  # several lanes may read one block: all must have done so before one writes it
         if M == tl.bfloat16:
             if SPAN > 1:
                 index = in_whole(moments_span, row * row_blocks + block + tl.arange(0, NB))

@@ -1,25 +1,25 @@
-"""Kernels of the fused GWT-Adam step: one launch per pass for a whole bucket of tensors.
+"""Kernels of the fused step: one launch per pass and path for a whole bucket of tensors.
 
-A bucket is described by tables in device memory with one entry per tensor:
+A bucket is described by tables in device memory, with one entry per tensor except in ``owners``:
 
-``owners``    int32 ``[programs]``: each program's tensor
-``layout``, ``pointers``, ``scalars``: see ``schema.py``; of the pointers' columns as many as are read
+``owners``    int32 ``[programs]``: index of each program's tensor
+``layout``, ``pointers``, ``scalars``: see ``schema.py``
 
 A *block* is ``W = 2**level`` neighbours that share one moment, a *tile* the ``NB`` blocks that a program
 updates at a time. Two paths differ only in where the elements of a block lie. The *flat* path takes tensors
 whose rows are whole blocks, whose size is a multiple of 8 and whose addresses are multiples of 16 bytes: there
 blocks lie end to end, and a tile is one contiguous, aligned run. The *row* path takes any tensor: the last
-block of a row may be cut short, and what lies beyond the row counts as zero. There a lane takes one element at a
+block of a row may be incomplete, and elements beyond the row count as zero. There a lane takes one element at a
 time, and one block's moments at a time, so that the lanes of a warp access neighbours.
 
-The index of a random bit counts rows that are no whole blocks as padded to a multiple of 4 blocks
-(``hyper.padded_spans``). Tiles count as much of it as blocks as lets a call of Philox serve 4 coefficients, or 8
-weights, that lie side by side in a tile (``layout.blocks_together``): more would shift moments off their sectors.
+For the indices of random bits, rows that are not whole blocks are padded to a multiple of 4 blocks
+(``hyper.padded_spans``). Tiles contain only as much padding as lets a call of Philox serve 4 coefficients, or 8
+weights, that are neighbours in a tile (``layout.blocks_together``): more would shift moments off their sectors.
 
 ``ALIGN`` and ``MOMENT_ALIGN`` are bytes that addresses are known to be multiples of, and so the widest access
 that the compiler may choose. A thread that holds 16 bytes of weights should hold the moments of just those
-blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers. Where
-gradients have another dtype, 16 bytes are of the wider one, and an access of the narrower one has as many elements.
+blocks: wider accesses to the moments would have to be exchanged through shared memory, with barriers. If weights
+and gradients differ in dtype, the wider one is accessed by 16 bytes, and the narrower one by as many elements.
 """
 
 from __future__ import annotations
@@ -94,30 +94,30 @@ def step_kernel(
     TELEMETRY: tl.constexpr,
     READS: tl.constexpr,
 ):
-    """Transform, moments, inverse transform and weights of tiles, everything read and written once.
+    """Take the step of tiles: transform, moments, inverse transform and weights, all read and written once.
 
     With the update ``u`` of the rule, whose statements are ``MOMENTS`` and ``UPDATE`` (``rules/``)::
 
         p_i = p_i - lr*weight_decay * p_i - step_size * factor * u_i
 
-    ``factor`` is the reciprocal of the limiter's divisor, or 1 where there is no limiter. Where the rule ``READS``
-    no weights, ``u_i`` takes their place.
+    ``factor`` is the reciprocal of the limiter's divisor, or 1 without limiter. Unless the rule ``READS`` weights,
+    ``u_i`` replaces them.
 
-    ``ROUNDING`` of the weights: ``"nearest"``, ``"stochastic"``, or ``"split"``, where the low halves of float32
-    weights lie in an array of their own. Moments in bfloat16 round stochastically; quantized ones are codes with a
-    scale per ``Q`` of them, and round stochastically too. Random bits depend on the index in the
-    whole tensor; for shards, ``SPAN`` is 1 where that is the shard's shifted by a multiple of 8 (weights) and of 4
-    (moments), 2 where it is any, and 3, on the flat path, where such groups of 8 and of 4 lie side by side in both.
+    ``ROUNDING`` of the weights is ``"nearest"``, ``"stochastic"``, or ``"split"``, with the low halves of float32
+    weights in a separate array. Moments in bfloat16 round stochastically; so do quantized ones, which have a scale
+    per ``Q`` values. Random bits depend on the index in the whole tensor. For shards ``SPAN`` is 1 if that is the
+    shard's index plus a multiple of 8 (weights) and of 4 (moments), 2 if it is any, and 3, on the flat path, if
+    groups of 8 weights and of 4 coefficients are contiguous in both.
 
-    A program takes ``TILES`` tiles of a tensor, one after the other, and looks up once what they share. Where
+    A program takes ``TILES`` tiles of a tensor, one after the other, and loads their common data once. With
     ``TELEMETRY``, ``sums`` float32 ``[programs, 3]`` receives the sums of squares of their details, of their
-    approximation coefficients and of their update, weight decay apart.
+    approximation coefficients and of their update without weight decay.
     """
     program = tl.program_id(0)
-    if LIMITED:  # last tiles first: what norm_kernel read last is in the L2 cache still
+    if LIMITED:  # last tiles first: the L2 cache still has what norm_kernel read last
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
@@ -141,7 +141,7 @@ def step_kernel(
         zero = tl.zeros((), tl.float32)
         sums = zero, zero, zero
         here = tl.minimum(TILES * NB, n_blocks - first)
-        # The compiler is to move nothing out of the loop: every lane's places would take its registers throughout.
+        # The compiler must move nothing out of the loop: each lane's offsets would occupy registers throughout.
         for passed in tl.range(0, here, NB, disable_licm=True):
             tile = tile_of(n_blocks, padded, reciprocal, first + passed, NB, _FLAT if FLAT else ROWS, MULTIPLE)
             if FLAT:
@@ -192,7 +192,7 @@ def _update(
     READS: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """The step of one tile of a kind, and the sums that are observed of it: see ``step_kernel``."""
+    """Take the step of one tile of a kind, and return its sums for telemetry: see ``step_kernel``."""
     first_block = tile[0]
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     p_ptr, g_ptr, low_ptr, moments = arrays
@@ -206,8 +206,8 @@ def _update(
         else:
             p = p.to(tl.float32)
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
-    # Moments come last of what is loaded, for the compiler lets lanes hold what is computed of a block as the last
-    # load does that it is computed from.
+    # Moments are loaded last: the compiler distributes the results of a block over lanes as the last load on which
+    # they depend.
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
     mean, m, v = _moments(g, m, v, numbers, W, NB, MOMENTS, SQUARES, KIND)
     residual = kernel_residuals(g, mean, W, NB)
@@ -224,7 +224,7 @@ def _update(
             bits = random_words(first_block + moments_span[0], NB, step, key)
     else:
         bits = 0
-    if KIND != _FLAT and NB < 32:  # several lanes have read one block: all of them before one writes it
+    if KIND != _FLAT and NB < 32:  # several lanes read one block: all must have done so before one writes it
         tl.debug_barrier()
     store_moments(m, v, bits, moments, tile, row_blocks, padded, M, NB, KIND, MULTIPLE, Q, SLOTS)
 
@@ -293,16 +293,16 @@ def norm_kernel(
     SQUARES: tl.constexpr,
     DIRECTION: tl.constexpr,
 ):
-    """One partial sum of the squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
+    """Compute a partial sum of squares of the rule's ``DIRECTION`` over a chunk of tiles, with this step's moments.
 
-    ``owners`` int32 ``[n_chunks]`` are the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the tensors' chunks.
-    Writes ``partials [n_chunks]`` alone: ``step_kernel`` computes the moments again and stores them. With
-    ``COLLECT_GRAD_STATS``, ``grad_stats [2, n_chunks]`` receives what ``squares_kernel`` would store: the sum
-    of their squares, and more than 0 where one is infinite or NaN.
+    ``owners`` int32 ``[n_chunks]`` are indices of the chunks' tensors, ``first_chunk`` int64 ``[n + 1]`` the
+    tensors' first chunks. Only ``partials [n_chunks]`` are written: ``step_kernel`` computes the moments again and
+    stores them. With ``COLLECT_GRAD_STATS``, ``grad_stats [2, n_chunks]`` receives, like the partial sums of
+    ``squares_kernel``, the gradients' sum of squares, and more than 0 if one is infinite or NaN.
     """
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     n_blocks, width, row_blocks, padded, reciprocal = _layout(layout_ptr, i, FLAT)
@@ -315,7 +315,7 @@ def norm_kernel(
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
     total = tl.zeros((NB,), tl.float32)
     squares = tl.zeros((NB,), tl.float32)
-    largest = tl.zeros((NB,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
+    largest = tl.zeros((NB,), tl.int32)  # bits of magnitudes: those of infinity and NaN are above all others
     while block < end:
         tile = tile_of(n_blocks, padded, reciprocal, block, NB, _FLAT if FLAT else ROWS, MULTIPLE)
         if FLAT:
@@ -339,7 +339,7 @@ def norm_kernel(
             sizes = tl.reshape(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (NB, W))
             largest = tl.maximum(largest, tl.max(sizes, axis=1))
         block += NB
-    # Pairs here too, so that the limiter's divisor is the same whatever the dtypes of what is read.
+    # Pairs here too, so that the limiter's divisor is the same whatever the dtypes of the arrays.
     tl.store(partials_ptr + chunk, tl.sum(kernel_block_sums(total, NB, 1, _FLAT), axis=0))
     if COLLECT_GRAD_STATS:
         tl.store(grad_stats_ptr + chunk, tl.sum(kernel_block_sums(squares, NB, 1, _FLAT), axis=0))
@@ -365,7 +365,7 @@ def _parts(
     DIRECTION: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """A tile's gradients times their factor ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last."""
+    """Return a tile's scaled gradients ``[NB * W]``, and the rule's direction ``[NB]``, 0 beyond the last block."""
     MULTIPLE: tl.constexpr = 8 // W if W < 8 else 1
     g = load_tile(g_ptr, tile, width, padded, W, NB, KIND, MULTIPLE).to(tl.float32) * grad_scale
     m, v = load_moments(moments, tile, row_blocks, padded, NB, KIND, MULTIPLE, Q, SLOTS)
@@ -388,7 +388,7 @@ def _moments(
     SQUARES: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """The means of a tile's blocks, and their new moments by the rule, which may take the means of ``SQUARES``."""
+    """Return the means of a tile's blocks, and their new moments by the rule, which may take the ``SQUARES``."""
     mean, m = kernel_block_means(g, m, W, NB, KIND)
     square = mean
     if SQUARES == "elements":
@@ -399,11 +399,11 @@ def _moments(
 
 @triton.jit
 def _layout(layout_ptr, i, FLAT: tl.constexpr):
-    """A tensor's number of blocks, and of its rows width, blocks, blocks with padding and their reciprocal."""
+    """Return a tensor's number of blocks, and its rows' width, blocks, padded blocks and reciprocal of these."""
     layout_ptr += i * schema.N_LAYOUT
     n_blocks = tl.load(layout_ptr + schema.N_BLOCKS)
     width, row_blocks, padded, reciprocal = n_blocks, n_blocks, n_blocks, n_blocks
-    if not FLAT:  # where nothing asks for rows
+    if not FLAT:  # the flat path needs no rows
         width, row_blocks = tl.load(layout_ptr + schema.WIDTH), tl.load(layout_ptr + schema.ROW_BLOCKS)
         padded, reciprocal = tl.load(layout_ptr + schema.PADDED), tl.load(layout_ptr + schema.RECIPROCAL)
     return n_blocks, width, row_blocks, padded, reciprocal

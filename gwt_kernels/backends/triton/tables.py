@@ -23,7 +23,7 @@ TRITON_DTYPES = {
     dtype: getattr(tl, str(dtype).removeprefix("torch."))
     for dtype in (torch.float16, *chain.from_iterable(each.dtypes for each in FORMATS.values()))
 }
-"""Of weights, gradients and moments."""
+"""Triton's dtypes of weights, gradients and moments."""
 
 _MISALIGNMENT = bytes(i & 15 for i in range(256))  # by the lowest byte of an address
 _pack_constants = struct.Struct(f"{len(CONSTANTS)}d").pack

@@ -1,4 +1,4 @@
-"""What kernels of a step look up of a tensor in the tables: where its arrays lie, its numbers, its random bits."""
+"""Lookups of a tensor in the tables of a step: addresses of its arrays, its numbers, and its random bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def arrays_of(
     Q: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Where a tensor's weights, gradients, low halves and moments lie."""
+    """Return the addresses of a tensor's weights, gradients, low halves and moments."""
     p_ptr, g_ptr, low_ptr = weights_of(pointers_ptr, i, n_tensors, P, G, ALIGN, ROUNDING)
     return p_ptr, g_ptr, low_ptr, moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, Q, SLOTS)
 
@@ -34,7 +34,7 @@ def arrays_of(
 def weights_of(
     pointers_ptr, i, n_tensors, P: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, ROUNDING: tl.constexpr
 ):
-    """Where a tensor's weights, gradients and low halves lie; ``ALIGN`` is that of the wider of the first two."""
+    """Return addresses of weights, gradients and low halves; ``ALIGN`` is that of the wider of the first two."""
     WIDER: tl.constexpr = (
         P.primitive_bitwidth if P.primitive_bitwidth > G.primitive_bitwidth else G.primitive_bitwidth
     )
@@ -48,7 +48,7 @@ def weights_of(
 
 @triton.jit
 def draws_of(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr):
-    """What a tensor's random bits depend on: its key and step, and where its weights and its moments lie."""
+    """Return what a tensor's random bits depend on: key, step, and the spans of its weights and of its moments."""
     key = tl.zeros((), tl.int64)
     step = key
     if DRAWS:
@@ -60,7 +60,7 @@ def draws_of(pointers_ptr, i, n_tensors, DRAWS: tl.constexpr, SPAN: tl.constexpr
 
 @triton.jit
 def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
-    """A shard's first element in the whole tensor, its run and its pitch, as far as ``SPAN`` asks for them."""
+    """Return a shard's first element in the whole tensor, its run and its pitch; unless ``SPAN`` needs them, 0."""
     first = tl.zeros((), tl.int64)
     run, pitch = first, first
     if SPAN:
@@ -73,16 +73,16 @@ def _span(pointers_ptr, which, i, n_tensors, SPAN: tl.constexpr):
 
 @triton.jit
 def in_whole(span, index):
-    """The indices in the whole tensor of a shard's elements (int64, any shape)."""
+    """Return the indices in the whole tensor of a shard's elements (int64, any shape)."""
     first, run, pitch = span
     return first + index + index // run * (pitch - run)
 
 
 @triton.jit
 def run_in_whole(span, start, N: tl.constexpr, EVERY: tl.constexpr):
-    """The indices in the whole tensor of every ``EVERY``-th of a shard's ``N`` elements from ``start``.
+    """Return the indices in the whole tensor of every ``EVERY``-th of a shard's ``N`` elements from ``start``.
 
-    They are int64 ``[N // EVERY]``. One division of 64 bits serves all of them.
+    They are int64 ``[N // EVERY]``. One 64-bit division serves all of them.
     """
     first, run, pitch = span
     runs = start // run
@@ -93,7 +93,7 @@ def run_in_whole(span, start, N: tl.constexpr, EVERY: tl.constexpr):
 
 @triton.jit
 def numbers_of(scalars_ptr):
-    """``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
+    """Return ``b1, 1 - b1, b2, 1 - b2, eps, detail_scale`` of a tensor."""
     b1, rest1 = tl.load(scalars_ptr + schema.B1), tl.load(scalars_ptr + schema.REST1)
     b2, rest2 = tl.load(scalars_ptr + schema.B2), tl.load(scalars_ptr + schema.REST2)
     return b1, rest1, b2, rest2, tl.load(scalars_ptr + schema.EPS), tl.load(scalars_ptr + schema.DETAIL_SCALE)

@@ -137,17 +137,17 @@ def inside_tile(tile, width, row_blocks, SIZE: tl.constexpr, NB: tl.constexpr, K
 
 @triton.jit
 def runs_passed(places, first, n, NB: tl.constexpr):
-    """``(first + places) // n`` (32 bits) for ``first`` below ``n``, and ``places`` up to ``NB``, by a product."""
-    period = tl.minimum(n, 2 * NB + 4).to(tl.uint32)  # where n is longer, there is but one end of it
+    """Return ``(first + places) // n`` (32 bits) for ``first < n`` and ``places`` up to ``NB``, by a product."""
+    period = tl.minimum(n, 2 * NB + 4).to(tl.uint32)  # places reach at most one end of a longer n
     before = period - tl.minimum(n - first, period).to(tl.uint32)
     return tl.umulhi((places + 1).to(tl.uint32) + before, 0xFFFFFFFF // period).to(tl.int32)
 
 
 @triton.jit
 def factor_places(tile, row_blocks, padded, rows, columns, NB: tl.constexpr, KIND: tl.constexpr):
-    """Where the row and column factors of a tile's blocks lie, of matrices of this size, and which are inside.
+    """Return the indices of the row and column factors of a tile's blocks, and a mask of the blocks inside.
 
-    All are ``[NB]``, the places of 32 bits. Rows of matrices follow one another, and so do their columns.
+    All are ``[NB]``, the indices of 32 bits. Rows of matrices follow one another, and so do their columns.
     """
     start = _start(tile, row_blocks, padded, 1, KIND)
     places = tl.arange(0, NB)

@@ -1,9 +1,9 @@
-"""Kernels of the step where a block is a row of any width: a program reads its row for sums, and then to update it.
+"""Kernels of the step if a block is a row of any width: a program reads its row for sums, and then to update it.
 
-The second read finds the row in a cache. The tables are those of ``step.py``, of which a row is a block, and a
-program's tile. A row is taken ``TILE`` elements at a time, whose sums are added lane by lane, and then in pairs of
-neighbours: in one order whatever the dtypes. Where rows are ``FLAT`` they are multiples of 8 elements, from
-addresses that are multiples of 16 bytes, and move in 128-bit accesses.
+The second read finds the row in a cache. The tables are those of ``step.py``; a row is a block, and the tile of a
+program. A program takes ``TILE`` elements at a time. It adds them up lane by lane, and then in pairs of neighbours:
+in one order whatever the dtypes. ``FLAT`` rows have a multiple of 8 elements, at addresses that are multiples of 16
+bytes, and move in 128-bit accesses.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ def row_step_kernel(
     READS: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """The step of one row, as ``step_kernel`` takes it of a tile: moments from its sums, then its weights.
+    """Take the step of one row, as ``step_kernel`` does of a tile: moments from its sums, then its weights.
 
-    Where ``GIVEN`` is above 0 other processes have parts of the row, and ``row_sums`` float32 ``[rows, GIVEN]`` has
-    the sums of all of them, before ``grad_scale``.
+    If ``GIVEN`` is above 0, other processes have parts of the row, and ``row_sums`` float32 ``[rows, GIVEN]`` has
+    the sums over whole rows, before ``grad_scale``.
     """
     program = tl.program_id(0)
-    if LIMITED:  # last rows first: what row_norm_kernel read last is in the L2 cache still
+    if LIMITED:  # last rows first: the L2 cache still has what row_norm_kernel read last
         program = tl.num_programs(0) - 1 - program
     i = tl.load(owners_ptr + program)
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     row = program - tl.load(layout_ptr + i * schema.N_LAYOUT + schema.FIRST_PROGRAM)
@@ -188,10 +188,10 @@ def row_norm_kernel(
     DIRECTION: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """One partial sum of the squares of the rule's ``DIRECTION`` over some rows: see ``norm_kernel``."""
+    """Compute a partial sum of squares of the rule's ``DIRECTION`` over some rows: see ``norm_kernel``."""
     chunk = tl.program_id(0)
     i = tl.load(owners_ptr + chunk)
-    if CAN_SKIP:  # noqa: SIM102  # what is known when compiling comes first, in a statement of its own
+    if CAN_SKIP:  # noqa: SIM102  # a constexpr condition needs its own statement
         if tl.load(scalars_ptr + i * schema.N_SCALARS + schema.TAKEN) == 0.0:
             return
     row = (chunk - tl.load(first_chunk_ptr + i)) * tiles_per_chunk
@@ -202,7 +202,7 @@ def row_norm_kernel(
     moments = moment_arrays(pointers_ptr, i, n_tensors, M, MOMENT_ALIGN, 0, SLOTS)
     total = tl.zeros((1,), tl.float32)
     sum_of_squares = tl.zeros((1,), tl.float32)
-    largest = tl.zeros((TILE,), tl.int32)  # bits of a size: those of infinity and NaN are above all others
+    largest = tl.zeros((TILE,), tl.int32)  # bits of magnitudes: those of infinity and NaN are above all others
     m_ptr, v_ptr = _moment_ptrs(moments, pointers_ptr, i, n_tensors, V, SLOTS)
     while row < end:
         width, start = row_place(layout_ptr, i, row, FLAT)
@@ -229,7 +229,7 @@ def row_norm_kernel(
 
 @triton.jit
 def row_place(layout_ptr, i, row, FLAT: tl.constexpr):
-    """The width of a tensor's rows, and where one of them begins."""
+    """Return the width of a tensor's rows, and the index of a row's first element."""
     width = tl.load(layout_ptr + i * schema.N_LAYOUT + schema.WIDTH)
     start = row * width
     if FLAT:
@@ -250,10 +250,10 @@ def row_sums_kernel(
     BY_BLOCKS: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
-    """Of one row here the sum, and of 2 ``NUMBERS`` that of squares; or, ``BY_BLOCKS``, of blocks' means' squares.
+    """Sum one row's elements and, if ``NUMBERS`` is 2, their squares; or, ``BY_BLOCKS``, its blocks' squared means.
 
-    ``owners`` int32 are the rows' tensors, ``layout`` int64 ``[n, 2]`` has first row and width of each, ``grads``
-    int64 the addresses; ``sums`` is float32 ``[rows, NUMBERS]``. The last block of a row may be cut short.
+    ``owners`` int32 has the index of each row's tensor, ``layout`` int64 ``[n, 2]`` first row and width per tensor,
+    ``grads`` int64 the addresses; ``sums`` is float32 ``[rows, NUMBERS]``. A row's last block may be incomplete.
     """
     TILE: tl.constexpr = NB * W
     row = tl.program_id(0)
@@ -283,7 +283,10 @@ def row_sums_kernel(
 
 @triton.jit
 def given_sums(layout_ptr, row_sums_ptr, i, row, factor, GIVEN: tl.constexpr):
-    """The length of a whole row, its sum times ``factor``, and of 2 ``GIVEN`` its squares' likewise, ``[1]``."""
+    """Return a whole row's length, its sum times ``factor``, and its sum of squares times ``factor**2``.
+
+    The sums are ``[1]``; the latter is given if ``GIVEN`` is 2.
+    """
     layout_ptr += i * schema.N_LAYOUT
     row_sums_ptr += (tl.load(layout_ptr + schema.FIRST_ROW) + row) * GIVEN + tl.arange(0, 1)
     sums = tl.load(row_sums_ptr) * factor
@@ -305,7 +308,7 @@ def _sums(
 ):
     """Return the sum of a row and that of its ``SQUARES``, both ``[1]``, and the bits of its largest magnitudes.
 
-    These are 0 without ``COLLECT_GRAD_STATS``.
+    The bits are 0 without ``COLLECT_GRAD_STATS``.
     """
     total = tl.zeros((TILE,), tl.float32)
     squares = tl.zeros((TILE,), tl.float32)
@@ -327,7 +330,7 @@ def _sums(
 
 @triton.jit
 def _new_moments(sums, squares, m, v, width, numbers, MOMENTS: tl.constexpr, SQUARES: tl.constexpr):
-    """The mean of a row, its new moments by the rule, and one over the root of its width."""
+    """Return the mean of a row, its new moments by the rule, and ``1 / sqrt(width)``."""
     elements = tl.zeros_like(sums) + width.to(tl.float32)
     root = tl.sqrt_rn(elements)
     mean = tl.div_rn(sums, elements)
@@ -340,7 +343,7 @@ def _new_moments(sums, squares, m, v, width, numbers, MOMENTS: tl.constexpr, SQU
 
 @triton.jit
 def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl.constexpr):
-    """Where ``m`` and ``v`` of a tensor lie, the latter in a dtype of its own."""
+    """Return the addresses of a tensor's ``m`` and ``v``, the latter in a dtype of its own."""
     v_ptr = moments[0]
     if SLOTS == 2:
         v_ptr = _array(pointers_ptr, schema.V_PTR, i, n_tensors, V, V.primitive_bitwidth // 8)
@@ -349,7 +352,7 @@ def _moment_ptrs(moments, pointers_ptr, i, n_tensors, V: tl.constexpr, SLOTS: tl
 
 @triton.jit
 def _load_moments(m_ptr, v_ptr, row, SLOTS: tl.constexpr):
-    """``m`` and ``v`` of a row, in float32, ``[1]``; of 1 ``SLOTS``, ``m`` stands for ``v``; of none, zeros do."""
+    """Load ``m`` and ``v`` of a row, in float32, ``[1]``: ``m`` twice if ``SLOTS`` is 1, zeros if it is 0."""
     places = row + tl.arange(0, 1)
     m = tl.zeros((1,), tl.float32)
     if SLOTS > 0:
@@ -362,7 +365,7 @@ def _load_moments(m_ptr, v_ptr, row, SLOTS: tl.constexpr):
 
 @triton.jit
 def inside_row(width, column, TILE: tl.constexpr, FLAT: tl.constexpr):
-    """Which elements from a column on are in the row ``[TILE]``."""
+    """Return the mask of elements from ``column`` on that are in the row: ``[TILE]``."""
     # A run of 8 elements is inside or outside as a whole, so one access can take all of it.
     here = tl.minimum(width - column, TILE).to(tl.int32)
     return tl.arange(0, TILE) < tl.multiple_of(here, 8 if FLAT else 1)
