@@ -14,6 +14,9 @@ from gwt_kernels.optim.numbers import number
 from gwt_kernels.optim.options import ADDED, check_group
 from gwt_kernels.optim.state import check_state, state_keys
 
+_OF_DETAILS = ("detail_scale", "res_scale")
+"""Names of the factor on details in groups."""
+
 
 class Migrated(NamedTuple):
     """How one tensor's state was carried over."""
@@ -74,8 +77,12 @@ def bytes_of_state(state: Mapping[str, Any]) -> int:
 
 
 def form_of_options(source: Source, defaults: Mapping[str, Any], shape: torch.Size, dtype: torch.dtype) -> Form:
-    """Return the form of a state's moments by its group's options, which have a level; ``defaults`` for others."""
-    options = {**defaults, **ADDED, **source.group, "backend": None}
+    """Return the form of a state's moments by its group's options, which have a level; ``defaults`` for others.
+
+    The factor on details is left out: moments do not depend on it, and the state's rule may have none.
+    """
+    unscaled = {key: value for key, value in defaults.items() if key not in _OF_DETAILS}
+    options = {**unscaled, **ADDED, **source.group, "backend": None}
     try:
         check_group(options)
     except (TypeError, ValueError) as error:

@@ -316,8 +316,7 @@ def _form(source: _Source, p: Tensor, defaults: Mapping[str, Any], unsaid: Mappi
             f"of a Muon, or say with keys={{...}} what its entries are called"
         )
     if "level" in group:
-        unscaled = {key: value for key, value in defaults.items() if key != "detail_scale"}
-        return form_of_options(source, unscaled, p.shape, m.dtype)
+        return form_of_options(source, defaults, p.shape, m.dtype)
     if is_of_muon(group):
         unsaid = {**unsaid, "rule": "muon"}
     for level in range(64):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from gwt_kernels import GWTAdamW, gwt_param_groups, migrate
+from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTLion, GWTMuon, gwt_param_groups, migrate
 from gwt_kernels.formats.int8 import decode_first, decode_second
 from tests.support.golden import Case, adamw_cases, foam_cases, variant_cases
 from tests.support.runs import (
@@ -68,6 +68,17 @@ def blocks(x, width):
 
 
 # Exact conversions: equal to a run with the new options from the start ----------------------------------------
+
+
+@pytest.mark.parametrize("target", [GWTAdamW, GWTLion, GWTMuon])
+@pytest.mark.parametrize("source", [GWTAdamW, GWTAdafactor, GWTAdamMini])
+def test_the_factor_on_details_of_the_new_optimizer_says_nothing_of_the_state(source, target):
+    old = source(parameters([(8, 16)]), level=2)
+    train(old, range(2))
+    named = {"rule": "foam", "res_scale": 0.5} if target is GWTAdamW else {"detail_scale": 0.5}
+    plain = {key: value for key, value in named.items() if key == "rule"}
+    scaled, unscaled = (target(parameters([(8, 16)]), level=2, **options) for options in (named, plain))
+    assert_same_bits(*(results(loaded(old.state_dict(), optimizer)) for optimizer in (scaled, unscaled)))
 
 
 @pytest.mark.parametrize(("rule", "level"), KINDS)
