@@ -22,7 +22,7 @@ from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable,
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
-from gwt_kernels.optim.loading import check_and_set_aside
+from gwt_kernels.optim.loading import check_and_set_aside, complete_saved
 from gwt_kernels.optim.numbers import plain
 from gwt_kernels.optim.options import (
     ADDED,
@@ -350,9 +350,15 @@ class PlannedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, as ``torch.optim.Optimizer`` does, with NumPy scalars in options as Python numbers.
 
-        ``torch.load(..., weights_only=True)`` refuses NumPy scalars.
+        ``torch.load(..., weights_only=True)`` refuses NumPy scalars. If an option was turned on since a parameter's
+        last step, the state has the entries that its next step would add.
         """
-        found = super().state_dict()
+        # Registered first, so that the user's own hooks see what it makes of the state.
+        handle = self.register_state_dict_post_hook(complete_saved, prepend=True)
+        try:
+            found = super().state_dict()
+        finally:
+            handle.remove()
         for group in found.get("param_groups", ()):  # a user's hook may remove the groups
             group.update({name: plain(value) for name, value in group.items() if name != "params"})
         return found

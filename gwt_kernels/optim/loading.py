@@ -1,4 +1,4 @@
-"""Checks of a state dict before an optimizer loads it, and copies of its tensors that keep every bit."""
+"""What a state dict has to hold as it is saved, and checks and copies, bit for bit, before one is loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,24 @@ from gwt_kernels.optim.checks import check_rounding_of, label_of, name_of
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options
 from gwt_kernels.optim.names import in_order_of
 from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
-from gwt_kernels.optim.state import check_state, exact_copy, row_slots_of, state_keys, upgraded
+from gwt_kernels.optim.state import check_state, complete, exact_copy, row_slots_of, state_keys, upgraded
 from gwt_kernels.rules import RULES, rule_of
+
+
+def complete_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Add to a state that was just packed what options turned on in mid-run have not added to the optimizer's yet.
+
+    They do so in a parameter's next step, which it need not have taken, as one that is frozen.
+    """
+    states = state_dict["state"]
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for key, p in zip(saved["params"], group["params"], strict=True):
+            held = states.get(key)
+            if held and isinstance(held, Mapping):
+                whole = dict(held)
+                complete(whole, p, group)
+                if whole.keys() != held.keys():
+                    states[key] = whole
 
 
 def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,37 @@ def test_a_state_of_a_run_with_some_parameters_frozen():
     assert [int(loaded.state[p]["step"]) for p in used(loaded)[:4]] == [4, 2, 4, 2]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "before", "after"),
+    [
+        (torch.float32, {"norm_growth_limit": None}, {"norm_growth_limit": 1.01}),
+        (torch.bfloat16, {"weight_rounding": "nearest"}, {"weight_rounding": "split"}),
+    ],
+    ids=["limiter", "split"],
+)
+@pytest.mark.parametrize("is_stepped", [False, True])
+def test_what_an_option_turned_on_in_mid_run_adds_to_states_is_saved_before_their_next_step(
+    dtype, before, after, is_stepped
+):
+    params = parameters(SHAPES, dtype=dtype)
+    optimizer = GWTAdamW(params, lr=0.1, level=1, **before)
+    train(optimizer, range(3))
+    optimizer.param_groups[0].update(after)
+    if is_stepped:  # but for a frozen parameter
+        give_gradients(params, seed=3)
+        params[1].grad = None
+        optimizer.step()
+    was = snapshot(optimizer)
+    saved = through_a_file(optimizer.state_dict())
+    assert_same_bits(snapshot(optimizer), was)
+    resumed = GWTAdamW(copy.deepcopy(params), level=1, **after)
+    resumed.load_state_dict(saved)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        train(each, range(4, 6))
+    assert_same_bits(results(resumed), results(optimizer))
+
+
 def test_options_come_from_the_state_except_the_backend(device):
     saved = GWTAdamW(parameters(SHAPES, device), lr=0.3, betas=(0.5, 0.6), maximize=True, level=1, backend="triton")
     train(saved, range(1))
