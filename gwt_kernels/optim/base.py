@@ -23,7 +23,7 @@ from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
 from gwt_kernels.optim.loading import check_and_set_aside, complete_saved
-from gwt_kernels.optim.numbers import plain
+from gwt_kernels.optim.numbers import number, plain
 from gwt_kernels.optim.options import (
     ADDED,
     check_group,
@@ -424,9 +424,8 @@ class PlannedOptimizer(Optimizer):
     def _asked(self) -> ClipRequest:
         """Options that need all gradients, and the attributes that a ``GradScaler`` sets for one step."""
         attributes = self.__dict__  # getattr would call found_inf's descriptor, whose exception takes time
-        return ClipRequest(
-            self.max_grad_norm, self.skip_nonfinite, attributes.get("grad_scale"), attributes.get("found_inf")
-        )
+        max_norm = None if self.max_grad_norm is None else number("max_grad_norm", self.max_grad_norm)
+        return ClipRequest(max_norm, self.skip_nonfinite, attributes.get("grad_scale"), attributes.get("found_inf"))
 
     def _renew_plan(self, sources: Sources, capturing: bool) -> StepPlan:
         """Check everything, and plan steps of the current parameters, gradients and options."""

@@ -46,10 +46,12 @@ def _check_single(name: str, value: Tensor) -> None:
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
-    """Return a NumPy array of numbers as a tensor; refuse everything else."""
+    """Return a NumPy array of numbers as a tensor; refuse everything else, booleans included."""
     if hasattr(value, "__array__"):
         with contextlib.suppress(TypeError, ValueError):  # not an array of numbers
-            return torch.from_numpy(value.__array__())
+            found = torch.from_numpy(value.__array__())
+            if found.dtype != torch.bool:
+                return found
     raise TypeError(f"{name} must be a real number, got {value!r}")
 
 
@@ -58,7 +60,7 @@ def number(name: str, value: Any) -> float:
         return value
     if isinstance(value, Tensor):
         _check_single(name, value)
-        if value.is_complex():
+        if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be a real number, got a {value.dtype} tensor")
         if value.device.type != "cpu":
             raise TypeError(

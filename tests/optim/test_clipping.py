@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +66,21 @@ def test_clipping_inside_the_step_equals_the_frameworks(backend, device, rule, m
             torch.testing.assert_close(p, q, rtol=20 * rel, atol=20 * rel)
     assert clipped.skipped_steps == 0
     assert plain.grad_norm is None
+
+
+@pytest.mark.parametrize(
+    "max_norm",
+    [Fraction(1, 2), np.float32(0.5), np.array([0.5]), torch.tensor([[0.5]]), torch.tensor(0.5).half()],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_norm_of_any_kind_of_number_clips_as_a_float_does(max_norm):
+    found = []
+    for norm in (max_norm, 0.5):
+        optimizer, params = build("torch", torch.device("cpu"), max_grad_norm=norm)
+        give_gradients(params, seed=0)
+        optimizer.step()
+        found.append(results(optimizer))
+    assert_same_bits(*found)
 
 
 @backends

@@ -39,6 +39,8 @@ BAD = [
     ("lr", torch.tensor(NAN), ValueError, "nan", "finite"),
     ("lr", torch.ones(2), ValueError, "(2,)", "one number"),
     ("lr", torch.tensor(1j), TypeError, "complex64", "number"),
+    ("lr", np.True_, TypeError, "True", "number"),
+    ("lr", torch.tensor(True), TypeError, "torch.bool", "number"),
     ("lr", torch.empty((), device="meta"), TypeError, "meta", "a float or a tensor on the CPU"),
     ("betas", (1.0, 0.9), ValueError, "[0]", "1.0", "below 1"),
     ("betas", (0.9, 1.0), ValueError, "[1]", "1.0", "below 1"),
