@@ -116,7 +116,8 @@ def orthogonalize_(
 
     Matrices of the iteration's dtype that lie end to end in memory are a batch as they are; others are copied
     into one. The result of a matrix alone in its batch equals ``torch.optim.Muon``'s to the bit. Larger batches
-    use the library's batched products, which give the same bits on a CPU, but perhaps not on other devices.
+    use the library's batched products. On a CPU these give the same bits, except for products of fewer than 400
+    multiplications, which PyTorch computes itself; on other devices they may not.
 
     Args:
         matrices: Tensors ``[..., rows, cols]``; all dimensions before the last two are batch dimensions.
