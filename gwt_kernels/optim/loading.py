@@ -13,7 +13,15 @@ from gwt_kernels.optim.checks import check_rounding_of, label_of, name_of
 from gwt_kernels.optim.matrices import check_matrix, check_matrix_options
 from gwt_kernels.optim.names import in_order_of
 from gwt_kernels.optim.options import ADDED, STRUCTURAL, check_group
-from gwt_kernels.optim.state import check_state, complete, exact_copy, row_slots_of, state_keys, upgraded
+from gwt_kernels.optim.state import (
+    check_memory,
+    check_state,
+    complete,
+    exact_copy,
+    row_slots_of,
+    state_keys,
+    upgraded,
+)
 from gwt_kernels.rules import RULES, rule_of
 
 
@@ -89,6 +97,9 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                     f"the state of {name_of(group, k, i)} is a {type(held).__name__}, not a dict: it is damaged; "
                     f"take another"
                 )
+            for entry, value in held.items():  # all of which are copied
+                if isinstance(value, Tensor):
+                    check_memory(value, f"{entry} of {name_of(group, k, i)}")
             if state := upgraded(held, p):
                 check_state(state, p, options, name_of(group, k, i), state_keys(p, options))
                 _check_norm(state, name_of(group, k, i))

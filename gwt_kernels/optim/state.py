@@ -207,6 +207,9 @@ def check_state(
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
+    for key in (*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low", "step"):
+        if isinstance(x := state.get(key), Tensor):
+            check_memory(x, f"{key} of {name}")
     shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
     factors = factors_of(p, group)
     if stray := [key for key in (*MOMENTS, *FACTORS) if key in state and key not in (*slots, *factors)]:
@@ -286,8 +289,6 @@ def check_place(state: Mapping[str, Any], p: Tensor, name: str) -> None:
                 f"{key} of {name} is on {state[key].device} with strides {state[key].stride()}: move it to "
                 f"{p.device} and make it contiguous"
             )
-    for key in {*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low", "step"} & state.keys():
-        check_memory(state[key], f"{key} of {name}")
 
 
 def check_memory(x: Tensor, name: str) -> None:
@@ -300,7 +301,7 @@ def check_memory(x: Tensor, name: str) -> None:
     if held < end * x.element_size():
         raise ValueError(
             f"{name} needs {end * x.element_size()} bytes of memory, of which {held} are there: it was freed, so "
-            f"bring it back before the step"
+            f"bring it back first"
         )
 
 

@@ -58,6 +58,13 @@ def with_option(key, value):
 
 MIGRATE = "gwt_kernels.migrate"  # the remedy named by the errors
 
+
+def freed(x):
+    """The tensor without its memory."""
+    x.untyped_storage().resize_(0)
+    return x
+
+
 MISFITS = {
     "another level": (
         lambda: trained(level=1).state_dict(),
@@ -154,6 +161,13 @@ MISFITS = {
         lambda: changed(lambda saved: saved["param_groups"][0].pop("params")),
         ("group 0 of the state is no dict with a list 'params'",),
     ),
+    "freed moments": (
+        lambda: changed(with_value("exp_avg", freed(torch.zeros(3, 2)))),
+        ("exp_avg of parameter 1 of group 0", "24 bytes", "0 are there", "bring it back"),
+    ),
+    "a freed norm": (lambda: changed(with_value("limiter_norm", freed(torch.ones(1)))), ("limiter_norm", "freed")),
+    "a freed count": (lambda: changed(with_value("step", freed(torch.ones(1)))), ("step of parameter 1", "freed")),
+    "another freed entry": (lambda: changed(with_value("mine", freed(torch.ones(1)))), ("mine of", "freed")),
     "a negative rate": (lambda: changed(with_option("lr", -0.5)), ("lr", "-0.5")),
     "a bad beta": (lambda: changed(with_option("betas", (0.9, 1.5))), ("betas[1]", "1.5")),
 }
@@ -211,6 +225,8 @@ SPOILT = {
     "weight_low elsewhere": ("weight_low", lambda x: x.to("meta"), "meta"),
     "weight_low transposed": ("weight_low", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
     "step a list": ("step", lambda x: [1.0], "step"),
+    "step freed": ("step", lambda x: freed(x.clone()), "freed"),
+    "exp_avg freed": ("exp_avg", lambda x: freed(x.clone()), "freed"),
     "no exp_avg_sq": ("exp_avg_sq", lambda x: None, "exp_avg_sq"),
 }
 
@@ -232,7 +248,7 @@ def test_a_state_corrupted_between_steps_is_refused_before_any_parameter_changes
     good = optimizer.state[last][key]
     give_gradients(parameters_of(optimizer), seed=2)
     optimizer.state[last][key] = spoil(good)
-    before = snapshot(optimizer) if "elsewhere" not in kind else None
+    before = snapshot(optimizer) if not {"elsewhere", "freed"} & set(kind.split()) else None
     with pytest.raises(ValueError, match=r"parameter 0 of group 2") as caught:
         optimizer.step()
     assert key in str(caught.value)
