@@ -19,10 +19,10 @@ def release_gradients(model: nn.Module, optimizer: PlannedOptimizer) -> Gradient
     """Let the backward pass update each parameter as soon as its gradient is complete, and free that gradient.
 
     The gradients of the whole model never exist together, which saves their memory. Loops and frameworks may still
-    call ``optimizer.step()``, which then has nothing to do. The result is that of ordinary steps, bit for bit; of
-    matrices that :func:`gwt_kernels.rules.newton_schulz.orthogonalize_` takes together in these, where the library
-    multiplies several as it does one. A parameter whose gradient one backward pass completes several times (a tied
-    weight under reentrant checkpointing) would be updated each time: use
+    call ``optimizer.step()``, which then has nothing to do. The result equals that of ordinary steps to the bit,
+    except for matrices that :func:`gwt_kernels.rules.newton_schulz.orthogonalize_` multiplies in batches there,
+    where the library's batched products round differently. A parameter whose gradient one backward pass completes
+    several times (a tied weight under reentrant checkpointing) would be updated each time: use
     ``torch.utils.checkpoint(..., use_reentrant=False)``.
 
     Args:

@@ -126,6 +126,12 @@ def _check_containers(state_dict: Mapping[str, Any]) -> None:
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise ValueError(f"group {i} of the state is no dict with a list 'params': it is damaged; take another")
+        names = group.get("param_names")
+        if not isinstance(names, list | tuple | None):
+            raise ValueError(
+                f"'param_names' of group {i} of the state is of type {type(names).__name__}, not a list: it is "
+                f"damaged; take another"
+            )
 
 
 def _check_norm(state: Mapping[str, Any], name: str) -> None:

@@ -28,6 +28,9 @@ from gwt_kernels.formats.moments import FORMATS, MOMENTS, SCALES, MomentFormat, 
 from gwt_kernels.optim.options import state_dtype_name
 from gwt_kernels.rules import rule_of
 
+_TENSORS = ("step", *MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low")
+"""Entries of a state that optimizers of this package make; all are tensors."""
+
 
 def is_limited(group: Mapping[str, Any]) -> bool:
     """Return whether the group's tensors have a limiter; level 0 has none."""
@@ -200,16 +203,16 @@ def check_state(
     state: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: str, keys: Iterable[str]
 ) -> None:
     """Raise unless ``state`` has the ``keys`` and fits a step of ``p`` under the group's options."""
-    missing = [key for key in keys if not isinstance(state.get(key), Tensor)]
+    own = [key for key in _TENSORS if key in state]
+    missing = [key for key in dict.fromkeys((*keys, *own)) if not isinstance(state.get(key), Tensor)]
     if missing:
         raise ValueError(
             f"the state of {name} lacks {', '.join(missing)}: it was not made by an optimizer with these options "
             f"(level={group['level']}, norm_growth_limit={group['norm_growth_limit']}); load one that was, or "
             f"clear it to begin anew"
         )
-    for key in (*MOMENTS, *FACTORS, *SCALES, "limiter_norm", "weight_low", "step"):
-        if isinstance(x := state.get(key), Tensor):
-            check_memory(x, f"{key} of {name}")
+    for key in own:
+        check_memory(state[key], f"{key} of {name}")
     shape, stored, slots = state_shape(p, group), moment_format(p, group), slots_of(group)
     factors = factors_of(p, group)
     if stray := [key for key in (*MOMENTS, *FACTORS) if key in state and key not in (*slots, *factors)]:

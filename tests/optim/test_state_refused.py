@@ -168,6 +168,10 @@ MISFITS = {
     "a freed norm": (lambda: changed(with_value("limiter_norm", freed(torch.ones(1)))), ("limiter_norm", "freed")),
     "a freed count": (lambda: changed(with_value("step", freed(torch.ones(1)))), ("step of parameter 1", "freed")),
     "another freed entry": (lambda: changed(with_value("mine", freed(torch.ones(1)))), ("mine of", "freed")),
+    "a number for names": (
+        lambda: changed(with_option("param_names", 5)),
+        ("'param_names' of group 0 of the state is of type int, not a list",),
+    ),
     "a negative rate": (lambda: changed(with_option("lr", -0.5)), ("lr", "-0.5")),
     "a bad beta": (lambda: changed(with_option("betas", (0.9, 1.5))), ("betas[1]", "1.5")),
 }
@@ -225,6 +229,8 @@ SPOILT = {
     "weight_low elsewhere": ("weight_low", lambda x: x.to("meta"), "meta"),
     "weight_low transposed": ("weight_low", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "contiguous"),
     "step a list": ("step", lambda x: [1.0], "step"),
+    "limiter_norm no tensor": ("limiter_norm", lambda x: "1", "limiter_norm"),
+    "weight_low no tensor": ("weight_low", lambda x: [1], "weight_low"),
     "step freed": ("step", lambda x: freed(x.clone()), "freed"),
     "exp_avg freed": ("exp_avg", lambda x: freed(x.clone()), "freed"),
     "no exp_avg_sq": ("exp_avg_sq", lambda x: None, "exp_avg_sq"),
