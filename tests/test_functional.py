@@ -508,6 +508,28 @@ def test_wrong_arguments_change_nothing(backend, name, x, error, message):
     assert all(map(torch.equal, first, before))
 
 
+@pytest.mark.parametrize("backend", ["torch", "compiled"])  # Triton has checks of its own
+@pytest.mark.parametrize(
+    "second",
+    [
+        torch.zeros(2, 1, device="meta"),
+        torch.zeros(2, 1, dtype=torch.float64),
+        torch.zeros(1, 1).expand(2, 1),
+        torch.zeros(2, 3)[:, :1],
+        torch.zeros(1, 2),
+        torch.zeros(2),
+    ],
+    ids=["elsewhere", "float64", "expanded", "strided", "transposed", "flat"],
+)
+def test_wrong_second_moments_of_rows_change_nothing(backend, second):
+    given = wrong("limiter_norms", torch.zeros(())) | {"limiter_norms": None, "rule": "adam_mini"}
+    with pytest.raises(ValueError, match=r"exp_avg_sqs\[1\] must be a contiguous float32 tensor on cpu"):
+        gwt_adamw_(**given | {"exp_avg_sqs": [torch.zeros(2, 1), second]}, backend=backend)
+    assert torch.equal(given["params"][0], torch.ones(2, 8))
+    for fitting in (torch.zeros(2, 1), torch.zeros(1, 1)):
+        gwt_adamw_(**given | {"exp_avg_sqs": [torch.zeros(2, 1), fitting]}, backend=backend)
+
+
 @pytest.mark.parametrize(("rule", "optimizer"), [("adafactor", "GWTAdafactor"), ("muon", "GWTMuon")])
 def test_rules_that_are_no_step_of_elements_name_their_optimizer(rule, optimizer):
     with pytest.raises(ValueError, match=f"rule={rule!r} .*: use gwt_kernels.{optimizer}"):

@@ -55,8 +55,8 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
     """Raise unless the tensors form one bucket: one device, one dtype per list, the shapes of a step, each once."""
     arrays: dict[str, Any] = {"params": bucket.params, "grads": grads}
     arrays |= zip(("exp_avgs", "exp_avg_sqs"), bucket.moments, strict=False)
-    if bucket.stated.row_slots:  # the bucket has compared them with the rows
-        del arrays["exp_avg_sqs"]
+    if bucket.stated.row_slots:
+        _check_row_moments(bucket.params, arrays.pop("exp_avg_sqs"))
     for name, tensors in arrays.items():
         dtype = tensors[0].dtype
         if not dtype.is_floating_point and not any(dtype in known.dtypes for known in FORMATS.values()):
@@ -74,6 +74,19 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
         for i, x in enumerate(getattr(bucket, name)):
             if x is not None and known.setdefault(id(x), f"{name}[{i}]") != f"{name}[{i}]":
                 raise ValueError(f"{name}[{i}] is {known[id(x)]} once more: a step writes each tensor once")
+
+
+def _check_row_moments(params: Sequence[Tensor], moments: Sequence[Tensor]) -> None:
+    """Raise unless second moments of rows, whose number the bucket has checked, are as a step takes them."""
+    for i, (p, v) in enumerate(zip(params, moments, strict=True)):
+        rows = (*p.shape[:-2], *v.shape[-2:-1], 1) if p.dim() > 1 else (1,) * p.dim()
+        fits = tuple(v.shape) in (rows, (1,) * p.dim()) and v.is_contiguous()
+        if not fits or (v.dtype, v.device) != (moments[0].dtype, p.device):
+            raise ValueError(
+                f"exp_avg_sqs[{i}] must be a contiguous {str(moments[0].dtype).removeprefix('torch.')} tensor on "
+                f"{p.device}, of a number for n rows of {tuple(p.shape)}, (..., rows / n, 1), or for all of them, "
+                f"got {v.dtype} of shape {tuple(v.shape)} and strides {v.stride()} on {v.device}"
+            )
 
 
 def check_numbers(steps: Any, hypers: Any) -> None:
