@@ -22,7 +22,7 @@ from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable,
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
-from gwt_kernels.optim.loading import check_and_set_aside, complete_saved
+from gwt_kernels.optim.loading import check_and_set_aside, check_places, complete_saved
 from gwt_kernels.optim.numbers import number, plain
 from gwt_kernels.optim.options import (
     ADDED,
@@ -352,11 +352,17 @@ class PlannedOptimizer(Optimizer):
 
         ``torch.load(..., weights_only=True)`` refuses NumPy scalars. If an option was turned on since a parameter's
         last step, the state has the entries that its next step would add.
+
+        Raises:
+            ValueError: there is a state of a parameter that is no longer in a group.
         """
         # Registered first, so that the user's own hooks see what it makes of the state.
         handle = self.register_state_dict_post_hook(complete_saved, prepend=True)
         try:
             found = super().state_dict()
+        except KeyError as error:  # the base class names a parameter by its id only
+            check_places(self.state, self.param_groups)
+            raise error
         finally:
             handle.remove()
         for group in found.get("param_groups", ()):  # a user's hook may remove the groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,16 @@ from gwt_kernels.optim.state import (
     upgraded,
 )
 from gwt_kernels.rules import RULES, rule_of
+
+
+def check_places(states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError if a state is of a parameter that is in no group, and so has no place in a state dict."""
+    placed = {p for group in groups for p in group["params"]}
+    if gone := [p for p in states if isinstance(p, Tensor) and p not in placed]:
+        raise ValueError(
+            f"there are states of {len(gone)} parameters that are in no group any more, such as one of shape "
+            f"{tuple(gone[0].shape)}: put them back into a group, or delete their entries from optimizer.state"
+        )
 
 
 def complete_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

@@ -166,6 +166,18 @@ def test_a_state_of_a_run_with_some_parameters_frozen():
     assert [int(loaded.state[p]["step"]) for p in used(loaded)[:4]] == [4, 2, 4, 2]
 
 
+def test_states_of_parameters_that_were_replaced_are_named_where_they_have_no_place():
+    optimizer = GWTAdamW(parameters(SHAPES), level=1)
+    train(optimizer, range(1))
+    old, (new,) = parameters_of(optimizer)[1], parameters(SHAPES[1:2])
+    optimizer.param_groups[0]["params"][1] = new
+    with refused(optimizer, ValueError, "states of 1 parameters", "no group", str(SHAPES[1]), "optimizer.state"):
+        optimizer.state_dict()
+    del optimizer.state[old]
+    train(optimizer, range(1, 2))
+    assert optimizer.state_dict()["state"].keys() == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("dtype", "before", "after"),
     [
