@@ -77,7 +77,7 @@ def check_tensors(bucket: Bucket, grads: Sequence[Tensor]) -> None:
 
 
 def _check_row_moments(params: Sequence[Tensor], moments: Sequence[Tensor]) -> None:
-    """Raise unless second moments of rows, whose number the bucket has checked, are as a step takes them."""
+    """Raise a ValueError unless second moments of rows fit parameters; the bucket has checked their number."""
     for i, (p, v) in enumerate(zip(params, moments, strict=True)):
         rows = (*p.shape[:-2], *v.shape[-2:-1], 1) if p.dim() > 1 else (1,) * p.dim()
         fits = tuple(v.shape) in (rows, (1,) * p.dim()) and v.is_contiguous()

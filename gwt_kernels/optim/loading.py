@@ -1,4 +1,4 @@
-"""What a state dict has to hold as it is saved, and checks and copies, bit for bit, before one is loaded."""
+"""Completion of a state dict when it is saved; checks and bitwise copies before one is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gwt_kernels.rules import RULES, rule_of
 
 
 def check_places(states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a ValueError if a state is of a parameter that is in no group, and so has no place in a state dict."""
+    """Raise a ValueError if a state belongs to a parameter in no group, which has no index in a state dict."""
     placed = {p for group in groups for p in group["params"]}
     if gone := [p for p in states if isinstance(p, Tensor) and p not in placed]:
         raise ValueError(
@@ -36,9 +36,9 @@ def check_places(states: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]])
 
 
 def complete_saved(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Add to a state that was just packed what options turned on in mid-run have not added to the optimizer's yet.
+    """Add the entries that a parameter's next step would add, since an option was turned on after its last one.
 
-    They do so in a parameter's next step, which it need not have taken, as one that is frozen.
+    A frozen parameter, for instance, takes no step that would add them. The optimizer's own states do not change.
     """
     states = state_dict["state"]
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
@@ -107,7 +107,7 @@ def check_and_set_aside(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
                     f"the state of {name_of(group, k, i)} is a {type(held).__name__}, not a dict: it is damaged; "
                     f"take another"
                 )
-            for entry, value in held.items():  # all of which are copied
+            for entry, value in held.items():  # all tensors are copied
                 if isinstance(value, Tensor):
                     check_memory(value, f"{entry} of {name_of(group, k, i)}")
             if state := upgraded(held, p):
