@@ -1,4 +1,4 @@
-"""Loads and stores: of a kernel's parameters, of shared memory and of the host's memory."""
+"""Loads of kernel parameters, and loads and stores of shared memory and of global memory, which is the host's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parameter(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _place(parts: list[str], vectors: str) -> tuple[bool, np.dtype, int, np.dtype]:
-    """Whether an access is to shared memory, of which type, of how many, and the type of its addresses."""
+    """Return whether an access is to shared memory, its element type, vector length and type of addresses."""
     shared = parts[1] == "shared"
     n = int(parts[2][1:]) if parts[2].startswith("v") else 1
     if len(vector(vectors)) != n:
@@ -46,7 +46,7 @@ def _place(parts: list[str], vectors: str) -> tuple[bool, np.dtype, int, np.dtyp
 
 @forms(f"ld.{{global,shared}}{{,.v2}}.{KINDS}", f"ld.{{global,shared}}.v4.{NARROW}")
 def load(operands: Operands, parts: list[str]) -> Execute:
-    """Values narrower than their registers are extended, by their sign where their type is signed."""
+    """Load values; those narrower than their registers are sign-extended if signed, else zero-extended."""
     operands.count(2)
     shared, dtype, n, width = _place(parts, operands.text[0])
     base, offset = operands.address(operands.text[1], width)

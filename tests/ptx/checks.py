@@ -1,8 +1,9 @@
-"""Finds races: accesses of one byte by two threads, one of them to write, that nothing orders.
+"""Find races: unordered accesses of one byte by two threads, at least one of which writes.
 
-A barrier orders what the threads of a program do, and an instruction that all lanes of a warp reach together orders
-what these do. Nothing orders two programs. Threads that write the same are no race, since it does not show. Nor is
-a read of which nothing comes: where several threads hold a value, all read it, and one stores what becomes of it.
+A barrier orders the accesses of a program's threads, and an instruction that all lanes of a warp reach together
+those of the warp. Nothing orders two programs. Threads that write equal values do not race, since the result is the
+same. Nor, within a program, do loads from global memory whose value is not used: where several threads hold copies
+of a value, all load it, and one stores the result.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ GLOBAL, SHARED = "global", "shared"
 
 
 class Access(NamedTuple):
-    """One instruction's access by several programs' threads.
+    """Memory access of one instruction by the threads of several programs.
 
-    Arrays are ``[programs, threads]``, or 1 where all are alike.
+    Arrays are ``[programs, threads]``, with size 1 for a dimension along which all values are equal.
 
     Attributes:
-        phase: How many barriers each thread has passed.
-        meeting: How many instructions of its whole warp.
-        values: What is written, in pieces of one size; None where it is a load.
-        first: The number of the first program.
+        phase: Number of barriers that each thread has passed.
+        meeting: Number of warp-synchronous instructions that each thread has executed.
+        values: Stored values, as elements of one size; None for a load.
+        first: Index of the first program.
     """
 
     space: str
@@ -46,12 +47,12 @@ class Access(NamedTuple):
 
 
 class _Entries(NamedTuple):
-    """Accesses of single threads, one after the other.
+    """Accesses of single threads, one entry each.
 
     Attributes:
-        start: The address of the first byte; shared memories of programs, and phases of these, lie apart.
-        who: The thread, and 65,536 times the program.
-        access: The index in the log.
+        start: Address of the first byte; in shared memory an offset separates programs, and phases.
+        who: Thread index plus 65,536 times the program index.
+        access: Index in the log.
     """
 
     start: np.ndarray
@@ -72,9 +73,9 @@ class _Entries(NamedTuple):
         return _Entries(*(column[which] for column in self))
 
     def suspects(self, who: np.ndarray) -> _Entries:
-        """Those of bytes that several access, one of them to write.
+        """Return the entries at bytes that several of ``who`` access and at least one of them writes.
 
-        Accesses are aligned to their sizes, so that two either are apart or one contains the other.
+        Accesses are aligned to their sizes, so two of them are disjoint or one contains the other.
         """
         order = np.argsort(self.start, kind="stable")
         start = self.start[order]
@@ -90,16 +91,16 @@ class _Entries(NamedTuple):
 def check_races(
     program: Program, log: Sequence[Access], space: str, describe: Callable[[int], str] = lambda address: ""
 ) -> None:
-    """Raise where accesses race.
+    """Raise if accesses race.
 
     Args:
-        program: What accesses.
-        log: Its accesses of a launch, or of some of its programs where memory is shared.
-        space: Whether addresses are each program's own.
-        describe: Says where an address lies.
+        program: The kernel.
+        log: Accesses of a whole launch or, for shared memory, of some of its programs.
+        space: ``GLOBAL``, or ``SHARED``, where each program has its own addresses.
+        describe: Function that returns where an address lies, for the message.
 
     Raises:
-        Fault: names both instructions, and a thread of each.
+        Fault: two accesses race; the message names both instructions, and a thread of each.
     """
     if all(access.values is None for access in log):
         return
@@ -126,10 +127,10 @@ def _check(
     who: np.ndarray,
     describe: Callable[[int], str],
 ) -> None:
-    """Raise where two race of a group within which nothing is ordered but what one does alone."""
+    """Raise if accesses of one group race, in which only those with equal ``who`` are ordered."""
     if not len(entries.start):
         return
-    unit = min(8, int(entries.size.min()))  # sizes are powers of two, and nothing is accessed in smaller pieces
+    unit = min(8, int(entries.size.min()))  # sizes are powers of two, and no access is smaller
     count = entries.size // unit
     which = np.repeat(np.arange(len(count)), count)
     piece = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
@@ -149,7 +150,7 @@ def _check(
 
 
 def _matters(program: Program, log: Sequence[Access], entries: _Entries) -> np.ndarray:
-    """Which entries are stores, or loads of which something comes in the thread, or in its warp if that is told."""
+    """Return a mask of stores, and of loads whose value its thread (or warp, if shuffled) may store, or escapes."""
     keep = np.ones(len(entries.start), bool)
     for load in {log[i].instruction for i in np.unique(entries.access) if log[i].values is None}:
         found = outcome(program, load)
@@ -167,11 +168,11 @@ def _matters(program: Program, log: Sequence[Access], entries: _Entries) -> np.n
     return keep
 
 
-_BASE = 1 << 32  # apart, so that programs' shared memories, and their phases, are not taken for one
+_BASE = 1 << 32  # an offset that separates the shared memories of programs, and phases
 
 
 def _entries(log: Sequence[Access]) -> _Entries:
-    """One entry for each thread; where all programs or threads do the same, for the first and the last of them."""
+    """Return one entry per thread; where all programs or threads access alike, for the first and the last only."""
     starts, whos, counts = [], [], []
     phases = 1 + max(int(a.phase.max()) for a in log)
     for a in log:
@@ -199,7 +200,7 @@ def _entries(log: Sequence[Access]) -> _Entries:
 def _by_access(
     log: Sequence[Access], entries: _Entries, chosen: np.ndarray
 ) -> Iterator[tuple[Access, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
-    """Each access of the chosen entries, which of the entries are its own, and where these lie in its arrays."""
+    """Yield each access of the chosen entries, the indices of its entries, and their indices in its arrays."""
     order = chosen[np.argsort(entries.access[chosen], kind="stable")]
     numbers, starts = np.unique(entries.access[order], return_index=True)
     for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
@@ -208,7 +209,7 @@ def _by_access(
 
 
 def _column(log: Sequence[Access], entries: _Entries, name: str) -> np.ndarray:
-    """What a field of the log says of each entry's thread."""
+    """Return a field of the log for the thread of each entry."""
     result = np.zeros(len(entries.start), S64)
     for a, own, place in _by_access(log, entries, np.arange(len(result))):
         result[own] = np.broadcast_to(getattr(a, name), a.shape)[place]
@@ -216,7 +217,7 @@ def _column(log: Sequence[Access], entries: _Entries, name: str) -> np.ndarray:
 
 
 def _values(log: Sequence[Access], entries: _Entries, piece: np.ndarray, unit: int) -> np.ndarray:
-    """What each entry writes, of so many bytes, in one of its pieces; 0 where it reads."""
+    """Return the ``unit`` bytes that each entry writes in its piece, as an integer; 0 for a load."""
     result = np.zeros(len(entries.start), S64)
     for a, own, place in _by_access(log, entries, np.flatnonzero(entries.written)):
         values = np.stack([np.broadcast_to(x, a.shape)[place] for x in a.values or ()], axis=1)
@@ -228,7 +229,7 @@ def _values(log: Sequence[Access], entries: _Entries, piece: np.ndarray, unit: i
 def _racing(
     group: list[np.ndarray], who: np.ndarray, written: np.ndarray, value: np.ndarray
 ) -> tuple[int, int] | None:
-    """Two entries that race, the writer first; None where there are none."""
+    """Return two entries that race, a writer first; None if no entries race."""
     order = np.lexsort(group[::-1])
     changes = [column[order][1:] != column[order][:-1] for column in group]
     first = np.flatnonzero(np.concatenate([[True], np.logical_or.reduce(changes)]))
@@ -236,7 +237,7 @@ def _racing(
     low, high = np.iinfo(S64).min, np.iinfo(S64).max
 
     def alike(x: np.ndarray) -> np.ndarray:
-        """Whether all that write have the same."""
+        """Return whether all writers of each group have equal values."""
         least = np.minimum.reduceat(np.where(writes, x, high), first)
         return least == np.maximum.reduceat(np.where(writes, x, low), first)
 
@@ -250,7 +251,7 @@ def _racing(
     entries = order[first[at] : first[at + 1] if at + 1 < len(first) else None]
     writer = next(i for i in entries if written[i])
     other = [i for i in entries if who[i] != who[writer] and not (written[i] and value[i] == value[writer])]
-    if not other:  # the others write the same as this one, and one of them reads
+    if not other:  # all others write its value, so the reader is its own thread
         reader = next(i for i in entries if not written[i])
         writer = next(i for i in entries if written[i] and who[i] != who[reader])
         other = [reader]

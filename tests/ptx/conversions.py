@@ -19,9 +19,9 @@ WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
 def _convert(operands: Operands, target: str, source: str, function: Callable[[np.ndarray], np.ndarray]) -> Execute:
-    """``d = function(a)``; a register that is wider than its type holds it in its lower bits.
+    """Make ``d = function(a)``; a register wider than its type holds the value in its lower bits.
 
-    A result narrower than its register is extended by its sign where its type is signed, by zeros elsewhere.
+    A result narrower than its register is sign-extended if its type is signed, else zero-extended.
     """
     operands.count(2)
     to, of = DTYPES[target], DTYPES[source]
@@ -60,7 +60,7 @@ def from_integer(operands: Operands, parts: list[str]) -> Execute:
     f"cvt.{{rni,rzi,rmi,rpi}}{{,.ftz}}{{,.sat}}.{INTEGERS}.{{f32,f64}}", f"cvt.{{rni,rzi,rmi,rpi}}.{INTEGERS}.f16"
 )
 def to_integer(operands: Operands, parts: list[str]) -> Execute:
-    """Clamped whether or not the form says ``.sat``; a NaN becomes 0."""
+    """Convert floats to integers, clamped with and without ``.sat``; a NaN becomes 0."""
     dtype, whole, flushed = DTYPES[parts[-2]], WHOLE[parts[1]], "ftz" in parts
 
     def convert(x: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def to_half(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("cvt.{rn,rz}.{bf16x2,f16x2}.f32")
 def to_halves(operands: Operands, parts: list[str]) -> Execute:
-    """Two at once: the first operand in the upper half."""
+    """Convert two operands into the halves of one register, the first into the upper half."""
     narrow, nearest = NARROW[parts[2][:-2]], parts[1] == "rn"
 
     def convert(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Counts what launches execute: instructions by class, sectors of global memory, and loads that wait for loads."""
+"""Count what launches execute: instructions by class, sectors of global memory, chains of dependent loads."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.ptx.program import Block, Program, Step
 from tests.ptx.types import S64, WARP, PtxError
 
 CLASSES = ("memory", "integer", "float", "conversion", "special", "shuffle", "other")
-"""What :func:`class_of` tells apart: each instruction is of one of them."""
+"""Classes that :func:`class_of` returns: each instruction has one of them."""
 SECTOR = 32
-"""Bytes that global memory moves at once."""
+"""Bytes of a sector, the unit in which global memory is moved."""
 LOOK_UPS = "look-ups"
-"""The name of accesses outside of all arrays that a counter is given: tables, and numbers of tensors."""
+"""Name of accesses outside all arrays that a counter is given: tables, and scalars of tensors."""
 
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
 _ARITHMETIC = re.compile(
@@ -40,12 +40,12 @@ _CLASS = {
 def class_of(opcode: str) -> str:
     """Return the class of an instruction.
 
-    ``memory`` is global and shared memory; ``special`` is what the special function unit or a subroutine computes,
-    divisions of integers too; ``other`` is control: comparisons, selections, logic of predicates, moves, parameters
-    (which a GPU reads as constants), barriers and jumps.
+    ``memory`` accesses global or shared memory. ``special`` runs on the special function unit or in a subroutine,
+    as integer division does too. ``other`` is control: comparisons, selections, logic of predicates, moves,
+    parameters (which a GPU reads as constants), barriers and jumps.
 
     Raises:
-        PtxError: it is none that is known.
+        PtxError: the opcode is unknown.
     """
     name, *modifiers = opcode.split(".")
     if modifiers[:1] == ["param"] or modifiers[-1:] == ["pred"]:
@@ -59,12 +59,12 @@ def class_of(opcode: str) -> str:
 
 @dataclass
 class Traffic:
-    """What instructions ask of one array in one direction.
+    """Loads from one array, or stores to it.
 
     Attributes:
-        bytes: Of all threads that take part.
-        sectors: Distinct sectors of each warp's instruction, added up.
-        distinct: Distinct sectors of each program, added up over programs.
+        bytes: Bytes that all active threads access.
+        sectors: Distinct sectors of each warp's instruction, summed.
+        distinct: Distinct sectors of each program, summed over programs.
     """
 
     bytes: int = 0
@@ -73,7 +73,7 @@ class Traffic:
 
 
 class _Kinds(NamedTuple):
-    """Instructions by what dependence has to know of them."""
+    """Indices of the instructions that need their own treatment in chains of dependent loads."""
 
     loads: frozenset[int]
     shared_loads: frozenset[int]
@@ -82,15 +82,15 @@ class _Kinds(NamedTuple):
 
 @dataclass
 class Tally:
-    """What one kernel has executed.
+    """Counts of what one kernel has executed.
 
     Attributes:
-        threads: By instruction, threads that took part: those whose guard held, and all that reach a jump.
-        issued: By instruction, warps of which any thread was there, whether its guard held or not: each takes an
-            issue slot, whatever number of its lanes takes part.
-        traffic: By array, and by ``"load"`` or ``"store"``.
-        waits: Programs by the length of the longest chain of dependent global loads, tables' included, that their
-            first load of the awaited array waits for.
+        threads: By instruction, the threads whose guard was true; for a jump, all threads that reached it.
+        issued: By instruction, the warps that reached it with any thread, whether its guard was true or not: each
+            takes an issue slot, however many lanes are active.
+        traffic: Traffic by array and by ``"load"`` or ``"store"``.
+        waits: Number of programs by the length of the longest chain of dependent global loads, from tables too,
+            that their first load of the awaited array waits for.
     """
 
     program: Program
@@ -110,11 +110,11 @@ class Tally:
         self.kinds = _Kinds(starting("ld.global"), *shared)
 
     def by_class(self, of: np.ndarray) -> dict[str, int]:
-        """Sums of ``threads`` or ``issued``, one for each class."""
+        """Return the sum of ``threads`` or ``issued`` for each class."""
         return {name: int(sum(n for n, c in zip(of, self.classes, strict=True) if c == name)) for name in CLASSES}
 
     def by_opcode(self) -> Counter[str]:
-        """Executed instructions, threads' each, by their first word and their last: ``"mul u64"``."""
+        """Return instructions executed, counted per thread, by the opcode's first and last part: ``"mul u64"``."""
         found: Counter[str] = Counter()
         for instruction, n in zip(self.program.kernel.instructions, self.threads, strict=True):
             first, *others = instruction.opcode.split(".")
@@ -122,18 +122,18 @@ class Tally:
         return found
 
     def sectors(self, *, distinct: bool = False) -> int:
-        """Sectors of all arrays that the counter was given; look-ups are left out."""
+        """Return the sectors of all arrays that the counter was given, without look-ups."""
         own = [traffic for (name, _), traffic in self.traffic.items() if name != LOOK_UPS]
         return sum(each.distinct if distinct else each.sectors for each in own)
 
 
 class ExecutionCounter:
-    """Counts what a driver runs, by kernel.
+    """Counter of what a driver runs, by kernel.
 
     Args:
-        arrays: Tensors by the name under which their traffic is counted.
+        arrays: Tensors by name; traffic is counted for each name.
         awaited: The name of the array whose first load ends the chain of dependent loads.
-        others: The name of accesses outside of all these arrays.
+        others: The name of accesses outside all these arrays.
     """
 
     def __init__(self, arrays: Mapping[str, Sequence[Tensor]], awaited: str, others: str = LOOK_UPS) -> None:
@@ -149,10 +149,10 @@ class ExecutionCounter:
         self.tallies: dict[Program, Tally] = {}
 
     def of(self, kernel: str) -> Tally:
-        """The tally of the only kernel of that name.
+        """Return the tally of the only kernel with that name.
 
         Raises:
-            ValueError: none has run, or several have.
+            ValueError: no such kernel has run, or several have.
         """
         found = [tally for program, tally in self.tallies.items() if program.name == kernel]
         if len(found) != 1:
@@ -161,7 +161,7 @@ class ExecutionCounter:
         return found[0]
 
     def machine(self, launch: Launch, first: int, count: int) -> Machine:
-        """Some programs of a launch, counted as they run."""
+        """Return a machine that runs ``count`` programs of a launch from ``first`` on, and counts."""
         if launch.program not in self.tallies:
             self.tallies[launch.program] = Tally(launch.program)
         tally = self.tallies[launch.program]
@@ -169,28 +169,28 @@ class ExecutionCounter:
         return _CountingMachine(self, tally, launch, first, count)
 
     def name_of(self, address: int) -> str:
-        """The array that an address lies in."""
+        """Return the name of the array that contains an address."""
         i = int(np.searchsorted(self._starts, address, "right")) - 1
         return self._names[i] if i >= 0 and address < self._ends[i] else self.others
 
 
 class _CountingMachine(Machine):
-    """A machine that counts, and remembers no accesses: to look for races takes three times as long as to run.
+    """A machine that counts, and records no accesses: finding races takes three times as long as running.
 
-    Depths are lengths of chains of dependent global loads, of each program.
+    A depth is the length of a chain of dependent global loads, for each program.
 
-    A register's depth is that of what it was computed from, of whatever lane of the program, by way of registers,
-    shared memory and jumps: a load adds one, and nothing is issued before a jump is decided.
+    A register's depth is the largest depth of the values that it was computed from, in any lane of the program,
+    through registers, shared memory and jumps. A global load adds one. All that follows a jump waits for its guard.
     """
 
     def __init__(self, counter: ExecutionCounter, tally: Tally, launch: Launch, first: int, count: int) -> None:
         super().__init__(launch, first, count)
         self._counter, self._tally = counter, tally
-        self._seen: dict[tuple[str, str], list[np.ndarray]] = {}  # sectors, with the number of the program below
+        self._seen: dict[tuple[str, str], list[np.ndarray]] = {}  # sectors, combined with program indices
         self._depths: dict[int, np.ndarray] = {}
         none = np.zeros(count, S64)
-        self._jumps = self._exchanged = self._depth = none  # of jumps, of shared memory, of the step at hand
-        self._arrived = none - 1  # the depth at which the awaited array was first loaded
+        self._jumps = self._exchanged = self._depth = none  # of jumps, of shared memory, of the current step
+        self._arrived = none - 1  # the depth of the first load of the awaited array
 
     def run(self) -> None:
         super().run()
@@ -211,8 +211,8 @@ class _CountingMachine(Machine):
                 self._settle(step, active)
 
     def _next(self, block: Block, at: int, mask: Mask) -> tuple[int, Mask]:
-        if block.jump is not None and at < len(self.program.blocks) - 1:  # behind the end is no instruction
-            self._count(block.instruction, mask, mask)  # all that reach a jump decide on it
+        if block.jump is not None and at < len(self.program.blocks) - 1:  # the last block is empty
+            self._count(block.instruction, mask, mask)  # all threads that reach a jump execute it
             if block.guard is not None:
                 there = self._some(mask)
                 self._jumps = np.where(there, np.maximum(self._jumps, self._at(block.guard)), self._jumps)
@@ -250,7 +250,7 @@ class _CountingMachine(Machine):
         traffic.bytes += size * int(self._threads_in(mask))
         # Accesses are aligned to their sizes, so each lies in one sector.
         sectors, program = own // SECTOR, np.arange(self.programs)[:, None]
-        if own.shape[1] == 1:  # a program's threads all in one place
+        if own.shape[1] == 1:  # all threads of a program at one address
             taken, sectors = (np.broadcast_to(x, (self.programs, 1)) for x in (taken, sectors))
             traffic.sectors += self.warps * int(np.count_nonzero(taken))
             seen.append((sectors * self.programs + program)[taken])
@@ -265,7 +265,7 @@ class _CountingMachine(Machine):
     # Dependence --------------------------------------------------------------------------------------------
 
     def _some(self, mask: Mask) -> np.ndarray:
-        """In which programs any thread takes part."""
+        """Return in which programs any thread is active."""
         return np.ones(self.programs, bool) if mask is None else self.full(mask).any(axis=1)
 
     def _at(self, register: int) -> np.ndarray:
@@ -276,7 +276,7 @@ class _CountingMachine(Machine):
         return np.maximum(depth, self._exchanged) if step.instruction in self._tally.kinds.shared_loads else depth
 
     def _settle(self, step: Step, active: Mask) -> None:
-        """Give the step's depth to what it wrote; threads that took no part keep what they had."""
+        """Give the step's depth to its targets; where only some threads were active, the larger of old and new."""
         kinds, some = self._tally.kinds, self._some(active)
         depth = self._depth + (step.instruction in kinds.loads)
         if step.instruction in kinds.shared_stores:

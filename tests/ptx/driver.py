@@ -48,16 +48,16 @@ _FORMATS |= {"u64": "Q", "fp32": "f", "fp64": "d"}
 
 @dataclass
 class Options:
-    """How kernels are run.
+    """Options for running kernels.
 
     Attributes:
-        threads: How many threads run together at the most, in whole programs.
-        races: Whether races in the host's memory are looked for.
-        disturb: A seed for errors of approximate instructions within what is documented, the same whenever one is
-            given the same; None for none.
-        backwards: Whether the last programs run first, since nothing says in which order a GPU runs them.
-        counter: Counts what is executed; None counts nothing, and costs nothing.
-        machine_code: Whether kernels are compiled to the end, into what a GPU would run and nothing here does.
+        threads: Largest number of threads that run together, in whole programs.
+        races: Whether to find races in the host's memory.
+        disturb: Seed of errors of approximate instructions, within documented bounds, the same for the same
+            operands; None for no errors.
+        backwards: Whether to run the last programs first, since the order on a GPU is undefined.
+        counter: Counter of what is executed; None counts nothing, at no cost.
+        machine_code: Whether to compile kernels to machine code, which a GPU would run and nothing here does.
     """
 
     threads: int = 1 << 13
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass
 class Counts:
-    """What has been run: launches by kernel, kernels whose products may be contracted, programs, machine code."""
+    """Launches by kernel, kernels whose products may be contracted, the programs loaded, and their machine code."""
 
     launches: dict[str, int] = field(default_factory=dict)
     contracted: set[str] = field(default_factory=set)
@@ -79,7 +79,7 @@ class Counts:
 
 
 class Driver(DriverBase):
-    """What Triton asks of a device.
+    """The interface of a device that Triton calls.
 
     Attributes:
         chip: The architecture that kernels are compiled for.
@@ -98,7 +98,7 @@ class Driver(DriverBase):
         self._loading: tuple[str, Path] | None = None
 
     def __enter__(self) -> Driver:
-        """Become Triton's active driver; what Triton loads from then on, this one runs."""
+        """Become Triton's active driver, which runs every kernel that Triton loads from then on."""
         self._before, self._threshold = driver._active, gc.get_threshold()
         gc.set_threshold(self._threshold[0], 10_000, 10_000)  # see LiveTensors
         knobs.runtime.kernel_load_start_hook.add(self._begin_load)
@@ -114,17 +114,17 @@ class Driver(DriverBase):
         knobs.runtime.kernel_load_start_hook.remove(self._begin_load)
         knobs.runtime.add_stages_inspection_hook = self._stages
 
-    # What Triton asks for ----------------------------------------------------------------------------------
+    # What Triton calls -------------------------------------------------------------------------------------
 
     @classmethod
     def is_active(cls) -> bool:
-        return False  # by itself
+        return False  # Triton must not choose it by itself
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", CHIPS[self.chip].capability, WARP)
 
     def get_current_device(self) -> str:
-        return self._device  # the key under which kernels are kept, which have been loaded into one driver
+        return self._device  # key of Triton's loaded kernels, which belong to one driver
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -143,7 +143,7 @@ class Driver(DriverBase):
         return {"max_shared_mem": chip.shared, "multiprocessor_count": chip.multiprocessors, "warpSize": WARP}
 
     def _begin_load(self, module: Any, function: Any, name: str, files: dict[str, str], digest: str) -> None:
-        """Triton is about to load a kernel: remember where its PTX lies."""
+        """Note the path of a kernel's PTX before Triton loads the kernel."""
         ptx = next(path for file, path in files.items() if file.endswith(".ptx"))
         self._loading = digest, Path(ptx)
 
@@ -159,7 +159,7 @@ class Driver(DriverBase):
         return self, self._programs[digest], 0, 0, 1024
 
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches a kernel: it takes Triton's arguments and runs the kernel at once."""
+        """Return the function that launches a kernel: it takes Triton's arguments and runs the kernel at once."""
         names = source.fn.arg_names
         kinds = [kind for name in names for kind in _leaves(source.signature[name])]
         unsupported = [kind for kind in kinds if kind[0] != "*" and kind not in (*_FORMATS, "constexpr")]
@@ -190,12 +190,12 @@ class Driver(DriverBase):
 
         Args:
             program: The kernel.
-            grid: How many programs; in one dimension.
-            shared: Bytes of shared memory of each.
+            grid: Number of programs, in one dimension.
+            shared: Bytes of shared memory per program.
             arguments: Triton's types of the kernel's arguments, and their values.
 
         Raises:
-            Fault: what a GPU would stop at, or leave undefined.
+            Fault: the launch has an error, or undefined behaviour, on a GPU.
         """
         if grid[1:] != (1, 1):
             raise NotImplementedError(f"{program.name}: a grid of {grid}: only one dimension is known")
@@ -215,9 +215,9 @@ class Driver(DriverBase):
 
 
 def _stages(*compilation: Any) -> tuple[str, str]:
-    """Leave out the machine code, which nothing here runs: a fifth of the time that compiling takes.
+    """Leave out machine code, which nothing here runs, and which takes a fifth of the time of compiling.
 
-    Called without arguments for what tells kernels without it apart from others in Triton's cache.
+    Called without arguments, return what distinguishes kernels without it from others in Triton's cache.
     """
     if compilation:
         _, stages, *_ = compilation
@@ -226,12 +226,12 @@ def _stages(*compilation: Any) -> tuple[str, str]:
 
 
 def _leaves(x: Any) -> list[Any]:
-    """What a nest of tuples holds, in order."""
+    """Return the leaves of nested tuples, in order."""
     return [leaf for each in x for leaf in _leaves(each)] if isinstance(x, (tuple, list)) else [x]
 
 
 def _packed(program: Program, arguments: Iterable[tuple[str, Any]]) -> bytes:
-    """Arguments as a kernel finds them; behind them are two pointers to memory that Triton's kernels here lack."""
+    """Pack a kernel's arguments, then up to two null pointers, to scratch memory that no kernel here uses."""
     kernel = program.kernel
     buffer = bytearray(kernel.parameter_bytes)
     places = list(kernel.parameters.values())

@@ -1,4 +1,4 @@
-"""Rounds exact numbers to floats in Python's integers alone, as a reference for the interpreter's arithmetic."""
+"""Exact numbers rounded to floats with Python's integers only, as a reference for the interpreter's arithmetic."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FORMATS = {"f16": Format(5, 10), "bf16": Format(8, 7), "f32": Format(8, 23), "f6
 
 
 def value(bits: int, kind: str) -> Fraction | float:
-    """The exact number that bits stand for; an infinity or a NaN as Python's."""
+    """Return the exact number that bits represent; an infinity or a NaN as a Python float."""
     f = FORMATS[kind]
     negative, rest = bool(bits & f.sign), bits & f.sign - 1
     exponent, fraction = rest >> f.fraction, rest & (1 << f.fraction) - 1
@@ -47,7 +47,7 @@ def value(bits: int, kind: str) -> Fraction | float:
 
 
 def rounded(x: Fraction | float, kind: str, how: str = "rn", *, negative_zero: bool = False) -> int:
-    """The bits of a number as a float: the nearest, of two the even one, or the next towards zero."""
+    """Return the bits of a number rounded to a float: to nearest even (``"rn"``), otherwise towards zero."""
     f = FORMATS[kind]
     if isinstance(x, float):
         if math.isnan(x):
@@ -63,7 +63,7 @@ def rounded(x: Fraction | float, kind: str, how: str = "rn", *, negative_zero: b
     whole, rest = divmod(x, unit)
     if how == "rn":
         whole += rest * 2 > unit or (rest * 2 == unit and whole & 1)
-    scaled = max(exponent + f.bias, 1) - 1  # a carry, or a number that is not subnormal, adds one to it
+    scaled = max(exponent + f.bias, 1) - 1  # a carry, or the leading bit of a normal number, adds one to it
     bits = (scaled << f.fraction) + int(whole)
     if bits >= f.infinity:
         bits = f.infinity if how == "rn" else f.infinity - 1
@@ -71,5 +71,5 @@ def rounded(x: Fraction | float, kind: str, how: str = "rn", *, negative_zero: b
 
 
 def to_bits(x: float, kind: str) -> int:
-    """The bits of Python's float as float32 or float64 that it is."""
+    """Return the bits of a Python float that is exact in float32 or float64."""
     return int.from_bytes(struct.pack(">f" if kind == "f32" else ">d", x))

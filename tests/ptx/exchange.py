@@ -1,4 +1,4 @@
-"""What threads tell each other: barriers, shuffles, reductions of a warp, and matrices moved by a whole warp."""
+"""Instructions that threads execute together: barriers, shuffles, reductions of a warp, moves of matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def barrier(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _members(operands: Operands, text: str) -> Callable[[Machine, Mask], np.ndarray]:
-    """Which lanes of a warp an instruction names: the same in all that reach it."""
+    """Return a function for the lanes in an instruction's member mask, equal in all threads that reach it."""
     source = operands.source(text, U32)
 
     def named(m: Machine, mask: Mask) -> np.ndarray:
@@ -47,7 +47,7 @@ def warp_barrier(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("shfl.sync.{bfly,idx,up,down}.b32")
 def shuffle(operands: Operands, parts: list[str]) -> Execute:
-    """Each lane receives another's value, or keeps its own where that is out of its segment; a predicate tells."""
+    """Read another lane's value, or the lane's own if that lane is outside its segment; a predicate says which."""
     operands.count(5)
     mode = parts[2]
     text, _, predicate = operands.text[0].partition("|")
@@ -65,7 +65,7 @@ def shuffle(operands: Operands, parts: list[str]) -> Execute:
             m.write(inside, np.broadcast_to(valid, (*valid.shape[:1], m.warps, WARP)).reshape(len(valid), -1), mask)
 
     def sources(m: Machine, members: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-        """The lane that each lane takes a value from, and whether that is in its segment."""
+        """Return the lane that each lane reads, itself if the source is outside its segment; and the predicate."""
         by, clamp = m.read(b, U32, mask), m.read(c, U32, mask)
         lane = LANES[None, None]
         by, clamp = (_warps(each).astype(S64) for each in (by, clamp))
@@ -88,7 +88,7 @@ def shuffle(operands: Operands, parts: list[str]) -> Execute:
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         given = [m.unknown[x] for x in (b, c) if x in m.unknown]
-        if any((x if mask is None else x * mask).any() for x in given):  # of threads that take part
+        if any((x if mask is None else x * mask).any() for x in given):  # in active threads
             return np.full((1, 1), ALL)
         if value not in m.unknown:
             return None
@@ -99,7 +99,7 @@ def shuffle(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _moved(x: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """For each lane the value of another lane of its warp."""
+    """Return for each lane the value of its source lane in the same warp."""
     if x.shape[1] == 1:
         return x
     warps = _warps(x)
@@ -112,13 +112,13 @@ def _moved(x: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def _warps(x: np.ndarray) -> np.ndarray:
-    """``[programs, threads]`` as ``[programs, warps, lanes]``."""
+    """Reshape ``[programs, threads]`` to ``[programs, warps, lanes]``."""
     return x.reshape(x.shape[0], -1, WARP) if x.shape[1] > 1 else x[..., None]
 
 
 @forms("redux.sync.{add,min,max}.{s32,u32}", "redux.sync.{and,or,xor}.b32")
 def reduce(operands: Operands, parts: list[str]) -> Execute:
-    """Each lane receives the sum, or another reduction, of those that take part."""
+    """Reduce over the lanes of the member mask, for instance to a sum, and write the result to each of them."""
     operands.count(3)
     dtype = DTYPES[parts[3]]
     function = {
@@ -148,13 +148,13 @@ def reduce(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _spread(of_warps: np.ndarray) -> np.ndarray:
-    """``[programs, warps]`` as ``[programs, threads]``."""
+    """Repeat ``[programs, warps]`` for each lane, to ``[programs, threads]``."""
     return np.repeat(of_warps, WARP, axis=1)
 
 
 @forms("redux.sync.{min,max}{,.abs}{,.NaN}.f32")
 def reduce_floats(operands: Operands, parts: list[str]) -> Execute:
-    """The least or the largest, or that of absolute values; a NaN gives way to numbers unless the form says not."""
+    """Reduce to the minimum or maximum, with ``.abs`` of absolute values; NaN are ignored without ``.NaN``."""
     operands.count(3)
     strict = np.minimum if parts[2] == "min" else np.maximum
     function = strict if "NaN" in parts else (np.fmin if parts[2] == "min" else np.fmax)
@@ -186,7 +186,7 @@ def _matrices(operands: Operands, parts: list[str], address: str, registers: str
 
 
 def _rows(m: Machine, base: int, offset: int, matrix: int, mask: Mask) -> np.ndarray:
-    """Where each thread's 4 bytes of an 8 x 8 matrix lie: row ``lane / 4``, whose address lane 8 i + row gives."""
+    """Return the addresses of threads' 4 bytes of 8 x 8 matrix i: row ``lane / 4``, given by lane ``8 i + row``."""
     m.meet(np.ones(WARP, bool), mask)
     given = _warps(m.full(m.read(base, U32, mask))).astype(S64) + offset
     rows = given[..., 8 * matrix + LANES // 4]
@@ -196,7 +196,7 @@ def _rows(m: Machine, base: int, offset: int, matrix: int, mask: Mask) -> np.nda
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:
-    """An 8 x 8 matrix of 16 bits, of which each lane of a warp holds two, transposed."""
+    """Transpose an 8 x 8 matrix of 16-bit elements, of which each lane of a warp holds two."""
     halves = np.ascontiguousarray(x).view("<u2").reshape(x.shape[0], -1, 8, 8)
     return np.ascontiguousarray(halves.swapaxes(2, 3)).reshape(x.shape[0], -1).view(U32)
 

@@ -1,4 +1,4 @@
-"""Floating-point arithmetic: float32 and float64, to the nearest or by approximations of a documented error."""
+"""Floating-point arithmetic in float32 and float64: rounded to nearest, or approximate with a documented error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Function = Callable[..., np.ndarray]
-_SMALLEST64 = 2.0**-1022  # below, a float64 has fewer bits
+_SMALLEST64 = 2.0**-1022  # the smallest normal float64
 
 
 def _exact(operands: Operands, parts: list[str], function: Function, n: int) -> Execute:
-    """One correctly rounded operation of ``n`` operands, with the modifiers of its form."""
+    """Make a correctly rounded operation of ``n`` operands, with the modifiers of its form."""
     dtype = DTYPES[parts[-1]]
     flushed, saturated = "ftz" in parts, "sat" in parts
 
@@ -44,7 +44,7 @@ def fused(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("{add,sub}{,.rn}.f32.{f16,bf16}", "fma.rn.f32.{f16,bf16}")
 def mixed(operands: Operands, parts: list[str]) -> Execute:
-    """All operands but the last are of 16 bits, as sm_100 has it."""
+    """Compute in mixed precision, as sm_100 does: all operands but the last have 16 bits."""
     widen = from_bf16 if parts[-1] == "bf16" else lambda x: x.view(F16).astype(F32)
     if parts[0] == "fma":
         return elementwise(operands, lambda a, b, c: fma32(widen(a), widen(b), c), F32, [U16, U16, F32])
@@ -54,7 +54,7 @@ def mixed(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("{add,sub,mul,fma}{,.rn}{,.ftz}.f32x2")
 def packed(operands: Operands, parts: list[str]) -> Execute:
-    """Two float32 in each register of 64 bits, as sm_100 has them."""
+    """Compute with two float32 in each 64-bit register, as sm_100 does."""
     n = 3 if parts[0] == "fma" else 2
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma32}[parts[0]]
     flushed = "ftz" in parts
@@ -85,7 +85,7 @@ def root(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _lesser(a: np.ndarray, b: np.ndarray, a_first: np.ndarray) -> np.ndarray:
-    """``a`` where it comes first; of two zeros the first by sign, of a NaN and a number the number."""
+    """Return ``a`` where ``a_first`` holds or ``b`` is NaN, else ``b``: of a NaN and a number, the number."""
     return np.where(np.isnan(b) | a_first, a, b)
 
 
@@ -99,7 +99,7 @@ def _maximum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @forms("{min,max}{,.ftz}{,.NaN}.f32", "{min,max}.f64")
 def extreme(operands: Operands, parts: list[str]) -> Execute:
-    """A NaN gives way to a number, unless the form says ``.NaN``; -0 is less than 0."""
+    """Compute the minimum or maximum of two or three; NaN are ignored without ``.NaN``; -0 is less than 0."""
     n = len(operands.text) - 1
     if n not in (2, 3):
         raise PtxError("two or three operands are expected")
@@ -124,12 +124,12 @@ def sign(operands: Operands, parts: list[str]) -> Execute:
 
 
 def _double(function: Function) -> Function:
-    """Computed in float64 and rounded to float32."""
+    """Return a function that computes in float64 and rounds to float32."""
     return lambda *values: function(*[x.astype(F64) for x in values]).astype(F32)
 
 
 def _divide_approximately(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A divisor above 2**126 gives 0, and NaN for an infinite dividend."""
+    """Divide; a finite divisor above 2**126 in magnitude gives 0, or NaN for an infinite dividend."""
     huge = (np.abs(b) > F32.type(2.0**126)) & np.isfinite(b)
     zero = np.where(np.isinf(a), F32.type(np.nan), np.copysign(F32.type(0), np.sign(a) * np.sign(b)))
     return np.where(huge, zero, np.divide(a, b))
@@ -144,12 +144,12 @@ _APPROXIMATIONS: dict[str, tuple[Function, int]] = {
     "ex2.approx": (_double(np.exp2), 2),
     "lg2.approx": (_double(np.log2), 1),
 }
-"""What is computed, and by how many units in the last place the documentation lets the result be off."""
+"""The exact function, and the documented bound on the error, in units in the last place."""
 
 
 @forms("{div.full,div.approx,sqrt.approx,rcp.approx,rsqrt.approx,ex2.approx,lg2.approx}{,.ftz}.f32")
 def approximate(operands: Operands, parts: list[str]) -> Execute:
-    """Correctly rounded, or off by as much as is documented where the machine is told to be."""
+    """Compute the rounded result, with errors within the documented bound if the machine has ``disturb``."""
     function, ulps = _APPROXIMATIONS[".".join(parts[:2])]
     flushed = "ftz" in parts
     n = 2 if parts[0] == "div" else 1
@@ -170,7 +170,7 @@ def approximate(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("{rcp,rsqrt}.approx.ftz.f64")
 def approximate_double(operands: Operands, parts: list[str]) -> Execute:
-    """Of the upper 32 bits of the operand, to the upper 32 bits of the result; the lower ones are 0."""
+    """Compute the upper 32 bits of the result from the operand's upper 32 bits; the lower bits are 0."""
     operands.count(2)
     target, source = operands.target(operands.text[0], F64), operands.source(operands.text[1], F64)
     upper = np.uint64(0xFFFFFFFF << 32)
@@ -191,7 +191,7 @@ def approximate_double(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("copysign.{f32,f64}")
 def copy_sign(operands: Operands, parts: list[str]) -> Execute:
-    """The magnitude of the second operand with the sign of the first."""
+    """Combine the magnitude of the second operand with the sign of the first."""
     dtype = DTYPES[parts[1]]
     bits = U32 if dtype == F32 else U64
     top = bits.type(1 << (8 * bits.itemsize - 1))

@@ -1,4 +1,4 @@
-"""What comes of a value that an instruction loads: where it may be stored, in the text of a kernel."""
+"""Data flow from a load, in the text of a kernel: the stores that the loaded value may reach."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from tests.ptx.program import Program
 
 
 class Outcome(NamedTuple):
-    """Where a loaded value, or what is computed from it, may end up.
+    """Uses of a loaded value, or of values computed from it.
 
     Attributes:
-        stores: Instructions that store it in global memory, at places or under conditions that it decides.
-        spreads: Whether other lanes of the warp are told of it.
-        escapes: Whether it goes to shared memory, or decides which way threads take.
+        stores: Stores to global memory that have it as value, address or guard.
+        spreads: Whether it is passed to other lanes of the warp.
+        escapes: Whether it is stored in shared memory, or is the guard of a jump.
     """
 
     stores: frozenset[int]
@@ -22,7 +22,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(program: Program, load: int) -> Outcome:
-    """Follow what an instruction loads, whatever the order of instructions: more than may happen, never less."""
+    """Return the uses of what an instruction loads, in any order of instructions: too many rather than too few."""
     found = program.outcomes.get(load)
     if found is None:
         found = program.outcomes[load] = _follow(program, load)

@@ -1,7 +1,7 @@
-"""The table of instruction forms, and what each is made with: registers, constants and element-wise operations.
+"""The table of instruction forms, and helpers to make them: registers, constants and element-wise operations.
 
-A form is an opcode with all of its modifiers, such as ``cvt.rn.bf16x2.f32``. Whatever is not in the table is
-refused when a kernel is read.
+A form is an opcode with all of its modifiers, such as ``cvt.rn.bf16x2.f32``. A kernel with a form that is not in
+the table is refused when it is read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Mask = np.ndarray | None
-"""Which threads take part; None where all do."""
+"""Mask of active threads; None if all are."""
 Execute = Callable[["Machine", Mask], None]
 Unknown = Callable[["Machine", Mask], np.ndarray | None]
-"""In which threads an instruction's results are unknown, since what it takes is; None for in none."""
+"""Function that returns in which threads an instruction's results are unknown; None: in none."""
 Maker = Callable[["Operands", list[str]], Execute]
 
 ALL = np.uint8(3)
@@ -41,7 +41,7 @@ _ADDRESS = re.compile(r"\[\s*([%$\w@.]+)\s*(?:\+\s*(-?\d+)\s*)?\]")
 
 
 def forms(*patterns: str) -> Callable[[Maker], Maker]:
-    """Enter a maker for all forms of patterns, in which ``{a,b}`` is either."""
+    """Register a maker for all forms of patterns, in which ``{a,b}`` stands for ``a`` or ``b``."""
 
     def enter(maker: Maker) -> Maker:
         for form in itertools.chain(*map(expand, patterns)):
@@ -60,15 +60,15 @@ def expand(pattern: str) -> list[str]:
 
 
 class Operands:
-    """An instruction's operands as indices of a machine's registers; constants have registers of their own.
+    """An instruction's operands as indices of a machine's registers; constants have registers too.
 
     Attributes:
         text: The operands as written.
         index: Registers by name, for all instructions of the kernel.
         initial: Values of constants, by register.
-        sources, targets: Registers that the instruction at hand reads, and writes.
-        sinks: Those of which it must not be unknown what they hold: addresses, and what is stored.
-        unknown: How what is unknown spreads, where it is not from a thread's sources to its targets.
+        sources, targets: Registers that the current instruction reads, and writes.
+        sinks: Registers whose values must be known: addresses, and what is stored in global memory.
+        unknown: How unknown values propagate, if not from each thread's sources to its targets.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -83,10 +83,10 @@ class Operands:
         self.unknown: Unknown | None = None
 
     def make(self, instruction: Instruction) -> Execute:
-        """What runs an instruction.
+        """Return the function that executes an instruction.
 
         Raises:
-            PtxError: its form is not known, or its operands are none of that.
+            PtxError: its form is not known, or its operands do not fit the form.
         """
         maker = FORMS.get(instruction.opcode)
         if maker is None:
@@ -103,7 +103,7 @@ class Operands:
             raise PtxError(f"{n} operands are expected")
 
     def target(self, text: str, dtype: np.dtype, wider: bool = False) -> int:
-        """The register that receives values of a type; it may be ``wider`` where the form extends them."""
+        """Return the register for results of a type; it may be ``wider`` if the form extends them."""
         register = self._register(text, dtype, wider)
         self.targets.append(register)
         return register
@@ -118,7 +118,7 @@ class Operands:
         return self.index[text]
 
     def source(self, text: str, dtype: np.dtype, wider: bool = False) -> int:
-        """The register of an operand of a type; literals become registers."""
+        """Return the register of an operand of a type; literals become registers."""
         if text in self.kernel.registers:
             register = self._register(text, dtype, wider)
             self.sources.append(register)
@@ -128,7 +128,7 @@ class Operands:
         return self._constant(self._literal(text, dtype), BITS[dtype.itemsize])
 
     def address(self, text: str, dtype: np.dtype) -> tuple[int, int]:
-        """The register and the offset of ``[register+offset]``."""
+        """Return the register and the offset of ``[register+offset]``."""
         found = _ADDRESS.fullmatch(text)
         if found is None:
             raise PtxError(f"{text!r} is no address")
@@ -149,7 +149,7 @@ class Operands:
         return register
 
     def _literal(self, text: str, dtype: np.dtype) -> int:
-        """The bits of a literal, in the size of a type."""
+        """Return the bits of a literal, in the size of a type."""
         size = dtype.itemsize
         if found := _FLOAT32.fullmatch(text):
             if dtype == F64:
@@ -163,17 +163,17 @@ class Operands:
         elif _INTEGER.fullmatch(text):
             return int(text.rstrip("U"), 0) & ((1 << 8 * size) - 1)
         elif text == SHARED:
-            return 0  # where shared memory begins
+            return 0  # shared memory begins at 0
         raise PtxError(f"{text!r} is no operand of {8 * size} bits")
 
 
 def vector(text: str) -> list[str]:
-    """The registers of ``{a, b}``, or of one without braces."""
+    """Return the registers of ``{a, b}``, or the one without braces."""
     return [each.strip() for each in text.strip("{} ").split(",")]
 
 
 def any_unknown(sources: Sequence[int]) -> Unknown:
-    """What a thread computes is unknown where anything is that it is computed from."""
+    """Return a function by which both halves of a thread's result are unknown if any part of a source is."""
 
     halves = unknown_halves(sources)
 
@@ -185,7 +185,7 @@ def any_unknown(sources: Sequence[int]) -> Unknown:
 
 
 def unknown_halves(sources: Sequence[int]) -> Unknown:
-    """As :func:`any_unknown`, where halves of registers are numbers of their own."""
+    """Return a function by which a half of the result is unknown if the same half of a source is."""
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
         found = [m.unknown[i] for i in sources if i in m.unknown]
@@ -200,7 +200,7 @@ def unknown_halves(sources: Sequence[int]) -> Unknown:
 def elementwise(
     operands: Operands, function: Callable[..., np.ndarray], result: np.dtype, sources: Sequence[np.dtype]
 ) -> Execute:
-    """``d = function(a, b, ...)``, each operand as the type that its form says."""
+    """Make ``d = function(a, b, ...)``, with operands of the types in ``sources``."""
     operands.count(1 + len(sources))
     target = operands.target(operands.text[0], result)
     read = [(operands.source(text, t), t) for text, t in zip(operands.text[1:], sources, strict=True)]

@@ -20,7 +20,7 @@ WIDE = {t: DTYPES[f"{t[0]}{2 * int(t[1:])}"] for t in ("s16", "u16", "s32", "u32
 
 
 def _alike(operands: Operands, kind: str, function: Callable[..., np.ndarray]) -> Execute:
-    """All operands are of one type."""
+    """Make an element-wise operation whose operands and result have one type."""
     dtype = DTYPES[kind]
     return elementwise(operands, function, dtype, [dtype] * (len(operands.text) - 1))
 
@@ -114,7 +114,7 @@ def shift_left(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("shr.{b16,b32,b64,u16,u32,u64,s16,s32,s64}")
 def shift_right(operands: Operands, parts: list[str]) -> Execute:
-    """An arithmetic shift where the type is signed; a shift by more than its bits leaves the sign, or nothing."""
+    """Shift right, arithmetically if the type is signed; a shift by all its bits or more leaves signs or zeros."""
     dtype = DTYPES[parts[1]]
     bits = np.uint32(8 * dtype.itemsize)
 
@@ -129,7 +129,7 @@ def shift_right(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("shf.{l,r}.{wrap,clamp}.b32")
 def funnel_shift(operands: Operands, parts: list[str]) -> Execute:
-    """The upper, or lower, half of the 64 bits ``b:a`` shifted left, or right."""
+    """Return the upper, or lower, half of the 64 bits ``b:a`` shifted left, or right."""
     left, wrap = parts[1] == "l", parts[2] == "wrap"
 
     def shift(a: np.ndarray, b: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -142,7 +142,7 @@ def funnel_shift(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("bfe.{u32,s32,u64,s64}")
 def extract_field(operands: Operands, parts: list[str]) -> Execute:
-    """``c`` bits of ``a`` from bit ``b``, those beyond its end taken from the field's sign."""
+    """Extract ``c`` bits of ``a`` from bit ``b``, extended with the field's sign if the type is signed."""
     dtype = DTYPES[parts[1]]
     bits = BITS[dtype.itemsize]
     last, one = bits.type(8 * dtype.itemsize - 1), bits.type(1)
@@ -169,7 +169,7 @@ def extract_field(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("bfi.{b32,b64}")
 def insert_field(operands: Operands, parts: list[str]) -> Execute:
-    """``b`` with ``d`` bits from bit ``c`` taken from ``a``."""
+    """Replace ``d`` bits of ``b``, from bit ``c`` on, with the lowest bits of ``a``."""
     dtype = DTYPES[parts[1]]
     last, one = dtype.type(8 * dtype.itemsize - 1), dtype.type(1)
 
@@ -185,7 +185,7 @@ def insert_field(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("lop3.b32")
 def logic(operands: Operands, parts: list[str]) -> Execute:
-    """Any function of three bits: bit ``4 a + 2 b + c`` of the last operand."""
+    """Look up a function of three bits: bit ``4 a + 2 b + c`` of the last operand."""
     operands.count(5)
     table = int(operands.text[4], 0)
     operands.text = operands.text[:4]
@@ -211,7 +211,7 @@ def count_bits(operands: Operands, parts: list[str]) -> Execute:
 
 @forms("prmt.b32")
 def permute(operands: Operands, parts: list[str]) -> Execute:
-    """Four of the bytes of ``b:a``, each chosen by four bits of ``c``, or its sign alone."""
+    """Select four bytes of ``b:a``, each by three bits of ``c``; the fourth bit replicates the byte's sign."""
 
     def choose(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         both = (b.astype(U64) << np.uint64(32)) | a
@@ -268,7 +268,7 @@ def select(operands: Operands, parts: list[str]) -> Execute:
     a, b, p = (operands.source(text, t) for text, t in zip(operands.text[1:], (bits, bits, PRED), strict=True))
 
     def unknown(m: Machine, mask: Mask) -> np.ndarray | None:
-        """Where the one is unknown that is chosen, or which one that is."""
+        """Return where the selected operand, or the predicate, is unknown."""
         if not any(i in m.unknown for i in (a, b, p)):
             return None
         no = np.zeros((1, 1), np.uint8)
@@ -306,7 +306,7 @@ def _pieces(names: list[str], dtype: np.dtype) -> np.dtype:
 
 
 def _unpack(operands: Operands, dtype: np.dtype) -> Execute:
-    """The pieces of a register, the lowest first; ``_`` is left out."""
+    """Split a register into pieces, the lowest first; ``_`` discards one."""
     names = vector(operands.text[0])
     piece = _pieces(names, dtype)
     source = operands.source(operands.text[1], dtype)
@@ -321,7 +321,7 @@ def _unpack(operands: Operands, dtype: np.dtype) -> Execute:
             if unknown is not None:
                 m.forget([target], unknown >> np.uint8(2 * i // len(names)) & np.uint8(1), mask)
 
-    operands.unknown = lambda m, mask: None  # pieces are told apart above
+    operands.unknown = lambda m, mask: None  # execute marks each piece
     return execute
 
 

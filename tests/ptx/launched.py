@@ -1,4 +1,4 @@
-"""Run by test_driver.py in a process of its own: launches Triton kernels through the driver."""
+"""Launches of Triton kernels through the driver, which test_driver.py runs in a process of its own."""
 
 import contextlib
 import os
@@ -87,7 +87,7 @@ def check_launches(d: Driver) -> None:
     compiled[4, 1, 1](x, y, 1, 2.0, 5, True, 256)
     assert y[0] == 5
     assert d.counts.launches["scale_kernel"] == 4
-    assert len([p for p in d.counts.programs if p.name == "scale_kernel"]) == 3  # 1 and multiples of 16 are special
+    assert len([p for p in d.counts.programs if p.name == "scale_kernel"]) == 3  # Triton specializes on 1 and 16
     a, b = torch.arange(64), torch.zeros(64, dtype=torch.int64)
     several_kernel[(1,)]((a, b), (3, 4), None, BLOCK=64)
     assert torch.equal(b, a + 12)
@@ -131,7 +131,7 @@ def check_options(chip: str) -> None:
     assert not torch.equal(disturbed[0], disturbed[2])
     off = (disturbed[0].view(torch.int32) - exact.view(torch.int32)).unique()
     assert off.abs().max() in (1, 2)
-    for backwards in (False, True):  # which of two programs writes last, where races are not looked for
+    for backwards in (False, True):  # the last program to run overwrites the others
         with Driver(chip, Options(races=False, backwards=backwards, threads=128)):
             x = torch.zeros(64)
             overwrite_kernel[(3,)](x, BLOCK=64)
@@ -149,7 +149,7 @@ def check_options(chip: str) -> None:
 
 
 def check_optimizer() -> None:
-    """The package's own way to a launch."""
+    """Check steps that the package launches, against PyTorch's operators."""
     results = []
     for backend in ("triton", "torch"):
         params = [
@@ -171,7 +171,7 @@ KERNELS += ("panel", "join", "mean", "factor", "rate", "clip")
 
 
 def check_products(chip: str) -> None:
-    """No launch of the package lets products be contracted, so that all lanes hold one sum of a block."""
+    """Check that no launch of the package contracts a product with a sum, so that lanes agree on sums of blocks."""
 
     def step(kind: Any = GWTAdamW, **options: Any) -> None:
         p = torch.nn.Parameter(torch.ones(5, 61))
@@ -189,9 +189,9 @@ def check_products(chip: str) -> None:
         assert set(d.counts.launches) == {f"{name}_kernel" for name in KERNELS}
         assert not d.counts.contracted
         scale_kernel[(1,)](p, p, 128, 1.0, 1, False, BLOCK=128)
-        assert d.counts.contracted == {"scale_kernel"}  # the control: what Triton does unless it is told
+        assert d.counts.contracted == {"scale_kernel"}  # the control: Triton's default
         with patch.dict(UNFUSED, enable_fp_fusion=True), refused(Fault, "_kernel", "a race"):
-            step(level=5)  # of whose blocks several lanes hold one
+            step(level=5)  # several lanes hold one block
 
 
 def main(chip: str, first: bool) -> None:
@@ -210,7 +210,7 @@ def main(chip: str, first: bool) -> None:
     assert driver._active is before
     choice.triton_obstacle.cache_clear()
     assert not choice.launches_on("cpu")
-    if first:  # what no chip does otherwise than the others
+    if first:  # the same for every chip
         check_options(chip)
         check_products(chip)
         with refused(ValueError, "sm_70"):

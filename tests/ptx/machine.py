@@ -1,8 +1,8 @@
-"""Runs programs of a launch together: registers as arrays, threads that diverge one block at a time.
+"""Execute programs of a launch together: registers are arrays, and diverged threads run one block at a time.
 
-A register is an array ``[programs, threads]``, with 1 for a dimension along which all hold the same, so that what
-a kernel computes once for a program, or for a thread of any, is computed once here too. Arrays are never changed:
-an instruction puts new ones in their place.
+A register is an array ``[programs, threads]``, with size 1 for a dimension along which all values are equal, so
+that a value that is common to all threads, or to all programs, is computed once. Arrays are never modified in
+place: an instruction replaces them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from tests.ptx.memory import HostMemory, SharedMemory
 from tests.ptx.program import Block, Program, Step
 from tests.ptx.types import S64, U32, WARP, Fault, bits_of
 
-_END = np.iinfo(np.int32).max  # where threads are that have ended
+_END = np.iinfo(np.int32).max  # the block of threads that have ended
 
 
 class Launch(NamedTuple):
-    """What all programs of a launch share.
+    """Data common to all programs of a launch.
 
     Attributes:
-        grid: How many there are.
-        parameters: The kernel's, as bytes.
-        shared: Bytes of shared memory of each.
-        disturb: A seed for errors of approximations; None leaves them correctly rounded.
+        grid: Number of programs.
+        parameters: The kernel's parameters, as bytes.
+        shared: Bytes of shared memory per program.
+        disturb: Seed of errors of approximations; None leaves them correctly rounded.
     """
 
     program: Program
@@ -39,12 +39,12 @@ class Launch(NamedTuple):
 
 
 class Machine:
-    """Some programs of a launch, from ``first`` on.
+    """Execution of ``count`` programs of a launch, from ``first`` on.
 
     Attributes:
-        unknown: By register, in which threads it holds what nothing has written, or what comes of that: 1 where it
-            is the lower half of its bits, 2 where the upper, 3 where both. Threads may compute with it, as those do
-            whose part of a sum nobody asks for; it must not decide, or be stored.
+        unknown: By register, in which threads it is unwritten, or computed from unwritten data: 1 for the lower
+            half of its bits, 2 for the upper, 3 for both. Threads may compute with unknown values, as those do
+            whose part of a sum is not used; but no guard, address or value stored in global memory may be unknown.
     """
 
     def __init__(self, launch: Launch, first: int, count: int) -> None:
@@ -58,9 +58,9 @@ class Machine:
         self.instruction = 0
         self._registers: list[np.ndarray | None] = [None] * len(self.program.widths)
         self.unknown: dict[int, np.ndarray] = {}
-        self._late = False  # whether the step at hand was found to read what nothing has written
+        self._late = False  # whether the current step has read an unwritten register
         self._phase = self._meeting = np.zeros((1, 1), S64)
-        self._where: np.ndarray | None = None  # the block of each thread, once they are not all at one
+        self._where: np.ndarray | None = None  # the block of each thread while threads are diverged
         for register, value in self.program.operands.initial.items():
             self._registers[register] = value
         self._set_special()
@@ -87,12 +87,12 @@ class Machine:
     # Registers ---------------------------------------------------------------------------------------------
 
     def raw(self, register: int, mask: Mask) -> np.ndarray:
-        """What a register holds, as whatever type it was written."""
+        """Return a register's values, in the type in which they were written."""
         x = self._registers[register]
         return self._unwritten(register) if x is None else x
 
     def read(self, register: int, dtype: np.dtype, mask: Mask) -> np.ndarray:
-        """What a register holds, as a type of its size."""
+        """Return a register's values as a type of its size."""
         x = self._registers[register]
         if x is None:
             x = self._unwritten(register)
@@ -103,7 +103,7 @@ class Machine:
         return x.view(dtype)
 
     def write(self, register: int, value: np.ndarray, mask: Mask) -> None:
-        """Put values into a register, those of threads that take part."""
+        """Write the values of active threads to a register."""
         if mask is None:
             self._registers[register] = value
             return
@@ -117,7 +117,7 @@ class Machine:
         self._registers[register] = np.where(mask, value, old)
 
     def forget(self, registers: list[int], unknown: np.ndarray | None, mask: Mask) -> None:
-        """What these threads have in registers, of those that take part, is unknown."""
+        """Mark registers as unknown in those of the ``unknown`` threads that are active."""
         if unknown is not None:
             unknown = (unknown if mask is None else unknown & mask) * ALL
             for register in registers:
@@ -125,11 +125,11 @@ class Machine:
                 self.unknown[register] = unknown if before is None else unknown | before
 
     def full(self, x: np.ndarray) -> np.ndarray:
-        """One element for each thread."""
+        """Broadcast to one element for each thread."""
         return x if x.shape == self.shape else np.broadcast_to(x, self.shape)
 
     def _unwritten(self, register: int) -> np.ndarray:
-        """A register that no thread has written: it holds what nobody knows."""
+        """Return zeros for a register that no thread has written, and mark it as unknown."""
         x = self._registers[register] = np.zeros((1, 1), self.program.widths[register])
         self.unknown[register] = np.full((1, 1), ALL)
         self._late = True
@@ -139,10 +139,10 @@ class Machine:
         return next(name for name, i in self.program.operands.index.items() if i == register)
 
     def _trace_unknown(self, step: Step, mask: Mask) -> None:
-        """Before a step: what is unknown must not be an address or be stored; results of it are unknown.
+        """Check that a step's sinks are known, and mark the targets that it computes from unknown sources.
 
         Raises:
-            Fault: it is.
+            Fault: an address, or a value stored in global memory, is unknown.
         """
         for register in step.sinks:
             self._check_known(register, mask)
@@ -173,7 +173,7 @@ class Machine:
     # Threads together --------------------------------------------------------------------------------------
 
     def barrier(self, mask: Mask) -> None:
-        """All threads of a program have to be here, but for those that have ended."""
+        """Check that all threads of a program are here, except those that have ended, and begin a phase."""
         if mask is not None:
             active = self.full(mask)
             alive = np.ones(self.shape, bool) if self._where is None else self.full(self._where) != _END
@@ -183,7 +183,7 @@ class Machine:
         self._phase = self._phase + (1 if mask is None else self.full(mask))
 
     def meet(self, members: np.ndarray, mask: Mask) -> None:
-        """All lanes of a warp that an instruction names have to be here, and no other."""
+        """Check that exactly the lanes of a warp that an instruction names are here, and count the meeting."""
         if mask is not None:
             active = self.full(mask).reshape(self.programs, self.warps, WARP)
             wrong = active.any(axis=2, keepdims=True) & (active != members)
@@ -196,7 +196,7 @@ class Machine:
         self._meeting = self._meeting + (1 if mask is None else self.full(mask))
 
     def note(self, space: str, address: np.ndarray, size: int, mask: Mask, values: list[np.ndarray] | None) -> None:
-        """Remember an access, to look for races."""
+        """Record an access, for the check for races."""
         self.log[space].append(
             Access(
                 space,
@@ -218,7 +218,7 @@ class Machine:
         """Run all programs to their end.
 
         Raises:
-            Fault: what a GPU would stop at, or leave undefined; it names the kernel, the instruction and threads.
+            Fault: an error, or undefined behaviour, on a GPU; the message names kernel, instruction and threads.
         """
         try:
             with np.errstate(all="ignore"):
@@ -253,13 +253,13 @@ class Machine:
                 self._trace_unknown(step, active)
             try:
                 step.execute(self, active)
-            finally:  # what is unknown is the better reason of a fault
+            finally:  # an unknown value explains a fault better
                 if self._late:
                     self._late = False
                     self._trace_unknown(step, active)
 
     def _guarded(self, step: Step | Block, mask: Mask) -> np.ndarray:
-        """Which threads a predicate lets take part."""
+        """Return the active threads whose guard is true."""
         holds = self.raw(step.guard, mask)
         if self.unknown:
             self._check_known(step.guard, mask)
@@ -267,7 +267,7 @@ class Machine:
         return holds if mask is None else holds & mask
 
     def _next(self, block: Block, at: int, mask: Mask) -> tuple[int, Mask]:
-        """The block to run next, and which threads are there: of all that wait, the first in the text."""
+        """Return the next block to run, the first in the text with waiting threads, and these threads."""
         if block.jump is None:
             if mask is None:
                 return at + 1, None
@@ -297,7 +297,7 @@ class Machine:
         return at, mask
 
     def _threads_text(self, threads: np.ndarray) -> str:
-        """The first of some threads, and how many there are."""
+        """Return the first few threads, and the number in other programs, as text."""
         program, thread = np.nonzero(self.full(threads))
         first = thread[program == program[0]]
         some = ", ".join(map(str, first[:8])) + (", ..." if len(first) > 8 else "")

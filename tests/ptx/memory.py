@@ -1,4 +1,4 @@
-"""The two memories that kernels access: the host's own, at its addresses, and each program's shared memory."""
+"""The memories that kernels access: the host's, which is global memory, and each program's shared memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Loaded = tuple[list[np.ndarray], np.ndarray | None]
-"""Values, and in which threads nothing has written them."""
-_PAGE = 4096  # the lowest address: none of a process is below
+"""Values, and in which threads they are unwritten; None: in none."""
+_PAGE = 4096  # the lowest address that a process can have
 _SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
 _FAR = np.iinfo(np.int64).max
 
 
 def _whole(dtype: np.dtype) -> np.ndarray:
-    """The process's address space as an array; element ``i`` lies at ``_PAGE + i * itemsize``."""
+    """Return the process's address space as an array; element ``i`` lies at ``_PAGE + i * itemsize``."""
 
     class Everything:
         __array_interface__: dict[str, Any] = {  # noqa: RUF012
@@ -37,7 +37,7 @@ def _whole(dtype: np.dtype) -> np.ndarray:
 
 _SPACE = {size: _whole(dtype) for size, dtype in BITS.items()}
 _NOWHERE = np.zeros(64, U8)
-_NOWHERE_AT = (_NOWHERE.ctypes.data + 31) // 32 * 32  # where threads read that take no part
+_NOWHERE_AT = (_NOWHERE.ctypes.data + 31) // 32 * 32  # the address that inactive threads read
 
 
 def _check_alignment(what: str, address: np.ndarray, size: int, mask: Mask) -> None:
@@ -50,7 +50,7 @@ def _check_alignment(what: str, address: np.ndarray, size: int, mask: Mask) -> N
 
 
 class HostMemory:
-    """What kernels call global memory. An access outside of every tensor is a fault."""
+    """The host's memory as global memory of kernels. An access outside every tensor is a fault."""
 
     def __init__(self, tensors: LiveTensors) -> None:
         self.tensors = tensors
@@ -82,7 +82,7 @@ class HostMemory:
             self._check_each(address, size, mask)
 
     def _check_each(self, address: np.ndarray, size: int, mask: Mask) -> None:
-        """Where not all of a program's threads access one tensor."""
+        """Check accesses of threads one by one, if a program's threads do not all access one tensor."""
         outside = ~self.tensors.inside(address.ravel(), address.ravel() + size).reshape(address.shape)
         outside = outside if mask is None else outside & mask
         if outside.any():
@@ -92,7 +92,7 @@ class HostMemory:
 
 
 class SharedMemory:
-    """What the threads of a program share, for each program of a machine."""
+    """The shared memory of each program of a machine."""
 
     def __init__(self, programs: int, size: int) -> None:
         self.size = size
@@ -115,7 +115,7 @@ class SharedMemory:
     def store(
         self, m: Machine, address: np.ndarray, bits: np.dtype, values: list[np.ndarray], mask: Mask, unknown: Mask
     ) -> None:
-        """Write values; what is ``unknown`` counts as not written."""
+        """Write values; ``unknown`` values count as not written."""
         at = self._place(m, address, bits, len(values), mask, values)
         _scatter(self._bytes.view(bits), at, values, mask)
         ones = np.full((1, 1), int.from_bytes(b"\1" * bits.itemsize), bits)
@@ -139,7 +139,7 @@ class SharedMemory:
 
 
 def _scatter(space: np.ndarray, at: np.ndarray, values: list[np.ndarray], mask: Mask) -> None:
-    """Write values to consecutive places; of threads that write to one place the last one's stays."""
+    """Write values to consecutive elements; if several threads write to one, the last thread's value stays."""
     shape = np.broadcast_shapes(at.shape, values[0].shape, () if mask is None else mask.shape)
     at = np.broadcast_to(at, shape)
     chosen = None if mask is None else np.broadcast_to(mask, shape)

@@ -1,4 +1,4 @@
-"""Reads the text of a kernel: its parameters, registers, labels and instructions, each with its place."""
+"""Parse the text of a kernel: its parameters, registers, labels, and instructions with their lines."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import PurePath
 from tests.ptx.types import DTYPES, PtxError
 
 SHARED = "global_smem"
-"""What Triton calls the shared memory of a program."""
+"""Triton's name for the shared memory of a program."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction as it is written.
+    """One instruction as written.
 
     Attributes:
-        opcode: With all of its modifiers: ``"fma.rn.f32"``. ``.shared::cta`` is written ``.shared``.
-        operands: As text; a vector, in braces, or an address, in brackets, is one.
+        opcode: The opcode with all of its modifiers: ``"fma.rn.f32"``. ``.shared::cta`` becomes ``.shared``.
+        operands: The operands as text; a vector in braces, or an address in brackets, is one operand.
         guard: The predicate under which it runs, and whether that is negated.
-        line: Of the PTX, from 1.
+        line: Line of the PTX, from 1.
         source: The line of Python that it was compiled from: ``"step.py:116"``.
     """
 
@@ -38,7 +38,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where a kernel's parameter lies among the bytes of all, and its type."""
+    """Offset of a kernel's parameter among the bytes of all parameters, and its type."""
 
     offset: int
     kind: str
@@ -50,12 +50,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's text, taken apart.
+    """A parsed kernel.
 
     Attributes:
-        threads: Of one program.
-        registers: Their types by name.
-        labels: The index of the instruction that follows each.
+        threads: Threads of one program.
+        registers: Types of registers by name.
+        labels: Index of the instruction that follows each label.
     """
 
     name: str
@@ -82,10 +82,10 @@ _REGISTER = re.compile(r"\s*(%?[\w$]+)(?:<(\d+)>)?\s*$")
 
 
 def parse(ptx: str) -> Kernel:
-    """Take a kernel's text apart.
+    """Parse the text of a kernel.
 
     Raises:
-        PtxError: the text has not exactly one kernel, or something in it that is not understood.
+        PtxError: the text does not have exactly one kernel, or a part of it is not understood.
     """
     files = {number: PurePath(b or a).name for number, a, b in _FILE.findall(ptx)}
     text = re.sub(r"//[^\n]*", "", ptx)  # lines keep their numbers
@@ -106,7 +106,7 @@ def parse(ptx: str) -> Kernel:
 
 
 class _Reader:
-    """Reads a kernel's body, from its opening brace to its closing one."""
+    """Parser of a kernel's body, from its opening brace to its closing one."""
 
     def __init__(self, text: str, start: int, files: dict[str, str], kernel: str) -> None:
         self.text, self.at, self.files, self.kernel = text, start, files, kernel
@@ -115,7 +115,7 @@ class _Reader:
         self.labels: dict[str, int] = {}
         self.line, self.counted = text.count("\n", 0, start) + 1, start
         self.source = ""
-        self.scopes: list[dict[str, str]] = [{}]  # names of inline assembly's own registers
+        self.scopes: list[dict[str, str]] = [{}]  # names of registers; inline assembly has scopes of its own
 
     def read(self) -> None:
         while self.scopes:

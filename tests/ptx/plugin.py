@@ -1,4 +1,4 @@
-"""The options of pytest that run Triton's kernels compiled, without a GPU: ``pytest --compiled sm_90``."""
+"""Options of pytest that run compiled Triton kernels without a GPU: ``pytest --compiled sm_90``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tests.ptx.driver import Driver
 
 CACHE = Path(__file__).parents[2] / "build" / "triton"
-"""Where Triton keeps what it has compiled, for later runs too: to compile takes longer than to run."""
-_CHIP = "GWT_KERNELS_COMPILED"  # of the environment: what processes that tests start are to compile for
+"""Triton's cache of compiled kernels, kept for later runs, since compiling takes longer than running."""
+_CHIP = "GWT_KERNELS_COMPILED"  # environment variable: the chip for processes that tests start
 CHIPS = ("sm_80", "sm_90", "sm_100")
 _driver: Driver | None = None
 
@@ -36,9 +36,9 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def configure(config: pytest.Config) -> bool:
-    """Run Triton's kernels as the command line asks, and tell whether they are compiled for a chip.
+    """Choose how Triton's kernels run, by the command line, and return whether their PTX is interpreted.
 
-    A CUDA device runs them itself: tensors are then where no interpreter of PTX reads.
+    A CUDA device runs them itself: tensors are then in its memory, where no interpreter of PTX reads.
     """
     chip, disturb = config.getoption("--compiled"), config.getoption("--disturb")
     os.environ.pop(_CHIP, None)
@@ -54,9 +54,9 @@ def configure(config: pytest.Config) -> bool:
 
 
 def begin() -> None:
-    """Run Triton's kernels, in a process that a test has started, as that test's own process runs them.
+    """Run Triton's kernels in a process that a test has started as the test's own process runs them.
 
-    Kernels have not been imported yet: it is then that Triton reads the environment.
+    Call it before kernels are imported, since Triton reads the environment then.
     """
     if chip := os.environ.get(_CHIP):
         _start(chip, None)
@@ -76,24 +76,24 @@ def _start(chip: str, disturb: int | None) -> None:
 
 
 def _settle_keys() -> None:
-    """Give a kernel one key in Triton's cache, whichever kernels were launched before it.
+    """Make a kernel's key in Triton's cache independent of the kernels launched before it.
 
-    By itself, Triton puts the constants of a function that the kernel calls into the key only if it knows them, as
-    where another kernel has called the function before.
+    By default, Triton puts the constants of a function that the kernel calls into the key only if it knows them,
+    for example because another kernel has called the function before.
     """
     from triton.runtime.jit import DependenciesFinder
 
     update = DependenciesFinder._update_hash
 
     def update_settled(self: Any, function: Any) -> None:
-        function.cache_key  # noqa: B018  which finds the constants
+        function.cache_key  # noqa: B018  reading it finds the constants
         update(self, function)
 
     DependenciesFinder._update_hash = update_settled
 
 
 def driver() -> Driver | None:
-    """What runs compiled kernels; None where Triton interprets them, or a GPU runs them."""
+    """Return the driver that runs compiled kernels; None if Triton interprets them, or a GPU runs them."""
     return _driver
 
 

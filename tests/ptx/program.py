@@ -1,4 +1,4 @@
-"""A kernel made ready to run: its instructions as functions, in blocks that are entered at the top alone."""
+"""A kernel prepared for execution: its instructions as functions, in basic blocks."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Step(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Steps that run one after the other, and where threads go after them.
+    """A basic block, entered only at the top: steps that run one after the other, and a jump at the end.
 
     Attributes:
-        jump: The block that threads go to whose guard holds; -1 where they end; None where all go on.
-        guard: The predicate of the jump; None where all take it.
+        jump: The block to which threads jump whose guard is true; -1 if they end there; None for no jump.
+        guard: The predicate of the jump; None if all threads jump.
     """
 
     steps: list[Step]
@@ -53,7 +53,7 @@ class Program:
     """A kernel that :class:`tests.ptx.machine.Machine` runs.
 
     Raises:
-        PtxError: an instruction is of a form that is not known, or is not understood.
+        PtxError: an instruction has a form that is not known, or is not understood.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -90,16 +90,14 @@ class Program:
             guard, negated = self._guard(last) if jumps else (None, False)
             jump = self._target(last, number) if jumps else None
             blocks.append(Block(steps, jump, guard, negated, end - 1))
-        blocks.append(Block([], -1, None, False, len(code) - 1))  # behind the end
+        blocks.append(Block([], -1, None, False, len(code) - 1))  # after the end
         return blocks
 
     def _step(self, i: int) -> Step:
         instruction = self.kernel.instructions[i]
         guard, negated = self._guard(instruction)
         execute, operands = self.operands.make(instruction), self.operands
-        own = list(
-            operands.sources
-        )  # a list of its own: the guard of a jump, which is read later, is none of these
+        own = list(operands.sources)  # a copy, to which the guard of a jump is not appended later
         unknown = operands.unknown or any_unknown(own)
         sources = own if guard is None else [*own, guard]
         return Step(execute, guard, negated, i, sources, operands.targets, operands.sinks, unknown)

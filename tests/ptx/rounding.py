@@ -1,4 +1,4 @@
-"""Arithmetic that NumPy lacks: one rounding of a product and a sum, bfloat16, rounding towards zero, saturation."""
+"""Arithmetic that NumPy lacks: fused multiply-add, bfloat16, rounding towards zero, saturation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 
 from tests.ptx.types import BITS, F16, F32, F64, NAN16, S64, U16, U32, U64
 
-_HALF = np.uint64(1 << 28)  # what a float64 has beyond float32 where it lies halfway between two of these
+_HALF = np.uint64(1 << 28)  # the low bits of a float64 halfway between two float32
 _BEYOND = np.uint64((1 << 29) - 1)
-_SMALLEST = 2.0**-126  # below, a float32 has fewer bits
+_SMALLEST = 2.0**-126  # the smallest normal float32
 _fma = ctypes.CDLL(ctypes.util.find_library("m")).fma
 _fma.argtypes, _fma.restype = [ctypes.c_double] * 3, ctypes.c_double
 _FUSED = np.frompyfunc(_fma, 3, 1)
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """``a * b + c`` of float32, rounded once.
+    """Return ``a * b + c`` in float32, rounded once.
 
-    A float64 holds the product exactly. Rounding its sum again, to float32, errs only where the first rounding has
-    reached a point halfway between two of float32's numbers; these are rounded from what the first rounding left.
+    The product is exact in float64. Rounding the sum to float64 and then to float32 errs only if the first rounding
+    reaches a point halfway between two float32 numbers. Such sums, and subnormal ones, are first rounded to odd.
     """
     product = a.astype(F64) * b
     total = product + c
@@ -36,9 +36,9 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """``a + b`` of float64, rounded to the neighbour whose last bit is 1 where it is not exact.
+    """Return ``a + b`` in float64 rounded to odd: to the neighbour whose last bit is 1, unless it is exact.
 
-    Rounding that again to at most 51 bits gives what rounding the sum once would have given.
+    Rounding that again, to at most 51 bits, gives the sum rounded once.
     """
     total = a + b
     other = total - a
@@ -51,22 +51,22 @@ def _to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """``a * b + c`` of float64, rounded once: by the C library, one at a time."""
+    """Return ``a * b + c`` in float64, rounded once, by the C library, one element at a time."""
     return _FUSED(a, b, c).astype(F64)
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal float32 are zeros of their sign, as ``.ftz`` has it."""
+    """Replace subnormal float32 by zeros of their sign, as ``.ftz`` does."""
     return np.where(np.abs(x) < F32.type(_SMALLEST), np.copysign(F32.type(0), x), x) if x.dtype == F32 else x
 
 
 def saturate_unit(x: np.ndarray) -> np.ndarray:
     """Clamp to [0, 1], NaN to 0: ``.sat`` of a float."""
-    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1)) + x.dtype.type(0)  # and no zero is negative
+    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1)) + x.dtype.type(0)  # + 0 makes -0 positive
 
 
 def to_bf16(x: np.ndarray, nearest: bool = True) -> np.ndarray:
-    """The bits of float32 as bfloat16: the nearest, of two the even one, or the next towards zero."""
+    """Return the bits of float32 rounded to bfloat16, to nearest even or towards zero."""
     raw = x.view(U32)
     if nearest:
         raw = raw + (np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1)))
@@ -74,7 +74,7 @@ def to_bf16(x: np.ndarray, nearest: bool = True) -> np.ndarray:
 
 
 def to_f16(x: np.ndarray, nearest: bool = True) -> np.ndarray:
-    """The bits of float32 as float16."""
+    """Return the bits of float32 rounded to float16, to nearest even or towards zero."""
     half = x.astype(F16)
     bits = half.view(U16)
     if not nearest:
@@ -87,7 +87,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 
 
 def to_f32(x: np.ndarray, nearest: bool = True) -> np.ndarray:
-    """Float64 as float32."""
+    """Round float64 to float32, to nearest even or towards zero."""
     result = x.astype(F32)
     if not nearest:
         outside = np.abs(result.astype(F64)) > np.abs(x)
@@ -96,7 +96,7 @@ def to_f32(x: np.ndarray, nearest: bool = True) -> np.ndarray:
 
 
 def integer_to_float(x: np.ndarray, dtype: np.dtype, nearest: bool = True) -> np.ndarray:
-    """An integer as a float, rounded once; towards zero, bits that do not fit are dropped first."""
+    """Convert an integer to a float, rounded once; for rounding towards zero, drop bits that do not fit first."""
     if nearest:
         return x.astype(dtype)
     kept = np.uint64(np.finfo(dtype).nmant + 1)
@@ -108,7 +108,7 @@ def integer_to_float(x: np.ndarray, dtype: np.dtype, nearest: bool = True) -> np
 
 
 def bit_length(x: np.ndarray) -> np.ndarray:
-    """The number of an integer's bits, without leading zeros, as uint64."""
+    """Return the number of an integer's bits, without leading zeros, as uint64."""
     x = x.astype(U64)
     for shift in (1, 2, 4, 8, 16, 32):
         x = x | (x >> np.uint64(shift))
@@ -116,7 +116,7 @@ def bit_length(x: np.ndarray) -> np.ndarray:
 
 
 def float_to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A whole float as an integer: clamped to what that can be, NaN to 0."""
+    """Convert a float without fraction to an integer, clamped to the type's range, NaN to 0."""
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     x = x.astype(F64)
     above, below = x >= float(high), x <= float(low)
@@ -125,14 +125,14 @@ def float_to_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def clamp_integer(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """An integer as one of another type, clamped: ``.sat`` of a conversion."""
+    """Convert an integer to another type, clamped to its range: ``.sat`` of a conversion."""
     info, own = np.iinfo(dtype), np.iinfo(x.dtype)
     low, high = max(info.min, own.min), min(info.max, own.max)
     return np.clip(x, x.dtype.type(low), x.dtype.type(high)).astype(dtype)
 
 
 def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Integers divided, towards zero; what a division by zero gives is not specified, and is all ones here."""
+    """Divide integers towards zero; PTX does not specify a division by zero, which gives all ones here."""
     zero = b == 0
     b = np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "u":
@@ -144,13 +144,13 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """What is left of ``a``, with its sign."""
+    """Return the remainder of ``a / b``, with the sign of ``a``; ``a`` if ``b`` is zero."""
     zero = b == 0
     return np.where(zero, a, np.fmod(a, np.where(zero, b.dtype.type(1), b)))
 
 
 def errors(seed: int, name: str, size: int, *values: np.ndarray) -> np.ndarray:
-    """Errors from ``-size`` to ``size``, as random as a hash of what is approximated, and no more."""
+    """Return errors from ``-size`` to ``size``, by a hash of the seed, the instruction's name and its operands."""
     state = np.uint64((seed << 32 | zlib.crc32(name.encode())) & 0xFFFFFFFFFFFFFFFF)
     for x in values:
         state = _mixed(x.view(BITS[x.dtype.itemsize]).astype(U64) ^ state)
@@ -158,7 +158,7 @@ def errors(seed: int, name: str, size: int, *values: np.ndarray) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of ``x``: the finalizer of SplitMix64."""
+    """Hash ``x`` with the finalizer of SplitMix64: every bit of the result depends on every bit of ``x``."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -166,7 +166,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def disturbed(x: np.ndarray, off: np.ndarray) -> np.ndarray:
-    """Float32 moved by so many units in the last place; zeros, infinities and NaN stay."""
+    """Move float32 by ``off`` units in the last place; numbers below 2**-125, infinities and NaN stay."""
     moved = (x.view(U32) + off.astype(U32)).view(F32)
     movable = np.isfinite(x) & (np.abs(x) >= F32.type(2 * _SMALLEST)) & np.isfinite(moved)
     return np.where(movable, moved, x)

@@ -1,4 +1,4 @@
-"""Runs pieces of PTX in tests: one instruction on given values, or a whole kernel on tensors."""
+"""Run pieces of PTX in tests: one instruction on given values, or a whole kernel on tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def execute(
     disturb: int | None = None,
     at_once: int | None = None,
 ) -> None:
-    """Run a kernel whose parameters are all of 64 bits; ``at_once`` programs together, else all."""
+    """Run a kernel whose parameters all have 64 bits, ``at_once`` programs together, or all of them."""
     program = Program(ptx)
     _MEMORY.tensors.begin()
     words = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
@@ -46,7 +46,7 @@ def execute(
 
 
 def kernel(body: str, *, parameters: int = 0, threads: int = WARP, registers: str = "") -> str:
-    """A kernel of a body, with parameters ``p0``, ... and 32 each of ``%p0``, ``%s0``, ``%r0`` and ``%l0``."""
+    """Return a kernel's PTX, with parameters ``p0``, ... and 32 each of ``%p0``, ``%s0``, ``%r0`` and ``%l0``."""
     listed = ",\n".join(f".param .u64 p{i}" for i in range(parameters))
     return f"""
 .version 8.7
@@ -77,17 +77,17 @@ def apply(
     extra: Sequence[str] = (),
     disturb: int | None = None,
 ) -> Any:
-    """What an instruction gives for each element of its operands.
+    """Return an instruction's result for each element of its operands.
 
     Args:
         form: The instruction.
         sources: The type and the values of each operand; a predicate's type is ``"pred"``.
-        result: The result's type; several where the form has a vector of results.
+        result: The result's type; several types if the form has a vector of results.
         extra: Further operands, as text.
-        disturb: A seed for errors of approximations.
+        disturb: Seed of errors of approximations.
 
     Returns:
-        An array, or one for each result, of their types; bfloat16 is its bits.
+        An array of the result's type, or one for each result; bfloat16 as its bits.
     """
     results = [result] if isinstance(result, str) else list(result)
     n = len(sources[0][1])
@@ -130,7 +130,7 @@ def apply(
 
 
 def _as(dtype: np.dtype, value: Any) -> Any:
-    """A number as one of a type; integers wrap, so that bits may be written with any sign."""
+    """Convert a number to a type; integers wrap, so that bits may be written with any sign."""
     if dtype.kind in "iu":
         size = dtype.itemsize
         return np.frombuffer((int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little"), dtype)[0]
@@ -138,5 +138,5 @@ def _as(dtype: np.dtype, value: Any) -> Any:
 
 
 def bits(values: np.ndarray) -> list[int]:
-    """The bits of floats, to compare with."""
+    """Return the bits of floats, for comparisons."""
     return values.view(f"u{values.dtype.itemsize}").tolist()

@@ -1,4 +1,4 @@
-"""Where the tensors of this process lie that are alive, and which of them an address is nearest to."""
+"""Addresses of the live tensors of this process, and the tensor that is nearest to an address."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ class _Range(NamedTuple):
     owners: list[weakref.ref]
 
     def alive(self) -> list[weakref.ref]:
-        """Which tensors still have their memory here; a storage may have been given up, or moved."""
+        """Return the tensors that still have their memory here; a storage may have been freed, or moved."""
         found = [(owner, _extent(x)) for owner in self.owners if (x := owner()) is not None]
         return [owner for owner, at in found if at is not None and self.start <= at[0] and at[1] <= self.end]
 
 
 class LiveTensors:
-    """The memory of all CPU tensors; looked up anew when an address is in none that is known.
+    """The memory of all CPU tensors, searched for again when an address is in no known tensor.
 
-    Python's collector knows all objects. To look only through those that are new, a look moves all to the oldest
-    generation, where later looks need not go unless a collection has moved others there. A look takes time for
-    the tensors that are new, however many are known.
+    Python's garbage collector knows all objects. To search new objects only, a search moves all objects to the
+    oldest generation, which later searches skip unless a collection has moved others there. So a search takes time
+    for new tensors only, however many are known.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, weakref.ref] = {}  # by identity; a tensor that goes takes itself out
+        self._known: dict[int, weakref.ref] = {}  # by identity; a tensor that is deleted removes itself
         self._collections: list[int] | None = None
         self._looks = 0
-        self._ranges: list[_Range] = []  # in order, apart from each other
+        self._ranges: list[_Range] = []  # sorted and disjoint
         self._starts: list[int] = []
         self._ends: list[int] = []
-        self._bounds = np.zeros((2, 0), S64)  # both, to look many addresses up
+        self._bounds = np.zeros((2, 0), S64)  # both, to look up many addresses
         self._checked: set[int] = set()
 
     def begin(self) -> None:
-        """A launch begins: tensors may have gone since the last."""
+        """Begin a launch: check all ranges again, since tensors may have been deleted since the last one."""
         self._checked.clear()
 
     def inside(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Whether each run of bytes from ``low`` up to ``high`` lies in one storage of a tensor that is alive."""
+        """Return whether the bytes from each ``low`` up to ``high`` lie in one storage of a live tensor."""
         found = self._find(low, high)
         new = set(found.tolist()) - self._checked - {-1}
         gone = [i for i in new if not self._ranges[i].alive()]
@@ -56,7 +56,7 @@ class LiveTensors:
                 self._replace(i, i + 1)
             self._renew(everything=False)
             found = self._find(low, high)
-            if (found < 0).any():  # a tensor that is known may have other memory now
+            if (found < 0).any():  # a known tensor may have other memory now
                 self._renew(everything=True)
                 found = self._find(low, high)
             new = set(found.tolist()) - {-1}
@@ -64,7 +64,7 @@ class LiveTensors:
         return found >= 0
 
     def nearest(self, address: int) -> str:
-        """Say which tensor an address is nearest to, and how far it is off."""
+        """Return a text that names the tensor nearest to an address, and its distance."""
         self._renew(everything=True)
         owners = [x for each in self._ranges for owner in each.owners if (x := owner()) is not None]
         if not owners:
@@ -91,11 +91,11 @@ class LiveTensors:
         return np.where((i >= 0) & (high <= ends[i]), i, -1)
 
     def _renew(self, everything: bool) -> None:
-        """Look for new tensors, or look at those that are known again, too."""
+        """Search for new tensors and, if ``everything``, update the known ones too."""
         new = [x for x in self._new() if id(x) not in self._known]
         if everything:
             new += [x for owner in list(self._known.values()) if (x := owner()) is not None]
-            new += [x.grad for x in new if x.is_leaf and x.grad is not None]  # C++ alone may know them
+            new += [x.grad for x in new if x.is_leaf and x.grad is not None]  # only C++ may refer to them
             self._known.clear()
             self._replace(0, len(self._ranges))
         for x in new:
@@ -108,7 +108,7 @@ class LiveTensors:
         self._checked.clear()
 
     def _add(self, new: _Range) -> None:
-        """Put a range in its place; with those that share memory with it, as storages may, it is one."""
+        """Insert a range, merged with the ranges that share memory with it, as storages may."""
         first = bisect.bisect_right(self._ends, new.start)
         last = bisect.bisect_left(self._starts, new.end)
         for each in self._ranges[first:last]:
@@ -122,10 +122,10 @@ class LiveTensors:
         self._ends[first:last] = [each.end for each in ranges]
 
     def _new(self) -> list[Tensor]:
-        """Tensors that the last look has not seen, and perhaps others."""
+        """Return the tensors created since the last search, and perhaps others."""
         self._looks += 1
         if self._looks % 512 == 0:
-            gc.collect()  # while the driver is active, Python hardly ever does by itself
+            gc.collect()  # Python hardly ever does so while the driver is active
         young = self._collections == _collections()
         objects = gc.get_objects(generation=0) if young else gc.get_objects()
         objects += gc.get_objects(generation=1) if young else []
@@ -137,9 +137,9 @@ class LiveTensors:
                 kinds[kind] = issubclass(kind, Tensor)
             if kinds[kind]:
                 found.append(x)
-        objects.clear()  # it may be one of them, and would keep them all
+        objects.clear()  # the list may contain itself, and would keep all objects alive
         gc.freeze()
-        gc.unfreeze()  # from where these two put them: into the oldest generation
+        gc.unfreeze()  # freeze and unfreeze move objects into the oldest generation
         self._collections = _collections()
         return found
 
@@ -149,25 +149,25 @@ def _collections() -> list[int]:
 
 
 def _extent(x: Tensor) -> tuple[int, int] | None:
-    """The first and the last address of a tensor's storage; None where it has none in the host's memory."""
+    """Return the start and the end of a tensor's storage; None if it has none in the host's memory."""
     try:
         if x.device.type != "cpu":
             return None
         storage = x.untyped_storage()
         start, n = storage.data_ptr(), storage.nbytes()
-    except (RuntimeError, NotImplementedError, ValueError):  # of fake tensors and parameters without a shape yet
+    except (RuntimeError, NotImplementedError, ValueError):  # fake tensors, parameters without a shape yet
         return None
     return (start, start + n) if start and n else None
 
 
 def _span(x: Tensor) -> tuple[int, int]:
-    """Where the tensor's own elements lie."""
+    """Return the start and the end of a tensor's own elements."""
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _name(x: Tensor) -> str:
-    """What a dictionary calls a tensor: an optimizer's state, a module's parameters, an object's attribute."""
+    """Return a tensor's key in a dictionary: optimizer state, a module's parameters, an object's attributes."""
     for holder in gc.get_referrers(x):
         if isinstance(holder, dict):
             for key, value in holder.items():

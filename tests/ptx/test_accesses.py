@@ -68,7 +68,7 @@ def test_copies(kind: str, n: int, space: str) -> None:
     ],
 )
 def test_extension(space: str, kind: str, register: str, stored: str, expected: int) -> None:
-    """Registers that are wider than what is loaded: by its sign where the type is signed."""
+    """Check that values narrower than their registers are sign-extended if their type is signed."""
     given, out = torch.tensor([0xE0A0C080 - 2**32]), torch.zeros(1, dtype=torch.int64)
     load = {
         "global": f"ld.global.{kind} {register}, [%l0];",
@@ -89,7 +89,7 @@ def test_extension(space: str, kind: str, register: str, stored: str, expected: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters(kind: str) -> None:
-    """They lie one after the other, each at a multiple of its size."""
+    """Check that parameters lie one after the other, each at a multiple of its size."""
     size = int(kind[1:]) // 8
     store = {8: "st.global.b64", 4: "st.global.b32", 2: "st.global.b16", 1: "st.global.b8"}[size]
     register = f"{REGISTERS[8 * size]}10"

@@ -1,4 +1,4 @@
-"""Tests how threads go through a kernel, predicates, branches that diverge and loops, and what is refused."""
+"""Tests of control flow: predicates, divergent branches, loops and early ends; and of PTX that is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START = """
 
 
 def run(body: str, *, grid: int = 1, threads: int = 32, at_once: int | None = None) -> list[int]:
-    """What each thread stores of ``%r10``: its number in the grid is in ``%r3``."""
+    """Return the ``%r10`` that each thread stores; ``%r3`` holds its index in the grid."""
     out = torch.full((grid * threads,), -1, dtype=torch.int32)
     execute(kernel(START + body, parameters=1, threads=threads), [out], grid=grid, at_once=at_once)
     return out.tolist()
@@ -32,7 +32,7 @@ STORE = "st.global.b32 [%l1], %r10;\n"
 
 
 def test_predicates() -> None:
-    """An instruction whose predicate does not hold leaves its target, and memory, as they are."""
+    """Check that an instruction whose predicate is false changes neither its target nor memory."""
     body = """
         mov.b32 %r10, 7;
         setp.lt.s32 %p0, %r0, 5;
@@ -76,7 +76,7 @@ def test_both_ways_of_a_branch() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_loops_of_different_lengths(at_once: int) -> None:
-    """Each thread of each program goes around as often as its number says, and they meet again behind."""
+    """Check that each thread runs as many iterations as its index, and that all meet after the loop."""
     body = (
         """
         mov.b32 %r10, 0;
@@ -96,7 +96,7 @@ def test_loops_of_different_lengths(at_once: int) -> None:
 
 
 def test_loops_of_whole_programs() -> None:
-    """Programs go around a loop in different numbers; registers that are a program's own stay so."""
+    """Check a loop that each program runs a different number of times, with all its threads together."""
     body = (
         """
         mov.b32 %r10, 1;
@@ -137,7 +137,7 @@ def test_branches_within_branches() -> None:
 
 @pytest.mark.parametrize("end", ["ret", "exit"])
 def test_threads_that_end_early(end: str) -> None:
-    """They do nothing any more, and nobody waits for them."""
+    """Check that threads do nothing after their end, and that a barrier does not wait for them."""
     body = (
         f"""
         setp.ge.s32 %p0, %r0, 10;
@@ -162,7 +162,7 @@ def test_programs_that_end_early() -> None:
 
 
 def test_registers_of_inline_assembly() -> None:
-    """Names in an inner scope are others, even where they are written alike."""
+    """Check that registers declared in an inner scope hide those of the same name."""
     body = (
         """
         mov.b32 %r4, 5;
@@ -184,7 +184,7 @@ def test_a_register_that_is_its_own_source() -> None:
     assert run(body) == [1 - 2 * i for i in range(32)]
 
 
-# What is not understood -----------------------------------------------------------------------------------
+# PTX that is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

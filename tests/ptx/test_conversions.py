@@ -1,4 +1,4 @@
-"""Tests conversions between all types bit for bit: ties, infinities, NaN, subnormal numbers, and what overflows."""
+"""Tests conversions between all types bit for bit: ties, infinities, NaN, subnormal numbers, and overflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ptx.test_integers import limits, samples, wrap
 
 INTEGERS = ("s8", "u8", "s16", "u16", "s32", "u32", "s64", "u64")
 WHOLE = {
-    "rni": lambda x: Fraction(round(x)),  # Python rounds a tie to the even one, too
+    "rni": lambda x: Fraction(round(x)),  # Python rounds ties to even, too
     "rzi": lambda x: Fraction(math.trunc(x)),
     "rmi": lambda x: Fraction(math.floor(x)),
     "rpi": lambda x: Fraction(math.ceil(x)),
@@ -22,7 +22,7 @@ WHOLE = {
 
 
 def register(kind: str) -> str:
-    """The type of the register that holds one of 8 bits: at least 16."""
+    """Return the type of a register for a type: 8-bit values are in 16-bit registers."""
     return kind.replace("s8", "s16").replace("u8", "u16")
 
 
@@ -51,7 +51,7 @@ def saturated(x: int, kind: str) -> int:
 @pytest.mark.parametrize("source", INTEGERS)
 @pytest.mark.parametrize("target", INTEGERS)
 def test_integers(target: str, source: str, sat: str) -> None:
-    """Results narrower than their registers are extended as their type says; sources are read in their own bits."""
+    """Check that narrow results are extended by their type's rule, and sources are read in their own bits only."""
     values = samples(source if int(source[1:]) > 8 else source.replace("8", "16"))
     low, high = limits(target)
 
@@ -79,7 +79,7 @@ def test_integers_to_floats(target: str, source: str, how: str) -> None:
 @pytest.mark.parametrize("how", WHOLE)
 @pytest.mark.parametrize("source", ["f16", "f32", "f64"])
 def test_floats_to_integers(source: str, how: str, target: str) -> None:
-    """Clamped, and a NaN to 0, whether or not the form says so."""
+    """Check that results are clamped, and a NaN becomes 0, with and without ``.sat``."""
     values, (low, high) = floats(source), limits(target)
 
     def expected(x: int) -> int:
@@ -144,7 +144,7 @@ def test_floats_to_as_wide_ones(target: str, source: str, modifiers: str) -> Non
 @pytest.mark.parametrize("how", ["rn", "rz"])
 @pytest.mark.parametrize("modifiers", ["", ".ftz", ".sat", ".ftz.sat"])
 def test_float64_to_float32(how: str, modifiers: str) -> None:
-    """Ties of normal and of subnormal results, and what is too large."""
+    """Check ties of normal and of subnormal results, and overflow."""
     some = random.Random(5)
     numbers = [
         1 + 2.0**-24,
@@ -168,7 +168,7 @@ def test_float64_to_float32(how: str, modifiers: str) -> None:
 
 
 def near_halves(kind: str) -> list[int]:
-    """Float32 at, just below and just above what lies halfway between two narrower floats, of all sizes."""
+    """Return float32 at, just below and just above points halfway between two narrower floats, of all exponents."""
     f = FORMATS[kind]
     some = random.Random(kind)
     found = []
@@ -199,13 +199,13 @@ def test_float32_to_narrow_floats(kind: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("form", "source", "bits", "result", "expected"),
     [
-        ("cvt.rn.bf16.f32", "u32", 0x3F808000, "u16", 0x3F80),  # a tie, to the even one
+        ("cvt.rn.bf16.f32", "u32", 0x3F808000, "u16", 0x3F80),  # a tie, to even
         ("cvt.rn.bf16.f32", "u32", 0x3F818000, "u16", 0x3F82),
-        ("cvt.rn.bf16.f32", "u32", 0x7F7FFFFF, "u16", 0x7F80),  # the largest becomes infinite
+        ("cvt.rn.bf16.f32", "u32", 0x7F7FFFFF, "u16", 0x7F80),  # the largest float32, to infinity
         ("cvt.rz.bf16.f32", "u32", 0x7F7FFFFF, "u16", 0x7F7F),
         ("cvt.rn.bf16.f32", "u32", 0xFFC00001, "u16", 0x7FFF),  # NaN
         ("cvt.rn.bf16.f32", "u32", 0x00008001, "u16", 0x0001),  # subnormal
-        ("cvt.rn.f16.f32", "u32", 0x33000000, "u16", 0x0000),  # half of the least
+        ("cvt.rn.f16.f32", "u32", 0x33000000, "u16", 0x0000),  # half of the smallest float16
         ("cvt.rn.f16.f32", "u32", 0x33000001, "u16", 0x0001),
         ("cvt.rn.f16.f32", "u32", 0x477FF000, "u16", 0x7C00),  # 65520
         ("cvt.f32.bf16", "u16", 0x0001, "u32", 0x00010000),

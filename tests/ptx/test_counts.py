@@ -31,7 +31,7 @@ def count(
     at_once: int | None = None,
     shared: int = 0,
 ) -> Tally:
-    """The tally of a kernel whose parameters are these tensors."""
+    """Return the tally of a kernel whose parameters are the tensors."""
     program = Program(kernel(body, parameters=len(tensors), threads=threads))
     MEMORY.tensors.begin()
     words = [x.data_ptr() for x in tensors]
@@ -44,7 +44,7 @@ def count(
 
 
 def aligned(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``n`` elements whose first lies at a multiple of 128 bytes."""
+    """Return a tensor of ``n`` elements that begins at a multiple of 128 bytes."""
     x = torch.zeros(n * dtype.itemsize + 128, dtype=torch.uint8)
     off = -x.data_ptr() % 128
     return x[off : off + n * dtype.itemsize].view(dtype)
@@ -95,7 +95,7 @@ ONE_OF_EACH = """
 
 
 def test_each_class_is_counted() -> None:
-    """2 programs of 64 threads: 11 instructions and a return, of which a store is made by 8 threads of each."""
+    """Count 11 instructions and a return of 2 programs of 64 threads, 8 of which execute the store."""
     x = aligned(64)
     tally = count(ONE_OF_EACH, [x], {"g": [x]}, threads=64, grid=2)
     threads = tally.by_class(tally.threads)
@@ -104,7 +104,7 @@ def test_each_class_is_counted() -> None:
         "other": 4 * 128,
     }  # fmt: skip
     assert sum(threads.values()) == int(tally.threads.sum()) == 11 * 128 + 16
-    # A warp issues the store whether any of its lanes makes it or not.
+    # A warp issues the store even if its guard is false in all lanes.
     assert tally.by_class(tally.issued) == {
         "memory": 8, "integer": 8, "float": 4, "conversion": 4, "special": 4, "shuffle": 4, "other": 16,
     }  # fmt: skip
@@ -128,7 +128,7 @@ $end:
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_loops_count_as_often_as_they_run(at_once: int) -> None:
-    """Thread t of 64 goes round t + 1 times, and its warp as often as its last thread."""
+    """Count a loop that thread t of 64 runs t + 1 times, and its warp as often as its last thread."""
     tally = count(LOOP, [], {}, threads=64, grid=3, at_once=at_once)
     rounds = 3 * sum(range(1, 65))
     assert tally.threads.tolist() == [192, 192, rounds, rounds, rounds, 192, 0, 192]
@@ -143,7 +143,7 @@ def test_a_kernel_that_ends_without_a_return() -> None:
 
 
 def test_two_halves_of_a_warp_that_part() -> None:
-    """Each side is issued for the warp, and both lanes' shares add up."""
+    """Count both sides of a divergent branch: the warp issues each, and each lane executes one."""
     body = """
     mov.u32 %r0, %tid.x;
     setp.lt.u32 %p0, %r0, 20;
@@ -189,13 +189,13 @@ def access(stride: int, off: int = 0, form: str = "b32", guard: str = "", regist
 @pytest.mark.parametrize(
     ("body", "sectors", "asked"),
     [
-        (access(4), 4, 128),  # 32 lanes of 4 bytes side by side
-        (access(4, off=4), 5, 128),  # the same, off a sector's start
+        (access(4), 4, 128),  # 32 neighbouring elements of 4 bytes
+        (access(4, off=4), 5, 128),  # the same, not at the start of a sector
         (access(2, form="b16", register="%s1"), 2, 64),
         (access(16, form="v4.b32", register="{%r1, %r2, %r3, %r4}"), 16, 512),
         (access(32), 32, 128),  # each lane in a sector of its own
         (access(64), 32, 128),
-        (access(0), 1, 128),  # all lanes in one place
+        (access(0), 1, 128),  # all lanes at one address
         (access(4, guard="@%p0"), 1, 20),
         (access(32, guard="@%p0"), 5, 20),
         (access(4, guard="@!%p0"), 4, 108),
@@ -207,7 +207,7 @@ def test_sectors(body: str, sectors: int, asked: int) -> None:
 
 
 def test_sectors_of_warps_and_programs_add_up() -> None:
-    """64 threads that read one number: two warps' requests, one sector of each of 3 programs."""
+    """Count sectors of 3 programs of two warps that read one number: one per warp, one distinct per program."""
     x = aligned(64)
     for at_once in (1, 3):
         tally = count(access(0), [x], {"g": [x]}, threads=64, grid=3, at_once=at_once)
@@ -215,7 +215,7 @@ def test_sectors_of_warps_and_programs_add_up() -> None:
 
 
 def test_an_address_that_no_thread_computes_for_itself() -> None:
-    """All 64 threads load one number, then those of the second warp alone, then those of program 1."""
+    """Count loads from one address by all 64 threads, by the second warp only, and by program 1 only."""
     x = aligned(64)
     body = """
     mov.u32 %r0, %tid.x;
@@ -232,7 +232,7 @@ def test_an_address_that_no_thread_computes_for_itself() -> None:
 
 
 def test_a_sector_that_is_asked_for_again() -> None:
-    """The second of two loads, by the same program, is a request and no further sector."""
+    """Check that a program's second load from a sector adds to ``sectors``, but not to ``distinct``."""
     x = aligned(64)
     body = access(4) + "ld.global.b32 %r2, [%l2+16];\nst.global.b32 [%l2], %r2;"
     tally = count(body, [x], {"g": [x]})
@@ -242,7 +242,7 @@ def test_a_sector_that_is_asked_for_again() -> None:
 
 
 def test_traffic_is_told_apart_by_array() -> None:
-    """Arrays lie in several tensors; what lies in none of them is a look-up, and no traffic of arrays."""
+    """Count an array of several tensors; a load outside all arrays is a look-up, not traffic of arrays."""
     table, one, other = aligned(32, torch.int64), aligned(32), aligned(32)
     table[0], table[1] = one.data_ptr(), other.data_ptr()
     body = """
@@ -284,7 +284,7 @@ LAST = """
 
 
 def chain(body: str, offset: str = "0", **options: int) -> list[int]:
-    """Lengths of the chains before a gradient's load that ``body`` leads to, of programs in order of length."""
+    """Return the programs' lengths of chains to a gradient's load after ``body``, in increasing order."""
     table, g = aligned(64, torch.int64), aligned(64)
     table[:] = 0
     start = "mov.u32 %r0, %tid.x;\nld.param.b64 %l0, [p0];\n"
@@ -310,7 +310,7 @@ def test_a_register_that_is_written_anew_waits_no_longer() -> None:
 
 
 def test_loops_lengthen_the_chain_each_time() -> None:
-    """Program k goes round k + 1 times, whether it runs by itself or with others."""
+    """Check that chains of program k have k + 1 loads, whether programs run one by one or together."""
     body = """
     mov.u32 %r1, %ctaid.x;
     mov.u32 %r2, 0;
@@ -370,7 +370,7 @@ def test_the_first_gradient_counts_alone() -> None:
 
 
 def test_the_first_gradient_of_each_program() -> None:
-    """Program 0 loads one at once, and both one that waits."""
+    """Check that only the first gradient counts: program 0 loads one without waiting, then both one that waits."""
     table, g = aligned(64, torch.int64), aligned(64)
     table[:] = 0
     body = """

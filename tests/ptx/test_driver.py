@@ -1,4 +1,4 @@
-"""Tests launches of Triton's kernels through the driver, in processes of their own, and the options of pytest."""
+"""Tests of launches of Triton's kernels through the driver, in separate processes, and of the options of pytest."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_the_option_of_pytest(tmp_path: Path) -> None:
 
 
 def configure(**options: object) -> bool:
-    """What a command line with these options and no other begins with, in this process."""
+    """Configure the plugin in this process, as by a command line with only these options."""
     return plugin.configure(SimpleNamespace(getoption=lambda name: options.get(name.removeprefix("--"))))
 
 
 def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("GWT_KERNELS_COMPILED", "")  # which is put back
+    monkeypatch.setenv("GWT_KERNELS_COMPILED", "")  # restored after the test
     with pytest.raises(pytest.UsageError, match="--disturb needs --compiled"):
         configure(disturb=1)
     parser = argparse.ArgumentParser()
@@ -64,7 +64,7 @@ def test_options_that_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_cuda_device_runs_kernels_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("GWT_KERNELS_COMPILED", "sm_80")  # of a run that started this one
+    monkeypatch.setenv("GWT_KERNELS_COMPILED", "sm_80")  # as if set by the run that started this one
     before = plugin.driver()
     assert not configure(compiled="sm_90")
     assert plugin.driver() is before

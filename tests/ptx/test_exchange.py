@@ -1,4 +1,4 @@
-"""Tests what threads tell each other: shuffles, reductions of a warp, barriers, and matrices moved by a warp."""
+"""Tests of exchanges between threads: shuffles, reductions of a warp, barriers, matrices moved by a warp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LANES = list(range(32))
 
 
 def shuffle(mode: str, by: int, clamp: int, values: list[int] | None = None) -> list[int]:
-    """What lanes of two warps receive that hold their numbers, the second warp's from 100 on."""
+    """Return a shuffle's result in two warps, whose default values are the lanes, plus 100 in the second warp."""
     held = [*LANES, *(100 + lane for lane in LANES)] if values is None else values
     got = apply(f"shfl.sync.{mode}.b32", [("u32", held)], "u32", extra=[str(by), str(clamp), "-1"])
     return got.tolist()
@@ -25,7 +25,7 @@ def test_butterflies(by: int) -> None:
 
 @pytest.mark.parametrize("by", [0, 1, 5, 31])
 def test_shifts(by: int) -> None:
-    """A lane whose source would be out of the warp keeps what it has."""
+    """Check that a lane whose source would be outside the warp keeps its value."""
     assert shuffle("down", by, 31)[:32] == [lane + by if lane + by < 32 else lane for lane in LANES]
     assert shuffle("up", by, 0)[:32] == [lane - by if lane >= by else lane for lane in LANES]
 
@@ -36,7 +36,7 @@ def test_any_lane() -> None:
 
 
 def test_segments() -> None:
-    """Bits 8 to 12 say which bits of a lane's number its segment keeps: here segments of 8 lanes."""
+    """Check segments of 8 lanes: bits 8 to 12 select the bits of the lane index that a segment shares."""
     segment = 0b11000 << 8
     assert shuffle("idx", 3, segment | 31)[:32] == [lane // 8 * 8 + 3 for lane in LANES]
     assert shuffle("down", 5, segment | 31)[:32] == [lane + 5 if lane % 8 < 3 else lane for lane in LANES]
@@ -80,7 +80,7 @@ def test_a_predicate_tells_whether_the_source_is_inside() -> None:
     ],
 )
 def test_reductions(form: str, kind: str, expected: list[int]) -> None:
-    """Of -16 to 15 in the first warp, and of 17 to 48 in the second."""
+    """Check reductions of -16 to 15 in the first warp, and of 17 to 48 in the second."""
     values = [*range(-16, 16), *range(17, 49)]
     if form == "xor.b32":
         x = 0
@@ -99,7 +99,7 @@ def test_reductions(form: str, kind: str, expected: list[int]) -> None:
     [("", -5.0, 26.0), (".abs", 0.0, 26.0), (".NaN", None, None), (".abs.NaN", None, None)],
 )
 def test_reductions_of_floats(modifiers: str, least: float | None, largest: float | None) -> None:
-    """Of -5 to 26, one of them replaced by a NaN."""
+    """Check reductions of -5 to 26, one of which is replaced by a NaN."""
     values = [float("nan") if lane == 20 else lane - 5.0 for lane in LANES]
     for name, expected in (("min", least), ("max", largest)):
         got = apply(f"redux.sync.{name}{modifiers}.f32", [("f32", values)], "f32", extra=["-1"])
@@ -108,7 +108,7 @@ def test_reductions_of_floats(modifiers: str, least: float | None, largest: floa
 
 @pytest.mark.parametrize("form", ["bar.sync", "barrier.sync", "barrier.sync.aligned"])
 def test_barriers(form: str) -> None:
-    """Threads of several warps exchange values through shared memory."""
+    """Check that threads of several warps can exchange values through shared memory."""
     out = torch.zeros(128, dtype=torch.int32)
     body = f"""
         mov.u32 %r0, %tid.x;
@@ -129,7 +129,7 @@ def test_barriers(form: str) -> None:
 
 
 def test_barriers_of_a_warp() -> None:
-    """Lanes of a warp may exchange values through shared memory with a barrier of their own."""
+    """Check that lanes of a warp can exchange values through shared memory with a barrier of the warp."""
     out = torch.zeros(64, dtype=torch.int32)
     body = """
         mov.u32 %r0, %tid.x;
@@ -146,14 +146,14 @@ def test_barriers_of_a_warp() -> None:
 
 
 def matrices(n: int, trans: str, cta: str) -> tuple[str, str]:
-    """Kernels that load, and that store, matrices: row i of each lies at 16 i."""
+    """Return kernels that load, and that store, matrices, whose row i lies at byte 16 i."""
     registers = "{" + ", ".join(f"%r{10 + i}" for i in range(n)) + "}"
     place = """
         mov.u32 %r0, %tid.x;
         ld.param.b64 %l0, [p0];
         ld.param.b64 %l1, [p1];
         shl.b32 %r1, %r0, 4;"""
-    # shared memory as 16-bit numbers 0, 1, ..., 64 n - 1; each thread keeps its registers
+    # shared memory has the 16-bit numbers 0, 1, ..., 64 n - 1; each thread stores its registers
     fill = "".join(
         f"""
         add.s32 %r2, %r0, {32 * i};
@@ -189,7 +189,7 @@ def matrices(n: int, trans: str, cta: str) -> tuple[str, str]:
         for i in range(n)
     )
     own = f"sync.aligned.m8n8.x{n}{trans}.shared{cta}.b16"
-    limit = f"min.u32 %r1, %r1, {128 * n - 16};"  # addresses of lanes that no matrix needs stay in memory
+    limit = f"min.u32 %r1, %r1, {128 * n - 16};"  # keeps in range the addresses that no matrix uses
     load = kernel(f"{place}{limit}{fill}\nbar.sync 0;\nldmatrix.{own} {registers}, [%r1];{keep}", parameters=2)
     store = kernel(f"{place}{limit}{given}\nstmatrix.{own} [%r1], {registers};\nbar.sync 0;{drain}", parameters=2)
     return load, store
@@ -199,7 +199,7 @@ def matrices(n: int, trans: str, cta: str) -> tuple[str, str]:
 @pytest.mark.parametrize("trans", ["", ".trans"])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_matrices(n: int, trans: str, cta: str) -> None:
-    """Lane l holds elements 2 (l % 4) and the next of row l / 4, or of the column where it is transposed."""
+    """Check that lane l holds elements 2 (l % 4) and the next of row l / 4, or of this column if transposed."""
     memory = torch.arange(64 * n, dtype=torch.int16)
     held = torch.zeros(32, n, 2, dtype=torch.int16)
     load, store = matrices(n, trans, cta)

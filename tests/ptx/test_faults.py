@@ -1,4 +1,4 @@
-"""Tests that faults are reported: each in a kernel that is right until one thing in it is changed."""
+"""Tests that faults are reported, each in a kernel that is correct but for one change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tests.ptx.running import execute, kernel
 from tests.ptx.types import Fault
 
-# Two warps turn their elements of x around through shared memory, add up a warp's, and store y.
+# Two warps reverse their elements of x through shared memory, add those of neighbouring lanes, and store y.
 RIGHT = """
     mov.u32 %r0, %tid.x;
     mov.u32 %r1, %ctaid.x;
@@ -39,7 +39,7 @@ def run(body: str, *, grid: int = 3, shared: int = 256, at_once: int | None = No
 
 
 def fault(old: str, new: str, **options: int) -> str:
-    """What is reported once a part of the kernel is replaced by another."""
+    """Return the report of the fault after a part of the kernel has been replaced."""
     assert RIGHT.count(old) == 1
     with pytest.raises(Fault) as caught:
         run(RIGHT.replace(old, new), **options)
@@ -91,9 +91,9 @@ def test_accesses_outside_of_shared_memory() -> None:
 
 @pytest.mark.parametrize(("offset", "threads"), [(4, "thread 63 of program 2"), (-4, "thread 0 of program 0")])
 def test_accesses_outside_of_every_tensor(offset: int, threads: str) -> None:
-    """The report names the tensor that the address is nearest to, by a name that it has in a dictionary."""
+    """Check that the report names the tensor nearest to the address, by its key in a dictionary."""
     n = 64 * 3
-    memory = torch.zeros(3 * 4096, dtype=torch.uint8)  # an allocator may put another tensor just beside one
+    memory = torch.zeros(3 * 4096, dtype=torch.uint8)  # else the allocator may place tensors side by side
     del memory
     state = {"exp_avg": torch.zeros(n, dtype=torch.int32), "exp_avg_sq": torch.zeros(1 << 20)}
     y = torch.zeros(n + 32, dtype=torch.int32)
@@ -111,7 +111,7 @@ def test_accesses_outside_of_every_tensor(offset: int, threads: str) -> None:
     )
 
 
-# What nothing wrote ---------------------------------------------------------------------------------------
+# Unwritten data -------------------------------------------------------------------------------------------
 
 
 def test_registers_that_nothing_has_written() -> None:
@@ -133,7 +133,7 @@ def test_registers_that_nothing_has_written() -> None:
     ],
 )
 def test_registers_that_some_threads_have_not_written(line: str, use: str) -> None:
-    """Nobody is told while they compute with it; it is when they store what comes of it."""
+    """Check that computing with an unwritten register is no fault, but storing the result is one."""
     before = f"setp.lt.s32 %p0, %r0, 33;\nsetp.lt.s32 %p1, %r0, 64;\n{line}\n"
     text = fault("add.s32 %r8, %r6, %r7;", before + use)
     check(text, "`st.global.b32 [%l3], %r8`", "comes of what nothing has written", "of program 0")
@@ -143,10 +143,10 @@ def test_registers_that_some_threads_have_not_written(line: str, use: str) -> No
 @pytest.mark.parametrize(
     "use",
     [
-        "selp.b32 %r8, %r9, %r6, %p0;",  # what is not chosen
-        "add.s32 %r10, %r9, 1;\nmov.b32 %r8, %r0;\n@%p0 mov.b32 %r8, %r10;",  # computed, and left
+        "selp.b32 %r8, %r9, %r6, %p0;",  # not selected
+        "add.s32 %r10, %r9, 1;\nmov.b32 %r8, %r0;\n@%p0 mov.b32 %r8, %r10;",  # computed, but not used
         "mov.b32 %r9, 5;\nmov.b32 %r8, %r9;",  # written before it is read
-        "shfl.sync.idx.b32 %r8, %r9, 0, 31, -1;",  # a lane that has it
+        "shfl.sync.idx.b32 %r8, %r9, 0, 31, -1;",  # from a lane that has written it
     ],
 )
 def test_registers_that_some_threads_have_not_written_and_do_not_use(use: str) -> None:
@@ -179,7 +179,7 @@ def test_what_is_unknown_must_not_decide(use: str, words: str) -> None:
 
 
 def test_halves_of_registers() -> None:
-    """Of two numbers in one register each is unknown by itself."""
+    """Check that each of two numbers in one register can be unknown on its own."""
     old = "add.s32 %r8, %r6, %r7;"
     pair = "mov.b64 %l9, {%r6, %r9};\nadd.rn.f32x2 %l9, %l9, %l9;\nmov.b64 %l10, %l9;\nmov.b64 {%r8, %r10}, %l10;"
     run(RIGHT.replace(old, pair))
@@ -200,7 +200,7 @@ def test_barriers_that_not_all_threads_reach() -> None:
 
 
 def test_barriers_of_programs_that_are_elsewhere() -> None:
-    """Other programs need not come."""
+    """Check that a barrier does not wait for other programs."""
     run(
         RIGHT.replace(
             "bar.sync 0;",
@@ -221,7 +221,7 @@ def test_exchanges_that_not_all_lanes_reach(exchange: str) -> None:
 
 
 def test_exchanges_of_half_a_warp() -> None:
-    """Lanes that are named are enough; one that is not must not be asked."""
+    """Check that only the lanes of the member mask need to arrive, and that others must not be read."""
     half = """
         mov.b32 %r7, 0;
         and.b32 %r9, %r0, 31;
@@ -247,14 +247,14 @@ def test_shared_memory_without_a_barrier() -> None:
 
 
 def test_shared_memory_that_is_written_again_too_early() -> None:
-    """What other warps may still have to read."""
+    """Check that overwriting data that other warps may still read is a race."""
     after = "ld.shared.b32 %r6, [%r5];"
     check(fault(after, f"{after}\nst.shared.b32 [%r4], %r6;"), "a race in shared memory")
     run(RIGHT.replace(after, f"{after}\nbar.sync 0;\nst.shared.b32 [%r4], %r6;"))
 
 
 def test_shared_memory_within_a_warp() -> None:
-    """Two lanes of a warp are ordered by what the whole warp does together, and by nothing else."""
+    """Check that only an instruction of the whole warp orders the accesses of two lanes."""
     swap = "xor.b32 %r9, %r4, 4;\nst.shared.b32 [%r4], %r6;\n{}\nld.shared.b32 %r6, [%r9];\n"
     old = "shfl.sync.bfly.b32 %r7, %r6, 1, 31, -1;"
     run(RIGHT.replace(old, "bar.sync 0;\n" + swap.format("bar.warp.sync -1;") + old))
@@ -262,7 +262,7 @@ def test_shared_memory_within_a_warp() -> None:
 
 
 def test_shared_memory_written_alike() -> None:
-    """Threads that write the same do not race; those that do not, do."""
+    """Check that threads that write equal values do not race, and those that write different ones do."""
     old = "bar.sync 0;"
     run(
         RIGHT.replace(old, f"{old}\nst.shared.b32 [256], %r1;\n")
@@ -279,7 +279,7 @@ def test_shared_memory_written_alike() -> None:
 
 
 def test_races_of_threads_in_global_memory() -> None:
-    """Two threads of a program store different values to one place."""
+    """Check stores of different values to one address by two threads of a program."""
     text = fault("mad.wide.u32 %l3, %r2, 4, %l1;", "shr.u32 %r9, %r2, 2;\nmad.wide.u32 %l3, %r9, 4, %l1;")
     check(
         text,
@@ -291,18 +291,18 @@ def test_races_of_threads_in_global_memory() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_races_of_programs(at_once: int) -> None:
-    """Also of programs that do not run together here."""
+    """Check races of two programs, even of programs that the machine does not run together."""
     text = fault("mad.wide.u32 %l3, %r2, 4, %l1;", "mad.wide.u32 %l3, %r0, 4, %l1;", at_once=at_once)
     check(text, "a race in global memory", "of program 0", "of program 1")
     reads = "ld.global.b32 %r3, [%l2];"
     body = RIGHT.replace("mad.wide.u32 %l3, %r2, 4, %l1;", "mad.wide.u32 %l3, %r2, 4, %l0;")
-    run(body, at_once=at_once)  # the control: each program its own elements, in place
+    run(body, at_once=at_once)  # the control: each program updates its own elements in place
     with pytest.raises(Fault, match=r"a race in global memory .* read by .* of program \d"):
         run(body.replace(reads, f"mad.wide.u32 %l2, %r0, 4, %l0;\n{reads}"), at_once=at_once)
 
 
 def test_races_of_narrow_and_wide_accesses() -> None:
-    """A wide load of what another thread stores in pieces."""
+    """Check a wide load of elements that other threads store one by one."""
     old = "st.global.b32 [%l3], %r8;"
     wide = f"""{old}
         and.b32 %r9, %r2, -4;
@@ -324,26 +324,26 @@ COPIES = """
 
 
 def test_copies_that_come_to_nothing() -> None:
-    """Threads that hold the same number all read it, and one stores what becomes of it."""
+    """Check that threads may load copies of a number that one of them updates, if the copies are not used."""
     out = "st.global.b32 [%l3], %r8;"
     start = RIGHT[: RIGHT.index("    mad.wide.u32 %l2")]
-    for shift, mask in ((1, 1), (6, 63)):  # copies in a warp, and in several
+    for shift, mask in ((1, 1), (6, 63)):  # copies in one warp, and in two
         run(start + COPIES.format(shift, mask))
         use = "mad.wide.u32 %l3, %r2, 4, %l1;\nst.global.b32 [%l3], %r10;"
         with pytest.raises(Fault, match=r"a race in global memory .* written by .* read by"):
-            run(start + COPIES.format(shift, mask) + use)  # now something comes of each
+            run(start + COPIES.format(shift, mask) + use)  # now each copy is stored
     told = (
         "shfl.sync.down.b32 %r12, %r10, 1, 31, -1;\nmad.wide.u32 %l3, %r2, 4, %l1;\n@%p5 st.global.b32 [%l3], %r12;"
     )
     copies = COPIES.format(1, 1).replace("and.b32 %r11", "and.b32 %r11").split("    @%p5 st.global")[0]
     with pytest.raises(Fault, match="a race in global memory"):
-        run(start + COPIES.format(1, 1) + told)  # a lane that stores is told what another read
+        run(start + COPIES.format(1, 1) + told)  # a lane stores what another lane loaded
     run(start + copies + told)  # nothing is stored in place
     assert out in RIGHT
 
 
 def test_faults_name_kernel_instruction_and_threads() -> None:
-    # Where no tensor can be: a fixed distance from one may be in another that happens to live there.
+    # At addresses that no tensor can have: at a fixed distance from one tensor there may be another.
     text = fault("mad.wide.u32 %l2, %r2, 4, %l0;", "mul.wide.u32 %l2, %r2, 4;")
     assert re.fullmatch(
         r"test_kernel: `ld\.global\.b32 %r3, \[%l2\]` \(line \d+\): global access of 4 bytes at "
@@ -354,7 +354,7 @@ def test_faults_name_kernel_instruction_and_threads() -> None:
 
 
 def test_what_other_threads_have_not_written_yet_is_not_unknown() -> None:
-    """Of two warps one comes to a jump and to a shuffle first, by registers that the other has not written yet."""
+    """Check that a jump and a shuffle of one warp may use registers that the other warp has not written yet."""
     body = """
     mov.u32 %r0, %tid.x;
     setp.lt.s32 %p0, %r0, 32;

@@ -28,7 +28,7 @@ F64 = [*SPECIAL, 2.0**-1074, 2.0**-1022, 1.7976931348623157e308, 900719925474099
 
 
 def samples(kind: str, n: int = 40) -> list[int]:
-    """Bits of floats: those that are special, and others of any exponent."""
+    """Return the bits of floats: special values, and others of any exponent."""
     some = random.Random(kind)
     own = [to_bits(x, "f32") for x in F32] if kind == "f32" else [to_bits(x, "f64") for x in F64]
     width = 32 if kind == "f32" else 64
@@ -48,7 +48,7 @@ def signed_zero(kind: str, x: int) -> bool:
 
 
 def flushed(x: int) -> int:
-    """Bits of a float32, a zero where it is subnormal."""
+    """Return the bits of a float32, those of a zero if it is subnormal."""
     return x if x & 0x7F800000 else x & 0x80000000
 
 
@@ -112,7 +112,7 @@ def root(kind: str, a: int) -> int:
         return FORMATS[kind].nan
     if isinstance(x, float) or x == 0:
         return a
-    # 140 bits of the root, and one more that says whether that is all of it
+    # 140 bits of the root, and one more that is set if the root is inexact
     shift = 140 + (x.denominator.bit_length() - 1) // 2 * 2
     whole = math.isqrt(x.numerator * 4**shift // x.denominator)
     inexact = Fraction(whole * whole, 4**shift) != x
@@ -159,14 +159,14 @@ def test_fused(kind: str) -> None:
     rows += [tuple(some.getrandbits(width) for _ in range(3)) for _ in range(100)]
     exponent = 1 << (23 if kind == "f32" else 52)
     one = to_bits(1.0, kind)
-    for _ in range(100):  # sums that all but cancel
+    for _ in range(100):  # sums that nearly cancel
         a, b = one + some.randrange(exponent), one + some.randrange(exponent)
         rows.append((a, b, negate(kind, multiply(kind, a, b))))
     assert run(f"fma.rn.{kind}", kind, rows) == [fused(kind, *row) for row in rows]
 
 
 def test_fused_is_rounded_once() -> None:
-    """A sum that a float64 would round to a point halfway between two float32, and that lies beside it."""
+    """Check sums near a point halfway between two float32, to which float64 would round them."""
     a, c = 1 + 2.0**-23, 2.0**-60
     got = apply("fma.rn.f32", [("f32", [a, a]), ("f32", [1 + 2.0**-1, 1.5]), ("f32", [c, -c])], "f32")
     exact = [rounded(Fraction(a) * Fraction(1.5) + Fraction(x), "f32") for x in (c, -c)]
@@ -176,7 +176,7 @@ def test_fused_is_rounded_once() -> None:
     rows = [
         (to_bits(x, "f32"), to_bits(0.5, "f32"), to_bits(z, "f32")) for x in (tiny, 3 * tiny) for z in (0.0, tiny)
     ]
-    assert run("fma.rn.f32", "f32", rows) == [0, 2, 2, 2]  # ties of subnormal numbers go to the even one
+    assert run("fma.rn.f32", "f32", rows) == [0, 2, 2, 2]  # ties of subnormal numbers, to even
 
 
 @pytest.mark.parametrize("modifiers", [".ftz", ".sat", ".ftz.sat"])
@@ -258,7 +258,7 @@ def test_signs(kind: str) -> None:
 @pytest.mark.parametrize("ftz", ["", ".ftz"])
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "fma"])
 def test_pairs(name: str, ftz: str, rn: str) -> None:
-    """Both halves of 64 bits are float32 of their own."""
+    """Check arithmetic on registers of 64 bits whose halves are two float32."""
     own = samples("f32", 4)
     rows = [(a, b, c) for a in own for b in own[::3] for c in (own[::5] if name == "fma" else own[:1])]
     rows = rows if name == "fma" else [row[:2] for row in rows]
@@ -276,7 +276,7 @@ def test_pairs(name: str, ftz: str, rn: str) -> None:
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_mixed(kind: str) -> None:
-    """A float32 and one of 16 bits, which is exact as float32."""
+    """Check sums of a 16-bit float, which is exact in float32, and a float32, and fused multiply-adds."""
     some = random.Random(2)
     narrow = [0, 0x8000, 1, 0x3C00, 0x7F80, 0x7C00, 0xFC01, *(some.getrandbits(16) for _ in range(20))]
     wide = [rounded(value(a, kind), "f32", negative_zero=a == 0x8000) for a in narrow]
@@ -314,7 +314,7 @@ APPROXIMATE: dict[str, tuple[Callable[..., float], int]] = {
 @pytest.mark.parametrize("ftz", ["", ".ftz"])
 @pytest.mark.parametrize("name", APPROXIMATE)
 def test_approximations(name: str, ftz: str) -> None:
-    """Correctly rounded by themselves; disturbed, all errors that are documented occur, and none beyond."""
+    """Check correct rounding by default, and with ``disturb`` all errors within the documented bound, no others."""
     function, ulps = APPROXIMATE[name]
     some = random.Random(3)
     rows = [tuple(some.uniform(0.7, 9) for _ in range(2 if "div" in name else 1)) for _ in range(300)]
@@ -356,7 +356,7 @@ def test_division_by_huge_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["rcp", "rsqrt"])
 def test_approximations_of_float64(name: str) -> None:
-    """Twenty bits of the fraction go in, and come out."""
+    """Check float64 approximations with 20 bits of the fraction, from operand to result."""
     some = random.Random(4)
     values = [some.uniform(0.1, 10) for _ in range(64)]
     got = apply(f"{name}.approx.ftz.f64", [("f64", values)], "f64")

@@ -1,4 +1,4 @@
-"""Tests the table of forms: each of them is run by a test beside this one."""
+"""Tests that every form in the table is executed by another test in this folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_patterns() -> None:
 
 
 def cases(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
-    """The arguments of each case of a test, as pytest makes them."""
+    """Yield the arguments of each case of a test, as pytest makes them."""
     columns = []
     for mark in getattr(test, "pytestmark", []):
         names = mark.args[0] if isinstance(mark.args[0], (list, tuple)) else mark.args[0].split(", ")
@@ -41,7 +41,7 @@ def cases(test: Callable[..., None]) -> Iterator[dict[str, Any]]:
 
 
 def test_every_form_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests of instructions are run once more, and the forms in kernels that reach their end are gathered."""
+    """Run the tests of instructions again, and collect the forms in kernels that run to their end."""
     tested: set[str] = set()
 
     class Recorded(running.Machine):

@@ -1,4 +1,4 @@
-"""Tests integer, logical, comparing and moving instructions on values worked out in Python's own integers."""
+"""Tests integer, logical, comparison and move instructions against Python's own integers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def limits(kind: str) -> tuple[int, int]:
 
 
 def wrap(x: int, kind: str) -> int:
-    """What is left of an integer in a type's bits."""
+    """Return an integer wrapped to a type's range."""
     low, high = limits(kind)
     return (x - low) % (high - low + 1) + low
 
@@ -144,7 +144,7 @@ def test_logic_of_predicates() -> None:
 
 @pytest.mark.parametrize("kind", ["b16", "b32", "b64", "u16", "u32", "u64", "s16", "s32", "s64"])
 def test_shifts(kind: str) -> None:
-    """By as much as the type has bits, and by more, too."""
+    """Check shifts, also by the type's number of bits and by more."""
     bits = int(kind[1:])
     own = kind.replace("b", "u")
     rows = [(a, n) for a in samples(own) for n in (0, 1, bits - 1, bits, bits + 1, 2**32 - 1)]
@@ -170,7 +170,7 @@ def test_funnel_shifts(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_fields(kind: str) -> None:
-    """Bit by bit, as the documentation defines them."""
+    """Check bit fields against the documentation's definition, bit by bit."""
     n = int(kind[1:])
     positions = (0, 1, 5, n - 1, n, 255)
     rows = [(a, at, size) for a in samples(kind) for at in positions for size in (0, 1, 7, n - 1, n, 255)]
@@ -202,7 +202,7 @@ def test_fields_by_hand() -> None:
 
 @pytest.mark.parametrize("table", [0x80, 0xFE, 0x96, 0xE8, 0x1D])
 def test_functions_of_three_bits(table: int) -> None:
-    a, b, c = 0xF0F0F0F0, 0xCCCCCCCC, 0xAAAAAAAA  # all eight cases
+    a, b, c = 0xF0F0F0F0, 0xCCCCCCCC, 0xAAAAAAAA  # all eight combinations of three bits
     got = apply("lop3.b32", [("u32", [a]), ("u32", [b]), ("u32", [c])], "u32", extra=[str(table)])
     assert got.tolist() == [table * 0x01010101]
 
@@ -266,9 +266,9 @@ def test_comparisons_of_floats(kind: str) -> None:
 
 @pytest.mark.parametrize("form", expand("selp.{b16,b32,b64,s16,s32,s64,u16,u32,u64,f32,f64}"))
 def test_selections(form: str) -> None:
-    """Bits are left as they are: a NaN's payload, too."""
+    """Check that selection copies bits unchanged, the payload of a NaN too."""
     kind = f"u{form.split('.')[1][1:]}"
-    a, b = limits(kind)[1] - 5, 7  # the first is a NaN, as a float
+    a, b = limits(kind)[1] - 5, 7  # the first, as a float, is a NaN
     assert apply(form, [(kind, [a, a]), (kind, [b, b]), ("pred", [1, 0])], kind).tolist() == [a, b]
 
 

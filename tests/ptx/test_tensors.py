@@ -1,4 +1,4 @@
-"""Tests of what counts as memory of a live tensor, in kernels that read it by its address."""
+"""Tests of the memory that counts as a live tensor's, in kernels that read it by its address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ptx.running import execute, kernel
 from tests.ptx.tensors import LiveTensors
 from tests.ptx.types import Fault
 
-# Each thread stores twice its element of x in y.
+# Each thread stores the double of its element of x in y.
 COPY = """
     mov.u32 %r0, %tid.x;
     ld.param.b64 %l0, [p0];
@@ -28,13 +28,13 @@ COPY = """
 
 
 def test_tensors_that_are_gone() -> None:
-    """What was a tensor's at the launch before, and is no longer."""
+    """Check that a read from a tensor deleted since the launch before is a fault."""
     x, y = torch.zeros(64 * 1024, dtype=torch.int32), torch.zeros(64 * 1024, dtype=torch.int32)
     ptx = kernel(COPY, parameters=2, threads=64)
     execute(ptx, [x, y])
     address = x.data_ptr()
     execute(ptx, [address, y])  # the control: it is still there
-    del x  # without a collection: what looks for tensors must not keep them
+    del x  # without a collection: the search must not keep tensors alive
     with pytest.raises(Fault, match="outside of every tensor"):
         execute(ptx, [address, y])
 
@@ -43,7 +43,7 @@ def test_a_look_for_tensors_keeps_nothing_alive() -> None:
     tensors, nowhere = LiveTensors(), np.zeros(1, np.int64)
     gc.disable()
     try:
-        for _ in range(3):  # at all objects, then at those that are new
+        for _ in range(3):  # searches all objects, then new ones only
             x = torch.zeros(1)
             seen = weakref.ref(x)
             assert not tensors.inside(nowhere, nowhere + 1).any()
@@ -54,7 +54,7 @@ def test_a_look_for_tensors_keeps_nothing_alive() -> None:
 
 
 def test_storages_that_are_given_up() -> None:
-    """As sharded data parallelism does between steps."""
+    """Check storages freed and allocated again, as sharded data parallelism does between steps."""
     x, y = torch.zeros(64 * 1024, dtype=torch.int32), torch.zeros(64 * 1024, dtype=torch.int32)
     ptx = kernel(COPY, parameters=2, threads=64)
     address = x.data_ptr()
@@ -77,16 +77,16 @@ def test_gradients_that_only_autograd_knows() -> None:
 
 
 def test_reads_past_a_storage_that_another_follows() -> None:
-    """Bytes of two tensors that happen to be neighbours are no one tensor's."""
+    """Check a read past the end of a storage that lies in a larger one, in which the whole read is."""
     memory = torch.zeros(64, dtype=torch.int32)
     first = torch.frombuffer(memory.numpy()[:1], dtype=torch.int32)
     assert first.untyped_storage().nbytes() == 4
     body = "ld.param.b64 %l0, [p0];\nld.global.v2.b32 {%r1, %r2}, [%l0];"
-    execute(kernel(body, parameters=1), [memory])  # the control: within one
+    execute(kernel(body, parameters=1), [memory])  # lies within the larger one
 
 
 def test_tensors_without_memory_are_no_extents() -> None:
-    """Lazy modules, fake tensors and meta tensors may be alive beside those that a kernel reads."""
+    """Check a launch while tensors without memory are alive: of a lazy module, fake and meta tensors."""
     with FakeTensorMode():
         fake = torch.zeros(4)
     alive = [torch.nn.LazyLinear(2).weight, fake, torch.zeros(4, device="meta")]
