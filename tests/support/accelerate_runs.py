@@ -21,7 +21,7 @@ def accelerator() -> Any:
     from accelerate.state import AcceleratorState
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": "0"}
-    AcceleratorState._reset_state(reset_partial_state=True)  # or the first one's settings hold
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the settings of the first Accelerator stay
     sharding = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -64,7 +64,7 @@ def everything(model: nn.Module, optimizer: Any) -> Any:
 
 
 def fsdp2() -> None:
-    """A sharded run equals the plain one, bit for bit on one process."""
+    """Check that a sharded run equals the plain one, bit for bit on one process."""
     made = accelerator()
     model, optimizer = prepared(made)
     begin, _ = everything(model, optimizer.optimizer)

@@ -1,4 +1,4 @@
-"""Counts what a step with random bits executes on shards of columns; test_executed.py runs it in a process."""
+"""Count what a step with random bits executes on shards of columns; test_executed.py runs it in a process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VARIANT = Variant("sm_90", "step_kernel", "bf16", "bf16", 2, "flat", False, "foa
 
 
 def count(spans: tuple[Span, Span] | None) -> float:
-    """Instructions an element of tensors that lie so in whole ones."""
+    """Return executed instructions per element of shards with these spans, or of whole tensors."""
     arrays = arrays_of(VARIANT, SHAPES, torch.device("cpu"))
     counter = ExecutionCounter(arrays, "g")
     n = len(SHAPES)

@@ -1,4 +1,4 @@
-"""Runs MatrixExchange in processes that test_matrices.py starts, beside the whole matrices."""
+"""Compare MatrixExchange, in processes that test_matrices.py starts, with whole matrices."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, mesh_of, on_each
 
 FP64 = NewtonSchulz(dtype=torch.float64)
 SMALL_BATCHES = mock.patch("gwt_kernels.distributed.matrix_plan.SMALLEST_BATCH", 1)
-"""Matrices however small are cut into batches."""
+"""Patch with which matrices of any size, however small, are divided into batches."""
 
 
 def gathered(value: Any, mesh: DeviceMesh) -> list[Any]:
-    """What every process of a mesh of one dimension has."""
+    """Return the value of every process of a one-dimensional mesh."""
     values: list[Any] = [None] * mesh.size()
     dist.all_gather_object(values, value, group=mesh.get_group())
     return values
 
 
 def layouts_of(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
-    """Every way of sharding matrices, batches of them and convolutions that the processes allow."""
+    """Return every way of sharding matrices, batches of matrices and convolutions over the processes."""
     layouts: list[Layout] = [
         ((4 * n, 6), line, [ROWS]),
         ((2 * n + 1, 13), line, [ROWS]),  # uneven
         ((1, 9), line, [ROWS]),  # empty everywhere but on the first process
-        ((n + 1, 9), line, [ROWS]),  # so that some are empty where three processes share four rows
+        ((n + 1, 9), line, [ROWS]),  # some are empty with four rows on three processes
         ((7, 2 * n + 1), line, [COLUMNS]),
         ((6, 10), line, [WHOLE]),
         ((6, 10), None, []),
         ((4 * n, 6), line, [ROWS]),
         ((0, 4), line, [ROWS]),
-        ((2 * n + 1, 5, 4), line, [ROWS]),  # experts, whole ones on each process
-        ((2, 5, 4), line, [ROWS]),  # fewer than processes
+        ((2 * n + 1, 5, 4), line, [ROWS]),  # whole experts on each process
+        ((2, 5, 4), line, [ROWS]),  # fewer experts than processes
         ((5, 2 * n + 1, 4), line, [COLUMNS]),
         ((3, 4, 3 * n - 1), line, [Shard(2)]),
         ((2, 3, 5, 4), line, [ROWS]),
@@ -89,11 +89,11 @@ OPTIONS: dict[int, list[tuple[bool, tuple[int, ...] | None]]] = {
     3: [(False, None), (True, None), (False, (2, -2)), (True, (1, -1))],
     4: [(False, None), (True, None)],
 }
-"""``flatten`` and ``row_splits`` to try, by the number of dimensions; of the splits the first counts."""
+"""``flatten`` and ``row_splits`` to try, by the number of dimensions; only the first split is used."""
 
 
 def parameters_of(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[MatrixParameter], list[Tensor]]:
-    """Parameters of every layout under all options that mean something for it, and the whole ones."""
+    """Return parameters of every layout with all options that apply to it, and the whole tensors."""
     params: list[MatrixParameter] = []
     wholes: list[Tensor] = []
     seen: Counter[str] = Counter()
@@ -106,7 +106,7 @@ def parameters_of(layouts: Sequence[Layout], seed: int = 0) -> tuple[list[Matrix
                 splits = (splits[0], rows - splits[0])
             kind = f"{shape} {placements} {flatten} {splits}"
             seen[kind] += 1
-            own_seed = seed + seen[kind] + zlib.crc32(kind.encode())  # the same where others hold more besides
+            own_seed = seed + seen[kind] + zlib.crc32(kind.encode())  # the same if others hold more parameters
             wholes.append(runs.parameters([shape], dtype=torch.float64, seed=own_seed)[0].detach())
             params.append(MatrixParameter(f"{i}: {kind}", shard(wholes[-1], mesh, placements), flatten, splits))
     return params, wholes
@@ -117,14 +117,14 @@ def local(x: Any) -> Tensor:
 
 
 def orthogonal(p: MatrixParameter, x: Tensor, newton_schulz: NewtonSchulz) -> Tensor:
-    """What becomes of a whole parameter."""
+    """Return the orthogonalized whole parameter."""
     x = x.to(newton_schulz.dtype, copy=True, memory_format=torch.contiguous_format)
     orthogonalize_(views_of(x, p.flatten, p.row_splits), newton_schulz)
     return x
 
 
 def replace_parts(exchange: MatrixExchange, parts: Sequence[Tensor]) -> None:
-    """Replace this process's parts of all parameters' matrices by the results; they may have any dtype."""
+    """Replace this process's parts of all parameters' matrices, of any dtype, by the results."""
 
     def of(pieces: Sequence[MatrixPiece]) -> list[Tensor]:
         return [piece.of(parts[piece.param]) for piece in pieces]
@@ -138,7 +138,7 @@ def replace_parts(exchange: MatrixExchange, parts: Sequence[Tensor]) -> None:
 def compare(
     layouts: Sequence[Layout], workspaces: Sequence[int], newton_schulz: NewtonSchulz = FP64
 ) -> MatrixExchange:
-    """The exchange of all layouts at once, in batches of several sizes, and each whole matrix by itself."""
+    """Compare the exchange of all layouts at once, in batches of several sizes, with each whole matrix."""
     params, wholes = parameters_of(layouts)
     expected = [orthogonal(p, x, newton_schulz) for p, x in zip(params, wholes, strict=True)]
     for workspace in workspaces:
@@ -148,7 +148,7 @@ def compare(
             replace_parts(exchange, parts)
             for p, part, exact in zip(params, parts, expected, strict=True):
                 x: Any = p.tensor
-                if isinstance(x, DTensor):  # not full_tensor(), which takes ranks of a mesh for sorted
+                if isinstance(x, DTensor):  # not full_tensor(), which assumes sorted ranks of a mesh
                     exact = local(shard(exact, x.device_mesh, x.placements).detach())
                 if newton_schulz.dtype == torch.float64:
                     where = f"{p.name}, {workspace}"
@@ -167,7 +167,7 @@ def equals_whole() -> None:
 def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     layouts = layouts_of(n, line, grid)
     exchange = compare(layouts, [1 << 20, 25_000])
-    # Nothing but order and shapes decides, here as everywhere.
+    # The plan depends on order and shapes only, and is the same on every process.
     plan = exchange.owners, exchange.loads
     again = MatrixExchange(parameters_of(layouts, seed=9)[0], FP64, 25_000)
     assert (again.owners, again.loads) == plan
@@ -175,13 +175,13 @@ def _equals_whole(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def least(p: MatrixParameter) -> int:
-    """The fewest bytes that a parameter can be computed in."""
+    """Return the smallest workspace of a parameter, in bytes."""
     shape = p.tensor.shape[1:] if p.tensor.dim() > 2 and not p.flatten else p.tensor.shape
     return workspace_needed(matrix_shapes(shape, p.flatten, p.row_splits), FP64)
 
 
 def any_layouts(seeds: Sequence[int]) -> None:
-    """Random shapes, placements and options, with as little memory as there may be, and more."""
+    """Check random shapes, placements and options, with the smallest possible workspace and a larger one."""
     line, grid = mesh_of(4), mesh_of(2, 2)
     for seed in seeds:
         chance = random.Random(seed)
@@ -196,7 +196,7 @@ def any_layouts(seeds: Sequence[int]) -> None:
 
 
 def bits() -> None:
-    """In bfloat16 too a matrix has the bits of the whole one, on every replica."""
+    """Check that in bfloat16, too, every replica of a matrix has the bits of the whole matrix."""
     on_each_number(_bits, [2, 4])
 
 
@@ -205,7 +205,7 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def some_processes() -> None:
-    """Meshes of four of five processes, in any order, beside ones of two that hold other matrices each."""
+    """Check a mesh of four of five processes, in any order, and pairs of these that hold different matrices."""
     four = DeviceMesh("cpu", [[4, 2], [1, 3]], mesh_dim_names=("a", "b"))
     pairs = [DeviceMesh("cpu", ranks, mesh_dim_names=("a",)) for ranks in ([3, 1], [4, 2])]
     if dist.get_rank() == 0:
@@ -216,11 +216,11 @@ def some_processes() -> None:
     made = mock.Mock(wraps=dist.new_group)
     with mock.patch("torch.distributed.new_group", made):
         compare(layouts, [1 << 20, 60_000])
-    assert [call.args[0] for call in made.call_args_list] == [[1, 2, 3, 4]]  # for all exchanges
+    assert [call.args[0] for call in made.call_args_list] == [[1, 2, 3, 4]]  # one for all exchanges
 
 
 def engines() -> None:
-    """Models that FSDP2, tensor parallelism and both have divided, whose placements are their own."""
+    """Check models sharded by FSDP2, tensor parallelism and both, with the placements that these choose."""
     line, grid = mesh_of(4), mesh_of(2, 2)
     names = ("fsdp", "fsdp columns", "tp", "hsdp", "fsdp and tp")
     for name in names:
@@ -245,7 +245,7 @@ def engines() -> None:
 
 
 class Elsewhere:
-    """A collective on copies that nothing counts: gloo's threads keep tensors for a moment after it has ended."""
+    """A collective on copies that are not counted: gloo's threads keep tensors for a moment after its end."""
 
     def __init__(self, real: Any, results: Tensor, *others: Any, **options: Any) -> None:
         with _disable_current_modes():
@@ -260,7 +260,7 @@ class Elsewhere:
 
 
 def memory() -> None:
-    """What is said to be needed at once is what is, and at most twice the workspace, whatever travels."""
+    """Check that the predicted peak of memory is exact, and at most twice the workspace, for every layout."""
     line, grid = mesh_of(4), mesh_of(2, 2)
     kinds: list[Layout] = [
         ((64, 48), line, [ROWS]),
@@ -292,7 +292,7 @@ def memory() -> None:
 
 
 def overlap() -> None:
-    """While a batch is computed, the one after it has begun to travel, and the one before it goes back."""
+    """Check that while a batch is computed, the next one is being gathered and the last one sent back."""
     line = mesh_of(2)
     params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(16)]
     with SMALL_BATCHES:
@@ -321,7 +321,7 @@ def overlap() -> None:
     ):
         made: list[list[MatrixPiece]] = []
         exchange.run(lambda pieces, values: made.append(list(pieces)), lambda pieces, values: None)
-    # Four batches: gathers are 0, 1, 3, 5, and 2, 4, 6, 7 go back.
+    # Four batches: collectives 0, 1, 3, 5 gather them, and 2, 4, 6, 7 send them back.
     line_of = {event: i for i, event in enumerate(events) if event != "compute"}
     computing = [i for i, event in enumerate(events) if event == "compute"]
     assert len(computing) == len(made) == 4
@@ -334,7 +334,7 @@ def overlap() -> None:
         if i:
             assert line_of[f"start {scatters[i - 1]}"] < when < line_of[f"wait {scatters[i - 1]}"]
     assert sorted(piece.param for pieces in made for piece in pieces) == list(range(16))
-    assert exchange.sent_bytes == 2 * 16 // 2 * 24 * 2  # half of each matrix of the other's, and back: bfloat16
+    assert exchange.sent_bytes == 2 * 16 // 2 * 24 * 2  # half of each matrix, there and back, in bfloat16
 
 
 def refused(p: MatrixParameter, words: str, error: type[Exception] = ValueError, **options: Any) -> None:
@@ -343,7 +343,7 @@ def refused(p: MatrixParameter, words: str, error: type[Exception] = ValueError,
 
 
 def refusals() -> None:
-    """On every process, by the parameter's name and with the remedy."""
+    """Check that refusals are raised on every process, with the parameter's name and the remedy."""
     line = mesh_of(2)
     square = torch.randn(6, 4)
     partial = DTensor.from_local(square, line, [Partial()], run_check=False)
@@ -373,7 +373,7 @@ def refusals() -> None:
 
 
 def a_dead_process() -> None:
-    """One process ends in the middle of a step: the other's collective raises."""
+    """Check that if one process ends in the middle of a step, the other's collective raises."""
     line = mesh_of(2)
     params = [MatrixParameter(str(i), shard(torch.randn(6, 8), line, [ROWS])) for i in range(8)]
     with SMALL_BATCHES:
@@ -391,4 +391,4 @@ def a_dead_process() -> None:
     with pytest.raises(RuntimeError):
         exchange.run(make, lambda pieces, values: used.append(pieces))
     assert len(used) < 4
-    os._exit(0)  # nobody is left to take leave of
+    os._exit(0)  # no other process is left for the barrier at the end

@@ -31,7 +31,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def write_tokenizer(folder: Path, *, more: int = 0) -> Path:
-    """A tokenizer of whole words; `more` of them than the models below have places for."""
+    """Write a tokenizer of whole words, with `more` words than the embeddings of the models below have rows."""
     words = {word: i for i, word in enumerate((*SPECIAL, *WORDS, *(f"more{i}" for i in range(more))))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, *, more: int = 0) -> Path:
 
 
 def write_bert(folder: Path, **changed: Any) -> Path:
-    """A pre-trained body of two layers, without a head for labels."""
+    """Write a BERT of two layers, without a head for labels, and its tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     sizes |= {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 24, "initializer_range": 0.1}
@@ -53,7 +53,7 @@ def write_bert(folder: Path, **changed: Any) -> Path:
 
 
 def write_llama(folder: Path) -> Path:
-    """A language model of one layer whose output matrix is its embedding."""
+    """Write a language model of one layer, whose output matrix is its embedding, and its tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     sizes |= {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -62,7 +62,7 @@ def write_llama(folder: Path) -> Path:
 
 
 def sentences(count: int) -> list[tuple[str, str]]:
-    """Distinct sentences of three to eight words, and whether the word that judges is a good one."""
+    """Return distinct sentences of three to eight words, labelled by their one word from `GOOD` or `BAD`."""
     generator = torch.Generator().manual_seed(5)
     found: dict[str, str] = {}
     while len(found) < count:
@@ -91,7 +91,7 @@ def write_text(path: Path) -> Path:
 
 
 def tiny_task(folder: Path, *, examples: int = 48) -> Classification:
-    """A task of labelled sentences for the model that `write_bert` writes into `folder / "bert"`."""
+    """Return a task of labelled sentences for the model that `write_bert` writes into `folder / "bert"`."""
     data = write_tsv(folder / "reviews.tsv")
     tokenizer = load_tokenizer(folder / "bert")
     task = load_classification(
@@ -108,7 +108,7 @@ def tiny_config(model: Path, **changed: Any) -> RunConfig:
 
 
 def tiny_options(folder: Path) -> list[str]:
-    """A command line of six small steps; its files are in `folder`."""
+    """Return a command line of six small steps, and write its files to `folder`."""
     model, data = write_bert(folder / "bert"), write_tsv(folder / "reviews.tsv")
     line = f"--model {model} --data {data} --out {folder / 'out'} --device cpu --threads 1 --steps 6 --batch 8"
     sizes = "--examples 48 --validation 12 --test 20 --max-length 16 --precision float32"

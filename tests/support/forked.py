@@ -74,7 +74,7 @@ def _main(
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    gc.freeze()  # no collection need look through the imports
+    gc.freeze()  # collections need not search the imports
     torch.set_num_threads(1)
     interpreter.quicken()
     # The processes meet at a file: no port that another run may have taken.

@@ -33,8 +33,8 @@ class Case:
         eps: added to the root of the second moment, which is not bias-corrected.
         scale: factor on the update.
         correct_bias: whether the update was multiplied by `sqrt(1-b2**t) / (1-b1**t)`.
-        weight_decay: of the published code, which decays after the update, `p -= lr * weight_decay * p`; this
-            package before it.
+        weight_decay: as in the published code, which decays after the update, `p -= lr * weight_decay * p`; this
+            package decays before it.
         norm_growth_limit: the limiter's gamma; None for "foam", which has no limiter.
         res_scale: factor on the residuals of "foam"; 1 for "gwt".
         p0: the weights at the start, `[...]`.
@@ -107,7 +107,7 @@ def foam_cases() -> tuple[Case, ...]:
 
 @functools.cache
 def variant_cases(res_scaled: bool = False) -> tuple[Case, ...]:
-    """The cases of `official_variants.npz` that are GWT-Adam's or FOAM's, with `res_scaled` of any `res_scale`."""
+    """Return GWT-Adam's and FOAM's cases in `official_variants.npz`, with `res_scaled` those of any `res_scale`."""
     configurations, arrays = _load("official_variants.npz")
     rules = {"adamw": "gwt", "foam": "foam"}
     return tuple(
@@ -119,7 +119,7 @@ def variant_cases(res_scaled: bool = False) -> tuple[Case, ...]:
 
 @dataclass(frozen=True)
 class OptimizerCase:
-    """One run of an optimizer beyond Adam. Every array is float64 and read-only. Weight decay came first.
+    """One run of an optimizer beyond Adam. Every array is float64 and read-only. Weight decay precedes the update.
 
     Attributes:
         name: unique; fit for a test id.
@@ -128,17 +128,18 @@ class OptimizerCase:
         boundary: PyWavelets' name of the mode.
         lr: the learning rate of each of the `T` steps.
         weight_decay: decoupled.
-        options: what else its optimizer was given, by the names of this package's interface. Of "muon": `momentum`,
-            `nesterov`, `ns_steps`, `adjust_lr_fn`; its buffer was a sum, and Newton-Schulz in float64 divided by
-            `norm + 1e-7`. Of "adafactor": `beta1`, `eps` (two numbers), `clip_threshold`, `decay_rate`, `scale`,
-            `scale_parameter`, `relative_step`, `warmup_init`; its details are those of `details="published"`. Of
+        options: further options of its optimizer, by this package's names. For "muon": `momentum`, `nesterov`,
+            `ns_steps`, `adjust_lr_fn`; its buffer was a sum, and Newton-Schulz in float64 divided by `norm + 1e-7`.
+            For "adafactor": `beta1`, `eps` (two numbers), `clip_threshold`, `decay_rate`, `scale`,
+            `scale_parameter`, `relative_step`, `warmup_init`; its details are those of `details="published"`. For
             "adam_mini": `betas`, `eps`.
         p0: the weights at the start, `[...]`.
         grads: the gradients, `[T, ...]`.
         params: the weights after each step, `[T, ...]`.
-        state: after the last step. Of "muon": `momentum_buffer`. Of "adafactor": `exp_avg` where there is `beta1`,
-            and `exp_avg_sq` in one dimension, `exp_avg_sq_row` and `exp_avg_sq_col` in more. Of "adam_mini":
-            `exp_avg`, of the shape of the weights, and `exp_avg_sq` `[groups]`: rows, or heads of as many rows.
+        state: the state after the last step. For "muon": `momentum_buffer`. For "adafactor": `exp_avg` if there is
+            `beta1`, and `exp_avg_sq` in one dimension, `exp_avg_sq_row` and `exp_avg_sq_col` in more. For
+            "adam_mini": `exp_avg`, of the shape of the weights, and `exp_avg_sq` `[groups]`: one per row, or per
+            head of equally many rows.
     """
 
     name: str
@@ -167,7 +168,7 @@ _SLOTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg
 
 @functools.cache
 def optimizer_cases(family: str) -> tuple[OptimizerCase, ...]:
-    """The cases of `official_variants.npz` of one family: "muon", "adafactor" or "adam_mini"."""
+    """Return the cases of one family in `official_variants.npz`: "muon", "adafactor" or "adam_mini"."""
     configurations, arrays = _load("official_variants.npz")
     return tuple(_optimizer_case(c, arrays) for c in configurations if c["family"] == family)
 

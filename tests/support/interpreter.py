@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter quicker, and like a GPU in what bfloat16 becomes and in divisions by zero."""
+"""Make Triton's interpreter faster, and like a GPU in conversions of bfloat16 and divisions by zero."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gwt_kernels.backends import choice
 def like_a_gpu() -> Iterator[None]:
     """Silence warnings of masked lanes, and convert like a GPU, within the context.
 
-    By itself, the interpreter truncates float32 to bfloat16, and changes subnormal bfloat16 numbers when it widens
+    By default, the interpreter truncates float32 to bfloat16, and changes subnormal bfloat16 numbers when it widens
     them.
     """
     if not choice.interpreted():
@@ -50,15 +50,15 @@ def like_a_gpu() -> Iterator[None]:
 
 
 def quicken() -> None:
-    """Take work from Triton's interpreter that changes no result; do nothing where Triton is not imported.
+    """Remove work from Triton's interpreter that changes no result; do nothing if Triton is not imported.
 
-    By itself, it prepares ``triton.language`` at each call of a device function too, for which it lists all members
-    of the language's modules every time: half of the time of a launch. A third of the rest is overflow of integers,
-    which it computes and then, as it does not debug, does not look at. A third of what is left is to describe the
-    types of tensors, which are few, anew for each.
+    By default, it prepares ``triton.language`` at each call of a device function too, and lists all members of the
+    language's modules every time: half of the time of a launch. A third of the rest is checks of integer overflow,
+    which it computes but uses only for debugging. A third of what remains is descriptions of tensor types, which
+    are few, but created for each tensor.
     """
     interpreter: Any = sys.modules.get("triton.runtime.interpreter")
-    if not hasattr(interpreter, "_LangPatchScope"):  # not imported, or of another release than 3.7, and slow
+    if not hasattr(interpreter, "_LangPatchScope"):  # not imported, or not release 3.7: left slow
         return
     if interpreter._patch_lang.__module__ == __name__:
         return
@@ -67,7 +67,7 @@ def quicken() -> None:
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what kernels and the language's own see
+    language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # globals of kernels and of the language
     prepare, call = interpreter._patch_lang, interpreter.InterpretedFunction.__call__
     launches, scope = 0, None
 
@@ -81,7 +81,7 @@ def quicken() -> None:
     def restore_last() -> None:
         nonlocal launches
         launches -= 1
-        if not launches:  # of those in other threads too
+        if not launches:  # no launch is left in other threads either
             scope.restore()
 
     def call_prepared(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -101,7 +101,7 @@ def quicken() -> None:
 
 
 def _remember_types(interpreter: Any, tl: Any) -> None:
-    """Find what describes a type once for each: its dtype in NumPy, its name, and its shape as the language's."""
+    """Compute once what describes a type: its NumPy dtype, its name, and its shape as the language's values."""
     find, describe = interpreter._get_np_dtype, tl.block_type.__init__
     dtypes: dict[str, np.dtype] = {}
     blocks: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Counts the bytes of new tensors that are alive at once, on any device."""
+"""Count the bytes of new tensors that are alive at once, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Peak"]
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that storages made within the block took at once."""
+    """The largest number of bytes, at any one time, in storages created within the block."""
 
     def __init__(self) -> None:
         super().__init__()

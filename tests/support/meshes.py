@@ -27,7 +27,7 @@ STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel, "embedding_row
 
 
 class Block(nn.Module):
-    """An MLP with a norm; 13 rows and 24 columns, or the other way round."""
+    """An MLP with a norm; its matrices have 24 rows and 13 columns, and 13 rows and 24 columns."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()

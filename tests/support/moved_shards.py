@@ -40,7 +40,7 @@ def write(optimizer: GWTAdamW, key: str, number: float) -> None:
 
 
 def main() -> None:
-    """Moved states continue like others, and values written to moved memory are used."""
+    """Check that moved states continue like others, and values written to moved memory are used."""
     mesh = mesh_of(2)
     for backend in ("compiled", "torch"):
         for options in ({}, {"max_grad_norm": 1.0}, {"weight_rounding": "split"}):
@@ -80,7 +80,7 @@ def _compare(mesh: object, move: Callable[[GWTAdamW], None], **options: object) 
 
 
 def _under_wrong_defaults(mesh: object) -> None:
-    """The limiter's sums are float32 on the CPU, whatever the default dtype and device are."""
+    """Check that the limiter's sums are float32 on the CPU, whatever the default dtype and device are."""
     values = runs.parameters([(64, 128)])
 
     def stepped(defaults: Callable[[], AbstractContextManager[None]]) -> list[torch.Tensor]:

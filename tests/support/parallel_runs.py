@@ -28,12 +28,12 @@ def options_of(folder: Path, *more: str) -> list[str]:
     """Return a command line of a few steps on a model that tensor parallelism can divide."""
     model = tiny_model(folder, intermediate_size=32, num_hidden_layers=2)
     line = f"--model {model} --text {TEXT} --device cpu --threads 1 --steps {STEPS} --batch 6 --context 16"
-    # 7 windows to evaluate on: never equally many on each process.
+    # 7 windows to evaluate on: never the same number on each process.
     return [*line.split(), "--lr", "0.003", "--evals", "3", "--eval-windows", "7", "--quiet", *more]
 
 
 def trained_here(mode: str | None, options: list[str], out: Path, **how: Any) -> dict[str, Any]:
-    """Train this process's part of a run; without a mode all of it."""
+    """Train this process's part of a run; without a mode the whole run."""
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     processes = None if mode is None else parallel.start(mode, "cpu")
@@ -109,7 +109,7 @@ def refused(words: str, mode: str, options: list[str], out: Path, **how: Any) ->
 
 
 def damage(root: Path, options: list[str]) -> None:
-    """A missing or damaged file of a checkpoint stops the resumed run on every process, and is named."""
+    """Check that a missing or damaged file of a checkpoint stops the resumed run on every process, by name."""
     first = dist.get_rank() == 0
     sound = root / "sound"
     trained_here("fsdp2", options, sound, stop_at=4, save_every=2)
@@ -147,11 +147,11 @@ def _odd_heads(root: Path) -> Path:
 
 
 def _saves_that_fail(out: Path, options: list[str], first: bool) -> None:
-    """If one process cannot write, all stop, the last checkpoint is unchanged, and the run can continue."""
+    """Check that if one process cannot write, all stop, the last checkpoint stays, and the run can continue."""
     good = last_good(out)
     for function, on_first in (("_checksum", False), ("_sync", True), ("write_text", True)):
         real = getattr(sharded_checkpoint, function)
-        reading = len(list(good.iterdir()))  # checksums of the files that are verified on resuming
+        reading = len(list(good.iterdir()))  # files whose checksums are verified on resuming
 
         def full(path: Path, *more: Any, function: Any = real) -> Any:
             if path.parent == good:

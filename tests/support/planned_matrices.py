@@ -1,4 +1,4 @@
-"""Counts what GWTMuon computes and sends in processes that test_matrix_work.py starts, beside what was planned."""
+"""Compare what GWTMuon computes and sends, in processes that test_matrix_work.py starts, with the plan."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.exchanged import SMALL_BATCHES
 
 
 def main() -> None:
-    """All ways of sharding a model over four processes."""
+    """Check all ways of sharding a model over four processes."""
     for mesh in (Mesh(fsdp=4), Mesh(dp=2, fsdp=2), Mesh(fsdp=2, tp=2), Mesh(tp=4), Mesh(dp=2, tp=2)):
         for dtype in (torch.float32, torch.bfloat16):
             with SMALL_BATCHES if dtype == torch.bfloat16 else nullcontext():
                 _check(mesh, dtype, 1)
-        _check(mesh, torch.float32, "row")  # parts of rows are exchanged apart from whole ones
+        _check(mesh, torch.float32, "row")  # parts of rows are exchanged separately from whole rows
 
 
 def _check(mesh: Mesh, dtype: torch.dtype, level: Level) -> None:
@@ -43,7 +43,7 @@ def _check(mesh: Mesh, dtype: torch.dtype, level: Level) -> None:
         return to_all(output, given, *arguments, **options)
 
     def add_up(x: Any, **options: Any) -> Any:
-        if x.dtype == torch.bfloat16:  # sums over rows are wider
+        if x.dtype == torch.bfloat16:  # sums over rows have a wider dtype
             reduced.append(x.nbytes)
         return reduce(x, **options)
 

@@ -51,7 +51,7 @@ def run_of(options: list[str], optimizer: str = "gwt2", *more: str) -> Run:
 
 
 def assert_scale_is_of_matrices(options: list[str], optimizer: str, *more: str) -> None:
-    """Assert that three times the scale makes the first update of matrices alone three times as long."""
+    """Assert that three times the scale makes the first update three times as long, for matrices only."""
 
     def first_update(scale: str) -> dict[str, torch.Tensor]:
         run = run_of(options, optimizer, "--lr", "0.01", "--scale", scale, *more)

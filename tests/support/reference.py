@@ -21,7 +21,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "csrc_reference"
 LIBRARY = SOURCES / "build" / "libgwt_reference.so"
 
 RULES = ("gwt", "foam")  # in the order of GWT_RULE_GWT and GWT_RULE_FOAM
-BOUNDARIES = ("zero", "constant", "symmetric", "reflect", "periodic")  # in that of GWT_BOUNDARY_ZERO and the others
+BOUNDARIES = ("zero", "constant", "symmetric", "reflect", "periodic")  # in the order of the GWT_BOUNDARY_ values
 LEVEL_ROW = 1000  # GWT_LEVEL_ROW
 Level = int | Literal["row"]
 OK, BAD_SHAPE, BAD_LEVEL, BAD_OPTION, NULL_POINTER, OUT_OF_MEMORY = range(6)
@@ -116,18 +116,18 @@ def call(name: str, dtype: np.dtype, *arguments: object) -> None:
 
 
 def rows_and_width(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the last dimension of a shape, and the product of the others, as the oracle takes them."""
+    """Return the product of all dimensions but the last, and the last, as the oracle takes them."""
     return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 def level_code(level: Level) -> int:
-    """The level as the oracle takes it: `GWT_LEVEL_ROW` for "row"."""
+    """Return the level as the oracle takes it: `GWT_LEVEL_ROW` for "row"."""
     return LEVEL_ROW if level == "row" else level
 
 
 @functools.cache
 def wavelet_of(name: str, boundary: str = "zero") -> Wavelet | None:
-    """The filters of a wavelet by PyWavelets' names; None for Haar with zeros beyond the ends.
+    """Return the filters of a wavelet by PyWavelets' names; None for Haar with zeros beyond the ends.
 
     Raises:
         ValueError: there is no such wavelet, or no such boundary.
@@ -146,7 +146,7 @@ def wavelet_of(name: str, boundary: str = "zero") -> Wavelet | None:
 
 
 def moment_shape(shape: Sequence[int], level: Level, wavelet: str = "haar") -> tuple[int, ...]:
-    """The shape of the approximation, and so of moments, of a tensor of this shape; -1 where there is none."""
+    """Return the shape of a tensor's approximation, and so of its moments; with -1 if there is none."""
     if not shape:
         return ()
     if level != "row" and wavelet == "haar":
@@ -155,19 +155,19 @@ def moment_shape(shape: Sequence[int], level: Level, wavelet: str = "haar") -> t
 
 
 def block_width(shape: Sequence[int], level: Level) -> int:
-    """The elements `W` of a block: an approximation coefficient of Haar is `sqrt(W)` times the block's mean."""
+    """Return the elements `W` of a block: Haar's approximation coefficient is `sqrt(W)` times the block's mean."""
     return rows_and_width(shape)[1] if level == "row" else 2**level
 
 
 def _band_shapes(shape: Sequence[int], level: Level, wavelet: str) -> list[tuple[int, ...]]:
-    """The shapes of `[A, D_L, ..., D_1]`."""
+    """Return the shapes of `[A, D_L, ..., D_1]`."""
     if level == "row":
         return [moment_shape(shape, level), tuple(shape)]
     return [moment_shape(shape, depth, wavelet) for depth in (level, *range(level, 0, -1))]
 
 
 def dwt(x: np.ndarray, level: Level, wavelet: str = "haar", boundary: str = "zero") -> list[np.ndarray]:
-    """The wavelet coefficients of the last axis.
+    """Return the wavelet coefficients of the last axis.
 
     Args:
         x: `[..., N]`, float64 or float32.
@@ -190,12 +190,12 @@ def dwt(x: np.ndarray, level: Level, wavelet: str = "haar", boundary: str = "zer
 
 
 def idwt(coeffs: Sequence[np.ndarray], length: int, level: Level, wavelet: str = "haar") -> np.ndarray:
-    """The inverse of `dwt`, cut to `length` columns.
+    """Return the inverse of `dwt`, cut to `length` columns.
 
     Args:
         coeffs: `[A, D_L, ..., D_1]` as `dwt` returns them for rows of `length` elements.
         length: `N`, the columns of the result.
-        level: of the coefficients.
+        level: the level of the coefficients.
         wavelet: PyWavelets' name.
 
     Returns:
@@ -212,12 +212,12 @@ def idwt(coeffs: Sequence[np.ndarray], length: int, level: Level, wavelet: str =
 
 
 def haar_dwt(x: np.ndarray, level: int) -> list[np.ndarray]:
-    """The Haar coefficients of the last axis, zero-padded: `dwt` as it is by default."""
+    """Return the Haar coefficients of the last axis, zero-padded: `dwt` with its defaults."""
     return dwt(x, level)
 
 
 def haar_idwt(coeffs: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """The inverse of `haar_dwt`, cut to `length` columns."""
+    """Return the inverse of `haar_dwt`, cut to `length` columns."""
     return idwt(coeffs, length, len(coeffs) - 1)
 
 
@@ -250,8 +250,8 @@ def adamw_step(
         g: gradient `[..., N]`.
         exp_avg: first moment, of shape `moment_shape(p.shape, level, wavelet)`; zeros before the first step.
         exp_avg_sq: second moment, of the same shape; zeros before the first step.
-        limiter_norm: what the previous step returned; 0 before the first step.
-        level: 0 is plain AdamW, whatever the rule: no transform, no scale, no limiter. "row" is one block a row.
+        limiter_norm: the norm that the previous step returned; 0 before the first step.
+        level: 0 is plain AdamW, whatever the rule: no transform, no scale, no limiter. "row" is one block per row.
         step: 1 for the first step.
         lr: learning rate.
         betas: decay of the first and of the second moment.
@@ -267,7 +267,7 @@ def adamw_step(
         boundary: PyWavelets' name of the mode; "zero" for "foam" and "row".
 
     Returns:
-        The new `limiter_norm`; the old one where the limiter is off.
+        The new `limiter_norm`; the old one if the limiter is off.
 
     Raises:
         OracleError: the oracle refused the arguments; nothing was changed.

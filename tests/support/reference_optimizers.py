@@ -1,14 +1,14 @@
-"""Lets the tests call the C oracle's Lion, Muon, Adafactor and Adam-mini on numpy arrays.
+"""Python interface of the C oracle's Lion, Muon, Adafactor and Adam-mini, on numpy arrays.
 
 Every array is float64 and C-contiguous; weights and state change in place, unless the call raises `OracleError` or
-`ValueError`. States begin as zeros, and are of approximation coefficients: over `sqrt(reference.block_width(...))`
-they are of block means. In every function:
+`ValueError`. States begin as zeros, and are moments of approximation coefficients: first moments divided by
+`sqrt(reference.block_width(...))` are those of block means. In every function:
 
-    level: 0 is the optimizer without a transform; "row" is one block a row.
+    level: 0 is the optimizer without a transform; "row" is one block per row.
     lr: learning rate.
     weight_decay: decoupled, applied before the update.
     scale: factor on the update; ignored at level 0, but not by Muon.
-    maximize: follow the gradient up.
+    maximize: ascend the gradient.
     wavelet, boundary: PyWavelets' names; the defaults for "row".
 """
 
@@ -29,7 +29,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Common(ctypes.Structure):
-    """`gwt_common_options` of `gwt_reference_optimizers.h`, field by field, as the classes below."""
+    """`gwt_common_options` of `gwt_reference_optimizers.h`, field by field; below are its other structures."""
 
     _fields_ = (
         ("level", ctypes.c_int32),
@@ -90,7 +90,7 @@ def common(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> Common:
-    """The options that all optimizers have."""
+    """Return the options that all optimizers have."""
     options = Common(level_code(level), maximize, lr, weight_decay, scale)
     filters = wavelet_of(wavelet, boundary)
     if filters is not None:
@@ -99,7 +99,7 @@ def common(
 
 
 def run(name: str, arrays: Sequence[np.ndarray | None], sizes: Sequence[int], options: ctypes.Structure) -> None:
-    """Calls the oracle's function; None stands for NULL."""
+    """Call the oracle's function; None stands for NULL."""
     if any(a is not None and (a.dtype != np.float64 or not a.flags.c_contiguous) for a in arrays):
         raise ValueError("the arrays have to be C-contiguous and of float64")
     pointers = [ctypes.c_void_p(None if a is None else a.ctypes.data) for a in arrays]
@@ -107,12 +107,12 @@ def run(name: str, arrays: Sequence[np.ndarray | None], sizes: Sequence[int], op
 
 
 def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
-    """An N-D shape as a batch of matrices: the product of all but the last two dimensions, and these."""
+    """Return an N-D shape as a batch of matrices: the product of all but the last two dimensions, and these."""
     return math.prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, shape[-1] if shape else 1
 
 
 def _require(arrays: dict[str, np.ndarray | None], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless the arrays have these shapes. A shape with -1 is for the oracle to refuse."""
+    """Raise ValueError unless the arrays have these shapes. A shape with -1 passes: the oracle refuses it."""
     found = {name: a.shape for name, a in arrays.items() if a is not None}
     if found != {name: found.get(name) if -1 in shape else shape for name, shape in shapes.items()}:
         raise ValueError(f"shapes {found} have to be {shapes}")
@@ -133,19 +133,19 @@ def lion_step(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> None:
-    """One step of GWT-Lion on `[..., N]`.
+    """Take one step of GWT-Lion on `[..., N]`.
 
     Args:
         p: weights.
         g: gradient.
         exp_avg: first moment, of shape `moment_shape(p.shape, level, wavelet)`.
-        level: as the module says, like what is not listed here.
+        level: as in the docstring of the module.
         lr: learning rate.
         betas: share of the moment in the update; decay of the moment.
         weight_decay: decoupled.
         scale: factor on the update.
         detail_scale: factor on the details, `rho`.
-        maximize: follow the gradient up.
+        maximize: ascend the gradient.
         wavelet: PyWavelets' name.
         boundary: PyWavelets' name of the mode.
     """
@@ -163,7 +163,7 @@ def newton_schulz(
     eps: float = 1e-7,
     added_eps: bool = False,
 ) -> np.ndarray:
-    """The Newton-Schulz iteration on `[..., rows, columns]`; divides by `max(norm, eps)`, or by `norm + eps`."""
+    """Orthogonalize `[..., rows, columns]` by Newton-Schulz; divide by `max(norm, eps)`, or by `norm + eps`."""
     if x.ndim < 2:
         raise ValueError(f"x has the shape {x.shape}: it has to have two dimensions or more")
     o = np.full_like(x, np.nan)
@@ -198,29 +198,29 @@ def muon_step(
     summed: bool = False,
     added_eps: bool = False,
 ) -> None:
-    """One step of GWT-Muon on `[..., rows, columns]`, a batch of matrices; names are those of `torch.optim.Muon`.
+    """Take one step of GWT-Muon on matrices `[..., rows, columns]`; names are those of `torch.optim.Muon`.
 
     Args:
         p: weights.
         g: gradient.
-        momentum_buffer: of shape `moment_shape(p.shape, level, wavelet)`.
-        level: as the module says, like what is not listed here.
+        momentum_buffer: momentum, of shape `moment_shape(p.shape, level, wavelet)`.
+        level: as in the docstring of the module.
         lr: learning rate.
-        weight_decay: decoupled, at `lr` before its adjustment.
+        weight_decay: decoupled, times `lr` before its adjustment.
         momentum: decay of the momentum.
-        nesterov: whether the gradient's approximation enters the update beside the momentum.
-        ns_coefficients: of `x`, `x**3` and `x**5` in the Newton-Schulz iteration.
-        eps: the least norm that it divides by.
-        ns_steps: its steps.
+        nesterov: whether the gradient's approximation enters the update in addition to the momentum.
+        ns_coefficients: coefficients of `x`, `x**3` and `x**5` in the Newton-Schulz iteration.
+        eps: the smallest norm that the iteration divides by.
+        ns_steps: steps of the iteration.
         adjust_lr_fn: "original" (None) is `sqrt(max(1, rows/columns))`, "match_rms_adamw" is
             `0.2*sqrt(max(rows, columns))`, "spectral_unclamped" is `sqrt(rows/columns)`.
         scale: factor on the update, at level 0 too.
         detail_scale: factor on the details, `rho`.
-        maximize: follow the gradient up.
+        maximize: ascend the gradient.
         wavelet: PyWavelets' name.
         boundary: PyWavelets' name of the mode.
-        summed: `m = momentum*m + A`, as the golden vectors; else `m = momentum*m + (1-momentum)*A`, as torch.
-        added_eps: divide by `norm + eps`, as the golden vectors; else by `max(norm, eps)`, as torch.
+        summed: `m = momentum*m + A`, as in the golden vectors; else `m = momentum*m + (1-momentum)*A`, as in torch.
+        added_eps: divide by `norm + eps`, as in the golden vectors; else by `max(norm, eps)`, as in torch.
     """
     if p.ndim < 2:
         raise ValueError(f"p has the shape {p.shape}: Muon takes two dimensions or more")
@@ -245,7 +245,7 @@ def muon_step(
 def adafactor_shapes(
     shape: Sequence[int], level: Level, beta1: float | None = 0.9, wavelet: str = "haar"
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of Adafactor's state: factors of a tensor of two dimensions or more, else a full second moment."""
+    """Return the shapes of Adafactor's state: factors in two dimensions or more, else a full second moment."""
     moments = moment_shape(shape, level, wavelet)
     first = {} if beta1 is None else {"exp_avg": moments}
     if len(shape) < 2:
@@ -256,7 +256,7 @@ def adafactor_shapes(
 def adafactor_state(
     shape: Sequence[int], level: Level, beta1: float | None = 0.9, wavelet: str = "haar"
 ) -> dict[str, np.ndarray]:
-    """Adafactor's state before the first step."""
+    """Return Adafactor's state before the first step."""
     return {name: np.zeros(s) for name, s in adafactor_shapes(shape, level, beta1, wavelet).items()}
 
 
@@ -282,26 +282,26 @@ def adafactor_step(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> None:
-    """One step of GWT-Adafactor on `[..., rows, columns]`, or on a vector.
+    """Take one step of GWT-Adafactor on `[..., rows, columns]`, or on a vector.
 
     Args:
         p: weights.
         g: gradient.
         state: as `adafactor_state` makes it.
-        level: as the module says, like what is not listed here.
+        level: as in the docstring of the module.
         step: 1 for the first step.
-        lr: learning rate; has no say with `relative_step`, and may be None then.
-        beta1: decay of the first moment; None for none.
-        eps: added to squares; the least RMS of the weights with `scale_parameter`.
+        lr: learning rate; ignored with `relative_step`, and may be None then.
+        beta1: decay of the first moment; None for no first moment.
+        eps: number added to squares, and smallest RMS of the weights with `scale_parameter`.
         clip_threshold: RMS of the approximation's update above which it is clipped.
         decay_rate: the decay of second moments is `1 - step**decay_rate`.
-        weight_decay: decoupled, at the learning rate of `relative_step` and `scale_parameter`.
+        weight_decay: decoupled, times the learning rate after `relative_step` and `scale_parameter`.
         scale: factor on the update.
         scale_parameter: multiply the learning rate by the RMS of the weights.
         relative_step: the learning rate is `min(1e-2, 1/sqrt(step))`.
         warmup_init: with `relative_step`, `min(1e-6*step, 1/sqrt(step))`.
-        details: "published" leaves them as they are; "divided" divides them as the approximation above them.
-        maximize: follow the gradient up.
+        details: "published" leaves details undivided; "divided" divides them as the approximation above them.
+        maximize: ascend the gradient.
         wavelet: PyWavelets' name.
         boundary: PyWavelets' name of the mode.
     """
@@ -342,21 +342,21 @@ def adam_mini_step(
     wavelet: str = "haar",
     boundary: str = "zero",
 ) -> None:
-    """One step of GWT-Adam-mini on `[..., N]`.
+    """Take one step of GWT-Adam-mini on `[..., N]`.
 
     Args:
         p: weights.
         g: gradient.
         exp_avg: first moment, of shape `moment_shape(p.shape, level, wavelet)`.
-        exp_avg_sq: second moments, in one dimension: as many as rows, as heads, or one, for as many rows each.
-        level: as the module says, like what is not listed here.
+        exp_avg_sq: second moments `[groups]`: one per row, one per head of equally many rows, or one in all.
+        level: as in the docstring of the module.
         step: 1 for the first step.
         lr: learning rate.
         betas: decay of the first and of the second moment.
         eps: added to the root of the second moment, which is bias-corrected.
         weight_decay: decoupled.
         scale: factor on the update.
-        maximize: follow the gradient up.
+        maximize: ascend the gradient.
         wavelet: PyWavelets' name.
         boundary: PyWavelets' name of the mode.
     """

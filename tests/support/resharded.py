@@ -73,7 +73,7 @@ def resume(run: Run, folder: Path, group: Any = None) -> None:
     """Resume from separately loaded tensors, so that a failure leaves the run unchanged."""
     state = copy.deepcopy(state_of(run))
     dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
-    set_optimizer_state_dict(*run, state["optimizer"])  # which may refuse it
+    set_optimizer_state_dict(*run, state["optimizer"])  # may refuse the state
     set_model_state_dict(run[0], state["model"])
 
 
@@ -88,7 +88,10 @@ def assert_continues(run: Run, reference: Run) -> None:
 def assert_goes_on_with(
     build: Callable[[DeviceMesh | None], Run], folder: Path, reference: Run, meshes: Sequence[DeviceMesh]
 ) -> None:
-    """Assert that a checkpoint of three steps becomes ``reference``, of five, on each mesh. All processes call."""
+    """Assert that a checkpoint after three steps, resumed on each mesh, reaches ``reference`` after five.
+
+    All processes have to call it.
+    """
     for mesh in meshes:
         if dist.get_rank() < mesh.size():
             again = build(mesh)
@@ -111,7 +114,7 @@ def main(folder: Path) -> None:
     _a_getter_changes_nothing(run, meshes[4])
     dcp.save(state_of(run), checkpoint_id=root / "4")
     full = copy.deepcopy(get_optimizer_state_dict(*run, options=StateDictOptions(full_state_dict=True)))
-    own_group = dist.new_group(backend="gloo")  # its collectives run beside those of the steps
+    own_group = dist.new_group(backend="gloo")  # its collectives run during those of the steps
     pending = dcp.async_save(state_of(run), checkpoint_id=root / "async", process_group=own_group)
     train(run, 5, 7)
     pending.result()
@@ -161,7 +164,7 @@ def _a_getter_changes_nothing(run: Run, mesh: DeviceMesh) -> None:
 
 
 def _errors_are_alike_everywhere(mesh: DeviceMesh, root: Path, full: dict[str, Any]) -> None:
-    """Errors of unloadable checkpoints are raised on every process, and change nothing."""
+    """Check that errors of unloadable checkpoints are raised on every process, and change nothing."""
     rank = dist.get_rank()
 
     def load_gathered(run: Run) -> None:

@@ -1,6 +1,6 @@
 """Bounds on rounding errors: how far a result may be from the exact one.
 
-Every bound follows the arithmetic operation by operation with the operands of the case at hand (Higham, Accuracy
+Every bound follows the arithmetic operation by operation with the operands of the case (Higham, Accuracy
 and Stability of Numerical Algorithms, chapter 3), so it is as narrow as the case is well conditioned. Storage in a
 narrower dtype adds half a unit in the last place of that dtype, or a whole one for stochastic rounding.
 """
@@ -117,7 +117,7 @@ def step_bounds(
             gamma = hyper.norm_growth_limit
             limit, rel_limit = max(total / (norm + 1e-8), gamma) / gamma, rel_norm + 6 * u
     factor = abs(hyper.step_size(step, level)) / limit
-    spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value a block to one an element
+    spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value per block to one per element
     if level:
         size = np.abs(g) + spread(np.abs(mean) + np.abs(new_m) / root)
         numerator = sign * g + spread(new_m / root - mean)
@@ -136,7 +136,7 @@ def _foam_bounds(
     """Bound the step as :func:`step_bounds`, for the rule with a denominator per element."""
     n, s = p.shape[-1], hyper.detail_scale
     width = block_width(level, n)
-    spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value a block to one an element
+    spread = lambda x: np.repeat(x, width, axis=-1)[..., :n]  # noqa: E731  # one value per block to one per element
     g = -g if hyper.maximize else g
     blocks = np.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, -n % width)]).reshape(*m.shape, width)
     additions = min(width - 1, (width - 1).bit_length() + 8)  # as in step_bounds

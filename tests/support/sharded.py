@@ -1,4 +1,4 @@
-"""Runs optimizers on sharded parameters, in processes that test_sharding.py starts, beside the whole ones."""
+"""Compare optimizers on sharded parameters, in processes that test_sharding.py starts, with those on whole ones."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def compare(
     whole_by: str | None = None,
     **options: Any,
 ) -> Any:
-    """Steps of one optimizer on sharded parameters and of one on whole ones, then a look at all their numbers.
+    """Take steps of one optimizer on sharded parameters and of one on whole ones; check all weights and states.
 
-    Each group has a parameter of every layout. ``whole_by`` is the backend for whole ones, if another.
+    Each group has a parameter of every layout. ``whole_by`` is the backend for whole ones, if it differs.
     """
     references = runs.parameters([shape for _ in groups for shape, _, _ in layouts], dtype=dtype)
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, itertools.cycle(layouts))]
@@ -127,7 +127,7 @@ def layouts_of(world: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[La
 
 
 def float64() -> None:
-    """Sharded equals unsharded, with and without limiter, under both rules, at all levels."""
+    """Check that sharded equals unsharded, with and without limiter, under both rules, at all levels."""
     on_each_number(_float64, [2, 3, 4])
 
 
@@ -158,7 +158,7 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
         assert bool(clipped.grad_norm > 3), "nothing was clipped"
     if n > 2:  # uneven shards of a row, each of whole blocks
         compare([((3, 4 * n - 2), line, [COLUMNS])], close, steps=6, level=1, lr=1e-2)
-    if grid is not None:  # a mesh of some of the processes: one dimension after the other
+    if grid is not None:  # a mesh of some processes: sums go over one dimension after the other
         part = [((12, 32), grid, [ROWS, COLUMNS]), ((4, 16), grid, [WHOLE, ROWS]), ((4, 16), grid, [ROWS, WHOLE])]
         with mock.patch("torch.distributed.get_world_size", return_value=n + 1):
             compare(part, close, steps=6, level=2, lr=1e-2)
@@ -177,14 +177,14 @@ def equal(a: Tensor, b: Tensor, where: str) -> None:
 
 
 def bits() -> None:
-    """Stochastic rounding, and everything of the folded rule, is equal bit for bit for every sharding."""
+    """Check that stochastic rounding and the whole folded rule are equal bit for bit for every sharding."""
     on_each_number(_bits, [1, 2, 3, 4])
 
 
 def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     layouts: list[Layout] = [
         ((8, 32), line, [ROWS]),
-        ((7, 13), line, [ROWS]),  # shards begin at any index, of weights and of coefficients
+        ((7, 13), line, [ROWS]),  # shards begin at any index of weights and of coefficients
         ((5, 9), line, [ROWS]),
         ((1, 64), line, [ROWS]),
         ((3, 24 * n), line, [COLUMNS]),
@@ -221,7 +221,7 @@ def _bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def sums() -> None:
-    """In float32 only sums over processes depend on the number of processes, in their last bits."""
+    """Check that in float32 only sums over processes depend on the number of processes, in their last bits."""
     on_each_number(_sums, [2, 4])
 
 
@@ -242,7 +242,7 @@ def _sums(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def skipping() -> None:
-    """On Triton, with gradient statistics in the limiter's first pass: all processes skip, or none does."""
+    """Check on Triton, with gradient statistics in the limiter's first pass, that all processes skip or none."""
     plugin.begin()
     on_each_number(_skipping, [1, 2, 4])
 
@@ -283,7 +283,7 @@ def _skipping(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def matrices() -> None:
-    """Muon and Lion on every number of processes: as on whole tensors."""
+    """Check that Muon and Lion on every number of processes equal those on whole tensors."""
     on_each_number(_matrices, (1, 2, 3, 4))
 
 
@@ -298,17 +298,17 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     for level in (0, 2):
         muon = compare(layouts + experts, close, steps=20 if level else 6, kind=GWTMuon, level=level, **exact)
         assert len(muon.state) == len(layouts) + len(experts)
-    level = (0, 2)[n % 2]  # each of these with both levels, and on each number of processes
+    level = (0, 2)[n % 2]  # over all numbers of processes, each case below has both levels
     clipped = {"max_grad_norm": 1.0, "skip_nonfinite": True, "nesterov": False}
     compare(layouts, close, steps=4, kind=GWTMuon, level=level, **clipped, **exact)
-    # A bound that a few matrices at a time fit, so that several batches travel.
+    # A workspace for a few matrices at a time, so that several batches are exchanged.
     compare(layouts + experts, close, steps=4, kind=GWTMuon, level=level, workspace_bytes=48 << 10, **exact)
     compare(layouts, close, steps=4, kind=GWTLion, level=2 - level, lr=0.02, backend="torch")
     _fused_matrices(n, line, grid, exact)
 
 
 def _fused_matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None, exact: dict[str, Any]) -> None:
-    """Shards end within matrices that ``row_splits`` cut, of which each has a factor of its own."""
+    """Check shards that end within matrices of ``row_splits``, each of which has its own learning-rate factor."""
     rows = 8 * n + 1
     layouts: list[Layout] = [
         ((rows, 4), line, [ROWS]),
@@ -327,7 +327,7 @@ def _fused_matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None, exact: di
 
 
 def matrix_bits() -> None:
-    """Muon with random bits: those of whole tensors, on every number of processes."""
+    """Check that Muon's random bits are those of whole tensors, on every number of processes."""
     on_each_number(_matrix_bits, (1, 2, 4))
 
 
@@ -344,5 +344,5 @@ def _matrix_bits(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
             compare(layouts, equal, **options)
             fused: list[Layout] = [
                 ((8 * n, 4), line, [ROWS])
-            ]  # each alone, as products of a batch may have other bits
+            ]  # one at a time, since products of a batch may have other bits
             compare(fused, equal, row_splits=(5 * n, 2 * n, n), level=1, **options)

@@ -1,4 +1,4 @@
-"""Runs GWTAdafactor on shards, in processes that test_sharded_factors.py starts, beside whole parameters."""
+"""Compare GWTAdafactor on shards, in processes that test_sharded_factors.py starts, with whole parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.sharded import COLUMNS, ROWS, WHOLE, Layout, close, compare, 
 
 
 def more_layouts(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
-    """Layouts in which batches of matrices, or vectors, are shared out."""
+    """Return layouts that shard batches of matrices, or vectors."""
     layouts: list[Layout] = [
         ((2 * n, 3, 8), line, [ROWS]),  # whole matrices
         ((3, 3, 8 * n), line, [Shard(2)]),
@@ -41,12 +41,12 @@ def more_layouts(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layo
 
 
 def narrow(line: DeviceMesh) -> list[Layout]:
-    """Layouts of which all processes but the first hold no weights, and yet whole factors."""
+    """Return layouts in which all processes but the first hold no weights, but still whole factors."""
     return [((3, 1), line, [COLUMNS]), ((1, 5), line, [ROWS])]
 
 
 def float64() -> None:
-    """Sharded equals unsharded, whatever the options."""
+    """Check that sharded equals unsharded, whatever the options."""
     on_each_number(_float64, [2, 4])
 
 
@@ -81,7 +81,7 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def triton() -> None:
-    """By Triton's kernels sharded equals unsharded but for the order of sums; shards may be empty."""
+    """Check that with Triton's kernels sharded equals unsharded up to the order of sums, with empty shards too."""
     plugin.begin()
     on_each_number(_triton, [2])
 

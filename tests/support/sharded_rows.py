@@ -1,4 +1,4 @@
-"""Runs rows as blocks, and rows that share a second moment, on sharded parameters beside whole ones."""
+"""Compare rows as blocks, and rows that share a second moment, on sharded parameters with those on whole ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.sharded import (
 
 
 def rows() -> None:
-    """Sharded along their rows they equal whole ones: in float64, and to the bit where rounded at random."""
+    """Check that shards of rows equal whole tensors: in float64, and bit for bit with stochastic rounding."""
     on_each_number(_rows, [1, 2])
 
 
@@ -74,17 +74,17 @@ def _rows(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def columns() -> None:
-    """Sharded along their columns they equal whole ones, whose moments every process with a part of a row has."""
+    """Check that shards of columns equal whole tensors; every process with a part of a row has its moments."""
     on_each_number(_columns, [1, 2, 3, 4])
 
 
 def column_layouts(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
-    """Return every way of sharding rows: even, uneven, and with nothing of them on some processes."""
+    """Return every way of sharding rows: even, uneven, and with empty shards on some processes."""
     layouts: list[Layout] = [
         ((3, 8 * n), line, [COLUMNS]),
         ((5, 2 * n + 1), line, [COLUMNS]),
         ((3, 1), line, [COLUMNS]),  # on the first process alone
-        ((8, n + 1), line, [COLUMNS]),  # of four processes one has nothing
+        ((8, n + 1), line, [COLUMNS]),  # one of four processes has an empty shard
         ((2, 5, 2 * n + 1), line, [Shard(2)]),
         ((2 * n + 1, 13), line, [ROWS]),
         ((6, 10), None, []),
@@ -114,7 +114,7 @@ def _columns(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     same_everywhere(compare([*layouts, *vectors], close, steps=6, groups=groups, **options), line)
     compare([*layouts, *vectors], close, steps=6, level="row", kind=GWTLion, **options)
     blocks: list[Layout] = [((3, 8 * n), line, [COLUMNS]), ((2, 3, 4 * n), line, [Shard(2)]), ((6, 10), None, [])]
-    pairs: list[Layout] = [((3, 4 * n - 2), line, [COLUMNS])] if n > 2 else []  # whole blocks, of uneven parts
+    pairs: list[Layout] = [((3, 4 * n - 2), line, [COLUMNS])] if n > 2 else []  # uneven shards of whole blocks
     for each, levels in ((layouts + vectors, [0, "row"]), (blocks, [1, 2]), (blocks + pairs, [1])):
         made = compare(each, close, steps=6, groups=[{"level": x} for x in levels], kind=GWTAdamMini, **options)
         same_everywhere(made, line)
@@ -131,7 +131,7 @@ def _columns(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def same_everywhere(optimizer: Any, line: DeviceMesh) -> None:
-    """What there is one of a row has the same bits on every process that holds a part of it."""
+    """Check that a row's moments and limiter norm have the same bits on every process that holds a part of it."""
     own = []
     for group in optimizer.param_groups:
         of_rows = ["exp_avg_sq"] if group["level"] != "row" else ["exp_avg", "exp_avg_sq", "limiter_norm"]
@@ -149,7 +149,7 @@ def same_everywhere(optimizer: Any, line: DeviceMesh) -> None:
 
 
 def columns_by_kernels() -> None:
-    """By the step in C and by Triton's kernels, but for the order of sums; to the bit where their order is one."""
+    """Check shards of columns by the step in C and Triton's kernels: up to the order of sums, or bit for bit."""
     plugin.begin()
     on_each_number(_columns_by_kernels, [2])
 
@@ -194,7 +194,7 @@ def _columns_by_kernels(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> No
 
 
 def whole_gradients() -> Any:
-    """Gradients of whole numbers."""
+    """Patch gradients to whole numbers."""
 
     def give(params: Sequence[Tensor], seed: int, factor: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -205,9 +205,9 @@ def whole_gradients() -> Any:
 
 
 def checkpoints(folder: Path, *heads: int | None) -> None:
-    """A run whose rows two processes share resumes on two, on four, without shards, and from a gathered state.
+    """Resume a run with split rows on two processes, on four, without shards, and from a gathered state.
 
-    Or, with ``head_rows`` given, one of Adam-mini whose shards of rows tear heads.
+    If ``heads`` has a ``head_rows``, it is a run of Adam-mini whose shards of rows split heads.
     """
     pair, four = mesh_of(2), mesh_of(4)
 
@@ -250,7 +250,7 @@ def checkpoints(folder: Path, *heads: int | None) -> None:
 
 
 def collectives() -> None:
-    """One all-reduce a step and process group for all rows, a number each or two; then the limiter's."""
+    """Check for one all-reduce per step and group for all rows, one or two numbers each, then for the limiter's."""
     line = mesh_of(2)
     params = [shard(torch.ones(4, 6), line, [COLUMNS]), shard(torch.ones(3, 8), line, [COLUMNS])]
     params += [shard(torch.ones(4, 6), line, [ROWS]), nn.Parameter(torch.ones(4, 6))]

@@ -1,4 +1,4 @@
-"""Gathers and reshards split bfloat16 weights; test_sharding.py starts the processes."""
+"""Gather and reshard split bfloat16 weights; test_sharding.py starts the processes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load(run: Run, model: dict[str, Any], optimizer: dict[str, Any]) -> None:
 
 
 def main(folder: Path) -> None:
-    """A run gathered to one process and sharded again over two continues with the same bits."""
+    """Check that a run gathered to one process and sharded again over two continues with the same bits."""
     line = mesh_of(2)
     run, alone = fresh(line), fresh(None)
     take(run, 0, 5)
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
 
 
 def _columns(line: DeviceMesh) -> None:
-    """Column shards, and a sharded state in the form of older checkpoints."""
+    """Check column shards, and a sharded state in the form of older checkpoints."""
     start = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     p, q = shard(start, line, [COLUMNS]), torch.nn.Parameter(start.clone())
     options: dict[str, Any] = {"level": 0, "weight_rounding": "split", "lr": 1e-2}

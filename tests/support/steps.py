@@ -31,13 +31,13 @@ class Bucket:
     """Tensors of one bucket with random weights, gradients and moments.
 
     Args:
-        shapes: one per tensor.
-        level: of the transform, or "row".
-        dtype: of the weights.
-        grad_dtype: None for that of the weights.
-        moment_dtype: None for float32, and float64 for float64 weights.
-        layouts: of weights and gradients (``poisoned.LAYOUTS``), repeated over the tensors.
-        rule: of the update.
+        shapes: one shape per tensor.
+        level: level of the transform, or "row".
+        dtype: dtype of the weights.
+        grad_dtype: dtype of the gradients; None for that of the weights.
+        moment_dtype: dtype of the moments; None for float32, and float64 for float64 weights.
+        layouts: layouts of weights and gradients (``poisoned.LAYOUTS``), repeated over the tensors.
+        rule: rule of the update.
         limited: whether there are limiter norms.
         first: whether the moments are zeros, as before the first step.
     """

@@ -1,4 +1,4 @@
-"""What the installed ``torch.optim.Muon`` knows: PyTorch 2.14 has an adjustment of the rate that 2.13 has not."""
+"""Adjustments of the rate in the installed ``torch.optim.Muon``: PyTorch 2.14 has one that 2.13 lacks."""
 
 from __future__ import annotations
 

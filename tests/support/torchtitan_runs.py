@@ -61,7 +61,7 @@ def state_of(container: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """A run sharded and resumed through torchtitan's container equals GWTAdamW on the whole model."""
+    """Check that a run sharded and resumed through torchtitan's container equals GWTAdamW on the whole model."""
     titan = example()
     mesh = mesh_of(2)
     reference = model()

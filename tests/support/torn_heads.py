@@ -1,4 +1,4 @@
-"""Runs Adam-mini on shards that tear heads, rows that share a second moment, beside whole tensors."""
+"""Compare Adam-mini on shards that split heads (rows that share a second moment) with whole tensors."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ OPTIONS: dict[str, Any] = {"kind": GWTAdamMini, "lr": 1e-2, "weight_decay": 0.1}
 
 
 def float64() -> None:
-    """Torn along rows, along columns or both, heads are those of whole tensors, on every process alike."""
+    """Check heads split along rows, columns or both against whole tensors, and that all processes agree."""
     on_each_number(_float64, [2, 3, 4])
 
 
 def layouts_of(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> list[Layout]:
-    """Return every way of tearing heads of 6 rows: evenly or not, with nothing of them on some processes."""
+    """Return every way of splitting heads of 6 rows: even, uneven, and with empty shards on some processes."""
     layouts: list[Layout] = [
         ((18, 12), line, [ROWS]),
-        ((6, 12 * n), line, [ROWS]),  # of four processes one has nothing
+        ((6, 12 * n), line, [ROWS]),  # one of four processes has an empty shard
         ((12, 4 * n), line, [COLUMNS]),
         ((3, 6, 12), line, [Shard(1)]),
-        ((3, 6, 12), line, [ROWS]),  # whole heads, but for one of the whole tensor
+        ((3, 6, 12), line, [ROWS]),  # whole heads, unless the tensor is one head
         ((6, 12), line, [WHOLE]),
         ((6, 12), None, []),
     ]
@@ -81,7 +81,7 @@ def _float64(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def kernels() -> None:
-    """By Triton's kernels, but for the order of sums; steps may be counted by the device, and skipped."""
+    """Check Triton's kernels up to the order of sums, also with steps that the device counts and may skip."""
     plugin.begin()
     on_each_number(_kernels, [2])
 
@@ -111,7 +111,7 @@ def _kernels(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def layers() -> None:
-    """FSDP2 by itself and over tensor parallelism, whose shards are strided."""
+    """Check FSDP2 alone and over tensor parallelism, whose shards are strided."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     for style, dim in ((None, 0), (ColwiseParallel(), 0), (RowwiseParallel(), 0), (ColwiseParallel(), 1)):
         for head_rows in (4, None):
@@ -133,7 +133,7 @@ def layers() -> None:
 
 
 def collectives() -> None:
-    """An all-reduce for rows of which processes have parts, and one for heads, a number each."""
+    """Check for one all-reduce for split rows and one for split heads, with one number for each."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     params = [shard(torch.ones(6, 8), grid, at) for at in ([ROWS, COLUMNS], [ROWS, WHOLE], [WHOLE, COLUMNS])]
     params.append(nn.Parameter(torch.ones(6, 8)))
@@ -147,7 +147,7 @@ def collectives() -> None:
 
 
 def overflowing() -> None:
-    """Gradients whose squares overflow are clipped to nothing, whatever is torn."""
+    """Check that gradients whose squares overflow are clipped to zero, whatever is split."""
     line = mesh_of(2)
     cases: list[tuple[Any, dict[str, Any]]] = [
         (GWTAdamMini, {"level": level, "head_rows": n}) for level in (1, "row") for n in (1, 2, None)
@@ -163,7 +163,7 @@ def overflowing() -> None:
 
 
 def without_gradients() -> None:
-    """Where a gradient is missing it counts as zeros in heads that other processes have parts of."""
+    """Check that a missing gradient counts as zeros in heads of which other processes have parts."""
     on_each_number(_without_gradients, [2, 3])
 
 
@@ -175,7 +175,7 @@ def _without_gradients(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> Non
     first = line.get_local_rank() == 0
     for t in range(4):
         give(params, references, t)
-        if t == 2:  # on the first process of the first one, and of none but the last one of the second
+        if t == 2:  # the first is missing on the first process, the second on all but the last
             references[0].grad[:2] = 0
             references[1].grad[: 2 * n - 2] = 0
             params[0].grad = None if first else params[0].grad

@@ -1,4 +1,4 @@
-"""Runs sharded parameters whose gradients are not on all processes, that are frozen, or that few processes have."""
+"""Run optimizers on sharded parameters that are frozen, or that (or whose gradients) some processes lack."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.sharded import COLUMNS, ROWS, Layout, close, give, mesh_of, o
 
 
 def matrices() -> None:
-    """Muon where a gradient is missing on some processes: there it counts as zeros, and nothing changes."""
+    """Check Muon if a gradient is missing on some processes: it counts as zeros, and no weight changes there."""
     on_each_number(_matrices, (2, 3, 4))
 
 
@@ -36,13 +36,13 @@ def _matrices(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
     absent = [set(), {0}, {n - 1}, set(range(1, n)), set(range(n))]  # processes without the parameter's gradient
     for shift in range(len(absent)):
         without = absent[shift:] + absent[:shift]
-        # Each of a way and a set of processes meets each layout; not all three at once.
+        # Every layout meets every way and every set of processes, but not every pair of these.
         ways = ({"level": 0}, {"level": 1}, {"level": 1, "workspace_bytes": 24 << 10})
         _matrices_without(layouts, without, ways[shift % len(ways)])
-        # Where a row is one block, its missing part has momentum all the same: the row's.
+        # If a row is one block, a part without gradient still has the row's momentum.
         rows = [i for i, (_, _, placements) in enumerate(layouts) if placements == [ROWS]]
         _matrices_without([layouts[i] for i in rows], [without[i] for i in rows], {"level": "row"})
-    _matrices_without(layouts, [{0}] * len(layouts), {"level": 1})  # a process has none at all
+    _matrices_without(layouts, [{0}] * len(layouts), {"level": 1})  # one process has no gradients
     _wide_gradients_without(n, line)
 
 
@@ -53,7 +53,7 @@ def _matrices_without(layouts: Sequence[Layout], absent: Sequence[set[int]], opt
     both = [GWTMuon(params, **own), GWTMuon(references, **own)]
     for t in range(4):
         give(params, references, t)
-        if t < 3:  # a gradient that comes late finds the momentum that zeros leave
+        if t < 3:  # a later gradient meets the momentum that zeros have left
             for p, r, without in zip(params, references, absent, strict=True):
                 _remove(p, r, without)
         before = [p.detach().clone() for p in params]
@@ -67,7 +67,7 @@ def _matrices_without(layouts: Sequence[Layout], absent: Sequence[set[int]], opt
 
 
 def _wide_gradients_without(n: int, line: DeviceMesh) -> None:
-    """Gradients of float32 for bfloat16 weights, the first of which is on the first process alone."""
+    """Check float32 gradients of bfloat16 weights, the first of which only the first process has."""
     references = runs.parameters([(2 * n, 8)] * 2, dtype=torch.bfloat16)
     params = [shard(r, line, [ROWS]) for r in references]
     for p in (*params, *references):
@@ -84,7 +84,7 @@ def _wide_gradients_without(n: int, line: DeviceMesh) -> None:
 
 
 def _remove(p: Any, r: Tensor, without: set[int]) -> None:
-    """Take the gradient away on some processes, and its part from the whole one."""
+    """Remove the gradient on some processes, and zero their parts of the whole one."""
     if not without:
         return
     mesh = p.device_mesh
@@ -97,7 +97,7 @@ def _remove(p: Any, r: Tensor, without: set[int]) -> None:
 
 
 def frozen() -> None:
-    """Parameters are frozen, have gradients all the same, and get others on one process first."""
+    """Check parameters that are frozen but have gradients, and that get new ones on one process first."""
     on_each_number(_frozen, (2,))
 
 
@@ -136,7 +136,7 @@ def _frozen(n: int, line: DeviceMesh, grid: DeviceMesh | None) -> None:
 
 
 def meshes() -> None:
-    """Parameters that some processes alone have do not change how all add up the others'."""
+    """Check that parameters of some processes only do not change sums over processes for the other parameters."""
     everyone = init_device_mesh("cpu", (4,))
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     some = grid["tensor"]
@@ -145,7 +145,7 @@ def meshes() -> None:
 
 
 def meshes_of_some() -> None:
-    """As :func:`meshes`, where no mesh has all processes, whatever comes first."""
+    """Check the same as :func:`meshes` if no mesh has all processes, in both orders of the parameters."""
     grid = mesh_of(2, 2)
     if grid.get_coordinate() is None:
         return
@@ -155,7 +155,7 @@ def meshes_of_some() -> None:
 
 
 def matrices_of_some() -> None:
-    """Muon's matrices of two dtypes, the first of which some processes alone have."""
+    """Check Muon's matrices of two dtypes, the first of which only some processes have."""
     line, grid = mesh_of(4), mesh_of(2, 2)
     layouts: list[Layout] = [((8, 8), grid["b"], [ROWS]), ((8, 12), line, [ROWS]), ((12, 8), line, [ROWS])]
     references = runs.parameters([shape for shape, _, _ in layouts], dtype=torch.float64)
@@ -175,7 +175,7 @@ def matrices_of_some() -> None:
 
 
 def _steps_on(layouts: Sequence[Layout], n: int, backwards: bool = False) -> None:
-    """Steps of the first ``n`` parameters, which this process has, are those of whole ones."""
+    """Check steps of the first ``n`` parameters, those that this process has, against whole ones."""
     references = runs.parameters([shape for shape, _, _ in layouts[:n]], dtype=torch.float64)
     params = [shard(r, mesh, at) for r, (_, mesh, at) in zip(references, layouts, strict=False)]
     order = slice(None, None, -1 if backwards else 1)
@@ -189,7 +189,7 @@ def _steps_on(layouts: Sequence[Layout], n: int, backwards: bool = False) -> Non
 
 
 def strided() -> None:
-    """Tensor parallelism under FSDP2: what each process holds is what counts, on every process alike."""
+    """Check tensor parallelism under FSDP2: heads and levels have to fit the shards that processes really hold."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
     def sharded(rows: int, columns: int, style: Any, dim: int = 0) -> Any:
@@ -199,7 +199,7 @@ def strided() -> None:
         return model[0].weight
 
     heads = sharded(32, 16, ColwiseParallel())
-    for head_rows, n in ((8, 1), (16, 2)):  # each process holds one of 8 rows; those of 16 are on every process
+    for head_rows, n in ((8, 1), (16, 2)):  # one head of 8 rows on each process; those of 16 on all
         optimizer = GWTAdamMini([heads], head_rows=head_rows, level=0)
         heads.grad = torch.ones_like(heads)
         optimizer.step()
@@ -211,7 +211,7 @@ def strided() -> None:
 
 
 def partitioned() -> None:
-    """``ZeroRedundancyOptimizer`` gives each process some parameters, and the names of all of a group."""
+    """Check ``ZeroRedundancyOptimizer``, which gives each process some parameters of a group and all its names."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8 + 4 * i, 12 + 4 * i, bias=False) for i in range(4)))
     groups = gwt_param_groups(model, include=["weight"], level=1)

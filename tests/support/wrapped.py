@@ -43,7 +43,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 
 
 def released() -> None:
-    """Gradients of shards are released as whole ones are: a matrix at a time travels to its owner and back."""
+    """Check gradient release on shards, bit for bit: one matrix at a time is sent to its owner and back."""
     for kind, rule in ((GWTAdamW, "gwt"), (GWTMuon, "muon"), (GWTAdafactor, "adafactor")):
         made = []
         for is_released in (False, True):
@@ -59,7 +59,7 @@ def released() -> None:
 
 
 def replicas() -> None:
-    """Replicas stay equal bit for bit under DDP and ZeroRedundancyOptimizer, with stochastic rounding too."""
+    """Check that replicas stay equal bit for bit under DDP and ZeroRedundancyOptimizer, rounding at random."""
     for options in ({"rule": "gwt"}, {"rule": "foam", "state_dtype": torch.bfloat16}):
         model = DistributedDataParallel(network())
         groups = gwt_param_groups(model, include=["0", "2"], level=2)
@@ -102,7 +102,7 @@ def collectives(function: Callable[[], object]) -> int:
 
 
 def refusals() -> None:
-    """Unsupported uses raise a named error on every process, and change nothing."""
+    """Check that unsupported uses raise a named error on every process, and change nothing."""
     _of_parameters()
     _of_gradients()
     _of_states()
@@ -196,7 +196,7 @@ def _of_states() -> None:
 
 
 def _communication() -> None:
-    """One all-reduce if the limiter acts, of four bytes per tensor; none otherwise."""
+    """Check for one all-reduce per step if the limiter acts, one more for clipping, and none otherwise."""
     line = mesh_of(2)
     for expected, options in (
         (1, {"level": 2}),
@@ -211,7 +211,7 @@ def _communication() -> None:
             p.grad = distribute_tensor(torch.ones(4, 8), line, [ROWS])
         for _ in range(2):
             assert collectives(optimizer.step) == expected, options
-    # A process without gradients takes part all the same.
+    # A process without gradients takes part too.
     optimizer = GWTAdamW(params, level=2, max_grad_norm=1.0)
     if dist.get_rank():
         optimizer.zero_grad()
