@@ -1,8 +1,8 @@
-"""Shows that the C oracle's folded rule has the properties that FOAM is chosen for, beyond the golden vectors.
+"""Tests that the C oracle's folded rule has the properties for which FOAM is chosen, beyond the golden vectors.
 
-An example worked by hand; what it shares with AdamW and with the other rule; its bound, which is reached and never
-passed; what padding and the limiter's arguments do to it. The golden vectors only have their control here: they
-are compared, and refusals tested, in test_reference.py.
+These are an example worked by hand; what the rule shares with AdamW and with the other rule; its bound, which is
+reached and never exceeded; and the effects of padding and of the limiter's arguments. Of the golden vectors only
+the control is here: test_reference.py compares them, and tests refusals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BETAS = [(0.9, 0.999), (0.9, 0.95), (0.95, 0.9), (0.0, 0.5), (0.99, 0.5)]
 
 
 def steps(grads: np.ndarray, level: int, p: np.ndarray | None = None, **settings: object) -> list[np.ndarray]:
-    """The weights before the first step and after each of them, from a state of zeros; then both moments."""
+    """Return the weights before the first step and after each step, from a state of zeros; then both moments."""
     p = np.zeros_like(grads[0]) if p is None else p.copy()
     m, v = np.zeros((2, *reference.moment_shape(p.shape, level)), p.dtype)
     settings = {"rule": "foam", "norm_growth_limit": None, "lr": 1.0} | settings
@@ -57,7 +57,7 @@ def test_golden_vectors_notice_a_changed_setting(changed):
 
 
 def test_step_by_hand():
-    """A whole block and a padded one, every root that of a square.
+    """Check a whole block and a padded one; every root is that of a square.
 
     With beta1 = beta2 = 3/4, the gradient (7 1)(8 [0]):
 
@@ -81,7 +81,7 @@ def test_step_by_hand():
 def test_level_0_is_that_of_the_other_rule(dtype):
     rng = np.random.default_rng(0)
     grads, p = rng.standard_normal((5, 3, 7)).astype(dtype), rng.standard_normal((3, 7)).astype(dtype)
-    folded = steps(grads, 0, p, weight_decay=0.1, scale=99.0)  # scale has no say at level 0
+    folded = steps(grads, 0, p, weight_decay=0.1, scale=99.0)  # level 0 ignores scale
     other = steps(grads, 0, p, weight_decay=0.1, rule="gwt", norm_growth_limit=1.01)
     for ours, theirs in zip(folded, other, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -91,7 +91,7 @@ def test_level_0_is_that_of_the_other_rule(dtype):
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4, 5])
 def test_constant_blocks_move_as_in_adamw(level):
-    """With no residual, a block is one parameter of AdamW, at `scale` times the learning rate."""
+    """Check that without residuals a block is one parameter of AdamW, at `scale` times the learning rate."""
     grads = np.random.default_rng(level).standard_normal((6, 4, 3))
     *one_each, m, v = steps(grads, 0, lr=0.25)
     *whole, folded_m, folded_v = steps(grads.repeat(2**level, axis=-1), level, scale=0.25)
@@ -105,7 +105,7 @@ def test_constant_blocks_move_as_in_adamw(level):
 
 
 def largest_update(t: int, betas: tuple[float, float], width: int) -> float:
-    """What no element of bias-corrected u passes at step t, at scale 1, in blocks of `width`: the supremum.
+    """Return the supremum of an element of bias-corrected u at step t, at scale 1, in blocks of `width`.
 
     Let a_s be the block's mean at step s, w_s = (1-b2) b2**(t-s), and r an element's residual at step t. The
     mean of squares at s is a_s**2 and the mean of squared residuals. At step t that is at least
@@ -134,7 +134,7 @@ def worst_gradients(t: int, betas: tuple[float, float], width: int) -> np.ndarra
 
 
 def adversaries(width: int, block: int) -> dict[str, np.ndarray]:
-    """Gradients `[steps, width]` that make a shared denominator small beside what it divides, and then some."""
+    """Return gradients `[steps, width]` that make a shared denominator small beside its numerators, and others."""
     rng = np.random.default_rng(width * block)
     t, k = 12, np.arange(width)
     noise = rng.standard_normal((t, width))
@@ -171,7 +171,7 @@ def test_every_element_of_the_update_is_bounded(width, level, betas, eps):
 @pytest.mark.parametrize("level", [1, 2, 5])
 @pytest.mark.parametrize("t", [1, 2, 7, 40])
 def test_the_bound_is_reached(t, level, betas):
-    """So it is the best there is, and a wrong formula would pass it."""
+    """Check that the bound is reached: it is the smallest, and updates of a wrong formula would exceed it."""
     grads = worst_gradients(t, betas, 2**level)
     weights = steps(grads, level, betas=betas, eps=1e-300, scale=0.25)[:-2]
     update = (weights[t - 1] - weights[t])[0]
@@ -179,7 +179,7 @@ def test_the_bound_is_reached(t, level, betas):
 
 
 def test_the_other_rule_has_no_such_bound():
-    """A block whose mean is 0: its details are divided by eps alone there, by their own size here."""
+    """Check a block of mean 0: the other rule divides its details by eps only, this rule by their own size."""
     grads = np.tile([1.0, -1.0], (1, 1, 4))
     folded, other = steps(grads, 1)[1], steps(grads, 1, rule="gwt")[1]
     assert np.abs(folded).max() < 0.25 * largest_update(1, (0.9, 0.999), 2) < 0.27
@@ -208,7 +208,7 @@ def test_a_row_that_ends_within_a_block_is_one_padded_with_zeros(width, dtype):
 
 
 def test_the_mean_over_a_padded_block_counts_the_padding():
-    """One element of 4, at level 2: its mean is a quarter of it, that of its square a quarter of that."""
+    """Check one element in a block of 4: its mean, and the mean of squares, are over all four."""
     *_, m, v = steps(np.full((1, 1), 8.0), 0, betas=(0.0, 0.0))
     assert (m.item(), v.item()) == (8, 64)
     *_, m, v = steps(np.full((1, 5), 8.0), 2, betas=(0.0, 0.0))

@@ -1,7 +1,7 @@
-"""Shows that what the C oracle does level by level is one pass over blocks, for every optimizer.
+"""Tests that the C oracle's steps, level by level, equal one pass over blocks, for every optimizer.
 
-Each update once more in NumPy, from the means of blocks and what the elements of a block are apart from its mean:
-the form that the package computes. Then what rows as blocks, batches and bad arguments do.
+Each update is computed again in NumPy, from the means of blocks and the differences of elements from them: the form
+that the package computes. Rows as blocks, batches and bad arguments are tested, too.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Blocks:
         self.rest = g - self.spread(self.mean)
 
     def spread(self, blocks: np.ndarray) -> np.ndarray:
-        """A number a block, for each of its elements."""
+        """Repeat the number of a block for each of its elements."""
         return blocks.repeat(self.width, axis=-1)[..., : self.length]
 
 
 def start(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and the gradients of some steps."""
+    """Return weights, and the gradients of some steps."""
     rng = np.random.default_rng(seed)
     return rng.standard_normal(shape), rng.standard_normal((STEPS, *shape))
 
@@ -156,7 +156,7 @@ def test_adafactor_finds_its_own_rate(warmup):
     [(s, k, count) for s, k in SHAPES for count in (math.prod(s[:-1]), 2, 1) if math.prod(s[:-1]) % count == 0],
 )
 def test_adam_mini(shape, level, count):
-    """With a second moment for each row, for each half of the rows, and for the tensor."""
+    """Compare with a second moment per row, per half of the rows, and per tensor."""
     p, grads = start(shape)
     rows = math.prod(shape[:-1])
     exp_avg, exp_avg_sq = np.zeros(reference.moment_shape(shape, level)), np.zeros(count)
@@ -180,7 +180,7 @@ def test_adam_mini(shape, level, count):
 @pytest.mark.parametrize("rule", reference.RULES)
 @pytest.mark.parametrize("correct_bias", [True, False])
 def test_adamw(shape, level, rule, correct_bias):
-    """With a limiter, and with residuals scaled."""
+    """Compare with a limiter, and with scaled residuals."""
     p, grads = start(shape)
     (exp_avg, exp_avg_sq), expected = np.zeros((2, *reference.moment_shape(shape, level))), p.copy()
     m = v = 0.0
@@ -224,7 +224,7 @@ Run = Callable[[reference.Level, tuple[int, ...]], np.ndarray]
 
 
 def runs() -> dict[str, Run]:
-    """Some steps of every optimizer at a level on a shape: the weights after them."""
+    """Return a function for each optimizer that takes some steps at a level on a shape, and returns the weights."""
 
     def adamw(rule: str) -> Run:
         def run(level: reference.Level, shape: tuple[int, ...]) -> np.ndarray:
@@ -276,13 +276,13 @@ def runs() -> dict[str, Run]:
 def test_rows_as_blocks_are_a_level_where_that_makes_one_block_a_row(name):
     run = runs()[name]
     close(run("row", (3, 16)), run(4, (3, 16)))
-    # Blocks of 16 pad rows of 13 with zeros, and the mean of a row has none.
+    # Blocks of 16 pad rows of 13 with zeros, which the mean of a row does not count.
     assert np.abs(run("row", (3, 13)) - run(4, (3, 13))).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["muon", "adam_mini"])
 def test_a_batch_is_its_matrices(name):
-    """For Adam-mini, with a second moment a row."""
+    """Compare a batch with its matrices one by one, with a second moment per row for Adam-mini."""
     p, grads = start((3, 4, 12))
     m = np.zeros(reference.moment_shape(p.shape, 2))
     v, alone, alone_m, alone_v = np.zeros(12), p.copy(), m.copy(), np.zeros((3, 4))

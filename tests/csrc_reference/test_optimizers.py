@@ -1,7 +1,7 @@
-"""Shows that the C oracle's optimizers beyond Adam are right, by what was not written with it.
+"""Tests the C oracle's optimizers beyond Adam against independent results.
 
-Trajectories of the published optimizers; torch.optim.Muon, run in float64, torch.optim.Adafactor and AdamW; the
-singular values of a matrix. test_folded.py has every update once more, folded into one pass over blocks.
+These are trajectories of the published optimizers; torch.optim.Muon, run in float64, torch.optim.Adafactor and
+AdamW; and the singular values of a matrix. test_folded.py tests every update again, as one pass over blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EVERY = [pytest.param(family, case, id=case.name) for family, cases in CASES.ite
 
 
 def momentum_of(shape: tuple[int, ...], level: reference.Level) -> np.ndarray:
-    """The state of Muon before the first step."""
+    """Return the state of Muon before the first step."""
     return np.zeros(reference.moment_shape(shape, level))
 
 
@@ -30,7 +30,7 @@ def momentum_of(shape: tuple[int, ...], level: reference.Level) -> np.ndarray:
 def run_golden(
     family: str, case: golden.OptimizerCase, **changed: object
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The weights after each step, and the state after the last, with some settings changed."""
+    """Return the weights after each step, and the state after the last, with some settings changed."""
     settings = {key: getattr(case, key) for key in ("level", "weight_decay", "wavelet", "boundary")}
     settings |= case.options | changed
     p, params = case.p0.copy(), np.full_like(case.params, np.nan)
@@ -118,7 +118,7 @@ def test_golden_vectors_notice_a_changed_setting(family, case):
 
 @pytest.mark.parametrize("case", CASES["muon"], ids=lambda case: case.name)
 def test_a_sum_as_buffer_is_an_average_with_a_smaller_eps(case):
-    """Golden vectors are met with torch's buffer where Newton-Schulz divides by `norm + (1 - momentum) * eps`."""
+    """Check torch's buffer against golden vectors, if Newton-Schulz divides by `norm + (1 - momentum) * eps`."""
     rest = 1 - case.options["momentum"]
     params, state = run_golden("muon", case, summed=False, eps=rest * 1e-7)
     movement = case.params - case.p0
@@ -152,7 +152,7 @@ def test_a_sum_as_buffer_is_an_average_with_a_smaller_eps(case):
     ids=str,
 )
 def test_muon_at_level_0_is_that_of_torch(shape, options, monkeypatch):
-    """Runs torch's own code, whose iteration rounds to bfloat16 in one place."""
+    """Run torch's own code without its one rounding to bfloat16."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     rng = np.random.default_rng(0)
     p, buffer = rng.standard_normal(shape), momentum_of(shape, 0)
@@ -178,7 +178,7 @@ def test_muon_at_level_0_has_the_defaults_of_torch():
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5), (7,)])
 def test_adafactor_at_level_0_is_that_of_torch(shape):
-    """torch has no first moment, scales by the weights, caps the rate, and adds no eps to squares."""
+    """Compare with torch: no first moment, rates scaled by the weights and capped, no eps added to squares."""
     rng = np.random.default_rng(1)
     p, state = rng.standard_normal(shape), oracle.adafactor_state(shape, 0, None)
     tensor = torch.nn.Parameter(torch.tensor(p))
@@ -189,7 +189,7 @@ def test_adafactor_at_level_0_is_that_of_torch(shape):
         tensor.grad = torch.tensor(g)
         theirs.step()
         before, rate = p.copy(), {"step": t, "lr": min(0.5, 1 / math.sqrt(t)), "scale_parameter": True}
-        oracle.adafactor_step(p, g, state, level=0, beta1=None, scale=99.0, **rate)  # scale has no say at level 0
+        oracle.adafactor_step(p, g, state, level=0, beta1=None, scale=99.0, **rate)  # level 0 ignores scale
         np.testing.assert_allclose(p, tensor.detach().numpy(), rtol=0, atol=1e-13)
         moved = np.sqrt(np.mean((p - before) ** 2) / np.mean(before**2)) / rate["lr"]
         clipped += abs(moved - 1) < 1e-12
@@ -210,7 +210,7 @@ def test_adam_mini_with_a_group_an_element_is_adam():
         tensor.grad = torch.tensor(g)
         theirs.step()
         options = {"lr": 0.1, "betas": (0.8, 0.97), "eps": 1e-3, "weight_decay": 0.2}
-        oracle.adam_mini_step(p, g, m, v, level=0, step=t, scale=99.0, **options)  # scale has no say at level 0
+        oracle.adam_mini_step(p, g, m, v, level=0, step=t, scale=99.0, **options)  # level 0 ignores scale
         np.testing.assert_allclose(p, tensor.detach().numpy(), rtol=1e-12, atol=1e-14)
 
 

@@ -1,7 +1,7 @@
-"""Shows that the C oracle is right, by everything outside this project that can say so.
+"""Tests the C oracle against results from outside this project.
 
-The authors' published optimizers (golden vectors), PyWavelets, MATLAB, torch.optim.AdamW, and two examples
-worked by hand; then that it refuses bad arguments and that the sanitizers find nothing in it.
+These are the authors' published optimizers (golden vectors), PyWavelets, MATLAB, torch.optim.AdamW, and two
+examples worked by hand. It also has to refuse bad arguments, and sanitizers must find nothing in it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ ROOT2, ROOT8 = math.sqrt(2), math.sqrt(8)
 
 
 def levels(width: int) -> range:
-    """Every level that is allowed: 2**level stays below 2 * width."""
+    """Return every level that is allowed: 2**level stays below 2 * width."""
     return range(next(level for level in range(64) if 2**level >= 2 * width))
 
 
 def band_tolerance(x: np.ndarray, level: int) -> float:
-    """Four roundings a level, of the largest coefficient that rows like `x` can have."""
+    """Return four roundings per level of the largest coefficient that rows like `x` can have."""
     return 4 * (level + 1) * np.finfo(x.dtype).eps * math.sqrt(2**level) * np.abs(x).max()
 
 
 def run_golden(case: golden.Case, **changed: object) -> dict[str, np.ndarray]:
-    """All steps of a case, with some settings changed, decayed in the published order."""
+    """Return the results of a case, with some settings changed, and decay in the published order."""
     settings = {name: getattr(case, name) for name in SETTINGS} | changed
     p = case.p0.copy()
     m, v = np.zeros((2, *reference.moment_shape(p.shape, settings["level"], settings["wavelet"])))
@@ -128,9 +128,9 @@ def test_transform_is_that_of_pywavelets(width, dtype):
         for ours, theirs in zip(got, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance)
         if level > 0 and np.abs(got[1]).max() > 0.01:
-            assert np.abs(-got[1] - expected[1]).max() > 1000 * tolerance  # the sign of a detail shows
+            assert np.abs(-got[1] - expected[1]).max() > 1000 * tolerance  # the sign of a detail matters
 
-        # Coefficients of no signal: on odd lengths these have something in the column that is cut off.
+        # Coefficients of no signal: on odd lengths their inverse is nonzero in the column that is cut off.
         free = [rng.standard_normal(band.shape).astype(dtype) for band in got]
         expected_x = pywt.waverec(free, "haar", mode="zero", axis=-1)[..., :width]
         tolerance = 4 * (level + 1) * np.finfo(dtype).eps * sum(np.abs(band).max() for band in free)
@@ -156,7 +156,7 @@ def test_transform_inverts_and_keeps_the_energy(width, dtype):
 
 
 def test_transform_is_that_of_matlab():
-    """All Haar results of MATLAB's Wavelet Toolbox in PyWavelets' wheel: db1, bior1.1 and rbio1.1, "zpd".
+    """Compare with MATLAB's Haar results in PyWavelets' wheel: db1, bior1.1 and rbio1.1, "zpd".
 
     The signals are not stored. PyWavelets' test_matlab_compatibility.py draws them one after the other from
     one seed, over all wavelets of five families and two sizes each, and so does this.
@@ -210,7 +210,7 @@ def test_transform_by_hand_with_padding():
 
 @pytest.mark.parametrize("limited", [False, True])
 def test_step_by_hand(limited):
-    """Three levels, every number a fraction of powers of two, once the square roots have met each other.
+    """Check three levels, in which the square roots cancel and every number is a fraction of powers of two.
 
     The gradient is that of test_transform_by_hand, so A = 8/sqrt(8). With beta1 = 3/4 and beta2 = 7/16:
 
@@ -253,7 +253,7 @@ def test_step_by_hand(limited):
 
 
 def test_previous_norm_of_zero_counts_as_none():
-    """A zero first gradient leaves norm 0; the next update is then as large as with no limiter at all."""
+    """Check that a zero first gradient leaves norm 0, and that the next update is as large as without a limiter."""
     g = np.random.default_rng(0).standard_normal((2, 8))
 
     def second_update(previous: float, gamma: float | None) -> np.ndarray:
@@ -273,7 +273,7 @@ def test_previous_norm_of_zero_counts_as_none():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_level_0_is_torch_adamw(weight_decay, maximize):
-    """torch adds eps to the bias-corrected root, so it gets eps / sqrt(1 - beta2**t) for the same sum."""
+    """Compare with torch, which adds eps to the bias-corrected root, and so gets eps / sqrt(1 - beta2**t)."""
     rng = np.random.default_rng(1)
     beta2, eps = 0.97, 1e-3
     p = rng.standard_normal((4, 9))
@@ -298,7 +298,7 @@ def test_level_0_is_torch_adamw(weight_decay, maximize):
             betas=(0.8, beta2),
             eps=eps,
             weight_decay=weight_decay,
-            scale=99.0,  # has no say at level 0, no more than the limiter
+            scale=99.0,  # ignored at level 0, as is the limiter
             maximize=maximize,
         )
         assert norm == 0
@@ -310,7 +310,7 @@ def test_level_0_is_torch_adamw(weight_decay, maximize):
 @pytest.mark.parametrize("rule", reference.RULES)
 @pytest.mark.parametrize("width", [1, 2, 5, 13, 64, 127])
 def test_float_build_is_the_double_build_rounded(width, rule):
-    """From a state in mid-run, where v is not near 0 and nothing magnifies a rounding error."""
+    """Compare from a state in mid-run, where v is not near 0, so that nothing magnifies a rounding error."""
     for level in levels(width):
         rng = np.random.default_rng(width)
         shape = (6, width)
@@ -397,7 +397,7 @@ def test_these_mean_no_limiter(gamma):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
-    """Straight through ctypes: no numpy array can have these sizes. 2**57 elements are more than an address
+    """Call through ctypes, as no numpy array can have these sizes. 2**57 elements are more than an address
     space of 2**48 bytes can hold, though they can be counted in bytes; 2**62 cannot."""
     arrays = [np.full(8, 2, dtype) for _ in range(4)]
     p, g, m, v = (a.ctypes.data for a in arrays)
@@ -433,14 +433,14 @@ def test_sizes_and_pointers_are_refused_and_nothing_is_changed(dtype):
             refused(reference.NULL_POINTER, "gwt_adamw_step", *arguments)
     assert all((a == 2).all() for a in arrays)
     assert norm.value == 3
-    reference.call("gwt_adamw_step", dtype, *whole)  # with nothing wrong it does run
+    reference.call("gwt_adamw_step", dtype, *whole)  # control: valid arguments do run
     assert (arrays[0] != 2).all()
 
 
 def test_sanitizers_find_nothing():
     done = reference.make("sanitize")
     widths = (*range(1, 41), 64, 65, 100, 127, 128, 129, 257, 1000)
-    every_level = 2 + sum(len(levels(width)) + 1 for width in widths)  # width 0 has one, and "row" as all have
+    every_level = 2 + sum(len(levels(width)) + 1 for width in widths)  # width 0 has level 0; all have "row"
     rows, precisions = 4, 2
     assert f"{every_level * rows * precisions} configurations passed" in done.stdout
     assert "3066 of the other optimizers passed" in done.stdout

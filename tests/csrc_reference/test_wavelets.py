@@ -1,6 +1,6 @@
-"""Shows that the C oracle's other wavelets, boundaries and rows as blocks are right, and that it refuses bad ones.
+"""Tests the C oracle's other wavelets, boundaries and rows as blocks, and refusals of bad arguments.
 
-PyWavelets transforms with the same filters. Refusals are those of the optimizers' arguments too.
+The reference is PyWavelets with the same filters. Bad arguments of the optimizers are tested, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTHS = (1, 2, 3, 5, 8, 13, 29, 64, 65)
 
 
 def levels(width: int) -> range:
-    """Every level that is allowed: 2**level stays below 2 * width."""
+    """Return every level that is allowed: 2**level stays below 2 * width."""
     return range(next(level for level in range(64) if 2**level >= 2 * width))
 
 
@@ -41,7 +41,7 @@ def test_transform_is_that_of_pywavelets(wavelet, boundary, dtype):
             rounding = 100 * (level + 1) * np.finfo(dtype).eps
             for ours, theirs in zip(got, expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=rounding * largest)
-            # Coefficients of no signal: these have something in the columns that are cut off.
+            # Coefficients of no signal: their inverse is nonzero in the columns that are cut off.
             free = [rng.standard_normal(band.shape).astype(dtype) for band in got]
             expected_x = _waverec(free, wavelet, boundary)[..., :width]
             back = reference.idwt(free, width, level, wavelet)
@@ -49,7 +49,7 @@ def test_transform_is_that_of_pywavelets(wavelet, boundary, dtype):
 
 
 def _waverec(bands: list[np.ndarray], wavelet: str, boundary: str) -> np.ndarray:
-    """PyWavelets' inverse, one level after the other, each cut to the length of the next band."""
+    """Return PyWavelets' inverse, one level after the other, each cut to the length of the next band."""
     x = bands[0]
     for detail in bands[1:]:
         x = pywt.idwt(x[..., : detail.shape[-1]], detail, wavelet, boundary, axis=-1)
@@ -59,7 +59,7 @@ def _waverec(bands: list[np.ndarray], wavelet: str, boundary: str) -> np.ndarray
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 8), (4, 13), (1, 1000), (7,)])
 def test_rows_as_blocks(shape, dtype):
-    """The sum over sqrt(N), and what is left; both keep the energy, and only an approximation has a mean."""
+    """Check that the bands are the sum over sqrt(N), and the row less its mean, and keep the energy."""
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     eps = np.finfo(dtype).eps
     approximation, details = reference.dwt(x, "row")
@@ -120,7 +120,7 @@ def test_names_that_there_are_not_are_refused():
 
 
 def call(name: str, *arrays: np.ndarray, **options: object) -> None:
-    """One step, with what is not given left at what is right."""
+    """Take one step, with valid values for the arguments that are not given."""
     settings = {"level": 1, "lr": 0.1} | options
     if name == "adafactor":
         keys = oracle.adafactor_shapes(arrays[0].shape, 1, settings.get("beta1", 0.9))
