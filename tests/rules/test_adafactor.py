@@ -36,13 +36,13 @@ CASES = golden.optimizer_cases("adafactor")
 
 
 def options_of(case):
-    """What a golden case was made with."""
+    """Return the options of a golden case."""
     shared = {key: getattr(case, key) for key in ("level", "weight_decay", "wavelet", "boundary")}
     return shared | case.options
 
 
 def replayed(case, **changed):
-    """Weights after each step of a golden case with some options changed, and the state after the last."""
+    """Return the weights after each step of a golden case with changed options, and the state after the last."""
     p = torch.nn.Parameter(torch.tensor(case.p0))
     optimizer = GWTAdafactor([p], **{"details": "published", "lr": case.lr[0], **options_of(case), **changed})
     params = []
@@ -72,7 +72,7 @@ def test_golden_vectors_notice_other_options():
 
 
 def exact(x):
-    """A tensor's numbers in float64, in memory of their own."""
+    """Return a tensor's numbers in float64, in new memory."""
     return np.array(x.detach().to("cpu", torch.float64).numpy(), order="C")
 
 
@@ -85,7 +85,7 @@ class Run:
         shapes = [s for s in shapes if not level or 2**level < 2 * (s[-1] if s else 1)]
         values = [self.normal(s, 0.1).to(device, dtype) for s in shapes]
         self.held = [Poisoned(x, layout) for x in values]
-        # A part of a buffer is refused where it is one row.
+        # A 1-D view into a larger buffer is refused above level 0.
         self.params = [
             torch.nn.Parameter(x if level and x.dim() == 1 else own.tensor)
             for x, own in zip(values, self.held, strict=True)
@@ -132,7 +132,7 @@ class Run:
         moved = np.abs(want - old).max()
         bound = slack * unit * (moved + np.abs(want)) + 1e-30
         if group["weight_rounding"] != "split":
-            ulps = 2 if group["weight_rounding"] == "stochastic" else 1  # halves of one
+            ulps = 2 if group["weight_rounding"] == "stochastic" else 1  # in halves of an ulp
             smallest = 2.0**-25 if self.dtype == torch.float16 else 0.0
             bound = bound + ulps * (EPS[self.dtype] * np.abs(want) + smallest)
         error = np.abs(self.whole(p) - want)
@@ -213,7 +213,7 @@ def test_layouts(backend, layout):
 
 @backends
 def test_matrices_of_many_panels(backend):
-    """More rows than panels at the most, each of several steps of the loop, and rows of several panels."""
+    """Check more rows than there may be panels, panels of several loop steps, and rows of several panels."""
     run = Run(on(backend), 1, backend=backend, shapes=[(700, 1100), (2, 90, 520)], scale_parameter=True)
     run.step(slack=100)
     run.step(2.0, slack=100)
@@ -221,7 +221,7 @@ def test_matrices_of_many_panels(backend):
 
 @pytest.mark.parametrize("backend", ["triton"])
 def test_sums_are_the_same_to_the_bit_on_every_path(backend):
-    """Of aligned rows and of others, and in a launch with other tensors."""
+    """Compare aligned rows, misaligned rows, and a launch with other tensors."""
     shape, results = (40, 96), []
     for layout, others in (("contiguous", []), ("misaligned", []), ("contiguous", [(7, 33), (64,)])):
         run = Run(on(backend), 2, backend=backend, layout=layout, shapes=[shape, *others])
@@ -254,7 +254,7 @@ def steps(optimizer, params, ts):
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5), (7,)])
 def test_level_0_is_adafactor_of_torch(shape):
-    """Which has no first moment, scales by the weights, and caps the rate; it adds nothing to squares."""
+    """Compare with torch: no first moment, rates scaled by the weights and capped, nothing added to squares."""
     p, q = runs.parameters([shape], dtype=torch.float64) + runs.parameters([shape], dtype=torch.float64)
     theirs = torch.optim.Adafactor([p], lr=0.5, eps=(1e-30, 1e-3))
     ours = GWTAdafactor([q], lr=0.5, beta1=None, scale_parameter=True, level=0, scale=99.0)
@@ -288,7 +288,7 @@ def test_int8_moments_follow_float32_ones_within_their_step(details):
 @pytest.mark.parametrize("other", ["triton", pytest.param("compiled", marks=needs_step_in_c)])
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.int8])
 def test_backends_round_alike(narrow, other):
-    """Both store the same number at random as the same bits, but for what float32 rounds otherwise."""
+    """Check that both backends round equal numbers to equal bits at random, up to float32 rounding."""
     results = []
     for backend in ("torch", other):
         params = parameters(torch.bfloat16, on(backend), shapes=[(96, 256), (33, 130)])
@@ -306,7 +306,7 @@ def test_backends_round_alike(narrow, other):
 
 @needs_step_in_c
 def test_what_c_takes_of_a_step(monkeypatch):
-    """All tensors of a bucket at once, but for those that are observed, in float64, or of other wavelets."""
+    """Check that C takes all tensors of a bucket at once, except with telemetry, float64 or other wavelets."""
     seen = []
     original = Packed.step_factored
 

@@ -14,7 +14,7 @@ from tests.support import reference_optimizers as oracle
 
 
 def stepped(optimizer, p, grads, lrs=None):
-    """Weights after each step."""
+    """Return the weights after each step."""
     found = []
     for t, grad in enumerate(grads):
         p.grad = torch.tensor(np.asarray(grad), dtype=p.dtype)
@@ -72,7 +72,7 @@ def test_steps_follow_the_oracle(level, head_rows):
 
 
 def test_the_comparison_notices_other_heads():
-    """Control."""
+    """Check as a control that one head per tensor gives other weights."""
     case = golden.optimizer_cases("adam_mini")[0]
     p = torch.nn.Parameter(torch.tensor(case.p0))
     optimizer = GWTAdamMini([p], level=0, weight_decay=case.weight_decay, head_rows=None, **case.options)
@@ -82,7 +82,7 @@ def test_the_comparison_notices_other_heads():
 
 @pytest.mark.parametrize("head_rows", [1, 4, None])
 def test_chunks_of_a_large_tensor_make_no_difference(head_rows, monkeypatch):
-    """Of rows that share a second moment, none is cut off the others."""
+    """Check chunks, which never divide rows that share a second moment."""
     from gwt_kernels.backends.torch import step
 
     results = []

@@ -1,4 +1,4 @@
-"""Adam-mini on Triton beside PyTorch's operators, and second moments that rows share there."""
+"""Adam-mini on Triton compared with PyTorch's operators, and second moments that rows share on Triton."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
 def both_backends(level, dtype=torch.float32, layout="contiguous", head_rows=1, n=3, bad=(), **options):
-    """Weights and states of some steps on Triton, and by PyTorch's operators in float64.
+    """Return weights and states of some steps on Triton, and by PyTorch's operators in float64.
 
-    Steps of ``bad`` gradients have a NaN among them.
+    The gradients of steps in ``bad`` have a NaN.
     """
     results = []
     place = on("triton")
@@ -120,7 +120,7 @@ def test_triton_takes_rows_that_share_a_second_moment(level, head_rows, options)
 
 @pytest.mark.parametrize("level", [2, "row"])
 def test_random_bits_are_the_same_on_every_backend(level):
-    """Weights may differ by a rounding where a sum's last bit does; most are the same to the bit."""
+    """Check that most weights are equal bit for bit; others differ by a rounding, where a sum's last bit does."""
     found = []
     for backend in ("triton", "torch"):
         params = [nn.Parameter(p.detach().to(on("triton"))) for p in parameters(torch.bfloat16, shapes=BY_ROW)]
@@ -164,7 +164,7 @@ def test_gradients_whose_squares_overflow_are_clipped_to_nothing(head_rows, leve
 
 
 def test_heads_of_one_row_are_rows():
-    """To the bit: all rows of a head take the same numbers."""
+    """Check bit for bit that heads of one row are rows, and that all rows of a head use equal numbers."""
     found = []
     for head_rows in (1, None):
         params = [nn.Parameter(p.detach().to(on("triton"))) for p in parameters(shapes=((1, 40), (1, 37), (33,)))]
@@ -206,7 +206,7 @@ def test_the_function_takes_second_moments_of_heads(backend):
 
 
 def test_heads_take_as_many_launches_as_paths(monkeypatch):
-    """Wherever the copies of their second moments lie: one for rows in wide accesses, and one for the moments."""
+    """Check for one launch for rows in wide accesses and one for second moments, wherever their copies lie."""
     from gwt_kernels.backends.triton.launch import Launch
 
     launched, update = [], Launch.update

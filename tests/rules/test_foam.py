@@ -67,7 +67,7 @@ CASES = (*golden.foam_cases(), *(case for case in golden.variant_cases(res_scale
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @backends
 def test_golden_vectors_of_the_folded_rule_in_float32(backend, case):
-    """A whole run, without any float64: the bound keeps errors from growing."""
+    """Check a whole run without any float64: the bound keeps errors from growing."""
     p = torch.tensor(case.p0, dtype=torch.float32, device=on(backend))
     m, v = torch.zeros(2, *case.exp_avg.shape, device=p.device)
     for t, (lr, grad) in enumerate(zip(case.lr, case.grads, strict=True), start=1):

@@ -21,7 +21,7 @@ EPS = {torch.float64: 2e-15, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.f
 
 
 def lion(p, g, m, hyper, level, t=1):
-    """One step in float64: new weights, new moment, and how far from 0 lies what the sign is taken of."""
+    """Return new weights, new moment and the size of the sign's argument after one step in float64."""
     width, n = 2**level, p.shape[-1]
     g = torch.nn.functional.pad(g * hyper.signed_factor, (0, -n % width)).reshape(*p.shape[:-1], -1, width)
     mean = g.mean(-1)
@@ -33,7 +33,7 @@ def lion(p, g, m, hyper, level, t=1):
 
 
 def made(level, device, dtype, grad_dtype=None, moment_dtype=None, layout="contiguous"):
-    """Weights, gradients and moments in poisoned memory."""
+    """Return weights, gradients and moments in poisoned memory."""
     generator = torch.Generator().manual_seed(level)
     wide = torch.promote_types(dtype, torch.float32)
 

@@ -33,7 +33,7 @@ def noise(shape, generator):
 
 
 def follow(params, optimizer, expected, n=4):
-    """Steps of the optimizer beside ``expected(i, g)``, which changes and returns weights and moment in float64."""
+    """Compare steps with ``expected(i, g)``, which changes and returns weights and moment in float64."""
     generator = torch.Generator().manual_seed(7)
     for t in range(n):
         for p in params:
@@ -55,7 +55,7 @@ def compare(shapes, *, level, oracle_options=None, n=4, **options):
     def expected(i, g):
         p, m = kept[i]
         oracle.muon_step(p, g, m, level=level, lr=0.02, **(oracle_options or options))
-        return p, m / math.sqrt(block_width(p.shape, level))  # whose moments are of coefficients
+        return p, m / math.sqrt(block_width(p.shape, level))  # the oracle's moments are of coefficients
 
     follow(params, optimizer, expected, n)
 
@@ -87,7 +87,7 @@ def test_steps_follow_the_oracle(level, adjust_lr_fn):
 @pytest.mark.parametrize("level", [0, 2])
 def test_each_option_is_the_oracles(options, level):
     compare(SHAPES, level=level, **options)
-    with pytest.raises(AssertionError):  # control: the defaults, and another rate where these are meant
+    with pytest.raises(AssertionError):  # control: the oracle with default options and another decay
         compare(SHAPES, level=level, oracle_options={"weight_decay": 0.2}, **options)
 
 
@@ -143,7 +143,7 @@ GOLDEN = pytest.mark.parametrize("case", golden.optimizer_cases("muon"), ids=lam
 
 
 def replay(case, eps):
-    """The weights after each step, and the last momentum; ``eps(g, m)`` says that of a step's Newton-Schulz."""
+    """Return the weights after each step, and the last momentum; ``eps(g, m)`` is a step's eps of Newton-Schulz."""
     p = torch.nn.Parameter(torch.from_numpy(case.p0.copy()))
     optimizer = GWTMuon([p], weight_decay=case.weight_decay, level=case.level, **case.options, **EXACT)
     params = np.full_like(case.params, np.nan)
@@ -158,7 +158,7 @@ def replay(case, eps):
 
 @GOLDEN
 def test_golden_vectors_are_met_to_what_their_eps_is_worth(case):
-    """They divide a summed buffer by ``norm + eps``, where this package, as torch, takes ``max(norm, eps)``."""
+    """Compare with golden vectors, which divide a summed buffer by ``norm + eps``, not by ``max(norm, eps)``."""
     params, moment = replay(case, lambda g, m: 1e-7)
     movement = case.params - case.p0
     np.testing.assert_allclose(params - case.p0, movement, rtol=0, atol=1e-8 * np.abs(movement).max())
@@ -199,7 +199,7 @@ MATRICES = [(9, 4), (4, 9), (5, 5), (1, 6), (6, 1), (16, 32)]
 
 @shared
 def test_level_0_is_torchs_in_float64(options, monkeypatch):
-    """Runs torch's own code, whose iteration rounds to bfloat16 in one place."""
+    """Run torch's own code without its one rounding to bfloat16."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     own, other = parameters(MATRICES), parameters(MATRICES)
     optimizer = GWTMuon(own, **{"lr": 0.02, **options}, level=0, **EXACT)
@@ -223,7 +223,7 @@ def test_level_0_is_torchs_in_float64(options, monkeypatch):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_level_0_has_torchs_bits_where_momentum_and_rate_are_exact(options, dtype):
-    """So they are, whatever torch's order of operations, for eighths and halves of them.
+    """Compare with torch for gradients of eighths and momentum 1/2, exact in any order of operations.
 
     torch rounds bfloat16 weights after their decay, and their update times the rate, which this package does not;
     and without Nesterov's momentum it divides a bfloat16 buffer itself by its norm, so there one step is compared.
@@ -259,7 +259,7 @@ HYPER = Hyper(lr=0.01, beta1=0.9, beta2=0.9, weight_decay=0.1, scale=0.7, detail
 
 
 def directions(g, m, hyper, level):
-    """``M`` and the new momentum, in float64."""
+    """Return ``M`` and the new momentum, in float64."""
     width, n = 2**level, g.shape[-1]
     blocks = *g.shape[:-1], -(-n // width), width
     g = torch.nn.functional.pad(g * hyper.signed_factor, (0, -n % width)).reshape(blocks)

@@ -45,7 +45,7 @@ def restated(g: Tensor, newton_schulz: NewtonSchulz) -> Tensor:
 
 
 def muons(g: Tensor, newton_schulz: NewtonSchulz = OURS) -> Tensor:
-    """The bits of torch.optim.Muon itself, which knows bfloat16 alone."""
+    """Return the bits of torch.optim.Muon itself, which computes in bfloat16 only."""
     own = newton_schulz
     return _zeropower_via_newtonschulz(g, own.coefficients, own.steps, own.eps)
 
@@ -79,7 +79,7 @@ def test_singular_values_come_near_one_and_directions_stay() -> None:
 @pytest.mark.parametrize("given", [BF16, FP32])
 @pytest.mark.parametrize("shape", [*SHAPES, (256, 384), (384, 200)])
 def test_bits_are_those_of_muon(shape: tuple[int, int], given: torch.dtype, threads: int) -> None:
-    """On a CPU in batches too."""
+    """Check that bits are equal, on a CPU in batches too."""
     several = matrices(3, *shape, dtype=given)
     expected = torch.stack([muons(x.clone()) for x in several])
     before = torch.get_num_threads()
@@ -96,7 +96,7 @@ def test_bits_are_those_of_muon(shape: tuple[int, int], given: torch.dtype, thre
 
 
 def test_matrices_of_any_kind_at_once() -> None:
-    """Batches, views that lie end to end or apart, transposed ones, other dtypes, empty ones, in any order."""
+    """Check batches, views that lie end to end or apart, transposed, of other dtypes, and empty, in any order."""
     memory = matrices(5, 12, 20, dtype=FP64)
     fused = matrices(2, 30, 8, dtype=FP64)
     other = [matrices(12, 20, dtype=FP64, seed=3).T.contiguous().T, matrices(12, 20, seed=4), matrices(0, 5)]
@@ -135,7 +135,7 @@ def test_matrices_of_any_kind_at_once() -> None:
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("splits", [(2, 2, 2), (4, 2), (2, 4), (1, 1, 4)])
 def test_cut_rows_of_batches(splits: tuple[int, ...], n: int) -> None:
-    """Some pieces of the same shape lie end to end, in one batch or where it ends and the next begins."""
+    """Check pieces of equal shape that lie end to end, within a batch or in two neighbouring ones."""
     x = matrices(2 * n, 6, 8, dtype=FP64)
     ours = NewtonSchulz(dtype=FP64)
     expected = torch.stack([torch.cat([restated(piece, ours) for piece in m.split(splits)]) for m in x])
@@ -286,7 +286,7 @@ def test_what_is_no_matrix_is_refused_by_name(
 def test_the_workspace_that_is_asked_for_is_enough(
     shape: tuple[int, ...], flatten: bool, splits: tuple[int, ...] | None
 ) -> None:
-    """Matrices and temporaries of one index of the batch; a byte less is refused, with what would do."""
+    """Check the workspace for one index of the batch; one byte less is refused, with the bytes needed."""
     one = matrices(*shape, dtype=BF16)
     one = one[:1] if len(shape) > 2 and not flatten else one
     needed = workspace_needed([s[-2:] for s in matrix_shapes(one.shape, flatten, splits)], OURS)

@@ -1,4 +1,4 @@
-"""Tests ``level="row"``, one block a row: every backend against the C oracle, and the optimizer that keeps it."""
+"""Tests ``level="row"``, one block per row: every backend against the C oracle, and the optimizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.support.poisoned import LAYOUTS
 from tests.support.steps import Bucket
 from tests.test_functional import COMBINATIONS, HYPER, OPTIONS, backends, combinations, on, rules
 
-# Rows of one element and of few, odd and long ones, of many tiles of a kernel; many dimensions; nothing at all.
+# Rows of one element, of few, of odd and large widths, of many tiles; many dimensions; an empty tensor.
 SHAPES = [(4, 32), (3, 37), (33,), (2, 3, 64), (2, 1, 2, 35), (0, 40), (5, 1), (2, 3000), (3, 1025), (1, 1024)]
 
 
 @rules
 @combinations
 def test_steps_of_rows_follow_the_oracle(backend, dtype, rule):
-    """From the first step on, with new gradients each time, and a spike that the limiter meets at step 3."""
+    """Compare from the first step on, with new gradients each time, and a spike at step 3 for the limiter."""
     bucket = Bucket(SHAPES, "row", dtype=dtype, rule=rule, limited=rule == "gwt", first=True, device=on(backend))
     workspace = {}
     for t, size in enumerate((1.0, 0.5, 30.0), start=1):
@@ -96,7 +96,7 @@ def test_any_rows(shapes, combination, grad_dtype, layouts, rule, detail_scale, 
 
 @backends
 def test_the_comparison_notices_another_level(backend):
-    """Control."""
+    """Check as a control that a step with another rule differs from the oracle's."""
     bucket = Bucket([(4, 32)], "row", device=on(backend))
     with pytest.raises(AssertionError, match=r"params of tensor 0, .*: [0-9]+ of 128 elements are wrong"):
         bucket.check_step(HYPER, 3, backend=backend, rule="foam")
@@ -110,7 +110,7 @@ def parameters(shapes, generator, dtype=torch.float32, place=None):
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("rounding", ["stochastic", "split"])
 def test_weights_and_moments_are_rounded_by_the_same_bits_on_every_backend(rounding, state_dtype):
-    """Weights may differ by a rounding where a sum's last bit does; most are the same to the bit."""
+    """Check that most weights are equal bit for bit; others differ by a rounding, where a sum's last bit does."""
     found = []
     for backend in ("triton", "compiled", "torch"):
         generator = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def test_telemetry_of_rows_is_the_same_on_every_backend():
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 def test_bad_batches_are_skipped_and_gradients_clipped_with_rows(rule):
-    """The limiter's pass over rows looks at gradients on its way."""
+    """Check skipping and clipping, for which the limiter's pass over rows also collects gradient statistics."""
     found = []
     for backend in ("triton", "torch"):
         generator = torch.Generator().manual_seed(0)
@@ -184,7 +184,7 @@ def test_bad_batches_are_skipped_and_gradients_clipped_with_rows(rule):
 
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 def test_one_launch_takes_all_rows_of_a_bucket(rule, monkeypatch):
-    """And one more the sums of the limiter, and one its divisors."""
+    """Check for one launch for all rows, and with the limiter one for its sums and one for its divisors."""
     from gwt_kernels.backends.triton import launch
 
     seen = []

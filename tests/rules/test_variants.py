@@ -74,7 +74,7 @@ def test_bias_correction_can_be_turned_off_and_on_in_mid_run(backend, device):
 
 @backends
 def test_the_first_step_without_bias_correction_is_smaller_by_the_correction(backend, device):
-    """By ``sqrt(1 - 0.999) / (1 - 0.9)``, except for weight decay."""
+    """Check the factor ``sqrt(1 - 0.999) / (1 - 0.9)``, which weight decay does not have."""
     moved = []
     for correct_bias in (True, False):
         p = parameters([(4, 8)], place(backend, device))[0]
