@@ -153,7 +153,7 @@ REASONS = frozenset(
         "Linear outside of the repeated blocks",
     }
 )
-"""Reasons to leave a tensor at level 0, besides too narrow a width and a class other than Linear."""
+"""Reasons to leave a tensor at level 0, in addition to too narrow a width and a class other than Linear."""
 
 BETWEEN = re.compile(
     r"\.downsample\.reduction\.|^tdnn\.\d+\.kernel|keypoint_encoder\.encoder\.\d+\.linear|\.patch_embedder\.proj\."

@@ -29,7 +29,7 @@ def test_table_lists_the_architectures_in_use() -> None:
 
 
 def test_every_linear_of_a_repeated_block_is_transformed_or_has_a_reason() -> None:
-    """Besides, no embedding, head, norm, convolution or bias is transformed, and reasons come from a fixed set."""
+    """Check that embeddings, heads, norms, convolutions and biases stay as they are; reasons come from a set."""
     kinds = architectures.model_types()[::EVERY]
     built, faults = 0, []
     for kind in kinds:

@@ -10,7 +10,7 @@ from gwt_kernels.functional import Hyper
 @pytest.mark.parametrize("step", [1, 2, 10, 1000, 10**6])
 @pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.999), (0.0, 0.5), (0.5, 0.0), (0.9999, 0.999999)])
 def test_step_size_is_exact(beta1, beta2, step):
-    """Compared in rational arithmetic and squared, since a root is irrational."""
+    """Compare in rational arithmetic, and squared, since a root is irrational."""
 
     def correction(beta: float) -> Fraction:
         # The exact power of a late step is too long a fraction; its double is exact enough beside 1.
@@ -23,7 +23,7 @@ def test_step_size_is_exact(beta1, beta2, step):
 
 
 def test_the_first_step_undoes_the_decay():
-    """At t = 1: lr * sqrt(1 - b2) / (1 - b1)."""
+    """Check the step size at t = 1: lr * sqrt(1 - b2) / (1 - b1)."""
     assert Hyper(lr=1.0, beta1=0.75, beta2=0.9375).step_size(1, 0) == pytest.approx(1, rel=1e-15)
     assert Hyper(lr=1.0, beta1=0.75, beta2=0.9375, scale=8.0).step_size(1, 1) == pytest.approx(8, rel=1e-15)
     assert Hyper(lr=0.0).step_size(1, 1) == 0.0
