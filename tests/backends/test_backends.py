@@ -46,7 +46,7 @@ def test_none_chooses_torch_on_a_cpu_even_under_the_interpreter():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 def test_none_chooses_triton_on_cuda_where_its_kernels_can_take_the_tensors(monkeypatch):
     monkeypatch.setattr(choice, "interpreted", lambda: False)
-    monkeypatch.setattr(choice, "triton_obstacle", choice.triton_obstacle.__wrapped__)  # without its memory
+    monkeypatch.setattr(choice, "triton_obstacle", choice.triton_obstacle.__wrapped__)  # without its cache
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for level in (0, 2, choice.MAX_TRITON_LEVEL):
             assert choice.resolve(None, CUDA, dtype, level) == "triton"
@@ -95,7 +95,7 @@ def test_triton_refuses_cpu_tensors_without_the_interpreter(no_interpreter):
 
 
 def test_triton_takes_tensors_on_its_active_drivers_device(no_interpreter, monkeypatch):
-    """For instance a driver for CPUs that the user has activated."""
+    """Check for instance a driver for CPUs that the user has activated."""
     other = SimpleNamespace(get_active_torch_device=lambda: torch.device("cpu"))
     monkeypatch.setattr(no_interpreter, "_active", other)
     assert choice.resolve("triton", CPU, torch.float32, 2) == "triton"
@@ -223,7 +223,7 @@ REFUSALS = (
 
 @pytest.fixture(scope="module")
 def printed():
-    """What a new process prints of its imports, and then of refusals."""
+    """Return what a new process prints about its imports, and then about refusals."""
     return python(IMPORTS + REFUSALS)
 
 

@@ -244,7 +244,7 @@ def test_a_skipped_step_changes_nothing(backend, limited, options):
 
 
 def test_device_step_counts_equal_host_step_counts():
-    """Random bits depend on the step count as well: bit for bit, except if a learning rate rounds differently."""
+    """Check equal bits, also random ones, which depend on the count, unless a learning rate rounds differently."""
     stored = []
     for on_device in (False, True):
         bucket = Bucket(

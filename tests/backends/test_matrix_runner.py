@@ -1,4 +1,4 @@
-"""Tests steps with a matrix stage: backends against one another in every format, and matrices in pieces."""
+"""Tests of steps with a matrix stage: backends against each other in every format, and matrices in pieces."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.poisoned import Poisoned
 from tests.support.runs import assert_differ, assert_same_bits, results
 from tests.test_functional import on
 
-# What is exact in float32 whatever the order of operations: gradients that are eighths, momentum 1/2, and a rate
-# that is a power of 2 on matrices whose adjustment is 1.
+# Numbers that are exact in float32 in any order of operations: gradients of eighths, momentum 1/2, and a rate that
+# is a power of 2, on matrices whose adjustment is 1.
 EXACT = {"lr": 2.0**-6, "momentum": 0.5, "weight_decay": 0.125}
 SHAPES = [(16, 64), (5, 36), (2, 6, 22)]
-CODED = (64, 256)  # of enough coefficients for codes
+CODED = (64, 256)  # has enough coefficients for int8
 
 
 def tensors(shapes, dtype, backend, layout="contiguous", seed=0):
@@ -54,7 +54,7 @@ def run(
 
 
 def check_backends(**options):
-    """The torch and the Triton backend have to leave the same bits, random ones among them."""
+    """Check that the torch and the Triton backend store the same bits, random ones among them."""
     wanted, got = run("torch", **options), run("triton", **options)
     for p, q in zip(*(x.param_groups[0]["params"] for x in (wanted, got)), strict=True):
         assert_same_bits(p.detach().cpu(), q.detach().cpu())
@@ -82,7 +82,7 @@ def test_backends_agree_in_every_format_and_rounding(level, state_dtype, roundin
 
 @pytest.fixture
 def compiled_steps(monkeypatch):
-    """The rules of the steps that C takes, in order."""
+    """Return a list of the rules of the steps that C takes, in order."""
     taken = []
     original = step.Packed.step
 
@@ -101,7 +101,7 @@ def compiled_steps(monkeypatch):
      (torch.float16, "stochastic"), (torch.bfloat16, "split")],
 )  # fmt: skip
 def test_the_step_in_c_leaves_the_bits_of_pytorchs_operators(level, dtype, rounding, compiled_steps):
-    """Where all is exact: elsewhere operators may contract a product with a sum, which C never does."""
+    """Compare exact steps: in others operators may contract a product with a sum, which C never does."""
     options = {"shapes": [(16, 64), (5, 36), (2, 6, 22), (64, 256)], "dtype": dtype, "level": level, "steps": 4}
     options |= {"weight_rounding": rounding, "detail_scale": 0.5, "maximize": True}
     wanted = run("torch", **options)
@@ -145,7 +145,7 @@ def test_matrices_that_take_turns_in_c_are_written_where_they_are(compiled_steps
 
 
 def test_last_stages_of_kernels_take_rows_of_any_width_as_one_run(monkeypatch):
-    """So that accesses are wide where blocks are cut short; not where random bits are those of blocks."""
+    """Check the path of the last stage: flat, for wide accesses, unless random bits are drawn by blocks."""
     from gwt_kernels.backends.triton.launch import Launch
 
     flat = []
@@ -200,7 +200,7 @@ def test_splits_of_rows_with_factors_of_their_own():
     ids=str,
 )  # fmt: skip
 def test_rows_as_blocks(options):
-    """Their means are of any number of elements, and so not exact: to rounding, the same on both backends."""
+    """Compare backends up to rounding: means of rows, of any number of elements, are not exact."""
     options = {"shapes": [(6, 40), (5, 37), (3, 4, 16), (2, 1030)], "level": "row", "ns_steps": 0, **options}
     wanted, got = run("torch", **options), run("triton", **options)
     coarse = options.get("state_dtype") == torch.bfloat16
@@ -239,7 +239,7 @@ def least_bytes(shape, itemsize=2):
     ids=str,
 )
 def test_experts_in_pieces_have_the_bits_of_whole_ones(backend, level, options):
-    """But for those of the products, which libraries compute for one matrix otherwise than for several."""
+    """Compare bits without iterations: libraries compute products of one matrix and of several differently."""
     options = {"shapes": EXPERTS, "level": level, "ns_steps": 0, **options}
     whole = run(backend, **options)
     few = max(map(least_bytes, options["shapes"]))
@@ -255,7 +255,7 @@ def test_experts_in_pieces_have_the_bits_of_whole_ones(backend, level, options):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_int8_moments_of_experts_are_cut_at_whole_scales_or_the_remedy_is_named(backend):
-    shapes = [(8, 32, 128)]  # 1,024 coefficients an expert at level 2: 8 blocks of 128
+    shapes = [(8, 32, 128)]  # 1,024 coefficients per expert at level 2: 8 blocks of 128
     options = {"shapes": shapes, "state_dtype": torch.int8}
     pieces = run(backend, workspace_bytes=3 * least_bytes(shapes[0]), **options)
     whole = run(backend, **options)
@@ -285,8 +285,8 @@ def test_telemetry_of_pieces_is_that_of_the_whole():
 
 
 def test_memory_of_a_step_stays_below_the_workspace():
-    """Beside the float32 temporaries of chunks, which a CPU step in PyTorch has too."""
-    shapes, bound = [(32, 255, 255)] * 2, 4 << 20  # below what a CPU takes one at a time
+    """Check peak memory, without the float32 temporaries of chunks, which any CPU step in PyTorch has."""
+    shapes, bound = [(32, 255, 255)] * 2, 4 << 20  # matrices below the size that a CPU takes one at a time
     params = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     optimizer = GWTMuon(params, workspace_bytes=bound, backend="torch")
     for p in params:
@@ -306,7 +306,7 @@ def test_memory_of_a_step_stays_below_the_workspace():
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["torch", "compiled", "triton"])
 def test_nothing_of_the_matrices_is_kept_between_steps(backend, state_dtype, monkeypatch):
-    """They take as much as the weights do in bfloat16; another optimizer's may take it before the next step."""
+    """Check that buffers, as large as bfloat16 weights, are freed, for example for another optimizer's step."""
     buffers = []
 
     class Watched(LaidOut):

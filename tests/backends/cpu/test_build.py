@@ -29,9 +29,9 @@ pytestmark = needs_step_in_c
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache folder, and no remembered library, before and after the test."""
+    """Provide an empty cache folder, and no loaded library, before and after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "FLAGS", [flag.replace("-O3", "-O0") for flag in FLAGS])  # compiles sooner
+    monkeypatch.setattr(build, "FLAGS", [flag.replace("-O3", "-O0") for flag in FLAGS])  # compiles faster
     remembered = (build.library, build.warn_of, choice.compiler_obstacle)
     for function in remembered:
         function.cache_clear()
@@ -55,7 +55,7 @@ def kept(cache: Path) -> list[Path]:
 
 @pytest.fixture
 def small_source(monkeypatch, tmp_path):
-    """One function in place of the step, which compiles sooner."""
+    """Replace the step by one function, which compiles faster."""
     monkeypatch.setattr(build, "LINK", [x for x in build.LINK if "hidden" not in x])
     monkeypatch.setattr(build, "SOURCES", [tmp_path / "step.c"])
     build.SOURCES[0].write_text("int gwt_answer(void) { return 42; }\n")
@@ -98,7 +98,7 @@ def test_another_source_or_compiler_is_compiled_anew(cache, monkeypatch, tmp_pat
 
 
 def is_another(name):
-    """Whether there is a compiler of this name, and the package takes another by itself."""
+    """Return whether there is a compiler of this name, and the package chooses another by default."""
     found, own = shutil.which(name), build.compiler()
     return found and own and Path(found).resolve() != Path(shutil.which(own[0])).resolve()
 
@@ -114,7 +114,7 @@ def is_another(name):
     ],
 )
 def test_supported_compilers(cache, monkeypatch, tmp_path, name):
-    """All flags are supported, and the libraries give the same bits."""
+    """Check that all flags are supported, and the libraries give the same bits."""
     taken = []
     monkeypatch.setattr(build, "FLAGS", FLAGS)
     for command in (None, name):
@@ -131,7 +131,7 @@ def test_supported_compilers(cache, monkeypatch, tmp_path, name):
 
 
 def test_library_is_synced_to_disk_before_it_is_renamed(cache, small_source, monkeypatch):
-    """Otherwise a crash may leave part of the file, and loading it kills the process."""
+    """Check the order: otherwise a crash may leave part of the file, and loading that kills the process."""
     calls = []
     for name in ("fsync", "replace"):
         own = getattr(os, name)
@@ -142,12 +142,12 @@ def test_library_is_synced_to_disk_before_it_is_renamed(cache, small_source, mon
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "without its hash", "with half a hash"])
 def test_a_damaged_library_is_compiled_anew(damage, cache, small_source, monkeypatch, tmp_path):
-    """To load one ends the process."""
+    """Check that a damaged library is not loaded, which would kill the process."""
     monkeypatch.setenv("CC", str(compiler_that_counts(tmp_path)))
     build.library.__wrapped__()
     (path,) = kept(cache)
     whole, note = path.read_bytes(), path.with_suffix(".sha256")
-    path.unlink()  # what is loaded goes on using its memory
+    path.unlink()  # a loaded library goes on using its memory
     path.write_bytes({"cut short": whole[: len(whole) // 2], "changed": whole[:-1] + b"x"}.get(damage, whole))
     if damage == "without its hash":
         note.unlink()
@@ -161,7 +161,7 @@ def test_a_damaged_library_is_compiled_anew(damage, cache, small_source, monkeyp
 
 
 def test_a_home_that_cannot_be_written_to(cache, tmp_path):
-    """The library is compiled for this process alone, with one warning."""
+    """Check that the library is compiled for this process only, with one warning."""
     (tmp_path / "cache").write_text("in the way")
     with pytest.warns(UserWarning, match=r"cannot be kept .*cache.* XDG_CACHE_HOME") as told:
         take_steps()
@@ -189,7 +189,7 @@ def test_no_home_directory(cache, small_source, monkeypatch):
 
 
 def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, small_source, monkeypatch):
-    """For instance on a file system mounted without exec."""
+    """Check a folder from which libraries cannot be loaded, as on a file system mounted without exec."""
     load = ctypes.CDLL
 
     def refuse(path: str) -> ctypes.CDLL:
@@ -203,7 +203,7 @@ def test_library_that_cannot_be_loaded_is_compiled_elsewhere(cache, small_source
 
 
 def test_machines_that_share_a_home(cache, small_source, monkeypatch):
-    """Each machine loads the library compiled for its kind of processor."""
+    """Check that each machine loads the library compiled for its kind of processor."""
     for machine in ("x86_64", "aarch64"):
         monkeypatch.setattr(platform, "machine", lambda own=machine: own)
         build.library.__wrapped__()
@@ -211,7 +211,7 @@ def test_machines_that_share_a_home(cache, small_source, monkeypatch):
 
 
 def test_no_compiler(cache, monkeypatch):
-    """With ``backend="compiled"`` an error says so; by default PyTorch's operators run."""
+    """Check that ``backend="compiled"`` raises an error, and that by default PyTorch's operators run."""
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"backend='compiled'.*C compiler.*'no-such-compiler'.*backend='torch'"):
         GWTAdamW(parameters([(4, 8)]), backend="compiled")
@@ -235,7 +235,7 @@ def test_compiler_command_not_found(cache, monkeypatch):
 
 
 def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
-    """The message ends with the compiler's output, in whatever encoding, and no file remains."""
+    """Check that the message ends with the compiler's output, in any encoding, and no file remains."""
     script = tmp_path / "failing-cc"
     script.write_bytes(b"#!/bin/sh\necho '\xe9: the disk is full' >&2\nexit 3\n")
     script.chmod(0o755)
@@ -258,7 +258,7 @@ def test_a_compiler_that_fails(cache, monkeypatch, tmp_path):
     ],
 )
 def test_backend_chosen_on_a_cpu(monkeypatch, backend, dtype, calls):
-    """By default the step runs in C if C supports it."""
+    """Check that by default the step runs in C if C supports it."""
     seen, own = [], step.Packed.step
     monkeypatch.setattr(step.Packed, "step", lambda self: (seen.append(1), own(self)))
     train(GWTAdamW(parameters([(4, 8), (3, 5)], dtype=dtype), level=1, backend=backend), range(1))

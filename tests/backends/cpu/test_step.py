@@ -109,7 +109,7 @@ def drawn(shape: tuple[int, ...], of: tuple[int, ...], level: int, which: int) -
 @rules
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_narrow_weights_are_the_rounded_float32_weights(dtype, rule, shape):
-    """Nearest and stochastic, for all magnitudes, infinity and NaN, and all gradient dtypes."""
+    """Compare nearest and stochastic rounding, for all magnitudes, infinity and NaN, and all gradient dtypes."""
     n = math.prod(shape)
     for level in levels_of(shape):
         bits = philox.random_halves_at(drawn(shape, shape, level, 0), STEP, KEY).to(torch.int32)
@@ -126,7 +126,7 @@ def test_narrow_weights_are_the_rounded_float32_weights(dtype, rule, shape):
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_every_number_of_16_bits_is_read_and_stored(dtype, rounding):
-    """Weights without an update, and gradients, compared with float32 copies."""
+    """Compare weights without an update, and gradients, with float32 copies."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     still = State((2**16,), 0, "gwt", numbers)
     still.g, still.m = torch.zeros(2**16), torch.zeros(2**16)
@@ -182,7 +182,7 @@ def test_bfloat16_moments_are_the_rounded_float32_moments(rule, shape):
 @rules
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_int8_moments_are_the_quantized_float32_moments(spoiled, rule, shape):
-    """Ordinary blocks, blocks of zeros, of tiny and of large numbers; some with an infinity or a NaN."""
+    """Compare ordinary blocks, blocks of zeros, of tiny and of large numbers; some with an infinity or a NaN."""
     for level in levels_of(shape):
         wide, narrow = (State(shape, level, rule, torch.zeros(shape)) for _ in range(2))
         q = quantized.block_size(level)
@@ -211,7 +211,7 @@ def test_int8_moments_are_the_quantized_float32_moments(spoiled, rule, shape):
 
 
 def test_rounding_never_exceeds_the_largest_quantized_value():
-    """One value more would wrap to the other sign, or to zero."""
+    """Check the largest value: one more would wrap to the other sign, or to zero."""
     n = 2**18
     assert (philox.random_words(0, n, STEP, KEY, CPU) & 0xFFFF == 0).any()  # control
     state = State((n,), 0, "gwt", torch.zeros(n))
@@ -248,7 +248,7 @@ def test_layouts_make_no_difference(layout, rule):
     ],
 )
 def test_bits_of_shards_with_gaps(weights, coefficients):
-    """A run's elements are contiguous in the whole tensor; runs start anywhere, and cross 2**32 generator calls."""
+    """Check runs of elements, contiguous in the whole tensor, from anywhere, and across 2**32 generator calls."""
     p = all_kinds((40, 64), 1).to(BF16)
     narrow, wide = State((40, 64), 2, "foam", p), State((40, 64), 2, "foam", p.float())
     narrow.m, narrow.v = narrow.m.to(BF16), narrow.v.to(BF16)
@@ -271,7 +271,7 @@ def test_bits_of_shards_with_gaps(weights, coefficients):
 def steps(
     dtype: torch.dtype = BF16, *, telemetry: bool = True, rule: str = "gwt", **options: object
 ) -> list[object]:
-    """Weights, state and telemetry after each of some steps."""
+    """Return weights, state and telemetry after each step."""
     params = parameters([(700, 311), (640, 256), (41,), (3, 3, 9), (), (0, 8)], dtype=dtype)
     groups = [{"params": params[:2], "rule": rule}, {"params": params[2:], "rule": rule, "level": 0}]
     optimizer = optimizer_of(rule)(groups, lr=0.03, backend="compiled", telemetry=telemetry, **options)
@@ -294,7 +294,7 @@ def threads():
 
 @pytest.mark.parametrize("own", [{}, {"rule": "adafactor", "telemetry": False}], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(threads, own):
-    """Weights, moments and telemetry have the same bits."""
+    """Check that weights, moments and telemetry have the same bits."""
     options: dict[str, object] = {"weight_rounding": "stochastic", "state_dtype": "int8", **own}
     runs = []
     for n in (1, 2, 5):
@@ -308,7 +308,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads, own):
 @pytest.mark.parametrize("level", range(11))
 @rules
 def test_what_is_observed_is_the_same(rule, level):
-    """Updates of weights in float32 are added at once, or by way of the tile where they are observed."""
+    """Compare runs with and without telemetry, with which float32 weights are updated in a tile first."""
 
     def run(observed: bool, seed: int = 0) -> list[Tensor]:
         params = parameters([(70, 2048), (3, 1030), (4099,)])
@@ -327,7 +327,7 @@ def vectors_of(capability: str) -> list[str]:
 
 
 def on_a_cpu_with_more_than(vectors: str) -> pytest.MarkDecorator:
-    """For vectors that this CPU has and the package does not take by itself."""
+    """Return a mark that skips, unless this CPU has these vectors and the package uses wider ones by default."""
     *others, _ = vectors_of(torch.backends.cpu.get_cpu_capability()) or [""]
     return pytest.mark.skipif(vectors not in others, reason="needs a CPU with wider vectors: run it on one")
 
@@ -340,7 +340,7 @@ def on_a_cpu_with_more_than(vectors: str) -> pytest.MarkDecorator:
     ],
 )
 def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vectors):
-    """All stored numbers are equal on every machine, including limiter norm and telemetry."""
+    """Check that all stored numbers are equal on every machine, including limiter norm and telemetry."""
     runs = [{"weight_rounding": r, "state_dtype": s} for r, s in (("stochastic", "int8"), ("split", "bfloat16"))]
     runs += [{"weight_rounding": "stochastic", "state_dtype": s, "rule": "lion"} for s in ("int8", "bfloat16")]
     runs += [
@@ -352,7 +352,7 @@ def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vecto
         {"rule": "adafactor", "telemetry": False, "level": level, "dtype": dtype}
         for level, dtype in ((0, FP32), (1, BF16), (2, FP32), (4, FP16))
     ]
-    # What is not observed is added to weights in float32 at once.
+    # Without telemetry float32 weights are updated directly.
     runs += [{"dtype": FP32, "level": level, "telemetry": False} for level in (1, 2, 4)]
     runs += [
         {"dtype": FP32, "level": level, "telemetry": False, "rule": rule}
@@ -369,14 +369,14 @@ def test_results_do_not_depend_on_vector_extensions(monkeypatch, tmp_path, vecto
     assert len(list((tmp_path / "gwt_kernels").glob("*.so"))) == 1
 
 
-# What PyTorch's operators take over, and what is refused --------------------------------------------------------
+# Steps of PyTorch's operators, and refusals ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("shape", "level", "dtype"), [((4, 2048), 11, FP32), ((6, 40), 2, torch.float64)], ids=["deep", "float64"]
 )
 def test_unsupported_steps_run_on_the_torch_backend(shape, level, dtype):
-    """Bit for bit, and so are the sums of shards."""
+    """Compare results, and the sums of shards, bit for bit."""
     results = []
     for backend in ("torch", "compiled"):
         bucket = Bucket([shape], level, dtype=dtype, limited=True)
@@ -402,7 +402,7 @@ def test_supported_dtypes_rules_and_levels():
 
 
 def test_sums_are_the_torch_backends():
-    """Up to rounding, for whole and short blocks, without changing anything."""
+    """Compare sums up to rounding, for whole and short blocks; nothing else changes."""
     for moment_dtype in (FP32, BF16):
         bucket = Bucket([(60, 400), (50, 37), (0, 8), (3, 40, 160)], 2, dtype=BF16, moment_dtype=moment_dtype)
         arrays = {name: bucket.tensors(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
@@ -418,7 +418,7 @@ def test_sums_are_the_torch_backends():
 
 @pytest.mark.parametrize("fault", ["moments", "gradient", "halves", "scales", "mixed"])
 def test_tensors_that_do_not_fit_are_refused(fault):
-    """The step would write beside them."""
+    """Check refusals of tensors outside which the step would write."""
     state = State((16, 64), 2, "foam", torch.zeros(16, 64, dtype=BF16))
     rounding, words = "nearest", "moments of shape"
     if fault == "moments":

@@ -30,7 +30,7 @@ def fields_of(struct_name: str, source: str) -> list[tuple[str, str]]:
 
 
 def test_struct_layouts_are_those_of_c():
-    """Names and types in order; a wrong size would shift the fields behind it."""
+    """Compare names and types in order; a wrong size would shift the fields after it."""
     folder = build.SOURCES[0].parent
     source = without_comments(folder / "step.h")
     for name, path, fields, size in (

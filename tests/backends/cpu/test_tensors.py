@@ -26,7 +26,7 @@ def step(p: Tensor, g: Tensor, backend: str | None, level: int = 1, **options: o
 
 
 def test_fake_tensors_have_no_memory():
-    """As in a step traced only for its shapes."""
+    """Check a step on fake tensors, as when it is traced for shapes only."""
     with FakeTensorMode():
         assert step(torch.zeros(4, 8), torch.ones(4, 8), None).shape == (4, 8)
 
@@ -40,7 +40,7 @@ def test_batched_tensors_have_no_memory():
 
 
 def test_gradient_of_zeros_without_memory():
-    """Forward-mode differentiation makes them; the torch backend refuses them."""
+    """Check gradients as forward-mode differentiation makes them, which the torch backend refuses."""
     with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
         step(torch.ones(4, 8), torch._efficientzerotensor(4, 8), None)
 
@@ -53,7 +53,7 @@ NEGATIVES: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("kind", NEGATIVES)
 def test_views_that_negate(kind):
-    """The memory of weights and gradients holds their negatives."""
+    """Check weights and gradients whose memory holds their negatives."""
     got, expected, plain = NEGATIVES[kind](), NEGATIVES[kind](), NEGATIVES[kind]().resolve_neg().clone()
     assert got.is_neg()
     for p, backend in ((got, "compiled"), (expected, "torch"), (plain, "compiled")):
@@ -64,7 +64,7 @@ def test_views_that_negate(kind):
 
 
 def test_torch_compile_makes_one_graph_of_it():
-    """With the default backend it traces PyTorch's operators, since it cannot trace C."""
+    """Check that with the default backend it traces PyTorch's operators, since it cannot trace C."""
     torch._dynamo.reset()
     p, q, g = torch.zeros(4, 8), torch.zeros(4, 8), torch.randn(4, 8)
     torch.compile(lambda p, g: step(p, g, None), backend="eager", fullgraph=True)(p, g)
@@ -104,6 +104,6 @@ threading.Thread(target=train).start()
 
 
 def test_training_thread_outlives_the_main_thread():
-    """No thread pool can be started any more by then."""
+    """Check steps in a thread after the main one has ended, when no thread pool can be started any more."""
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n", done.stderr

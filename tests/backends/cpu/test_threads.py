@@ -24,7 +24,7 @@ pytestmark = needs_step_in_c
 
 @pytest.fixture(autouse=True, params=["PyTorch's", "own"])
 def two_threads(request):
-    """PyTorch's threads, or the backend's own if PyTorch has none to lend; both have to pass these tests."""
+    """Provide PyTorch's threads, or the backend's own as if PyTorch had none to lend; both have to pass."""
     before, c = torch.get_num_threads(), compiled_step.functions()
     torch.set_num_threads(2)
     if request.param == "own":
@@ -58,7 +58,7 @@ def test_threads_are_started_once(two_threads):
     for _ in range(5):
         optimizer.step()
     assert started() == count
-    assert tasks() <= before  # those that an earlier test had left may have ended meanwhile
+    assert tasks() <= before  # threads of an earlier test may have ended meanwhile
 
 
 # Each function runs in a process that has started no thread, forked from one with all imports.
@@ -105,8 +105,8 @@ for work in (buckets, none_to_be_had):
 
 @pytest.fixture(scope="module")
 def printed() -> tuple[list[str], list[str]]:
-    """What each of these processes printed."""
-    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # a thread of NumPy's, ended by the fork, would leave a stack
+    """Return what each of these processes printed."""
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # a NumPy thread, ended by the fork, would leave a stack
     command = 'ulimit -s 65536 && exec "$0" -c "$1"', sys.executable, NEW_PROCESSES
     done = subprocess.run(["bash", "-c", *command], stdout=subprocess.PIPE, text=True, check=True, env=env)
     buckets, none_to_be_had, _ = done.stdout.split("end\n")
@@ -115,13 +115,13 @@ def printed() -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("two_threads", ["own"], indirect=True)
 def test_small_buckets_start_no_thread(printed):
-    """Work is measured over the whole bucket: many small tensors are as much as a large one."""
+    """Check that work is measured over the whole bucket: many small tensors count like a large one."""
     assert printed[0] == ["0", "0", "2", "3"]
 
 
 @pytest.mark.parametrize("two_threads", ["PyTorch's"], indirect=True)
 def test_a_thread_takes_the_range_of_its_number():
-    """The same one in both passes of the limiter, in whatever order threads begin; surplus ones take none."""
+    """Check equal ranges in both passes of the limiter, in any order of threads; surplus threads take none."""
     optimizer, twin = optimizer_of(seed=3), optimizer_of(seed=3)
     begun, asked, c = [], [], compiled_step.functions()
     work_of = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -174,7 +174,7 @@ def fingerprint(optimizer: GWTAdamW) -> str:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_child_starts_new_threads():
-    """The parent's threads do not exist in the child; the parent keeps its own."""
+    """Check that a child, in which the parent's threads do not exist, starts its own, and the parent keeps its."""
     optimizer, twin = optimizer_of(seed=2), optimizer_of(seed=2)
     optimizer.step()
     twin.step()
@@ -193,7 +193,7 @@ def test_forked_child_starts_new_threads():
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forks_while_others_step():
-    """A child never waits for work that the parent had in progress."""
+    """Check that a child never waits for work that the parent had in progress."""
     stop = threading.Event()
     others = optimizer_of(seed=3, size=2048)
 
@@ -246,7 +246,7 @@ def test_workers_that_fork_between_steps():
 
 
 def test_concurrent_callers():
-    """One caller gets the threads, the others work alone, with the same bits."""
+    """Check that one caller gets the threads and the others work alone, with the same bits."""
     optimizers, twins = ([optimizer_of(seed) for seed in range(4)] for _ in range(2))
 
     def train(optimizer: GWTAdamW) -> None:
@@ -266,7 +266,7 @@ def test_concurrent_callers():
 
 @pytest.mark.parametrize("two_threads", ["PyTorch's"], indirect=True)
 def test_pytorch_lends_its_threads():
-    """At least the PyTorch that is tested with does, and its threads are unchanged after a step."""
+    """Check that the installed PyTorch lends its threads, which are unchanged after a step."""
     assert compiled_step.threads_of_pytorch()
     own = torch.full((1 << 20,), 1e-39)
     before = started()
@@ -279,7 +279,7 @@ def test_pytorch_lends_its_threads():
 
 
 def test_all_threads_flush_denormals_as_the_caller_does():
-    """``torch.set_flush_denormal`` applies to the calling thread, and the step must behave like one thread."""
+    """Check ``torch.set_flush_denormal``, which applies to the calling thread, and so to the whole step."""
 
     def moments(flush: bool, threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ PAIRS = [
 @pytest.mark.filterwarnings("ignore:Level value of")  # PyWavelets warns of the boundary at small widths
 @pytest.mark.parametrize(("wavelet", "boundary"), PAIRS)
 def test_transforms_are_those_of_pywavelets(wavelet, boundary):
-    """Some levels are so deep that a band is all boundary; some rows are much shorter than the filters."""
+    """Compare also levels so deep that a band is all boundary, and rows much shorter than the filters."""
     bank = literal.filter_bank(wavelet)
     for shape in ((1,), (2, 2), (3, 7), (2, 16), (2, 3, 33), (2, 100), (0, 5)):
         x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
@@ -53,7 +53,7 @@ def test_transforms_are_those_of_pywavelets(wavelet, boundary):
             for bands in (coeffs, free):
                 theirs = pywt.waverec([c.numpy() for c in bands], wavelet, mode=boundary, axis=-1)
                 assert_close(literal.waverec(bands, bank).numpy(), theirs)
-            if wavelet != "dmey":  # which inverts to three digits, in PyWavelets too
+            if wavelet != "dmey":  # it inverts to three digits only, in PyWavelets too
                 # PyWavelets' tables of symlets hold about 11 digits, which limits the accuracy of the inverse.
                 back = literal.waverec(coeffs, bank)[..., : shape[-1]]
                 np.testing.assert_allclose(back.numpy(), x.numpy(), rtol=0, atol=1e-9)
@@ -80,7 +80,7 @@ def test_boundaries_differ():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_step_follows_the_oracle(monkeypatch, dtype, layout):
-    """With Haar filters, from float64 down, within the error bounds of the folded step."""
+    """Compare with Haar filters, in float64 and narrower dtypes, within the error bounds of the folded step."""
 
     def literally(*, level, **arguments):
         assert arguments.pop("rule") == "gwt"
@@ -97,7 +97,7 @@ def test_the_step_follows_the_oracle(monkeypatch, dtype, layout):
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 @pytest.mark.parametrize("limited", [False, True])
 def test_the_folding_identity(level, limited):
-    """Literal and folded step from the same start in float64: the coefficients of a block share one denominator."""
+    """Compare literal and folded step in float64: the coefficients of a block share one denominator."""
     shapes = [(4, 64), (3, 37), (2, 3, 50), (33,)]
     hypers = [Hyper(lr=0.1, eps=eps, weight_decay=0.1, maximize=eps == 1e-3) for eps in (1e-6, 1e-3, 0.0, 1e-8)]
     one, other = (Bucket(shapes, level, dtype=torch.float64, limited=limited, first=True) for _ in range(2))

@@ -47,7 +47,7 @@ def test_bits_are_those_of_the_oracle(first, step, key):
 
 @pytest.mark.parametrize("bits", [random_words, random_halves])
 def test_a_part_of_a_run_is_the_run_of_that_part(bits):
-    """So chunks, tiles and shards of a tensor draw the bits of the whole tensor."""
+    """Check that a part draws its bits of the run, so that chunks, tiles and shards draw the whole tensor's."""
     first = 2**33 - 40
     whole = bits(first, 100, 5, KEY, CPU)
     for start in range(0, 30):
@@ -156,7 +156,7 @@ def test_stochastic_rounding_gives_one_of_two_neighbours(dtype):
 
 @narrow
 def test_representable_numbers_are_unchanged(dtype):
-    """Every number of the dtype: both zeros, subnormal numbers, the largest and infinity."""
+    """Check every number of the dtype: both zeros, subnormal numbers, the largest and infinity."""
     every = torch.arange(2**16).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for bits in (0, 1, 0x7FFF, 0xFFFF):
@@ -194,7 +194,7 @@ def values(dtype: torch.dtype, n: int = 300) -> Tensor:
 
 @narrow
 def test_the_mean_over_all_noise_is_the_number(dtype):
-    """Exactly: with each of the 2**16 values of the noise once, instead of by sampling."""
+    """Check the exact mean, over each of the 2**16 values of the noise once, instead of by sampling."""
     noise = torch.arange(2**16)
     x = values(dtype)
     x = torch.cat((x, patterns(2**10)[-200:])) if dtype == torch.bfloat16 else x  # subnormal ones
@@ -221,7 +221,7 @@ def biases(x: Tensor, dtype: torch.dtype, rounded: Tensor) -> Tensor:
 
 @narrow
 def test_rounding_with_the_generators_bits_is_unbiased(dtype):
-    """Within 5 standard errors, unlike truncation, rounding to nearest, and noise of 8 bits."""
+    """Check within 5 standard errors, which truncation, rounding to nearest, and noise of 8 bits exceed."""
     x, n = values(dtype, 60), 1 << 16
     x[0] = 1 + torch.finfo(dtype).eps * 2**-9  # this fraction of an ulp above a number: less than 8 bits resolve
     bits = random_halves(0, n * len(x), 9, KEY, CPU).view(n, len(x))
@@ -272,7 +272,7 @@ def test_the_weight_is_the_nearest_bfloat16_and_the_larger_of_two():
 
 
 def test_a_weight_without_low_bits_joins_zeros():
-    """As in a run that starts from bfloat16 weights."""
+    """Check missing low bits, as in a run that starts from bfloat16 weights."""
     every = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
     every = every[~every.isnan()]
     assert torch.equal(join_low(every, torch.zeros(every.shape, dtype=torch.int16)), every.float())

@@ -17,7 +17,7 @@ HYPER = Hyper(lr=0.01, weight_decay=0.1)
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_chunks_cover_every_tensor(monkeypatch, chunk, level, layout):
-    """Chunks smaller than a row, of some rows and of everything, with and without a float32 copy."""
+    """Check chunks smaller than a row, of some rows and of everything, with and without a float32 copy."""
     monkeypatch.setattr(torch_step, "CHUNK", chunk)
     for dtype in (torch.float64, torch.bfloat16):
         bucket = Bucket(
@@ -29,7 +29,7 @@ def test_chunks_cover_every_tensor(monkeypatch, chunk, level, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("level", [0, 1, 3])
 def test_chunks_draw_the_bits_of_the_whole(monkeypatch, level, layout):
-    """The random bits of an element depend only on its index in the tensor."""
+    """Check that the random bits of an element depend only on its index in the tensor."""
 
     def run(chunk: int, key: int = 5) -> list[torch.Tensor]:
         monkeypatch.setattr(torch_step, "CHUNK", chunk)
@@ -53,7 +53,7 @@ def test_a_tensor_of_several_real_chunks(level):
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_maximize_equals_negated_gradients(maximize):
-    """Maximizing with a gradient is minimizing with its negative, bit for bit."""
+    """Check that maximizing with a gradient is minimizing with its negative, bit for bit."""
     one, other = (Bucket([(4, 32), (3, 37)], 2, limited=True) for _ in range(2))
     for g in other.grads:
         g.tensor.neg_()
@@ -63,7 +63,7 @@ def test_maximize_equals_negated_gradients(maximize):
 
 
 def test_limiter_worked_by_hand():
-    """Growth from 2 to 6, by 3, where 2 is allowed: divided by 1.5, and the new norm is 4."""
+    """Check growth from 2 to 6, by 3, where 2 is allowed: the update is divided by 1.5, and the new norm is 4."""
     previous = torch.tensor(2.0, dtype=torch.float64)
     limit = torch_step.limit_(previous, torch.tensor(6.0, dtype=torch.float64), 2.0)
     assert limit.item() == pytest.approx(1.5, rel=1e-8)  # the limiter's own 1e-8

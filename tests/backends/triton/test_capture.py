@@ -172,7 +172,7 @@ def test_memory_has_what_a_step_with_other_options_replaces():
 
 @pytest.mark.parametrize("kind", [GWTAdafactor, GWTAdamW])
 def test_memory_has_what_steps_on_shards_read(kind):
-    """Where sums over processes lie, and numbers that a step with other options would replace."""
+    """Check buffers of sums over processes, and numbers that a step with other options would replace."""
     with meshes.process(0, Mesh(fsdp=2)) as mesh:
         params = [DTensor.from_local(torch.ones(4, 8), mesh["fsdp"], [Shard(0)]) for _ in range(2)]
         groups = [{"params": [torch.nn.Parameter(p)]} for p in params]
@@ -180,7 +180,7 @@ def test_memory_has_what_steps_on_shards_read(kind):
 
         def step(limit: float) -> None:
             for group in optimizer.param_groups:
-                if kind is GWTAdamW:  # one limit each
+                if kind is GWTAdamW:  # one limit per group
                     group["norm_growth_limit"] = limit = limit + 0.1
                 for p in group["params"]:
                     p.grad = torch.ones_like(p)
@@ -202,9 +202,9 @@ def test_memory_has_what_steps_on_shards_read(kind):
 
 
 def test_a_learning_rate_of_a_captured_step_stays_in_memory():
-    """Also where a loaded state brings another one."""
+    """Check this also after a loaded state has brought another rate."""
     training = Training()
-    training.optimizer.load_state_dict(training.optimizer.state_dict())  # and with it a rate of its own
+    training.optimizer.load_state_dict(training.optimizer.state_dict())  # and with it its own rate
     training.batch(0)
     training.step()
     now = training.optimizer._begin()

@@ -68,7 +68,7 @@ def results(params: list[torch.nn.Parameter], optimizer: PlannedOptimizer) -> li
     ],
 )
 def test_real_sizes(shape, dtype, level):
-    """Every element over two steps, the second with a spike that activates the limiter."""
+    """Compare every element over two steps, the second with a spike that activates the limiter."""
     bucket = Bucket([shape], level, dtype=dtype, limited=level > 0, device="cuda")
     for t, size in enumerate((1.0, 10.0), start=1):
         bucket.renew_gradients(size)
@@ -105,7 +105,7 @@ def test_other_wavelets_are_not_rounded_to_tf32():
 
 @pytest.mark.parametrize("shape", [((1 << 16) + 1, 1 << 15), (1 << 16, (1 << 15) + 1)])
 def test_more_than_2_to_the_31_elements(shape):
-    """Flat and row path give the same bits as slabs with 32-bit offsets."""
+    """Check that flat and row path give the same bits as slabs with 32-bit offsets."""
     rows, width = shape
     assert rows * width > 2**31
     if torch.cuda.mem_get_info()[0] < 32 << 30:
@@ -143,7 +143,7 @@ def test_more_than_2_to_the_31_elements(shape):
 @pytest.mark.parametrize("options", [{}, {"telemetry": True, "max_grad_norm": 1.0}], ids=["plain", "observed"])
 @pytest.mark.parametrize("kind", [GWTAdamW, GWTLion, GWTAdamMini, of_heads, GWTAdafactor, GWTMuon])
 def test_a_step_never_waits_for_the_device(kind, options):
-    """From the first step on, including launch tables and state."""
+    """Check from the first step on, including launch tables and state."""
     params = model()
     optimizer = optimizer_of(params, kind, **options)
     gradients = [[torch.randn_like(p) for p in params] for _ in range(4)]
@@ -161,14 +161,14 @@ def test_a_step_never_waits_for_the_device(kind, options):
 
 
 def test_gradients_renewed_while_earlier_steps_are_in_flight():
-    """The host runs ahead of the device; tables and gradients are not overwritten before they are read."""
+    """Check that if the host runs ahead, tables and gradients are not overwritten before the device reads them."""
 
     def run(wait: bool) -> list[torch.Tensor]:
         params = model()
         optimizer = optimizer_of(params)
         for t in range(30):
             if not wait and t % 10 == 0:
-                torch.cuda._sleep(100_000_000)  # some 50 ms in which nothing queued can start
+                torch.cuda._sleep(100_000_000)  # about 50 ms in which no queued work can start
             renew_gradients(params, seed=t)
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (t + 1)
@@ -194,7 +194,7 @@ def test_results_are_deterministic():
 
 
 def test_a_step_runs_on_the_current_stream():
-    """After work queued there, and not on the default stream."""
+    """Check that it runs after work queued there, and not on the default stream."""
 
     def run(stream: torch.cuda.Stream) -> list[torch.Tensor]:
         params = model()

@@ -53,7 +53,7 @@ class Training:
     ids=["plain", "controlled", "random bits", "heads"],
 )
 def test_replays_equal_eager_steps(options):
-    """Many replays with different rates and data, including bad batches."""
+    """Compare many replays with different rates and data, including bad batches."""
     options = {"skip_nonfinite": True} | options
     eager, captured = Training(**options), Training(**options)
     for t in range(3):

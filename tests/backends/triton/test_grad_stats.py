@@ -140,7 +140,7 @@ def test_gradients_are_not_read_again_where_a_limiter_reads_them(device, levels,
     ids=str,
 )
 def test_steps_equal_those_without_statistics(device, monkeypatch, options):
-    """Bit for bit: the pass that stores moments computes them again."""
+    """Compare bit for bit, since the pass that stores moments computes them again."""
     options = dict(options)
     dtype = options.pop("dtype", torch.float32)
     runs = []

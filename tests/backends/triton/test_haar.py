@@ -20,7 +20,7 @@ def test_tensors_of_several_tiles(device, shape, level):
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 72), (5, 37), (70,), (9, 17)])
 def test_small_tiles(device, monkeypatch, shape, level):
-    """Tiles start and end anywhere in a row, of the tensor and of every band."""
+    """Check tiles that start and end anywhere in a row, of the tensor and of every band."""
     monkeypatch.setattr(layout, "FLAT_TILE", 64)
     monkeypatch.setattr(layout, "ROW_TILE", 32)
     coeffs = check_forward(random(shape, torch.float32, device), level, "triton")
@@ -36,7 +36,7 @@ def test_deep_levels(device, level):
 
 @pytest.mark.parametrize("level", [1, 3])
 def test_both_paths_give_the_same_bits(device, level):
-    """The same numbers in aligned and in misaligned memory."""
+    """Compare the same numbers in aligned and in misaligned memory."""
     buffer = torch.zeros(8 * 32 + 1, device=device)
     misaligned = buffer[1:].view(8, 32)
     aligned = random((8, 32), torch.float32, device)

@@ -28,7 +28,7 @@ class OnADevice(Sender):
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of launched kernels, in order."""
+    """Return a list of the names of launched kernels, in order."""
     names: list[str] = []
 
     class Recorded:
@@ -84,7 +84,7 @@ def test_tables_are_made_once(device):
 
 
 def test_alignment_that_changes_from_call_to_call(device):
-    """A tensor moves from one path to the other, and back."""
+    """Check a tensor that moves from one path to the other, and back."""
     bucket = Bucket([(4, 16), (8, 8), (3, 13)], 2, limited=True, device=device)
     workspace, flat = {}, []
     for t, layouts in enumerate((["contiguous"], ["misaligned"], ["contiguous", "misaligned"], ["gaps"]), start=1):
@@ -95,7 +95,7 @@ def test_alignment_that_changes_from_call_to_call(device):
 
 
 def test_alignment_that_changes_in_a_step_that_is_refused(device, monkeypatch):
-    """As one in a CUDA graph is, which cannot send new tables: the next step does without the old ones."""
+    """Check a step in a CUDA graph, which cannot send new tables: the next step must not use the old ones."""
     bucket = Bucket([(4, 16)], 2, limited=True, device=device)
     workspace = {}
     bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)
@@ -117,7 +117,7 @@ def test_tables_that_no_replay_could_send_are_refused(monkeypatch, capturable):
 
 
 def test_workspace_with_other_tensors(device):
-    """More, fewer and larger tensors, another dtype, another level: cached tables must not be used."""
+    """Check that cached tables are not used for more, fewer or larger tensors, another dtype or another level."""
     workspace = {}
     for i, (shapes, level, dtype) in enumerate(
         [
@@ -136,7 +136,7 @@ def test_workspace_with_other_tensors(device):
 
 @pytest.mark.parametrize(("shape", "other"), [((6, 10), (10, 6)), ((5, 7), (7, 5)), ((60,), (6, 10))])
 def test_workspace_with_another_shape_in_the_same_memory(device, shape, other):
-    """As an allocator may hand it out: the same addresses and sizes, another shape."""
+    """Check equal addresses and sizes with another shape, as an allocator may return them."""
     first = Bucket([shape], 2, device=device)
     second = Bucket([other], 2, device=device)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
@@ -191,7 +191,7 @@ def test_tensors_that_do_not_fit_are_refused(device, name, change, message):
 
 
 def test_refused_tensors_are_refused_again(device):
-    """A failed check is not cached."""
+    """Check that a failed check is not cached."""
     workspace = {}
     bucket = Bucket([(4, 16)], 2, device=device)
     bucket.check_step(HYPER, 1, backend="triton", workspace=workspace)

@@ -73,7 +73,7 @@ def test_addresses_equal_those_of_python():
 
 
 def test_gradients_equal_those_of_python():
-    """For views, subclasses and missing gradients: always the current ones, and no reference is kept."""
+    """Compare for views, subclasses and missing gradients: always the current ones, and no reference is kept."""
     c, tensors = native.compiled(), [x for x in dense().values() if x.is_floating_point()]
     params = [x.detach().requires_grad_() if x.is_leaf else x for x in tensors]
     for i, p in enumerate(params):
@@ -136,7 +136,7 @@ UNTOLD = ("own", "nine dimensions", "nine others")  # C leaves these to Python
 
 @pytest.mark.parametrize("name", [*dense(), *others()])
 def test_comparison_equals_that_of_python(name, monkeypatch):
-    monkeypatch.setattr(survey, "TensorGuards", None)  # whose authors did not consider all of these
+    monkeypatch.setattr(survey, "TensorGuards", None)  # its authors did not consider all of these
     c, kinds = native.compiled(), dense() | others()
     this = kinds[name]
     for other, that in kinds.items():
@@ -272,7 +272,7 @@ def test_python_is_the_fallback(obstacle, monkeypatch, tmp_path, caplog):
 
 
 def steps(device: torch.device, backend: str) -> tuple[dict[str, Any], Survey]:
-    """Results of steps between which everything in the fingerprint changes."""
+    """Return the results of steps between which everything in the fingerprint changes."""
     generator = torch.Generator().manual_seed(0)
     params = [Parameter(torch.randn(shape, generator=generator).to(device)) for shape in [(4, 64), (3, 40), (8,)]]
     optimizer = GWTAdamW(params, lr=0.1, level=2, backend=backend)

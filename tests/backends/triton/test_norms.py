@@ -16,12 +16,12 @@ N = 64
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_the_limiter_divides_exactly(device, monkeypatch, seed):
-    """Approximate ones add up to more than what bench.optimizers takes for rounding of the norm."""
-    if (compiled := plugin.driver()) is not None:  # a GPU has errors of its own
+    """Check exact divisions: errors of approximate ones exceed what bench.optimizers accepts as rounding."""
+    if (compiled := plugin.driver()) is not None:  # a GPU has its own errors
         monkeypatch.setattr(compiled.options, "disturb", seed)
     generator = torch.Generator().manual_seed(0)
     previous, partials = 0.5 + torch.rand(2, N, generator=generator)
-    previous[::7], gamma = 0.0, torch.tensor(1.01)  # none yet
+    previous[::7], gamma = 0.0, torch.tensor(1.01)  # 0: no norm yet
     norm = partials.double().sqrt().float()  # rounded once: a vector's root in float32 may not be
     limit = torch.where(previous == 0, 1.0, (norm / (previous + 1e-8)).maximum(gamma) / gamma)
 

@@ -113,7 +113,7 @@ def test_16_bit_halves_of_words_are_those_of_the_torch_backend(device, step, key
         halves = expected.random_halves(first, 64, step, key, CPU)
         for kind in ("halves", "at"):
             assert torch.equal(bits_of(kind, first, 64, step, key, device), halves), kind
-    for first in (1, 2**32 - 3):  # a row begins anywhere
+    for first in (1, 2**32 - 3):  # rows may begin at any index
         halves = expected.random_halves(first, 64, step, key, CPU)
         assert torch.equal(bits_of("at", first, 64, step, key, device), halves)
 

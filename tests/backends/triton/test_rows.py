@@ -30,7 +30,7 @@ KEY, STEP = key_of(3, 4), 7
     ("level", "moments"), [(1, torch.bfloat16), (2, torch.float32), (5, torch.bfloat16)], ids=str
 )
 def test_rows_of_any_width(device, shapes, level, moments):
-    """Against the exact step; a tensor is one row, rows of whole blocks, or rows with a short last block."""
+    """Compare with the exact step; a tensor is one row, rows of whole blocks, or rows with a short last block."""
     shapes = [s for s in shapes if 2**level < 2 * s[-1]]
     options = {"dtype": torch.bfloat16, "moment_dtype": moments, "device": device}
     bucket = Bucket(shapes, level, limited=True, **options)
@@ -75,13 +75,13 @@ def rounded(x: Tensor, bits: Sequence[int]) -> Tensor:
 )
 @pytest.mark.parametrize("backend", runs.BACKENDS)
 def test_every_backend_draws_the_bits_of_an_elements_index(device, backend, moments, level, shape):
-    """With a zero gradient and exact factors only random bits decide the result, so that they are visible."""
+    """Compare with a zero gradient and exact factors, for which random bits alone decide the result."""
     on = runs.place(backend, device)
     hyper = Hyper(lr=0.5, weight_decay=2.0**-7, beta1=1 - 2.0**-8, beta2=1 - 2.0**-8, norm_growth_limit=None)
     generator = torch.Generator().manual_seed(0)
     p, m = torch.randn(shape, generator=generator), torch.zeros(*shape[:-1], -(-shape[-1] // 2**level))
     p, v = p.bfloat16(), torch.rand(m.shape, generator=generator).bfloat16() + 1
-    m, v = m.to(moments), v.to(moments)  # an update of 0 throughout: rounding an average of 0 needs no bits
+    m, v = m.to(moments), v.to(moments)  # all updates are 0, and rounding an average of 0 needs no bits
     arrays = [x.clone().to(on) for x in (p, torch.zeros_like(p), m, v)]
     with interpreter.like_a_gpu():
         gwt_adamw_(
@@ -95,7 +95,7 @@ def test_every_backend_draws_the_bits_of_an_elements_index(device, backend, mome
 @pytest.mark.parametrize("shape", [(7, 33), (3, 1025), (2, 3, 5), (300, 7)], ids=str)
 @pytest.mark.parametrize("backend", runs.BACKENDS)
 def test_moments_of_rows_draw_the_bits_of_their_index(device, backend, shape):
-    """The same for moments that average something, with weights that stay constant."""
+    """Compare moments with nonzero averages, and weights that stay constant."""
     on, level = runs.place(backend, device), 2
     hyper = Hyper(lr=0.0, beta1=1 - 2.0**-8, beta2=1 - 2.0**-8, norm_growth_limit=None)
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +130,7 @@ def _where(rows_ptr, firsts_ptr, index_ptr, inside_ptr, run_ptr, W: tl.constexpr
 )  # fmt: skip
 @pytest.mark.parametrize(("together", "blocks"), [(1, 32), (2, 32), (4, 32), (4, 1), (1, 2)])
 def test_offsets_in_tensors_of_any_size(device, shape, together, blocks):
-    """By Python's integers: for the first, some middle and the last tiles, some of tensors too large to exist."""
+    """Compare with Python's integers for first, middle and last tiles, some of tensors too large to exist."""
     w = 4
     rows = rows_of(torch.empty(shape, device="meta"), w, together)
     n_tiles = -(-rows.n_blocks // blocks)

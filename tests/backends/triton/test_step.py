@@ -40,7 +40,7 @@ def test_tensors_of_several_tiles(device, level, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "misaligned"])
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 5])
 def test_small_tiles(device, small_tiles, level, layout):
-    """Tiles start and end anywhere in a row: the first, a middle and the last, on both paths."""
+    """Check tiles that start and end anywhere in a row: the first, a middle and the last, on both paths."""
     bucket = Bucket(
         [(3, 64), (2, 72), (3, 37), (70,), (5, 33)], level, layouts=[layout], limited=level > 0, device=device
     )
@@ -50,7 +50,7 @@ def test_small_tiles(device, small_tiles, level, layout):
 @pytest.mark.parametrize("n", [1, 2, 3, 17])
 @pytest.mark.parametrize("level", [0, 2])
 def test_number_of_tensors(device, small_tiles, n, level):
-    """Each program finds its tensor in the table, among tensors of one and of many tiles, of both paths."""
+    """Check that each program finds its tensor in the table, among tensors of one and many tiles, of both paths."""
     shapes = [((1 + 3 * i % 5, 32) if i % 3 else (1 + i % 4, 13)) for i in range(n)]
     hypers = [HYPER._replace(lr=0.01 * (i + 1), maximize=i % 2 == 1) for i in range(n)]
     bucket = Bucket(shapes, level, limited=level > 0, device=device)
@@ -60,7 +60,7 @@ def test_number_of_tensors(device, small_tiles, n, level):
 @pytest.mark.parametrize("max_chunks", [1, 2, 5])
 @pytest.mark.parametrize("block", [2, 16])
 def test_chunks_of_the_norm(device, monkeypatch, small_tiles, max_chunks, block):
-    """Chunks of several tiles, a shorter last one, and more partial sums than the limiter reads at once."""
+    """Check chunks of several tiles, a shorter last one, and more partial sums than the limiter reads at once."""
     monkeypatch.setattr(launch, "MAX_CHUNKS", max_chunks)
     monkeypatch.setattr(launch, "LIMITER_BLOCK", block)
     bucket = Bucket([(7, 64), (3, 64), (5, 37), (2, 37), (16, 64)], 2, limited=True, device=device)
@@ -80,14 +80,14 @@ def test_more_partial_norms_than_one_block_of_the_limiter(device, monkeypatch, s
 
 
 def assert_same(results: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    """Bit for bit: a block is added up in one order, however it is distributed over lanes."""
+    """Compare bit for bit: a block is added up in one order, however it is distributed over lanes."""
     for x, y in zip(results, others, strict=True):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("level", "limited"), [(0, False), (1, True), (3, False), (3, True)])
 def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited):
-    """Only the norm's sum, and through it the next limited update, may round differently."""
+    """Check that only the norm's sum, and through it the next limited update, may round differently."""
 
     def run(flat_tile: int, row_tile: int) -> list[torch.Tensor]:
         monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
@@ -105,11 +105,11 @@ def test_results_do_not_depend_on_the_tiles(device, monkeypatch, level, limited)
 
 
 @pytest.mark.parametrize(
-    ("level", "dtype"),  # the dtype only says to which bits a weight is rounded
+    ("level", "dtype"),  # the dtype decides only the bits to which a weight is rounded
     [(0, torch.bfloat16), (1, torch.float16), (3, torch.bfloat16)],
 )
 def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level, dtype):
-    """From one block per tile, where words are drawn one by one, to tiles larger than the tensor."""
+    """Check tiles from one block, for which words are drawn one by one, to more than the tensor."""
 
     def run(flat_tile: int, row_tile: int, memory: str = "contiguous", key: int = 5) -> list[torch.Tensor]:
         monkeypatch.setattr(layout, "FLAT_TILE", flat_tile)
@@ -127,7 +127,7 @@ def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5])
 def test_both_paths_give_the_same_bits(device, level):
-    """The same numbers in aligned and in misaligned memory."""
+    """Compare the same numbers in aligned and in misaligned memory."""
     flat, row = (
         Bucket([(6, 64), (8, 32)], level, layouts=[x], device=device) for x in ("contiguous", "misaligned")
     )
