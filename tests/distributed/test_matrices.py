@@ -1,4 +1,4 @@
-"""Tests of matrices that travel to one process: against whole ones, in processes over gloo, and of the plan."""
+"""Tests of matrices that are sent to one process: against whole ones, in processes over gloo, and of the plan."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_dead_process_ends_the_others() -> None:
 
 
 def test_plain_parameters_need_no_process_group() -> None:
-    """Those of one shape are computed at once, in the memory that the first stage writes into."""
+    """Check that matrices of one shape are computed at once, in the memory to which the first stage writes."""
     shapes = [(8, 12), (12, 8), (8, 12), (3, 8, 12), (0, 5), (6, 2, 3)]
     params = [MatrixParameter(f"w{i}", p) for i, p in enumerate(runs.parameters(shapes))]
     params[5] = params[5]._replace(flatten=True, row_splits=(2, 4))
@@ -113,7 +113,7 @@ def divided(n: int, positions: int) -> list[tuple[tuple[int, int], ...]]:
 
 
 def layout(shape: Sequence[int], positions: int, dim: int = 0, replicas: int = 1, **options: Any) -> Layout:
-    """A parameter that is sharded along one dimension, and in several copies."""
+    """Return the layout of a parameter that is sharded along one dimension, with replicas."""
     held = [
         tuple(run if d == dim else ((0, n),) for d, n in enumerate(shape)) for run in divided(shape[dim], positions)
     ]
@@ -131,7 +131,7 @@ def planned(
 
 @pytest.mark.parametrize(("positions", "replicas"), [(1, 1), (2, 1), (4, 2), (8, 1), (1, 8), (3, 2)])
 def test_work_is_balanced(positions: int, replicas: int) -> None:
-    """No process has more than the mean and a third of the largest matrix."""
+    """Check that no process has more work than the mean plus a third of the largest matrix."""
     layouts = [layout(shape, positions, replicas=replicas) for shape in LLAMA]
     units, owners, loads = planned(layouts)
     n = positions * replicas
@@ -144,7 +144,7 @@ def test_work_is_balanced(positions: int, replicas: int) -> None:
     assert sum(loads.values()) == sum(BF16.work(*shape) for shape in LLAMA)
     assert max(loads.values()) <= mean + largest / 3 * (n > 1)
     assert planned(layouts)[1] == owners
-    more = Counter(loads)  # of another mesh of the same processes
+    more = Counter(loads)  # for another mesh of the same processes
     assign(units, layouts[0].ranks, more)
     assert sum(more.values()) == 2 * sum(loads.values())
     assert max(more.values()) - min(more.values()) <= max(loads.values()) - min(loads.values())
@@ -163,7 +163,7 @@ def test_experts_stay_where_they_are_whole_unless_that_is_unfair() -> None:
     assert [unit.shape[0] for unit in units] == [4] * 8
     assert all(owner % 4 == unit.holder for unit, owner in zip(units, owners, strict=True))
     assert len(set(loads.values())) == 1
-    # Two experts on eight processes would leave six of them idle: other layers' go there.
+    # Two experts on eight processes would leave six of them idle: those of other layers go there.
     layouts = [layout((2, 64, 48), 8) for _ in range(8)]
     units, owners, loads = planned(layouts)
     assert set(loads.values()) == {2 * units[0].work}
@@ -176,7 +176,7 @@ def test_experts_stay_where_they_are_whole_unless_that_is_unfair() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_units_and_their_parts_are_the_parameter(seed: int) -> None:
-    """Every element once in a unit, every element of a unit once in a part, under random layouts."""
+    """Check for random layouts that every element is once in a unit, and every element of a unit once in a part."""
     chance = random.Random(seed)
     shape = tuple(chance.randint(1, 9) for _ in range(chance.randint(2, 4)))
     positions = chance.randint(1, 5)
@@ -226,7 +226,7 @@ def test_batches_fit_and_give_every_process_something_to_do() -> None:
                 work[owner] += unit.work
             busiest += max(work.values())
         assert busiest < 1.5 * max(loads.values()), "processes wait for one another"
-    # A matrix that fits beside its temporaries can travel, however few processes there are and whatever else does.
+    # A matrix that fits together with its temporaries can be sent, for any number of processes and other matrices.
     for shape in set(LLAMA):
         check_workspace("w", shape, BF16)
     for positions, replicas in ((2, 1), (2, 4), (8, 1)):

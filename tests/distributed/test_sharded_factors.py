@@ -24,7 +24,7 @@ def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path) -> None:
 
 
 def test_clip_is_no_function_of_sums_over_rows_and_columns() -> None:
-    """So the sums of one collective cannot tell what those of the second are: the factors alike, updates not."""
+    """Check that equal factors have updates of different size, which therefore need a second collective."""
     params = [torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64)) for _ in range(2)]
     optimizer = GWTAdafactor(params, lr=1.0, level=0, beta1=None, clip_threshold=1e9)
     squares = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)

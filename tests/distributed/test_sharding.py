@@ -1,4 +1,4 @@
-"""Sharded parameters are updated like whole ones, in real processes over gloo."""
+"""Tests that sharded parameters are updated like whole ones, in real processes over gloo."""
 
 from __future__ import annotations
 

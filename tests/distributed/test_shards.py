@@ -1,4 +1,4 @@
-"""A step on parts of tensors, with their positions, equals the step on the whole tensors; no processes needed."""
+"""Tests that steps on parts of tensors, with their positions, equal those on whole tensors; without processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support.steps import prepared, update_sums
 
 ROWS, WIDTH = 11, 24
 PARTS = {
-    # Rows of 24 are whole blocks that begin at multiples of 8, so random bits are drawn in order.
+    # Rows of 24 are whole blocks and begin at multiples of 8, so random bits are drawn in order.
     "rows": (WIDTH, [(slice(0, 4), slice(None)), (slice(4, 11), slice(None))]),
     "odd rows": (WIDTH - 1, [(slice(0, 3), slice(None)), (slice(3, 3), slice(None)), (slice(3, 11), slice(None))]),
     "columns": (WIDTH, [(slice(None), slice(0, 8)), (slice(None), slice(8, 24))]),
-    # Where a call's 8 weights and 4 moments of level 2 are side by side in the part.
+    # Here a call's 8 weights and 4 moments of level 2 are side by side in the part.
     "columns of whole calls": (96, [(slice(None), slice(0, 32)), (slice(None), slice(32, 96))]),
     "both": (WIDTH, [(slice(0, 5), slice(0, 8)), (slice(0, 5), slice(8, 24)), (slice(5, 11), slice(None))]),
 }
@@ -37,7 +37,7 @@ def tensors(width: int, level: int, on: torch.device, dtype: torch.dtype, moment
 def spans(rows: slice, columns: slice, width: int, level: int) -> tuple[Span, Span]:
     """Return the positions of a part of rows and columns among the weights and among the moments."""
     row, column = rows.start or 0, columns.start or 0
-    if width % 2**level:  # in rows of whole groups of 4 blocks
+    if width % 2**level:  # rows count as padded to whole groups of 4 blocks
         padded = -(-width // (4 * 2**level)) * 4
         weights = Span(row * padded * 2**level, width, padded * 2**level)
         return weights, Span(row * padded, -(-width // 2**level), padded)
@@ -93,7 +93,7 @@ def test_random_bits_equal_those_of_the_whole(backend: str, level: int, kind: st
 def test_limiter_divisors_from_parts_equal_those_of_the_whole(
     backend: str, wavelet: str, boundary: str, device: torch.device
 ) -> None:
-    """On tensors of both paths; sums change nothing, and divisors from them equal those of the step itself."""
+    """Check tensors of both paths: sums change nothing, and divisors from them equal those of the step itself."""
     on = runs.place(backend, device)
     level, hyper = 2, Hyper(lr=0.1, norm_growth_limit=1.01)
     dtype = torch.float32
@@ -134,7 +134,7 @@ def test_limiter_divisors_from_parts_equal_those_of_the_whole(
 @pytest.mark.parametrize("rounding", ["stochastic", "split"])
 @pytest.mark.parametrize("counted", [False, True])
 def test_a_step_split_after_its_sums_equals_the_step(counted: bool, rounding: str, device: torch.device) -> None:
-    """Triton copies its tables once; tensors of both paths, one transposed, and copied gradients."""
+    """Check tensors of both paths, one transposed, and copied gradients; Triton copies its tables once."""
     on = runs.place("triton", device)
     level, moments = 2, torch.bfloat16
     options: dict[str, Any] = {"level": level, "rounding": rounding, "backend": "triton", "keys": [5, 6]}
