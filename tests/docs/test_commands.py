@@ -1,4 +1,4 @@
-"""Every console block of README and the guides runs or is listed with a reason why not; synopses are whole."""
+"""Every console block of README and the guides runs, or is listed with a reason why not; synopses are complete."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_blocks_are_found() -> None:
 
 @pytest.mark.parametrize(("page", "command", "printed"), BLOCKS, ids=[f"{p}-{c[:40]}" for p, c, _ in BLOCKS])
 def test_command(page: str, command: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Planner's commands print what the page shows; options of a long run are read; the rest has a reason."""
+    """Check that the planner prints what the page shows, options of long runs parse, and others have a reason."""
     if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
         assert not printed, f"{page} shows output of {command}, which no test compares"
         return

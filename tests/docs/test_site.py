@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (1280, 400)
 
-# A page of the site's own, which opens each page in a frame of each width and measures what stands in it.
+# A page that opens each page of the site in a frame of each width, and measures what is in it.
 HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, widths = WIDTHS;
 function faults(page, width, frame) {
@@ -61,18 +61,18 @@ const report = found => fetch("/found", {method: "POST", body: JSON.stringify(fo
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """A server of the site's files that takes in what the browser found."""
+    """A server of the site's files that receives the browser's findings."""
 
     found: queue.Queue[dict[str, object]] = queue.Queue()
 
     def do_POST(self) -> None:
-        """Keep what the page with the measurements found."""
+        """Store the findings of the measuring page."""
         self.found.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(204)
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def browser() -> str:
 
 @pytest.fixture(scope="module")
 def site(browser: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """The built site, and its address while a server runs."""
+    """Build the site, and yield its folder and its address while a server runs."""
     pytest.importorskip("mkdocs", reason="the site's tools are not installed")
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
@@ -127,7 +127,7 @@ def test_nothing_is_cut(browser: str, site: tuple[Path, str], tmp_path: Path) ->
 
 
 def test_a_cut_table_is_found(browser: str, site: tuple[Path, str], tmp_path: Path) -> None:
-    """The check sees what it is for: a wide table that cannot scroll, and a picture that is missing."""
+    """Check that the measurements find a wide table that cannot scroll, and a missing picture."""
     page = (site[0] / "glossary" / "index.html").read_text()
     wide = f'<p style="width:3000px">{"wide " * 9}</p><img src="no.svg" alt="none">'
     bad = page.replace("</article>", f"<div>{wide}</div></article>")
