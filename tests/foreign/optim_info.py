@@ -15,7 +15,7 @@ from tests.support.runs import parameters
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it: pip install expecttest")
 common = importlib.import_module("torch.testing._internal.common_optimizers")
-hypothesis.settings.load_profile("default")  # which that module replaces by one of ten examples
+hypothesis.settings.load_profile("default")  # that module loads a profile of ten examples
 
 OptimizerInput, ErrorOptimizerInput = common.OptimizerInput, common.ErrorOptimizerInput
 SHAPES = [(10, 5), (10,)]
@@ -51,7 +51,7 @@ def inputs(device: Any, dtype: Any = None) -> list[Any]:
 
 
 def error_inputs(device: Any, dtype: torch.dtype) -> list[Any]:
-    """Yield what every optimizer of torch refuses, at level 0 as the samples have width 1, and further errors."""
+    """Yield the errors of every torch optimizer, at level 0 since the samples have width 1, and further ones."""
     shared = common.get_error_inputs_for_all_optims(device, dtype)
     for error in shared:
         error.optimizer_error_input.kwargs["level"] = 0

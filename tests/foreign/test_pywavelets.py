@@ -41,7 +41,7 @@ class Redirected:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str, factor: float = 1.0) -> None:
         self.backend: Any = backend
-        self.factor = factor  # other than 1: a wrong transform
+        self.factor = factor  # 1; any other gives a wrong transform
         self.calls: Counter[str] = Counter()
         for module in MODULES:
             for name in THEIRS:
@@ -74,7 +74,7 @@ class Redirected:
         if length < 2 or not 1 <= level <= pywt.dwt_max_level(length, 2):
             return None
         if length % 2**level and pywt.Modes.from_object(mode) != pywt.Modes.zero:
-            return None  # otherwise no filter reaches beyond the ends
+            return None  # without overlap no filter reaches beyond the ends
         return self._along(axis, lambda t: haar_dwt(t, level, backend=self.backend), [x])
 
     def _inverse(self, axis: int, coeffs: Any, *more: Any) -> list[Any] | None:
@@ -86,7 +86,7 @@ class Redirected:
         if len({(c.dtype, *np.delete(c.shape, axis)) for c in coeffs}) > 1:
             return None
         widths = [c.shape[axis] for c in coeffs]
-        if not widths[0] == widths[1] > 0:  # not of a transform, which PyWavelets reports
+        if not widths[0] == widths[1] > 0:  # no transform has these shapes: PyWavelets raises
             return None
         if any(a != -(-b // 2) for a, b in pairwise(widths[1:])):
             return None
@@ -151,7 +151,7 @@ OF_NUMBERS = {
         wavelet_packet_axes
     """,
 }
-"""Tests that fail for a transform wrong by a thousandth, by module; without their prefix, ``test_``."""
+"""Tests that fail if the transform is wrong by a thousandth, by module; names without the prefix ``test_``."""
 
 OF_KINDS = {
     "test_concurrent": "concurrent_wavedec concurrent_dwt",

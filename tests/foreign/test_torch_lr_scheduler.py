@@ -65,7 +65,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=[0.05, 0.01], anneal_epochs=5),
 }
 LOSSES = [1.0, 0.9, 0.95, 0.96, 0.97, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6]
-"""Losses for ReduceLROnPlateau: falling, then not, twice."""
+"""Losses for ReduceLROnPlateau, which twice fall and then do not."""
 SHAPES = [(4, 8), (5,)]
 
 each_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
@@ -152,7 +152,7 @@ def test_saving_and_loading_in_the_middle(name: str, kind: Callable[[float], Any
     "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
 )
 def test_a_copy_of_a_scheduled_optimizer_steps_on_its_own(name: str, way: Callable[[Any], Any]) -> None:
-    """A scheduler replaces ``step`` by a function bound to the optimizer, which copies must not keep."""
+    """Check that copies do not keep the ``step`` bound to the original by which a scheduler replaces it."""
     optimizer = build(ours)
     schedule = SCHEDULERS[name](optimizer)
     advance(optimizer, schedule, 0, 3)
@@ -168,7 +168,7 @@ def test_a_copy_of_a_scheduled_optimizer_steps_on_its_own(name: str, way: Callab
 @each_scheduler
 @pytest.mark.parametrize("stepped", [True, False])
 def test_the_order_of_steps_is_noticed(name: str, stepped: bool) -> None:
-    """A scheduler asks the optimizer whether it was stepped first."""
+    """Check the scheduler's warning, for which it asks the optimizer whether it has stepped first."""
     complaints = []
     for make in (ours, torch.optim.AdamW):
         optimizer = build(make)

@@ -271,7 +271,7 @@ def test_a_copy_has_every_public_attribute_and_continues(sample: Any, way: Calla
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """A list to which the step hooks of all optimizers append."""
+    """Yield a list to which the step hooks of all optimizers append."""
     record: list[str] = []
     handles = [
         torch_optimizer.register_optimizer_step_pre_hook(lambda *_: record.append("all before")),
@@ -332,7 +332,7 @@ def test_hooks_of_saving_and_loading() -> None:
 
 @pytest.mark.parametrize("sample", [x for x in INPUTS if "max_grad_norm" not in x.kwargs], ids=lambda x: x.desc)
 def test_mixed_dtypes(sample: Any) -> None:
-    """Each tensor's update equals its update alone; clipping, which uses the norm of all tensors, is left out."""
+    """Check that each tensor is updated as if alone; without clipping, which uses the norm of all tensors."""
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     together = [p for dtype in dtypes for p in parameters(SHAPES, dtype=dtype)]
     optimizer = make(sample, together)
@@ -340,7 +340,7 @@ def test_mixed_dtypes(sample: Any) -> None:
         alone = copy.deepcopy(optimizer)
         give_gradients(together, seed=t)
         optimizer.step()
-        for p, q in zip(together, parameters_of(alone), strict=True):  # one tensor a step
+        for p, q in zip(together, parameters_of(alone), strict=True):  # one tensor per step
             q.grad = p.grad.clone()
             alone.step()
             q.grad = None
@@ -425,7 +425,7 @@ MADE: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], float]] = {
 
 @pytest.mark.parametrize("kind", MADE)
 def test_temporary_memory_is_below_that_of_all_tensors(kind: str) -> None:
-    """At most a few times the size of one of the eight tensors."""
+    """Check that it is at most a few times the size of one of the eight tensors."""
     build, bound = MADE[kind]
     params = parameters([(256, 256)] * 8)
     optimizer = build(params)
