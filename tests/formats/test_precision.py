@@ -39,7 +39,7 @@ narrow = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def rounded(
     x: Tensor, dtype: torch.dtype, t: int, key: int, width: int, level: int, what: str = "weights"
 ) -> Tensor:
-    """Return float32 results as they have to be stored, from the published generator and the element's index alone.
+    """Return float32 results as they have to be stored, by the published generator and the element's index only.
 
     Rows of ``width`` weights that are no whole blocks count as padded to whole groups of 4 blocks.
     """
@@ -68,7 +68,7 @@ def rounded(
 def test_stored_values_are_float32_results_rounded_by_seed_step_and_index(
     backend, device, state_dtype, level, rule, dtype
 ):
-    """Each step beside one of a float32 twin in the same state; controls: another step, seed or parameter."""
+    """Compare each step with a float32 twin's from the same state; controls: another step, seed or parameter."""
     on = place(backend, device)
     kind = {"adam_mini": GWTAdamMini, "lion": GWTLion}.get(rule, functools.partial(GWTAdamW, rule=rule))
     options = {**OPTIONS, "level": level, "backend": backend, "seed": 7}
@@ -113,7 +113,7 @@ def train_named(optimizer: GWTAdamW, steps: range) -> dict[str, Tensor]:
 
 @backends
 def test_bits_do_not_depend_on_order_and_groups(backend, device):
-    """Named parameters alone, in another order or in other groups have the same bits; another seed changes them."""
+    """Check that named parameters have the same bits alone, in any order and group; another seed changes them."""
     on = place(backend, device)
     options = {**OPTIONS, "weight_rounding": "stochastic", "state_dtype": BF16, "backend": backend}
 
@@ -132,7 +132,7 @@ def test_bits_do_not_depend_on_order_and_groups(backend, device):
 
 @backends
 def test_equal_parameters_draw_different_bits(backend, device):
-    """Otherwise the errors of tied or equal tensors would add up."""
+    """Check that bits differ, since otherwise the errors of equal tensors would add up."""
     on = place(backend, device)
     twice = [torch.nn.Parameter(torch.ones(8, 32, dtype=BF16, device=on)) for _ in range(2)]
     optimizer = GWTAdamW(twice, lr=1e-3, level=0, weight_rounding="stochastic", backend=backend)
@@ -180,7 +180,7 @@ def test_a_resumed_run_draws_the_same_bits(backend, device, weight_rounding, rul
 
 @narrow
 def test_all_backends_round_equal_float32_values_alike(device, dtype):
-    """From one state, wherever the float32 results agree to the bit, so do the stored values."""
+    """Check that from one state, where float32 results are equal bit for bit, stored values are equal."""
     shapes = [(16, 64), (9, 37)]
     stored, wide = {}, {}
     for backend in BACKENDS:
@@ -222,7 +222,7 @@ def test_a_bfloat16_second_moment_decays(backend, device, size, level, rule):
         exact = beta * exact + (1 - beta) * square
         nearest = (beta * nearest.float() + (1 - beta) * square).to(BF16)
     v = state["exp_avg_sq"].double()
-    deviation = 0.5 * 2**-7 * math.sqrt(steps)  # of one element, at most: the ulp is 2**-7 up to 2
+    deviation = 0.5 * 2**-7 * math.sqrt(steps)  # at most, of one element: the ulp is 2**-7 up to 2
     tolerance = 5 * deviation / math.sqrt(v.numel())
     assert abs(float(v.mean()) - exact) < tolerance
     if square < 4:  # control
@@ -261,7 +261,7 @@ def test_tiny_updates_of_narrow_weights_accumulate_on_average(backend, device, d
 @pytest.mark.parametrize("sign", [1, -1])
 @backends
 def test_the_largest_weight_stays_finite(backend, device, dtype, sign):
-    """Pushed outwards by most of the distance to infinity; rounding to nearest, as control, reaches it."""
+    """Check an update by most of the distance to infinity; rounding to nearest, the control, reaches it."""
     on, largest = place(backend, device), torch.finfo(dtype).max
     outwards = {BF16: 1e36, FP16: 20.0}[dtype]
     for rounding, infinite in (("stochastic", False), ("nearest", True)):
@@ -281,7 +281,7 @@ def test_the_largest_weight_stays_finite(backend, device, dtype, sign):
 )  # fmt: skip
 @backends
 def test_denormal_gradients_move_weights(backend, device, dtype, rounding, level, rule):
-    """Their squares underflow, their first moment does not: the update is ``m / eps``, or ``(m + r) / eps``."""
+    """Check gradients whose squares alone underflow: the update is ``m / eps``, or ``(m + r) / eps``."""
     on, small, lr, eps = place(backend, device), 1e-39, 1.0, 1e-6
     p = torch.nn.Parameter(torch.zeros(4, 32, dtype=dtype, device=on))
     optimizer = GWTAdamW(
@@ -303,7 +303,7 @@ def test_denormal_gradients_move_weights(backend, device, dtype, rounding, level
 
 @backends
 def test_groups_of_both_rules_and_of_every_rounding(backend, device):
-    """Each is judged by the oracle alone, with its rule's default limiter."""
+    """Compare each tensor with the oracle, with its rule's default limiter."""
     on = place(backend, device)
     groups = [
         {"params": parameters(SHAPES[:2], on, BF16, seed=0)},
@@ -329,7 +329,7 @@ def test_groups_of_both_rules_and_of_every_rounding(backend, device):
 
 
 def test_steps_are_counted_beyond_the_integers_of_float32():
-    """float32 cannot represent 2**24 + 1: a float32 count would stay there, and with it the random bits."""
+    """Check counts beyond 2**24, where a float32 count, and with it the random bits, would stay."""
     p = torch.nn.Parameter(torch.ones(2, 8, dtype=torch.bfloat16))
     optimizer = GWTAdamW([p], state_dtype=torch.bfloat16)
     p.grad = torch.ones_like(p)

@@ -114,8 +114,8 @@ def _sizes(fractions_ptr, bits_ptr, out_ptr, N: tl.constexpr):
 
 @needs_kernels_here
 def test_rounding_never_changes_the_sign():
-    """A moment slightly above its block's computed maximum gets the largest value, and not -128."""
-    off = torch.tensor([-1, 0, 1, 2, 8, 64, 1024, 1 << 16])  # in the last places of 1.0
+    """Check that a moment slightly above its block's computed maximum gets the largest value, and not -128."""
+    off = torch.tensor([-1, 0, 1, 2, 8, 64, 1024, 1 << 16])  # in ulps of 1.0
     fractions = (torch.tensor(1.0).view(torch.int32) + off.int()).view(torch.float32).repeat_interleave(2)
     bits = torch.tensor([0, 65535]).repeat(len(off))
     out = torch.zeros(len(bits), dtype=torch.int8)
@@ -130,7 +130,7 @@ def test_rounding_never_changes_the_sign():
 
 @pytest.mark.parametrize(("encode", "decode"), [FIRST, SECOND], ids=["first", "second"])
 def test_the_mean_over_all_noise_is_the_exact_value(encode, decode):
-    """Over all 65,536 draws, for values between two quantized ones; rounding to nearest would fail."""
+    """Check the mean over all 65,536 draws of values between two quantized ones; rounding to nearest would fail."""
     n = 128
     values = torch.linspace(0.002, 1.0, n, dtype=torch.float64).float()
     total = torch.zeros(n, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_a_small_second_moment_never_becomes_zero():
 @pytest.mark.parametrize("rule", ["gwt", "foam"])
 @pytest.mark.parametrize("shape", [(96, 256), (67, 333)])
 def test_a_run_stays_close_to_the_one_with_float32_moments(shape, rule):
-    """The update's error is that of quantization: some per cent of its norm, averaged out over steps."""
+    """Check the update's error, that of quantization: some per cent of its norm, averaged out over steps."""
 
     def run(state_dtype):
         p = torch.nn.Parameter(torch.zeros(shape))
@@ -217,7 +217,7 @@ def test_both_backends_agree(shape, level, options):
 
 
 def test_bytes_and_fallback_to_float32():
-    """0.52 bytes per parameter at level 2; small tensors and deep levels keep float32 moments."""
+    """Check for 0.52 bytes per parameter at level 2; small tensors and deep levels keep float32 moments."""
     wide = torch.nn.Parameter(torch.zeros(512, 1024))
     small = torch.nn.Parameter(torch.zeros(63, 256))
     optimizer = GWTAdamW([wide, small], state_dtype=torch.int8)

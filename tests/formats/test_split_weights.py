@@ -1,4 +1,4 @@
-"""Split bfloat16 weights train like float32 ones, bit for bit."""
+"""Tests that split bfloat16 weights train like float32 ones, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.runs import (
 )
 @backends
 def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, level, grad_dtype):
-    """A spike at step 4 activates the limiter; bfloat16 rounded to nearest, as control, differs."""
+    """Compare with a spike at step 4 for the limiter; bfloat16 rounded to nearest, the control, differs."""
     on = place(backend, device)
     options = {**OPTIONS, "rule": rule, "level": level, "backend": backend}
     start = parameters(SHAPES, on, BF16)
@@ -57,7 +57,7 @@ def test_split_weights_follow_float32_weights_to_the_bit(backend, device, rule, 
 
 @backends
 def test_split_weights_of_any_layout(backend, device):
-    """A transposed parameter: its low bits are contiguous."""
+    """Check a transposed parameter, whose low bits are contiguous."""
     on = place(backend, device)
     start = parameters([(6, 20)], on, BF16)[0].detach()
     options = {**OPTIONS, "backend": backend}
@@ -147,7 +147,7 @@ def test_int16_low_bits_of_older_pickles_are_loaded():
 
 
 def test_low_bits_are_not_dropped_in_mid_run():
-    """When the option is turned on, missing low bits start as zeros."""
+    """Check that missing low bits start as zeros when the option is turned on, and cannot be dropped later."""
     optimizer = trained_split(weight_rounding=None)
     optimizer.param_groups[0]["weight_rounding"] = "split"
     give_gradients(parameters_of(optimizer), seed=5)
