@@ -71,7 +71,7 @@ def check_inverse(coeffs: list[torch.Tensor], length: int, backend: str) -> torc
 
 @combinations
 def test_worked_by_hand(backend, dtype, device):
-    """Sums and differences of neighbours; powers of four make the roots of two cancel at level 2.
+    """Check sums and differences of neighbours; at level 2 the roots of two cancel.
 
     [4 0 2 2 | 6 2 8 0]: sums of 4 are 8 and 16, halved (1 / sqrt(2)**2): 4 and 8; their sum and difference over
     sqrt(2) are A = 12 / sqrt(2) and D_3 = -4 / sqrt(2). D_2 = ((4+0) - (2+2)) / 2 = 0 and ((6+2) - (8+0)) / 2 = 0.
@@ -123,7 +123,7 @@ def test_coefficients_are_those_of_pywavelets(backend, device):
 
 
 def test_coefficients_are_those_of_matlab():
-    """Haar results of MATLAB's Wavelet Toolbox from PyWavelets' wheel, with the seed of its test suite."""
+    """Compare with MATLAB's Haar results in PyWavelets' wheel, for signals from the seed of its test suite."""
     pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     random_state = np.random.RandomState(1234)
     compared = 0
@@ -146,7 +146,7 @@ def test_coefficients_are_those_of_matlab():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("level", [1, 3, 6])
 def test_the_transform_is_orthonormal(backend, level, device):
-    """Images of the unit vectors are the rows of a matrix Q with Q Q^T = Q^T Q = 1; energy is preserved."""
+    """Check the matrix Q of the unit vectors' images: Q Q^T = Q^T Q = 1, and energy is preserved."""
     dtype = DTYPES[backend][0]
     n = 64
     q = torch.cat(haar_dwt(torch.eye(n, dtype=dtype, device=on(backend, device)), level, backend=backend), -1)

@@ -180,7 +180,7 @@ def assert_agrees(got: object, expected: object, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 @pytest.mark.parametrize(
-    ("composition", "width", "level"),  # an odd width each, and one of whole blocks or without a level
+    ("composition", "width", "level"),  # each with an odd width, and with one of whole blocks or level 0
     [(name, *size) for i, name in enumerate(COMPOSITIONS) for size in ((11, 2), ((8, 3), (8, 0), (1, 0))[i % 3])],
 )
 @backends
@@ -359,7 +359,7 @@ def test_batches_and_gradients_are_single_calls_of_the_operators(device):
 
 
 def test_operators_run_where_the_kernels_cannot(device):
-    """So that a graph exported on a machine with a GPU runs on one without."""
+    """Check that a graph exported on a machine with a GPU runs on one without."""
     x = random((3, 11), torch.float64, device)
     coeffs = OPERATORS.haar_dwt(x, 2)
     torch.testing.assert_close(coeffs, statement.haar_dwt(x, 2), rtol=0, atol=0)
@@ -409,7 +409,7 @@ def test_context_managers_change_nothing(backend, dtype, device):
 
 @backends
 def test_an_inverse_deeper_than_its_width_is_differentiable(backend, device):
-    """Like PyWavelets' inverse it allows more levels than the forward transform; so does its gradient."""
+    """Check more levels than the forward transform allows, for the inverse, as in PyWavelets, and its gradient."""
     coeffs = [torch.full((1,), 3.0, device=device, requires_grad=True) for _ in range(4)]
     got = torch.autograd.grad(haar_idwt(coeffs, 1, backend=backend).sum(), coeffs)
     expected = [8**-0.5, 8**-0.5, 0.5, 2**-0.5]
