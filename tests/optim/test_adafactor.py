@@ -187,7 +187,7 @@ def test_bad_options_are_refused_by_name(options, error, words):
     [("scale_parameter", 0), ("relative_step", 0), ("warmup_init", 0.0), ("maximize", 0), ("clip_threshold", True)],
 )
 def test_types_are_looked_at_whatever_was_built_before(option, value):
-    """A number that equals a right one of another type is not taken for it."""
+    """Check that a bad value that equals a valid one of another type is refused, whatever was built before."""
     GWTAdafactor(parameters()[:2])
     with pytest.raises(TypeError, match=f"{option} must be"):
         GWTAdafactor(parameters()[:2], **{option: value})
@@ -208,7 +208,7 @@ def test_the_step_without_an_optimizer_refuses_it():
 
 
 def test_options_that_change_on_the_way_act_at_once():
-    """Also those that are sent to a device when they change, and not in every step."""
+    """Check also options that are sent to a device only when they change."""
     results = []
     for backend in ("torch", "triton"):
         params = parameters(device=on(backend))
@@ -230,15 +230,15 @@ def test_options_that_change_on_the_way_act_at_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("gradients", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_first_moments_of_every_dtype_go_with_weights_of_every_dtype(dtype, gradients):
-    """The wider the moments, the nearer the weights to those of moments in float64."""
+    """Check that the wider the moments, the closer the weights are to those of float64 moments."""
     for options in ({}, {"level": 0}, {"details": "published"}, {"wavelet": "db2"}, {"beta1": None}):
         made = {}
         for kept in (torch.float64, None, torch.float32, torch.bfloat16, torch.int8):
             if kept in (torch.bfloat16, torch.int8) and "wavelet" in options:
-                continue  # which it does not know
+                continue  # not with other wavelets
             torch.manual_seed(0)
             p = torch.nn.Parameter(torch.randn(16, 256).to(dtype))
-            p.grad_dtype = None  # any
+            p.grad_dtype = None  # allow any dtype
             optimizer = GWTAdafactor([p], lr=1e-2, state_dtype=kept, backend="torch", **options)
             for _ in range(3):
                 p.grad = torch.randn(16, 256).to(gradients)

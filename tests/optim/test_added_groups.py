@@ -62,7 +62,7 @@ def test_groups_without_names_and_level_are_accepted(named):
 
 
 def test_names_by_place_are_given_once():
-    """A name tells telemetry and random bits of a parameter from another's."""
+    """Check unique names, by which telemetry and random bits identify parameters."""
     optimizer = base(telemetry=True)
     for _ in range(2):
         optimizer.add_param_group({"params": two((8, 8))})
@@ -188,7 +188,7 @@ def test_one_matrix_flattened_is_refused():
 @pytest.mark.parametrize("level", [1, 0], ids=["one level", "two levels"])
 @pytest.mark.parametrize("change", ["delete", "reverse", "insert"])
 def test_groups_are_removed_and_moved_as_in_torch(level, change):
-    """Layers that are frozen again are taken out so; what stays goes on as before."""
+    """Check groups that are removed, like those of layers frozen again, or moved: the others continue unchanged."""
     matrices, vectors = two((8, 8), (8, 8), (4, 8)), two((8,), (12,))
     optimizer = GWTAdamW([{"params": matrices, "level": 1}, {"params": vectors, "level": level}])
     alone = copy.deepcopy(optimizer)

@@ -103,7 +103,7 @@ def test_a_layer_that_occurs_once_in_a_hybrid_is_transformed() -> None:
     model = Members(layers=nn.ModuleList([Mixing(), Mixing(), Other()]))
     scan = matrices("layers.2.scan", names="into out")
     assert transformed(model) == matrices("layers.0", "layers.1") | scan
-    in_sequence = Members(layers=nn.Sequential(Mixing(), Mixing(), Other()))  # unlike modules: any composition
+    in_sequence = Members(layers=nn.Sequential(Mixing(), Mixing(), Other()))  # a sequence of different modules
     assert transformed(in_sequence) == matrices("layers.0", "layers.1")
 
 

@@ -98,7 +98,7 @@ def test_clipping_with_missing_gradients_and_duplicate_parameters(backend, devic
 
 @backends
 def test_clipping_of_gradients_in_half_precision_is_not_rounded_to_it(backend, device):
-    """The framework rounds each clipped gradient to bfloat16; the step applies the factor in float32."""
+    """Check that the step applies the factor in float32; the framework rounds each clipped gradient to bfloat16."""
     optimizer, params = build(backend, device, torch.bfloat16, max_grad_norm=0.1, norm_growth_limit=None)
     exact, wide = build(backend, device, torch.bfloat16, norm_growth_limit=None)
     give_gradients(params, seed=0)
@@ -158,7 +158,7 @@ def test_without_the_option_a_bad_batch_acts_as_with_adamw(backend, device):
 @pytest.mark.parametrize(("unscale_first", "max_norm"), [(False, None), (False, 0.5), (True, 0.5)])
 @backends
 def test_with_the_real_grad_scaler(backend, device, max_norm, unscale_first):
-    """Steps equal those with unscaled gradients bit for bit, since the scale is a power of two."""
+    """Check that steps equal those with unscaled gradients bit for bit, since the scale is a power of two."""
     scaled, params = build(backend, device, max_grad_norm=max_norm)
     plain, plain_params = build(backend, device, max_grad_norm=max_norm)
     scaler = torch.amp.GradScaler(place(backend, device).type, init_scale=1024.0, growth_interval=3)

@@ -35,7 +35,7 @@ def training_step(layers: int, **options):
 
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
 def test_a_compiled_training_step(lr):
-    """With a changing rate and step count, nothing is recompiled, and training equals the eager one."""
+    """Check that a changing rate and step count recompile nothing, and that training equals the eager one."""
     trained = []
     for compiled in (False, True):
         step, optimizer, params = training_step(3, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)

@@ -55,7 +55,7 @@ class Held:
 
 @pytest.fixture(params=["guards", "no guards", pytest.param("C", marks=needs_compiler)])
 def ways(request, monkeypatch) -> Survey:
-    """With PyTorch's functions to compare tensors, without them, and in C."""
+    """Return the fingerprint with PyTorch's functions to compare tensors, without them, or in C."""
     assert survey.TensorGuards is not None
     if request.param == "no guards":
         monkeypatch.setattr(survey, "TensorGuards", None)
@@ -155,7 +155,7 @@ def _replace_local(x: DTensor) -> None:
 def _exchange(held: Held) -> None:
     states = [held.state.pop(p) for p in held.params]
     p, q, *others = held.params
-    held.state.update(zip((q, p, *others), states, strict=True))  # the states' own order stays
+    held.state.update(zip((q, p, *others), states, strict=True))  # the order of states is unchanged
 
 
 CHANGES: dict[str, Callable[[Held], object]] = {

@@ -94,7 +94,7 @@ def test_released_gradients_of_the_literal_algorithm_equal_the_ordinary_run(devi
 )
 @backends
 def test_a_loop_may_step_and_reset_after_every_micro_batch(backend, device, options):
-    """As in optimi's runner; a step inside the block would use partial sums, and leave them for the next one."""
+    """Check such a loop, as in optimi's runner: a step inside the block must not use partial sums."""
     model, optimizer = build(backend, device, **options)
     train(model, optimizer, range(4), micro_batches=3)
     released, own = build(backend, device, **options)
@@ -114,7 +114,7 @@ def test_a_loop_may_step_and_reset_after_every_micro_batch(backend, device, opti
 
 @backends
 def test_accumulated_gradients_without_a_release_go_into_the_next_step(backend, device):
-    """The block may hold all micro-batches: then the step outside updates, and no gradient is used twice."""
+    """Check a block around all micro-batches: the step outside updates, and no gradient is used twice."""
     model, optimizer = build(backend, device)
     train(model, optimizer, range(5), micro_batches=2)
     released, own = build(backend, device)
@@ -150,7 +150,7 @@ def test_a_closure_in_the_block_accumulates_its_gradients(device):
         assert optimizer.step(closure) == 7.0
     assert_same_bits([p.detach() for p in model.parameters()], before)
     assert not optimizer.state
-    assert optimizer.step(closure) == 7.0  # outside, its zero_grad drops the sum, and the backward pass updates
+    assert optimizer.step(closure) == 7.0  # outside, zero_grad drops the sum, and backward updates
     backward(ordinary, 0)
     other.step()
     assert_same_bits(results(optimizer), results(other))
@@ -158,7 +158,7 @@ def test_a_closure_in_the_block_accumulates_its_gradients(device):
 
 @pytest.mark.filterwarnings("error")
 def test_schedules_know_of_released_steps(device):
-    """They warn where no step was taken before their own, and there alone."""
+    """Check that schedules warn only if no step was taken before their own."""
     model, optimizer = build("torch", device)
     release_gradients(model, optimizer)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 4)
@@ -305,7 +305,7 @@ def test_parameters_that_change_places_take_random_bits_of_the_new_place():
 
 
 def test_parameters_that_are_unfrozen_or_added_later_are_updated_in_the_backward_pass():
-    """As layers that a finetuning callback unfreezes; the loop calls no step()."""
+    """Check layers as a finetuning callback unfreezes them, in a loop that calls no step()."""
     results_ = []
     for is_released in (False, True):
         first, frozen, added, still = params = parameters([(4, 8)] * 4)

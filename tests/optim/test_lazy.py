@@ -70,7 +70,7 @@ def test_an_uninitialized_parameter_is_named_with_the_remedy(entry: str) -> None
 def test_after_a_forward_pass_nothing_is_refused(entry: str) -> None:
     model = Lazy()
     model(torch.arange(8))
-    if entry == "release":  # of all parameters
+    if entry == "release":  # covers all parameters
         release_gradients(model, GWTAdamW(model.parameters(), level=0))
     else:
         ENTRIES[entry][0](model)

@@ -149,7 +149,7 @@ def test_damaged_names_are_refused():
 
 
 def test_indices_already_matched_to_names_are_kept():
-    """torch.distributed.checkpoint returns the optimizer's order with the saved group's names."""
+    """Check states as torch.distributed.checkpoint returns them: in the optimizer's order, with the saved names."""
     old_net, net = Net(), Net(("b", "a"))
     old, optimizer = trained(old_net), GWTAdamW(groups(net), lr=0.1)
     state = copy.deepcopy(old.state_dict())
@@ -182,7 +182,7 @@ def test_distributed_checkpoints_of_modules_in_another_order():
 
 
 def test_an_optimizer_loads_its_own_state_after_a_parameter_was_taken_out():
-    """As a layer that is frozen again; its name stays among the group's, as in torch."""
+    """Check a group from which a parameter, as of a frozen layer, is removed, while its name stays, as in torch."""
     params = runs.parameters([(4, 8), (3, 8)])
     optimizer = GWTAdamW(list(zip(("first", "second"), params, strict=True)))
     runs.train(optimizer, range(2))

@@ -80,7 +80,7 @@ def test_two_groups_of_other_options_and_dtypes_are_stepped_as_each_would_be_alo
         ]
         return both if which is None else [both[which]]
 
-    # Streams of random bits are told apart by place: give them names.
+    # Random bits depend on the positions of parameters without names: give them names.
     def named(groups):
         for group in groups:
             group["param_names"] = [f"{p.dtype}.{tuple(p.shape)}" for p in group["params"]]
@@ -111,7 +111,7 @@ def test_rates_and_momentum_may_change_from_step_to_step_as_schedulers_change_th
             plans.add(getattr(each, "_plan", None))
             told.append((each.param_groups[0]["lr"], each.param_groups[0]["momentum"]))
         momenta.append(told)
-        assert len(plans) == 1  # what changes in every step is no reason to plan anew
+        assert len(plans) == 1  # numbers that change in every step need no new plan
     assert momenta[0] == momenta[1]
     assert len(set(momenta[0])) == 6
     fixed = build(parameters(SHAPES[:2]))
@@ -190,7 +190,7 @@ def test_a_grad_scaler_scales_and_skips_in_the_step(backend):
                 plain.step()
     assert float(scaled.skipped_steps) == 1
     assert scaler.get_scale() == 8.0
-    assert_same_bits([p.data for p in own_of(scaled)], [p.data for p in own_of(plain)])  # by powers of 2
+    assert_same_bits([p.data for p in own_of(scaled)], [p.data for p in own_of(plain)])  # scales are powers of 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -286,7 +286,7 @@ def of_format(options, seed=0):
 
 
 def stored(state):
-    """What a checkpoint file gives back."""
+    """Return a state as loaded from a checkpoint file."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -352,7 +352,7 @@ def test_states_of_other_optimizers_are_refused():
 
 
 def test_options_of_the_matrix_stage_are_the_states():
-    """As a group's other options; the machine's own, its backend, excepted."""
+    """Check that a loaded state sets them, like a group's other options except ``backend``."""
     saved = build(ns_steps=3, ns_dtype=torch.float32, workspace_bytes=1 << 20, detail_scale=0.5, momentum=0.8)
     train(saved, range(1))
     loaded = build()
@@ -362,7 +362,7 @@ def test_options_of_the_matrix_stage_are_the_states():
     assert [group[name] for name in names] == [3, "float32", 1 << 20, 0.5, 0.8]
 
 
-# What is there and what is not ---------------------------------------------------------------------------
+# What is supported and what is not -----------------------------------------------------------------------
 
 
 def test_parameters_without_gradient_are_left_alone():

@@ -60,7 +60,7 @@ def test_bad_options_are_refused_by_name(what):
     name = what.split(" ")[0]
     with pytest.raises(error, match=re.escape(words)):
         build(**{name: value})
-    if not name.startswith("adamw"):  # of a group alone, and in mid-run
+    if not name.startswith("adamw"):  # also in a group; in mid-run below
         with pytest.raises(error, match=re.escape(words)):
             build([{"params": parameters(SHAPES[:1]), name: value}])
 

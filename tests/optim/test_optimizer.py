@@ -59,7 +59,7 @@ def run_golden(case, **changed):
 @pytest.mark.parametrize("case", golden.adamw_cases(), ids=lambda case: case.name)
 def test_golden_vectors(case):
     params, norms, state = run_golden(case)
-    # A weight whose updates happen to cancel keeps the rounding errors of its larger past: some ulps of 1.
+    # A weight whose updates cancel keeps the rounding errors of its earlier, larger values: some ulps of 1.
     np.testing.assert_allclose(params, case.params, rtol=1e-12, atol=1e-14 * np.abs(case.params).max())
     np.testing.assert_allclose(norms, case.limiter_norm, rtol=1e-12, atol=0)
     for name in ("exp_avg", "exp_avg_sq"):
@@ -346,7 +346,7 @@ def test_maximize_ascends(backend, device):
 
 @backends
 def test_a_zero_first_gradient_leaves_the_limiter_off(backend, device):
-    """After a zero gradient the norm is 0 and counts as none; after a small one the limiter acts."""
+    """Check that after a zero gradient the norm, 0, counts as none, and that after a small one the limiter acts."""
     norms = {}
     for first in (0.0, 1e-3):
         params = parameters([(4, 8)], place(backend, device))

@@ -139,7 +139,7 @@ def test_named_parameters_and_hooks():
 def test_a_graph_of_gradients_is_not_extended():
     (p,) = parameters([(4, 8)])
     optimizer = GWTAdamW([p], lr=0.1)
-    with warnings.catch_warnings(action="ignore"):  # about the cycle that ends below
+    with warnings.catch_warnings(action="ignore"):  # about the cycle that is broken below
         p.pow(3).sum().backward(create_graph=True)
     assert p.grad.requires_grad
     checked_step(optimizer)
@@ -178,7 +178,7 @@ def test_a_state_moved_to_other_memory_between_steps_is_used(backend, device, re
     for t in range(6):
         for p in parameters_of(moved) if t else ():
             for key in renewed:
-                # Into the memory, and perhaps the very address, of the previous tensors.
+                # New tensors in the memory, and perhaps at the address, of the previous ones.
                 moved.state[p][key] = moved.state[p].pop(key).clone()
         train(moved, [t])
         train(kept, [t])
@@ -196,7 +196,7 @@ def test_a_state_changed_between_steps_is_used(backend, device):
         checked_step(optimizer)
         state = optimizer.state[params[0]]
         state["exp_avg"].zero_()
-        (state["step"].data if t % 2 else state["step"]).fill_(10 * t)  # which does not change the version counter
+        (state["step"].data if t % 2 else state["step"]).fill_(10 * t)  # .data does not change the version counter
         state["limiter_norm"].mul_(0.5)
         state["exp_avg_sq"] = state["exp_avg_sq"] * 2
     optimizer.state.clear()
@@ -255,7 +255,7 @@ def test_steps_are_deterministic(backend, device):
 @pytest.mark.parametrize("options", [{"level": 0}, {"level": 2}, {"level": 2, "skip_nonfinite": True}], ids=str)
 @backends
 def test_updates_increase_the_version_counter(backend, options, layout, device):
-    """A second backward pass would silently use the new weights."""
+    """Check the counter, without which a second backward pass would silently use the new weights."""
     p = torch.nn.Parameter(torch.randn(8, 16, device=place(backend, device)))
     if layout == "copied":
         p.data = p.data.t().contiguous().t()
@@ -337,7 +337,7 @@ def test_option_that_states_depend_on_is_refused_in_mid_run(kind, option, value,
 
     before = group[option]
     group[option] = value
-    step()  # nothing is kept yet
+    step()  # there is no state yet
     group[option] = before
     changed = f"{option} of group 0 was changed from {value!r} to {before!r}"
     with refused(optimizer, ValueError, option if option == "head_rows" else changed, "migrate"):

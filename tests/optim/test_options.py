@@ -170,7 +170,7 @@ def test_the_run_continues_after_a_refused_step(backend, device):
     optimizer = optimizer_of(backend, device)
     give_gradients(parameters_of(optimizer), seed=1)
     assert checked_step(optimizer) == 3
-    unfit = RuntimeError if backend == "triton" else ValueError  # of the state, or of the backend before it
+    unfit = RuntimeError if backend == "triton" else ValueError  # the state's error, or before it the backend's
     for option, value, error in (
         ("lr", NAN, ValueError),
         ("level", 2, ValueError),

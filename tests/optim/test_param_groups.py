@@ -274,7 +274,7 @@ def test_compiled_and_checkpointed_models_keep_their_names() -> None:
     compiled = torch.compile(plain, backend="eager")
     assert next(iter(compiled.named_parameters()))[0].startswith("_orig_mod.")
     assert [group["param_names"] for group in gwt_param_groups(compiled)] == expected
-    # One block compiled by itself, as torchtitan does.
+    # One block compiled on its own, as torchtitan does.
     plain.transformer.h[0] = torch.compile(plain.transformer.h[0], backend="eager")
     assert [group["param_names"] for group in gwt_param_groups(plain)] == expected
     moe = torchtitan(moe=True)

@@ -223,7 +223,7 @@ def test_options_come_from_the_state_except_the_backend(device):
 
 
 def test_a_dtype_of_moments_may_be_set_in_a_group_as_torch_spells_it():
-    """The constructor stores its name; what a user stores later means the same."""
+    """Check dtypes, which a user may store later in place of the name that the constructor stores."""
     saved, loaded = (GWTAdamW(parameters(SHAPES), state_dtype=torch.bfloat16, level=1) for _ in range(2))
     saved.param_groups[0]["state_dtype"] = torch.bfloat16
     train(saved, range(1))
@@ -253,7 +253,7 @@ def test_a_tensor_learning_rate_and_names_survive():
 
 
 def test_numbers_of_numpy_become_plain_ones():
-    """``torch.load`` takes them for code, and refuses them."""
+    """Check that a state has plain numbers, since ``torch.load`` treats NumPy's as code, and refuses them."""
     (p,) = parameters([(4, 8)])
     optimizer = GWTAdamW([p], lr=np.float64(0.1), betas=(np.float32(0.5), 0.75), seed=7, backend="torch")
     optimizer.param_groups[0] |= {"eps": np.array(1e-3), "weight_decay": np.float32(0.25), "warmup": np.int64(10)}

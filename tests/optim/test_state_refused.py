@@ -1,4 +1,4 @@
-"""A state that does not fit, loaded or corrupted later, is refused and changes nothing."""
+"""Tests that a state that does not fit, loaded or corrupted later, is refused and changes nothing."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(kind, steps):
 
 @pytest.mark.parametrize(("options", "helps"), [({}, False), ({"norm_growth_limit": None}, True)])
 def test_another_dtype_of_moments_is_proposed_only_where_it_helps(options, helps):
-    """The limiter's norm has the dtype of the weights, whatever the moments have."""
+    """Check the proposal, also with the limiter, whose norm has the dtype of the weights, not of the moments."""
     saved = trained(**options).state_dict()
 
     def load(**more):

@@ -1,4 +1,4 @@
-"""The state is the truth: a step continues from a state changed by the user, and writes its results there."""
+"""Tests that a step continues from the state as the user has changed it, and writes its results there."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ MOVES: dict[str, Callable[[GWTAdamW], None]] = {
 
 def build(device: torch.device, backend: str, **options) -> GWTAdamW:
     dtype = torch.bfloat16 if options.get("weight_rounding") else torch.float32
-    shapes = [(64, 64), *SHAPES[1:]] if options.get("state_dtype") == torch.int8 else SHAPES  # smaller: float32
+    shapes = [(64, 64), *SHAPES[1:]] if options.get("state_dtype") == torch.int8 else SHAPES  # or they stay float32
     return GWTAdamW(runs.parameters(shapes, device, dtype), lr=0.1, backend=backend, **({"level": 2} | options))
 
 
@@ -107,7 +107,7 @@ def test_steps_continue_from_moved_states(backend, option, move, device):
 @pytest.mark.parametrize("move", [move_data, set_memory, free_and_refill])
 @runs.backends
 def test_values_written_to_moved_memory_are_used(backend, move, key, device):
-    """Control of the test above, whose moves change no number."""
+    """Check written values, as a control of the test above, whose moves change no number."""
     on = runs.place(backend, device)
     expected, moved = (build(on, backend, weight_rounding="split") for _ in range(2))
     with interpreter.like_a_gpu():
@@ -129,7 +129,7 @@ def test_tensors_of_the_state_stay_the_same_objects():
     held = [value for state in optimizer.state.values() for value in state.values()]
     runs.train(optimizer, [1])
     optimizer.zero_grad()
-    runs.give_gradients(runs.parameters_of(optimizer)[:2], seed=2)  # other buckets
+    runs.give_gradients(runs.parameters_of(optimizer)[:2], seed=2)  # buckets change
     optimizer.step()
     now = [value for state in optimizer.state.values() for value in state.values()]
     assert all(a is b for a, b in zip(held, now, strict=True))
@@ -157,7 +157,7 @@ def _take_steps(optimizer: GWTAdamW, steps: int) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipping"])
 def test_processes_share_step_counts(options):
-    """As in Hogwild: weights and state are in shared memory, and every process updates them."""
+    """Check steps as in Hogwild: weights and state are in shared memory, and every process updates them."""
     optimizer = GWTAdamW(runs.parameters([(8, 8)]), lr=0.01, backend="torch", **options)
     runs.train(optimizer, range(1))
     (p,), (state,) = runs.parameters_of(optimizer), optimizer.state.values()
@@ -227,7 +227,7 @@ def test_bad_step_counts_are_refused_by_name(bad):
 
 
 def test_every_tensor_of_a_state_has_a_storage_of_its_own():
-    """Freeing, filling or saving the storage of one must not affect another."""
+    """Check that freeing, filling or saving the storage of one does not affect another."""
     optimizer = build(runs.CPU, "torch")
     runs.train(optimizer, range(2))
     values = [value for state in optimizer.state.values() for value in state.values()]
@@ -254,7 +254,7 @@ def test_a_gradient_with_freed_memory_is_refused(backend, device):
 
 
 def test_processes_that_clip_lose_no_steps():
-    """Steps are then counted by the device, in a copy of the shared counts."""
+    """Check steps that the device counts, in a copy of the shared counts."""
     optimizer = GWTAdamW(runs.parameters([(8, 8)]), lr=0.01, backend="torch", max_grad_norm=1.0)
     runs.train(optimizer, range(1))
     move_to_shared_memory(optimizer)

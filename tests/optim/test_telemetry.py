@@ -137,7 +137,7 @@ def test_a_copy_continues_from_the_rows(backend, device):
 
 
 def test_detail_energy_of_muon_is_that_of_the_orthogonalised_matrix():
-    """As the pages say: of a gradient whose blocks are nearly constant, it is none of the gradient's."""
+    """Check it for a gradient whose blocks are nearly constant: the energy is not the gradient's, as documented."""
     g = torch.ones(32, 64) + 1e-2 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     energies = []
     for make in (GWTAdamW, GWTMuon):
@@ -148,7 +148,7 @@ def test_detail_energy_of_muon_is_that_of_the_orthogonalised_matrix():
         energies.append(optimizer.telemetry()["p"]["detail_energy"])
     means = g.unflatten(-1, (16, 4)).mean(-1, keepdim=True).expand(-1, -1, 4).flatten(-2)
     assert energies[0] == pytest.approx(float((g - means).square().sum() / g.square().sum()), rel=1e-2)
-    update = -p.detach().double()  # from 0 without decay: the matrix times a number
+    update = -p.detach().double()  # started at 0, without decay: a multiple of the matrix
     means = update.unflatten(-1, (16, 4)).mean(-1, keepdim=True).expand(-1, -1, 4).flatten(-2)
     assert energies[1] == pytest.approx(float((update - means).square().sum() / update.square().sum()), rel=1e-3)
     assert energies[1] > 100 * energies[0]

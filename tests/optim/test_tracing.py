@@ -42,7 +42,7 @@ def dtype_for(options: dict) -> torch.dtype:
 @every_option
 @pytest.mark.parametrize("on", ["cpu", "meta", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_fake_tensors_are_stepped(on, options):
-    """As memory estimators do; the results have the shapes and dtypes of a real step."""
+    """Check steps on fake tensors, as in memory estimators: results have the shapes and dtypes of a real step."""
     real = GWTAdamW(runs.parameters(SHAPES, dtype=dtype_for(options)), backend="torch", **options)
     runs.train(real, range(2))
     with FakeTensorMode():
@@ -122,7 +122,7 @@ def test_a_graph_of_the_function_updates(rule, level, mode):
     "options", [{}, {"max_grad_norm": 0.5}, {"rule": "foam"}], ids=["plain", "clipping", "folded"]
 )
 def test_a_graph_of_a_step_updates(options, mode):
-    """The graph holds the optimizer's tensors and the bias correction of the traced step."""
+    """Check a graph, which holds the optimizer's tensors and the bias correction of the traced step."""
     (p,), (q,) = runs.parameters([(8, 8)]), runs.parameters([(8, 8)])
     traced, expected = GWTAdamW([p], lr=0.1, **options), GWTAdamW([q], lr=0.1, backend="torch", **options)
     for optimizer in (traced, expected):
@@ -188,7 +188,7 @@ def test_an_explicit_backend_is_refused_if_tracing_would_miss_it(backend):
 
 
 class Seen(TorchDispatchMode):
-    """Records the operators that change a tensor in place."""
+    """Record the operators that change a tensor in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=["plain", "skipping"])
 def test_a_users_dispatch_mode_sees_the_update(options):
-    """Tensors are real there, so that steps are counted, clipped and skipped as usual."""
+    """Check a mode in which tensors are real, so that steps are counted, clipped and skipped as usual."""
     optimizer, expected = (GWTAdamW(runs.parameters(SHAPES), backend=b, **options) for b in (None, "torch"))
     runs.train(optimizer, range(2))
     runs.train(expected, range(2))
