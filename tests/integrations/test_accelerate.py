@@ -26,7 +26,7 @@ class Run:
     def __init__(self, **options: Any) -> None:
         accelerate.state.AcceleratorState._reset_state(
             reset_partial_state=True
-        )  # the first settings of a process hold for all of it
+        )  # the first settings of a process hold for its lifetime
         accelerate.state.GradientState._reset_state()
         self.accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, **options)
         model = llama()
@@ -121,7 +121,7 @@ class Scaled:
         return loss * torch.inf if t in SKIPPED else loss
 
     def plainly(self) -> Scaled:
-        """Train as in PyTorch's documentation: a scale that shrank means that the step was skipped."""
+        """Train as in PyTorch's documentation, where a scale that has shrunk means that the step was skipped."""
         for t in range(8):
             self.scaler.scale(self.loss(t)).backward()
             self.scaler.step(self.bare)
@@ -140,11 +140,11 @@ class Scaled:
         accelerator = accelerate.Accelerator(cpu=True)
         accelerator.scaler = self.scaler
         model, optimizer, schedule = accelerator.prepare(self.model, self.bare, self.schedule)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # it would autocast after that
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"  # or prepare would autocast
         for t in range(8):
             accelerator.backward(self.loss(t))
             if clip:
-                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # unscales, and clips nothing
+                accelerator.clip_grad_norm_(model.parameters(), 1e6)  # unscales, but clips nothing
             optimizer.step()
             self.skips.append(accelerator.optimizer_step_was_skipped)
             schedule.step()
@@ -188,7 +188,7 @@ class Unread:
 
 def test_scaler_is_not_synchronised_without_accelerate():
     optimizer = ours([nn.Parameter(torch.ones(4, 4))])
-    torch.optim.lr_scheduler.ConstantLR(optimizer)  # it replaces step, too
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # a scheduler replaces step, too
     optimizer.found_inf = Unread()
     with pytest.raises(AttributeError):
         del optimizer.found_inf, optimizer.found_inf
@@ -197,5 +197,5 @@ def test_scaler_is_not_synchronised_without_accelerate():
 
 
 def test_parameters_sharded_by_accelerate_train_as_in_a_plain_loop():
-    """Its FSDP2 replaces the parameters of an existing optimizer by shards."""
+    """Check Accelerate's FSDP2, which replaces the parameters of an existing optimizer by shards."""
     forked.run(1, accelerate_runs.fsdp2)

@@ -1,4 +1,4 @@
-"""The package needs torch alone, and an integration without its library names it and how to install it."""
+"""The package needs only torch, and an integration without its library names it and how to install it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.support.tiny import assert_close_runs, assert_same_run, sentences
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_equals_the_optimizer_made_by_hand(accumulated, tmp_path):
-    """Closures, clipping, accumulation, schedule: bit for bit the steps of the same gradients outside Lightning."""
+    """Check closures, clipping, accumulation and schedule: steps equal those outside Lightning bit for bit."""
     module, optimizer = fit(tmp_path, accumulate_grad_batches=accumulated)
     begin = Language()
     by_hand = copy.deepcopy(begin)
@@ -40,7 +40,7 @@ def test_equals_the_optimizer_made_by_hand(accumulated, tmp_path):
 
 
 def test_resumes_bit_for_bit(tmp_path):
-    epochs = {"max_epochs": 2, "max_steps": -1, "count": 12}  # by max_steps Lightning itself repeats a batch
+    epochs = {"max_epochs": 2, "max_steps": -1, "count": 12}  # with max_steps, Lightning repeats a batch
     saves = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
     module, optimizer = fit(tmp_path, enable_checkpointing=True, callbacks=[saves], **epochs)
     checkpoint = tmp_path / "step=3.ckpt"
@@ -96,17 +96,17 @@ def test_bfloat16(precision, clipping, tmp_path):
     assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in module.parameters())
     exact, _ = fit(tmp_path)
-    assert not torch.equal(exact.model.lm_head.weight, module.model.lm_head.weight.float())  # it was on
+    assert not torch.equal(exact.model.lm_head.weight, module.model.lm_head.weight.float())  # autocast was on
 
 
 def test_lightning_does_not_clip_for_an_optimizer_that_unscales(tmp_path):
-    """In its mixed precision, with or without a scaler; the optimizer clips in its place."""
+    """Check that Lightning refuses to clip in its mixed precision, where the optimizer has to clip."""
     with pytest.raises(RuntimeError, match="GWTAdamW, does not allow for gradient clipping"):
         fit(tmp_path, precision="bf16-mixed", gradient_clip_val=0.5)
 
 
 def test_clipping_in_the_step(tmp_path):
-    """max_grad_norm of the optimizer equals gradient_clip_val, up to rounding."""
+    """Check that max_grad_norm of the optimizer equals gradient_clip_val, up to rounding."""
     module, _ = fit(tmp_path, gradient_clip_val=0.25)
     inside, optimizer = fit(tmp_path, gradient_clip_val=None, max_grad_norm=0.25)
     unclipped, _ = fit(tmp_path, gradient_clip_val=None)
@@ -163,7 +163,7 @@ def theirs(params):
 @pytest.mark.filterwarnings("ignore:.*without a level")
 @pytest.mark.parametrize("resumed", [False, True])
 def test_layers_that_a_callback_unfreezes(resumed, tmp_path):
-    """Rates and steps of every parameter equal AdamW's, and added matrices get the optimizer's level."""
+    """Check that rates and steps of every parameter equal AdamW's; added matrices get the optimizer's level."""
     steps, rates = [], []
     for make in (ours, theirs):
         folder = tmp_path / make.__name__

@@ -1,4 +1,4 @@
-"""GWTMuon, with AdamW's groups beside its own, in the loops of other libraries: saved and resumed bit for bit."""
+"""GWTMuon, with groups of AdamW, in the loops of other libraries: saved and resumed bit for bit."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_an_optimizer_without_telemetry(tmp_path, monkeypatch):
 
 
 def test_telemetry_that_is_off(tmp_path, monkeypatch):
-    """The callback reports it after one step, although it would log after 50."""
+    """Check that the callback raises after one step, although it would log after 50."""
     trainer = tracked(tmp_path, monkeypatch)
     trainer.add_callback(transformers.TelemetryCallback(trainer))
     with pytest.raises(ValueError, match="pass telemetry=True"):
@@ -113,7 +113,7 @@ def test_telemetry_that_is_off(tmp_path, monkeypatch):
 
 
 def test_several_optimizers():
-    """Optimizers without telemetry are left out, and equal names are made distinct."""
+    """Check that optimizers without telemetry are left out, and equal names are made distinct."""
     ours = [GWTAdamW([("w", torch.nn.Parameter(torch.ones(2, 8)))], telemetry=True) for _ in range(2)]
     for optimizer in ours:
         (p,) = optimizer.param_groups[0]["params"]

@@ -27,7 +27,7 @@ routes = pytest.mark.parametrize("route", [with_mixin, with_factory])
 
 
 class Replay(TrainerCallback):
-    """Feeds the gradients of each of Trainer's steps to an independent optimizer."""
+    """Pass the gradients of each of Trainer's steps to an independent optimizer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.model = copy.deepcopy(trainer.model)
@@ -116,7 +116,7 @@ def test_adamw_at_level_0(route, tmp_path):
 
 @routes
 def test_equals_the_optimizer_made_by_hand(route, tmp_path):
-    """Accumulation, clipping and schedule: bit for bit the steps of the same gradients outside Trainer."""
+    """Check accumulation, clipping and schedule: bit for bit the steps of the same gradients outside Trainer."""
     trainer = route(arguments(tmp_path, max_grad_norm=0.5))
     replay = Replay(trainer)
     trainer.add_callback(replay)
@@ -125,7 +125,7 @@ def test_equals_the_optimizer_made_by_hand(route, tmp_path):
     assert len(replay.rates) == 6
     assert len(set(replay.rates)) == 5  # up, and down again by the cosine
     assert_same_bits(list(trainer.model.parameters()), list(replay.model.parameters()))
-    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {6}  # one in two micro-batches
+    assert {int(s["step"]) for s in trainer.optimizer.state.values()} == {6}  # one step per two micro-batches
     assert any(not torch.equal(begin[k], v) for k, v in trainer.model.state_dict().items())
 
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(route, tmp_path):
 
 @routes
 def test_reads_arguments_when_training_begins(route, tmp_path):
-    """Trainer's hyperparameter search changes them after construction."""
+    """Check arguments changed after construction, as by Trainer's hyperparameter search."""
     trainer = route(arguments(tmp_path))
     trainer.args.learning_rate = 0.125
     assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {0.125}
@@ -174,7 +174,7 @@ def test_bfloat16_weights(route, tmp_path):
 
 
 def test_clipping_in_the_step(tmp_path):
-    """The option max_grad_norm equals TrainingArguments' one, up to rounding."""
+    """Check that the option max_grad_norm equals that of TrainingArguments, up to rounding."""
     trainer = with_mixin(arguments(tmp_path, max_grad_norm=0.25))
     inside = with_mixin(arguments(tmp_path, max_grad_norm=0.0), max_grad_norm=0.25)
     unclipped = with_mixin(arguments(tmp_path, max_grad_norm=0.0))
@@ -209,7 +209,7 @@ def test_the_schedule_waits_for_skipped_steps(route, tmp_path):
 
 
 def test_groups_made_by_trainer_transform_every_matrix(tmp_path):
-    """The reason not to pass GWTAdamW itself to Trainer: its two groups differ only in weight decay."""
+    """Check the reason not to pass GWTAdamW itself to Trainer, whose two groups differ only in weight decay."""
     chosen = (GWTAdamW, {"level": 1})
     trainer = Trainer(llama(), arguments(tmp_path), train_dataset=sentences(), optimizer_cls_and_kwargs=chosen)
     groups = trainer.create_optimizer().param_groups
@@ -274,7 +274,7 @@ def test_mixin_evaluates_a_frozen_model(tmp_path):
 
 @pytest.mark.filterwarnings("error:gwt_param_groups found nothing")
 def test_factory_tries_options_on_a_matrix_that_is_transformed(tmp_path):
-    """And not those that only the model's own matrices can be checked against."""
+    """Check that options are accepted that only the model's own matrices can contradict."""
     made = gwt_optimizer(arguments(tmp_path), level=3, rule="adam_mini", head_rows=7)
     assert made[1]["head_rows"] == 7
     for rule in ("gwt", "foam", "muon", "lion", "adafactor"):
@@ -309,12 +309,12 @@ def test_mixin_has_to_come_first():
 
 
 def test_error_of_a_trainer_without_factories(tmp_path):
-    """transformers 5.0 calls every class as an optimizer, with groups of parameters."""
+    """Check the error with transformers 5.0, which calls every class as an optimizer, with groups of parameters."""
     factory, options = gwt_optimizer(arguments(tmp_path))
     with pytest.raises(RuntimeError, match="use GWTTrainerMixin"):
         factory([{"params": list(llama().parameters())}], **options)
 
 
 def test_trackers_are_those_of_transformers():
-    """The telemetry callback finds trackers by these names."""
+    """Check the names by which the telemetry callback finds trackers."""
     assert INTEGRATION_TO_CALLBACK["tensorboard"] is TensorBoardCallback
