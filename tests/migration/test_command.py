@@ -33,7 +33,7 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model, its configuration file, and AdamW's state after two steps over ``model.parameters()``."""
+    """Return a model, its configuration file, and AdamW's state after two steps over ``model.parameters()``."""
     folder = tmp_path_factory.mktemp("model")
     config = folder / "config.json"
     config.write_text(json.dumps({"model_type": "llama", **LLAMA}))
@@ -137,7 +137,7 @@ def test_the_rest_of_a_checkpoint_is_unchanged(place, trained, tmp_path):
 
 
 def test_a_checkpoint_of_trainer(trained, tmp_path):
-    """The two groups of Hugging Face's Trainer, created by Trainer itself."""
+    """Check the two groups of Hugging Face's Trainer, created by Trainer itself."""
     names = {p: name for name, p in trained.model.named_parameters()}
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"), weight_decay=0.1, learning_rate=0.003, report_to=[]
@@ -211,7 +211,7 @@ def test_unusual_names_of_entries_and_of_parameters(trained, tmp_path):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_states_keyed_by_name_as_in_distributed_checkpoints(several, trained, tmp_path):
-    """Neither the order nor the groups are those of the model: the keys are the names."""
+    """Check states whose keys are names, with another order and other groups than the model's."""
     named = list(trained.model.named_parameters())
     halves = [[p for _, p in half] for half in (named[5:][::-1], named[:5])]
     optimizers = [torch.optim.AdamW(half, lr=0.003) for half in halves]
@@ -284,7 +284,7 @@ class Trap:
 def truncated(folder, trained):
     path = file_of(folder, trained.state)
     whole = path.read_bytes()
-    for length in range(1, len(whole), len(whole) // 40):  # at any length
+    for length in range(1, len(whole), len(whole) // 40):  # cut at many lengths
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut short"):
             read_checkpoint(path)
@@ -445,7 +445,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_named_and_nothing_is_written(trained, tmp_path):
-    """Wherever it is in the file that there is no more room: PyTorch's archive has errors of its own."""
+    """Check a disk that is full at any place in the file: PyTorch's archive raises errors of its own."""
     rooms = (1, 1000, 10_000, 30_000)
     checkpoint, out = file_of(tmp_path, trained.state), tmp_path / "gwt.pt"
     limited = (

@@ -1,4 +1,4 @@
-"""``gwt-kernels migrate`` for every optimizer: written files are loaded and go on, options, and what is refused."""
+"""``gwt-kernels migrate`` for every optimizer: runs that continue from written files, options, and refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.runs import assert_same_bits
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model and its configuration file."""
+    """Return a model and its configuration file."""
     config = tmp_path_factory.mktemp("model") / "config.json"
     config.write_text(json.dumps({"model_type": "llama", **LLAMA}))
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def stepped(model, optimizer):
 
 
 def of_muon(model, **options):
-    """The states of torch's Muon over the matrices of the recipe, and of an AdamW of the rest, with names."""
+    """Return states with names: of torch's Muon over the recipe's matrices, and of AdamW over the rest."""
     first, *rest = gwt_param_groups(model, rule="muon")
     muon = torch.optim.Muon(zip(first["param_names"], first["params"], strict=True), lr=0.02, **options)
     others = [pair for group in rest for pair in zip(group["param_names"], group["params"], strict=True)]
@@ -47,7 +47,7 @@ def groups(model, rule, scale=1.0, decay=0.1, **more):
 
 
 def of_heads(model, *head_rows, **more):
-    """An Adam-mini whose matrices alone say how many rows share a second moment, some of them otherwise."""
+    """Return an Adam-mini whose matrices, in several groups, have the given ``head_rows``."""
     first, *rest = groups(model, "adam_mini", **more)
     n = len(head_rows)
     parts = [

@@ -1,4 +1,4 @@
-"""States with damaged groups and numbers: the command and the library say in a sentence what is wrong."""
+"""States with damaged groups and numbers: the command and the library name the damage in one sentence."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ NUMBERS = {
 
 
 def refused(state, flags, trained, folder, capsys):  # noqa: F811
-    """What the command says of a state that it refuses."""
+    """Return the command's message for a state that it refuses."""
     assert run(file_of(folder, state), folder / "gwt.pt", trained.config, *flags) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -103,7 +103,7 @@ def test_a_state_without_groups(trained, tmp_path, capsys):  # noqa: F811
 
 
 def test_numbers_of_factors(trained):  # noqa: F811
-    """Of a state that has them, whose step is read elsewhere than that of moments."""
+    """Check states of Adafactor, whose step is read by other code than that of moments."""
     p = torch.nn.Parameter(torch.ones(8, 8))
     adafactor = torch.optim.Adafactor([("p", p)])
     p.grad = torch.ones(8, 8)
@@ -126,7 +126,7 @@ def test_the_library_refuses_what_the_command_does(trained):  # noqa: F811
 
 
 def test_what_other_optimizers_leave_out_is_no_damage(trained):  # noqa: F811
-    """A rate that relative steps do without, and options that None turns off."""
+    """Check a missing rate with relative steps, and options that None turns off."""
     state = copy.deepcopy(trained.state)
     state["param_groups"][0] |= {"norm_growth_limit": None, "max_grad_norm": None, "beta1": None}
     optimizer = optimizer_for(trained.model, state, Recipe(), {"rule": "gwt"})

@@ -25,7 +25,7 @@ def steps(optimizer, params, ts, dtype=None):
 
 
 def migrated(source, target):
-    """The target with the source's state."""
+    """Return the target with the source's migrated state."""
     made = migrate(source.state_dict(), target)
     target.load_state_dict(made.state_dict)
     return made
@@ -62,7 +62,7 @@ def test_adafactor_of_transformers_goes_on_as_it_would_have(beta1, relative):
     before = [p.detach().clone() for p in own]
     steps(theirs, params, [20])
     steps(ours, own, [20])
-    # Their first moment is of updates times their learning rates, which the weights' RMS moves a little.
+    # Their first moment is of updates times learning rates, which change a little with the weights' RMS.
     for p, q, old in zip(params, own, before, strict=True):
         moved = (p - old).abs().max()
         assert (q - p).abs().max() < (0.03 if beta1 else 1e-5) * moved + 2**-22 * p.detach().abs().max()

@@ -1,4 +1,4 @@
-"""Migrated second moments of heads, rows that share one: of every shape, between numbers of rows and levels."""
+"""Migrated second moments of heads (rows that share one): all shapes, numbers of rows per head, and levels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVELS = pytest.mark.parametrize("level", [0, 1, 3, "row"])
 
 
 def build(level=0, shapes=SHAPES, **options):
-    """Adam-mini, or GWT-Adam where nothing is said of heads."""
+    """Return Adam-mini if ``head_rows`` is given, else GWT-Adam."""
     kind = GWTAdamMini if "head_rows" in options else GWTAdamW
     return kind(parameters(shapes, dtype=torch.float64), level=level, **options)
 
@@ -26,7 +26,7 @@ def run_of(*what, **options):
 
 
 def moved(source, target):
-    """How the state was made that the target has loaded."""
+    """Load the migrated state into the target, and return the migration."""
     migration = migrate(source.state_dict(), target)
     target.load_state_dict(migration.state_dict)
     return migration
@@ -56,7 +56,7 @@ def test_parts_of_heads_take_the_second_moment_of_the_whole(old, new, level):
     notes = [tensor.notes for tensor in moved(source, taken).tensors]
     assert {each["exp_avg"] for each in notes} == {"exact"}
     assert notes[0]["exp_avg_sq"] == "approximate: spread evenly over its rows"
-    assert notes[3]["exp_avg_sq"] == "exact"  # of one dimension
+    assert notes[3]["exp_avg_sq"] == "exact"  # a 1-D tensor
     for whole, parts in zip(squares(source)[:3], squares(taken)[:3], strict=True):
         ways = parts.numel() // whole.numel()
         assert_close([parts.view(-1)], [whole.view(-1).repeat_interleave(ways)])
@@ -88,7 +88,7 @@ def test_adamws_second_moments_become_means_over_heads(head_rows, level):
 
 @pytest.mark.parametrize("head_rows", [1, 4, None])
 def test_second_moments_of_heads_become_those_of_another_wavelet(head_rows):
-    """As those of elements of which each has its head's."""
+    """Compare with second moments of elements, each of which has its head's."""
     of_heads, elements = run_of(head_rows=head_rows), build()
     moved(of_heads, elements)
     found = [build(2, wavelet="db2") for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Tests the way to ``GWTMuon``: from torch's Muon and AdamW, from other rules, and between levels."""
+"""Tests migrations to ``GWTMuon``: from torch's Muon and AdamW, from other rules, and between levels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_of(kind, shapes=SHAPES, steps=3, **options):
 
 
 def moved(source, target, **how):
-    """The target after it has loaded the migrated state, over the source's weights."""
+    """Return the target with the source's weights after it has loaded the migrated state."""
     with torch.no_grad():
         for p, q in zip(parameters_of(target), parameters_of(source), strict=True):
             p.copy_(q)
@@ -138,7 +138,7 @@ def test_an_sgds_buffer_which_is_a_sum_is_taken_only_if_it_is_said():
 def test_a_momentum_by_another_name_is_taken_over(kind, level, bare):
     sgd = run_of(torch.optim.SGD, momentum=0.9)
     state = sgd.state_dict()
-    if bare:  # as of an optimizer with nothing else in its groups
+    if bare:  # as from an optimizer whose groups have no other options
         state["param_groups"] = [{"params": group["params"], "lr": 0.1} for group in state["param_groups"]]
     for own in state["state"].values():
         own["momentum_buffer"] = own["momentum_buffer"] * 0.1
@@ -175,7 +175,7 @@ def test_adafactors_first_moment_times_the_root_of_its_factors_becomes_a_momentu
 
 
 def test_a_run_that_was_migrated_is_that_of_the_new_options():
-    """There is nothing but the momentum, which is linear in the gradients."""
+    """Compare with a run with the new options: the state is only momentum, which is linear in the gradients."""
     torchs, new = run_of(torch.optim.Muon, steps=4), run_of(GWTMuon, steps=4, level=2)
     own = GWTMuon(parameters(SHAPES, dtype=torch.float64), lr=0.01, level=2)
     moved(torchs, own)

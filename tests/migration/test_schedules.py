@@ -49,7 +49,7 @@ def steps(model, optimizer, schedule, count):
 
 @pytest.fixture
 def began(tmp_path):
-    """A model, and the folder of its configuration."""
+    """Return a model, and the folder of its configuration."""
     model = llama()
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(tmp_path / "model")
@@ -57,7 +57,7 @@ def began(tmp_path):
 
 
 def beside(model):
-    """AdamW in the two groups of Trainer."""
+    """Return AdamW with the two groups of Trainer."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
     return torch.optim.AdamW(
@@ -66,7 +66,7 @@ def beside(model):
 
 
 def gone_on(model, make, count):
-    """The rates of the run that goes on with its own optimizer."""
+    """Return the rates of a run that keeps its optimizer."""
     optimizer = beside(model)
     schedule = make(optimizer)
     return steps(model, optimizer, schedule, count)
@@ -107,7 +107,7 @@ def test_a_schedule_goes_on_where_the_run_was(kind, in_one_file, began, tmp_path
 
 
 def test_a_schedule_is_built_again_over_the_new_optimizer(began):
-    """As the page says: of the state's own rate, or of one that is given."""
+    """Check the code of the page, with the state's rate, or with a given one."""
 
     def make(o, last=-1):
         return lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t), last_epoch=last)
@@ -124,14 +124,14 @@ def test_a_schedule_is_built_again_over_the_new_optimizer(began):
         again = make(new, schedule.last_epoch - 1)
         assert again.base_lrs == [first] * len(groups)
         assert [group["lr"] for group in new.param_groups] == pytest.approx([first / 5] * len(groups))
-    del optimizer.param_groups[0]["initial_lr"]  # as of a run without a schedule
+    del optimizer.param_groups[0]["initial_lr"]  # as in a run without a schedule
     new = GWTAdamW(gwt_param_groups(began.model), lr=0.01)
     plain = migrate(optimizer.state_dict(), new, names=began.model).state_dict
     assert all("initial_lr" not in group for group in plain["param_groups"])
 
 
 def test_each_group_takes_the_values_of_the_group_its_parameters_came_from(began, tmp_path):
-    """Of a Muon and an AdamW in one optimizer's groups; and a rate that is given replaces theirs."""
+    """Check the groups of Muon and of AdamW in one optimizer; a given rate replaces theirs."""
     optimizer = beside(began.model)
     schedule = lr_scheduler.LambdaLR(optimizer, [lambda t: 1 / (1 + t), lambda t: 1 / (1 + t)])
     steps(began.model, optimizer, schedule, 3)
@@ -166,7 +166,7 @@ def test_files_beside_that_are_no_schedule_are_left_alone(began, tmp_path, capsy
 
 
 def test_schedules_of_several_optimizers(began, tmp_path, capsys):
-    """Known by their places in lists alone."""
+    """Check schedules that are identified only by their positions in lists."""
     optimizer, other = beside(began.model), beside(llama(1))
     schedules = [lr_scheduler.StepLR(each, 1).state_dict() for each in (other, optimizer)]
     steps(began.model, optimizer, lr_scheduler.StepLR(optimizer, 1), 1)
@@ -185,7 +185,7 @@ def test_schedules_of_several_optimizers(began, tmp_path, capsys):
 
 
 def test_trainer_resumes_from_what_the_command_writes(tmp_path):
-    """``optimizer.pt`` and ``scheduler.pt`` of a checkpoint, replaced as the page says."""
+    """Check ``optimizer.pt`` and ``scheduler.pt`` of a checkpoint, replaced as the page says."""
     runs = pytest.importorskip("tests.support.trainer_runs")
     began = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = runs.Trainer(llama(), runs.arguments(tmp_path, **began), train_dataset=sentences())
@@ -216,7 +216,7 @@ def test_trainer_resumes_from_what_the_command_writes(tmp_path):
 
 
 def test_accelerate_resumes_from_what_the_command_writes(began, tmp_path):
-    """``optimizer.bin`` and ``scheduler.bin`` of ``save_state``."""
+    """Check ``optimizer.bin`` and ``scheduler.bin`` of ``save_state``."""
     accelerate = pytest.importorskip("accelerate")
 
     def prepared(optimizer):
@@ -239,7 +239,7 @@ def test_accelerate_resumes_from_what_the_command_writes(began, tmp_path):
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("whole", [False, True], ids=("over self.model", "over the LightningModule"))
 def test_lightning_resumes_from_what_the_command_writes(named, whole, began, tmp_path, capsys):
-    """A model that is an attribute of the LightningModule, with and without ``--prefix``."""
+    """Check a model that is an attribute of the LightningModule, with and without ``--prefix``."""
     pl = pytest.importorskip("pytorch_lightning")
 
     class Language(pl.LightningModule):

@@ -161,7 +161,7 @@ def test_second_moment_has_the_right_size_for_uncorrelated_neighbours(rule, leve
 
 
 def test_names_that_key_a_state_win_over_its_order():
-    """Of tensors of one shape, which no check could tell apart."""
+    """Check tensors of equal shapes, which no check can distinguish."""
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     theirs = torch.optim.AdamW(list(model.parameters())[::-1], lr=0.01)
     train(theirs, range(3))
@@ -268,7 +268,7 @@ def test_bfloat16_is_rounded_to_nearest():
 
 @pytest.mark.parametrize("level", [1, 2, 4])
 def test_int8_is_rounded_to_nearest(level):
-    """No other value is nearer; of the second moment only an exact zero becomes zero."""
+    """Check that no other value is nearer, and that only exact zeros of the second moment become zero."""
     source = run_of(3, shapes=[(64, 2048)], dtype=torch.float32, level=level)
     state = source.state[parameters_of(source)[0]]
     state["exp_avg_sq"][0, :9] = torch.tensor([0.0, *10.0 ** -torch.arange(1, 9)])
@@ -361,7 +361,7 @@ def published_state(case: Case, steps: int) -> dict:
     """Compute the published optimizer's state after some steps: averages of PyWavelets' coefficients."""
     pywt = pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     m = v = 0.0
-    for g in case.grads[:steps].copy():  # PyWavelets takes no read-only array
+    for g in case.grads[:steps].copy():  # PyWavelets refuses read-only arrays
         if case.rule == "foam":
             first, second = (
                 blocks(torch.tensor(g), 2**case.level).mean(-1),

@@ -53,7 +53,7 @@ def test_boundary_is_irrelevant_for_rows_of_whole_blocks():
     whole = run_of(shapes=odd, level=2, boundary="reflect")
     taken = loaded(run_of(shapes=odd, level=1).state_dict(), build(odd, level=2, boundary="reflect"))
     assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
-    folded = run_of(shapes=odd, level=1, rule="foam").state_dict()  # averages of means, in another unit
+    folded = run_of(shapes=odd, level=1, rule="foam").state_dict()  # averages of block means, not of coefficients
     taken = loaded(folded, build(odd, level=2, boundary="reflect"))
     assert_close(entries(taken, "exp_avg"), entries(whole, "exp_avg"))
 
@@ -70,7 +70,7 @@ def test_bias_correction_does_not_change_the_moments(level):
 
 
 def test_a_state_of_an_older_version_has_zero_boundaries():
-    """Whatever the optimizer's own boundary is."""
+    """Check such a state against optimizers of any boundary."""
     source = run_of(shapes=[(3, 13)], level=2).state_dict()
     for group in source["param_groups"]:
         del group["boundary"], group["correct_bias"]

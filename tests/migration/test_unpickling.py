@@ -78,7 +78,7 @@ OfAScript.__module__ = "__main__"
 
 
 class Evil:
-    """numpy's own unpickling would use eight bytes of the file as the address of an object."""
+    """A scalar for which numpy's own unpickling would use eight bytes of the file as the address of an object."""
 
     def __reduce__(self):
         make, (_, data), *_ = np.float64(1).__reduce__()
@@ -103,7 +103,7 @@ def test_a_class_is_named_with_the_way_to_allow_it(kind, archive, tmp_path, caps
     assert len(said.splitlines()) == 1
     assert type(read(path, [name])["args"]) is type(held)
     assert migrate(path, "--allow", name) == 2
-    assert "holds no optimizer's state" in capsys.readouterr().err  # it was read
+    assert "holds no optimizer's state" in capsys.readouterr().err  # the file was read
 
 
 def test_all_classes_are_named_at_once(tmp_path):
@@ -127,7 +127,7 @@ def test_all_classes_are_named_at_once(tmp_path):
 )
 def test_classes_that_cannot_be_allowed(held: Any, words: str, archive: bool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["__main__"], "OfAScript", OfAScript, raising=False)  # while it is written
+    monkeypatch.setattr(sys.modules["__main__"], "OfAScript", OfAScript, raising=False)  # for writing the file only
     torch.save({"args": held}, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
     monkeypatch.delattr(sys.modules["__main__"], "OfAScript")
     assert migrate(tmp_path / "a.pt") == 2
@@ -181,7 +181,7 @@ def test_allowed_classes_are_forgotten_afterwards(tmp_path):
 
 
 def test_an_optimizers_numbers_may_be_numpy_scalars(tmp_path, capsys):
-    """A state beside a Namespace, with a numpy scalar as learning rate, as training programs save it."""
+    """Check a state with a numpy scalar as learning rate, saved with a Namespace, as by training programs."""
     config = tmp_path / "config.json"
     config.write_text(
         '{"model_type": "llama", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, '

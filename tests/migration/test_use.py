@@ -190,7 +190,7 @@ def pretraining():
 
 @pytest.fixture(scope="module")
 def by_adamw(pretraining):
-    """AdamW's own losses after the switch, and the noise: the largest change between neighbouring steps."""
+    """Return AdamW's own losses after the switch, and the noise: the largest change between neighbouring steps."""
     optimizer = pretraining.adamw()
     optimizer.load_state_dict(copy.deepcopy(pretraining.state))  # torch shares the tensors
     losses = pretraining.go_on(optimizer)
@@ -218,7 +218,7 @@ def test_a_run_of_adamw_continues_without_a_jump(name, pretraining, by_adamw):
 
 
 def test_a_new_state_jumps(pretraining, by_adamw):
-    """Control: without the moments the published rule's first steps undo a good part of the run."""
+    """Check as a control that without the moments the published rule's first steps undo a good part of the run."""
     losses, noise = by_adamw
     ours = pretraining.go_on(pretraining.gwt())
     assert ours[0] - losses[0] > 10 * noise
