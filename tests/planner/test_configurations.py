@@ -20,7 +20,7 @@ SMALL = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 
 
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
-    """Hosts that are looked up, of which none is found; and no cache of the Hub."""
+    """Return a list of hosts that are looked up, none of which is found; without a cache of the Hub."""
     hosts: list[object] = []
 
     def refuse(host, *args, **kwargs):

@@ -31,10 +31,10 @@ def test_work_is_shared_out_and_alike_for_replicas() -> None:
     assert eight is not None
     assert sum(eight.flops) == alone.flops[0]
     assert max(eight.flops) < 1.1 * sum(eight.flops) / 8
-    # Each process sends its shards of what seven others own, and seven eighths of what it owns back.
+    # Each process sends its shards of the others' matrices, and seven eighths of its own matrices back.
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     assert sum(eight.sent_bytes) == pytest.approx(2 * 2 * elements * 7 / 8, rel=1e-9)
-    copies = plan_sharded(planned, Mesh(dp=8)).matrices  # under DDP all compute everything
+    copies = plan_sharded(planned, Mesh(dp=8)).matrices  # under DDP all processes compute all matrices
     assert copies is not None
     assert copies.flops == alone.flops * 8
     assert set(copies.sent_bytes) == set(copies.reduced_bytes) == {0}

@@ -65,7 +65,7 @@ def step_once(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, int]:
     held = {p: [x for x in state.values() if isinstance(x, torch.Tensor)] for p, state in optimizer.state.items()}
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for xs in held.values() for x in xs}
     each = {p: sum(x.numel() * x.element_size() for x in xs) for p, xs in held.items()}
-    assert sum(storages.values()) == sum(each.values())  # no larger storage behind a view
+    assert sum(storages.values()) == sum(each.values())  # no view of a larger storage
     return each
 
 
@@ -229,7 +229,7 @@ def test_small_model_worked_by_hand() -> None:
     assert planned.weight_bytes == 4 * (11 * 27 + 19 * 27 + 19 + 7 * 3 + 7 + 27 + 27 + 8 * 4)
     matrix = entries["mlp.0.weight"]  # 27 columns are 7 blocks of 4
     assert (matrix.level, matrix.weight_bytes, matrix.state_bytes) == (2, 4 * 19 * 27, 4 * (2 * 19 * 7 + 1) + 8)
-    # gradients 4 and weights 8 bytes each, moments 8 and once more 4 each; then gradients and moments again
+    # 4 bytes per gradient, 8 per weight, 16 per pair of moments; then gradients and moments are read again
     assert matrix.moved_bytes == 12 * 19 * 27 + 16 * 19 * 7 + (4 * 19 * 27 + 8 * 19 * 7)
     assert entries["norm.bias"].moved_bytes == 27 * (12 + 16)
     assert entries["norm.bias"].state_bytes == 27 * 8 + 8
@@ -320,7 +320,7 @@ def test_class_is_the_one_named_by_the_file(tmp_path: Path) -> None:
 def test_patterns_overrule_the_recipe() -> None:
     levels = {e.name: e.level for e in plan(Small(), include=[r"^embed"], exclude=[r"mlp\.0"]).entries}
     assert (levels["embed.weight"], levels["mlp.0.weight"], levels["mlp.1.weight"]) == (2, 0, 2)
-    narrow = plan(Small(), include=[r"^mlp\.1"])  # three columns hold level 2 and not level 3
+    narrow = plan(Small(), include=[r"^mlp\.1"])  # three columns allow level 2 but not level 3
     assert sorted({cost.level for cost in narrow.options}) == [0, 1, 2]
     with pytest.raises(ValueError, match="too narrow for level 3"):
         plan(Small(), level=3, include=[r"^mlp\.1"])

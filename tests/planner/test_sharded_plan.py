@@ -85,7 +85,7 @@ def test_time_of_collectives_worked_by_hand() -> None:
     assert sharded.memory_seconds == sharded.largest.moved_bytes / 1e9
     assert sharded.seconds == sharded.memory_seconds + sharded.collective_seconds
     slow = plan_sharded(small(bandwidth=1e9), Mesh(fsdp=8), host_time=1.0)
-    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # of all trained tensors, whatever their size
+    assert slow.seconds == slow.host_seconds == 1.0 * (2 * 6 + 1)  # for all trained tensors, of any size
     unclipped = plan_sharded(small(), Mesh(fsdp=8))
     assert sharded.largest.moved_bytes == unclipped.largest.moved_bytes + unclipped.largest.gradient_bytes
     assert unclipped.seconds is None
@@ -365,7 +365,7 @@ def test_halves_of_split_weights_are_divided_as_weights_are() -> None:
 
 def test_sums_over_rows_and_their_moments_are_those_of_the_optimizer() -> None:
     sharded = equal_on_all(Mesh(fsdp=2, tp=2), GWTAdamW, {"level": "row"}, {"rule": "foam"})
-    # The rows of both layers' down, a half of 13 rounded up, two numbers each.
+    # Rows of ``down`` in both layers: 7, half of 13 rounded up, with two numbers each.
     assert [(c.purpose, c.total_bytes) for c in sharded.collectives if not c.engine] == [
         ("sums over rows", 2 * 7 * 2 * 4)
     ]
