@@ -1,7 +1,7 @@
-"""What tests of benchmarks share: one thread, an empty checkout, and quick kernels.
+"""Fixtures of tests of benchmarks: one thread, an empty checkout, and quick kernels.
 
-Where pytest is given a file of this folder, it reads this one before it chooses Triton's interpreter. So nothing
-here imports Triton at once.
+If pytest is given a file of this folder, it imports this one before it chooses Triton's interpreter. So nothing
+here imports Triton at import time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small only lose time when threads share them."""
+    """Use one thread, since sharing tensors this small among threads only takes time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A checkout without results."""
+    """Return a checkout without results."""
     from tests.support.reports import checkout
 
     return checkout(tmp_path)

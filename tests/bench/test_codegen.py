@@ -52,7 +52,7 @@ Row = dict[str, Any]
 Run = Callable[..., tuple[int, list[Row], str]]
 
 
-# Runs the command lines that it is given, one after the other, and says how each ended and what it printed.
+# Runs the given command lines one after the other, and reports the status and the output of each.
 COMMANDS = """
 import contextlib, gc, io, json, sys
 from bench.codegen.__main__ import main
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Return a function that runs the command in another process, since this process interprets kernels.
 
     Compiled kernels are cached in `build/triton` for later test runs. Workers of one test run share their results.
-    One process runs all commands of a worker, and each has one job: to start takes longer than to compile five
+    One process runs all commands of a worker, and each has one job: starting takes longer than compiling five
     kernels.
     """
     folder = tmp_path_factory.getbasetemp()
@@ -112,7 +112,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def promised(run: Run, rule_rows: list[Row]) -> list[Row]:
-    """Rows of variants that are promised to be one optimal pass."""
+    """Return the rows of variants that are promised to be one optimal pass."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,5"),
         *("--weights", "bf16", "fp32", "--moments", "fp32", "--rule", "gwt", "foam"),
@@ -122,7 +122,7 @@ def promised(run: Run, rule_rows: list[Row]) -> list[Row]:
 
 
 def at_level_2(rule_rows: list[Row], moments: str) -> list[Row]:
-    """Those of bf16 weights, of the rules and kernels that are promised most of."""
+    """Return rows at level 2 with bf16 weights, of the rules and kernels with the most promises."""
     wanted = {"level": 2, "weights": "bf16", "moments": moments}
     return [
         row
@@ -163,7 +163,7 @@ def test_every_access_is_attributed(promised: list[Row]) -> None:
 
 
 def test_worked_example(promised: list[Row]) -> None:
-    """bf16 at level 2: 4096 weights of 2 bytes in 256 lanes are two words of 16 bytes a lane."""
+    """Check bf16 at level 2: 4096 weights of 2 bytes in 256 lanes are two words of 16 bytes per lane."""
     row = next(r for r in promised if (r["kernel"], r["weights"], r["level"]) == (STEP, "bf16", 2))
     assert (row["warps"], row["lanes"], row["constants"]["W"], row["constants"]["NB"]) == (8, 256, 4, 1024)
     assert row["loads"]["p"] == row["loads"]["g"] == row["stores"]["p"] == {"128": 2}
@@ -174,7 +174,7 @@ def test_worked_example(promised: list[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def int8_rows(run: Run, rule_rows: list[Row]) -> list[Row]:
-    """Rows of int8 moments."""
+    """Return the rows of int8 moments."""
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "5"),
         *("--weights", "bf16", "fp32", "--moments", "int8", "--rule", "gwt", "foam"),
@@ -243,7 +243,7 @@ def test_row_path_fails_the_gate(run: Run) -> None:
         *("--target", "sm_90", "--kernel", STEP, "--path", "row", "--levels", "2"),
         *("--weights", "bf16", "--moments", "fp32", "--rule", "foam"),
     )
-    assert status == 0  # it has no promise
+    assert status == 0  # the variant has no promise
     assert len(rows) == 3
     for row in rows:
         assert not codegen.gated(row)
@@ -299,8 +299,8 @@ def test_each_promise_can_be_broken(promised: list[Row], message: str) -> None:
 
 
 def test_every_kernel_compiles_for_every_target(run: Run, rule_rows: list[Row]) -> None:
-    """For one of them, each rule's steps and norms are compiled above."""
-    rules = "gwt", "adafactor", "adam_mini"  # of which every kernel is launched
+    """Check all targets; for one of them each rule's steps and norms are compiled above."""
+    rules = "gwt", "adafactor", "adam_mini"  # rules with all of their kernels
     options = "--path", "flat", "--weights", "bf16", "--moments", "bf16", "--rule", *rules
     others = [target for target in TARGETS if target != "sm_90"]
     rest = [kernel for kernel in KERNELS if kernel not in (*STEPS, *NORMS)]
@@ -319,8 +319,8 @@ def test_every_kernel_compiles_for_every_target(run: Run, rule_rows: list[Row]) 
         assert row["contracts"] is False
         assert 0 < row["resident_warps"] <= LIMITS[row["target"]].warps
     for row in rows:
-        if (row["target"], row["kernel"]) != ("gfx942", PANEL):  # whose scalar loads have no place in the source
-            names = "|".join([*row["loads"], *row["stores"]]).split("|")  # those of an unrolled loop are joined
+        if (row["target"], row["kernel"]) != ("gfx942", PANEL):  # its scalar loads have no source line
+            names = "|".join([*row["loads"], *row["stores"]]).split("|")  # names of an unrolled loop are joined
             assert all(name.isidentifier() for name in names)
         if codegen.gated(row) or row["kernel"] in (STEP, NORM):
             assert codegen.violations(row) == []
@@ -330,7 +330,7 @@ def test_every_kernel_compiles_for_every_target(run: Run, rule_rows: list[Row]) 
 
 
 def test_every_kernel_that_is_launched_is_covered() -> None:
-    modules = factored_launch, launch, haar_launch  # the first one launches a kernel of the second's, too
+    modules = factored_launch, launch, haar_launch  # the first one also launches a kernel of the second
     launched = {name: module for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert sorted(launched) == sorted(KERNELS)
     assert launched == LAUNCHED_FROM
@@ -338,7 +338,7 @@ def test_every_kernel_that_is_launched_is_covered() -> None:
 
 @pytest.fixture(scope="module")
 def rule_rows(run: Run) -> list[Row]:
-    """Rows of every rule at each kind of level, and in each storage at one; of one rule in both at each."""
+    """Return rows of every rule at each kind of level, and in each storage at one; of one rule all of these."""
     common = "--target", "sm_90", "--path", "flat", "--kernel", *STEPS
     others = [name for name in rule_names() if name not in ("gwt", "foam")]
     with_moments = [name for name in rule_names() if rules.rule_of(name, 2).slots]
@@ -393,7 +393,7 @@ def test_kernels_that_take_rows_leave_room_for_warps(rule_rows: list[Row]) -> No
 
 
 def test_the_narrower_of_two_dtypes_is_accessed_by_as_many_elements(rule_rows: list[Row]) -> None:
-    """So that each instruction of a warp asks for whole sectors of both."""
+    """Check widths of accesses, so that each instruction of a warp accesses whole sectors of both."""
 
     def the(rule: str, weights: str, level: int) -> Row:
         wanted = {"kernel": STEP, "rule": rule, "weights": weights, "level": level, "rounding": "nearest"}
@@ -417,7 +417,7 @@ def test_resident_warps(target: str) -> None:
     assert resident_warps(limits, 8, 32, 0) == limits.warps
     assert resident_warps(limits, 8, 255, 0) == 8  # two warps for each of four schedulers
     assert resident_warps(limits, 4, 61, 0) == min(limits.warps, 32)  # 61 registers count as 64
-    assert resident_warps(limits, 8, 65, 0) == 24  # 72: seven a scheduler, 28 in all, three programs
+    assert resident_warps(limits, 8, 65, 0) == 24  # 72: seven per scheduler, 28 in all, three programs
     assert resident_warps(limits, 1, 16, 0) == limits.programs
     assert resident_warps(limits, 4, 16, limits.shared // 2 - limits.shared_reserved) == 8
     assert resident_warps(limits, 4, 16, limits.shared // 2) == (8 if target == "gfx942" else 4)

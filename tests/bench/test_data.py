@@ -21,7 +21,7 @@ from bench.pretrain.data import (
     split_documents,
 )
 
-TEXT = Path(argparse.__file__)  # real text of 100 kB that is always there
+TEXT = Path(argparse.__file__)  # real text of 100 kB that is always present
 
 
 @pytest.mark.parametrize("files", [1, 7])

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Rows of all limited variants, counted once by one of the workers of this test run."""
+    """Return the rows of all limited variants, counted once by one of the workers of this test run."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -91,7 +91,7 @@ def test_each_limit_can_be_exceeded(gated: list[Row], message: str, change: Call
     change(row)
     (found,) = excesses(row)
     assert found.startswith(message)
-    assert excesses(row | {"level": 3}) == []  # it has no promise
+    assert excesses(row | {"level": 3}) == []  # the variant has no promise
 
 
 def test_counts_of_classes_add_up(gated: list[Row]) -> None:
@@ -104,7 +104,7 @@ def test_counts_of_classes_add_up(gated: list[Row]) -> None:
 
 
 def test_flat_step_counted_by_hand(gated: list[Row]) -> None:
-    """16 tensors of 16,384 elements at level 2, tiles of 4,096 by 256 threads: 16 elements, 4 blocks per thread."""
+    """Count 16 tensors of 16,384 elements at level 2 in tiles of 4,096: 16 elements, 4 blocks, per thread."""
     row = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
     assert (row["elements"], row["programs"]) == (16 * 16384, 64)
     assert row["bytes"] == 10.0
@@ -138,7 +138,7 @@ def test_bytes_of_int8_moments_and_their_scales(gated: list[Row]) -> None:
 
 
 def test_stages_of_muon_counted_by_hand(gated: list[Row]) -> None:
-    """The first stage writes matrices in the place of weights, unread; the last one has no moments."""
+    """Count stages: the first writes matrices in place of weights, unread; the last one has no moments."""
     first = the(gated, rule="muon", weights="bf16", moments="fp32", path="flat")
     assert {name: n for name, n in first["sectors"].items() if name != "look-ups load"} == {
         "g load": 2.0, "m load": 1.0, "m store": 1.0, "p store": 2.0
@@ -184,7 +184,7 @@ def test_derived_shares_follow_from_the_counts(gated: list[Row]) -> None:
 
 
 def test_units_take_part_of_what_is_issued(gated: list[Row]) -> None:
-    """Of full warps an instruction is 32 of a unit's; comparisons and selections are of class *other*."""
+    """Check units: a full warp's instruction is 32 of a unit's; comparisons and selections are of class *other*."""
     for row in gated:
         counts, units = row["instructions"], row["units"]
         assert list(units) == [INTEGER, SPECIAL, SHUFFLE]
@@ -224,7 +224,7 @@ def test_bound_of_a_kernel() -> None:
 
 
 def test_shards_of_columns_draw_by_whole_calls() -> None:
-    """Half of each row: a step looks up where each call's 8 weights lie, instead of each weight."""
+    """Check shards of half of each row: a step looks up the position of each call's 8 weights, not of each one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(CACHE)
     }
@@ -248,7 +248,7 @@ def test_shards_of_columns_draw_by_whole_calls() -> None:
 @pytest.mark.parametrize("level", range(7))
 @pytest.mark.parametrize("kernel", [STEP, DWT])
 def test_shapes_take_their_path(kernel: str, level: int) -> None:
-    """The flat path takes whole blocks and a multiple of 8 elements, the row path all other shapes."""
+    """Check that the flat path takes whole blocks and a multiple of 8 elements, the row path all other shapes."""
     for path in ("flat", "row"):
         variant = Variant("sm_90", kernel, "bf16", None, level, path)
         for width in executed.widths(variant):
@@ -349,7 +349,7 @@ def test_a_limit_that_is_exceeded_fails_the_command(
 
 
 def test_every_level_is_listed(gated: list[Row]) -> None:
-    """Level 2 is on the page, with the numbers of kernels by bound; the file has all."""
+    """Check that the file lists every level; the page lists level 2, and numbers of kernels by bound."""
     flat = the(gated, weights="bf16", moments="fp32", path="flat", rounding="nearest")
     deeper = flat | {"level": 4, "executed": 123.0, "issue_share": 1.0}
     run = Run("file.json", "executed", "none", [*gated, deeper])

@@ -43,7 +43,7 @@ class Driver:
         self.scripts = {part: [FINE] for part in PARTS}
         self.minutes: dict[str, float] = {}
         self.resumed: dict[str, bool] = {}
-        """Whether a part found a checkpoint."""
+        """Whether each part found a checkpoint."""
         monkeypatch.setattr(gpu, "ROOT", folder)
         monkeypatch.setattr(gpu, "fingerprint", lambda: "these")
         monkeypatch.setattr(gpu, "commands", self._commands)
@@ -155,7 +155,7 @@ def test_nothing_is_timed_if_the_tests_fail(driver: Driver, capsys: pytest.Captu
     assert list(driver.minutes) == ["correctness"]
     assert driver.log("correctness") == "1 failed\n"
     assert "nothing was timed, since the tests did not pass" in capsys.readouterr().out
-    assert driver() == 1  # and the part is not finished
+    assert driver() == 1  # the part is not finished
     assert list(driver.minutes) == ["correctness"]
 
 
@@ -247,7 +247,7 @@ def test_peers_are_installed_from_a_folder_of_wheels(
     assert driver("--parts", "optimizers") == 1
     assert driver("--parts", "optimizers", "--wheels", str(wheels)) == 0
     assert driver.log("optimizers") == "from a wheel\n"
-    assert driver("--parts", "optimizers") == 0  # they stay
+    assert driver("--parts", "optimizers") == 0  # installed peers stay
 
     installed = tmp_path / "peers" / "tiny_peer.py"
     installed.write_text("WORD = 'not installed again'\n")
@@ -311,7 +311,7 @@ def test_the_part_kernels_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return [[*timed, "--kernels", "step", "--threads", "1"]]
 
     monkeypatch.setattr(gpu, "commands", fewer)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as in a shell: nothing is interpreted
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as in a shell, without the interpreter
     arguments = ["--device", "cpu", "--parts", "kernels", "--out", str(tmp_path), "--commit", "abc"]
     assert gpu.main(arguments) == 0
     (path,) = tmp_path.glob("kernels_*.json")

@@ -68,7 +68,7 @@ def test_gradients_are_reallocated_only_in_that_scenario(reallocated):
 
 
 def test_sharded_parameters_add_no_calls_per_tensor():
-    """The number of calls, unlike time, does not depend on the machine's load: DTensor dispatches nothing."""
+    """Check calls, which unlike time do not depend on the machine's load: DTensor dispatches nothing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.host_calls"]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -77,5 +77,5 @@ def test_sharded_parameters_add_no_calls_per_tensor():
     for limiter, _, plain, sharded, collectives in found:
         assert 0 < sharded < plain + 300  # one call per tensor
         assert collectives == (1 if limiter else 0)
-    for few, many in matrices:  # of GWTMuon, whole and sharded: as many for 100 matrices as for 300
+    for few, many in matrices:  # GWTMuon, whole and sharded: equal for 100 and for 300 matrices
         assert many <= few + 20

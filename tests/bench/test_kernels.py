@@ -69,9 +69,9 @@ def test_columns_of_rows(tmp_path: Path) -> None:
         (step(data=HALF), 2 * 192 + 192, 3 * 192 + 2 * 192),
         (step(data=HALF, limited=True), 2 * 192 + 192, 3 * 192 + 2 * 192 + 192 + 192),  # g, m, v once more
         (step(0), 2 * 384 + 768, 3 * 384 + 2 * 768),
-        (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks a row, the last one of one element
+        (step(2, shape=(5, 37)), 2 * 740 + 400, 3 * 740 + 2 * 400),  # 10 blocks per row, the last of one element
         (step(1, shape=(2, 3, 8))._replace(moments=HALF), 2 * 192 + 96, 3 * 192 + 2 * 96),
-        # int8 moments, and one scale for up to 128 coefficients of each moment: 7.03 bytes an element.
+        # int8 moments, and one scale for up to 128 coefficients of each moment: 7.03 bytes per element.
         (quantized((6, 1024)), 2 * 12288 + 2 * (1536 + 12 * 4), 43200),
         (quantized((5, 37)), 2 * 370 + 2 * (50 + 4), 3 * 370 + 4 * (50 + 4)),
         (quantized((6, 1024), limited=True), 2 * 12288 + 2 * (1536 + 12 * 4), 43200 + 12288 + 2 * (1536 + 12 * 4)),

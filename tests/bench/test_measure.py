@@ -29,7 +29,7 @@ def test_held_bytes() -> None:
 
 def test_held_bytes_of_tensor_subclasses() -> None:
     class Wrapped(torch.Tensor):
-        """A tensor that claims 4 bytes an element and holds one, like quantized states."""
+        """A tensor that claims 4 bytes per element and holds one, like quantized states."""
 
         @staticmethod
         def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

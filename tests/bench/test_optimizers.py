@@ -84,7 +84,7 @@ def test_from_command_line_to_rows(tiny_model: str, tmp_path: Path, capsys: pyte
 
 
 def test_a_run_for_each_number_of_threads(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in its own record; afterwards the number of threads is restored."""
+    """Check that each run has its own record, and that the number of threads is restored."""
     before = torch.get_num_threads()
     monkeypatch.setattr(optimizers, "suite", lambda *_: [gwt(2, SINGLE, limiter=True)])
     dates = iter(["2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00"])
@@ -180,7 +180,7 @@ def test_a_missing_device_becomes_a_row(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_cuda_device_gets_an_index(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.cuda.set_device` refuses a device without one."""
+    """Check the index, without which `torch.cuda.set_device` refuses a device."""
     made: list[torch.device] = []
 
     def first_step(device: torch.device) -> None:

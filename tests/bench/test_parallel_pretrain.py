@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_or_bad_division_stops_every_process(tmp_path: Path
 
 
 def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(tmp_path: Path, options: list[str]) -> None:
-    """`GWT_KILL_TRIALS=100 python -m pytest -s -k killed test_parallel_pretrain.py` kills a run a hundred times."""
+    """Kill runs, a hundred with `GWT_KILL_TRIALS=100 python -m pytest -s -k killed test_parallel_pretrain.py`."""
     reference = tmp_path / "reference"
     run = forked.Processes(2, parallel_runs.saving_run, options, reference)
     while not (reference / "log.jsonl").exists() and run.running:

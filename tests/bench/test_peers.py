@@ -102,7 +102,7 @@ def test_names_of_candidates_are_distinct() -> None:
 
 
 def test_foam_with_bfloat16_moments_is_timed_on_a_cpu_beside_equal_weights() -> None:
-    """So are the published rule's bfloat16 moments without stochastic rounding, as AdamW's weights round."""
+    """Check this for both rules' bfloat16 moments, with weights rounded to nearest, as AdamW's."""
     found = {(candidate.name, candidate.weights) for candidate in suite(["gwt", "torch"], [2], CPU)}
     for weights in ("float32", "bfloat16"):
         moments = {f"GWTAdamW level 2, {rule}bfloat16 moments" for rule in ("", "foam, ")}
@@ -171,11 +171,11 @@ def test_an_update_unlike_adamw_fails(broken: Callable[[list[dict]], Optimizer],
     (result,) = timing.measure("tiny", [like(broken, likeness)], SHAPES, CPU, repetitions=1, bandwidth=BANDWIDTH)
     assert not result.metrics
     assert result.note.startswith("not timed: differs from AdamW's update by ")
-    assert not result.failed  # of this package
+    assert not result.failed  # only this package's failures count
 
 
 class Projector:
-    """A stand-in for GaLore's projector: renewed if the step is a multiple of the gap."""
+    """A stand-in for GaLore's projector, renewed if the step is a multiple of the gap."""
 
     def __init__(self) -> None:
         self.ortho_matrix, self.renewals = torch.ones(10, 3), 0

@@ -70,7 +70,7 @@ def test_a_pretrained_tokenizer_by_folder(tmp_path: Path, options: list[str]) ->
     assert 255 < int(corpus.train.take(50).max()) < 400
     held = bpe.decode(corpus.heldout[:, :-1].flatten().tolist())
     assert held in TEXT.read_text()
-    assert len(held) > corpus.heldout[:, :-1].numel()  # more than one byte a token
+    assert len(held) > corpus.heldout[:, :-1].numel()  # more than one byte per token
     assert corpus.facts["train_tokens"] < load_corpus_tokens(options)
 
 
@@ -327,7 +327,7 @@ def test_models_tokenizers_and_devices_that_are_none(tmp_path: Path, options: li
     for content, match in (
         ("{", r"is not JSON .*; give a file of LlamaConfig fields"),
         ("[]", r"is no configuration of a LLaMA; give"),
-        ('{"format": "gwt_kernels results 1"}', r"is no configuration of a LLaMA; give"),  # else LLaMA-7B is built
+        ('{"format": "gwt_kernels results 1"}', r"is no configuration of a LLaMA; give"),  # else it builds LLaMA-7B
         ('{"model_type": "gpt2", "hidden_size": 8}', r"is no configuration of a LLaMA; give"),
     ):
         (tmp_path / "model.json").write_text(content)
@@ -375,7 +375,7 @@ def test_an_interrupted_comparison_shows_what_it_measured(
     monkeypatch.setattr(pretrain, "train", real)
     pretrain.main([*line, "--resume"])
     names = [result["optimizer"] for result in json.loads((out / "compare.json").read_text())]
-    assert names == ["adamw", "gwt2"]  # each once, however often it was named
+    assert names == ["adamw", "gwt2"]  # each once, even if named twice
     assert [row for row in records.rows_of(record, "quality") if row["optimizer"] == "adamw"] == before
 
 
@@ -386,7 +386,7 @@ def test_a_run_that_stops_before_its_first_evaluation(tmp_path: Path, options: l
 
 
 def test_damaged_files_of_a_run(tmp_path: Path, options: list[str]) -> None:
-    """A log whose last line was cut goes on; everything else that is damaged is refused by name."""
+    """Check that a log whose last line was cut goes on, and that any other damaged file is refused by name."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     trained(options, whole)
     trained(options, out, stop_at=4)

@@ -69,7 +69,7 @@ def test_a_record_of_another_benchmark_is_refused(tmp_path):
 
 
 def _add(path: Path, number: int) -> None:
-    """Add rows with a temporary folder of one's own, as jobs of a cluster have."""
+    """Add rows with a separate temporary folder, as in jobs of a cluster."""
     tempfile.tempdir = str(path.parent / f"tmp{number}")
     Path(tempfile.tempdir).mkdir()
     for k in range(10):

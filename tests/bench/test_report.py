@@ -31,7 +31,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert "- APOLLO, bf16: apollo_torch is not installed" in speed
     assert "| times fused AdamW |" in speed
     assert re.search(r"\| GWTAdamW level 2 \| bf16 \| 6\.00 .*\| 80 % \|.*\| 0\.86 \|$", speed, re.MULTILINE)
-    assert "target: " not in speed  # bounds are for those who work on the kernels
+    assert "target: " not in speed  # bounds are only for kernel developers
     assert "Copy bandwidth: 3,000 (2,700–3,300) GB/s." in speed
     assert "Bandwidth of a pass in place: 3,000 (2,700–3,300) GB/s." in speed
     assert "| of copy bandwidth |" in speed
@@ -80,7 +80,7 @@ def test_blocks_are_filled_and_the_rest_stays(place: Path) -> None:
     assert "](images/loss_over_state.svg)" in page(place, "traps.md")
     assert "| GWT level 2 | 1.570 ± 0.010 |" in readme
     assert "0.86M parameters" in readme
-    assert "with clipping" not in readme  # for the page
+    assert "with clipping" not in readme  # only on the page
 
 
 def test_a_run_without_times_is_shown_and_hides_no_other(place: Path) -> None:
@@ -179,7 +179,7 @@ def test_host_times_of_other_scenarios_are_no_older_runs(place: Path) -> None:
 
 
 def test_newest_run_of_each_setting_is_shown(place: Path) -> None:
-    """The newest is open; that of other threads is folded; older ones of the same threads are named."""
+    """Check that the newest run is open, that of other thread counts folded, and older ones are named."""
     record(place, "optimizers", CPU, "a")
     record(place, "optimizers", CPU | {"date": "2026-03-04T05:06:07+00:00"}, "b")
     record(place, "optimizers", CPU | {"date": "2026-02-04T05:06:07+00:00", "threads": 1}, "c")

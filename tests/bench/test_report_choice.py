@@ -1,4 +1,4 @@
-"""README's table of which optimizer to take: state, loss and time from the records, like beside like."""
+"""README's table of which optimizer to choose: state, loss and time from comparable records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MUON, FOAM, FUSED = "GWTMuon level 0", "GWTAdamW level 2, foam", "AdamW(fused=Tr
 
 
 def run(seconds: dict[str, float], *, day: int, peer: str = "gwt", **about: Any) -> Run:
-    """A run that timed these optimizers, in float32 unless a name says otherwise."""
+    """Return a run that timed these optimizers, in float32 unless a name says otherwise."""
     what = {"model": "llama_350m", "layers": 2, "embeddings": False, "clipped": False, "peer": peer}
     rows: list[Row] = []
     for name, time in seconds.items():
@@ -26,7 +26,7 @@ def run(seconds: dict[str, float], *, day: int, peer: str = "gwt", **about: Any)
 
 
 def table_of(runs: list[Run]) -> tuple[dict[str, list[str]], str]:
-    """Return the cells of each row behind the optimizer's call, and the text below the table."""
+    """Return the cells of each row after the optimizer's call, and the text below the table."""
     newest_first = sorted(runs, key=lambda each: each.date, reverse=True)
     text = choice.block(newest_first, of_preset(comparisons(newest_first)))
     rows = dict(re.findall(r"^\| [^|]* \| `(.*?)`[^|]* \| (.*) \|$", text, re.MULTILINE))
@@ -57,7 +57,7 @@ def test_a_time_of_another_run_is_over_as_many_layers_and_marked() -> None:
     assert table_of([main, other_threads, rules])[0]["GWTMuon(level=0)"][-1] == "-"
     rules.rows.append(run({FUSED: 0.006}, day=4, peer="rules", layers=1).rows[0])
     rows, below = table_of([main, alike, rules])
-    assert rows["GWTMuon(level=0)"][-1] == "50"  # of its own run
+    assert rows["GWTMuon(level=0)"][-1] == "50"  # from its own run
     assert "⁴" not in below
 
 

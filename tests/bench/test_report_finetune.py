@@ -1,4 +1,4 @@
-"""The page on fine-tuning says what the rows say: choices by validation, spreads, shares, and what failed."""
+"""The page on fine-tuning agrees with the rows: choices by validation, spreads, shares, and failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.made_up_rows import CPU, Row, measured
 
 
 def run_rows(optimizer: str, recipe: str, lr: float, seed: int, loss: float, **changed: Any) -> list[Row]:
-    """Rows of one run whose test loss is 0.1 above its validation loss; None for a run that diverged."""
+    """Return rows of one run whose test loss is 0.1 above its validation loss; None for a run that diverged."""
     what: Row = {
         "preset": "reviews",
         "model": "m",

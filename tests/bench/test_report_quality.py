@@ -1,4 +1,4 @@
-"""The page on quality: sweeps beside comparisons, state against loss, and the settings to begin with."""
+"""The page on quality: sweeps with comparisons, state against loss, and the settings to begin with."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_best_setting_of_a_sweep_stands_beside_an_older_one(tmp_path: Path) 
     found = {setting[1:]: losses for setting, losses in final_losses(comparison).items() if setting[0] == "muon2"}
     assert found == {(0.03, 0.3, 0.8): pytest.approx([1.6, 1.61, 1.62]), (0.03, 0.6, 0.8): [1.40, 1.44]}
     (point,) = (point for point in tradeoff.points(comparison) if point["optimizer"] == "muon2")
-    assert point["loss"] == pytest.approx(1.42)  # the chart has one point an optimizer
+    assert point["loss"] == pytest.approx(1.42)  # the chart has one point per optimizer
     said = quality_runs.page(runs)[0].split("so the comparison is not even: ")[1].partition("\n")[0]
     assert "GWT-Muon level 2, lr 0.03, scale 0.3, momentum 0.8" in said
     assert "scale 0.6" not in said
@@ -102,7 +102,7 @@ def test_other_lengths_and_texts_are_other_comparisons(tmp_path: Path) -> None:
     )
     page, drawn = quality_runs.page(runs)
     assert {plot.name for plot in drawn} == {"losses_cpu", "losses_cpu-docs", "losses_cpu_older"}
-    assert sweeps.page(runs)[1] == []  # of one setting
+    assert sweeps.page(runs)[1] == []  # from one setting only
     assert page.index("preset `cpu`") < page.index("preset `cpu_long`")
     for title in (
         "## llama_cpu, preset `cpu`, 400 steps, standard library, on Abacus 3000",
@@ -193,7 +193,7 @@ def test_the_chart_keeps_its_legend_within_the_picture(tmp_path: Path) -> None:
     lines = {tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) > 2}
     assert len(lines) <= 8
     looks = {(plots.look_of(name)["color"], plots.look_of(name)["marker"]) for name in map(optimizer_name, names)}
-    assert len(looks) >= len(names) - 2  # Adafactor's two kinds of details and PyTorch's share a look
+    assert len(looks) >= len(names) - 2  # Adafactor's two kinds of details and PyTorch's look the same
     shown = legend.get_lines()
     without_colour = {(line.get_marker(), line.get_markerfacecolor() == "white") for line in shown}
     assert len(without_colour) == len(shown) == 8, "rules and other packages' points may coincide"
@@ -290,7 +290,7 @@ def test_what_holds_at_each_size(tmp_path: Path) -> None:
     one_seed = [row for row in compared({"adamw": 2.0, "muon2": 1.6}) if row.get("seed") == 0]
     about_medium = {"preset": "cpu_medium", "parameters": 4_900_000, "precision": "mixed"}  # as the preset has it
     medium = [row | about_medium for row in one_seed]
-    medium += [row | about_medium | {"precision": "float32", "median": 9.0} for row in one_seed]  # which is another
+    medium += [row | about_medium | {"precision": "float32", "median": 9.0} for row in one_seed]  # another setting
     other = compared({"adamw": 1.2, "muon2": 1.3}, preset="cpu_docs", text="(Linux kernel's documentation)")
     runs = load(
         tmp_path,
@@ -311,7 +311,7 @@ def test_what_holds_at_each_size(tmp_path: Path) -> None:
         "`cpu_medium`: 4.90M, 400 steps, bfloat16 activations",
     ]
     cells = [line.strip("| ").split(" | ") for line in lines]
-    assert [line[0] for line in cells] == ["AdamW's loss", "GWT-Muon level 2"]  # what two presets hold
+    assert [line[0] for line in cells] == ["AdamW's loss", "GWT-Muon level 2"]  # rows of two presets
     assert cells[1][1:] == ["-0.100 ± 0.010", "-0.400 (1 seed)"]
     one = load(tmp_path / "one", quality=compared())
     assert sizes.section(comparisons(one), one) == []

@@ -19,7 +19,7 @@ from tests.support.reports import checkout, record, report
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with results and their pages, to be copied before it is changed."""
+    """Return a checkout with results and their pages, to be copied before it is changed."""
     folder = checkout(tmp_path_factory.mktemp("reported"))
     record(folder, "quality", CPU)
     record(folder, "optimizers", CPU)
@@ -121,7 +121,7 @@ def test_unknown_format_is_refused_by_name(
 
 @pytest.mark.parametrize("benchmark", MAKERS)
 def test_a_row_without_a_column_is_refused_by_name(benchmark: str, tmp_path: Path) -> None:
-    """Or the pages do without it."""
+    """Check that the report raises or works without the column."""
     place = checkout(tmp_path)
     path = record(place, benchmark, CPU)
     content = json.loads(path.read_text())
@@ -138,7 +138,7 @@ def test_a_row_without_a_column_is_refused_by_name(benchmark: str, tmp_path: Pat
 
 
 def test_missing_folders_are_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Pages are not written anew as if nothing had been measured."""
+    """Check that pages are not rewritten as if nothing had been measured."""
     before = (place / "README.md").read_text()
     assert main(["--results", str(place / "typo"), "--root", str(place)]) == 1
     assert "there is no folder" in (said := capsys.readouterr().err)
@@ -155,7 +155,7 @@ def test_unknown_block_is_refused_by_name(place: Path, capsys: pytest.CaptureFix
 
 
 def test_a_run_with_changed_sources_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is a run of the step in C without a digest; runs of other benchmarks are not marked."""
+    """Check marks of changed sources, and of steps in C without a digest; other benchmarks have none."""
     now = sources.digest("compiled")
     assert now == sources.digest("compiled") != sources.digest("torch")
 

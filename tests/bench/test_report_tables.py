@@ -10,7 +10,7 @@ from tests.support.made_up_rows import CPU, GPU, measured, optimizer_rows, quali
 
 
 def test_equal_columns_are_shown_once() -> None:
-    """On a CPU the wall time and the host's are those of the step."""
+    """Check columns on a CPU, where the wall time and the host's are those of the step."""
     found = optimizer_rows(CPU)
     keys = ("model", "optimizer", "weights", "clipped")
     step = {tuple(map(row.get, keys)): row["median"] for row in found if row["metric"] == "step_time"}
@@ -40,7 +40,7 @@ def test_reasons_are_words(note: str, reason: str) -> None:
 
 
 def test_each_panel_shows_one_run() -> None:
-    """A model missing from the newest run is shown from the run before."""
+    """Check that a model missing from the newest run is shown from the run before."""
     old = rows.Run("old", "optimizers", "d", optimizer_rows(GPU))
     new = rows.Run("new", "optimizers", "d", optimizer_rows(GPU, ("llama_1b",)))
     for row in new.rows:

@@ -17,7 +17,7 @@ from bench.scaling import __main__ as scaling
 from bench.scaling.processes import LARGE, SETTINGS
 
 LAYER = (4 * [(12, 12)], 2 * [(7, 12)], [(12, 7)])
-"""Of the model below: attention, gate and up, down. 7 rows are 4 for one of two processes, 3 for the other."""
+"""Shapes of the model below: attention, gate and up, down. Of 7 rows one of two processes has 4, the other 3."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The record of a run on two processes."""
+    """Return the record of a run on two processes."""
     out = tmp_path_factory.mktemp("out")
     arguments = ["--model", str(model), "--processes", "2", "--repetitions", "2", "--out", str(out)]
     assert scaling.main([*arguments, "--note", "Nothing else ran."]) == 0
@@ -75,7 +75,7 @@ def test_every_case_is_timed_and_predicted(record: Path) -> None:
 
 
 def measured(n: int, setting: str, **seconds: float) -> scaling.Measured:
-    """A made-up run in which the second process is the slower one in wall time."""
+    """Return a made-up run in which the second process has the longer wall time."""
     steps = {f"{k}/{what}/{name}": 0.1 / k for k in (1, n) for what in ("step", "host") for name in SETTINGS}
     steps |= {f"{n}/all-reduce/16": 1e-3, f"{n}/all-reduce/168": 2e-3, f"{n}/all-reduce/{LARGE}": 5e-3}
     steps |= {act: 0.01 for act in steps if "/host/" in act} | seconds
@@ -98,7 +98,7 @@ def test_prediction_worked_by_hand() -> None:
     assert found["predicted_step_cpu_time"] == pytest.approx(cpu, rel=1e-12)
     assert found["crowding"] == pytest.approx(2, rel=1e-12)
     links = scaling.links_of(2, run)
-    assert links["latency"] == pytest.approx(4e-3 / 2, rel=1e-12)  # of 168 bytes, in wall time
+    assert links["latency"] == pytest.approx(4e-3 / 2, rel=1e-12)  # for 168 bytes, in wall time
     assert links["link_bandwidth"] == pytest.approx(LARGE / 6e-3, rel=1e-12)
     assert found["predicted_collective_time"] == pytest.approx(4e-3 + 168 / links["link_bandwidth"], rel=1e-12)
     wall = 2 * cpu + found["predicted_collective_time"]

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Logged(SGD):
-    """An optimizer that says when it steps, and on which gradients."""
+    """An optimizer that records when it steps, and on which gradients."""
 
     def __init__(self, model: nn.Module, name: str, log: list[tuple[str, float]]) -> None:
         super().__init__(model.parameters(), lr=0.0)

@@ -96,9 +96,9 @@ WIDENED = {
     "sweep_cpu_long.json": {"muon0", "muon2", "foam2"},
     "sweep_cpu_medium.json": {"apollo", "gwt1", "gwt2", "gwt3", "foam1", "foam2", "adafactor2"},
 }
-"""Optimizers whose best was at the edge of what was tried, so that their grid goes on from there."""
+"""Optimizers whose best setting was at the edge of their grid, which therefore goes on from there."""
 SEEDS = {"sweep_cpu_long.json": 2, "sweep_cpu_medium.json": 2}
-"""Seeds of the best setting, where they are not three."""
+"""Seeds of the best setting, if not three."""
 
 
 @pytest.mark.parametrize("record", SWEEPS, ids=lambda path: path.stem)
@@ -124,7 +124,7 @@ def test_recorded_sweep_is_fair(record: Path) -> None:
 
 
 def test_what_the_choosing_page_says_of_momentum_and_scale() -> None:
-    """Over 1,600 steps: the hand-written numbers below Muon's example."""
+    """Check the hand-written numbers below Muon's example, over 1,600 steps."""
     runs = [run for run in read_runs(pretrain.RESULTS / "sweep_cpu_long.json") if run["seed"] == 0]
     lowest = {
         (level, momentum): min(

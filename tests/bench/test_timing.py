@@ -61,7 +61,7 @@ def test_a_wrong_result_is_not_timed(broken: type[GWTAdamW], dtype: torch.dtype)
 
 
 def test_every_step_gets_equal_gradients() -> None:
-    """Some optimizers overwrite their gradients, and a step on zeros or infinities takes a different time."""
+    """Check gradients, since some optimizers overwrite them, and steps on zeros or infinities take another time."""
 
     class Spoiling(GWTAdamW):
         def step(self, closure: None = None) -> None:
@@ -129,7 +129,7 @@ def test_running_out_of_memory_becomes_a_row(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_roofline_is_drawn_from_the_bandwidth_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     class Halving(StepBandwidth):
-        """Bandwidth that is half of the round before's."""
+        """Bandwidth that halves in each round."""
 
         rounds = 0
 

@@ -1,4 +1,4 @@
-"""Comparisons: every run is recorded once, settings are swept alike, and errors come before any training."""
+"""Comparisons: every run is recorded once, sweeps have equal settings, and errors come before any training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PRESETS = sorted(CONFIGS.glob("finetune_*.json"))
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The runs that were made, here and not in processes of their own, which take seconds to start."""
+    """Return a list of the runs, made in this process, since new ones take seconds to start."""
     made: list[RunConfig] = []
 
     def here(config: RunConfig, *rest: Any) -> dict[str, Any]:
@@ -95,11 +95,11 @@ def test_runs_are_not_repeated_unless_asked(tmp_path: Path, options: list[str], 
     assert [row["metric"] for row in rows_in(tmp_path)] == [row["metric"] for row in first]
     finetune.main([*line, "--seeds", "2"])
     assert settings(ran[4:]) == [("adamw", "full", 0.01, 0.5, 1), ("gwt2", "full", 0.01, 0.5, 1)]
-    finetune.main([*line, "--examples", "40"])  # on other data they are other runs
+    finetune.main([*line, "--examples", "40"])  # with other data, these are new runs
     assert len(ran) == 8
     before = (tmp_path / "out" / "table.txt").read_text()
     twice = ["--optimizers", "adamw", "gwt2", "gwt2", "--recipes", "full", "full", "--lr", "0.01", "0.01"]
-    finetune.main([*line, "--examples", "40", *twice])  # what is named twice counts once
+    finetune.main([*line, "--examples", "40", *twice])  # duplicates count once
     assert len(ran) == 8
     assert (tmp_path / "out" / "table.txt").read_text() == before
 
@@ -280,7 +280,7 @@ def test_the_glue_preset_is_the_published_recipe(tmp_path: Path, ran: list[RunCo
 
 @pytest.fixture
 def refused(options: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A check that a command line is refused in one sentence, and that nothing was trained."""
+    """Return a check that a command line is refused in one sentence, and that nothing was trained."""
 
     def trained(*_: Any) -> None:
         raise AssertionError("a run was begun")
@@ -423,7 +423,7 @@ def test_a_run_that_memory_ends_is_left_for_another_time(
     assert "not finished: the process was ended" in capsys.readouterr().err
 
 
-# The real thing
+# Recorded results
 
 
 @pytest.mark.skipif(
@@ -462,7 +462,7 @@ def test_what_is_recorded_is_swept_alike(record: Path) -> None:
     for name in ("adamw", "gwt2"):
         own = [choice for choice in chosen if choice.optimizer == name and choice.recipe in models.WHOLE]
         assert own
-        assert all(len(choice.values["test_loss"]) >= 2 for choice in own)  # so that there is a spread
+        assert all(len(choice.values["test_loss"]) >= 2 for choice in own)  # needed for a spread
     shared = ("model_digest", "text_digest", "steps", "batch", "warmup", "precision", "weight_decay", "grad_clip")
     assert len({tuple(row[key] for key in shared) for row in rows}) == 1
     batches = {(row["seed"], row["data_digest"]) for row in rows}

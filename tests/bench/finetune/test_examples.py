@@ -1,4 +1,4 @@
-"""Labelled examples: every format is read, splits are apart, and what cannot be used is refused by name."""
+"""Labelled examples: every format is read, splits are disjoint, and unusable files are refused by name."""
 
 from __future__ import annotations
 

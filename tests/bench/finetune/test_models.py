@@ -1,4 +1,4 @@
-"""What a recipe trains, at which rates, and folders that cannot be used."""
+"""The tensors that a recipe trains, their rates, and errors of folders that cannot be used."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_recipes_of_a_classifier(tmp_path: Path) -> None:
     full, matrices, head = (trained(built(folder, 3, recipe)) for recipe in ("full", "matrices", "head"))
     assert head == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     assert all("encoder.layer" in name and name.endswith(".weight") for name in matrices - head)
-    assert len(matrices - head) == 2 * 6  # query, key, value, attention's output, both of the MLP
+    assert len(matrices - head) == 2 * 6  # query, key, value, attention's output, and two of the MLP
     assert {name for name in full - matrices if name.endswith("embeddings.weight")} != set()
     assert head < matrices < full
 
 
 def test_recipes_of_a_language_model(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "llama")
-    assert trained(built(folder, 0, "head")) == {"model.embed_tokens.weight"}  # which the output matrix is too
+    assert trained(built(folder, 0, "head")) == {"model.embed_tokens.weight"}  # tied to the output matrix
     assert len(trained(built(folder, 0, "matrices"))) == 7
     assert "model.norm.weight" in trained(built(folder, 0, "full"))
 
@@ -168,9 +168,9 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     ("rows", "ids", "fits"),
     [
         (49_152, 49_152, True),
-        (50_304, 50_257, True),  # rows padded to a multiple of 128, as of GPT-2's tokenizer
+        (50_304, 50_257, True),  # GPT-2: rows padded to a multiple of 128
         (51_200, 50_295, True),  # Phi
-        (50_257, 50_258, True),  # a token to pad with was added
+        (50_257, 50_258, True),  # a padding token was added
         (152_064, 151_665, True),  # Qwen2.5
         (30, 15, True),
         (49_152, 9, False),

@@ -1,4 +1,4 @@
-"""Fine-tuning runs: they learn, see the same batches, and say what they kept; each in a process of its own."""
+"""Fine-tuning runs: they learn, see the same batches, and report their state; each in its own process."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_held_out_windows_are_apart_and_spread(tmp_path: Path) -> None:
     bigger = load_plain_text(data, str(folder), Sizes(None, 20, 20, 12), 0.2)
     later = torch.cat([bigger.held["validation"], bigger.held["test"]])
     rows = {tuple(window.tolist()) for window in held} & {tuple(window.tolist()) for window in later}
-    assert 1 <= len(rows) < 12  # the first and the last window are in both, what is between is closer together
+    assert 1 <= len(rows) < 12  # both have the first and the last window, with others closer together
     with pytest.raises(
         ValueError, match=r"--data .*text\.txt: \d+ held-out tokens are too few .*--validation, --test"
     ):
@@ -168,7 +168,7 @@ def test_divergence_names_the_rates(tmp_path: Path, bert: Path) -> None:
 
 
 class Ended(Classification):
-    """Ends its process in the middle of training, as the system does when memory runs out."""
+    """A task that ends its process in the middle of training, as the system does when memory runs out."""
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         os._exit(9)
@@ -176,7 +176,7 @@ class Ended(Classification):
 
 def test_a_process_of_its_own(tmp_path: Path, bert: Path) -> None:
     task = tiny_task(tmp_path)
-    held = torch.ones(300_000_000)  # 1.2 GB of this process's, which are none of the run's
+    held = torch.ones(300_000_000)  # 1.2 GB of this process, not of the run
     config = tiny_config(bert, optimizer="gwt2")
     result, here = train_apart(config, task, CPU, 1), train(config, task, CPU)
     assert result["test"] == pytest.approx(here["test"], rel=1e-6)
@@ -190,7 +190,7 @@ def test_a_process_of_its_own(tmp_path: Path, bert: Path) -> None:
 
 
 class Interrupting(Classification):
-    """Sends this process's parent, named by its facts, what Ctrl-C sends, and notes that it was not ended."""
+    """A task that sends SIGINT to the process's parent, given in its facts, and records that it was not ended."""
 
     def deal(self, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
         for step, each in enumerate(super().deal(batch, seed)):
@@ -203,7 +203,7 @@ class Interrupting(Classification):
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt, which a shell's job in the background ignores."""
+    """Let SIGINT, which a shell's background job ignores, raise KeyboardInterrupt."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -219,7 +219,7 @@ def test_an_interrupted_run_does_not_go_on(tmp_path: Path, bert: Path) -> None:
 
 
 def test_the_end_of_a_job_interrupts_the_command() -> None:
-    """What batch systems send is what Ctrl-C is, so that the run's own process ends too."""
+    """Check that the signal of batch systems acts like Ctrl-C, so that the run's own process ends too."""
     ended = (
         "import argparse, os, runpy, signal\n"
         "argparse.ArgumentParser.parse_args = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
