@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect no garbage while tests are collected, of which nearly all stays: a quarter of that time."""
+    """Disable garbage collection while tests are collected, of which nearly all stay: a quarter of that time."""
     gc.disable()
     try:
         return (yield)
@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The device of Triton's kernels: the CUDA device if there is one, else the CPU."""
+    """Return the device of Triton's kernels: the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -22,8 +22,8 @@ COMMANDS = (
 VERBOSE, PLAN = ["plan", "llama_60m", "--verbose"], ["plan", "llama_60m"]
 
 
-# Each command runs in a new process, forked with all imports; each exits as Python does. Of the last but one the
-# first line is read, as soon as it is written; the last one writes to a disk that is full.
+# Each command runs in a new process, forked with all imports, and exits as Python does. Only the first line of the
+# last but one is read, as soon as it is written. The last one writes to a full disk.
 EACH = """
 import gc, json, os, runpy, sys, tempfile
 import transformers.models.llama.modeling_llama, gwt_kernels
@@ -61,7 +61,7 @@ print(json.dumps(ended))
 
 @pytest.fixture(scope="module")
 def ended() -> list[Any]:
-    """How each command ended: its status, its errors, and what was read of its output."""
+    """Return for each command its status, its errors, and the output that was read."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
     environment["TRITON_INTERPRET"] = "1"  # as doctor would set it, before transformers imports Triton
     done = subprocess.run(
@@ -75,7 +75,7 @@ def ended() -> list[Any]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 def test_a_closed_pipe_ends_the_command_quietly_and_a_full_disk_with_one_sentence(ended: list[Any]) -> None:
-    """The pipe is closed from the start; a shell reports 128 + SIGPIPE for such a program."""
+    """Check a pipe that is closed from the start, for which a shell reports 128 + SIGPIPE."""
     *closed, _, (status, errors, _) = ended
     assert closed == [[141, "", ""]] * len(COMMANDS)
     assert status == 1
@@ -85,7 +85,7 @@ def test_a_closed_pipe_ends_the_command_quietly_and_a_full_disk_with_one_sentenc
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
 def test_the_first_line_is_enough_for_head(ended: list[Any]) -> None:
-    """The pipe is closed in the midst of the output, or behind it."""
+    """Check a pipe that is closed during the output, or after it."""
     status, errors, first = ended[-2]
     assert first.startswith("LlamaForCausalLM from llama_60m")
     assert (status in (0, 141), errors) == (True, "")

@@ -48,7 +48,7 @@ def test_a_step_that_cannot_be_taken_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(choice, "triton_obstacle", lambda device, dtype, *args: None)
-    monkeypatch.setitem(sys.modules, "gwt_kernels.backends.triton.runner", None)  # as of a broken Triton
+    monkeypatch.setitem(sys.modules, "gwt_kernels.backends.triton.runner", None)  # as with a broken Triton
     assert not doctor.report()
     said = capsys.readouterr().out
     assert "FAILED triton, float32, level 0, on cpu: ModuleNotFoundError: import of gwt_kernels.backends" in said
@@ -56,7 +56,7 @@ def test_a_step_that_cannot_be_taken_is_named(
 
 
 def test_command_without_numpy_leaves_the_interpreter_out() -> None:
-    """PyTorch and Triton install no numpy, which Triton's interpreter imports."""
+    """Check without numpy, which Triton's interpreter imports, but PyTorch and Triton do not install."""
     hidden = (
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"

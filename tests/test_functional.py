@@ -48,7 +48,7 @@ def on(backend: str) -> torch.device:
     ids=str,
 )  # fmt: skip
 def test_steps_follow_the_oracle(backend, dtype, rule, level):
-    """From the first step on, with new gradients each time, and a spike that activates the limiter at step 3."""
+    """Compare from the first step on, with new gradients each time, and a spike at step 3 for the limiter."""
     shapes = [s for s in SHAPES if 2**level < 2 * s[-1]]
     limited = rule == "gwt" and level > 0
     bucket = Bucket(
@@ -102,7 +102,7 @@ def test_gradients_of_another_dtype(backend, level, dtype, grad_dtype):
 @pytest.mark.parametrize("level", [0, 1, 3])
 @combinations
 def test_moments_of_a_narrow_dtype(backend, dtype, level, moment_dtype):
-    """Rounded when stored, in bfloat16 stochastically; the update uses them unrounded."""
+    """Check that moments are rounded when stored, in bfloat16 stochastically; the update uses them unrounded."""
     bucket = Bucket(
         [(4, 32), (3, 37)], level, dtype=dtype, moment_dtype=moment_dtype, limited=level > 0, device=on(backend)
     )
@@ -142,7 +142,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @backends
 def test_options(backend, option, level):
-    """The last tile is not full: without eps, elements outside it divide by 0."""
+    """Compare with a last tile that is not full: without eps, elements outside it divide by 0."""
     bucket = Bucket([(3, 40), (3, 37)], level, limited=level > 0, device=on(backend))
     for t, size in enumerate((1.0, 8.0), start=5):
         bucket.renew_gradients(size)
@@ -209,7 +209,7 @@ def test_any_bucket(shapes, level, combination, grad_dtype, layouts, limited, hy
 
 @backends
 def test_the_limiter_holds_growth_to_gamma(backend):
-    """After a spike the norm grows by exactly gamma per step until it has caught up; before, without limit."""
+    """Check that the norm never grows by more than gamma per step, and by exactly gamma after a spike."""
     bucket = Bucket([(4, 32), (3, 37)], 2, limited=True, first=True, device=on(backend))
     norms = []
     for t, size in enumerate((1, 1, 1000, 1000, 1000), start=1):
@@ -223,7 +223,7 @@ def test_the_limiter_holds_growth_to_gamma(backend):
 
 @backends
 def test_no_previous_norm_does_not_limit(backend):
-    """A norm of 0 counts as none, at the first step and later; a tiny one, as control, does limit."""
+    """Check that a norm of 0 counts as none, at the first step and later; a tiny one, as control, does limit."""
     results = {}
     for name, norm in (("none", 0.0), ("tiny", 1e-6)):
         limited = Bucket([(4, 32), (3, 37)], 2, limited=True, device=on(backend))
@@ -240,7 +240,7 @@ def test_no_previous_norm_does_not_limit(backend):
 
 @backends
 def test_a_gradient_of_zeros_leaves_no_norm(backend):
-    """Zeros first, then real gradients: as without the zeros, for the limiter."""
+    """Check zeros first, then real gradients: the limiter acts as without the zeros."""
     bucket = Bucket([(4, 32), (3, 37)], 2, limited=True, first=True, device=on(backend))
     bucket.renew_gradients(0.0)
     before = [p.clone() for p in bucket.tensors("params")]
@@ -254,7 +254,7 @@ def test_a_gradient_of_zeros_leaves_no_norm(backend):
 
 @backends
 def test_level_0_has_no_limiter(backend):
-    """Norms passed at level 0 are unchanged."""
+    """Check that norms passed at level 0 are unchanged."""
     plain, limited = (Bucket([(4, 32)], 0, limited=x, device=on(backend)) for x in (False, True))
     limited.norms[0].tensor.fill_(1e-3)
     for bucket in (plain, limited):
@@ -280,7 +280,7 @@ def test_results_are_deterministic(backend, dtype):
 
 @backends
 def test_a_tensor_does_not_depend_on_its_neighbours(backend):
-    """Each tensor of a bucket alone gives the same bits as with the others."""
+    """Check that each tensor of a bucket alone gives the same bits as with the others."""
     together = Bucket(SHAPES, 2, limited=True, device=on(backend))
     alone = Bucket(SHAPES, 2, limited=True, device=on(backend))
     together.step(HYPER, 3, backend=backend)
@@ -353,7 +353,7 @@ CASES = (*golden.adamw_cases(), *golden.foam_cases(), *golden.variant_cases(res_
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden_vectors(case):
-    """The torch backend in float64 over a whole run: 1e-12 relative to the largest value."""
+    """Compare the torch backend in float64 over a whole run: 1e-12 relative to the largest value."""
     if case.wavelet != "haar":
         pytest.importorskip("pywt", reason="needs PyWavelets: pip install -e '.[test]'")
     p, grads = torch.from_numpy(case.p0.copy()), torch.from_numpy(case.grads.copy())
@@ -448,7 +448,7 @@ def test_unsupported_arguments_are_refused(changed, error, message):
 
 
 def wrong(name: str, x: object) -> dict:
-    """Arguments of two tensors, the second of which is wrong in one list."""
+    """Return arguments of two tensors, the second of which is wrong in one list."""
     two = {key: [torch.ones_like(own[0]) if torch.is_tensor(own[0]) else own[0] for _ in range(2)]
            for key, own in arguments().items() if key != "level"}  # fmt: skip
     two |= {"limiter_norms": [torch.zeros(()) for _ in range(2)]}
@@ -499,7 +499,7 @@ def wrong(name: str, x: object) -> dict:
     ],
 )
 def test_wrong_arguments_change_nothing(backend, name, x, error, message):
-    """A first tensor in order stays as it is where the second one is wrong, whatever the backend."""
+    """Check that a valid first tensor is unchanged if the second is wrong, on every backend."""
     given = wrong(name, x)
     first = [given[key][0] for key in ("params", "exp_avgs", "exp_avg_sqs", "limiter_norms")]
     before = [tensor.clone() for tensor in first]
@@ -557,7 +557,7 @@ def test_wrong_numbers_of_a_step_change_nothing(backend, option, x, message):
 
 @backends
 def test_a_tensor_is_written_once(backend):
-    """Moments that are one tensor would be each other's."""
+    """Check refusals of one tensor as two arguments, such as both moments."""
     given = wrong("hypers", Hyper())
     with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] is exp_avgs\[0\] once more: a step writes each"):
         gwt_adamw_(**given | {"exp_avg_sqs": given["exp_avgs"]}, backend=backend)

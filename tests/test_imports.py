@@ -26,7 +26,7 @@ COMPONENTS = {  # a module belongs to the component that names it, or to the nea
     "core": "gwt_kernels.core",
 }
 OPTIM_AND_BELOW = {"optim", "functional", "distributed", "backends", "rules", "formats", "core"}
-BELOW = {  # components that a component may import besides itself
+BELOW = {  # components that a component may import, in addition to itself
     "face": {"planner", "migration", "integrations"} | OPTIM_AND_BELOW,
     "command line": {"face", "planner", "migration", "models"} | OPTIM_AND_BELOW,
     "planner": {"models"} | OPTIM_AND_BELOW,

@@ -1,4 +1,4 @@
-"""The sdist is whole, and the wheel that is built from it installs and runs in environments of its own."""
+"""The sdist is complete, and the wheel built from it installs and runs in new environments."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def tracked(*folders: str) -> set[str]:
-    """Return the files under version control, or skip where there is none."""
+    """Return the files under version control, or skip if there is no version control."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip(reason="no version control here says which files belong to the project: run it in a clone")
     listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -60,14 +60,14 @@ def interpreter(version: str) -> str | None:
     home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates = [shutil.which(f"python{version}"), *sorted(home.glob(f"versions/{version}.*/bin/python"))]
     for candidate in filter(None, candidates):
-        if run(candidate, "-c", "import venv, ensurepip").returncode == 0:  # pyenv's own scripts may run nothing
+        if run(candidate, "-c", "import venv, ensurepip").returncode == 0:  # pyenv's own scripts may fail
             return str(candidate)
     return None
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The sdist, and the wheel built from it."""
+    """Return the sdist, and the wheel built from it."""
     for needed in ("build", "hatchling"):
         pytest.importorskip(needed, reason=f"{needed} is of the extra `test`")
     folder = tmp_path_factory.mktemp("dist")
@@ -108,7 +108,7 @@ def folder_of_torch(python: str) -> str | None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_wheel_installs_and_runs(built: tuple[Path, Path], version: str, tmp_path: Path) -> None:
-    """A step and `gwt-kernels doctor` run where the Python has PyTorch; elsewhere it is all that is missing."""
+    """Check that a step and `gwt-kernels doctor` run if the Python has PyTorch; else only that is missing."""
     python = interpreter(version)
     if python is None:
         pytest.skip(reason=f"no Python {version} is at hand: install it as python{version}")
