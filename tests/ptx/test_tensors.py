@@ -77,12 +77,16 @@ def test_gradients_that_only_autograd_knows() -> None:
 
 
 def test_reads_past_a_storage_that_another_follows() -> None:
-    """Check a read past the end of a storage that lies in a larger one, in which the whole read is."""
-    memory = torch.zeros(64, dtype=torch.int32)
-    first = torch.frombuffer(memory.numpy()[:1], dtype=torch.int32)
-    assert first.untyped_storage().nbytes() == 4
+    """Check that a read past the end of a storage fails, unless all of it is in a larger one."""
     body = "ld.param.b64 %l0, [p0];\nld.global.v2.b32 {%r1, %r2}, [%l0];"
-    execute(kernel(body, parameters=1), [memory])  # lies within the larger one
+    memory = np.zeros(64, np.int32)
+    first, second = (torch.frombuffer(memory[i : i + 1], dtype=torch.int32) for i in range(2))
+    assert second.data_ptr() - first.data_ptr() == first.untyped_storage().nbytes() == 4
+    with pytest.raises(Fault, match="outside of every tensor"):
+        execute(kernel(body, parameters=1), [first])
+    larger = torch.from_numpy(memory)
+    execute(kernel(body, parameters=1), [first])
+    assert larger.data_ptr() == first.data_ptr()
 
 
 def test_tensors_without_memory_are_no_extents() -> None:

@@ -95,7 +95,7 @@ def test_any_rows(shapes, combination, grad_dtype, layouts, rule, detail_scale, 
 
 
 @backends
-def test_the_comparison_notices_another_level(backend):
+def test_the_comparison_notices_another_rule(backend):
     """Check as a control that a step with another rule differs from the oracle's."""
     bucket = Bucket([(4, 32)], "row", device=on(backend))
     with pytest.raises(AssertionError, match=r"params of tensor 0, .*: [0-9]+ of 128 elements are wrong"):
