@@ -21,9 +21,9 @@ MAX_TRITON_LEVEL = 10
 """Deepest level of the Triton kernels: a block of ``2**10`` elements still fits one program's registers."""
 
 
-def check_name(backend: str | None) -> None:
+def check_name(backend: object) -> None:
     """Raise unless ``backend`` is None or the name of a backend."""
-    if backend is not None and backend not in get_args(Backend):
+    if backend is not None and not (isinstance(backend, str) and backend in get_args(Backend)):
         raise ValueError(
             f"unknown backend {backend!r}: use one of {', '.join(map(repr, get_args(Backend)))}, or None to choose"
         )

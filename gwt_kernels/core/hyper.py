@@ -71,7 +71,7 @@ def literal_alone(wavelet: str, boundary: str) -> str | None:
 
 def check_rounding(rounding: object, dtype: torch.dtype, wavelet: str, boundary: str = "zero") -> None:
     """Raise a ValueError unless weights of ``dtype`` support this rounding."""
-    if rounding not in get_args(Rounding):
+    if not isinstance(rounding, str) or rounding not in get_args(Rounding):
         raise ValueError(
             f"unknown weight_rounding {rounding!r}: use one of {', '.join(map(repr, get_args(Rounding)))}, or None"
         )

@@ -52,7 +52,7 @@ def _checked(values: tuple[Any, ...], slack: float, capturable: bool = False) ->
     eps = group["eps"]
     if not isinstance(eps, (tuple, list)) or len(eps) != 2:
         raise TypeError(f"eps must be a pair of numbers, of squares and of weights' RMS, got {eps!r}")
-    if group["details"] not in _DETAILS:
+    if not isinstance(group["details"], str) or group["details"] not in _DETAILS:
         raise ValueError(f"unknown details {group['details']!r}: use one of {', '.join(map(repr, _DETAILS))}")
     if group["warmup_init"] and not group["relative_step"]:
         raise ValueError("warmup_init=True is of the learning rates of relative_step=True: turn that on as well")

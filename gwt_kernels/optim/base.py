@@ -73,6 +73,12 @@ class _Step(NamedTuple):
     symbolic: bool
 
 
+def _is_published(group: Mapping[str, Any]) -> bool:
+    """Return whether a group takes the published gamma of its rule's limiter."""
+    gamma = group.get("norm_growth_limit")
+    return isinstance(gamma, str) and gamma == "published"
+
+
 class PlannedOptimizer(Optimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
@@ -110,7 +116,7 @@ class PlannedOptimizer(Optimizer):
         defaults = {key: value for key, value in options.items() if key not in ("self", "params", "__class__")}
         defaults["state_dtype"] = state_dtype_name(defaults["state_dtype"])
         check_rule(defaults["rule"], "haar")
-        self._limiter_is_published = defaults["norm_growth_limit"] == "published"
+        self._limiter_is_published = _is_published(defaults)
         if self._limiter_is_published:
             defaults["norm_growth_limit"] = published_limit(defaults["rule"])
         self._adamw = {key: defaults.pop(f"adamw_{key}") for key in ("betas", "eps") if f"adamw_{key}" in defaults}
@@ -119,8 +125,7 @@ class PlannedOptimizer(Optimizer):
         self._shapes: list[dict[Tensor, torch.Size]] = []  # of each group's parameters, at the last check
         self._forms: dict[Tensor, Form] = {}  # of the parameters' states, at the last check
         self._check_options()
-        self._checks.check_options(defaults, slack=0.0)
-        if self._adamw:
+        if self._adamw:  # first, as an optimizer without eps has that of these groups
             lr = 0.0 if defaults["lr"] is None else defaults["lr"]  # some rules compute it themselves
             adamw = {"lr": lr, **self._adamw, "rule": ADAMW.name, "level": 0, "norm_growth_limit": None}
             try:
@@ -128,6 +133,7 @@ class PlannedOptimizer(Optimizer):
             except (TypeError, ValueError) as error:  # its message has the names of a group's options
                 said = str(error)
                 raise type(error)(f"adamw_{said}" if said.startswith(tuple(self._adamw)) else said) from None
+        self._checks.check_options(defaults, slack=0.0)
         self._rows = {}
         self._captured = []
         self._forget_plans()
@@ -147,8 +153,10 @@ class PlannedOptimizer(Optimizer):
             TypeError, ValueError, RuntimeError: as the constructor.
         """
         count = len(self.param_groups)
-        if isinstance(param_group, dict) and param_group.get("rule") == ADAMW.name:
-            param_group.setdefault("level", 0)
+        if isinstance(param_group, dict) and "rule" in param_group:
+            check_rule(param_group["rule"], "haar")
+            if param_group["rule"] == ADAMW.name:
+                param_group.setdefault("level", 0)
         parts, rest = [param_group], None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
             group, rest = divided(param_group, self.param_groups, self.defaults)
@@ -176,7 +184,7 @@ class PlannedOptimizer(Optimizer):
                 param_group.update({key: value for key, value in self._adamw.items() if key not in param_group})
             if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):
                 param_group.setdefault("norm_growth_limit", "published")
-            if param_group.get("norm_growth_limit") == "published":
+            if _is_published(param_group):
                 param_group["norm_growth_limit"] = published_limit(rule)
         super().add_param_group(param_group)
         self._checks.check_new(self.param_groups[-1], len(self.param_groups) - 1)

@@ -32,6 +32,13 @@ class Sources(NamedTuple):
     first_place: int = 0
 
 
+def _are_equal(these: Any, those: Any) -> bool:
+    try:
+        return bool(these == those)
+    except (ValueError, RuntimeError):  # there is an array or a tensor, which the checks refuse by name
+        return False
+
+
 class Fingerprint:
     """Parameters, options, kinds of gradients, and states of all groups at one time; keeps no gradient alive.
 
@@ -57,7 +64,7 @@ class Fingerprint:
     def holds(self, sources: Sources) -> bool:
         """Return whether nothing has changed, except for new gradients of the same kind."""
         return (
-            sources.options == self._options
+            _are_equal(sources.options, self._options)
             and sources.first_place == self._first_place
             and self._survey.same(sources.params, self._params)
             # Assignment to p.data changes an address or a kind.

@@ -125,14 +125,19 @@ def hyper_of(group: Mapping[str, Any], *, capturable: bool = False, slack: float
         TypeError: a number is not a real number, or is a tensor on a device, which the host would wait for.
         ValueError: a number is out of range, or a tensor holds several.
     """
-    of_momentum = group["rule"] == MUON.name and "momentum" in group
+    rule, level = group["rule"], group.get("level", 0)
+    if not isinstance(rule, str):  # an array compares with a name element by element, and has no truth value
+        check_rule(rule, "haar")
+    if not isinstance(level, (int, str)):
+        check_level_type(level)
+    of_momentum = rule == MUON.name and "momentum" in group
     try:
-        if group["rule"] == ADAFACTOR.name:
+        if rule == ADAFACTOR.name:
             return adafactor_hyper(group, slack, capturable)
         nesterov = group["nesterov"] if of_momentum else None
         numbers = *_numbers({**group, "betas": _NO_BETAS} if of_momentum else group), *_detail_scale(group)
     except KeyError as missing:
-        raise ValueError(f"the group has no {missing}, which rule={group['rule']!r} takes: say it") from None
+        raise ValueError(f"the group has no {missing}, which rule={rule!r} takes: say it") from None
     if tuple(map(type, numbers)) in _PLAIN and tuple(map(type, numbers[1])) == (float, float):
         hyper = _remembered(numbers, slack)  # no tensor, whose value might change in place
     else:

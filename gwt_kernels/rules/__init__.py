@@ -44,9 +44,9 @@ def rule_of(name: str, level: Level = 1) -> Rule:
 
 def check_rule(rule: object, wavelet: str, boundary: str = "zero", level: Level = 1) -> None:
     """Raise a ValueError if rule or boundary is unknown, or if the rule supports no such level or transform."""
-    if boundary not in get_args(Boundary):
+    if not isinstance(boundary, str) or boundary not in get_args(Boundary):
         raise ValueError(f"unknown boundary {boundary!r}: use one of {', '.join(map(repr, get_args(Boundary)))}")
-    if rule not in list(_BUCKETS):
+    if not isinstance(rule, str) or rule not in _BUCKETS:
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(map(repr, RULES))}")
     if level == ROW and _BUCKETS[str(rule)].is_factored:
         raise ValueError(f"rule={rule!r} keeps rows and columns, and knows no level='row': use a number of levels")
