@@ -13,7 +13,7 @@ from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.prepare import prepare
 from gwt_kernels.backends.runner import Runner
 from gwt_kernels.core.hyper import Boundary, Hyper, Rounding, Rule, Span
-from gwt_kernels.core.level import Level, check_level_type
+from gwt_kernels.core.level import Level
 from gwt_kernels.rules import ADAFACTOR, MATRIX_STAGES
 
 __all__ = ["Boundary", "Hyper", "Rounding", "Rule", "Span", "gwt_adamw_"]
@@ -109,7 +109,7 @@ def gwt_adamw_(
         raise TypeError(f"workspace must be a dict or None, got {type(workspace).__name__}")
     if unknown := sorted(options.keys() - OPTIONS):
         raise TypeError(f"gwt_adamw_ has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}")
-    check_level_type(level)
+    function_arguments.check_options(level, options)
     if (rule := options.get("rule", "gwt")) in list(MATRIX_STAGES):
         raise ValueError(
             f"rule={rule!r} orthogonalises matrices between two element-wise stages, and gwt_adamw_ is one of "

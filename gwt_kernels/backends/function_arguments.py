@@ -13,6 +13,7 @@ from torch import Tensor
 from gwt_kernels.backends.bucket import Bucket, StepInputs
 from gwt_kernels.backends.bucket_validation import check_bucket, check_low_bits, check_scales
 from gwt_kernels.core.hyper import Hyper
+from gwt_kernels.core.level import Level, check_level_type
 from gwt_kernels.core.notes import COLUMNS
 from gwt_kernels.formats.moments import FORMATS
 
@@ -20,10 +21,39 @@ REAL = ("params", "grads")
 """Lists whose tensors hold real numbers; moments may be quantized."""
 
 
+_OF_EACH = ("limiter_norms", "keys", "lows", "scales", "spans")
+"""Options with an entry for each parameter."""
+_DEEPEST = 62
+"""Largest level, as ``2**level`` has to fit into 64 bits."""
+
+
+def check_options(level: Level, options: Mapping[str, Any]) -> None:
+    """Raise unless the level is within bounds and options have the types that a bucket takes."""
+    check_level_type(level)
+    if isinstance(level, int) and level > _DEEPEST:
+        raise ValueError(f"level must be at most {_DEEPEST}, got {level}")
+    for name in _OF_EACH:
+        if not isinstance(entries := options.get(name), Sequence | None):
+            kind = type(entries).__name__
+            raise TypeError(f"{name} must be None or a list with an entry for each parameter, got {kind}")
+    if not isinstance(wavelet := options.get("wavelet", "haar"), str):
+        raise TypeError(f"wavelet must be the name of a wavelet, got {wavelet!r}")
+    for i, span in enumerate(options.get("spans") or ()):
+        of_two = isinstance(span, Sequence) and len(span) == 2
+        if span is not None and not (of_two and all(map(_is_span, span))):
+            raise TypeError(
+                f"spans[{i}] must be None or a pair of Span, of the weights and of the moments, got {span!r}"
+            )
+
+
+def _is_span(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(n, Integral) for n in value)
+
+
 def check_lists(lists: Mapping[str, Any]) -> None:
-    """Raise a TypeError unless these are lists of dense tensors, or None."""
+    """Raise a TypeError unless these are lists of dense tensors; moments may be None."""
     for name, tensors in lists.items():
-        if tensors is not None and not isinstance(tensors, Sequence):
+        if not isinstance(tensors, Sequence) and (tensors is not None or name in REAL):
             raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
         for i, x in enumerate(tensors or ()):
             kind = x.layout if isinstance(x, Tensor) else type(x).__name__
