@@ -233,9 +233,10 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
             where = {"device": device, "compiled": options.compile}
             return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
 
-    base = replace(run_config(options, options.sweep[0]), steps=options.sweep_steps or options.steps)
-    text = {"text": load_corpus(options, base.seed).facts["text"]}
-    sweep(settings, base, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
+    steps = options.sweep_steps or options.steps
+    bases = {name: replace(run_config(options, name), steps=steps) for name in options.sweep}
+    text = {"text": load_corpus(options, options.seed).facts["text"]}
+    sweep(settings, bases, options.sweep_record, once, seeds=options.sweep_seeds, device=device, on=text)
 
 
 def time_steps(options: argparse.Namespace, grids: dict[str, Any], device: torch.device) -> None:

@@ -53,7 +53,7 @@ def settings_of(grid: Grid | Sequence[Grid]) -> list[dict[str, float | None]]:
 
 def sweep(
     settings: Mapping[str, Sequence[Mapping[str, Any]]],
-    base: RunConfig,
+    bases: Mapping[str, RunConfig],
     path: Path,
     run: Callable[[RunConfig], dict[str, Any]],
     *,
@@ -67,7 +67,7 @@ def sweep(
 
     Args:
         settings: Settings to run for each optimizer: `lr`, `scale` and `momentum`.
-        base: All other settings.
+        bases: All other settings, by optimizer.
         path: The record, to which runs are added one by one.
         run: Trains under one configuration and returns its result; `FloatingPointError` means it diverged.
         seeds: Number of seeds for each best setting, including the sweep's own.
@@ -94,13 +94,14 @@ def sweep(
         )
 
     for optimizer, tried in settings.items():
+        base = bases[optimizer]
         for setting in tried:
-            once(replace(base, optimizer=optimizer, **setting))
+            once(replace(base, **setting))
         best = best_settings(read_runs(path), optimizer)
         for seed in range(base.seed + 1, base.seed + seeds):
             if best is not None:
                 own = {name: best.get(name) for name in ("lr", "scale", "momentum")}
-                once(replace(base, optimizer=optimizer, seed=seed, **own))
+                once(replace(base, seed=seed, **own))
     report(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bench.common.models import load_config
 from bench.finetune import fetch
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain.sweep import best_settings, read_runs, settings_of, settings_tried
+from bench.pretrain.training import RunConfig
 from tests.support.pretraining import TEXT, config_of, tiny_options, trained
 
 PRESETS = sorted(pretrain.CONFIGS.glob("preset_*.json"))
@@ -69,6 +71,21 @@ def test_sweep_records_every_run_once(tmp_path: Path, options: list[str], monkey
     tuned = config_of(options, "gwt2", "--sweep-record", str(record))
     assert (tuned.lr, tuned.scale) == (0.003, 0.25)
     assert config_of(options, "gwt2", "--sweep-record", str(record), "--lr", "0.5").lr == 0.5
+
+
+def test_settings_of_a_run_do_not_depend_on_the_others_of_its_sweep(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the steps between projections, which GaLore and APOLLO have alone."""
+    seen: dict[str, int | None] = {}
+
+    def note(settings: object, bases: Mapping[str, RunConfig], *others: object, **more: object) -> None:
+        seen.update({name: config.projection_gap for name, config in bases.items()})
+
+    monkeypatch.setattr(pretrain, "sweep", note)
+    for names in (["galore", "adamw"], ["adamw", "apollo"]):
+        pretrain.main([*options, "--preset", "cpu_long", "--sweep", *names])
+    assert seen == {"galore": 200, "adamw": None, "apollo": 200}
 
 
 def test_a_sweep_over_another_text_is_another_sweep(
