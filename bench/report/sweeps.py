@@ -20,10 +20,11 @@ best setting of each is then repeated under further ones. For the presets of `be
 are on the [page of all runs](quality_runs.md), and the best settings side by side on the
 [choosing page](choosing.md#learning-rate-and-scale).
 
-Some grids were extended after their first results, beyond the edge at which the best was or around it: at preset
-`cpu_long` those of all optimizers, by two settings each. An optimizer with more *settings* than AdamW was extended
-alone. One with fewer was not swept to the end: its best may be better still. In the tables by scale the best of each
-optimizer is bold. In the plots, losses far above the lowest are cut off, and runs that diverged have no point."""
+Some grids were extended after their first results, beyond the edge at which the best was or around it: at
+preset `cpu_long` those of all optimizers, by two settings each. Where an optimizer has more *settings* than AdamW,
+its grid alone was extended. One with fewer was not swept to the end: its best may be better still. In the tables by
+scale the best of each optimizer is bold. In the plots, losses far above the lowest are cut off, and runs that
+diverged have no point."""
 
 EDGE = "†"
 EDGE_NOTE = f"{EDGE} At the edge of the settings tried: a value beyond may be better."

@@ -110,7 +110,7 @@ UNFINISHED = {
 """Optimizers whose sweep ended before its grid did: the page counts settings, docs/traps.md quotes none of them."""
 WIDENED = {
     "sweep_cpu.json": {"muon0", "muon2"},
-    "sweep_cpu_long.json": {"muon0", "muon2", "foam2"},
+    "sweep_cpu_long.json": {"muon2", "foam2"},
     "sweep_cpu_medium.json": {"apollo", "gwt1", "gwt2", "gwt3", "foam1", "foam2", "adafactor2"},
 }
 """Optimizers whose best setting was at the edge of their grid, which therefore goes on from there."""
@@ -150,9 +150,9 @@ def test_what_the_choosing_page_says_of_momentum_and_scale() -> None:
             if (run["optimizer"], run.get("momentum")) == (f"muon{level}", momentum)
         )
         for level in range(5)
-        for momentum in (0.8, 0.95)
+        for momentum in ((0.8, 0.9, 0.95) if level == 1 else (0.8, 0.95))
     }
-    stated = {0: (0.998, 1.008), 3: (1.039, 1.047)}
+    stated = {0: (0.998, 1.008), 3: (1.032, 1.047)}
     page = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text()
     for level in range(5):
         shown = tuple(round(lowest[level, momentum], 3) for momentum in (0.8, 0.95))
@@ -160,10 +160,12 @@ def test_what_the_choosing_page_says_of_momentum_and_scale() -> None:
             assert shown == stated[level]
             assert "{:.3f} against {:.3f}".format(*shown) in page
         else:
-            assert abs(lowest[level, 0.8] - lowest[level, 0.95]) < 0.001
+            assert abs(lowest[level, 0.8] - lowest[level, 0.95]) < 0.002
         best = best_settings(runs, f"muon{level}")
         assert best is not None
-        assert best["scale"] == (0.6 if level < 3 else max(run["scale"] for run in runs if run.get("momentum")))
+        largest = max(run["scale"] for run in runs if run.get("momentum"))
+        assert best["scale"] == (0.6, 0.8, 0.6, largest, largest)[level]
+    assert lowest[1, 0.9] < min(lowest[1, 0.8], lowest[1, 0.95])
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
