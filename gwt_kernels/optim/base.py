@@ -1,4 +1,4 @@
-"""Base class of this package's optimizers: groups, planned steps, state, pickling. A subclass names the options."""
+"""Base class of this package's optimizers: groups and planned steps. A subclass names the options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from gwt_kernels.backends import choice
 from gwt_kernels.backends.step_decision import ClipRequest
@@ -22,10 +22,8 @@ from gwt_kernels.optim.checks import check_captured_everywhere, check_traceable,
 from gwt_kernels.optim.fingerprint import Sources
 from gwt_kernels.optim.grad_scaler import FoundInf
 from gwt_kernels.optim.group_checks import Form, GroupChecks, kept_form, kept_forms
-from gwt_kernels.optim.loading import check_and_set_aside, check_places, complete_saved
-from gwt_kernels.optim.numbers import number, plain
+from gwt_kernels.optim.numbers import number
 from gwt_kernels.optim.options import (
-    ADDED,
     check_group,
     check_max_grad_norm,
     hyper_of,
@@ -34,18 +32,10 @@ from gwt_kernels.optim.options import (
 )
 from gwt_kernels.optim.parameter_steps import ParameterSteps
 from gwt_kernels.optim.planned_bucket import Member
-from gwt_kernels.optim.state import complete, upgraded
+from gwt_kernels.optim.saved import SavedOptimizer
+from gwt_kernels.optim.state import complete
 from gwt_kernels.optim.step_plan import StepPlan, count_of_skipped, options_of
 from gwt_kernels.rules import ADAMW, check_rule
-
-_NO_CONTROL = {
-    "max_grad_norm": None,
-    "skip_nonfinite": False,
-    "capturable": False,
-    "_observed": False,
-    "_skipped": None,
-}  # attributes that older pickles lack
-_KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_adamw", "_rows", *_NO_CONTROL)
 
 
 class _Release(Protocol):
@@ -73,13 +63,13 @@ class _Step(NamedTuple):
     symbolic: bool
 
 
-def _is_published(group: Mapping[str, Any]) -> bool:
-    """Return whether a group takes the published gamma of its rule's limiter."""
-    gamma = group.get("norm_growth_limit")
-    return isinstance(gamma, str) and gamma == "published"
+def _is_set_to(group: Mapping[str, Any], option: str, name: str) -> bool:
+    """Return whether an option has this name for a value; an array would compare element by element."""
+    value = group.get(option)
+    return isinstance(value, str) and value == name
 
 
-class PlannedOptimizer(Optimizer):
+class PlannedOptimizer(SavedOptimizer):
     """An optimizer whose steps follow a :class:`gwt_kernels.optim.step_plan.StepPlan`.
 
     A subclass declares the ``rules`` that its groups may have.
@@ -116,7 +106,7 @@ class PlannedOptimizer(Optimizer):
         defaults = {key: value for key, value in options.items() if key not in ("self", "params", "__class__")}
         defaults["state_dtype"] = state_dtype_name(defaults["state_dtype"])
         check_rule(defaults["rule"], "haar")
-        self._limiter_is_published = _is_published(defaults)
+        self._limiter_is_published = _is_set_to(defaults, "norm_growth_limit", "published")
         if self._limiter_is_published:
             defaults["norm_growth_limit"] = published_limit(defaults["rule"])
         self._adamw = {key: defaults.pop(f"adamw_{key}") for key in ("betas", "eps") if f"adamw_{key}" in defaults}
@@ -153,10 +143,8 @@ class PlannedOptimizer(Optimizer):
             TypeError, ValueError, RuntimeError: as the constructor.
         """
         count = len(self.param_groups)
-        if isinstance(param_group, dict) and "rule" in param_group:
-            check_rule(param_group["rule"], "haar")
-            if param_group["rule"] == ADAMW.name:
-                param_group.setdefault("level", 0)
+        if isinstance(param_group, dict) and _is_set_to(param_group, "rule", ADAMW.name):
+            param_group.setdefault("level", 0)
         parts, rest = [param_group], None
         if self._is_built and isinstance(param_group, dict):  # the base class refuses anything else
             group, rest = divided(param_group, self.param_groups, self.defaults)
@@ -184,7 +172,7 @@ class PlannedOptimizer(Optimizer):
                 param_group.update({key: value for key, value in self._adamw.items() if key not in param_group})
             if rule != self.defaults["rule"] and (published_limit(rule) is None or self._limiter_is_published):
                 param_group.setdefault("norm_growth_limit", "published")
-            if _is_published(param_group):
+            if _is_set_to(param_group, "norm_growth_limit", "published"):
                 param_group["norm_growth_limit"] = published_limit(rule)
         super().add_param_group(param_group)
         self._checks.check_new(self.param_groups[-1], len(self.param_groups) - 1)
@@ -355,70 +343,10 @@ class PlannedOptimizer(Optimizer):
         """
         return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, as ``torch.optim.Optimizer`` does, with NumPy scalars in options as Python numbers.
-
-        ``torch.load(..., weights_only=True)`` refuses NumPy scalars. If an option was turned on since a parameter's
-        last step, the state has the entries that its next step would add.
-
-        Raises:
-            ValueError: there is a state of a parameter that is no longer in a group.
-        """
-        # Registered first, so that the user's own hooks see what it makes of the state.
-        handle = self.register_state_dict_post_hook(complete_saved, prepend=True)
-        try:
-            found = super().state_dict()
-        except KeyError as error:  # the base class names a parameter by its id only
-            check_places(self.state, self.param_groups)
-            raise error
-        finally:
-            handle.remove()
-        for group in found.get("param_groups", ()):  # a user's hook may remove the groups
-            group.update({name: plain(value) for name, value in group.items() if name != "params"})
-        return found
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that :meth:`state_dict` returned: same dtypes, same bits, copied.
-
-        Differs from ``torch.optim.Optimizer`` where that would lose information: moments keep their dtype
-        instead of taking the parameter's, tensors are copied instead of shared, and a state whose level,
-        rule, wavelet, boundary, dtype, shapes or bias correction do not fit these parameters is refused
-        before anything changes.
-        A group's options are taken from the state, except ``backend``, which depends on the machine.
-
-        Raises:
-            ValueError: the state does not fit; the message names the group or the parameter.
-            TypeError: an option in the state has the wrong type.
-        """
-        # Registered last, so that it checks the state after the user's own hooks have changed it.
-        handle = self.register_load_state_dict_pre_hook(check_and_set_aside)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self.__dict__.pop("_set_aside", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _KEPT}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def _after_loading(self) -> None:
+        """See :meth:`SavedOptimizer._after_loading`."""
         self._is_built = True
-        for name, value in _NO_CONTROL.items():
-            self.__dict__.setdefault(name, value)
-        self.__dict__.setdefault("_rows", {})
-        self.__dict__.setdefault("_adamw", {})
         self.__dict__.setdefault("_captured", [])
-        for key, value in self.__dict__.pop("_set_aside", {}).items():
-            self.state[key] = value
-        for p, held in self.state.items():
-            self.state[p] = upgraded(held, p if isinstance(p, Tensor) else None)
-        self.defaults.pop("differentiable", None)  # the base class puts it there, and groups would inherit it
-        for options in (self.defaults, *self.param_groups):
-            options.update(ADDED | options)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
         self._note_shapes()
         self._forms = {}
         self._forget_plans()
