@@ -10,7 +10,7 @@ import torch
 from transformers import Adafactor, AutoConfig, AutoModelForCausalLM
 
 from gwt_kernels import GWTAdafactor, GWTAdamMini, GWTAdamW, GWTLion, GWTMuon, gwt_param_groups, migrate
-from tests.migration.test_command import LLAMA, file_of, read, run, step
+from tests.support.migrated_files import LLAMA, file_of, read, run, step
 from tests.support.runs import assert_same_bits
 
 

@@ -10,7 +10,7 @@ import torch
 
 from gwt_kernels import GWTAdafactor, GWTAdamW, GWTLion, GWTMuon, gwt_param_groups, migrate
 from gwt_kernels.migration.carried import Recipe, optimizer_for
-from tests.migration.test_command import file_of, run, trained  # noqa: F401
+from tests.support.migrated_files import file_of, run
 
 HUGE = 10**400
 OF_TORCH = {"beta2_decay": -0.8, "d": 1.0, "eps": (None, 1e-3)}
@@ -62,7 +62,7 @@ NUMBERS = {
 }
 
 
-def refused(state, flags, trained, folder, capsys):  # noqa: F811
+def refused(state, flags, trained, folder, capsys):
     """Return the command's message for a state that it refuses."""
     assert run(file_of(folder, state), folder / "gwt.pt", trained.config, *flags) == 2
     said = capsys.readouterr()
@@ -74,7 +74,7 @@ def refused(state, flags, trained, folder, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", GROUPS)
-def test_damaged_groups(case, trained, tmp_path, capsys):  # noqa: F811
+def test_damaged_groups(case, trained, tmp_path, capsys):
     changes, flags, words = GROUPS[case]
     state = copy.deepcopy(trained.state)
     group = state["param_groups"][0]
@@ -88,7 +88,7 @@ def test_damaged_groups(case, trained, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize(
     "flags", [(), ("--rule", "adafactor", "--lr", "1", "--adamw-lr", "1")], ids=("gwt", "factors")
 )
-def test_damaged_numbers(case, flags, trained, tmp_path, capsys):  # noqa: F811
+def test_damaged_numbers(case, flags, trained, tmp_path, capsys):
     key, value, words = NUMBERS[case]
     state = copy.deepcopy(trained.state)
     state["state"][3][key] = value
@@ -97,12 +97,12 @@ def test_damaged_numbers(case, flags, trained, tmp_path, capsys):  # noqa: F811
     assert "'model.layers.0" in said
 
 
-def test_a_state_without_groups(trained, tmp_path, capsys):  # noqa: F811
+def test_a_state_without_groups(trained, tmp_path, capsys):
     state = {"state": trained.state["state"], "param_groups": []}
     assert "the state has no groups of parameters" in refused(state, (), trained, tmp_path, capsys)
 
 
-def test_numbers_of_factors(trained):  # noqa: F811
+def test_numbers_of_factors(trained):
     """Check states of Adafactor, whose step is read by other code than that of moments."""
     p = torch.nn.Parameter(torch.ones(8, 8))
     adafactor = torch.optim.Adafactor([("p", p)])
@@ -116,7 +116,7 @@ def test_numbers_of_factors(trained):  # noqa: F811
             migrate(state, optimizer)
 
 
-def test_the_library_refuses_what_the_command_does(trained):  # noqa: F811
+def test_the_library_refuses_what_the_command_does(trained):
     optimizer = GWTAdamW(gwt_param_groups(trained.model))
     for option, value in (("weight_decay", HUGE), ("rule", "zzz"), ("betas", 3)):
         state = copy.deepcopy(trained.state)
@@ -125,7 +125,7 @@ def test_the_library_refuses_what_the_command_does(trained):  # noqa: F811
             migrate(state, optimizer, names=trained.model)
 
 
-def test_what_other_optimizers_leave_out_is_no_damage(trained):  # noqa: F811
+def test_what_other_optimizers_leave_out_is_no_damage(trained):
     """Check a missing rate with relative steps, and options that None turns off."""
     state = copy.deepcopy(trained.state)
     state["param_groups"][0] |= {"norm_growth_limit": None, "max_grad_norm": None, "beta1": None}
@@ -161,13 +161,13 @@ def test_an_option_of_the_old_rule_that_is_missing_is_named(kind, option, target
 
 
 @pytest.mark.parametrize("key", ["step", "exp_avg"])
-def test_tensors_without_numbers(key, trained, tmp_path, capsys):  # noqa: F811
+def test_tensors_without_numbers(key, trained, tmp_path, capsys):
     state = copy.deepcopy(trained.state)
     state["state"][3][key] = state["state"][3][key].to("meta")
     assert f"its {key} is on the meta device" in refused(state, (), trained, tmp_path, capsys)
 
 
-def test_two_entries_of_one_name(trained, tmp_path, capsys):  # noqa: F811
+def test_two_entries_of_one_name(trained, tmp_path, capsys):
     state = copy.deepcopy(trained.state)
     for each in state["state"].values():
         each["slow"] = each["exp_avg"].clone()
@@ -184,13 +184,13 @@ def test_two_entries_of_one_name(trained, tmp_path, capsys):  # noqa: F811
         ({"keys": ["exp_avg"]}, "keys must be a dict, such as {'norm': 'limiter_norm'}, got list"),
     ],
 )
-def test_arguments_of_other_types(how, words, trained):  # noqa: F811
+def test_arguments_of_other_types(how, words, trained):
     optimizer = GWTAdamW(gwt_param_groups(trained.model))
     with pytest.raises(TypeError, match=re.escape(words)):
         migrate(trained.state, optimizer, **{"names": trained.model, **how})
 
 
-def test_moments_in_eight_bits_without_scales(trained):  # noqa: F811
+def test_moments_in_eight_bits_without_scales(trained):
     state = copy.deepcopy(trained.state)
     for each in state["state"].values():
         each.update({key: each[key].to(torch.float8_e5m2) for key in ("exp_avg", "exp_avg_sq")})

@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from gwt_kernels import GWTAdamW, GWTMuon, gwt_param_groups, migrate
-from tests.migration.test_command import file_of, read, run
+from tests.support.migrated_files import file_of, read, run
 from tests.support.tiny import llama, sentences
 
 KINDS = {
