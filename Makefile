@@ -9,8 +9,8 @@ FINETUNE := build/finetune
 PAIR ?= reviews
 CC ?= cc
 
-# Twice the cores of CI: tests of commands and of several processes wait for one another.
-WORKERS := 4
+# One for each core: each worker imports and collects everything.
+WORKERS := $(shell nproc)
 
 # Tests of kernels, rules, formats and of what decides about a step run compiled, which shows more than Triton's
 # interpreter. The others that take Triton launch the same kernels a few times each, which is quicker interpreted.

@@ -25,8 +25,8 @@ def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_launches(tmp_path: Path) -> None:
-    done = run("-m", "tests.ptx.launched", *plugin.CHIPS, cache=tmp_path)
+def test_launches() -> None:
+    done = run("-m", "tests.ptx.launched", *plugin.CHIPS, cache=plugin.CACHE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == [word for chip in plugin.CHIPS for word in ("for", chip)]
 
