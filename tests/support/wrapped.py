@@ -86,19 +86,19 @@ def replicas() -> None:
     assert sum(counts) == 2, f"each state should be on one process, they hold {counts}"
 
 
-def collectives(function: Callable[[], object]) -> int:
-    """Count the all-reduces that ``function`` starts."""
-    calls = []
+def collectives(function: Callable[[], object]) -> list[int]:
+    """Return the bytes of each all-reduce that ``function`` starts."""
+    sizes = []
     own = dist.all_reduce
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return own(*args, **kwargs)
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return own(tensor, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted)
         function()
-    return len(calls)
+    return sizes
 
 
 def refusals() -> None:
@@ -195,15 +195,21 @@ def _of_states() -> None:
             migrate(sharded.state_dict(), target)
 
 
+LIMITER = 20 * 4
+"""Bytes of the limiter's: a float32 number for each parameter."""
+NORM = 2 * 8
+"""Bytes of the gradient norm's: the sum of squares and the number of values that are not finite, in float64."""
+
+
 def _communication() -> None:
-    """Check for one all-reduce per step if the limiter acts, one more for clipping, and none otherwise."""
+    """Check the bytes of a step's all-reduces: one if the limiter acts, one before it for clipping, or none."""
     line = mesh_of(2)
     for expected, options in (
-        (1, {"level": 2}),
-        (0, {"level": 2, "norm_growth_limit": None}),
-        (0, {"level": 2, "rule": "foam"}),
-        (0, {"level": 0}),
-        (2, {"level": 2, "max_grad_norm": 1.0}),  # clipping reduces its own norm
+        ([LIMITER], {"level": 2}),
+        ([], {"level": 2, "norm_growth_limit": None}),
+        ([], {"level": 2, "rule": "foam"}),
+        ([], {"level": 0}),
+        ([NORM, LIMITER], {"level": 2, "max_grad_norm": 1.0}),
     ):
         params = [shard(p, line, [ROWS]) for p in runs.parameters([(4, 8)] * 20)]
         optimizer = GWTAdamW(params, **options)
@@ -215,5 +221,5 @@ def _communication() -> None:
     optimizer = GWTAdamW(params, level=2, max_grad_norm=1.0)
     if dist.get_rank():
         optimizer.zero_grad()
-    assert collectives(optimizer.step) == 2
+    assert collectives(optimizer.step) == [NORM, LIMITER]
     assert float(optimizer.grad_norm) == pytest.approx((20 * 16) ** 0.5)
