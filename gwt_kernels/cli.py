@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import importlib.util
 import json
 import os
@@ -56,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 for success, 1 for a failed check or output that cannot be written, 2 for bad arguments, and 141 (128 +
         SIGPIPE, as shells report it) if the reader of the output has closed the pipe.
     """
-    atexit.register(gc.freeze)  # the end of the process would search all imports for garbage, for up to a second
     try:
         try:
             return _run(arguments)
