@@ -26,9 +26,35 @@ class Frame(NamedTuple):
 Frames = tuple[Frame, ...]  # innermost first: a place, and the calls that were inlined to get there
 
 
-def parse_comment(text: str) -> Frames:
-    """Read a place from an assembler's comment, ``step.py:209:36 @[ step.py:68:33 ]``."""
-    return tuple(Frame(f, int(n), int(c)) for f, n, c in re.findall(r"([\w.]*):(\d+):(\d+)", text))
+_PLACE = r"(\d+)\s+(\d+)\s+(\d+)"
+_LOC = re.compile(rf"\s*\.loc\s+{_PLACE}(?:, function_name \S+, inlined_at {_PLACE})?")
+
+
+def places_of(code: str) -> Callable[[str], Frames]:
+    """Return a function from a ``.loc`` line of assembler text to its place; call it for each line, in their order.
+
+    Until Triton 3.8, and for AMD, a comment has the calls: ``.loc 3 209 36 // step.py:209:36 @[ step.py:68:33 ]``.
+    Since Triton 3.9, PTX has the innermost one, whose own line comes before:
+    ``.loc 3 209 36, function_name L, inlined_at 1 68 33 // step.py:209:36``.
+    """
+    files = {n: Path(path).name for n, path in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', code, re.MULTILINE)}
+    calls: dict[tuple[str, ...], Frames] = {}
+
+    def place(line: str) -> Frames:
+        found = _LOC.match(line)
+        if found is None or found[4] is None:
+            frames = tuple(Frame(f, int(n), int(c)) for f, n, c in re.findall(r"([\w.]*):(\d+):(\d+)", line))
+        else:
+            own, caller = found.groups()[:3], found.groups()[3:]
+            frames = (_frame(own), *calls.get(caller, (_frame(caller),)))
+        if found is not None:
+            calls[found.groups()[:3]] = frames
+        return frames
+
+    def _frame(numbers: tuple[str, ...]) -> Frame:
+        return Frame(files.get(numbers[0], ""), int(numbers[1]), int(numbers[2]))
+
+    return place
 
 
 def parse_locations(module: str) -> Callable[[str], Frames]:

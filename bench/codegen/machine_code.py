@@ -15,7 +15,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
-from bench.codegen.access_names import Frames, array_name, parse_comment, parse_locations
+from bench.codegen.access_names import Frames, array_name, parse_locations, places_of
 
 
 class ChipLimits(NamedTuple):
@@ -183,8 +183,8 @@ def _name_by_ptx(machine: Counter[tuple[int, int, str]], ptx: str) -> tuple[Acce
     named: dict[tuple[int, int, str], Counter[str]] = defaultdict(Counter)
     of_line: dict[tuple[int, str], set[str]] = defaultdict(set)
     pattern = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[busf](\d+)\s")
-    for place, found in _scan(ptx, pattern):
-        line, bits, name = place[0].line if place else 0, int(found[2] or 1) * int(found[3]), array_name(place)
+    for line, place, found in _scan(ptx, pattern):
+        bits, name = int(found[2] or 1) * int(found[3]), array_name(place)
         named[line, bits, found[1]][name] += 1
         of_line[line, found[1]].add(name)
     counts: dict[str, Counter[tuple[str, int]]] = {"ld": Counter(), "st": Counter()}
@@ -207,9 +207,9 @@ def _read_amd(code: str) -> dict[str, Any]:
     counts: dict[str, Counter[tuple[str, int]]] = {"load": Counter(), "store": Counter()}
     # A lane's word is 8 to 128 bits; scalar loads (s_load) fetch for a whole wavefront, up to 16 words.
     vector = re.compile(r"\t(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)(?:_d16\w*)?\s")
-    for place, found in _scan(code, vector):
+    for _, place, found in _scan(code, vector):
         counts[found[1]][array_name(place), _WORDS[found[2]]] += 1
-    for place, found in _scan(code, re.compile(r"\ts_(?:buffer_)?load_dword(?:x(\d+))?\s")):
+    for _, place, found in _scan(code, re.compile(r"\ts_(?:buffer_)?load_dword(?:x(\d+))?\s")):
         if (name := array_name(place)) != "?":  # "?": a kernel argument
             counts["load"][name, 32 * int(found[1] or 1)] += 1
     instructions = re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE)
@@ -224,14 +224,23 @@ def _read_amd(code: str) -> dict[str, Any]:
     }
 
 
-def _scan(code: str, pattern: re.Pattern[str]) -> Iterable[tuple[Frames, re.Match[str]]]:
-    """Yield each line of assembler text that matches, with its place in the source."""
+def _scan(code: str, pattern: re.Pattern[str]) -> Iterable[tuple[int, Frames, re.Match[str]]]:
+    """Yield each line of assembler text that matches, with the source's line that it names, and its place.
+
+    The two differ in inline assembly, of which LLVM counts the lines from its place on (since Triton 3.9).
+    """
+    named: Frames = ()
     place: Frames = ()
+    in_assembly = False
+    read = places_of(code)
     for line in code.splitlines():
-        if found := re.match(r"\s+\.loc\s[^;/]*(?://|;)(.*)", line):
-            place = parse_comment(found[1])
+        if line.lstrip().startswith(".loc"):
+            named = read(line)
+            place = place if in_assembly else named
+        elif line.endswith(" inline asm"):
+            in_assembly = line.endswith("begin inline asm")
         elif found := pattern.search(line):
-            yield place, found
+            yield named[0].line if named else 0, place, found
 
 
 def _tensor_accesses(ttir: str) -> tuple[dict[str, int], dict[str, int]]:

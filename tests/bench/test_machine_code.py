@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from bench.codegen.access_names import Frame, array_name, parse_comment, parse_locations
+from bench.codegen.access_names import Frame, array_name, parse_locations, places_of
 from bench.codegen.machine_code import LIMITS, resident_warps
 from gwt_kernels.backends.triton import step
 
@@ -41,9 +41,39 @@ def test_accesses_in_a_helper_are_named_after_its_caller() -> None:
     assert array_name(()) == "?"
 
 
-def test_source_locations_are_read_from_both_notations() -> None:
+PTX = """
+	.loc	1 68 33                         // step.py:68:33
+	.loc	2 29 13, function_name $L__info_string0, inlined_at 1 68 33 // tensors.py:29:13
+	.loc	3 188 12, function_name $L__info_string1, inlined_at 2 29 13 // tiles.py:188:12
+	.loc	1 70 4                          // step.py:70:4
+	.loc	2 29 13, function_name $L__info_string0, inlined_at 1 70 4 // tensors.py:29:13
+	.loc	3 188 12, function_name $L__info_string1, inlined_at 2 29 13 // tiles.py:188:12
+	.file	1 "/a/step.py"
+	.file	2 "/a/tensors.py"
+	.file	3 "/a/tiles.py"
+"""
+"""Two calls of one function, whose lines name their callers as in Triton 3.9."""
+
+
+def test_places_in_assembler_text_have_the_calls_around_them() -> None:
+    one, other, helper, load = (
+        Frame("step.py", 68, 33),
+        Frame("step.py", 70, 4),
+        Frame("tensors.py", 29, 13),
+        Frame("tiles.py", 188, 12),
+    )
+    read = places_of(PTX)
+    found = [read(line) for line in PTX.splitlines() if ".loc" in line]
+    expected = [(one,), (helper, one), (load, helper, one), (other,), (helper, other), (load, helper, other)]
+    assert found == expected
+    in_comments = places_of("")
+    assert in_comments("\t.loc\t1 70 4  // step.py:70:4") == (other,)
+    assert in_comments("\t.loc\t2 29 13  // tensors.py:29:13 @[ step.py:68:33 ]") == (helper, one)
+    assert in_comments("\t.loc\t2 29 13 is_stmt 0  ; tensors.py:29:13 @[ step.py:68:33 ]") == (helper, one)  # AMD
+
+
+def test_places_in_intermediate_code() -> None:
     frames = (Frame("step.py", 209, 36), Frame("step.py", 68, 33))
-    assert parse_comment(" step.py:209:36 @[ step.py:68:33 ]") == frames
     module = """
 #loc = loc("/a/step.py":209:36)
 #loc1 = loc("/a/step.py":68:33)
