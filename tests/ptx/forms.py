@@ -136,6 +136,11 @@ class Operands:
         self.sinks.append(register)
         return register, int(found[2] or 0)
 
+    @property
+    def carry(self) -> int:
+        """The register of the carry, 0 or 1, between instructions of wide sums."""
+        return self._named("CC.CF")
+
     def _named(self, name: str) -> int:
         if name not in self.index:
             self.index[name] = len(self.widths)

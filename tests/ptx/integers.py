@@ -49,6 +49,33 @@ def saturated(operands: Operands, parts: list[str]) -> Execute:
     return _alike(operands, "s32", lambda a, b: clamp_integer(function(a.astype(S64), b), S32))
 
 
+@forms("{add,addc,sub,subc}.cc.{s32,u32,s64,u64}", "{addc,subc}.{s32,u32,s64,u64}")
+def carried(operands: Operands, parts: list[str]) -> Execute:
+    """Make a part of a wide sum or difference, from and to the carry or borrow between its parts."""
+    dtype = DTYPES[f"u{parts[-1][1:]}"]
+    adds, reads, writes = parts[0].startswith("add"), parts[0].endswith("c"), "cc" in parts
+    operands.count(3)
+    target = operands.target(operands.text[0], dtype)
+    a, b = (operands.source(text, dtype) for text in operands.text[1:])
+    carry = operands.carry
+    operands.sources += [carry] * reads
+    operands.targets += [carry] * writes
+
+    def execute(m: Machine, mask: Mask) -> None:
+        x, y = m.read(a, dtype, mask), m.read(b, dtype, mask)
+        result = x + y if adds else x - y
+        left = result < x if adds else x < y
+        if reads:
+            before = m.read(carry, U32, mask).astype(dtype)
+            left = left | (result > ~before if adds else result < before)
+            result = result + before if adds else result - before
+        m.write(target, result, mask)
+        if writes:
+            m.write(carry, left.astype(U32), mask)
+
+    return execute
+
+
 @forms("neg.{s16,s32,s64}", "abs.{s16,s32,s64}", "not.{b16,b32,b64,pred}")
 def unary(operands: Operands, parts: list[str]) -> Execute:
     operands.count(2)

@@ -7,9 +7,10 @@ import operator
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from tests.ptx.forms import expand
-from tests.ptx.running import apply
+from tests.ptx.running import apply, execute, kernel
 
 TYPES = ("s16", "u16", "s32", "u32", "s64", "u64")
 
@@ -101,6 +102,49 @@ def test_saturation(name: str) -> None:
 
 def test_upper_halves_of_128_bits() -> None:
     check("mul.hi.u64", ["u64", "u64"], "u64", list(pairs("u64")), lambda a, b: (a * b) >> 64)
+
+
+@pytest.mark.parametrize("kind", ["s32", "u32", "s64", "u64"])
+@pytest.mark.parametrize("name", ["add", "sub"])
+def test_wide_sums(name: str, kind: str) -> None:
+    """Check sums and differences of three words, with carries through none, one or two of them."""
+    size, high = int(kind[1:]) // 8, limits(f"u{kind[1:]}")[1]
+    words = [
+        (0, 0, 0),
+        (1, 0, 0),
+        (high, high, high),
+        (high, high, 1),
+        (0, high, 5),
+        (high, 0, 0),
+        (7, 1, high),
+        (0, 1, 0),
+    ]
+    rows = [(a, b) for a in words for b in words]
+
+    def whole(parts: tuple[int, ...]) -> int:
+        return sum(x << 8 * size * i for i, x in enumerate(parts))
+
+    r = "r" if size == 4 else "l"
+    loads = "".join(f"ld.global.b{8 * size} %{r}{i}, [%l31+{i * size}];\n" for i in range(6))
+    stores = "".join(f"st.global.b{8 * size} [%l30+{i * size}], %{r}{10 + i};\n" for i in range(3))
+    body = f"""
+        mov.u32 %r31, %tid.x;
+        ld.param.b64 %l28, [p0];
+        ld.param.b64 %l29, [p1];
+        mad.wide.u32 %l31, %r31, {6 * size}, %l28;
+        mad.wide.u32 %l30, %r31, {3 * size}, %l29;
+        {loads}
+        {name}.cc.{kind} %{r}10, %{r}0, %{r}3;
+        {name}c.cc.{kind} %{r}11, %{r}1, %{r}4;
+        {name}c.{kind} %{r}12, %{r}2, %{r}5;
+        {stores}
+    """
+    given = b"".join(x.to_bytes(size, "little") for a, b in rows for x in (*a, *b))
+    source = torch.frombuffer(bytearray(given), dtype=torch.uint8)
+    out = torch.full((len(rows), 3 * size), 0x55, dtype=torch.uint8)
+    execute(kernel(body, parameters=2, threads=len(rows)), [source, out])
+    got = [int.from_bytes(bytes(row), "little") for row in out.tolist()]
+    assert got == [BINARY[name](whole(a), whole(b)) % (1 << 24 * size) for a, b in rows]
 
 
 @pytest.mark.parametrize("kind", ["s16", "u16", "s32", "u32"])
