@@ -21,9 +21,9 @@ ABOUT = """\
 
 Held-out loss minus AdamW's, both at the best setting that was tried, means over seeds; ± is the larger of the two
 spreads over seeds. A difference within it says nothing. [Sweeps](sweeps.md) count the settings of each. Where a
-preset has no sweep of its own, settings are those of the first, and the [page of all runs](quality_runs.md) names
-those that were not the best there. Other moments than float32's take its settings. What does not hold at each size
-is on the [choosing page](choosing.md#learning-rate-and-scale)."""
+preset has no sweep of its own, each optimizer has one or two settings from the first text, and the
+[page of all runs](quality_runs.md) names those that were not the best there. Other moments than float32's take its
+settings. What does not hold at each size is on the [choosing page](choosing.md#learning-rate-and-scale)."""
 
 
 def columns(compared: Sequence[Comparison]) -> list[tuple[Comparison, dict[str, dict[str, Any]]]]:
