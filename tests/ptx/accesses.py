@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.forms import Execute, Mask, Operands, any_unknown, forms, vector
-from tests.ptx.types import BITS, DTYPES, S64, U32, U64, PtxError
+from tests.ptx.forms import Execute, Mask, Operands, any_unknown, forms, moved, vector
+from tests.ptx.types import BITS, DTYPES, U32, U64, PtxError
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -56,9 +56,9 @@ def load(operands: Operands, parts: list[str]) -> Execute:
     register = register if register.itemsize > dtype.itemsize else None
 
     def execute(m: Machine, mask: Mask) -> None:
-        address = m.read(base, width, mask).astype(S64)
+        address = moved(m.read(base, width, mask), offset)
         memory = m.shared if shared else m.memory
-        values, unwritten = memory.load(m, address + offset if offset else address, bits, n, mask)
+        values, unwritten = memory.load(m, address, bits, n, mask)
         for target, value in zip(targets, values, strict=True):
             m.write(target, value if register is None else value.view(dtype).astype(register), mask)
         m.forget(targets, unwritten, mask)
@@ -79,10 +79,9 @@ def store(operands: Operands, parts: list[str]) -> Execute:
         operands.sinks += sources
 
     def execute(m: Machine, mask: Mask) -> None:
-        address = m.read(base, width, mask).astype(S64)
+        address = moved(m.read(base, width, mask), offset)
         values = [m.read(i, t, mask) for i, t in zip(sources, given, strict=True)]
         values = [x if x.dtype.itemsize == bits.itemsize else x.astype(bits) for x in values]
-        address = address + offset if offset else address
         if shared:
             m.shared.store(m, address, bits, values, mask, unknown(m, mask) if m.unknown else None)
         else:

@@ -26,7 +26,7 @@ LOOK_UPS = "look-ups"
 
 _FLOATS = ("f16", "f16x2", "bf16", "bf16x2", "f32", "f64")
 _ARITHMETIC = re.compile(
-    "add|sub|mul|mad|fma|min|max|neg|abs|copysign|and|or|xor|not|shl|shr|shf|bfe|bfi|lop3|popc|clz|prmt"
+    "addc?|subc?|mul|mad|fma|min|max|neg|abs|copysign|and|or|xor|not|shl|shr|shf|bfe|bfi|lop3|popc|clz|prmt"
 )
 _CLASS = {
     **dict.fromkeys(("ld", "st", "ldmatrix", "stmatrix"), "memory"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.forms import ALL, Execute, Mask, Operands, forms, vector
+from tests.ptx.forms import ALL, Execute, Mask, Operands, forms, moved, vector
 from tests.ptx.types import DTYPES, F32, PRED, S64, U32, WARP, Fault, PtxError
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _matrices(operands: Operands, parts: list[str], address: str, registers: str
 def _rows(m: Machine, base: int, offset: int, matrix: int, mask: Mask) -> np.ndarray:
     """Return the addresses of threads' 4 bytes of 8 x 8 matrix i: row ``lane / 4``, given by lane ``8 i + row``."""
     m.meet(np.ones(WARP, bool), mask)
-    given = _warps(m.full(m.read(base, U32, mask))).astype(S64) + offset
+    given = moved(_warps(m.full(m.read(base, U32, mask))), offset)
     rows = given[..., 8 * matrix + LANES // 4]
     if (rows % 16).any():
         raise Fault(f"a row of a matrix at {int(rows[rows % 16 != 0][0])}, which is no multiple of 16 bytes")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.ptx.parser import SHARED, Instruction, Kernel
-from tests.ptx.types import BITS, DTYPES, F64, PRED, PtxError
+from tests.ptx.types import BITS, DTYPES, F64, PRED, S64, PtxError
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -200,6 +200,12 @@ def unknown_halves(sources: Sequence[int]) -> Unknown:
         return result
 
     return unknown
+
+
+def moved(address: np.ndarray, offset: int) -> np.ndarray:
+    """Add an offset to unsigned addresses, which wrap at their type's size, as 64-bit integers."""
+    bits = 8 * address.dtype.itemsize
+    return (address + address.dtype.type(offset % (1 << bits)) if offset else address).astype(S64)
 
 
 def elementwise(

@@ -125,6 +125,23 @@ def test_offsets_of_parameters() -> None:
     assert int(out) == 7
 
 
+def test_offsets_wrap_addresses_of_shared_memory() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    body = """
+        ld.param.b64 %l0, [p0];
+        mov.u32 %r0, %tid.x;
+        setp.ne.b32 %p0, %r0, 0;
+        @%p0 ret;
+        mov.u32 %r1, 8;
+        mov.u32 %r2, -16;
+        mov.u32 %r3, 7;
+        st.shared.b32 [%r1+-4], %r3;
+        ld.shared.b32 %r4, [%r2+20];
+        st.global.b32 [%l0], %r4;"""
+    execute(kernel(body, parameters=1), [out], shared=16)
+    assert int(out) == 7
+
+
 def test_special_registers() -> None:
     out = torch.zeros(3, 64, 6, dtype=torch.int32)
     listed = ("%tid.x", "%ctaid.x", "%ntid.x", "%nctaid.x", "%laneid", "%warpid")
