@@ -1,6 +1,5 @@
 """Configuration of the test run: the device of Triton's kernels, and visible skips of GPU tests."""
 
-import atexit
 import gc
 import os
 from collections.abc import Generator
@@ -20,7 +19,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose between Triton's interpreter and compiled kernels, before a test module imports Triton."""
-    atexit.register(gc.freeze)  # the end of a process would search all imports for garbage, for seconds
     if not plugin.configure(config) and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
 
