@@ -70,7 +70,12 @@ def commands(part: str, options: argparse.Namespace, folder: Path, minutes: floa
         pytest = ["-m", "pytest", "-q", "--exitfirst", *parallel]
         if small:
             return [[*pytest, "tests/backends/torch/test_step.py"]]
-        kernels = ["tests/backends/triton", "tests/haar/test_haar.py", "tests/test_functional.py"]
+        kernels = [
+            "tests/backends/triton",
+            "tests/haar/test_haar.py",
+            "tests/test_functional.py",
+            "tests/test_functional_arguments.py",
+        ]
         kernels += [
             "tests/backends/test_control.py",
             "tests/optim/test_clipping.py",

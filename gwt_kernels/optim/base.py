@@ -343,8 +343,8 @@ class PlannedOptimizer(SavedOptimizer):
         """
         return telemetry_rows.read(telemetry_rows.named(self._rows, self.param_groups))
 
-    def _after_loading(self) -> None:
-        """See :meth:`SavedOptimizer._after_loading`."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self._is_built = True
         self.__dict__.setdefault("_captured", [])
         self._note_shapes()

@@ -25,7 +25,8 @@ _KEPT = ("defaults", "state", "param_groups", "_limiter_is_published", "_adamw",
 class SavedOptimizer(Optimizer):
     """An optimizer whose state dicts and pickles another process, and a later version, can load.
 
-    A subclass has the attributes in ``_KEPT``, which pickles hold, and defines :meth:`_after_loading`.
+    A subclass has the attributes in ``_KEPT``, which pickles hold. In ``__setstate__``, which loading calls too, it
+    renews what it derives from groups and states.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,8 +91,3 @@ class SavedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._after_loading()
-
-    def _after_loading(self) -> None:
-        """Renew what depends on groups and states, after they were loaded or unpickled."""
-        raise NotImplementedError

@@ -37,6 +37,10 @@ def text(folder, content="not a checkpoint"):
     return folder / "optimizer.pt"
 
 
+def as_saved(folder, trained):
+    return file_of(folder, trained.state)
+
+
 def two_states(folder, trained):
     return file_of(folder, {"first": trained.state, "second": trained.state})
 
@@ -81,7 +85,7 @@ FILES = {
         ("nothing to migrate",),
     ),
     "another model's": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--config", "llama_60m"],
         ("[20]", "--names"),
     ),
@@ -91,7 +95,7 @@ FILES = {
         ("'model.embed_tokens.weight'", "(5, 40)", "(61, 40)"),
     ),
     "too deep": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--level", "9", "--include", "up_proj"],
         ("up_proj", "level 9"),
     ),
@@ -101,22 +105,22 @@ FILES = {
         ("lr", "1.0", "2.0", "--lr"),
     ),
     "a rename that is none": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--rename", "norm"],
         ("'norm'", "OLD=NEW"),
     ),
     "names that are no text": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--names", "optimizer.pt"],
         ("--names optimizer.pt is no text", "a name per line"),
     ),
     "no configuration": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--config", "nowhere.json"],
         ("'nowhere.json'", "config.json"),
     ),
     "split weights of float32": (
-        lambda folder, trained: file_of(folder, trained.state),
+        as_saved,
         ["--weight-rounding", "split", "--dtype", "fp32"],
         ("split", "float32"),
     ),

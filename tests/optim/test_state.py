@@ -1,9 +1,8 @@
-"""GWTAdamW's state survives saving, loading, copying and pickling bit for bit."""
+"""GWTAdamW's state survives saving and loading, bit for bit."""
 
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from torch import nn
 
 from gwt_kernels import GWTAdamW
+from tests.support.mixed import DTYPES, SHAPES, copy_weights, model, through_a_file, used
 from tests.support.runs import (
-    CPU,
-    assert_differ,
     assert_same_bits,
     backends,
     checked_step,
@@ -27,45 +25,6 @@ from tests.support.runs import (
     snapshot,
     train,
 )
-
-SHAPES = ((4, 8), (3, 6), (2, 3, 5))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def model(on=CPU, backend=None, dtypes=DTYPES[:3], lr=0.1, **options):
-    """Build an optimizer over groups of level 0, 1 and 2 in several dtypes, and one unused parameter."""
-    if backend == "triton":  # the interpreter is slow
-        dtypes = dtypes[1:2]
-    groups = [
-        {
-            "params": [p for d in dtypes for p in parameters(SHAPES[:2], on, d)],
-            "level": level,
-            "weight_decay": 0.1 * level,
-        }
-        for level in (0, 1, 2)
-    ]
-    groups.append({"params": parameters([(2, 2)], on), "level": 1, "norm_growth_limit": None})
-    return GWTAdamW(groups, lr=lr, backend=backend, **options)
-
-
-def used(optimizer):
-    return parameters_of(optimizer)[:-1]
-
-
-def through_a_file(state_dict, **options):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True, **options)
-
-
-def copy_weights(source, target):
-    with torch.no_grad():
-        for p, q in zip(parameters_of(source), parameters_of(target), strict=True):
-            q.copy_(p)
-
-
-# Save and load --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -343,116 +302,3 @@ def test_a_checkpoint_moves_between_devices(device):
     assert all(x.device.type == "cpu" for s in on_cpu.state.values() for x in s.values())
     back.load_state_dict(through_a_file(on_cpu.state_dict()))
     assert_same_bits(snapshot(back)["state"], snapshot(on_gpu)["state"])
-
-
-# Copies ---------------------------------------------------------------------------------------------------
-
-
-@backends
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_of_the_optimizer_continues_like_the_original(backend, device, way):
-    original = model(place(backend, device), backend)
-    train(original, range(3), params=used(original))
-    other = way(original)
-    assert_same_bits(snapshot(other), snapshot(original))
-    before = snapshot(original)
-    train(other, range(3, 5), params=used(other))
-    assert_same_bits(snapshot(original), before)
-    assert_differ(results(other), results(original))
-    train(original, range(3, 5), params=used(original))
-    assert_same_bits(snapshot(other), snapshot(original))
-    assert [int(s["step"]) for s in other.state.values() if s] == [5] * len(used(other))
-    other.add_param_group({"params": parameters([(4, 8)], place(backend, device))})
-    assert "differentiable" not in other.param_groups[-1]
-
-
-def test_a_model_and_its_optimizer_copied_together_stay_tied():
-    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    optimizer = GWTAdamW(net.parameters(), lr=0.1, level=1)
-    train(optimizer, range(2))
-    net2, optimizer2 = copy.deepcopy((net, optimizer))
-    assert all(p is q for p, q in zip(net2.parameters(), parameters_of(optimizer2), strict=True))
-    for o in (optimizer, optimizer2):
-        train(o, range(2, 4))
-    assert_same_bits(snapshot(optimizer), snapshot(optimizer2))
-    assert_same_bits([p.detach() for p in net2.parameters()], snapshot(optimizer)["params"])
-
-
-def test_a_shallow_copy_shares_the_state_and_its_step_count():
-    a = GWTAdamW(parameters([(4, 8), (3, 6)]), lr=0.1, level=1)
-    train(a, range(2))
-    b = copy.copy(a)
-    for optimizer in (a, b, b, a, b):
-        give_gradients(parameters_of(a), seed=1)
-        assert checked_step(optimizer) == 2
-    assert {int(s["step"]) for s in a.state.values()} == {7}
-
-
-# Options that older checkpoints and pickles lack -----------------------------------------------------------
-
-
-def without_new_options(options):
-    return {key: value for key, value in options.items() if key not in ("boundary", "correct_bias")}
-
-
-def older(state_dict):
-    return {**state_dict, "param_groups": [without_new_options(group) for group in state_dict["param_groups"]]}
-
-
-def test_an_older_checkpoint_has_zero_boundaries_and_bias_correction():
-    source, resumed = model(), model(lr=5.0)
-    train(source, range(2), params=used(source))
-    copy_weights(source, resumed)
-    resumed.load_state_dict(through_a_file(older(source.state_dict())))
-    for optimizer in (source, resumed):
-        train(optimizer, [2], params=used(optimizer))
-    assert_same_bits(results(source), results(resumed))
-    assert [dict(sorted(g.items())) for g in resumed.state_dict()["param_groups"]] == [
-        dict(sorted(g.items())) for g in source.state_dict()["param_groups"]
-    ]
-    for options in ({"boundary": "reflect"}, {"correct_bias": False}):
-        ((name, value),) = options.items()
-        with refused(other := model(**options), ValueError, f"the optimizer {name}={value!r}"):
-            other.load_state_dict(older(source.state_dict()))
-
-
-def test_missing_options_of_an_older_checkpoint_are_not_the_optimizers_defaults():
-    def build(**options):
-        return GWTAdamW([{"params": parameters([(4, 7)]), "boundary": "zero", "correct_bias": True}], **options)
-
-    source, resumed = build(), build(boundary="reflect", correct_bias=False)
-    train(source, range(1))
-    resumed.load_state_dict(older(source.state_dict()))
-    group = resumed.param_groups[0]
-    assert (group["boundary"], group["correct_bias"]) == ("zero", True)
-    assert (resumed.defaults["boundary"], resumed.defaults["correct_bias"]) == ("reflect", False)
-
-
-def test_an_older_pickle_continues():
-    source = model()
-    train(source, range(2), params=used(source))
-    state = copy.deepcopy(source).__getstate__()
-    state["defaults"] = without_new_options(state["defaults"])
-    state["param_groups"] = [without_new_options(group) for group in state["param_groups"]]
-    back = GWTAdamW.__new__(GWTAdamW)
-    back.__setstate__(state)
-    assert back.defaults == source.defaults
-    for optimizer in (source, back):
-        train(optimizer, [2], params=used(optimizer))
-    assert_same_bits(results(source), results(back))
-
-
-@pytest.mark.parametrize("options", [{"boundary": "reflect"}, {"wavelet": "rbio2.2"}, {"correct_bias": False}])
-def test_a_resumed_run_with_the_new_options_equals_the_uninterrupted_one(options):
-    whole, begun, resumed = (model(dtypes=DTYPES, **options) for _ in range(3))
-    train(whole, range(4), params=used(whole))
-    train(begun, range(2), params=used(begun))
-    copy_weights(begun, resumed)
-    resumed.load_state_dict(through_a_file(begun.state_dict()))
-    train(resumed, range(2, 4), params=used(resumed))
-    assert_same_bits(results(whole), results(resumed))
-    plain = model(dtypes=DTYPES)
-    train(plain, range(4), params=used(plain))
-    assert_differ(results(whole), results(plain))
