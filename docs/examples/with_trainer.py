@@ -28,7 +28,7 @@ class GWTTrainer(GWTTrainerMixin, Trainer):
     pass
 
 
-trainer = GWTTrainer(tiny.model(), args, train_dataset=tiny.Text(), gwt_options={"level": 2, "verbose": True})
+trainer = GWTTrainer(tiny.model(), args, train_dataset=tiny.Text(), gwt_options={"level": 2})
 trainer.train()
 first = trainer.state.log_history[0]["loss"]
 

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GWTTrainerMixin", "TelemetryCallback", "gwt_optimizer"]
 
-_GROUPING = ("level", "scale", "include", "exclude", "adamw_lr", "verbose")
+_GROUPING = ("level", "scale", "include", "exclude", "adamw_lr")
 """Options of gwt_param_groups; all others are options of the optimizer."""
 _OF_SHAPES = ("include", "exclude", "row_splits", "head_rows", "workspace_bytes")
 """Options that can be checked only against the model's own tensors."""
@@ -57,8 +57,8 @@ class GWTTrainerMixin:
 
     Args:
         *args: Trainer's arguments.
-        gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``adamw_lr``,
-            ``verbose``), ``rule``, and options of its optimizer (``state_dtype`` and so on).
+        gwt_options: Options of `gwt_param_groups` (``level``, ``scale``, ``include``, ``exclude``, ``adamw_lr``),
+            ``rule``, and options of its optimizer (``state_dtype`` and so on).
         **kwargs: Trainer's keyword arguments.
 
     Raises:
@@ -222,7 +222,7 @@ def _check_together(args: TrainingArguments, options: Mapping[str, Any]) -> None
 
 def _try_out(model: nn.Module, args: TrainingArguments, options: Mapping[str, Any]) -> None:
     """Make the optimizer on meta tensors, only to raise its errors early."""
-    _make(model, args, on="meta", **{**options, "verbose": False})
+    _make(model, args, on="meta", **options)
 
 
 def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **options: Any) -> PlannedOptimizer:
@@ -237,7 +237,7 @@ def _make(model: nn.Module, args: TrainingArguments, on: str | None = None, **op
     if options.get("rule") == ADAMW.name and level == 0:  # as in the groups; this rule refuses the default
         options = {"norm_growth_limit": None, **options, "level": 0}
     if level and not any(group["level"] for group in groups):
-        shallow = {**chosen, "level": 1, "verbose": False}
+        shallow = {**chosen, "level": 1}
         if any(group["level"] for group in gwt_param_groups(model, **shallow)):
             raise ValueError(
                 f"level {level} is too deep for all matrices of the model, so that nothing would be transformed: "

@@ -94,14 +94,14 @@ def gwt_param_groups(
     exclude: Sequence[str | re.Pattern[str]] | None = None,
     rule: Rule | None = None,
     adamw_lr: float | None = None,
-    verbose: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for this package's optimizers, by the published recipe.
 
     The matrices of experts and of the Linears in repeated blocks (attention, MLPs, mixers) are transformed, and
     elsewhere those of modules named like attention or MLP. Embeddings, the output head, MoE routers and modules
     other than Linears stay at level 0 (``rule="adamw"``) with weight decay; norms, biases and other 1-D tensors
-    stay at level 0 without. docs/choosing.md has all rules; `verbose=True` prints the reason for each tensor.
+    stay at level 0 without. docs/choosing.md has all rules, and :func:`gwt_kernels.plan.plan` says for each tensor
+    which one applied.
 
     Args:
         model: Any module, on any device ("meta" included), wrapped by `torch.compile`, DDP or FSDP or not.
@@ -114,7 +114,6 @@ def gwt_param_groups(
         rule: Rule of the transformed matrices, which are then a separate group also at level 0; required for
             rules that are not AdamW there. None for the optimizer's.
         adamw_lr: Learning rate of tensors that are not transformed; None for the optimizer's.
-        verbose: Print a table of the decisions and their reasons.
 
     Returns:
         The non-empty groups of: transformed matrices, other decayed tensors, tensors without decay. They are dicts
@@ -140,12 +139,11 @@ def gwt_param_groups(
     if adamw_lr is not None and not (_is_finite("adamw_lr", adamw_lr) and adamw_lr >= 0):
         raise ValueError(f"adamw_lr must be a finite number of at least 0, got {adamw_lr!r}")
     decided = decide(model, level=level, include=include, exclude=exclude)
-    if verbose:
-        print(describe(decision for _, decision in decided))
     if level and all(decision.level == 0 for _, decision in decided):
         warnings.warn(
             f"gwt_param_groups found nothing to transform in {type(model).__name__}: every tensor stays at "
-            "level 0, which is plain AdamW. Name the matrices with include=[...]; verbose=True says why.",
+            "level 0, which is plain AdamW. Name the matrices with include=[...]; "
+            "gwt_kernels.plan.plan(model) says why.",
             UserWarning,
             stacklevel=2,
         )
