@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -74,6 +75,7 @@ def _main(
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.enable()  # a crash leaves the calls of all threads in the output
     gc.freeze()  # collections need not search the imports
     torch.set_num_threads(1)
     interpreter.quicken()
