@@ -171,12 +171,13 @@ def mean_kernel(
     old = (tl.load(scalars_ptr + schema.B2) * (columns / whole)).to(tl.float32)
     address = tl.load(panels_ptr + schema.ROW_PTR)
     row_ptr = address.to(tl.pointer_type(tl.float32))
+    is_kept = tl.full((BLOCK,), address, tl.int64) != 0  # of the mask's shape, as Triton 3.9 interprets it
     total = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, rows.to(tl.int32), BLOCK):
         row = first + tl.arange(0, BLOCK)
         place, inside = matrix * rows + row, row < rows
         total += new * tl.load(sums_ptr + place, mask=inside, other=0.0)
-        total += old * tl.load(row_ptr + place, mask=inside & (address != 0), other=0.0)
+        total += old * tl.load(row_ptr + place, mask=inside & is_kept, other=0.0)
     means_ptr = sums_ptr + (rows + columns) * matrices
     tl.store(means_ptr + matrix, tl.sum(kernel_block_sums(total, BLOCK, 1, "flat"), axis=0))
     if WEIGHTED:  # noqa: SIM102
@@ -231,7 +232,7 @@ def factor_kernel(
     n_rows = rows * matrices
     column = place - n_rows
     is_row, is_column = place < n_rows, (column >= 0) & (column < columns * matrices)
-    has_row = is_row & (row_address != 0)
+    has_row = is_row & (tl.full((BLOCK,), row_address, tl.int64) != 0)
     total = tl.load(sums_ptr + place, mask=is_row | is_column, other=0.0)
     old = tl.load(row_ptr + place, mask=has_row, other=0.0)
     old += tl.load(col_ptr + column, mask=is_column, other=0.0)
