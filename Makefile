@@ -46,8 +46,10 @@ reference: ## the C oracle, as a shared library
 reference-sanitize: ## the C oracle's self-test under the address and undefined-behaviour sanitizers
 	$(MAKE) -C csrc_reference CC=$(CC) sanitize
 
-# These tests are for a CPU, on a machine with a GPU too, whose tests bench-gpu runs.
+# These tests are for a CPU, on a machine with a GPU too, whose tests bench-gpu runs. Many start processes, which
+# import the compiled modules that earlier ones wrote.
 test: export CUDA_VISIBLE_DEVICES :=
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed $(PEERS)/.made $(TORCHTITAN)/.made reference
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --compiled sm_90 $(COMPILED)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(addprefix --ignore=,$(COMPILED))
