@@ -148,7 +148,7 @@ def _check_columns(planned: Plan, mesh: Mesh, divisions: Mapping[str, tuple[Divi
         others = f" (and {len(torn) - 1} more tensors)" if len(torn) > 1 else ""
         raise ValueError(
             f"mesh {mesh} divides the columns of {name}{others} into widths of {sorted(widths)}; level "
-            f"{level} needs multiples of {2**level}, for blocks stay whole: use level {works} at most, exclude "
+            f"{level} needs multiples of {2**level}, so that blocks stay whole: use level {works} at most, exclude "
             f"these tensors from the transform, or divide them into fewer parts"
         )
 
