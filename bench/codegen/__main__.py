@@ -45,6 +45,7 @@ from bench.codegen.variant_runs import (
 )
 from bench.codegen.variants import PATHS, TARGETS, compile_variant, variants
 from bench.common import records
+from gwt_kernels.backends.choice import MAX_TRITON_LEVEL
 from gwt_kernels.core.level import ROW, Level, depth_of
 from gwt_kernels.rules import rule_of
 
@@ -61,7 +62,7 @@ def gated(row: dict[str, Any]) -> bool:
         and row["kernel"] in (*STEPS, *NORMS)
         and row["path"] == "flat"
         and row["weights"] in ("bf16", "fp32")
-        and (row["level"] == ROW or 1 <= row["level"] <= 5 or row["moments"] is None)
+        and (row["level"] == ROW or 1 <= row["level"] <= MAX_TRITON_LEVEL or row["moments"] is None)
     )
 
 
@@ -259,7 +260,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default = usual.get(name, list(values))
         text = f"{description} (default: {' '.join(default)})"
         parser.add_argument(f"--{name}", nargs="+", choices=list(values), default=default, help=text)
-    levels = "0,2,4,row" if executed else "0-6,row"
+    levels = "0,2,4,row" if executed else f"0-{MAX_TRITON_LEVEL},row"
     text = f"levels, such as 2 or 0,1,4-6,row (default: {levels})"
     parser.add_argument("--levels", type=_levels, default=levels, help=text)
     parser.add_argument("--can-skip", action="store_true", help="as under clipping: what the device may skip")

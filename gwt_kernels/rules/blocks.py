@@ -113,24 +113,25 @@ def kernel_block_sums(x, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
 
 
 @statement
-def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """Return the mean of each block of ``g [NB * W]``, and ``m [NB]`` unchanged.
+def kernel_block_means(g, m, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr, SQUARES: tl.constexpr):
+    """Return the mean of each block of ``g [NB * W]``, that of its ``SQUARES`` or the same, and ``m [NB]``.
 
-    On the row path one operation returns both. Otherwise the compiler would add up a block in all of its lanes,
-    which need its mean: it finds that cheaper than to send them the sum from the lane that holds ``m``.
+    One operation returns two of them, unchanged, so that the compiler distributes both over lanes alike. On the row
+    path it would otherwise add up a block in all of its lanes, which need its mean: it finds that cheaper than to
+    send them the sum from the lane that holds ``m``. On the flat path, blocks of 16 elements or more lie in several
+    lanes; there Triton before 3.9 would send whole tiles through shared memory in place of the blocks' results.
     """
     mean = g
     if W > 1:
         mean = kernel_block_sums(g, W, NB, KIND) * (1.0 / W)
-        if KIND != "flat":
+        if KIND != "flat" or (W >= 16 and SQUARES != "elements"):
             mean, m = tl.split(tl.join(mean, m))
-    return mean, m
-
-
-@statement
-def kernel_block_squares(g, W: tl.constexpr, NB: tl.constexpr, KIND: tl.constexpr):
-    """Return the mean of the squares of each block of ``g [NB * W]``: ``[NB]``."""
-    return kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
+    square = mean
+    if SQUARES == "elements":
+        square = kernel_block_sums(g * g, W, NB, KIND) * (1.0 / W)
+        if KIND == "flat" and W >= 16:
+            mean, square = tl.split(tl.join(mean, square))
+    return mean, square, m
 
 
 @statement

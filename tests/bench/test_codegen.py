@@ -113,7 +113,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def promised(run: Run, rule_rows: list[Row]) -> list[Row]:
     """Return the rows of variants that are promised to be one optimal pass."""
     status, rows, text = run(
-        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,5"),
+        *("--target", "sm_90", "--kernel", STEP, NORM, "--path", "flat", "--levels", "1,5,10"),
         *("--weights", "bf16", "fp32", "--moments", "fp32", "--rule", "gwt", "foam"),
     )
     assert status == 0, text
@@ -141,7 +141,7 @@ def test_flat_path_passes_the_gate(promised: list[Row]) -> None:
         (kernel, weights, *rest, level): []
         for weights in kernels
         for kernel, *rest in kernels[weights]
-        for level in ((1, 2, 5) if weights == "bf16" else (1, 5))
+        for level in ((1, 2, 5, 10) if weights == "bf16" else (1, 5, 10))
     }
     assert all(codegen.gated(row) for row in promised)
 

@@ -97,7 +97,7 @@ def shared_step_kernel(
         total = tl.zeros((NB,), tl.float32)
         for column in tl.range(0, width, TILE):
             g = load_part(g_ptr + start + column, inside_row(width, column, TILE, FLAT), TILE)
-            mean, _ = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, KIND)
+            mean = kernel_block_means(g.to(tl.float32) * grad_scale, total, W, NB, KIND, "")[0]
             total += mean * mean
         total = kernel_block_sums(total, NB, 1, _FLAT)
     square = tl.div_rn(total * W, tl.zeros_like(total) + length.to(tl.float32))
@@ -122,7 +122,7 @@ def shared_step_kernel(
         block = column // W
         held = inside_row(row_blocks, block, NB, False)
         m = load_part(m_ptr + block, held, NB).to(tl.float32)
-        mean, m = kernel_block_means(g, m, W, NB, KIND)
+        mean, _same, m = kernel_block_means(g, m, W, NB, KIND, "")
         residual = kernel_residuals(g, mean, W, NB)
         m, v = MOMENTS(mean, square, m, before, numbers, W**0.5)
         tl.debug_barrier()  # several lanes may read one block: all must have done so before one writes it

@@ -59,7 +59,7 @@ from gwt_kernels.rules import blocks
 
 kernel.load()
 kernel_block_means, kernel_block_sums = blocks.kernel_block_means, blocks.kernel_block_sums
-kernel_block_squares, kernel_residuals = blocks.kernel_block_squares, blocks.kernel_residuals
+kernel_residuals = blocks.kernel_residuals
 join_low, split_low = split.kernel_join_low, split.kernel_split_low
 stochastic_round = stochastic.kernel_stochastic_round
 
@@ -389,10 +389,7 @@ def _moments(
     KIND: tl.constexpr,
 ):
     """Return the means of a tile's blocks, and their new moments by the rule, which may take the ``SQUARES``."""
-    mean, m = kernel_block_means(g, m, W, NB, KIND)
-    square = mean
-    if SQUARES == "elements":
-        square = kernel_block_squares(g, W, NB, KIND)
+    mean, square, m = kernel_block_means(g, m, W, NB, KIND, SQUARES)
     m, v = MOMENTS(mean, square, m, v, numbers, W**0.5)
     return mean, m, v
 
