@@ -30,6 +30,14 @@ def test_narrow_moments_of_the_folded_rule(backend, moment_dtype):
         bucket.check_step(HYPER, t, backend=backend)
 
 
+@pytest.mark.parametrize("level", [4, 7, 10])  # blocks in several lanes of a warp, in a whole one, and in several
+@backends
+def test_blocks_of_several_lanes(backend, level):
+    bucket = Bucket([(5, 2**level), (3, 2**level - 1)], level, rule="foam", device=on(backend))
+    for t in (1, 2):
+        bucket.check_step(HYPER, t, backend=backend)
+
+
 @backends
 def test_the_comparison_notices_the_other_rule(backend):
     """Control, above level 0, at which both rules are equal."""

@@ -30,7 +30,7 @@ def paths(bucket: Bucket) -> list[bool]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", [0, 2, 5])
+@pytest.mark.parametrize("level", [0, 2, 5, 10])
 def test_tensors_of_several_tiles(device, level, dtype):
     shapes = [s for s in (*FLAT, *ROWS) if 2**level < 2 * s[-1]]
     bucket = Bucket(shapes, level, dtype=dtype, limited=level > 0, device=device)
@@ -125,12 +125,11 @@ def test_random_bits_depend_on_neither_tiles_nor_path(device, monkeypatch, level
     assert not any(map(torch.equal, run(4096, 1024, key=6), large))
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("level", [0, 1, 2, 3, 4, 5, 8, 10])
 def test_both_paths_give_the_same_bits(device, level):
     """Compare the same numbers in aligned and in misaligned memory."""
-    flat, row = (
-        Bucket([(6, 64), (8, 32)], level, layouts=[x], device=device) for x in ("contiguous", "misaligned")
-    )
+    shapes = [(6, max(64, 2**level)), (8, max(32, 2**level))]
+    flat, row = (Bucket(shapes, level, layouts=[x], device=device) for x in ("contiguous", "misaligned"))
     assert paths(flat) == [True]
     assert paths(row) == [False]
     assert_same(flat.results(), row.results())
