@@ -25,10 +25,12 @@ def kernel_name(row: Row) -> str:
 
 
 def is_usual(row: Row) -> bool:
-    """Return whether the page shows a kernel: level 2 or rows, float32 moments, weights rounded to the nearest."""
+    """Return whether the page shows a kernel: level 2 or rows, and storage of every day."""
+    return row["level"] in (2, ROW) and has_usual_storage(row)
+
+
+def has_usual_storage(row: Row) -> bool:
+    """Return whether a kernel takes bf16 weights, rounded to the nearest, and float32 moments."""
     return (
-        row["level"] in (2, ROW)
-        and row["moments"] in ("fp32", None)
-        and row.get("rounding") in ("nearest", None)
-        and row["weights"] == "bf16"
+        row["moments"] in ("fp32", None) and row.get("rounding") in ("nearest", None) and row["weights"] == "bf16"
     )

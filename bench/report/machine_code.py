@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report import executed
-from bench.report.kernel_names import NAMES, is_usual, kernel_name
+from bench.report.kernel_names import NAMES, has_usual_storage, is_usual, kernel_name
 from bench.report.markdown import comma_separated, origin, table
 from bench.report.plots import Plot
 from bench.report.rows import Row, Run, of
@@ -22,6 +22,10 @@ weights round, where not to the nearest. A *step by rows* takes each row as a bl
 one second moment for several rows. Resident are the warps that registers and shared memory leave room for on one
 multiprocessor, of those that it can hold."""
 
+
+BY_LEVEL = """\
+Instructions are those of the code, which updates 16 elements a lane. Level 0 is AdamW; from level 4 on a block lies
+in several lanes."""
 
 TARGET = "sm_90"
 """The target whose kernels are shown, if it is recorded; the file lists the kernels of all targets."""
@@ -67,6 +71,9 @@ def _resources(runs: Sequence[Run]) -> list[str]:
     what = "bf16 weights and gradients, float32 moments, weights rounded to the nearest"
     parts.append(f"On {target} at level 2 and by rows, {what} ([every kernel]({LISTING})):")
     parts.append(table(headings, [_line(row, target) for row in shown], left=5))
+    parts.append(f"The step by level, as above. {BY_LEVEL}")
+    headings = ["kernel", "level", "instructions", "registers", "spills", "resident warps"]
+    parts.append(table(headings, [_line_of_level(row, target) for row in known if _is_of_level(row, target)]))
     return [*parts, origin(runs[0])]
 
 
@@ -98,6 +105,19 @@ def _line(row: Row, target: str) -> list[str]:
         str(row["spills"]) + (f", {row['stack']} bytes of stack" if row["stack"] else ""),
         _of_all(row["resident_warps"], target),
     ]
+
+
+def _is_of_level(row: Row, target: str) -> bool:
+    return (
+        (row["target"], row["kernel"], row["path"], row["limited"]) == (target, "step_kernel", "flat", False)
+        and row.get("rule") in ("gwt", "foam")
+        and has_usual_storage(row)
+    )
+
+
+def _line_of_level(row: Row, target: str) -> list[str]:
+    counts = [str(row[name]) for name in ("level", "instructions", "registers", "spills")]
+    return [kernel_name(row), *counts, _of_all(row["resident_warps"], target)]
 
 
 def _listed(row: Row) -> list[object]:

@@ -41,6 +41,7 @@ def test_every_benchmark_is_shown(place: Path) -> None:
     assert "| GWTAdamW, limiter, re-allocated | 300 | 250 (225–275) |" in speed
     assert "| step | flat | 2 | g or p 9×128, p 2×128 | p 1×64 2×128 | 77 | 0 | 24 of 64 |" in speed
     assert "| sm_90 | 3 | 0 | 77 | 24 of 64 |" in speed
+    assert "| step | 2 | 500 | 77 | 0 | 24 of 64 |" in speed
     assert "split" not in page(place, "performance_machine_code.md").partition("| kernel |")[2]
     listed = page(place, "data/machine_code.csv").splitlines()
     assert len(listed) == 1 + 2 * 3

@@ -141,6 +141,7 @@ def codegen_rows(about: Row) -> list[Row]:
     }
     what = {"kernel": "step_kernel", "weights": "bf16", "moments": "fp32", "path": "flat", "limited": False, **wide}
     what |= {"tensor_loads": {"p": 1}, "tensor_stores": {"p": 1}, "registers": 77, "spills": 0, "stack": 0}
+    what |= {"instructions": 500}
     storings = [{}, {"rule": "gwt", "rounding": "nearest"}, {"rule": "foam", "rounding": "split"}]
     return [
         what | {"target": target, "level": level, "resident_warps": 24} | storing | about
