@@ -258,6 +258,14 @@ def test_row_path_fails_the_gate(run: Run) -> None:
         ]
 
 
+def test_transforms_of_rows_of_any_width_spill_nothing(run: Run) -> None:
+    options = "--path", "row", "--levels", "5,9", "--weights", "bf16", "--moments", "fp32"
+    status, rows, text = run("--target", "sm_90", "--kernel", DWT, IDWT, *options)
+    assert status == 0, text
+    assert [(row["kernel"], row["level"]) for row in rows] == [(DWT, 5), (DWT, 9), (IDWT, 5), (IDWT, 9)]
+    assert all(row["spills"] == row["stack"] == 0 and row["registers"] <= 128 for row in rows)
+
+
 def test_wrong_alignment_hint_fails_the_gate(run: Run) -> None:
     status, rows, text = run(
         *("--target", "sm_90", "--kernel", STEP, "--path", "flat", "--levels", "2", "--align", "2"),

@@ -54,10 +54,15 @@ def _dwt(
 ):
     a = load_tile(x_ptr, tile, width, row_blocks, 2**LEVEL, NB, KIND, MULTIPLE).to(tl.float32)
     for level in tl.static_range(1, LEVEL + 1):
-        even, odd = tl.split(tl.reshape(a, (NB * 2 ** (LEVEL - level), 2)))
-        a = (even + odd) * _SQRT_HALF
+        pairs = tl.reshape(a, (NB * 2 ** (LEVEL - level), 2))
+        if KIND == _FLAT or NB * 2 ** (LEVEL - level) >= 32:
+            even, odd = tl.split(pairs)
+            total, difference = even + odd, even - odd
+        else:  # fewer pairs than lanes: a split would keep copies of them in ever more registers
+            total, difference = tl.sum(pairs, axis=1), tl.sum(pairs * (1 - 2 * tl.arange(0, 2)), axis=1)
+        a = total * _SQRT_HALF
         ptr = coeffs[LEVEL + 1 - level]
-        d = ((even - odd) * _SQRT_HALF).to(ptr.dtype.element_ty)
+        d = (difference * _SQRT_HALF).to(ptr.dtype.element_ty)
         band_width = (width + (2**level - 1)) >> level
         store_tile(ptr, d, tile, band_width, row_blocks, 2 ** (LEVEL - level), NB, KIND, MULTIPLE)
     a = a.to(coeffs[0].dtype.element_ty)
