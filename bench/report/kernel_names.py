@@ -25,7 +25,7 @@ def kernel_name(row: Row) -> str:
 
 
 def is_usual(row: Row) -> bool:
-    """Return whether the page shows a kernel: level 2 or rows, and storage of every day."""
+    """Return whether the page shows a kernel: level 2 or rows, and the usual storage."""
     return row["level"] in (2, ROW) and has_usual_storage(row)
 
 
