@@ -86,6 +86,14 @@ class BuiltCandidate(NamedTuple):
         self.optimizer.step()
 
 
+EXTRAS: dict[str, Group] = {
+    "clips in the step": {"max_grad_norm": NO_NORM},
+    "skips bad batches": {"skip_nonfinite": True},
+    "telemetry": {"telemetry": True},
+}
+"""What a step may do besides, and its options."""
+
+
 def gwt(
     level: int,
     dtype: torch.dtype,
@@ -94,21 +102,20 @@ def gwt(
     rule: Rule = "gwt",
     moments: torch.dtype | None = None,
     rounding: Rounding | None = None,
-    clips: bool = False,
-    skips: bool = False,
-    telemetry: bool = False,
+    extra: str | None = None,
 ) -> Candidate:
-    """Return GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments."""
+    """Return GWTAdamW on the device's default backend; its oracle is the torch backend with unrounded moments.
+
+    ``extra`` is a key of :data:`EXTRAS`.
+    """
     options: Group = {"norm_growth_limit": 1.01 if limiter else None, "rule": rule}
-    own: Group = {"max_grad_norm": NO_NORM if clips else None, "skip_nonfinite": skips, "telemetry": telemetry}
     words = [f"GWTAdamW level {level}"]
     words += ["foam"] if rule == "foam" else []
     words += ["limiter"] if limiter else []
-    words += ["clips in the step"] if clips else []
-    words += ["skips bad batches"] if skips else []
-    words += ["telemetry"] if telemetry else []
+    words += [extra] if extra else []
     words += [f"{str(moments).removeprefix('torch.')} moments"] if moments else []
     words += [f"{rounding} rounding"] if rounding else []
+    own = EXTRAS[extra] if extra else {}
     return Candidate(
         ", ".join(words),
         dtype,

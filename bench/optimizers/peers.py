@@ -44,8 +44,9 @@ def _gwt(dtype: torch.dtype, levels: list[int]) -> list[Candidate]:
     ordered = sorted(levels, key=lambda level: (level != 2, level))  # the targets are about level 2
     found = [gwt(level, dtype, limiter=on) for level in ordered for on in (False, True) if level or not on]
     if 2 in levels:
-        found += [gwt(2, dtype, limiter=on, clips=True) for on in (False, True)]
-        found += [gwt(2, dtype, limiter=True, skips=True), gwt(2, dtype, limiter=False, telemetry=True)]
+        found += [gwt(2, dtype, limiter=on, extra="clips in the step") for on in (False, True)]
+        found.append(gwt(2, dtype, limiter=True, extra="skips bad batches"))
+        found.append(gwt(2, dtype, limiter=False, extra="telemetry"))
     if dtype == torch.bfloat16 and 2 in levels:  # options of a 16-bit training run
         kept = (None, torch.bfloat16, torch.int8)
         found += [gwt(2, dtype, limiter=False, moments=moments) for moments in kept[1:]]

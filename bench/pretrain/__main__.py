@@ -44,7 +44,7 @@ from bench.pretrain.data import (
 )
 from bench.pretrain.optimizers import build_optimizer, check_name, swept_name
 from bench.pretrain.sweep import best_settings, read_runs, settings_of, sweep
-from bench.pretrain.training import RunConfig, train
+from bench.pretrain.training import Run, RunConfig, train
 
 _RECORD_OF_PRESET = object()  # --record without a file: the preset's own, which is known after parsing
 
@@ -230,8 +230,8 @@ def run_sweep(options: argparse.Namespace, grids: dict[str, Any], device: torch.
     def once(config: RunConfig) -> dict[str, Any]:
         corpus = load_corpus(options, config.seed)
         with tempfile.TemporaryDirectory() as folder:
-            where = {"device": device, "compiled": options.compile}
-            return train(replace(config, evals=1), corpus, Path(folder), progress=False, **where)
+            run = Run(replace(config, evals=1), corpus, device, compiled=options.compile)
+            return train(run, Path(folder), progress=False)
 
     steps = options.sweep_steps or options.steps
     bases = {name: replace(run_config(options, name), steps=steps) for name in options.sweep}
@@ -291,17 +291,13 @@ def run_one(
     corpus = load_corpus(options, config.seed)
     try:
         result = train(
-            config,
-            corpus,
+            Run(config, corpus, device, compiled=options.compile, processes=processes),
             out,
-            device=device,
-            compiled=options.compile,
             resume=options.resume,
             stop_at=options.stop_at,
             save_every=options.save_every,
             log_every=options.log_every,
             progress=not options.quiet and (processes is None or processes.is_first),
-            processes=processes,
         )
     except (FloatingPointError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         if not options.compare:

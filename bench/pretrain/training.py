@@ -303,18 +303,14 @@ def read_result(out: Path) -> dict[str, Any]:
 
 
 def train(
-    config: RunConfig,
-    corpus: Corpus,
+    run: Run,
     out: Path,
     *,
-    device: torch.device,
-    compiled: bool = False,
     resume: bool = False,
     stop_at: int | None = None,
     save_every: int = 0,
     log_every: int = 10,
     progress: bool = True,
-    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train, or resume training, and write `log.jsonl`, `result.json` and `checkpoint.pt` to `out`.
 
@@ -322,17 +318,13 @@ def train(
     in the folder `checkpoints`.
 
     Args:
-        config: Settings of the run.
-        corpus: The text, freshly loaded for this run.
+        run: The run, at its first step, with a text that was freshly loaded for it.
         out: Folder of the run; created.
-        device: Device to train on.
-        compiled: Run the model through `torch.compile`.
         resume: Continue from `checkpoint.pt` in `out` if it exists.
         stop_at: End early after this step, with a checkpoint to resume from.
         save_every: Steps between checkpoints; 0 for one at the end only.
         log_every: Steps between lines of training loss.
         progress: Show a progress bar.
-        processes: The processes of the run; None for a single process.
 
     Returns:
         The contents of `result.json`: the settings, the losses, the bytes of optimizer state predicted and held,
@@ -344,8 +336,7 @@ def train(
             or a damaged one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run = Run(config, corpus, device, compiled=compiled, processes=processes)
-    processes = run.processes
+    config, corpus, processes = run.config, run.corpus, run.processes
     predicted = predicted_state_bytes(run.optimizer)
     path, resumed = _checkpoint_of(out, processes, resume)
     if resumed:
@@ -396,7 +387,7 @@ def train(
         "data_digest": f"{run.data_digest:08x}",
         "processes": processes.world,
         "parallel": processes.mode,
-        **facts(device, "bench.pretrain", sys.argv[1:]),
+        **facts(run.device, "bench.pretrain", sys.argv[1:]),
     }
     if processes.is_first:
         checkpoint.write_text(out / "result.json", json.dumps(result, indent=2) + "\n")

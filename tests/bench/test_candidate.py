@@ -95,10 +95,10 @@ def test_clipping_is_part_of_the_timed_step() -> None:
         ),  # g 2, p 4, float32 m and v read and written for each four elements 4
         (gwt(2, HALF, limiter=True), 14),  # g, m and v once more
         (gwt(0, HALF, limiter=False), 22),
-        (gwt(2, HALF, limiter=False, clips=True), 12),
-        (gwt(2, HALF, limiter=True, clips=True), 16),
-        (gwt(2, HALF, limiter=False, skips=True), 12),
-        (gwt(2, HALF, limiter=True, skips=True), 14),  # its first pass checks the gradients
+        (gwt(2, HALF, limiter=False, extra="clips in the step"), 12),
+        (gwt(2, HALF, limiter=True, extra="clips in the step"), 16),
+        (gwt(2, HALF, limiter=False, extra="skips bad batches"), 12),
+        (gwt(2, HALF, limiter=True, extra="skips bad batches"), 14),  # its first pass checks the gradients
         (gwt(3, SINGLE, limiter=False), 14),
     ],
     ids=lambda value: value.name if isinstance(value, Candidate) else str(value),

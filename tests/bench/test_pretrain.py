@@ -19,7 +19,7 @@ from bench.common.models import build_model, load_config
 from bench.pretrain import __main__ as pretrain
 from bench.pretrain import checkpoint
 from bench.pretrain.optimizers import build_optimizer
-from bench.pretrain.training import Run, RunConfig, lr_factor, read_log
+from bench.pretrain.training import Run, lr_factor, read_log
 from tests.support.pretraining import (
     TEXT,
     assert_predicted_state_bytes,
@@ -358,10 +358,10 @@ def test_an_interrupted_comparison_shows_what_it_measured(
     out, record = tmp_path / "out", tmp_path / "r.json"
     real = pretrain.train
 
-    def interrupted(config: RunConfig, *args: Any, **more: Any) -> dict[str, Any]:
-        if config.optimizer == "gwt2":
+    def interrupted(run: Run, *args: Any, **more: Any) -> dict[str, Any]:
+        if run.config.optimizer == "gwt2":
             raise KeyboardInterrupt
-        return real(config, *args, **more)
+        return real(run, *args, **more)
 
     line = [*options, "--out", str(out), "--record", str(record), "--compare", "adamw", "gwt2", "adamw"]
     monkeypatch.setattr(pretrain, "train", interrupted)

@@ -37,8 +37,8 @@ def trained_here(mode: str | None, options: list[str], out: Path, **how: Any) ->
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     processes = None if mode is None else parallel.start(mode, "cpu")
-    where = {"device": torch.device("cpu"), "processes": processes, "log_every": 1, "progress": False}
-    return train(config, pretrain.load_corpus(parsed, config.seed), out, **where, **how)
+    run = Run(config, pretrain.load_corpus(parsed, config.seed), torch.device("cpu"), processes=processes)
+    return train(run, out, log_every=1, progress=False, **how)
 
 
 def every_mode(options: list[str], root: Path) -> None:

@@ -71,7 +71,7 @@ def trained(options: list[str], out: Path, **how: Any) -> dict[str, Any]:
     parsed = pretrain.parse(options)[0]
     config = pretrain.run_config(parsed, parsed.optimizer)
     corpus = pretrain.load_corpus(parsed, config.seed)
-    return train(config, corpus, out, device=torch.device("cpu"), log_every=4, progress=False, **how)
+    return train(Run(config, corpus, torch.device("cpu")), out, log_every=4, progress=False, **how)
 
 
 def tensors(tree: Any, path: str = "") -> dict[str, Any]:
