@@ -57,12 +57,13 @@ def _dwt(
         pairs = tl.reshape(a, (NB * 2 ** (LEVEL - level), 2))
         if KIND == _FLAT or NB * 2 ** (LEVEL - level) >= 32:
             even, odd = tl.split(pairs)
-            total, difference = even + odd, even - odd
+            a = (even + odd) * _SQRT_HALF
+            d = (even - odd) * _SQRT_HALF
         else:  # fewer pairs than lanes: a split would keep copies of them in ever more registers
-            total, difference = tl.sum(pairs, axis=1), tl.sum(pairs * (1 - 2 * tl.arange(0, 2)), axis=1)
-        a = total * _SQRT_HALF
+            a = tl.sum(pairs, axis=1) * _SQRT_HALF
+            d = tl.sum(pairs * (1 - 2 * tl.arange(0, 2)), axis=1) * _SQRT_HALF
         ptr = coeffs[LEVEL + 1 - level]
-        d = (difference * _SQRT_HALF).to(ptr.dtype.element_ty)
+        d = d.to(ptr.dtype.element_ty)
         band_width = (width + (2**level - 1)) >> level
         store_tile(ptr, d, tile, band_width, row_blocks, 2 ** (LEVEL - level), NB, KIND, MULTIPLE)
     a = a.to(coeffs[0].dtype.element_ty)
